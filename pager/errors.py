@@ -1,0 +1,176 @@
+"""Every error a user or an operator can cause, one class each.
+
+`reason` is the machine-readable name that crosses the wire (google.rpc.ErrorInfo.reason); `retryable` says whether the same
+call can succeed later without a change; `field` names the request field at fault, where there is one. The mapping to gRPC
+status codes is a table in `router_service.status`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pager.types import ExpertKey
+
+
+class PagerError(Exception):
+    """Base of all errors that are shown to a user. The message says what was wrong, with which value, and what to do."""
+
+    reason: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process boundaries; keyword-only arguments would otherwise be lost on the way.
+        return (_rebuild, (type(self), self.__dict__))
+
+
+def _rebuild(kind: type[PagerError], state: dict[str, object]) -> PagerError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, state["message"])
+    error.__dict__.update(state)
+    return error
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+class InvalidRequest(PagerError):
+    """A field of the request is out of its legal range."""
+
+    reason = "INVALID_ARGUMENT"
+
+
+class PromptTooLong(PagerError):
+    """The prompt (or prompt plus max_tokens) exceeds the context or the KV budget."""
+
+    reason = "PROMPT_TOO_LONG"
+
+
+class UnknownModel(PagerError):
+    reason = "UNKNOWN_MODEL"
+
+
+class UnknownPool(PagerError):
+    reason = "UNKNOWN_POOL"
+
+
+class PoolTooSmall(PagerError):
+    """The pool has fewer routed experts than the router picks for one token."""
+
+    reason = "POOL_TOO_SMALL"
+
+
+class PoolTooLarge(PagerError):
+    """The pool can never fit into the slots."""
+
+    reason = "POOL_TOO_LARGE"
+
+    def __init__(self, needed: int, slots: int, *, field: str | None = "pool") -> None:
+        super().__init__(
+            f"the pool needs {needed} expert slots and this worker has {slots}; ask for a smaller pool or raise expert_memory",
+            field=field,
+        )
+        self.needed = needed
+        self.slots = slots
+
+
+class DuplicateRequest(PagerError):
+    reason = "REQUEST_ID_IN_USE"
+
+
+class DeadlineExceeded(PagerError):
+    """The deadline is past, or can not be met."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(PagerError):
+    reason = "CANCELLED"
+
+
+class SlowReader(PagerError):
+    """The client did not read its stream; the bounded buffer ran full."""
+
+    reason = "SLOW_READER"
+
+
+class Overloaded(PagerError):
+    """A bound on requests, tokens or a tenant's share is reached."""
+
+    reason = "OVERLOADED"
+    retryable = True
+
+
+class TenantOverloaded(Overloaded):
+    reason = "TENANT_OVERLOADED"
+
+
+class WorkerLost(PagerError):
+    """The worker that ran the request died or hung."""
+
+    reason = "WORKER_LOST"
+    retryable = True
+
+
+class NotReady(PagerError):
+    """No worker is ready, or the service is draining."""
+
+    reason = "NOT_READY"
+    retryable = True
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+class CheckpointError(PagerError):
+    """The checkpoint is incomplete, truncated or not what its config says."""
+
+    reason = "BAD_CHECKPOINT"
+
+
+class UnsupportedModel(PagerError):
+    reason = "UNSUPPORTED_MODEL"
+
+
+class ExpertUnavailable(PagerError):
+    """An expert's weights can be had from no tier; the one sequence that needs it fails."""
+
+    reason = "EXPERT_UNAVAILABLE"
+
+    def __init__(self, message: str, key: ExpertKey) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class ExpertReadError(ExpertUnavailable):
+    reason = "EXPERT_READ_ERROR"
+
+
+class ChecksumMismatch(ExpertUnavailable):
+    reason = "CHECKSUM_MISMATCH"
+
+
+# --- operation ------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(PagerError):
+    reason = "BAD_CONFIG"
+
+
+class BudgetError(PagerError):
+    """A memory budget is too small to run one token, or larger than the machine."""
+
+    reason = "BAD_BUDGET"
+
+
+class InsufficientDisk(PagerError):
+    reason = "INSUFFICIENT_DISK"
+
+
+class PortInUse(PagerError):
+    reason = "PORT_IN_USE"

@@ -1,0 +1,193 @@
+"""The values that cross package borders. Frozen, plain data; no torch, ray, grpc or clock in here.
+
+Shape legend: L layers, E experts of a layer (all of them, shared last), R routed experts of a layer, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+
+class ExpertKey(NamedTuple):
+    """One expert of one layer; `expert` indexes all experts of the layer, shared ones included."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """A SwiGLU expert: gate and up are [intermediate, hidden], down is [hidden, intermediate]."""
+
+    hidden: int
+    intermediate: int
+
+    @property
+    def num_elements(self) -> int:
+        return 3 * self.hidden * self.intermediate
+
+
+# --- pools ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """No restriction: every expert that the router wants."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """`routed` routed experts in every layer."""
+
+    routed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share of *all* experts of a layer, shared included, rounded down (as the paper counts): 0.125 of 128 is 15 + 1."""
+
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mass:
+    """The fewest experts whose mean router probability over the prompt adds up to `mass`, at most `cap` a layer."""
+
+    mass: float
+    cap: int | None = None  # None: half of the layer's routed experts
+
+
+PoolSize = Full | Count | Share | Mass
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutingScores:
+    """Per layer, each routed expert's mean router probability over the prompt ([R] float64; empty for a dense layer)."""
+
+    mean_LR: tuple[np.ndarray, ...]
+    source: str  # "trunk", "prefill", "hint", ...
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPool:
+    """Per layer, the routed experts a request may use, ascending; empty for a dense layer. Shared experts are implied."""
+
+    experts: tuple[tuple[int, ...], ...]
+    covered_mass: float | None = None  # mean over layers of the router mass inside the pool; None where not known
+
+    @property
+    def digest(self) -> str:
+        """Hex name of this choice of experts (the mass is not part of it)."""
+        packed = b"".join(struct.pack(f"<H{len(layer)}H", len(layer), *layer) for layer in self.experts)
+        return hashlib.blake2b(packed, digest_size=12).hexdigest()
+
+    @property
+    def num_experts(self) -> int:
+        return sum(len(layer) for layer in self.experts)
+
+    def keys(self) -> tuple[ExpertKey, ...]:
+        """All experts of the pool in layer order."""
+        return tuple(ExpertKey(index, expert) for index, layer in enumerate(self.experts) for expert in layer)
+
+    def recall_of(self, actual: ExpertPool) -> float:
+        """The share of `actual`'s experts that this pool (a prediction) named."""
+        if actual.num_experts == 0:
+            return 1.0
+        found = sum(len(set(mine) & set(other)) for mine, other in zip(self.experts, actual.experts, strict=True))
+        return found / actual.num_experts
+
+
+class PoolSource(StrEnum):
+    PREFILL = "prefill"  # the worker's prefill chooses, layer by layer (rules 13 to 15 of EMO)
+    PREDICTION = "prediction"  # the router's prediction is the pool
+    FIXED = "fixed"  # the request brought it
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPolicy:
+    """What a request asks of its pool. `fixed` is given exactly when `source` is FIXED."""
+
+    size: PoolSize = field(default_factory=Full)
+    source: PoolSource = PoolSource.PREFILL
+    fixed: ExpertPool | None = None
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` restrict nothing."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """A validated request, as the worker receives it."""
+
+    id: str
+    tenant: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    pool: PoolPolicy
+    deadline_unix_s: float | None = None
+    predicted: ExpertPool | None = None  # the router's prediction; starts the paging early
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # end-of-sequence token or a stop string
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+AnswerMode = Literal["exact", "pool", "degraded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one answer was and what it cost.
+
+    `mode`: exact (every expert the router wanted was available), pool (restricted to the pool asked for), degraded (the pool
+    covers less than the policy asked for: a mass cap was hit).
+    """
+
+    mode: AnswerMode
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    pool: ExpertPool | None
+    bytes_from_disk: int
+    bytes_from_host: int
+    experts_hit: int
+    experts_missed: int
+    stall_s: float
+    out_of_pool_mass: float
+    predicted_recall: float | None
+    queue_s: float
+    time_to_first_token_s: float
+    model_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """A piece of an answer. The last chunk of a stream carries `usage` (and possibly the last text)."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    usage: Usage | None = None

@@ -33,6 +33,26 @@ class ExpertShape:
         return 3 * self.hidden * self.intermediate
 
 
+@dataclass(frozen=True, slots=True)
+class RoutingFacts:
+    """What a pool has to respect: per layer, how many experts there are, how many are shared, how many a token picks.
+
+    A dense layer has 0 everywhere. `top_k` counts routed experts only.
+    """
+
+    experts_per_layer: tuple[int, ...]
+    shared_per_layer: tuple[int, ...]
+    top_k_per_layer: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.experts_per_layer)
+
+    @property
+    def routed_per_layer(self) -> tuple[int, ...]:
+        return tuple(all_ - shared for all_, shared in zip(self.experts_per_layer, self.shared_per_layer, strict=True))
+
+
 # --- pools ----------------------------------------------------------------------------------------------------------
 
 

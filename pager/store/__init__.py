@@ -1,0 +1,1 @@
+"""The disk tier: safetensors as downloaded, or packed into one checksummed extent an expert. Never memory-mapped."""

@@ -1,0 +1,107 @@
+"""Attention over KV blocks, as an attention function of transformers: the models call it and know nothing of blocks.
+
+Legend: B rows, S new tokens a row, C tokens of context read, N token slots, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from pager.engine.kv import KvCache
+from pager.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+NAME = "expert_pager_blocks"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KvStep:
+    """Where one forward writes its keys and values, and what its queries see. The same for every layer.
+
+    `write_T` [B*S]: token slots of the new tokens. `read_BC` [B, C]: token slots of the context, the new tokens included;
+    None where the new tokens are the whole context, which is then causal. `mask` (broadcast to [B, H, S, C]): True where
+    a query sees a slot; given exactly when `read_BC` is.
+    """
+
+    cache: KvCache
+    write_T: torch.Tensor
+    read_BC: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    kv_step: KvStep | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] → ([B, S, H, D], None)."""
+    assert kv_step is not None, "a model set up for the engine runs through its ModelRunner only"
+    layer = module.layer_idx
+    k_NGD, v_NGD = kv_step.cache.k[layer], kv_step.cache.v[layer]  # type: ignore[index]
+    k_NGD.index_copy_(0, kv_step.write_T, key.transpose(1, 2).flatten(0, 1))
+    v_NGD.index_copy_(0, kv_step.write_T, value.transpose(1, 2).flatten(0, 1))
+
+    if kv_step.read_BC is None:
+        out = scaled_dot_product_attention(
+            query, key, value, scale=scaling, is_causal=query.shape[2] > 1, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2), None
+
+    key, value = _gather(k_NGD, kv_step.read_BC), _gather(v_NGD, kv_step.read_BC)
+    if query.shape[2] > 1:
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=kv_step.mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2), None
+    return _attend_one_token(query, key, value, kv_step.mask, scaling), None
+
+
+def _attend_one_token(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """Decode. The query heads that share a key head stand in as its query tokens, so that no key is repeated."""
+    rows, num_heads, _, head_dim = query.shape
+    grouped = query.view(rows, key.shape[1], -1, head_dim)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, num_heads, head_dim)
+
+
+def _gather(slots_NGD: torch.Tensor, read_BC: torch.Tensor) -> torch.Tensor:
+    rows, context = read_BC.shape
+    return slots_NGD.index_select(0, read_BC.view(-1)).unflatten(0, (rows, context)).transpose(1, 2)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Makes `model` attend over blocks. Raises UnsupportedModel where a layer's attention is not plainly causal.
+
+    No mask function is registered under the name: transformers then builds no mask, as it does for other engines'
+    attention.
+    """
+    _refuse_sliding_windows(model.config)
+    AttentionInterface.register(NAME, attend)
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise UnsupportedModel(f"{type(model).__name__} does not attend through transformers' attention interface")
+
+
+def _refuse_sliding_windows(config: PretrainedConfig) -> None:
+    window = getattr(config, "sliding_window", None)
+    is_used = getattr(config, "use_sliding_window", True)
+    if window is not None and is_used and window < config.max_position_embeddings:
+        raise UnsupportedModel(
+            f"{config.model_type} with a sliding window of {window} tokens is not supported; set sliding_window to null "
+            f"in its config.json if it was trained without one"
+        )

@@ -1,0 +1,119 @@
+"""Keys and values of the sequences in flight: who owns which block (integers), and the tensors behind the blocks.
+
+Legend: L layers, N token slots (blocks times BLOCK_TOKENS), G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pager.errors import BudgetError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BLOCK_TOKENS = 16
+
+NULL_BLOCK = 0
+"""Never handed out and always zero: reads beyond a sequence's end go here, so that no sequence, not even one whose
+values are NaN, can reach another through padding (a masked weight of zero times NaN is NaN)."""
+
+
+class BlockPool:
+    """Which KV blocks are free. Knows no tensors and no sequences.
+
+    Blocks are handed out all at once for a sequence's whole life, so a running sequence never waits for one.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        """`num_blocks` counts the null block. Raises BudgetError when no block is left to hand out."""
+        if num_blocks < 2:
+            raise BudgetError(f"{num_blocks} KV blocks hold no token: the first is never handed out; raise kv_memory")
+        self.num_blocks = num_blocks - 1
+        self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
+        self._is_used = [False] * num_blocks
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def allocate(self, num_tokens: int) -> tuple[int, ...] | None:
+        """Blocks for `num_tokens` tokens; None, and nothing taken, when there are not enough now."""
+        count = blocks_for(num_tokens)
+        if count > len(self._free):
+            return None
+        taken = tuple(self._free.pop() for _ in range(count))
+        for block in taken:
+            self._is_used[block] = True
+        return taken
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Gives back what `allocate` gave."""
+        for block in blocks:
+            assert self._is_used[block], f"block {block} is freed twice"
+            self._is_used[block] = False
+        self._free.extend(blocks)
+
+    def check_integrity(self) -> None:
+        """Every block but the null one is either used or in the free list, once."""
+        assert not self._is_used[NULL_BLOCK]
+        free = set(self._free)
+        assert len(free) == len(self._free), "a block is twice in the free list"
+        assert NULL_BLOCK not in free
+        for block in range(1, self.num_blocks + 1):
+            assert self._is_used[block] != (block in free), f"block {block} is both used and free, or neither"
+
+
+class KvCache:
+    """The tensors `k[L, N, G, D]` and `v[L, N, G, D]`. A token slot is `block * BLOCK_TOKENS + offset`."""
+
+    def __init__(self, config: PretrainedConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        num_kv_heads, head_dim = _heads(config)
+        shape = (config.num_hidden_layers, num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token's keys and values take in all layers."""
+    num_kv_heads, head_dim = _heads(config)
+    return 2 * int(config.num_hidden_layers) * num_kv_heads * head_dim * dtype.itemsize
+
+
+def blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_TOKENS)
+
+
+def blocks_within(budget_bytes: int, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """How many blocks (the null block among them) `budget_bytes` buys. Raises BudgetError below two."""
+    block_bytes = BLOCK_TOKENS * kv_bytes_per_token(config, dtype)
+    count = budget_bytes // block_bytes
+    if count < 2:
+        raise BudgetError(f"kv_memory of {budget_bytes} bytes is too small; two blocks take {2 * block_bytes} bytes")
+    return count
+
+
+def token_slots(tables: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """[B, max blocks * BLOCK_TOKENS] int64: the token slot of each position of each block table, padded with the null
+    block."""
+    width = max(map(len, tables))
+    padded = torch.tensor([[*table, *[NULL_BLOCK] * (width - len(table))] for table in tables])
+    slots = padded[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)
+    return slots.flatten(1).to(device)
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(num_kv_heads), int(head_dim)

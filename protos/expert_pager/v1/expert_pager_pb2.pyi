@@ -1,0 +1,331 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PoolSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOL_SOURCE_UNSPECIFIED: _ClassVar[PoolSource]
+    POOL_SOURCE_PREFILL: _ClassVar[PoolSource]
+    POOL_SOURCE_PREDICTION: _ClassVar[PoolSource]
+    POOL_SOURCE_FIXED: _ClassVar[PoolSource]
+
+class AnswerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ANSWER_MODE_UNSPECIFIED: _ClassVar[AnswerMode]
+    ANSWER_MODE_EXACT: _ClassVar[AnswerMode]
+    ANSWER_MODE_POOL: _ClassVar[AnswerMode]
+    ANSWER_MODE_DEGRADED: _ClassVar[AnswerMode]
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_STOP: _ClassVar[FinishReason]
+    FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+    FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
+    FINISH_REASON_DEADLINE: _ClassVar[FinishReason]
+POOL_SOURCE_UNSPECIFIED: PoolSource
+POOL_SOURCE_PREFILL: PoolSource
+POOL_SOURCE_PREDICTION: PoolSource
+POOL_SOURCE_FIXED: PoolSource
+ANSWER_MODE_UNSPECIFIED: AnswerMode
+ANSWER_MODE_EXACT: AnswerMode
+ANSWER_MODE_POOL: AnswerMode
+ANSWER_MODE_DEGRADED: AnswerMode
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_STOP: FinishReason
+FINISH_REASON_LENGTH: FinishReason
+FINISH_REASON_CANCELLED: FinishReason
+FINISH_REASON_DEADLINE: FinishReason
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "pool")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    text: bytes
+    token_ids: TokenIds
+    sampling: SamplingParams
+    pool: PoolPolicy
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[bytes] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ...) -> None: ...
+
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SamplingParams(_message.Message):
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    ignore_eos: bool
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("request_id", "text", "token_ids", "usage")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    usage: Usage
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class PoolPolicy(_message.Message):
+    __slots__ = ("full", "count", "share", "mass", "source", "experts", "digest")
+    FULL_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    MASS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    full: Full
+    count: int
+    share: float
+    mass: Mass
+    source: PoolSource
+    experts: FixedPool
+    digest: str
+    def __init__(self, full: _Optional[_Union[Full, _Mapping]] = ..., count: _Optional[int] = ..., share: _Optional[float] = ..., mass: _Optional[_Union[Mass, _Mapping]] = ..., source: _Optional[_Union[PoolSource, str]] = ..., experts: _Optional[_Union[FixedPool, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class Full(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Mass(_message.Message):
+    __slots__ = ("mass", "cap")
+    MASS_FIELD_NUMBER: _ClassVar[int]
+    CAP_FIELD_NUMBER: _ClassVar[int]
+    mass: float
+    cap: int
+    def __init__(self, mass: _Optional[float] = ..., cap: _Optional[int] = ...) -> None: ...
+
+class FixedPool(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
+
+class LayerExperts(_message.Message):
+    __slots__ = ("experts",)
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, experts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Pool(_message.Message):
+    __slots__ = ("digest", "num_experts", "layers", "covered_mass")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    COVERED_MASS_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    num_experts: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    covered_mass: float
+    def __init__(self, digest: _Optional[str] = ..., num_experts: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., covered_mass: _Optional[float] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("mode", "finish_reason", "prompt_tokens", "completion_tokens", "pool", "bytes_from_disk", "bytes_from_host", "experts_hit", "experts_missed", "stall_seconds", "out_of_pool_mass", "predicted_recall", "queue_seconds", "time_to_first_token_seconds", "model_fingerprint")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FROM_DISK_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FROM_HOST_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_HIT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_MISSED_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OUT_OF_POOL_MASS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_RECALL_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    mode: AnswerMode
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    pool: Pool
+    bytes_from_disk: int
+    bytes_from_host: int
+    experts_hit: int
+    experts_missed: int
+    stall_seconds: float
+    out_of_pool_mass: float
+    predicted_recall: float
+    queue_seconds: float
+    time_to_first_token_seconds: float
+    model_fingerprint: str
+    def __init__(self, mode: _Optional[_Union[AnswerMode, str]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., out_of_pool_mass: _Optional[float] = ..., predicted_recall: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class RouteRequest(_message.Message):
+    __slots__ = ("model", "text", "token_ids", "pool")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    text: bytes
+    token_ids: TokenIds
+    pool: PoolPolicy
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[bytes] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ...) -> None: ...
+
+class RouteResponse(_message.Message):
+    __slots__ = ("scores", "pool", "observed", "placement")
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    OBSERVED_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    scores: Scores
+    pool: Pool
+    observed: Pool
+    placement: Placement
+    def __init__(self, scores: _Optional[_Union[Scores, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., observed: _Optional[_Union[Pool, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+
+class Scores(_message.Message):
+    __slots__ = ("source", "num_tokens", "layers")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    num_tokens: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerScores]
+    def __init__(self, source: _Optional[str] = ..., num_tokens: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerScores, _Mapping]]] = ...) -> None: ...
+
+class LayerScores(_message.Message):
+    __slots__ = ("mean",)
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, mean: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("worker", "missing_bytes")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    MISSING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    missing_bytes: int
+    def __init__(self, worker: _Optional[str] = ..., missing_bytes: _Optional[int] = ...) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class AbortResponse(_message.Message):
+    __slots__ = ("aborted",)
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
+    aborted: bool
+    def __init__(self, aborted: _Optional[bool] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("name", "fingerprint", "context_length", "kv_token_limit", "vocab_size", "tokenizer", "pool_sizes", "plan")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKEN_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    POOL_SIZES_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    fingerprint: str
+    context_length: int
+    kv_token_limit: int
+    vocab_size: int
+    tokenizer: Tokenizer
+    pool_sizes: PoolSizes
+    plan: str
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., context_length: _Optional[int] = ..., kv_token_limit: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer: _Optional[_Union[Tokenizer, _Mapping]] = ..., pool_sizes: _Optional[_Union[PoolSizes, _Mapping]] = ..., plan: _Optional[str] = ...) -> None: ...
+
+class Tokenizer(_message.Message):
+    __slots__ = ("class_name", "sha256")
+    CLASS_NAME_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    class_name: str
+    sha256: str
+    def __init__(self, class_name: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class PoolSizes(_message.Message):
+    __slots__ = ("min_routed", "max_routed", "slots", "layers")
+    MIN_ROUTED_FIELD_NUMBER: _ClassVar[int]
+    MAX_ROUTED_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    min_routed: int
+    max_routed: int
+    slots: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerFacts]
+    def __init__(self, min_routed: _Optional[int] = ..., max_routed: _Optional[int] = ..., slots: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerFacts, _Mapping]]] = ...) -> None: ...
+
+class LayerFacts(_message.Message):
+    __slots__ = ("routed", "shared", "top_k")
+    ROUTED_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    routed: int
+    shared: int
+    top_k: int
+    def __init__(self, routed: _Optional[int] = ..., shared: _Optional[int] = ..., top_k: _Optional[int] = ...) -> None: ...
+
+class GetResidencyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetResidencyResponse(_message.Message):
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerResidency]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerResidency, _Mapping]]] = ...) -> None: ...
+
+class WorkerResidency(_message.Message):
+    __slots__ = ("worker", "state", "waiting", "running", "slots", "expert_bytes", "resident_experts", "resident", "remote")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    state: str
+    waiting: int
+    running: int
+    slots: int
+    expert_bytes: int
+    resident_experts: int
+    resident: _containers.RepeatedScalarFieldContainer[bytes]
+    remote: bool
+    def __init__(self, worker: _Optional[str] = ..., state: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., slots: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., resident_experts: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., remote: _Optional[bool] = ...) -> None: ...

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pager.config import ServiceConfig, load_config
+from pager.errors import ConfigError
+
+MODEL = {"model.path": "some/model"}
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "service.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_serve_one_worker_on_this_machine_only() -> None:
+    config = load_config(overrides=MODEL)
+    assert (config.workers.count, config.workers.device) == (1, "auto")
+    assert (config.router.host, config.router.port) == ("127.0.0.1", 50051)
+    assert config.cluster.ray_address is None
+    assert config.model.public_name == "model"
+
+
+def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "[model]\npath = 'a'\n[workers]\ncount = 2\nmax_running = 3\nmax_waiting = 4\n")
+    env = {"EXPERT_PAGER_WORKERS_COUNT": "5", "EXPERT_PAGER_WORKERS_MAX_RUNNING": "6", "PATH": "/bin"}
+    workers = load_config(path, env, {"workers.count": 7, "workers.max_waiting": None}).workers
+    assert (workers.count, workers.max_running, workers.max_waiting) == (7, 6, 4)
+
+
+def test_the_environment_can_name_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "[model]\npath = 'a'\nname = 'tiny'\n")
+    assert load_config(env={"EXPERT_PAGER_CONFIG": str(path)}).model.public_name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("64MiB", "64MiB"), ("25%", "25%"), ("1048576", 1048576), ("0.5", 0.5), ("", None)]
+)
+def test_sizes_from_the_environment(text: str, value: object) -> None:
+    env = {"EXPERT_PAGER_WORKERS_EXPERT_MEMORY": text}
+    assert load_config(env=env, overrides=MODEL).workers.expert_memory == value
+
+
+def test_a_host_memory_of_zero_is_legal() -> None:
+    assert load_config(overrides=MODEL | {"workers.host_memory": 0}).workers.host_memory == 0
+
+
+def test_whole_numbers_do_for_seconds() -> None:
+    assert load_config(overrides=MODEL | {"router.drain_s": 5}).router.drain_s == 5.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[workers]\ncuont = 1", "'workers.cuont'; did you mean 'workers.count'?"),
+        ("[wokers]\ncount = 1", "'wokers'; did you mean 'workers'?"),
+        ("[zzz]\n", "known: cluster, model, pools, router, workers"),
+        ("workers = 3", "unknown section"),
+        ("[workers]\ncount = 'two'", r"workers.count in .*service.toml must be a whole number, not 'two'"),
+        ("[workers]\ncount = true", "must be a whole number, not True"),
+        ("[workers]\ncount = 0", "must be between 1 and 64, not 0"),
+        ("[workers]\ncount = 1.5", "must be a whole number, not 1.5"),
+        ("[workers]\ndevice = 'tpu'", "must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+        ("[workers]\nexpert_memory = 'much'", "a share of all experts such as '25%', not 'much'"),
+        ("[workers]\nhost_memory = -1", r"must be 0 \(no host tier\)"),
+        ("[workers]\nkv_memory = '25%'", "bytes or a size such as '64MiB'"),
+        ("[router]\nport = 70000", "router.port in .* must be between 0 and 65535, not 70000"),
+        ("[router]\ndrain_s = nan", "must be between 0 and 86400, not nan"),
+        ("[model]\ndtype = 'int3'", "one of float32, bfloat16, float16, not 'int3'"),
+        ("[model", "is not TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(written(tmp_path, text), overrides=MODEL)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"EXPERT_PAGER_ROUTER_PROT": "1"}, "did you mean 'EXPERT_PAGER_ROUTER_PORT'?"),
+        ({"EXPERT_PAGER_ROUTER_PORT": "http"}, "EXPERT_PAGER_ROUTER_PORT must be a whole number, not 'http'"),
+        ({"EXPERT_PAGER_WORKERS_STEP_TIMEOUT_S": "soon"}, "must be a number, not 'soon'"),
+    ],
+)
+def test_a_wrong_environment_is_refused_by_name(env: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(env=env, overrides=MODEL)
+
+
+def test_service_links_of_kubernetes_are_not_settings() -> None:
+    env = {
+        "EXPERT_PAGER_SERVICE_HOST": "10.0.0.1",
+        "EXPERT_PAGER_SERVICE_PORT_GRPC": "50051",
+        "EXPERT_PAGER_PORT": "tcp://10.0.0.1:50051",
+        "EXPERT_PAGER_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "EXPERT_PAGER_ROUTER_PORT": "tcp://10.0.0.1:50051",
+    }
+    assert load_config(env=env, overrides=MODEL) == load_config(overrides=MODEL)
+
+
+def test_missing_file_and_missing_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can not be read: No such file"):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match=r"model\.path is not set"):
+        load_config()
+
+
+def test_an_unknown_override_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'workers.count'"):
+        load_config(overrides=MODEL | {"workers.cont": 1})
+
+
+def test_configs_are_frozen() -> None:
+    config: Any = ServiceConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.router.port = 1

@@ -1,0 +1,110 @@
+"""Draws the next token of every row of a batch.
+
+A sampled row costs one number from its sequence's own generator, turned into a token by the inverse of the row's
+cumulative distribution. So a seed gives the same tokens whatever else is in the batch, on any device, and all rows
+are drawn together. What is drawn from is what transformers' Temperature-, TopK- and TopPLogitsWarper leave.
+
+Legend: B rows, M rows of one kind, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pager.types import SamplingParams
+
+NOT_FINITE = -1
+"""The id of a row whose logits hold NaN or infinity: that sequence can not go on, the others can."""
+
+
+class Draw:
+    """One sequence's parameters and its generator; mutable, owned by the sequence."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._random = random.Random(params.seed)
+
+    def next_uniform(self) -> float:
+        """In [0, 1)."""
+        return self._random.random()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """The sampled rows of one kind: either restricted by top-k or top-p, or not. Kinds never depend on other rows."""
+
+    draws: tuple[Draw, ...]
+    index_M: torch.Tensor
+    temperature_M1: torch.Tensor
+    top_k_M1: torch.Tensor | None
+    top_p_M1: torch.Tensor | None
+
+
+class Sampler:
+    """Samples for a fixed list of sequences; make a new one when the batch changes."""
+
+    def __init__(self, draws: Sequence[Draw], device: torch.device) -> None:
+        self._device = device
+        sampled = [(row, draw) for row, draw in enumerate(draws) if draw.params.temperature > 0]
+        plain = [pair for pair in sampled if not _is_restricted(pair[1].params)]
+        restricted = [pair for pair in sampled if _is_restricted(pair[1].params)]
+        self._groups = [self._rows(pairs) for pairs in (plain, restricted) if pairs]
+
+    def sample(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """[B] int64 ids on the logits' device, NOT_FINITE where a row has no distribution. Does not synchronise."""
+        peak_B, id_B = logits_BV.max(dim=-1)
+        for rows in self._groups:
+            uniform = torch.tensor([draw.next_uniform() for draw in rows.draws], dtype=torch.float64)
+            id_B[rows.index_M] = _draw(logits_BV[rows.index_M], rows, uniform.to(self._device)[:, None])
+        return torch.where(peak_B.isfinite(), id_B, NOT_FINITE)
+
+    def _rows(self, pairs: Sequence[tuple[int, Draw]]) -> _Rows:
+        def column(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, device=self._device)[:, None]
+
+        params = [draw.params for _, draw in pairs]
+        is_restricted = _is_restricted(params[0])
+        return _Rows(
+            draws=tuple(draw for _, draw in pairs),
+            index_M=torch.tensor([row for row, _ in pairs], device=self._device),
+            temperature_M1=column([each.temperature for each in params]),
+            top_k_M1=column([each.top_k or 2**31 for each in params]) if is_restricted else None,
+            top_p_M1=column([each.top_p for each in params]) if is_restricted else None,
+        )
+
+
+def _is_restricted(params: SamplingParams) -> bool:
+    return params.top_p < 1 or params.top_k > 0
+
+
+def _draw(logits_MV: torch.Tensor, rows: _Rows, uniform_M1: torch.Tensor) -> torch.Tensor:
+    logits_MV = logits_MV.float()
+    if rows.top_k_M1 is None or rows.top_p_M1 is None:
+        return _inverse(_softmax(logits_MV, rows.temperature_M1), uniform_M1)
+    # Stable: of two equal logits the lower id comes first, so a cut between them is the same everywhere.
+    sorted_MV, id_MV = logits_MV.sort(dim=-1, descending=True, stable=True)
+    probability_MV = _softmax(sorted_MV, rows.temperature_M1)
+    rank_V = torch.arange(logits_MV.shape[-1], device=logits_MV.device)
+    probability_MV = probability_MV.masked_fill(rank_V >= rows.top_k_M1, 0)
+    probability_MV = probability_MV / probability_MV.sum(dim=-1, keepdim=True)
+    mass_before_MV = probability_MV.cumsum(dim=-1) - probability_MV
+    probability_MV = probability_MV.masked_fill(mass_before_MV >= rows.top_p_M1, 0)
+    return id_MV.gather(1, _inverse(probability_MV, uniform_M1)[:, None])[:, 0]
+
+
+def _softmax(logits_MV: torch.Tensor, temperature_M1: torch.Tensor) -> torch.Tensor:
+    # The maximum is subtracted first: a tiny temperature then overflows to minus infinity only, which is a zero.
+    shifted_MV = (logits_MV - logits_MV.max(dim=-1, keepdim=True).values) / temperature_M1
+    return shifted_MV.softmax(dim=-1, dtype=torch.float64)
+
+
+def _inverse(weight_MV: torch.Tensor, uniform_M1: torch.Tensor) -> torch.Tensor:
+    """[M] columns: the first whose cumulative weight exceeds `uniform` of the total; never one of weight zero."""
+    cumulative_MV = weight_MV.cumsum(dim=-1)
+    target_M1 = uniform_M1 * cumulative_MV[:, -1:]
+    column_M = torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0]
+    return column_M.clamp(max=weight_MV.shape[-1] - 1)

@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pager.errors import BudgetError
-
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BLOCK_TOKENS = 16
-
-NULL_BLOCK = 0
-"""Never handed out and always zero: reads beyond a sequence's end go here, so that no sequence, not even one whose
-values are NaN, can reach another through padding (a masked weight of zero times NaN is NaN)."""
 
 
 class BlockPool:
@@ -29,11 +23,8 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        """`num_blocks` counts the null block. Raises BudgetError when no block is left to hand out."""
-        if num_blocks < 2:
-            raise BudgetError(f"{num_blocks} KV blocks hold no token: the first is never handed out; raise kv_memory")
-        self.num_blocks = num_blocks - 1
-        self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
+        self.num_blocks = num_blocks
+        self._free = list(reversed(range(num_blocks)))
         self._is_used = [False] * num_blocks
 
     @property
@@ -62,13 +53,11 @@ class BlockPool:
         self._free.extend(blocks)
 
     def check_integrity(self) -> None:
-        """Every block but the null one is either used or in the free list, once."""
-        assert not self._is_used[NULL_BLOCK]
+        """Every block is either used or in the free list, once."""
         free = set(self._free)
         assert len(free) == len(self._free), "a block is twice in the free list"
-        assert NULL_BLOCK not in free
-        for block in range(1, self.num_blocks + 1):
-            assert self._is_used[block] != (block in free), f"block {block} is both used and free, or neither"
+        for block, is_used in enumerate(self._is_used):
+            assert is_used != (block in free), f"block {block} is both used and free, or neither"
 
 
 class KvCache:
@@ -95,20 +84,11 @@ def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS)
 
 
-def blocks_within(budget_bytes: int, config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """How many blocks (the null block among them) `budget_bytes` buys. Raises BudgetError below two."""
-    block_bytes = BLOCK_TOKENS * kv_bytes_per_token(config, dtype)
-    count = budget_bytes // block_bytes
-    if count < 2:
-        raise BudgetError(f"kv_memory of {budget_bytes} bytes is too small; two blocks take {2 * block_bytes} bytes")
-    return count
-
-
 def token_slots(tables: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """[B, max blocks * BLOCK_TOKENS] int64: the token slot of each position of each block table, padded with the null
-    block."""
+    """[B, max blocks * BLOCK_TOKENS] int64: the token slot of each position of each block table. What lies beyond a
+    table's end repeats its first block."""
     width = max(map(len, tables))
-    padded = torch.tensor([[*table, *[NULL_BLOCK] * (width - len(table))] for table in tables])
+    padded = torch.tensor([[*table, *[table[0]] * (width - len(table))] for table in tables])
     slots = padded[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)
     return slots.flatten(1).to(device)
 

@@ -1,0 +1,96 @@
+"""Runs the model over KV blocks: a part of one prompt, or the next token of a batch. Knows nothing of requests.
+
+Legend: B rows, S new tokens, C context tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from pager.engine import attention
+from pager.engine.attention import KvStep
+from pager.engine.kv import KvCache, token_slots
+
+
+@dataclass(frozen=True, slots=True)
+class RowStart:
+    """Where a row of a batch stands: its block table, the token to run next, and that token's position."""
+
+    blocks: Sequence[int]
+    token_id: int
+    position: int
+
+
+class DecodeBatch:
+    """Device state of a fixed set of sequences, one token a step each. Made anew when the set changes; mutable.
+
+    Nothing but the length of the context changes shape from step to step.
+    """
+
+    def __init__(self, rows: Sequence[RowStart], device: torch.device) -> None:
+        self._slots_BC = token_slots([row.blocks for row in rows], device)
+        self._positions_C = torch.arange(self._slots_BC.shape[1], device=device)
+        self.token_B1 = torch.tensor([[row.token_id] for row in rows], device=device)
+        self.position_B1 = torch.tensor([[row.position] for row in rows], device=device)
+        self._context = 1 + max(row.position for row in rows)
+
+    def kv_step(self, cache: KvCache) -> KvStep:
+        slots_BC = self._slots_BC[:, : self._context]
+        mask_BC = self._positions_C[: self._context] <= self.position_B1
+        # A masked position still takes part with weight 0, and 0 * NaN is NaN: so it reads the row's own first token,
+        # never what another sequence left behind.
+        read_BC = torch.where(mask_BC, slots_BC, slots_BC[:, :1])
+        write_B = self._slots_BC.gather(1, self.position_B1)[:, 0]
+        return KvStep(cache, write_B, read_BC, mask_BC[:, None, None])
+
+    def advance(self, token_B: torch.Tensor) -> None:
+        """The sampled tokens become the next step's input."""
+        self.token_B1 = token_B[:, None]
+        self.position_B1 = self.position_B1 + 1
+        self._context += 1
+
+
+class ModelRunner:
+    """Owns the KV tensors and calls the model. One thread only."""
+
+    def __init__(self, model: PreTrainedModel, cache: KvCache, device: torch.device) -> None:
+        """Raises UnsupportedModel where the model's attention can not run over blocks."""
+        attention.install(model)
+        self._model: Callable[..., object] = model
+        self._cache = cache
+        self.device = device
+        self.num_forwards = 0
+
+    def prefill(self, token_ids: Sequence[int], blocks: Sequence[int], num_past: int = 0) -> torch.Tensor:
+        """[1, V] logits after `token_ids`, which follow `num_past` tokens of the same sequence that ran before."""
+        end = num_past + len(token_ids)
+        slots_C = token_slots([blocks], self.device)[0, :end]
+        position_S = torch.arange(num_past, end, device=self.device)
+        read_1C = mask_SC = None
+        if num_past:
+            read_1C = slots_C[None]
+            mask_SC = torch.arange(end, device=self.device) <= position_S[:, None]
+        step = KvStep(self._cache, slots_C[num_past:], read_1C, mask_SC)
+        return self._forward(torch.tensor([token_ids], device=self.device), position_S[None], step)
+
+    def decode(self, batch: DecodeBatch) -> torch.Tensor:
+        """[B, V] logits of every row's next token; one forward."""
+        return self._forward(batch.token_B1, batch.position_B1, batch.kv_step(self._cache))
+
+    @torch.inference_mode()
+    def _forward(self, token_BS: torch.Tensor, position_BS: torch.Tensor, step: KvStep) -> torch.Tensor:
+        self.num_forwards += 1
+        output = self._model(
+            input_ids=token_BS,
+            position_ids=position_BS,
+            use_cache=False,
+            output_router_logits=False,
+            logits_to_keep=1,
+            kv_step=step,
+        )
+        logits_BV: torch.Tensor = output.logits[:, -1]  # type: ignore[attr-defined]
+        return logits_BV

@@ -110,6 +110,12 @@ class TenantOverloaded(Overloaded):
     reason = "TENANT_OVERLOADED"
 
 
+class SlotsExhausted(Overloaded):
+    """Every expert slot is held or promised, so that not one expert can be brought in."""
+
+    reason = "SLOTS_EXHAUSTED"
+
+
 class WorkerLost(PagerError):
     """The worker that ran the request died or hung."""
 

@@ -1,0 +1,130 @@
+"""Positional reads from one file into memory that the caller owns.
+
+Nothing here is memory-mapped: mapped pages would count as this process's memory, and a file that is cut short
+while it is mapped kills the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+STAGING_BYTES = 1 << 20
+"""What one read holds besides its destination while it converts between dtypes."""
+
+# Below torch's grain size a copy stays on the calling thread: readers are parallel already, and an OpenMP team for each
+# of them would cost more than it saves.
+_CAST_ELEMENTS = 32_767
+
+
+class DataFile:
+    """A file open for reading, and its size then. Reads are thread-safe; `close` only when none is running."""
+
+    _fd: int | None = None
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._fd).st_size
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fills the byte buffers in turn from `offset` on; returns how many bytes. Raises OSError, also if short."""
+        if self._fd is None:
+            raise OSError(errno.EBADF, "the file is closed", str(self.path))
+        pending = [buffer for buffer in buffers if buffer.nbytes]
+        done = 0
+        while pending:
+            count = os.preadv(self._fd, pending, offset + done)
+            if count == 0:
+                missing = sum(buffer.nbytes for buffer in pending)
+                message = f"the file ends at byte {offset + done}, {missing} bytes short of this read"
+                raise OSError(errno.EIO, message, str(self.path))
+            done += count
+            while pending and count >= pending[0].nbytes:
+                count -= pending.pop(0).nbytes
+            if count:
+                pending[0] = pending[0][count:]
+        return done
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        """Raises OSError, also on a short read."""
+        buffer = bytearray(nbytes)
+        self.read_into([memoryview(buffer)], offset)
+        return bytes(buffer)
+
+    def duplicate(self) -> DataFile:
+        """The same open file with a life of its own."""
+        if self._fd is None:
+            raise OSError(errno.EBADF, "the file is closed", str(self.path))
+        twin = DataFile.__new__(DataFile)
+        twin.path, twin.size, twin._fd = self.path, self.size, os.dup(self._fd)
+        return twin
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    __del__ = close
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable. Raises ValueError for any other."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"the destination must be a contiguous CPU tensor, not {tensor.device}, strides {tensor.stride()}"
+        )
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def read_pieces(
+    file: DataFile, offset: int, nbytes: int, dtype: torch.dtype, hasher: xxhash.xxh3_128 | None = None
+) -> Iterator[Tensor]:
+    """The `nbytes` at `offset` as consecutive 1-D tensors of `dtype`.
+
+    They share a bounded buffer: each is valid until the next. The stored bytes are fed to `hasher`. Raises OSError.
+    """
+    staging = torch.empty(min(nbytes, STAGING_BYTES), dtype=torch.uint8)
+    memory = raw_bytes(staging)
+    for start in range(0, nbytes, STAGING_BYTES):
+        count = min(STAGING_BYTES, nbytes - start)
+        file.read_into([memory[:count]], offset + start)
+        if hasher is not None:
+            hasher.update(memory[:count])
+        yield staging[:count].view(dtype)
+
+
+def read_tensor_at(
+    file: DataFile, offset: int, stored: torch.dtype, out: Tensor, hasher: xxhash.xxh3_128 | None = None
+) -> int:
+    """Fills `out` (CPU, contiguous) with as many elements of dtype `stored`; returns the bytes read.
+
+    Straight into `out` where the dtypes agree, else through a bounded buffer. The stored bytes are fed to
+    `hasher`. Raises OSError; what `out` holds then is undefined.
+    """
+    if out.dtype == stored:
+        memory = raw_bytes(out)
+        count = file.read_into([memory], offset)
+        if hasher is not None:
+            hasher.update(memory)
+        return count
+    flat = out.view(-1)
+    nbytes = flat.numel() * stored.itemsize
+    filled = 0
+    for piece in read_pieces(file, offset, nbytes, stored, hasher):
+        cast_into(piece, flat[filled : filled + piece.numel()])
+        filled += piece.numel()
+    return nbytes
+
+
+def cast_into(piece: Tensor, out: Tensor) -> None:
+    """`out.copy_(piece)` of two equally long 1-D tensors, on this thread alone."""
+    for start in range(0, piece.numel(), _CAST_ELEMENTS):
+        out[start : start + _CAST_ELEMENTS].copy_(piece[start : start + _CAST_ELEMENTS])

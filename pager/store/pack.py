@@ -1,0 +1,215 @@
+"""Rewrites a plain checkpoint as a packed one: the trunk in one safetensors file, each expert in one extent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import xxhash
+from torch import Tensor
+
+from pager.errors import CheckpointError, ConfigError, InsufficientDisk
+from pager.store.datafile import raw_bytes
+from pager.store.experts import ExpertNames, find_experts
+from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader
+from pager.store.safetensors_header import DTYPE_NAMES, TensorSpec, layout
+from pager.store.safetensors_index import Checkpoint
+from pager.types import ExpertKey, ExpertShape
+from pager.units import format_bytes
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+_SIDE_FILES = (
+    "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*", "*.model", "LICENSE*", "README*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    checkpoint: Checkpoint
+    experts: Mapping[ExpertKey, tuple[TensorSpec, TensorSpec, TensorSpec]]
+    header: PackHeader  # without checksums yet
+    trunk_header: bytes
+    trunk: tuple[TensorSpec, ...]  # as they will be stored
+    side_files: tuple[Path, ...]
+    recast: bool
+
+    @property
+    def data_start(self) -> int:
+        return len(self.header.encode())
+
+    @property
+    def nbytes(self) -> int:
+        trunk = len(self.trunk_header) + sum(spec.nbytes for spec in self.trunk)
+        side = sum(path.stat().st_size for path in self.side_files)
+        return self.data_start + self.header.extents_nbytes + trunk + side
+
+
+def pack(
+    source_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    names: ExpertNames,
+    experts_per_layer: Sequence[int],
+    shape: ExpertShape,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a self-contained packed checkpoint in `dtype` (None: as stored). It appears whole or not at all.
+
+    Holds a bounded buffer, never a tensor. Checksums recorded for the source are checked on the way. Raises
+    CheckpointError for a bad source, ConfigError if `out_dir` exists or `dtype` can't be stored, and
+    InsufficientDisk before anything is written or when the disk runs full.
+    """
+    out = Path(out_dir)
+    if out.exists():
+        raise ConfigError(f"{out} already exists; choose another directory or remove it")
+    if dtype is not None and not (dtype.is_floating_point and dtype in DTYPE_NAMES):
+        raise ConfigError(f"experts can not be packed as {dtype}; use float32, bfloat16 or float16")
+    with Checkpoint.open(source_dir) as checkpoint:
+        job = _plan(checkpoint, names, tuple(experts_per_layer), shape, dtype)
+        with _appearing(out, job.nbytes) as partial:
+            _write(job, partial, progress or (lambda done, total: None))
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    names: ExpertNames,
+    experts_per_layer: tuple[int, ...],
+    shape: ExpertShape,
+    dtype: torch.dtype | None,
+) -> _Job:
+    if checkpoint.is_packed:
+        raise CheckpointError(f"{checkpoint.path} is packed already; pack the checkpoint that it was made from")
+    experts = find_experts(checkpoint, names, experts_per_layer, shape)
+    paged = {spec.name for specs in experts.values() for spec in specs}
+    trunk_header, trunk = layout(
+        TRUNK_NAME,
+        (
+            (spec.name, spec.shape, dtype if dtype and spec.dtype.is_floating_point else spec.dtype)
+            for spec in checkpoint.specs.values()
+            if spec.name not in paged
+        ),
+    )
+    expert_dtype = dtype or next(iter(experts.values()))[0].dtype
+    header = PackHeader.plan(
+        checkpoint.fingerprint, experts_per_layer, shape, expert_dtype, (spec.name for spec in trunk)
+    )
+    side_files = {path for pattern in _SIDE_FILES for path in checkpoint.path.glob(pattern) if path.is_file()}
+    return _Job(checkpoint, experts, header, trunk_header, trunk, tuple(sorted(side_files)), dtype is not None)
+
+
+@contextmanager
+def _appearing(out: Path, needed: int) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` at the end; removed if anything goes wrong, an interrupt included."""
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(partial.parent).free
+        if free < needed:
+            raise InsufficientDisk(
+                f"packing into {out} needs {format_bytes(needed)} and {format_bytes(free)} are free there; "
+                "free some space, choose another disk, or pack as bfloat16"
+            )
+        partial.mkdir()
+        yield partial
+        _sync_directory(partial)
+        partial.rename(out)
+        _sync_directory(out.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _write_error(out, error) from error
+        raise
+
+
+def _write_error(out: Path, error: OSError) -> InsufficientDisk | ConfigError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InsufficientDisk(f"the disk ran full while packing into {out}; nothing was kept")
+    return ConfigError(f"cannot write {out}: {error}")
+
+
+def _write(job: _Job, partial: Path, progress: Progress) -> None:
+    _copy_side_files(job, partial)
+    total = sum(spec.nbytes for spec in job.trunk) + sum(extent.nbytes for extent in job.header.extents.values())
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    with (partial / TRUNK_NAME).open("wb") as stream:
+        trunk_checksums = _write_trunk(job, stream, advance)
+        _sync(stream)
+    with (partial / PACK_NAME).open("wb") as stream:
+        extent_checksums = _write_experts(job, stream, advance)
+        stream.truncate(job.data_start + job.header.extents_nbytes)
+        header = job.header.with_checksums(extent_checksums, trunk_checksums).encode()
+        assert len(header) == job.data_start, "the header's length depends on its checksums"
+        stream.seek(0)
+        stream.write(header)
+        _sync(stream)
+
+
+def _write_trunk(job: _Job, stream: BinaryIO, advance: Callable[[int], None]) -> dict[str, str]:
+    checksums = {}
+    stream.write(job.trunk_header)
+    for spec in job.trunk:
+        hasher = xxhash.xxh3_128()
+        _write_pieces(job.checkpoint.pieces(spec.name), spec.dtype, stream, hasher)
+        checksums[spec.name] = hasher.hexdigest()
+        advance(spec.nbytes)
+    return checksums
+
+
+def _write_experts(job: _Job, stream: BinaryIO, advance: Callable[[int], None]) -> dict[ExpertKey, str]:
+    checksums = {}
+    for key, specs in job.experts.items():
+        extent = job.header.extents[key]
+        hasher = xxhash.xxh3_128()
+        stream.seek(job.data_start + extent.offset)
+        for spec in specs:
+            _write_pieces(job.checkpoint.pieces(spec.name), job.header.dtype, stream, hasher)
+        checksums[key] = hasher.hexdigest()
+        advance(extent.nbytes)
+    return checksums
+
+
+def _write_pieces(pieces: Iterator[Tensor], dtype: torch.dtype, stream: BinaryIO, hasher: xxhash.xxh3_128) -> None:
+    for piece in pieces:
+        memory = raw_bytes(piece.to(dtype))
+        hasher.update(memory)
+        stream.write(memory)
+
+
+def _copy_side_files(job: _Job, partial: Path) -> None:
+    config = dict(job.checkpoint.config)
+    if job.recast:
+        config.pop("torch_dtype", None)  # the name of this key before transformers 5
+        config["dtype"] = str(job.header.dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in job.side_files:
+        shutil.copyfile(path, partial / path.name)
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

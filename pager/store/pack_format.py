@@ -1,0 +1,166 @@
+"""The layout of `experts.pack`: a checksummed header, then one contiguous 4096-aligned extent for each expert.
+
+    magic, version, header length, xxh3_128 of the header | header JSON | zeros up to 4096 | extent | zeros | ...
+
+An extent is gate_up [2F, D] (gate rows first) and then down [D, F], in one dtype. Offsets in the header count
+from the end of the padded header, so that its length does not depend on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from pager.errors import CheckpointError
+from pager.store.datafile import DataFile
+from pager.store.safetensors_header import DTYPE_NAMES, DTYPES
+from pager.types import ExpertKey, ExpertShape
+
+PACK_NAME = "experts.pack"
+TRUNK_NAME = "trunk.safetensors"
+ALIGNMENT = 4096
+
+_MAGIC = b"EXPRPACK"
+_VERSION = 1
+_PREFIX = struct.Struct("<8sIQ16s")
+_NO_CHECKSUM = "0" * 32
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where one expert's bytes lie, counted from the end of the padded header, and their xxh3_128 in hex."""
+
+    offset: int
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class PackHeader:
+    """What a pack holds. `trunk_checksums` covers every tensor of the trunk file beside it."""
+
+    source_fingerprint: str
+    experts_per_layer: tuple[int, ...]
+    shape: ExpertShape
+    dtype: torch.dtype
+    extents: Mapping[ExpertKey, Extent]
+    trunk_checksums: Mapping[str, str]
+
+    @classmethod
+    def plan(
+        cls,
+        source_fingerprint: str,
+        experts_per_layer: tuple[int, ...],
+        shape: ExpertShape,
+        dtype: torch.dtype,
+        trunk_names: Iterable[str],
+    ) -> PackHeader:
+        """The header of a pack still to be written: everything but the checksums, and as long as the final one."""
+        nbytes = shape.num_elements * dtype.itemsize
+        extents = {
+            key: Extent(index * align(nbytes), nbytes, _NO_CHECKSUM)
+            for index, key in enumerate(all_keys(experts_per_layer))
+        }
+        trunk = dict.fromkeys(trunk_names, _NO_CHECKSUM)
+        return cls(source_fingerprint, experts_per_layer, shape, dtype, extents, trunk)
+
+    def with_checksums(self, extents: Mapping[ExpertKey, str], trunk: Mapping[str, str]) -> PackHeader:
+        filled = {key: dataclasses.replace(extent, checksum=extents[key]) for key, extent in self.extents.items()}
+        return dataclasses.replace(
+            self, extents=filled, trunk_checksums={name: trunk[name] for name in self.trunk_checksums}
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """The packed model's id: its source's and its dtype."""
+        return hashlib.sha256(f"{self.source_fingerprint}/{DTYPE_NAMES[self.dtype]}".encode()).hexdigest()[:32]
+
+    @property
+    def extents_nbytes(self) -> int:
+        return sum(align(extent.nbytes) for extent in self.extents.values())
+
+    def encode(self) -> bytes:
+        """The header as stored, padded."""
+        body = {
+            "source_fingerprint": self.source_fingerprint,
+            "experts_per_layer": self.experts_per_layer,
+            "hidden": self.shape.hidden,
+            "intermediate": self.shape.intermediate,
+            "dtype": DTYPE_NAMES[self.dtype],
+            "extents": [[*key, extent.offset, extent.nbytes, extent.checksum] for key, extent in self.extents.items()],
+            "trunk": dict(self.trunk_checksums),
+        }
+        encoded = json.dumps(body, separators=(",", ":")).encode()
+        prefix = _PREFIX.pack(_MAGIC, _VERSION, len(encoded), xxhash.xxh3_128_digest(encoded))
+        return (prefix + encoded).ljust(align(_PREFIX.size + len(encoded)), b"\0")
+
+
+def align(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def all_keys(experts_per_layer: Iterable[int]) -> Iterator[ExpertKey]:
+    """Every expert in layer order."""
+    return (ExpertKey(layer, expert) for layer, count in enumerate(experts_per_layer) for expert in range(count))
+
+
+def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
+    """The header, and the byte at which the extents begin. Raises CheckpointError if the file is damaged or
+    truncated.
+    """
+    try:
+        magic, version, length, digest = _PREFIX.unpack(file.read(_PREFIX.size, 0))
+        if magic != _MAGIC:
+            raise _damaged(file.path, "it does not begin as a pack does")
+        if version != _VERSION:
+            raise CheckpointError(f"{file.path} is a pack of version {version}; this release reads version {_VERSION}")
+        if _PREFIX.size + length > file.size:
+            raise _damaged(file.path, f"its {file.size} bytes can not hold its header of {length}")
+        encoded = file.read(length, _PREFIX.size)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the header of {file.path}: {error}") from error
+    if xxhash.xxh3_128_digest(encoded) != digest:
+        raise _damaged(file.path, "its header does not match its checksum")
+    try:
+        header = _decode(encoded)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(file.path, f"its header can't be understood ({error!r})") from error
+    data_start = align(_PREFIX.size + length)
+    _check_extents(file, header, data_start)
+    return header, data_start
+
+
+def _decode(encoded: bytes) -> PackHeader:
+    body = json.loads(encoded)
+    return PackHeader(
+        source_fingerprint=body["source_fingerprint"],
+        experts_per_layer=tuple(body["experts_per_layer"]),
+        shape=ExpertShape(body["hidden"], body["intermediate"]),
+        dtype=DTYPES[body["dtype"]],
+        extents={ExpertKey(layer, expert): Extent(*rest) for layer, expert, *rest in body["extents"]},
+        trunk_checksums=body["trunk"],
+    )
+
+
+def _check_extents(file: DataFile, header: PackHeader, data_start: int) -> None:
+    planned = PackHeader.plan(header.source_fingerprint, header.experts_per_layer, header.shape, header.dtype, ())
+    where = {key: (extent.offset, extent.nbytes) for key, extent in header.extents.items()}
+    if where != {key: (extent.offset, extent.nbytes) for key, extent in planned.extents.items()}:
+        raise _damaged(file.path, "its extents are not those of its experts")
+    expected = data_start + header.extents_nbytes
+    if file.size < expected:
+        raise CheckpointError(
+            f"{file.path} is truncated: it should have {expected} bytes and has {file.size}; pack it again"
+        )
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a sound expert pack: {why}; pack the model again")

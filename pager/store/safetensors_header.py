@@ -1,0 +1,146 @@
+"""The header of a safetensors file: where each tensor's bytes lie. Ours, because positional reads need the offsets.
+
+Format: 8 bytes little-endian header length, that much JSON `{name: {dtype, shape, data_offsets}}`, then the
+data, which the tensors cover without gap or overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pager.errors import CheckpointError
+from pager.store.datafile import DataFile
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One stored tensor. `offset` counts from the start of the file; `checksum` is xxh3_128 of its bytes, where
+    recorded.
+    """
+
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    checksum: str | None = None
+
+
+def read_header(file: DataFile) -> dict[str, TensorSpec]:
+    """Every tensor of the file, in the order of its bytes.
+
+    Raises CheckpointError if the header is malformed, names an unsupported dtype or describes another length of file.
+    """
+    try:
+        length = int.from_bytes(file.read(min(8, file.size), 0), "little")
+        if file.size < 8 or length > MAX_HEADER_BYTES or 8 + length > file.size:
+            raise _damaged(file, f"its {file.size} bytes can not hold the header that it announces ({length} bytes)")
+        entries = json.loads(file.read(length, 8), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file.path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"its header is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise _damaged(file, "its header is not a JSON object")
+    specs = [_spec(file, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"]
+    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    _check_cover(file, specs, 8 + length)
+    return {spec.name: spec for spec in specs}
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
+
+
+def _spec(file: DataFile, name: str, entry: object, data_start: int) -> TensorSpec:
+    if not isinstance(entry, dict):
+        raise _damaged(file, f"the entry of tensor {name!r} is not a JSON object")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    dtype_name: Any = entry.get("dtype")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(file, f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+    dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"tensor {name!r} in {file.path} is stored as {dtype_name}, which is not supported; "
+            f"convert the checkpoint to one of {', '.join(DTYPES)}"
+        )
+    nbytes = offsets[1] - offsets[0]
+    if nbytes != math.prod(shape) * dtype.itemsize:
+        raise _damaged(file, f"tensor {name!r} has {nbytes} bytes, and shape {shape} in {dtype_name} needs others")
+    return TensorSpec(name, file.path.name, data_start + offsets[0], nbytes, tuple(shape), dtype)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_cover(file: DataFile, specs: list[TensorSpec], data_start: int) -> None:
+    end = data_start
+    for spec in specs:
+        if spec.offset != end:
+            raise _damaged(
+                file, f"tensor {spec.name!r} begins at byte {spec.offset}, and the one before it ends at {end}"
+            )
+        end += spec.nbytes
+    if file.size < end:
+        raise CheckpointError(
+            f"{file.path} is truncated: its header describes {end} bytes and the file has {file.size}; fetch it again"
+        )
+    if file.size > end:
+        raise _damaged(file, f"its header describes {end} bytes and the file has {file.size}")
+
+
+def _damaged(file: DataFile, why: str) -> CheckpointError:
+    return CheckpointError(f"{file.path} is not a sound safetensors file: {why}; fetch it again")
+
+
+def layout(
+    file: str, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]
+) -> tuple[bytes, tuple[TensorSpec, ...]]:
+    """The header of a file to be written, and where in it each tensor's bytes go, in file order.
+
+    Larger items come first, so that every tensor is aligned to its own.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-tensor[2].itemsize, tensor[0]))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, dtype in ordered:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    header = len(encoded).to_bytes(8, "little") + encoded
+    specs, offset = [], len(header)
+    for name, shape, dtype in ordered:
+        nbytes = math.prod(shape) * dtype.itemsize
+        specs.append(TensorSpec(name, file, offset, nbytes, shape, dtype))
+        offset += nbytes
+    return header, tuple(specs)

@@ -1,0 +1,169 @@
+"""Reading experts, plain and packed: the same bits, the right error for the right expert."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError
+from pager.store.experts import PackedExperts
+from pager.store.safetensors_index import Checkpoint
+from pager.store.verify import record
+from pager.types import ExpertKey, ExpertShape
+
+
+@pytest.fixture(params=["plain", "recorded", "packed"])
+def stored(request, sharded, model, tmp_path) -> Path:
+    if request.param == "packed":
+        return model.pack(sharded, tmp_path / "packed")
+    if request.param == "recorded":
+        record(sharded)
+    return sharded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_expert_is_its_tensors_cast(stored, model, dtype):
+    source = model.open_experts(stored)
+    assert source.keys_per_layer() == (4, 0, 3)
+    assert source.stored_dtype == torch.float32
+    assert source.shape == model.shape
+    for key in model.keys:
+        gate_up, down = model.blank(dtype)
+        assert source.read(key, gate_up, down) == model.shape.num_elements * 4
+        expected_gate_up, expected_down = model.expert(key)
+        assert torch.equal(gate_up, expected_gate_up.to(dtype))
+        assert torch.equal(down, expected_down.to(dtype))
+    source.close()
+
+
+def test_eight_threads_read_what_one_reads(stored, model):
+    source = model.open_experts(stored)
+
+    def read(index: int) -> bool:
+        key = model.keys[index % len(model.keys)]
+        gate_up, down = model.blank(torch.bfloat16 if index % 2 else torch.float32)
+        source.read(key, gate_up, down)
+        expected_gate_up, expected_down = model.expert(key)
+        return torch.equal(gate_up, expected_gate_up.to(gate_up.dtype)) and torch.equal(
+            down, expected_down.to(down.dtype)
+        )
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(read, range(400)))
+    source.close()
+
+
+def test_nothing_is_mapped_and_close_frees_the_descriptors(stored, model):
+    before = len(os.listdir("/proc/self/fd"))
+    source = model.open_experts(stored)
+    source.read(model.keys[0], *model.blank(torch.float32))
+    assert str(stored) not in Path("/proc/self/maps").read_text()
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ExpertReadError, match="closed"):
+        source.read(model.keys[0], *model.blank(torch.float32))
+
+
+def test_destinations_of_another_shape_and_unknown_keys_are_misuse(stored, model):
+    source = model.open_experts(stored)
+    gate_up, down = model.blank(torch.float32)
+    with pytest.raises(ValueError, match="shapes"):
+        source.read(model.keys[0], down, gate_up)
+    with pytest.raises(KeyError):
+        source.read(ExpertKey(1, 0), gate_up, down)
+    source.close()
+
+
+def test_a_packed_expert_is_one_read(packed, model, monkeypatch):
+    source = PackedExperts(packed / "experts.pack")
+    real, calls = os.preadv, []
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: calls.append(offset) or real(fd, buffers, offset))
+    source.read(model.keys[2], *model.blank(torch.float32))
+    assert calls == [source.offset_of(model.keys[2])]
+    assert calls[0] % 4096 == 0
+    source.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flipped_byte_fails_that_expert_alone(packed, model, flip, dtype):
+    source = PackedExperts(packed / "experts.pack")
+    flip(packed / "experts.pack", source.offset_of(ExpertKey(2, 1)) + 5000)
+    with pytest.raises(ChecksumMismatch, match=r"expert 1 of layer 2 at byte \d+ of .*experts\.pack") as caught:
+        source.read(ExpertKey(2, 1), *model.blank(dtype))
+    assert caught.value.key == ExpertKey(2, 1)
+    for key in model.keys:
+        if key != ExpertKey(2, 1):
+            source.read(key, *model.blank(dtype))
+    source.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flipped_byte_in_a_recorded_checkpoint_fails_that_expert(sharded, model, flip, dtype):
+    record(sharded)
+    source = model.open_experts(sharded)
+    with Checkpoint.open(sharded) as checkpoint:
+        spec = checkpoint.specs[model.names(ExpertKey(0, 3))[2]]
+    flip(sharded / spec.file, spec.offset + spec.nbytes - 1)
+    with pytest.raises(ChecksumMismatch) as caught:
+        source.read(ExpertKey(0, 3), *model.blank(dtype))
+    assert caught.value.key == ExpertKey(0, 3)
+    source.read(ExpertKey(0, 2), *model.blank(dtype))
+    source.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_cut_off_while_serving_is_a_read_error_of_that_expert(stored, model, dtype):
+    source = model.open_experts(stored)
+    for file in [*stored.glob("*.safetensors"), *stored.glob("*.pack")]:
+        os.truncate(file, 4000)
+    with pytest.raises(ExpertReadError, match="expert 2 of layer 2") as caught:
+        source.read(ExpertKey(2, 2), *model.blank(dtype))
+    assert caught.value.key == ExpertKey(2, 2)
+    source.close()
+
+
+# What is refused when opening
+
+
+def test_missing_expert_tensors_are_counted_and_the_first_is_named(model, save):
+    gone = [*model.names(ExpertKey(0, 2)), *model.names(ExpertKey(2, 2))[1:]]
+    for name in gone:
+        del model.tensors[name]
+    with pytest.raises(CheckpointError, match=rf"lacks 5 of 21 expert tensors, first '{gone[0]}'"):
+        model.open_experts(save(model, 1))
+
+
+def test_an_expert_of_another_shape_is_named(model, save):
+    name = model.names(ExpertKey(2, 0))[1]
+    model.tensors[name] = torch.zeros(20, 47)
+    with pytest.raises(CheckpointError, match=rf"{name}.*\(20, 47\).*\(20, 48\)"):
+        model.open_experts(save(model, 3))
+
+
+def test_mixed_dtypes_are_refused_by_name(model, save):
+    name = model.names(ExpertKey(2, 0))[2]
+    model.tensors[name] = model.tensors[name].bfloat16()
+    with pytest.raises(CheckpointError, match=f"two dtypes.*{name}.*bfloat16"):
+        model.open_experts(save(model, 3))
+
+
+def test_integer_experts_are_refused(model, save):
+    model.tensors = {name: tensor.to(torch.int8) for name, tensor in model.tensors.items()}
+    with pytest.raises(CheckpointError, match="floating point"):
+        model.open_experts(save(model, 1))
+
+
+def test_a_model_without_experts_is_refused(model, sharded):
+    model.experts_per_layer = (0, 0, 0)
+    with pytest.raises(CheckpointError, match="nothing to page"):
+        model.open_experts(sharded)
+
+
+def test_a_pack_of_another_model_is_refused(packed, model):
+    model.shape = ExpertShape(hidden=48, intermediate=24)
+    with pytest.raises(CheckpointError, match=r"intermediate=20.*intermediate=24"):
+        model.open_experts(packed)

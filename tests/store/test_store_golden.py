@@ -1,0 +1,39 @@
+"""The small released-format checkpoint: all of it is read as safetensors' own reader reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from pager.store.pack import pack
+from pager.store.safetensors_index import Checkpoint
+from pager.store.verify import verify
+from pager.types import ExpertShape
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden checkpoint is not there")
+def test_the_golden_checkpoint_survives_packing(model, tmp_path):
+    config = Checkpoint.open(GOLDEN).config
+    shape = ExpertShape(config["hidden_size"], config["intermediate_size"])
+    layers = (config["num_experts"],) * config["num_hidden_layers"]
+    pack(GOLDEN, tmp_path / "packed", names=model.names, experts_per_layer=layers, shape=shape)
+    assert verify(tmp_path / "packed").ok
+    model.shape, model.experts_per_layer = shape, layers
+    plain, packed = model.open_experts(GOLDEN), model.open_experts(tmp_path / "packed")
+    for shard in sorted(GOLDEN.glob("*.safetensors")):
+        with safe_open(shard, "pt") as reference:
+            model.tensors |= {name: reference.get_tensor(name) for name in reference.keys()}  # noqa: SIM118
+    for key in model.keys:
+        expected = model.expert(key)
+        for source in (plain, packed):
+            found = model.blank(torch.float32)
+            source.read(key, *found)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+    plain.close()
+    packed.close()

@@ -1,0 +1,195 @@
+"""Packing: the same model in another layout, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pager.errors import CheckpointError, ConfigError, InsufficientDisk
+from pager.store import pack as pack_module
+from pager.store.experts import PackedExperts
+from pager.store.safetensors_index import Checkpoint
+from pager.store.verify import record, verify
+from pager.types import ExpertKey
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_a_pack_holds_the_source_cast(plain, model, tmp_path, dtype):
+    packed = model.pack(plain, tmp_path / "packed", dtype)
+    wanted = dtype or torch.float32
+    source = model.open_experts(packed)
+    assert source.stored_dtype == wanted
+    for key in model.keys:
+        gate_up, down = model.blank(wanted)
+        source.read(key, gate_up, down)
+        assert torch.equal(gate_up, model.expert(key)[0].to(wanted))
+        assert torch.equal(down, model.expert(key)[1].to(wanted))
+    source.close()
+    trunk = {name: tensor for name, tensor in model.tensors.items() if ".experts." not in name}
+    with Checkpoint.open(packed) as checkpoint:
+        assert checkpoint.is_packed
+        assert checkpoint.specs.keys() == trunk.keys()
+        for name, tensor in trunk.items():
+            expected = tensor.to(wanted) if tensor.is_floating_point() else tensor
+            assert torch.equal(checkpoint.read_tensor(name), expected)
+    assert verify(packed).ok
+
+
+def test_the_trunk_is_a_safetensors_file_that_others_read(packed, model):
+    loaded = load_file(packed / "trunk.safetensors")
+    assert loaded.keys() == {name for name in model.tensors if ".experts." not in name}
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, model.tensors[name])
+
+
+def test_a_pack_is_self_contained(sharded, model, tmp_path):
+    (sharded / "notes.txt").write_text("stays behind")
+    packed = model.pack(sharded, tmp_path / "deep" / "packed", torch.bfloat16)
+    assert sorted(path.name for path in packed.iterdir()) == [
+        "config.json", "experts.pack", "generation_config.json", "tokenizer.json", "trunk.safetensors",
+    ]  # fmt: skip
+    assert json.loads((packed / "config.json").read_text()) == {"model_type": "emo", "dtype": "bfloat16"}
+    shutil.rmtree(sharded)
+    assert verify(packed).ok
+
+
+def test_progress_counts_bytes_up_to_the_whole(sharded, model, tmp_path):
+    calls: list[tuple[int, int]] = []
+    model.pack(sharded, tmp_path / "packed", progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls)
+    assert calls[-1] == (sum(tensor.nbytes for tensor in model.tensors.values()),) * 2
+
+
+def test_the_fingerprint_is_the_source_s_and_the_dtype(sharded, model, tmp_path):
+    def fingerprint(path: Path) -> str:
+        with Checkpoint.open(path) as checkpoint:
+            return checkpoint.fingerprint
+
+    as_stored = fingerprint(model.pack(sharded, tmp_path / "a"))
+    assert fingerprint(model.pack(sharded, tmp_path / "b", torch.float32)) == as_stored
+    assert fingerprint(model.pack(sharded, tmp_path / "c", torch.bfloat16)) not in (as_stored, fingerprint(sharded))
+
+
+# What is refused, and what is left behind
+
+
+def test_an_existing_directory_is_left_alone(sharded, model, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="already exists"):
+        model.pack(sharded, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_pack_is_not_packed_again(packed, model, tmp_path):
+    with pytest.raises(CheckpointError, match="packed already"):
+        model.pack(packed, tmp_path / "again")
+
+
+def test_an_unusable_dtype_is_refused(sharded, model, tmp_path):
+    with pytest.raises(ConfigError, match="float8"):
+        model.pack(sharded, tmp_path / "out", torch.float8_e4m3fn)
+
+
+def test_too_little_space_is_told_before_anything_is_written(sharded, model, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1024, 1024))
+    with pytest.raises(InsufficientDisk, match=r"needs \d+\.\d KiB and 1\.0 KiB are free"):
+        model.pack(sharded, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [sharded.name]
+
+
+def test_a_disk_that_runs_full_on_the_way_leaves_nothing(sharded, model, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InsufficientDisk, match="ran full"):
+        model.pack(sharded, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [sharded.name]
+
+
+@pytest.mark.parametrize("at", [0.05, 0.5, 1.0])
+def test_an_interrupt_leaves_nothing(sharded, model, tmp_path, at):
+    def interrupt(done: int, total: int) -> None:
+        if done >= at * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.pack(sharded, tmp_path / "out", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == [sharded.name]
+    model.pack(sharded, tmp_path / "out")
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_damaged_source_is_not_packed(sharded, model, tmp_path, flip):
+    record(sharded)
+    with Checkpoint.open(sharded) as checkpoint:
+        spec = checkpoint.specs[model.names(ExpertKey(2, 2))[0]]
+    flip(sharded / spec.file, spec.offset)
+    with pytest.raises(CheckpointError, match=rf"{spec.name}.*does not match its checksum"):
+        model.pack(sharded, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [sharded.name]
+
+
+def test_packing_does_not_grow_with_the_model(sharded, model, tmp_path, monkeypatch):
+    largest = []
+    real = pack_module.raw_bytes
+    monkeypatch.setattr(pack_module, "raw_bytes", lambda tensor: largest.append(tensor.nbytes) or real(tensor))
+    monkeypatch.setattr("pager.store.datafile.STAGING_BYTES", 512)
+    model.pack(sharded, tmp_path / "out")
+    assert max(largest) == 512
+
+
+# A damaged pack
+
+
+def test_a_damaged_header_is_refused_wherever_it_is_hit(packed, flip):
+    pack = packed / "experts.pack"
+    for offset, why in [(0, "does not begin"), (8, "version"), (12, "header"), (20, "checksum"), (300, "checksum")]:
+        flip(pack, offset)
+        with pytest.raises(CheckpointError, match=why):
+            PackedExperts(pack)
+        with pytest.raises(CheckpointError, match=why):
+            Checkpoint.open(packed)
+        flip(pack, offset)
+    Checkpoint.open(packed).close()
+
+
+@pytest.mark.parametrize("keep", [0, 30, 1000, -4096])
+def test_a_truncated_pack_is_refused(packed, keep):
+    pack = packed / "experts.pack"
+    os.truncate(pack, keep if keep >= 0 else pack.stat().st_size + keep)
+    with pytest.raises(CheckpointError, match=r"experts\.pack"):
+        Checkpoint.open(packed)
+
+
+@pytest.mark.parametrize("name", ["experts.pack", "trunk.safetensors", "config.json"])
+def test_half_a_packed_directory_is_refused(packed, name):
+    (packed / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}.*No such file"):
+        Checkpoint.open(packed)
+
+
+def test_a_trunk_of_another_model_is_refused(packed, sharded, model, save, tmp_path):
+    model.tensors["model.extra"] = torch.zeros(3)
+    other = model.pack(save(model, 1), tmp_path / "other")
+    shutil.copy(other / "trunk.safetensors", packed / "trunk.safetensors")
+    with pytest.raises(CheckpointError, match="not of the same model"):
+        Checkpoint.open(packed)
+
+
+def test_a_flipped_byte_in_the_trunk_is_found_on_reading(packed, flip):
+    with Checkpoint.open(packed) as checkpoint:
+        spec = checkpoint.specs["model.embed_tokens.weight"]
+        flip(packed / spec.file, spec.offset + 17)
+        with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight.*checksum"):
+            checkpoint.read_tensor(spec.name, torch.bfloat16)
+        checkpoint.read_tensor("model.norm.weight")

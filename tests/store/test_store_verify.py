@@ -1,0 +1,123 @@
+"""Recording and verifying: every damaged tensor or expert is listed, with its place."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+import xxhash
+
+from pager.errors import CheckpointError
+from pager.store.experts import PackedExperts
+from pager.store.safetensors_index import Checkpoint
+from pager.store.verify import record, verify
+from pager.types import ExpertKey
+
+
+def test_a_recorded_checkpoint_verifies(plain, model):
+    manifest = record(plain)
+    name = "model.embed_tokens.weight"
+    assert manifest.tensor_checksums[name] == xxhash.xxh3_128_hexdigest(model.tensors[name].numpy())
+    report = verify(plain)
+    assert report.ok
+    assert not report.packed
+    assert report.num_checked == len(model.tensors)
+    assert report.nbytes_checked == sum(tensor.nbytes for tensor in model.tensors.values())
+
+
+def test_all_damaged_tensors_are_listed_with_their_place(sharded, model, flip):
+    record(sharded)
+    with Checkpoint.open(sharded) as checkpoint:
+        names = {"model.norm.weight", model.names(ExpertKey(2, 1))[0]}
+        specs = [checkpoint.specs[name] for name in names]
+    for spec in specs:
+        flip(sharded / spec.file, spec.offset + spec.nbytes // 2)
+    report = verify(sharded)
+    assert not report.ok
+    assert {(bad.name, bad.file, bad.offset) for bad in report.bad} == {(s.name, s.file, s.offset) for s in specs}
+    assert all("checksum" in bad.reason for bad in report.bad)
+
+
+def test_damaged_experts_and_trunk_of_a_pack_are_listed(packed, flip):
+    experts = PackedExperts(packed / "experts.pack")
+    offset = experts.offset_of(ExpertKey(0, 3))
+    experts.close()
+    flip(packed / "experts.pack", offset + 11_519)  # the last byte of the extent
+    with Checkpoint.open(packed) as checkpoint:
+        spec = checkpoint.specs["model.scale"]
+    flip(packed / spec.file, spec.offset)
+    report = verify(packed)
+    assert report.packed
+    assert [(bad.name, bad.file, bad.offset) for bad in report.bad] == [
+        ("model.scale", "trunk.safetensors", spec.offset),
+        ("layer 0 expert 3", "experts.pack", offset),
+    ]
+
+
+def test_progress_reaches_the_whole(packed, sharded):
+    for action, path in ((record, sharded), (verify, sharded), (verify, packed)):
+        calls: list[tuple[int, int]] = []
+        action(path, lambda done, total, calls=calls: calls.append((done, total)))
+        assert calls[-1][0] == calls[-1][1] > 0
+
+
+def test_nothing_recorded_says_how_to_record(sharded):
+    with pytest.raises(CheckpointError, match=r"verify --record"):
+        verify(sharded)
+
+
+def test_a_pack_is_not_recorded(packed):
+    with pytest.raises(CheckpointError, match="carries its checksums"):
+        record(packed)
+
+
+def test_recorded_checksums_guard_ordinary_reads(sharded, flip):
+    record(sharded)
+    with Checkpoint.open(sharded) as checkpoint:
+        spec = checkpoint.specs["model.norm.weight"]
+        flip(sharded / spec.file, spec.offset)
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*does not match its checksum"):
+                checkpoint.read_tensor("model.norm.weight", dtype)
+
+
+def test_files_that_changed_since_are_refused_until_recorded_anew(model, save):
+    path = save(model, 1)
+    record(path)
+    model.tensors["model.extra"] = torch.zeros(5)
+    os.replace(save(model, 1) / "model.safetensors", path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes and was recorded with \d+"):
+        Checkpoint.open(path)
+    record(path)
+    assert verify(path).ok
+
+
+def test_recording_replaces_the_manifest_and_leaves_nothing_else(sharded):
+    before = {path.name for path in sharded.iterdir()}
+    record(sharded)
+    record(sharded)
+    assert {path.name for path in sharded.iterdir()} == before | {"checksums.json"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: "not json",
+        lambda body: [],
+        lambda body: body | {"version": 2},
+        lambda body: body | {"algorithm": "md5"},
+        lambda body: body | {"tensors": {}},
+        lambda body: body | {"tensors": dict.fromkeys(body["tensors"], 7)},
+        lambda body: body | {"files": [1]},
+        lambda body: {key: body[key] for key in ("version", "files", "tensors")},
+    ],
+)
+def test_a_malformed_manifest_is_refused(sharded, change):
+    record(sharded)
+    path = sharded / "checksums.json"
+    changed = change(json.loads(path.read_text()))
+    path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(CheckpointError, match=r"checksums\.json"):
+        Checkpoint.open(sharded)

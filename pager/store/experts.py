@@ -32,7 +32,8 @@ class ExpertSource(Protocol):
 
         Both are on the CPU, contiguous and of any float dtype. The bytes go straight into tensors of the stored
         dtype, and into others through a buffer of STAGING_BYTES. Thread-safe. Raises ExpertReadError, or
-        ChecksumMismatch where the bytes' checksum is known; what the tensors hold then is undefined. A key that the model doesn't have is a KeyError, tensors of another shape a ValueError.
+        ChecksumMismatch where the bytes' checksum is known; what the tensors hold then is undefined. A key that
+        the model doesn't have is a KeyError, tensors of another shape a ValueError.
         """
         ...
 

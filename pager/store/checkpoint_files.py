@@ -121,8 +121,9 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
 def _open_file(path: Path) -> DataFile:
     try:
         return DataFile(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot open {path}: {error.strerror or error}; fetch the file again") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot open {path}: {reason}; fetch the file again") from error
 
 
 def _with_checksums(specs: Mapping[str, TensorSpec], checksums: Mapping[str, str]) -> dict[str, TensorSpec]:

@@ -112,6 +112,8 @@ def _plan(
 def _appearing(out: Path, needed: int) -> Iterator[Path]:
     """A directory to fill, which becomes `out` at the end; removed if anything goes wrong, an interrupt included."""
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    if partial.exists():
+        raise ConfigError(f"{partial} was left by a pack that was killed, or is in use; remove it if it is not")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free

@@ -139,10 +139,17 @@ def test_a_tensor_that_its_shard_lacks_is_named(sharded):
         Checkpoint.open(sharded)
 
 
-@pytest.mark.parametrize("shard", ["../other/model.safetensors", "/etc/passwd", 3])
+@pytest.mark.parametrize("shard", ["../other/model.safetensors", "/etc/passwd", "a/b", 3])
 def test_an_index_reaches_no_other_directory(sharded, shard):
     (sharded / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     with pytest.raises(CheckpointError, match="same directory"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("shard", ["", "..", "a\0b", "\ud800"])
+def test_an_impossible_shard_name_is_refused(sharded, shard):
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    with pytest.raises(CheckpointError, match="cannot"):
         Checkpoint.open(sharded)
 
 
@@ -226,6 +233,33 @@ def test_a_header_longer_than_the_file_is_refused_without_reading_it(raw, conten
     raw.write_bytes(content)
     with pytest.raises(CheckpointError, match="can not hold the header"):
         Checkpoint.open(raw.parent)
+
+
+def test_no_damage_to_a_header_is_anything_but_a_checkpoint_error(raw, flip):
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, raw)
+    end = raw.stat().st_size - 32
+    refused = 0
+    for offset in range(end):
+        flip(raw, offset)
+        try:
+            Checkpoint.open(raw.parent).close()
+        except CheckpointError:
+            refused += 1
+        flip(raw, offset)
+    assert refused == end  # an inverted ASCII byte is never UTF-8
+    Checkpoint.open(raw.parent).close()
+
+
+def test_a_hub_cache_of_links_is_read(sharded, model, tmp_path):
+    blobs = tmp_path / "blobs"
+    sharded.rename(blobs)
+    sharded.mkdir()
+    for number, file in enumerate(sorted(blobs.iterdir())):
+        blob = file.rename(blobs / f"{number:064x}")
+        (sharded / file.name).symlink_to(blob)
+    with Checkpoint.open(sharded) as checkpoint:
+        for name, expected in model.tensors.items():
+            assert torch.equal(checkpoint.read_tensor(name), expected)
 
 
 # The fingerprint

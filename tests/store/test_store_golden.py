@@ -18,7 +18,8 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="the golden checkpoint is not there")
 def test_the_golden_checkpoint_survives_packing(model, tmp_path):
-    config = Checkpoint.open(GOLDEN).config
+    with Checkpoint.open(GOLDEN) as checkpoint:
+        config = checkpoint.config
     shape = ExpertShape(config["hidden_size"], config["intermediate_size"])
     layers = (config["num_experts"],) * config["num_hidden_layers"]
     pack(GOLDEN, tmp_path / "packed", names=model.names, experts_per_layer=layers, shape=shape)

@@ -88,6 +88,14 @@ def test_an_existing_directory_is_left_alone(sharded, model, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_what_a_killed_pack_left_is_told_and_left_alone(sharded, model, tmp_path):
+    left = tmp_path / f"out.partial-{os.getpid()}"
+    left.mkdir()
+    with pytest.raises(ConfigError, match=rf"{left.name} was left"):
+        model.pack(sharded, tmp_path / "out")
+    assert left.exists()
+
+
 def test_a_pack_is_not_packed_again(packed, model, tmp_path):
     with pytest.raises(CheckpointError, match="packed already"):
         model.pack(packed, tmp_path / "again")

@@ -1,0 +1,187 @@
+"""The router's end of the token transport: one stream to a worker, many answers in it. Lives on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any, Self
+
+import grpc.aio
+from expert_pager.v1 import worker_pb2 as pb
+from expert_pager.v1 import worker_pb2_grpc
+
+from pager.cluster.codec import decode_chunk, decode_error, encode_request
+from pager.cluster.token_server import CHANNEL_OPTIONS, TOKEN_HEADER
+from pager.errors import Cancelled, PagerError, SlowReader, WorkerLost
+from pager.types import GenerateRequest, TokenChunk
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1.0  # a killed worker that loads a small model is back after some seconds; others may serve at once
+
+
+class AnswerStream:
+    """The chunks of one request, at most `limit` of them unread. Owned by its `WorkerLink`; read by one task."""
+
+    def __init__(self, request_id: str, limit: int) -> None:
+        self.request_id = request_id
+        self._limit = limit
+        self._chunks: deque[TokenChunk] = deque()
+        self._error: PagerError | None = None
+        self._finished = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, chunk: TokenChunk) -> bool:
+        """False when the reader is too slow: the stream has failed with SlowReader and drops what it held."""
+        if len(self._chunks) >= self._limit:
+            self._chunks.clear()
+            self.fail(SlowReader(f"the client left {self._limit} pieces of its answer unread; read faster"))
+            return False
+        self._chunks.append(chunk)
+        self._finished = chunk.usage is not None
+        self._wake()
+        return True
+
+    def fail(self, error: PagerError) -> None:
+        """What was received is still read; then `error` is raised."""
+        if not self._finished:
+            self._error = error
+            self._finished = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenChunk:
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._finished:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._chunks.popleft()
+
+
+class WorkerLink:
+    """One router's stream to one worker. Owns the answers open on it; when it breaks, each raises WorkerLost."""
+
+    def __init__(self, address: str, token: str, *, buffer_chunks: int, on_load: Callable[[pb.Load], None]) -> None:
+        self.broken = asyncio.Event()
+        self._buffer_chunks = buffer_chunks
+        self._on_load = on_load
+        self._metadata = ((TOKEN_HEADER, token),)
+        self._answers: dict[int, AnswerStream] = {}  # by ticket
+        self._tickets = itertools.count(1)
+        self._commands: asyncio.Queue[pb.Command] = asyncio.Queue()
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = worker_pb2_grpc.WorkerStub(self._channel)
+        self._reader: asyncio.Task[None] | None = None
+
+    async def attach(self, timeout_s: float = 10.0) -> None:
+        """Returns once the worker has answered. Raises WorkerLost when it does not."""
+        call = self._stub.Attach(self._outgoing(), metadata=self._metadata)
+        try:
+            first = await asyncio.wait_for(call.read(), timeout_s)
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            await self._channel.close(grace=None)
+            raise WorkerLost(f"the worker does not take a stream: {error}", retry_after_s=RETRY_AFTER_S) from error
+        self._on_load(first.load)
+        self._reader = asyncio.create_task(self._read(call))
+
+    @property
+    def num_open(self) -> int:
+        return len(self._answers)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Submits at the first step. Leaving the iterator before its end cancels the request on the worker."""
+        if self.broken.is_set():
+            raise _lost()
+        ticket = next(self._tickets)
+        answer = self._answers[ticket] = AnswerStream(request.id, self._buffer_chunks)
+        try:
+            self._commands.put_nowait(pb.Command(submit=encode_request(request, ticket)))
+            async for chunk in answer:
+                yield chunk
+        finally:
+            if self._answers.pop(ticket, None) is not None:
+                self._cancel(ticket)
+
+    async def abort(self, request_id: str, tenant: str, timeout_s: float = 2.0) -> bool:
+        """Whether the worker had such a request of this tenant and cancels it. A worker that is gone has none."""
+        message = pb.AbortRequest(request_id=request_id, tenant=tenant)
+        try:
+            reply = await self._stub.Abort(message, metadata=self._metadata, timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(reply.found)
+
+    def cancel_all(self) -> None:
+        """Ends every open answer with Cancelled, here and on the worker."""
+        for ticket in list(self._answers):
+            self._cancel(ticket)
+            self._answers.pop(ticket).fail(Cancelled("the service is shutting down"))
+
+    async def close(self) -> None:
+        """Open answers raise WorkerLost. Idempotent."""
+        self._break()
+        if self._reader is not None:
+            self._reader.cancel()
+        await self._channel.close(grace=None)
+
+    def _cancel(self, ticket: int) -> None:
+        self._commands.put_nowait(pb.Command(cancel=pb.Cancel(ticket=ticket)))
+
+    async def _outgoing(self) -> AsyncIterator[pb.Command]:
+        while True:
+            yield await self._commands.get()
+
+    async def _read(self, call: Any) -> None:
+        try:
+            while (push := await call.read()) is not grpc.aio.EOF:  # attach() has read(); the two styles don't mix
+                if push.WhichOneof("push") == "load":
+                    self._on_load(push.load)
+                else:
+                    self._take(push.step)
+        except grpc.aio.AioRpcError:
+            pass  # how a stream ends does not matter: the worker can not be reached over it
+        except Exception:
+            log.exception("reading from a worker failed in an unexpected way; its stream is given up")
+        finally:
+            self._break()
+
+    def _take(self, step: pb.Step) -> None:
+        for message in step.chunks:
+            answer = self._answers.get(message.ticket)
+            if answer is None:  # cancelled; the worker does not know yet
+                continue
+            chunk = decode_chunk(message, answer.request_id)
+            if not answer.push(chunk):
+                del self._answers[message.ticket]
+                self._cancel(message.ticket)
+            elif chunk.usage is not None:
+                del self._answers[message.ticket]
+        for failure in step.failures:
+            answer = self._answers.pop(failure.ticket, None)
+            if answer is not None:
+                answer.fail(decode_error(failure.error))
+
+    def _break(self) -> None:
+        self.broken.set()
+        for answer in self._answers.values():
+            answer.fail(_lost())
+        self._answers.clear()
+
+
+def _lost() -> WorkerLost:
+    return WorkerLost("the worker that ran this request is gone; send it again", retry_after_s=RETRY_AFTER_S)

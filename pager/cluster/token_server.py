@@ -1,0 +1,224 @@
+"""The worker's end of the token transport: one gRPC stream per router, one message per engine step and router.
+
+Everything here lives on one event loop; only `TokenServer.deliver` may be called from another thread. Knows no Ray
+and no torch: the engine is anything with `submit` and `cancel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import grpc.aio
+from expert_pager.v1 import worker_pb2 as pb
+from expert_pager.v1 import worker_pb2_grpc
+
+from pager.cluster.codec import decode_request, encode_chunk, encode_error
+from pager.errors import DuplicateRequest, PagerError
+from pager.types import GenerateRequest, TokenChunk
+
+log = logging.getLogger(__name__)
+
+TOKEN_HEADER = "x-expert-pager-token"
+LOAD_INTERVAL_S = 1.0
+MAX_UNREAD_STEPS = 4096  # a router that has stopped reading is treated as gone
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+
+
+class RequestFailure(Protocol):
+    """How the engine says that one request ended without an answer."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def error(self) -> PagerError: ...
+
+
+class TokenEngine(Protocol):
+    """What the transport needs of an engine; both are thread-safe and return at once."""
+
+    def submit(self, request: GenerateRequest) -> None: ...
+    def cancel(self, request_id: str, tenant: str | None = None) -> bool: ...
+
+
+StreamEvent = TokenChunk | RequestFailure
+
+
+class TokenServer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
+    """Serves `engine` to every router that knows `token`. Owns which router brought which open request."""
+
+    def __init__(self, engine: TokenEngine, load: Callable[[], pb.Load], token: str) -> None:
+        self._engine = engine
+        self._load = load
+        self._token = token
+        self._streams: set[_RouterStream] = set()
+        self._owners: dict[str, _Owner] = {}  # until the engine's last event of the request, its router gone or not
+        self._server: grpc.aio.Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._load_task: asyncio.Task[None] | None = None
+
+    async def start(self, bind: str) -> str:
+        """Listens on `bind` ("127.0.0.1:0", "unix:/path") and returns the address to dial."""
+        self._loop = asyncio.get_running_loop()
+        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port(bind)
+        await self._server.start()
+        self._load_task = asyncio.create_task(self._push_loads())
+        return bind if bind.startswith("unix:") else f"{bind.rpartition(':')[0]}:{port}"
+
+    async def stop(self) -> None:
+        if self._load_task is not None:
+            self._load_task.cancel()
+        if self._server is not None:
+            await self._server.stop(grace=None)
+
+    def deliver(self, events: Sequence[StreamEvent]) -> None:
+        """The engine's sink: all events of one step, from any thread."""
+        assert self._loop is not None, "deliver() before start()"
+        self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    # --- gRPC methods -----------------------------------------------------------------------------------------------
+
+    async def Attach(self, commands: AsyncIterator[pb.Command], context: Any) -> AsyncIterator[pb.Push]:  # noqa: N802
+        await self._authenticate(context)
+        stream = _RouterStream()
+        stream.push(pb.Push(load=self._load()))
+        self._streams.add(stream)
+        reader = asyncio.create_task(self._read(commands, stream))
+        try:
+            async for push in stream:
+                yield push
+        finally:
+            reader.cancel()
+            self._drop(stream)
+
+    async def Abort(self, message: pb.AbortRequest, context: Any) -> pb.AbortReply:  # noqa: N802
+        await self._authenticate(context)
+        return pb.AbortReply(found=self._engine.cancel(message.request_id, message.tenant))
+
+    async def _authenticate(self, context: Any) -> None:
+        given = dict(context.invocation_metadata()).get(TOKEN_HEADER, "")
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this worker serves its own routers only")
+
+    # --- the loop's own -----------------------------------------------------------------------------------------------
+
+    async def _read(self, commands: AsyncIterator[pb.Command], stream: _RouterStream) -> None:
+        try:
+            async for command in commands:
+                if command.WhichOneof("command") == "submit":
+                    self._submit(command.submit, stream)
+                elif (request_id := stream.requests.get(command.cancel.ticket)) is not None:
+                    self._engine.cancel(request_id)
+        finally:
+            stream.close()
+
+    def _submit(self, message: pb.Submit, stream: _RouterStream) -> None:
+        try:
+            if message.request_id in self._owners:
+                raise DuplicateRequest(
+                    f"request id {message.request_id!r} is in use; choose another", field="request_id"
+                )
+            # Set first: the engine may answer before submit() returns.
+            self._owners[message.request_id] = _Owner(stream, message.ticket)
+            stream.requests[message.ticket] = message.request_id
+            try:
+                self._engine.submit(decode_request(message))
+            except Exception:
+                self._forget(message.request_id)
+                raise
+        except Exception as error:
+            stream.push(pb.Push(step=pb.Step(failures=[_failure(message.ticket, error)])))
+
+    def _dispatch(self, events: Sequence[StreamEvent]) -> None:
+        steps: dict[_RouterStream, pb.Step] = {}
+        for event in events:
+            owner = self._owners.get(event.request_id)
+            if owner is None:
+                continue
+            step = steps.setdefault(owner.stream, pb.Step())
+            if isinstance(event, TokenChunk):
+                step.chunks.append(encode_chunk(event, owner.ticket))
+                if event.usage is not None:
+                    self._forget(event.request_id)
+            else:
+                step.failures.append(_failure(owner.ticket, event.error))
+                self._forget(event.request_id)
+        for stream, step in steps.items():
+            stream.push(pb.Push(step=step))
+
+    def _forget(self, request_id: str) -> None:
+        owner = self._owners.pop(request_id)
+        del owner.stream.requests[owner.ticket]
+
+    def _drop(self, stream: _RouterStream) -> None:
+        self._streams.discard(stream)
+        stream.close()
+        for request_id in list(stream.requests.values()):
+            self._engine.cancel(request_id)
+
+    async def _push_loads(self) -> None:
+        last = None
+        while True:
+            await asyncio.sleep(LOAD_INTERVAL_S)
+            load = self._load()
+            if load != last:
+                for stream in self._streams:
+                    stream.push(pb.Push(load=load))
+            last = load
+
+
+class _Owner(NamedTuple):
+    stream: _RouterStream
+    ticket: int
+
+
+class _RouterStream:
+    """What waits to be sent to one router; iterating takes it until the stream is closed."""
+
+    def __init__(self) -> None:
+        self.requests: dict[int, str] = {}  # ticket -> request id
+        self._outbox: deque[pb.Push] = deque()
+        self._wake = asyncio.Event()
+        self._closed = False
+
+    def push(self, push: pb.Push) -> None:
+        if self._closed:
+            return
+        self._outbox.append(push)
+        if len(self._outbox) > MAX_UNREAD_STEPS:
+            log.warning("a router has left %d steps unread; its stream is closed", MAX_UNREAD_STEPS)
+            self.close()
+        self._wake.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
+
+    async def __aiter__(self) -> AsyncIterator[pb.Push]:
+        while not self._closed:
+            while self._outbox and not self._closed:
+                yield self._outbox.popleft()
+            self._wake.clear()
+            if not self._closed and not self._outbox:
+                await self._wake.wait()
+
+
+def _failure(ticket: int, error: Exception) -> pb.Failure:
+    if not isinstance(error, PagerError):
+        log.error("a request failed in an unexpected way", exc_info=error)
+        error = PagerError("internal error in the worker; its log has the details")
+    return pb.Failure(ticket=ticket, error=encode_error(error))

@@ -1,0 +1,126 @@
+"""What a worker and a router tell each other survives the wire, field by field."""
+
+import pytest
+from expert_pager.v1 import worker_pb2 as pb
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pager.cluster import codec
+from pager.errors import (
+    ChecksumMismatch,
+    InvalidRequest,
+    PagerError,
+    PoolTooLarge,
+    TenantOverloaded,
+    WorkerLost,
+)
+from pager.types import (
+    Count,
+    ExpertKey,
+    ExpertPool,
+    FinishReason,
+    Full,
+    GenerateRequest,
+    Mass,
+    PoolPolicy,
+    PoolSource,
+    SamplingParams,
+    Share,
+    TokenChunk,
+    Usage,
+)
+
+layers = st.sets(st.integers(0, 300), max_size=5).map(lambda ids: tuple(sorted(ids)))
+pools = st.builds(
+    ExpertPool,
+    experts=st.lists(layers, max_size=4).map(tuple),
+    covered_mass=st.none() | st.floats(0, 1),
+)
+sizes = (
+    st.just(Full())
+    | st.builds(Count, st.integers(1, 512))
+    | st.builds(Share, st.floats(0.01, 1))
+    | st.builds(Mass, st.floats(0.01, 1), st.none() | st.integers(0, 64))
+)
+finite = st.floats(0, 1e12)
+counts = st.integers(0, 2**31 - 1)
+requests = st.builds(
+    GenerateRequest,
+    id=st.text(max_size=8),
+    tenant=st.text(max_size=8),
+    prompt_token_ids=st.lists(st.integers(0, 2**31), max_size=6).map(tuple),
+    sampling=st.builds(
+        SamplingParams,
+        max_tokens=counts,
+        temperature=finite,
+        top_p=finite,
+        top_k=counts,
+        seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+        stop=st.lists(st.text(max_size=4), max_size=3).map(tuple),
+        ignore_eos=st.booleans(),
+    ),
+    pool=st.builds(PoolPolicy, size=sizes, source=st.sampled_from(PoolSource), fixed=st.none() | pools),
+    deadline_unix_s=st.none() | finite,
+    predicted=st.none() | pools,
+)
+usages = st.builds(
+    Usage,
+    mode=st.sampled_from(["exact", "pool", "degraded"]),
+    finish_reason=st.sampled_from(FinishReason),
+    prompt_tokens=counts,
+    completion_tokens=counts,
+    pool=st.none() | pools,
+    bytes_from_disk=counts,
+    bytes_from_host=counts,
+    experts_hit=counts,
+    experts_missed=counts,
+    stall_s=finite,
+    out_of_pool_mass=finite,
+    predicted_recall=st.none() | finite,
+    queue_s=finite,
+    time_to_first_token_s=finite,
+    model_fingerprint=st.text(max_size=8),
+)
+
+
+@given(requests)
+def test_a_request_survives(request: GenerateRequest) -> None:
+    wire = codec.encode_request(request, 7).SerializeToString()
+    assert codec.decode_request(pb.Submit.FromString(wire)) == request
+
+
+@given(st.builds(TokenChunk, st.text(), st.lists(counts).map(tuple), st.text(), st.none() | usages))
+def test_a_chunk_survives(chunk: TokenChunk) -> None:
+    wire = codec.encode_chunk(chunk, 7).SerializeToString()
+    assert codec.decode_chunk(pb.Chunk.FromString(wire), chunk.request_id) == chunk
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("top_p must lie in (0, 1], not 7", field="top_p"),
+        PoolTooLarge(needed=96, slots=64),
+        ChecksumMismatch("expert 3 of layer 1 is corrupt", ExpertKey(1, 3)),
+        WorkerLost("gone", retry_after_s=0.5),
+        TenantOverloaded("too many", retry_after_s=2.0),
+        PagerError("internal"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_keeps_its_class_and_facts(error: PagerError) -> None:
+    wire = codec.encode_error(error).SerializeToString()
+    found = codec.decode_error(pb.Error.FromString(wire))
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+    assert found.__dict__ == error.__dict__
+
+
+def test_every_reason_names_one_class() -> None:
+    kinds = list(codec._subclasses(PagerError))
+    assert len({kind.reason for kind in kinds}) == len(kinds)
+
+
+@given(st.sets(st.integers(0, 200)))
+def test_a_bitmap_holds_exactly_its_experts(experts: set[int]) -> None:
+    bitmap = codec.decode_bitmap(codec.encode_bitmap(sorted(experts)))
+    assert {e for e in range(256) if bitmap >> e & 1} == experts

@@ -1,0 +1,233 @@
+"""Tokens between a worker and its routers, over real sockets, with a scripted engine in place of a model."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+from expert_pager.v1 import worker_pb2 as pb
+
+from pager.cluster.token_client import WorkerLink
+from pager.cluster.token_server import TokenServer
+from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
+from pager.types import FinishReason, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
+
+TOKEN = "let me in"
+
+
+@dataclass(frozen=True)
+class Failure:
+    request_id: str
+    error: PagerError
+
+
+@dataclass
+class ScriptedEngine:
+    """Answers only when the test says so; remembers what it was asked."""
+
+    server: TokenServer | None = None
+    open: dict[str, GenerateRequest] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
+
+    def submit(self, request: GenerateRequest) -> None:
+        if request.sampling.max_tokens < 0:
+            raise InvalidRequest("max_tokens must be positive", field="max_tokens")
+        self.open[request.id] = request
+
+    def cancel(self, request_id: str, tenant: str | None = None) -> bool:
+        request = self.open.get(request_id)
+        if request is None or tenant not in (None, request.tenant):
+            return False
+        del self.open[request_id]
+        self.cancelled.append(request_id)
+        self.step(Failure(request_id, Cancelled("cancelled")))
+        return True
+
+    def step(self, *events: TokenChunk | Failure) -> None:
+        """From a thread of its own, as the engine does it."""
+        assert self.server is not None
+        thread = threading.Thread(target=self.server.deliver, args=(list(events),))
+        thread.start()
+        thread.join()
+
+    def finish(self, *request_ids: str) -> None:
+        for request_id in request_ids:
+            del self.open[request_id]
+        self.step(*(chunk(request_id, "end", last=True) for request_id in request_ids))
+
+
+def request(request_id: str, max_tokens: int = 8, tenant: str = "t") -> GenerateRequest:
+    return GenerateRequest(request_id, tenant, (1, 2, 3), SamplingParams(max_tokens=max_tokens), PoolPolicy())
+
+
+def chunk(request_id: str, text: str, *, last: bool = False) -> TokenChunk:
+    usage = Usage("exact", FinishReason.STOP, 3, 1, None, 0, 0, 0, 0, 0.0, 0.0, None, 0.0, 0.0, "f") if last else None
+    return TokenChunk(request_id, (7,), text, usage)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what is awaited happens in other threads
+            await asyncio.sleep(0.005)
+
+
+@dataclass
+class Transport:
+    engine: ScriptedEngine
+    server: TokenServer
+    address: str
+    links: list[WorkerLink] = field(default_factory=list)
+    loads: list[pb.Load] = field(default_factory=list)
+
+    async def link(self, *, token: str = TOKEN, buffer_chunks: int = 64) -> WorkerLink:
+        link = WorkerLink(self.address, token, buffer_chunks=buffer_chunks, on_load=self.loads.append)
+        self.links.append(link)
+        await link.attach()
+        return link
+
+
+@pytest.fixture(params=["tcp", "unix"])
+async def transport(request: pytest.FixtureRequest, tmp_path: object) -> AsyncIterator[Transport]:
+    engine = ScriptedEngine()
+    server = TokenServer(engine, lambda: pb.Load(waiting=len(engine.open)), TOKEN)
+    engine.server = server
+    bind = "127.0.0.1:0" if request.param == "tcp" else f"unix:{tmp_path}/worker.sock"
+    found = Transport(engine, server, await server.start(bind))
+    yield found
+    for link in found.links:
+        await link.close()
+    await server.stop()
+
+
+async def collect(answer: AsyncIterator[TokenChunk]) -> list[str]:
+    return [piece.text async for piece in answer]
+
+
+async def test_answers_of_one_step_reach_their_own_readers(transport: Transport) -> None:
+    first, second = await transport.link(), await transport.link()
+    readers = [
+        asyncio.create_task(collect(link.generate(request(name))))
+        for link, name in ((first, "a"), (first, "b"), (second, "c"))
+    ]
+    await until(lambda: len(transport.engine.open) == 3)
+    transport.engine.step(chunk("a", "1"), chunk("b", "2"), chunk("c", "3"))
+    transport.engine.step(chunk("c", "4"))
+    transport.engine.finish("a", "b", "c")
+    assert await asyncio.gather(*readers) == [["1", "end"], ["2", "end"], ["3", "4", "end"]]
+    assert (first.num_open, second.num_open) == (0, 0)
+
+
+async def test_a_wrong_token_is_refused(transport: Transport) -> None:
+    with pytest.raises(WorkerLost, match="own routers"):
+        await transport.link(token="guess")
+
+
+async def test_a_refused_request_raises_the_engines_error(transport: Transport) -> None:
+    link = await transport.link()
+    with pytest.raises(InvalidRequest, match="max_tokens must be positive") as caught:
+        await collect(link.generate(request("a", max_tokens=-1)))
+    assert caught.value.field == "max_tokens"
+
+
+async def test_leaving_the_iterator_cancels_on_the_worker(transport: Transport) -> None:
+    link = await transport.link()
+    answer = link.generate(request("a"))
+    async with contextlib.aclosing(answer):
+        first = asyncio.ensure_future(anext(answer))
+        await until(lambda: "a" in transport.engine.open)
+        transport.engine.step(chunk("a", "1"))
+        assert (await first).text == "1"
+    await until(lambda: transport.engine.cancelled == ["a"])
+
+
+async def test_an_id_in_use_is_refused_and_free_again_after_its_end(transport: Transport) -> None:
+    one, other = await transport.link(), await transport.link()
+    reader = asyncio.create_task(collect(one.generate(request("a"))))
+    await until(lambda: "a" in transport.engine.open)
+    with pytest.raises(DuplicateRequest):
+        await collect(other.generate(request("a")))
+    transport.engine.finish("a")
+    assert await reader == ["end"]
+    again = asyncio.create_task(collect(other.generate(request("a"))))
+    await until(lambda: "a" in transport.engine.open)
+    transport.engine.finish("a")
+    assert await again == ["end"]
+
+
+async def test_a_late_piece_of_a_cancelled_request_never_reaches_a_new_one_of_the_same_id(transport: Transport) -> None:
+    link = await transport.link()
+    old = asyncio.create_task(collect(link.generate(request("a"))))
+    await until(lambda: "a" in transport.engine.open)
+    transport.engine.finish("a")  # on its way while the reader leaves
+    old.cancel()
+    await asyncio.gather(old, return_exceptions=True)
+    new = asyncio.create_task(collect(link.generate(request("a"))))
+    await until(lambda: "a" in transport.engine.open)
+    transport.engine.step(chunk("a", "new"))
+    transport.engine.finish("a")
+    assert await new == ["new", "end"]
+
+
+async def test_a_slow_reader_is_cut_off_and_others_are_not(transport: Transport) -> None:
+    link = await transport.link(buffer_chunks=4)
+    slow, quick = link.generate(request("slow")), link.generate(request("quick"))
+    reader = asyncio.create_task(collect(quick))
+    first = asyncio.ensure_future(anext(slow))
+    await until(lambda: len(transport.engine.open) == 2)
+    for index in range(6):
+        transport.engine.step(chunk("slow", str(index)), chunk("quick", str(index)))
+        await asyncio.sleep(0.01)
+    assert (await first).text == "0"
+    await until(lambda: transport.engine.cancelled == ["slow"])
+    with pytest.raises(SlowReader):
+        await collect(slow)
+    transport.engine.finish("quick")
+    assert await reader == ["0", "1", "2", "3", "4", "5", "end"]
+
+
+async def test_a_router_that_goes_takes_only_its_own_requests_with_it(transport: Transport) -> None:
+    leaving, staying = await transport.link(), await transport.link()
+    lost = asyncio.create_task(collect(leaving.generate(request("lost"))))
+    kept = asyncio.create_task(collect(staying.generate(request("kept"))))
+    await until(lambda: len(transport.engine.open) == 2)
+    await leaving.close()
+    await until(lambda: transport.engine.cancelled == ["lost"])
+    with pytest.raises(WorkerLost):
+        await lost
+    transport.engine.finish("kept")
+    assert await kept == ["end"]
+
+
+async def test_a_worker_that_goes_ends_every_answer(transport: Transport) -> None:
+    link = await transport.link()
+    readers = [asyncio.create_task(collect(link.generate(request(name)))) for name in "abc"]
+    await until(lambda: len(transport.engine.open) == 3)
+    await transport.server.stop()
+    for outcome in await asyncio.gather(*readers, return_exceptions=True):
+        assert isinstance(outcome, WorkerLost)
+        assert outcome.retry_after_s
+    await asyncio.wait_for(link.broken.wait(), 10)
+    with pytest.raises(WorkerLost):
+        await collect(link.generate(request("d")))
+
+
+async def test_abort_works_through_another_router_but_not_for_another_tenant(transport: Transport) -> None:
+    mine, other = await transport.link(), await transport.link()
+    reader = asyncio.create_task(collect(mine.generate(request("a", tenant="mine"))))
+    await until(lambda: "a" in transport.engine.open)
+    assert not await other.abort("a", "someone else")
+    assert await other.abort("a", "mine")
+    assert not await other.abort("a", "mine")
+    with pytest.raises(Cancelled):
+        await reader
+
+
+async def test_load_is_pushed_when_it_changes(transport: Transport) -> None:
+    link = await transport.link()
+    assert [load.waiting for load in transport.loads] == [0]
+    reader: Awaitable[list[str]] = asyncio.create_task(collect(link.generate(request("a"))))
+    await until(lambda: transport.loads[-1].waiting == 1)
+    transport.engine.finish("a")
+    await reader

@@ -1,0 +1,225 @@
+"""How the tokens of one forward choose their experts: every document by its own pool.
+
+Legend: T tokens of the forward, N documents in it, L layers, E experts of a layer (shared last), R routed experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pager.cache.lease import Lease
+from pager.cache.usage import UsageMeter
+from pager.models.families import routed_probabilities
+from pager.routing.pool import check_pool, covered_mass, largest_counts, pick_layer
+from pager.types import ExpertPool, Full, Mass, PoolPolicy, PoolSource, RoutingFacts
+
+
+class DocumentRouting:
+    """One document's pool: chosen layer by layer while its prompt is prefilled, then frozen (EMO rules 13 to 15).
+
+    Mutable; owned by one sequence. With a lease, choosing a layer's pool binds it; without one, experts are paged on demand.
+    """
+
+    def __init__(
+        self,
+        facts: RoutingFacts,
+        policy: PoolPolicy,
+        *,
+        device: torch.device | str = "cpu",
+        lease: Lease | None = None,
+        meter: UsageMeter | None = None,
+    ) -> None:
+        """`policy.source` PREDICTION needs its pool in `policy.fixed` by now. Raises PoolTooSmall, InvalidRequest."""
+        self.facts = facts
+        self.policy = policy
+        self.lease = lease
+        self.meter = meter or UsageMeter()
+        self.device = torch.device(device)
+        self.is_exact = isinstance(policy.size, Full) and policy.fixed is None
+        self._counts = largest_counts(policy.size, facts) if not self.is_exact else facts.routed_per_layer
+        self._experts: list[tuple[int, ...] | None] = [None] * facts.num_layers
+        self._allowed_LE: list[Tensor | None] = [None] * facts.num_layers
+        self._mass_LR: list[np.ndarray] = [np.zeros(0)] * facts.num_layers
+        self._outside = 0.0
+        self._num_measured = 0
+        self.open_step: StepRouting | None = None
+        if policy.fixed is not None:
+            for layer, experts in enumerate(check_pool(policy.fixed, facts).experts):
+                self._set_layer(layer, experts)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Every sparse layer has its pool; nothing will change it."""
+        return self.is_exact or all(
+            chosen is not None or not num_experts
+            for chosen, num_experts in zip(self._experts, self.facts.experts_per_layer, strict=True)
+        )
+
+    @property
+    def pool(self) -> ExpertPool | None:
+        """The pool, once it is frozen; None for an exact document."""
+        if self.is_exact or not self.is_frozen:
+            return None
+        experts = tuple(chosen or () for chosen in self._experts)
+        mass = covered_mass(self._mass_LR, experts) if self.policy.fixed is None else self.policy.fixed.covered_mass
+        return ExpertPool(experts, mass)
+
+    @property
+    def degraded(self) -> bool:
+        """A mass was asked for that the cap did not allow."""
+        pool, size = self.pool, self.policy.size
+        if pool is None or not isinstance(size, Mass) or self.policy.source is PoolSource.FIXED:
+            return False
+        if self.policy.fixed is not None:
+            return pool.covered_mass is not None and pool.covered_mass < size.mass - 1e-6
+        pairs = zip(self._mass_LR, pool.experts, strict=True)
+        return any(len(mass) and mass[list(ids)].sum() < (size.mass - 1e-6) * mass.sum() for mass, ids in pairs)
+
+    def has_layer(self, layer: int) -> bool:
+        return self.is_exact or self._experts[layer] is not None
+
+    def choose_layer(self, layer: int, mass_R: np.ndarray) -> None:
+        """Freezes the layer's pool from the router mass of the document's tokens (float64), and starts paging it in."""
+        self._mass_LR[layer] = mass_R
+        top_k = self.facts.top_k_per_layer[layer]
+        self._set_layer(layer, pick_layer(mass_R, self.policy.size, self._counts[layer], top_k))
+        if self.lease is not None:
+            self.lease.bind(layer, self._experts[layer] or ())
+
+    def allowed(self, layer: int) -> Tensor:
+        """[E] bool: which experts of the layer the router may pick; shared ones always."""
+        allowed_E = self._allowed_LE[layer]
+        if allowed_E is None:  # exact
+            allowed_E = torch.ones(self.facts.experts_per_layer[layer], dtype=torch.bool, device=self.device)
+            self._allowed_LE[layer] = allowed_E
+        return allowed_E
+
+    def out_of_pool_mass(self) -> float:
+        """Mean router mass outside the pool over the tokens generated so far and the sparse layers. Synchronises."""
+        if self.open_step is not None:
+            self.open_step.settle()
+        return self._outside / self._num_measured if self._num_measured else 0.0
+
+    def add_outside(self, mass: float, count: int) -> None:
+        self._outside += mass
+        self._num_measured += count
+
+    def _set_layer(self, layer: int, experts: tuple[int, ...]) -> None:
+        num_experts = self.facts.experts_per_layer[layer]
+        if not num_experts:
+            return
+        allowed_E = torch.zeros(num_experts, dtype=torch.bool)
+        allowed_E[list(experts)] = True
+        allowed_E[num_experts - self.facts.shared_per_layer[layer] :] = True
+        self._experts[layer] = experts
+        self._allowed_LE[layer] = allowed_E.to(self.device)
+
+
+class StepRouting:
+    """The documents of one forward, and which token belongs to which. Reused from step to step while the batch stays the same."""
+
+    def __init__(
+        self,
+        documents: Sequence[DocumentRouting],
+        *,
+        rows: Tensor | None = None,
+        valid: Tensor | None = None,
+        prefill: bool = False,
+    ) -> None:
+        """`rows` [T] indexes `documents`; None: one token each, or all tokens of the only one. `valid` [T] False is padding."""
+        self.documents = tuple(documents)
+        self.rows = rows
+        self.valid = valid
+        self.prefill = prefill
+        facts = documents[0].facts
+        self._facts = facts
+        self._stacked_LNE: list[Tensor | None] = [None] * facts.num_layers
+        self._measures = not prefill and not any(document.is_exact for document in documents)
+        self._outside_N: Tensor | None = None
+        self._num_measured = 0
+        self.meter = documents[0].meter if len(documents) == 1 else UsageMeter()
+        for document in documents:
+            if document.open_step is not None and document.open_step is not self:
+                document.open_step.settle()
+            document.open_step = self
+
+    @property
+    def pages_on_demand(self) -> bool:
+        return any(document.lease is None or document.is_exact for document in self.documents)
+
+    def allowed(self, layer: int, logits_TE: Tensor) -> Tensor | None:
+        """[T or 1, E] bool: which experts each token may pick; None when all. Chooses the pools that are still open."""
+        open_documents = [n for n, document in enumerate(self.documents) if not document.has_layer(layer)]
+        if open_documents:
+            self._choose(layer, logits_TE, open_documents)
+        if all(document.is_exact for document in self.documents):
+            return None
+        allowed_NE = self._stacked(layer)
+        allowed_TE = allowed_NE if self.rows is None else allowed_NE[self.rows]
+        if self._measures:
+            self._measure(layer, logits_TE, allowed_TE)
+        return allowed_TE
+
+    def settle(self) -> None:
+        """Hands the mass measured on the device to the documents. Synchronises."""
+        if self._outside_N is None:
+            return
+        for document, mass in zip(self.documents, self._outside_N.tolist(), strict=True):
+            document.add_outside(mass, self._num_measured)
+        self._outside_N, self._num_measured = None, 0
+
+    def share_costs(self) -> None:
+        """What the documents paged on demand together is charged to them in equal parts."""
+        if len(self.documents) > 1:
+            split_usage(self.meter, [document.meter for document in self.documents])
+            self.meter = UsageMeter()
+
+    def _choose(self, layer: int, logits_TE: Tensor, open_documents: list[int]) -> None:
+        num_shared = self._facts.shared_per_layer[layer]
+        probs_TR = routed_probabilities(logits_TE, num_shared).double()
+        if self.valid is not None:
+            probs_TR = probs_TR * self.valid[:, None]
+        if self.rows is None and len(self.documents) == 1:
+            mass_NR = probs_TR.sum(0, keepdim=True)
+        else:
+            mass_NR = probs_TR.new_zeros(len(self.documents), probs_TR.shape[-1])
+            rows = self.rows if self.rows is not None else torch.arange(len(probs_TR), device=probs_TR.device)
+            mass_NR.index_add_(0, rows, probs_TR)
+        masses = mass_NR.cpu().numpy()
+        for index in open_documents:
+            self.documents[index].choose_layer(layer, masses[index])
+        self._stacked_LNE[layer] = None
+
+    def _stacked(self, layer: int) -> Tensor:
+        stacked = self._stacked_LNE[layer]
+        if stacked is None:
+            stacked = torch.stack([document.allowed(layer) for document in self.documents])
+            self._stacked_LNE[layer] = stacked
+        return stacked
+
+    def _measure(self, layer: int, logits_TE: Tensor, allowed_TE: Tensor) -> None:
+        num_shared = self._facts.shared_per_layer[layer]
+        probs_TR = routed_probabilities(logits_TE, num_shared)
+        outside_T = (probs_TR * ~allowed_TE[:, : probs_TR.shape[-1]]).sum(-1)
+        if self._outside_N is None:
+            self._outside_N = outside_T.new_zeros(len(self.documents))
+        if self.rows is None and len(self.documents) == len(outside_T):
+            self._outside_N += outside_T
+        else:
+            rows = self.rows if self.rows is not None else torch.zeros_like(outside_T, dtype=torch.long)
+            self._outside_N.index_add_(0, rows, outside_T)
+        self._num_measured += 1
+
+
+def split_usage(total: UsageMeter, meters: Sequence[UsageMeter]) -> None:
+    """Adds `total` to `meters` in equal parts; what can't be divided goes to the first."""
+    for name in ("experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host"):
+        part, rest = divmod(getattr(total, name), len(meters))
+        for number, meter in enumerate(meters):
+            setattr(meter, name, getattr(meter, name) + part + (rest if number == 0 else 0))
+    for meter in meters:
+        meter.stall_s += total.stall_s / len(meters)

@@ -1,0 +1,179 @@
+"""`load_model`: a transformers model for use as a library. `forward` and `generate` work as usual; pools travel with the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from pager.engine.documents import DocumentRouting, StepRouting
+from pager.engine.loading import PagedModel, load_paged_model
+from pager.errors import InvalidRequest
+from pager.planner import Budgets
+from pager.routing.pool import parse_pool_size
+from pager.types import Full, PoolPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    expert_memory: str | int | float | None = None,
+    host_memory: str | int | float | None = None,
+    pool_size: str | int | None = None,
+    policy: str = "lru",
+    num_readers: int = 4,
+) -> PreTrainedModel:
+    """A transformers model whose routed experts live in at most `expert_memory` bytes of slots.
+
+    `expert_memory` is bytes, "64MiB" or a share of all routed experts ("25%", 0.25); None lets the planner choose. Shared experts
+    belong to the trunk and are outside of it. `dtype` None serves in bfloat16; "auto" in the dtype of the checkpoint.
+
+    `pool_size` None is exact: the logits equal those of the unpaged model whatever the budget. 32 (routed experts a layer), "12.5%"
+    (of all experts, shared included) or "mass:0.9[:cap]" restricts each document to the pool that its first forward chooses, layer by
+    layer, frozen for what follows with the same cache. A row without a past starts a document; padding (attention_mask) is left out.
+
+    The model has one more attribute: `expert_paging` (a `PagedModel`: the pager with its statistics, the plan, `close()`).
+    Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest.
+    """
+    policy_of_rows = PoolPolicy(size=parse_pool_size(pool_size))
+    budgets = Budgets(expert_memory=expert_memory, host_memory=0 if host_memory is None else host_memory)
+    paged = load_paged_model(path, device=device, dtype=dtype, budgets=budgets, policy=policy, num_readers=num_readers)
+    try:
+        paged.check_policy(policy_of_rows)
+    except Exception:
+        paged.close()
+        raise
+    model = paged.model
+    forwards = LibraryForwards(paged, policy_of_rows)
+    model.register_forward_pre_hook(forwards.begin, with_kwargs=True)
+    model.register_forward_hook(forwards.end, always_call=True)
+    model.expert_paging = paged
+    return model
+
+
+class LibraryForwards:
+    """Gives every forward of the model its documents: new ones for rows without a past, the cache's own for the rest."""
+
+    def __init__(self, paged: PagedModel, policy: PoolPolicy) -> None:
+        self._paged = paged
+        self._policy = policy
+        self._is_exact = isinstance(policy.size, Full)
+        self._exact = DocumentRouting(paged.facts, PoolPolicy(), device=paged.device)
+        self._running: AbstractContextManager[StepRouting] | None = None
+
+    def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Forward pre-hook. Raises InvalidRequest for a cache that was filled without pools."""
+        if self._is_exact:
+            self._enter(self._paged.step([self._exact], prefill=True))
+            return args, kwargs
+        inputs = args[0] if args else kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs["inputs_embeds"]
+        num_rows, num_tokens = inputs.shape[:2]
+        cache = kwargs.get("past_key_values")
+        if cache is None and _uses_cache(model, kwargs):
+            cache = kwargs["past_key_values"] = DynamicCache(config=model.config)
+        num_past = cache.get_seq_length() if cache is not None else 0
+        valid_BT = _valid_tokens(kwargs.get("attention_mask"), num_rows, num_past + num_tokens)
+        documents = self._documents(cache, num_rows, int(num_past), valid_BT)
+        if cache is not None:
+            carry_documents(cache, documents)
+        rows = torch.arange(num_rows, device=inputs.device).repeat_interleave(num_tokens)
+        valid = None if valid_BT is None else valid_BT[:, -num_tokens:].reshape(-1)
+        self._enter(self._paged.step(documents, rows=rows, valid=valid, prefill=True))
+        return args, kwargs
+
+    def end(self, *_: Any) -> None:
+        """Forward hook, called whether the forward returned or raised."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.__exit__(None, None, None)
+
+    def _enter(self, step: AbstractContextManager[StepRouting]) -> None:
+        step.__enter__()
+        self._running = step
+
+    def _documents(
+        self, cache: Cache | None, num_rows: int, num_past: int, valid_BT: Tensor | None
+    ) -> list[DocumentRouting]:
+        past = getattr(cache, "documents", None) if num_past else None
+        if num_past and past is None:
+            raise InvalidRequest(
+                "this cache was filled without pools, so its rows have none; start with an empty cache, or load the model "
+                "with pool_size=None",
+                field="past_key_values",
+            )
+        if past is not None and len(past) != num_rows:
+            raise InvalidRequest(
+                f"the cache holds {len(past)} rows and the input {num_rows}; select or repeat the cache's rows first",
+                field="past_key_values",
+            )
+        has_past = [bool(num_past)] * num_rows
+        if num_past and valid_BT is not None:
+            has_past = valid_BT[:, :num_past].any(1).tolist()
+        return [past[row] if past is not None and has_past[row] else self._new_document() for row in range(num_rows)]
+
+    def _new_document(self) -> DocumentRouting:
+        return self._paged.document(self._policy)
+
+
+class DocumentCache:
+    """What a transformers cache becomes when documents travel with it: whatever happens to its rows happens to them."""
+
+    documents: Sequence[DocumentRouting]
+
+    def reorder_cache(self, beam_idx: Tensor) -> Any:
+        self.documents = [self.documents[row] for row in beam_idx.tolist()]
+        return super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+    def batch_select_indices(self, indices: Tensor) -> Any:
+        self.documents = [self.documents[row] for row in torch.arange(len(self.documents))[indices.cpu()].tolist()]
+        return super().batch_select_indices(indices)  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> Any:
+        self.documents = [document for document in self.documents for _ in range(repeats)]
+        return super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+
+    def reset(self) -> Any:
+        self.documents = []
+        return super().reset()  # type: ignore[misc]
+
+
+_document_caches: dict[type[Cache], type[Cache]] = {}
+
+
+def carry_documents(cache: Cache, documents: Sequence[DocumentRouting]) -> None:
+    """Makes `documents` (one a row) travel with `cache`, whatever kind of cache transformers chose."""
+    if not isinstance(cache, DocumentCache):
+        kind = type(cache)
+        if kind not in _document_caches:
+            _document_caches[kind] = type(f"Document{kind.__name__}", (DocumentCache, kind), {})
+        cache.__class__ = _document_caches[kind]
+    cache.documents = list(documents)  # type: ignore[attr-defined]
+
+
+def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return bool(model.config.use_cache if use_cache is None else use_cache) and not model.training
+
+
+def _valid_tokens(mask: Any, num_rows: int, num_tokens: int) -> Tensor | None:
+    """[B, past + new] bool from a 2-D attention mask. Raises InvalidRequest for one that can't tell padding."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != num_rows or mask.shape[1] < num_tokens:
+        raise InvalidRequest(
+            f"with pools the attention mask must be 2-D, [{num_rows}, {num_tokens}], to tell padding from text",
+            field="attention_mask",
+        )
+    return mask[:, :num_tokens].bool()

@@ -1,0 +1,176 @@
+"""From a checkpoint on disk to a transformers model whose routed experts live in slots: `load_model`, `load_paged_model`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pager.cache.lease import Lease
+from pager.cache.pager import ExpertPager
+from pager.cache.slots import DeviceSlots
+from pager.cache.usage import PagerObserver, UsageMeter
+from pager.engine.documents import DocumentRouting, StepRouting
+from pager.engine.experts import attach
+from pager.engine.kv import kv_bytes_per_token
+from pager.engine.trunk import OpenModel
+from pager.errors import PoolTooLarge, UnsupportedModel
+from pager.machine import Machine
+from pager.planner import Budgets, Needs, Plan, plan
+from pager.routing.pool import largest_counts
+from pager.types import ExpertKey, Full, PoolPolicy, RoutingFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PagedModel:
+    """A transformers model, the pager its experts live in, and who may use which of them in the forward that is running.
+
+    Owned by one thread; the pager itself is thread-safe.
+    """
+
+    def __init__(self, opened: OpenModel, model: PreTrainedModel, pager: ExpertPager, planned: Plan) -> None:
+        self.model = model
+        self.pager = pager
+        self.plan = planned
+        self.family = opened.family
+        self.facts: RoutingFacts = opened.facts
+        self.config = opened.config
+        self.dtype = opened.dtype
+        self.device = pager.slots.gate_up.device
+        self.fingerprint: str = opened.checkpoint.fingerprint
+        self._layers = attach(model, opened.family, pager)
+        self._step: StepRouting | None = None
+
+    @property
+    def fully_resident(self) -> bool:
+        """There is a slot for every routed expert."""
+        return self.pager.num_slots >= sum(self.facts.routed_per_layer)
+
+    @contextmanager
+    def step(
+        self,
+        documents: Sequence[DocumentRouting],
+        *,
+        rows: Tensor | None = None,
+        valid: Tensor | None = None,
+        prefill: bool = False,
+    ) -> Iterator[StepRouting]:
+        """What the model runs inside belongs to these documents. T tokens in flattened [B·S] order.
+
+        `rows` [T] indexes `documents`; None: one token each, or all tokens of the only one. `valid` [T] is False for padding.
+        With `prefill`, pools that are still open are chosen in this forward.
+        """
+        step = self._reusable_step(documents) if rows is None and valid is None and not prefill else None
+        if step is None:
+            step = StepRouting(documents, rows=rows, valid=valid, prefill=prefill)
+            self._step = step
+        for layer in self._layers:
+            layer.step = step
+        try:
+            yield step
+        finally:
+            step.share_costs()
+            for layer in self._layers:
+                layer.step = None
+
+    def document(
+        self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None
+    ) -> DocumentRouting:
+        """The routing state of a new sequence. Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
+        self.check_policy(policy)
+        return DocumentRouting(self.facts, policy, device=self.device, lease=lease, meter=meter)
+
+    def slots_needed(self, policy: PoolPolicy) -> int:
+        """The slots to reserve before a request starts. Raises PoolTooSmall, PoolTooLarge, InvalidRequest, UnsupportedModel."""
+        self.check_policy(policy)
+        if policy.fixed is not None:
+            needed = policy.fixed.num_experts
+        elif isinstance(policy.size, Full):
+            return max(self.facts.top_k_per_layer, default=0)
+        else:
+            needed = sum(largest_counts(policy.size, self.facts))
+        if needed > self.pager.num_slots:
+            raise PoolTooLarge(needed, self.pager.num_slots)
+        return needed
+
+    def reserve(self, policy: PoolPolicy, usage: UsageMeter | None = None) -> Lease | None:
+        """All the slots a request will need, or None when they can't be had now. A known pool starts to load at once."""
+        needed = self.slots_needed(policy)
+        if policy.fixed is not None:
+            return self.pager.reserve_pool(policy.fixed.keys(), usage)
+        return self.pager.reserve(needed, usage)
+
+    def check_policy(self, policy: PoolPolicy) -> None:
+        """Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
+        if isinstance(policy.size, Full) and policy.fixed is None:
+            return
+        unpoolable = self.family.poolable(self.config)
+        if unpoolable is not None:
+            raise UnsupportedModel(f"this model runs with all its experts only: {unpoolable}; ask for the full model")
+        largest_counts(policy.size, self.facts)
+
+    def close(self) -> None:
+        """Stops the readers. The model can not run afterwards."""
+        self.pager.close()
+
+    def _reusable_step(self, documents: Sequence[DocumentRouting]) -> StepRouting | None:
+        step = self._step
+        if step is None or step.prefill or step.rows is not None or step.valid is not None:
+            return None
+        same = len(step.documents) == len(documents) and all(map(operator.is_, step.documents, documents))
+        return step if same and all(document.open_step is step for document in documents) else None
+
+
+def load_paged_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    budgets: Budgets | None = None,
+    machine: Machine | None = None,
+    policy: str = "lru",
+    num_readers: int = 4,
+    observer: PagerObserver | None = None,
+) -> PagedModel:
+    """Plans the memory, loads trunk and shared experts and opens the experts' tiers.
+
+    Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
+    """
+    opened = OpenModel.open(path, dtype)
+    planned = plan(needs_of(opened), budgets or Budgets(), machine or Machine.detect(device))
+    source = opened.open_experts()
+    facts = opened.facts
+    resident = [
+        ExpertKey(layer, expert)
+        for layer, (experts, shared) in enumerate(zip(facts.experts_per_layer, facts.shared_per_layer, strict=True))
+        for expert in range(experts - shared, experts)
+    ]
+    slots = DeviceSlots(
+        planned.num_slots,
+        source.shape,
+        opened.dtype,
+        device,
+        num_layers=facts.num_layers,
+        max_experts=max(facts.experts_per_layer),
+        num_pinned=len(resident),
+    )
+    pager = ExpertPager(source, slots, resident=resident, policy=policy, num_readers=num_readers, observer=observer)
+    return PagedModel(opened, opened.load_trunk(device), pager, planned)
+
+
+def needs_of(opened: OpenModel) -> Needs:
+    """What the planner has to know of a model."""
+    return Needs(
+        trunk_bytes=opened.trunk_bytes,
+        expert_bytes=opened.expert_bytes,
+        facts=opened.facts,
+        kv_bytes_per_token=kv_bytes_per_token(opened.config, opened.dtype),
+        context_tokens=opened.config.max_position_embeddings,
+    )

@@ -1,0 +1,117 @@
+"""A transformers model without its routed experts: built on the meta device, filled tensor by tensor from the disk tier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+import pager.models  # noqa: F401 - registers the models this project adds
+from pager.errors import CheckpointError, UnsupportedModel
+from pager.models.families import Family, family_of
+from pager.store.experts import ExpertSource, open_experts
+from pager.store.safetensors_index import Checkpoint
+from pager.types import RoutingFacts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A checkpoint on disk together with what its family says of it; no weights are in memory yet."""
+
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    family: Family
+    facts: RoutingFacts
+    dtype: torch.dtype
+
+    @classmethod
+    def open(cls, path: str | Path, dtype: torch.dtype | str | None = None) -> OpenModel:
+        """Raises CheckpointError for a damaged checkpoint, UnsupportedModel for a family that can not be paged."""
+        checkpoint = Checkpoint.open(path)
+        model_type = checkpoint.config.get("model_type")
+        try:
+            config = AutoConfig.for_model(**checkpoint.config)
+        except (ValueError, KeyError) as error:
+            raise UnsupportedModel(f"{path}: transformers does not know model type {model_type!r} ({error})") from error
+        family = family_of(config)
+        return cls(checkpoint, config, family, family.facts(config), _choose_dtype(dtype, checkpoint.config))
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.family.expert_shape(self.config).num_elements * self.dtype.itemsize
+
+    @property
+    def trunk_bytes(self) -> int:
+        """Everything but the experts, in the serving dtype."""
+        model = self.build_empty()
+        return sum(parameter.numel() for parameter in model.parameters()) * self.dtype.itemsize
+
+    def open_experts(self) -> ExpertSource:
+        """The disk tier. Raises CheckpointError when an expert is missing or misshapen."""
+        shape = self.family.expert_shape(self.config)
+        return open_experts(self.checkpoint, self.family.expert_names, self.facts.experts_per_layer, shape)
+
+    def build_empty(self) -> PreTrainedModel:
+        """The model on the meta device, its experts' parameters taken out."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        for _, block in moe_blocks(model):
+            del block.experts.gate_up_proj, block.experts.down_proj
+        return model.eval()
+
+    def load_trunk(self, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The model with everything but its experts in memory, one tensor at a time. Raises CheckpointError."""
+        model = self.build_empty()
+        tied = model.config.tie_word_embeddings
+        for name, parameter in list(model.named_parameters()):
+            if tied and name == "lm_head.weight":
+                continue
+            stored = self.family.stored_name(name)
+            self.checkpoint.require(stored, parameter.shape)
+            weight = self.checkpoint.read_tensor(stored, self.dtype).to(device)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        if tied:
+            model.tie_weights()
+        # Rotary tables are computed, not stored; on the meta device they were not.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+        left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+        if left:
+            raise CheckpointError(f"nothing was loaded for {', '.join(left[:3])} ({len(left)} tensors)")
+        model.generation_config = self._generation_config()
+        return model
+
+    def _generation_config(self) -> GenerationConfig:
+        if (self.checkpoint.path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.checkpoint.path)
+        return GenerationConfig.from_model_config(self.config)
+
+
+def moe_blocks(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:
+    """`(layer, block)` of every sparse layer; a block has a `gate` that returns raw logits first and `experts`."""
+    for layer, decoder in enumerate(model.model.layers):
+        if hasattr(decoder.mlp, "experts"):
+            yield layer, decoder.mlp
+
+
+def _choose_dtype(dtype: torch.dtype | str | None, config: dict[str, Any]) -> torch.dtype:
+    """What was asked for; else bfloat16, which is also what a float32 checkpoint is served in unless it says so."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        return torch.bfloat16
+    if dtype == "auto":
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    if dtype not in DTYPES:
+        raise UnsupportedModel(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} or auto")
+    return DTYPES[dtype]

@@ -1,0 +1,90 @@
+"""The routing-only pass: embeddings, attention, norms, gates and shared experts; no routed expert is loaded or run.
+
+A prediction: layer L's router reads what layer L-1's experts wrote, and here the routed ones wrote nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from pager.engine.trunk import OpenModel, moe_blocks
+from pager.models.families import routed_probabilities
+from pager.types import ExpertKey, RoutingFacts, RoutingScores
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+NAME = "expert_pager_shared_only"
+
+
+class TrunkRouter:
+    """Scores prompts for their experts with the model's trunk. Not thread-safe: one pass at a time."""
+
+    def __init__(self, opened: OpenModel, device: torch.device | str = "cpu") -> None:
+        """Loads trunk and shared experts. Raises CheckpointError."""
+        self.facts: RoutingFacts = opened.facts
+        self.config: PretrainedConfig = opened.config
+        self.fingerprint: str = opened.checkpoint.fingerprint
+        self.device = torch.device(device)
+        self._mean_LR: list[np.ndarray] = []
+        self._model = opened.load_trunk(device)
+        self.resident_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
+        self._load_shared(opened)
+        self._model.set_experts_implementation(NAME)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> TrunkRouter:
+        """Raises CheckpointError, UnsupportedModel."""
+        return cls(OpenModel.open(path, dtype), device)
+
+    @torch.inference_mode()
+    def scores(self, token_ids: Sequence[int]) -> RoutingScores:
+        """Each routed expert's mean router probability over the prompt, in one forward without a cache."""
+        self._mean_LR = [np.zeros(0)] * self.facts.num_layers
+        self._model.model(input_ids=torch.tensor([list(token_ids)], device=self.device), use_cache=False)
+        return RoutingScores(tuple(self._mean_LR), source="trunk", num_tokens=len(token_ids))
+
+    def _load_shared(self, opened: OpenModel) -> None:
+        shape, source = opened.family.expert_shape(opened.config), opened.open_experts()
+        for layer, block in moe_blocks(self._model):
+            num_experts, num_shared = self.facts.experts_per_layer[layer], self.facts.shared_per_layer[layer]
+            gate_up = torch.empty(num_shared, 2 * shape.intermediate, shape.hidden, dtype=opened.dtype)
+            down = torch.empty(num_shared, shape.hidden, shape.intermediate, dtype=opened.dtype)
+            for index in range(num_shared):
+                source.read(ExpertKey(layer, num_experts - num_shared + index), gate_up[index], down[index])
+            self.resident_bytes += gate_up.nbytes + down.nbytes
+            # Plain attributes: transformers' own parameters of these names are the ones that were taken out.
+            object.__setattr__(block.experts, "gate_up_proj", gate_up.to(self.device))
+            object.__setattr__(block.experts, "down_proj", down.to(self.device))
+            block.gate.register_forward_hook(self._record(layer, num_shared))
+        source.close()
+
+    def _record(self, layer: int, num_shared: int) -> Any:
+        def record(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
+            probs_TR = routed_probabilities(output[0], num_shared)
+            self._mean_LR[layer] = probs_TR.double().mean(0).cpu().numpy()
+
+        return record
+
+
+def shared_experts_only(module: Any, hidden_TD: Tensor, _: Tensor, weights_TK: Tensor) -> Tensor:
+    """[T, D]: what the shared experts add; a family without any adds nothing."""
+    out_TD = torch.zeros_like(hidden_TD)
+    num_shared = len(module.gate_up_proj)
+    for index in range(num_shared):
+        inner_TF = module._apply_gate(hidden_TD @ module.gate_up_proj[index].t())
+        # Shared experts come last among a token's picks.
+        out_TD += (inner_TF @ module.down_proj[index].t()) * weights_TK[
+            :, weights_TK.shape[1] - num_shared + index, None
+        ]
+    return out_TD
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, shared_experts_only)

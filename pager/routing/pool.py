@@ -1,0 +1,130 @@
+"""From router scores to an expert pool. Pure: numpy in, integers out.
+
+Legend: L layers, R routed experts of a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pager.errors import InvalidRequest, PoolTooSmall
+from pager.types import Count, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
+
+
+def parse_pool_size(value: str | int | None) -> PoolSize:
+    """`None`, "full" → everything; 32 → that many routed experts a layer; "12.5%" → a share of all experts, shared included;
+    "mass:0.9" or "mass:0.9:48" → the fewest experts with that router mass, at most 48. Raises InvalidRequest."""
+    if value is None:
+        return Full()
+    text = str(value).strip().lower()
+    try:
+        if text in ("full", "100%"):
+            return Full()
+        if text.endswith("%"):
+            return check_pool_size(Share(float(text[:-1]) / 100))
+        if text.startswith("mass:"):
+            mass, _, cap = text.removeprefix("mass:").partition(":")
+            return check_pool_size(Mass(float(mass), int(cap) if cap else None))
+        return check_pool_size(Count(int(text)))
+    except ValueError:
+        raise InvalidRequest(
+            f"{value!r} is not a pool size; write a number of routed experts (32), a share ('12.5%'), 'mass:0.9' or 'full'",
+            field="pool.size",
+        ) from None
+
+
+def check_pool_size(size: PoolSize) -> PoolSize:
+    """`size` itself, if its numbers make sense for any model. Raises InvalidRequest."""
+    match size:
+        case Count(routed) if routed < 1:
+            raise InvalidRequest(f"a pool has at least one expert, not {routed}", field="pool.size.count")
+        case Share(share) if not (math.isfinite(share) and 0 < share <= 1):
+            raise InvalidRequest(f"a pool's share lies above 0 and at most at 1, not {share}", field="pool.size.share")
+        case Mass(mass, _) if not (math.isfinite(mass) and 0 < mass <= 1):
+            raise InvalidRequest(f"a pool's mass lies above 0 and at most at 1, not {mass}", field="pool.size.mass")
+        case Mass(_, cap) if cap is not None and cap < 1:
+            raise InvalidRequest(f"a pool's cap is at least one expert, not {cap}", field="pool.size.cap")
+    return size
+
+
+def largest_counts(size: PoolSize, facts: RoutingFacts) -> tuple[int, ...]:
+    """Per layer, the most routed experts a pool of this size can hold: what has to be reserved before it is known.
+
+    Raises PoolTooSmall when a layer would get fewer experts than its router picks for one token.
+    """
+    counts = []
+    layers = zip(facts.experts_per_layer, facts.shared_per_layer, facts.top_k_per_layer, strict=True)
+    for layer, (num_experts, num_shared, top_k) in enumerate(layers):
+        num_routed = num_experts - num_shared
+        match size:
+            case Full():
+                count = num_routed
+            case Count(routed):
+                count = routed
+            case Share(share):
+                count = math.floor(share * num_experts + 1e-9) - num_shared
+            case Mass(_, cap):
+                count = cap if cap is not None else max(num_routed // 2, top_k)
+        if count < top_k:
+            raise PoolTooSmall(
+                f"a pool of {count} routed experts in layer {layer} is smaller than the {top_k} that its router picks for "
+                f"one token; ask for at least {top_k}",
+                field="pool.size",
+            )
+        counts.append(min(count, num_routed))
+    return tuple(counts)
+
+
+def pick_layer(mass_R: np.ndarray, size: PoolSize, count: int, top_k: int) -> tuple[int, ...]:
+    """One layer's pool: the experts with the largest mass, ascending ids; equal mass goes to the lower id (EMO rule 13).
+
+    `count` is this layer's entry of `largest_counts`. `mass_R` is float64, in any unit.
+    """
+    order = np.argsort(-mass_R, kind="stable")
+    if isinstance(size, Mass):
+        covered = np.cumsum(mass_R[order]) / max(float(mass_R.sum()), 1e-300)
+        enough = int(np.searchsorted(covered, size.mass - 1e-12)) + 1
+        count = min(count, max(enough, top_k))
+    return tuple(sorted(order[:count].tolist()))
+
+
+def pick_pool(scores: RoutingScores, size: PoolSize, facts: RoutingFacts) -> ExpertPool:
+    """The pool of `size` that these scores name, each layer choosing for itself."""
+    counts = largest_counts(size, facts)
+    layers = zip(scores.mean_LR, counts, facts.top_k_per_layer, strict=True)
+    experts = tuple(pick_layer(mean_R, size, count, top_k) for mean_R, count, top_k in layers)
+    return ExpertPool(experts, covered_mass(scores.mean_LR, experts))
+
+
+def covered_mass(mean_LR: Sequence[np.ndarray], experts: Sequence[Sequence[int]]) -> float | None:
+    """Mean over the sparse layers of the share of router mass that lies inside the pool."""
+    shares = [
+        float(mean_R[list(layer)].sum() / max(float(mean_R.sum()), 1e-300))
+        for mean_R, layer in zip(mean_LR, experts, strict=True)
+        if len(mean_R)
+    ]
+    return float(np.mean(shares)) if shares else None
+
+
+def check_pool(pool: ExpertPool, facts: RoutingFacts) -> ExpertPool:
+    """`pool` itself, if a model with these facts can run with it. Raises InvalidRequest or PoolTooSmall, naming the layer."""
+    if len(pool.experts) != facts.num_layers:
+        raise InvalidRequest(
+            f"the pool has {len(pool.experts)} layers and the model {facts.num_layers}", field="pool.fixed"
+        )
+    layers = zip(pool.experts, facts.routed_per_layer, facts.top_k_per_layer, strict=True)
+    for layer, (experts, num_routed, top_k) in enumerate(layers):
+        if list(experts) != sorted(set(experts)) or any(not 0 <= expert < num_routed for expert in experts):
+            raise InvalidRequest(
+                f"layer {layer} of the pool must hold distinct ascending routed experts below {num_routed}",
+                field="pool.fixed",
+            )
+        if len(experts) < top_k:
+            raise PoolTooSmall(
+                f"layer {layer} of the pool has {len(experts)} routed experts and its router picks {top_k} for one token",
+                field="pool.fixed",
+            )
+    return pool

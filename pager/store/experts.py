@@ -113,7 +113,11 @@ class PackedExperts:
             self._file = DataFile(path)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror or error}; pack the model again") from error
-        header, self._data_start = read_pack_header(self._file)
+        try:
+            header, self._data_start = read_pack_header(self._file)
+        except BaseException:
+            self._file.close()
+            raise
         self.shape = header.shape
         self.stored_dtype = header.dtype
         self._experts_per_layer = header.experts_per_layer

@@ -101,9 +101,10 @@ def test_closing_frees_every_descriptor(plain, model):
 def test_a_refused_checkpoint_leaves_no_descriptor_open(sharded):
     before = len(os.listdir("/proc/self/fd"))
     (sharded / "model-00003-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(sharded)
     assert len(os.listdir("/proc/self/fd")) == before
+    assert caught.tb is not None  # held until here: nothing was left to the garbage collector
 
 
 # What is refused

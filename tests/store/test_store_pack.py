@@ -159,6 +159,15 @@ def test_packing_does_not_grow_with_the_model(sharded, model, tmp_path, monkeypa
 # A damaged pack
 
 
+def test_a_refused_pack_leaves_no_descriptor_open(packed, flip):
+    before = len(os.listdir("/proc/self/fd"))
+    flip(packed / "experts.pack", 100)
+    with pytest.raises(CheckpointError) as caught:
+        PackedExperts(packed / "experts.pack")
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert caught.tb is not None  # held until here: nothing was left to the garbage collector
+
+
 def test_a_damaged_header_is_refused_wherever_it_is_hit(packed, flip):
     pack = packed / "experts.pack"
     for offset, why in [(0, "does not begin"), (8, "version"), (12, "header"), (20, "checksum"), (300, "checksum")]:

@@ -1,0 +1,214 @@
+"""The host tier: a shared-memory segment of expert records that every worker of a node maps.
+
+D hidden, F expert intermediate. The segment:
+
+    headers   one a record: whose weights they are and their checksum
+    records   4096-aligned: gate_up [2F, D], then down [D, F], in the dtype they are served in
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from pager.cache.host_index import HostGrant, HostIndex, HostState, LocalHostIndex
+from pager.errors import BudgetError, ConfigError
+from pager.types import ExpertKey, ExpertShape
+
+__all__ = ["HostGrant", "HostIndex", "HostState", "HostTier", "LocalHostIndex"]
+
+_SHM = Path("/dev/shm")
+_PAGE = 4096
+_HEADER = np.dtype([("layer", "<i4"), ("expert", "<i4"), ("checksum", "S16")])
+_NOBODY = -1
+
+
+class HostTier:
+    """One process's view of the segment. `create` makes it (and owns the file), `attach` maps one that is there.
+
+    Thread-safe as far as its index is: a record is written by the one that claimed it and read by those that pinned it.
+    Never larger than the budget it was created with.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        file: int,
+        num_records: int,
+        shape: ExpertShape,
+        dtype: torch.dtype,
+        index: HostIndex,
+        owner: str,
+    ) -> None:
+        """Takes over the descriptor `file`. Use `create` or `attach`."""
+        self.path = path
+        self.num_records = num_records
+        self.index = index
+        self.owner = owner
+        self._shape = shape
+        self._dtype = dtype
+        self._is_creator = False
+        header_bytes, self._stride, self.nbytes = _layout(num_records, shape, dtype)
+        try:
+            self._mapping: mmap.mmap | None = mmap.mmap(file, self.nbytes)
+        finally:
+            os.close(file)
+        self._headers: Any = np.frombuffer(self._mapping, _HEADER, num_records)
+        self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._records = self._bytes[header_bytes:]
+        self._unlock = _page_lock(self._bytes)
+
+    @classmethod
+    def create(
+        cls,
+        budget_bytes: int,
+        shape: ExpertShape,
+        dtype: torch.dtype,
+        *,
+        name: str | None = None,
+        index: HostIndex | None = None,
+        owner: str = "local",
+    ) -> Self:
+        """A new segment of as many records as `budget_bytes` hold, readable by this user alone.
+
+        All its memory is taken now. Without an `index` it is this process's own. Raises BudgetError when the budget
+        holds no record or the machine has not enough shared memory, ConfigError when the name is taken.
+        """
+        num_records = records_for(budget_bytes, shape, dtype)
+        if num_records == 0:
+            raise BudgetError(
+                f"host_memory of {budget_bytes} bytes holds no expert; the least is {_layout(1, shape, dtype)[2]} bytes"
+            )
+        path = _SHM / (name or f"expert-pager-{uuid.uuid4().hex[:12]}")
+        total = _layout(num_records, shape, dtype)[2]
+        try:
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            raise ConfigError(f"{path} exists: another service uses the name, or left it behind; remove it") from None
+        try:
+            os.posix_fallocate(file, 0, total)  # a sparse file would kill the process where /dev/shm runs full
+            tier = cls(path, file, num_records, shape, dtype, index or LocalHostIndex(num_records), owner)
+        except OSError as error:
+            with suppress(OSError):
+                os.close(file)
+            path.unlink()
+            raise BudgetError(
+                f"{total} bytes of shared memory for host_memory are not to be had ({error.strerror}); lower it, or "
+                f"make {_SHM} larger"
+            ) from error
+        tier._is_creator = True
+        tier._headers["layer"] = _NOBODY
+        return tier
+
+    @classmethod
+    def attach(
+        cls, name: str, num_records: int, shape: ExpertShape, dtype: torch.dtype, *, index: HostIndex, owner: str
+    ) -> Self:
+        """Maps the segment that another process created. Raises ConfigError when it is not there or of another size."""
+        path, expected = _SHM / name, _layout(num_records, shape, dtype)[2]
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ConfigError(f"there is no host tier at {path}; is the node's control actor running?") from None
+        found = os.fstat(file).st_size
+        if found != expected:
+            os.close(file)
+            raise ConfigError(f"the host tier at {path} has {found} bytes and not {expected}: it is another model's")
+        return cls(path, file, num_records, shape, dtype, index, owner)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def acquire(self, key: ExpertKey) -> HostGrant:
+        """Looks the expert up, or claims a record for it. A HIT or CLAIMED grant ends with `unpin` or `abandon`."""
+        return self.index.lookup_or_claim([key], self.owner)[0]
+
+    def tensors(self, record: int) -> tuple[Tensor, Tensor]:
+        """gate_up [2F, D] and down [D, F] of a record, in place."""
+        hidden, intermediate = self._shape.hidden, self._shape.intermediate
+        values = self._raw(record).view(self._dtype)
+        split = 2 * intermediate * hidden
+        return values[:split].view(2 * intermediate, hidden), values[split:].view(hidden, intermediate)
+
+    def publish(self, grant: HostGrant) -> None:
+        """The claimed record is filled: notes whose it is, and lets others read it."""
+        checksum = self._checksum(grant.record)
+        self._headers[grant.record] = (grant.key.layer, grant.key.expert, checksum)
+        self.index.publish([grant.key], self.owner)
+
+    def abandon(self, grant: HostGrant) -> None:
+        self.index.abandon([grant.key], self.owner)
+
+    def unpin(self, grant: HostGrant) -> None:
+        self.index.unpin([grant.key], self.owner)
+
+    def is_intact(self, grant: HostGrant) -> bool:
+        """The record is that expert's, and as it was published."""
+        header = self._headers[grant.record]
+        return (int(header["layer"]), int(header["expert"])) == tuple(grant.key) and self._checksum(
+            grant.record
+        ) == bytes(header["checksum"]).ljust(16, b"\0")
+
+    def close(self) -> None:
+        """Unmaps the segment; its creator removes it. Idempotent. Nobody may be reading."""
+        mapping, self._mapping = self._mapping, None
+        if mapping is None:
+            return
+        self._unlock()
+        self._headers = self._records = self._bytes = None
+        with suppress(BufferError):  # a view of it is still alive somewhere; the mapping goes with it
+            mapping.close()
+        if self._is_creator:
+            self.path.unlink(missing_ok=True)
+
+    def _raw(self, record: int) -> Tensor:
+        start = record * self._stride
+        return self._records[start : start + self._shape.num_elements * self._dtype.itemsize]
+
+    def _checksum(self, record: int) -> bytes:
+        return xxhash.xxh3_128_digest(memoryview(self._raw(record).numpy()))
+
+
+def records_for(budget_bytes: int, shape: ExpertShape, dtype: torch.dtype) -> int:
+    """How many records a segment of at most `budget_bytes` has."""
+    count = budget_bytes // (_round_up(shape.num_elements * dtype.itemsize) + _HEADER.itemsize)
+    while count > 0 and _layout(count, shape, dtype)[2] > budget_bytes:
+        count -= 1
+    return count
+
+
+def _layout(num_records: int, shape: ExpertShape, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of all headers, of one record, and of the segment."""
+    headers = _round_up(num_records * _HEADER.itemsize)
+    stride = _round_up(shape.num_elements * dtype.itemsize)
+    return headers, stride, headers + num_records * stride
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def _page_lock(data: Tensor) -> Callable[[], None]:
+    """Page-locks the memory where there is a GPU, so that copies from it are asynchronous; returns what undoes it."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    runtime: Any = torch.cuda.cudart()
+    status = int(runtime.cudaHostRegister(data.data_ptr(), data.numel(), 0))
+    if status != 0:
+        raise BudgetError(f"{data.numel()} bytes can not be page-locked (CUDA error {status}); lower host_memory")
+
+    def unlock() -> None:
+        runtime.cudaHostUnregister(data.data_ptr())
+
+    return unlock

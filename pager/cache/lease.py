@@ -1,0 +1,121 @@
+"""A lease: one sequence's hold on its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from types import TracebackType
+from typing import Self
+
+from pager.cache.ledger import Holding, Ledger
+from pager.cache.usage import PagingUsage
+from pager.errors import ExpertUnavailable
+from pager.types import ExpertKey
+
+
+class Lease:
+    """Experts pinned in slots, and slots promised for those to come. Leaving the block releases it.
+
+    Owned by one sequence: one thread binds and waits; `release` may come from any. A failed read fails this lease
+    for good: `failed` is set and every `wait` raises it.
+    """
+
+    def __init__(self, ledger: Ledger, holding: Holding, always_resident: Container[ExpertKey]) -> None:
+        self._ledger = ledger
+        self._holding = holding
+        self._always_resident = always_resident
+        self._limit = holding.reserved + len(holding.keys)
+        self._by_layer: dict[int, list[ExpertKey]] = {}
+        self._awaited: set[int] = set()
+        self._note(list(holding.keys))
+
+    def bind(self, layer: int, experts: Sequence[int]) -> None:
+        """Takes experts of `layer` within the reservation: pins hits, joins reads in flight, starts the missing ones.
+
+        Returns at once. Always-resident experts and those held already cost nothing. What a shared expert did not cost
+        stays reserved until `shrink`. Raises ValueError beyond the reservation, Cancelled for a released lease.
+        """
+        keys = self._new([ExpertKey(layer, expert) for expert in experts])
+        if len(self._holding.keys) + len(keys) > self._limit:
+            raise ValueError(
+                f"{len(keys)} more experts of layer {layer} exceed the lease: it holds {len(self._holding.keys)} "
+                f"and was made for {self._limit}"
+            )
+        fits = self._ledger.bind(self._holding, keys)
+        assert fits, "a reservation always has its slots"
+        self._note(keys)
+
+    def widen(self, keys: Sequence[ExpertKey]) -> bool:
+        """Takes more experts beyond the reservation, all or nothing; False when they do not fit now."""
+        new = self._new(keys)
+        if not self._ledger.bind(self._holding, new, reservation=0):
+            return False
+        self._limit += len(new)
+        self._note(new)
+        return True
+
+    def shrink(self) -> None:
+        """Gives back what is reserved and not bound: the pool is complete."""
+        self._ledger.unreserve(self._holding, self._holding.reserved)
+        self._limit = len(self._holding.keys)
+
+    def wait(self, layer: int) -> None:
+        """Returns when the bound experts of `layer` can be computed with; the time goes to `usage.stall_s`.
+
+        On a GPU the compute stream waits for the copies, not the host. Call it before computing even when `ready()`;
+        it is free from the second call on. Raises ExpertUnavailable when any read of this lease failed, Cancelled
+        after `release`.
+        """
+        if layer in self._awaited and self._holding.failed is None:
+            return
+        self._ledger.wait(self._holding, self._by_layer.get(layer, ()))
+        self._awaited.add(layer)
+
+    def ready(self) -> bool:
+        """Nothing bound is still being read, and nothing failed."""
+        return self._holding.ready
+
+    def release(self) -> None:
+        """Lets go of everything. Idempotent, from any thread. Queued reads that nobody else waits for are cancelled."""
+        self._awaited.clear()
+        self._ledger.release(self._holding)
+
+    def lend_reservation(self, borrower: Holding) -> None:
+        """Moves what is unbound to `borrower`, for the time of an exact forward."""
+        self._ledger.move_reservation(self._holding, borrower, self._holding.reserved)
+
+    def take_back_reservation(self, borrower: Holding) -> None:
+        self._ledger.move_reservation(borrower, self._holding, self._limit - len(self._holding.keys))
+
+    @property
+    def failed(self) -> ExpertUnavailable | None:
+        return self._holding.failed
+
+    @property
+    def num_bound(self) -> int:
+        return len(self._holding.keys)
+
+    @property
+    def num_reserved(self) -> int:
+        """Slots promised and not bound yet."""
+        return self._holding.reserved
+
+    @property
+    def usage(self) -> PagingUsage:
+        return self._holding.meter.snapshot()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _new(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        held = self._holding.keys
+        return [key for key in dict.fromkeys(keys) if key not in held and key not in self._always_resident]
+
+    def _note(self, keys: Sequence[ExpertKey]) -> None:
+        for key in keys:
+            self._by_layer.setdefault(key.layer, []).append(key)
+            self._awaited.discard(key.layer)

@@ -1,0 +1,315 @@
+"""Who holds which expert, who waits for which read: the pager's state, behind one lock.
+
+Every change is one short critical section; no lock is held while anything is read. Knows no files and starts no
+threads: it queues keys, and reader threads come back with `begin`, `finish` or `fail`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from pager.cache.index import CacheIndex, Plan
+from pager.cache.prefetch import PrefetchList
+from pager.cache.readers import Priority
+from pager.cache.tiers import Fetched
+from pager.cache.transfer import Transfer
+from pager.cache.usage import Cause, Lookup, PagerObserver, Tier, UsageMeter
+from pager.errors import Cancelled, ExpertUnavailable
+from pager.types import ExpertKey
+
+_URGENCY = {Cause.DEMAND: 0, Cause.LEASE: 1, Cause.PREFETCH: 2}
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """What one lease or one exact forward holds. Changed by the ledger alone, under its lock."""
+
+    cause: Cause
+    order: int
+    meter: UsageMeter
+    reserved: int = 0  # promised slots that no expert was bound to yet
+    keys: dict[ExpertKey, None] = field(default_factory=dict)  # pinned, in the order of binding
+    pending: set[ExpertKey] = field(default_factory=set)  # of these, what is not read yet
+    failed: ExpertUnavailable | None = None
+    released: bool = False
+
+    @property
+    def ready(self) -> bool:
+        return not self.pending and self.failed is None
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    slot: int
+    payer: UsageMeter
+    waiters: list[Holding]
+    reading: bool = False
+
+
+@dataclass(slots=True)
+class Counts:
+    hits: int = 0
+    hits_in_flight: int = 0
+    misses: int = 0
+    evictions: int = 0
+    failed_loads: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
+
+
+class Ledger:
+    """The one owner of index, loads and holdings. Thread-safe."""
+
+    def __init__(
+        self,
+        index: CacheIndex,
+        transfer: Transfer,
+        observer: PagerObserver,
+        queue_read: Callable[[Priority, ExpertKey], None],
+    ) -> None:
+        self.index = index  # read it under `lock`
+        self.counts = Counts()
+        self.lock = threading.RLock()
+        self._changed = threading.Condition(self.lock)
+        self._transfer = transfer
+        self._observer = observer
+        self._queue_read = queue_read
+        self._loads: dict[ExpertKey, _Load] = {}
+        self._holdings: set[Holding] = set()
+        self._prefetches = PrefetchList()
+        self._order = itertools.count()
+        self._closed = False
+
+    # What leases and exact forwards do.
+
+    def open(self, cause: Cause, meter: UsageMeter) -> Holding:
+        """A holding of nothing. Whoever opens it has to `release` it."""
+        with self.lock:
+            if self._closed:
+                raise Cancelled("the pager is closed")
+            holding = Holding(cause, next(self._order), meter)
+            self._holdings.add(holding)
+            return holding
+
+    def reserve(self, holding: Holding, num_slots: int) -> bool:
+        """Promises `num_slots` more to the holding, all or nothing."""
+        with self.lock:
+            if not self.index.reserve(num_slots):
+                return False
+            holding.reserved += num_slots
+            return True
+
+    def unreserve(self, holding: Holding, num_slots: int) -> None:
+        with self._changed:
+            self.index.unreserve(num_slots)
+            holding.reserved -= num_slots
+            self._changed.notify_all()
+
+    def move_reservation(self, giver: Holding, taker: Holding, at_most: int) -> None:
+        """Moves promised slots between holdings; none to or from a released one."""
+        with self.lock:
+            if giver.released or taker.released:
+                return
+            count = min(giver.reserved, at_most)
+            giver.reserved -= count
+            taker.reserved += count
+
+    def bind(self, holding: Holding, keys: Sequence[ExpertKey], *, reservation: int | None = None) -> bool:
+        """Pins `keys` and queues the reads they need; False, with nothing changed, when they do not fit now.
+
+        Pays with up to `reservation` (default: all) of the holding's promised slots, then with unreserved ones.
+        Keys it holds already are passed over. Raises Cancelled for a released holding.
+        """
+        with self.lock:
+            if holding.released:
+                raise Cancelled("the lease was released while its experts were being bound")
+            new = [key for key in dict.fromkeys(keys) if key not in holding.keys]
+            available = holding.reserved if reservation is None else reservation
+            plan = self.index.plan(new, reservation=available)
+            if plan is None:
+                return False
+            self._carry_out(plan, holding.cause, holding.meter)
+            holding.reserved -= plan.paid
+            holding.keys.update(dict.fromkeys(new))
+            for key in (*plan.in_flight, *(load.key for load in plan.loads)):
+                holding.pending.add(key)
+                self._loads[key].waiters.append(holding)
+                self._queue_read((_URGENCY[holding.cause], holding.order), key)
+            self._count_lookups(holding.meter, plan)
+            for key in new:
+                self._prefetches.forget(key)
+            return True
+
+    def let_go_of_experts(self, holding: Holding, keys: Sequence[ExpertKey]) -> None:
+        """Unpins `keys` and keeps their slots reserved, where they are not held by others too.
+
+        A queued read that nobody waits for any more is cancelled.
+        """
+        with self._changed:
+            self._transfer.mark_released([self.index.slot_of(key) for key in keys])
+            unreserved = self.index.num_unreserved
+            for key in keys:
+                del holding.keys[key]
+                self.index.unpin(key)
+                self._stop_waiting(holding, key)
+            self.reserve(holding, self.index.num_unreserved - unreserved)
+            self._changed.notify_all()
+
+    def release(self, holding: Holding) -> None:
+        """Unpins and unreserves everything. Idempotent."""
+        with self.lock:
+            if not holding.released:
+                self.let_go_of_experts(holding, list(holding.keys))
+                self.unreserve(holding, holding.reserved)
+                self._holdings.discard(holding)
+                holding.released = True
+
+    def wait(self, holding: Holding, keys: Collection[ExpertKey]) -> None:
+        """Until `keys`, which the holding holds, can be computed with.
+
+        Raises the holding's ExpertUnavailable as soon as any of its reads has failed, Cancelled when it is released.
+        """
+        with self._changed:
+            if self._must_wait(holding, keys):
+                started = time.perf_counter()
+                while self._must_wait(holding, keys):
+                    self._changed.wait()
+                stalled_s = time.perf_counter() - started
+                holding.meter.stall_s += stalled_s
+                self._observer.stalled(stalled_s, holding.cause)
+            if holding.failed is not None:
+                raise holding.failed
+            if holding.released:
+                raise Cancelled("the lease was released while its experts were on their way")
+            slots = [self.index.slot_of(key) for key in keys]
+        self._transfer.await_installed(slots)
+
+    @staticmethod
+    def _must_wait(holding: Holding, keys: Collection[ExpertKey]) -> bool:
+        return holding.failed is None and not holding.released and not holding.pending.isdisjoint(keys)
+
+    # What prefetches do.
+
+    def prefetch(self, keys: Sequence[ExpertKey], meter: UsageMeter) -> None:
+        with self.lock:
+            if self._closed:
+                return
+            batch = self._prefetches.start_batch()
+            for key in keys:
+                if key in self._loads or self.index.pins(key) > 0:
+                    continue
+                self._prefetches.protect(key)
+                if self.index.is_evictable(key):
+                    self.index.refresh(key)
+                elif self._prefetches.want(key, meter):
+                    self._queue_read((_URGENCY[Cause.PREFETCH], batch), key)
+
+    def prefetch_pending(self, keys: Sequence[ExpertKey]) -> bool:
+        with self.lock:
+            return any(self._prefetches.is_wanted(key) or key in self._loads for key in keys)
+
+    # What reader threads do.
+
+    def begin(self, key: ExpertKey) -> int | None:
+        """The slot to read `key` into; None when the read has become pointless. A prefetch gets its slot here."""
+        with self.lock:
+            load = self._loads.get(key)
+            if load is None:
+                meter = self._prefetches.take(key)
+                plan = None if meter is None else self.index.plan([key], spare=self._prefetches.protected)
+                if meter is None or plan is None or self._closed:
+                    return None
+                self._carry_out(plan, Cause.PREFETCH, meter)
+                self.index.unpin(key)
+                load = self._loads[key]
+            if load.reading:
+                return None
+            load.reading = True
+            return load.slot
+
+    def finish(self, key: ExpertKey, fetched: Fetched) -> None:
+        """The expert is in its slot: everybody who waits for it may go on."""
+        with self._changed:
+            load = self._loads.pop(key)
+            self.index.installed(key)
+            load.payer.add_bytes(fetched.source, fetched.nbytes)
+            if fetched.source is Tier.HOST:
+                self.counts.bytes_from_host += fetched.nbytes
+            else:
+                self.counts.bytes_from_disk += fetched.nbytes
+            for holding in load.waiters:
+                holding.pending.discard(key)
+            self._changed.notify_all()
+
+    def fail(self, key: ExpertKey, error: ExpertUnavailable) -> None:
+        """The read failed: exactly the holdings that bound the expert fail, and its slot is free."""
+        with self._changed:
+            load = self._loads.pop(key)
+            self.index.abandon(key)
+            self.counts.failed_loads += 1
+            for holding in load.waiters:
+                del holding.keys[key]
+                holding.pending.discard(key)
+                if holding.failed is None:
+                    holding.failed = copy.copy(error)  # each raises its own, with its own traceback
+                    holding.failed.__cause__ = error.__cause__
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Fails what still waits and cancels what is queued; running reads come to their end. Idempotent."""
+        with self._changed:
+            self._closed = True
+            queued = [key for key, load in self._loads.items() if not load.reading]
+            for key in queued:
+                self.fail(key, ExpertUnavailable("the pager was closed before the expert was read", key))
+            self._changed.notify_all()
+
+    def check_integrity(self) -> None:
+        """Asserts that index, loads and holdings tell the same story."""
+        with self.lock:
+            self.index.check_integrity()
+            assert self.index.num_reserved == sum(holding.reserved for holding in self._holdings)
+            for key in {*self.index.loaded(), *self._loads}:
+                assert self.index.pins(key) == sum(key in holding.keys for holding in self._holdings), key
+            for key, load in self._loads.items():
+                assert self.index.is_loading(key), key
+                assert self.index.slot_of(key) == load.slot, key
+                assert set(load.waiters) == {holding for holding in self._holdings if key in holding.keys}, key
+            for holding in self._holdings:
+                assert holding.pending == {key for key in holding.keys if key in self._loads}
+
+    def _carry_out(self, plan: Plan, cause: Cause, payer: UsageMeter) -> None:
+        for key in plan.victims:
+            self._transfer.evict(key, self.index.slot_of(key))
+            self._prefetches.forget(key)
+        self.index.commit(plan)
+        for load in plan.loads:
+            self._loads[load.key] = _Load(load.slot, payer, [])
+        if plan.victims:
+            self.counts.evictions += len(plan.victims)
+            self._observer.evicted(cause, len(plan.victims))
+
+    def _stop_waiting(self, holding: Holding, key: ExpertKey) -> None:
+        load = self._loads.get(key)
+        if load is None:
+            return
+        load.waiters.remove(holding)
+        holding.pending.discard(key)
+        if not load.waiters and not load.reading:
+            del self._loads[key]
+            self.index.abandon(key)
+
+    def _count_lookups(self, meter: UsageMeter, plan: Plan) -> None:
+        meter.experts_hit += len(plan.hits) + len(plan.in_flight)
+        meter.experts_missed += len(plan.loads)
+        self.counts.hits += len(plan.hits)
+        self.counts.hits_in_flight += len(plan.in_flight)
+        self.counts.misses += len(plan.loads)
+        self._observer.lookups(Tier.DEVICE, Lookup.HIT, len(plan.hits))
+        self._observer.lookups(Tier.DEVICE, Lookup.HIT_IN_FLIGHT, len(plan.in_flight))
+        self._observer.lookups(Tier.DEVICE, Lookup.MISS, len(plan.loads))

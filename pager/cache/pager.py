@@ -1,0 +1,197 @@
+"""The expert pager: brings experts into device slots and keeps the recently used ones there.
+
+One engine thread reserves, binds, waits and demands; prefetches and releases may come from any thread. Reader threads
+fill the slots. The state is in `Ledger`, the reading in `Tiers`; this is where they meet.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+
+from pager.cache.demand import demand_waves
+from pager.cache.host import HostTier
+from pager.cache.index import CacheIndex
+from pager.cache.lease import Lease
+from pager.cache.ledger import Holding, Ledger
+from pager.cache.policy import make_policy
+from pager.cache.readers import Readers
+from pager.cache.slots import DeviceSlots
+from pager.cache.tiers import Tiers
+from pager.cache.usage import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
+from pager.errors import ExpertUnavailable, PoolTooLarge
+from pager.store.experts import ExpertSource
+from pager.types import ExpertKey
+
+__all__ = ["CacheStats", "ExpertPager", "Lease", "PagerObserver", "UsageMeter"]
+
+
+class ExpertPager:
+    """Leases, demands and prefetches over one slab. Memory never exceeds the slab, whatever is asked for."""
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        slots: DeviceSlots,
+        *,
+        resident: Sequence[ExpertKey] = (),
+        host: HostTier | None = None,
+        policy: str = "lru",
+        num_readers: int = 4,
+        retry_after_s: float = 30.0,
+        observer: PagerObserver | None = None,
+    ) -> None:
+        """Reads `resident` (always-active experts) into the pinned slots before it returns.
+
+        An expert that could not be read is tried again `retry_after_s` later at the earliest. Source and host tier stay
+        the caller's to close, after this. Raises ExpertUnavailable for a resident expert, ConfigError for the policy.
+        """
+        if len(resident) != slots.num_pinned:
+            raise ValueError(f"{len(resident)} resident experts for {slots.num_pinned} pinned slots")
+        self.slots = slots
+        observer = observer or NoObserver()
+        self._resident = frozenset(resident)
+        self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=retry_after_s)
+        for number, key in enumerate(resident):
+            self._tiers.fetch_from_disk(key, slots.num_slots + number)
+        slots.transfer.await_installed(range(slots.num_slots, slots.num_slots + len(resident)))
+        self._readers = Readers(num_readers, self._read)
+        index = CacheIndex(slots.num_slots, make_policy(policy))
+        self._ledger = Ledger(index, slots.transfer, observer, self._readers.push)
+        weakref.finalize(self, self._readers.stop)
+
+    @property
+    def num_slots(self) -> int:
+        """The budget: slots for paged experts. Always-resident ones have their own."""
+        return self.slots.num_slots
+
+    def reserve(self, num_slots: int, usage: UsageMeter | None = None) -> Lease | None:
+        """Promises slots for experts that are not known yet, all or nothing; None when they are not to be had now.
+
+        Raises PoolTooLarge when they never will be.
+        """
+        if num_slots > self.num_slots:
+            raise PoolTooLarge(num_slots, self.num_slots)
+        holding = self._ledger.open(Cause.LEASE, usage or UsageMeter())
+        return self._lease_if(self._ledger.reserve(holding, num_slots), holding)
+
+    def reserve_pool(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> Lease | None:
+        """A lease with all of `keys` bound and their reads started; None, with nothing done, when they do not fit now.
+
+        Experts that other leases hold take no slot of their own, so overlapping pools fit together.
+        Raises PoolTooLarge when the pool alone has more experts than there are slots.
+        """
+        paged = [key for key in dict.fromkeys(keys) if key not in self._resident]
+        if len(paged) > self.num_slots:
+            raise PoolTooLarge(len(paged), self.num_slots)
+        holding = self._ledger.open(Cause.LEASE, usage or UsageMeter())
+        return self._lease_if(self._ledger.bind(holding, paged), holding)
+
+    def prefetch(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> None:
+        """Asks for experts ahead of their use, best effort: after all leases, into slots that nobody needs or reserved.
+
+        Never blocks, and evicts nothing that was prefetched and not used yet. At most `num_readers` slots at a time are
+        busy with it.
+        """
+        paged = [key for key in dict.fromkeys(keys) if key not in self._resident]
+        self._ledger.prefetch(paged, usage or UsageMeter())
+
+    def prefetch_pending(self, keys: Sequence[ExpertKey]) -> bool:
+        """Are any of these still to be read, for whomever?"""
+        return self._ledger.prefetch_pending(keys)
+
+    def demand(
+        self, layer: int, experts: Sequence[int], usage: UsageMeter | None = None, *, lease: Lease | None = None
+    ) -> Iterator[tuple[int, ...]]:
+        """Yields waves: disjoint subsets of `experts`, together all of them, each in its slots until the next step.
+
+        Every missing expert is read once; the next wave is read while the current one is computed. Uses the unbound
+        reservation of `lease` where one is given (so that progress is certain), and unreserved slots.
+        Raises ExpertUnavailable, or SlotsExhausted when no slot is to be had. Close the iterator if you leave it early.
+        """
+        keys = [ExpertKey(layer, expert) for expert in dict.fromkeys(experts)]
+        holding = self._ledger.open(Cause.DEMAND, usage or UsageMeter())
+        try:
+            if lease is not None:
+                lease.lend_reservation(holding)
+            yield from demand_waves(
+                self._ledger,
+                holding,
+                [key for key in keys if key not in self._resident],
+                [key for key in keys if key in self._resident],
+            )
+        finally:
+            self._ledger.let_go_of_experts(holding, list(holding.keys))
+            if lease is not None:
+                lease.take_back_reservation(holding)
+            self._ledger.release(holding)
+
+    def stats(self) -> CacheStats:
+        ledger, record = self._ledger, self.slots.record_bytes
+        with ledger.lock:
+            counts, index = ledger.counts, ledger.index
+            return CacheStats(
+                hits=counts.hits,
+                hits_in_flight=counts.hits_in_flight,
+                misses=counts.misses,
+                evictions=counts.evictions,
+                failed_loads=counts.failed_loads,
+                bytes_from_disk=counts.bytes_from_disk,
+                bytes_from_host=counts.bytes_from_host,
+                capacity_bytes=index.num_slots * record,
+                resident_bytes=index.num_resident * record,
+                held_bytes=index.num_held * record,
+                reserved_bytes=index.num_reserved * record,
+            )
+
+    def resident_experts(self) -> tuple[tuple[int, ...], ...]:
+        """Per layer the paged experts whose weights are in a slot, ascending: a hint for placement."""
+        layers: list[list[int]] = [[] for _ in range(self.slots.slot_of_LE.shape[0])]
+        with self._ledger.lock:
+            for key in self._ledger.index.loaded():
+                layers[key.layer].append(key.expert)
+        return tuple(tuple(sorted(layer)) for layer in layers)
+
+    def check_integrity(self) -> None:
+        """Asserts that all books agree, and that the map on the device says what the index says."""
+        with self._ledger.lock:
+            self._ledger.check_integrity()
+            index = self._ledger.index
+            in_map = {
+                ExpertKey(layer, expert): slot
+                for layer, row in enumerate(self.slots.slot_of_LE.tolist())
+                for expert, slot in enumerate(row)
+                if slot >= 0
+            }
+            loaded = {key: index.slot_of(key) for key in index.loaded()}
+            unknown = {*self._resident, *(key for key in in_map if index.is_loading(key))}  # entered, not yet told
+            paged = {key: slot for key, slot in in_map.items() if key not in unknown}
+            assert paged == loaded, "the map and the index disagree"
+
+    def close(self) -> None:
+        """Cancels what is queued, fails who waits for it, and joins the readers. Idempotent."""
+        self._readers.stop()
+        self._ledger.close()
+        self._readers.join()
+
+    def _lease_if(self, fits: bool, holding: Holding) -> Lease | None:
+        if fits:
+            return Lease(self._ledger, holding, self._resident)
+        self._ledger.release(holding)
+        return None
+
+    def _read(self, key: ExpertKey) -> None:
+        """One queued read, on a reader thread."""
+        slot = self._ledger.begin(key)
+        if slot is None:
+            return
+        try:
+            fetched = self._tiers.fetch(key, slot)
+        except ExpertUnavailable as error:
+            self._ledger.fail(key, error)
+        except Exception as error:  # a dead reader would leave its waiters waiting for ever
+            wrapped = ExpertUnavailable(f"reading expert {key.expert} of layer {key.layer} failed: {error!r}", key)
+            wrapped.__cause__ = error
+            self._ledger.fail(key, wrapped)
+        else:
+            self._ledger.finish(key, fetched)

@@ -1,0 +1,64 @@
+"""Threads that read experts, most urgent first."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import weakref
+from collections.abc import Callable
+
+from pager.types import ExpertKey
+
+Priority = tuple[int, int]
+"""(how urgent, in which order): the lower is read first. Ties go by layer, then expert."""
+
+
+class Readers:
+    """A priority queue of keys and the threads that call `work(key)` on them.
+
+    Knows no slots: a key may be queued twice or have become pointless, and `work` finds out. `work` must not raise.
+    """
+
+    def __init__(self, num_readers: int, work: Callable[[ExpertKey], None]) -> None:
+        """`work` is a bound method and held weakly: threads don't keep a forgotten pager's memory alive."""
+        self._work = weakref.WeakMethod(work)
+        self._queue: list[tuple[Priority, ExpertKey]] = []
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"expert-reader-{number}", daemon=True)
+            for number in range(num_readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def push(self, priority: Priority, key: ExpertKey) -> None:
+        with self._changed:
+            heapq.heappush(self._queue, (priority, key))
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Drops what is queued; threads end after the read they are in. Idempotent, safe in a finalizer."""
+        with self._changed:
+            self._stopped = True
+            self._queue.clear()
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _run(self) -> None:
+        while (key := self._next()) is not None:
+            work = self._work()
+            if work is None:
+                return
+            work(key)
+            del work  # or this thread, waiting for its next key, would keep the pager alive
+
+    def _next(self) -> ExpertKey | None:
+        with self._changed:
+            while not self._queue and not self._stopped:
+                self._changed.wait()
+            return None if self._stopped else heapq.heappop(self._queue)[1]

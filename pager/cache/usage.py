@@ -1,0 +1,118 @@
+"""What paging cost: for one sequence, for the whole pager, and the seam through which metrics learn of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Tier(StrEnum):
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class Lookup(StrEnum):
+    """What a request for an expert met in a tier."""
+
+    HIT = "hit"
+    HIT_IN_FLIGHT = "hit_in_flight"  # already being read for somebody else
+    MISS = "miss"
+
+
+class Cause(StrEnum):
+    """Why an expert was wanted."""
+
+    LEASE = "lease"
+    DEMAND = "demand"
+    PREFETCH = "prefetch"
+
+
+@dataclass(frozen=True, slots=True)
+class PagingUsage:
+    """What one sequence's paging cost. Bytes are charged to whoever caused a read, not to those who joined it."""
+
+    experts_hit: int = 0  # already in a slot, or being read for somebody else
+    experts_missed: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
+    stall_s: float = 0.0
+
+
+@dataclass(slots=True)
+class UsageMeter:
+    """A running PagingUsage. A sequence has one and hands it to its lease, its demands and its prefetches."""
+
+    experts_hit: int = 0
+    experts_missed: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
+    stall_s: float = 0.0
+
+    def add_bytes(self, source: Tier, nbytes: int) -> None:
+        if source is Tier.HOST:
+            self.bytes_from_host += nbytes
+        else:
+            self.bytes_from_disk += nbytes
+
+    def snapshot(self) -> PagingUsage:
+        return PagingUsage(
+            self.experts_hit, self.experts_missed, self.bytes_from_disk, self.bytes_from_host, self.stall_s
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """The device tier since the start (counts) and now (bytes)."""
+
+    hits: int
+    hits_in_flight: int
+    misses: int
+    evictions: int
+    failed_loads: int
+    bytes_from_disk: int
+    bytes_from_host: int
+    capacity_bytes: int
+    resident_bytes: int  # loaded or loading
+    held_bytes: int  # of these, what can not be evicted now
+    reserved_bytes: int  # promised to leases and not bound yet
+
+    @property
+    def hit_rate(self) -> float:
+        """Of all experts asked for, the share that needed no read of its own; 1.0 when none was."""
+        total = self.hits + self.hits_in_flight + self.misses
+        return 1.0 if total == 0 else (self.hits + self.hits_in_flight) / total
+
+
+class PagerObserver(Protocol):
+    """Told of every fact once, from any thread and under the pager's lock: be quick and don't call back."""
+
+    def lookups(self, tier: Tier, result: Lookup, count: int) -> None: ...
+
+    def transferred(self, source: Tier, destination: Tier, nbytes: int, seconds: float) -> None: ...
+
+    def evicted(self, cause: Cause, count: int) -> None: ...
+
+    def stalled(self, seconds: float, cause: Cause) -> None: ...
+
+    def quarantined(self, tier: Tier) -> None: ...
+
+
+class NoObserver:
+    """Ignores everything."""
+
+    def lookups(self, tier: Tier, result: Lookup, count: int) -> None:
+        pass
+
+    def transferred(self, source: Tier, destination: Tier, nbytes: int, seconds: float) -> None:
+        pass
+
+    def evicted(self, cause: Cause, count: int) -> None:
+        pass
+
+    def stalled(self, seconds: float, cause: Cause) -> None:
+        pass
+
+    def quarantined(self, tier: Tier) -> None:
+        pass

@@ -148,7 +148,7 @@ class WorkerLink:
 
     async def _read(self, call: Any) -> None:
         try:
-            while (push := await call.read()) is not grpc.aio.EOF:  # attach() has read(); the two styles don't mix
+            while (push := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 if push.WhichOneof("push") == "load":
                     self._on_load(push.load)
                 else:

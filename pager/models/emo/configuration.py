@@ -12,11 +12,12 @@ from pager.errors import CheckpointError
 
 @strict
 class EmoConfig(PreTrainedConfig):
-    """Every field of a released `config.json`; RoPE may be stored the old way (`rope_theta`, `rope_scaling`) or the new.
+    """Every field of a released `config.json`, RoPE stored the old way (`rope_theta`, `rope_scaling`) or the new.
 
-    `num_experts` and everything derived from it count all experts of a layer, shared ones included. The shared experts are
-    the last of the list. Layer `i` may differ from the rest: ask `experts_in_layer(i)`, `shared_in_layer(i)` and
-    `always_active_in_layer(i)`, not the fields. Raises CheckpointError when the fields contradict each other.
+    `num_experts` and everything derived from it count all experts of a layer, shared ones included; the shared
+    experts are the last of the list. Layer `i` may differ from the rest: ask `experts_in_layer(i)`,
+    `shared_in_layer(i)` and `always_active_in_layer(i)`, not the fields. Raises CheckpointError when the fields
+    contradict each other.
     """
 
     model_type = "emo"
@@ -66,7 +67,7 @@ class EmoConfig(PreTrainedConfig):
         return self.num_experts if self.num_experts_per_layer is None else self.num_experts_per_layer[layer]
 
     def shared_in_layer(self, layer: int) -> int:
-        """How many experts at the end of the layer's list every token uses. 0 where always-active experts take over."""
+        """How many experts at the end of the layer's list serve every token; 0 where always-active ones take over."""
         if self.always_active_in_layer(layer):
             return 0
         if self.num_shared_experts_per_layer is not None:
@@ -82,11 +83,15 @@ class EmoConfig(PreTrainedConfig):
         return tuple(self.always_active_experts or ())
 
     def _check_consistency(self) -> None:
-        for name in ("num_experts_per_layer", "num_shared_experts_per_layer", "always_active_experts_per_layer"):
+        for name in (
+            "num_experts_per_layer",
+            "num_shared_experts_per_layer",
+            "always_active_experts_per_layer",
+        ):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_hidden_layers:
                 raise CheckpointError(
-                    f"{name} has {len(values)} entries and the model {self.num_hidden_layers} layers; give one entry a layer"
+                    f"{name} has {len(values)} entries for {self.num_hidden_layers} layers; give one entry a layer"
                 )
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
@@ -96,27 +101,24 @@ class EmoConfig(PreTrainedConfig):
             self._check_layer(layer)
 
     def _check_layer(self, layer: int) -> None:
-        experts, shared, always = (
-            self.experts_in_layer(layer),
-            self.shared_in_layer(layer),
-            self.always_active_in_layer(layer),
-        )
+        experts, top_k = self.experts_in_layer(layer), self.num_experts_per_tok
+        shared, always = self.shared_in_layer(layer), self.always_active_in_layer(layer)
         if not experts:
             if self.dense_intermediate_size is None:
                 raise CheckpointError(f"layer {layer} has no experts, so dense_intermediate_size must be set")
             return
-        if not shared <= min(experts, self.num_experts_per_tok):
+        if shared > min(experts, top_k):
             raise CheckpointError(
-                f"layer {layer}: {shared} shared experts do not fit in {experts} experts and top-{self.num_experts_per_tok}"
+                f"layer {layer}: {shared} shared experts do not fit in {experts} experts and top-{top_k}"
             )
         if len(set(always)) != len(always) or not all(0 <= expert < experts for expert in always):
-            raise CheckpointError(f"layer {layer}: always-active experts {list(always)} must be distinct and below {experts}")
-        if len(always) > self.num_experts_per_tok:
             raise CheckpointError(
-                f"layer {layer}: {len(always)} always-active experts are more than top-{self.num_experts_per_tok}"
+                f"layer {layer}: always-active experts {list(always)} must be distinct and below {experts}"
             )
+        if len(always) > top_k:
+            raise CheckpointError(f"layer {layer}: {len(always)} always-active experts are more than top-{top_k}")
         if self.norm_topk_prob and (shared or always):
             raise CheckpointError(
-                f"norm_topk_prob=true is defined only without shared and always-active experts; layer {layer} has "
-                f"{shared} shared and {len(always)} always active"
+                f"norm_topk_prob=true is defined only without shared and always-active experts; layer {layer} "
+                f"has {shared} shared and {len(always)} always active"
             )

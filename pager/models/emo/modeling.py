@@ -1,7 +1,7 @@
 """EMO for transformers 5, read top-down: block, router and experts, attention, model, language model.
 
 Written after the rules of the paper and checked against outputs of Ai2's reference code (tests/data/golden).
-Legend: B batch, N positions, T = B·N tokens, E experts of a layer (shared last), K top-k, D hidden, F intermediate.
+Legend: B batch, N positions, T = B·N tokens, E experts of a layer (shared last), K top-k, D hidden.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -39,7 +39,7 @@ class EmoRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden.float(), hidden.shape[-1:], self.weight.float(), self.eps).to(hidden.dtype)
+        return functional.rms_norm(hidden.float(), hidden.shape[-1:], self.weight.float(), self.eps).to(hidden.dtype)
 
 
 class EmoMLP(nn.Module):
@@ -58,7 +58,7 @@ class EmoMLP(nn.Module):
 
 
 class EmoTopKRouter(nn.Module):
-    """`hidden_TD` → `(router_logits_TE, weights_TK, index_TK)`; weights in the hidden dtype, indices over all E experts."""
+    """`hidden_TD` → `(logits_TE, weights_TK, index_TK)`: weights in the hidden dtype, indices over all E experts."""
 
     def __init__(self, config: EmoConfig, layer_idx: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class EmoTopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits_TE = F.linear(hidden_TD, self.weight)
+        logits_TE = functional.linear(hidden_TD, self.weight)
         weights_TK, index_TK = self.pick(logits_TE)
         return logits_TE, weights_TK.to(hidden_TD.dtype), index_TK
 
@@ -88,7 +88,7 @@ class EmoTopKRouter(nn.Module):
 
 @use_experts_implementation
 class EmoExperts(nn.Module):
-    """All experts of a layer as two stacked tensors. This forward is the reference; transformers swaps in others by name."""
+    """All experts of a layer, stacked. This forward is the reference; transformers swaps in others by name."""
 
     def __init__(self, config: EmoConfig, num_experts: int) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class EmoExperts(nn.Module):
         output_TD = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             token, rank = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            gate, up = functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_out = functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
             output_TD.index_add_(0, token, expert_out * top_k_weights[token, rank, None])
         return output_TD
 
@@ -122,16 +122,16 @@ class EmoSparseMoeBlock(nn.Module):
 
 
 class EmoRotaryEmbedding(nn.Module):
-    """cos and sin of every position, always fp32. Holds non-persistent buffers only, under the names transformers restores."""
+    """cos and sin of every position, always fp32. Its buffers have the names that transformers restores on loading."""
 
     def __init__(self, config: EmoConfig) -> None:
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn: Callable[..., tuple[Tensor, float]] = (
-            self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-        )
+        rope_init_fn: Callable[..., tuple[Tensor, float]] = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = rope_init_fn(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -174,7 +174,7 @@ def eager_attention_forward(
     if attention_mask is not None:
         scores = scores + attention_mask
     probs = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    probs = F.dropout(probs, p=dropout, training=module.training)
+    probs = functional.dropout(probs, p=dropout, training=module.training)
     return (probs @ value).transpose(1, 2).contiguous(), probs
 
 
@@ -226,7 +226,8 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: EmoConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = EmoAttention(config, layer_idx)
-        self.mlp = EmoSparseMoeBlock(config, layer_idx) if config.experts_in_layer(layer_idx) else EmoMLP(config)
+        has_experts = config.experts_in_layer(layer_idx) > 0
+        self.mlp = EmoSparseMoeBlock(config, layer_idx) if has_experts else EmoMLP(config)
         self.pre_attention_layernorm = EmoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.pre_feedforward_layernorm = EmoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -292,7 +293,8 @@ class EmoModel(EmoPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+            end = seen + hidden_states.shape[1]
+            position_ids = torch.arange(seen, end, device=hidden_states.device).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
@@ -311,7 +313,8 @@ class EmoModel(EmoPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        hidden_states = self.norm(hidden_states)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
 class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
@@ -333,7 +336,7 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Released configs store output_router_logits=true from training; here only the argument turns it on."""
+        """Released configs store output_router_logits=true from training; only the argument turns it on here."""
         outputs = self.model(input_ids=input_ids, output_router_logits=output_router_logits, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

@@ -22,13 +22,14 @@ def pick_experts(
 ) -> tuple[Tensor, Tensor]:
     """Pick each token's experts and weigh them: `(weights_TK fp32, index_TK)`, indices over all E experts.
 
-    The last `num_shared` experts serve every token, weighed by a softmax of their own; the other K − num_shared come
-    from a softmax over the routed columns. `always_active` experts take precedence over `num_shared`: one softmax over
-    all columns, those experts first. Nothing is renormalised after top-k unless `norm_topk_prob`, which is legal only
-    without shared and always-active experts (EmoConfig checks it).
+    The last `num_shared` experts serve every token, weighed by a softmax of their own; the other K − num_shared
+    come from a softmax over the routed columns. `always_active` experts take precedence over `num_shared`: one
+    softmax over all columns, those experts first. Nothing is renormalised after top-k unless `norm_topk_prob`,
+    which is legal only without shared and always-active experts (EmoConfig checks it).
 
-    `allowed_TE` (bool, broadcastable to [T, E]) is the document's pool: a routed expert outside it takes no part in the
-    softmax. Its entries for shared and always-active experts are not read.
+    `allowed_TE` (bool, broadcastable to [T, E]) is the document's pool: a routed expert outside it takes no part in
+    the softmax. Its entries for shared and always-active experts are not read. It must leave at least K − num_shared
+    routed experts; otherwise experts of weight 0 from outside the pool fill the places.
     """
     scores_TE = logits_TE.float()
     if allowed_TE is not None:

@@ -1,0 +1,279 @@
+"""Train a small EMO (or standard MoE) reference model on a corpus of `<domain>.train.jsonl.gz` files.
+
+    python -m training.train --corpus DIR --out DIR --max-minutes 60
+
+Resumes from the last checkpoint in `--out`. Everything random follows from `--seed` and the step number, so a resumed
+run sees the same batches and pool sizes as an uninterrupted one. With `--max-minutes` the learning rate follows the
+clock too, so that it reaches zero when the time is up.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pager.models import EmoConfig, EmoForCausalLM
+from training import data, evaluate, fast
+from training.objective import PoolRouter, documents_of, install_pool_routers, next_token_labels
+
+console = Console(soft_wrap=True)
+PoolMode = Literal["document", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a run depends on besides the corpus; stored beside its checkpoints, and a resumed run must match it."""
+
+    pool: PoolMode = "document"
+    hidden_size: int = 128
+    intermediate_size: int = 32
+    num_layers: int = 6
+    num_heads: int = 4
+    num_experts: int = 128
+    num_shared: int = 1
+    top_k: int = 8
+    vocab_size: int = 4096
+    initializer_range: float = 0.03
+    context: int = 1024
+    train_context: int = 512
+    rows_per_step: int = 4
+    learning_rate: float = 5e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    min_pool: int = 8
+    balance_weight: float = 1e-1
+    z_weight: float = 1e-3
+    seed: int = 1
+
+    def model_config(self) -> EmoConfig:
+        return EmoConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            max_position_embeddings=self.context,
+            initializer_range=self.initializer_range,
+            num_experts=self.num_experts,
+            num_experts_per_tok=self.top_k,
+            num_shared_experts=self.num_shared,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is, over all its resumptions."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+
+
+class Trainer:
+    """Owns the model, the optimizer and the progress of one run directory."""
+
+    def __init__(self, recipe: Recipe, corpus: Path, out: Path) -> None:
+        self.recipe, self.corpus, self.out = recipe, corpus, out
+        out.mkdir(parents=True, exist_ok=True)
+        _settle_recipe(recipe, out / "recipe.json")
+        self.tokenizer = _cached_tokenizer(recipe, corpus, out / "tokenizer.json")
+        self.rows = _cached_rows(recipe, corpus, self.tokenizer, out / "rows.npz")
+        torch.manual_seed(recipe.seed)
+        self.model = EmoForCausalLM(recipe.model_config())
+        fast.install()
+        self.model.set_experts_implementation(fast.CACHE_RESIDENT)
+        self.routers: list[PoolRouter] = install_pool_routers(self.model)
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim == 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.progress = Progress()
+
+    def run(self, max_tokens: int, max_minutes: float | None, save_minutes: float) -> None:
+        """Train until `max_tokens` or `max_minutes`, whichever is first; the learning rate reaches zero there."""
+        self.resume()
+        started = last_saved = time.monotonic()
+        already_s = self.progress.elapsed_s
+        with _loss_log(self.out / "loss.csv") as log:
+            for tokens_BN, positions_BN in self._batches():
+                done = _fraction_done(self.progress, max_tokens, max_minutes)
+                if done >= 1:
+                    break
+                losses = self._step(tokens_BN, positions_BN, done)
+                now = time.monotonic()
+                self.progress.elapsed_s = already_s + now - started
+                log.writerow([self.progress.step, self.progress.tokens, *(f"{loss:.4f}" for loss in losses)])
+                if self.progress.step % 20 == 0:
+                    self._report(losses, done)
+                if now - last_saved > save_minutes * 60:
+                    self.save()
+                    last_saved = now
+        self.save()
+
+    def _step(self, tokens_BN: Tensor, positions_BN: Tensor, done: float) -> tuple[float, float, float, float]:
+        recipe, step = self.recipe, self.progress.step
+        if recipe.pool == "document":
+            documents = documents_of(positions_BN, self._pool_sizes(step, tokens_BN.numel()))
+            for router in self.routers:
+                router.documents = documents
+        hidden_TD = self.model.model(
+            input_ids=tokens_BN, position_ids=positions_BN, use_cache=False, output_router_logits=False
+        ).last_hidden_state.flatten(0, 1)
+        labels_T = next_token_labels(tokens_BN, positions_BN).flatten()
+        loss = fast.cross_entropy(hidden_TD, self.model.lm_head.weight, labels_T)
+        balance = torch.stack([router.balance_loss for router in self.routers]).mean()
+        z = torch.stack([router.z_loss for router in self.routers]).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + recipe.balance_weight * balance + recipe.z_weight * z).backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps) * (1 - done)
+        self.optimizer.step()
+        self.progress.step += 1
+        self.progress.tokens += tokens_BN.numel()
+        return loss.item(), balance.item(), z.item(), float(grad_norm)
+
+    def _pool_sizes(self, step: int, most_documents: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        num_routed = self.recipe.num_experts - self.recipe.num_shared
+        return torch.randint(self.recipe.min_pool, num_routed + 1, (most_documents,), generator=generator)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from the current step on; rows are reshuffled every epoch."""
+        per_epoch = len(self.rows) // self.recipe.rows_per_step
+        while True:
+            epoch, index = divmod(self.progress.step, per_epoch)
+            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.rows))
+            picked = order[index * self.recipe.rows_per_step : (index + 1) * self.recipe.rows_per_step]
+            yield (
+                torch.from_numpy(self.rows.tokens_RN[picked]).long(),
+                torch.from_numpy(self.rows.positions_RN[picked]).long(),
+            )
+
+    def save(self) -> None:
+        """Write the checkpoint; a crash in between leaves the previous one in place."""
+        tensors = {f"model.{name}": value.detach() for name, value in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        partial = self.out / "checkpoint.safetensors.partial"
+        save_file(tensors, partial, metadata={"progress": json.dumps(asdict(self.progress))})
+        partial.rename(self.out / "checkpoint.safetensors")
+        (self.out / "progress.json").write_text(json.dumps(asdict(self.progress)))
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint in the run directory, if there is one."""
+        path = self.out / "checkpoint.safetensors"
+        if not path.exists():
+            return False
+        tensors = load_file(path)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.step.{name}" in tensors:
+                    self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+        self.progress = Progress(**json.loads((self.out / "progress.json").read_text()))
+        console.print(f"resumed at step {self.progress.step}, {self.progress.tokens / 1e6:.2f} M tokens")
+        return True
+
+    def _report(self, losses: tuple[float, float, float, float], done: float) -> None:
+        progress = self.progress
+        left_s = progress.elapsed_s * (1 - done) / max(done, 1e-9)
+        busiest = max(float(router.load_E[:-1].max()) for router in self.routers)
+        console.print(
+            f"step {progress.step:5d}  {progress.tokens / 1e6:6.2f} M tokens  {done:4.0%}  "
+            f"{progress.tokens / progress.elapsed_s:5.0f} tokens/s  ETA {left_s / 60:.0f} min  loss {losses[0]:.3f}  "
+            f"balance {losses[1]:.3f}  z {losses[2]:.2f}  grad {losses[3]:.2f}  busiest expert {busiest:.2f}"
+        )
+
+
+@contextmanager
+def _loss_log(path: Path) -> Iterator[Any]:
+    """Appends to the log of earlier resumptions."""
+    new = not path.exists()
+    with path.open("a", newline="", buffering=1) as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["step", "tokens", "loss", "balance", "z", "grad_norm"])
+        yield writer
+
+
+def _fraction_done(progress: Progress, max_tokens: int, max_minutes: float | None) -> float:
+    by_tokens = progress.tokens / max_tokens
+    return max(by_tokens, progress.elapsed_s / (max_minutes * 60)) if max_minutes else by_tokens
+
+
+def _settle_recipe(recipe: Recipe, path: Path) -> None:
+    if not path.exists():
+        path.write_text(json.dumps(asdict(recipe), indent=1))
+        return
+    stored = json.loads(path.read_text())
+    changed = [f.name for f in fields(recipe) if stored.get(f.name) != getattr(recipe, f.name)]
+    if changed:
+        raise SystemExit(f"{path.parent} holds a run with another {', '.join(changed)}; choose another --out")
+
+
+def _cached_tokenizer(recipe: Recipe, corpus: Path, path: Path) -> Tokenizer:
+    if not path.exists():
+        with console.status("training the tokenizer"):
+            data.train_tokenizer(corpus, recipe.vocab_size).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def _cached_rows(recipe: Recipe, corpus: Path, tokenizer: Tokenizer, path: Path) -> data.PackedRows:
+    if not path.exists():
+        with console.status("tokenising and packing the corpus"):
+            rows = data.balanced(corpus, "train", tokenizer, recipe.train_context, recipe.seed)
+            rows.save(path)
+            console.print(
+                f"{len(rows)} rows of {recipe.train_context}: {rows.tokens_RN.size / 1e6:.1f} M tokens an epoch"
+            )
+    return data.PackedRows.load(path)
+
+
+def main(
+    corpus: Annotated[Path, typer.Option(help="Folder with <domain>.train.jsonl.gz and <domain>.valid.jsonl.gz.")],
+    out: Annotated[Path, typer.Option(help="Run folder: tokenizer, packed rows, checkpoint, loss.csv.")],
+    pool: Annotated[str, typer.Option(help="document: EMO; none: a standard MoE, trained alike.")] = "document",
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 20_000_000,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after this long, resumptions added up.")] = None,
+    save_minutes: Annotated[float, typer.Option(help="Write a checkpoint this often.")] = 5.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak; decays linearly to zero.")] = Recipe().learning_rate,
+    rows_per_step: Annotated[int, typer.Option(help="Batch size in rows of 512 tokens.")] = Recipe().rows_per_step,
+    seed: Annotated[int, typer.Option()] = 1,
+) -> None:
+    """Train, then print each domain's validation loss with all experts and with document pools of 31 routed experts."""
+    if pool not in ("document", "none"):
+        raise typer.BadParameter(f"--pool is document or none, not {pool!r}")
+    mode: PoolMode = "document" if pool == "document" else "none"
+    recipe = Recipe(pool=mode, learning_rate=learning_rate, rows_per_step=rows_per_step, seed=seed)
+    trainer = Trainer(recipe, corpus, out)
+    trainer.run(max_tokens, max_minutes, save_minutes)
+    table = evaluate.losses_by_domain(trainer.model, trainer.tokenizer, corpus, recipe.train_context)
+    (out / "valid.json").write_text(json.dumps(table, indent=1))
+    console.print(evaluate.as_table(table))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,6 +1,7 @@
 """Attention over KV blocks, as an attention function of transformers: the models call it and know nothing of blocks.
 
-Legend: B rows, S new tokens a row, C tokens of context read, N token slots, H query heads, G key/value heads, D head dim.
+Legend: B rows, S new tokens a row, C tokens of context read, N token slots, H query heads, G key/value heads,
+D head dimension.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ NAME = "expert_pager_blocks"
 class KvStep:
     """Where one forward writes its keys and values, and what its queries see. The same for every layer.
 
-    `write_T` [B*S]: token slots of the new tokens. `read_BC` [B, C]: token slots of the context, the new tokens included;
-    None where the new tokens are the whole context, which is then causal. `mask` (broadcast to [B, H, S, C]): True where
-    a query sees a slot; given exactly when `read_BC` is.
+    `write_T` [B*S]: token slots of the new tokens. `read_BC` [B, C]: token slots of the context, the new tokens
+    included; None where the new tokens are the whole context, which is then causal. `mask` (broadcast to [B, H, S, C]):
+    True where a query sees a slot; given exactly when `read_BC` is.
     """
 
     cache: KvCache
@@ -81,7 +82,7 @@ def _attend_one_token(
 
 def _gather(slots_NGD: torch.Tensor, read_BC: torch.Tensor) -> torch.Tensor:
     rows, context = read_BC.shape
-    return slots_NGD.index_select(0, read_BC.view(-1)).unflatten(0, (rows, context)).transpose(1, 2)
+    return slots_NGD.index_select(0, read_BC.view(-1)).view(rows, context, *slots_NGD.shape[1:]).transpose(1, 2)
 
 
 def install(model: PreTrainedModel) -> None:
@@ -102,6 +103,6 @@ def _refuse_sliding_windows(config: PretrainedConfig) -> None:
     is_used = getattr(config, "use_sliding_window", True)
     if window is not None and is_used and window < config.max_position_embeddings:
         raise UnsupportedModel(
-            f"{config.model_type} with a sliding window of {window} tokens is not supported; set sliding_window to null "
-            f"in its config.json if it was trained without one"
+            f"{config.model_type} with a sliding window of {window} tokens is not supported; set sliding_window to "
+            f"null in its config.json if it was trained without one"
         )

@@ -26,6 +26,9 @@ class WaitingLine(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(self._times_passed)
 
+    def __contains__(self, item: object) -> bool:
+        return item in self._times_passed
+
     def add(self, item: T) -> None:
         self._times_passed[item] = 0
 

@@ -45,7 +45,7 @@ def test_no_overtaking_at_all_is_plain_first_in_first_out() -> None:
     arrivals_a_step=st.integers(1, 5),
 )
 def test_none_starves(sizes: list[int], max_overtakes: int, arrivals_a_step: int) -> None:
-    """Ten units of memory, an endless crowd of small requests: each item is passed a bounded number of times, and gets in."""
+    """Ten units of memory and a crowd of requests: each is passed a bounded number of times, and gets in."""
     capacity, lifetime = 10, 3
     line: WaitingLine[int] = WaitingLine(max_overtakes)
     running: dict[int, int] = {}  # item → the step at which it ends

@@ -1,0 +1,124 @@
+"""The model's calls for sequences: a part of one prompt, or one token for each of a group, by a single forward."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from pager.engine.documents import DocumentRouting
+from pager.engine.loading import PagedModel
+from pager.engine.runner import DecodeBatch, ModelRunner
+from pager.engine.sampler import NOT_FINITE, Sampler
+from pager.engine.sequence import Sequence
+from pager.errors import PagerError
+
+log = logging.getLogger(__name__)
+
+Outcome = int | PagerError
+"""A sequence's next token, or why it can have none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Device state of sequences that decode together; kept from step to step while they stay the same."""
+
+    sequences: tuple[Sequence, ...]
+    documents: tuple[DocumentRouting, ...]
+    batch: DecodeBatch
+    sampler: Sampler
+
+
+class Decoder:
+    """Owns the groups and the runner. Every failure is given to the sequences it belongs to."""
+
+    def __init__(self, paged: PagedModel, runner: ModelRunner) -> None:
+        self._paged = paged
+        self._runner = runner
+        self._groups: dict[str, _Group] = {}
+        self.num_decode_forwards = 0
+        self.forward_s = 0.0
+
+    def prefill(self, sequence: Sequence, num_tokens: int) -> Outcome | None:
+        """Runs the next `num_tokens` of the prompt. The first token of the answer after the last of them, else None."""
+        start = sequence.num_prefilled
+        token_ids = sequence.request.prompt_token_ids[start : start + num_tokens]
+        started_s = time.perf_counter()
+        try:
+            with self._paged.step([_document(sequence)], prefill=True):
+                logits_1V = self._runner.prefill(token_ids, sequence.blocks, start)
+            sequence.num_prefilled += len(token_ids)
+            if sequence.num_prefilled < len(sequence.request.prompt_token_ids):
+                return None
+            return self._outcome(Sampler([sequence.draw], self._runner.device).sample(logits_1V).tolist()[0])
+        except Exception as error:
+            return _told(error)
+        finally:
+            self.forward_s += time.perf_counter() - started_s
+
+    def decode(self, name: str, sequences: Iterable[Sequence]) -> list[Outcome]:
+        """The next token of each, by one forward. `name` says which group of the last step this continues.
+
+        Where an expert can not be had, each sequence runs by itself, so that only those that need it fail.
+        """
+        group = self._group(name, tuple(sequences))
+        try:
+            return self._run(group)
+        except Exception as error:
+            del self._groups[name]
+            if not isinstance(error, PagerError) or len(group.sequences) == 1:
+                return [_told(error)] * len(group.sequences)
+        outcomes: list[Outcome] = []
+        for sequence in group.sequences:
+            try:
+                outcomes += self._run(self._new_group((sequence,)))
+            except Exception as error:
+                outcomes.append(_told(error))
+        return outcomes
+
+    def _run(self, group: _Group) -> list[Outcome]:
+        started_s = time.perf_counter()
+        with self._paged.step(group.documents):
+            logits_BV = self._runner.decode(group.batch)
+        self.forward_s += time.perf_counter() - started_s
+        self.num_decode_forwards += 1
+        token_B = group.sampler.sample(logits_BV)
+        group.batch.advance(token_B)
+        return [self._outcome(token_id) for token_id in token_B.tolist()]
+
+    def _group(self, name: str, sequences: tuple[Sequence, ...]) -> _Group:
+        group = self._groups.get(name)
+        if group is None or group.sequences != sequences:
+            group = self._groups[name] = self._new_group(sequences)
+        return group
+
+    def _new_group(self, sequences: tuple[Sequence, ...]) -> _Group:
+        return _Group(
+            sequences=sequences,
+            documents=tuple(map(_document, sequences)),
+            batch=DecodeBatch([sequence.row_start() for sequence in sequences], self._runner.device),
+            sampler=Sampler([sequence.draw for sequence in sequences], self._runner.device),
+        )
+
+    @staticmethod
+    def _outcome(token_id: int) -> Outcome:
+        if token_id == NOT_FINITE:
+            return PagerError("the model gave a logit that is not a finite number; the checkpoint may be damaged")
+        return token_id
+
+
+def _document(sequence: Sequence) -> DocumentRouting:
+    assert sequence.document is not None, "the sequence was not admitted"
+    return sequence.document
+
+
+def _told(error: Exception) -> PagerError:
+    """`error` as its sequence's client is told of it."""
+    if isinstance(error, PagerError):
+        return error
+    kind = "ran out of device memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+    log.error("a forward %s", kind, exc_info=error)
+    return PagerError(f"the model's forward {kind}; the worker's log says more")

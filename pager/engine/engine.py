@@ -1,0 +1,298 @@
+"""Continuous batching: every sequence has its own pool, and all of them share the step.
+
+A sequence waits, is admitted when KV and slots for its whole life can be had at once, has its prompt run in one forward
+(in parts where its pool is known before), and then decodes with the others, one forward for all. `step` is that story.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+
+from tokenizers import Tokenizer
+
+from pager.engine.decoding import Decoder, Outcome
+from pager.engine.inbox import Inbox
+from pager.engine.intake import Intake
+from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent
+from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
+from pager.engine.loading import PagedModel
+from pager.engine.runner import ModelRunner
+from pager.engine.scheduler import WaitingLine
+from pager.engine.sequence import Sequence
+from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
+from pager.routing.pool import check_pool
+from pager.types import GenerateRequest, TokenChunk
+
+log = logging.getLogger(__name__)
+
+ADMISSION_RETRY_S = 0.01  # reads that end free slots without telling
+ADMISSION_TRIES = 8  # a step, so that a long line costs a step little
+IDLE_POLL_S = 0.002
+
+
+class Engine:
+    """One model on one device. `submit`, `cancel` and `status` are for any thread; `step` for one at a time."""
+
+    def __init__(
+        self,
+        paged: PagedModel,
+        tokenizer: Tokenizer,
+        limits: EngineLimits,
+        *,
+        sink: Callable[[list[StreamEvent]], None],
+        observer: EngineObserver | None = None,
+    ) -> None:
+        """`sink` is called by the thread that steps, at most once a step, with everything that happened in it.
+
+        Raises UnsupportedModel where the model's attention can not run over KV blocks.
+        """
+        config = paged.model.config
+        self._paged = paged
+        self._tokenizer: Tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._limits = limits
+        self._sink = sink
+        self._observer = observer or EngineObserver()
+        self._blocks = BlockPool(paged.plan.num_kv_blocks)
+        cache = KvCache(config, paged.plan.num_kv_blocks, paged.dtype, paged.device)
+        self._decoder = Decoder(paged, ModelRunner(paged.model, cache, paged.device))
+        self._intake = Intake(config.max_position_embeddings, self._blocks.num_blocks * BLOCK_TOKENS, config.vocab_size)
+        self._eos_ids = _eos_ids(paged.model.generation_config.eos_token_id)
+        self._inbox = Inbox(limits.max_running + limits.max_waiting)
+        self._line: WaitingLine[Sequence] = WaitingLine(limits.max_overtakes)
+        self._prefilling: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._events: list[StreamEvent] = []
+        self._soonest_deadline_s = math.inf
+        self._next_admission_s = 0.0
+        self._step_started_s: float | None = None
+        self._num_steps = 0
+        self._thread: threading.Thread | None = None
+
+    # From any thread.
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queues the request; its chunks, or one Failure, go to the sink. Raises what can be known at once:
+
+        InvalidRequest, PromptTooLong, PoolTooSmall, PoolTooLarge, UnsupportedModel, DeadlineExceeded, DuplicateRequest,
+        Overloaded, NotReady.
+        """
+        self._intake.check(request)
+        now_s, deadline_s = time.monotonic(), math.inf
+        if request.deadline_unix_s is not None:
+            left_s = request.deadline_unix_s - time.time()
+            if not left_s > 0:
+                raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the request came", field="deadline")
+            deadline_s = now_s + left_s
+        sequence = Sequence(request, self._tokenizer, now_s, deadline_s)
+        if sequence.policy.fixed is not None:
+            check_pool(sequence.policy.fixed, self._paged.facts)
+        self._paged.slots_needed(sequence.policy)
+        self._inbox.put(sequence)
+
+    def cancel(self, request_id: str, tenant: str | None = None) -> bool:
+        """Ends the request before the next step, with Failure(Cancelled). False when that tenant has none such."""
+        return self._inbox.cancel(request_id, tenant)
+
+    def status(self) -> EngineStatus:
+        running = len(self._prefilling) + len(self._running)
+        return EngineStatus(
+            waiting=max(0, len(self._inbox) - running),
+            running=running,
+            kv_blocks_used=self._blocks.num_used,
+            kv_blocks_total=self._blocks.num_blocks,
+            last_step_started_monotonic_s=self._step_started_s,
+            num_steps=self._num_steps,
+            num_decode_forwards=self._decoder.num_decode_forwards,
+        )
+
+    def start(self) -> None:
+        """Steps on a thread of its own from now on."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Refuses new requests, lets the present ones end for `drain_s`, fails the rest with NotReady. Idempotent."""
+        self._inbox.close()
+        if self._thread is None:
+            self._fail_all(NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0))
+            return
+        self._inbox.wait_until_empty(drain_s)
+        self._inbox.halt()
+        self._thread.join()
+
+    # From the thread that steps.
+
+    def step(self) -> bool:
+        """Takes in, admits, runs one prompt at most, decodes a token of everybody. False when nothing was to be run."""
+        started_s = self._step_started_s = time.monotonic()
+        forward_before_s = self._decoder.forward_s
+        try:
+            self._take_in(started_s)
+            self._end_overdue(started_s)
+            self._admit(started_s)
+            num_tokens = self._prefill() + self._decode()
+        finally:
+            self._deliver()
+            self._step_started_s = None
+        if num_tokens:
+            self._num_steps += 1
+            forward_s = self._decoder.forward_s - forward_before_s
+            self._observer.stepped(time.monotonic() - started_s, forward_s, num_tokens)
+            num_holding = len(self._prefilling) + len(self._running)
+            self._observer.load(num_holding, len(self._line), self._blocks.num_used)
+        return num_tokens > 0
+
+    def _take_in(self, now_s: float) -> None:
+        arrived, cancelled = self._inbox.take()
+        for sequence in arrived:
+            if sequence.has_ended:
+                continue
+            self._line.add(sequence)
+            self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
+            self._next_admission_s = now_s
+        for sequence in cancelled:
+            if not sequence.has_ended:
+                self._fail(sequence, Cancelled("the request was cancelled"))
+
+    def _end_overdue(self, now_s: float) -> None:
+        if now_s < self._soonest_deadline_s:
+            return
+        self._soonest_deadline_s = math.inf
+        for sequence in self._inbox.live():
+            if sequence.deadline_s <= now_s:
+                given = f"{len(sequence.output_ids)} of at most {sequence.request.sampling.max_tokens} tokens"
+                self._fail(sequence, DeadlineExceeded(f"the deadline passed after {given}", field="deadline"))
+            else:
+                self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
+
+    def _admit(self, now_s: float) -> None:
+        if not len(self._line) or now_s < self._next_admission_s:
+            return
+        self._next_admission_s = now_s + ADMISSION_RETRY_S
+        tries = ADMISSION_TRIES
+        next(iter(self._line)).prefetch(self._paged)  # before anything is reserved: a prefetch takes no promised slot
+        for sequence in self._line.candidates():
+            if tries == 0 or len(self._prefilling) + len(self._running) >= self._limits.max_running:
+                return
+            try:
+                if not sequence.acquire(self._paged, self._blocks):
+                    tries -= 1
+                    continue
+            except PagerError as error:
+                self._fail(sequence, error)
+                continue
+            self._line.admit(sequence)
+            self._prefilling.append(sequence)
+            sequence.prefetch(self._paged)
+            sequence.admitted_s = now_s
+            self._observer.queued(now_s - sequence.submitted_s)
+
+    def _prefill(self) -> int:
+        """Runs one prompt, or a part: the first whose experts are there; the very first, if nobody decodes."""
+        ready = (sequence for sequence in self._prefilling if not self._running or sequence.is_paged_in(self._paged))
+        sequence = next(ready, None)
+        if sequence is None:
+            return 0
+        num_tokens = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
+        if sequence.may_be_chunked(self._paged):
+            num_tokens = min(num_tokens, self._limits.prefill_chunk_tokens)
+        outcome = self._decoder.prefill(sequence, num_tokens)
+        if outcome is None:
+            return num_tokens
+        if not isinstance(outcome, PagerError):
+            self._prefilling.remove(sequence)
+            self._running.append(sequence)
+            if sequence.lease is not None and not sequence.pages_on_demand(self._paged):
+                sequence.lease.shrink()
+                self._next_admission_s = 0.0
+        self._take(sequence, outcome, time.monotonic())
+        return num_tokens
+
+    def _decode(self) -> int:
+        """One forward for all sequences that hold their experts; a second one for those that page as they go."""
+        num_tokens = 0
+        groups: dict[str, list[Sequence]] = {}
+        for sequence in self._running:
+            name = "on demand" if sequence.pages_on_demand(self._paged) else "held"
+            groups.setdefault(name, []).append(sequence)
+        for name, group in groups.items():
+            outcomes = self._decoder.decode(name, group)
+            now_s = time.monotonic()
+            for sequence, outcome in zip(group, outcomes, strict=True):
+                self._take(sequence, outcome, now_s)
+            num_tokens += len(group)
+        return num_tokens
+
+    def _take(self, sequence: Sequence, outcome: Outcome, now_s: float) -> None:
+        if isinstance(outcome, PagerError):
+            self._fail(sequence, outcome)
+            return
+        text, reason = sequence.accept(outcome, self._eos_ids, now_s)
+        usage = None
+        if len(sequence.output_ids) == 1:
+            self._observer.first_token(now_s - sequence.submitted_s)
+        if reason is not None:
+            usage = sequence.usage(reason, self._paged.fingerprint)
+            if usage.pool is not None:
+                self._observer.pool(usage.pool, usage.out_of_pool_mass)
+            if usage.predicted_recall is not None:
+                self._observer.predicted(usage.predicted_recall)
+            self._end(sequence, reason.value)
+        self._events.append(TokenChunk(sequence.request.id, (outcome,), text, usage))
+
+    def _fail(self, sequence: Sequence, error: PagerError) -> None:
+        self._end(sequence, error.reason.lower())
+        self._events.append(Failure(sequence.request.id, error))
+
+    def _end(self, sequence: Sequence, outcome: str) -> None:
+        """Gives back at once what the sequence holds, wherever it stood."""
+        sequence.release(self._blocks)
+        for place in (self._running, self._prefilling):
+            if sequence in place:
+                place.remove(sequence)
+        if sequence in self._line:
+            self._line.remove(sequence)
+        self._next_admission_s = 0.0
+        self._observer.tokens(sequence.num_prefilled, len(sequence.output_ids))
+        if len(sequence.output_ids) > 1:
+            decode_s = sequence.last_token_s - sequence.first_token_s
+            self._observer.output_token(decode_s / (len(sequence.output_ids) - 1))
+        self._observer.finished(outcome)
+        self._inbox.remove(sequence)
+
+    def _deliver(self) -> None:
+        events, self._events = self._events, []
+        if not events:
+            return
+        try:
+            self._sink(events)
+        except Exception:
+            log.exception("the sink of the engine's events failed; %d events are lost", len(events))
+
+    def _run(self) -> None:
+        while not self._inbox.is_halted:
+            try:
+                worked = self.step()
+            except Exception:
+                log.exception("a step failed; every request in flight fails with it")
+                self._fail_all(PagerError("the engine failed; the worker's log says more"))
+                continue
+            if not worked:
+                self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
+        self._fail_all(NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0))
+
+    def _fail_all(self, error: PagerError) -> None:
+        self._inbox.take()
+        for sequence in self._inbox.live():
+            self._fail(sequence, error)
+        self._deliver()
+
+
+def _eos_ids(value: int | list[int] | None) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    return frozenset([value] if isinstance(value, int) else value)

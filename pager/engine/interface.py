@@ -1,0 +1,73 @@
+"""What an engine is given and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pager.errors import PagerError
+from pager.types import ExpertPool, TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Bounds of one engine. KV memory is not in here: the plan says it."""
+
+    max_running: int = 32  # sequences that hold KV and slots at a time
+    max_waiting: int = 256  # beyond max_running + max_waiting a request is refused
+    max_overtakes: int = 8  # how often a request that does not fit yet may be passed by later ones
+    prefill_chunk_tokens: int = 512  # where a prompt's pool is fixed already, so that decoding goes on in between
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that ended without its answer's last chunk."""
+
+    request_id: str
+    error: PagerError
+
+
+StreamEvent = TokenChunk | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot. `last_step_started_monotonic_s` is None between steps: a watchdog measures from it."""
+
+    waiting: int
+    running: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    last_step_started_monotonic_s: float | None
+    num_steps: int
+    num_decode_forwards: int
+
+
+class EngineObserver:
+    """What the engine reports as it goes, from its own thread; every method does nothing by default."""
+
+    def queued(self, seconds: float) -> None:
+        """A request was admitted after waiting so long for KV and slots."""
+
+    def first_token(self, seconds: float) -> None:
+        """From submission to the first token."""
+
+    def output_token(self, seconds: float) -> None:
+        """Mean time per token after the first, once a request."""
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        """What a request that ended has used, however it ended."""
+
+    def finished(self, outcome: str) -> None:
+        """A finish reason, or the `reason` of the error that ended the request, in lower case."""
+
+    def load(self, running: int, waiting: int, kv_blocks_used: int) -> None:
+        """After every step."""
+
+    def pool(self, pool: ExpertPool, out_of_pool_mass: float) -> None:
+        """The pool of an answer that is finished, and the mean router mass that fell outside it while decoding."""
+
+    def predicted(self, recall: float) -> None:
+        """Which share of the actual pool the router's prediction had named."""
+
+    def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
+        """One step, and how much of it the model's forwards took (as the host saw it)."""

@@ -1,0 +1,169 @@
+"""One request in flight: what it holds, how far it is, and its text so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from collections.abc import Sequence as Ordered
+from dataclasses import replace
+
+from tokenizers import Tokenizer
+
+from pager.cache.lease import Lease
+from pager.cache.usage import UsageMeter
+from pager.engine.detokenizer import Detokenizer, StopMatcher
+from pager.engine.documents import DocumentRouting
+from pager.engine.kv import BlockPool
+from pager.engine.loading import PagedModel
+from pager.engine.runner import RowStart
+from pager.engine.sampler import Draw
+from pager.errors import InvalidRequest
+from pager.types import AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, Usage
+
+
+class Sequence:
+    """Mutable; owned by the engine's thread. Times are monotonic seconds.
+
+    It waits, then holds KV blocks, a lease and a document until it ends.
+    """
+
+    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, now_s: float, deadline_s: float) -> None:
+        self.request = request
+        self.policy = effective_policy(request)
+        self.submitted_s = now_s
+        self.deadline_s = deadline_s
+        self.admitted_s = math.nan
+        self.first_token_s = math.nan
+        self.last_token_s = math.nan
+        self.draw = Draw(request.sampling)
+        self.blocks: Ordered[int] = ()
+        self.lease: Lease | None = None
+        self.document: DocumentRouting | None = None
+        self.num_prefilled = 0
+        self.output_ids: list[int] = []
+        self.has_ended = False
+        self._meter = UsageMeter()
+        self._is_prefetched = False
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopMatcher(request.sampling.stop)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values are kept: all but the last, which nothing follows."""
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
+
+    def prefetch(self, paged: PagedModel) -> None:
+        """Asks for the experts that the router predicted, once. A known pool's are read when it is reserved."""
+        predicted = self.request.predicted
+        if predicted is not None and self.policy.fixed is None and not self._is_prefetched:
+            self._is_prefetched = True
+            paged.pager.prefetch(predicted.keys(), self._meter)
+
+    def acquire(self, paged: PagedModel, blocks: BlockPool) -> bool:
+        """Takes KV and slots for its whole life, or nothing. Raises PagerError where it never can."""
+        taken = blocks.allocate(self.kv_tokens)
+        if taken is None:
+            return False
+        self.blocks = taken
+        try:
+            self.lease = paged.reserve(self.policy, self._meter)
+            if self.lease is not None:
+                self.document = paged.document(self.policy, lease=self.lease, meter=self._meter)
+                return True
+        finally:
+            if self.document is None:
+                self._give_back(blocks)
+        return False
+
+    def release(self, blocks: BlockPool) -> None:
+        """Gives back everything; the sequence has ended."""
+        assert not self.has_ended, "a sequence ends once"
+        self.has_ended = True
+        self._give_back(blocks)
+
+    def _give_back(self, blocks: BlockPool) -> None:
+        blocks.free(self.blocks)
+        self.blocks = ()
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
+    def pages_on_demand(self, paged: PagedModel) -> bool:
+        """Its forwards look for missing experts as they go, so they are not shared with sequences that hold theirs."""
+        return self.document is not None and self.document.is_exact and not paged.fully_resident
+
+    def may_be_chunked(self, paged: PagedModel) -> bool:
+        """Not while its pool is to be chosen, which takes the whole prompt, nor where each part would page anew."""
+        return self.document is not None and self.document.is_frozen and not self.pages_on_demand(paged)
+
+    def is_paged_in(self, paged: PagedModel) -> bool:
+        """Nothing that it asked for ahead of its prefill is still being read."""
+        lease, predicted = self.lease, self.request.predicted
+        if self.policy.fixed is not None:
+            return lease is None or lease.failed is not None or lease.ready()
+        return predicted is None or not paged.pager.prefetch_pending(predicted.keys())
+
+    def row_start(self) -> RowStart:
+        """Where its next decode step starts: the last sampled token has not run yet."""
+        position = len(self.request.prompt_token_ids) + len(self.output_ids) - 1
+        return RowStart(self.blocks, self.output_ids[-1], position)
+
+    def accept(self, token_id: int, eos_ids: Container[int], now_s: float) -> tuple[str, FinishReason | None]:
+        """Takes the next token: the text that may be shown now, and why the answer ends here, if it does."""
+        self.output_ids.append(token_id)
+        if len(self.output_ids) == 1:
+            self.first_token_s = now_s
+        self.last_token_s = now_s
+        sampling = self.request.sampling
+        if token_id in eos_ids and not sampling.ignore_eos:
+            return self._rest(), FinishReason.STOP
+        text = self._stops.feed(self._detokenizer.feed(token_id))
+        if self._stops.is_stopped:
+            return text, FinishReason.STOP
+        if len(self.output_ids) == sampling.max_tokens:
+            text += self._rest()
+            return text, FinishReason.STOP if self._stops.is_stopped else FinishReason.LENGTH
+        return text, None
+
+    def usage(self, reason: FinishReason, fingerprint: str) -> Usage:
+        """The account of an answer that ended with `reason`; asked before `release`."""
+        assert self.document is not None
+        paging, pool, mode = self._meter.snapshot(), self.document.pool, self._mode()
+        predicted = self.request.predicted
+        recall = predicted.recall_of(pool) if predicted and pool and self.policy.fixed is None else None
+        return Usage(
+            mode=mode,
+            finish_reason=reason,
+            prompt_tokens=len(self.request.prompt_token_ids),
+            completion_tokens=len(self.output_ids),
+            pool=pool,
+            bytes_from_disk=paging.bytes_from_disk,
+            bytes_from_host=paging.bytes_from_host,
+            experts_hit=paging.experts_hit,
+            experts_missed=paging.experts_missed,
+            stall_s=paging.stall_s,
+            out_of_pool_mass=self.document.out_of_pool_mass(),
+            predicted_recall=recall,
+            queue_s=self.admitted_s - self.submitted_s,
+            time_to_first_token_s=self.first_token_s - self.submitted_s,
+            model_fingerprint=fingerprint,
+        )
+
+    def _mode(self) -> AnswerMode:
+        assert self.document is not None
+        if self.document.is_exact:
+            return "exact"
+        return "degraded" if self.document.degraded else "pool"
+
+    def _rest(self) -> str:
+        return self._stops.feed(self._detokenizer.flush()) + self._stops.flush()
+
+
+def effective_policy(request: GenerateRequest) -> PoolPolicy:
+    """The request's policy, with the prediction filled in where that is to be the pool. Raises InvalidRequest."""
+    policy = request.pool
+    if policy.source is not PoolSource.PREDICTION or policy.fixed is not None:
+        return policy
+    if request.predicted is None:
+        raise InvalidRequest("the prediction is to be the pool, but the request has none", field="pool.source")
+    return replace(policy, fixed=request.predicted)

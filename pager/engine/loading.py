@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a transformers model whose routed experts live in slots: `load_model`, `load_paged_model`."""
+"""From a checkpoint on disk to a transformers model whose routed experts live in slots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class PagedModel:
-    """A transformers model, the pager its experts live in, and who may use which of them in the forward that is running.
+    """A transformers model, the pager its experts live in, and who may use which of them in the running forward.
 
     Owned by one thread; the pager itself is thread-safe.
     """
@@ -64,7 +64,7 @@ class PagedModel:
     ) -> Iterator[StepRouting]:
         """What the model runs inside belongs to these documents. T tokens in flattened [B·S] order.
 
-        `rows` [T] indexes `documents`; None: one token each, or all tokens of the only one. `valid` [T] is False for padding.
+        `rows` [T] indexes `documents`; None: one token each, or all of the only one's. `valid` [T] False is padding.
         With `prefill`, pools that are still open are chosen in this forward.
         """
         step = self._reusable_step(documents) if rows is None and valid is None and not prefill else None
@@ -88,7 +88,7 @@ class PagedModel:
         return DocumentRouting(self.facts, policy, device=self.device, lease=lease, meter=meter)
 
     def slots_needed(self, policy: PoolPolicy) -> int:
-        """The slots to reserve before a request starts. Raises PoolTooSmall, PoolTooLarge, InvalidRequest, UnsupportedModel."""
+        """The slots to reserve before a request starts. Raises PoolTooLarge, and what `check_policy` raises."""
         self.check_policy(policy)
         if policy.fixed is not None:
             needed = policy.fixed.num_experts
@@ -101,7 +101,7 @@ class PagedModel:
         return needed
 
     def reserve(self, policy: PoolPolicy, usage: UsageMeter | None = None) -> Lease | None:
-        """All the slots a request will need, or None when they can't be had now. A known pool starts to load at once."""
+        """All the slots a request will need, or None when not to be had now. A known pool starts to load at once."""
         needed = self.slots_needed(policy)
         if policy.fixed is not None:
             return self.pager.reserve_pool(policy.fixed.keys(), usage)
@@ -162,7 +162,10 @@ def load_paged_model(
         num_pinned=len(resident),
     )
     pager = ExpertPager(source, slots, resident=resident, policy=policy, num_readers=num_readers, observer=observer)
-    return PagedModel(opened, opened.load_trunk(device), pager, planned)
+    model = opened.load_trunk(device)
+    paged = PagedModel(opened, model, pager, planned)
+    opened.checkpoint.close()
+    return paged
 
 
 def needs_of(opened: OpenModel) -> Needs:

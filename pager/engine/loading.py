@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from pager.cache.host import HostTier
 from pager.cache.lease import Lease
 from pager.cache.pager import ExpertPager
 from pager.cache.slots import DeviceSlots
@@ -29,13 +30,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
 class PagedModel:
     """A transformers model, the pager its experts live in, and who may use which of them in the running forward.
 
     Owned by one thread; the pager itself is thread-safe.
     """
 
-    def __init__(self, opened: OpenModel, model: PreTrainedModel, pager: ExpertPager, planned: Plan) -> None:
+    def __init__(
+        self,
+        opened: OpenModel,
+        model: PreTrainedModel,
+        pager: ExpertPager,
+        planned: Plan,
+        *,
+        closing: Sequence[Closable] = (),
+    ) -> None:
+        """`closing` is what `close` closes, in this order."""
         self.model = model
         self.pager = pager
         self.plan = planned
@@ -46,6 +60,7 @@ class PagedModel:
         self.device = pager.slots.gate_up.device
         self.fingerprint: str = opened.checkpoint.fingerprint
         self._layers = attach(model, opened.family, pager)
+        self._closing = closing
         self._step: StepRouting | None = None
 
     @property
@@ -117,8 +132,10 @@ class PagedModel:
         largest_counts(policy.size, self.facts)
 
     def close(self) -> None:
-        """Stops the readers. The model can not run afterwards."""
-        self.pager.close()
+        """Stops the readers and lets go of the tiers. The model can not run afterwards. Idempotent."""
+        closing, self._closing = self._closing, ()
+        for part in closing:
+            part.close()
 
     def _reusable_step(self, documents: Sequence[DocumentRouting]) -> StepRouting | None:
         step = self._step
@@ -135,17 +152,20 @@ def load_paged_model(
     dtype: torch.dtype | str | None = None,
     budgets: Budgets | None = None,
     machine: Machine | None = None,
+    host_tier: Callable[[OpenModel, Plan], HostTier] | None = None,
     policy: str = "lru",
     num_readers: int = 4,
     observer: PagerObserver | None = None,
 ) -> PagedModel:
     """Plans the memory, loads trunk and shared experts and opens the experts' tiers.
 
+    Where the plan has a host tier, `host_tier` makes it; without one, it is this process's own. The model owns it then.
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
     """
     opened = OpenModel.open(path, dtype)
     planned = plan(needs_of(opened), budgets or Budgets(), machine or Machine.detect(device))
     source = opened.open_experts()
+    host = (host_tier or own_host_tier)(opened, planned) if planned.host_records else None
     facts = opened.facts
     resident = [
         ExpertKey(layer, expert)
@@ -161,11 +181,18 @@ def load_paged_model(
         max_experts=max(facts.experts_per_layer),
         num_pinned=len(resident),
     )
-    pager = ExpertPager(source, slots, resident=resident, policy=policy, num_readers=num_readers, observer=observer)
+    pager = ExpertPager(
+        source, slots, resident=resident, host=host, policy=policy, num_readers=num_readers, observer=observer
+    )
     model = opened.load_trunk(device)
-    paged = PagedModel(opened, model, pager, planned)
+    paged = PagedModel(opened, model, pager, planned, closing=(pager, source, *([host] if host else ())))
     opened.checkpoint.close()
     return paged
+
+
+def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
+    """A host tier that no other process shares. Raises BudgetError."""
+    return HostTier.create(planned.host_bytes, opened.family.expert_shape(opened.config), opened.dtype)
 
 
 def needs_of(opened: OpenModel) -> Needs:

@@ -1,0 +1,132 @@
+"""Bounds on what is in flight. Refuses at once and never queues. Knows no grpc, no workers; one event loop owns it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from pager.errors import NotReady, Overloaded, PromptTooLong, TenantOverloaded
+
+_SMOOTHING = 0.2
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.05, 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """Tokens are prompt plus max_tokens of everything in flight."""
+
+    max_requests: int = 256
+    max_tokens: int = 1 << 20
+    max_requests_per_tenant: int = 128
+    max_tokens_per_tenant: int = 1 << 19
+
+
+class Admission:
+    """Owns the counts of what is in flight. A ticket is held for as long as its request lives."""
+
+    def __init__(self, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._is_closed = False
+        self._requests: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._mean_held_s: float | None = None
+
+    @property
+    def num_requests(self) -> int:
+        return self._requests.total()
+
+    @property
+    def num_tokens(self) -> int:
+        return self._tokens.total()
+
+    def close(self) -> None:
+        """From now on every request is refused with NotReady; those in flight go on."""
+        self._is_closed = True
+
+    def enter(self, tenant: str) -> Ticket:
+        """Raises NotReady, Overloaded or TenantOverloaded."""
+        if self._is_closed:
+            raise NotReady("the service is draining; send the request to another replica", retry_after_s=1.0)
+        if self.num_requests >= self._limits.max_requests:
+            raise Overloaded(
+                f"all {self._limits.max_requests} requests that the service admits are in flight; retry later",
+                retry_after_s=self.retry_after_s(),
+            )
+        if self._requests[tenant] >= self._limits.max_requests_per_tenant:
+            raise TenantOverloaded(
+                f"tenant {tenant!r} has its {self._limits.max_requests_per_tenant} requests in flight; retry later",
+                retry_after_s=self.retry_after_s(),
+            )
+        self._requests[tenant] += 1
+        return Ticket(self, tenant, self._clock())
+
+    def retry_after_s(self) -> float:
+        """About when the next request in flight ends, from how long they have been lasting."""
+        if self._mean_held_s is None:
+            return 1.0
+        return min(max(self._mean_held_s / max(1, self.num_requests), _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+
+    def _charge(self, tenant: str, tokens: int) -> None:
+        limits = self._limits
+        most = min(limits.max_tokens, limits.max_tokens_per_tenant)
+        if tokens > most:
+            raise PromptTooLong(
+                f"prompt and max_tokens are {tokens} tokens and the service admits {most} at once; ask for less",
+                field="prompt",
+            )
+        if self.num_tokens + tokens > limits.max_tokens:
+            raise Overloaded(
+                f"{self.num_tokens} of {limits.max_tokens} admitted tokens are in flight and this request needs "
+                f"{tokens}; retry later",
+                retry_after_s=self.retry_after_s(),
+            )
+        if self._tokens[tenant] + tokens > limits.max_tokens_per_tenant:
+            raise TenantOverloaded(
+                f"tenant {tenant!r} has {self._tokens[tenant]} of its {limits.max_tokens_per_tenant} tokens in flight "
+                f"and this request needs {tokens}; retry later",
+                retry_after_s=self.retry_after_s(),
+            )
+        self._tokens[tenant] += tokens
+
+    def _leave(self, ticket: Ticket) -> None:
+        for counts, amount in ((self._requests, 1), (self._tokens, ticket.tokens)):
+            counts[ticket.tenant] -= amount
+            if counts[ticket.tenant] <= 0:
+                del counts[ticket.tenant]  # names of tenants come from outside: keep none without a request
+        held_s = self._clock() - ticket.entered_s
+        before = held_s if self._mean_held_s is None else self._mean_held_s
+        self._mean_held_s = before + _SMOOTHING * (held_s - before)
+
+    def check_integrity(self) -> None:
+        assert all(count > 0 for count in self._requests.values())
+        assert set(self._tokens) <= set(self._requests)
+        assert self.num_requests <= self._limits.max_requests
+        assert self.num_tokens <= self._limits.max_tokens
+
+
+class Ticket:
+    """One admitted request; leaving the block gives back what it holds."""
+
+    def __init__(self, admission: Admission, tenant: str, entered_s: float) -> None:
+        self._admission = admission
+        self.tenant = tenant
+        self.entered_s = entered_s
+        self.tokens = 0
+
+    def charge(self, tokens: int) -> None:
+        """Counts the request's tokens, once they are known. Raises Overloaded, TenantOverloaded or PromptTooLong."""
+        self._admission._charge(self.tenant, tokens)
+        self.tokens += tokens
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._admission._leave(self)

@@ -1,0 +1,111 @@
+"""From the project's values to protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expert_pager.v1 import expert_pager_pb2 as pb
+
+from pager.types import ExpertPool, FinishReason, RoutingScores, TokenChunk, Usage
+from router_service.hints import WorkerHolds
+from router_service.ports import ModelInfo, WorkerPort
+
+_MODES = {
+    "exact": pb.ANSWER_MODE_EXACT,
+    "pool": pb.ANSWER_MODE_POOL,
+    "degraded": pb.ANSWER_MODE_DEGRADED,
+}
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+}
+
+
+def chunk(request_id: str, value: TokenChunk) -> pb.GenerateResponse:
+    message = pb.GenerateResponse(request_id=request_id, text=value.text, token_ids=value.token_ids)
+    if value.usage is not None:
+        message.usage.CopyFrom(usage(value.usage))
+    return message
+
+
+def usage(value: Usage) -> pb.Usage:
+    return pb.Usage(
+        mode=_MODES[value.mode],
+        finish_reason=_FINISH_REASONS[value.finish_reason],
+        prompt_tokens=value.prompt_tokens,
+        completion_tokens=value.completion_tokens,
+        pool=pool(value.pool) if value.pool is not None else None,
+        bytes_from_disk=value.bytes_from_disk,
+        bytes_from_host=value.bytes_from_host,
+        experts_hit=value.experts_hit,
+        experts_missed=value.experts_missed,
+        stall_seconds=value.stall_s,
+        out_of_pool_mass=value.out_of_pool_mass,
+        predicted_recall=value.predicted_recall,
+        queue_seconds=value.queue_s,
+        time_to_first_token_seconds=value.time_to_first_token_s,
+        model_fingerprint=value.model_fingerprint,
+    )
+
+
+def pool(value: ExpertPool) -> pb.Pool:
+    return pb.Pool(
+        digest=value.digest,
+        num_experts=value.num_experts,
+        layers=[pb.LayerExperts(experts=layer) for layer in value.experts],
+        covered_mass=value.covered_mass,
+    )
+
+
+def scores(value: RoutingScores) -> pb.Scores:
+    layers = [pb.LayerScores(mean=mean_R.tolist()) for mean_R in value.mean_LR]
+    return pb.Scores(source=value.source, num_tokens=value.num_tokens, layers=layers)
+
+
+def model(value: ModelInfo, workers: Sequence[WorkerPort]) -> pb.GetModelResponse:
+    facts = value.facts
+    per_layer = zip(facts.routed_per_layer, facts.shared_per_layer, facts.top_k_per_layer, strict=True)
+    return pb.GetModelResponse(
+        name=value.name,
+        fingerprint=value.fingerprint,
+        context_length=value.context_length,
+        kv_token_limit=value.kv_token_limit,
+        vocab_size=value.vocab_size,
+        tokenizer=pb.Tokenizer(class_name=value.tokenizer_class, sha256=value.tokenizer_sha256),
+        pool_sizes=pb.PoolSizes(
+            min_routed=max(facts.top_k_per_layer, default=0),
+            max_routed=max(facts.routed_per_layer, default=0),
+            slots=max((worker.num_slots for worker in workers if worker.state == "ready"), default=0),
+            layers=[pb.LayerFacts(routed=routed, shared=shared, top_k=top_k) for routed, shared, top_k in per_layer],
+        ),
+        plan=value.plan,
+    )
+
+
+def local_worker(worker: WorkerPort, model: ModelInfo) -> pb.WorkerResidency:
+    return _worker(worker.id, worker.state, holds(worker), model, remote=False)
+
+
+def remote_worker(worker_id: str, value: WorkerHolds, model: ModelInfo) -> pb.WorkerResidency:
+    return _worker(worker_id, "ready", value, model, remote=True)
+
+
+def holds(worker: WorkerPort) -> WorkerHolds:
+    return WorkerHolds(worker.waiting, worker.running, worker.num_slots, worker.expert_bytes, tuple(worker.resident))
+
+
+def _worker(worker_id: str, state: str, value: WorkerHolds, model: ModelInfo, *, remote: bool) -> pb.WorkerResidency:
+    masks = zip(value.resident, model.facts.routed_per_layer, strict=True)
+    return pb.WorkerResidency(
+        worker=worker_id,
+        state=state,
+        waiting=value.waiting,
+        running=value.running,
+        slots=value.num_slots,
+        expert_bytes=value.expert_bytes,
+        resident_experts=sum(mask.bit_count() for mask in value.resident),
+        resident=[mask.to_bytes((routed + 7) // 8, "little") for mask, routed in masks],
+        remote=remote,
+    )

@@ -1,0 +1,152 @@
+"""What routers remember to place requests better. Hints, never the truth: losing all of them costs time only."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pager.types import Count, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share
+
+SHORTEST_PREFIX = 32
+MAX_ENCODED_BYTES = 256 * 1024
+
+
+class HintStore(Protocol):
+    """Pools by prompt prefix, request ids in use, and who holds what."""
+
+    async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
+        """The pool under the first of `keys` that has one."""
+
+    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None: ...
+
+    async def claim(self, request_id: str, tenant: str) -> bool:
+        """False when a request with this id is in flight, here or at another router."""
+
+    async def release(self, request_id: str) -> None: ...
+
+    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
+        """Marks a claimed request of this tenant as aborted. False when there is none."""
+
+    async def is_aborted(self, request_id: str) -> bool: ...
+
+    async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
+        """Renews the claims held here and says what this router's workers hold."""
+
+    async def residency(self) -> dict[str, WorkerHolds]:
+        """What the workers of all routers hold, by worker id."""
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHolds:
+    """`resident` has a bitmask of routed experts a layer."""
+
+    waiting: int
+    running: int
+    num_slots: int
+    expert_bytes: int
+    resident: tuple[int, ...]
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def prefix_keys(fingerprint: str, size: PoolSize, tenant: str, token_ids: Sequence[int]) -> tuple[str, ...]:
+    """Keys of a prompt, best first: all of it, then its longest prefix of a power of two (at least 32) tokens.
+
+    The second is more than half of the prompt, so its pool is a fair guess at the whole prompt's.
+    """
+    count = len(token_ids)
+    half = 1 << (count.bit_length() - 1) if count else 0
+    lengths = [count] + ([half] if SHORTEST_PREFIX <= half < count else [])
+    seed = "\n".join(("prefix", fingerprint, size_name(size), tenant)).encode()
+    packed = struct.pack(f"<{count}I", *token_ids)
+    return tuple(_digest(seed + b"\n%d\n" % length + packed[: 4 * length]) for length in lengths)
+
+
+def pool_key(fingerprint: str, tenant: str, digest: str) -> str:
+    """Key of a pool by its own digest, for this tenant alone."""
+    return _digest("\n".join(("pool", fingerprint, tenant, digest)).encode())
+
+
+def size_name(size: PoolSize) -> str:
+    match size:
+        case Full():
+            return "full"
+        case Count(routed):
+            return f"count:{routed}"
+        case Share(share):
+            return f"share:{share!r}"
+        case Mass(mass, cap):
+            return f"mass:{mass!r}:{cap}"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def encode_pool(pool: ExpertPool) -> bytes:
+    return json.dumps({"v": 1, "experts": pool.experts}, separators=(",", ":")).encode()
+
+
+def decode_pool(data: bytes | None, facts: RoutingFacts) -> ExpertPool | None:
+    """The pool, or None for anything that is not one of this model: other programs can write to a shared store."""
+    value = _json_object(data)
+    layers = value.get("experts") if value is not None and value.get("v") == 1 else None
+    if not isinstance(layers, list) or len(layers) != facts.num_layers:
+        return None
+    for layer, routed, top_k in zip(layers, facts.routed_per_layer, facts.top_k_per_layer, strict=True):
+        if not isinstance(layer, list) or not top_k <= len(layer) <= routed:
+            return None
+        if not all(type(expert) is int and 0 <= expert < routed for expert in layer):
+            return None
+        if any(left >= right for left, right in itertools.pairwise(layer)):
+            return None
+    return ExpertPool(tuple(tuple(layer) for layer in layers))
+
+
+def encode_holds(holds: WorkerHolds) -> bytes:
+    value = {
+        "v": 1,
+        "load": [holds.waiting, holds.running],
+        "slots": [holds.num_slots, holds.expert_bytes],
+        "resident": [f"{mask:x}" for mask in holds.resident],
+    }
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def decode_holds(data: bytes | None, facts: RoutingFacts) -> WorkerHolds | None:
+    value = _json_object(data)
+    if value is None or value.get("v") != 1:
+        return None
+    try:
+        numbers = (*value["load"], *value["slots"])
+        resident = tuple(int(mask, 16) for mask in value["resident"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    if len(numbers) != 4 or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        return None
+    if len(resident) != facts.num_layers:
+        return None
+    if any(mask < 0 or mask >> routed for mask, routed in zip(resident, facts.routed_per_layer, strict=True)):
+        return None
+    return WorkerHolds(*numbers, resident=resident)
+
+
+def _json_object(data: bytes | None) -> dict[str, Any] | None:
+    if data is None or len(data) > MAX_ENCODED_BYTES:
+        return None
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

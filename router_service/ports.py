@@ -1,0 +1,81 @@
+"""What the router service relies on from below: workers that generate, and a pass that scores."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pager.types import ExpertPool, GenerateRequest, RoutingFacts, RoutingScores, TokenChunk
+
+
+class WorkerPort(Protocol):
+    """One worker, as last reported (at most about a second old). Immutable."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def state(self) -> str:
+        """starting, ready, hung or dead."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def expert_bytes(self) -> int: ...
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """Per layer a bitmask of the routed experts held."""
+
+    @property
+    def page_in_bytes_per_s(self) -> float | None:
+        """Median measured so far; None before the first page-in."""
+
+    def missing_bytes(self, pool: ExpertPool) -> int: ...
+
+
+class ClusterPort(Protocol):
+    def workers(self) -> Sequence[WorkerPort]: ...
+
+    def generate(self, worker_id: str, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Chunks of the answer; the last one carries the usage. Closing it cancels the request on the worker.
+
+        Raises PagerError: WorkerLost, SlowReader, DeadlineExceeded, Cancelled, and what the worker's engine refuses.
+        """
+
+    async def abort(self, request_id: str, tenant: str) -> bool: ...
+
+
+class Scorer(Protocol):
+    """A routing-only pass. Called in a thread; one call at a time a thread."""
+
+    def scores(self, token_ids: Sequence[int], /) -> RoutingScores: ...
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that the router needs."""
+
+    def encode(self, text: str, /) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The one model that is served."""
+
+    name: str
+    fingerprint: str
+    context_length: int
+    kv_token_limit: int
+    vocab_size: int
+    facts: RoutingFacts
+    tokenizer_class: str
+    tokenizer_sha256: str
+    plan: str
+
+    @property
+    def token_limit(self) -> int:
+        """The longest prompt plus answer."""
+        return min(self.context_length, self.kv_token_limit)

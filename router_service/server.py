@@ -1,0 +1,130 @@
+"""Builds and runs the gRPC server: the service, health, reflection, and the pulse behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+
+import grpc
+from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pager.errors import ConfigError, PortInUse
+from router_service import encode
+from router_service.boundary import ErrorBoundary
+from router_service.service import SERVICE_NAME, Backend, ExpertPagerService
+
+log = logging.getLogger("expert_pager.router")
+
+PULSE_S = 0.25
+HEARTBEAT_PULSES = 4
+MAX_MESSAGE_BYTES = 8 * 2**20
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # else a second server on the port would start, and take half of the calls
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class RouterServer:
+    """Owns the listening port and the pulse. `""` is liveness; the service's name is readiness."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._server = grpc.aio.server(interceptors=(ErrorBoundary(SERVICE_NAME, backend.metrics),), options=_OPTIONS)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        pb_grpc.add_ExpertPagerServicer_to_server(ExpertPagerService(backend), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._pulse: asyncio.Task[None] | None = None
+        self.port = 0
+
+    async def start(self, host: str, port: int) -> None:
+        """Listens; `port` 0 takes a free one, found in `self.port`. Raises PortInUse or ConfigError."""
+        try:
+            self.port = self._server.add_insecure_port(_address(host, port))
+        except RuntimeError:
+            raise _bind_error(host, port) from None
+        await self._set_readiness()
+        await self._server.start()
+        self._pulse = asyncio.create_task(self._beat())
+
+    async def drain(self, timeout_s: float) -> bool:
+        """NOT_SERVING everywhere, new requests refused, those in flight awaited. True when all ended in time."""
+        self._backend.admission.close()
+        await self._health.enter_graceful_shutdown()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._backend.admission.num_requests:  # noqa: ASYNC110 - seconds, once in a process's life
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self, grace_s: float = 0.5) -> None:
+        """Cancels what is still in flight after `grace_s`."""
+        if self._pulse is not None:
+            self._pulse.cancel()
+            await asyncio.gather(self._pulse, return_exceptions=True)
+        await self._server.stop(grace_s)
+
+    async def wait(self) -> None:
+        await self._server.wait_for_termination()
+
+    async def _beat(self) -> None:
+        beat = 0
+        while True:
+            await _logged(self._set_readiness)
+            if beat % HEARTBEAT_PULSES == 0:
+                await _logged(self._heartbeat)
+            beat += 1
+            await asyncio.sleep(PULSE_S)
+
+    async def _set_readiness(self) -> None:
+        metrics, admission = self._backend.metrics, self._backend.admission
+        states = [worker.state for worker in self._backend.cluster.workers()]
+        await self._health.set(SERVICE_NAME, _SERVING if "ready" in states else _NOT_SERVING)
+        for state in ("starting", "ready", "hung", "dead"):
+            metrics.workers.labels(state).set(states.count(state))
+        metrics.requests_in_flight.set(admission.num_requests)
+        metrics.tokens_in_flight.set(admission.num_tokens)
+
+    async def _heartbeat(self) -> None:
+        workers = self._backend.cluster.workers()
+        ready = {worker.id: encode.holds(worker) for worker in workers if worker.state == "ready"}
+        await self._backend.hints.heartbeat(ready)
+
+
+async def _logged(step: Callable[[], Awaitable[None]]) -> None:
+    """One failed beat must not end the pulse: readiness would stay as it is for ever."""
+    try:
+        await step()
+    except Exception:
+        log.exception("the router's pulse failed once; it goes on")
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind_error(host: str, port: int) -> ConfigError | PortInUse:
+    """gRPC says only that it failed; the socket says why."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return ConfigError(f"can not listen on {host}:{port}: {error.strerror or error}")
+    return PortInUse(f"port {port} on {host} is in use; choose another (router.port)")

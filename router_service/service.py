@@ -1,0 +1,282 @@
+"""The public methods. Generate reads as the request's life: decode, admit, score, pick, place, stream."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+from expert_pager.v1 import expert_pager_pb2 as pb
+from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+
+from pager.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DuplicateRequest,
+    NotReady,
+    Overloaded,
+    PromptTooLong,
+    UnknownPool,
+    WorkerLost,
+)
+from pager.routing.pool import pick_pool
+from pager.types import Full, GenerateRequest, PoolPolicy, SamplingParams, Usage
+from router_service import decode, encode
+from router_service.admission import Admission, Ticket
+from router_service.boundary import request_id
+from router_service.dispatch import Placement, QueueClock, check_deadline, place
+from router_service.hints import HintStore
+from router_service.metrics import RouterMetrics
+from router_service.ports import ClusterPort, ModelInfo
+from router_service.scoring import Prediction, Predictor, Scoring
+from router_service.streams import StreamMeter, send
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExpertPager"].full_name
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What the methods work with."""
+
+    model: ModelInfo
+    cluster: ClusterPort
+    scoring: Scoring
+    predictor: Predictor
+    hints: HintStore
+    admission: Admission
+    metrics: RouterMetrics
+    default_pool: PoolPolicy
+    write_timeout_s: float = 30.0
+
+
+class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
+    """Owns how many requests this router has at each worker, and how long their queues last."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._at_worker: Counter[str] = Counter()
+        self._queue_clock = QueueClock()
+
+    # --- Generate ---------------------------------------------------------------------------------------------------
+
+    async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        meter = StreamMeter(self._backend.metrics)
+        tenant = decode.tenant(context.invocation_metadata())
+        ask = decode.ask(wire, self._backend.model, self._backend.default_pool)
+        request_id.set(ask.id)
+        deadline_s = _deadline_unix_s(context)
+        with self._admitted(tenant) as ticket:
+            async with self._claimed(ask.id, tenant):
+                request = await self._request(ask, tenant, deadline_s)
+                self._charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
+                prediction = await self._predict(request)
+                request = replace(request, predicted=prediction.pool)
+                await self._stream(request, prediction, context, meter)
+
+    def _admitted(self, tenant: str) -> Ticket:
+        with self._counting_rejections():
+            return self._backend.admission.enter(tenant)
+
+    def _charge(self, ticket: Ticket, tokens: int) -> None:
+        with self._counting_rejections():
+            ticket.charge(tokens)
+
+    @contextmanager
+    def _counting_rejections(self) -> Iterator[None]:
+        try:
+            yield
+        except (Overloaded, NotReady, DeadlineExceeded) as error:
+            self._backend.metrics.rejections.labels(error.reason).inc()
+            raise
+
+    @asynccontextmanager
+    async def _claimed(self, id_: str, tenant: str) -> AsyncIterator[None]:
+        """The id is this request's alone, at every router, until the block is left."""
+        if not await self._backend.hints.claim(id_, tenant):
+            raise DuplicateRequest(f"request id {id_!r} is in use; choose another", field="request_id")
+        try:
+            yield
+        finally:
+            await self._backend.hints.release(id_)
+
+    async def _request(self, ask: decode.Ask, tenant: str, deadline_s: float | None) -> GenerateRequest:
+        prompt = await self._prompt(ask.prompt)
+        return GenerateRequest(
+            id=ask.id,
+            tenant=tenant,
+            prompt_token_ids=prompt,
+            sampling=self._sampling(ask, len(prompt)),
+            pool=await self._policy(ask.pool, tenant),
+            deadline_unix_s=deadline_s,
+        )
+
+    async def _prompt(self, prompt: decode.Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return prompt
+        return decode.token_ids(await self._backend.scoring.encode(prompt), self._backend.model, "text")
+
+    def _sampling(self, ask: decode.Ask, prompt_tokens: int) -> SamplingParams:
+        limit = self._backend.model.token_limit
+        wanted = ask.sampling.max_tokens
+        if prompt_tokens + wanted <= limit:
+            return ask.sampling
+        if ask.has_max_tokens:
+            raise PromptTooLong(
+                f"the prompt's {prompt_tokens} tokens and max_tokens {wanted} exceed the {limit} that fit; "
+                f"ask for at most {limit - prompt_tokens}",
+                field="sampling.max_tokens",
+            )
+        return replace(ask.sampling, max_tokens=limit - prompt_tokens)
+
+    async def _policy(self, pool: PoolPolicy | decode.PoolOf, tenant: str) -> PoolPolicy:
+        if isinstance(pool, PoolPolicy):
+            return pool
+        found = await self._backend.hints.find_pool([self._backend.predictor.named(tenant, pool.digest)])
+        if found is None:
+            raise UnknownPool(
+                f"pool {pool.digest} is not remembered for this tenant; give its experts instead", field="pool.digest"
+            )
+        return decode.fixed_pool(found)
+
+    async def _predict(self, request: GenerateRequest) -> Prediction:
+        metrics = self._backend.metrics
+        prediction = await self._backend.predictor.predict(request.tenant, request.prompt_token_ids, request.pool)
+        if prediction.source not in ("none", "fixed"):
+            metrics.route_seconds.labels(prediction.source).observe(prediction.took_s)
+            metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
+        return prediction
+
+    async def _stream(
+        self, request: GenerateRequest, prediction: Prediction, context: Context, meter: StreamMeter
+    ) -> None:
+        """Until the first chunk is out, a lost worker's request is placed once more."""
+        lost: set[str] = set()
+        while True:
+            with self._counting_rejections():
+                placement = self._place(prediction, lost)
+                check_deadline(placement, _remaining_s(request.deadline_unix_s))
+            await self._check_aborted(request.id)
+            try:
+                usage = await self._answer(request, placement, context, meter)
+            except WorkerLost:
+                if meter.has_started or lost:
+                    raise
+                lost.add(placement.worker_id)
+                self._backend.metrics.replacements.inc()
+                continue
+            await self._learn(request, prediction, placement, usage)
+            return
+
+    def _place(self, prediction: Prediction, exclude: set[str]) -> Placement:
+        return place(
+            prediction.pool,
+            self._backend.cluster.workers(),
+            in_flight=self._at_worker,
+            position_s=self._queue_clock.position_s,
+            exclude=exclude,
+        )
+
+    async def _answer(
+        self, request: GenerateRequest, placement: Placement, context: Context, meter: StreamMeter
+    ) -> Usage:
+        self._at_worker[placement.worker_id] += 1
+        try:
+            async with aclosing(self._backend.cluster.generate(placement.worker_id, request)) as chunks:
+                async for chunk in chunks:
+                    if not meter.has_started:
+                        # Again: an Abort may have looked for the request at the workers before it got there.
+                        await self._check_aborted(request.id)
+                    chunk = meter.seen(chunk, request.predicted)
+                    await send(context, encode.chunk(request.id, chunk), self._backend.write_timeout_s)
+                    if chunk.usage is not None:
+                        return chunk.usage
+        finally:
+            self._at_worker[placement.worker_id] -= 1
+        raise WorkerLost("the worker's stream ended before the answer did; send the request again")
+
+    async def _check_aborted(self, id_: str) -> None:
+        if await self._backend.hints.is_aborted(id_):
+            raise Cancelled("the request was aborted")
+
+    async def _learn(
+        self, request: GenerateRequest, prediction: Prediction, placement: Placement, usage: Usage
+    ) -> None:
+        self._queue_clock.observe(placement.waiting, usage.queue_s)
+        if usage.predicted_recall is not None and prediction.source != "fixed":
+            self._backend.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
+        await self._backend.predictor.learn(request.tenant, request.prompt_token_ids, request.pool, usage)
+
+    # --- the others -------------------------------------------------------------------------------------------------
+
+    async def Route(self, wire: pb.RouteRequest, context: Context) -> pb.RouteResponse:  # noqa: N802
+        backend = self._backend
+        tenant = decode.tenant(context.invocation_metadata())
+        decode.check_model(wire.model, backend.model)
+        asked = decode.prompt(wire, backend.model)
+        asked_pool = decode.pool_policy(wire.pool, backend.model, backend.default_pool)
+        _deadline_unix_s(context)
+        with self._admitted(tenant) as ticket:
+            prompt = await self._prompt(asked)
+            self._charge(ticket, len(prompt))
+            policy = await self._policy(asked_pool, tenant)
+            scores = await backend.scoring.scores(prompt)
+            pool = policy.fixed
+            if pool is None and not isinstance(policy.size, Full):
+                pool = pick_pool(scores, policy.size, backend.model.facts)
+            answer = pb.RouteResponse(scores=encode.scores(scores))
+            if pool is not None:
+                answer.pool.CopyFrom(encode.pool(pool))
+                await backend.hints.remember_pool([backend.predictor.named(tenant, pool.digest)], pool)
+            if pool is not None and policy.fixed is None:
+                observed = await backend.predictor.observed(tenant, prompt, policy)
+                if observed is not None:
+                    answer.observed.CopyFrom(encode.pool(observed))
+            try:
+                placement = self._place(Prediction(pool, scores.source), set())
+            except NotReady:
+                return answer
+            answer.placement.CopyFrom(pb.Placement(worker=placement.worker_id, missing_bytes=placement.missing_bytes))
+            return answer
+
+    async def Abort(self, wire: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
+        tenant = decode.tenant(context.invocation_metadata())
+        id_ = decode.request_id(wire.request_id)
+        request_id.set(id_)
+        # Marked first: a request on its way to a worker looks for the mark once it has arrived.
+        is_marked = await self._backend.hints.mark_aborted(id_, tenant)
+        is_found = await self._backend.cluster.abort(id_, tenant)
+        return pb.AbortResponse(aborted=is_marked or is_found)
+
+    async def GetModel(self, wire: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        decode.check_model(wire.model, self._backend.model)
+        return encode.model(self._backend.model, self._backend.cluster.workers())
+
+    async def GetResidency(  # noqa: N802
+        self, wire: pb.GetResidencyRequest, context: Context
+    ) -> pb.GetResidencyResponse:
+        model, mine = self._backend.model, self._backend.cluster.workers()
+        known = {worker.id for worker in mine}
+        workers = [encode.local_worker(worker, model) for worker in mine]
+        for worker_id, holds in sorted((await self._backend.hints.residency()).items()):
+            if worker_id not in known:
+                workers.append(encode.remote_worker(worker_id, holds, model))
+        return pb.GetResidencyResponse(workers=workers)
+
+
+def _deadline_unix_s(context: Context) -> float | None:
+    """When the call's deadline passes. Raises DeadlineExceeded if it has."""
+    remaining_s = context.time_remaining()
+    if remaining_s is None:
+        return None
+    if remaining_s <= 0:
+        raise DeadlineExceeded("the deadline was past when the request arrived; allow more time")
+    return time.time() + remaining_s
+
+
+def _remaining_s(deadline_unix_s: float | None) -> float | None:
+    return None if deadline_unix_s is None else deadline_unix_s - time.time()

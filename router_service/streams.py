@@ -1,0 +1,54 @@
+"""One answer on its way to a client: what it measured, and sending that does not wait for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from pager.errors import SlowReader
+from pager.types import ExpertPool, TokenChunk
+from router_service.metrics import RouterMetrics
+
+
+class StreamMeter:
+    """Owns the times of one answer. Made when the call arrives."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+        self._arrived_s = time.perf_counter()
+        self._first_s = 0.0
+        self._num_tokens = 0
+        self.has_started = False
+
+    def seen(self, chunk: TokenChunk, predicted: ExpertPool | None) -> TokenChunk:
+        """The chunk to send: a last one without the recall of its prediction gets it."""
+        self.has_started = True
+        now_s = time.perf_counter()
+        if chunk.token_ids and not self._num_tokens:
+            self._first_s = now_s
+            self._metrics.first_token_seconds.observe(now_s - self._arrived_s)
+        self._num_tokens += len(chunk.token_ids)
+        usage = chunk.usage
+        if usage is None:
+            return chunk
+        if self._num_tokens > 1:
+            self._metrics.output_token_seconds.observe((now_s - self._first_s) / (self._num_tokens - 1))
+        self._metrics.prompt_tokens.inc(usage.prompt_tokens)
+        self._metrics.generated_tokens.inc(usage.completion_tokens)
+        if usage.predicted_recall is None and usage.pool is not None and predicted is not None:
+            usage = replace(usage, predicted_recall=predicted.recall_of(usage.pool))
+        return replace(chunk, usage=usage)
+
+
+async def send(context: grpc.aio.ServicerContext[Any, Any], message: Message, timeout_s: float) -> None:
+    """Raises SlowReader when the client takes nothing for `timeout_s`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(message)
+    except TimeoutError:
+        raise SlowReader(f"the client read nothing for {timeout_s:g} s; read faster") from None

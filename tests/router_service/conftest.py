@@ -1,0 +1,296 @@
+"""A router service on a real socket, in front of workers that live in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+
+from pager.errors import PagerError, WorkerLost
+from pager.routing.pool import pick_pool
+from pager.types import (
+    ExpertPool,
+    FinishReason,
+    Full,
+    GenerateRequest,
+    PoolPolicy,
+    RoutingFacts,
+    RoutingScores,
+    TokenChunk,
+    Usage,
+)
+from router_service.admission import AdmissionLimits
+from router_service.backend import build_backend, close_backend
+from router_service.ports import ModelInfo
+from router_service.server import RouterServer
+from router_service.service import Backend
+
+FACTS = RoutingFacts(experts_per_layer=(0, 9, 9), shared_per_layer=(0, 1, 1), top_k_per_layer=(0, 2, 2))
+MODEL = ModelInfo(
+    name="tiny",
+    fingerprint="f" * 16,
+    context_length=64,
+    kv_token_limit=48,
+    vocab_size=256,
+    facts=FACTS,
+    tokenizer_class="ByteTokenizer",
+    tokenizer_sha256="",
+    plan="16 slots",
+)
+
+
+class ByteTokenizer:
+    def encode(self, text: str, /) -> list[int]:
+        return list(text.encode())
+
+
+class FirstTokenScorer:
+    """Scores that depend on the first token only, so that a test can say which pool a prompt has."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def scores(self, token_ids: Any, /) -> RoutingScores:
+        self.num_calls += 1
+        return scores_for(token_ids[0], "trunk")
+
+
+def scores_for(token: int, source: str) -> RoutingScores:
+    def layer(routed: int) -> np.ndarray:
+        weights_R = np.arange(1, routed + 1, dtype=np.float64)
+        return np.roll(weights_R, token) / weights_R.sum() if routed else np.zeros(0)
+
+    return RoutingScores(tuple(layer(routed) for routed in FACTS.routed_per_layer), source, 1)
+
+
+@dataclass(frozen=True)
+class Worker:
+    id: str
+    state: str = "ready"
+    waiting: int = 0
+    running: int = 0
+    num_slots: int = 16
+    expert_bytes: int = 1000
+    resident: tuple[int, ...] = (0, 0, 0)
+    page_in_bytes_per_s: float | None = None
+
+    def missing_bytes(self, pool: ExpertPool) -> int:
+        held = zip(pool.experts, self.resident, strict=True)
+        return self.expert_bytes * sum(not mask >> expert & 1 for layer, mask in held for expert in layer)
+
+
+@dataclass
+class InProcessCluster:
+    """Answers every prompt with its own bytes, one a chunk, as fast as it is read. `hold` waits before a chunk.
+
+    `fail`: per worker (at which chunk, with what error), one entry a call; without an error the stream just stops.
+    """
+
+    views: dict[str, Worker] = field(default_factory=lambda: {"w0": Worker("w0"), "w1": Worker("w1")})
+    open: dict[str, GenerateRequest] = field(default_factory=dict)
+    received: list[tuple[str, GenerateRequest]] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    aborted: set[tuple[str, str]] = field(default_factory=set)
+    hold: dict[int, asyncio.Event] = field(default_factory=dict)  # before the n-th chunk
+    reached: dict[int, asyncio.Event] = field(default_factory=dict)
+    fail: dict[str, list[tuple[int, Exception | None]]] = field(default_factory=dict)
+    pad: str = ""
+
+    def workers(self) -> tuple[Worker, ...]:
+        return tuple(self.views.values())
+
+    def change(self, worker_id: str, **facts: Any) -> None:
+        self.views[worker_id] = replace(self.views[worker_id], **facts)
+
+    async def abort(self, request_id: str, tenant: str) -> bool:
+        request = self.open.get(request_id)
+        if request is None or request.tenant != tenant:
+            return False
+        self.aborted.add((request_id, tenant))
+        return True
+
+    async def generate(self, worker_id: str, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        self.received.append((worker_id, request))
+        self.open[request.id] = request
+        error_at = self.fail[worker_id].pop(0) if self.fail.get(worker_id) else None
+        finished = False
+        try:
+            count = request.sampling.max_tokens
+            for index in range(count):
+                if index in self.reached:
+                    self.reached[index].set()
+                if index in self.hold:
+                    await self.hold[index].wait()
+                if error_at is not None and error_at[0] == index:
+                    finished = True
+                    if error_at[1] is None:
+                        return
+                    raise error_at[1]
+                token = request.prompt_token_ids[index % len(request.prompt_token_ids)]
+                last = index == count - 1
+                usage = self._usage(request) if last else None
+                finished = last
+                yield TokenChunk(request.id, (token,), chr(token) + self.pad, usage)
+        finally:
+            del self.open[request.id]
+            if not finished:
+                self.cancelled.append(request.id)
+
+    def _usage(self, request: GenerateRequest) -> Usage:
+        policy = request.pool
+        pool = policy.fixed
+        if pool is None and not isinstance(policy.size, Full):
+            pool = pick_pool(scores_for(request.prompt_token_ids[0] + 1, "prefill"), policy.size, FACTS)
+        return Usage(
+            mode="exact" if pool is None else "pool",
+            finish_reason=FinishReason.LENGTH,
+            prompt_tokens=len(request.prompt_token_ids),
+            completion_tokens=request.sampling.max_tokens,
+            pool=pool,
+            bytes_from_disk=5,
+            bytes_from_host=7,
+            experts_hit=11,
+            experts_missed=13,
+            stall_s=0.25,
+            out_of_pool_mass=0.125,
+            predicted_recall=None,
+            queue_s=0.5,
+            time_to_first_token_s=0.75,
+            model_fingerprint=MODEL.fingerprint,
+        )
+
+
+@dataclass
+class Running:
+    cluster: InProcessCluster
+    scorer: FirstTokenScorer
+    backend: Backend
+    server: RouterServer
+    channel: grpc.aio.Channel
+    stub: Any
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.backend.metrics.registry.get_sample_value(f"expert_pager_router_{name}", labels) or 0.0
+
+
+@asynccontextmanager
+async def running_service(
+    cluster: InProcessCluster | None = None, *, redis_url: str | None = None, **choices: Any
+) -> AsyncIterator[Running]:
+    cluster = cluster or InProcessCluster()
+    scorer = FirstTokenScorer()
+    backend = build_backend(
+        model=choices.pop("model", MODEL),
+        cluster=cluster,
+        scorer=scorer,
+        encoder=ByteTokenizer(),
+        limits=choices.pop("limits", AdmissionLimits()),
+        default_pool=choices.pop("default_pool", PoolPolicy()),
+        redis_url=redis_url,
+        **choices,
+    )
+    server = RouterServer(backend)
+    await server.start("127.0.0.1", 0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield Running(cluster, scorer, backend, server, channel, pb_grpc.ExpertPagerStub(channel))
+    await server.stop()
+    await close_backend(backend)
+
+
+@pytest.fixture
+def serve() -> Callable[..., Any]:
+    """`async with serve(...) as service:` starts one; several may run side by side."""
+    return running_service
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Running]:
+    async with running_service() as running:
+        yield running
+
+
+@pytest.fixture
+def make_cluster() -> type[InProcessCluster]:
+    return InProcessCluster
+
+
+@pytest.fixture
+def make_worker() -> type[Worker]:
+    return Worker
+
+
+@pytest.fixture
+def facts() -> RoutingFacts:
+    return FACTS
+
+
+@pytest.fixture
+def model() -> ModelInfo:
+    return MODEL
+
+
+@pytest.fixture
+def lost() -> Callable[[], PagerError]:
+    return lambda: WorkerLost("the worker died", retry_after_s=0.5)
+
+
+@dataclass
+class RedisProcess:
+    process: subprocess.Popen[bytes]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def start_redis(directory: Any, port: int | None = None) -> RedisProcess:
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return RedisProcess(process, port)
+        time.sleep(0.02)
+    process.kill()
+    raise RuntimeError("redis-server did not start")
+
+
+@pytest.fixture
+def redis_at(tmp_path: Any) -> Iterator[Callable[..., RedisProcess]]:
+    """Starts a Redis, on a port of choice when one is given."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    started: list[RedisProcess] = []
+
+    def start(port: int | None = None) -> RedisProcess:
+        started.append(start_redis(tmp_path, port))
+        return started[-1]
+
+    yield start
+    for redis in started:
+        redis.kill()
+
+
+@pytest.fixture
+def redis(redis_at: Callable[..., RedisProcess]) -> RedisProcess:
+    return redis_at()

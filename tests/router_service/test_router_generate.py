@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from grpc_status import rpc_status
+
+
+async def answer(stub, request, **call):
+    return [message async for message in stub.Generate(request, **call)]
+
+
+def text_request(text: str = "abc", *, max_tokens: int = 4, **fields) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text=text.encode(), sampling=pb.SamplingParams(max_tokens=max_tokens), **fields)
+
+
+async def rest(call) -> list[pb.GenerateResponse]:
+    """What is left of a stream that was begun with `read`."""
+    messages = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    return messages
+
+
+async def failure(call) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+def details(error: grpc.aio.AioRpcError) -> dict[type, object]:
+    found = {}
+    status = rpc_status.from_call(_Ended(error))
+    for packed in status.details:
+        for kind in (ErrorInfo, RetryInfo, BadRequest):
+            if packed.Is(kind.DESCRIPTOR):
+                found[kind] = kind()
+                packed.Unpack(found[kind])
+    return found
+
+
+class _Ended:
+    """What `rpc_status.from_call` reads of a call."""
+
+    def __init__(self, error):
+        self.trailing_metadata = lambda: tuple(error.trailing_metadata())
+        self.code, self.details = error.code, error.details
+
+
+async def test_an_answer_streams_and_ends_with_its_usage(service):
+    messages = await answer(service.stub, text_request(request_id="r1", pool=pb.PoolPolicy(count=3)))
+    assert "".join(message.text for message in messages) == "abca"
+    assert [list(message.token_ids) for message in messages] == [[97], [98], [99], [97]]
+    assert {message.request_id for message in messages} == {"r1"}
+    assert [message.HasField("usage") for message in messages] == [False, False, False, True]
+    usage = messages[-1].usage
+    assert usage.mode == pb.ANSWER_MODE_POOL
+    assert usage.finish_reason == pb.FINISH_REASON_LENGTH
+    assert (usage.prompt_tokens, usage.completion_tokens) == (3, 4)
+    assert (usage.bytes_from_disk, usage.bytes_from_host, usage.experts_hit, usage.experts_missed) == (5, 7, 11, 13)
+    assert (usage.stall_seconds, usage.out_of_pool_mass) == (0.25, 0.125)
+    assert (usage.queue_seconds, usage.time_to_first_token_seconds) == (0.5, 0.75)
+    assert usage.model_fingerprint == service.backend.model.fingerprint
+    assert usage.pool.num_experts == 6
+    assert [len(layer.experts) for layer in usage.pool.layers] == [0, 3, 3]
+    # Scores roll by one between the prediction and the prefill: two of three experts are the same.
+    assert usage.predicted_recall == pytest.approx(2 / 3)
+
+
+async def test_the_worker_gets_the_request_with_its_prediction(service):
+    await answer(
+        service.stub,
+        pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=[5, 6]),
+            sampling=pb.SamplingParams(
+                max_tokens=2, temperature=0.5, top_p=0.9, top_k=7, seed=3, stop=["x"], ignore_eos=True
+            ),
+            pool=pb.PoolPolicy(mass=pb.Mass(mass=0.5, cap=4), source=pb.POOL_SOURCE_PREDICTION),
+        ),
+        metadata=(("x-tenant-id", "acme"),),
+        timeout=30,
+    )
+    [(_, request)] = service.cluster.received
+    assert request.tenant == "acme"
+    assert request.prompt_token_ids == (5, 6)
+    assert (request.sampling.temperature, request.sampling.top_p, request.sampling.top_k) == (0.5, 0.9, 7)
+    assert (request.sampling.seed, request.sampling.stop, request.sampling.ignore_eos) == (3, ("x",), True)
+    assert (request.pool.size.mass, request.pool.size.cap, request.pool.source) == (0.5, 4, "prediction")
+    assert request.predicted is not None
+    assert request.deadline_unix_s is not None
+
+
+async def test_all_experts_need_no_prediction(service):
+    messages = await answer(service.stub, text_request())
+    assert messages[-1].usage.mode == pb.ANSWER_MODE_EXACT
+    assert not messages[-1].usage.HasField("pool")
+    assert service.scorer.num_calls == 0
+    assert service.cluster.received[0][1].deadline_unix_s is None
+
+
+async def test_an_observed_pool_replaces_the_pass(service):
+    first = await answer(service.stub, text_request(pool=pb.PoolPolicy(count=3)))
+    second = await answer(service.stub, text_request(pool=pb.PoolPolicy(count=3)))
+    assert service.scorer.num_calls == 1
+    assert first[-1].usage.predicted_recall == pytest.approx(2 / 3)
+    assert second[-1].usage.predicted_recall == 1
+    assert service.metric("hint_lookups_total", result="hit") == 1
+    assert service.metric("hint_lookups_total", result="miss") == 1
+    # Another policy and another tenant see nothing of it.
+    await answer(service.stub, text_request(pool=pb.PoolPolicy(count=4)))
+    await answer(service.stub, text_request(pool=pb.PoolPolicy(count=3)), metadata=(("x-tenant-id", "other"),))
+    assert service.scorer.num_calls == 3
+
+
+async def test_a_pool_can_be_asked_for_again_by_its_digest(service):
+    first = await answer(service.stub, text_request(pool=pb.PoolPolicy(count=3)))
+    pool = first[-1].usage.pool
+    again = await answer(service.stub, text_request("xyz", pool=pb.PoolPolicy(digest=pool.digest)))
+    assert again[-1].usage.pool.layers == pool.layers
+    stranger = service.stub.Generate(
+        text_request(pool=pb.PoolPolicy(digest=pool.digest)), metadata=(("x-tenant-id", "other"),)
+    )
+    error = await failure(stranger.read())
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert details(error)[ErrorInfo].reason == "UNKNOWN_POOL"
+
+
+BAD_REQUESTS = {
+    "no prompt": (pb.GenerateRequest(), "INVALID_ARGUMENT", "prompt"),
+    "empty text": (pb.GenerateRequest(text=b""), "INVALID_ARGUMENT", "text"),
+    "empty ids": (pb.GenerateRequest(token_ids=pb.TokenIds()), "INVALID_ARGUMENT", "token_ids"),
+    "not UTF-8": (pb.GenerateRequest(text=b"abc\xff"), "INVALID_ARGUMENT", "text"),
+    "half a character": (pb.GenerateRequest(text="é".encode()[:1]), "INVALID_ARGUMENT", "text"),
+    "id out of vocabulary": (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 256])), "INVALID_ARGUMENT", "token_ids"),
+    "ids too long": (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 48)), "PROMPT_TOO_LONG", "token_ids"),
+    "text too long": (pb.GenerateRequest(text=b"a" * 48), "PROMPT_TOO_LONG", "text"),
+    "answer too long": (text_request("a" * 40, max_tokens=9), "PROMPT_TOO_LONG", "sampling.max_tokens"),
+    "unknown model": (text_request(model="gpt"), "UNKNOWN_MODEL", "model"),
+    "bad id": (text_request(request_id="a b"), "INVALID_ARGUMENT", "request_id"),
+    "long id": (text_request(request_id="a" * 129), "INVALID_ARGUMENT", "request_id"),
+    "no tokens": (text_request(max_tokens=0), "INVALID_ARGUMENT", "sampling.max_tokens"),
+    "negative tokens": (text_request(max_tokens=-1), "INVALID_ARGUMENT", "sampling.max_tokens"),
+    "NaN temperature": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(temperature=float("nan"))),
+        "INVALID_ARGUMENT",
+        "sampling.temperature",
+    ),
+    "infinite temperature": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(temperature=float("inf"))),
+        "INVALID_ARGUMENT",
+        "sampling.temperature",
+    ),
+    "negative top_p": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(top_p=-0.1)),
+        "INVALID_ARGUMENT",
+        "sampling.top_p",
+    ),
+    "negative top_k": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(top_k=-1)),
+        "INVALID_ARGUMENT",
+        "sampling.top_k",
+    ),
+    "negative seed": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(seed=-1)),
+        "INVALID_ARGUMENT",
+        "sampling.seed",
+    ),
+    "empty stop": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(stop=[""])),
+        "INVALID_ARGUMENT",
+        "sampling.stop",
+    ),
+    "pool below top-k": (text_request(pool=pb.PoolPolicy(count=1)), "POOL_TOO_SMALL", "pool.size"),
+    "pool of nothing": (text_request(pool=pb.PoolPolicy(count=0)), "INVALID_ARGUMENT", "pool.size.count"),
+    "pool above all": (text_request(pool=pb.PoolPolicy(count=9)), "INVALID_ARGUMENT", "pool.size.count"),
+    "share of NaN": (text_request(pool=pb.PoolPolicy(share=float("nan"))), "INVALID_ARGUMENT", "pool.size.share"),
+    "share above 1": (text_request(pool=pb.PoolPolicy(share=1.5)), "INVALID_ARGUMENT", "pool.size.share"),
+    "mass of 0": (text_request(pool=pb.PoolPolicy(mass=pb.Mass())), "INVALID_ARGUMENT", "pool.size.mass"),
+    "cap of 0": (text_request(pool=pb.PoolPolicy(mass=pb.Mass(mass=0.5, cap=0))), "INVALID_ARGUMENT", "pool.size.cap"),
+    "predict everything": (
+        text_request(pool=pb.PoolPolicy(source=pb.POOL_SOURCE_PREDICTION)),
+        "INVALID_ARGUMENT",
+        "pool.source",
+    ),
+    "unknown source": (text_request(pool=pb.PoolPolicy(source=9, count=3)), "INVALID_ARGUMENT", "pool.source"),
+    "fixed without a pool": (
+        text_request(pool=pb.PoolPolicy(source=pb.POOL_SOURCE_FIXED)),
+        "INVALID_ARGUMENT",
+        "pool.fixed",
+    ),
+    "fixed with a size": (
+        text_request(pool=pb.PoolPolicy(count=3, experts=pb.FixedPool())),
+        "INVALID_ARGUMENT",
+        "pool.size",
+    ),
+    "fixed but predicted": (
+        text_request(pool=pb.PoolPolicy(source=pb.POOL_SOURCE_PREDICTION, experts=pb.FixedPool())),
+        "INVALID_ARGUMENT",
+        "pool.source",
+    ),
+    "too few layers": (text_request(pool=pb.PoolPolicy(experts=pb.FixedPool())), "INVALID_ARGUMENT", "pool.fixed"),
+    "bad digest": (text_request(pool=pb.PoolPolicy(digest="../../etc")), "INVALID_ARGUMENT", "pool.digest"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+async def test_bad_input_is_refused_with_its_field_and_the_next_request_works(service, name):
+    request, reason, field = BAD_REQUESTS[name]
+    error = await failure(service.stub.Generate(request).read())
+    expected = grpc.StatusCode.NOT_FOUND if reason == "UNKNOWN_MODEL" else grpc.StatusCode.INVALID_ARGUMENT
+    assert error.code() is expected
+    found = details(error)
+    assert (found[ErrorInfo].reason, found[ErrorInfo].domain) == (reason, "expert-pager")
+    assert [violation.field for violation in found[BadRequest].field_violations] == [field]
+    assert RetryInfo not in found
+    assert service.cluster.received == []
+    assert len(await answer(service.stub, text_request())) == 4
+    assert service.backend.admission.num_requests == 0
+
+
+@pytest.mark.parametrize(
+    "layers", [[[], [0, 1], [0, 1, 8]], [[], [0, 0, 1], [0, 1]], [[0], [0, 1], [0, 1]], [[], [3], [0, 1]], [[], [1, 2]]]
+)
+async def test_a_fixed_pool_has_to_fit_the_model(service, layers):
+    pool = pb.FixedPool(layers=[pb.LayerExperts(experts=layer) for layer in layers])
+    error = await failure(service.stub.Generate(text_request(pool=pb.PoolPolicy(experts=pool))).read())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error)[BadRequest].field_violations[0].field == "pool.fixed"
+
+
+async def test_bytes_that_are_no_message_are_the_callers_fault(service):
+    call = service.channel.unary_stream("/expert_pager.v1.ExpertPager/Generate")
+    error = await failure(call(b"\xff\xff\xff").read())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error)[ErrorInfo].reason == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(
+    "metadata", [(("x-tenant-id", "a b"),), (("x-tenant-id", "a" * 65),), (("x-tenant-id", "a"),) * 2]
+)
+async def test_a_tenant_has_one_plain_name(service, metadata):
+    error = await failure(service.stub.Generate(text_request(), metadata=metadata).read())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error)[BadRequest].field_violations[0].field == "x-tenant-id"
+
+
+async def test_without_max_tokens_an_answer_takes_what_is_left(service):
+    messages = await answer(service.stub, pb.GenerateRequest(text=b"a" * 40))
+    assert messages[-1].usage.completion_tokens == 8
+
+
+async def test_an_id_in_use_is_refused_and_free_again_afterwards(service):
+    service.cluster.hold[1] = asyncio.Event()
+    first = service.stub.Generate(text_request(request_id="same"))
+    await first.read()
+    error = await failure(service.stub.Generate(text_request(request_id="same")).read())
+    assert error.code() is grpc.StatusCode.ALREADY_EXISTS
+    service.cluster.hold[1].set()
+    assert len(await rest(first)) == 3
+    assert len(await answer(service.stub, text_request(request_id="same"))) == 4
+
+
+async def test_the_unexpected_is_internal_and_tells_nothing(service, caplog):
+    service.cluster.fail = {"w0": [(0, ValueError("secret prompt"))], "w1": [(0, ValueError("secret prompt"))]}
+    error = await failure(service.stub.Generate(text_request(request_id="r7")).read())
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in error.details()
+    assert details(error)[ErrorInfo].metadata["request_id"] == "r7"
+    assert "r7" in caplog.text
+    assert "ValueError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_a_worker_lost_before_the_first_chunk_is_replaced(service, lost):
+    service.cluster.fail = {"w0": [(0, lost())]}
+    assert len(await answer(service.stub, text_request())) == 4
+    assert [worker for worker, _ in service.cluster.received] == ["w0", "w1"]
+    assert service.metric("replacements_total") == 1
+
+
+async def test_a_worker_lost_twice_is_unavailable(service, lost):
+    service.cluster.fail = {"w0": [(0, lost())], "w1": [(0, lost())]}
+    error = await failure(service.stub.Generate(text_request()).read())
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert len(service.cluster.received) == 2
+
+
+async def test_a_worker_lost_mid_stream_is_unavailable_with_retry_info(service, lost):
+    service.cluster.fail = {"w0": [(2, lost())]}
+    call = service.stub.Generate(text_request())
+    assert (await call.read()).text == "a"
+    assert (await call.read()).text == "b"
+    error = await failure(call.read())
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert details(error)[RetryInfo].retry_delay.ToMilliseconds() == 500
+    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "500"
+    assert len(await answer(service.stub, text_request())) == 4
+
+
+async def test_a_stream_that_just_stops_counts_as_a_lost_worker(service):
+    service.cluster.fail = {"w0": [(2, None)]}
+    error = await failure(rest(service.stub.Generate(text_request())))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pager.models import EmoForCausalLM
-from pager.models.emo import EmoConfig, EmoTopKRouter
+from pager.models.emo import EmoConfig, EmoSparseMoeBlock, EmoTopKRouter
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,12 @@ def install_pool_routers(model: EmoForCausalLM) -> list[PoolRouter]:
     """Replace every layer's router by a PoolRouter with the same weights; returns them in layer order."""
     routers = []
     for layer_idx, layer in enumerate(model.model.layers):
-        if not model.config.experts_in_layer(layer_idx):
-            continue
-        router = PoolRouter(model.config, layer_idx)
-        router.weight = layer.mlp.gate.weight
-        layer.mlp.gate = router
-        routers.append(router)
+        block = layer.mlp
+        if isinstance(block, EmoSparseMoeBlock):
+            router = PoolRouter(model.config, layer_idx)
+            router.weight = block.gate.weight
+            block.gate = router
+            routers.append(router)
     return routers
 
 

@@ -144,7 +144,7 @@ class Trainer:
         balance = torch.stack([router.balance_loss for router in self.routers]).mean()
         z = torch.stack([router.z_loss for router in self.routers]).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + recipe.balance_weight * balance + recipe.z_weight * z).backward()
+        torch.autograd.backward(loss + recipe.balance_weight * balance + recipe.z_weight * z)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps) * (1 - done)

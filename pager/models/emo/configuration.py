@@ -11,7 +11,7 @@ from pager.errors import CheckpointError
 
 
 @strict
-class EmoConfig(PreTrainedConfig):
+class EmoConfig(PreTrainedConfig):  # type: ignore[misc] # transformers is untyped here
     """Every field of a released `config.json`, RoPE stored the old way (`rope_theta`, `rope_scaling`) or the new.
 
     `num_experts` and everything derived from it count all experts of a layer, shared ones included; the shared
@@ -40,7 +40,7 @@ class EmoConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 100257
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: Any = None
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     num_experts_per_tok: int = 8

@@ -147,9 +147,7 @@ def test_document_pools_of_the_training_router(model: EmoForCausalLM, size: int,
 
 def test_saving_writes_the_released_tensors(model: EmoForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
-    released = {
-        name: tensor for shard in CHECKPOINT.glob("*.safetensors") for name, tensor in load_file(shard).items()
-    }
+    released = {name: tensor for shard in CHECKPOINT.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     with safe_open(tmp_path / "model.safetensors", "pt") as saved:
         assert set(saved.keys()) == set(released)
         assert all(torch.equal(saved.get_tensor(name), released[name]) for name in released)

@@ -1,6 +1,6 @@
 """How the tokens of one forward choose their experts: every document by its own pool.
 
-Legend: T tokens of the forward, N documents in it, L layers, E experts of a layer (shared last), R routed experts, K top-k.
+Legend: T tokens of the forward, N documents in it, L layers, E experts of a layer (shared last), R routed experts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pager.types import ExpertPool, Full, Mass, PoolPolicy, PoolSource, RoutingF
 class DocumentRouting:
     """One document's pool: chosen layer by layer while its prompt is prefilled, then frozen (EMO rules 13 to 15).
 
-    Mutable; owned by one sequence. With a lease, choosing a layer's pool binds it; without one, experts are paged on demand.
+    Mutable; owned by one sequence. With a lease, choosing a layer's pool binds it; without, paging is on demand.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class DocumentRouting:
 
 
 class StepRouting:
-    """The documents of one forward, and which token belongs to which. Reused from step to step while the batch stays the same."""
+    """The documents of one forward, and which token is whose. Reused from step to step while the batch is the same."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class StepRouting:
         valid: Tensor | None = None,
         prefill: bool = False,
     ) -> None:
-        """`rows` [T] indexes `documents`; None: one token each, or all tokens of the only one. `valid` [T] False is padding."""
+        """`rows` [T] indexes `documents`; None: one token each, or all of the only one's. `valid` [T]: no padding."""
         self.documents = tuple(documents)
         self.rows = rows
         self.valid = valid
@@ -138,7 +138,7 @@ class StepRouting:
         facts = documents[0].facts
         self._facts = facts
         self._stacked_LNE: list[Tensor | None] = [None] * facts.num_layers
-        self._measures = not prefill and not any(document.is_exact for document in documents)
+        self._measures = not prefill
         self._outside_N: Tensor | None = None
         self._num_measured = 0
         self.meter = documents[0].meter if len(documents) == 1 else UsageMeter()

@@ -27,6 +27,8 @@ def demand_waves(
             bound.append(wave)
             todo = [key for key in todo if key not in wave]
         if not bound:
+            if ledger.wait_for_room():
+                continue
             raise SlotsExhausted("every expert slot is held or promised; raise expert_memory or try again later")
         if unpaged and not holding.pending.isdisjoint(bound[0]):
             yield unpaged  # to compute while the first wave is being read

@@ -19,8 +19,11 @@ class Lease:
     for good: `failed` is set and every `wait` raises it.
     """
 
-    def __init__(self, ledger: Ledger, holding: Holding, always_resident: Container[ExpertKey]) -> None:
+    def __init__(
+        self, ledger: Ledger, holding: Holding, always_resident: Container[ExpertKey], pager: object
+    ) -> None:
         self._ledger = ledger
+        self._pager = pager  # its reader threads end when nobody refers to it
         self._holding = holding
         self._always_resident = always_resident
         self._limit = holding.reserved + len(holding.keys)
@@ -55,7 +58,7 @@ class Lease:
 
     def shrink(self) -> None:
         """Gives back what is reserved and not bound: the pool is complete."""
-        self._ledger.unreserve(self._holding, self._holding.reserved)
+        self._ledger.unreserve(self._holding)
         self._limit = len(self._holding.keys)
 
     def wait(self, layer: int) -> None:

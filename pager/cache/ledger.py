@@ -70,7 +70,7 @@ class Ledger:
         index: CacheIndex,
         transfer: Transfer,
         observer: PagerObserver,
-        queue_read: Callable[[Priority, ExpertKey], None],
+        queue_reads: Callable[[Priority, Sequence[ExpertKey]], None],
     ) -> None:
         self.index = index  # read it under `lock`
         self.counts = Counts()
@@ -78,7 +78,7 @@ class Ledger:
         self._changed = threading.Condition(self.lock)
         self._transfer = transfer
         self._observer = observer
-        self._queue_read = queue_read
+        self._queue_reads = queue_reads
         self._loads: dict[ExpertKey, _Load] = {}
         self._holdings: set[Holding] = set()
         self._prefetches = PrefetchList()
@@ -104,10 +104,11 @@ class Ledger:
             holding.reserved += num_slots
             return True
 
-    def unreserve(self, holding: Holding, num_slots: int) -> None:
+    def unreserve(self, holding: Holding) -> None:
+        """Gives back what is promised to the holding and not bound."""
         with self._changed:
-            self.index.unreserve(num_slots)
-            holding.reserved -= num_slots
+            self.index.unreserve(holding.reserved)
+            holding.reserved = 0
             self._changed.notify_all()
 
     def move_reservation(self, giver: Holding, taker: Holding, at_most: int) -> None:
@@ -126,8 +127,8 @@ class Ledger:
         Keys it holds already are passed over. Raises Cancelled for a released holding.
         """
         with self.lock:
-            if holding.released:
-                raise Cancelled("the lease was released while its experts were being bound")
+            if holding.released or self._closed:
+                raise Cancelled("the lease was released, or the pager closed, before its experts were bound")
             new = [key for key in dict.fromkeys(keys) if key not in holding.keys]
             available = holding.reserved if reservation is None else reservation
             plan = self.index.plan(new, reservation=available)
@@ -136,10 +137,11 @@ class Ledger:
             self._carry_out(plan, holding.cause, holding.meter)
             holding.reserved -= plan.paid
             holding.keys.update(dict.fromkeys(new))
-            for key in (*plan.in_flight, *(load.key for load in plan.loads)):
+            coming = [*plan.in_flight, *(load.key for load in plan.loads)]
+            for key in coming:
                 holding.pending.add(key)
                 self._loads[key].waiters.append(holding)
-                self._queue_read((_URGENCY[holding.cause], holding.order), key)
+            self._queue_reads((_URGENCY[holding.cause], holding.order), coming)
             self._count_lookups(holding.meter, plan)
             for key in new:
                 self._prefetches.forget(key)
@@ -165,7 +167,7 @@ class Ledger:
         with self.lock:
             if not holding.released:
                 self.let_go_of_experts(holding, list(holding.keys))
-                self.unreserve(holding, holding.reserved)
+                self.unreserve(holding)
                 self._holdings.discard(holding)
                 holding.released = True
 
@@ -189,6 +191,18 @@ class Ledger:
             slots = [self.index.slot_of(key) for key in keys]
         self._transfer.await_installed(slots)
 
+    def wait_for_room(self) -> bool:
+        """Waits out reads that only hold a slot because nobody waits for them any more, or not yet.
+
+        False when there is no slot to be had even after them.
+        """
+        with self._changed:
+            while self.index.num_unreserved <= 0:
+                if all(load.waiters for load in self._loads.values()):
+                    return False
+                self._changed.wait()
+            return True
+
     @staticmethod
     def _must_wait(holding: Holding, keys: Collection[ExpertKey]) -> bool:
         return holding.failed is None and not holding.released and not holding.pending.isdisjoint(keys)
@@ -200,6 +214,7 @@ class Ledger:
             if self._closed:
                 return
             batch = self._prefetches.start_batch()
+            missing = []
             for key in keys:
                 if key in self._loads or self.index.pins(key) > 0:
                     continue
@@ -207,7 +222,8 @@ class Ledger:
                 if self.index.is_evictable(key):
                     self.index.refresh(key)
                 elif self._prefetches.want(key, meter):
-                    self._queue_read((_URGENCY[Cause.PREFETCH], batch), key)
+                    missing.append(key)
+            self._queue_reads((_URGENCY[Cause.PREFETCH], batch), missing)
 
     def prefetch_pending(self, keys: Sequence[ExpertKey]) -> bool:
         with self.lock:

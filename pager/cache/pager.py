@@ -176,7 +176,7 @@ class ExpertPager:
 
     def _lease_if(self, fits: bool, holding: Holding) -> Lease | None:
         if fits:
-            return Lease(self._ledger, holding, self._resident)
+            return Lease(self._ledger, holding, self._resident, self)
         self._ledger.release(holding)
         return None
 

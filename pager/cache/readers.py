@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pager.types import ExpertKey
 
@@ -32,10 +32,12 @@ class Readers:
         for thread in self._threads:
             thread.start()
 
-    def push(self, priority: Priority, key: ExpertKey) -> None:
+    def push(self, priority: Priority, keys: Sequence[ExpertKey]) -> None:
+        """Queues `keys` at once, so that no thread takes the last before it sees the first."""
         with self._changed:
-            heapq.heappush(self._queue, (priority, key))
-            self._changed.notify()
+            for key in keys:
+                heapq.heappush(self._queue, (priority, key))
+            self._changed.notify(len(keys))
 
     def stop(self) -> None:
         """Drops what is queued; threads end after the read they are in. Idempotent, safe in a finalizer."""

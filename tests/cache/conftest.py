@@ -1,0 +1,121 @@
+"""A source of experts that tests can hold up and make fail, and pagers on top of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pager.cache.pager import ExpertPager
+from pager.cache.slots import DeviceSlots
+from pager.errors import ChecksumMismatch
+from pager.types import ExpertKey, ExpertShape
+
+NUM_LAYERS, NUM_EXPERTS = 4, 8
+
+
+def weights_of(key: ExpertKey) -> float:
+    """What every element of an expert is."""
+    return 1.0 + key.layer * NUM_EXPERTS + key.expert
+
+
+class GatedSource:
+    """Experts in memory. A read waits until its key is let through; keys in `bad` fail their checksum."""
+
+    shape = ExpertShape(hidden=4, intermediate=2)
+    stored_dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.bad: set[ExpertKey] = set()
+        self.crash: set[ExpertKey] = set()
+        self.started: list[ExpertKey] = []  # in the order in which reads began
+        self._held: set[ExpertKey] = set()
+        self._changed = threading.Condition()
+
+    def hold(self, *keys: ExpertKey) -> None:
+        """Reads of these keys begin and do not end before `let_through`."""
+        with self._changed:
+            self._held.update(keys)
+
+    def let_through(self, *keys: ExpertKey) -> None:
+        """Without keys: all."""
+        with self._changed:
+            self._held.difference_update(keys or set(self._held))
+            self._changed.notify_all()
+
+    def wait_until_started(self, key: ExpertKey) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: key in self.started, timeout=60)
+
+    def reads_of(self, key: ExpertKey) -> int:
+        return self.started.count(key)
+
+    def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
+        with self._changed:
+            self.started.append(key)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: key not in self._held)
+        if key in self.crash:
+            raise RuntimeError("the reader itself is broken")
+        if key in self.bad:
+            raise ChecksumMismatch(f"{key} does not match its checksum", key)
+        gate_up.fill_(weights_of(key))
+        down.fill_(-weights_of(key))
+        return gate_up.nbytes + down.nbytes
+
+    def keys_per_layer(self) -> tuple[int, ...]:
+        return (NUM_EXPERTS,) * NUM_LAYERS
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def source() -> GatedSource:
+    return GatedSource()
+
+
+MakePager = Callable[..., ExpertPager]
+
+
+@pytest.fixture
+def make_pager(source: GatedSource) -> Iterator[MakePager]:
+    """make_pager(num_slots, resident=(), **options): pagers that are checked and closed when the test ends."""
+    pagers: list[ExpertPager] = []
+
+    def make(num_slots: int, *, resident: tuple[ExpertKey, ...] = (), **options: object) -> ExpertPager:
+        slots = DeviceSlots(
+            num_slots,
+            source.shape,
+            torch.float32,
+            "cpu",
+            num_layers=NUM_LAYERS,
+            max_experts=NUM_EXPERTS,
+            num_pinned=len(resident),
+        )
+        pagers.append(ExpertPager(source, slots, resident=resident, **options))  # type: ignore[arg-type]
+        return pagers[-1]
+
+    yield make
+    source.let_through()
+    for pager in pagers:
+        pager.check_integrity()
+        pager.close()
+        pager.check_integrity()
+
+
+def _check_weights(pager: ExpertPager, keys: list[ExpertKey]) -> None:
+    for key in keys:
+        slot = int(pager.slots.slot_of_LE[key.layer, key.expert])
+        assert slot >= 0, f"{key} is in no slot"
+        assert (pager.slots.gate_up[slot] == weights_of(key)).all(), f"{key} has another's weights"
+        assert (pager.slots.down[slot] == -weights_of(key)).all(), f"{key} has another's weights"
+
+
+@pytest.fixture
+def check_weights() -> Callable[[ExpertPager, list[ExpertKey]], None]:
+    """Asserts that these experts' weights are where the map says."""
+    return _check_weights

@@ -54,6 +54,12 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Models this small only get slower with more."""
+    torch.set_num_threads(1)
+
+
 @dataclass(frozen=True, slots=True)
 class Golden:
     """Outputs that the authors' own code computed for a small random checkpoint (tests/data/golden)."""

@@ -1,4 +1,4 @@
-"""load_model on the small EMO checkpoint against what the authors' reference code computed for it (tests/data/golden)."""
+"""load_model on the small EMO checkpoint against what the authors' own code computed for it (tests/data/golden)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,9 +68,7 @@ def test_a_pool_chosen_over_a_prefix_is_frozen_for_the_rest(golden_pools: Any, l
     model = load(golden_pools.checkpoint, pool_size=count, expert_memory="50%")
     ids, cache = golden_pools.tensors["input_ids"], DynamicCache(config=model.config)
     logits = [model(part, past_key_values=cache, use_cache=True).logits for part in (ids[:, :64], ids[:, 64:])]
-    torch.testing.assert_close(
-        torch.cat(logits, 1), golden_pools.tensors[f"pool{count}_prefix64.logits"], **TOLERANCE
-    )
+    torch.testing.assert_close(torch.cat(logits, 1), golden_pools.tensors[f"pool{count}_prefix64.logits"], **TOLERANCE)
     assert cache.documents[0].pool.experts == pools_of(golden_pools, f"pool{count}_prefix64")
 
 

@@ -29,7 +29,7 @@ __all__ = ["HostGrant", "HostIndex", "HostState", "HostTier", "LocalHostIndex"]
 
 _SHM = Path("/dev/shm")
 _PAGE = 4096
-_HEADER = np.dtype([("layer", "<i4"), ("expert", "<i4"), ("checksum", "S16")])
+_HEADER = np.dtype([("layer", "<i4"), ("expert", "<i4"), ("checksum", "V16")])
 _NOBODY = -1
 
 
@@ -64,9 +64,8 @@ class HostTier:
         finally:
             os.close(file)
         self._headers: Any = np.frombuffer(self._mapping, _HEADER, num_records)
-        self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        self._records = self._bytes[header_bytes:]
-        self._unlock = _page_lock(self._bytes)
+        self._records: Tensor | None = torch.frombuffer(self._mapping, dtype=torch.uint8, offset=header_bytes)
+        self._unlock = _page_lock(self._records)
 
     @classmethod
     def create(
@@ -156,9 +155,9 @@ class HostTier:
     def is_intact(self, grant: HostGrant) -> bool:
         """The record is that expert's, and as it was published."""
         header = self._headers[grant.record]
-        return (int(header["layer"]), int(header["expert"])) == tuple(grant.key) and self._checksum(
-            grant.record
-        ) == bytes(header["checksum"]).ljust(16, b"\0")
+        if (header["layer"], header["expert"]) != tuple(grant.key):
+            return False
+        return bool(header["checksum"].tobytes() == self._checksum(grant.record))
 
     def close(self) -> None:
         """Unmaps the segment; its creator removes it. Idempotent. Nobody may be reading."""
@@ -166,18 +165,20 @@ class HostTier:
         if mapping is None:
             return
         self._unlock()
-        self._headers = self._records = self._bytes = None
+        self._headers = self._records = None
         with suppress(BufferError):  # a view of it is still alive somewhere; the mapping goes with it
             mapping.close()
         if self._is_creator:
             self.path.unlink(missing_ok=True)
 
     def _raw(self, record: int) -> Tensor:
+        assert self._records is not None, "the host tier is closed"
         start = record * self._stride
         return self._records[start : start + self._shape.num_elements * self._dtype.itemsize]
 
     def _checksum(self, record: int) -> bytes:
-        return xxhash.xxh3_128_digest(memoryview(self._raw(record).numpy()))
+        raw: Any = self._raw(record).numpy()
+        return xxhash.xxh3_128_digest(raw)
 
 
 def records_for(budget_bytes: int, shape: ExpertShape, dtype: torch.dtype) -> int:
@@ -203,7 +204,7 @@ def _page_lock(data: Tensor) -> Callable[[], None]:
     """Page-locks the memory where there is a GPU, so that copies from it are asynchronous; returns what undoes it."""
     if not torch.cuda.is_available():
         return lambda: None
-    runtime: Any = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = int(runtime.cudaHostRegister(data.data_ptr(), data.numel(), 0))
     if status != 0:
         raise BudgetError(f"{data.numel()} bytes can not be page-locked (CUDA error {status}); lower host_memory")

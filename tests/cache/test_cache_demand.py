@@ -16,6 +16,11 @@ def keys(layer: int, *experts: int) -> list[ExpertKey]:
     return [ExpertKey(layer, expert) for expert in experts]
 
 
+def finish_reads(pager, wanted) -> None:
+    while pager.prefetch_pending(wanted):
+        pass
+
+
 def load(pager, wanted) -> None:
     with pager.reserve_pool(wanted) as lease:
         for layer in {key.layer for key in wanted}:
@@ -100,6 +105,7 @@ def test_a_failed_read_ends_the_forward_and_holds_nothing(make_pager, source):
     with pytest.raises(ChecksumMismatch):
         list(waves)
     pager.check_integrity()
+    finish_reads(pager, keys(0, *range(8)))  # those that ran when the forward failed
     assert pager.stats().held_bytes == pager.stats().reserved_bytes == 0
     assert sorted(wave for waves in pager.demand(1, range(4)) for wave in waves) == [0, 1, 2, 3]
 
@@ -115,17 +121,12 @@ def test_an_exact_forward_waits_out_a_prefetch_that_holds_the_only_slot(make_pag
     assert list(waves) == [(5,)]
 
 
-def finish_prefetch(pager, wanted) -> None:
-    while pager.prefetch_pending(wanted):
-        pass
-
-
 def test_a_prefetch_makes_hits_of_misses(make_pager, source):
     pager = make_pager(6)
     meter = UsageMeter()
     wanted = [*keys(0, 1, 2), *keys(1, 3)]
     pager.prefetch(wanted, meter)
-    finish_prefetch(pager, wanted)
+    finish_reads(pager, wanted)
     assert pager.resident_experts() == ((1, 2), (3,), (), ())
     assert meter.bytes_from_disk == 3 * pager.slots.record_bytes
     pager.prefetch(wanted, meter)
@@ -146,7 +147,7 @@ def test_a_lease_joins_a_prefetch_in_flight_and_takes_over_a_queued_one(make_pag
         assert (lease.usage.experts_hit, lease.usage.experts_missed) == (1, 1)
         source.let_through()
         lease.wait(0)
-    finish_prefetch(pager, wanted)
+    finish_reads(pager, wanted)
     assert source.started == wanted
 
 
@@ -156,7 +157,7 @@ def test_a_prefetch_evicts_what_was_let_go_of_and_nothing_that_a_prefetch_brough
     first, second = keys(0, 0, 1, 2), keys(1, 0, 1)
     pager.prefetch(first)
     pager.prefetch(second)
-    finish_prefetch(pager, [*first, *second])
+    finish_reads(pager, [*first, *second])
     assert pager.resident_experts() == ((0, 1, 2), (0,), (), ())
     assert source.reads_of(ExpertKey(1, 1)) == 0
     load(pager, keys(2, 0))  # a lease may evict them
@@ -168,7 +169,7 @@ def test_a_prefetch_takes_no_promised_slot(make_pager, source):
     load(pager, keys(3, 0, 1))
     with pager.reserve(4) as lease:
         pager.prefetch(keys(0, 0))
-        finish_prefetch(pager, keys(0, 0))
+        finish_reads(pager, keys(0, 0))
         assert pager.resident_experts() == ((), (), (), (0, 1))
         lease.bind(1, range(4))
         lease.wait(1)
@@ -178,14 +179,14 @@ def test_protection_from_other_prefetches_lapses(make_pager):
     pager = make_pager(2, num_readers=1)
     abandoned = keys(0, 0, 1)
     pager.prefetch(abandoned)
-    finish_prefetch(pager, abandoned)
+    finish_reads(pager, abandoned)
     for expert in range(8):
         pager.prefetch(keys(1, expert))
-        finish_prefetch(pager, keys(1, expert))
+        finish_reads(pager, keys(1, expert))
     assert pager.resident_experts() == ((0, 1), (), (), ())
     for layer, expert in product((1, 2), range(8)):
         pager.prefetch(keys(layer, expert))
-        finish_prefetch(pager, keys(layer, expert))
+        finish_reads(pager, keys(layer, expert))
     assert pager.resident_experts()[0] == ()
 
 
@@ -193,7 +194,7 @@ def test_a_failed_prefetch_fails_nobody(make_pager, source):
     pager = make_pager(2, retry_after_s=0.0)
     source.bad.add(ExpertKey(0, 0))
     pager.prefetch(keys(0, 0))
-    finish_prefetch(pager, keys(0, 0))
+    finish_reads(pager, keys(0, 0))
     source.bad.clear()
     with pager.reserve_pool(keys(0, 0)) as lease:
         lease.wait(0)

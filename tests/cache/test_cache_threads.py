@@ -106,6 +106,8 @@ def test_traffic_from_many_threads(make_pager, source, check_weights):
     traffic.done.set()
     for thread in others:
         thread.join()
+    while pager.prefetch_pending([ExpertKey(layer, expert) for layer in range(4) for expert in range(8)]):
+        pass
     assert traffic.failures == []
     assert traffic.num_served > 100
     assert traffic.num_failed > 0
@@ -122,7 +124,8 @@ def test_the_slab_is_all_there_ever_is(make_pager):
     chance = random.Random(2)
     for _ in range(50):
         with pager.reserve_pool(random_pool(chance)[:5]) as lease:
-            lease.wait(3)
+            for layer in range(4):
+                lease.wait(layer)
     assert (slots.gate_up.data_ptr(), slots.down.data_ptr()) == before
 
 

@@ -127,14 +127,15 @@ class Engine:
     # From the thread that steps.
 
     def step(self) -> bool:
-        """Takes in, admits, runs one prompt at most, decodes a token of everybody. False when nothing was to be run."""
+        """Decodes a token of everybody, admits, runs one prompt at most. False when there was nothing to run."""
         started_s = self._step_started_s = time.monotonic()
         forward_before_s = self._decoder.forward_s
         try:
             self._take_in(started_s)
             self._end_overdue(started_s)
+            num_tokens = self._decode()
             self._admit(started_s)
-            num_tokens = self._prefill() + self._decode()
+            num_tokens += self._prefill()  # last, so that a first token waits for no other forward
         finally:
             self._deliver()
             self._step_started_s = None
@@ -168,6 +169,21 @@ class Engine:
                 self._fail(sequence, DeadlineExceeded(f"the deadline passed after {given}", field="deadline"))
             else:
                 self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
+
+    def _decode(self) -> int:
+        """One forward for all sequences that hold their experts; a second one for those that page as they go."""
+        num_tokens = 0
+        groups: dict[str, list[Sequence]] = {}
+        for sequence in self._running:
+            name = "on demand" if sequence.pages_on_demand(self._paged) else "held"
+            groups.setdefault(name, []).append(sequence)
+        for name, group in groups.items():
+            outcomes = self._decoder.decode(name, group)
+            now_s = time.monotonic()
+            for sequence, outcome in zip(group, outcomes, strict=True):
+                self._take(sequence, outcome, now_s)
+            num_tokens += len(group)
+        return num_tokens
 
     def _admit(self, now_s: float) -> None:
         if not len(self._line) or now_s < self._next_admission_s:
@@ -210,21 +226,6 @@ class Engine:
                 sequence.lease.shrink()
                 self._next_admission_s = 0.0
         self._take(sequence, outcome, time.monotonic())
-        return num_tokens
-
-    def _decode(self) -> int:
-        """One forward for all sequences that hold their experts; a second one for those that page as they go."""
-        num_tokens = 0
-        groups: dict[str, list[Sequence]] = {}
-        for sequence in self._running:
-            name = "on demand" if sequence.pages_on_demand(self._paged) else "held"
-            groups.setdefault(name, []).append(sequence)
-        for name, group in groups.items():
-            outcomes = self._decoder.decode(name, group)
-            now_s = time.monotonic()
-            for sequence, outcome in zip(group, outcomes, strict=True):
-                self._take(sequence, outcome, now_s)
-            num_tokens += len(group)
         return num_tokens
 
     def _take(self, sequence: Sequence, outcome: Outcome, now_s: float) -> None:

@@ -1,0 +1,138 @@
+"""A real engine on the small golden checkpoint, with a tokenizer whose every token is two letters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+
+from pager.engine.engine import Engine
+from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
+from pager.engine.loading import PagedModel, load_paged_model
+from pager.errors import PagerError
+from pager.planner import Budgets
+from pager.types import ExpertPool, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+CHECKPOINT = GOLDEN / "ckpt_emo_tiny"
+EXPERT_BYTES = 3 * 64 * 32 * 4
+VOCABULARY = 256
+
+
+def letters_tokenizer() -> Tokenizer:
+    """Token i is the i-th pair of letters from a to p, so that stop strings can lie across tokens."""
+    pairs = ["".join(pair) for pair in itertools.product("abcdefghijklmnop", repeat=2)]
+    tokenizer = Tokenizer(models.WordLevel({pair: i for i, pair in enumerate(pairs)}, unk_token="aa"))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+class Driver:
+    """Steps an engine by hand and keeps what came out, by request."""
+
+    def __init__(self, paged: PagedModel, limits: EngineLimits, observer: EngineObserver | None = None) -> None:
+        self.paged = paged
+        self.engine = Engine(paged, letters_tokenizer(), limits, sink=self._sink, observer=observer)
+        self.chunks: dict[str, list[TokenChunk]] = {}
+        self.failures: dict[str, PagerError] = {}
+        self.order_of_first_tokens: list[str] = []
+        self._numbers = itertools.count()
+
+    def _sink(self, events: list[StreamEvent]) -> None:
+        for event in events:
+            if isinstance(event, Failure):
+                assert event.request_id not in self.failures
+                self.failures[event.request_id] = event.error
+                continue
+            if event.request_id not in self.chunks:
+                self.order_of_first_tokens.append(event.request_id)
+            self.chunks.setdefault(event.request_id, []).append(event)
+
+    def submit(self, prompt: Sequence[int], pool: PoolPolicy | None = None, **options: Any) -> str:
+        """Options of SamplingParams and GenerateRequest, by name."""
+        fields = {name: options.pop(name) for name in ("tenant", "id", "deadline_unix_s", "predicted") if name in options}
+        fields.setdefault("id", f"request-{next(self._numbers)}")
+        fields.setdefault("tenant", "t")
+        sampling = SamplingParams(**{"ignore_eos": True, **options})
+        request = GenerateRequest(
+            prompt_token_ids=tuple(prompt), sampling=sampling, pool=pool or PoolPolicy(), **fields
+        )
+        self.engine.submit(request)
+        return request.id
+
+    def finish(self, max_steps: int = 3000) -> None:
+        """Steps until nothing is in flight."""
+        for _ in range(max_steps):
+            self.engine.step()
+            status = self.engine.status()
+            if status.running + status.waiting == 0:
+                return
+        raise AssertionError(f"still in flight after {max_steps} steps: {self.engine.status()}")
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for chunk in self.chunks.get(request_id, []) for token in chunk.token_ids]
+
+    def text(self, request_id: str) -> str:
+        return "".join(chunk.text for chunk in self.chunks[request_id])
+
+    def usage(self, request_id: str) -> Usage:
+        *others, last = self.chunks[request_id]
+        assert all(chunk.usage is None for chunk in others)
+        assert last.usage is not None
+        return last.usage
+
+    def assert_nothing_held(self) -> None:
+        status, stats = self.engine.status(), self.paged.pager.stats()
+        assert (status.running, status.waiting, status.kv_blocks_used) == (0, 0, 0)
+        assert (stats.held_bytes, stats.reserved_bytes) == (0, 0)
+        self.paged.pager.check_integrity()
+
+
+@pytest.fixture
+def make_driver() -> Iterator[Callable[..., Driver]]:
+    """`make_driver(num_slots=60, path=..., observer=..., **limits)`."""
+    opened: list[PagedModel] = []
+
+    def make(
+        num_slots: int = 60,
+        *,
+        path: Path = CHECKPOINT,
+        kv_memory: str = "4MiB",
+        observer: EngineObserver | None = None,
+        **limits: int,
+    ) -> Driver:
+        budgets = Budgets(expert_memory=num_slots * EXPERT_BYTES, kv_memory=kv_memory)
+        opened.append(load_paged_model(path, dtype=torch.float32, budgets=budgets))
+        return Driver(opened[-1], EngineLimits(**limits), observer)
+
+    yield make
+    for paged in opened:
+        paged.close()
+
+
+@pytest.fixture
+def random_prompt() -> Callable[[int, int], list[int]]:
+    """`random_prompt(seed, length)`."""
+
+    def make(seed: int, length: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+
+    return make
+
+
+@pytest.fixture
+def random_pool() -> Callable[..., ExpertPool]:
+    """`random_pool(seed, count=3)`: so many of the 15 routed experts in each of the 4 layers."""
+
+    def make(seed: int, count: int = 3) -> ExpertPool:
+        generator = torch.Generator().manual_seed(seed)
+        layers = (torch.randperm(15, generator=generator)[:count].sort().values.tolist() for _ in range(4))
+        return ExpertPool(tuple(map(tuple, layers)))
+
+    return make

@@ -1,0 +1,373 @@
+"""How requests end other than well, and that nothing of them stays behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pager.engine.interface import EngineObserver
+from pager.engine.trunk import OpenModel
+from pager.errors import (
+    Cancelled,
+    ChecksumMismatch,
+    DeadlineExceeded,
+    DuplicateRequest,
+    ExpertUnavailable,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    PagerError,
+    PoolTooLarge,
+    PoolTooSmall,
+    PromptTooLong,
+)
+from pager.store.pack import pack
+from pager.types import Count, ExpertKey, ExpertPool, FinishReason, Full, Mass, PoolPolicy, PoolSource, Share
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
+ALL_EXPERTS = ExpertPool((tuple(range(15)),) * 4)
+
+
+@pytest.mark.parametrize("pool", [PoolPolicy(), PoolPolicy(Count(4))])
+def test_cancellation_frees_kv_and_slots_before_the_next_step_and_leaves_the_others_alone(
+    make_driver, random_prompt, pool: PoolPolicy
+) -> None:
+    driver = make_driver(40)
+    undisturbed = driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=20)
+    driver.finish()
+    doomed = driver.submit(random_prompt(2, 20), pool, max_tokens=100)
+    other = driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=20)
+    for _ in range(5):
+        driver.engine.step()
+    assert driver.tokens(doomed)
+    blocks = driver.engine.status().kv_blocks_used
+    assert driver.engine.cancel(doomed)
+    assert driver.engine.cancel(doomed), "a second call finds it still"
+    given = driver.tokens(doomed)
+    driver.engine.step()
+    assert isinstance(driver.failures[doomed], Cancelled)
+    assert driver.tokens(doomed) == given
+    assert driver.engine.status().kv_blocks_used == blocks - 8  # 119 tokens
+    assert not driver.engine.cancel(doomed)
+    driver.finish()
+    assert driver.tokens(other) == driver.tokens(undisturbed)
+    driver.assert_nothing_held()
+
+
+def test_waiting_requests_can_be_cancelled_by_their_tenant_only(make_driver, random_prompt) -> None:
+    driver = make_driver(12)
+    driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=20)
+    waiting = driver.submit(random_prompt(2, 20), PoolPolicy(Count(3)), max_tokens=20, tenant="mine")
+    driver.engine.step()
+    assert driver.engine.status().waiting == 1
+    assert not driver.engine.cancel(waiting, tenant="yours")
+    assert driver.engine.cancel(waiting, tenant="mine")
+    driver.finish()
+    assert isinstance(driver.failures[waiting], Cancelled)
+    assert waiting not in driver.chunks
+    driver.assert_nothing_held()
+
+
+def test_a_deadline_ends_running_and_waiting_requests(make_driver, random_prompt) -> None:
+    driver = make_driver(12)
+    deadline = time.time() + 0.05
+    running = driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=200, deadline_unix_s=deadline)
+    waiting = driver.submit(random_prompt(2, 20), PoolPolicy(Count(3)), max_tokens=2, deadline_unix_s=deadline)
+    patient = driver.submit(random_prompt(3, 20), PoolPolicy(Count(3)), max_tokens=2, deadline_unix_s=deadline + 3600)
+    driver.engine.step()
+    time.sleep(0.06)
+    driver.finish()
+    assert isinstance(driver.failures[running], DeadlineExceeded)
+    assert isinstance(driver.failures[waiting], DeadlineExceeded)
+    assert driver.usage(patient).finish_reason is FinishReason.LENGTH
+    driver.assert_nothing_held()
+
+
+def test_a_request_that_fits_passes_one_that_does_not_but_only_so_often(make_driver, random_prompt) -> None:
+    # The big one needs all slots; small ones come and go before it, two at a time.
+    driver = make_driver(24, max_overtakes=3)
+    small = PoolPolicy(Count(3))
+    first = driver.submit(random_prompt(0, 8), small, max_tokens=30)
+    driver.engine.step()
+    big = driver.submit(random_prompt(1, 8), PoolPolicy(Count(6)), max_tokens=2)
+    later = [driver.submit(random_prompt(seed, 8), small, max_tokens=6) for seed in range(2, 10)]
+    driver.finish()
+    order = driver.order_of_first_tokens
+    assert order.index(first) == 0
+    assert order.index(big) == 4, "three may pass it, the fourth may not"
+    assert order[1:4] == later[:3]
+    driver.assert_nothing_held()
+
+
+def broken_copy(directory: Path, key: ExpertKey) -> Path:
+    """A packed copy of the checkpoint with one byte of this expert flipped."""
+    opened = OpenModel.open(CHECKPOINT, torch.float32)
+    shape = opened.family.expert_shape(opened.config)
+    packed = directory / "packed"
+    counts = opened.facts.experts_per_layer
+    pack(CHECKPOINT, packed, names=opened.family.expert_names, experts_per_layer=counts, shape=shape)
+    source = OpenModel.open(packed, torch.float32).open_experts()
+    offset = source.offset_of(key) + 1000
+    source.close()
+    with (packed / "experts.pack").open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+    return packed
+
+
+def test_a_damaged_expert_fails_the_sequence_whose_pool_has_it_and_no_other(
+    make_driver, random_prompt, random_pool, tmp_path
+) -> None:
+    pools = [random_pool(seed) for seed in range(4)]
+    broken = ExpertKey(1, next(iter(set(pools[2].experts[1]) - {e for n in (0, 1, 3) for e in pools[n].experts[1]})))
+    answers = []
+    for path in (CHECKPOINT, broken_copy(tmp_path, broken)):
+        driver = make_driver(60, path=path)
+        for number, pool in enumerate(pools):
+            policy = PoolPolicy(Count(3), PoolSource.FIXED, pool)
+            driver.submit(random_prompt(number, 10), policy, max_tokens=10, id=f"r{number}")
+        driver.finish()
+        answers.append([driver.tokens(f"r{number}") for number in range(4)])
+        driver.assert_nothing_held()
+    assert isinstance(driver.failures["r2"], ChecksumMismatch)
+    assert driver.failures["r2"].key == broken
+    assert list(driver.failures) == ["r2"]
+    assert answers[1] == [answers[0][0], answers[0][1], [], answers[0][3]]
+
+
+def test_an_expert_that_turns_out_damaged_while_decoding_fails_only_who_needs_it(
+    make_driver, random_prompt, tmp_path
+) -> None:
+    # Of these three, only the second wants this expert, for its fifth token, in a forward that all three share.
+    answers = []
+    for path in (CHECKPOINT, broken_copy(tmp_path, ExpertKey(2, 12))):
+        driver = make_driver(30, path=path)
+        for seed in range(3):
+            driver.submit(random_prompt(seed, 2), max_tokens=6, id=f"r{seed}")
+        driver.finish()
+        answers.append([driver.tokens(f"r{seed}") for seed in range(3)])
+        driver.assert_nothing_held()
+    assert list(driver.failures) == ["r1"]
+    assert isinstance(driver.failures["r1"], ExpertUnavailable)
+    assert answers[1] == [answers[0][0], answers[0][1][:4], answers[0][2]]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "field"),
+    [
+        ({"prompt": []}, InvalidRequest, "prompt"),
+        ({"prompt": [1, 256]}, InvalidRequest, "prompt"),
+        ({"prompt": [-1]}, InvalidRequest, "prompt"),
+        ({"prompt": [1] * 257}, PromptTooLong, "prompt"),
+        ({"max_tokens": 254}, PromptTooLong, "sampling.max_tokens"),
+        ({"max_tokens": 0}, InvalidRequest, "sampling.max_tokens"),
+        ({"temperature": float("nan")}, InvalidRequest, "sampling.temperature"),
+        ({"pool": PoolPolicy(Count(2))}, PoolTooSmall, "pool.size"),
+        ({"pool": PoolPolicy(Share(0.1))}, PoolTooSmall, "pool.size"),
+        ({"pool": PoolPolicy(Mass(0.9, cap=13))}, PoolTooLarge, "pool"),
+        ({"pool": PoolPolicy(Full(), PoolSource.FIXED, ALL_EXPERTS)}, PoolTooLarge, "pool"),
+        ({"pool": PoolPolicy(Full(), PoolSource.FIXED, ExpertPool(((15, 16, 17),) * 4))}, InvalidRequest, "pool.fixed"),
+        ({"pool": PoolPolicy(Full(), PoolSource.FIXED, ExpertPool(((1, 2, 3),)))}, InvalidRequest, "pool.fixed"),
+        ({"pool": PoolPolicy(Count(4), PoolSource.PREDICTION)}, InvalidRequest, "pool.source"),
+        ({"deadline_unix_s": 1.0}, DeadlineExceeded, "deadline"),
+        ({"deadline_unix_s": float("nan")}, DeadlineExceeded, "deadline"),
+    ],
+)
+def test_what_can_not_be_served_is_refused_at_once_and_the_next_request_works(
+    make_driver, options: dict[str, object], error: type[PagerError], field: str
+) -> None:
+    driver = make_driver(48)
+    with pytest.raises(error) as caught:
+        driver.submit(**{"prompt": [1, 2, 3], **options})
+    assert caught.value.field == field
+    works = driver.submit([1, 2, 3], max_tokens=2)
+    driver.finish()
+    assert len(driver.tokens(works)) == 2
+    driver.assert_nothing_held()
+
+
+def test_a_request_beyond_kv_memory_is_refused(make_driver) -> None:
+    driver = make_driver(48, kv_memory="256KiB")  # the smallest that the planner allows: 256 tokens
+    whole = driver.submit([1], max_tokens=255)
+    driver.finish()
+    assert len(driver.tokens(whole)) == 255
+    driver.assert_nothing_held()
+
+
+def test_ids_in_use_and_full_lines_are_refused_and_free_again_afterwards(make_driver) -> None:
+    driver = make_driver(max_running=1, max_waiting=1)
+    driver.submit([1], max_tokens=2, id="a")
+    with pytest.raises(DuplicateRequest, match="'a'"):
+        driver.submit([1], max_tokens=2, id="a")
+    driver.submit([1], max_tokens=2, id="b")
+    with pytest.raises(Overloaded) as caught:
+        driver.submit([1], max_tokens=2, id="c")
+    assert caught.value.retry_after_s is not None
+    driver.finish()
+    driver.submit([1], max_tokens=2, id="a")
+    driver.finish()
+    assert len(driver.tokens("a")) == 4
+
+
+def test_a_forward_that_breaks_fails_its_own_sequences_and_the_engine_goes_on(make_driver, random_prompt) -> None:
+    driver = make_driver(60)
+    breaks_at: list[int] = []
+
+    def hook(_module: object, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if len(kwargs["input_ids"]) in breaks_at:
+            raise RuntimeError("this kernel is broken")
+
+    driver.paged.model.register_forward_pre_hook(hook, with_kwargs=True)
+    ids = [driver.submit(random_prompt(seed, 8), PoolPolicy(Count(3)), max_tokens=30) for seed in range(2)]
+    for _ in range(4):
+        driver.engine.step()
+    breaks_at.append(2)
+    driver.engine.step()
+    breaks_at.clear()
+    assert sorted(driver.failures) == ids
+    assert "kernel" not in str(driver.failures[ids[0]])
+    driver.assert_nothing_held()
+    works = driver.submit(random_prompt(3, 8), PoolPolicy(Count(3)), max_tokens=5)
+    driver.finish()
+    assert len(driver.tokens(works)) == 5
+
+
+def test_a_sequence_whose_logits_are_not_finite_fails_alone(make_driver, random_prompt) -> None:
+    driver = make_driver(60)
+    expected = driver.submit(random_prompt(1, 8), PoolPolicy(Count(3)), max_tokens=12)
+    driver.finish()
+    poisoned_token = 77
+    with torch.no_grad():
+        embedding = driver.paged.model.get_input_embeddings().weight
+        kept = embedding[poisoned_token].clone()
+        embedding[poisoned_token] = float("nan")
+    poisoned = driver.submit([poisoned_token, 1, 2], PoolPolicy(Count(3)), max_tokens=12)
+    healthy = driver.submit(random_prompt(1, 8), PoolPolicy(Count(3)), max_tokens=12)
+    driver.finish()
+    assert "finite" in str(driver.failures[poisoned])
+    assert driver.tokens(healthy) == driver.tokens(expected)
+    with torch.no_grad():
+        embedding[poisoned_token] = kept
+    # It gets the KV blocks that the poisoned sequence has left.
+    after = driver.submit(random_prompt(1, 8), PoolPolicy(Count(3)), max_tokens=12)
+    driver.finish()
+    assert driver.tokens(after) == driver.tokens(expected)
+    driver.assert_nothing_held()
+
+
+def test_nothing_is_left_after_two_hundred_requests_of_all_kinds(make_driver, random_prompt, random_pool) -> None:
+    driver = make_driver(36, max_running=6, max_waiting=300)
+    chance = random.Random(0)
+    ids = []
+    for number in range(200):
+        seed = chance.randrange(10**6)
+        pool = chance.choice(
+            [
+                PoolPolicy(),
+                PoolPolicy(Count(3)),
+                PoolPolicy(Mass(0.5, cap=4)),
+                PoolPolicy(Count(4), PoolSource.FIXED, random_pool(seed, 4)),
+            ]
+        )
+        options: dict[str, object] = {"max_tokens": chance.randint(1, 12), "temperature": chance.choice([0.0, 1.0])}
+        if number % 10 == 0:
+            options["deadline_unix_s"] = time.time() + chance.random()
+        if number % 3 == 0:
+            options["predicted"] = random_pool(seed + 1, 4)
+        ids.append(driver.submit(random_prompt(seed, chance.randint(1, 40)), pool, **options))
+    while driver.engine.status().running + driver.engine.status().waiting:
+        driver.engine.step()
+        if chance.random() < 0.1:
+            driver.engine.cancel(chance.choice(ids))
+    ended_well = {request_id for request_id in ids if request_id not in driver.failures}
+    assert all(driver.usage(request_id) for request_id in ended_well)
+    assert len(ended_well) > 100
+    assert {type(error) for error in driver.failures.values()} <= {Cancelled, DeadlineExceeded}
+    driver.assert_nothing_held()
+    assert not driver.paged.pager.prefetch_pending(ALL_EXPERTS.keys())
+
+
+def test_a_thread_serves_many_submitters_and_drains_before_it_stops(make_driver, random_prompt) -> None:
+    driver = make_driver(48)
+    driver.engine.start()
+
+    def submit_some(start: int) -> None:
+        for seed in range(start, start + 4):
+            driver.submit(random_prompt(seed, 10), PoolPolicy(Count(3)), max_tokens=8, id=f"r{seed}")
+
+    submitters = [threading.Thread(target=submit_some, args=(start,)) for start in (0, 4, 8)]
+    for thread in submitters:
+        thread.start()
+    for thread in submitters:
+        thread.join()
+    driver.engine.stop(drain_s=60)
+    assert {len(driver.tokens(f"r{seed}")) for seed in range(12)} == {8}
+    with pytest.raises(NotReady):
+        driver.submit([1], max_tokens=1)
+    driver.engine.stop()
+    driver.assert_nothing_held()
+
+
+def test_stopping_without_patience_fails_what_is_in_flight(make_driver, random_prompt) -> None:
+    driver = make_driver(48)
+    started = threading.Event()
+    driver.paged.model.register_forward_hook(lambda *_: started.set())
+    driver.engine.start()
+    ids = [driver.submit(random_prompt(seed, 10), PoolPolicy(Count(3)), max_tokens=200) for seed in range(3)]
+    started.wait()
+    driver.engine.stop(drain_s=0)
+    assert {type(driver.failures[each]) for each in ids} == {NotReady}
+    driver.assert_nothing_held()
+
+
+def test_a_sink_that_fails_does_not_stop_the_engine(make_driver, random_prompt, caplog) -> None:
+    driver = make_driver()
+    good_sink, fails = driver.engine._sink, [True]
+
+    def sink(events: list[object]) -> None:
+        if fails.pop() if fails else False:
+            raise OSError("the reader is gone")
+        good_sink(events)
+
+    driver.engine._sink = sink
+    request_id = driver.submit(random_prompt(1, 5), max_tokens=6)
+    driver.finish()
+    assert len(driver.tokens(request_id)) == 5, "the first was lost"
+    assert "1 events are lost" in caplog.text
+    driver.assert_nothing_held()
+
+
+class Recorder(EngineObserver):
+    def __init__(self) -> None:
+        self.facts: list[tuple[str, tuple[object, ...]]] = []
+
+    def __getattribute__(self, name: str):
+        if name in ("facts", "of"):
+            return object.__getattribute__(self, name)
+        return lambda *values: self.facts.append((name, values))
+
+    def of(self, name: str) -> list[tuple[object, ...]]:
+        return [values for each, values in self.facts if each == name]
+
+
+def test_the_observer_is_told_of_every_request_once(make_driver, random_prompt, random_pool) -> None:
+    recorder = Recorder()
+    driver = make_driver(48, observer=recorder)
+    driver.submit(random_prompt(1, 10), PoolPolicy(Count(3)), max_tokens=5, predicted=random_pool(1))
+    cancelled = driver.submit(random_prompt(2, 10), max_tokens=50)
+    driver.engine.step()
+    driver.engine.cancel(cancelled)
+    driver.finish()
+    assert sorted(recorder.of("finished")) == [("cancelled",), ("length",)]
+    assert len(recorder.of("queued")) == 2
+    assert (10, 5) in recorder.of("tokens")
+    assert len(recorder.of("pool")) == len(recorder.of("predicted")) == 1
+    assert all(seconds >= forward >= 0 for seconds, forward, _ in recorder.of("stepped"))
+    assert recorder.of("load")[-1] == (0, 0, 0)

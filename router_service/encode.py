@@ -97,7 +97,8 @@ def holds(worker: WorkerPort) -> WorkerHolds:
 
 
 def _worker(worker_id: str, state: str, value: WorkerHolds, model: ModelInfo, *, remote: bool) -> pb.WorkerResidency:
-    masks = zip(value.resident, model.facts.routed_per_layer, strict=True)
+    held = value.resident or (0,) * model.facts.num_layers  # a worker that has not loaded says nothing of its layers
+    masks = zip(held, model.facts.routed_per_layer, strict=True)
     return pb.WorkerResidency(
         worker=worker_id,
         state=state,

@@ -50,7 +50,7 @@ class ClusterPort(Protocol):
 
 
 class Scorer(Protocol):
-    """A routing-only pass. Called in a thread; one call at a time a thread."""
+    """A routing-only pass. Called from another thread, one call at a time."""
 
     def scores(self, token_ids: Sequence[int], /) -> RoutingScores: ...
 

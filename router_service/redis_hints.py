@@ -65,7 +65,7 @@ def redis_url(env: Mapping[str, str]) -> str | None:
 
 
 class RedisHints:
-    """A HintStore in Redis. When it is gone, every method raises HintsUnavailableError in about a quarter of a second."""
+    """A HintStore in Redis. With Redis gone, each method raises HintsUnavailableError in about a quarter of a second."""
 
     def __init__(self, url: str, facts: RoutingFacts, fingerprint: str) -> None:
         self._facts = facts

@@ -18,15 +18,15 @@ Result = TypeVar("Result")
 
 
 class Scoring:
-    """Runs tokenizer and routing-only pass in threads, so that the event loop stays free.
+    """Runs tokenizer and routing-only pass in a thread, one call at a time, so that the event loop stays free.
 
-    What waits for a thread is bounded by admission; a cancelled caller leaves the line.
+    What waits for the thread is bounded by admission; a cancelled caller leaves the line.
     """
 
-    def __init__(self, scorer: Scorer, encoder: Encoder, num_threads: int = 1) -> None:
+    def __init__(self, scorer: Scorer, encoder: Encoder) -> None:
         self._scorer = scorer
         self._encoder = encoder
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="scoring")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
 
     async def encode(self, text: str) -> list[int]:
         return await self._run(lambda: self._encoder.encode(text))
@@ -35,10 +35,10 @@ class Scoring:
         return await self._run(lambda: self._scorer.scores(token_ids))
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
     async def _run(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 @dataclass(frozen=True, slots=True)

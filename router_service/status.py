@@ -37,6 +37,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.SlowReader: _Code.RESOURCE_EXHAUSTED,
         errors.Overloaded: _Code.RESOURCE_EXHAUSTED,
         errors.TenantOverloaded: _Code.RESOURCE_EXHAUSTED,
+        errors.SlotsExhausted: _Code.RESOURCE_EXHAUSTED,
         errors.WorkerLost: _Code.UNAVAILABLE,
         errors.NotReady: _Code.UNAVAILABLE,
         errors.ExpertUnavailable: _Code.DATA_LOSS,

@@ -225,12 +225,12 @@ def make_cluster() -> type[InProcessCluster]:
     return InProcessCluster
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_worker() -> type[Worker]:
     return Worker
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def facts() -> RoutingFacts:
     return FACTS
 

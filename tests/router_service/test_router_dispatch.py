@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pager.errors import DeadlineExceeded, NotReady
+from pager.types import ExpertPool
+from router_service.dispatch import QueueClock, check_deadline, place
+
+POOL = ExpertPool(((), (0, 1), (2, 3)))
+
+
+@pytest.fixture
+def worker(make_worker):
+    return make_worker("w0")
+
+
+def test_the_worker_that_holds_the_pool_is_chosen(worker):
+    warm = replace(worker, id="w1", resident=(0, 0b11, 0b1100), expert_bytes=10**9)
+    placement = place(POOL, [replace(worker, expert_bytes=10**9), warm], in_flight={})
+    assert (placement.worker_id, placement.missing_bytes) == ("w1", 0)
+
+
+def test_a_long_queue_outweighs_a_few_missing_bytes(worker):
+    warm = replace(worker, id="w1", resident=(0, 0b11, 0b1100), waiting=20)
+    placement = place(POOL, [worker, warm], in_flight={})
+    assert (placement.worker_id, placement.missing_bytes) == ("w0", 4000)
+
+
+def test_what_was_just_sent_counts_before_the_worker_reports_it(worker):
+    workers = [worker, replace(worker, id="w1")]
+    in_flight = {"w0": 0, "w1": 0}
+    for _ in range(16):
+        in_flight[place(None, workers, in_flight=in_flight).worker_id] += 1
+    assert in_flight == {"w0": 8, "w1": 8}
+
+
+@pytest.mark.parametrize("state", ["starting", "hung", "dead"])
+def test_only_a_ready_worker_is_chosen(worker, state):
+    assert place(None, [replace(worker, state=state), replace(worker, id="w1", waiting=9)], in_flight={}).worker_id == "w1"
+    with pytest.raises(NotReady):
+        place(None, [replace(worker, state=state)], in_flight={})
+
+
+def test_an_excluded_worker_is_not_chosen(worker):
+    with pytest.raises(NotReady):
+        place(None, [worker], in_flight={}, exclude={"w0"})
+
+
+def test_the_least_start_counts_only_what_was_measured(worker):
+    busy = replace(worker, waiting=3)
+    assert place(POOL, [busy], in_flight={}).least_start_s == 0
+    measured = place(POOL, [replace(busy, page_in_bytes_per_s=1000.0)], in_flight={}, position_s=0.5)
+    assert measured.least_start_s == pytest.approx(4.0 + 1.5)
+    check_deadline(measured, None)
+    check_deadline(measured, 6.0)
+    with pytest.raises(DeadlineExceeded, match=r"5\.50 s"):
+        check_deadline(measured, 5.0)
+
+
+def test_the_queue_clock_learns_from_those_who_waited():
+    clock = QueueClock()
+    clock.observe(0, 5.0)
+    assert clock.position_s is None
+    clock.observe(2, 1.0)
+    assert clock.position_s == 0.5
+    clock.observe(1, 1.5)
+    assert clock.position_s == pytest.approx(0.7)
+
+
+masks = st.integers(0, 255)
+worker_facts = st.fixed_dictionaries(
+    {
+        "state": st.sampled_from(["ready", "ready", "ready", "starting", "hung", "dead"]),
+        "waiting": st.integers(0, 50),
+        "running": st.integers(0, 50),
+        "resident": st.tuples(st.just(0), masks, masks),
+        "page_in_bytes_per_s": st.none() | st.floats(1e3, 1e11),
+        "expert_bytes": st.integers(1, 10**9),
+    }
+)
+
+
+@given(facts=st.lists(worker_facts, min_size=1, max_size=6), seed=st.randoms(use_true_random=False))
+def test_the_choice_is_ready_and_does_not_depend_on_the_order(make_worker, facts, seed):
+    workers = [make_worker(f"w{index}", **each) for index, each in enumerate(facts)]
+    ready = {worker.id: worker for worker in workers if worker.state == "ready"}
+    if not ready:
+        with pytest.raises(NotReady):
+            place(POOL, workers, in_flight={})
+        return
+    placement = place(POOL, workers, in_flight={})
+    assert placement.missing_bytes == ready[placement.worker_id].missing_bytes(POOL)
+    shuffled = list(workers)
+    seed.shuffle(shuffled)
+    assert place(POOL, shuffled, in_flight={}) == placement
+
+
+@given(facts=worker_facts, more_waiting=st.integers(0, 9), more_running=st.integers(0, 9), dropped=masks)
+def test_a_worker_that_is_worse_in_every_way_is_never_preferred(
+    make_worker, facts, more_waiting, more_running, dropped
+):
+    better = make_worker("z", **facts | {"state": "ready"})
+    dense, first, second = better.resident
+    worse = replace(
+        better,
+        id="a",
+        waiting=better.waiting + more_waiting,
+        running=better.running + more_running,
+        resident=(dense, first & ~dropped, second & ~dropped),
+    )
+    chosen = place(POOL, [worse, better], in_flight={})
+    if chosen.worker_id == "a":  # equal in everything that counts: the lower id
+        assert worse.missing_bytes(POOL) == better.missing_bytes(POOL)
+        assert (worse.waiting, worse.running) == (better.waiting, better.running)

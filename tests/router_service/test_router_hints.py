@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pager.types import Count, ExpertPool, Full, Mass, Share
+from router_service.hints import (
+    MAX_ENCODED_BYTES,
+    WorkerHolds,
+    decode_holds,
+    decode_pool,
+    encode_holds,
+    encode_pool,
+    pool_key,
+    prefix_keys,
+)
+from router_service.local_hints import InProcessHints
+
+POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
+HOLDS = WorkerHolds(waiting=1, running=2, num_slots=16, expert_bytes=1000, resident=(0, 0b101, 0xFF))
+
+
+def test_a_long_prompt_has_a_key_for_its_largest_half_too():
+    tokens = list(range(100))
+    keys = prefix_keys("f", Count(3), "t", tokens)
+    assert len(keys) == 2
+    assert keys[1] == prefix_keys("f", Count(3), "t", tokens[:64])[0]
+    assert keys[1] == prefix_keys("f", Count(3), "t", [*tokens[:64], 7, 7, 7])[1]
+    assert len(prefix_keys("f", Count(3), "t", tokens[:31])) == 1
+    assert len(prefix_keys("f", Count(3), "t", tokens[:32])) == 1
+
+
+def test_keys_differ_in_everything_a_pool_depends_on():
+    sizes = [Full(), Count(3), Count(4), Share(0.25), Mass(0.25), Mass(0.25, 3)]
+    asked = [("f", size, "t", [1, 2]) for size in sizes]
+    asked += [("g", Count(3), "t", [1, 2]), ("f", Count(3), "u", [1, 2]), ("f", Count(3), "t", [2, 1])]
+    asked += [("f", Count(3), "t", [1]), ("f", Count(3), "t", [1, 2, 0])]
+    keys = [prefix_keys(*each)[0] for each in asked]
+    assert len(set(keys)) == len(keys)
+    assert pool_key("f", "t", POOL.digest) != pool_key("f", "u", POOL.digest)
+
+
+def test_pools_and_holdings_survive_the_way(facts):
+    assert decode_pool(encode_pool(POOL), facts) == POOL
+    assert decode_holds(encode_holds(HOLDS), facts) == HOLDS
+
+
+BROKEN_POOLS = {
+    "nothing": None,
+    "no JSON": b"\x80\x04pickle",
+    "no object": b"[]",
+    "another version": json.dumps({"v": 2, "experts": [[], [0, 1], [0, 1]]}).encode(),
+    "no experts": b'{"v":1}',
+    "a layer short": json.dumps({"v": 1, "experts": [[], [0, 1]]}).encode(),
+    "experts in a dense layer": json.dumps({"v": 1, "experts": [[0], [0, 1], [0, 1]]}).encode(),
+    "an id too high": json.dumps({"v": 1, "experts": [[], [0, 8], [0, 1]]}).encode(),
+    "a shared expert": json.dumps({"v": 1, "experts": [[], [0, 1, 8], [0, 1]]}).encode(),
+    "a negative id": json.dumps({"v": 1, "experts": [[], [-1, 1], [0, 1]]}).encode(),
+    "fewer than top-k": json.dumps({"v": 1, "experts": [[], [0], [0, 1]]}).encode(),
+    "out of order": json.dumps({"v": 1, "experts": [[], [1, 0], [0, 1]]}).encode(),
+    "twice the same": json.dumps({"v": 1, "experts": [[], [1, 1], [0, 1]]}).encode(),
+    "no numbers": json.dumps({"v": 1, "experts": [[], ["0", "1"], [0, 1]]}).encode(),
+    "booleans": json.dumps({"v": 1, "experts": [[], [False, True], [0, 1]]}).encode(),
+    "fractions": json.dumps({"v": 1, "experts": [[], [0.0, 1.0], [0, 1]]}).encode(),
+    "too deep": b"[" * 100_000,
+    "too long": b" " * MAX_ENCODED_BYTES + encode_pool(POOL),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_POOLS)
+def test_a_value_that_is_no_pool_of_this_model_is_a_miss(name, facts):
+    assert decode_pool(BROKEN_POOLS[name], facts) is None
+
+
+@given(data=st.binary(max_size=200))
+def test_no_bytes_break_the_decoders(facts, data):
+    assert decode_pool(data, facts) is None
+    assert decode_holds(data, facts) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"v": 1, "load": [0, 0], "slots": [1, 1], "resident": ["0", "1ff", "0"]},
+        {"v": 1, "load": [0, 0], "slots": [1, 1], "resident": ["0", "-1", "0"]},
+        {"v": 1, "load": [0, 0], "slots": [1, 1], "resident": ["0"]},
+        {"v": 1, "load": [0, -1], "slots": [1, 1], "resident": ["0", "0", "0"]},
+        {"v": 1, "load": [0, 0], "slots": [1], "resident": ["0", "0", "0"]},
+        {"v": 1, "load": 3, "slots": [1, 1], "resident": ["0", "0", "0"]},
+        {"v": 1, "load": [0, 2**70], "slots": [1, 1], "resident": ["0", "0", "0"]},
+    ],
+)
+def test_a_value_that_is_no_holding_is_a_miss(value, facts):
+    assert decode_holds(json.dumps(value).encode(), facts) is None
+
+
+async def test_the_least_recently_used_pool_goes_first():
+    hints = InProcessHints(max_pools=2)
+    await hints.remember_pool(["a"], POOL)
+    await hints.remember_pool(["b"], POOL)
+    assert await hints.find_pool(["a"]) == POOL
+    await hints.remember_pool(["c"], POOL)
+    assert await hints.find_pool(["b"]) is None
+    assert await hints.find_pool(["missing", "a"]) == POOL
+    assert hints.num_pools == 2
+
+
+async def test_claims_are_exclusive_and_aborts_stay_within_a_tenant():
+    hints = InProcessHints()
+    assert await hints.claim("r", "t")
+    assert not await hints.claim("r", "u")
+    assert not await hints.mark_aborted("r", "u")
+    assert not await hints.is_aborted("r")
+    assert await hints.mark_aborted("r", "t")
+    assert await hints.is_aborted("r")
+    await hints.release("r")
+    assert not await hints.mark_aborted("r", "t")
+    assert await hints.claim("r", "u")
+    assert not await hints.is_aborted("r")

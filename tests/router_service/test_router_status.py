@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import inspect
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from pager import errors
+from router_service.status import CODES, MAX_MESSAGE_CHARACTERS, code_of, to_wire
+
+ALL_ERRORS = [
+    kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.PagerError)
+]
+
+
+def status_of(wire) -> Status:
+    return Status.FromString(dict(wire.trailing_metadata)["grpc-status-details-bin"])
+
+
+@pytest.mark.parametrize("kind", ALL_ERRORS)
+def test_every_error_has_its_own_row(kind):
+    assert kind in CODES
+
+
+def test_only_the_base_is_internal():
+    assert [kind for kind, code in CODES.items() if code is grpc.StatusCode.INTERNAL] == [errors.PagerError]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ALL_ERRORS if kind.retryable])
+def test_what_is_retryable_has_a_code_that_clients_retry(kind):
+    assert CODES[kind] in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+def test_a_class_added_later_has_its_parents_code():
+    class Flooded(errors.TenantOverloaded):
+        pass
+
+    assert code_of(Flooded("too much")) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_retry_info_and_push_back_say_the_same():
+    wire = to_wire(errors.Overloaded("full", retry_after_s=0.25), "r1")
+    status = status_of(wire)
+    info, retry = ErrorInfo(), RetryInfo()
+    assert status.details[0].Unpack(info)
+    assert status.details[1].Unpack(retry)
+    assert (info.reason, info.domain, dict(info.metadata)) == ("OVERLOADED", "expert-pager", {"request_id": "r1"})
+    assert retry.retry_delay.ToMilliseconds() == 250
+    assert ("grpc-retry-pushback-ms", "250") in wire.trailing_metadata
+    assert (status.code, status.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "full")
+
+
+def test_a_field_becomes_a_violation_and_no_retry_is_offered():
+    status = status_of(to_wire(errors.PoolTooLarge(96, 64)))
+    assert len(status.details) == 2
+    bad = BadRequest()
+    assert status.details[1].Unpack(bad)
+    assert bad.field_violations[0].field == "pool"
+    assert "96" in bad.field_violations[0].description
+
+
+def test_a_message_fits_into_headers():
+    wire = to_wire(errors.InvalidRequest("x" * 10_000))
+    assert len(wire.message) == MAX_MESSAGE_CHARACTERS
+    assert status_of(wire).message == wire.message

@@ -1,0 +1,211 @@
+"""What ends a stream early: clients, deadlines, aborts, slow readers, a draining service."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from pager.errors import PagerError, PortInUse, SlowReader
+from router_service.server import RouterServer
+from router_service.service import SERVICE_NAME
+
+
+def request(request_id: str = "", *, max_tokens: int = 4, **fields) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        request_id=request_id, text=b"abc", sampling=pb.SamplingParams(max_tokens=max_tokens), **fields
+    )
+
+
+async def failure(call) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    info = ErrorInfo()
+    assert status.details[0].Unpack(info)
+    return info.reason
+
+
+async def until(condition) -> None:
+    """Waits for what the other side does next; the suite's own time limit ends a wait that is in vain."""
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def is_idle(service) -> bool:
+    return service.backend.admission.num_requests == 0 and service.backend.admission.num_tokens == 0
+
+
+async def test_a_client_that_goes_away_cancels_on_the_worker(service):
+    service.cluster.hold[2] = asyncio.Event()
+    call = service.stub.Generate(request("gone"))
+    await call.read()
+    call.cancel()
+    await until(lambda: service.cluster.cancelled == ["gone"])
+    await until(lambda: is_idle(service))
+    service.cluster.hold.clear()
+    again = service.stub.Generate(request("gone"))
+    assert (await again.read()).text == "a"
+
+
+async def test_the_deadline_reaches_the_worker_and_ends_the_call(service):
+    service.cluster.hold[1] = asyncio.Event()
+    call = service.stub.Generate(request("late"), timeout=0.3)
+    assert (await call.read()).text == "a"
+    error = await failure(call.read())
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: service.cluster.cancelled == ["late"])
+    await until(lambda: is_idle(service))
+    assert service.cluster.received[0][1].deadline_unix_s is not None
+
+
+async def test_a_deadline_that_paging_can_not_meet_is_refused_at_once(service):
+    for worker_id in ("w0", "w1"):
+        service.cluster.change(worker_id, expert_bytes=10**9, page_in_bytes_per_s=1e6)
+    error = await failure(service.stub.Generate(request(pool=pb.PoolPolicy(count=3)), timeout=60).read())
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "queue and paging" in error.details()
+    assert service.cluster.received == []
+    assert service.metric("admission_rejections_total", reason="DEADLINE_EXCEEDED") == 1
+    # Without a deadline it may take as long as it takes.
+    call = service.stub.Generate(request(pool=pb.PoolPolicy(count=3)))
+    assert (await call.read()).text == "a"
+
+
+async def test_an_abort_ends_the_tenants_own_request_only(service):
+    service.cluster.hold[1] = asyncio.Event()
+    call = service.stub.Generate(request("mine"), metadata=(("x-tenant-id", "acme"),))
+    await call.read()
+    stranger = await service.stub.Abort(pb.AbortRequest(request_id="mine"))
+    assert not stranger.aborted
+    assert service.cluster.aborted == set()
+    owner = (("x-tenant-id", "acme"),)
+    first = await service.stub.Abort(pb.AbortRequest(request_id="mine"), metadata=owner)
+    second = await service.stub.Abort(pb.AbortRequest(request_id="mine"), metadata=owner)
+    assert (first.aborted, second.aborted) == (True, True)
+    assert service.cluster.aborted == {("mine", "acme")}
+    never = await service.stub.Abort(pb.AbortRequest(request_id="never"), metadata=owner)
+    assert not never.aborted
+
+
+async def test_an_abort_on_the_way_to_the_worker_is_not_lost(service):
+    """The worker has nothing to abort yet; the request finds the mark when its first chunk arrives."""
+    service.cluster.hold[0], service.cluster.reached[0] = asyncio.Event(), asyncio.Event()
+    call = service.stub.Generate(request("early"))
+    first = asyncio.ensure_future(call.read())
+    await service.cluster.reached[0].wait()
+    assert (await service.stub.Abort(pb.AbortRequest(request_id="early"))).aborted
+    service.cluster.hold[0].set()
+    error = await failure(first)
+    assert error.code() is grpc.StatusCode.CANCELLED
+    assert reason(error) == "CANCELLED"
+    assert service.cluster.cancelled == ["early"]
+
+
+async def test_a_full_buffer_ends_the_stream_without_an_invitation_to_retry(service):
+    service.cluster.fail = {"w0": [(2, SlowReader("256 chunks unread"))]}
+    call = service.stub.Generate(request())
+    await call.read()
+    await call.read()
+    error = await failure(call.read())
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert reason(error) == "SLOW_READER"
+    assert "grpc-retry-pushback-ms" not in dict(error.trailing_metadata())
+
+
+async def test_a_client_that_reads_nothing_gives_up_its_place(serve, make_cluster, model):
+    cluster = make_cluster(pad="x" * 200_000)
+    async with serve(cluster, write_timeout_s=0.2) as service:
+        call = service.stub.Generate(request("stuck", max_tokens=40))
+        await call.read()
+        await until(lambda: cluster.cancelled == ["stuck"])
+        await until(lambda: is_idle(service))
+        cluster.pad = ""
+        assert (await service.stub.Generate(request("stuck")).read()).text == "a"
+        error = await failure(_read_all(call))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert reason(error) == "SLOW_READER"
+
+
+async def _read_all(call) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def test_draining_finishes_what_runs_and_refuses_the_rest(service):
+    health = health_pb2_grpc.HealthStub(service.channel)
+    service.cluster.hold[1] = asyncio.Event()
+    running = service.stub.Generate(request())
+    await running.read()
+    drained = asyncio.ensure_future(service.server.drain(timeout_s=30))
+    await until(lambda: service.backend.admission._is_closed)
+    error = await failure(service.stub.Generate(request()).read())
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason(error) == "NOT_READY"
+    for name in ("", SERVICE_NAME):
+        status = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert status.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    service.cluster.hold[1].set()
+    texts = [(await running.read()).text for _ in range(3)]
+    assert texts == ["b", "c", "a"]
+    assert await drained
+
+
+async def test_a_drain_has_an_end(service):
+    service.cluster.hold[1] = asyncio.Event()
+    call = service.stub.Generate(request())
+    await call.read()
+    assert not await service.server.drain(timeout_s=0.05)
+
+
+async def test_readiness_follows_the_workers(service):
+    health = health_pb2_grpc.HealthStub(service.channel)
+
+    async def status(name: str) -> int:
+        return (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    assert await status("") == await status(SERVICE_NAME) == serving
+    service.cluster.change("w0", state="hung")
+    service.cluster.change("w1", state="dead")
+    while await status(SERVICE_NAME) != not_serving:
+        await asyncio.sleep(0.01)
+    assert await status("") == serving
+    error = await failure(service.stub.Generate(request()).read())
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    status_details = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in status_details.details)
+    service.cluster.change("w1", state="ready")
+    while await status(SERVICE_NAME) != serving:
+        await asyncio.sleep(0.01)
+    assert service.metric("workers", state="ready") == 1
+    assert service.metric("workers", state="hung") == 1
+
+
+async def test_reflection_names_the_services(service):
+    stub = reflection_pb2_grpc.ServerReflectionStub(service.channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    answer = await call.read()
+    names = {each.name for each in answer.list_services_response.service}
+    assert {SERVICE_NAME, "grpc.health.v1.Health"} <= names
+
+
+async def test_a_second_server_does_not_take_the_port(service):
+    second = RouterServer(service.backend)
+    with pytest.raises(PortInUse, match=str(service.server.port)):
+        await second.start("127.0.0.1", service.server.port)
+
+
+async def test_an_address_that_is_not_ours_is_a_config_error(service):
+    with pytest.raises(PagerError, match="can not listen on"):
+        await RouterServer(service.backend).start("203.0.113.1", 0)

@@ -14,9 +14,9 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,55 +26,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pager.models import EmoConfig, EmoForCausalLM
+from pager.models import EmoForCausalLM
 from training import data, evaluate, fast
 from training.objective import PoolRouter, documents_of, install_pool_routers, next_token_labels
+from training.recipe import CHECKPOINT, WEIGHTS_PREFIX, PoolMode, Recipe
 
 console = Console(soft_wrap=True)
-PoolMode = Literal["document", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What a run depends on besides the corpus; stored beside its checkpoints, and a resumed run must match it."""
-
-    pool: PoolMode = "document"
-    hidden_size: int = 128
-    intermediate_size: int = 32
-    num_layers: int = 6
-    num_heads: int = 4
-    num_experts: int = 128
-    num_shared: int = 1
-    top_k: int = 8
-    vocab_size: int = 4096
-    initializer_range: float = 0.03
-    context: int = 1024
-    train_context: int = 512
-    rows_per_step: int = 4
-    learning_rate: float = 5e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    min_pool: int = 8
-    balance_weight: float = 1e-1
-    z_weight: float = 1e-3
-    seed: int = 1
-
-    def model_config(self) -> EmoConfig:
-        return EmoConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            max_position_embeddings=self.context,
-            initializer_range=self.initializer_range,
-            num_experts=self.num_experts,
-            num_experts_per_tok=self.top_k,
-            num_shared_experts=self.num_shared,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
 
 
 @dataclass(slots=True)
@@ -92,7 +49,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, corpus: Path, out: Path) -> None:
         self.recipe, self.corpus, self.out = recipe, corpus, out
         out.mkdir(parents=True, exist_ok=True)
-        _settle_recipe(recipe, out / "recipe.json")
+        recipe.settle(out)
         self.tokenizer = _cached_tokenizer(recipe, corpus, out / "tokenizer.json")
         self.rows = _cached_rows(recipe, corpus, self.tokenizer, out / "rows.npz")
         torch.manual_seed(recipe.seed)
@@ -115,11 +72,11 @@ class Trainer:
         started = last_saved = time.monotonic()
         already_s = self.progress.elapsed_s
         with _loss_log(self.out / "loss.csv") as log:
-            for tokens_BN, positions_BN in self._batches():
+            for tokens_BN, positions_BN in self.batches():
                 done = _fraction_done(self.progress, max_tokens, max_minutes)
                 if done >= 1:
                     break
-                losses = self._step(tokens_BN, positions_BN, done)
+                losses = self.step(tokens_BN, positions_BN, done)
                 now = time.monotonic()
                 self.progress.elapsed_s = already_s + now - started
                 log.writerow([self.progress.step, self.progress.tokens, *(f"{loss:.4f}" for loss in losses)])
@@ -130,7 +87,8 @@ class Trainer:
                     last_saved = now
         self.save()
 
-    def _step(self, tokens_BN: Tensor, positions_BN: Tensor, done: float) -> tuple[float, float, float, float]:
+    def step(self, tokens_BN: Tensor, positions_BN: Tensor, done: float) -> tuple[float, float, float, float]:
+        """One optimizer step; `done` in [0, 1) sets the learning rate. Returns loss, balance, z and gradient norm."""
         recipe, step = self.recipe, self.progress.step
         if recipe.pool == "document":
             documents = documents_of(positions_BN, self._pool_sizes(step, tokens_BN.numel()))
@@ -158,7 +116,7 @@ class Trainer:
         num_routed = self.recipe.num_experts - self.recipe.num_shared
         return torch.randint(self.recipe.min_pool, num_routed + 1, (most_documents,), generator=generator)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from the current step on; rows are reshuffled every epoch."""
         per_epoch = len(self.rows) // self.recipe.rows_per_step
         while True:
@@ -172,24 +130,24 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint; a crash in between leaves the previous one in place."""
-        tensors = {f"model.{name}": value.detach() for name, value in self.model.named_parameters()}
+        tensors = {f"{WEIGHTS_PREFIX}{name}": value.detach() for name, value in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        partial = self.out / "checkpoint.safetensors.partial"
+        partial = self.out / f"{CHECKPOINT}.partial"
         save_file(tensors, partial, metadata={"progress": json.dumps(asdict(self.progress))})
-        partial.rename(self.out / "checkpoint.safetensors")
+        partial.rename(self.out / CHECKPOINT)
         (self.out / "progress.json").write_text(json.dumps(asdict(self.progress)))
 
     def resume(self) -> bool:
         """Continue from the checkpoint in the run directory, if there is one."""
-        path = self.out / "checkpoint.safetensors"
+        path = self.out / CHECKPOINT
         if not path.exists():
             return False
         tensors = load_file(path)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[f"model.{name}"])
+                parameter.copy_(tensors[f"{WEIGHTS_PREFIX}{name}"])
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 if f"optimizer.step.{name}" in tensors:
                     self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
@@ -222,16 +180,6 @@ def _loss_log(path: Path) -> Iterator[Any]:
 def _fraction_done(progress: Progress, max_tokens: int, max_minutes: float | None) -> float:
     by_tokens = progress.tokens / max_tokens
     return max(by_tokens, progress.elapsed_s / (max_minutes * 60)) if max_minutes else by_tokens
-
-
-def _settle_recipe(recipe: Recipe, path: Path) -> None:
-    if not path.exists():
-        path.write_text(json.dumps(asdict(recipe), indent=1))
-        return
-    stored = json.loads(path.read_text())
-    changed = [f.name for f in fields(recipe) if stored.get(f.name) != getattr(recipe, f.name)]
-    if changed:
-        raise SystemExit(f"{path.parent} holds a run with another {', '.join(changed)}; choose another --out")
 
 
 def _cached_tokenizer(recipe: Recipe, corpus: Path, path: Path) -> Tokenizer:

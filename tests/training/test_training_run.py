@@ -1,0 +1,132 @@
+"""A whole run on a corpus of a few documents: train, resume, export, load."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training import data, evaluate
+from training.export import export
+from training.recipe import CHECKPOINT, Recipe
+from training.train import Trainer
+
+RECIPE = Recipe(
+    hidden_size=16,
+    intermediate_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_experts=16,
+    top_k=4,
+    vocab_size=300,
+    context=64,
+    train_context=32,
+    rows_per_step=2,
+    warmup_steps=2,
+    min_pool=4,
+)
+STEP_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    vocabularies = {"letters": "abcdefgh", "digits": "12345678"}
+    for domain, alphabet in vocabularies.items():
+        for split, count in (("train", 30), ("valid", 6)):
+            with gzip.open(folder / f"{domain}.{split}.jsonl.gz", "wt") as file:
+                for i in range(count):
+                    words = ["".join(rng.choice(list(alphabet), 4)) for _ in range(60)]
+                    file.write(json.dumps({"id": str(i), "text": " ".join(words)}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Path) -> Tokenizer:
+    return data.train_tokenizer(corpus, RECIPE.vocab_size)
+
+
+def test_rows_are_full_and_balanced(corpus: Path, tokenizer: Tokenizer) -> None:
+    rows = data.balanced(corpus, "train", tokenizer, 32, seed=0)
+    assert rows.tokens_RN.shape == rows.positions_RN.shape
+    assert rows.tokens_RN.shape[1] == 32
+    assert (rows.positions_RN[:, 0] == 0).all()
+    restarts = rows.positions_RN[:, 1:] == 0
+    assert (rows.positions_RN[:, 1:][~restarts] == rows.positions_RN[:, :-1][~restarts] + 1).all()
+    text = tokenizer.decode(rows.tokens_RN.flatten().tolist())
+    letters, digits = sum(map(str.isalpha, text)), sum(map(str.isdigit, text))
+    assert 0.7 < letters / digits < 1.4
+
+
+def test_cutting_and_packing_lose_only_row_ends(corpus: Path, tokenizer: Tokenizer) -> None:
+    pieces = data.documents(corpus, "digits", "valid", tokenizer, 32, np.random.default_rng(0))
+    assert max(map(len, pieces)) == 32
+    assert sum(int(piece[-1]) == tokenizer.token_to_id(data.EOS) for piece in pieces) == 6
+    rows = data.pack(pieces, 32)
+    assert np.array_equal(rows.tokens_RN[0][: len(pieces[0])], pieces[0][:32])
+
+
+def test_a_missing_split_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no \*\.train\.jsonl\.gz"):
+        data.domains_of(tmp_path, "train")
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(corpus: Path, tmp_path: Path) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    Trainer(RECIPE, corpus, whole).run(8 * STEP_TOKENS, None, save_minutes=60)
+
+    first = Trainer(RECIPE, corpus, halves)
+    for step, (tokens_BN, positions_BN) in enumerate(first.batches()):
+        if step == 3:
+            break
+        first.step(tokens_BN, positions_BN, done=step / 8)
+    first.save()
+    Trainer(RECIPE, corpus, halves).run(8 * STEP_TOKENS, None, save_minutes=60)
+
+    a, b = load_file(whole / CHECKPOINT), load_file(halves / CHECKPOINT)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_learns_and_the_export_loads(corpus: Path, tmp_path: Path) -> None:
+    run, to = tmp_path / "run", tmp_path / "model"
+    trainer = Trainer(RECIPE, corpus, run)
+    trainer.run(60 * STEP_TOKENS, None, save_minutes=60)
+    with (run / "loss.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 60
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+    table = evaluate.losses_by_domain(trainer.model, trainer.tokenizer, corpus, 32)
+    assert table.keys() == {"letters", "digits", "mean"}
+
+    export(run, to)
+    model = AutoModelForCausalLM.from_pretrained(to)
+    assert model.dtype == torch.bfloat16
+    tensors = load_file(to / "model.safetensors")
+    assert tensors["model.layers.1.mlp.experts.15.gate_proj.weight"].shape == (8, 16)
+    tokenizer = AutoTokenizer.from_pretrained(to)
+    assert tokenizer.decode(tokenizer("1234  abcd\n").input_ids) == "1234  abcd\n"
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
+
+
+def test_a_run_is_not_resumed_with_another_recipe(corpus: Path, tmp_path: Path) -> None:
+    Trainer(RECIPE, corpus, tmp_path)
+    with pytest.raises(SystemExit, match="min_pool"):
+        Trainer(replace(RECIPE, min_pool=5), corpus, tmp_path)
+
+
+def test_a_standard_moe_trains_without_pools(corpus: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, pool="none")
+    trainer = Trainer(recipe, corpus, tmp_path)
+    trainer.run(2 * STEP_TOKENS, None, save_minutes=60)
+    assert all(router.documents is None for router in trainer.routers)

@@ -1,0 +1,70 @@
+"""Export a training run as a model folder in the released format: one tensor an expert, config, tokenizer.
+
+python -m training.export --run DIR --to DIR
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from pager.models import EmoForCausalLM
+from training.data import EOS, PAD
+from training.recipe import CHECKPOINT, WEIGHTS_PREFIX, Recipe
+
+console = Console()
+
+
+def load_trained(run: Path) -> EmoForCausalLM:
+    """The run's model as of its last checkpoint, fp32. Raises FileNotFoundError where none was written."""
+    model = EmoForCausalLM(Recipe.of(run).model_config())
+    tensors = load_file(run / CHECKPOINT)
+    weights = {
+        name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(WEIGHTS_PREFIX)
+    }
+    model.load_state_dict(weights)
+    model.eval()
+    return model
+
+
+def export(run: Path, to: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write `to` such that AutoModelForCausalLM and AutoTokenizer load it with `pager.models` imported."""
+    model = load_trained(run).to(dtype)
+    model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id, pad_token_id=1)
+    model.save_pretrained(to)
+    _store_rope_the_released_way(to / "config.json")
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(run / "tokenizer.json"),
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=model.config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(to)
+
+
+def _store_rope_the_released_way(config_path: Path) -> None:
+    config = json.loads(config_path.read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["rope_scaling"] = None
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Run folder of training.train.")],
+    to: Annotated[Path, typer.Option(help="Model folder to write, in bf16.")],
+) -> None:
+    """Export the last checkpoint of a run."""
+    export(run, to)
+    size = sum(file.stat().st_size for file in to.iterdir())
+    console.print(f"{to}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

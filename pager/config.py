@@ -69,7 +69,7 @@ class ModelConfig:
     """`path` is a checkpoint folder; `name` is what clients call the model (None: the folder's name)."""
 
     path: str = ""
-    dtype: str | None = _is(_one_of("float32", "bfloat16", "float16"), None)
+    dtype: str | None = _is(_one_of("auto", "float32", "bfloat16", "float16"), None)
     name: str | None = None
 
     @property
@@ -95,16 +95,19 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """Bounds are on what is in flight; beyond one a request is refused at once."""
+    """Bounds are on what is in flight, tokens being prompt plus max_tokens; beyond one a request is refused at once."""
 
     host: str = "127.0.0.1"
     port: int = _is(_between(0, 65535), 50051)
     metrics_port: int = _is(_between(0, 65535), 9464)
+    router: str = _is(_one_of("trunk"), "trunk")  # the routing-only pass
+    device: str = _is(_device, "cpu")  # where that pass runs
     max_requests: int = _is(_between(1, 1_000_000), 256)
-    max_prompt_tokens: int = _is(_between(1), 262_144)
-    max_per_tenant: int = _is(_between(1, 1_000_000), 64)
+    max_tokens: int = _is(_between(1), 1 << 20)
+    max_requests_per_tenant: int = _is(_between(1, 1_000_000), 128)
+    max_tokens_per_tenant: int = _is(_between(1), 1 << 19)
     stream_buffer_chunks: int = _is(_between(1, 1_000_000), 256)
-    router: str = _is(_one_of("trunk"), "trunk")
+    write_timeout_s: float = _is(_between(0.1, 86400), 30.0)  # a client that reads nothing for so long is cut off
     drain_s: float = _is(_between(0, 86400), 30.0)
 
 

@@ -71,7 +71,7 @@ def test_whole_numbers_do_for_seconds() -> None:
         ("[workers]\nkv_memory = '25%'", "bytes or a size such as '64MiB'"),
         ("[router]\nport = 70000", "router.port in .* must be between 0 and 65535, not 70000"),
         ("[router]\ndrain_s = nan", "must be between 0 and 86400, not nan"),
-        ("[model]\ndtype = 'int3'", "one of float32, bfloat16, float16, not 'int3'"),
+        ("[model]\ndtype = 'int3'", "one of auto, float32, bfloat16, float16, not 'int3'"),
         ("[model", "is not TOML"),
     ],
 )

@@ -1,0 +1,78 @@
+"""`expert-pager`: the commands, and the one place where errors become a line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from pager import __version__
+from pager.cli import files, generate, inspect, route, serve
+from pager.cli.output import print_error
+from pager.errors import PagerError
+
+app = typer.Typer(
+    name="expert-pager",
+    help="Serve mixture-of-experts models with only the experts in memory that a request needs.",
+    epilog="Start with: expert-pager inspect MODEL, then expert-pager generate 'a prompt' --model MODEL.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve)
+app.command("generate")(generate.generate)
+app.command("route")(route.route)
+app.command("inspect")(inspect.inspect)
+app.command("pack")(files.pack)
+app.command("verify")(files.verify)
+
+_debug = False
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"expert-pager {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an unexpected error came from.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def main() -> None:
+    """Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted."""
+    # Everything is read from local files; libraries that would look further, or chat on stderr, are told not to.
+    for name, value in (
+        ("HF_HUB_OFFLINE", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    try:
+        app(prog_name="expert-pager")
+    except PagerError as error:
+        if _debug:
+            raise
+        print_error(error.message)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does; stdout must not be flushed again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if _debug:
+            raise
+        print_error(f"unexpected {type(error).__name__}: {error}; `expert-pager --debug …` shows where it came from")
+        sys.exit(1)

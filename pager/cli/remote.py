@@ -1,0 +1,178 @@
+"""A client of the service, over gRPC. The one place of the command line that imports grpc."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import grpc
+from expert_pager.v1 import expert_pager_pb2 as pb
+from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+
+from pager.cli.prompt import Prompt
+from pager.errors import PagerError
+from pager.types import (
+    AnswerMode,
+    Count,
+    ExpertPool,
+    FinishReason,
+    Full,
+    Mass,
+    PoolSize,
+    PoolSource,
+    SamplingParams,
+    Share,
+    TokenChunk,
+    Usage,
+)
+
+_SOURCES = {
+    PoolSource.PREFILL: pb.POOL_SOURCE_PREFILL,
+    PoolSource.PREDICTION: pb.POOL_SOURCE_PREDICTION,
+}
+_MODES: dict[int, AnswerMode] = {
+    pb.ANSWER_MODE_EXACT: "exact",
+    pb.ANSWER_MODE_POOL: "pool",
+    pb.ANSWER_MODE_DEGRADED: "degraded",
+}
+_FINISHES = {
+    pb.FINISH_REASON_STOP: FinishReason.STOP,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+    pb.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
+}
+
+
+class ServiceError(PagerError):
+    """The service refused or failed a call; the message is its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAsk:
+    """Which pool to ask for; nothing set means the service's default."""
+
+    size: PoolSize | None = None
+    source: PoolSource | None = None
+    digest: str | None = None
+
+    def to_wire(self) -> pb.PoolPolicy | None:
+        if self.digest:
+            return pb.PoolPolicy(source=pb.POOL_SOURCE_FIXED, digest=self.digest)
+        if self.size is None and self.source is None:
+            return None
+        wire = pb.PoolPolicy(source=_SOURCES[self.source] if self.source else pb.POOL_SOURCE_UNSPECIFIED)
+        match self.size:
+            case Full():
+                wire.full.SetInParent()
+            case Count(routed):
+                wire.count = routed
+            case Share(share):
+                wire.share = share
+            case Mass(mass, cap):
+                wire.mass.CopyFrom(pb.Mass(mass=mass, cap=cap))
+        return wire
+
+
+class Service:
+    """A connection to one router service. Every method raises ServiceError, with the service's own words."""
+
+    def __init__(self, address: str, tenant: str, timeout_s: float | None = None) -> None:
+        self.address = address
+        self._metadata = (("x-tenant-id", tenant),)
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address)
+        self._stub = pb_grpc.ExpertPagerStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams, pool: PoolAsk, *, has_max_tokens: bool = True
+    ) -> Iterator[TokenChunk]:
+        """Chunks as they arrive; the last one carries the usage. Closing the iterator cancels the request.
+
+        Without `has_max_tokens` the service's default length is used.
+        """
+        request = pb.GenerateRequest(
+            sampling=pb.SamplingParams(
+                max_tokens=sampling.max_tokens if has_max_tokens else None,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=sampling.seed,
+                stop=sampling.stop,
+                ignore_eos=sampling.ignore_eos,
+            ),
+            pool=pool.to_wire(),
+            **_prompt(prompt),
+        )
+        with self._translated():
+            call = self._stub.Generate(request, metadata=self._metadata, timeout=self._timeout_s)
+            try:
+                for response in call:
+                    yield _chunk(response)
+            finally:
+                call.cancel()
+
+    def route(self, prompt: Prompt, pool: PoolAsk) -> pb.RouteResponse:
+        request = pb.RouteRequest(pool=pool.to_wire(), **_prompt(prompt))
+        with self._translated():
+            reply = self._stub.Route(request, metadata=self._metadata, timeout=self._timeout_s)
+        return cast(pb.RouteResponse, reply)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            status = cast(grpc.Call, error)
+            code, details = status.code(), status.details() or ""
+            if code is grpc.StatusCode.UNAVAILABLE and not status.trailing_metadata():
+                raise ServiceError(f"no service answers at {self.address} ({details})") from None
+            raise ServiceError(f"{details} [{code.name}]") from None
+
+
+def pool_of(wire: pb.Pool) -> ExpertPool:
+    covered = wire.covered_mass if wire.HasField("covered_mass") else None
+    return ExpertPool(_layers(wire.layers), covered)
+
+
+def _layers(wire: Iterable[pb.LayerExperts]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(layer.experts) for layer in wire)
+
+
+def _prompt(prompt: Prompt) -> dict[str, Any]:
+    return {"text": prompt.encode()} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
+
+
+def _chunk(response: pb.GenerateResponse) -> TokenChunk:
+    usage = _usage(response.usage) if response.HasField("usage") else None
+    return TokenChunk(response.request_id, tuple(response.token_ids), response.text, usage)
+
+
+def _usage(wire: pb.Usage) -> Usage:
+    return Usage(
+        mode=_MODES[wire.mode],
+        finish_reason=_FINISHES[wire.finish_reason],
+        prompt_tokens=wire.prompt_tokens,
+        completion_tokens=wire.completion_tokens,
+        pool=pool_of(wire.pool) if wire.HasField("pool") else None,
+        bytes_from_disk=wire.bytes_from_disk,
+        bytes_from_host=wire.bytes_from_host,
+        experts_hit=wire.experts_hit,
+        experts_missed=wire.experts_missed,
+        stall_s=wire.stall_seconds,
+        out_of_pool_mass=wire.out_of_pool_mass,
+        predicted_recall=wire.predicted_recall if wire.HasField("predicted_recall") else None,
+        queue_s=wire.queue_seconds,
+        time_to_first_token_s=wire.time_to_first_token_seconds,
+        model_fingerprint=wire.model_fingerprint,
+    )

@@ -1,0 +1,102 @@
+"""`expert-pager serve`: the service, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pager.cli.extras import serve_extra
+from pager.cli.options import Dtype, ExpertMemory, HostMemory, KvMemory
+from pager.cli.output import busy, err, print_json
+from pager.config import load_config
+
+if TYPE_CHECKING:
+    from pager.cli.serving import Ready
+
+LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Checkpoint folder.", show_default=False)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="TOML file. Flags and environment override it.", metavar="FILE"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. Default: the folder's name.")] = None,
+    dtype: Dtype = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes. Default: 1.", metavar="N")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto (default).", metavar="NAME")] = None,
+    expert_memory: ExpertMemory = None,
+    host_memory: HostMemory = None,
+    kv_memory: KvMemory = None,
+    max_running: Annotated[int | None, typer.Option(help="Requests a worker runs at once.", metavar="N")] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="Pool of requests that name none. Default: full.", metavar="SIZE")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port, 0 for a free one. Default: 50051.", metavar="N")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Port of /metrics, 0 for a free one. Default: 9464.", metavar="N")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Join this Ray cluster. Default: start Ray here.", metavar="ADDRESS")
+    ] = None,
+    file_sd: Annotated[str | None, typer.Option(help="Keep Prometheus targets in this file.", metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
+) -> None:
+    """Serve a model over gRPC until SIGTERM or Ctrl-C.
+
+    Prints one line on stdout when it is ready. On a signal it refuses new requests and lets those in flight end; a
+    second signal ends them. Redis, if any, is named in REDIS_URL or in the file REDIS_URL_FILE. Every setting has a key
+    in the file and an environment variable, as EXPERT_PAGER_WORKERS_COUNT.
+
+    Examples:
+
+    `expert-pager serve ./model --expert-memory 25% --pool 12.5%`
+
+    `expert-pager serve --config service.toml --port 0 --json`
+    """
+    overrides: dict[str, Any] = {
+        "model.path": model,
+        "model.name": name,
+        "model.dtype": dtype,
+        "workers.count": workers,
+        "workers.device": device,
+        "workers.expert_memory": expert_memory,
+        "workers.host_memory": host_memory,
+        "workers.kv_memory": kv_memory,
+        "workers.max_running": max_running,
+        "pools.default_size": pool,
+        "router.host": host,
+        "router.port": port,
+        "router.metrics_port": metrics_port,
+        "cluster.ray_address": ray_address,
+        "cluster.file_sd": file_sd,
+    }
+    settings = load_config(config, os.environ, overrides)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    )
+    with busy("loading"), serve_extra("serve"):
+        from pager.cli import serving
+    received = asyncio.run(serving.serve(settings, os.environ, lambda ready: _announce(ready, as_json)))
+    if received == signal.SIGINT:
+        raise typer.Exit(130)
+
+
+def _announce(ready: Ready, as_json: bool) -> None:
+    for line in ready.model.plan_text.splitlines():
+        err.print(line, style="dim", markup=False)
+    if as_json:
+        facts = {"address": ready.address, "metrics_url": ready.metrics_url, "model": ready.model.name}
+        print_json({**facts, "workers": ready.num_workers, "plan": ready.model.plan}, indent=None)
+    else:
+        workers = "1 worker" if ready.num_workers == 1 else f"{ready.num_workers} workers"
+        print(f"ready: {ready.model.name} on {ready.address}, {workers}, metrics at {ready.metrics_url}", flush=True)

@@ -1,0 +1,164 @@
+"""The composition root of the router process: workers, routing-only pass, gRPC server, and how they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from pager.cli.local import encode, read_tokenizer
+from pager.cli.options import resolve_device
+from pager.cluster.cluster import Cluster
+from pager.cluster.views import ModelView
+from pager.config import ServiceConfig
+from pager.engine.trunk_router import TrunkRouter
+from pager.errors import ConfigError, PortInUse
+from pager.routing.pool import parse_pool_size
+from pager.types import PoolPolicy, PoolSource
+from router_service.admission import AdmissionLimits
+from router_service.backend import build_backend, close_backend
+from router_service.ports import ModelInfo
+from router_service.server import RouterServer
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What is served, and where."""
+
+    address: str
+    metrics_url: str
+    model: ModelView
+    num_workers: int
+
+
+class TextEncoder:
+    """The tokenizer as the router needs it."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, /) -> list[int]:
+        return list(encode(self._tokenizer, text))
+
+
+async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callable[[Ready], None]) -> signal.Signals:
+    """Serves until SIGTERM or SIGINT, which it returns; what is in flight then has `drain_s` to end.
+
+    A second signal ends the wait. Raises PagerError for anything that keeps it from starting.
+    """
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, signals.put_nowait, each)
+    async with AsyncExitStack() as stack:
+        starting = asyncio.create_task(_start(stack, config, env))
+        stopping = asyncio.create_task(signals.get())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return stopping.result()
+        server, ready = starting.result()
+        announce(ready)
+        received = await stopping
+        draining = asyncio.create_task(server.drain(config.router.drain_s))
+        hurrying = asyncio.create_task(signals.get())
+        await asyncio.wait((draining, hurrying), return_when=asyncio.FIRST_COMPLETED)
+        for task in (draining, hurrying):
+            task.cancel()
+        return received
+
+
+async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]) -> tuple[RouterServer, Ready]:
+    """Starts everything and leaves on `stack` how to stop it, last started first."""
+    router = config.router
+    default_pool = PoolPolicy(parse_pool_size(config.pools.default_size), PoolSource(config.pools.default_source))
+    redis_url = read_redis_url(env)
+    _check_port_free(router.host, router.port, "router.port")
+    _check_port_free(router.host, router.metrics_port, "router.metrics_port")
+    scorer = await asyncio.to_thread(_load_scorer, config)
+    cluster = await Cluster.connect(config)
+    stack.push_async_callback(cluster.close)
+    tokenizer = read_tokenizer(Path(config.model.path))
+    backend = build_backend(
+        model=_model_info(cluster.model(), Path(config.model.path)),
+        cluster=cluster,
+        scorer=scorer,
+        encoder=TextEncoder(tokenizer),
+        limits=AdmissionLimits(
+            router.max_requests, router.max_tokens, router.max_requests_per_tenant, router.max_tokens_per_tenant
+        ),
+        default_pool=default_pool,
+        redis_url=redis_url,
+        write_timeout_s=router.write_timeout_s,
+    )
+    stack.push_async_callback(close_backend, backend)
+    metrics_port = backend.metrics.serve(router.host, router.metrics_port)
+    server = RouterServer(backend)
+    stack.push_async_callback(server.stop)
+    await server.start(router.host, router.port)
+    metrics_url = f"http://{_address(router.host, metrics_port)}/metrics"
+    return server, Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
+
+
+def read_redis_url(env: Mapping[str, str]) -> str | None:
+    """From REDIS_URL, or the file that REDIS_URL_FILE names (a mounted secret). Raises ConfigError."""
+    if env.get("REDIS_URL"):
+        return env["REDIS_URL"]
+    if not env.get("REDIS_URL_FILE"):
+        return None
+    path = Path(env["REDIS_URL_FILE"])
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"REDIS_URL_FILE {path} can not be read: {error}") from None
+
+
+def _load_scorer(config: ServiceConfig) -> TrunkRouter:
+    # The workers want the cores; a routing-only pass is short and runs one at a time.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+    return TrunkRouter.load(config.model.path, device=resolve_device(config.router.device), dtype=config.model.dtype)
+
+
+def _model_info(view: ModelView, folder: Path) -> ModelInfo:
+    tokenizer, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    described = json.loads(settings.read_bytes()) if settings.exists() else {}
+    return ModelInfo(
+        name=view.name,
+        fingerprint=view.fingerprint,
+        context_length=view.context_length,
+        kv_token_limit=view.kv_token_limit,
+        vocab_size=view.vocab_size,
+        facts=view.facts,
+        tokenizer_class=str(described.get("tokenizer_class", "")),
+        tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "",
+        plan=view.plan_text,
+    )
+
+
+def _check_port_free(host: str, port: int, key: str) -> None:
+    """Before the slow part of the start. Raises PortInUse, or ConfigError for a host that is not this machine's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} on {host} is in use; choose another ({key})") from None
+        raise ConfigError(f"can not listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,103 @@
+"""A small random EMO checkpoint in the released format, and the command line as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+ROOT = Path(__file__).parents[2]
+LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCAB = 3, 9, 32, 16, 260
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pager.cli", *map(str, arguments)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("EXPERT_PAGER_")}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
+    return own | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **extra}
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Runs `expert-pager ARGUMENTS` to its end."""
+
+    def run(*arguments: object, stdin: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments), env=environment(**extra), input=stdin, capture_output=True, text=True, timeout=120
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 layers of 9 experts, the last shared; a token picks 2 routed ones. Bytes are its tokens."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "random-emo"
+    folder.mkdir()
+    config = {
+        "architectures": ["EmoForCausalLM"],
+        "model_type": "emo",
+        "dtype": "float32",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 1,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "eos_token_id": 256,
+        "pad_token_id": 257,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    _tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCAB, HIDDEN),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "pre_attention_layernorm.weight"] = (HIDDEN,)
+        shapes[prefix + "pre_feedforward_layernorm.weight"] = (HIDDEN,)
+        shapes[prefix + "mlp.gate.weight"] = (EXPERTS, HIDDEN)
+        for name, rows in (("q", HIDDEN), ("k", HIDDEN // 2), ("v", HIDDEN // 2), ("o", HIDDEN)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, HIDDEN)
+        for expert in range(EXPERTS):
+            shapes[f"{prefix}mlp.experts.{expert}.gate_proj.weight"] = (INTERMEDIATE, HIDDEN)
+            shapes[f"{prefix}mlp.experts.{expert}.up_proj.weight"] = (INTERMEDIATE, HIDDEN)
+            shapes[f"{prefix}mlp.experts.{expert}.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+    return {name: torch.ones(shape) if "norm" in name else torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+
+
+def _tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>", "<pad>"])
+    return tokenizer

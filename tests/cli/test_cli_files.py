@@ -1,0 +1,118 @@
+"""inspect, pack and verify as processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+EXPERT_BYTES = 3 * 32 * 16 * 4
+
+
+def test_help_teaches_with_examples(run: Run) -> None:
+    top = run("--help")
+    assert top.returncode == 0
+    for name in ("serve", "generate", "route", "inspect", "pack", "verify"):
+        assert name in top.stdout
+    for name in ("serve", "generate", "route", "inspect", "pack", "verify"):
+        assert f"expert-pager {name}" in run(name, "--help").stdout.replace("Usage: expert-pager", "")
+
+
+def test_inspect_says_what_a_checkpoint_holds(run: Run, checkpoint: Path) -> None:
+    done = run("inspect", checkpoint, "--dtype", "auto", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["family"] == "emo"
+    assert found["experts_per_layer"] == [9, 9, 9]
+    assert found["shared_per_layer"] == [1, 1, 1]
+    assert found["top_k_per_layer"] == [2, 2, 2]
+    assert found["expert_bytes"] == EXPERT_BYTES
+    assert found["routed_experts"] == 24
+    assert found["smallest_expert_memory"] == 2 * EXPERT_BYTES
+    assert found["plan"] is None
+
+
+def test_inspect_says_what_a_budget_buys(run: Run, checkpoint: Path) -> None:
+    done = run("inspect", checkpoint, "--dtype", "auto", "--expert-memory", "50%", "--device", "cpu", "--json")
+    found = json.loads(done.stdout)
+    assert found["plan"]["num_slots"] == 12
+    fit = {pool["size"]: pool["fit_at_once"] for pool in found["pools"]}
+    assert fit == {"50%": 1, "full": 0}
+    words = run("inspect", checkpoint, "--expert-memory", "50%", "--device", "cpu").stdout
+    assert "12 of 24 routed experts (50.0%)" in words
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [("1KiB", "one token needs 2 of a layer at once"), ("900TiB", "more than the"), ("much", "is not a size")],
+)
+def test_a_budget_that_can_not_be_is_one_line(run: Run, checkpoint: Path, budget: str, message: str) -> None:
+    done = run("inspect", checkpoint, "--expert-memory", budget)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_folder_without_a_model_is_one_line(run: Run, tmp_path: Path) -> None:
+    done = run("inspect", tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "config.json" in done.stderr
+
+
+def test_an_unsupported_family_is_refused_with_the_supported_ones(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    done = run("inspect", other)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "emo, mixtral, olmoe, qwen3_moe" in done.stderr
+
+
+def test_wrong_usage_is_status_2(run: Run, checkpoint: Path) -> None:
+    assert run("inspect", checkpoint, "--expert-mem", "1").returncode == 2
+    assert run("generate", "hello").returncode == 2
+    assert run("route", "hello", "--token-ids", "1", "--model", checkpoint).returncode == 2
+    assert run("no-such-command").returncode == 2
+
+
+def test_pack_then_verify_then_a_flipped_byte(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    done = run("pack", checkpoint, packed, "--dtype", "bfloat16", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_experts"] == 27
+    assert json.loads(run("inspect", packed, "--json").stdout)["packed"] is True
+    assert json.loads(run("verify", packed, "--json").stdout)["ok"] is True
+
+    file = packed / "experts.pack"
+    data = bytearray(file.read_bytes())
+    data[-4096] ^= 1  # the first byte of the last extent
+    file.write_bytes(data)
+    damaged = run("verify", packed)
+    assert damaged.returncode == 1
+    assert "bad: layer 2 expert 8" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
+
+
+def test_pack_never_overwrites(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    done = run("pack", checkpoint, tmp_path)
+    assert done.returncode == 1
+    assert "already exists" in done.stderr
+
+
+def test_verify_needs_a_record_and_then_finds_damage(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    plain = shutil.copytree(checkpoint, tmp_path / "plain")
+    assert "verify --record" in run("verify", plain).stderr
+    assert run("verify", "--record", plain).returncode == 0
+    assert run("verify", plain).returncode == 0
+    file = plain / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert run("verify", plain).returncode == 1

@@ -1,0 +1,111 @@
+"""generate in this process, without ray, grpc or redis."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+WITHOUT_SERVE_EXTRA = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "grpc", "redis"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from pager.cli import main
+main()
+"""
+
+
+def test_a_budget_does_not_change_the_answer(run: Run, checkpoint: Path) -> None:
+    answers = []
+    for budget in ("100%", "12.5%"):
+        done = run(
+            "generate", "def f(x):", "--model", checkpoint, "--dtype", "auto", "--device", "cpu",
+            "--expert-memory", budget, "--max-tokens", 12, "--ignore-eos", "--json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads(done.stdout))
+    full, tight = answers
+    assert full["token_ids"] == tight["token_ids"]
+    assert len(full["token_ids"]) == 12
+    assert (full["usage"]["mode"], full["usage"]["pool"]) == ("exact", None)
+    assert tight["usage"]["bytes_from_disk"] > full["usage"]["bytes_from_disk"] > 0
+
+
+def test_a_pooled_answer_says_its_pool(run: Run, checkpoint: Path) -> None:
+    done = run("generate", "def f(x):", "--model", checkpoint, "--pool", 4, "--max-tokens", 4, "--ignore-eos")
+    assert done.returncode == 0, done.stderr
+    assert "pool: 12 experts in pool " in done.stderr
+    assert "9 + 4 tokens (length)" in done.stderr
+
+
+def test_a_predicted_pool_is_the_routers(run: Run, checkpoint: Path) -> None:
+    routed = json.loads(run("route", "def f(x):", "--model", checkpoint, "--pool", 4, "--json").stdout)
+    options = ("--pool", 4, "--pool-source", "prediction", "--max-tokens", 2, "--ignore-eos", "--json")
+    done = run("generate", "def f(x):", "--model", checkpoint, *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["usage"]["pool"]["layers"] == routed["pool"]["layers"]
+
+
+def test_bad_requests_are_one_line(run: Run, checkpoint: Path) -> None:
+    cases = {
+        ("--temperature", "nan"): "sampling.temperature",
+        ("--max-tokens", "0"): "sampling.max_tokens",
+        ("--max-tokens", "500"): "context of 128",
+        ("--pool", "9"): "",
+        ("--expert-memory", "1%"): "at least",
+        ("--pool", "4", "--expert-memory", "25%"): "needs 12 expert slots and this worker has 6",
+    }
+    for options, message in cases.items():
+        done = run("generate", "hello", "--model", checkpoint, "--device", "cpu", *options)
+        assert "Traceback" not in done.stderr
+        if message:
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert message in done.stderr
+
+
+def test_it_runs_where_only_the_library_is_installed(checkpoint: Path) -> None:
+    arguments = ["generate", "hi", "--model", str(checkpoint), "--max-tokens", "1"]
+    done = _without_serve_extra(*arguments)
+    assert done.returncode == 0, done.stderr
+    for refused in (["serve", str(checkpoint)], ["generate", "hi", "--server", "localhost:1"]):
+        done = _without_serve_extra(*refused)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "pip install 'expert-pager[serve]'" in done.stderr
+
+
+def test_no_service_is_one_line(run: Run) -> None:
+    done = run("generate", "hi", "--server", "127.0.0.1:1")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "no service answers at 127.0.0.1:1" in done.stderr
+
+
+def test_interrupting_is_status_130(checkpoint: Path) -> None:
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pager.cli", "generate", "--prompt-file", "-", "--model", str(checkpoint)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write("x" * 2**20)  # more than a pipe holds: returns when the process has begun to read
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def _without_serve_extra(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "protos")])
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_SERVE_EXTRA, *arguments],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -35,7 +36,8 @@ class LRU:
     """Evicts what was let go of longest ago: list and order are one structure, every operation is O(1)."""
 
     def __init__(self) -> None:
-        self._order: dict[ExpertKey, None] = {}
+        # Not a dict: after many evictions the front of one is a run of holes that every look has to pass.
+        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
 
     def use(self, key: ExpertKey) -> None:
         """Recency is set when an expert is let go of, so a use needs no note."""

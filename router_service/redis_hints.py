@@ -65,7 +65,7 @@ def redis_url(env: Mapping[str, str]) -> str | None:
 
 
 class RedisHints:
-    """A HintStore in Redis. With Redis gone, each method raises HintsUnavailableError in about a quarter of a second."""
+    """A HintStore in Redis. With Redis gone, each method raises HintsUnavailableError within a quarter second."""
 
     def __init__(self, url: str, facts: RoutingFacts, fingerprint: str) -> None:
         self._facts = facts
@@ -102,8 +102,13 @@ class RedisHints:
     async def claim(self, request_id: str, tenant: str) -> bool:
         value = f"{tenant}/{self._router}"
         self._claims[request_id] = value  # before the answer: a cancelled caller releases what Redis may have taken
-        async with self._commands() as redis:
-            is_mine = bool(await redis.set(self._key("claim", request_id), value, nx=True, px=CLAIM_TTL_MS))
+        key = self._key("claim", request_id)
+        async with self._commands() as redis, redis.pipeline() as pipeline:
+            pipeline.set(key, value, nx=True, px=CLAIM_TTL_MS)
+            pipeline.get(key)
+            _, holder = await pipeline.execute()
+        # By its holder, not by the answer of SET: a heartbeat in between may have set it for us.
+        is_mine = holder is not None and holder.startswith(value.encode())
         if not is_mine:
             del self._claims[request_id]
         return is_mine
@@ -123,13 +128,19 @@ class RedisHints:
 
     async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
         async with self._commands() as redis, redis.pipeline(transaction=False) as pipeline:
-            await redis.ping()
-            for request_id, value in self._claims.items():
-                # The first command brings a claim back after Redis lost it.
-                pipeline.set(self._key("claim", request_id), value, nx=True, px=CLAIM_TTL_MS)
+            claims = list(self._claims)
+            for request_id in claims:
                 pipeline.pexpire(self._key("claim", request_id), CLAIM_TTL_MS)
             for worker_id, holds in residency.items():
                 pipeline.set(self._key("holds", worker_id), encode_holds(holds), px=HOLDS_TTL_MS)
+            pipeline.ping()
+            renewed = await pipeline.execute()
+            # Redis lost these, or was away when they were made.
+            lost = [request_id for request_id, is_there in zip(claims, renewed, strict=False) if not is_there]
+            for request_id in lost:
+                if request_id in self._claims:
+                    value = self._claims[request_id]
+                    pipeline.set(self._key("claim", request_id), value, nx=True, px=CLAIM_TTL_MS)
             await pipeline.execute()
 
     async def residency(self) -> dict[str, WorkerHolds]:
@@ -149,7 +160,8 @@ class RedisHints:
         return found
 
     async def close(self) -> None:
-        await self._redis.aclose()
+        async with self._commands() as redis:
+            await redis.aclose()
 
     def _key(self, kind: str, name: str) -> str:
         return f"{self._prefix}:{kind}:{name}"

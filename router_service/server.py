@@ -55,6 +55,7 @@ class RouterServer:
         try:
             self.port = self._server.add_insecure_port(_address(host, port))
         except RuntimeError:
+            await self._server.stop(None)
             raise _bind_error(host, port) from None
         await self._set_readiness()
         await self._server.start()

@@ -19,17 +19,16 @@ from pager.errors import (
     DuplicateRequest,
     NotReady,
     Overloaded,
-    PromptTooLong,
-    UnknownPool,
     WorkerLost,
 )
 from pager.routing.pool import pick_pool
-from pager.types import Full, GenerateRequest, PoolPolicy, SamplingParams, Usage
+from pager.types import Full, GenerateRequest, PoolPolicy, Usage
 from router_service import decode, encode
 from router_service.admission import Admission, Ticket
 from router_service.boundary import request_id
 from router_service.dispatch import Placement, QueueClock, check_deadline, place
 from router_service.hints import HintStore
+from router_service.intake import Intake
 from router_service.metrics import RouterMetrics
 from router_service.ports import ClusterPort, ModelInfo
 from router_service.scoring import Prediction, Predictor, Scoring
@@ -59,6 +58,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._intake = Intake(backend.model, backend.scoring, backend.predictor, backend.hints)
         self._at_worker: Counter[str] = Counter()
         self._queue_clock = QueueClock()
 
@@ -72,7 +72,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         deadline_s = _deadline_unix_s(context)
         with self._admitted(tenant) as ticket:
             async with self._claimed(ask.id, tenant):
-                request = await self._request(ask, tenant, deadline_s)
+                request = await self._intake.request(ask, tenant, deadline_s)
                 self._charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
                 prediction = await self._predict(request)
                 request = replace(request, predicted=prediction.pool)
@@ -103,45 +103,6 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
             yield
         finally:
             await self._backend.hints.release(id_)
-
-    async def _request(self, ask: decode.Ask, tenant: str, deadline_s: float | None) -> GenerateRequest:
-        prompt = await self._prompt(ask.prompt)
-        return GenerateRequest(
-            id=ask.id,
-            tenant=tenant,
-            prompt_token_ids=prompt,
-            sampling=self._sampling(ask, len(prompt)),
-            pool=await self._policy(ask.pool, tenant),
-            deadline_unix_s=deadline_s,
-        )
-
-    async def _prompt(self, prompt: decode.Prompt) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return prompt
-        return decode.token_ids(await self._backend.scoring.encode(prompt), self._backend.model, "text")
-
-    def _sampling(self, ask: decode.Ask, prompt_tokens: int) -> SamplingParams:
-        limit = self._backend.model.token_limit
-        wanted = ask.sampling.max_tokens
-        if prompt_tokens + wanted <= limit:
-            return ask.sampling
-        if ask.has_max_tokens:
-            raise PromptTooLong(
-                f"the prompt's {prompt_tokens} tokens and max_tokens {wanted} exceed the {limit} that fit; "
-                f"ask for at most {limit - prompt_tokens}",
-                field="sampling.max_tokens",
-            )
-        return replace(ask.sampling, max_tokens=limit - prompt_tokens)
-
-    async def _policy(self, pool: PoolPolicy | decode.PoolOf, tenant: str) -> PoolPolicy:
-        if isinstance(pool, PoolPolicy):
-            return pool
-        found = await self._backend.hints.find_pool([self._backend.predictor.named(tenant, pool.digest)])
-        if found is None:
-            raise UnknownPool(
-                f"pool {pool.digest} is not remembered for this tenant; give its experts instead", field="pool.digest"
-            )
-        return decode.fixed_pool(found)
 
     async def _predict(self, request: GenerateRequest) -> Prediction:
         metrics = self._backend.metrics
@@ -221,9 +182,9 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         asked_pool = decode.pool_policy(wire.pool, backend.model, backend.default_pool)
         _deadline_unix_s(context)
         with self._admitted(tenant) as ticket:
-            prompt = await self._prompt(asked)
+            prompt = await self._intake.prompt(asked)
             self._charge(ticket, len(prompt))
-            policy = await self._policy(asked_pool, tenant)
+            policy = await self._intake.policy(asked_pool, tenant)
             scores = await backend.scoring.scores(prompt)
             pool = policy.fixed
             if pool is None and not isinstance(policy.size, Full):

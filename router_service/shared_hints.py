@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from pager.types import ExpertPool
@@ -103,7 +104,8 @@ class SharedHints:
 
     async def close(self) -> None:
         await self._local.close()
-        await self._ask(self._shared.close, None)
+        with suppress(HintsUnavailableError):
+            await self._shared.close()
 
     async def _ask(self, question: Callable[[], Awaitable[Answer]], otherwise: Answer) -> Answer:
         if not self._breaker.allows():

@@ -202,10 +202,12 @@ async def running_service(
     )
     server = RouterServer(backend)
     await server.start("127.0.0.1", 0)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Running(cluster, scorer, backend, server, channel, pb_grpc.ExpertPagerStub(channel))
-    await server.stop()
-    await close_backend(backend)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield Running(cluster, scorer, backend, server, channel, pb_grpc.ExpertPagerStub(channel))
+    finally:
+        await server.stop()
+        await close_backend(backend)
 
 
 @pytest.fixture

@@ -40,7 +40,9 @@ def test_what_was_just_sent_counts_before_the_worker_reports_it(worker):
 
 @pytest.mark.parametrize("state", ["starting", "hung", "dead"])
 def test_only_a_ready_worker_is_chosen(worker, state):
-    assert place(None, [replace(worker, state=state), replace(worker, id="w1", waiting=9)], in_flight={}).worker_id == "w1"
+    assert (
+        place(None, [replace(worker, state=state), replace(worker, id="w1", waiting=9)], in_flight={}).worker_id == "w1"
+    )
     with pytest.raises(NotReady):
         place(None, [replace(worker, state=state)], in_flight={})
 

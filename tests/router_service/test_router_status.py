@@ -10,9 +10,7 @@ from google.rpc.status_pb2 import Status
 from pager import errors
 from router_service.status import CODES, MAX_MESSAGE_CHARACTERS, code_of, to_wire
 
-ALL_ERRORS = [
-    kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.PagerError)
-]
+ALL_ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.PagerError)]
 
 
 def status_of(wire) -> Status:

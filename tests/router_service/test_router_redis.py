@@ -1,0 +1,264 @@
+"""Against a real Redis, which is killed in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+from redis.asyncio import Redis
+
+from pager.errors import ConfigError
+from pager.types import ExpertPool
+from router_service.hints import WorkerHolds, encode_pool
+from router_service.local_hints import InProcessHints
+from router_service.redis_hints import HintsUnavailableError, RedisHints, redis_url
+from router_service.shared_hints import Breaker, SharedHints
+
+POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
+HOLDS = WorkerHolds(1, 2, 16, 1000, (0, 0b101, 0xFF))
+
+
+@pytest.fixture
+async def pair(redis, facts):
+    """Two routers' stores in one Redis."""
+    stores = [RedisHints(redis.url, facts, "f") for _ in range(2)]
+    yield stores
+    for store in stores:
+        await store.close()
+
+
+@pytest.fixture
+async def client(redis):
+    async with Redis.from_url(redis.url) as client:
+        yield client
+
+
+async def test_routers_share_pools(pair, client):
+    a, b = pair
+    await a.remember_pool(["whole", "half"], POOL)
+    assert await b.find_pool(["other", "half"]) == POOL
+    assert await b.find_pool(["other"]) is None
+    assert all([await client.ttl(key) > 0 for key in await client.keys("*")])
+
+
+@pytest.mark.parametrize("value", [b"\x00\xff", b"{}", b"x" * 500_000, encode_pool(ExpertPool(((0,), (1,))))])
+async def test_a_foreign_value_is_a_miss_and_the_next_key_counts(pair, client, value):
+    a, _ = pair
+    await a.remember_pool(["good", "bad"], POOL)
+    [bad] = await client.keys("*:bad")
+    await client.set(bad, value)
+    assert await a.find_pool(["bad"]) is None
+    assert await a.find_pool(["bad", "good"]) == POOL
+
+
+async def test_a_value_of_another_type_is_no_answer(pair, client):
+    a, _ = pair
+    await a.remember_pool(["k"], POOL)
+    [key] = await client.keys("*:k")
+    await client.delete(key)
+    await client.lpush(key, "x")
+    assert await a.find_pool(["k"]) is None
+
+
+async def test_a_claim_holds_at_every_router_until_its_owner_releases_it(pair):
+    a, b = pair
+    assert await a.claim("r", "t")
+    assert not await b.claim("r", "t")
+    await b.release("r")
+    assert not await b.claim("r", "t")
+    await a.release("r")
+    assert await b.claim("r", "t")
+
+
+async def test_an_abort_crosses_routers_but_not_tenants(pair):
+    a, b = pair
+    await a.claim("r", "t")
+    assert not await b.mark_aborted("r", "tt")
+    assert not await b.mark_aborted("r", "")
+    assert not await a.is_aborted("r")
+    assert await b.mark_aborted("r", "t")
+    assert await b.mark_aborted("r", "t")
+    assert await a.is_aborted("r")
+    await a.release("r")
+    assert not await b.mark_aborted("r", "t")
+    assert await b.claim("r", "u")
+    assert not await b.is_aborted("r")
+
+
+async def test_a_heartbeat_brings_lost_claims_back_and_tells_who_holds_what(pair, client):
+    a, b = pair
+    await a.claim("r", "t")
+    await client.flushdb()
+    await a.heartbeat({"w0": HOLDS})
+    assert not await b.claim("r", "t")
+    assert await b.residency() == {"w0": HOLDS}
+
+
+async def test_models_do_not_meet(redis, facts, pair):
+    other = RedisHints(redis.url, facts, "g")
+    await pair[0].remember_pool(["k"], POOL)
+    await pair[0].claim("r", "t")
+    assert await other.find_pool(["k"]) is None
+    assert await other.claim("r", "t")
+    await other.close()
+
+
+async def test_a_dead_redis_is_named_without_its_url(redis, facts):
+    store = RedisHints(redis.url.replace("//", "//:s3cret@"), facts, "f")
+    redis.kill()
+    with pytest.raises(HintsUnavailableError) as caught:
+        await store.find_pool(["k"])
+    assert "s3cret" not in str(caught.value)
+    await store.close()
+
+
+# --- when it goes away ----------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_the_breaker_pauses_longer_after_every_failure():
+    clock = Clock()
+    breaker = Breaker(clock, jitter=lambda: 1.0)
+    pauses = []
+    for _ in range(9):
+        breaker.failed()
+        before = clock.now_s
+        while not breaker.allows():
+            clock.now_s += 0.25
+        pauses.append(clock.now_s - before)
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    breaker.succeeded()
+    assert breaker.allows()
+    assert not breaker.is_degraded
+
+
+async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_back(redis_at, facts):
+    redis, clock, degraded = redis_at(), Clock(), []
+    hints = SharedHints(
+        InProcessHints(), RedisHints(redis.url, facts, "f"), degraded.append, Breaker(clock, jitter=lambda: 1.0)
+    )
+    await hints.remember_pool(["k"], POOL)
+    assert await hints.claim("r", "t")
+    redis.kill()
+    assert await hints.find_pool(["k"]) == POOL
+    assert degraded == [True]
+    assert not await hints.claim("r", "t")
+    assert await hints.claim("s", "t")
+    assert await hints.mark_aborted("s", "t")
+    assert await hints.is_aborted("s")
+    assert await hints.residency() == {}
+    redis_at(redis.port)
+    clock.now_s = 100.0
+    await hints.heartbeat({"w0": HOLDS})
+    assert degraded == [True, False]
+    peer = RedisHints(redis.url, facts, "f")
+    assert not await peer.claim("r", "t")
+    assert await peer.residency() == {"w0": HOLDS}
+    await hints.release("r")
+    assert await peer.claim("r", "t")
+    await hints.close()
+    await peer.close()
+
+
+# --- the service ----------------------------------------------------------------------------------------------------
+
+
+def request(request_id: str = "", **fields) -> pb.GenerateRequest:
+    sampling = pb.SamplingParams(max_tokens=3)
+    return pb.GenerateRequest(
+        request_id=request_id, text=b"abc", sampling=sampling, pool=pb.PoolPolicy(count=3), **fields
+    )
+
+
+async def answer(service, wire: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+    return [message async for message in service.stub.Generate(wire)]
+
+
+async def test_two_routers_share_what_they_learn(serve, redis):
+    async with serve(redis_url=redis.url) as one, serve(redis_url=redis.url) as two:
+        await answer(one, request())
+        await answer(two, request())
+        assert (one.scorer.num_calls, two.scorer.num_calls) == (1, 0)
+        one.cluster.hold[1] = asyncio.Event()
+        running = one.stub.Generate(request("same"))
+        await running.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await two.stub.Generate(request("same")).read()
+        assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+        running.cancel()
+
+
+async def test_an_abort_through_another_router_reaches_a_request_on_its_way(serve, redis):
+    async with serve(redis_url=redis.url) as one, serve(redis_url=redis.url) as two:
+        one.cluster.hold[0], one.cluster.reached[0] = asyncio.Event(), asyncio.Event()
+        call = one.stub.Generate(request("early"))
+        first = asyncio.ensure_future(call.read())
+        await one.cluster.reached[0].wait()
+        assert (await two.stub.Abort(pb.AbortRequest(request_id="early"))).aborted
+        one.cluster.hold[0].set()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await first
+        assert caught.value.code() is grpc.StatusCode.CANCELLED
+
+
+async def test_a_router_shows_workers_that_only_another_one_reaches(serve, redis, make_cluster, make_worker):
+    far = make_cluster(views={"far": make_worker("far", resident=(0, 1, 2), running=3)})
+    async with serve(far, redis_url=redis.url), serve(redis_url=redis.url) as near:
+        workers = {}
+        while "far" not in workers:
+            reply = await near.stub.GetResidency(pb.GetResidencyRequest())
+            workers = {worker.worker: worker for worker in reply.workers}
+        assert workers["far"].remote
+        assert (workers["far"].running, workers["far"].resident_experts) == (3, 2)
+        assert not workers["w0"].remote
+
+
+async def test_requests_go_on_when_redis_dies_mid_stream(serve, redis):
+    async with serve(redis_url=redis.url) as service:
+        await answer(service, request())
+        assert service.metric("redis_degraded") == 0
+        service.cluster.hold[1] = asyncio.Event()
+        running = service.stub.Generate(request("mid"))
+        await running.read()
+        redis.kill()
+        service.cluster.hold[1].set()
+        assert [(await running.read()).text for _ in range(2)] == ["b", "c"]
+        assert await running.read() is grpc.aio.EOF
+        assert service.metric("redis_degraded") == 1
+        assert len(await answer(service, request("mid"))) == 3
+        assert service.scorer.num_calls == 1  # what it had learnt is still here
+
+
+async def test_a_service_starts_without_its_redis(serve):
+    async with serve(redis_url="redis://127.0.0.1:1/0") as service:
+        assert len(await answer(service, request())) == 3
+        assert service.metric("redis_degraded") == 1
+
+
+def test_the_url_comes_from_the_environment_or_a_file(tmp_path):
+    path = tmp_path / "redis-url"
+    path.write_text("redis://:secret@host:1/0\n")
+    assert redis_url({}) is None
+    assert redis_url({"REDIS_URL": "redis://host"}) == "redis://host"
+    assert redis_url({"REDIS_URL_FILE": str(path)}) == "redis://:secret@host:1/0"
+    with pytest.raises(ConfigError, match="both set"):
+        redis_url({"REDIS_URL": "redis://host", "REDIS_URL_FILE": str(path)})
+    with pytest.raises(ConfigError, match="can not be read"):
+        redis_url({"REDIS_URL_FILE": str(tmp_path / "missing")})
+    with pytest.raises(ConfigError) as caught:
+        redis_url({"REDIS_URL": "http://:secret@host"})
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_that_can_not_be_parsed_is_refused_without_quoting_it(facts):
+    with pytest.raises(ConfigError) as caught:
+        RedisHints("redis://:secret@host:port/0", facts, "f")
+    assert "secret" not in str(caught.value)

@@ -171,11 +171,11 @@ class Engine:
                 self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
 
     def _decode(self) -> int:
-        """One forward for all sequences that hold their experts; a second one for those that page as they go."""
+        """One forward for all sequences that hold their experts; a second one for the exact ones, which page."""
         num_tokens = 0
         groups: dict[str, list[Sequence]] = {}
         for sequence in self._running:
-            name = "on demand" if sequence.pages_on_demand(self._paged) else "held"
+            name = "exact" if sequence.is_exact else "pooled"
             groups.setdefault(name, []).append(sequence)
         for name, group in groups.items():
             outcomes = self._decoder.decode(name, group)
@@ -222,7 +222,7 @@ class Engine:
         if not isinstance(outcome, PagerError):
             self._prefilling.remove(sequence)
             self._running.append(sequence)
-            if sequence.lease is not None and not sequence.pages_on_demand(self._paged):
+            if sequence.lease is not None and not sequence.is_exact:  # an exact one pages within its reservation
                 sequence.lease.shrink()
                 self._next_admission_s = 0.0
         self._take(sequence, outcome, time.monotonic())

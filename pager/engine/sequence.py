@@ -88,13 +88,14 @@ class Sequence:
             self.lease.release()
             self.lease = None
 
-    def pages_on_demand(self, paged: PagedModel) -> bool:
+    @property
+    def is_exact(self) -> bool:
         """Its forwards look for missing experts as they go, so they are not shared with sequences that hold theirs."""
-        return self.document is not None and self.document.is_exact and not paged.fully_resident
+        return self.document is not None and self.document.is_exact
 
     def may_be_chunked(self, paged: PagedModel) -> bool:
         """Not while its pool is to be chosen, which takes the whole prompt, nor where each part would page anew."""
-        return self.document is not None and self.document.is_frozen and not self.pages_on_demand(paged)
+        return self.document is not None and self.document.is_frozen and (paged.fully_resident or not self.is_exact)
 
     def is_paged_in(self, paged: PagedModel) -> bool:
         """Nothing that it asked for ahead of its prefill is still being read."""
@@ -151,7 +152,7 @@ class Sequence:
 
     def _mode(self) -> AnswerMode:
         assert self.document is not None
-        if self.document.is_exact:
+        if self.is_exact:
             return "exact"
         return "degraded" if self.document.degraded else "pool"
 

@@ -55,7 +55,8 @@ class Driver:
 
     def submit(self, prompt: Sequence[int], pool: PoolPolicy | None = None, **options: Any) -> str:
         """Options of SamplingParams and GenerateRequest, by name."""
-        fields = {name: options.pop(name) for name in ("tenant", "id", "deadline_unix_s", "predicted") if name in options}
+        names = ("tenant", "id", "deadline_unix_s", "predicted")
+        fields = {name: options.pop(name) for name in names if name in options}
         fields.setdefault("id", f"request-{next(self._numbers)}")
         fields.setdefault("tenant", "t")
         sampling = SamplingParams(**{"ignore_eos": True, **options})

@@ -183,3 +183,25 @@ def test_a_mass_that_the_cap_does_not_allow_is_called_degraded(make_driver, rand
     driver.finish()
     assert driver.usage(capped).mode == "degraded"
     assert driver.usage(enough).mode == "pool"
+
+
+@pytest.mark.parametrize("num_slots", [60, 30])
+def test_exact_requests_go_on_while_pools_are_promised_all_the_other_slots(
+    make_driver, random_prompt, num_slots: int
+) -> None:
+    driver = make_driver(num_slots)
+    prompts = [random_prompt(seed, 6) for seed in range(7)]
+    pools = [PoolPolicy() if seed < 2 else PoolPolicy(Count(3)) for seed in range(7)]
+    expected = []
+    for prompt, pool in zip(prompts, pools, strict=True):
+        request_id = driver.submit(prompt, pool, max_tokens=16)
+        driver.finish()
+        expected.append(driver.tokens(request_id))
+    exact = [driver.submit(prompts[seed], pools[seed], max_tokens=16) for seed in range(2)]
+    for _ in range(2):
+        driver.engine.step()
+    pooled = [driver.submit(prompts[seed], pools[seed], max_tokens=16) for seed in range(2, 7)]
+    driver.finish()
+    assert not driver.failures
+    assert [driver.tokens(each) for each in (*exact, *pooled)] == expected
+    driver.assert_nothing_held()

@@ -1,0 +1,1 @@
+"""Programs that measure, each by itself: `python -m benchmarks.NAME --help`. See README.md."""

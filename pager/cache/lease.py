@@ -78,7 +78,10 @@ class Lease:
         return self._holding.ready
 
     def release(self) -> None:
-        """Lets go of everything. Idempotent, from any thread. Queued reads that nobody else waits for are cancelled."""
+        """Lets go of everything. Idempotent, from any thread, between steps: a running forward needs its slots.
+
+        Queued reads that nobody else waits for are cancelled; running ones come to their end.
+        """
         self._awaited.clear()
         self._ledger.release(self._holding)
 

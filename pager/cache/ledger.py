@@ -280,6 +280,7 @@ class Ledger:
         """Fails what still waits and cancels what is queued; running reads come to their end. Idempotent."""
         with self._changed:
             self._closed = True
+            self._prefetches = PrefetchList()
             queued = [key for key, load in self._loads.items() if not load.reading]
             for key in queued:
                 self.fail(key, ExpertUnavailable("the pager was closed before the expert was read", key))

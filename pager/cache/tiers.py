@@ -129,7 +129,12 @@ class Tiers:
 
     def fetch_from_disk(self, key: ExpertKey, slot: int) -> int:
         """`fetch` past the host tier; returns the bytes read."""
-        nbytes = self._read_disk(key, *self._transfer.buffers(slot), Tier.DEVICE)
+        gate_up, down = self._transfer.buffers(slot)
+        try:
+            nbytes = self._read_disk(key, gate_up, down, Tier.DEVICE)
+        except BaseException:
+            self._transfer.discard(slot)
+            raise
         self._transfer.install(key, slot)
         return nbytes
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pager.planner import STAGING_BUFFERS
 from pager.types import ExpertKey
 
 
@@ -20,10 +23,13 @@ class Transfer(Protocol):
     """Thread-safe. The caller sees to it that no slot is filled twice at a time or filled while it is in use."""
 
     def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
-        """CPU tensors [2F, D], [D, F] for the calling thread to fill; call `install` next, from the same thread."""
+        """CPU tensors [2F, D], [D, F] to fill on behalf of the slot; `install` or `discard` comes next."""
 
     def install(self, key: ExpertKey, slot: int) -> None:
-        """What the calling thread's `buffers` hold is complete: moves it into the slot and enters it in the map."""
+        """The slot's `buffers` are filled: moves them into the slot and enters it in the map."""
+
+    def discard(self, slot: int) -> None:
+        """The slot's `buffers` could not be filled."""
 
     def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
         """Copies CPU tensors into the slot and enters it in the map. The tensors are free for reuse on return."""
@@ -52,6 +58,9 @@ class CpuTransfer:
     def install(self, key: ExpertKey, slot: int) -> None:
         self._slot_of_LE[key.layer, key.expert] = slot
 
+    def discard(self, slot: int) -> None:
+        pass
+
     def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
         self._gate_up[slot].copy_(gate_up)
         self._down[slot].copy_(down)
@@ -67,14 +76,20 @@ class CpuTransfer:
         pass
 
 
+@dataclass(slots=True)
+class _Staging:
+    gate_up: Tensor
+    down: Tensor
+    copied: torch.cuda.Event  # behind the last copy out of it
+
+
 class CudaTransfer:
-    """Reads land in page-locked staging buffers, two a reader thread; one copy stream takes them to the slots.
+    """Reads land in page-locked staging buffers, one expert each; one copy stream takes them to the slots.
 
     Everything that changes slots or map is ordered by the copy stream. It waits for a slot's release event before it
     touches the slot, and the compute stream waits for an install event before it reads: the host waits for neither.
+    It waits only to reuse a staging buffer.
     """
-
-    BUFFERS_PER_THREAD = 2
 
     def __init__(self, gate_up: Tensor, down: Tensor, slot_of_LE: Tensor) -> None:
         """The stream that is current now is the one that computes with the slots."""
@@ -89,23 +104,24 @@ class CudaTransfer:
         self._awaited = 0
         self._installed: dict[int, tuple[int, torch.cuda.Event]] = {}
         self._released: dict[int, torch.cuda.Event] = {}
-        self._staging = threading.local()
+        self._free: SimpleQueue[_Staging] = SimpleQueue()
+        for _ in range(STAGING_BUFFERS):
+            self._free.put(_Staging(_pinned(gate_up), _pinned(down), _event()))
+        self._filling: dict[int, _Staging] = {}
 
     def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
-        local = self._staging
-        if not hasattr(local, "pairs"):
-            local.pairs = [(self._pinned(self._gate_up), self._pinned(self._down)) for _ in range(2)]
-            local.events = [_event() for _ in range(2)]
-            local.turn = 0
-        local.turn = 1 - local.turn
-        local.events[local.turn].synchronize()  # the copy out of this pair, two experts ago
-        pair: tuple[Tensor, Tensor] = local.pairs[local.turn]
-        return pair
+        staging = self._free.get()
+        staging.copied.synchronize()
+        self._filling[slot] = staging
+        return staging.gate_up, staging.down
 
     def install(self, key: ExpertKey, slot: int) -> None:
-        local = self._staging
-        gate_up, down = local.pairs[local.turn]
-        local.events[local.turn] = self._enqueue(key, slot, gate_up, down)
+        staging = self._filling.pop(slot)
+        staging.copied = self._enqueue(key, slot, staging.gate_up, staging.down)
+        self._free.put(staging)
+
+    def discard(self, slot: int) -> None:
+        self._free.put(self._filling.pop(slot))
 
     def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
         self._enqueue(key, slot, gate_up, down).synchronize()
@@ -126,6 +142,8 @@ class CudaTransfer:
                 self._awaited = latest
 
     def mark_released(self, slots: Sequence[int]) -> None:
+        if not slots:
+            return
         event = _event()
         event.record(self._compute)
         with self._lock:
@@ -147,10 +165,11 @@ class CudaTransfer:
         if slot in self._released:
             self._copy.wait_event(self._released[slot])
 
-    @staticmethod
-    def _pinned(slab: Tensor) -> Tensor:
-        return torch.empty(slab.shape[1:], dtype=slab.dtype, pin_memory=True)
-
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _pinned(slab: Tensor) -> Tensor:
+    """A page-locked tensor like one slot of `slab`."""
+    return torch.empty(slab.shape[1:], dtype=slab.dtype, pin_memory=True)

@@ -278,8 +278,10 @@ def test_close_fails_who_waits_for_queued_reads_and_is_idempotent(make_pager, so
     closing.start()
     with pytest.raises(ExpertUnavailable, match="closed"):
         lease.wait(0)
+    pager.prefetch(keys(1, 0))
     source.let_through()
     closing.join()
+    assert not pager.prefetch_pending(keys(1, 0))
     pager.close()
     with pytest.raises(Cancelled):
         pager.reserve(1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Closable(Protocol):
-    def close(self) -> None: ...
-
-
 class PagedModel:
     """A transformers model, the pager its experts live in, and who may use which of them in the running forward.
 
@@ -47,9 +43,9 @@ class PagedModel:
         pager: ExpertPager,
         planned: Plan,
         *,
-        closing: Sequence[Closable] = (),
+        closing: ExitStack,
     ) -> None:
-        """`closing` is what `close` closes, in this order."""
+        """`closing` is what `close` closes."""
         self.model = model
         self.pager = pager
         self.plan = planned
@@ -67,6 +63,11 @@ class PagedModel:
     def fully_resident(self) -> bool:
         """There is a slot for every routed expert."""
         return self.pager.num_slots >= sum(self.facts.routed_per_layer)
+
+    @property
+    def is_stepping(self) -> bool:
+        """A step is open: what the model runs belongs to its documents."""
+        return any(layer.step is not None for layer in self._layers)
 
     @contextmanager
     def step(
@@ -133,9 +134,7 @@ class PagedModel:
 
     def close(self) -> None:
         """Stops the readers and lets go of the tiers. The model can not run afterwards. Idempotent."""
-        closing, self._closing = self._closing, ()
-        for part in closing:
-            part.close()
+        self._closing.close()
 
     def _reusable_step(self, documents: Sequence[DocumentRouting]) -> StepRouting | None:
         step = self._step
@@ -163,31 +162,39 @@ def load_paged_model(
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
     """
     opened = OpenModel.open(path, dtype)
-    planned = plan(needs_of(opened), budgets or Budgets(), machine or Machine.detect(device))
-    source = opened.open_experts()
-    host = (host_tier or own_host_tier)(opened, planned) if planned.host_records else None
-    facts = opened.facts
-    resident = [
+    with opened.checkpoint, ExitStack() as closing:
+        planned = plan(needs_of(opened), budgets or Budgets(), machine or Machine.detect(device))
+        source = opened.open_experts()
+        closing.callback(source.close)
+        model = opened.load_trunk(device)
+        host = (host_tier or own_host_tier)(opened, planned) if planned.host_records else None
+        if host is not None:
+            closing.callback(host.close)
+        facts, resident = opened.facts, shared_experts(opened.facts)
+        slots = DeviceSlots(
+            planned.num_slots,
+            source.shape,
+            opened.dtype,
+            device,
+            num_layers=facts.num_layers,
+            max_experts=max(facts.experts_per_layer),
+            num_pinned=len(resident),
+        )
+        pager = ExpertPager(
+            source, slots, resident=resident, host=host, policy=policy, num_readers=num_readers, observer=observer
+        )
+        closing.callback(pager.close)
+        return PagedModel(opened, model, pager, planned, closing=closing.pop_all())
+
+
+def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:
+    """The last of their layers: every token uses them, so they stay in memory."""
+    layers = zip(facts.experts_per_layer, facts.shared_per_layer, strict=True)
+    return [
         ExpertKey(layer, expert)
-        for layer, (experts, shared) in enumerate(zip(facts.experts_per_layer, facts.shared_per_layer, strict=True))
+        for layer, (experts, shared) in enumerate(layers)
         for expert in range(experts - shared, experts)
     ]
-    slots = DeviceSlots(
-        planned.num_slots,
-        source.shape,
-        opened.dtype,
-        device,
-        num_layers=facts.num_layers,
-        max_experts=max(facts.experts_per_layer),
-        num_pinned=len(resident),
-    )
-    pager = ExpertPager(
-        source, slots, resident=resident, host=host, policy=policy, num_readers=num_readers, observer=observer
-    )
-    model = opened.load_trunk(device)
-    paged = PagedModel(opened, model, pager, planned, closing=(pager, source, *([host] if host else ())))
-    opened.checkpoint.close()
-    return paged
 
 
 def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:

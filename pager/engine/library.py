@@ -1,7 +1,8 @@
-"""`load_model`: a transformers model for use as a library. `forward` and `generate` work as usual; pools travel with the cache."""
+"""`load_model`: a transformers model for use as a library. Pools travel with its cache."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,14 +36,17 @@ def load_model(
 ) -> PreTrainedModel:
     """A transformers model whose routed experts live in at most `expert_memory` bytes of slots.
 
-    `expert_memory` is bytes, "64MiB" or a share of all routed experts ("25%", 0.25); None lets the planner choose. Shared experts
-    belong to the trunk and are outside of it. `dtype` None serves in bfloat16; "auto" in the dtype of the checkpoint.
+    `expert_memory` is bytes, "64MiB" or a share of all routed experts ("25%", 0.25); None lets the planner choose.
+    Shared experts belong to the trunk and are outside of it. `dtype` None serves in bfloat16; "auto" in the dtype of
+    the checkpoint.
 
-    `pool_size` None is exact: the logits equal those of the unpaged model whatever the budget. 32 (routed experts a layer), "12.5%"
-    (of all experts, shared included) or "mass:0.9[:cap]" restricts each document to the pool that its first forward chooses, layer by
-    layer, frozen for what follows with the same cache. A row without a past starts a document; padding (attention_mask) is left out.
+    `pool_size` None is exact: the logits equal those of the unpaged model whatever the budget. 32 (routed experts a
+    layer), "12.5%" (of all experts, shared included) or "mass:0.9[:cap]" restricts each document to the pool that its
+    first forward chooses, layer by layer, frozen for what follows with the same cache. A row without a past starts a
+    document; padding (attention_mask) is left out.
 
-    The model has one more attribute: `expert_paging` (a `PagedModel`: the pager with its statistics, the plan, `close()`).
+    The model has one more attribute: `expert_paging` (a `PagedModel`: the pager with its statistics, the plan,
+    `close()`).
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest.
     """
     policy_of_rows = PoolPolicy(size=parse_pool_size(pool_size))
@@ -55,14 +59,15 @@ def load_model(
         raise
     model = paged.model
     forwards = LibraryForwards(paged, policy_of_rows)
-    model.register_forward_pre_hook(forwards.begin, with_kwargs=True)
-    model.register_forward_hook(forwards.end, always_call=True)
+    # On the inner model, which every forward passes: `model(...)`, `model.generate(...)` and `model.model(...)`.
+    model.model.register_forward_pre_hook(forwards.begin, with_kwargs=True)
+    model.model.register_forward_hook(forwards.end, always_call=True)
     model.expert_paging = paged
     return model
 
 
 class LibraryForwards:
-    """Gives every forward of the model its documents: new ones for rows without a past, the cache's own for the rest."""
+    """Gives every forward its documents: new ones for rows without a past, the cache's own for the rest."""
 
     def __init__(self, paged: PagedModel, policy: PoolPolicy) -> None:
         self._paged = paged
@@ -73,25 +78,31 @@ class LibraryForwards:
 
     def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Forward pre-hook. Raises InvalidRequest for a cache that was filled without pools."""
+        self.end()  # of a forward that was interrupted from the keyboard, after which torch runs no hook
+        if self._paged.is_stepping:
+            return args, kwargs  # the caller opened a step of its own
         if self._is_exact:
             self._enter(self._paged.step([self._exact], prefill=True))
             return args, kwargs
-        inputs = args[0] if args else kwargs.get("input_ids")
+        kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        inputs = kwargs.get("input_ids")
         if inputs is None:
-            inputs = kwargs["inputs_embeds"]
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            return (), kwargs  # the model will say so
         num_rows, num_tokens = inputs.shape[:2]
         cache = kwargs.get("past_key_values")
         if cache is None and _uses_cache(model, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=model.config)
-        num_past = cache.get_seq_length() if cache is not None else 0
+        num_past = int(cache.get_seq_length()) if cache is not None else 0
         valid_BT = _valid_tokens(kwargs.get("attention_mask"), num_rows, num_past + num_tokens)
-        documents = self._documents(cache, num_rows, int(num_past), valid_BT)
+        documents = self._documents(cache, num_rows, num_past, valid_BT)
         if cache is not None:
             carry_documents(cache, documents)
         rows = torch.arange(num_rows, device=inputs.device).repeat_interleave(num_tokens)
         valid = None if valid_BT is None else valid_BT[:, -num_tokens:].reshape(-1)
         self._enter(self._paged.step(documents, rows=rows, valid=valid, prefill=True))
-        return args, kwargs
+        return (), kwargs
 
     def end(self, *_: Any) -> None:
         """Forward hook, called whether the forward returned or raised."""
@@ -109,8 +120,8 @@ class LibraryForwards:
         past = getattr(cache, "documents", None) if num_past else None
         if num_past and past is None:
             raise InvalidRequest(
-                "this cache was filled without pools, so its rows have none; start with an empty cache, or load the model "
-                "with pool_size=None",
+                "this cache was filled without pools, so its rows have none; start with an empty cache, or load the "
+                "model with pool_size=None",
                 field="past_key_values",
             )
         if past is not None and len(past) != num_rows:
@@ -173,7 +184,8 @@ def _valid_tokens(mask: Any, num_rows: int, num_tokens: int) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != num_rows or mask.shape[1] < num_tokens:
         raise InvalidRequest(
-            f"with pools the attention mask must be 2-D, [{num_rows}, {num_tokens}], to tell padding from text",
+            f"with pools the attention mask must be 2-D, [{num_rows}, {num_tokens}], to tell padding from text; "
+            "generating with a static cache makes another, so use the default one",
             field="attention_mask",
         )
     return mask[:, :num_tokens].bool()

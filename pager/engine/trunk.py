@@ -1,4 +1,4 @@
-"""A transformers model without its routed experts: built on the meta device, filled tensor by tensor from the disk tier."""
+"""A transformers model without its experts: built on the meta device, filled tensor by tensor from the disk tier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import pager.models  # noqa: F401 - registers the models this project adds
-from pager.errors import CheckpointError, UnsupportedModel
+from pager.errors import CheckpointError, PagerError, UnsupportedModel
 from pager.models.families import Family, family_of
 from pager.store.experts import ExpertSource, open_experts
 from pager.store.safetensors_index import Checkpoint
@@ -38,12 +38,13 @@ class OpenModel:
     def open(cls, path: str | Path, dtype: torch.dtype | str | None = None) -> OpenModel:
         """Raises CheckpointError for a damaged checkpoint, UnsupportedModel for a family that can not be paged."""
         checkpoint = Checkpoint.open(path)
-        model_type = checkpoint.config.get("model_type")
+        family = family_of(checkpoint.config.get("model_type"))
         try:
             config = AutoConfig.for_model(**checkpoint.config)
-        except (ValueError, KeyError) as error:
-            raise UnsupportedModel(f"{path}: transformers does not know model type {model_type!r} ({error})") from error
-        family = family_of(config)
+        except PagerError:
+            raise
+        except Exception as error:  # each family validates its fields in its own way
+            raise CheckpointError(f"{checkpoint.path} has no valid {family.model_type} config: {error}") from error
         return cls(checkpoint, config, family, family.facts(config), _choose_dtype(dtype, checkpoint.config))
 
     @property

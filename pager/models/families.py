@@ -1,7 +1,7 @@
 """What paging needs to know of a model family: where its experts are stored and how its router picks.
 
-An entry per family; everything else is taken from the transformers model itself. Legend: T tokens, E experts of a layer (all),
-R routed experts, K experts a token picks.
+An entry per family; everything else is taken from the transformers model itself.
+Legend: T tokens, E experts of a layer (all of them), R routed experts, K experts a token picks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ Pick = Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 class Family:
     """The facts of one family.
 
-    `pick(gate, logits_TE, allowed_TE)` repeats the family's own choice from raw router logits, restricted to the allowed
-    experts (bool, shared ones always True; None: all); it returns weights [T, K] and indices [T, K] over all experts, as the gate itself would.
+    `pick(gate, logits_TE, allowed_TE)` repeats the family's own choice from raw router logits, restricted to the
+    allowed experts (bool, shared ones always True; None: all); it returns weights [T, K] and indices [T, K] over all
+    experts, as the gate itself would.
     """
 
     model_type: str
@@ -36,13 +37,12 @@ class Family:
     poolable: Callable[[Any], str | None]  # why this config can not be pooled, or None
 
 
-def family_of(config: Any) -> Family:
-    """The family of a transformers config. Raises UnsupportedModel, naming the supported ones."""
-    family = FAMILIES.get(config.model_type)
+def family_of(model_type: object) -> Family:
+    """The family that a config names. Raises UnsupportedModel, naming the supported ones."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        raise UnsupportedModel(
-            f"model type {config.model_type!r} can not be paged; supported are {', '.join(sorted(FAMILIES))}"
-        )
+        supported = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModel(f"model type {model_type!r} can not be paged; supported are {supported}")
     return family
 
 
@@ -108,14 +108,13 @@ def _emo_facts(config: Any) -> RoutingFacts:
     experts = tuple(config.experts_in_layer(layer) for layer in range(config.num_hidden_layers))
     shared = tuple(config.shared_in_layer(layer) for layer in range(config.num_hidden_layers))
     top_k = tuple(
-        config.num_experts_per_tok - shared_ if experts_ else 0
-        for experts_, shared_ in zip(experts, shared, strict=True)
+        min(config.num_experts_per_tok, experts_) - shared_ for experts_, shared_ in zip(experts, shared, strict=True)
     )
     return RoutingFacts(experts_per_layer=experts, shared_per_layer=shared, top_k_per_layer=top_k)
 
 
 def _emo_unpoolable(config: Any) -> str | None:
-    if config.always_active_experts or config.always_active_experts_per_layer:
+    if any(config.always_active_in_layer(layer) for layer in range(config.num_hidden_layers)):
         return "pools are not defined for always-active experts"
     return None
 

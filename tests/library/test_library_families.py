@@ -137,7 +137,15 @@ def test_a_float32_checkpoint_serves_in_bfloat16(
     assert (logits - expected).abs().mean() < noise.mean()
 
 
-@pytest.mark.parametrize(("stored", "asked", "served"), [("bfloat16", "auto", "bfloat16"), ("float32", "auto", "float32"), ("float16", "auto", "float16"), ("bfloat16", "float32", "float32")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stored", "asked", "served"),
+    [
+        ("bfloat16", "auto", "bfloat16"),
+        ("float32", "auto", "float32"),
+        ("float16", "auto", "float16"),
+        ("bfloat16", "float32", "float32"),
+    ],
+)
 def test_the_dtype_is_the_checkpoints_when_asked_for(
     small: MakeSmall, load: Load, stored: str, asked: str, served: str
 ) -> None:
@@ -174,8 +182,9 @@ class Pools:
 
 @contextmanager
 def masked_gates(plain: PreTrainedModel, *, num_routed: int, num_rows: int) -> Iterator[Pools]:
-    """Pools derived by hand: the first forward sums each row's router probabilities and keeps the largest; from then on all
-    other experts' rows of the gate's logits are -inf, and the gate's own rule is written out again."""
+    """Pools derived by hand: the first forward sums each row's router probabilities and keeps the largest; from then on
+    all other experts' columns of the logits are -inf, and the gate's own rule is written out again.
+    """
     pools = Pools()
     hooks = []
     for number, block in enumerate(blocks(plain)):

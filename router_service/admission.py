@@ -26,23 +26,20 @@ class AdmissionLimits:
 
 
 class Admission:
-    """Owns the counts of what is in flight. A ticket is held for as long as its request lives."""
+    """Owns the counts of what is in flight. A ticket is held for as long as its request lives.
+
+    `num_requests` and `num_tokens` are read by others, from any thread.
+    """
 
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
         self._is_closed = False
+        self.num_requests = 0
+        self.num_tokens = 0
         self._requests: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._mean_held_s: float | None = None
-
-    @property
-    def num_requests(self) -> int:
-        return self._requests.total()
-
-    @property
-    def num_tokens(self) -> int:
-        return self._tokens.total()
 
     def close(self) -> None:
         """From now on every request is refused with NotReady; those in flight go on."""
@@ -63,6 +60,7 @@ class Admission:
                 retry_after_s=self.retry_after_s(),
             )
         self._requests[tenant] += 1
+        self.num_requests += 1
         return Ticket(self, tenant, self._clock())
 
     def retry_after_s(self) -> float:
@@ -92,8 +90,11 @@ class Admission:
                 retry_after_s=self.retry_after_s(),
             )
         self._tokens[tenant] += tokens
+        self.num_tokens += tokens
 
     def _leave(self, ticket: Ticket) -> None:
+        self.num_requests -= 1
+        self.num_tokens -= ticket.tokens
         for counts, amount in ((self._requests, 1), (self._tokens, ticket.tokens)):
             counts[ticket.tenant] -= amount
             if counts[ticket.tenant] <= 0:
@@ -105,8 +106,8 @@ class Admission:
     def check_integrity(self) -> None:
         assert all(count > 0 for count in self._requests.values())
         assert set(self._tokens) <= set(self._requests)
-        assert self.num_requests <= self._limits.max_requests
-        assert self.num_tokens <= self._limits.max_tokens
+        assert self.num_requests == self._requests.total() <= self._limits.max_requests
+        assert self.num_tokens == self._tokens.total() <= self._limits.max_tokens
 
 
 class Ticket:

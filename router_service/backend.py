@@ -34,13 +34,16 @@ def build_backend(
     metrics = RouterMetrics()
     hints = _hint_store(model, redis_url, metrics)
     scoring = Scoring(scorer, encoder)
+    admission = Admission(limits)
+    metrics.requests_in_flight.set_function(lambda: admission.num_requests)
+    metrics.tokens_in_flight.set_function(lambda: admission.num_tokens)
     return Backend(
         model=model,
         cluster=cluster,
         scoring=scoring,
         predictor=Predictor(scoring, hints, model.facts, model.fingerprint),
         hints=hints,
-        admission=Admission(limits),
+        admission=admission,
         metrics=metrics,
         default_pool=default_pool,
         write_timeout_s=write_timeout_s,

@@ -93,13 +93,10 @@ class RouterServer:
             await asyncio.sleep(PULSE_S)
 
     async def _set_readiness(self) -> None:
-        metrics, admission = self._backend.metrics, self._backend.admission
         states = [worker.state for worker in self._backend.cluster.workers()]
         await self._health.set(SERVICE_NAME, _SERVING if "ready" in states else _NOT_SERVING)
         for state in ("starting", "ready", "hung", "dead"):
-            metrics.workers.labels(state).set(states.count(state))
-        metrics.requests_in_flight.set(admission.num_requests)
-        metrics.tokens_in_flight.set(admission.num_tokens)
+            self._backend.metrics.workers.labels(state).set(states.count(state))
 
     async def _heartbeat(self) -> None:
         workers = self._backend.cluster.workers()

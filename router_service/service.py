@@ -22,7 +22,7 @@ from pager.errors import (
     WorkerLost,
 )
 from pager.routing.pool import pick_pool
-from pager.types import Full, GenerateRequest, PoolPolicy, Usage
+from pager.types import Full, GenerateRequest, PoolPolicy, PoolSource, Usage
 from router_service import decode, encode
 from router_service.admission import Admission, Ticket
 from router_service.boundary import request_id
@@ -75,7 +75,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
                 request = await self._intake.request(ask, tenant, deadline_s)
                 self._charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
                 prediction = await self._predict(request)
-                request = replace(request, predicted=prediction.pool)
+                if request.pool.source is not PoolSource.FIXED:
+                    request = replace(request, predicted=prediction.pool)
                 await self._stream(request, prediction, context, meter)
 
     def _admitted(self, tenant: str) -> Ticket:
@@ -109,7 +110,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         prediction = await self._backend.predictor.predict(request.tenant, request.prompt_token_ids, request.pool)
         if prediction.source not in ("none", "fixed"):
             metrics.route_seconds.labels(prediction.source).observe(prediction.took_s)
-            metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
+            if request.pool.source is PoolSource.PREFILL:
+                metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
         return prediction
 
     async def _stream(
@@ -145,6 +147,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
     async def _answer(
         self, request: GenerateRequest, placement: Placement, context: Context, meter: StreamMeter
     ) -> Usage:
+        guess = request.predicted if request.pool.source is PoolSource.PREFILL else None
         self._at_worker[placement.worker_id] += 1
         try:
             async with aclosing(self._backend.cluster.generate(placement.worker_id, request)) as chunks:
@@ -152,7 +155,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
                     if not meter.has_started:
                         # Again: an Abort may have looked for the request at the workers before it got there.
                         await self._check_aborted(request.id)
-                    chunk = meter.seen(chunk, request.predicted)
+                    chunk = meter.seen(chunk, guess)
                     await send(context, encode.chunk(request.id, chunk), self._backend.write_timeout_s)
                     if chunk.usage is not None:
                         return chunk.usage
@@ -168,7 +171,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         self, request: GenerateRequest, prediction: Prediction, placement: Placement, usage: Usage
     ) -> None:
         self._queue_clock.observe(placement.waiting, usage.queue_s)
-        if usage.predicted_recall is not None and prediction.source != "fixed":
+        if usage.predicted_recall is not None:
             self._backend.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
         await self._backend.predictor.learn(request.tenant, request.prompt_token_ids, request.pool, usage)
 

@@ -71,7 +71,7 @@ async def test_an_answer_streams_and_ends_with_its_usage(service):
 
 
 async def test_the_worker_gets_the_request_with_its_prediction(service):
-    await answer(
+    messages = await answer(
         service.stub,
         pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=[5, 6]),
@@ -91,6 +91,10 @@ async def test_the_worker_gets_the_request_with_its_prediction(service):
     assert (request.pool.size.mass, request.pool.size.cap, request.pool.source) == (0.5, 4, "prediction")
     assert request.predicted is not None
     assert request.deadline_unix_s is not None
+    assert messages[-1].usage.HasField("pool")
+    assert not messages[-1].usage.HasField("predicted_recall")  # the prediction is the pool
+    assert service.metric("recall_ratio_count", source="trunk") == 0
+    assert service.metric("hint_lookups_total", result="miss") == 0
 
 
 async def test_all_experts_need_no_prediction(service):

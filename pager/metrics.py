@@ -49,12 +49,28 @@ RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 
 
 
 class TierBytes(NamedTuple):
-    """One tier now: what its budget is, what is loaded or loading, what of it is in use, what is promised."""
+    """One tier now: what its budget is, what is loaded or loading, what of it is in use, what is promised.
 
-    capacity: int
-    resident: int
-    pinned: int
-    reserved: int
+    The host tier belongs to all workers of a node: each reports the same bytes, so take the maximum, not the sum.
+    """
+
+    capacity: int = 0
+    resident: int = 0
+    pinned: int | None = None  # None: this worker does not know
+    reserved: int | None = None
+
+
+class EngineLoad(Protocol):
+    """What is exported of the engine's status."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def kv_blocks_total(self) -> int: ...
 
 
 class TierState(Protocol):
@@ -123,7 +139,6 @@ class WorkerMetrics:
         self._waiting = Gauge(f"{PREFIX}_requests_waiting", "Requests in line.", registry=registry)
         self._kv_used = Gauge(f"{PREFIX}_kv_used_bytes", "KV cache reserved by running requests.", registry=registry)
         self._kv_capacity = Gauge(f"{PREFIX}_kv_capacity_bytes", "KV cache as planned.", registry=registry)
-        self._kv_block_bytes = 0
 
     # --- what the worker says once ----------------------------------------------------------------------------------
 
@@ -131,9 +146,12 @@ class WorkerMetrics:
         """Version, model, dtype and the like, as labels of `expert_pager_model_info`."""
         self._info.info(labels)
 
-    def describe_kv(self, block_bytes: int, num_blocks: int) -> None:
-        self._kv_block_bytes = block_bytes
-        self._kv_capacity.set(block_bytes * num_blocks)
+    def watch_engine(self, status: Callable[[], EngineLoad], kv_block_bytes: int) -> None:
+        """Exports `status()` at every scrape: an engine that idles takes no steps, and tells nobody."""
+        self._running.set_function(lambda: status().running)
+        self._waiting.set_function(lambda: status().waiting)
+        self._kv_used.set_function(lambda: status().kv_blocks_used * kv_block_bytes)
+        self._kv_capacity.set_function(lambda: status().kv_blocks_total * kv_block_bytes)
 
     def watch_tiers(self, state: TierState) -> None:
         """Exports `state()` at every scrape: one consistent snapshot instead of gauges set by hand."""
@@ -179,9 +197,7 @@ class WorkerMetrics:
         self._requests.labels(outcome if outcome in OUTCOMES else "internal").inc()
 
     def load(self, running: int, waiting: int, kv_blocks_used: int) -> None:
-        self._running.set(running)
-        self._waiting.set(waiting)
-        self._kv_used.set(kv_blocks_used * self._kv_block_bytes)
+        """Nothing: `watch_engine` asks for it."""
 
     def pool(self, pool: ExpertPool, out_of_pool_mass: float) -> None:
         layers = [len(layer) for layer in pool.experts if layer]
@@ -237,7 +253,9 @@ class _TierCollector(Collector):
         for name, text in texts.items():
             family = GaugeMetricFamily(f"{PREFIX}_{name}_bytes", text, labels=["tier"])
             for tier in CACHE_TIERS:
-                family.add_metric([tier], getattr(state.get(tier, TierBytes(0, 0, 0, 0)), name))
+                value = getattr(state.get(tier, TierBytes()), name)
+                if value is not None:
+                    family.add_metric([tier], value)
             yield family
 
 

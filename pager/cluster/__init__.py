@@ -1,0 +1,7 @@
+"""Workers as Ray actors, their supervision, and the way of tokens. The only package that imports ray; see `Cluster`."""
+
+import os
+
+# Ray reads these when it is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a service is reported to anybody
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # every worker's log lines, not "repeated 3x across cluster"

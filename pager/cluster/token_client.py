@@ -15,7 +15,7 @@ from expert_pager.v1 import worker_pb2_grpc
 
 from pager.cluster.codec import decode_chunk, decode_error, encode_request
 from pager.cluster.token_server import CHANNEL_OPTIONS, TOKEN_HEADER
-from pager.errors import Cancelled, PagerError, SlowReader, WorkerLost
+from pager.errors import PagerError, SlowReader, WorkerLost
 from pager.types import GenerateRequest, TokenChunk
 
 log = logging.getLogger(__name__)
@@ -76,28 +76,39 @@ class AnswerStream:
 class WorkerLink:
     """One router's stream to one worker. Owns the answers open on it; when it breaks, each raises WorkerLost."""
 
-    def __init__(self, address: str, token: str, *, buffer_chunks: int, on_load: Callable[[pb.Load], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        *,
+        buffer_chunks: int,
+        on_load: Callable[[pb.Load], None],
+        on_break: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_break` is called once, after the open answers were failed."""
         self.broken = asyncio.Event()
+        self._on_break = on_break
         self._buffer_chunks = buffer_chunks
         self._on_load = on_load
         self._metadata = ((TOKEN_HEADER, token),)
         self._answers: dict[int, AnswerStream] = {}  # by ticket
         self._tickets = itertools.count(1)
-        self._commands: asyncio.Queue[pb.Command] = asyncio.Queue()
+        self._commands: asyncio.Queue[pb.Command | None] = asyncio.Queue()  # None: no more
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = worker_pb2_grpc.WorkerStub(self._channel)
+        self._call: Any = None
         self._reader: asyncio.Task[None] | None = None
 
     async def attach(self, timeout_s: float = 10.0) -> None:
         """Returns once the worker has answered. Raises WorkerLost when it does not."""
-        call = self._stub.Attach(self._outgoing(), metadata=self._metadata)
+        self._call = self._stub.Attach(self._outgoing(), metadata=self._metadata)
         try:
-            first = await asyncio.wait_for(call.read(), timeout_s)
+            first = await asyncio.wait_for(self._call.read(), timeout_s)
         except (grpc.aio.AioRpcError, TimeoutError) as error:
-            await self._channel.close(grace=None)
+            await self.close()
             raise WorkerLost(f"the worker does not take a stream: {error}", retry_after_s=RETRY_AFTER_S) from error
         self._on_load(first.load)
-        self._reader = asyncio.create_task(self._read(call))
+        self._reader = asyncio.create_task(self._read(self._call))
 
     @property
     def num_open(self) -> int:
@@ -126,25 +137,27 @@ class WorkerLink:
             return False
         return bool(reply.found)
 
-    def cancel_all(self) -> None:
-        """Ends every open answer with Cancelled, here and on the worker."""
+    def cancel_all(self, error: PagerError) -> None:
+        """Ends every open answer with `error`, and its request on the worker."""
         for ticket in list(self._answers):
             self._cancel(ticket)
-            self._answers.pop(ticket).fail(Cancelled("the service is shutting down"))
+            self._answers.pop(ticket).fail(error)
 
     async def close(self) -> None:
         """Open answers raise WorkerLost. Idempotent."""
         self._break()
-        if self._reader is not None:
-            self._reader.cancel()
+        for task in (self._reader, self._call):
+            if task is not None:
+                task.cancel()
+        await asyncio.sleep(0)  # the call's own tasks end before their channel does
         await self._channel.close(grace=None)
 
     def _cancel(self, ticket: int) -> None:
         self._commands.put_nowait(pb.Command(cancel=pb.Cancel(ticket=ticket)))
 
     async def _outgoing(self) -> AsyncIterator[pb.Command]:
-        while True:
-            yield await self._commands.get()
+        while (command := await self._commands.get()) is not None:
+            yield command
 
     async def _read(self, call: Any) -> None:
         try:
@@ -177,10 +190,14 @@ class WorkerLink:
                 answer.fail(decode_error(failure.error))
 
     def _break(self) -> None:
+        if self.broken.is_set():
+            return
         self.broken.set()
         for answer in self._answers.values():
             answer.fail(_lost())
         self._answers.clear()
+        self._commands.put_nowait(None)
+        self._on_break()
 
 
 def _lost() -> WorkerLost:

@@ -57,11 +57,12 @@ StreamEvent = TokenChunk | RequestFailure
 
 
 class TokenServer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
-    """Serves `engine` to every router that knows `token`. Owns which router brought which open request."""
+    """Serves an engine to every router that knows `token`. Owns which router brought which open request."""
 
-    def __init__(self, engine: TokenEngine, load: Callable[[], pb.Load], token: str) -> None:
-        self._engine = engine
-        self._load = load
+    _engine: TokenEngine
+    _load: Callable[[], pb.Load]
+
+    def __init__(self, token: str) -> None:
         self._token = token
         self._streams: set[_RouterStream] = set()
         self._owners: dict[str, _Owner] = {}  # until the engine's last event of the request, its router gone or not
@@ -69,8 +70,12 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._load_task: asyncio.Task[None] | None = None
 
-    async def start(self, bind: str) -> str:
-        """Listens on `bind` ("127.0.0.1:0", "unix:/path") and returns the address to dial."""
+    async def start(self, bind: str, engine: TokenEngine, load: Callable[[], pb.Load]) -> str:
+        """Listens on `bind` ("127.0.0.1:0", "unix:/path") and returns the address to dial.
+
+        `load()` says how busy the engine is; it is asked once a second.
+        """
+        self._engine, self._load = engine, load
         self._loop = asyncio.get_running_loop()
         self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)

@@ -91,10 +91,10 @@ class Transport:
 @pytest.fixture(params=["tcp", "unix"])
 async def transport(request: pytest.FixtureRequest, tmp_path: object) -> AsyncIterator[Transport]:
     engine = ScriptedEngine()
-    server = TokenServer(engine, lambda: pb.Load(waiting=len(engine.open)), TOKEN)
+    server = TokenServer(TOKEN)
     engine.server = server
     bind = "127.0.0.1:0" if request.param == "tcp" else f"unix:{tmp_path}/worker.sock"
-    found = Transport(engine, server, await server.start(bind))
+    found = Transport(engine, server, await server.start(bind, engine, lambda: pb.Load(waiting=len(engine.open))))
     yield found
     for link in found.links:
         await link.close()

@@ -2,6 +2,7 @@
 
 import urllib.request
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -31,7 +32,7 @@ def scrape(server: MetricsServer) -> dict[tuple[str, tuple[tuple[str, str], ...]
 
 def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> None:
     metrics.describe_model({"version": "1", "model": "m", "dtype": "float32"})
-    metrics.describe_kv(block_bytes=1000, num_blocks=7)
+    metrics.watch_engine(lambda: SimpleNamespace(running=3, waiting=4, kv_blocks_used=2, kv_blocks_total=7), 1000)
     metrics.watch_tiers(lambda: {"device": TierBytes(capacity=400, resident=300, pinned=200, reserved=100)})
     metrics.lookups("device", "hit", 5)
     metrics.transferred("disk", "device", 4096, 0.25)
@@ -39,7 +40,6 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     metrics.evicted("demand", 2)
     metrics.stalled(0.5, "lease")
     metrics.quarantined("disk")
-    metrics.load(running=3, waiting=4, kv_blocks_used=2)
     metrics.pool(ExpertPool(((1, 2, 3, 4), (), (5, 6))), 0.125)
     metrics.tokens(10, 20)
     metrics.finished("stop")

@@ -1,0 +1,186 @@
+"""The workers as a router sees them. The one entry to this package; its callers see nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Self
+
+from pager.cluster.actors import OthersWorkers, OwnWorkers
+from pager.cluster.file_sd import write_targets
+from pager.cluster.ray_session import RaySession
+from pager.cluster.supervisor import WorkerSupervisor
+from pager.cluster.views import ModelView, WorkerState, WorkerView
+from pager.cluster.worker import EngineLoader, load_engine
+from pager.config import ServiceConfig
+from pager.errors import Cancelled, NotReady, PagerError, WorkerLost
+from pager.types import GenerateRequest, TokenChunk
+
+log = logging.getLogger(__name__)
+
+ATTACH_TIMEOUT_S = 60.0
+POLL_S = 1.0
+DRAIN_POLL_S = 0.02
+
+
+class Cluster:
+    """Owns the supervisors and this router's connection to Ray. Lives on one event loop; `connect` makes it."""
+
+    def __init__(self, config: ServiceConfig, session: RaySession, own: OwnWorkers | None) -> None:
+        self._config = config
+        self._session = session
+        self._own = own
+        self._supervisors: dict[str, WorkerSupervisor] = {}
+        self._discovery: asyncio.Task[None] | None = None
+        self._num_open = 0
+        self._is_draining = False
+        self._targets: tuple[str | None, dict[str, str]] | None = None
+        self._router_metrics: str | None = None
+
+    @classmethod
+    async def connect(cls, config: ServiceConfig, load: EngineLoader = load_engine) -> Self:
+        """Starts `config.workers.count` workers and returns when one is ready; with 0, finds another router's workers.
+
+        They are supervised from here on. Raises ConfigError, and what keeps the first workers from loading
+        (CheckpointError, BudgetError, PortInUse, ...); NotReady when there are no workers to attach to.
+        """
+        session = await asyncio.to_thread(RaySession.open, config.cluster.ray_address, config.cluster.namespace)
+        cluster = None
+        try:
+            own = OwnWorkers(config, session, load) if config.workers.count else None
+            cluster = cls(config, session, own)
+            await cluster._start()
+        except BaseException:
+            await (cluster.close() if cluster else asyncio.to_thread(session.close))
+            raise
+        return cluster
+
+    def workers(self) -> tuple[WorkerView, ...]:
+        """All of them, ready or not, by id."""
+        return tuple(self._supervisors[worker_id].view() for worker_id in sorted(self._supervisors))
+
+    def model(self) -> ModelView:
+        """What the workers serve. Raises NotReady before the first was ready."""
+        for supervisor in self._supervisors.values():
+            if supervisor.model is not None:
+                return supervisor.model
+        raise NotReady("no worker has loaded the model yet; retry shortly", retry_after_s=POLL_S)
+
+    async def generate(self, worker_id: str, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Chunks of the answer; the last one carries the usage. Closing the iterator cancels on the worker.
+
+        Raises what the worker's engine refuses or fails with; WorkerLost when it dies or hangs; SlowReader when more
+        than the configured number of chunks is unread; NotReady while draining.
+        """
+        if self._is_draining:
+            raise NotReady("the service is shutting down; send the request to another", retry_after_s=POLL_S)
+        supervisor = self._supervisors.get(worker_id)
+        link = supervisor.link if supervisor and supervisor.state is WorkerState.READY else None
+        if link is None:
+            raise WorkerLost(f"{worker_id} is not ready; send the request again", retry_after_s=POLL_S)
+        self._num_open += 1
+        try:
+            async with aclosing(link.generate(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            self._num_open -= 1
+
+    async def abort(self, request_id: str, tenant: str) -> bool:
+        """Cancels the tenant's request, whichever router and worker it is on. False when there is none such."""
+        links = [supervisor.link for supervisor in self._supervisors.values() if supervisor.link is not None]
+        return any(await asyncio.gather(*(link.abort(request_id, tenant) for link in links)))
+
+    def publish_router_metrics(self, address: str) -> None:
+        """Adds the router's own `/metrics` to the file_sd file."""
+        self._router_metrics = address
+        self._write_targets()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new requests, lets open ones end for so long, cancels the rest."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._num_open:  # noqa: ASYNC110 - a generator's end is no event
+                    await asyncio.sleep(DRAIN_POLL_S)
+        except TimeoutError:
+            log.warning("%d requests did not end within %g s; they are cancelled", self._num_open, timeout_s)
+        for supervisor in self._supervisors.values():
+            if supervisor.link is not None:
+                supervisor.link.cancel_all(Cancelled("the service is shutting down"))
+
+    async def close(self) -> None:
+        """Ends own workers, their segments and Ray, as far as this process started them. Idempotent."""
+        self._is_draining = True
+        if self._discovery is not None:
+            self._discovery.cancel()
+            await asyncio.gather(self._discovery, return_exceptions=True)
+        await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
+        self._supervisors.clear()
+        if self._own is not None:
+            await self._own.close()
+            self._own = None
+        await asyncio.to_thread(self._session.close)
+        self._session = RaySession(None, owns_ray=False, temp_dir=None)
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        if self._own is not None:
+            for name in self._own.names():
+                self._supervise(name)
+            await self._first_ready()
+            return
+        others = OthersWorkers(self._config.cluster.namespace)
+        self._discovery = asyncio.create_task(self._discover(others))
+        try:
+            async with asyncio.timeout(ATTACH_TIMEOUT_S):
+                while not any(view.state is WorkerState.READY for view in self.workers()):  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_S)
+        except TimeoutError:
+            raise NotReady(
+                f"no worker of namespace {self._config.cluster.namespace!r} was ready within {ATTACH_TIMEOUT_S:g} s; "
+                "start the router that owns the workers first, or set workers.count"
+            ) from None
+
+    async def _first_ready(self) -> None:
+        pending = {supervisor.first_ready for supervisor in self._supervisors.values()}
+        done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        errors = [error for future in done if isinstance(error := future.exception(), PagerError)]
+        if errors:
+            raise errors[0]
+
+    async def _discover(self, others: OthersWorkers) -> None:
+        while True:
+            for name in await others.names():
+                if name not in self._supervisors:
+                    self._supervise(name, others)
+            await asyncio.sleep(POLL_S)
+
+    def _supervise(self, name: str, others: OthersWorkers | None = None) -> None:
+        launcher = others or self._own
+        assert launcher is not None, "a worker is ours or somebody else's"
+        self._supervisors[name] = WorkerSupervisor(
+            name,
+            launcher,
+            step_timeout_s=self._config.workers.step_timeout_s,
+            buffer_chunks=self._config.router.stream_buffer_chunks,
+            on_change=self._write_targets,
+        )
+
+    def _write_targets(self) -> None:
+        if self._config.cluster.file_sd is None:
+            return
+        workers = {view.id: view.metrics_address for view in self.workers() if view.metrics_address}
+        targets = (self._router_metrics, workers)
+        if targets == self._targets:
+            return
+        try:
+            write_targets(Path(self._config.cluster.file_sd), *targets)
+        except OSError as error:
+            log.warning("the metrics targets could not be written to %s: %s", self._config.cluster.file_sd, error)
+        else:
+            self._targets = targets

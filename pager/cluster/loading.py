@@ -1,0 +1,105 @@
+"""The loader of a real worker: checkpoint, pager, tokenizer and engine, from the configuration. Imports torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from pager.cluster.views import ModelView
+from pager.cluster.worker import HostTierFactory, LoadedEngine, Sink, WorkerObserver
+from pager.config import ServiceConfig, WorkerConfig
+from pager.engine.engine import Engine
+from pager.engine.interface import EngineLimits
+from pager.engine.loading import PagedModel, load_paged_model
+from pager.errors import CheckpointError
+from pager.machine import Machine
+from pager.metrics import TierBytes
+from pager.planner import Budgets, describe
+
+
+def load_engine(
+    config: ServiceConfig, sink: Sink, observer: WorkerObserver, host_tier: HostTierFactory | None
+) -> LoadedEngine:
+    """Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
+    workers = config.workers
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    device = device_of(workers)
+    paged = load_paged_model(
+        config.model.path,
+        device=device,
+        dtype=config.model.dtype,
+        budgets=_budgets(workers, has_host_tier=host_tier is not None),
+        machine=Machine.detect(device).shared_by(workers.count),
+        host_tier=host_tier,
+        observer=observer,
+    )
+    try:
+        tokenizer = _tokenizer(Path(config.model.path))
+        limits = EngineLimits(max_running=workers.max_running, max_waiting=workers.max_waiting)
+        engine = Engine(paged, tokenizer, limits, sink=sink, observer=observer)
+    except BaseException:
+        paged.close()
+        raise
+    return LoadedEngine(
+        engine=engine,
+        model=_view(config, paged),
+        kv_block_bytes=paged.plan.kv_block_bytes,
+        resident=paged.pager.resident_experts,
+        tiers=lambda: _tiers(paged),
+        close=paged.close,
+    )
+
+
+def device_of(workers: WorkerConfig) -> str:
+    """Ray shows a worker the GPU it gave it, and no other."""
+    if workers.device != "auto":
+        return workers.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _budgets(workers: WorkerConfig, *, has_host_tier: bool) -> Budgets:
+    return Budgets(
+        expert_memory=workers.expert_memory,
+        host_memory=workers.host_memory if has_host_tier else 0,
+        kv_memory=workers.kv_memory,
+        max_running=workers.max_running,
+    )
+
+
+def _tokenizer(checkpoint: Path) -> Tokenizer:
+    """A checkpoint without a tokenizer is served too: every id has an empty text."""
+    path = checkpoint / "tokenizer.json"
+    if not path.exists():
+        return Tokenizer(BPE())
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+
+
+def _view(config: ServiceConfig, paged: PagedModel) -> ModelView:
+    plan = paged.plan
+    return ModelView(
+        name=config.model.public_name,
+        fingerprint=paged.fingerprint,
+        dtype=str(paged.dtype).removeprefix("torch."),
+        device=str(paged.device),
+        context_length=paged.config.max_position_embeddings,
+        kv_token_limit=plan.kv_tokens,
+        vocab_size=paged.config.vocab_size,
+        facts=paged.facts,
+        num_slots=plan.num_slots,
+        expert_bytes=plan.expert_bytes,
+        plan=plan.to_dict(),
+        plan_text="\n".join(describe(plan)),
+    )
+
+
+def _tiers(paged: PagedModel) -> dict[str, TierBytes]:
+    stats = paged.pager.stats()
+    device = TierBytes(stats.capacity_bytes, stats.resident_bytes, stats.held_bytes, stats.reserved_bytes)
+    return {"device": device, "host": TierBytes(capacity=paged.plan.host_bytes)}

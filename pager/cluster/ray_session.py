@@ -1,0 +1,75 @@
+"""This process's connection to Ray: a cluster of its own, or one that is there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from pager.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Tokens and weights never go through the object store; this is about the least that Ray takes.
+OBJECT_STORE_BYTES = 80 * 2**20
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class RaySession:
+    """`bind_host` is where workers listen: the loopback where all are on this machine, else None (their node's own)."""
+
+    bind_host: str | None
+    owns_ray: bool
+    temp_dir: Path | None
+
+    @classmethod
+    def open(cls, address: str | None, namespace: str) -> RaySession:
+        """Blocks for some seconds. A process that is connected already stays so. Raises ConfigError."""
+        if ray.is_initialized():
+            return cls(LOOPBACK if address is None else None, owns_ray=False, temp_dir=None)
+        if address is not None:
+            try:
+                ray.init(address=address, namespace=namespace, log_to_driver=True, logging_level=logging.WARNING)
+            except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+                raise ConfigError(f"can not join the Ray cluster at {address!r}: {error}") from error
+            return cls(None, owns_ray=True, temp_dir=None)
+        # It only says that an embedded cluster asks for a token, which is as it should be.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        temp_dir = _new_temp_dir()
+        try:
+            ray.init(
+                namespace=namespace,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+                _temp_dir=str(temp_dir),
+            )
+        except BaseException:
+            shutil.rmtree(temp_dir, ignore_errors=True)
+            raise
+        log.info("embedded Ray at %s; others join it with --ray-address", ray.get_runtime_context().gcs_address)
+        return cls(LOOPBACK, owns_ray=True, temp_dir=temp_dir)
+
+    def close(self) -> None:
+        """Ends what `open` started. Logs of an embedded cluster go with it."""
+        if self.owns_ray:
+            ray.shutdown()
+        if self.temp_dir is not None:
+            shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def num_gpus() -> int:
+    """GPUs of the whole cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _new_temp_dir() -> Path:
+    # Ray makes sockets deep below it, and a socket's path has at most 107 characters.
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="expert-pager-", dir=base if len(base) <= 24 else "/tmp"))

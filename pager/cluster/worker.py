@@ -1,0 +1,197 @@
+"""What runs in a worker's process: an engine, the token server in front of it, and its metrics. Knows no Ray.
+
+`Worker.load` is the composition root of a worker: from here on inner classes take values, not the configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from expert_pager.v1 import worker_pb2 as pb
+
+from pager import __version__
+from pager.cluster.codec import encode_bitmap
+from pager.cluster.loop_thread import LoopThread
+from pager.cluster.token_server import StreamEvent, TokenEngine, TokenServer
+from pager.cluster.views import Health, ModelView, WorkerReady
+from pager.config import ServiceConfig
+from pager.engine.interface import EngineObserver
+from pager.errors import PagerError
+from pager.metrics import MetricsServer, TierBytes, WorkerMetrics
+
+if TYPE_CHECKING:
+    from pager.cache.host import HostTier
+    from pager.engine.trunk import OpenModel
+    from pager.planner import Plan
+
+log = logging.getLogger(__name__)
+
+Sink = Callable[[Sequence[StreamEvent]], None]
+CLOSE_TIMEOUT_S = 5.0
+REMEMBERED_PAGE_INS = 256
+
+
+class Status(Protocol):
+    """What a worker reads of the engine's status."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def kv_blocks_total(self) -> int: ...
+    @property
+    def last_step_started_monotonic_s(self) -> float | None: ...
+
+
+class WorkerEngine(TokenEngine, Protocol):
+    def status(self) -> Status: ...
+    def start(self) -> None: ...
+    def stop(self, drain_s: float = 0.0) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """What a loader returns: an engine that is not started yet, and how to ask about what it holds."""
+
+    engine: WorkerEngine
+    model: ModelView
+    kv_block_bytes: int
+    resident: Callable[[], Sequence[Sequence[int]]]  # per layer the routed experts in device slots
+    tiers: Callable[[], dict[str, TierBytes]]
+    close: Callable[[], None]
+
+
+HostTierFactory = Callable[["OpenModel", "Plan"], "HostTier"]
+
+
+class EngineLoader(Protocol):
+    """Loads a model for one worker. Slow; raises PagerError for what the operator can mend."""
+
+    def __call__(
+        self, config: ServiceConfig, sink: Sink, observer: WorkerObserver, host_tier: HostTierFactory | None
+    ) -> LoadedEngine: ...
+
+
+class WorkerObserver(WorkerMetrics, EngineObserver):
+    """The worker's metrics as both observers. Remembers recent page-ins too, for who places requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._recent: deque[float] = deque(maxlen=REMEMBERED_PAGE_INS)
+
+    def transferred(self, source: str, destination: str, nbytes: int, seconds: float) -> None:
+        super().transferred(source, destination, nbytes, seconds)
+        if destination == "device" and seconds > 0:
+            self._recent.append(nbytes / seconds)
+
+    def page_in_bytes_per_s(self) -> float:
+        """Median of the recent page-ins; 0 before the first."""
+        recent = list(self._recent)
+        return statistics.median(recent) if recent else 0.0
+
+
+class Worker:
+    """One engine on one device. `load` once; `health` from any thread, even while it loads."""
+
+    def __init__(self, index: int, config: ServiceConfig, bind_host: str, load_engine: EngineLoader) -> None:
+        self._config = config
+        self._bind_host = bind_host
+        self._load_engine = load_engine
+        self._metrics_port = config.workers.metrics_port + index if config.workers.metrics_port else 0
+        self._observer = WorkerObserver()
+        self._loop = LoopThread("tokens")
+        self._token = secrets.token_urlsafe(32)
+        self._server = TokenServer(self._token)
+        self._metrics_server: MetricsServer | None = None
+        self._loaded: LoadedEngine | None = None
+        self._ready: WorkerReady | None = None
+
+    def load(self, host_tier: HostTierFactory | None = None) -> WorkerReady | PagerError:
+        """Loads the model and starts to serve. An error that the operator can mend is returned, not raised."""
+        set_num_threads(self._config)
+        started = time.monotonic()
+        try:
+            loaded = self._load_engine(self._config, self._server.deliver, self._observer, host_tier)
+            self._loaded = loaded
+            self._observer.watch_tiers(loaded.tiers)
+            self._observer.watch_engine(loaded.engine.status, loaded.kv_block_bytes)
+            self._observer.describe_model(_labels_of(loaded.model))
+            self._metrics_server = MetricsServer(self._observer.registry, self._bind_host, self._metrics_port)
+        except PagerError as error:
+            return error
+        address = self._loop.run(self._server.start(f"{self._bind_host}:0", loaded.engine, self._load_report))
+        loaded.engine.start()
+        self._ready = WorkerReady(address, self._token, self._metrics_server.address, os.getpid(), loaded.model)
+        log.info("ready after %.1f s: %s on %s", time.monotonic() - started, loaded.model.name, loaded.model.device)
+        return self._ready
+
+    def ready(self) -> WorkerReady | None:
+        """None while it loads."""
+        return self._ready
+
+    def health(self) -> Health:
+        if self._ready is None or self._loaded is None:
+            return Health(step_age_s=None)
+        status = self._loaded.engine.status()
+        started_s = status.last_step_started_monotonic_s
+        age_s = None if started_s is None else max(0.0, time.monotonic() - started_s)
+        return Health(age_s, status.waiting, status.running)
+
+    def close(self) -> None:
+        """Ends what is running, closes sockets and files. Best effort: the process ends next."""
+        with suppress(TimeoutError):
+            self._loop.run(self._server.stop(), CLOSE_TIMEOUT_S)
+        if self._metrics_server is not None:
+            self._metrics_server.close()
+        if self._loaded is not None:
+            self._loaded.engine.stop()
+            self._loaded.close()
+        self._loop.stop()
+
+    def _load_report(self) -> pb.Load:
+        assert self._loaded is not None, "a load report before the model is there"
+        status = self._loaded.engine.status()
+        return pb.Load(
+            waiting=status.waiting,
+            running=status.running,
+            resident=[encode_bitmap(layer) for layer in self._loaded.resident()],
+            page_in_bytes_per_s=self._observer.page_in_bytes_per_s(),
+        )
+
+
+def _labels_of(model: ModelView) -> dict[str, str]:
+    return {
+        "version": __version__,
+        "model": model.name,
+        "dtype": model.dtype,
+        "device": model.device,
+        "fingerprint": model.fingerprint,
+    }
+
+
+def set_num_threads(config: ServiceConfig) -> None:
+    """Workers of one machine share its cores. Before torch is imported, because OpenMP reads it then."""
+    workers = config.workers
+    num_threads = workers.num_threads or max(1, len(os.sched_getaffinity(0)) // workers.count)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+
+
+def load_engine(
+    config: ServiceConfig, sink: Sink, observer: WorkerObserver, host_tier: HostTierFactory | None
+) -> LoadedEngine:
+    """The real one, from a checkpoint. Imports torch when it is called, not before the threads are set."""
+    from pager.cluster.loading import load_engine as load
+
+    return load(config, sink, observer, host_tier)

@@ -1,0 +1,349 @@
+"""Real Ray, real worker processes and sockets; a stand-in for the engine, so that a test can make it hang."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from pager.cluster.cluster import Cluster
+from pager.cluster.ray_session import RaySession
+from pager.cluster.views import ModelView, WorkerState
+from pager.cluster.worker import LoadedEngine
+from pager.config import ClusterConfig, ModelConfig, RouterConfig, ServiceConfig, WorkerConfig
+from pager.errors import Cancelled, CheckpointError, DuplicateRequest, NotReady, PagerError, WorkerLost
+from pager.metrics import TierBytes
+from pager.types import FinishReason, GenerateRequest, PoolPolicy, RoutingFacts, SamplingParams, TokenChunk, Usage
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    # Ray's own clean-up leaves pipes and files of processes that it has killed to the collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+HANG = 666  # a prompt with this token makes the engine's step block for ever
+DIE = 667  # and with this one the process is killed in the middle of loading or running
+
+
+@dataclass(frozen=True)
+class Status:
+    waiting: int
+    running: int
+    last_step_started_monotonic_s: float | None
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 8
+
+
+@dataclass(frozen=True)
+class Failure:
+    request_id: str
+    error: PagerError
+
+
+@dataclass
+class StandIn:
+    """An engine that answers every request with `max_tokens` pieces, one every 2 ms, from a thread of its own."""
+
+    sink: Callable[[list[Any]], None]
+    left: dict[str, int] = field(default_factory=dict)
+    requests: dict[str, GenerateRequest] = field(default_factory=dict)
+    cancelled: set[str] = field(default_factory=set)
+    step_started: float | None = None
+    stopped: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    thread: threading.Thread | None = None
+
+    def submit(self, request: GenerateRequest) -> None:
+        with self.lock:
+            if request.id in self.requests:
+                raise DuplicateRequest("in use")
+            self.requests[request.id] = request
+            self.left[request.id] = request.sampling.max_tokens
+
+    def cancel(self, request_id: str, tenant: str | None = None) -> bool:
+        with self.lock:
+            request = self.requests.get(request_id)
+            if request is None or tenant not in (None, request.tenant):
+                return False
+            self.cancelled.add(request_id)
+            return True
+
+    def status(self) -> Status:
+        return Status(0, len(self.requests), self.step_started)
+
+    def start(self) -> None:
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        self.stopped = True
+        if self.thread is not None:
+            self.thread.join()
+
+    def run(self) -> None:
+        while not self.stopped:
+            self.step_started = time.monotonic()
+            with self.lock:
+                hang = any(HANG in request.prompt_token_ids for request in self.requests.values())
+                events = [self.advance(request_id) for request_id in list(self.requests)]
+            if hang:
+                time.sleep(3600)
+            self.step_started = None
+            if events:
+                self.sink(events)
+            time.sleep(0.002)
+
+    def advance(self, request_id: str) -> Any:
+        if request_id in self.cancelled:
+            self.forget(request_id)
+            return Failure(request_id, Cancelled("cancelled"))
+        self.left[request_id] -= 1
+        if self.left[request_id] > 0:
+            return TokenChunk(request_id, (os.getpid(),), "piece ")
+        self.forget(request_id)
+        usage = Usage("exact", FinishReason.LENGTH, 1, 1, None, 0, 0, 0, 0, 0.0, 0.0, None, 0.0, 0.0, "f")
+        return TokenChunk(request_id, (os.getpid(),), "end", usage)
+
+    def forget(self, request_id: str) -> None:
+        self.cancelled.discard(request_id)
+        del self.requests[request_id], self.left[request_id]
+
+
+MODEL = ModelView(
+    "stand-in", "f", "float32", "cpu", 64, 64, 8, RoutingFacts((4,), (0,), (1,)), 2, 100, {"num_slots": 2}, "2 slots"
+)
+
+
+def load_stand_in(config: ServiceConfig, sink: Any, observer: Any, host_tier: object) -> LoadedEngine:
+    if config.model.path == "broken":
+        raise CheckpointError("shard 2 of 3 is not there; download it again")
+    if config.model.path == "deadly":
+        os.kill(os.getpid(), signal.SIGKILL)
+    engine = StandIn(sink)
+    return LoadedEngine(
+        engine, MODEL, 10, lambda: [[1, 3]], lambda: {"device": TierBytes(200, 100, 0, 0)}, lambda: None
+    )
+
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[RaySession]:
+    session = RaySession.open(None, "tests")
+    yield session
+    session.close()
+    assert session.temp_dir is not None
+    assert not session.temp_dir.exists()
+
+
+def config(tmp_path: Path, count: int = 1, model: str = "stand-in", **workers: Any) -> ServiceConfig:
+    return ServiceConfig(
+        model=ModelConfig(path=model),
+        workers=WorkerConfig(count=count, device="cpu", num_threads=1, **workers),
+        router=RouterConfig(stream_buffer_chunks=10**6),
+        cluster=ClusterConfig(namespace=tmp_path.name, file_sd=str(tmp_path / "targets.json")),
+    )
+
+
+@contextlib.asynccontextmanager
+async def cluster(config: ServiceConfig) -> AsyncIterator[Cluster]:
+    cluster = await Cluster.connect(config, load_stand_in)
+    try:
+        yield cluster
+    finally:
+        await cluster.close()
+
+
+def request(request_id: str, max_tokens: int = 5, token: int = 1, tenant: str = "t") -> GenerateRequest:
+    return GenerateRequest(request_id, tenant, (token,), SamplingParams(max_tokens=max_tokens), PoolPolicy())
+
+
+async def answer(cluster: Cluster, worker: str, request: GenerateRequest) -> list[TokenChunk]:
+    return [chunk async for chunk in cluster.generate(worker, request)]
+
+
+async def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is awaited happens in other processes
+            await asyncio.sleep(0.01)
+
+
+def ready(cluster: Cluster) -> list[str]:
+    return [view.id for view in cluster.workers() if view.state is WorkerState.READY]
+
+
+def worker_pids() -> set[int]:
+    """Of the worker actors below this process."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "WorkerActor" in process.name() + " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+def pid_of(chunks: list[TokenChunk]) -> int:
+    return chunks[0].token_ids[0]
+
+
+async def test_two_workers_answer_at_the_same_time_and_say_what_they_are(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path, count=2)) as both:
+        await until(lambda: ready(both) == ["worker-0", "worker-1"])
+        asked = [answer(both, f"worker-{index % 2}", request(str(index), 20)) for index in range(8)]
+        answers = await asyncio.gather(*asked)
+        assert all([chunk.text for chunk in chunks] == ["piece "] * 19 + ["end"] for chunks in answers)
+        assert len({pid_of(chunks) for chunks in answers}) == 2
+        assert both.model() == MODEL
+        view = both.workers()[0]
+        assert (view.num_slots, view.expert_bytes, view.resident) == (2, 100, (0b1010,))
+        targets = json.loads((tmp_path / "targets.json").read_text())
+        assert [group["labels"]["worker"] for group in targets] == ["worker-0", "worker-1"]
+        for group in targets:
+            text = await asyncio.to_thread(_get, f"http://{group['targets'][0]}/metrics")
+            assert 'expert_pager_model_info{device="cpu",dtype="float32",' in text
+            assert 'expert_pager_capacity_bytes{tier="device"} 200.0' in text
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url) as response:
+        return str(response.read().decode())
+
+
+async def test_a_killed_worker_fails_its_streams_at_once_and_comes_back(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path, count=2)) as both:
+        await until(lambda: len(ready(both)) == 2)
+        pid = pid_of(await answer(both, "worker-0", request("who")))
+        lost = [asyncio.create_task(answer(both, "worker-0", request(f"l{index}", 10**6))) for index in range(3)]
+        kept = asyncio.create_task(answer(both, "worker-1", request("kept", 400)))
+        await until(lambda: both.workers()[0].running == 3)
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(2):
+            outcomes = await asyncio.gather(*lost, return_exceptions=True)
+        assert all(isinstance(outcome, WorkerLost) and outcome.retry_after_s for outcome in outcomes)
+        with pytest.raises(WorkerLost):
+            await answer(both, "worker-0", request("too early"))
+        assert (await kept)[-1].usage is not None
+        await until(lambda: both.workers()[0].state is WorkerState.READY)
+        assert both.workers()[0].num_restarts == 1
+        again = await answer(both, "worker-0", request("l0"))
+        assert pid_of(again) != pid
+        assert again[-1].usage is not None
+
+
+async def test_kills_leave_no_files_processes_or_sockets_behind(tmp_path: Path) -> None:
+    me = psutil.Process()
+    async with cluster(config(tmp_path)) as one:
+        pid = pid_of(await answer(one, "worker-0", request("a")))
+
+        async def kill_and_wait(pid: int) -> int:
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: ready(one) == [])
+            await until(lambda: ready(one) == ["worker-0"])
+            return pid_of(await answer(one, "worker-0", request("a")))
+
+        pid = await kill_and_wait(pid)  # the first one warms up what is made once
+        await asyncio.sleep(1)
+        before = (me.num_fds(), len(worker_pids()), len(os.listdir("/dev/shm")))
+        for _ in range(3):
+            pid = await kill_and_wait(pid)
+        await until(lambda: (me.num_fds(), len(worker_pids()), len(os.listdir("/dev/shm"))) <= before, 20)
+
+
+async def test_a_hung_step_is_noticed_and_the_worker_replaced(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path, step_timeout_s=1.0)) as one:
+        pid = pid_of(await answer(one, "worker-0", request("who")))
+        states = []
+        stuck = asyncio.create_task(answer(one, "worker-0", request("stuck", 10, token=HANG)))
+        with pytest.raises(WorkerLost):
+            await asyncio.wait_for(stuck, 20)
+        states.append(one.workers()[0].state)
+        assert states == [WorkerState.HUNG]
+        await until(lambda: ready(one) == ["worker-0"])
+        assert pid_of(await answer(one, "worker-0", request("who"))) != pid
+        assert not psutil.pid_exists(pid)
+
+
+async def test_a_second_router_shares_the_workers_and_outlives_neither_of_them(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    async with cluster(settings) as first:
+        attached = replace(settings, workers=replace(settings.workers, count=0))
+        second = await Cluster.connect(attached)
+        try:
+            assert ready(second) == ["worker-0"]
+            here, there = await asyncio.gather(
+                answer(first, "worker-0", request("a", 30)), answer(second, "worker-0", request("b", 30))
+            )
+            assert pid_of(here) == pid_of(there)
+            running = asyncio.create_task(answer(first, "worker-0", request("mine", 10**6, tenant="me")))
+            await until(lambda: first.workers()[0].running == 1)
+            with pytest.raises(DuplicateRequest):
+                await answer(second, "worker-0", request("mine"))
+            assert not await second.abort("mine", "somebody else")
+            assert await second.abort("mine", "me")
+            with pytest.raises(Cancelled):
+                await running
+            assert not await second.abort("mine", "me")
+
+            os.kill(pid_of(there), signal.SIGKILL)  # both see it come back
+            await until(lambda: ready(first) == [] and ready(second) == [])
+            await until(lambda: ready(first) == ready(second) == ["worker-0"])
+            assert (await answer(second, "worker-0", request("c")))[-1].usage is not None
+        finally:
+            await second.close()
+        assert (await answer(first, "worker-0", request("d")))[-1].usage is not None
+
+
+async def test_requests_of_a_router_that_goes_are_cancelled(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    async with cluster(settings) as first:
+        second = await Cluster.connect(replace(settings, workers=replace(settings.workers, count=0)))
+        orphan = asyncio.create_task(answer(second, "worker-0", request("orphan", 10**6)))
+        await until(lambda: first.workers()[0].running == 1)
+        await second.close()
+        with pytest.raises(WorkerLost):
+            await orphan
+        await until(lambda: first.workers()[0].running == 0)
+
+
+async def test_drain_refuses_new_requests_and_lets_open_ones_end(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path)) as one:
+        short, endless = (one.generate("worker-0", request(*ask)) for ask in (("short", 500), ("endless", 10**6)))
+        await asyncio.gather(anext(short), anext(endless))
+        rest = asyncio.create_task(_read_all(short))
+        draining = asyncio.create_task(one.drain(timeout_s=8))
+        await asyncio.sleep(0)
+        with pytest.raises(NotReady):
+            await answer(one, "worker-0", request("late"))
+        assert (await rest)[-1].usage is not None
+        assert not draining.done()
+        await draining
+        with pytest.raises(Cancelled):
+            await _read_all(endless)
+
+
+async def _read_all(chunks: AsyncIterator[TokenChunk]) -> list[TokenChunk]:
+    return [chunk async for chunk in chunks]
+
+
+async def test_what_the_operator_must_mend_ends_the_start(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="shard 2 of 3"):
+        await Cluster.connect(config(tmp_path, model="broken"), load_stand_in)
+    await until(lambda: not worker_pids())
+
+
+async def test_a_worker_that_dies_while_it_loads_is_given_up_after_some_tries(tmp_path: Path) -> None:
+    with pytest.raises(WorkerLost, match="3 times before it was ready"):
+        await Cluster.connect(config(tmp_path, model="deadly"), load_stand_in)

@@ -98,9 +98,14 @@ class OwnWorkers:
         return [f"{WORKER_PREFIX}{index}" for index in range(self._config.workers.count)]
 
     async def launch(self, name: str) -> WorkerProcess:
-        actor = await asyncio.to_thread(self._create, name)
-        node_id, owner = await actor.whereabouts.remote()
-        node = await asyncio.to_thread(self._node, node_id) if self._has_host_tier else None
+        creation = asyncio.ensure_future(asyncio.to_thread(self._create, name))
+        try:
+            actor = await asyncio.shield(creation)
+            node_id, owner = await actor.whereabouts.remote()
+            node = await asyncio.to_thread(self._node, node_id) if self._has_host_tier else None
+        except asyncio.CancelledError:  # nobody else knows of it yet
+            ray.kill(await creation, no_restart=True)
+            raise
         return WorkerProcess(actor, node, owner)
 
     async def load(self, process: WorkerProcess) -> WorkerReady | PagerError:

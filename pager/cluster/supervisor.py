@@ -163,15 +163,16 @@ class WorkerSupervisor:
             )
 
     async def _tear_down(self, *, gracefully: bool) -> None:
-        link, self.link = self.link, None
-        process, self._process = self._process, None
+        """Can be cancelled, and called again: what is not ended yet is still known."""
         self._ready = None
         self._load, self._resident = pb.Load(), ()
         self._on_change()
-        if link is not None:
-            await link.close()
-        if process is not None:
-            await self._launcher.end(process, gracefully=gracefully)
+        if self.link is not None:
+            await self.link.close()
+            self.link = None
+        if self._process is not None:
+            await self._launcher.end(self._process, gracefully=gracefully)
+            self._process = None
 
     def _on_break(self) -> None:
         """At once, so that nobody places a request here while it is found out what happened."""

@@ -81,7 +81,7 @@ class ModelConfig:
 class WorkerConfig:
     """Budgets are per worker, except `host_memory`, which all workers of a node share. None: the planner chooses."""
 
-    count: int = _is(_between(1, 64), 1)
+    count: int = _is(_between(0, 64), 1)  # 0: use the workers that another router started (with cluster.ray_address)
     device: str = _is(_device, "auto")
     expert_memory: str | int | float | None = _is(_size_or_share, None)
     host_memory: str | int | float | None = _is(_host_size, None)

@@ -83,7 +83,7 @@ class Service:
         self._metadata = (("x-tenant-id", tenant),)
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(address)
-        self._stub = pb_grpc.ExpertPagerStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = pb_grpc.ExpertPagerStub(self._channel)
 
     def close(self) -> None:
         self._channel.close()

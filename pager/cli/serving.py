@@ -21,7 +21,8 @@ from pager.cli.local import encode, read_tokenizer
 from pager.cli.options import resolve_device
 from pager.cluster.cluster import Cluster
 from pager.cluster.views import ModelView
-from pager.config import ServiceConfig
+from pager.config import RouterConfig, ServiceConfig
+from pager.engine.trunk import OpenModel
 from pager.engine.trunk_router import TrunkRouter
 from pager.errors import ConfigError, PortInUse
 from pager.routing.pool import parse_pool_size
@@ -30,6 +31,8 @@ from router_service.admission import AdmissionLimits
 from router_service.backend import build_backend, close_backend
 from router_service.ports import ModelInfo
 from router_service.server import RouterServer
+
+LISTEN_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,13 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
     A second signal ends the wait. Raises PagerError for anything that keeps it from starting.
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, signals.put_nowait, each)
     async with AsyncExitStack() as stack:
         starting = asyncio.create_task(_start(stack, config, env))
         stopping = asyncio.create_task(signals.get())
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        while not (starting.done() or stopping.done()):
+            _listen(signals)
+            await asyncio.wait((starting, stopping), timeout=LISTEN_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+        _listen(signals)
         if not starting.done():
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
@@ -80,6 +83,12 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
         return received
 
 
+def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
+    """Again and again while starting: Ray's core puts a handler of its own, which aborts, in the place of ours."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(each, signals.put_nowait, each)
+
+
 async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]) -> tuple[RouterServer, Ready]:
     """Starts everything and leaves on `stack` how to stop it, last started first."""
     router = config.router
@@ -87,10 +96,15 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     redis_url = read_redis_url(env)
     _check_port_free(router.host, router.port, "router.port")
     _check_port_free(router.host, router.metrics_port, "router.metrics_port")
-    scorer = await asyncio.to_thread(_load_scorer, config)
+    opened = OpenModel.open(config.model.path, config.model.dtype)
+    stack.callback(opened.checkpoint.close)
+    tokenizer = read_tokenizer(Path(config.model.path))
+    # While Ray starts and the workers load.
+    loading = asyncio.create_task(asyncio.to_thread(_load_scorer, opened, config.router))
+    stack.push_async_callback(asyncio.gather, loading, return_exceptions=True)
     cluster = await Cluster.connect(config)
     stack.push_async_callback(cluster.close)
-    tokenizer = read_tokenizer(Path(config.model.path))
+    scorer = await loading
     backend = build_backend(
         model=_model_info(cluster.model(), Path(config.model.path)),
         cluster=cluster,
@@ -104,11 +118,12 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
         write_timeout_s=router.write_timeout_s,
     )
     stack.push_async_callback(close_backend, backend)
-    metrics_port = backend.metrics.serve(router.host, router.metrics_port)
+    metrics_address = _address(router.host, backend.metrics.serve(router.host, router.metrics_port))
+    cluster.publish_router_metrics(metrics_address)
     server = RouterServer(backend)
     stack.push_async_callback(server.stop)
     await server.start(router.host, router.port)
-    metrics_url = f"http://{_address(router.host, metrics_port)}/metrics"
+    metrics_url = f"http://{metrics_address}/metrics"
     return server, Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
 
 
@@ -125,10 +140,10 @@ def read_redis_url(env: Mapping[str, str]) -> str | None:
         raise ConfigError(f"REDIS_URL_FILE {path} can not be read: {error}") from None
 
 
-def _load_scorer(config: ServiceConfig) -> TrunkRouter:
+def _load_scorer(opened: OpenModel, config: RouterConfig) -> TrunkRouter:
     # The workers want the cores; a routing-only pass is short and runs one at a time.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-    return TrunkRouter.load(config.model.path, device=resolve_device(config.router.device), dtype=config.model.dtype)
+    return TrunkRouter(opened, resolve_device(config.device))
 
 
 def _model_info(view: ModelView, folder: Path) -> ModelInfo:

@@ -63,7 +63,7 @@ def test_whole_numbers_do_for_seconds() -> None:
         ("workers = 3", "unknown section"),
         ("[workers]\ncount = 'two'", r"workers.count in .*service.toml must be a whole number, not 'two'"),
         ("[workers]\ncount = true", "must be a whole number, not True"),
-        ("[workers]\ncount = 0", "must be between 1 and 64, not 0"),
+        ("[workers]\ncount = -1", "must be between 0 and 64, not -1"),
         ("[workers]\ncount = 1.5", "must be a whole number, not 1.5"),
         ("[workers]\ndevice = 'tpu'", "must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         ("[workers]\nexpert_memory = 'much'", "a share of all experts such as '25%', not 'much'"),

@@ -1,0 +1,171 @@
+"""The whole service in a minute: start it with room for a quarter of the experts, ask it six things, stop it.
+
+`python -m demo [MODEL]`; exit status 0 when everything worked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from expert_pager.v1 import expert_pager_pb2 as pb
+from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+
+from demo.prompts import PROMPTS
+from pager.cli.output import out, print_table
+from pager.units import format_bytes
+
+MODEL = Path(__file__).parents[1] / "models" / "emo-tiny"
+STOP_TIMEOUT_S = 60
+
+
+class DemoError(Exception):
+    """Something did not work; the message is for the reader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    domain: str
+    usage: pb.Usage
+    seconds: float
+
+    @property
+    def hit_rate(self) -> float:
+        lookups = self.usage.experts_hit + self.usage.experts_missed
+        return self.usage.experts_hit / lookups if lookups else 1.0
+
+    @property
+    def bytes_paged(self) -> int:
+        return self.usage.bytes_from_disk + self.usage.bytes_from_host
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument("model", nargs="?", type=Path, default=MODEL)
+    parser.add_argument("--expert-memory", default="25%", help="memory for routed experts (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=48)
+    asked = parser.parse_args(arguments)
+    try:
+        with service(asked.model, asked.expert_memory) as ready:
+            answers = ask_all(ready["address"], asked.max_tokens)
+        print_summary(answers)
+    except DemoError as error:
+        print(f"demo failed: {error}", file=sys.stderr)
+        return 1
+    except grpc.RpcError as error:
+        print(f"demo failed: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    out.print("\ndemo: all six prompts answered, the service stopped cleanly", style="bold")
+    return 0
+
+
+@contextmanager
+def service(model: Path, expert_memory: str) -> Iterator[dict[str, Any]]:
+    """`expert-pager serve` as a process. Yields its ready line; raises DemoError when it does not start or stop."""
+    command = [sys.executable, "-m", "pager.cli", "serve", str(model), "--expert-memory", expert_memory]
+    started_s = time.perf_counter()
+    out.print(f"$ expert-pager serve {model} --expert-memory {expert_memory}", style="bold", markup=False)
+    with tempfile.TemporaryFile("w+") as log:
+        options = ["--port", "0", "--metrics-port", "0", "--json"]
+        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            line = next((line for line in process.stdout if line.startswith("{")), None)
+            if line is None:
+                raise DemoError(f"the service did not start:\n{_text(log)}")
+            ready = json.loads(line)
+            plan = ready["plan"]
+            out.print(
+                f"ready after {time.perf_counter() - started_s:.1f} s on {ready['address']}: {plan['num_slots']} of "
+                f"{plan['num_routed']} routed experts fit into {format_bytes(plan['slot_bytes'])} of slots",
+                markup=False,
+            )
+            yield ready
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(STOP_TIMEOUT_S)
+            if status != 0:
+                raise DemoError(f"the service stopped with status {status}:\n{_text(log)}")
+        except subprocess.TimeoutExpired:
+            raise DemoError(f"the service did not stop within {STOP_TIMEOUT_S} s:\n{_text(log)}") from None
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def ask_all(address: str, max_tokens: int) -> list[Answer]:
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.ExpertPagerStub(channel)
+        pool = choose_pool(stub.GetModel(pb.GetModelRequest()).pool_sizes)
+        return [ask(stub, domain, prompt, pool, max_tokens) for domain, prompt in PROMPTS]
+
+
+def choose_pool(sizes: pb.PoolSizes) -> pb.PoolPolicy:
+    """An eighth of all experts, as the paper counts; the smallest legal pool of a model too small for that."""
+    layer = max(sizes.layers, key=lambda facts: facts.routed)
+    if (layer.routed + layer.shared) // 8 - layer.shared >= sizes.min_routed:
+        return pb.PoolPolicy(share=0.125)
+    return pb.PoolPolicy(count=sizes.min_routed)
+
+
+def ask(stub: Any, domain: str, prompt: str, pool: pb.PoolPolicy, max_tokens: int) -> Answer:
+    """Sends one prompt and prints its answer as it comes."""
+    request = pb.GenerateRequest(
+        text=prompt.encode(), pool=pool, sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0)
+    )
+    out.print(f"\n{domain}", style="bold cyan")
+    out.print(prompt, end="", style="dim", markup=False)
+    started_s = time.perf_counter()
+    usage = None
+    for response in stub.Generate(request, timeout=120):
+        out.print(response.text, end="", markup=False)
+        usage = response.usage if response.HasField("usage") else usage
+    if usage is None:
+        raise DemoError(f"the stream of the {domain} prompt ended without its usage")
+    answer = Answer(domain, usage, time.perf_counter() - started_s)
+    out.print(
+        f"\n[pool {usage.pool.digest}: {usage.pool.num_experts} experts; {answer.hit_rate:.0%} were there already; "
+        f"paged {format_bytes(answer.bytes_paged)}; {usage.completion_tokens} tokens in {answer.seconds:.2f} s]",
+        style="green", markup=False,
+    )  # fmt: skip
+    return answer
+
+
+def print_summary(answers: Sequence[Answer]) -> None:
+    rows = [
+        (
+            answer.domain,
+            answer.usage.pool.digest[:8],
+            str(answer.usage.pool.num_experts),
+            f"{answer.usage.pool.covered_mass:.0%}",
+            f"{answer.hit_rate:.0%}",
+            f"{answer.usage.predicted_recall:.0%}",
+            format_bytes(answer.bytes_paged),
+            f"{answer.usage.time_to_first_token_seconds * 1000:.0f} ms",
+            str(answer.usage.completion_tokens),
+        )
+        for answer in answers
+    ]
+    out.print()
+    columns = ("domain", "pool", "experts", "router mass", "hits", "predicted", "paged", "first token", "tokens")
+    print_table("six prompts, one service, room for a part of the experts", columns, rows)
+
+
+def _text(log: Any) -> str:
+    log.seek(0)
+    return str(log.read())[-4000:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""serve as a process: ready, calls from the command line, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@contextmanager
+def serving(checkpoint: Path, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """The process and what its ready line says. Killed if it is still there at the end."""
+    arguments = [str(checkpoint), "--port", "0", "--metrics-port", "0", "--device", "cpu", "--json", *options]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pager.cli", "serve", *arguments],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = next((line for line in process.stdout if line.startswith("{")), None)
+        assert line, log.read_text()
+        yield process, json.loads(line)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    log = tmp_path_factory.mktemp("serve") / "log"
+    options = ("--dtype", "float32", "--expert-memory", "50%", "--pool", "4", "--name", "tiny")
+    with serving(checkpoint, log, *options) as (process, ready):
+        yield ready
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, log.read_text()
+
+
+def test_ready_says_what_and_where(service: dict[str, Any]) -> None:
+    assert (service["model"], service["workers"]) == ("tiny", 1)
+    assert service["plan"]["num_slots"] == 12
+    with urllib.request.urlopen(service["metrics_url"], timeout=10) as reply:
+        assert b"expert_pager_router_requests_in_flight 0.0" in reply.read()
+
+
+def test_the_service_answers_as_the_library_does(run: Run, checkpoint: Path, service: dict[str, Any]) -> None:
+    options = ("--pool", 4, "--max-tokens", 10, "--ignore-eos", "--json")
+    remote = run("generate", "def f(x):", "--server", service["address"], *options)
+    local = run("generate", "def f(x):", "--model", checkpoint, "--dtype", "float32", "--device", "cpu", *options)
+    assert remote.returncode == 0, remote.stderr
+    here, there = json.loads(local.stdout), json.loads(remote.stdout)
+    assert there["token_ids"] == here["token_ids"]
+    assert there["text"] == here["text"]
+    assert there["usage"]["pool"]["digest"] == here["usage"]["pool"]["digest"]
+    assert there["usage"]["predicted_recall"] is not None
+
+
+def test_the_default_pool_and_length_are_the_services(run: Run, service: dict[str, Any]) -> None:
+    done = run("generate", "x" * 120, "--server", service["address"], "--ignore-eos", "--json")
+    assert done.returncode == 0, done.stderr
+    usage = json.loads(done.stdout)["usage"]
+    assert usage["pool"]["num_experts"] == 12
+    assert usage["completion_tokens"] == 8  # what is left of a context of 128
+
+
+def test_a_pool_is_asked_for_again_by_its_digest(run: Run, service: dict[str, Any]) -> None:
+    options = ("--server", service["address"], "--max-tokens", 2, "--ignore-eos", "--json")
+    first = json.loads(run("generate", "select a from b", *options).stdout)["usage"]["pool"]
+    done = run("generate", "a quite different prompt", "--pool-digest", first["digest"], *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["usage"]["pool"]["layers"] == first["layers"]
+
+
+def test_route_names_a_worker(run: Run, service: dict[str, Any]) -> None:
+    done = run("route", "def f(x):", "--server", service["address"], "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [len(layer) for layer in found["pool"]["layers"]] == [4, 4, 4]
+    assert found["placement"]["worker"]
+
+
+def test_refusals_are_one_line_and_the_next_request_works(run: Run, service: dict[str, Any]) -> None:
+    for options, message in {
+        ("x" * 200,): "[INVALID_ARGUMENT]",
+        ("hi", "--pool", "1"): "smaller than the 2",
+        ("hi", "--pool-digest", "0" * 24): "[NOT_FOUND]",
+        ("hi", "--timeout", "0.000001"): "[DEADLINE_EXCEEDED]",
+        ("hi", "--tenant", "no spaces"): "x-tenant-id",
+    }.items():
+        done = run("generate", *options, "--server", service["address"])
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert message in done.stderr
+    assert run("generate", "hi", "--max-tokens", 1, "--server", service["address"]).returncode == 0
+
+
+def test_a_start_that_can_not_be_is_one_line(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", checkpoint, "--port", port, "--metrics-port", 0)
+        assert (done.returncode, done.stderr.count("error:")) == (1, 1), done.stderr
+        assert f"port {port} on 127.0.0.1 is in use" in done.stderr
+    config = tmp_path / "service.toml"
+    config.write_text("[router]\nprot = 1\n")
+    done = run("serve", checkpoint, "--config", config)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "did you mean 'router.port'?" in done.stderr
+    done = run("serve", tmp_path / "absent", "--port", 0, "--metrics-port", 0)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+
+
+def test_interrupting_serve_is_clean(checkpoint: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(checkpoint, log, "--expert-memory", "50%") as (process, _):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert "Traceback" not in log.read_text()

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-import pager
-import pager.models
+from benchmarks.models import load_library, load_plain
 from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, quieten
 from pager.units import format_bytes
@@ -50,13 +48,6 @@ class Answer:
         return sum(mine == its for mine, its in zip(self.token_ids, other.token_ids, strict=True))
 
 
-def endless(model: PreTrainedModel) -> PreTrainedModel:
-    """Generation goes on after an end-of-sequence token."""
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
 @torch.inference_mode()
 def answer(model: PreTrainedModel, prompts: Sequence[Tensor], num_new: int) -> Answer:
     logits, token_ids = [], []
@@ -74,19 +65,14 @@ def answer(model: PreTrainedModel, prompts: Sequence[Tensor], num_new: int) -> A
 
 def plain_answer(path: Path, prompts: Sequence[Tensor], num_new: int) -> Answer:
     """With everything resident, by the family's own reference implementation of the experts."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager").eval()
-    return answer(endless(model), prompts, num_new)
+    return answer(load_plain(path, torch.float32, "eager"), prompts, num_new)
 
 
 def compare(path: Path, residency: str, prompts: Sequence[Tensor], num_new: int, plain: Answer) -> tuple[bool, Any]:
     """Whether the paged model's answer is the plain one's, and the table's row that says so."""
-    model = pager.load_model(path, dtype="float32", expert_memory=residency)
-    paged = model.expert_paging
-    try:
-        found = answer(endless(model), prompts, num_new)
-        stats, plan = paged.pager.stats(), paged.plan
-    finally:
-        paged.close()
+    with load_library(path, dtype="float32", expert_memory=residency) as model:
+        found = answer(model, prompts, num_new)
+        stats, plan = model.expert_paging.pager.stats(), model.expert_paging.plan
     difference, same = found.difference(plain), found.same_tokens(plain)
     ok = difference <= TOLERANCE and same == len(prompts)
     return ok, (
@@ -122,6 +108,8 @@ def main(
     torch.set_num_threads(threads)
     path = model or (SHIPPED if SHIPPED.exists() else GOLDEN)
     num_prompts, num_new = (2, 8) if quick else (prompts, new_tokens)
+    if not path.is_dir():
+        raise typer.BadParameter(f"{path} is not a directory; give the folder of a checkpoint")
     token_ids = [torch.tensor([ids]) for ids in prompts_of(path, num_prompts, PROMPT_TOKENS)]
     report = Report(
         f"exactness-{path.name}",

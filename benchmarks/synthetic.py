@@ -1,6 +1,6 @@
 """Writes a checkpoint with random weights in the released EMO format, tensor by tensor, in a few MiB of memory.
 
-    python -m benchmarks.synthetic OUT --shape emo-1b14b --layers 2
+python -m benchmarks.synthetic OUT --shape emo-1b14b --layers 2
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.report import console
 from benchmarks.shapes import SHAPES, Shape
-from pager.cli.output import bytes_progress
+from pager.cli.output import bytes_progress, print_error
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk, PagerError
 from pager.store.checkpoint_files import INDEX_NAME, SINGLE_NAME
 from pager.store.datafile import raw_bytes
@@ -94,9 +94,7 @@ def _shards(tensors: TensorShapes, max_elements: int) -> Iterator[TensorShapes]:
     yield shard
 
 
-def _write_shard(
-    stream: BinaryIO, file: str, shard: TensorShapes, dtype: torch.dtype, seed: int
-) -> Iterator[int]:
+def _write_shard(stream: BinaryIO, file: str, shard: TensorShapes, dtype: torch.dtype, seed: int) -> Iterator[int]:
     """Yields the bytes of each piece written."""
     header, specs = layout(file, ((name, shape, dtype) for name, shape in shard.items()))
     stream.write(header)
@@ -151,7 +149,8 @@ def main(
             shard_bytes = parse_bytes(shard_size)
             write_checkpoint(out, chosen, dtype=dtype, seed=seed, shard_bytes=shard_bytes, progress=progress)
     except PagerError as error:
-        raise typer.BadParameter(error.message) from error
+        print_error(error.message)
+        raise typer.Exit(1) from None
     nbytes = sum(path.stat().st_size for path in out.iterdir())
     console.print(f"wrote {out}: {chosen.num_layers} layers of {chosen.num_experts} experts, {format_bytes(nbytes)}")
 

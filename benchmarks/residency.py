@@ -1,0 +1,115 @@
+"""What less memory costs: page-in, time to first token and decode speed, each beside what it is measured against.
+
+python -m benchmarks.residency          about 8 minutes on 2 cores; writes 7 GB to build/benchmarks and keeps them
+python -m benchmarks.residency --quick  a smoke run on a toy shape
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks import decode
+from benchmarks.decode import Effort, Way
+from benchmarks.page_in import bandwidth_table, first_token_table
+from benchmarks.report import RESULTS, ROOT, Report, conditions, console, quieten
+from benchmarks.shapes import SHAPES
+from benchmarks.synthetic import check_checkpoint, write_checkpoint
+from pager.cli.output import bytes_progress, print_error
+from pager.engine.trunk import OpenModel
+from pager.errors import PagerError
+from pager.store.pack import pack
+
+REFERENCE = ROOT / "models" / "emo-tiny"
+WORK = ROOT / "build" / "benchmarks"
+DTYPE = torch.bfloat16
+REFERENCE_WAYS = (
+    Way("exact, load_model", 1.0),
+    Way("exact, load_model", 0.125),
+    Way("exact, engine", 1.0, by_engine=True),
+    Way("pool 25 %, engine", 0.25, pool=0.25, by_engine=True),
+    Way("pool 12.5 %, engine", 0.125, pool=0.125, by_engine=True),
+)
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "emo-1b14b",
+    layers: Annotated[int, typer.Option(help="So many of its layers, and as large a part of the vocabulary.")] = 2,
+    reference: Annotated[Path, typer.Option(help="A trained checkpoint for a table of its own.")] = REFERENCE,
+    rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 5,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = torch.get_num_threads(),
+    readers: Annotated[int, typer.Option(help="Threads that read experts, and of the raw read.")] = 4,
+    work: Annotated[Path, typer.Option(help="Where synthetic checkpoints are kept.")] = WORK,
+    results: Annotated[Path, typer.Option(help="Directory for the tables.")] = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy shape, two repeats, no file is written.")] = False,
+) -> None:
+    """Measure page-in, time to first token and decode speed at 100, 50, 25 and 12.5 % of the experts."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"shapes are {', '.join(SHAPES)}")
+    quieten()
+    torch.set_num_threads(threads)
+    if quick:
+        shape, layers, rounds = "emo-micro", 2, 2
+    steps = {1: 4, 8: 2} if quick else {1: 24, 8: 12}
+    effort = Effort(rounds, steps, readers)
+    report = Report(
+        "residency",
+        f"{shape} with {layers} of {SHAPES[shape].num_layers} layers, random weights, bfloat16",
+        conditions(threads=f"{threads} of torch, {readers} readers"),
+    )
+    report.start()
+    started_s = time.monotonic()
+    try:
+        plain, packed = checkpoints(work, shape, layers)
+        # Before plain transformers maps the files: what is mapped does not leave the page cache.
+        report.add(bandwidth_table((plain, packed), DTYPE, rounds, readers))
+        report.add(first_token_table(packed, DTYPE, rounds, readers))
+        gc.collect()
+        for table in decode.measure(plain, DTYPE, effort):
+            report.add(table)
+        gc.collect()
+        if reference.exists():
+            for table in decode.measure(reference, DTYPE, effort, REFERENCE_WAYS):
+                report.add(table)
+        else:
+            console.print(f"\nno reference model at {reference}; its tables are left out")
+    except PagerError as error:
+        print_error(error.message)
+        raise typer.Exit(1) from None
+    console.print(f"\n{time.monotonic() - started_s:.0f} s")
+    if not quick:
+        report.write(results)
+
+
+def checkpoints(work: Path, shape: str, num_layers: int) -> tuple[Path, Path]:
+    """The synthetic checkpoint, as downloaded and packed; made once and kept. Raises PagerError."""
+    chosen = SHAPES[shape].shortened(num_layers)
+    plain, packed = work / f"{shape}-{num_layers}-layers", work / f"{shape}-{num_layers}-layers-packed"
+    if not plain.exists():
+        shutil.rmtree(packed, ignore_errors=True)
+        with bytes_progress(f"writing {plain.name}") as progress:
+            write_checkpoint(plain, chosen, progress=progress)
+    check_checkpoint(plain, chosen)
+    if not packed.exists():
+        opened = OpenModel.open(plain)
+        opened.checkpoint.close()
+        with bytes_progress(f"packing {packed.name}") as progress:
+            pack(
+                plain,
+                packed,
+                names=opened.family.expert_names,
+                experts_per_layer=opened.facts.experts_per_layer,
+                shape=opened.family.expert_shape(opened.config),
+                progress=progress,
+            )
+    return plain, packed
+
+
+if __name__ == "__main__":
+    typer.run(main)

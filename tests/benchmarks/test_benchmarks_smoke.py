@@ -1,0 +1,80 @@
+"""The benchmark programs do what they say on a toy checkpoint. Nothing here looks at a figure that is a time."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "data" / "golden" / "ckpt_emo_tiny"
+
+
+def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{program}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in shards."""
+    path = tmp_path_factory.mktemp("synthetic") / "micro"
+    done = run("synthetic", path, "--shape", "emo-micro", "--layers", "2", "--shard-size", "500KiB")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_a_synthetic_checkpoint_is_answered_alike_plain_and_paged(synthetic: Path, tmp_path: Path) -> None:
+    """Plain transformers loads it too, so its format is the released one."""
+    done = run("exactness", synthetic, "--prompts", "2", "--new-tokens", "4", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("exactness-micro_*.md")
+    rows = re.findall(r"^\| (100|50|25|12\.5)% \|.*\| ok \|$", written.read_text(), re.MULTILINE)
+    assert rows == ["100", "50", "25", "12.5"]
+
+
+def test_the_seed_says_every_weight_however_it_is_sharded(synthetic: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    arguments = ("--shape", "emo-micro", "--layers", "2")
+    assert run("synthetic", whole, *arguments).returncode == 0
+    assert run("synthetic", tmp_path / "other", *arguments, "--seed", "1").returncode == 0
+    shards = sorted(synthetic.glob("*.safetensors"))
+    assert len(shards) > 1
+    (one,), (other,) = whole.glob("*.safetensors"), (tmp_path / "other").glob("*.safetensors")
+    with safe_open(one, "pt") as mine, safe_open(other, "pt") as differently_seeded:
+        for shard in shards:
+            with safe_open(shard, "pt") as its:
+                assert all(mine.get_tensor(name).equal(its.get_tensor(name)) for name in its.keys())  # noqa: SIM118
+        router = "model.layers.1.mlp.gate.weight"
+        assert not mine.get_tensor(router).equal(differently_seeded.get_tensor(router))
+
+
+def test_an_existing_directory_is_not_overwritten(synthetic: Path) -> None:
+    before = sorted(path.stat().st_mtime_ns for path in synthetic.iterdir())
+    done = run("synthetic", synthetic, "--shape", "emo-micro")
+    assert done.returncode == 1
+    assert "already exists" in done.stderr
+    assert sorted(path.stat().st_mtime_ns for path in synthetic.iterdir()) == before
+
+
+def test_exactness_fails_where_an_answer_differs(synthetic: Path, tmp_path: Path) -> None:
+    """No difference is small enough for a tolerance below zero."""
+    program = "import benchmarks.exactness as it, typer; it.TOLERANCE = -1.0; typer.run(it.main)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, GOLDEN, "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 1
+    assert done.stdout.count("DIFFERS") == 5  # four rows and the verdict
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the page cache is looked at through Linux calls")
+def test_residency_measures_every_table(tmp_path: Path) -> None:
+    done = run("residency", "--quick", "--work", tmp_path / "work", "--reference", tmp_path / "none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for title in ("Page-in, disk to slots", "Time to first token", "Plain transformers generate", "Decode, "):
+        assert title in done.stdout
+    assert "no reference model" in done.stdout

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,61 @@ def load() -> Iterator[Callable[..., PreTrainedModel]]:
     yield load_model
     for model in loaded:
         model.expert_paging.close()
+
+
+@dataclass(slots=True)
+class Pools:
+    """The pools that the masked gates chose: per sparse layer, per row."""
+
+    chosen: list[list[set[int]]] = field(default_factory=list)
+
+
+@pytest.fixture(scope="session")
+def masked_gates() -> Callable[..., Any]:
+    """`with masked_gates(plain, num_routed=4, num_rows=2) as pools:` a plain model under pools."""
+    return mask_gates
+
+
+@contextmanager
+def mask_gates(plain: PreTrainedModel, *, num_routed: int, num_rows: int) -> Iterator[Pools]:
+    """Pools derived by hand: the first forward sums each row's router probabilities and keeps the largest; from then on
+    all other experts' columns of the logits are -inf, and the gate's own rule is written out again.
+    """
+    pools = Pools()
+    hooks = []
+    for layer in plain.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            pools.chosen.append([])
+            hooks.append(layer.mlp.gate.register_forward_hook(gate_hook(pools.chosen[-1], num_routed, num_rows)))
+    try:
+        yield pools
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gate_hook(chosen: list[set[int]], num_routed: int, num_rows: int) -> Callable[..., Any]:
+    def hook(gate: Any, _: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits = output[0]
+        num_shared = getattr(gate, "num_shared", 0)
+        routed = logits.shape[-1] - num_shared
+        per_row = logits.view(num_rows, -1, logits.shape[-1])
+        if not chosen:
+            for row in per_row[..., :routed].float().softmax(-1).sum(1):
+                chosen.append(set(row.sort(descending=True, stable=True).indices[:num_routed].tolist()))
+        weights, index = [], []
+        for row, pool in zip(per_row, chosen, strict=True):
+            outside = [expert for expert in range(routed) if expert not in pool]
+            probabilities = row[:, :routed].float().index_fill(1, torch.tensor(outside).long(), -torch.inf).softmax(-1)
+            best = probabilities.sort(-1, descending=True)
+            picked, ids = best.values[:, : gate.top_k - num_shared], best.indices[:, : gate.top_k - num_shared]
+            if getattr(gate, "norm_topk_prob", True):  # Mixtral always does
+                picked = picked / picked.sum(-1, keepdim=True)
+            if num_shared:
+                picked = torch.cat([picked, row[:, routed:].float().softmax(-1)], -1)
+                ids = torch.cat([ids, torch.arange(routed, routed + num_shared).expand(len(ids), -1)], -1)
+            weights.append(picked)
+            index.append(ids)
+        return logits, torch.cat(weights), torch.cat(index)
+
+    return hook

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 Load = Callable[..., PreTrainedModel]
 MakeSmall = Callable[..., Any]
+MaskedGates = Callable[..., Any]
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
@@ -79,7 +78,9 @@ def assert_exact(made: Any, model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("budget", ["100%", "smallest"])
-def test_pooled_equals_a_masked_plain_model(small: MakeSmall, load: Load, variant: str, budget: str) -> None:
+def test_pooled_equals_a_masked_plain_model(
+    small: MakeSmall, load: Load, masked_gates: MaskedGates, variant: str, budget: str
+) -> None:
     family, config = VARIANTS[variant]
     made = small(family, **config)
     budget = smallest(made) if budget == "smallest" else budget
@@ -98,7 +99,9 @@ def test_pooled_equals_a_masked_plain_model(small: MakeSmall, load: Load, varian
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "emo"])
-def test_pooled_generation_equals_a_masked_plain_model(small: MakeSmall, load: Load, family: str) -> None:
+def test_pooled_generation_equals_a_masked_plain_model(
+    small: MakeSmall, load: Load, masked_gates: MaskedGates, family: str
+) -> None:
     made = small(family)
     model = load(made.path, expert_memory="40%", pool_size=4)
     prompt = made.prompt()
@@ -171,54 +174,3 @@ def blocks(plain: PreTrainedModel) -> list[nn.Module]:
 
 def routed_per_token(block: Any) -> int:
     return int(block.gate.top_k - getattr(block.gate, "num_shared", 0))
-
-
-@dataclass(slots=True)
-class Pools:
-    """The pools that the masked gates chose: per sparse layer, per row."""
-
-    chosen: list[list[set[int]]] = field(default_factory=list)
-
-
-@contextmanager
-def masked_gates(plain: PreTrainedModel, *, num_routed: int, num_rows: int) -> Iterator[Pools]:
-    """Pools derived by hand: the first forward sums each row's router probabilities and keeps the largest; from then on
-    all other experts' columns of the logits are -inf, and the gate's own rule is written out again.
-    """
-    pools = Pools()
-    hooks = []
-    for number, block in enumerate(blocks(plain)):
-        pools.chosen.append([])
-        hooks.append(block.gate.register_forward_hook(gate_hook(pools.chosen[number], num_routed, num_rows)))
-    try:
-        yield pools
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def gate_hook(chosen: list[set[int]], num_routed: int, num_rows: int) -> Callable[..., Any]:
-    def hook(gate: Any, _: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        logits = output[0]
-        num_shared = getattr(gate, "num_shared", 0)
-        routed = logits.shape[-1] - num_shared
-        per_row = logits.view(num_rows, -1, logits.shape[-1])
-        if not chosen:
-            for row in per_row[..., :routed].float().softmax(-1).sum(1):
-                chosen.append(set(row.sort(descending=True, stable=True).indices[:num_routed].tolist()))
-        weights, index = [], []
-        for row, pool in zip(per_row, chosen, strict=True):
-            outside = [expert for expert in range(routed) if expert not in pool]
-            probabilities = row[:, :routed].float().index_fill(1, torch.tensor(outside).long(), -torch.inf).softmax(-1)
-            best = probabilities.sort(-1, descending=True)
-            picked, ids = best.values[:, : gate.top_k - num_shared], best.indices[:, : gate.top_k - num_shared]
-            if getattr(gate, "norm_topk_prob", True):  # Mixtral always does
-                picked = picked / picked.sum(-1, keepdim=True)
-            if num_shared:
-                picked = torch.cat([picked, row[:, routed:].float().softmax(-1)], -1)
-                ids = torch.cat([ids, torch.arange(routed, routed + num_shared).expand(len(ids), -1)], -1)
-            weights.append(picked)
-            index.append(ids)
-        return logits, torch.cat(weights), torch.cat(index)
-
-    return hook

@@ -2,6 +2,7 @@
 
 import os
 
-# Ray reads these when it is imported.
+# Ray and gRPC read these when they are imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a service is reported to anybody
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # every worker's log lines, not "repeated 3x across cluster"
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a worker that stops says goodbye on its streams; that is no news

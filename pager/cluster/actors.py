@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pager.cluster.node import NodeControl, attach_host_tier
+from pager.cluster.node import NodeControl, NodeHostTier
 from pager.cluster.ray_session import RaySession, num_gpus
 from pager.cluster.views import Health, WorkerReady
 from pager.cluster.worker import EngineLoader, Worker
@@ -41,7 +41,7 @@ class WorkerActor:
         return ray.get_runtime_context().get_node_id(), self._owner
 
     def load(self, node: Any) -> WorkerReady | PagerError:
-        return self._worker.load(None if node is None else partial(attach_host_tier, node, self._owner))
+        return self._worker.load(None if node is None else NodeHostTier(node, self._owner))
 
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     def health(self) -> Health:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pager.cluster.views import ModelView
-from pager.cluster.worker import HostTierFactory, LoadedEngine, Sink, WorkerObserver
+from pager.cluster.worker import HostAccess, LoadedEngine, Sink, WorkerObserver
 from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
@@ -22,7 +22,7 @@ from pager.planner import Budgets, describe
 
 
 def load_engine(
-    config: ServiceConfig, sink: Sink, observer: WorkerObserver, host_tier: HostTierFactory | None
+    config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None
 ) -> LoadedEngine:
     """Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
     workers = config.workers
@@ -32,9 +32,9 @@ def load_engine(
         config.model.path,
         device=device,
         dtype=config.model.dtype,
-        budgets=_budgets(workers, has_host_tier=host_tier is not None),
+        budgets=_budgets(workers, has_host_tier=host is not None),
         machine=Machine.detect(device).shared_by(workers.count),
-        host_tier=host_tier,
+        host_tier=host.attach if host else None,
         observer=observer,
     )
     try:
@@ -49,7 +49,7 @@ def load_engine(
         model=_view(config, paged),
         kv_block_bytes=paged.plan.kv_block_bytes,
         resident=paged.pager.resident_experts,
-        tiers=lambda: _tiers(paged),
+        tiers=lambda: _tiers(paged, host),
         close=paged.close,
     )
 
@@ -99,7 +99,9 @@ def _view(config: ServiceConfig, paged: PagedModel) -> ModelView:
     )
 
 
-def _tiers(paged: PagedModel) -> dict[str, TierBytes]:
+def _tiers(paged: PagedModel, host: HostAccess | None) -> dict[str, TierBytes]:
     stats = paged.pager.stats()
     device = TierBytes(stats.capacity_bytes, stats.resident_bytes, stats.held_bytes, stats.reserved_bytes)
-    return {"device": device, "host": TierBytes(capacity=paged.plan.host_bytes)}
+    if host is None:
+        return {"device": device}
+    return {"device": device, "host": TierBytes(paged.plan.host_bytes, host.resident_bytes())}

@@ -131,17 +131,32 @@ class RemoteHostIndex:
         self._node.drop_owner.remote(owner)
 
 
-def attach_host_tier(node: Any, owner: str, opened: OpenModel, plan: Plan) -> HostTier:
-    """This worker's view of the node's segment. Raises BudgetError, ConfigError."""
-    from pager.cache.host import HostTier
+class NodeHostTier:
+    """A worker's way to its node's host tier; `owner` is the name under which it pins records."""
 
-    shape = opened.family.expert_shape(opened.config)
-    dtype = str(opened.dtype).removeprefix("torch.")
-    answer = ray.get(node.open_segment.remote(plan.host_bytes, shape, dtype))
-    if isinstance(answer, PagerError):
-        raise answer
-    name, num_records = answer
-    return HostTier.attach(name, num_records, shape, opened.dtype, index=RemoteHostIndex(node), owner=owner)
+    def __init__(self, node: Any, owner: str) -> None:
+        self._node = node
+        self._owner = owner
+
+    def attach(self, opened: OpenModel, plan: Plan) -> HostTier:
+        """This worker's view of the segment. Raises BudgetError, ConfigError."""
+        from pager.cache.host import HostTier
+
+        shape = opened.family.expert_shape(opened.config)
+        dtype = str(opened.dtype).removeprefix("torch.")
+        answer = ray.get(self._node.open_segment.remote(plan.host_bytes, shape, dtype))
+        if isinstance(answer, PagerError):
+            raise answer
+        name, num_records = answer
+        index = RemoteHostIndex(self._node)
+        return HostTier.attach(name, num_records, shape, opened.dtype, index=index, owner=self._owner)
+
+    def resident_bytes(self) -> int:
+        """Of all workers of the node; 0 when its control actor does not answer."""
+        try:
+            return int(ray.get(self._node.resident_bytes.remote(), timeout=1.0))
+        except ray.exceptions.RayError:
+            return 0
 
 
 def remove_leftovers(prefix: str) -> None:

@@ -30,6 +30,8 @@ class RaySession:
     @classmethod
     def open(cls, address: str | None, namespace: str) -> RaySession:
         """Blocks for some seconds. A process that is connected already stays so. Raises ConfigError."""
+        # The signals are the service's own, so Ray is started from another thread, and complains.
+        logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
         if ray.is_initialized():
             return cls(LOOPBACK if address is None else None, owns_ray=False, temp_dir=None)
         if address is not None:

@@ -73,14 +73,19 @@ class LoadedEngine:
     close: Callable[[], None]
 
 
-HostTierFactory = Callable[["OpenModel", "Plan"], "HostTier"]
+
+class HostAccess(Protocol):
+    """The host tier that this worker shares with others of its node."""
+
+    def attach(self, opened: OpenModel, plan: Plan) -> HostTier: ...
+    def resident_bytes(self) -> int: ...
 
 
 class EngineLoader(Protocol):
     """Loads a model for one worker. Slow; raises PagerError for what the operator can mend."""
 
     def __call__(
-        self, config: ServiceConfig, sink: Sink, observer: WorkerObserver, host_tier: HostTierFactory | None
+        self, config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None
     ) -> LoadedEngine: ...
 
 
@@ -118,12 +123,12 @@ class Worker:
         self._loaded: LoadedEngine | None = None
         self._ready: WorkerReady | None = None
 
-    def load(self, host_tier: HostTierFactory | None = None) -> WorkerReady | PagerError:
+    def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
         """Loads the model and starts to serve. An error that the operator can mend is returned, not raised."""
         set_num_threads(self._config)
         started = time.monotonic()
         try:
-            loaded = self._load_engine(self._config, self._server.deliver, self._observer, host_tier)
+            loaded = self._load_engine(self._config, self._server.deliver, self._observer, host)
             self._loaded = loaded
             self._observer.watch_tiers(loaded.tiers)
             self._observer.watch_engine(loaded.engine.status, loaded.kv_block_bytes)
@@ -189,9 +194,9 @@ def set_num_threads(config: ServiceConfig) -> None:
 
 
 def load_engine(
-    config: ServiceConfig, sink: Sink, observer: WorkerObserver, host_tier: HostTierFactory | None
+    config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None
 ) -> LoadedEngine:
     """The real one, from a checkpoint. Imports torch when it is called, not before the threads are set."""
     from pager.cluster.loading import load_engine as load
 
-    return load(config, sink, observer, host_tier)
+    return load(config, sink, observer, host)

@@ -126,7 +126,7 @@ MODEL = ModelView(
 )
 
 
-def load_stand_in(config: ServiceConfig, sink: Any, observer: Any, host_tier: object) -> LoadedEngine:
+def load_stand_in(config: ServiceConfig, sink: Any, observer: Any, host: object) -> LoadedEngine:
     if config.model.path == "broken":
         raise CheckpointError("shard 2 of 3 is not there; download it again")
     if config.model.path == "deadly":

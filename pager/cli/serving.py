@@ -101,7 +101,7 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     tokenizer = read_tokenizer(Path(config.model.path))
     # While Ray starts and the workers load.
     loading = asyncio.create_task(asyncio.to_thread(_load_scorer, opened, config.router))
-    stack.push_async_callback(asyncio.gather, loading, return_exceptions=True)
+    stack.push_async_callback(asyncio.wait, (loading,))
     cluster = await Cluster.connect(config)
     stack.push_async_callback(cluster.close)
     scorer = await loading

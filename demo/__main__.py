@@ -122,7 +122,9 @@ def choose_pool(sizes: pb.PoolSizes) -> pb.PoolPolicy:
 def ask(stub: Any, domain: str, prompt: str, pool: pb.PoolPolicy, max_tokens: int) -> Answer:
     """Sends one prompt and prints its answer as it comes."""
     request = pb.GenerateRequest(
-        text=prompt.encode(), pool=pool, sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0)
+        text=prompt.encode(),
+        pool=pool,
+        sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.95, seed=1),
     )
     out.print(f"\n{domain}", style="bold cyan")
     out.print(prompt, end="", style="dim", markup=False)
@@ -158,8 +160,13 @@ def print_summary(answers: Sequence[Answer]) -> None:
         for answer in answers
     ]
     out.print()
-    columns = ("domain", "pool", "experts", "router mass", "hits", "predicted", "paged", "first token", "tokens")
+    columns = ("domain", "pool", "experts", "mass", "hits", "recall", "paged", "1st token", "tokens")
     print_table("six prompts, one service, room for a part of the experts", columns, rows)
+    out.print(
+        "mass: router probability inside the pool; hits: experts in memory when the prefill asked for them;\n"
+        "recall: the part of the pool that the routing-only pass had predicted, so that it was paged early",
+        style="dim", markup=False,
+    )  # fmt: skip
 
 
 def _text(log: Any) -> str:

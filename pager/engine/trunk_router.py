@@ -19,7 +19,7 @@ from pager.models.families import routed_probabilities
 from pager.types import ExpertKey, RoutingFacts, RoutingScores
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 NAME = "expert_pager_shared_only"
 

@@ -15,8 +15,9 @@ from pager.types import Count, ExpertPool, Full, Mass, PoolSize, RoutingFacts, R
 
 
 def parse_pool_size(value: str | int | None) -> PoolSize:
-    """`None`, "full" → everything; 32 → that many routed experts a layer; "12.5%" → a share of all experts, shared included;
-    "mass:0.9" or "mass:0.9:48" → the fewest experts with that router mass, at most 48. Raises InvalidRequest."""
+    """What a person wrote: None or "full", 32 (routed experts a layer), "12.5%" (of all experts, shared included),
+    "mass:0.9" or "mass:0.9:48" (the fewest experts with that router mass, at most 48). Raises InvalidRequest.
+    """
     if value is None:
         return Full()
     text = str(value).strip().lower()
@@ -31,7 +32,7 @@ def parse_pool_size(value: str | int | None) -> PoolSize:
         return check_pool_size(Count(int(text)))
     except ValueError:
         raise InvalidRequest(
-            f"{value!r} is not a pool size; write a number of routed experts (32), a share ('12.5%'), 'mass:0.9' or 'full'",
+            f"{value!r} is not a pool size; write a number of routed experts (32), '12.5%', 'mass:0.9' or 'full'",
             field="pool.size",
         ) from None
 
@@ -70,8 +71,8 @@ def largest_counts(size: PoolSize, facts: RoutingFacts) -> tuple[int, ...]:
                 count = cap if cap is not None else max(num_routed // 2, top_k)
         if count < top_k:
             raise PoolTooSmall(
-                f"a pool of {count} routed experts in layer {layer} is smaller than the {top_k} that its router picks for "
-                f"one token; ask for at least {top_k}",
+                f"a pool of {count} routed experts in layer {layer} is smaller than the {top_k} that its router picks "
+                f"for one token; ask for at least {top_k}",
                 field="pool.size",
             )
         counts.append(min(count, num_routed))
@@ -79,7 +80,7 @@ def largest_counts(size: PoolSize, facts: RoutingFacts) -> tuple[int, ...]:
 
 
 def pick_layer(mass_R: np.ndarray, size: PoolSize, count: int, top_k: int) -> tuple[int, ...]:
-    """One layer's pool: the experts with the largest mass, ascending ids; equal mass goes to the lower id (EMO rule 13).
+    """One layer's pool: the experts with the largest mass, ascending; equal mass goes to the lower id (EMO rule 13).
 
     `count` is this layer's entry of `largest_counts`. `mass_R` is float64, in any unit.
     """
@@ -110,7 +111,7 @@ def covered_mass(mean_LR: Sequence[np.ndarray], experts: Sequence[Sequence[int]]
 
 
 def check_pool(pool: ExpertPool, facts: RoutingFacts) -> ExpertPool:
-    """`pool` itself, if a model with these facts can run with it. Raises InvalidRequest or PoolTooSmall, naming the layer."""
+    """`pool` itself, if a model with these facts can run with it. Raises InvalidRequest or PoolTooSmall."""
     if len(pool.experts) != facts.num_layers:
         raise InvalidRequest(
             f"the pool has {len(pool.experts)} layers and the model {facts.num_layers}", field="pool.fixed"
@@ -124,7 +125,7 @@ def check_pool(pool: ExpertPool, facts: RoutingFacts) -> ExpertPool:
             )
         if len(experts) < top_k:
             raise PoolTooSmall(
-                f"layer {layer} of the pool has {len(experts)} routed experts and its router picks {top_k} for one token",
+                f"layer {layer} of the pool has {len(experts)} routed experts, its router picks {top_k} for a token",
                 field="pool.fixed",
             )
     return pool

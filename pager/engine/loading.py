@@ -20,7 +20,7 @@ from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.experts import attach
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.trunk import OpenModel
-from pager.errors import PoolTooLarge, UnsupportedModel
+from pager.errors import ConfigError, PoolTooLarge, UnsupportedModel
 from pager.machine import Machine
 from pager.planner import Budgets, Needs, Plan, plan
 from pager.routing.pool import largest_counts
@@ -161,6 +161,8 @@ def load_paged_model(
     Where the plan has a host tier, `host_tier` makes it; without one, it is this process's own. The model owns it then.
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
     """
+    if num_readers < 1:
+        raise ConfigError(f"num_readers must be at least 1, not {num_readers}: nobody would read an expert")
     opened = OpenModel.open(path, dtype)
     with opened.checkpoint, ExitStack() as closing:
         planned = plan(needs_of(opened), budgets or Budgets(), machine or Machine.detect(device))

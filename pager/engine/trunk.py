@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import pager.models  # noqa: F401 - registers the models this project adds
-from pager.errors import CheckpointError, PagerError, UnsupportedModel
+from pager.errors import CheckpointError, ConfigError, PagerError
 from pager.models.families import Family, family_of
 from pager.store.experts import ExpertSource, open_experts
 from pager.store.safetensors_index import Checkpoint
@@ -36,7 +36,9 @@ class OpenModel:
 
     @classmethod
     def open(cls, path: str | Path, dtype: torch.dtype | str | None = None) -> OpenModel:
-        """Raises CheckpointError for a damaged checkpoint, UnsupportedModel for a family that can not be paged."""
+        """Raises CheckpointError for a damaged checkpoint, UnsupportedModel for a family that can not be paged,
+        ConfigError for the dtype.
+        """
         checkpoint = Checkpoint.open(path)
         family = family_of(checkpoint.config.get("model_type"))
         try:
@@ -78,7 +80,9 @@ class OpenModel:
             if tied and name == "lm_head.weight":
                 continue
             stored = self.family.stored_name(name)
-            self.checkpoint.require(stored, parameter.shape)
+            spec = self.checkpoint.require(stored, parameter.shape)
+            if not spec.dtype.is_floating_point:
+                raise CheckpointError(f"tensor {stored!r} is stored as {spec.dtype}; it must be in floating point")
             weight = self.checkpoint.read_tensor(stored, self.dtype).to(device)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
@@ -105,14 +109,11 @@ def moe_blocks(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:
             yield layer, decoder.mlp
 
 
-def _choose_dtype(dtype: torch.dtype | str | None, config: dict[str, Any]) -> torch.dtype:
+def _choose_dtype(asked: torch.dtype | str | None, config: dict[str, Any]) -> torch.dtype:
     """What was asked for; else bfloat16, which is also what a float32 checkpoint is served in unless it says so."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is None:
-        return torch.bfloat16
-    if dtype == "auto":
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    if dtype not in DTYPES:
-        raise UnsupportedModel(f"dtype {dtype!r} is not one of {', '.join(DTYPES)} or auto")
-    return DTYPES[dtype]
+    name = str(asked or "bfloat16").removeprefix("torch.")
+    if name == "auto":
+        name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not one of {', '.join(DTYPES)} or auto")
+    return DTYPES[name]

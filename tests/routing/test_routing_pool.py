@@ -268,7 +268,7 @@ class TestCheckPool:
         assert caught.value.field == "pool.fixed"
 
     def test_one_with_fewer_than_a_token_needs(self) -> None:
-        with pytest.raises(PoolTooSmall, match="layer 2 of the pool has 1 routed experts.* its router picks 2"):
+        with pytest.raises(PoolTooSmall, match=r"layer 2 of the pool has 1 routed experts.* its router picks 2"):
             check_pool(ExpertPool(((0, 1, 2), (), (3,))), MIXED)
 
 

@@ -1,0 +1,246 @@
+"""What can be wrong with a checkpoint or a budget: the class of the error, and that it names the value."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, LlamaConfig, PreTrainedModel
+
+from pager.engine.trunk import OpenModel
+from pager.errors import (
+    BudgetError,
+    CheckpointError,
+    ChecksumMismatch,
+    ConfigError,
+    ExpertReadError,
+    PagerError,
+    UnsupportedModel,
+)
+from pager.store.pack import pack
+
+Load = Callable[..., PreTrainedModel]
+MakeSmall = Callable[..., Any]
+
+
+class TestBudgets:
+    @pytest.mark.parametrize("budget", ["1KiB", 12_287, "1%", 0.01])
+    def test_too_small_for_one_token(self, golden: Any, load: Load, budget: Any) -> None:
+        with pytest.raises(
+            BudgetError, match="one token needs 3 of a layer at once: give at least 73728 bytes"
+        ) as caught:
+            load(golden.checkpoint, expert_memory=budget)
+        assert repr(budget) in caught.value.message
+
+    def test_the_smallest_that_is_named_is_enough(self, golden: Any, load: Load) -> None:
+        assert load(golden.checkpoint, expert_memory=73728).expert_paging.pager.num_slots == 3
+        with pytest.raises(BudgetError, match="73727"):
+            load(golden.checkpoint, expert_memory=73727)
+
+    def test_larger_than_the_machine(self, golden: Any, load: Load) -> None:
+        with pytest.raises(BudgetError, match=r"expert_memory '900TiB' is .*, more than the .* found in main memory"):
+            load(golden.checkpoint, expert_memory="900TiB")
+
+    @pytest.mark.parametrize("budget", ["64 parsecs", "lots", "", "-5MiB", 0, -1, "0%", "101%", 1.5, 0.0, True])
+    def test_no_size_at_all(self, golden: Any, load: Load, budget: Any) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load(golden.checkpoint, expert_memory=budget)
+        assert str(budget) in caught.value.message
+
+    def test_more_than_all_experts_is_all_experts(self, golden: Any, load: Load) -> None:
+        assert load(golden.checkpoint, expert_memory="1GiB").expert_paging.pager.num_slots == 60
+
+
+class TestOptions:
+    @pytest.mark.parametrize("dtype", ["float8", "int8", "bf16", torch.int8, torch.bool])
+    def test_an_unknown_dtype(self, golden: Any, load: Load, dtype: Any) -> None:
+        with pytest.raises(ConfigError, match="float32, bfloat16, float16 or auto") as caught:
+            load(golden.checkpoint, dtype=dtype)
+        assert repr(str(dtype).removeprefix("torch.")) in caught.value.message
+
+    def test_an_unknown_device(self, golden: Any, load: Load) -> None:
+        with pytest.raises(ConfigError, match="'tpu'"):
+            load(golden.checkpoint, device="tpu")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_gpu_that_is_not_there(self, golden: Any, load: Load) -> None:
+        with pytest.raises(ConfigError, match="no GPU here"):
+            load(golden.checkpoint, device="cuda")
+
+    def test_an_unknown_policy(self, golden: Any, load: Load) -> None:
+        with pytest.raises(ConfigError, match="'newest'"):
+            load(golden.checkpoint, policy="newest")
+
+    @pytest.mark.parametrize("num_readers", [0, -2])
+    def test_no_readers(self, golden: Any, load: Load, num_readers: int) -> None:
+        with pytest.raises(ConfigError, match=str(num_readers)):
+            load(golden.checkpoint, num_readers=num_readers)
+
+
+class TestCheckpoints:
+    def test_no_directory(self, tmp_path: Path, load: Load) -> None:
+        with pytest.raises(CheckpointError, match="is not a directory"):
+            load(tmp_path / "absent")
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ("{", "config.json"),
+            ("[]", "config.json"),
+            ('{"model_type": "emo", "num_hidden_layers": "many"}', "no valid emo config"),
+            ('{"model_type": "emo", "num_experts": 4, "num_experts_per_tok": 1, "num_shared_experts": 2}', "2 shared"),
+        ],
+    )
+    def test_a_bad_config(self, small: MakeSmall, load: Load, config: str, message: str) -> None:
+        made = small("emo")
+        (made.path / "config.json").write_text(config)
+        with pytest.raises(CheckpointError, match=message):
+            load(made.path)
+
+    @pytest.mark.parametrize(
+        "config", [GptOssConfig(), LlamaConfig(), {"model_type": "deepseek_v99"}, {"hidden_size": 64}]
+    )
+    def test_another_family_is_refused_by_name(self, small: MakeSmall, load: Load, config: Any) -> None:
+        made = small("emo")
+        config = config if isinstance(config, dict) else config.to_dict()
+        (made.path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UnsupportedModel, match=r"supported are emo, mixtral, olmoe, qwen3_moe$") as caught:
+            load(made.path)
+        assert repr(config.get("model_type")) in caught.value.message
+
+    @pytest.mark.parametrize("cut", [1, 5000, "header"])
+    def test_truncated(self, small: MakeSmall, load: Load, cut: int | str) -> None:
+        made = small("olmoe")
+        file = made.path / "model.safetensors"
+        os.truncate(file, 100 if cut == "header" else file.stat().st_size - int(cut))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            load(made.path)
+
+    def test_a_missing_shard(self, small: MakeSmall, load: Load) -> None:
+        made = small("olmoe", save={"max_shard_size": "40KB"})
+        shard = sorted(made.path.glob("*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(CheckpointError, match=shard.name):
+            load(made.path)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model.embed_tokens.weight",
+            "model.layers.1.mlp.gate.weight",
+            "model.layers.2.self_attn.q_proj.weight",
+            "lm_head.weight",
+            "model.layers.1.mlp.experts.3.up_proj.weight",
+            "model.layers.0.mlp.experts.8.down_proj.weight",  # a shared one
+        ],
+    )
+    @pytest.mark.parametrize("damage", ["missing", "wrong shape"])
+    def test_a_tensor(self, small: MakeSmall, load: Load, name: str, damage: str) -> None:
+        made = small("emo")
+
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            tensor = tensors.pop(name)
+            if damage == "wrong shape":
+                tensors[name] = tensor[:-1].clone()
+
+        rewrite(made.path, change)
+        with pytest.raises(CheckpointError) as caught:
+            load(made.path)
+        assert name in caught.value.message
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
+    @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.experts.3.up_proj.weight"])
+    def test_a_stored_dtype_that_can_not_be_served(
+        self, small: MakeSmall, load: Load, name: str, dtype: torch.dtype
+    ) -> None:
+        made = small("emo")
+        rewrite(made.path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+        with pytest.raises(CheckpointError) as caught:
+            load(made.path)
+        assert name in caught.value.message
+
+    def test_a_failed_load_leaves_nothing_behind(self, small: MakeSmall, load: Load) -> None:
+        made = small("emo")
+        rewrite(made.path, lambda tensors: tensors.pop("lm_head.weight"))
+        before = remains()
+        for options in ({}, {"host_memory": "50%"}, {"expert_memory": "1%"}, {"pool_size": 1}):
+            with pytest.raises(PagerError):
+                load(made.path, **options)
+        assert remains() == before
+
+    def test_closing_leaves_nothing_behind(self, golden: Any, load: Load) -> None:
+        before = remains()
+        model = load(golden.checkpoint, expert_memory="25%", host_memory="50%")
+        model(golden.tensors["doc96.input_ids"])
+        assert remains() != before
+        for _ in range(2):
+            model.expert_paging.close()
+        assert remains() == before
+
+
+class TestReads:
+    """An expert that can't be read fails the forward that wants it; the model lives on."""
+
+    def test_a_file_cut_short_after_loading(self, small: MakeSmall, load: Load) -> None:
+        made = small("mixtral")
+        model = load(made.path, expert_memory="25%")
+        expected = model(made.prompt()).logits
+        file = made.path / "model.safetensors"
+        whole = file.read_bytes()
+        os.truncate(file, len(whole) // 2)
+        with pytest.raises(ExpertReadError, match=r"cannot read expert \d+ of layer \d+ .*model\.safetensors"):
+            model(made.prompt(seed=2))
+        model.expert_paging.pager.check_integrity()
+        file.write_bytes(whole)
+        fresh = load(made.path, expert_memory="25%")
+        torch.testing.assert_close(fresh(made.prompt()).logits, expected)
+
+    def test_a_flipped_byte_in_a_pack(self, small: MakeSmall, load: Load, tmp_path: Path) -> None:
+        made = small("mixtral")
+        packed = tmp_path / "packed"
+        pack_model(made.path, packed)
+        model = load(packed, expert_memory="100%")
+        torch.testing.assert_close(model(made.prompt()).logits, made.plain(made.prompt()).logits, rtol=0, atol=1e-4)
+        (file,) = (path for path in packed.iterdir() if path.stat().st_size > 100_000)
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size - 5000)
+            (byte,) = stream.read(1)
+            stream.seek(-1, os.SEEK_CUR)
+            stream.write(bytes([byte ^ 1]))
+        damaged = load(packed, expert_memory="100%")
+        with pytest.raises(ChecksumMismatch, match="does not match its checksum") as caught:
+            damaged(made.prompt(8, 60))
+        assert caught.value.key.layer == 2
+        damaged.expert_paging.pager.check_integrity()
+
+
+def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors")
+
+
+def pack_model(source: Path, out: Path) -> None:
+    opened = OpenModel.open(source)
+    shape = opened.family.expert_shape(opened.config)
+    pack(
+        source,
+        out,
+        names=opened.family.expert_names,
+        experts_per_layer=opened.facts.experts_per_layer,
+        shape=shape,
+    )
+
+
+def remains() -> tuple[int, int, set[str]]:
+    """Open descriptors, threads, and files in shared memory."""
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith("expert-reader")]
+    shared = {name for name in os.listdir("/dev/shm") if name.startswith("expert-pager")}
+    return len(os.listdir("/proc/self/fd")), len(readers), shared

@@ -1,0 +1,379 @@
+"""`expert-pager serve` as a process, and a client that talks to it over its sockets like anybody else's would."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import torch
+from expert_pager.v1 import expert_pager_pb2 as pb
+from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import Tokenizer
+
+import pager
+
+ROOT = Path(__file__).parents[2]
+MODEL = Path(os.environ.get("E2E_MODEL", ROOT / "models" / "emo-tiny"))
+SERVICE_NAME = "expert_pager.v1.ExpertPager"
+START_TIMEOUT_S = 120  # the machine may be busy; how long a start takes is printed, and asserted in one place
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    text: str
+    usage: pb.Usage
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a client gets to know of an error."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    field: str | None
+    retry_s: float | None
+
+
+Labels = tuple[tuple[str, str], ...]
+
+
+class Metrics(dict[tuple[str, Labels], float]):
+    """One scrape: (sample name, labels) to value."""
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum over all series of that name and, at least, those labels. There must be one."""
+        found = [value for (sample, given), value in self.items() if sample == name and labels.items() <= dict(given).items()]
+        assert found, f"no series {name} {labels}"
+        return sum(found)
+
+
+@dataclass
+class Service:
+    """A running service. Calls are those of a client; processes and files are looked at from outside."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    ready: dict[str, Any]
+    ready_after_s: float
+    channel: grpc.Channel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.channel = grpc.insecure_channel(self.ready["address"])
+        self.stub: Any = pb_grpc.ExpertPagerStub(self.channel)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return dict(self.ready["plan"])
+
+    @property
+    def log(self) -> str:
+        """All that the service has written: its own output, and the workers', which Ray passes on to it."""
+        return "".join((self.folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        prompt: str | bytes | Sequence[int],
+        *,
+        tenant: str | None = None,
+        pool: pb.PoolPolicy | int | None = None,
+        request_id: str = "",
+        model: str = "",
+        timeout: float | None = 120,
+        channel: grpc.Channel | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Starts Generate. An int is a pool of so many routed experts a layer, None the service's default."""
+        request = pb.GenerateRequest(request_id=request_id, model=model, **prompt_fields(prompt))
+        request.sampling.MergeFrom(pb.SamplingParams(**{"ignore_eos": True, **sampling}))
+        if pool is not None:
+            request.pool.CopyFrom(pb.PoolPolicy(count=pool) if isinstance(pool, int) else pool)
+        stub: Any = self.stub if channel is None else pb_grpc.ExpertPagerStub(channel)
+        return stub.Generate(request, timeout=timeout, metadata=() if tenant is None else (("x-tenant-id", tenant),))
+
+    def generate(self, prompt: str | bytes | Sequence[int], **options: Any) -> Answer:
+        return read(self.open(prompt, **options))
+
+    def refusal(self, prompt: str | bytes | Sequence[int], **options: Any) -> Refusal:
+        """How Generate fails; a call that succeeds is a failed test."""
+        return refusal(lambda: self.generate(prompt, **options))
+
+    def health(self, name: str = SERVICE_NAME) -> int:
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        return int(stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=30).status)
+
+    def residency(self) -> dict[str, pb.WorkerResidency]:
+        workers = self.stub.GetResidency(pb.GetResidencyRequest(), timeout=30).workers
+        return {worker.worker: worker for worker in workers}
+
+    # --- from outside -------------------------------------------------------------------------------------------------
+
+    def targets(self) -> dict[str, str]:
+        """Metrics addresses by worker id, and of the router as "router", from the file_sd file."""
+        groups = json.loads((self.folder / "targets.json").read_text())
+        return {group["labels"].get("worker", "router"): group["targets"][0] for group in groups}
+
+    def metrics(self, target: str) -> Metrics:
+        return scrape(self.targets()[target])
+
+    def worker_metrics(self) -> Metrics:
+        """Of all workers together."""
+        found = Metrics()
+        for target in self.targets():
+            if target != "router":
+                for key, value in self.metrics(target).items():
+                    found[key] = found.get(key, 0.0) + value
+        return found
+
+    def worker_pids(self) -> list[int]:
+        """Of the worker actors that live, below this process."""
+        return [process.pid for process in self.processes() if process_name(process).startswith("ray::WorkerActor")]
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def is_idle(self) -> bool:
+        """No request anywhere, and nothing held for one."""
+        router, worker = self.metrics("router"), self.worker_metrics()
+        return (
+            router.total("expert_pager_router_requests_in_flight") == 0
+            and router.total("expert_pager_router_tokens_in_flight") == 0
+            and worker.total("expert_pager_requests_running") == 0
+            and worker.total("expert_pager_requests_waiting") == 0
+            and worker.total("expert_pager_kv_used_bytes") == 0
+            and worker.total("expert_pager_pinned_bytes", tier="device") == 0
+            and worker.total("expert_pager_reserved_bytes", tier="device") == 0
+        )
+
+    def wait_until_idle(self, seconds: float = 30) -> None:
+        until(self.is_idle, seconds)
+
+    def wait_until_ready(self, num_workers: int = 1) -> None:
+        def is_ready() -> bool:
+            workers = self.residency().values()
+            return sum(worker.state == "ready" for worker in workers) >= num_workers and self.health() == SERVING
+
+        until(is_ready, 120)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        self.channel.close()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+# --- pieces that tests use by themselves --------------------------------------------------------------------------------
+
+
+def prompt_fields(prompt: str | bytes | Sequence[int]) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"text": prompt.encode()}
+    if isinstance(prompt, bytes):
+        return {"text": prompt}
+    return {"token_ids": pb.TokenIds(ids=prompt)}
+
+
+def read(call: Any) -> Answer:
+    """All of a stream. Only its last message has a usage."""
+    messages = list(call)
+    assert [message.HasField("usage") for message in messages] == [False] * (len(messages) - 1) + [True]
+    tokens = [token for message in messages for token in message.token_ids]
+    return Answer(tokens, "".join(message.text for message in messages), messages[-1].usage)
+
+
+def refusal(call: Callable[[], object]) -> Refusal:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return refusal_of(caught.value)
+
+
+def refusal_of(error: Any) -> Refusal:
+    status = rpc_status.from_call(error)
+    assert status is not None, f"{error.code()} without details: {error.details()}"
+    details: dict[type, Any] = {}
+    for kind in (ErrorInfo, RetryInfo, BadRequest):
+        for packed in status.details:
+            if packed.Is(kind.DESCRIPTOR):
+                details[kind] = kind()
+                packed.Unpack(details[kind])
+    assert details[ErrorInfo].domain == "expert-pager"
+    retry, bad = details.get(RetryInfo), details.get(BadRequest)
+    return Refusal(
+        error.code(),
+        error.details(),
+        details[ErrorInfo].reason,
+        bad.field_violations[0].field if bad else None,
+        retry.retry_delay.ToMilliseconds() / 1000 if retry else None,
+    )
+
+
+def scrape(address: str) -> Metrics:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as reply:
+        text = reply.read().decode()
+    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    return Metrics({(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples})
+
+
+def process_name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()) or process.name()
+    return ""
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Polls; what is not there yet (a socket, a file, a process) counts as not fulfilled."""
+    end_s = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError, grpc.RpcError, psutil.Error):
+            if condition():
+                return
+        assert time.monotonic() < end_s, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pager.cli", *map(str, arguments)]
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("EXPERT_PAGER_", "REDIS_"))}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
+    return own | {"PYTHONPATH": path, "COLUMNS": "200", **extra}
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
+    """`expert-pager serve ARGUMENTS` on free ports. Killed, with all that it has started, if the test did not stop it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ports = ("--port", 0, "--metrics-port", 0, "--file-sd", folder / "targets.json", "--json")
+    started_s = time.monotonic()
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+        process = subprocess.Popen(
+            command("serve", *arguments, "--device", "cpu", *ports), env=environment(env), stdout=out, stderr=err
+        )
+    service = None
+    try:
+        until(lambda: (folder / "stdout").read_bytes().endswith(b"\n") or process.poll() is not None, START_TIMEOUT_S)
+        line = (folder / "stdout").read_text()
+        assert line.startswith("{"), (folder / "stderr").read_text()
+        service = Service(process, folder, json.loads(line), time.monotonic() - started_s)
+        print(f"\nready after {service.ready_after_s:.1f} s: {' '.join(map(str, arguments))}")
+        yield service
+    finally:
+        if service is not None:
+            service.channel.close()
+        if process.poll() is None:
+            left = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            for each in left:
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+            process.wait()
+
+
+# --- fixtures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return MODEL
+
+
+@pytest.fixture(scope="session", name="until")
+def until_fixture() -> Callable[..., None]:
+    return until
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., Any]:
+    """`with serve(folder, *arguments, **environment) as service:`"""
+    return serving
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One worker on the shipped model in fp32, with room for a quarter of its experts. Most tests share it."""
+    with serving(
+        tmp_path_factory.mktemp("e2e") / "service",
+        *(MODEL, "--dtype", "float32", "--expert-memory", "25%"),
+        EXPERT_PAGER_ROUTER_STREAM_BUFFER_CHUNKS="64",
+        EXPERT_PAGER_ROUTER_WRITE_TIMEOUT_S="3",
+        EXPERT_PAGER_WORKERS_STEP_TIMEOUT_S="6",
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def idle_service(service: Service) -> Iterator[Service]:
+    """The shared service; the test has to leave nothing in flight on it."""
+    service.wait_until_idle()
+    yield service
+    service.wait_until_idle()
+
+
+@pytest.fixture(scope="session")
+def reference() -> Iterator[Callable[..., list[int]]]:
+    """`reference(prompt ids, max_tokens, pool_size=None)`: what the library's `generate` makes of it, in fp32."""
+    loaded: dict[object, Any] = {}
+
+    def generate(prompt_ids: Sequence[int], max_tokens: int, pool_size: int | str | None = None) -> list[int]:
+        if pool_size not in loaded:
+            loaded[pool_size] = pager.load_model(MODEL, dtype="float32", expert_memory="50%", pool_size=pool_size)
+            loaded[pool_size].generation_config.eos_token_id = None
+        inputs = torch.tensor([list(prompt_ids)])
+        output = loaded[pool_size].generate(inputs, max_new_tokens=max_tokens, do_sample=False)
+        return output[0, inputs.shape[1] :].tolist()
+
+    yield generate
+    for model in loaded.values():
+        model.expert_paging.close()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run(*arguments, **environment)`: expert-pager to its end."""
+
+    def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command(*arguments), env=environment(env), capture_output=True, text=True, timeout=180)
+
+    return run

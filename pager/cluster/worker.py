@@ -124,7 +124,7 @@ class Worker:
         self._ready: WorkerReady | None = None
 
     def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
-        """Loads the model and starts to serve. An error that the operator can mend is returned, not raised."""
+        """Loads the model and starts to serve. Errors are returned: Ray would wrap one that is raised."""
         set_num_threads(self._config)
         started = time.monotonic()
         try:
@@ -136,6 +136,9 @@ class Worker:
             self._metrics_server = MetricsServer(self._observer.registry, self._bind_host, self._metrics_port)
         except PagerError as error:
             return error
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            return PagerError(f"the model could not be loaded: {error!r}; the worker's log has the details")
         address = self._loop.run(self._server.start(f"{self._bind_host}:0", loaded.engine, self._load_report))
         loaded.engine.start()
         self._ready = WorkerReady(address, self._token, self._metrics_server.address, os.getpid(), loaded.model)

@@ -25,7 +25,7 @@ HEALTHY_S = 60.0  # after so long in one piece, a loss counts as the first one
 LOSSES_BEFORE_GIVING_UP = 3  # only while it has never been ready
 
 
-class Lost(Exception):  # noqa: N818 - an end, not an error of anybody's
+class Lost(Exception):
     """This incarnation of the worker is over."""
 
     def __init__(self, state: WorkerState, why: str) -> None:

@@ -73,7 +73,7 @@ def _table(load: Load) -> Table:
         for name, times in ways.items()
     ]
     return Table(
-        f"From the sink to the reader, ms; the engine's thread {'computes' if load.is_busy else 'sleeps'} between steps",
+        f"From the sink to the reader, ms; the engine {'computes' if load.is_busy else 'sleeps'} between steps",
         ("way", "median", "p90", "p99", "added at the median"),
         rows,
         notes=("TCP over the loopback is what a worker uses.",),

@@ -318,6 +318,40 @@ async def test_requests_of_a_router_that_goes_are_cancelled(tmp_path: Path) -> N
         await until(lambda: first.workers()[0].running == 0)
 
 
+SECOND_ROUTER = """
+import asyncio, sys
+from pager.cluster.cluster import Cluster
+from pager.config import ClusterConfig, ServiceConfig, WorkerConfig
+from pager.types import GenerateRequest, PoolPolicy, SamplingParams
+
+async def main(ray_address, namespace):
+    config = ServiceConfig(workers=WorkerConfig(count=0), cluster=ClusterConfig(ray_address, namespace))
+    cluster = await Cluster.connect(config)
+    request = GenerateRequest("theirs", "t", (1,), SamplingParams(max_tokens=10**6), PoolPolicy())
+    async for chunk in cluster.generate("worker-0", request):
+        print(chunk.token_ids[0], flush=True)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_router_in_another_process_joins_by_address_and_its_requests_die_with_it(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path)) as first:
+        pid = pid_of(await answer(first, "worker-0", request("who")))
+        where = (ray.get_runtime_context().gcs_address, tmp_path.name)
+        pipe = asyncio.subprocess.PIPE
+        command = (sys.executable, "-c", SECOND_ROUTER, *where)
+        other = await asyncio.create_subprocess_exec(*command, stdout=pipe, limit=2**24)
+        try:
+            assert other.stdout is not None
+            assert int(await asyncio.wait_for(other.stdout.readline(), 60)) == pid
+            await until(lambda: first.workers()[0].running == 1)
+        finally:
+            other.kill()
+            await other.communicate()
+        await until(lambda: first.workers()[0].running == 0)
+
+
 async def test_drain_refuses_new_requests_and_lets_open_ones_end(tmp_path: Path) -> None:
     async with cluster(config(tmp_path)) as one:
         short, endless = (one.generate("worker-0", request(*ask)) for ask in (("short", 500), ("endless", 10**6)))

@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Named first and exactly, so that pip takes the build it finds for this machine and never a newer one.
-# Without a GPU, on a machine that knows PyPI only, save gigabytes:
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Without a GPU, save gigabytes: give pip the index of CPU builds that pytorch.org names,
+#   make demo TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 # The full suite runs on the newest transformers of the range, the model-level tests on the oldest too.
 OLDEST_TRANSFORMERS := 5.17.0
@@ -66,7 +66,7 @@ redis:
 	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		{ apt-get install -y -qq redis-server >/dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq redis-server >/dev/null; }; }; } || \
-		echo "redis-server is not here: the tests that need one are skipped; install it to run them"
+		{ echo "the tests start a real Redis: install redis-server, then run make test again"; exit 1; }
 
 proto: $(INSTALLED)
 	$(BIN)/python protos/generate.py

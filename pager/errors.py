@@ -1,8 +1,8 @@
 """Every error a user or an operator can cause, one class each.
 
-`reason` is the machine-readable name that crosses the wire (google.rpc.ErrorInfo.reason); `retryable` says whether the same
-call can succeed later without a change; `field` names the request field at fault, where there is one. The mapping to gRPC
-status codes is a table in `router_service.status`.
+`reason` is the machine-readable name that crosses the wire (google.rpc.ErrorInfo.reason); `retryable` says whether the
+same call can succeed later without a change; `field` names the request field at fault, where there is one. The mapping
+to gRPC status codes is a table in `router_service.status`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pager.types import ExpertKey
 
 
 class PagerError(Exception):
-    """Base of all errors that are shown to a user. The message says what was wrong, with which value, and what to do."""
+    """Base of all errors shown to a user. The message says what was wrong, with which value, and what to do."""
 
     reason: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
@@ -72,7 +72,8 @@ class PoolTooLarge(PagerError):
 
     def __init__(self, needed: int, slots: int, *, field: str | None = "pool") -> None:
         super().__init__(
-            f"the pool needs {needed} expert slots and this worker has {slots}; ask for a smaller pool or raise expert_memory",
+            f"the pool needs {needed} expert slots and this worker has {slots}; ask for a smaller pool or raise "
+            "expert_memory",
             field=field,
         )
         self.needed = needed

@@ -70,7 +70,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A share of *all* experts of a layer, shared included, rounded down (as the paper counts): 0.125 of 128 is 15 + 1."""
+    """A share of *all* experts of a layer, shared included, rounded down, as the paper counts: 0.125 of 128 is 15 + 1."""
 
     share: float
 
@@ -88,7 +88,7 @@ PoolSize = Full | Count | Share | Mass
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutingScores:
-    """Per layer, each routed expert's mean router probability over the prompt ([R] float64; empty for a dense layer)."""
+    """Per layer, each routed expert's mean router probability over the prompt: [R] float64, empty where dense."""
 
     mean_LR: tuple[np.ndarray, ...]
     source: str  # "trunk", "prefill", "hint", ...
@@ -97,7 +97,7 @@ class RoutingScores:
 
 @dataclass(frozen=True, slots=True)
 class ExpertPool:
-    """Per layer, the routed experts a request may use, ascending; empty for a dense layer. Shared experts are implied."""
+    """Per layer, the routed experts a request may use, ascending; empty where dense. Shared experts are implied."""
 
     experts: tuple[tuple[int, ...], ...]
     covered_mass: float | None = None  # mean over layers of the router mass inside the pool; None where not known
@@ -182,8 +182,8 @@ AnswerMode = Literal["exact", "pool", "degraded"]
 class Usage:
     """What one answer was and what it cost.
 
-    `mode`: exact (every expert the router wanted was available), pool (restricted to the pool asked for), degraded (the pool
-    covers less than the policy asked for: a mass cap was hit).
+    `mode`: exact (every expert the router wanted was available), pool (restricted to the pool asked for), degraded (the
+    pool covers less than the policy asked for: a mass cap was hit).
     """
 
     mode: AnswerMode

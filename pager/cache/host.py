@@ -204,7 +204,7 @@ def _page_lock(data: Tensor) -> Callable[[], None]:
     """Page-locks the memory where there is a GPU, so that copies from it are asynchronous; returns what undoes it."""
     if not torch.cuda.is_available():
         return lambda: None
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime: Any = torch.cuda.cudart()
     status = int(runtime.cudaHostRegister(data.data_ptr(), data.numel(), 0))
     if status != 0:
         raise BudgetError(f"{data.numel()} bytes can not be page-locked (CUDA error {status}); lower host_memory")

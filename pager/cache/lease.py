@@ -19,9 +19,7 @@ class Lease:
     for good: `failed` is set and every `wait` raises it.
     """
 
-    def __init__(
-        self, ledger: Ledger, holding: Holding, always_resident: Container[ExpertKey], pager: object
-    ) -> None:
+    def __init__(self, ledger: Ledger, holding: Holding, always_resident: Container[ExpertKey], pager: object) -> None:
         self._ledger = ledger
         self._pager = pager  # its reader threads end when nobody refers to it
         self._holding = holding

@@ -23,6 +23,7 @@ _LOOKUPS = {
     HostState.FULL: Lookup.MISS,
 }
 
+
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """A slot was filled with `nbytes` read from `source`."""

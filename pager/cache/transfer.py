@@ -97,7 +97,7 @@ class CudaTransfer:
         self._down = down
         self._slot_of_LE = slot_of_LE
         self._compute = torch.cuda.current_stream(gate_up.device)
-        self._copy = torch.cuda.Stream(gate_up.device)  # type: ignore[no-untyped-call]
+        self._copy = torch.cuda.Stream(gate_up.device)
         self._copy.wait_stream(self._compute)
         self._lock = threading.Lock()  # the order of tickets is the order in the copy stream
         self._ticket = 0
@@ -167,7 +167,7 @@ class CudaTransfer:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return torch.cuda.Event()
 
 
 def _pinned(slab: Tensor) -> Tensor:

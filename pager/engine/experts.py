@@ -111,7 +111,8 @@ class PairOutputs:
 def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """[T, D] from experts that are all in their slots. On a GPU it never waits for the host."""
     if hidden_TD.device.type != "cpu":
-        return grouped_mm_experts_forward(module, hidden_TD, slot_TK.long(), weights_TK)
+        output_TD: Tensor = grouped_mm_experts_forward(module, hidden_TD, slot_TK.long(), weights_TK)
+        return output_TD
     expert_bytes = 3 * module.down_proj[0].nbytes
     if expert_bytes <= BATCHED_EXPERT_BYTES and slot_TK.numel() <= BATCHED_PAIRS:
         return _run_batched(module, hidden_TD, slot_TK, weights_TK)

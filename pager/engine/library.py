@@ -170,7 +170,7 @@ def carry_documents(cache: Cache, documents: Sequence[DocumentRouting]) -> None:
         if kind not in _document_caches:
             _document_caches[kind] = type(f"Document{kind.__name__}", (DocumentCache, kind), {})
         cache.__class__ = _document_caches[kind]
-    cache.documents = list(documents)  # type: ignore[attr-defined]
+    cache.documents = list(documents)
 
 
 def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:

@@ -57,7 +57,8 @@ class OpenModel:
     def trunk_bytes(self) -> int:
         """Everything but the experts, in the serving dtype."""
         model = self.build_empty()
-        return sum(parameter.numel() for parameter in model.parameters()) * self.dtype.itemsize
+        num_elements: int = sum(parameter.numel() for parameter in model.parameters())
+        return num_elements * self.dtype.itemsize
 
     def open_experts(self) -> ExpertSource:
         """The disk tier. Raises CheckpointError when an expert is missing or misshapen."""

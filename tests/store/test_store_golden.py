@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors import safe_open
 
@@ -16,7 +15,6 @@ from pager.types import ExpertShape
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden checkpoint is not there")
 def test_the_golden_checkpoint_survives_packing(model, tmp_path):
     with Checkpoint.open(GOLDEN) as checkpoint:
         config = checkpoint.config

@@ -70,7 +70,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A share of *all* experts of a layer, shared included, rounded down, as the paper counts: 0.125 of 128 is 15 + 1."""
+    """A share of *all* experts of a layer, shared included, rounded down as in the paper: 0.125 of 128 is 15 + 1."""
 
     share: float
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -34,15 +34,16 @@ from pager.units import format_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Name = TypeVar("Name", bound=Hashable)
+
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-BATCHES = (1, 8)
 PROMPT_TOKENS = 16
 KV_MEMORY = "64MiB"
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to measure. Steps are decode steps in each repeat, by batch."""
+    """How long to measure. `num_steps` are the decode steps of each repeat, by batch size."""
 
     num_rounds: int
     num_steps: dict[int, int]
@@ -72,27 +73,35 @@ class Way:
             yield engine.decoder(policy)
 
 
-WAYS = (
-    *(Way("exact, load_model", residency) for residency in (1.0, 0.5, 0.25, 0.125)),
-    Way("exact, engine", 1.0, by_engine=True),
-    Way("pool 25 %, engine", 0.25, pool=0.25, by_engine=True),
-    Way("pool 12.5 %, engine", 0.125, pool=0.125, by_engine=True),
+Group = tuple[Way, ...]
+"""Ways that are loaded together and take turns, with plain transformers between them."""
+
+GROUPS: tuple[Group, ...] = (
+    (Way("exact, load_model", 1.0), Way("exact, load_model", 0.5)),
+    (Way("exact, load_model", 0.25), Way("exact, load_model", 0.125)),
+    (
+        Way("exact, engine", 1.0, by_engine=True),
+        Way("pool 25 %, engine", 0.25, pool=0.25, by_engine=True),
+        Way("pool 12.5 %, engine", 0.125, pool=0.125, by_engine=True),
+    ),
 )
 
 COLUMNS = ("", "residency", "batch", "tokens/s", "plain tokens/s", "ratio", "paged in a token")
 
 
-def measure(
-    path: Path, dtype: torch.dtype, effort: Effort, ways: Sequence[Way] = WAYS, batches: Sequence[int] = BATCHES
-) -> Iterator[Table]:
+def measure(path: Path, dtype: torch.dtype, effort: Effort, groups: Sequence[Group] = GROUPS) -> Iterator[Table]:
     """First how plain transformers does by each of its implementations, then everything else beside the best."""
-    plain = load_plain(path, dtype)
+    plain, batches = load_plain(path, dtype), tuple(effort.num_steps)
     prompts = prompts_of(path, max(batches), PROMPT_TOKENS)
     best: dict[int, str] = {}
     rows = []
     for batch in batches:
         decodes = {name: plain_decode(plain, name) for name in IMPLEMENTATIONS}
-        rates = _rates(decodes, prompts[:batch], effort.num_steps[batch] // 2, max(2, effort.num_rounds // 2))
+        with console.status(f"plain transformers, batch {batch}"):
+            found = _runs(
+                decodes, prompts[:batch], max(1, effort.num_steps[batch] // 4), max(1, effort.num_rounds // 2)
+            )
+        rates = {name: _rates(runs) for name, runs in found.items()}
         best[batch] = max(rates, key=lambda name: statistics.median(rates[name]))
         cells = [figure(rates[name]) + (" *" if name == best[batch] else "") for name in IMPLEMENTATIONS]
         rows.append((f"batch {batch}", *cells))
@@ -102,15 +111,16 @@ def measure(
         rows,
         (f"* is what the next table compares with. Prefill, not timed here, is always by {PREFILL_IMPLEMENTATION}.",),
     )
+    steps = " and ".join(f"{effort.num_steps[batch]} steps at batch {batch}" for batch in batches)
+    rows = [row for group in groups for row in _beside(group, plain, best, path, dtype, prompts, effort)]
     yield Table(
         f"Decode, {path.name}",
         COLUMNS,
-        [row for way in ways for row in _beside(way, plain, best, path, dtype, prompts, effort)],
+        sorted(rows, key=lambda row: int(row[COLUMNS.index("batch")])),
         (
-            "Ratio: of medians, plain and paged runs alternating. The prefill is not in the time.",
+            "Ratio: of medians, plain and paged runs taking turns. The prefill is not in the time.",
             f"Prompts of {PROMPT_TOKENS} tokens, a different one each row; greedy; {effort.num_rounds} repeats of "
-            + " and ".join(f"{steps} steps at batch {batch}" for batch, steps in effort.num_steps.items())
-            + ". Brackets: smallest and largest.",
+            f"{steps}. Brackets: smallest and largest.",
             "Exact: what is missing is read while decoding, here from the operating system's page cache. Every repeat "
             "is the same text, the first is not counted, and each prefill wants nearly all experts.",
             "Pool: one random pool, fixed before the prompt, for all rows of the batch; its experts fill the slots.",
@@ -119,7 +129,7 @@ def measure(
 
 
 def _beside(
-    way: Way,
+    group: Group,
     plain: PreTrainedModel,
     best: dict[int, str],
     path: Path,
@@ -127,35 +137,32 @@ def _beside(
     prompts: list[list[int]],
     effort: Effort,
 ) -> Iterator[tuple[str, ...]]:
-    with way.open(path, dtype, effort) as decode:
+    with ExitStack() as opened:
+        decodes = {way: opened.enter_context(way.open(path, dtype, effort)) for way in group}
         for batch, implementation in best.items():
-            with console.status(f"{way.name} at {way.residency:.1%}, batch {batch}"):
-                decodes = {"plain": plain_decode(plain, implementation), "paged": decode}
-                found = _runs(decodes, prompts[:batch], effort.num_steps[batch], effort.num_rounds)
-            rates = {name: [run.rate for run in runs] for name, runs in found.items()}
-            per_token = statistics.median(run.nbytes / run.num_tokens for run in found["paged"])
-            yield (
-                way.name,
-                f"{way.residency:.1%}",
-                str(batch),
-                figure(rates["paged"]),
-                figure(rates["plain"]),
-                ratio(rates["paged"], rates["plain"]),
-                format_bytes(round(per_token)),
-            )
+            with console.status(f"{', '.join(f'{way.name} at {way.residency:.1%}' for way in group)}, batch {batch}"):
+                all_decodes: dict[Way | None, Decode] = {None: plain_decode(plain, implementation), **decodes}
+                found = _runs(all_decodes, prompts[:batch], effort.num_steps[batch], effort.num_rounds)
+            plain_rates = _rates(found[None])
+            for way in group:
+                yield (
+                    way.name,
+                    f"{way.residency:.1%}",
+                    str(batch),
+                    figure(_rates(found[way])),
+                    figure(plain_rates),
+                    ratio(_rates(found[way]), plain_rates),
+                    format_bytes(round(statistics.median(run.nbytes / run.num_tokens for run in found[way]))),
+                )
 
 
-def _rates(
-    decodes: dict[str, Decode], prompts: list[list[int]], num_steps: int, num_rounds: int
-) -> dict[str, list[float]]:
-    found = _runs(decodes, prompts, num_steps, num_rounds)
-    return {name: [run.rate for run in runs] for name, runs in found.items()}
+def _rates(runs: Sequence[Decoded]) -> list[float]:
+    return [run.rate for run in runs]
 
 
 def _runs(
-    decodes: dict[str, Decode], prompts: list[list[int]], num_steps: int, num_rounds: int
-) -> dict[str, list[Decoded]]:
+    decodes: Mapping[Name, Decode], prompts: list[list[int]], num_steps: int, num_rounds: int
+) -> dict[Name, list[Decoded]]:
     for decode in decodes.values():
         decode(prompts, num_steps)  # the first run chooses kernels, and reads what then stays
-    runs = {name: partial(decode, prompts, num_steps) for name, decode in decodes.items()}
-    return alternate(runs, num_rounds)
+    return alternate({name: partial(decode, prompts, num_steps) for name, decode in decodes.items()}, num_rounds)

@@ -1,6 +1,6 @@
 """What less memory costs: page-in, time to first token and decode speed, each beside what it is measured against.
 
-python -m benchmarks.residency          about 8 minutes on 2 cores; writes 7 GB to build/benchmarks and keeps them
+python -m benchmarks.residency [MODEL]  about 8 minutes on 2 cores; writes 7 GB to build/benchmarks and keeps them
 python -m benchmarks.residency --quick  a smoke run on a toy shape
 """
 
@@ -29,19 +29,21 @@ from pager.store.pack import pack
 REFERENCE = ROOT / "models" / "emo-tiny"
 WORK = ROOT / "build" / "benchmarks"
 DTYPE = torch.bfloat16
-REFERENCE_WAYS = (
-    Way("exact, load_model", 1.0),
-    Way("exact, load_model", 0.125),
-    Way("exact, engine", 1.0, by_engine=True),
-    Way("pool 25 %, engine", 0.25, pool=0.25, by_engine=True),
-    Way("pool 12.5 %, engine", 0.125, pool=0.125, by_engine=True),
+REFERENCE_GROUPS = (
+    (
+        Way("exact, load_model", 1.0),
+        Way("exact, load_model", 0.125),
+        Way("exact, engine", 1.0, by_engine=True),
+        Way("pool 25 %, engine", 0.25, pool=0.25, by_engine=True),
+        Way("pool 12.5 %, engine", 0.125, pool=0.125, by_engine=True),
+    ),
 )
 
 
 def main(
+    reference: Annotated[Path, typer.Argument(help="A trained checkpoint, for a table of its own.")] = REFERENCE,
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "emo-1b14b",
     layers: Annotated[int, typer.Option(help="So many of its layers, and as large a part of the vocabulary.")] = 2,
-    reference: Annotated[Path, typer.Option(help="A trained checkpoint for a table of its own.")] = REFERENCE,
     rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 5,
     threads: Annotated[int, typer.Option(help="Of torch.")] = torch.get_num_threads(),
     readers: Annotated[int, typer.Option(help="Threads that read experts, and of the raw read.")] = 4,
@@ -56,7 +58,7 @@ def main(
     torch.set_num_threads(threads)
     if quick:
         shape, layers, rounds = "emo-micro", 2, 2
-    steps = {1: 4, 8: 2} if quick else {1: 24, 8: 12}
+    steps = {1: 4, 8: 2} if quick else {1: 24, 8: 8}
     effort = Effort(rounds, steps, readers)
     report = Report(
         "residency",
@@ -75,7 +77,7 @@ def main(
             report.add(table)
         gc.collect()
         if reference.exists():
-            for table in decode.measure(reference, DTYPE, effort, REFERENCE_WAYS):
+            for table in decode.measure(reference, DTYPE, effort, REFERENCE_GROUPS):
                 report.add(table)
         else:
             console.print(f"\nno reference model at {reference}; its tables are left out")

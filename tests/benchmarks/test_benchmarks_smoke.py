@@ -73,7 +73,7 @@ def test_exactness_fails_where_an_answer_differs(synthetic: Path, tmp_path: Path
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the page cache is looked at through Linux calls")
 def test_residency_measures_every_table(tmp_path: Path) -> None:
-    done = run("residency", "--quick", "--work", tmp_path / "work", "--reference", tmp_path / "none")
+    done = run("residency", tmp_path / "none", "--quick", "--work", tmp_path / "work")
     assert done.returncode == 0, done.stdout + done.stderr
     for title in ("Page-in, disk to slots", "Time to first token", "Plain transformers generate", "Decode, "):
         assert title in done.stdout

@@ -64,7 +64,8 @@ class Metrics(dict[tuple[str, Labels], float]):
 
     def total(self, name: str, **labels: str) -> float:
         """The sum over all series of that name and, at least, those labels. There must be one."""
-        found = [value for (sample, given), value in self.items() if sample == name and labels.items() <= dict(given).items()]
+        wanted = labels.items()
+        found = [value for (sample, given), value in self.items() if sample == name and wanted <= dict(given).items()]
         assert found, f"no series {name} {labels}"
         return sum(found)
 
@@ -120,6 +121,8 @@ class Service:
     def refusal(self, prompt: str | bytes | Sequence[int], **options: Any) -> Refusal:
         """How Generate fails; a call that succeeds is a failed test."""
         return refusal(lambda: self.generate(prompt, **options))
+
+    refusal_of = staticmethod(lambda error: refusal_of(error))
 
     def health(self, name: str = SERVICE_NAME) -> int:
         stub = health_pb2_grpc.HealthStub(self.channel)
@@ -185,7 +188,7 @@ class Service:
         return self.process.wait(60)
 
 
-# --- pieces that tests use by themselves --------------------------------------------------------------------------------
+# --- pieces that tests use by themselves ------------------------------------------------------------------------------
 
 
 def prompt_fields(prompt: str | bytes | Sequence[int]) -> dict[str, Any]:
@@ -266,7 +269,7 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
-    """`expert-pager serve ARGUMENTS` on free ports. Killed, with all that it has started, if the test did not stop it."""
+    """`expert-pager serve ARGUMENTS` on free ports. Ended, with all that it has started, if the test did not do it."""
     folder.mkdir(parents=True, exist_ok=True)
     ports = ("--port", 0, "--metrics-port", 0, "--file-sd", folder / "targets.json", "--json")
     started_s = time.monotonic()
@@ -296,7 +299,7 @@ def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
             process.wait()
 
 
-# --- fixtures -----------------------------------------------------------------------------------------------------------
+# --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,113 @@
+"""Tenants share steps, slots and a worker, and none of them can tell."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+
+TENANTS = ("ada", "bob", "cyd", "dan")
+TEXTS = (
+    "def mean(values):\n    total = 0\n",
+    "The court finds that the defendant, ",
+    "Shall I compare thee to a summer's day?\n",
+    "WHEREAS the parties have agreed that ",
+    "import os\nimport sys\n\nclass Reader:\n",
+    "O wild West Wind, thou breath of ",
+    "for (int i = 0; i < n; i++) {\n",
+    "The appellant contends that section 4 ",
+)
+ROUTED_PER_POOL = 8  # of 127 in each of 6 layers
+MAX_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Ask:
+    tenant: str
+    prompt: str
+    pool: pb.PoolPolicy
+    sampling: dict[str, Any]
+
+    def send(self, service: Any) -> Any:
+        options = {"tenant": self.tenant, "pool": self.pool, "max_tokens": MAX_TOKENS}
+        return service.generate(self.prompt, **options, **self.sampling)
+
+
+def random_pool(seed: int, size: int = ROUTED_PER_POOL) -> pb.PoolPolicy:
+    """A fixed pool, different in every layer."""
+    draw = random.Random(seed)
+    layers = [pb.LayerExperts(experts=sorted(draw.sample(range(127), size))) for _ in range(6)]
+    return pb.PoolPolicy(experts=pb.FixedPool(layers=layers))
+
+
+@pytest.fixture(scope="module")
+def asks() -> list[Ask]:
+    """Sixteen: every text under a pool of its prefill's choice and under a random one; every other one sampled."""
+    found = []
+    for number, (text, is_fixed) in enumerate(itertools.product(TEXTS, (False, True))):
+        pool = random_pool(number) if is_fixed else pb.PoolPolicy(count=ROUTED_PER_POOL)
+        sampling = {"temperature": 0.9, "top_p": 0.9, "seed": number} if number % 4 > 1 else {}
+        found.append(Ask(TENANTS[number % 4], text, pool, sampling))
+    return found
+
+
+def test_sixteen_pools_in_memory_for_four_give_each_the_tokens_it_gets_alone(
+    idle_service: Any, asks: list[Ask]
+) -> None:
+    alone = [ask.send(idle_service) for ask in asks]
+    pools = {answer.usage.pool.digest for answer in alone}
+    assert len(pools) == 16
+    assert idle_service.plan["num_slots"] <= 4 * alone[0].usage.pool.num_experts
+    for _ in range(2):
+        before = idle_service.worker_metrics()
+        with ThreadPoolExecutor(16) as threads:
+            together = list(threads.map(lambda ask: ask.send(idle_service), asks))
+        after = idle_service.worker_metrics()
+        assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+        assert [answer.text for answer in together] == [answer.text for answer in alone]
+        assert [a.usage.pool.digest for a in together] == [a.usage.pool.digest for a in alone]
+        evicted = after.total("expert_pager_evictions_total") - before.total("expert_pager_evictions_total")
+        assert evicted >= 12 * 6 * 7, "at least twelve pools of top-k or more had to be brought in"
+        waits = [answer.usage.queue_seconds for answer in together]
+        assert max(waits) > min(waits), "they did not all fit at once"
+
+
+def test_a_request_for_nearly_all_slots_is_not_starved_by_small_ones(idle_service: Any) -> None:
+    largest = idle_service.plan["num_slots"] // 6
+    stop = threading.Event()
+    answered_while_waiting = []
+
+    def keep_asking(number: int) -> None:
+        for turn in itertools.count():
+            if stop.is_set():
+                return
+            options = {"pool": random_pool(100 * number + turn), "tenant": TENANTS[number % 4], "max_tokens": 16}
+            answered_while_waiting.append(idle_service.generate(TEXTS[number], **options).usage.queue_seconds)
+
+    with ThreadPoolExecutor(8) as threads:
+        small = [threads.submit(keep_asking, number) for number in range(8)]
+        try:
+            for _ in range(3):
+                large = idle_service.generate(TEXTS[0], pool=random_pool(9, largest), tenant="big", max_tokens=8)
+                assert large.usage.completion_tokens == 8
+                assert large.usage.pool.num_experts == 6 * largest
+        finally:
+            stop.set()
+        for each in small:
+            each.result()
+    assert len(answered_while_waiting) >= 8
+
+
+def test_exact_and_pooled_requests_share_a_worker(idle_service: Any, asks: list[Ask]) -> None:
+    exact = [Ask(TENANTS[i], TEXTS[i], pb.PoolPolicy(full=pb.Full()), {}) for i in range(3)]
+    mixed = [*exact, *asks[:5]]
+    alone = [ask.send(idle_service).tokens for ask in mixed]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda ask: ask.send(idle_service).tokens, mixed))
+    assert together == alone

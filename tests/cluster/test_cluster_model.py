@@ -34,11 +34,7 @@ from pager.types import (
     TokenChunk,
 )
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),
-    # Ray's own clean-up leaves pipes and files of processes that it has killed to the collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 NAMESPACE = f"model-tests-{os.getpid()}"

@@ -27,11 +27,7 @@ from pager.errors import Cancelled, CheckpointError, DuplicateRequest, NotReady,
 from pager.metrics import TierBytes
 from pager.types import FinishReason, GenerateRequest, PoolPolicy, RoutingFacts, SamplingParams, TokenChunk, Usage
 
-pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),
-    # Ray's own clean-up leaves pipes and files of processes that it has killed to the collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HANG = 666  # a prompt with this token makes the engine's step block for ever
 DIE = 667  # and with this one the process is killed in the middle of loading or running

@@ -22,11 +22,14 @@ from pager.cli.options import resolve_device
 from pager.cluster.cluster import Cluster
 from pager.cluster.views import ModelView
 from pager.config import RouterConfig, ServiceConfig
+from pager.engine.loading import needs_of
 from pager.engine.trunk import OpenModel
 from pager.engine.trunk_router import TrunkRouter
-from pager.errors import ConfigError, PortInUse
-from pager.routing.pool import parse_pool_size
-from pager.types import PoolPolicy, PoolSource
+from pager.errors import ConfigError, PoolTooLarge, PortInUse
+from pager.machine import Machine
+from pager.planner import Budgets, plan
+from pager.routing.pool import largest_counts, parse_pool_size
+from pager.types import Full, PoolPolicy, PoolSize, PoolSource
 from router_service.admission import AdmissionLimits
 from router_service.backend import build_backend, close_backend
 from router_service.ports import ModelInfo
@@ -99,6 +102,7 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     opened = OpenModel.open(config.model.path, config.model.dtype)
     stack.callback(opened.checkpoint.close)
     tokenizer = read_tokenizer(Path(config.model.path))
+    _check_budgets(opened, config, default_pool.size)
     # While Ray starts and the workers load.
     loading = asyncio.create_task(asyncio.to_thread(_load_scorer, opened, config.router))
     stack.push_async_callback(asyncio.wait, (loading,))
@@ -125,6 +129,20 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     await server.start(router.host, router.port)
     metrics_url = f"http://{metrics_address}/metrics"
     return server, Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
+
+
+def _check_budgets(opened: OpenModel, config: ServiceConfig, default_size: PoolSize) -> None:
+    """What the workers would find out later. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
+    workers = config.workers
+    if config.cluster.ray_address is not None or not workers.count:
+        return  # they run on other machines
+    budgets = Budgets(workers.expert_memory, workers.host_memory, workers.kv_memory, workers.max_running)
+    machine = Machine.detect(resolve_device(workers.device)).shared_by(workers.count)
+    planned = plan(needs_of(opened), budgets, machine)
+    if not isinstance(default_size, Full):
+        needed = sum(largest_counts(default_size, opened.facts))
+        if needed > planned.num_slots:
+            raise PoolTooLarge(needed, planned.num_slots, field="pools.default_size")
 
 
 def read_redis_url(env: Mapping[str, str]) -> str | None:

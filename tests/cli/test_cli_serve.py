@@ -120,8 +120,16 @@ def test_a_start_that_can_not_be_is_one_line(run: Run, checkpoint: Path, tmp_pat
     done = run("serve", checkpoint, "--config", config)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "did you mean 'router.port'?" in done.stderr
-    done = run("serve", tmp_path / "absent", "--port", 0, "--metrics-port", 0)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    for arguments, message in {
+        (tmp_path / "absent",): "is not a directory",
+        (checkpoint, "--expert-memory", "1%"): "one token needs 2 of a layer",
+        (checkpoint, "--expert-memory", "900TiB"): "found in main memory",
+        (checkpoint, "--expert-memory", "25%", "--pool", "4"): "needs 12 expert slots and this worker has 6",
+        (checkpoint, "--pool", "1"): "smaller than the 2",
+    }.items():
+        done = run("serve", *arguments, "--device", "cpu", "--port", 0, "--metrics-port", 0)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert message in done.stderr
 
 
 def test_interrupting_serve_is_clean(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +120,12 @@ def test_configs_are_frozen() -> None:
     config: Any = ServiceConfig()
     with pytest.raises(FrozenInstanceError):
         config.router.port = 1
+
+
+def test_the_example_names_every_setting_and_its_default() -> None:
+    path = Path(__file__).parents[2] / "docs" / "service.example.toml"
+    assert load_config(path) == load_config(overrides={"model.path": "models/emo-tiny"})
+    written_keys = {line.lstrip("# ").split(" = ")[0] for line in path.read_text().splitlines() if " = " in line}
+    config = ServiceConfig()
+    for section in fields(config):
+        assert {each.name for each in fields(getattr(config, section.name))} <= written_keys

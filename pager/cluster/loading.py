@@ -21,9 +21,7 @@ from pager.metrics import TierBytes
 from pager.planner import Budgets, describe
 
 
-def load_engine(
-    config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None
-) -> LoadedEngine:
+def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
     """Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
     workers = config.workers
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

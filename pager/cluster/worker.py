@@ -73,7 +73,6 @@ class LoadedEngine:
     close: Callable[[], None]
 
 
-
 class HostAccess(Protocol):
     """The host tier that this worker shares with others of its node."""
 
@@ -196,9 +195,7 @@ def set_num_threads(config: ServiceConfig) -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
-def load_engine(
-    config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None
-) -> LoadedEngine:
+def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
     """The real one, from a checkpoint. Imports torch when it is called, not before the threads are set."""
     from pager.cluster.loading import load_engine as load
 

@@ -47,9 +47,9 @@ test-all: $(INSTALLED) redis
 test-oldest: $(INSTALLED) $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/models tests/engine tests/library $(PYTEST_ARGS)
 
-# Only the transformers package differs, so only it is installed, in front of the environment's own.
+# With what it needs, but without torch: it goes in front of the environment's own.
 $(OLDEST): $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part transformers==$(OLDEST_TRANSFORMERS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $@.part transformers==$(OLDEST_TRANSFORMERS)
 	mv $@.part $@
 
 check: $(INSTALLED)

@@ -34,11 +34,16 @@ class RaySession:
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
         if ray.is_initialized():
             return cls(LOOPBACK if address is None else None, owns_ray=False, temp_dir=None)
+        if address is None or address.startswith(f"{LOOPBACK}:"):
+            _keep_to_loopback()
         if address is not None:
             try:
                 ray.init(address=address, namespace=namespace, log_to_driver=True, logging_level=logging.WARNING)
             except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
-                raise ConfigError(f"can not join the Ray cluster at {address!r}: {error}") from error
+                raise ConfigError(
+                    f"can not join the Ray cluster at {address!r}: {error}; is it there, and if it asks for a token, are "
+                    "RAY_AUTH_MODE=token and the token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token) set?"
+                ) from error
             return cls(None, owns_ray=True, temp_dir=None)
         # It only says that an embedded cluster asks for a token, which is as it should be.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -55,7 +60,9 @@ class RaySession:
         except BaseException:
             shutil.rmtree(temp_dir, ignore_errors=True)
             raise
-        log.info("embedded Ray at %s; others join it with --ray-address", ray.get_runtime_context().gcs_address)
+        # Ray sends no token to an address that was named unless it is told to.
+        join = "RAY_AUTH_MODE=token and --ray-address"
+        log.info("embedded Ray at %s; others join it with %s", ray.get_runtime_context().gcs_address, join)
         return cls(LOOPBACK, owns_ray=True, temp_dir=temp_dir)
 
     def close(self) -> None:
@@ -64,6 +71,14 @@ class RaySession:
             ray.shutdown()
         if self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def _keep_to_loopback() -> None:
+    """Every server of Ray on this node listens on the loopback alone; by default they listen on all interfaces.
+
+    Ray has the switch for desktops, as an environment variable that is read when it is imported.
+    """
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def num_gpus() -> int:

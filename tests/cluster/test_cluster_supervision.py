@@ -348,6 +348,19 @@ async def test_a_router_in_another_process_joins_by_address_and_its_requests_die
         await until(lambda: first.workers()[0].running == 0)
 
 
+async def test_nothing_listens_beyond_the_loopback(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path)) as one:
+        await answer(one, "worker-0", request("warm"))
+        everybody = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        hosts = {
+            address.laddr.ip.removeprefix("::ffff:")
+            for process in everybody
+            for address in process.net_connections("tcp")
+            if address.status == psutil.CONN_LISTEN
+        }
+        assert hosts == {"127.0.0.1"}
+
+
 async def test_drain_refuses_new_requests_and_lets_open_ones_end(tmp_path: Path) -> None:
     async with cluster(config(tmp_path)) as one:
         short, endless = (one.generate("worker-0", request(*ask)) for ask in (("short", 500), ("endless", 10**6)))

@@ -138,10 +138,10 @@ def _beside(
     effort: Effort,
 ) -> Iterator[tuple[str, ...]]:
     with ExitStack() as opened:
-        decodes = {way: opened.enter_context(way.open(path, dtype, effort)) for way in group}
+        decodes: dict[Way | None, Decode] = {way: opened.enter_context(way.open(path, dtype, effort)) for way in group}
         for batch, implementation in best.items():
             with console.status(f"{', '.join(f'{way.name} at {way.residency:.1%}' for way in group)}, batch {batch}"):
-                all_decodes: dict[Way | None, Decode] = {None: plain_decode(plain, implementation), **decodes}
+                all_decodes = {None: plain_decode(plain, implementation), **decodes}
                 found = _runs(all_decodes, prompts[:batch], effort.num_steps[batch], effort.num_rounds)
             plain_rates = _rates(found[None])
             for way in group:

@@ -41,8 +41,8 @@ class RaySession:
                 ray.init(address=address, namespace=namespace, log_to_driver=True, logging_level=logging.WARNING)
             except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
                 raise ConfigError(
-                    f"can not join the Ray cluster at {address!r}: {error}; is it there? One that asks for a token needs "
-                    "RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+                    f"can not join the Ray cluster at {address!r}: {error}; is it there? One that asks for a token "
+                    "needs RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token"
                 ) from error
             return cls(None, owns_ray=True, temp_dir=None)
         # It only says that an embedded cluster asks for a token, which is as it should be.

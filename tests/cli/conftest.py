@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from pager.cli import main
+
 ROOT = Path(__file__).parents[2]
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCAB = 3, 9, 32, 16, 260
 
@@ -25,20 +27,36 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "pager.cli", *map(str, arguments)]
 
 
-def environment(**extra: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("EXPERT_PAGER_")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
-    return own | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **extra}
+    return own | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
 @pytest.fixture(scope="session")
-def run() -> Run:
-    """Runs `expert-pager ARGUMENTS` to its end."""
+def process() -> Run:
+    """Runs `expert-pager ARGUMENTS` as a process, to its end."""
 
-    def run(*arguments: object, stdin: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
+    def process(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(*arguments), env=environment(**extra), input=stdin, capture_output=True, text=True, timeout=120
+            command(*arguments), env=environment(), input=stdin, capture_output=True, text=True, timeout=120
         )
+
+    return process
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The same in this process, which has its imports behind it."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["expert-pager", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capfd.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(exit_.value.code or 0), captured.out, captured.err)
 
     return run
 

@@ -22,8 +22,8 @@ def test_route_names_a_pool_without_loading_experts(run: Run, checkpoint: Path) 
         assert chosen == sorted(best)
 
 
-def test_route_reads_the_prompt_from_stdin(run: Run, checkpoint: Path) -> None:
-    done = run("route", "--prompt-file", "-", "--model", checkpoint, "--pool", "mass:0.5:4", stdin="héllo")
+def test_route_reads_the_prompt_from_stdin(process: Run, checkpoint: Path) -> None:
+    done = process("route", "--prompt-file", "-", "--model", checkpoint, "--pool", "mass:0.5:4", stdin="héllo")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("6 tokens scored by the trunk pass: ")
 

@@ -109,10 +109,10 @@ def test_refusals_are_one_line_and_the_next_request_works(run: Run, service: dic
     assert run("generate", "hi", "--max-tokens", 1, "--server", service["address"]).returncode == 0
 
 
-def test_a_start_that_can_not_be_is_one_line(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("serve", checkpoint, "--port", port, "--metrics-port", 0)
+        done = process("serve", checkpoint, "--port", port, "--metrics-port", 0)
         assert (done.returncode, done.stderr.count("error:")) == (1, 1), done.stderr
         assert f"port {port} on 127.0.0.1 is in use" in done.stderr
     config = tmp_path / "service.toml"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import pager.models  # noqa: F401 - registers the models this project adds
@@ -95,6 +95,7 @@ class OpenModel:
         if left:
             raise CheckpointError(f"nothing was loaded for {', '.join(left[:3])} ({len(left)} tensors)")
         model.generation_config = self._generation_config()
+        model.get_output_embeddings().register_forward_pre_hook(_own_strides)
         return model
 
     def _generation_config(self) -> GenerationConfig:
@@ -108,6 +109,16 @@ def moe_blocks(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:
     for layer, decoder in enumerate(model.model.layers):
         if hasattr(decoder.mlp, "experts"):
             yield layer, decoder.mlp
+
+
+def _own_strides(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copies the hidden states that the output head gets, often those of the last token alone.
+
+    Such a slice has the strides of the whole, and torch then multiplies it with a transposed copy of all the head's weights:
+    with a vocabulary of 100352, 5.3 s a prefill instead of 0.04.
+    """
+    hidden, *rest = inputs
+    return (hidden.clone(memory_format=torch.contiguous_format), *rest)
 
 
 def _choose_dtype(asked: torch.dtype | str | None, config: dict[str, Any]) -> torch.dtype:

@@ -114,7 +114,7 @@ def moe_blocks(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:
 def _own_strides(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Copies the hidden states that the output head gets, often those of the last token alone.
 
-    Such a slice has the strides of the whole, and torch then multiplies it with a transposed copy of all the head's weights:
+    Such a slice has the strides of the whole, and torch then multiplies it with a transposed copy of the head's weights:
     with a vocabulary of 100352, 5.3 s a prefill instead of 0.04.
     """
     hidden, *rest = inputs

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from pager.cache.pager import ExpertPager
@@ -28,6 +29,10 @@ NAME = "expert_pager_slots"
 # AVX-512 core, 8 tokens with 7 experts of 24 to 48 KiB each take 0.6 ms instead of 1.0.
 BATCHED_EXPERT_BYTES = 128 * 1024
 BATCHED_PAIRS = 256
+
+# In half precision oneDNN compiles a kernel of 0.7 MB for every number of rows it meets, which takes a millisecond; its
+# tiles have 16 rows anyway.
+HALF_PRECISION_ROWS = 16
 
 
 class LayerExperts:
@@ -80,9 +85,10 @@ class PairOutputs:
         self._module = module
         self._shape_TK = index_TK.shape
         ids_P, self._order_P = index_TK.flatten().sort(stable=True)
-        self._hidden_PD = hidden_TD[self._order_P // index_TK.shape[1]]
+        self._row_step = 1 if hidden_TD.dtype == torch.float32 else HALF_PRECISION_ROWS
+        self._hidden_PD = hidden_TD[pad(self._order_P // index_TK.shape[1], (0, self._row_step - 1))]
         self._weights_P = weights_TK.flatten()[self._order_P]
-        self._out_PD = torch.empty_like(self._hidden_PD)
+        self._out_PD = hidden_TD.new_empty(len(self._order_P), hidden_TD.shape[1])
         ids, counts = ids_P.unique_consecutive(return_counts=True)
         ranges = pairwise([0, *counts.cumsum(0).tolist()])
         self._range_of: dict[int, tuple[int, int]] = dict(zip(ids.tolist(), ranges, strict=True))
@@ -92,8 +98,10 @@ class PairOutputs:
         module = self._module
         for expert, slot in zip(ids, slots, strict=True):
             start, end = self._range_of[expert]
-            gate_up_N = torch.mm(self._hidden_PD[start:end], module.gate_up_proj[slot].t())
-            torch.mm(module._apply_gate(gate_up_N), module.down_proj[slot].t(), out=self._out_PD[start:end])
+            num_rows = -(-(end - start) // self._row_step) * self._row_step  # the surplus is computed for nobody
+            gate_up_N = torch.mm(self._hidden_PD[start : start + num_rows], module.gate_up_proj[slot].t())
+            out_ND = torch.mm(module._apply_gate(gate_up_N), module.down_proj[slot].t())
+            self._out_PD[start:end] = out_ND[: end - start]
 
     def add_all(self) -> None:
         """Computes every pair, where ids are slots."""

@@ -78,6 +78,7 @@ class Service:
     folder: Path
     ready: dict[str, Any]
     ready_after_s: float
+    namespace: str
     channel: grpc.Channel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -272,6 +273,7 @@ def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
     """`expert-pager serve ARGUMENTS` on free ports. Ended, with all that it has started, if the test did not do it."""
     folder.mkdir(parents=True, exist_ok=True)
     ports = ("--port", 0, "--metrics-port", 0, "--file-sd", folder / "targets.json", "--json")
+    namespace = env.setdefault("EXPERT_PAGER_CLUSTER_NAMESPACE", f"e2e-{os.getpid()}-{folder.name}")
     started_s = time.monotonic()
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(
@@ -282,7 +284,7 @@ def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
         until(lambda: (folder / "stdout").read_bytes().endswith(b"\n") or process.poll() is not None, START_TIMEOUT_S)
         line = (folder / "stdout").read_text()
         assert line.startswith("{"), (folder / "stderr").read_text()
-        service = Service(process, folder, json.loads(line), time.monotonic() - started_s)
+        service = Service(process, folder, json.loads(line), time.monotonic() - started_s, namespace)
         print(f"\nready after {service.ready_after_s:.1f} s: {' '.join(map(str, arguments))}")
         yield service
     finally:

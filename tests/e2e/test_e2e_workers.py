@@ -1,0 +1,347 @@
+"""Workers that are killed or frozen mid-stream, and two workers behind two routers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+
+PROMPT = "It is ordered that the respondent shall "
+SERVING, NOT_SERVING = 1, 2
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+PASSWORD = "only-in-the-environment"
+
+
+def random_pool(seed: int, size: int = 8) -> pb.PoolPolicy:
+    draw = random.Random(seed)
+    layers = [pb.LayerExperts(experts=sorted(draw.sample(range(127), size))) for _ in range(6)]
+    return pb.PoolPolicy(experts=pb.FixedPool(layers=layers))
+
+
+def outcome(call: Any) -> grpc.RpcError | None:
+    """Reads a stream to its end: None for an answer, else the error."""
+    try:
+        for _ in call:
+            pass
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What may not grow when workers come and go: of router processes, of the machine, of the service."""
+
+    descriptors: tuple[int, ...]
+    shared_memory: frozenset[str]
+    num_workers: int
+    num_processes: int
+
+    @classmethod
+    def by(cls, *services: Any) -> Held:
+        processes = services[0].processes()
+        return cls(
+            tuple(psutil.Process(service.process.pid).num_fds() for service in services),
+            frozenset(name for name in os.listdir("/dev/shm") if services[0].namespace in name),
+            len(services[0].worker_pids()),
+            len(processes),
+        )
+
+    @classmethod
+    def baseline(cls, *services: Any) -> Held:
+        """What is held when nothing has come or gone for a while: Ray opens some connections late."""
+        held = cls.by(*services)
+        while True:
+            time.sleep(3)
+            before, held = held, cls.by(*services)
+            if held == before:
+                return held
+
+    @classmethod
+    def comes_back_to(cls, baseline: Held, *services: Any) -> None:
+        end_s = time.monotonic() + 30
+        while not (now := cls.by(*services)).is_within(baseline):
+            assert time.monotonic() < end_s, f"{now} exceeds {baseline}"
+            time.sleep(0.2)
+
+    def is_within(self, other: Held) -> bool:
+        return (
+            all(mine <= theirs for mine, theirs in zip(self.descriptors, other.descriptors, strict=True))
+            and self.shared_memory <= other.shared_memory
+            and self.num_workers <= other.num_workers
+            and self.num_processes <= other.num_processes
+        )
+
+
+def kill_mid_stream(service: Any, calls: list[Any]) -> list[Any]:
+    """Kills a worker while all `calls` stream; what became of them."""
+    for call in calls:
+        next(call)
+    os.kill(service.worker_pids()[0], signal.SIGKILL)
+    return [outcome(call) for call in calls]
+
+
+def assert_lost(service: Any, error: Any) -> None:
+    found = service.refusal_of(error)
+    assert (found.code, found.reason) == (UNAVAILABLE, "WORKER_LOST")
+    assert found.retry_s is not None
+    assert found.retry_s > 0
+
+
+def is_at_rest(worker: pb.WorkerResidency) -> bool:
+    return (worker.state, worker.waiting, worker.running) == ("ready", 0, 0)
+
+
+# --- one worker -------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_worker_is_not_serving_and_then_replaced(idle_service: Any, until: Callable[..., None]) -> None:
+    service = idle_service
+    [pid] = service.worker_pids()
+    call = service.open(PROMPT, pool=8, max_tokens=900)
+    next(call)
+    os.kill(pid, signal.SIGSTOP)
+    assert_lost(service, outcome(call))
+    until(lambda: service.health() == NOT_SERVING, 10)
+    assert service.health("") == SERVING, "the router itself is alive"
+    service.wait_until_ready()
+    assert service.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
+    until(lambda: not psutil.pid_exists(pid), 30)
+
+
+def test_a_killed_worker_ends_its_streams_and_leaves_nothing_behind(
+    idle_service: Any, until: Callable[..., None]
+) -> None:
+    service = idle_service
+    before, [pid] = Held.baseline(service), service.worker_pids()
+    calls = [service.open(PROMPT, pool=8, max_tokens=900) for _ in range(4)]
+    for error in kill_mid_stream(service, calls):
+        assert_lost(service, error)
+    refused = service.refusal(PROMPT, max_tokens=2)  # while its worker is away
+    assert (refused.code, refused.retry_s is not None) == (UNAVAILABLE, True)
+    service.wait_until_ready()
+    assert service.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
+    service.wait_until_idle()
+    until(lambda: is_at_rest(service.residency()["worker-0"]), 10)
+    assert pid not in service.worker_pids()
+    Held.comes_back_to(before, service)
+
+
+# --- two workers with a host tier, two routers, Redis -----------------------------------------------------------------
+
+
+class Redis:
+    def __init__(self, folder: Path, port: int) -> None:
+        self.url = f"redis://:{PASSWORD}@127.0.0.1:{port}/0"
+        self.port = port
+        self._folder = folder
+
+    def start(self) -> None:
+        settings = f"port {self.port}\nbind 127.0.0.1\nsave ''\nrequirepass {PASSWORD}\ndir {self._folder}\n"
+        (self._folder / "redis.conf").write_text(settings)
+        with (self._folder / "redis.log").open("ab") as log:
+            command = ["redis-server", str(self._folder / "redis.conf")]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[Redis]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    server = Redis(tmp_path_factory.mktemp("redis"), free_port())
+    server.start()
+    yield server
+    server.kill()
+
+
+@dataclass(frozen=True)
+class Routers:
+    """The first one has started two workers, the second one has joined them."""
+
+    first: Any
+    second: Any
+
+
+@pytest.fixture(scope="module")
+def routers(
+    redis: Redis, tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., Any], model: Path
+) -> Iterator[Routers]:
+    folder = tmp_path_factory.mktemp("routers")
+    secret = folder / "redis-url"
+    secret.write_text(redis.url + "\n")
+    budgets = ("--dtype", "float32", "--expert-memory", "30%", "--host-memory", "80%", "--workers", 2)
+    with serve(folder / "first", model, *budgets, REDIS_URL_FILE=str(secret)) as first:
+        first.wait_until_ready(2)
+        found = re.search(r"embedded Ray at (\S+);", first.log)
+        assert found
+
+        limits = {"MAX_REQUESTS": "4", "MAX_REQUESTS_PER_TENANT": "2", "MAX_TOKENS": "2000"}
+        env = {f"EXPERT_PAGER_ROUTER_{name}": value for name, value in limits.items()}
+        env |= {"RAY_AUTH_MODE": "token", "EXPERT_PAGER_CLUSTER_NAMESPACE": first.namespace}
+        join = ("--dtype", "float32", "--workers", 0, "--ray-address", found[1])
+        with serve(folder / "second", model, *join, REDIS_URL=redis.url, **env) as second:
+            second.wait_until_ready(2)
+            yield Routers(first, second)
+
+
+def test_two_workers_serve_at_the_same_time(routers: Routers) -> None:
+    workers = ("worker-0", "worker-1")
+    count = "expert_pager_step_tokens_total"
+    before = [routers.first.metrics(worker).total(count) for worker in workers]
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(routers.first.generate, PROMPT, pool=random_pool(i), max_tokens=40) for i in range(8)]
+        seen = {routers.first.generate(PROMPT, pool=8, max_tokens=8).usage.completion_tokens}
+    assert seen | {each.result().usage.completion_tokens for each in asked} == {8, 40}
+    after = [routers.first.metrics(worker).total(count) for worker in workers]
+    assert all(later - earlier >= 40 for earlier, later in zip(before, after, strict=True))
+    ended = [routers.first.metrics(worker).total("expert_pager_requests_total", outcome="length") for worker in workers]
+    assert min(ended) >= 1
+
+
+def test_routers_share_pools_ids_and_aborts(routers: Routers) -> None:
+    first, second = routers.first, routers.second
+    tenant = (("x-tenant-id", "shared"),)
+    chosen = first.generate(PROMPT, pool=12, max_tokens=2, tenant="shared").usage.pool
+    route = pb.RouteRequest(text=PROMPT.encode(), pool=pb.PoolPolicy(count=12))
+    assert second.stub.Route(route, metadata=tenant).observed.digest == chosen.digest
+    named = second.generate(PROMPT, pool=pb.PoolPolicy(digest=chosen.digest), max_tokens=2, tenant="shared")
+    assert named.usage.pool.layers == chosen.layers
+    assert set(first.residency()) == set(second.residency()) == {"worker-0", "worker-1"}
+
+    call = first.open(PROMPT, pool=8, max_tokens=900, request_id="one-of-a-kind", tenant="shared")
+    next(call)
+    refused = second.refusal(PROMPT, max_tokens=2, request_id="one-of-a-kind", tenant="shared")
+    assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_IN_USE")
+    abort = pb.AbortRequest(request_id="one-of-a-kind")
+    assert not second.stub.Abort(abort, metadata=(("x-tenant-id", "other"),)).aborted
+    next(call)
+    assert second.stub.Abort(abort, metadata=tenant).aborted
+    error: Any = outcome(call)
+    assert error.code() is grpc.StatusCode.CANCELLED
+    first.wait_until_idle()
+    assert not second.stub.Abort(abort, metadata=tenant).aborted
+
+
+def test_admission_refuses_at_once_beyond_its_bounds(routers: Routers) -> None:
+    second = routers.second
+    calls = [second.open(PROMPT, pool=8, max_tokens=450, tenant=tenant) for tenant in ("a", "a", "b")]
+    for call in calls:
+        next(call)
+    refused = second.refusal(PROMPT, max_tokens=2, tenant="a")
+    assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_OVERLOADED")
+    assert refused.retry_s is not None
+    assert "'a'" in refused.message
+    refused = second.refusal(PROMPT, max_tokens=900, tenant="b")
+    assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    assert "2000 admitted tokens" in refused.message
+    calls.append(second.open(PROMPT, pool=8, max_tokens=450, tenant="b"))
+    next(calls[-1])
+    refused = second.refusal(PROMPT, max_tokens=2, tenant="c")
+    assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    assert refused.retry_s is not None
+    assert "all 4 requests" in refused.message
+    assert routers.first.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2  # it has its own bounds
+    for call in calls:
+        next(call)  # they were running all the time
+        call.cancel()
+    second_metrics = second.metrics("router")
+    assert second_metrics.total("expert_pager_router_admission_rejections_total") >= 3
+    routers.first.wait_until_idle()
+    assert second.generate(PROMPT, pool=8, max_tokens=2, tenant="a").usage.completion_tokens == 2
+
+
+def test_killing_one_of_two_workers_costs_its_streams_only(routers: Routers, until: Callable[..., None]) -> None:
+    first, second = routers.first, routers.second
+    pools = [random_pool(50 + number) for number in range(6)]
+
+    def kill_one() -> list[Any]:
+        through = [first, first, first, first, second, second]
+        calls = [router.open(PROMPT, pool=pool, max_tokens=400) for router, pool in zip(through, pools, strict=True)]
+        outcomes = kill_mid_stream(first, calls)
+        # At once: the other worker is there.
+        assert first.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
+        assert second.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
+        for router in (first, second):
+            router.wait_until_ready(2)
+        first.wait_until_idle()
+        return outcomes
+
+    kill_one()  # what is made once is made now
+    before = Held.baseline(first, second)
+    outcomes = kill_one()
+    lost = [error for error in outcomes if error is not None]
+    assert 0 < len(lost) < len(outcomes)
+    for error in lost:
+        assert_lost(first, error)
+    Held.comes_back_to(before, first, second)
+    for router in (first, second):
+        until(lambda router=router: all(is_at_rest(worker) for worker in router.residency().values()), 10)
+    assert_host_tier_is_whole(first, pools)
+
+
+def assert_host_tier_is_whole(router: Any, pools: list[pb.PoolPolicy]) -> None:
+    """No record is claimed or pinned for a worker that died: all can be filled, and every one of `pools` read back."""
+
+    for seed in range(20):
+        router.generate(PROMPT, pool=random_pool(seed, 15), max_tokens=1)
+    metrics, expert_bytes = router.metrics("worker-0"), router.plan["expert_bytes"]
+    capacity = metrics.total("expert_pager_capacity_bytes", tier="host")
+    assert capacity - expert_bytes < metrics.total("expert_pager_resident_bytes", tier="host") <= capacity
+    from_host = 0
+    for pool in pools:
+        router.generate(PROMPT, pool=pool, max_tokens=1)
+        for seed in range(4):  # take the slots of both workers, but not all of the host tier
+            router.generate(PROMPT, pool=random_pool(seed, 25), max_tokens=1)
+        again = router.generate(PROMPT, pool=pool, max_tokens=1).usage
+        assert again.bytes_from_disk == 0
+        assert again.bytes_from_host == again.experts_missed * expert_bytes
+        from_host += again.bytes_from_host
+    assert from_host > 0
+
+
+def test_requests_go_on_without_redis_and_a_metric_says_so(
+    routers: Routers, redis: Redis, until: Callable[..., None]
+) -> None:
+    def degraded(router: Any) -> float:
+        return router.metrics("router").total("expert_pager_router_redis_degraded")
+
+    both = (routers.first, routers.second)
+    assert [degraded(router) for router in both] == [0, 0]
+    calls = [router.open(PROMPT, pool=8, max_tokens=300) for router in both]
+    for call in calls:
+        next(call)
+    redis.kill()
+    assert [outcome(call) for call in calls] == [None, None]
+    for router in both:
+        assert router.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
+        until(lambda router=router: degraded(router) == 1, 10)
+        assert router.health() == SERVING
+    redis.start()
+    until(lambda: [degraded(router) for router in both] == [0, 0], 60)
+
+
+def test_the_secret_of_redis_is_in_no_command_line_and_no_log(routers: Routers) -> None:
+    for router in (routers.first, routers.second):
+        assert PASSWORD not in router.log
+        for process in [psutil.Process(router.process.pid), *router.processes()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                assert PASSWORD not in " ".join(process.cmdline())

@@ -99,8 +99,12 @@ class OpenModel:
         return model
 
     def _generation_config(self) -> GenerationConfig:
-        if (self.checkpoint.path / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.checkpoint.path)
+        path = self.checkpoint.path / "generation_config.json"
+        if path.is_file():
+            try:
+                return GenerationConfig.from_pretrained(self.checkpoint.path)
+            except (OSError, ValueError, TypeError) as error:
+                raise CheckpointError(f"{path} is malformed: {error}; repair it or remove it") from error
         return GenerationConfig.from_model_config(self.config)
 
 
@@ -114,8 +118,8 @@ def moe_blocks(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:
 def _own_strides(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Copies the hidden states that the output head gets, often those of the last token alone.
 
-    Such a slice has the strides of the whole, and torch then multiplies it with a transposed copy of the head's weights:
-    with a vocabulary of 100352, 5.3 s a prefill instead of 0.04.
+    Such a slice has the strides of the whole, and torch then multiplies it with a transposed copy of the head's
+    weights: with a vocabulary of 100352, 5.3 s a prefill instead of 0.04.
     """
     hidden, *rest = inputs
     return (hidden.clone(memory_format=torch.contiguous_format), *rest)

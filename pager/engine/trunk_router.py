@@ -6,6 +6,7 @@ A prediction: layer L's router reads what layer L-1's experts wrote, and here th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pager.engine.trunk import OpenModel, moe_blocks
+from pager.errors import InvalidRequest
 from pager.models.families import routed_probabilities
-from pager.types import ExpertKey, RoutingFacts, RoutingScores
+from pager.store.experts import ExpertSource
+from pager.types import ExpertKey, ExpertShape, RoutingFacts, RoutingScores
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,21 +45,36 @@ class TrunkRouter:
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> TrunkRouter:
         """Raises CheckpointError, UnsupportedModel."""
-        return cls(OpenModel.open(path, dtype), device)
+        opened = OpenModel.open(path, dtype)
+        with opened.checkpoint:
+            return cls(opened, device)
 
     @torch.inference_mode()
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:
-        """Each routed expert's mean router probability over the prompt, in one forward without a cache."""
+        """Each routed expert's mean router probability over the prompt, in one forward without a cache.
+
+        Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have.
+        """
+        unknown = [token for token in token_ids if not 0 <= token < self.config.vocab_size]
+        if unknown or not token_ids:
+            what = (
+                f"token id {unknown[0]} is outside of the {self.config.vocab_size} known" if unknown else "it is empty"
+            )
+            raise InvalidRequest(f"the prompt can not be scored: {what}", field="prompt")
         self._mean_LR = [np.zeros(0)] * self.facts.num_layers
         self._model.model(input_ids=torch.tensor([list(token_ids)], device=self.device), use_cache=False)
         return RoutingScores(tuple(self._mean_LR), source="trunk", num_tokens=len(token_ids))
 
     def _load_shared(self, opened: OpenModel) -> None:
-        shape, source = opened.family.expert_shape(opened.config), opened.open_experts()
+        shape = opened.family.expert_shape(opened.config)
+        with closing(opened.open_experts()) as source:
+            self._fill_shared(opened.dtype, shape, source)
+
+    def _fill_shared(self, dtype: torch.dtype, shape: ExpertShape, source: ExpertSource) -> None:
         for layer, block in moe_blocks(self._model):
             num_experts, num_shared = self.facts.experts_per_layer[layer], self.facts.shared_per_layer[layer]
-            gate_up = torch.empty(num_shared, 2 * shape.intermediate, shape.hidden, dtype=opened.dtype)
-            down = torch.empty(num_shared, shape.hidden, shape.intermediate, dtype=opened.dtype)
+            gate_up = torch.empty(num_shared, 2 * shape.intermediate, shape.hidden, dtype=dtype)
+            down = torch.empty(num_shared, shape.hidden, shape.intermediate, dtype=dtype)
             for index in range(num_shared):
                 source.read(ExpertKey(layer, num_experts - num_shared + index), gate_up[index], down[index])
             self.resident_bytes += gate_up.nbytes + down.nbytes
@@ -64,7 +82,6 @@ class TrunkRouter:
             object.__setattr__(block.experts, "gate_up_proj", gate_up.to(self.device))
             object.__setattr__(block.experts, "down_proj", down.to(self.device))
             block.gate.register_forward_hook(self._record(layer, num_shared))
-        source.close()
 
     def _record(self, layer: int, num_shared: int) -> Any:
         def record(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:

@@ -115,6 +115,13 @@ class TestCheckpoints:
             load(made.path)
         assert repr(config.get("model_type")) in caught.value.message
 
+    @pytest.mark.parametrize("text", ["{", "[]"])
+    def test_a_bad_generation_config(self, small: MakeSmall, load: Load, text: str) -> None:
+        made = small("emo")
+        (made.path / "generation_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"generation_config\.json is malformed"):
+            load(made.path)
+
     @pytest.mark.parametrize("cut", [1, 5000, "header"])
     def test_truncated(self, small: MakeSmall, load: Load, cut: int | str) -> None:
         made = small("olmoe")

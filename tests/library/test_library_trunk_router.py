@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pager.engine.trunk_router import TrunkRouter
+from pager.errors import InvalidRequest
 from pager.routing.pool import pick_pool
 from pager.types import Count
 
@@ -103,6 +104,14 @@ def test_a_prediction_finds_more_of_the_pool_than_chance(golden_pools: Any) -> N
     found = [len(set(layer) & pool) for layer, pool in zip(predicted.experts, actual, strict=True)]
     assert found[0] == 4
     assert sum(found) / 16 > 4 / 15
+
+
+@pytest.mark.parametrize(("ids", "named"), [([], "empty"), ([1, 256], "token id 256"), ([-1], "token id -1")])
+def test_a_prompt_that_can_not_be_scored(golden: Any, ids: list[int], named: str) -> None:
+    router = TrunkRouter.load(golden.checkpoint)
+    with pytest.raises(InvalidRequest, match=named):
+        router.scores(ids)
+    assert router.scores([1, 2]).num_tokens == 2
 
 
 def test_prompts_do_not_leak_into_each_other(golden: Any) -> None:

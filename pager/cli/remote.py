@@ -45,10 +45,6 @@ _FINISHES = {
 }
 
 
-class ServiceError(PagerError):
-    """The service refused or failed a call; the message is its own."""
-
-
 @dataclass(frozen=True, slots=True)
 class PoolAsk:
     """Which pool to ask for; nothing set means the service's default."""
@@ -76,7 +72,7 @@ class PoolAsk:
 
 
 class Service:
-    """A connection to one router service. Every method raises ServiceError, with the service's own words."""
+    """A connection to one router service. Every method raises PagerError with the service's own words."""
 
     def __init__(self, address: str, tenant: str, timeout_s: float | None = None) -> None:
         self.address = address
@@ -136,8 +132,8 @@ class Service:
             status = cast(grpc.Call, error)
             code, details = status.code(), status.details() or ""
             if code is grpc.StatusCode.UNAVAILABLE and not status.trailing_metadata():
-                raise ServiceError(f"no service answers at {self.address} ({details})") from None
-            raise ServiceError(f"{details} [{code.name}]") from None
+                raise PagerError(f"no service answers at {self.address} ({details})") from None
+            raise PagerError(f"{details} [{code.name}]") from None
 
 
 def pool_of(wire: pb.Pool) -> ExpertPool:

@@ -230,6 +230,11 @@ class TestForward:
         torch.testing.assert_close(pooled.lm_head(output.last_hidden_state), pooled(made.prompt()).logits, **TOLERANCE)
         assert len(output.past_key_values.documents) == 2
 
+    def test_a_positional_mask_of_the_inner_model(self, made: Any, pooled: PreTrainedModel) -> None:
+        ids, mask = padded([made.prompt(1, 5)[0], made.prompt(1, 23)[0]], "left")
+        by_keyword = pools_of(pooled.model(ids, attention_mask=mask))
+        assert pools_of(pooled.model(ids, mask)) == by_keyword != pools_of(pooled.model(ids))
+
     @pytest.mark.parametrize("shape", [(2, 1, 24, 24), (1, 24), (2, 20)])
     def test_a_mask_that_can_not_tell_padding_is_refused(
         self, made: Any, pooled: PreTrainedModel, shape: tuple[int, ...]
@@ -244,7 +249,8 @@ class TestForward:
         self, made: Any, load: Load, pool_size: int | None, interruption: type[BaseException]
     ) -> None:
         model = load(made.path, pool_size=pool_size, expert_memory="40%")
-        expected = model(made.prompt()).logits
+        other = made.prompt(seed=8)
+        expected = model(other).logits
 
         def interrupt(*_: Any) -> None:
             raise interruption
@@ -253,7 +259,7 @@ class TestForward:
         with pytest.raises(interruption):
             model(made.prompt())
         hook.remove()
-        torch.testing.assert_close(model(made.prompt()).logits, expected, **TOLERANCE)
+        torch.testing.assert_close(model(other).logits, expected, **TOLERANCE)
         model.expert_paging.pager.check_integrity()
 
     def test_no_input_is_the_models_own_error(self, pooled: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ def build_backend(
     redis_url: str | None,
     write_timeout_s: float = 30.0,
 ) -> Backend:
-    """Raises ConfigError for a default pool or a Redis URL that makes no sense; a Redis that is down is no error."""
+    """Raises ConfigError for a default pool that makes no sense; a Redis that is down is no error."""
     if default_pool.source is PoolSource.FIXED or (
         default_pool.source is PoolSource.PREDICTION and isinstance(default_pool.size, Full)
     ):

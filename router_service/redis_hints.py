@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -59,9 +60,15 @@ def redis_url(env: Mapping[str, str]) -> str | None:
             url = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"REDIS_URL_FILE {path} can not be read: {type(error).__name__}") from None
-    if url and not url.startswith(("redis://", "rediss://", "unix://")):
+    if not url:
+        return None
+    if not url.startswith(("redis://", "rediss://", "unix://")):
         raise ConfigError("the Redis URL must start with redis://, rediss:// or unix://")
-    return url or None
+    try:
+        parse_url(url)
+    except ValueError:
+        raise ConfigError("the Redis URL can not be parsed; it reads redis://[user:password@]host:port/db") from None
+    return url
 
 
 class RedisHints:
@@ -72,19 +79,14 @@ class RedisHints:
         self._prefix = f"expert-pager:1:{fingerprint}"
         self._router = uuid.uuid4().hex
         self._claims: dict[str, str] = {}
-        try:
-            # Any: the client's types leave open whether values are bytes or text; here they are bytes.
-            self._redis: Any = Redis.from_url(
-                url,
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-                max_connections=64,
-            )
-        except ValueError as error:
-            raise ConfigError(
-                "the Redis URL can not be parsed; it reads redis://[user:password@]host:port/db"
-            ) from error
+        # Any: the client's types leave open whether values are bytes or text; here they are bytes.
+        self._redis: Any = Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=64,
+        )
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
         async with self._commands() as redis:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -33,6 +34,7 @@ from pager.types import Full, PoolPolicy, PoolSize, PoolSource
 from router_service.admission import AdmissionLimits
 from router_service.backend import build_backend, close_backend
 from router_service.ports import ModelInfo
+from router_service.redis_hints import redis_url as read_redis_url
 from router_service.server import RouterServer
 
 LISTEN_EVERY_S = 0.1
@@ -101,11 +103,12 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     _check_port_free(router.host, router.metrics_port, "router.metrics_port")
     opened = OpenModel.open(config.model.path, config.model.dtype)
     stack.callback(opened.checkpoint.close)
+    opened.check()
     tokenizer = read_tokenizer(Path(config.model.path))
     _check_budgets(opened, config, default_pool.size)
     # While Ray starts and the workers load.
     loading = asyncio.create_task(asyncio.to_thread(_load_scorer, opened, config.router))
-    stack.push_async_callback(asyncio.wait, (loading,))
+    stack.push_async_callback(_end, loading)
     cluster = await Cluster.connect(config)
     stack.push_async_callback(cluster.close)
     scorer = await loading
@@ -131,6 +134,11 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     return server, Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
 
 
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Waits for it. Where it failed, so did the workers, and they have said why."""
+    await asyncio.gather(task, return_exceptions=True)
+
+
 def _check_budgets(opened: OpenModel, config: ServiceConfig, default_size: PoolSize) -> None:
     """What the workers would find out later. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
     workers = config.workers
@@ -143,19 +151,6 @@ def _check_budgets(opened: OpenModel, config: ServiceConfig, default_size: PoolS
         needed = sum(largest_counts(default_size, opened.facts))
         if needed > planned.num_slots:
             raise PoolTooLarge(needed, planned.num_slots, field="pools.default_size")
-
-
-def read_redis_url(env: Mapping[str, str]) -> str | None:
-    """From REDIS_URL, or the file that REDIS_URL_FILE names (a mounted secret). Raises ConfigError."""
-    if env.get("REDIS_URL"):
-        return env["REDIS_URL"]
-    if not env.get("REDIS_URL_FILE"):
-        return None
-    path = Path(env["REDIS_URL_FILE"])
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"REDIS_URL_FILE {path} can not be read: {error}") from None
 
 
 def _load_scorer(opened: OpenModel, config: RouterConfig) -> TrunkRouter:

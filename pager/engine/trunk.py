@@ -73,21 +73,19 @@ class OpenModel:
             del block.experts.gate_up_proj, block.experts.down_proj
         return model.eval()
 
+    def check(self) -> None:
+        """Reads headers only. Raises CheckpointError unless every tensor is there, in its shape and a usable dtype."""
+        self._trunk_names(self.build_empty())
+        self.open_experts().close()
+
     def load_trunk(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The model with everything but its experts in memory, one tensor at a time. Raises CheckpointError."""
         model = self.build_empty()
-        tied = model.config.tie_word_embeddings
-        for name, parameter in list(model.named_parameters()):
-            if tied and name == "lm_head.weight":
-                continue
-            stored = self.family.stored_name(name)
-            spec = self.checkpoint.require(stored, parameter.shape)
-            if not spec.dtype.is_floating_point:
-                raise CheckpointError(f"tensor {stored!r} is stored as {spec.dtype}; it must be in floating point")
+        for name, stored in self._trunk_names(model).items():
             weight = self.checkpoint.read_tensor(stored, self.dtype).to(device)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
-        if tied:
+        if model.config.tie_word_embeddings:
             model.tie_weights()
         # Rotary tables are computed, not stored; on the meta device they were not.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
@@ -97,6 +95,18 @@ class OpenModel:
         model.generation_config = self._generation_config()
         model.get_output_embeddings().register_forward_pre_hook(_own_strides)
         return model
+
+    def _trunk_names(self, model: PreTrainedModel) -> dict[str, str]:
+        """Each parameter's name in the checkpoint. Raises CheckpointError."""
+        names = {}
+        for name, parameter in model.named_parameters():
+            if model.config.tie_word_embeddings and name == "lm_head.weight":
+                continue
+            names[name] = self.family.stored_name(name)
+            spec = self.checkpoint.require(names[name], parameter.shape)
+            if not spec.dtype.is_floating_point:
+                raise CheckpointError(f"tensor {spec.name!r} is stored as {spec.dtype}; it must be in floating point")
+        return names
 
     def _generation_config(self) -> GenerationConfig:
         path = self.checkpoint.path / "generation_config.json"

@@ -258,7 +258,7 @@ def test_the_url_comes_from_the_environment_or_a_file(tmp_path):
     assert "secret" not in str(caught.value)
 
 
-def test_a_url_that_can_not_be_parsed_is_refused_without_quoting_it(facts):
-    with pytest.raises(ConfigError) as caught:
-        RedisHints("redis://:secret@host:port/0", facts, "f")
+def test_a_url_that_can_not_be_parsed_is_refused_without_quoting_it():
+    with pytest.raises(ConfigError, match="can not be parsed") as caught:
+        redis_url({"REDIS_URL": "redis://:secret@host:port/0"})
     assert "secret" not in str(caught.value)

@@ -179,6 +179,7 @@ class IndexServer(BaseManager):
 @pytest.fixture
 def serve_index() -> Callable[[LocalHostIndex], str]:
     """serve_index(index): the socket and key with which workers find it."""
+
     def serve(index: LocalHostIndex) -> str:
         IndexServer.register("index", callable=lambda: index)
         key = secrets.token_hex(16)

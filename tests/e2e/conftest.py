@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 import pager
 
 ROOT = Path(__file__).parents[2]
-MODEL = Path(os.environ.get("E2E_MODEL", ROOT / "models" / "emo-tiny"))
+MODEL = ROOT / "models" / "emo-tiny"
 SERVICE_NAME = "expert_pager.v1.ExpertPager"
 START_TIMEOUT_S = 120  # the machine may be busy; how long a start takes is printed, and asserted in one place
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -1,0 +1,57 @@
+"""A deadline that the queue can not meet is refused at once, by what was measured of the queue."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from expert_pager.v1 import expert_pager_pb2 as pb
+
+PROMPT = "while True:\n    "
+
+
+def large_pool(service: Any, seed: int) -> pb.PoolPolicy:
+    """More than half of all slots, so that two of them are never held together."""
+    draw, size = random.Random(seed), service.plan["num_slots"] // 6
+    layers = [pb.LayerExperts(experts=sorted(draw.sample(range(127), size))) for _ in range(6)]
+    return pb.PoolPolicy(experts=pb.FixedPool(layers=layers))
+
+
+def test_a_deadline_within_the_queue_is_refused_at_once(idle_service: Any) -> None:
+    service = idle_service
+    stop = threading.Event()
+
+    def keep_asking(number: int) -> int:
+        count = 0
+        while not stop.is_set():
+            service.generate(PROMPT, pool=large_pool(service, number + 100 * count), max_tokens=60)
+            count += 1
+        return count
+
+    def refused() -> Any:
+        """Until the router has seen how long the queue lasts, such a request waits, and times out at its client."""
+        end_s = time.monotonic() + 90
+        while time.monotonic() < end_s:
+            try:
+                service.generate(PROMPT, pool=large_pool(service, 7), max_tokens=2, timeout=1.5)
+            except grpc.RpcError as error:
+                if "queue and paging" in error.details():
+                    return error
+        raise AssertionError("no request was refused for its deadline")
+
+    with ThreadPoolExecutor(12) as threads:
+        asked = [threads.submit(keep_asking, number) for number in range(12)]
+        try:
+            found = service.refusal_of(refused())
+        finally:
+            stop.set()
+    assert (found.code, found.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+    rejections = "expert_pager_router_admission_rejections_total"
+    assert service.metrics("router").total(rejections, reason="DEADLINE_EXCEEDED") >= 1
+    assert all(each.result() >= 1 for each in asked), "the others were served"
+    answer = service.generate(PROMPT, pool=large_pool(service, 7), max_tokens=2, timeout=30)
+    assert answer.usage.completion_tokens == 2

@@ -331,6 +331,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         EXPERT_PAGER_WORKERS_STEP_TIMEOUT_S="6",
     ) as running:
         yield running
+        # It idled for minutes while other modules had services of their own.
+        assert "but its process is well" not in running.log, "an idle stream to a worker was broken"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The cap, measured from outside the process while pools change under load."""
+"""Budgets of memory and of the line, on a model whose experts weigh enough to measure from outside the process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 
@@ -21,7 +22,7 @@ LAYERS, ROUTED = 6, 63
 # Experts of 768 KiB, 290 MiB of them; a quarter of that is 72 MiB of slots, enough for two pools of 36 MiB.
 SHAPE = Shape(
     hidden=512, intermediate=256, num_layers=LAYERS, num_heads=8, num_kv_heads=8,
-    num_experts=ROUTED + 1, top_k=5, vocabulary=2048, context=256,
+    num_experts=ROUTED + 1, top_k=5, vocabulary=2048, context=512,
 )  # fmt: skip
 PER_LAYER = 8
 SWITCHES = 200
@@ -42,10 +43,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large_service(
     large: Path, serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> Iterator[Any]:
-    """With a Redis that was never there."""
-    options = (large, "--expert-memory", "25%", "--kv-memory", "8MiB")
-    redis_url = f"redis://127.0.0.1:{free_port()}/0"
-    with serve(tmp_path_factory.mktemp("serve-large") / "large", *options, REDIS_URL=redis_url) as running:
+    """With a Redis that was never there, KV for less than the context, and a short line."""
+    options = (large, "--expert-memory", "25%", "--kv-memory", "4MiB", "--max-running", 4)
+    env = {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0", "EXPERT_PAGER_WORKERS_MAX_WAITING": "6"}
+    with serve(tmp_path_factory.mktemp("serve-large") / "large", *options, **env) as running:
         yield running
 
 
@@ -138,6 +139,43 @@ def test_memory_stays_within_the_plan_while_pools_switch(service: Any, large_ser
     for resident, pinned, reserved in seen.slots:
         assert resident <= capacity
         assert pinned + reserved <= capacity
+
+
+def test_the_line_is_bounded_and_who_is_in_it_is_served(large_service: Any) -> None:
+    def ask(number: int) -> Any:
+        try:
+            answer = large_service.generate([number] * 8, pool=random_pool(number), max_tokens=24)
+        except grpc.RpcError as error:
+            return large_service.refusal_of(error)
+        return answer.usage.completion_tokens
+
+    with ThreadPoolExecutor(24) as threads:
+        outcomes = list(threads.map(ask, range(24)))
+    refused = [outcome for outcome in outcomes if outcome != 24]
+    assert len(outcomes) - len(refused) >= 4 + 6
+    assert refused
+    for each in refused:
+        assert (each.code, each.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert each.retry_s is not None
+    large_service.wait_until_idle()
+    assert large_service.generate([5] * 8, pool=PER_LAYER, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_prompt_beyond_kv_memory_is_refused_with_what_fits(large_service: Any) -> None:
+    tokens = large_service.plan["kv_tokens"]
+    assert tokens < SHAPE.context
+    refused = large_service.refusal([5] * (tokens + 1), pool=PER_LAYER, max_tokens=1)
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG")
+    assert f"KV budget {tokens}" in refused.message
+    assert large_service.generate([5] * (tokens - 2), pool=PER_LAYER, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids_only(large_service: Any) -> None:
+    refused = large_service.refusal("some text", pool=PER_LAYER, max_tokens=2)
+    assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "token" in refused.message
+    answer = large_service.generate([5, 6, 7], pool=PER_LAYER, max_tokens=2)
+    assert (answer.text, len(answer.tokens)) == ("", 2)
 
 
 def test_a_service_whose_redis_was_never_there_serves_and_says_so(large_service: Any) -> None:

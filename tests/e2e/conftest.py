@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,17 @@ class Service:
     def plan(self) -> dict[str, Any]:
         return dict(self.ready["plan"])
 
+    @cached_property
+    def routed_per_layer(self) -> list[int]:
+        found = self.stub.GetModel(pb.GetModelRequest(), timeout=30)
+        return [layer.routed for layer in found.pool_sizes.layers]
+
+    def random_pool(self, seed: int, size: int) -> pb.PoolPolicy:
+        """A fixed pool of so many routed experts in every layer, another one for every seed."""
+        draw = random.Random(seed)
+        layers = [sorted(draw.sample(range(routed), size)) for routed in self.routed_per_layer]
+        return pb.PoolPolicy(experts=pb.FixedPool(layers=[pb.LayerExperts(experts=layer) for layer in layers]))
+
     @property
     def log(self) -> str:
         """All that the service has written: its own output, and the workers', which Ray passes on to it."""
@@ -121,9 +134,30 @@ class Service:
 
     def refusal(self, prompt: str | bytes | Sequence[int], **options: Any) -> Refusal:
         """How Generate fails; a call that succeeds is a failed test."""
-        return refusal(lambda: self.generate(prompt, **options))
+        with pytest.raises(grpc.RpcError) as caught:
+            self.generate(prompt, **options)
+        return self.refusal_of(caught.value)
 
-    refusal_of = staticmethod(lambda error: refusal_of(error))
+    @staticmethod
+    def refusal_of(error: Any) -> Refusal:
+        """What an error tells. ErrorInfo has to be there."""
+        status = rpc_status.from_call(error)
+        assert status is not None, f"{error.code()} without details: {error.details()}"
+        details: dict[type, Any] = {}
+        for kind in (ErrorInfo, RetryInfo, BadRequest):
+            for packed in status.details:
+                if packed.Is(kind.DESCRIPTOR):
+                    details[kind] = kind()
+                    packed.Unpack(details[kind])
+        assert details[ErrorInfo].domain == "expert-pager"
+        retry, bad = details.get(RetryInfo), details.get(BadRequest)
+        return Refusal(
+            error.code(),
+            error.details(),
+            details[ErrorInfo].reason,
+            bad.field_violations[0].field if bad else None,
+            retry.retry_delay.ToMilliseconds() / 1000 if retry else None,
+        )
 
     def health(self, name: str = SERVICE_NAME) -> int:
         stub = health_pb2_grpc.HealthStub(self.channel)
@@ -206,32 +240,6 @@ def read(call: Any) -> Answer:
     assert [message.HasField("usage") for message in messages] == [False] * (len(messages) - 1) + [True]
     tokens = [token for message in messages for token in message.token_ids]
     return Answer(tokens, "".join(message.text for message in messages), messages[-1].usage)
-
-
-def refusal(call: Callable[[], object]) -> Refusal:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return refusal_of(caught.value)
-
-
-def refusal_of(error: Any) -> Refusal:
-    status = rpc_status.from_call(error)
-    assert status is not None, f"{error.code()} without details: {error.details()}"
-    details: dict[type, Any] = {}
-    for kind in (ErrorInfo, RetryInfo, BadRequest):
-        for packed in status.details:
-            if packed.Is(kind.DESCRIPTOR):
-                details[kind] = kind()
-                packed.Unpack(details[kind])
-    assert details[ErrorInfo].domain == "expert-pager"
-    retry, bad = details.get(RetryInfo), details.get(BadRequest)
-    return Refusal(
-        error.code(),
-        error.details(),
-        details[ErrorInfo].reason,
-        bad.field_violations[0].field if bad else None,
-        retry.retry_delay.ToMilliseconds() / 1000 if retry else None,
-    )
 
 
 def scrape(address: str) -> Metrics:

@@ -50,12 +50,6 @@ def large_service(
         yield running
 
 
-def random_pool(seed: int) -> pb.PoolPolicy:
-    draw = random.Random(seed)
-    layers = [pb.LayerExperts(experts=sorted(draw.sample(range(ROUTED), PER_LAYER))) for _ in range(LAYERS)]
-    return pb.PoolPolicy(experts=pb.FixedPool(layers=layers))
-
-
 def proportional_bytes(pid: int) -> int:
     """What the process takes of main memory: its own pages, and its share of those it shares (PSS)."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -115,7 +109,7 @@ def test_memory_stays_within_the_plan_while_pools_switch(service: Any, large_ser
         number = next(numbers)
         # Most pools are given, some are chosen by the prefill, and a few requests page as they go.
         chosen = pb.PoolPolicy(full=pb.Full()) if number % 40 == 7 else pb.PoolPolicy(count=PER_LAYER)
-        pool = chosen if number % 4 == 3 else random_pool(number)
+        pool = chosen if number % 4 == 3 else large_service.random_pool(number, PER_LAYER)
         prompt = [random.Random(number).randrange(2000) for _ in range(12)]
         return int(large_service.generate(prompt, pool=pool, max_tokens=3).usage.completion_tokens)
 
@@ -144,7 +138,9 @@ def test_memory_stays_within_the_plan_while_pools_switch(service: Any, large_ser
 def test_the_line_is_bounded_and_who_is_in_it_is_served(large_service: Any) -> None:
     def ask(number: int) -> Any:
         try:
-            answer = large_service.generate([number] * 8, pool=random_pool(number), max_tokens=24)
+            answer = large_service.generate(
+                [number] * 8, pool=large_service.random_pool(number, PER_LAYER), max_tokens=24
+            )
         except grpc.RpcError as error:
             return large_service.refusal_of(error)
         return answer.usage.completion_tokens

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-from expert_pager.v1 import expert_pager_pb2 as pb
 
 PROMPT = "while True:\n    "
 
 
-def large_pool(service: Any, seed: int) -> pb.PoolPolicy:
-    """More than half of all slots, so that two of them are never held together."""
-    draw, size = random.Random(seed), service.plan["num_slots"] // 6
-    layers = [pb.LayerExperts(experts=sorted(draw.sample(range(127), size))) for _ in range(6)]
-    return pb.PoolPolicy(experts=pb.FixedPool(layers=layers))
-
-
 def test_a_deadline_within_the_queue_is_refused_at_once(idle_service: Any) -> None:
     service = idle_service
+    most = service.plan["num_slots"] // 6  # of each of 6 layers: a pool takes nearly all slots
     stop = threading.Event()
 
     def keep_asking(number: int) -> int:
         count = 0
         while not stop.is_set():
-            service.generate(PROMPT, pool=large_pool(service, number + 100 * count), max_tokens=60)
+            service.generate(PROMPT, pool=service.random_pool(number + 100 * count, most), max_tokens=60)
             count += 1
         return count
 
@@ -37,7 +29,7 @@ def test_a_deadline_within_the_queue_is_refused_at_once(idle_service: Any) -> No
         end_s = time.monotonic() + 90
         while time.monotonic() < end_s:
             try:
-                service.generate(PROMPT, pool=large_pool(service, 7), max_tokens=2, timeout=1.5)
+                service.generate(PROMPT, pool=service.random_pool(7, most), max_tokens=2, timeout=1.5)
             except grpc.RpcError as error:
                 if "queue and paging" in error.details():
                     return error
@@ -53,5 +45,5 @@ def test_a_deadline_within_the_queue_is_refused_at_once(idle_service: Any) -> No
     rejections = "expert_pager_router_admission_rejections_total"
     assert service.metrics("router").total(rejections, reason="DEADLINE_EXCEEDED") >= 1
     assert all(each.result() >= 1 for each in asked), "the others were served"
-    answer = service.generate(PROMPT, pool=large_pool(service, 7), max_tokens=2, timeout=30)
+    answer = service.generate(PROMPT, pool=service.random_pool(7, most), max_tokens=2, timeout=30)
     assert answer.usage.completion_tokens == 2

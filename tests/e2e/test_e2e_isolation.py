@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,19 +38,12 @@ class Ask:
         return service.generate(self.prompt, **options, **self.sampling)
 
 
-def random_pool(seed: int, size: int = ROUTED_PER_POOL) -> pb.PoolPolicy:
-    """A fixed pool, different in every layer."""
-    draw = random.Random(seed)
-    layers = [pb.LayerExperts(experts=sorted(draw.sample(range(127), size))) for _ in range(6)]
-    return pb.PoolPolicy(experts=pb.FixedPool(layers=layers))
-
-
 @pytest.fixture(scope="module")
-def asks() -> list[Ask]:
+def asks(service: Any) -> list[Ask]:
     """Sixteen: every text under a pool of its prefill's choice and under a random one; every other one sampled."""
     found = []
     for number, (text, is_fixed) in enumerate(itertools.product(TEXTS, (False, True))):
-        pool = random_pool(number) if is_fixed else pb.PoolPolicy(count=ROUTED_PER_POOL)
+        pool = service.random_pool(number, ROUTED_PER_POOL) if is_fixed else pb.PoolPolicy(count=ROUTED_PER_POOL)
         sampling = {"temperature": 0.9, "top_p": 0.9, "seed": number} if number % 4 > 1 else {}
         found.append(Ask(TENANTS[number % 4], text, pool, sampling))
     return found
@@ -79,29 +71,29 @@ def test_sixteen_pools_in_memory_for_four_give_each_the_tokens_it_gets_alone(
 
 
 def test_a_request_for_nearly_all_slots_is_not_starved_by_small_ones(idle_service: Any) -> None:
-    largest = idle_service.plan["num_slots"] // 6
+    service = idle_service
+    largest = service.plan["num_slots"] // 6
     stop = threading.Event()
-    answered_while_waiting = []
 
-    def keep_asking(number: int) -> None:
+    def keep_asking(number: int) -> int:
+        tenant = TENANTS[number % 4]
         for turn in itertools.count():
             if stop.is_set():
-                return
-            options = {"pool": random_pool(100 * number + turn), "tenant": TENANTS[number % 4], "max_tokens": 16}
-            answered_while_waiting.append(idle_service.generate(TEXTS[number], **options).usage.queue_seconds)
+                return turn
+            pool = service.random_pool(100 * number + turn, ROUTED_PER_POOL)
+            service.generate(TEXTS[number], pool=pool, tenant=tenant, max_tokens=16)
+        raise AssertionError
 
     with ThreadPoolExecutor(8) as threads:
         small = [threads.submit(keep_asking, number) for number in range(8)]
         try:
-            for _ in range(3):
-                large = idle_service.generate(TEXTS[0], pool=random_pool(9, largest), tenant="big", max_tokens=8)
-                assert large.usage.completion_tokens == 8
-                assert large.usage.pool.num_experts == 6 * largest
+            for seed in range(3):
+                pool = service.random_pool(seed, largest)
+                usage = service.generate(TEXTS[0], pool=pool, tenant="big", max_tokens=8).usage
+                assert (usage.completion_tokens, usage.pool.num_experts) == (8, 6 * largest)
         finally:
             stop.set()
-        for each in small:
-            each.result()
-    assert len(answered_while_waiting) >= 8
+        assert sum(each.result() for each in small) >= 8
 
 
 def test_exact_and_pooled_requests_share_a_worker(idle_service: Any, asks: list[Ask]) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,6 @@ PROMPT = "It is ordered that the respondent shall "
 SERVING, NOT_SERVING = 1, 2
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 PASSWORD = "only-in-the-environment"
-
-
-def random_pool(seed: int, size: int = 8) -> pb.PoolPolicy:
-    draw = random.Random(seed)
-    layers = [pb.LayerExperts(experts=sorted(draw.sample(range(127), size))) for _ in range(6)]
-    return pb.PoolPolicy(experts=pb.FixedPool(layers=layers))
 
 
 def outcome(call: Any) -> grpc.RpcError | None:
@@ -204,17 +196,21 @@ def routers(
 
 
 def test_two_workers_serve_at_the_same_time(routers: Routers) -> None:
-    workers = ("worker-0", "worker-1")
-    count = "expert_pager_step_tokens_total"
-    before = [routers.first.metrics(worker).total(count) for worker in workers]
-    with ThreadPoolExecutor(8) as threads:
-        asked = [threads.submit(routers.first.generate, PROMPT, pool=random_pool(i), max_tokens=40) for i in range(8)]
-        seen = {routers.first.generate(PROMPT, pool=8, max_tokens=8).usage.completion_tokens}
-    assert seen | {each.result().usage.completion_tokens for each in asked} == {8, 40}
-    after = [routers.first.metrics(worker).total(count) for worker in workers]
-    assert all(later - earlier >= 40 for earlier, later in zip(before, after, strict=True))
-    ended = [routers.first.metrics(worker).total("expert_pager_requests_total", outcome="length") for worker in workers]
-    assert min(ended) >= 1
+    first, workers = routers.first, ("worker-0", "worker-1")
+
+    def counted(name: str, **labels: str) -> list[float]:
+        return [first.metrics(worker).total(f"expert_pager_{name}_total", **labels) for worker in workers]
+
+    tokens, requests = counted("step_tokens"), counted("requests", outcome="length")
+    calls = [first.open(PROMPT, pool=first.random_pool(number, 8), max_tokens=200) for number in range(6)]
+    for call in calls:
+        next(call)
+    running = [first.metrics(worker).total("expert_pager_requests_running") for worker in workers]
+    assert min(running) >= 1
+    assert [outcome(call) for call in calls] == [None] * 6
+    assert all(after - before >= 200 for before, after in zip(tokens, counted("step_tokens"), strict=True))
+    ended = zip(requests, counted("requests", outcome="length"), strict=True)
+    assert all(after > before for before, after in ended)
 
 
 def test_routers_share_pools_ids_and_aborts(routers: Routers) -> None:
@@ -271,7 +267,7 @@ def test_admission_refuses_at_once_beyond_its_bounds(routers: Routers) -> None:
 
 def test_killing_one_of_two_workers_costs_its_streams_only(routers: Routers, until: Callable[..., None]) -> None:
     first, second = routers.first, routers.second
-    pools = [random_pool(50 + number) for number in range(6)]
+    pools = [first.random_pool(50 + number, 8) for number in range(6)]
 
     def kill_one() -> list[Any]:
         through = [first, first, first, first, second, second]
@@ -302,7 +298,7 @@ def assert_host_tier_is_whole(router: Any, pools: list[pb.PoolPolicy]) -> None:
     """No record is claimed or pinned for a worker that died: all can be filled, and every one of `pools` read back."""
 
     for seed in range(20):
-        router.generate(PROMPT, pool=random_pool(seed, 15), max_tokens=1)
+        router.generate(PROMPT, pool=router.random_pool(seed, 15), max_tokens=1)
     metrics, expert_bytes = router.metrics("worker-0"), router.plan["expert_bytes"]
     capacity = metrics.total("expert_pager_capacity_bytes", tier="host")
     assert capacity - expert_bytes < metrics.total("expert_pager_resident_bytes", tier="host") <= capacity
@@ -310,7 +306,7 @@ def assert_host_tier_is_whole(router: Any, pools: list[pb.PoolPolicy]) -> None:
     for pool in pools:
         router.generate(PROMPT, pool=pool, max_tokens=1)
         for seed in range(4):  # take the slots of both workers, but not all of the host tier
-            router.generate(PROMPT, pool=random_pool(seed, 25), max_tokens=1)
+            router.generate(PROMPT, pool=router.random_pool(seed, 25), max_tokens=1)
         again = router.generate(PROMPT, pool=pool, max_tokens=1).usage
         assert again.bytes_from_disk == 0
         assert again.bytes_from_host == again.experts_missed * expert_bytes

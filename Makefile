@@ -61,7 +61,9 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.exactness tests/data/golden/ckpt_emo_tiny
 	$(BIN)/python -m benchmarks.exactness $(MODEL)
+	$(BIN)/python -m benchmarks.token_transport
 	$(BIN)/python -m benchmarks.residency $(MODEL)
 
 redis:

@@ -302,16 +302,24 @@ def assert_host_tier_is_whole(router: Any, pools: list[pb.PoolPolicy]) -> None:
     metrics, expert_bytes = router.metrics("worker-0"), router.plan["expert_bytes"]
     capacity = metrics.total("expert_pager_capacity_bytes", tier="host")
     assert capacity - expert_bytes < metrics.total("expert_pager_resident_bytes", tier="host") <= capacity
-    from_host = 0
-    for pool in pools:
+    assert sum(read_from_host(router, pool, expert_bytes) for pool in pools) > 0
+
+
+def read_from_host(router: Any, pool: pb.PoolPolicy, expert_bytes: int) -> int:
+    """Bytes of `pool` that came from the host tier, once nothing of it had to come from disk any more.
+
+    An expert that stays in a device slot is not looked up in the host tier and may be the next to leave it; that ends
+    within a few rounds. A record that a dead worker still claims would be read from disk in every one.
+    """
+    for _ in range(5):
         router.generate(PROMPT, pool=pool, max_tokens=1)
         for seed in range(4):  # take the slots of both workers, but not all of the host tier
             router.generate(PROMPT, pool=router.random_pool(seed, 25), max_tokens=1)
-        again = router.generate(PROMPT, pool=pool, max_tokens=1).usage
-        assert again.bytes_from_disk == 0
-        assert again.bytes_from_host == again.experts_missed * expert_bytes
-        from_host += again.bytes_from_host
-    assert from_host > 0
+        usage = router.generate(PROMPT, pool=pool, max_tokens=1).usage
+        if usage.bytes_from_disk == 0:
+            assert usage.bytes_from_host == usage.experts_missed * expert_bytes
+            return int(usage.bytes_from_host)
+    raise AssertionError(f"{usage.bytes_from_disk} bytes of the pool come from disk again and again")
 
 
 def test_requests_go_on_without_redis_and_a_metric_says_so(

@@ -130,13 +130,41 @@ class PoolSource(StrEnum):
     FIXED = "fixed"  # the request brought it
 
 
+class DriftAction(StrEnum):
+    WIDEN = "widen"  # add the experts that the router wanted most outside of the pool
+    EXACT = "exact"  # all experts for the rest of the answer
+
+
+@dataclass(frozen=True, slots=True)
+class DriftPolicy:
+    """When an answer has left its pool: mean router mass outside of it over the last `window` tokens past `threshold`."""
+
+    threshold: float
+    action: DriftAction = DriftAction.WIDEN
+    window: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DriftReport:
+    """What was done about drift in one answer. `peak_mass` is the largest windowed mass seen outside the pool.
+
+    `exact_from` is the first answer token, counted from 0, that had all experts; None where none had.
+    """
+
+    peak_mass: float
+    widenings: int = 0
+    experts_added: int = 0
+    exact_from: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class PoolPolicy:
-    """What a request asks of its pool. `fixed` is given exactly when `source` is FIXED."""
+    """What a request asks of its pool. `fixed` is given exactly when `source` is FIXED. `drift` None: never widened."""
 
     size: PoolSize = field(default_factory=Full)
     source: PoolSource = PoolSource.PREFILL
     fixed: ExpertPool | None = None
+    drift: DriftPolicy | None = None
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -201,6 +229,7 @@ class Usage:
     queue_s: float
     time_to_first_token_s: float
     model_fingerprint: str
+    drift: DriftReport | None = None  # absent where the policy asked for none
 
 
 @dataclass(frozen=True, slots=True)

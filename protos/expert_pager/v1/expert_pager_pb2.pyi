@@ -7,6 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class DriftAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DRIFT_ACTION_UNSPECIFIED: _ClassVar[DriftAction]
+    DRIFT_ACTION_WIDEN: _ClassVar[DriftAction]
+    DRIFT_ACTION_EXACT: _ClassVar[DriftAction]
+
 class PoolSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     POOL_SOURCE_UNSPECIFIED: _ClassVar[PoolSource]
@@ -28,6 +34,9 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_DEADLINE: _ClassVar[FinishReason]
+DRIFT_ACTION_UNSPECIFIED: DriftAction
+DRIFT_ACTION_WIDEN: DriftAction
+DRIFT_ACTION_EXACT: DriftAction
 POOL_SOURCE_UNSPECIFIED: PoolSource
 POOL_SOURCE_PREFILL: PoolSource
 POOL_SOURCE_PREDICTION: PoolSource
@@ -95,22 +104,38 @@ class GenerateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class PoolPolicy(_message.Message):
-    __slots__ = ("full", "count", "share", "mass", "source", "experts", "digest")
+    __slots__ = ("full", "count", "share", "mass", "bytes", "source", "experts", "digest", "name", "drift")
     FULL_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     MASS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
     full: Full
     count: int
     share: float
     mass: Mass
+    bytes: int
     source: PoolSource
     experts: FixedPool
     digest: str
-    def __init__(self, full: _Optional[_Union[Full, _Mapping]] = ..., count: _Optional[int] = ..., share: _Optional[float] = ..., mass: _Optional[_Union[Mass, _Mapping]] = ..., source: _Optional[_Union[PoolSource, str]] = ..., experts: _Optional[_Union[FixedPool, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
+    name: str
+    drift: DriftPolicy
+    def __init__(self, full: _Optional[_Union[Full, _Mapping]] = ..., count: _Optional[int] = ..., share: _Optional[float] = ..., mass: _Optional[_Union[Mass, _Mapping]] = ..., bytes: _Optional[int] = ..., source: _Optional[_Union[PoolSource, str]] = ..., experts: _Optional[_Union[FixedPool, _Mapping]] = ..., digest: _Optional[str] = ..., name: _Optional[str] = ..., drift: _Optional[_Union[DriftPolicy, _Mapping]] = ...) -> None: ...
+
+class DriftPolicy(_message.Message):
+    __slots__ = ("threshold", "action", "window")
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    threshold: float
+    action: DriftAction
+    window: int
+    def __init__(self, threshold: _Optional[float] = ..., action: _Optional[_Union[DriftAction, str]] = ..., window: _Optional[int] = ...) -> None: ...
 
 class Full(_message.Message):
     __slots__ = ()
@@ -149,7 +174,7 @@ class Pool(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., num_experts: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., covered_mass: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("mode", "finish_reason", "prompt_tokens", "completion_tokens", "pool", "bytes_from_disk", "bytes_from_host", "experts_hit", "experts_missed", "stall_seconds", "out_of_pool_mass", "predicted_recall", "queue_seconds", "time_to_first_token_seconds", "model_fingerprint")
+    __slots__ = ("mode", "finish_reason", "prompt_tokens", "completion_tokens", "pool", "bytes_from_disk", "bytes_from_host", "experts_hit", "experts_missed", "stall_seconds", "out_of_pool_mass", "predicted_recall", "queue_seconds", "time_to_first_token_seconds", "model_fingerprint", "drift")
     MODE_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +190,7 @@ class Usage(_message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
     mode: AnswerMode
     finish_reason: FinishReason
     prompt_tokens: int
@@ -180,7 +206,20 @@ class Usage(_message.Message):
     queue_seconds: float
     time_to_first_token_seconds: float
     model_fingerprint: str
-    def __init__(self, mode: _Optional[_Union[AnswerMode, str]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., out_of_pool_mass: _Optional[float] = ..., predicted_recall: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+    drift: DriftReport
+    def __init__(self, mode: _Optional[_Union[AnswerMode, str]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., out_of_pool_mass: _Optional[float] = ..., predicted_recall: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., model_fingerprint: _Optional[str] = ..., drift: _Optional[_Union[DriftReport, _Mapping]] = ...) -> None: ...
+
+class DriftReport(_message.Message):
+    __slots__ = ("peak_mass", "widenings", "experts_added", "exact_from")
+    PEAK_MASS_FIELD_NUMBER: _ClassVar[int]
+    WIDENINGS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_ADDED_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FROM_FIELD_NUMBER: _ClassVar[int]
+    peak_mass: float
+    widenings: int
+    experts_added: int
+    exact_from: int
+    def __init__(self, peak_mass: _Optional[float] = ..., widenings: _Optional[int] = ..., experts_added: _Optional[int] = ..., exact_from: _Optional[int] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "pool")
@@ -195,16 +234,18 @@ class RouteRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., text: _Optional[bytes] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
-    __slots__ = ("scores", "pool", "observed", "placement")
+    __slots__ = ("scores", "pool", "observed", "placement", "expected_recall")
     SCORES_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     OBSERVED_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_RECALL_FIELD_NUMBER: _ClassVar[int]
     scores: Scores
     pool: Pool
     observed: Pool
     placement: Placement
-    def __init__(self, scores: _Optional[_Union[Scores, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., observed: _Optional[_Union[Pool, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+    expected_recall: float
+    def __init__(self, scores: _Optional[_Union[Scores, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., observed: _Optional[_Union[Pool, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., expected_recall: _Optional[float] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("source", "num_tokens", "layers")
@@ -229,6 +270,74 @@ class Placement(_message.Message):
     worker: str
     missing_bytes: int
     def __init__(self, worker: _Optional[str] = ..., missing_bytes: _Optional[int] = ...) -> None: ...
+
+class CalibrateRequest(_message.Message):
+    __slots__ = ("model", "name", "examples", "pool", "method", "replace")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    name: str
+    examples: _containers.RepeatedCompositeFieldContainer[Example]
+    pool: PoolPolicy
+    method: str
+    replace: bool
+    def __init__(self, model: _Optional[str] = ..., name: _Optional[str] = ..., examples: _Optional[_Iterable[_Union[Example, _Mapping]]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ..., method: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+
+class Example(_message.Message):
+    __slots__ = ("text", "token_ids")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    text: bytes
+    token_ids: TokenIds
+    def __init__(self, text: _Optional[bytes] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
+
+class CalibrateResponse(_message.Message):
+    __slots__ = ("pool",)
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    pool: NamedPool
+    def __init__(self, pool: _Optional[_Union[NamedPool, _Mapping]] = ...) -> None: ...
+
+class NamedPool(_message.Message):
+    __slots__ = ("name", "pool", "method", "num_examples", "num_tokens", "model_fingerprint")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    pool: Pool
+    method: str
+    num_examples: int
+    num_tokens: int
+    model_fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., method: _Optional[str] = ..., num_examples: _Optional[int] = ..., num_tokens: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class ListPoolsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListPoolsResponse(_message.Message):
+    __slots__ = ("pools",)
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[NamedPool]
+    def __init__(self, pools: _Optional[_Iterable[_Union[NamedPool, _Mapping]]] = ...) -> None: ...
+
+class DeletePoolRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DeletePoolResponse(_message.Message):
+    __slots__ = ("deleted",)
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    deleted: bool
+    def __init__(self, deleted: _Optional[bool] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -44,6 +44,21 @@ class ExpertPagerStub:
                 request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.RouteRequest.SerializeToString,
                 response_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.RouteResponse.FromString,
                 _registered_method=True)
+        self.Calibrate = channel.unary_unary(
+                '/expert_pager.v1.ExpertPager/Calibrate',
+                request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.CalibrateRequest.SerializeToString,
+                response_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.CalibrateResponse.FromString,
+                _registered_method=True)
+        self.ListPools = channel.unary_unary(
+                '/expert_pager.v1.ExpertPager/ListPools',
+                request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.ListPoolsRequest.SerializeToString,
+                response_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.ListPoolsResponse.FromString,
+                _registered_method=True)
+        self.DeletePool = channel.unary_unary(
+                '/expert_pager.v1.ExpertPager/DeletePool',
+                request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.DeletePoolRequest.SerializeToString,
+                response_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.DeletePoolResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/expert_pager.v1.ExpertPager/Abort',
                 request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.AbortRequest.SerializeToString,
@@ -73,6 +88,27 @@ class ExpertPagerServicer:
 
     def Route(self, request, context):
         """Scores and pool for a prompt. Nothing is generated and nothing is paged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Calibrate(self, request, context):
+        """Makes a named pool of the caller's own tenant from one to a hundred examples; requests then name it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPools(self, request, context):
+        """The named pools of the caller's own tenant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeletePool(self, request, context):
+        """Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,6 +146,21 @@ def add_ExpertPagerServicer_to_server(servicer, server):
                     servicer.Route,
                     request_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.RouteRequest.FromString,
                     response_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.RouteResponse.SerializeToString,
+            ),
+            'Calibrate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Calibrate,
+                    request_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.CalibrateRequest.FromString,
+                    response_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.CalibrateResponse.SerializeToString,
+            ),
+            'ListPools': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPools,
+                    request_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.ListPoolsRequest.FromString,
+                    response_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.ListPoolsResponse.SerializeToString,
+            ),
+            'DeletePool': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeletePool,
+                    request_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.DeletePoolRequest.FromString,
+                    response_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.DeletePoolResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -181,6 +232,87 @@ class ExpertPager:
             '/expert_pager.v1.ExpertPager/Route',
             expert__pager_dot_v1_dot_expert__pager__pb2.RouteRequest.SerializeToString,
             expert__pager_dot_v1_dot_expert__pager__pb2.RouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Calibrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expert_pager.v1.ExpertPager/Calibrate',
+            expert__pager_dot_v1_dot_expert__pager__pb2.CalibrateRequest.SerializeToString,
+            expert__pager_dot_v1_dot_expert__pager__pb2.CalibrateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expert_pager.v1.ExpertPager/ListPools',
+            expert__pager_dot_v1_dot_expert__pager__pb2.ListPoolsRequest.SerializeToString,
+            expert__pager_dot_v1_dot_expert__pager__pb2.ListPoolsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeletePool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expert_pager.v1.ExpertPager/DeletePool',
+            expert__pager_dot_v1_dot_expert__pager__pb2.DeletePoolRequest.SerializeToString,
+            expert__pager_dot_v1_dot_expert__pager__pb2.DeletePoolResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,18 +59,38 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class PoolPolicy(_message.Message):
-    __slots__ = ("routed", "share", "mass", "source", "fixed")
+    __slots__ = ("routed", "share", "mass", "counts", "source", "fixed", "drift")
     ROUTED_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     MASS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     FIXED_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
     routed: int
     share: float
     mass: Mass
+    counts: LayerCounts
     source: str
     fixed: ExpertPool
-    def __init__(self, routed: _Optional[int] = ..., share: _Optional[float] = ..., mass: _Optional[_Union[Mass, _Mapping]] = ..., source: _Optional[str] = ..., fixed: _Optional[_Union[ExpertPool, _Mapping]] = ...) -> None: ...
+    drift: DriftPolicy
+    def __init__(self, routed: _Optional[int] = ..., share: _Optional[float] = ..., mass: _Optional[_Union[Mass, _Mapping]] = ..., counts: _Optional[_Union[LayerCounts, _Mapping]] = ..., source: _Optional[str] = ..., fixed: _Optional[_Union[ExpertPool, _Mapping]] = ..., drift: _Optional[_Union[DriftPolicy, _Mapping]] = ...) -> None: ...
+
+class LayerCounts(_message.Message):
+    __slots__ = ("routed",)
+    ROUTED_FIELD_NUMBER: _ClassVar[int]
+    routed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, routed: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DriftPolicy(_message.Message):
+    __slots__ = ("threshold", "action", "window")
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    threshold: float
+    action: str
+    window: int
+    def __init__(self, threshold: _Optional[float] = ..., action: _Optional[str] = ..., window: _Optional[int] = ...) -> None: ...
 
 class Mass(_message.Message):
     __slots__ = ("mass", "cap")
@@ -152,7 +172,7 @@ class Error(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., facts: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("mode", "finish_reason", "prompt_tokens", "completion_tokens", "pool", "bytes_from_disk", "bytes_from_host", "experts_hit", "experts_missed", "stall_s", "out_of_pool_mass", "predicted_recall", "queue_s", "time_to_first_token_s", "model_fingerprint")
+    __slots__ = ("mode", "finish_reason", "prompt_tokens", "completion_tokens", "pool", "bytes_from_disk", "bytes_from_host", "experts_hit", "experts_missed", "stall_s", "out_of_pool_mass", "predicted_recall", "queue_s", "time_to_first_token_s", "model_fingerprint", "drift")
     MODE_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +188,7 @@ class Usage(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
     mode: str
     finish_reason: str
     prompt_tokens: int
@@ -183,7 +204,20 @@ class Usage(_message.Message):
     queue_s: float
     time_to_first_token_s: float
     model_fingerprint: str
-    def __init__(self, mode: _Optional[str] = ..., finish_reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., pool: _Optional[_Union[ExpertPool, _Mapping]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_s: _Optional[float] = ..., out_of_pool_mass: _Optional[float] = ..., predicted_recall: _Optional[float] = ..., queue_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+    drift: DriftReport
+    def __init__(self, mode: _Optional[str] = ..., finish_reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., pool: _Optional[_Union[ExpertPool, _Mapping]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_s: _Optional[float] = ..., out_of_pool_mass: _Optional[float] = ..., predicted_recall: _Optional[float] = ..., queue_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., model_fingerprint: _Optional[str] = ..., drift: _Optional[_Union[DriftReport, _Mapping]] = ...) -> None: ...
+
+class DriftReport(_message.Message):
+    __slots__ = ("peak_mass", "widenings", "experts_added", "exact_from")
+    PEAK_MASS_FIELD_NUMBER: _ClassVar[int]
+    WIDENINGS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_ADDED_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FROM_FIELD_NUMBER: _ClassVar[int]
+    peak_mass: float
+    widenings: int
+    experts_added: int
+    exact_from: int
+    def __init__(self, peak_mass: _Optional[float] = ..., widenings: _Optional[int] = ..., experts_added: _Optional[int] = ..., exact_from: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s")

@@ -37,12 +37,14 @@ class ExpertShape:
 class RoutingFacts:
     """What a pool has to respect: per layer, how many experts there are, how many are shared, how many a token picks.
 
-    A dense layer has 0 everywhere. `top_k` counts routed experts only.
+    A dense layer has 0 everywhere. `top_k` counts routed experts only. `expert_bytes` is one expert's size in the
+    serving dtype; 0 where nobody said.
     """
 
     experts_per_layer: tuple[int, ...]
     shared_per_layer: tuple[int, ...]
     top_k_per_layer: tuple[int, ...]
+    expert_bytes: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -83,7 +85,24 @@ class Mass:
     cap: int | None = None  # None: half of the layer's routed experts
 
 
-PoolSize = Full | Count | Share | Mass
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """`per_layer[i]` routed experts in layer i; 0 where dense."""
+
+    per_layer: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Routed experts of all layers together in `total` bytes, shared out by what each layer's router would lose.
+
+    Needs scores of every layer at once: a prefill, which chooses layer by layer, runs with the `Counts` made of it.
+    """
+
+    total: int
+
+
+PoolSize = Full | Count | Share | Mass | Counts | Bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +156,7 @@ class DriftAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DriftPolicy:
-    """When an answer has left its pool: mean router mass outside of it over the last `window` tokens past `threshold`."""
+    """An answer has left its pool when the mean router mass outside over the last `window` tokens is past `threshold`."""
 
     threshold: float
     action: DriftAction = DriftAction.WIDEN

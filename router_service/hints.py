@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pager.types import Count, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share
+from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share
 
 SHORTEST_PREFIX = 32
 MAX_ENCODED_BYTES = 256 * 1024
@@ -85,6 +85,10 @@ def size_name(size: PoolSize) -> str:
             return f"share:{share!r}"
         case Mass(mass, cap):
             return f"mass:{mass!r}:{cap}"
+        case Counts(per_layer):
+            return f"counts:{','.join(map(str, per_layer))}"
+        case Bytes(total):
+            return f"bytes:{total}"
 
 
 def _digest(data: bytes) -> str:

@@ -11,7 +11,9 @@ from expert_pager.v1 import worker_pb2 as pb
 from pager.errors import PagerError
 from pager.types import (
     AnswerMode,
+    Bytes,
     Count,
+    Counts,
     ExpertKey,
     ExpertPool,
     FinishReason,
@@ -82,6 +84,10 @@ def _encode_policy(policy: PoolPolicy) -> pb.PoolPolicy:
             message.share = share
         case Mass(mass, cap):
             message.mass.CopyFrom(pb.Mass(mass=mass, cap=cap))
+        case Counts(per_layer):
+            message.counts.CopyFrom(pb.LayerCounts(routed=per_layer))
+        case Bytes():
+            raise AssertionError("the router shares bytes out over the layers before a worker sees them")
         case Full():
             pass
     return message
@@ -103,6 +109,8 @@ def _decode_size(message: pb.PoolPolicy) -> PoolSize:
             return Share(message.share)
         case "mass":
             return Mass(message.mass.mass, message.mass.cap if message.mass.HasField("cap") else None)
+        case "counts":
+            return Counts(tuple(message.counts.routed))
     return Full()
 
 

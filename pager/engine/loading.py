@@ -20,11 +20,11 @@ from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.experts import attach
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.trunk import OpenModel
-from pager.errors import ConfigError, PoolTooLarge, UnsupportedModel
+from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, UnsupportedModel
 from pager.machine import Machine
 from pager.planner import Budgets, Needs, Plan, plan
 from pager.routing.pool import largest_counts
-from pager.types import ExpertKey, Full, PoolPolicy, RoutingFacts
+from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,6 +130,12 @@ class PagedModel:
         unpoolable = self.family.poolable(self.config)
         if unpoolable is not None:
             raise UnsupportedModel(f"this model runs with all its experts only: {unpoolable}; ask for the full model")
+        if isinstance(policy.size, Bytes) and policy.fixed is None:
+            raise InvalidRequest(
+                "a prefill chooses its pool layer by layer and can not share bytes out over layers that it has not "
+                "seen; give a count ('32'), a share ('12.5%') or a count for each layer ('16,24,32')",
+                field="pool.size.bytes",
+            )
         largest_counts(policy.size, self.facts)
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +47,14 @@ class OpenModel:
             raise
         except Exception as error:  # each family validates its fields in its own way
             raise CheckpointError(f"{checkpoint.path} has no valid {family.model_type} config: {error}") from error
-        return cls(checkpoint, config, family, family.facts(config), _choose_dtype(dtype, checkpoint.config))
+        chosen = _choose_dtype(dtype, checkpoint.config)
+        expert_bytes = family.expert_shape(config).num_elements * chosen.itemsize
+        facts = replace(family.facts(config), expert_bytes=expert_bytes)
+        return cls(checkpoint, config, family, facts, chosen)
 
     @property
     def expert_bytes(self) -> int:
-        return self.family.expert_shape(self.config).num_elements * self.dtype.itemsize
+        return self.facts.expert_bytes
 
     @property
     def trunk_bytes(self) -> int:

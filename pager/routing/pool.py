@@ -10,13 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pager.errors import InvalidRequest, PoolTooSmall
-from pager.types import Count, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
+from pager.errors import ConfigError, InvalidRequest, PoolTooSmall
+from pager.routing.shares import share_out, share_out_evenly
+from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
+from pager.units import format_bytes, parse_bytes
 
 
 def parse_pool_size(value: str | int | None) -> PoolSize:
     """What a person wrote: None or "full", 32 (routed experts a layer), "12.5%" (of all experts, shared included),
-    "mass:0.9" or "mass:0.9:48" (the fewest experts with that router mass, at most 48). Raises InvalidRequest.
+    "mass:0.9" or "mass:0.9:48" (the fewest experts with that router mass, at most 48), "16,24,32" (a count for every
+    layer, 0 where it has none), "64MiB" (of routed experts, shared out over the layers). Raises InvalidRequest.
     """
     if value is None:
         return Full()
@@ -29,10 +32,15 @@ def parse_pool_size(value: str | int | None) -> PoolSize:
         if text.startswith("mass:"):
             mass, _, cap = text.removeprefix("mass:").partition(":")
             return check_pool_size(Mass(float(mass), int(cap) if cap else None))
+        if text.endswith("b"):
+            return check_pool_size(Bytes(parse_bytes(text)))
+        if "," in text:
+            return check_pool_size(Counts(tuple(int(count) for count in text.split(","))))
         return check_pool_size(Count(int(text)))
-    except ValueError:
+    except (ValueError, ConfigError):
         raise InvalidRequest(
-            f"{value!r} is not a pool size; write a number of routed experts (32), '12.5%', 'mass:0.9' or 'full'",
+            f"{value!r} is not a pool size; write a number of routed experts (32), '12.5%', 'mass:0.9', a number for "
+            "each layer ('16,24,32'), bytes ('64MiB') or 'full'",
             field="pool.size",
         ) from None
 
@@ -48,14 +56,28 @@ def check_pool_size(size: PoolSize) -> PoolSize:
             raise InvalidRequest(f"a pool's mass lies above 0 and at most at 1, not {mass}", field="pool.size.mass")
         case Mass(_, cap) if cap is not None and cap < 1:
             raise InvalidRequest(f"a pool's cap is at least one expert, not {cap}", field="pool.size.cap")
+        case Counts(counts) if min(counts, default=-1) < 0:
+            raise InvalidRequest(f"a pool has a number of experts for every layer, not {counts}", field="pool.size")
+        case Bytes(total) if total < 1:
+            raise InvalidRequest(f"a pool has at least one byte, not {total}", field="pool.size.bytes")
     return size
 
 
 def largest_counts(size: PoolSize, facts: RoutingFacts) -> tuple[int, ...]:
     """Per layer, the most routed experts a pool of this size can hold: what has to be reserved before it is known.
 
-    Raises PoolTooSmall when a layer would get fewer experts than its router picks for one token.
+    Of `Bytes`, which the scores share out, only the sum is known: it is given shared out evenly.
+    Raises PoolTooSmall when a layer would get fewer experts than its router picks for one token, InvalidRequest when
+    the size is for another model.
     """
+    if isinstance(size, Bytes):
+        return share_out_evenly(_experts_in(size, facts), facts).per_layer
+    if isinstance(size, Counts) and len(size.per_layer) != facts.num_layers:
+        raise InvalidRequest(
+            f"the pool's size names {len(size.per_layer)} layers and the model has {facts.num_layers}; give a number "
+            "for each",
+            field="pool.size",
+        )
     counts = []
     layers = zip(facts.experts_per_layer, facts.shared_per_layer, facts.top_k_per_layer, strict=True)
     for layer, (num_experts, num_shared, top_k) in enumerate(layers):
@@ -69,6 +91,8 @@ def largest_counts(size: PoolSize, facts: RoutingFacts) -> tuple[int, ...]:
                 count = math.floor(share * num_experts + 1e-9) - num_shared
             case Mass(_, cap):
                 count = cap if cap is not None else max(num_routed // 2, top_k)
+            case Counts(per_layer):
+                count = per_layer[layer]
         if count < top_k:
             raise PoolTooSmall(
                 f"a pool of {count} routed experts in layer {layer} is smaller than the {top_k} that its router picks "
@@ -93,11 +117,32 @@ def pick_layer(mass_R: np.ndarray, size: PoolSize, count: int, top_k: int) -> tu
 
 
 def pick_pool(scores: RoutingScores, size: PoolSize, facts: RoutingFacts) -> ExpertPool:
-    """The pool of `size` that these scores name, each layer choosing for itself."""
+    """The pool of `size` that these scores name; each layer chooses for itself, once bytes are shared out."""
+    size = resolve_size(size, scores, facts)
     counts = largest_counts(size, facts)
     layers = zip(scores.mean_LR, counts, facts.top_k_per_layer, strict=True)
     experts = tuple(pick_layer(mean_R, size, count, top_k) for mean_R, count, top_k in layers)
     return ExpertPool(experts, covered_mass(scores.mean_LR, experts))
+
+
+def resolve_size(size: PoolSize, scores: RoutingScores, facts: RoutingFacts) -> PoolSize:
+    """`size`, with `Bytes` turned into the `Counts` that these scores share them out to. Raises PoolTooSmall."""
+    return share_out(scores, _experts_in(size, facts), facts) if isinstance(size, Bytes) else size
+
+
+def _experts_in(size: Bytes, facts: RoutingFacts) -> int:
+    if not facts.expert_bytes:
+        raise InvalidRequest(
+            "nobody said how many bytes an expert of this model has; give a count or a share", field="pool.size.bytes"
+        )
+    num_experts, needed = size.total // facts.expert_bytes, sum(facts.top_k_per_layer)
+    if num_experts < needed:
+        raise PoolTooSmall(
+            f"{format_bytes(size.total)} hold {num_experts} routed experts of {format_bytes(facts.expert_bytes)} and "
+            f"the routers pick {needed} for one token; give at least {needed * facts.expert_bytes} bytes",
+            field="pool.size.bytes",
+        )
+    return num_experts
 
 
 def covered_mass(mean_LR: Sequence[np.ndarray], experts: Sequence[Sequence[int]]) -> float | None:

@@ -16,6 +16,7 @@ from pager.errors import (
 )
 from pager.types import (
     Count,
+    Counts,
     ExpertKey,
     ExpertPool,
     FinishReason,
@@ -41,6 +42,7 @@ sizes = (
     | st.builds(Count, st.integers(1, 512))
     | st.builds(Share, st.floats(0.01, 1))
     | st.builds(Mass, st.floats(0.01, 1), st.none() | st.integers(0, 64))
+    | st.builds(Counts, st.lists(st.integers(0, 512), max_size=6).map(tuple))
 )
 finite = st.floats(0, 1e12)
 counts = st.integers(0, 2**31 - 1)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.types import Count, ExpertPool, Full, Mass, Share
+from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, Share
 from router_service.hints import (
     MAX_ENCODED_BYTES,
     WorkerHolds,
@@ -34,7 +34,7 @@ def test_a_long_prompt_has_a_key_for_its_largest_half_too():
 
 
 def test_keys_differ_in_everything_a_pool_depends_on():
-    sizes = [Full(), Count(3), Count(4), Share(0.25), Mass(0.25), Mass(0.25, 3)]
+    sizes = [Full(), Count(3), Count(4), Share(0.25), Mass(0.25), Mass(0.25, 3), Counts((3,)), Bytes(3)]
     asked = [("f", size, "t", [1, 2]) for size in sizes]
     asked += [("g", Count(3), "t", [1, 2]), ("f", Count(3), "u", [1, 2]), ("f", Count(3), "t", [2, 1])]
     asked += [("f", Count(3), "t", [1]), ("f", Count(3), "t", [1, 2, 0])]

@@ -17,6 +17,7 @@ from pager.cache.index import CacheIndex, Plan
 from pager.cache.prefetch import PrefetchList
 from pager.cache.readers import Priority
 from pager.cache.tiers import Fetched
+from pager.cache.trace import TraceRecorder
 from pager.cache.transfer import Transfer
 from pager.cache.usage import Cause, Lookup, PagerObserver, Tier, UsageMeter
 from pager.errors import Cancelled, ExpertUnavailable
@@ -71,6 +72,7 @@ class Ledger:
         transfer: Transfer,
         observer: PagerObserver,
         queue_reads: Callable[[Priority, Sequence[ExpertKey]], None],
+        trace: TraceRecorder | None = None,
     ) -> None:
         self.index = index  # read it under `lock`
         self.counts = Counts()
@@ -79,6 +81,7 @@ class Ledger:
         self._transfer = transfer
         self._observer = observer
         self._queue_reads = queue_reads
+        self._trace = trace
         self._loads: dict[ExpertKey, _Load] = {}
         self._holdings: set[Holding] = set()
         self._prefetches = PrefetchList()
@@ -145,6 +148,8 @@ class Ledger:
             self._count_lookups(holding.meter, plan)
             for key in new:
                 self._prefetches.forget(key)
+            if self._trace is not None:
+                self._trace.held(holding.cause, new)
             return True
 
     def let_go_of_experts(self, holding: Holding, keys: Sequence[ExpertKey]) -> None:
@@ -160,6 +165,8 @@ class Ledger:
                 self.index.unpin(key)
                 self._stop_waiting(holding, key)
             self.reserve(holding, self.index.num_unreserved - unreserved)
+            if self._trace is not None:
+                self._trace.let_go(keys)
             self._changed.notify_all()
 
     def release(self, holding: Holding) -> None:

@@ -18,6 +18,7 @@ from pager.cache.policy import make_policy
 from pager.cache.readers import Readers
 from pager.cache.slots import DeviceSlots
 from pager.cache.tiers import Tiers
+from pager.cache.trace import TraceRecorder
 from pager.cache.usage import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
 from pager.errors import ExpertUnavailable, PoolTooLarge
 from pager.store.experts import ExpertSource
@@ -40,11 +41,13 @@ class ExpertPager:
         num_readers: int = 4,
         retry_after_s: float = 30.0,
         observer: PagerObserver | None = None,
+        trace: TraceRecorder | None = None,
     ) -> None:
         """Reads `resident` (always-active experts) into the pinned slots before it returns.
 
-        An expert that could not be read is tried again `retry_after_s` later at the earliest. Source and host tier stay
-        the caller's to close, after this. Raises ExpertUnavailable for a resident expert, ConfigError for the policy.
+        An expert that could not be read is tried again `retry_after_s` later at the earliest. Source, host tier and
+        trace stay the caller's to close, after this. Raises ExpertUnavailable for a resident expert, ConfigError for
+        the policy.
         """
         if len(resident) != slots.num_pinned:
             raise ValueError(f"{len(resident)} resident experts for {slots.num_pinned} pinned slots")
@@ -57,7 +60,7 @@ class ExpertPager:
         slots.transfer.await_installed(range(slots.num_slots, slots.num_slots + len(resident)))
         self._readers = Readers(num_readers, self._read)
         index = CacheIndex(slots.num_slots, make_policy(policy))
-        self._ledger = Ledger(index, slots.transfer, observer, self._readers.push)
+        self._ledger = Ledger(index, slots.transfer, observer, self._readers.push, trace)
         weakref.finalize(self, self._readers.stop)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -55,7 +55,106 @@ class LRU:
         return len(self._order)
 
 
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU}
+class LFU:
+    """Evicts what was used least often since the start, evicted or not; of equals, what was let go of longest ago."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[ExpertKey] = Counter()
+        self._count_of: dict[ExpertKey, int] = {}  # of the evictable ones, as counted when they became so
+        self._by_count: dict[int, OrderedDict[ExpertKey, None]] = {}
+
+    def use(self, key: ExpertKey) -> None:
+        self._uses[key] += 1
+
+    def add(self, key: ExpertKey) -> None:
+        count = self._count_of[key] = self._uses[key]
+        self._by_count.setdefault(count, OrderedDict())[key] = None
+
+    def remove(self, key: ExpertKey) -> None:
+        count = self._count_of.pop(key)
+        del self._by_count[count][key]
+        if not self._by_count[count]:
+            del self._by_count[count]
+
+    def victims(self) -> Iterator[ExpertKey]:
+        for count in sorted(self._by_count):
+            yield from self._by_count[count]
+
+    def __len__(self) -> int:
+        return len(self._count_of)
+
+
+class _Scored:
+    """Victims by a score that changes with time: sorted when they are asked for, which costs as much as there are."""
+
+    def __init__(self) -> None:
+        self._evictable: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def add(self, key: ExpertKey) -> None:
+        self._evictable[key] = None
+
+    def remove(self, key: ExpertKey) -> None:
+        del self._evictable[key]
+
+    def victims(self) -> Iterator[ExpertKey]:
+        yield from sorted(self._evictable, key=self._score)  # stable: of equals, what was let go of longest ago
+
+    def __len__(self) -> int:
+        return len(self._evictable)
+
+    def _score(self, key: ExpertKey) -> float:
+        raise NotImplementedError
+
+
+class LFRU(_Scored):
+    """Evicts the lowest number of uses divided by the time since the last one, time being counted in uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0
+        self._uses: Counter[ExpertKey] = Counter()
+        self._last: dict[ExpertKey, int] = {}
+
+    def use(self, key: ExpertKey) -> None:
+        self._now += 1
+        self._uses[key] += 1
+        self._last[key] = self._now
+
+    def _score(self, key: ExpertKey) -> float:
+        return self._uses[key] / (self._now - self._last.get(key, 0) + 1)
+
+
+class LeastStale(_Scored):
+    """Evicts by passes over the layers rather than by time (after SpecMD's policy of that name, arXiv 2602.03921).
+
+    A use in a layer below the last one begins a pass. First go the experts that no recent pass used, oldest pass first;
+    of one pass, those whose layer the current one has left behind, for they are needed last, the latest left first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pass = 0
+        self._layer = 0
+        self._num_layers = 1
+        self._pass_of: dict[ExpertKey, int] = {}
+
+    def use(self, key: ExpertKey) -> None:
+        if key.layer < self._layer:
+            self._pass += 1
+        self._layer = key.layer
+        self._num_layers = max(self._num_layers, key.layer + 1)
+        self._pass_of[key] = self._pass
+
+    def _score(self, key: ExpertKey) -> float:
+        # An expert ahead of the pass has not had its turn: its last use counts as one of this pass.
+        layers_until_next = (key.layer - self._layer - 1) % self._num_layers
+        turn = self._pass_of.get(key, -1) + (key.layer > self._layer)
+        return turn - (layers_until_next + 1) / (self._num_layers + 1)
+
+
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
+    "lru": LRU, "lfu": LFU, "lfru": LFRU, "least-stale": LeastStale,
+}  # fmt: skip
 
 
 def make_policy(name: str) -> EvictionPolicy:

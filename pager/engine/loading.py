@@ -15,6 +15,7 @@ from pager.cache.host import HostTier
 from pager.cache.lease import Lease
 from pager.cache.pager import ExpertPager
 from pager.cache.slots import DeviceSlots
+from pager.cache.trace import TraceHeader, TraceRecorder
 from pager.cache.usage import PagerObserver, UsageMeter
 from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.experts import attach
@@ -161,10 +162,12 @@ def load_paged_model(
     policy: str = "lru",
     num_readers: int = 4,
     observer: PagerObserver | None = None,
+    trace: Path | None = None,
 ) -> PagedModel:
     """Plans the memory, loads trunk and shared experts and opens the experts' tiers.
 
     Where the plan has a host tier, `host_tier` makes it; without one, it is this process's own. The model owns it then.
+    `trace` names a file to record every access to an expert in (`pager.cache.trace`).
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
     """
     if num_readers < 1:
@@ -188,8 +191,20 @@ def load_paged_model(
             max_experts=max(facts.experts_per_layer),
             num_pinned=len(resident),
         )
+        recorder = None
+        if trace is not None:
+            header = TraceHeader(opened.checkpoint.fingerprint, planned.expert_bytes, facts.routed_per_layer)
+            recorder = TraceRecorder(trace, header)
+            closing.callback(recorder.close)
         pager = ExpertPager(
-            source, slots, resident=resident, host=host, policy=policy, num_readers=num_readers, observer=observer
+            source,
+            slots,
+            resident=resident,
+            host=host,
+            policy=policy,
+            num_readers=num_readers,
+            observer=observer,
+            trace=recorder,
         )
         closing.callback(pager.close)
         return PagedModel(opened, model, pager, planned, closing=closing.pop_all())

@@ -1,0 +1,129 @@
+"""What a recorded trace would have cost under another policy or budget. Pure integers.
+
+The simulation knows pins: what is held is not evicted, as in the pager. Where everything in the cache is held, an
+expert is read for this access and not kept, as an exact forward does that runs in waves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from pager.cache.policy import POLICIES, EvictionPolicy, make_policy
+from pager.cache.trace import Access, Trace
+from pager.types import ExpertKey
+
+OPTIMUM = "optimum"
+"""Belady's rule: evict what is needed last. Nothing that does not know the future does better (without pins)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """Experts, not bytes. `num_slots` is the budget; every miss is a read that somebody waits for."""
+
+    policy: str
+    num_slots: int
+    hits: int
+    misses: int
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def replay(trace: Trace, policy: str, num_slots: int) -> ReplayResult:
+    """`policy` is a name of `POLICIES`, or OPTIMUM. Raises ConfigError for any other."""
+    order = Optimum(trace.accesses) if policy == OPTIMUM else make_policy(policy)
+    hits, misses = _Cache(num_slots, order).run(trace.accesses)
+    return ReplayResult(policy, num_slots, hits, misses)
+
+
+def replay_all(trace: Trace, num_slots: int) -> list[ReplayResult]:
+    """Every policy, the fewest misses first, the optimum at the end."""
+    results = sorted((replay(trace, name, num_slots) for name in POLICIES), key=lambda result: result.misses)
+    return [*results, replay(trace, OPTIMUM, num_slots)]
+
+
+class _Cache:
+    def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
+        self._num_slots = num_slots
+        self._policy = policy
+        self._pins: dict[ExpertKey, int] = {}  # of what is resident
+        self._passing: Counter[ExpertKey] = Counter()  # held and not resident: there was no room
+
+    def run(self, accesses: Sequence[Access]) -> tuple[int, int]:
+        hits = misses = 0
+        for access in accesses:
+            if access.cause is None:
+                for key in access.keys:
+                    self._let_go(key)
+                continue
+            missing = [key for key in access.keys if key not in self._pins]
+            for key in access.keys:
+                if key in self._pins:  # held first: what one access hits, its misses do not evict
+                    self._hold(key)
+            kept = missing[: self._make_room(len(missing))]
+            for key in kept:
+                self._hold(key)
+            for key in missing[len(kept) :]:
+                self._policy.use(key)
+                self._passing[key] += 1
+            hits += len(access.keys) - len(missing)
+            misses += len(missing)
+        return hits, misses
+
+    def _hold(self, key: ExpertKey) -> None:
+        self._policy.use(key)
+        pins = self._pins.get(key)
+        if pins == 0:
+            self._policy.remove(key)
+        self._pins[key] = (pins or 0) + 1
+
+    def _make_room(self, num_wanted: int) -> int:
+        """How many of `num_wanted` slots there are, after evicting for them."""
+        num_free = self._num_slots - len(self._pins)
+        for victim in list(islice(self._policy.victims(), max(0, num_wanted - num_free))):
+            self._policy.remove(victim)
+            del self._pins[victim]
+        return min(num_wanted, self._num_slots - len(self._pins))
+
+    def _let_go(self, key: ExpertKey) -> None:
+        if self._passing[key]:
+            self._passing[key] -= 1
+        elif self._pins.get(key):
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                self._policy.add(key)
+
+
+class Optimum:
+    """An eviction policy that was told all accesses beforehand."""
+
+    def __init__(self, accesses: Sequence[Access]) -> None:
+        self._uses: defaultdict[ExpertKey, deque[int]] = defaultdict(deque)
+        for time, access in enumerate(accesses):
+            if access.cause is not None:
+                for key in access.keys:
+                    self._uses[key].append(time)
+        self._evictable: dict[ExpertKey, None] = {}
+
+    def use(self, key: ExpertKey) -> None:
+        self._uses[key].popleft()
+
+    def add(self, key: ExpertKey) -> None:
+        self._evictable[key] = None
+
+    def remove(self, key: ExpertKey) -> None:
+        del self._evictable[key]
+
+    def victims(self) -> Iterator[ExpertKey]:
+        return iter(sorted(self._evictable, key=lambda key: -self._next_use(key)))
+
+    def __len__(self) -> int:
+        return len(self._evictable)
+
+    def _next_use(self, key: ExpertKey) -> float:
+        return self._uses[key][0] if self._uses[key] else math.inf

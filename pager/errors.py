@@ -59,6 +59,35 @@ class UnknownPool(PagerError):
     reason = "UNKNOWN_POOL"
 
 
+class PoolNameInUse(PagerError):
+    reason = "POOL_NAME_IN_USE"
+
+
+class PoolOfAnotherModel(PagerError):
+    """A named pool was made for another model than the one it is asked for."""
+
+    reason = "POOL_OF_ANOTHER_MODEL"
+
+
+class TooManyPools(PagerError):
+    """A bound on named pools is reached; deleting some helps, waiting does not."""
+
+    reason = "TOO_MANY_POOLS"
+
+
+class DamagedPool(PagerError):
+    """What is stored under the name is not a pool."""
+
+    reason = "DAMAGED_POOL"
+
+
+class PoolStoreUnavailable(PagerError):
+    """The store of named pools does not answer."""
+
+    reason = "POOL_STORE_UNAVAILABLE"
+    retryable = True
+
+
 class PoolTooSmall(PagerError):
     """The pool has fewer routed experts than the router picks for one token."""
 

@@ -156,7 +156,7 @@ class DriftAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DriftPolicy:
-    """An answer has left its pool when the mean router mass outside over the last `window` tokens is past `threshold`."""
+    """An answer has left its pool: mean router mass outside of it over the last `window` tokens past `threshold`."""
 
     threshold: float
     action: DriftAction = DriftAction.WIDEN

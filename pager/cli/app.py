@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import files, generate, inspect, route, serve
+from pager.cli import files, generate, inspect, replay, route, serve
 from pager.cli.output import print_error
 from pager.errors import PagerError
 
@@ -28,6 +28,7 @@ app.command("route")(route.route)
 app.command("inspect")(inspect.inspect)
 app.command("pack")(files.pack)
 app.command("verify")(files.verify)
+app.command("replay")(replay.replay)
 
 _debug = False
 

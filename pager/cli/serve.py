@@ -49,6 +49,9 @@ def serve(
         str | None, typer.Option(help="Join this Ray cluster. Default: start Ray here.", metavar="ADDRESS")
     ] = None,
     file_sd: Annotated[str | None, typer.Option(help="Keep Prometheus targets in this file.", metavar="FILE")] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="Record in this folder which experts are used, for `replay`.", metavar="FOLDER")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
 ) -> None:
     """Serve a model over gRPC until SIGTERM or Ctrl-C.
@@ -73,6 +76,7 @@ def serve(
         "workers.host_memory": host_memory,
         "workers.kv_memory": kv_memory,
         "workers.max_running": max_running,
+        "workers.trace": trace,
         "pools.default_size": pool,
         "router.host": host,
         "router.port": port,

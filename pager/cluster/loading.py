@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
 from pager.engine.loading import PagedModel, load_paged_model
-from pager.errors import CheckpointError
+from pager.errors import CheckpointError, ConfigError
 from pager.machine import Machine
 from pager.metrics import TierBytes
 from pager.planner import Budgets, describe
@@ -33,7 +34,9 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         budgets=_budgets(workers, has_host_tier=host is not None),
         machine=Machine.detect(device).shared_by(workers.count),
         host_tier=host.attach if host else None,
+        policy=workers.policy,
         observer=observer,
+        trace=_trace_file(workers),
     )
     try:
         tokenizer = _tokenizer(Path(config.model.path))
@@ -57,6 +60,17 @@ def device_of(workers: WorkerConfig) -> str:
     if workers.device != "auto":
         return workers.device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _trace_file(workers: WorkerConfig) -> Path | None:
+    """A new file each time a worker starts. Raises ConfigError for a folder that can not be made."""
+    if workers.trace is None:
+        return None
+    try:
+        Path(workers.trace).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"workers.trace {workers.trace!r} is no folder to write in: {error.strerror}") from None
+    return Path(workers.trace) / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.jsonl.gz"
 
 
 def _budgets(workers: WorkerConfig, *, has_host_tier: bool) -> Budgets:
@@ -102,4 +116,4 @@ def _tiers(paged: PagedModel, host: HostAccess | None) -> dict[str, TierBytes]:
     device = TierBytes(stats.capacity_bytes, stats.resident_bytes, stats.held_bytes, stats.reserved_bytes)
     if host is None:
         return {"device": device}
-    return {"device": device, "host": TierBytes(paged.plan.host_bytes, host.resident_bytes())}
+    return {"device": device, "host": TierBytes(paged.plan.host_bytes, *host.used_bytes())}

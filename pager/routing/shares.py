@@ -17,8 +17,8 @@ def share_out(scores: RoutingScores, total_experts: int, facts: RoutingFacts) ->
     """How many routed experts each layer keeps when all layers together keep `total_experts` (or all there are).
 
     Every layer gets what one token picks; the others go, one after the other, where they bring most router mass into
-    the pool, which leaves the least mass outside. Equal mass goes to the smaller count, then to the lower layer. A larger
-    total takes no expert away from any layer. Raises PoolTooSmall below one token's picks.
+    the pool, which leaves the least mass outside. Equal mass goes to the smaller count, then to the lower layer. A
+    larger total takes no expert away from any layer. Raises PoolTooSmall below one token's picks.
     """
     gains_LR = [np.sort(mean_R)[::-1] / max(float(mean_R.sum()), 1e-300) for mean_R in scores.mean_LR]
     return Counts(_share_out(gains_LR, total_experts, facts))

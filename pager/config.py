@@ -102,7 +102,9 @@ class RouterConfig:
     host: str = "127.0.0.1"
     port: int = _is(_between(0, 65535), 50051)
     metrics_port: int = _is(_between(0, 65535), 9464)
-    router: str = _is(_one_of("trunk"), "trunk")  # the routing-only pass
+    # The routing-only pass. auto: fitted where the model has a router.safetensors, else trunk; fused: none.
+    router: str = _is(_one_of("auto", "lexical", "trunk", "fitted", "fused"), "auto")
+    min_recall: float | None = _is(_between(0, 1), None)  # below it the next better source; None: 0.5, if fitted
     device: str = _is(_device, "cpu")  # where that pass runs
     max_requests: int = _is(_between(1, 1_000_000), 256)
     max_tokens: int = _is(_between(1), 1 << 20)
@@ -124,10 +126,13 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """What a request gets that names no pool: a size (`"full"`, 32, `"12.5%"`, `"mass:0.9"`) and who chooses it."""
+    """What a request gets that names no pool: a size (`"full"`, 32, `"12.5%"`, `"mass:0.9"`, `"64MiB"`), who chooses
+    it, and what is done when the answer leaves it (`"0.3"`, `"0.3:exact"`). `path` is the folder of named pools."""
 
     default_size: str | int = "full"
     default_source: str = _is(_one_of("prefill", "prediction"), "prefill")
+    default_drift: str | float | None = None
+    path: str | None = None  # None: in Redis where there is one, else in memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,8 @@ class Admission:
         most = min(limits.max_tokens, limits.max_tokens_per_tenant)
         if tokens > most:
             raise PromptTooLong(
-                f"prompt and max_tokens are {tokens} tokens and the service admits {most} at once; ask for less",
+                f"the request has {tokens} tokens, those to generate included, and the service admits {most} at once; "
+                "send less, or ask for less",
                 field="prompt",
             )
         if self.num_tokens + tokens > limits.max_tokens:

@@ -1,48 +1,62 @@
-"""Puts the router's parts together around a cluster, a scorer and a tokenizer."""
+"""Puts the router's parts together around a cluster, its routing-only passes and a tokenizer."""
 
 from __future__ import annotations
 
-from pager.errors import ConfigError
+from pathlib import Path
+
+from pager.errors import ConfigError, InvalidRequest
+from pager.routing.drift import check_can_drift
 from pager.types import Full, PoolPolicy, PoolSource
 from router_service.admission import Admission, AdmissionLimits
+from router_service.breaker import Breaker
+from router_service.folder_pools import FolderPools
 from router_service.hints import HintStore
 from router_service.local_hints import InProcessHints
 from router_service.metrics import RouterMetrics
-from router_service.ports import ClusterPort, Encoder, ModelInfo, Scorer
+from router_service.pool_store import MemoryPools, PoolStore
+from router_service.ports import ClusterPort, Encoder, ModelInfo
+from router_service.prediction import Predictor
+from router_service.redis_client import RedisClient
 from router_service.redis_hints import RedisHints
-from router_service.scoring import Predictor, Scoring
+from router_service.redis_pools import RedisPools
+from router_service.scoring import PassChain, Passes, Scoring
 from router_service.service import Backend
 from router_service.shared_hints import SharedHints
+from router_service.shared_pools import SharedPools
 
 
 def build_backend(
     *,
     model: ModelInfo,
     cluster: ClusterPort,
-    scorer: Scorer,
+    passes: Passes,
     encoder: Encoder,
     limits: AdmissionLimits,
     default_pool: PoolPolicy,
     redis_url: str | None,
+    pools_path: Path | None = None,
     write_timeout_s: float = 30.0,
 ) -> Backend:
-    """Raises ConfigError for a default pool that makes no sense; a Redis that is down is no error."""
-    if default_pool.source is PoolSource.FIXED or (
-        default_pool.source is PoolSource.PREDICTION and isinstance(default_pool.size, Full)
-    ):
-        raise ConfigError("pools.default_source 'prediction' needs a pools.default_size other than 'full'")
+    """The choices are those that `check_choices` has found to make sense. A Redis that is down is no error."""
+    check_choices(passes, default_pool, redis_url, pools_path)
     metrics = RouterMetrics()
-    hints = _hint_store(model, redis_url, metrics)
-    scoring = Scoring(scorer, encoder)
+    breaker = Breaker(on_degraded=metrics.redis_degraded.set)
+    hints = _hint_store(model, redis_url, breaker)
+    scoring = Scoring(passes.available, encoder)
+    chain = PassChain(passes, scoring, model.facts, lambda was, is_: metrics.escalations.labels(was, is_).inc())
+    predictor = Predictor(chain, hints, model.facts, model.fingerprint)
     admission = Admission(limits)
     metrics.requests_in_flight.set_function(lambda: admission.num_requests)
     metrics.tokens_in_flight.set_function(lambda: admission.num_tokens)
     return Backend(
         model=model,
         cluster=cluster,
+        passes=passes,
         scoring=scoring,
-        predictor=Predictor(scoring, hints, model.facts, model.fingerprint),
+        chain=chain,
+        predictor=predictor,
         hints=hints,
+        pools=open_pools(redis_url, pools_path, breaker),
         admission=admission,
         metrics=metrics,
         default_pool=default_pool,
@@ -55,11 +69,32 @@ async def close_backend(backend: Backend) -> None:
     backend.scoring.close()
     backend.metrics.close()
     await backend.hints.close()
+    await backend.pools.close()
 
 
-def _hint_store(model: ModelInfo, redis_url: str | None, metrics: RouterMetrics) -> HintStore:
+def check_choices(passes: Passes, default: PoolPolicy, redis_url: str | None, pools_path: Path | None) -> None:
+    """Raises ConfigError for choices that can take no effect, before anything slow is started."""
+    if default.source is PoolSource.PREDICTION and isinstance(default.size, Full):
+        raise ConfigError("pools.default_source 'prediction' needs a pools.default_size other than 'full'")
+    try:
+        check_can_drift(default)
+        passes.check(default)
+    except InvalidRequest as error:
+        raise ConfigError(f"the [pools] defaults can take no effect: {error.message}") from None
+    open_pools(redis_url, pools_path)
+
+
+def open_pools(redis_url: str | None, path: Path | None, breaker: Breaker | None = None) -> PoolStore:
+    """Where named pools are kept: Redis, else a folder, else this process. Raises ConfigError."""
+    if redis_url is not None and path is not None:
+        raise ConfigError("named pools are kept in Redis where there is one; unset pools.path, or REDIS_URL")
+    if redis_url is not None:
+        return SharedPools(RedisPools(RedisClient(redis_url)), breaker or Breaker())
+    return MemoryPools() if path is None else FolderPools(path)
+
+
+def _hint_store(model: ModelInfo, redis_url: str | None, breaker: Breaker) -> HintStore:
     local = InProcessHints()
     if redis_url is None:
         return local
-    shared = RedisHints(redis_url, model.facts, model.fingerprint)
-    return SharedHints(local, shared, on_degraded=metrics.redis_degraded.set)
+    return SharedHints(local, RedisHints(redis_url, model.facts, model.fingerprint), breaker)

@@ -10,25 +10,18 @@ from dataclasses import dataclass
 from expert_pager.v1 import expert_pager_pb2 as pb
 
 from pager.errors import InvalidRequest, PromptTooLong, UnknownModel
-from pager.routing.pool import check_pool, check_pool_size, largest_counts
+from pager.routing.named import check_example, check_name, check_num_examples
 from pager.sampling_rules import check_sampling
-from pager.types import Count, ExpertPool, Full, Mass, PoolPolicy, PoolSize, PoolSource, SamplingParams, Share
+from pager.types import PoolPolicy, PoolSize, SamplingParams
+from router_service.decode_pools import PoolByDigest, PoolByName, calibrated_size, pool_policy
 from router_service.ports import ModelInfo
 
 DEFAULT_TENANT = "default"
 TENANT_KEY = "x-tenant-id"
 _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_DIGEST = re.compile(r"[0-9a-f]{24}")
 
 Prompt = str | tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PoolOf:
-    """A pool by the digest it was given out under."""
-
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +32,18 @@ class Ask:
     prompt: Prompt
     sampling: SamplingParams
     has_max_tokens: bool
-    pool: PoolPolicy | PoolOf
+    pool: PoolPolicy | PoolByDigest | PoolByName
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateAsk:
+    """What a Calibrate call asks. `method` None: the best pass that the service has."""
+
+    name: str
+    examples: tuple[Prompt, ...]
+    size: PoolSize
+    method: str | None
+    replaces: bool
 
 
 def ask(request: pb.GenerateRequest, model: ModelInfo, default_pool: PoolPolicy) -> Ask:
@@ -52,6 +56,20 @@ def ask(request: pb.GenerateRequest, model: ModelInfo, default_pool: PoolPolicy)
         sampling=wanted,
         has_max_tokens=request.sampling.HasField("max_tokens"),
         pool=pool_policy(request.pool, model, default_pool),
+    )
+
+
+def calibrate_ask(request: pb.CalibrateRequest, model: ModelInfo, default_size: PoolSize) -> CalibrateAsk:
+    """Raises InvalidRequest, PoolTooSmall, PromptTooLong or UnknownModel."""
+    check_model(request.model, model)
+    name = check_name(request.name)
+    check_num_examples(len(request.examples))
+    return CalibrateAsk(
+        name=name,
+        examples=tuple(_example(each, index, model) for index, each in enumerate(request.examples)),
+        size=calibrated_size(request.pool, model, default_size),
+        method=request.method or None,
+        replaces=request.replace,
     )
 
 
@@ -88,24 +106,35 @@ def check_model(name: str, model: ModelInfo) -> None:
 def prompt(request: pb.GenerateRequest | pb.RouteRequest, model: ModelInfo) -> Prompt:
     match request.WhichOneof("prompt"):
         case "text":
-            return _text(request.text)
+            return text(request.text, "text", "the prompt")
         case "token_ids":
             return token_ids(request.token_ids.ids, model, "token_ids")
         case _:
             raise InvalidRequest("the prompt is missing; give `text` or `token_ids`", field="prompt")
 
 
-def _text(data: bytes) -> str:
+def text(data: bytes, field: str, what: str) -> str:
     try:
-        text = data.decode("utf-8")
+        decoded = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(
-            f"the prompt is not valid UTF-8: byte {error.start} ({error.reason}); encode the text as UTF-8",
-            field="text",
+            f"{what} is not valid UTF-8: byte {error.start} ({error.reason}); encode the text as UTF-8", field=field
         ) from None
-    if not text:
-        raise InvalidRequest("the prompt is empty; give at least one token", field="text")
-    return text
+    if not decoded:
+        raise InvalidRequest(f"{what} is empty; give at least one token", field=field)
+    return decoded
+
+
+def _example(request: pb.Example, index: int, model: ModelInfo) -> Prompt:
+    field = f"examples[{index}]"
+    match request.WhichOneof("prompt"):
+        case "text":
+            return text(request.text, field, f"example {index + 1}")
+        case "token_ids":
+            check_example(index, len(request.token_ids.ids), model.context_length)
+            return in_vocabulary(tuple(request.token_ids.ids), model, field)
+        case _:
+            raise InvalidRequest(f"example {index + 1} is missing; give `text` or `token_ids`", field=field)
 
 
 def token_ids(ids: Iterable[int], model: ModelInfo, field: str) -> tuple[int, ...]:
@@ -119,14 +148,17 @@ def token_ids(ids: Iterable[int], model: ModelInfo, field: str) -> tuple[int, ..
             f"(context {model.context_length}, KV budget {model.kv_token_limit})",
             field=field,
         )
-    largest = max(prompt_ids)
+    return in_vocabulary(prompt_ids, model, field)
+
+
+def in_vocabulary(ids: tuple[int, ...], model: ModelInfo, field: str) -> tuple[int, ...]:
+    largest = max(ids)
     if largest >= model.vocab_size:
         raise InvalidRequest(
-            f"token id {largest} at position {prompt_ids.index(largest)} is not in the vocabulary "
-            f"of {model.vocab_size}",
+            f"token id {largest} at position {ids.index(largest)} is not in the vocabulary of {model.vocab_size}",
             field=field,
         )
-    return prompt_ids
+    return ids
 
 
 def sampling(wire: pb.SamplingParams) -> SamplingParams:
@@ -138,70 +170,3 @@ def sampling(wire: pb.SamplingParams) -> SamplingParams:
     params = SamplingParams(**given, stop=tuple(wire.stop), ignore_eos=wire.ignore_eos)
     check_sampling(params)
     return params
-
-
-# --- pools ----------------------------------------------------------------------------------------------------------
-
-_SOURCES = {
-    pb.POOL_SOURCE_PREFILL: PoolSource.PREFILL,
-    pb.POOL_SOURCE_PREDICTION: PoolSource.PREDICTION,
-    pb.POOL_SOURCE_FIXED: PoolSource.FIXED,
-}
-
-
-def pool_policy(wire: pb.PoolPolicy, model: ModelInfo, default: PoolPolicy) -> PoolPolicy | PoolOf:
-    """Raises InvalidRequest or PoolTooSmall."""
-    fixed, has_size = wire.WhichOneof("fixed"), wire.WhichOneof("size") is not None
-    if wire.source not in (pb.POOL_SOURCE_UNSPECIFIED, *_SOURCES):
-        raise InvalidRequest(
-            f"pool.source {wire.source} is unknown; use PREFILL, PREDICTION or FIXED", field="pool.source"
-        )
-    if fixed is None and wire.source == pb.POOL_SOURCE_FIXED:
-        raise InvalidRequest("a FIXED pool is given in `experts` or `digest`, and neither is set", field="pool.fixed")
-    if fixed is None:
-        source = _SOURCES.get(wire.source, PoolSource.PREFILL if has_size else default.source)
-        return chosen_pool(pool_size(wire) if has_size else default.size, source, model)
-    if wire.source not in (pb.POOL_SOURCE_UNSPECIFIED, pb.POOL_SOURCE_FIXED):
-        raise InvalidRequest("a pool given in `experts` or `digest` has the source FIXED", field="pool.source")
-    if has_size:
-        raise InvalidRequest("a fixed pool has the size it has; leave `size` out", field="pool.size")
-    if fixed == "experts":
-        pool = ExpertPool(tuple(tuple(sorted(layer.experts)) for layer in wire.experts.layers))
-        return fixed_pool(check_pool(pool, model.facts))
-    if not _DIGEST.fullmatch(wire.digest):
-        raise InvalidRequest("a pool digest has 24 hexadecimal digits, lower case", field="pool.digest")
-    return PoolOf(wire.digest)
-
-
-def fixed_pool(pool: ExpertPool) -> PoolPolicy:
-    return PoolPolicy(source=PoolSource.FIXED, fixed=pool)
-
-
-def chosen_pool(size: PoolSize, source: PoolSource, model: ModelInfo) -> PoolPolicy:
-    if isinstance(size, Full) and source is PoolSource.PREDICTION:
-        raise InvalidRequest(
-            "a request for all experts has nothing to predict; give a size, or the source PREFILL", field="pool.source"
-        )
-    if not isinstance(size, Full):
-        largest_counts(size, model.facts)
-    most = max(model.facts.routed_per_layer, default=0)
-    if isinstance(size, Count) and size.routed > most:
-        raise InvalidRequest(
-            f"a pool of {size.routed} routed experts is more than the {most} that a layer has; ask for `full`",
-            field="pool.size.count",
-        )
-    return PoolPolicy(size, source)
-
-
-def pool_size(wire: pb.PoolPolicy) -> PoolSize:
-    size: PoolSize
-    match wire.WhichOneof("size"):
-        case "count":
-            size = Count(wire.count)
-        case "share":
-            size = Share(wire.share)
-        case "mass":
-            size = Mass(wire.mass.mass, wire.mass.cap if wire.mass.HasField("cap") else None)
-        case _:
-            size = Full()
-    return check_pool_size(size)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from expert_pager.v1 import expert_pager_pb2 as pb
 
-from pager.types import ExpertPool, FinishReason, RoutingScores, TokenChunk, Usage
+from pager.routing.named import NamedPool
+from pager.types import DriftReport, ExpertPool, FinishReason, RoutingScores, TokenChunk, Usage
 from router_service.hints import WorkerHolds
 from router_service.ports import ModelInfo, WorkerPort
 
@@ -47,6 +48,16 @@ def usage(value: Usage) -> pb.Usage:
         queue_seconds=value.queue_s,
         time_to_first_token_seconds=value.time_to_first_token_s,
         model_fingerprint=value.model_fingerprint,
+        drift=drift(value.drift) if value.drift is not None else None,
+    )
+
+
+def drift(value: DriftReport) -> pb.DriftReport:
+    return pb.DriftReport(
+        peak_mass=value.peak_mass,
+        widenings=value.widenings,
+        experts_added=value.experts_added,
+        exact_from=value.exact_from,
     )
 
 
@@ -56,6 +67,17 @@ def pool(value: ExpertPool) -> pb.Pool:
         num_experts=value.num_experts,
         layers=[pb.LayerExperts(experts=layer) for layer in value.experts],
         covered_mass=value.covered_mass,
+    )
+
+
+def named_pool(value: NamedPool) -> pb.NamedPool:
+    return pb.NamedPool(
+        name=value.name,
+        pool=pool(value.pool),
+        method=value.method,
+        num_examples=value.num_examples,
+        num_tokens=value.num_tokens,
+        model_fingerprint=value.fingerprint,
     )
 
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pager.errors import PromptTooLong, UnknownPool
-from pager.types import GenerateRequest, PoolPolicy, SamplingParams
-from router_service.decode import Ask, PoolOf, Prompt, fixed_pool, token_ids
+from pager.routing.named import check_example
+from pager.types import ExpertPool, GenerateRequest, PoolPolicy, SamplingParams
+from router_service.decode import Ask, Prompt, in_vocabulary, token_ids
+from router_service.decode_pools import PoolByDigest, PoolByName, fixed_pool
 from router_service.hints import HintStore
+from router_service.pool_store import PoolStore
 from router_service.ports import ModelInfo
-from router_service.scoring import Predictor, Scoring
+from router_service.prediction import Predictor
+from router_service.scoring import Scoring
 
 
 class Intake:
     """Knows no grpc. Raises PagerErrors that name the field at fault."""
 
-    def __init__(self, model: ModelInfo, scoring: Scoring, predictor: Predictor, hints: HintStore) -> None:
+    def __init__(
+        self, model: ModelInfo, scoring: Scoring, predictor: Predictor, hints: HintStore, pools: PoolStore
+    ) -> None:
         self._model = model
         self._scoring = scoring
         self._predictor = predictor
         self._hints = hints
+        self._pools = pools
 
     async def request(self, ask: Ask, tenant: str, deadline_unix_s: float | None) -> GenerateRequest:
         prompt = await self.prompt(ask.prompt)
@@ -37,15 +44,38 @@ class Intake:
             return prompt
         return token_ids(await self._scoring.encode(prompt), self._model, "text")
 
-    async def policy(self, pool: PoolPolicy | PoolOf, tenant: str) -> PoolPolicy:
-        if isinstance(pool, PoolPolicy):
-            return pool
-        found = await self._hints.find_pool([self._predictor.named(tenant, pool.digest)])
+    async def example(self, example: Prompt, index: int) -> tuple[int, ...]:
+        """One of the texts that a named pool is made from."""
+        if not isinstance(example, str):
+            return example
+        ids = tuple(await self._scoring.encode(example))
+        check_example(index, len(ids), self._model.context_length)
+        return in_vocabulary(ids, self._model, f"examples[{index}]")
+
+    async def policy(self, pool: PoolPolicy | PoolByDigest | PoolByName, tenant: str) -> PoolPolicy:
+        """The policy itself, or that of the pool which this tenant named."""
+        match pool:
+            case PoolByDigest(digest, drift):
+                return fixed_pool(await self._by_digest(digest, tenant), drift)
+            case PoolByName(name, drift):
+                return fixed_pool(await self._by_name(name, tenant), drift)
+        return pool
+
+    async def _by_digest(self, digest: str, tenant: str) -> ExpertPool:
+        found = await self._hints.find_pool([self._predictor.by_digest(tenant, digest)])
         if found is None:
             raise UnknownPool(
-                f"pool {pool.digest} is not remembered for this tenant; give its experts instead", field="pool.digest"
+                f"pool {digest} is not remembered for this tenant; give its experts instead", field="pool.digest"
             )
-        return fixed_pool(found)
+        return found
+
+    async def _by_name(self, name: str, tenant: str) -> ExpertPool:
+        named = await self._pools.find(tenant, name)
+        if named is None:
+            raise UnknownPool(
+                f"this tenant has no pool {name!r}; make it with Calibrate, or see ListPools", field="pool.name"
+            )
+        return named.pool_for(self._model.fingerprint, self._model.facts)
 
     def _sampling(self, ask: Ask, prompt_tokens: int) -> SamplingParams:
         limit = self._model.token_limit

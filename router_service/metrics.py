@@ -67,6 +67,9 @@ class RouterMetrics:
             RECALL_BUCKETS,
             "source",
         )
+        self.escalations = counter(
+            "escalations", "Prompts for which a source was expected to recall too little.", "from", "to"
+        )
         self.hint_lookups = counter("hint_lookups", "Look-ups of an observed pool by prompt prefix.", "result")
         self.replacements = counter("replacements", "Requests placed again because their worker was lost.")
         self.redis_degraded = gauge("redis_degraded", "1 while Redis is configured and does not answer.")

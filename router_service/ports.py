@@ -55,6 +55,12 @@ class Scorer(Protocol):
     def scores(self, token_ids: Sequence[int], /) -> RoutingScores: ...
 
 
+class RecallEstimate(Protocol):
+    """The share of the prefill's pool, of the same sizes, that a pool picked by these scores is expected to hold."""
+
+    def __call__(self, scores: RoutingScores, pool: ExpertPool, /) -> float: ...
+
+
 class Encoder(Protocol):
     """The part of a tokenizer that the router needs."""
 

@@ -1,4 +1,4 @@
-"""Hints that all routers of a model share. The only module that imports redis; errors leave as HintsUnavailableError.
+"""Hints that all routers of a model share, in Redis.
 
 Keys: `expert-pager:1:{fingerprint}:pool:{key}` (a pool), `…:claim:{request id}` (`tenant/router`, then `/aborted`) and
 `…:holds:{worker id}`. Every key expires. No prompt text, no token ids.
@@ -7,25 +7,15 @@ Keys: `expert-pager:1:{fingerprint}:pool:{key}` (a pool), `…:claim:{request id
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from redis.asyncio import Redis
-from redis.asyncio.connection import parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
-from pager.errors import ConfigError
 from pager.types import ExpertPool, RoutingFacts
 from router_service.hints import WorkerHolds, decode_holds, decode_pool, encode_holds, encode_pool
+from router_service.redis_client import RedisClient
 
 POOL_TTL_S = 3600
 CLAIM_TTL_MS = 30_000  # renewed by the heartbeat; a router that died frees its ids after this
 HOLDS_TTL_MS = 5_000
-TIMEOUT_S = 0.25
 MAX_WORKERS = 1024
 _ABORTED = b"/aborted"
 
@@ -43,60 +33,25 @@ return 0
 """
 
 
-class HintsUnavailableError(Exception):
-    """Redis can not be reached, or refused the command."""
-
-
-def redis_url(env: Mapping[str, str]) -> str | None:
-    """From REDIS_URL, or the file that REDIS_URL_FILE names.
-
-    Raises ConfigError, which never quotes the URL: it holds a password.
-    """
-    url, path = env.get("REDIS_URL"), env.get("REDIS_URL_FILE")
-    if url and path:
-        raise ConfigError("REDIS_URL and REDIS_URL_FILE are both set; keep one")
-    if path:
-        try:
-            url = Path(path).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"REDIS_URL_FILE {path} can not be read: {type(error).__name__}") from None
-    if not url:
-        return None
-    if not url.startswith(("redis://", "rediss://", "unix://")):
-        raise ConfigError("the Redis URL must start with redis://, rediss:// or unix://")
-    try:
-        parse_url(url)
-    except ValueError:
-        raise ConfigError("the Redis URL can not be parsed; it reads redis://[user:password@]host:port/db") from None
-    return url
-
-
 class RedisHints:
-    """A HintStore in Redis. With Redis gone, each method raises HintsUnavailableError within a quarter second."""
+    """A HintStore in Redis. With Redis gone, each method raises RedisUnavailableError within a quarter second."""
 
     def __init__(self, url: str, facts: RoutingFacts, fingerprint: str) -> None:
         self._facts = facts
         self._prefix = f"expert-pager:1:{fingerprint}"
         self._router = uuid.uuid4().hex
         self._claims: dict[str, str] = {}
-        # Any: the client's types leave open whether values are bytes or text; here they are bytes.
-        self._redis: Any = Redis.from_url(
-            url,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            max_connections=64,
-        )
+        self._client = RedisClient(url)
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
-        async with self._commands() as redis:
+        async with self._client.commands() as redis:
             values = await redis.mget([self._key("pool", key) for key in keys])
         pools = (decode_pool(value, self._facts) for value in values)
         return next((pool for pool in pools if pool is not None), None)
 
     async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None:
         value = encode_pool(pool)
-        async with self._commands() as redis, redis.pipeline(transaction=False) as pipeline:
+        async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
             for key in keys:
                 pipeline.set(self._key("pool", key), value, ex=POOL_TTL_S)
             await pipeline.execute()
@@ -105,7 +60,7 @@ class RedisHints:
         value = f"{tenant}/{self._router}"
         self._claims[request_id] = value  # before the answer: a cancelled caller releases what Redis may have taken
         key = self._key("claim", request_id)
-        async with self._commands() as redis, redis.pipeline() as pipeline:
+        async with self._client.commands() as redis, redis.pipeline() as pipeline:
             pipeline.set(key, value, nx=True, px=CLAIM_TTL_MS)
             pipeline.get(key)
             _, holder = await pipeline.execute()
@@ -118,18 +73,18 @@ class RedisHints:
     async def release(self, request_id: str) -> None:
         value = self._claims.pop(request_id, None)
         if value is not None:
-            await self._script(_RELEASE, self._key("claim", request_id), value)
+            await self._client.script(_RELEASE, self._key("claim", request_id), value)
 
     async def mark_aborted(self, request_id: str, tenant: str) -> bool:
-        return bool(await self._script(_MARK_ABORTED, self._key("claim", request_id), tenant))
+        return bool(await self._client.script(_MARK_ABORTED, self._key("claim", request_id), tenant))
 
     async def is_aborted(self, request_id: str) -> bool:
-        async with self._commands() as redis:
+        async with self._client.commands() as redis:
             value = await redis.get(self._key("claim", request_id))
         return value is not None and value.endswith(_ABORTED)
 
     async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
-        async with self._commands() as redis, redis.pipeline(transaction=False) as pipeline:
+        async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
             claims = list(self._claims)
             for request_id in claims:
                 pipeline.pexpire(self._key("claim", request_id), CLAIM_TTL_MS)
@@ -147,7 +102,7 @@ class RedisHints:
 
     async def residency(self) -> dict[str, WorkerHolds]:
         prefix = self._key("holds", "")
-        async with self._commands() as redis:
+        async with self._client.commands() as redis:
             names: list[bytes] = []
             async for name in redis.scan_iter(match=f"{prefix}*", count=256):
                 names.append(name)
@@ -162,20 +117,7 @@ class RedisHints:
         return found
 
     async def close(self) -> None:
-        async with self._commands() as redis:
-            await redis.aclose()
+        await self._client.close()
 
     def _key(self, kind: str, name: str) -> str:
         return f"{self._prefix}:{kind}:{name}"
-
-    async def _script(self, script: str, key: str, argument: str) -> int:
-        async with self._commands() as redis:
-            return int(await redis.eval(script, 1, key, argument))
-
-    @asynccontextmanager
-    async def _commands(self) -> AsyncIterator[Any]:
-        try:
-            yield self._redis
-        except (RedisError, OSError, TimeoutError) as error:
-            # The error's own message can quote the URL.
-            raise HintsUnavailableError(type(error).__name__) from None

@@ -1,94 +1,135 @@
-"""Predicts a request's pool: what was observed for the same prompt before, else the routing-only pass."""
+"""Scores prompts: the routing-only passes, which of them does for a prompt, and the thread that they run on."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+from pager.errors import InvalidRequest
 from pager.routing.pool import pick_pool
-from pager.types import ExpertPool, Full, PoolPolicy, PoolSource, RoutingFacts, RoutingScores, Usage
-from router_service.hints import HintStore, pool_key, prefix_keys
-from router_service.ports import Encoder, Scorer
+from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores
+from router_service.ports import Encoder, RecallEstimate, Scorer
 
+PREFILL = "prefill"  # what comes after the last pass: the worker's own choice, which is the reference
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The routing-only passes of a router.
+
+    `available`: how to load each, from the least to the best; a pass is loaded when it is first wanted. `chain`: what
+    scores a prompt, each asked when the one before is expected to recall less than `min_recall` of the prefill's pool.
+    Without `estimate` nothing is expected and the first one does. No pass at all: placement without a prediction.
+    """
+
+    available: Mapping[str, Callable[[], Scorer]] = field(default_factory=dict)
+    chain: tuple[str, ...] = ()
+    estimate: RecallEstimate | None = None
+    min_recall: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert set(self.chain) <= set(self.available)
+
+    def check(self, policy: PoolPolicy) -> None:
+        """Raises InvalidRequest for a policy that needs a pass where there is none."""
+        if self.chain:
+            return
+        if policy.source is PoolSource.PREDICTION:
+            raise _unscored("a predicted pool", "pool.source")
+        if isinstance(policy.size, Bytes):
+            raise _unscored("sharing bytes out over the layers", "pool.size.bytes")
+
+
 class Scoring:
-    """Runs tokenizer and routing-only pass in a thread, one call at a time, so that the event loop stays free.
+    """Runs tokenizer and passes in a thread, one call at a time, so that the event loop stays free.
 
     What waits for the thread is bounded by admission; a cancelled caller leaves the line.
     """
 
-    def __init__(self, scorer: Scorer, encoder: Encoder) -> None:
-        self._scorer = scorer
+    def __init__(self, available: Mapping[str, Callable[[], Scorer]], encoder: Encoder) -> None:
+        self._available = available
+        self._loaded: dict[str, Scorer] = {}  # the thread's own
         self._encoder = encoder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
 
     async def encode(self, text: str) -> list[int]:
         return await self._run(lambda: self._encoder.encode(text))
 
-    async def scores(self, token_ids: Sequence[int]) -> RoutingScores:
-        return await self._run(lambda: self._scorer.scores(token_ids))
+    async def scores(self, name: str, token_ids: Sequence[int]) -> RoutingScores:
+        return await self._run(lambda: self._pass(name).scores(token_ids))
+
+    async def load(self, name: str) -> None:
+        """So that the first prompt need not wait for it."""
+        await self._run(lambda: self._pass(name))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _pass(self, name: str) -> Scorer:
+        if name not in self._loaded:
+            self._loaded[name] = self._available[name]()
+        return self._loaded[name]
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """`pool` is None where there is nothing to predict (a request for all experts)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A prompt's scores and the pool they make (None for all experts). `is_enough`: no better source is needed."""
 
+    scores: RoutingScores
     pool: ExpertPool | None
-    source: str  # "hint", "trunk" (whatever the scores say), "fixed" or "none"
-    took_s: float = 0.0
+    expected_recall: float | None
+    is_enough: bool
 
 
-class Predictor:
-    """Knows tenants only as a part of keys: one tenant's prompts never shape another's prediction."""
+class PassChain:
+    """Takes the first pass whose pool is expected to be good enough. `on_escalation` hears (from, to)."""
 
-    def __init__(self, scoring: Scoring, hints: HintStore, facts: RoutingFacts, fingerprint: str) -> None:
+    def __init__(
+        self, passes: Passes, scoring: Scoring, facts: RoutingFacts, on_escalation: Callable[[str, str], None]
+    ) -> None:
+        self._passes = passes
         self._scoring = scoring
-        self._hints = hints
         self._facts = facts
-        self._fingerprint = fingerprint
+        self._on_escalation = on_escalation
 
-    async def predict(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Prediction:
-        if policy.source is PoolSource.FIXED:
-            return Prediction(policy.fixed, "fixed")
-        if isinstance(policy.size, Full):
-            return Prediction(None, "none")
-        started = time.perf_counter()
-        # A pool that *is* the prediction depends on the prompt alone, never on what happens to be remembered.
-        if policy.source is PoolSource.PREFILL:
-            observed = await self.observed(tenant, token_ids, policy)
-            if observed is not None:
-                return Prediction(observed, "hint", time.perf_counter() - started)
-        scores = await self._scoring.scores(token_ids)
-        pool = pick_pool(scores, policy.size, self._facts)
-        return Prediction(pool, scores.source, time.perf_counter() - started)
+    @property
+    def is_empty(self) -> bool:
+        return not self._passes.chain
 
-    async def observed(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> ExpertPool | None:
-        """The pool that a prefill chose for this prompt or a long prefix of it."""
-        return await self._hints.find_pool(self._keys(tenant, token_ids, policy))
+    def check(self, policy: PoolPolicy) -> None:
+        """Raises InvalidRequest for a policy that needs a pass where there is none."""
+        self._passes.check(policy)
 
-    async def learn(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy, usage: Usage) -> None:
-        """Remembers the pool that an answer had."""
-        if usage.pool is None:
-            return
-        keys: tuple[str, ...] = (self.named(tenant, usage.pool.digest),)
-        if policy.source is PoolSource.PREFILL and not isinstance(policy.size, Full):
-            keys += self._keys(tenant, token_ids, policy)
-        await self._hints.remember_pool(keys, usage.pool)
+    async def score(self, token_ids: Sequence[int], size: PoolSize) -> Scored:
+        """The best that was tried; `is_enough` is False where only the prefill is better. Needs a pass."""
+        chain = self._passes.chain
+        for name, following in zip(chain, (*chain[1:], PREFILL), strict=True):
+            scored = self._judged(await self._scoring.scores(name, token_ids), size)
+            if scored.is_enough:
+                break
+            self._on_escalation(name, following)
+        return scored
 
-    def named(self, tenant: str, digest: str) -> str:
-        return pool_key(self._fingerprint, tenant, digest)
+    def _judged(self, scores: RoutingScores, size: PoolSize) -> Scored:
+        if isinstance(size, Full):
+            return Scored(scores, None, None, is_enough=True)
+        pool = pick_pool(scores, size, self._facts)
+        if self._passes.estimate is None:
+            return Scored(scores, pool, None, is_enough=True)
+        expected = self._passes.estimate(scores, pool)
+        return Scored(scores, pool, expected, expected >= self._passes.min_recall)
 
-    def _keys(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> tuple[str, ...]:
-        return prefix_keys(self._fingerprint, policy.size, tenant, token_ids)
+
+def _unscored(what: str, field: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{what} needs a routing-only pass, and this service runs none (its router is 'fused'); let the prefill choose "
+        "a pool of a count, a share or a mass",
+        field=field,
+    )

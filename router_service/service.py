@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
-import grpc
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 
-from pager.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    DuplicateRequest,
-    NotReady,
-    Overloaded,
-    WorkerLost,
-)
-from pager.routing.pool import pick_pool
-from pager.types import Full, GenerateRequest, PoolPolicy, PoolSource, Usage
+from pager.errors import Cancelled, DuplicateRequest, NotReady, WorkerLost
+from pager.types import ExpertPool, GenerateRequest, PoolPolicy, PoolSource, Usage
 from router_service import decode, encode
-from router_service.admission import Admission, Ticket
+from router_service.admission import Admission
 from router_service.boundary import request_id
+from router_service.calibration import NamedPools
+from router_service.decode_pools import pool_policy
 from router_service.dispatch import Placement, QueueClock, check_deadline, place
+from router_service.gate import Context, Gate, deadline_unix_s, remaining_s
 from router_service.hints import HintStore
 from router_service.intake import Intake
 from router_service.metrics import RouterMetrics
+from router_service.pool_store import PoolStore
 from router_service.ports import ClusterPort, ModelInfo
-from router_service.scoring import Prediction, Predictor, Scoring
+from router_service.prediction import Prediction, Predictor
+from router_service.scoring import PassChain, Passes, Scored, Scoring
 from router_service.streams import StreamMeter, send
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExpertPager"].full_name
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +37,12 @@ class Backend:
 
     model: ModelInfo
     cluster: ClusterPort
+    passes: Passes
     scoring: Scoring
+    chain: PassChain
     predictor: Predictor
     hints: HintStore
+    pools: PoolStore
     admission: Admission
     metrics: RouterMetrics
     default_pool: PoolPolicy
@@ -58,7 +54,11 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._intake = Intake(backend.model, backend.scoring, backend.predictor, backend.hints)
+        self._gate = Gate(backend.admission, backend.metrics)
+        self._intake = Intake(backend.model, backend.scoring, backend.predictor, backend.hints, backend.pools)
+        self._pools = NamedPools(
+            backend.model, backend.passes, backend.scoring, self._intake, backend.pools, self._gate
+        )
         self._at_worker: Counter[str] = Counter()
         self._queue_clock = QueueClock()
 
@@ -69,31 +69,17 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         tenant = decode.tenant(context.invocation_metadata())
         ask = decode.ask(wire, self._backend.model, self._backend.default_pool)
         request_id.set(ask.id)
-        deadline_s = _deadline_unix_s(context)
-        with self._admitted(tenant) as ticket:
+        deadline_s = deadline_unix_s(context)
+        with self._gate.admit(tenant) as ticket:
             async with self._claimed(ask.id, tenant):
                 request = await self._intake.request(ask, tenant, deadline_s)
-                self._charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
+                self._gate.charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
                 prediction = await self._predict(request)
-                if request.pool.source is not PoolSource.FIXED:
-                    request = replace(request, predicted=prediction.pool)
-                await self._stream(request, prediction, context, meter)
-
-    def _admitted(self, tenant: str) -> Ticket:
-        with self._counting_rejections():
-            return self._backend.admission.enter(tenant)
-
-    def _charge(self, ticket: Ticket, tokens: int) -> None:
-        with self._counting_rejections():
-            ticket.charge(tokens)
-
-    @contextmanager
-    def _counting_rejections(self) -> Iterator[None]:
-        try:
-            yield
-        except (Overloaded, NotReady, DeadlineExceeded) as error:
-            self._backend.metrics.rejections.labels(error.reason).inc()
-            raise
+                sent = replace(request, pool=prediction.policy)
+                if prediction.policy.source is not PoolSource.FIXED:
+                    sent = replace(sent, predicted=prediction.pool)
+                usage, placement = await self._stream(sent, prediction, context, meter)
+                await self._learn(request, prediction, placement, usage)
 
     @asynccontextmanager
     async def _claimed(self, id_: str, tenant: str) -> AsyncIterator[None]:
@@ -116,28 +102,25 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
 
     async def _stream(
         self, request: GenerateRequest, prediction: Prediction, context: Context, meter: StreamMeter
-    ) -> None:
+    ) -> tuple[Usage, Placement]:
         """Until the first chunk is out, a lost worker's request is placed once more."""
         lost: set[str] = set()
         while True:
-            with self._counting_rejections():
-                placement = self._place(prediction, lost)
-                check_deadline(placement, _remaining_s(request.deadline_unix_s))
+            with self._gate.counting_rejections():
+                placement = self._place(prediction.pool, lost)
+                check_deadline(placement, remaining_s(request.deadline_unix_s))
             await self._check_aborted(request.id)
             try:
-                usage = await self._answer(request, placement, context, meter)
+                return await self._answer(request, placement, context, meter), placement
             except WorkerLost:
                 if meter.has_started or lost:
                     raise
                 lost.add(placement.worker_id)
                 self._backend.metrics.replacements.inc()
-                continue
-            await self._learn(request, prediction, placement, usage)
-            return
 
-    def _place(self, prediction: Prediction, exclude: set[str]) -> Placement:
+    def _place(self, pool: ExpertPool | None, exclude: set[str]) -> Placement:
         return place(
-            prediction.pool,
+            pool,
             self._backend.cluster.workers(),
             in_flight=self._at_worker,
             position_s=self._queue_clock.position_s,
@@ -173,7 +156,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         self._queue_clock.observe(placement.waiting, usage.queue_s)
         if usage.predicted_recall is not None:
             self._backend.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
-        await self._backend.predictor.learn(request.tenant, request.prompt_token_ids, request.pool, usage)
+        ids = request.prompt_token_ids
+        await self._backend.predictor.learn(request.tenant, ids, request.pool, prediction.policy, usage)
 
     # --- the others -------------------------------------------------------------------------------------------------
 
@@ -182,30 +166,51 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         tenant = decode.tenant(context.invocation_metadata())
         decode.check_model(wire.model, backend.model)
         asked = decode.prompt(wire, backend.model)
-        asked_pool = decode.pool_policy(wire.pool, backend.model, backend.default_pool)
-        _deadline_unix_s(context)
-        with self._admitted(tenant) as ticket:
+        asked_pool = pool_policy(wire.pool, backend.model, backend.default_pool)
+        deadline_unix_s(context)
+        with self._gate.admit(tenant) as ticket:
             prompt = await self._intake.prompt(asked)
-            self._charge(ticket, len(prompt))
+            self._gate.charge(ticket, len(prompt))
             policy = await self._intake.policy(asked_pool, tenant)
-            scores = await backend.scoring.scores(prompt)
-            pool = policy.fixed
-            if pool is None and not isinstance(policy.size, Full):
-                pool = pick_pool(scores, policy.size, backend.model.facts)
-            answer = pb.RouteResponse(scores=encode.scores(scores))
-            if pool is not None:
-                answer.pool.CopyFrom(encode.pool(pool))
-                await backend.hints.remember_pool([backend.predictor.named(tenant, pool.digest)], pool)
-            if pool is not None and policy.fixed is None:
+            backend.chain.check(policy)
+            scored = None if backend.chain.is_empty else await backend.chain.score(prompt, policy.size)
+            observed = None
+            if policy.source is PoolSource.PREFILL:
                 observed = await backend.predictor.observed(tenant, prompt, policy)
-                if observed is not None:
-                    answer.observed.CopyFrom(encode.pool(observed))
-            try:
-                placement = self._place(Prediction(pool, scores.source), set())
-            except NotReady:
-                return answer
-            answer.placement.CopyFrom(pb.Placement(worker=placement.worker_id, missing_bytes=placement.missing_bytes))
+            return await self._routed(tenant, policy, len(prompt), scored, observed)
+
+    async def _routed(
+        self, tenant: str, policy: PoolPolicy, num_tokens: int, scored: Scored | None, observed: ExpertPool | None
+    ) -> pb.RouteResponse:
+        answer = pb.RouteResponse(scores=pb.Scores(source="fused", num_tokens=num_tokens))
+        pool = policy.fixed
+        if scored is not None:
+            answer.scores.CopyFrom(encode.scores(scored.scores))
+            pool = pool or scored.pool
+            if scored.expected_recall is not None:
+                answer.expected_recall = scored.expected_recall
+        if pool is not None:
+            answer.pool.CopyFrom(encode.pool(pool))
+            key = self._backend.predictor.by_digest(tenant, pool.digest)
+            await self._backend.hints.remember_pool([key], pool)
+        if observed is not None:
+            answer.observed.CopyFrom(encode.pool(observed))
+        is_left_to_prefill = policy.fixed is None and (scored is None or not scored.is_enough)
+        try:
+            placement = self._place(observed or (None if is_left_to_prefill else pool), set())
+        except NotReady:
             return answer
+        answer.placement.CopyFrom(pb.Placement(worker=placement.worker_id, missing_bytes=placement.missing_bytes))
+        return answer
+
+    async def Calibrate(self, wire: pb.CalibrateRequest, context: Context) -> pb.CalibrateResponse:  # noqa: N802
+        return await self._pools.calibrate(wire, context, self._backend.default_pool.size)
+
+    async def ListPools(self, wire: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:  # noqa: N802
+        return await self._pools.list(context)
+
+    async def DeletePool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:  # noqa: N802
+        return await self._pools.delete(wire, context)
 
     async def Abort(self, wire: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
         tenant = decode.tenant(context.invocation_metadata())
@@ -230,17 +235,3 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
             if worker_id not in known:
                 workers.append(encode.remote_worker(worker_id, holds, model))
         return pb.GetResidencyResponse(workers=workers)
-
-
-def _deadline_unix_s(context: Context) -> float | None:
-    """When the call's deadline passes. Raises DeadlineExceeded if it has."""
-    remaining_s = context.time_remaining()
-    if remaining_s is None:
-        return None
-    if remaining_s <= 0:
-        raise DeadlineExceeded("the deadline was past when the request arrived; allow more time")
-    return time.time() + remaining_s
-
-
-def _remaining_s(deadline_unix_s: float | None) -> float | None:
-    return None if deadline_unix_s is None else deadline_unix_s - time.time()

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import hashlib
 import json
-import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -15,26 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from pager.cli.local import encode, read_tokenizer
 from pager.cli.options import resolve_device
+from pager.cli.passes import build_passes, load_first
 from pager.cluster.cluster import Cluster
 from pager.cluster.views import ModelView
-from pager.config import RouterConfig, ServiceConfig
+from pager.config import ServiceConfig
 from pager.engine.loading import needs_of
 from pager.engine.trunk import OpenModel
-from pager.engine.trunk_router import TrunkRouter
 from pager.errors import ConfigError, PoolTooLarge, PortInUse
 from pager.machine import Machine
 from pager.planner import Budgets, plan
+from pager.routing.drift import parse_drift
 from pager.routing.pool import largest_counts, parse_pool_size
 from pager.types import Full, PoolPolicy, PoolSize, PoolSource
 from router_service.admission import AdmissionLimits
-from router_service.backend import build_backend, close_backend
+from router_service.backend import build_backend, check_choices, close_backend
 from router_service.ports import ModelInfo
-from router_service.redis_hints import redis_url as read_redis_url
+from router_service.redis_client import redis_url as read_redis_url
 from router_service.server import RouterServer
 
 LISTEN_EVERY_S = 0.1
@@ -97,31 +96,39 @@ def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
 async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]) -> tuple[RouterServer, Ready]:
     """Starts everything and leaves on `stack` how to stop it, last started first."""
     router = config.router
-    default_pool = PoolPolicy(parse_pool_size(config.pools.default_size), PoolSource(config.pools.default_source))
-    redis_url = read_redis_url(env)
+    pools = config.pools
+    default_pool = PoolPolicy(
+        parse_pool_size(pools.default_size),
+        PoolSource(pools.default_source),
+        drift=parse_drift(pools.default_drift),
+    )
+    redis_url, pools_path = read_redis_url(env), Path(pools.path) if pools.path else None
     _check_port_free(router.host, router.port, "router.port")
     _check_port_free(router.host, router.metrics_port, "router.metrics_port")
     opened = OpenModel.open(config.model.path, config.model.dtype)
     stack.callback(opened.checkpoint.close)
     opened.check()
+    passes = build_passes(opened, router)
+    check_choices(passes, default_pool, redis_url, pools_path)
     tokenizer = read_tokenizer(Path(config.model.path))
     _check_budgets(opened, config, default_pool.size)
     # While Ray starts and the workers load.
-    loading = asyncio.create_task(asyncio.to_thread(_load_scorer, opened, config.router))
+    loading = asyncio.create_task(asyncio.to_thread(load_first, passes))
     stack.push_async_callback(_end, loading)
     cluster = await Cluster.connect(config)
     stack.push_async_callback(cluster.close)
-    scorer = await loading
+    await loading
     backend = build_backend(
         model=_model_info(cluster.model(), Path(config.model.path)),
         cluster=cluster,
-        scorer=scorer,
+        passes=passes,
         encoder=TextEncoder(tokenizer),
         limits=AdmissionLimits(
             router.max_requests, router.max_tokens, router.max_requests_per_tenant, router.max_tokens_per_tenant
         ),
         default_pool=default_pool,
         redis_url=redis_url,
+        pools_path=pools_path,
         write_timeout_s=router.write_timeout_s,
     )
     stack.push_async_callback(close_backend, backend)
@@ -151,12 +158,6 @@ def _check_budgets(opened: OpenModel, config: ServiceConfig, default_size: PoolS
         needed = sum(largest_counts(default_size, opened.facts))
         if needed > planned.num_slots:
             raise PoolTooLarge(needed, planned.num_slots, field="pools.default_size")
-
-
-def _load_scorer(opened: OpenModel, config: RouterConfig) -> TrunkRouter:
-    # The workers want the cores; a routing-only pass is short and runs one at a time.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-    return TrunkRouter(opened, resolve_device(config.device))
 
 
 def _model_info(view: ModelView, folder: Path) -> ModelInfo:

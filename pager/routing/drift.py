@@ -25,8 +25,8 @@ def parse_drift(value: str | float | None) -> DriftPolicy | None:
         return check_drift(DriftPolicy(float(threshold), action, **window))
     except ValueError:
         raise InvalidRequest(
-            f"{value!r} says nothing about drift; write the router mass outside of the pool that is too much (0.3), then "
-            "what to do ('0.3:exact'; else widen), then over how many tokens ('0.3:widen:32')",
+            f"{value!r} says nothing about drift; write the router mass outside of the pool that is too much (0.3), "
+            "then what to do ('0.3:exact'; else widen), then over how many tokens ('0.3:widen:32')",
             field="pool.drift",
         ) from None
 

@@ -75,10 +75,12 @@ def check_example(index: int, num_tokens: int, context_length: int) -> None:
 
 
 def mean_scores(scores: Sequence[RoutingScores]) -> RoutingScores:
-    """The mean over examples, each of which counts alike however long it is. All must be of one source."""
+    """The mean over all tokens of all examples. The scores must be of one source."""
+    num_tokens = sum(each.num_tokens for each in scores)
+    weights = np.array([each.num_tokens for each in scores], dtype=np.float64) / num_tokens
     layers = zip(*(each.mean_LR for each in scores), strict=True)
-    mean_LR = tuple(np.mean(np.stack(layer), axis=0) for layer in layers)
-    return RoutingScores(mean_LR, scores[0].source, sum(each.num_tokens for each in scores))
+    mean_LR = tuple(np.tensordot(weights, np.stack(layer), axes=1) for layer in layers)
+    return RoutingScores(mean_LR, scores[0].source, num_tokens)
 
 
 # --- as stored ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from pager.types import (
 from router_service.admission import AdmissionLimits
 from router_service.backend import build_backend, close_backend
 from router_service.ports import ModelInfo
+from router_service.scoring import Passes
 from router_service.server import RouterServer
 from router_service.service import Backend
 
@@ -192,7 +193,7 @@ async def running_service(
     backend = build_backend(
         model=choices.pop("model", MODEL),
         cluster=cluster,
-        scorer=scorer,
+        passes=choices.pop("passes", None) or Passes({"trunk": lambda: scorer}, ("trunk",)),
         encoder=ByteTokenizer(),
         limits=choices.pop("limits", AdmissionLimits()),
         default_pool=choices.pop("default_pool", PoolPolicy()),

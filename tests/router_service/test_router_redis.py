@@ -11,10 +11,12 @@ from redis.asyncio import Redis
 
 from pager.errors import ConfigError
 from pager.types import ExpertPool
+from router_service.breaker import Breaker
 from router_service.hints import WorkerHolds, encode_pool
 from router_service.local_hints import InProcessHints
-from router_service.redis_hints import HintsUnavailableError, RedisHints, redis_url
-from router_service.shared_hints import Breaker, SharedHints
+from router_service.redis_client import RedisUnavailableError, redis_url
+from router_service.redis_hints import RedisHints
+from router_service.shared_hints import SharedHints
 
 POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
 HOLDS = WorkerHolds(1, 2, 16, 1000, (0, 0b101, 0xFF))
@@ -108,7 +110,7 @@ async def test_models_do_not_meet(redis, facts, pair):
 async def test_a_dead_redis_is_named_without_its_url(redis, facts):
     store = RedisHints(redis.url.replace("//", "//:s3cret@"), facts, "f")
     redis.kill()
-    with pytest.raises(HintsUnavailableError) as caught:
+    with pytest.raises(RedisUnavailableError) as caught:
         await store.find_pool(["k"])
     assert "s3cret" not in str(caught.value)
     await store.close()
@@ -126,7 +128,7 @@ class Clock:
 
 def test_the_breaker_pauses_longer_after_every_failure():
     clock = Clock()
-    breaker = Breaker(clock, jitter=lambda: 1.0)
+    breaker = Breaker(clock=clock, jitter=lambda: 1.0)
     pauses = []
     for _ in range(9):
         breaker.failed()
@@ -142,9 +144,8 @@ def test_the_breaker_pauses_longer_after_every_failure():
 
 async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_back(redis_at, facts):
     redis, clock, degraded = redis_at(), Clock(), []
-    hints = SharedHints(
-        InProcessHints(), RedisHints(redis.url, facts, "f"), degraded.append, Breaker(clock, jitter=lambda: 1.0)
-    )
+    breaker = Breaker(degraded.append, clock, jitter=lambda: 1.0)
+    hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
     await hints.remember_pool(["k"], POOL)
     assert await hints.claim("r", "t")
     redis.kill()

@@ -104,12 +104,13 @@ class GenerateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class PoolPolicy(_message.Message):
-    __slots__ = ("full", "count", "share", "mass", "bytes", "source", "experts", "digest", "name", "drift")
+    __slots__ = ("full", "count", "share", "mass", "bytes", "counts", "source", "experts", "digest", "name", "drift")
     FULL_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     MASS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -120,12 +121,19 @@ class PoolPolicy(_message.Message):
     share: float
     mass: Mass
     bytes: int
+    counts: LayerCounts
     source: PoolSource
     experts: FixedPool
     digest: str
     name: str
     drift: DriftPolicy
-    def __init__(self, full: _Optional[_Union[Full, _Mapping]] = ..., count: _Optional[int] = ..., share: _Optional[float] = ..., mass: _Optional[_Union[Mass, _Mapping]] = ..., bytes: _Optional[int] = ..., source: _Optional[_Union[PoolSource, str]] = ..., experts: _Optional[_Union[FixedPool, _Mapping]] = ..., digest: _Optional[str] = ..., name: _Optional[str] = ..., drift: _Optional[_Union[DriftPolicy, _Mapping]] = ...) -> None: ...
+    def __init__(self, full: _Optional[_Union[Full, _Mapping]] = ..., count: _Optional[int] = ..., share: _Optional[float] = ..., mass: _Optional[_Union[Mass, _Mapping]] = ..., bytes: _Optional[int] = ..., counts: _Optional[_Union[LayerCounts, _Mapping]] = ..., source: _Optional[_Union[PoolSource, str]] = ..., experts: _Optional[_Union[FixedPool, _Mapping]] = ..., digest: _Optional[str] = ..., name: _Optional[str] = ..., drift: _Optional[_Union[DriftPolicy, _Mapping]] = ...) -> None: ...
+
+class LayerCounts(_message.Message):
+    __slots__ = ("routed",)
+    ROUTED_FIELD_NUMBER: _ClassVar[int]
+    routed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, routed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DriftPolicy(_message.Message):
     __slots__ = ("threshold", "action", "window")
@@ -322,10 +330,12 @@ class ListPoolsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListPoolsResponse(_message.Message):
-    __slots__ = ("pools",)
+    __slots__ = ("pools", "damaged")
     POOLS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
     pools: _containers.RepeatedCompositeFieldContainer[NamedPool]
-    def __init__(self, pools: _Optional[_Iterable[_Union[NamedPool, _Mapping]]] = ...) -> None: ...
+    damaged: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, pools: _Optional[_Iterable[_Union[NamedPool, _Mapping]]] = ..., damaged: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeletePoolRequest(_message.Message):
     __slots__ = ("name",)

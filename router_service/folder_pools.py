@@ -1,0 +1,125 @@
+"""Named pools as small JSON files in one folder: they outlive the process, and people can read them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pager.errors import ConfigError, DamagedPool, PoolStoreUnavailable
+from pager.routing.named import NamedPool, decode_named, encode_named
+from router_service.pool_store import Listing, check_room, name_in_use
+
+log = logging.getLogger("expert_pager.router")
+
+_SUFFIX = ".json"
+
+
+class FolderPools:
+    """`TENANT@NAME.json`: neither part can hold an @, so no name leaves the folder. Several processes may share it.
+
+    A file appears whole or not at all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder where it is missing. Raises ConfigError."""
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"pools.path {folder} can not be written: {error.strerror or error}; name a folder that can"
+            ) from None
+
+    async def find(self, tenant: str, name: str) -> NamedPool | None:
+        with _translated("read"):
+            data = await asyncio.to_thread(_read, self._path(tenant, name))
+        return None if data is None else decode_named(data, name)
+
+    async def add(self, tenant: str, named: NamedPool) -> None:
+        with _translated("written"):
+            await asyncio.to_thread(self._write, tenant, named, is_new=True)
+
+    async def replace(self, tenant: str, named: NamedPool) -> None:
+        with _translated("written"):
+            await asyncio.to_thread(self._write, tenant, named, is_new=False)
+
+    async def delete(self, tenant: str, name: str) -> bool:
+        with _translated("deleted"):
+            try:
+                await asyncio.to_thread(self._path(tenant, name).unlink)
+            except FileNotFoundError:
+                return False
+        return True
+
+    async def list(self, tenant: str) -> Listing:
+        with _translated("read"):
+            stored = await asyncio.to_thread(self._read_all, tenant)
+        pools, damaged = [], []
+        for name, data in stored:
+            try:
+                pools.append(decode_named(data, name))
+            except DamagedPool:
+                damaged.append(name)
+        return Listing(tuple(pools), tuple(damaged))
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    def _path(self, tenant: str, name: str) -> Path:
+        return self._folder / f"{tenant}@{name}{_SUFFIX}"
+
+    def _write(self, tenant: str, named: NamedPool, *, is_new: bool) -> None:
+        path = self._path(tenant, named.name)
+        if not path.exists():
+            names = [each.name for each in self._folder.glob(f"*{_SUFFIX}")]
+            check_room(sum(name.startswith(f"{tenant}@") for name in names), len(names))
+        handle, part = tempfile.mkstemp(dir=self._folder, prefix=".part-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(encode_named(named))
+                file.flush()
+                os.fsync(file.fileno())
+            if is_new:
+                os.link(part, path)  # unlike a rename, it fails where there is one
+            else:
+                os.replace(part, path)
+        except FileExistsError:
+            raise name_in_use(named.name) from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
+
+    def _read_all(self, tenant: str) -> list[tuple[str, bytes]]:
+        prefix = f"{tenant}@"
+        found = []
+        for path in sorted(self._folder.glob(f"{prefix}*{_SUFFIX}")):
+            data = _read(path)
+            if data is not None:
+                found.append((path.name.removeprefix(prefix).removesuffix(_SUFFIX), data))
+        return found
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Paths are for the log, not for clients."""
+    try:
+        yield
+    except OSError as error:
+        log.error("a named pool can not be %s: %s", what, error)
+        raise PoolStoreUnavailable(
+            f"the named pool can not be {what}: {error.strerror or type(error).__name__}; the service's log says more"
+        ) from None

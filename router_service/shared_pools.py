@@ -1,0 +1,83 @@
+"""Named pools in Redis, and the few that this process has seen for when it does not answer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from pager.errors import PoolStoreUnavailable
+from pager.routing.named import NamedPool
+from router_service.breaker import Breaker
+from router_service.pool_store import Listing
+from router_service.redis_client import RedisUnavailableError
+from router_service.redis_pools import RedisPools
+
+MAX_CACHED = 256
+Answer = TypeVar("Answer")
+
+
+class SharedPools:
+    """A PoolStore. Redis is asked every time, so that no router goes on with a pool that another one deleted or
+    replaced; while it is away, a pool that was used here before can still be used."""
+
+    def __init__(self, shared: RedisPools, breaker: Breaker) -> None:
+        self._shared = shared
+        self._breaker = breaker
+        self._seen: OrderedDict[tuple[str, str], NamedPool] = OrderedDict()
+
+    async def find(self, tenant: str, name: str) -> NamedPool | None:
+        try:
+            found = await self._ask(lambda: self._shared.find(tenant, name))
+        except PoolStoreUnavailable:
+            seen = self._seen.get((tenant, name))
+            if seen is None:
+                raise
+            return seen
+        self._saw(tenant, name, found)
+        return found
+
+    async def add(self, tenant: str, named: NamedPool) -> None:
+        await self._ask(lambda: self._shared.add(tenant, named))
+        self._saw(tenant, named.name, named)
+
+    async def replace(self, tenant: str, named: NamedPool) -> None:
+        await self._ask(lambda: self._shared.replace(tenant, named))
+        self._saw(tenant, named.name, named)
+
+    async def delete(self, tenant: str, name: str) -> bool:
+        is_deleted = await self._ask(lambda: self._shared.delete(tenant, name))
+        self._saw(tenant, name, None)
+        return is_deleted
+
+    async def list(self, tenant: str) -> Listing:
+        return await self._ask(lambda: self._shared.list(tenant))
+
+    async def close(self) -> None:
+        with suppress(RedisUnavailableError):
+            await self._shared.close()
+
+    def _saw(self, tenant: str, name: str, named: NamedPool | None) -> None:
+        self._seen.pop((tenant, name), None)
+        if named is not None:
+            self._seen[tenant, name] = named
+        while len(self._seen) > MAX_CACHED:
+            self._seen.popitem(last=False)
+
+    async def _ask(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
+        if not self._breaker.allows():
+            raise self._unavailable()
+        try:
+            answer = await question()
+        except RedisUnavailableError:
+            self._breaker.failed()
+            raise self._unavailable() from None
+        self._breaker.succeeded()
+        return answer
+
+    def _unavailable(self) -> PoolStoreUnavailable:
+        return PoolStoreUnavailable(
+            "the store of named pools (Redis) does not answer; retry later, or give the pool's experts instead",
+            retry_after_s=max(0.1, self._breaker.pause_s),
+        )

@@ -1,9 +1,8 @@
 """The host tier: a shared-memory segment of expert records that every worker of a node maps.
 
-D hidden, F expert intermediate. The segment:
-
-    headers   one a record: whose weights they are and their checksum
-    records   4096-aligned: gate_up [2F, D], then down [D, F], in the dtype they are served in
+D hidden, F expert intermediate. A record is gate_up [2F, D], then down [D, F], in the dtype they are served in. The
+segment is records and nothing else, so that a budget for all experts holds all of them; whose weights a record holds,
+and their checksum, is in the index.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -28,9 +26,6 @@ from pager.types import ExpertKey, ExpertShape
 __all__ = ["HostGrant", "HostIndex", "HostState", "HostTier", "LocalHostIndex"]
 
 _SHM = Path("/dev/shm")
-_PAGE = 4096
-_HEADER = np.dtype([("layer", "<i4"), ("expert", "<i4"), ("checksum", "V16")])
-_NOBODY = -1
 
 
 class HostTier:
@@ -58,13 +53,13 @@ class HostTier:
         self._shape = shape
         self._dtype = dtype
         self._is_creator = False
-        header_bytes, self._stride, self.nbytes = _layout(num_records, shape, dtype)
+        self._record_bytes = record_bytes(shape, dtype)
+        self.nbytes = num_records * self._record_bytes
         try:
             self._mapping: mmap.mmap | None = mmap.mmap(file, self.nbytes)
         finally:
             os.close(file)
-        self._headers: Any = np.frombuffer(self._mapping, _HEADER, num_records)
-        self._records: Tensor | None = torch.frombuffer(self._mapping, dtype=torch.uint8, offset=header_bytes)
+        self._records: Tensor | None = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._unlock = _page_lock(self._records)
 
     @classmethod
@@ -83,13 +78,12 @@ class HostTier:
         All its memory is taken now. Without an `index` it is this process's own. Raises BudgetError when the budget
         holds no record or the machine has not enough shared memory, ConfigError when the name is taken.
         """
-        num_records = records_for(budget_bytes, shape, dtype)
+        least = record_bytes(shape, dtype)
+        num_records = budget_bytes // least
         if num_records == 0:
-            raise BudgetError(
-                f"host_memory of {budget_bytes} bytes holds no expert; the least is {_layout(1, shape, dtype)[2]} bytes"
-            )
+            raise BudgetError(f"host_memory of {budget_bytes} bytes holds no expert; the least is {least} bytes")
         path = _SHM / (name or f"expert-pager-{uuid.uuid4().hex[:12]}")
-        total = _layout(num_records, shape, dtype)[2]
+        total = num_records * least
         try:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except FileExistsError:
@@ -106,7 +100,6 @@ class HostTier:
                 f"make {_SHM} larger"
             ) from error
         tier._is_creator = True
-        tier._headers["layer"] = _NOBODY
         return tier
 
     @classmethod
@@ -114,7 +107,7 @@ class HostTier:
         cls, name: str, num_records: int, shape: ExpertShape, dtype: torch.dtype, *, index: HostIndex, owner: str
     ) -> Self:
         """Maps the segment that another process created. Raises ConfigError when it is not there or of another size."""
-        path, expected = _SHM / name, _layout(num_records, shape, dtype)[2]
+        path, expected = _SHM / name, num_records * record_bytes(shape, dtype)
         try:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -141,10 +134,8 @@ class HostTier:
         return values[:split].view(2 * intermediate, hidden), values[split:].view(hidden, intermediate)
 
     def publish(self, grant: HostGrant) -> None:
-        """The claimed record is filled: notes whose it is, and lets others read it."""
-        checksum = self._checksum(grant.record)
-        self._headers[grant.record] = (grant.key.layer, grant.key.expert, checksum)
-        self.index.publish([grant.key], self.owner)
+        """The claimed record is filled: notes its checksum, and lets others read it."""
+        self.index.publish({grant.key: self._checksum(grant.record)}, self.owner)
 
     def abandon(self, grant: HostGrant) -> None:
         self.index.abandon([grant.key], self.owner)
@@ -153,11 +144,8 @@ class HostTier:
         self.index.unpin([grant.key], self.owner)
 
     def is_intact(self, grant: HostGrant) -> bool:
-        """The record is that expert's, and as it was published."""
-        header = self._headers[grant.record]
-        if (header["layer"], header["expert"]) != tuple(grant.key):
-            return False
-        return bool(header["checksum"].tobytes() == self._checksum(grant.record))
+        """A HIT's record is as it was published."""
+        return grant.checksum == self._checksum(grant.record)
 
     def close(self) -> None:
         """Unmaps the segment; its creator removes it. Idempotent. Nobody may be reading."""
@@ -165,7 +153,7 @@ class HostTier:
         if mapping is None:
             return
         self._unlock()
-        self._headers = self._records = None
+        self._records = None
         with suppress(BufferError):  # a view of it is still alive somewhere; the mapping goes with it
             mapping.close()
         if self._is_creator:
@@ -173,31 +161,17 @@ class HostTier:
 
     def _raw(self, record: int) -> Tensor:
         assert self._records is not None, "the host tier is closed"
-        start = record * self._stride
-        return self._records[start : start + self._shape.num_elements * self._dtype.itemsize]
+        start = record * self._record_bytes
+        return self._records[start : start + self._record_bytes]
 
     def _checksum(self, record: int) -> bytes:
         raw: Any = self._raw(record).numpy()
         return xxhash.xxh3_128_digest(raw)
 
 
-def records_for(budget_bytes: int, shape: ExpertShape, dtype: torch.dtype) -> int:
-    """How many records a segment of at most `budget_bytes` has."""
-    count = budget_bytes // (_round_up(shape.num_elements * dtype.itemsize) + _HEADER.itemsize)
-    while count > 0 and _layout(count, shape, dtype)[2] > budget_bytes:
-        count -= 1
-    return count
-
-
-def _layout(num_records: int, shape: ExpertShape, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of all headers, of one record, and of the segment."""
-    headers = _round_up(num_records * _HEADER.itemsize)
-    stride = _round_up(shape.num_elements * dtype.itemsize)
-    return headers, stride, headers + num_records * stride
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // _PAGE) * _PAGE
+def record_bytes(shape: ExpertShape, dtype: torch.dtype) -> int:
+    """One expert's, and of a segment as many as it has records."""
+    return shape.num_elements * dtype.itemsize
 
 
 def _page_lock(data: Tensor) -> Callable[[], None]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pager.cluster.node import NodeControl, NodeHostTier
+from pager.cluster.host_access import NodeHostTier
+from pager.cluster.node import NodeControl
 from pager.cluster.ray_session import RaySession, num_gpus
 from pager.cluster.views import Health, WorkerReady
 from pager.cluster.worker import EngineLoader, Worker
@@ -25,6 +26,16 @@ log = logging.getLogger(__name__)
 WORKER_PREFIX = "worker-"
 GRACE_S = 5.0
 POLL_S = 0.2
+END_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """A worker's node, and its process there; `owner` is how the node's control actor knows it."""
+
+    node_id: str
+    owner: str
+    pid: int
 
 
 # A worker that dies is started again by its supervisor, which knows about backoff; Ray must not do it too. `health`
@@ -33,15 +44,14 @@ POLL_S = 0.2
 class WorkerActor:
     def __init__(self, name: str, index: int, config: ServiceConfig, bind_host: str | None, load: EngineLoader) -> None:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s")
-        self._owner = f"{name}-{os.getpid()}"
+        self._owner = f"{name}-{secrets.token_hex(4)}"
         self._worker = Worker(index, config, bind_host or ray.util.get_node_ip_address(), load)
 
-    def whereabouts(self) -> tuple[str, str]:
-        """The node this runs on, and the name under which it pins records of that node's host tier."""
-        return ray.get_runtime_context().get_node_id(), self._owner
+    def whereabouts(self) -> Whereabouts:
+        return Whereabouts(ray.get_runtime_context().get_node_id(), self._owner, os.getpid())
 
-    def load(self, node: Any) -> WorkerReady | PagerError:
-        return self._worker.load(None if node is None else NodeHostTier(node, self._owner))
+    def load(self, node: Any, with_host_tier: bool) -> WorkerReady | PagerError:
+        return self._worker.load(NodeHostTier(node, self._owner) if with_host_tier else None)
 
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     def health(self) -> Health:
@@ -63,8 +73,7 @@ class WorkerProcess:
     """One incarnation of a worker."""
 
     actor: Any
-    node: Any = None  # its node's control actor, where there is a host tier
-    owner: str = ""
+    at: Whereabouts | None = None  # None for another router's worker
 
 
 class Launcher(Protocol):
@@ -91,7 +100,8 @@ class OwnWorkers:
         self._session = session
         self._load_engine = load_engine
         self._namespace = config.cluster.namespace
-        self._nodes: dict[str, Any] = {}
+        self._nodes: dict[str, Any] = {}  # control actors
+        self._nodes_lock = asyncio.Lock()
         self._uses_gpu = _uses_gpu(config, num_gpus())
 
     def names(self) -> list[str]:
@@ -101,27 +111,37 @@ class OwnWorkers:
         creation = asyncio.ensure_future(asyncio.to_thread(self._create, name))
         try:
             actor = await asyncio.shield(creation)
-            node_id, owner = await actor.whereabouts.remote()
-            node = await asyncio.to_thread(self._node, node_id) if self._has_host_tier else None
+            at: Whereabouts = await actor.whereabouts.remote()
         except asyncio.CancelledError:  # nobody else knows of it yet
             ray.kill(await creation, no_restart=True)
             raise
-        return WorkerProcess(actor, node, owner)
+        return WorkerProcess(actor, at)
 
     async def load(self, process: WorkerProcess) -> WorkerReady | PagerError:
-        answer: WorkerReady | PagerError = await process.actor.load.remote(process.node)
+        assert process.at is not None, "an own worker is somewhere"
+        at, node = process.at, await self._node(process.at.node_id)
+        loading = process.actor.load.remote(node, self._has_host_tier)  # while the control actor starts
+        try:
+            await node.watch.remote(at.owner, at.pid)
+        except ray.exceptions.RayActorError:
+            self._nodes.pop(at.node_id, None)  # it has died: the worker's next life gets another
+            raise
+        answer: WorkerReady | PagerError = await loading
         return answer
 
     async def end(self, process: WorkerProcess, *, gracefully: bool) -> None:
+        """Returns when the process is gone, so that the next one does not take its memory beside it."""
         if gracefully:
-            await _within(GRACE_S, process.actor.close)
+            await _within(GRACE_S, process.actor.close.remote)
         await asyncio.to_thread(ray.kill, process.actor, no_restart=True)
-        if process.node is not None:
-            await _within(GRACE_S, partial(process.node.drop_owner.remote, process.owner))
+        node = self._nodes.get(process.at.node_id) if process.at else None
+        if process.at is not None and node is not None:
+            await _await_end(node, process.at.owner)
 
     async def close(self) -> None:
+        """After all workers have ended."""
         for node in self._nodes.values():
-            await _within(GRACE_S, node.close)
+            await _within(GRACE_S, node.close.remote)
             await asyncio.to_thread(ray.kill, node, no_restart=True)
         self._nodes.clear()
 
@@ -132,26 +152,28 @@ class OwnWorkers:
 
     def _create(self, name: str) -> Any:
         index = int(name.removeprefix(WORKER_PREFIX))
-        actor_class: Any = WorkerActor
-        options = {"name": name, "namespace": self._namespace, "num_cpus": 0, "num_gpus": int(self._uses_gpu)}
         arguments = (name, index, self._config, self._session.bind_host, self._load_engine)
+        return self._create_named(WorkerActor, name, arguments, num_gpus=int(self._uses_gpu))
+
+    def _create_node(self, node_id: str) -> Any:
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        return self._create_named(NodeActor, f"node-{node_id}", (self._namespace,), scheduling_strategy=there)
+
+    def _create_named(self, actor_class: Any, name: str, arguments: tuple[Any, ...], **options: Any) -> Any:
         try:
-            return actor_class.options(**options).remote(*arguments)
+            return actor_class.options(name=name, namespace=self._namespace, num_cpus=0, **options).remote(*arguments)
         except ValueError as error:  # Ray's word for a name that is taken
             raise NotReady(
                 f"{name} exists in namespace {self._namespace!r} already, or is still ending: {error}",
                 retry_after_s=1.0,
             ) from None
 
-    def _node(self, node_id: str) -> Any:
-        if node_id not in self._nodes:
-            self._nodes[node_id] = NodeActor.options(
-                name=f"node-{node_id}",
-                namespace=self._namespace,
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-            ).remote(self._namespace)
-        return self._nodes[node_id]
+    async def _node(self, node_id: str) -> Any:
+        """The node's control actor, which the first worker there brings with it."""
+        async with self._nodes_lock:
+            if node_id not in self._nodes:
+                self._nodes[node_id] = await asyncio.to_thread(self._create_node, node_id)
+            return self._nodes[node_id]
 
 
 class OthersWorkers:
@@ -202,11 +224,22 @@ def _uses_gpu(config: ServiceConfig, found: int) -> bool:
     return True
 
 
-async def _within(timeout_s: float, call: Callable[[], Any]) -> None:
-    """Calls an actor and waits a little; one that is dead or stuck is about to be killed anyway."""
-    remote = getattr(call, "remote", call)
+async def _await_end(node: Any, owner: str) -> None:
+    """Has the worker's process killed and waits until it is gone, with its memory and its pins."""
+    try:
+        async with asyncio.timeout(GRACE_S):
+            while not await node.end.remote(owner):  # noqa: ASYNC110 - a process's end is no event here
+                await asyncio.sleep(END_POLL_S)
+    except TimeoutError:
+        log.warning("the process of %s does not end; the next one takes its memory beside it", owner)
+    except ray.exceptions.RayError as error:
+        log.warning("nobody knows whether %s has ended: %s", owner, error)
+
+
+async def _within(timeout_s: float, call: Callable[[], Awaitable[None]]) -> None:
+    """Waits a little for an actor that is about to be killed anyway, dead or stuck as it may be."""
     try:
         async with asyncio.timeout(timeout_s):
-            await remote()
+            await call()
     except (TimeoutError, ray.exceptions.RayError) as error:
         log.debug("an actor did not end by itself: %s", error)

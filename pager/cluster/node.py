@@ -1,6 +1,7 @@
-"""The host tier of a node, owned by one control actor: its segment and the index of what is in it.
+"""What one node's workers have in common, in the hands of one control actor: their lives, and the host tier.
 
-Workers map the segment and move the bytes themselves; only who may read or write which record goes through here.
+Workers map the host tier's segment and move the bytes themselves; only who may read or write which record goes through
+here.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import fcntl
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+import select
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import ray
+from typing import TYPE_CHECKING
 
 from pager.cache.host_index import HostGrant, HostState, LocalHostIndex
 from pager.errors import ConfigError, PagerError
@@ -21,17 +24,18 @@ from pager.types import ExpertKey, ExpertShape
 
 if TYPE_CHECKING:
     from pager.cache.host import HostTier
-    from pager.engine.trunk import OpenModel
-    from pager.planner import Plan
 
 log = logging.getLogger(__name__)
 
 _SHM = Path("/dev/shm")
-CALL_TIMEOUT_S = 10.0  # a worker that does not hear from the control actor for so long goes on without it
 
 
 class NodeControl:
-    """Owns the node's segment and index. Its methods run one at a time."""
+    """Knows the worker processes of its node and owns the segment and the index of its host tier, where there is one.
+
+    It sees every worker's process end, whoever ended it, and takes back what that worker had claimed or pinned. Its
+    methods run one at a time, beside one thread for each worker that waits for its end.
+    """
 
     def __init__(self, namespace: str) -> None:
         self._prefix = f"expert-pager-{namespace}-"
@@ -39,18 +43,52 @@ class NodeControl:
         self._index: LocalHostIndex | None = None
         self._lock_file = -1
         self._made_for: tuple[object, ...] = ()
+        self._workers: dict[str, int] = {}  # those that live, each with the descriptor of its process
+        self._lock = threading.Lock()  # nothing is granted to a worker while it is taken off the list
         remove_leftovers(self._prefix)
+
+    # --- lives ------------------------------------------------------------------------------------------------------
+
+    def watch(self, owner: str, pid: int) -> None:
+        """A worker's process has started. It pins records under the name `owner`, and nobody else ever does."""
+        try:
+            process = os.pidfd_open(pid)
+        except ProcessLookupError:
+            log.warning("%s ended before it was watched", owner)
+            return
+        self._workers[owner] = process
+        threading.Thread(target=self._await_end, args=(owner, process), name=f"watch {owner}", daemon=True).start()
+
+    def end(self, owner: str) -> bool:
+        """Kills a worker's process. True once it is gone, with its memory and all that it held; else ask again."""
+        with self._lock:
+            if owner not in self._workers:
+                return True
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._workers[owner], signal.SIGKILL)
+            return False
+
+    def _await_end(self, owner: str, process: int) -> None:
+        ended = select.poll()
+        ended.register(process, select.POLLIN)
+        ended.poll()
+        with self._lock:
+            os.close(self._workers.pop(owner))
+            if self._index is not None:
+                self._index.drop_owner(owner)
+
+    # --- host tier --------------------------------------------------------------------------------------------------
 
     def open_segment(self, budget_bytes: int, shape: ExpertShape, dtype: str) -> tuple[str, int] | PagerError:
         """Name and records of the node's segment, which the first caller's model sizes. Errors are returned."""
         import torch
 
-        from pager.cache.host import HostTier, records_for
+        from pager.cache.host import HostTier, record_bytes
 
         asked = (budget_bytes, shape, dtype)
         if self._tier is None:
             torch_dtype = getattr(torch, dtype)
-            index = LocalHostIndex(records_for(budget_bytes, shape, torch_dtype))
+            index = LocalHostIndex(budget_bytes // record_bytes(shape, torch_dtype))
             name = self._prefix + secrets.token_hex(6)
             try:
                 self._tier = HostTier.create(budget_bytes, shape, torch_dtype, name=name, index=index, owner="node")
@@ -64,10 +102,14 @@ class NodeControl:
         return self._tier.name, self._tier.num_records
 
     def lookup_or_claim(self, keys: Sequence[ExpertKey], owner: str) -> list[HostGrant]:
-        return self._open_index.lookup_or_claim(keys, owner)
+        """Late words of a worker that died get nothing: nobody would give it back."""
+        with self._lock:
+            if owner not in self._workers:
+                return [HostGrant(key, HostState.FULL) for key in keys]
+            return self._open_index.lookup_or_claim(keys, owner)
 
-    def publish(self, keys: Sequence[ExpertKey], owner: str) -> None:
-        self._open_index.publish(keys, owner)
+    def publish(self, checksums: Mapping[ExpertKey, bytes], owner: str) -> None:
+        self._open_index.publish(checksums, owner)
 
     def abandon(self, keys: Sequence[ExpertKey], owner: str) -> None:
         self._open_index.abandon(keys, owner)
@@ -75,16 +117,12 @@ class NodeControl:
     def unpin(self, keys: Sequence[ExpertKey], owner: str) -> None:
         self._open_index.unpin(keys, owner)
 
-    def drop_owner(self, owner: str) -> None:
-        """A worker died: its claims and pins are void."""
-        if self._index is not None:
-            self._index.drop_owner(owner)
-
-    def resident_bytes(self) -> int:
-        """Bytes of the records in use."""
+    def host_bytes(self) -> tuple[int, int]:
+        """Bytes of the host tier's records that are in use, and of these the pinned ones."""
         if self._tier is None or self._index is None:
-            return 0
-        return self._index.num_resident * (self._tier.nbytes // self._tier.num_records)
+            return 0, 0
+        record = self._tier.nbytes // self._tier.num_records
+        return self._index.num_resident * record, self._index.num_pinned * record
 
     def close(self) -> None:
         """Removes the segment. Idempotent."""
@@ -97,66 +135,6 @@ class NodeControl:
     def _open_index(self) -> LocalHostIndex:
         assert self._index is not None, "asked for a record before the segment was opened"
         return self._index
-
-
-class RemoteHostIndex:
-    """A worker's HostIndex: asks the node's control actor. Getting a record takes one call; giving it back, no wait."""
-
-    def __init__(self, node: Any) -> None:
-        self._node = node
-        self._is_lost = False
-
-    def lookup_or_claim(self, keys: Sequence[ExpertKey], owner: str) -> list[HostGrant]:
-        if not self._is_lost:
-            try:
-                grants: list[HostGrant] = ray.get(
-                    self._node.lookup_or_claim.remote(list(keys), owner), timeout=CALL_TIMEOUT_S
-                )
-                return grants
-            except ray.exceptions.RayError as error:
-                self._is_lost = True
-                log.warning("the node's control actor does not answer; going on without the host tier: %s", error)
-        return [HostGrant(key, HostState.FULL) for key in keys]
-
-    def publish(self, keys: Sequence[ExpertKey], owner: str) -> None:
-        self._node.publish.remote(list(keys), owner)
-
-    def abandon(self, keys: Sequence[ExpertKey], owner: str) -> None:
-        self._node.abandon.remote(list(keys), owner)
-
-    def unpin(self, keys: Sequence[ExpertKey], owner: str) -> None:
-        self._node.unpin.remote(list(keys), owner)
-
-    def drop_owner(self, owner: str) -> None:
-        self._node.drop_owner.remote(owner)
-
-
-class NodeHostTier:
-    """A worker's way to its node's host tier; `owner` is the name under which it pins records."""
-
-    def __init__(self, node: Any, owner: str) -> None:
-        self._node = node
-        self._owner = owner
-
-    def attach(self, opened: OpenModel, plan: Plan) -> HostTier:
-        """This worker's view of the segment. Raises BudgetError, ConfigError."""
-        from pager.cache.host import HostTier
-
-        shape = opened.family.expert_shape(opened.config)
-        dtype = str(opened.dtype).removeprefix("torch.")
-        answer = ray.get(self._node.open_segment.remote(plan.host_bytes, shape, dtype))
-        if isinstance(answer, PagerError):
-            raise answer
-        name, num_records = answer
-        index = RemoteHostIndex(self._node)
-        return HostTier.attach(name, num_records, shape, opened.dtype, index=index, owner=self._owner)
-
-    def resident_bytes(self) -> int:
-        """Of all workers of the node; 0 when its control actor does not answer."""
-        try:
-            return int(ray.get(self._node.resident_bytes.remote(), timeout=1.0))
-        except ray.exceptions.RayError:
-            return 0
 
 
 def remove_leftovers(prefix: str) -> None:

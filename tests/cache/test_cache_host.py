@@ -9,18 +9,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 
 import pytest
 import torch
 
-from pager.cache.host import HostState, HostTier, LocalHostIndex, records_for
+from pager.cache.host import HostState, HostTier, LocalHostIndex, record_bytes
 from pager.errors import BudgetError, ChecksumMismatch, ConfigError
 from pager.types import ExpertKey, ExpertShape
 
 SHAPE = ExpertShape(hidden=4, intermediate=2)  # what the source of conftest serves
-RECORD_ON_PAGES = 4096
+RECORD_BYTES = 3 * 4 * 2 * 4
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,7 +30,7 @@ def keys(layer: int, *experts: int) -> list[ExpertKey]:
 
 
 def budget_for(num_records: int) -> int:
-    return 4096 + num_records * RECORD_ON_PAGES
+    return num_records * RECORD_BYTES
 
 
 @pytest.fixture
@@ -103,10 +104,13 @@ def test_a_damaged_record_is_not_served_and_the_disk_is_asked(make_pager, source
 
 
 def test_a_record_of_another_expert_is_not_intact(host):
-    grant = host.acquire(ExpertKey(0, 0))
-    host.publish(grant)
-    assert host.is_intact(grant)
-    assert not host.is_intact(type(grant)(ExpertKey(0, 1), grant.state, grant.record))
+    for value, key in enumerate(keys(0, 0, 1), start=1):
+        claimed = host.acquire(key)
+        host.tensors(claimed.record)[0].fill_(value)
+        host.publish(claimed)
+    first, second = (host.acquire(key) for key in keys(0, 0, 1))
+    assert host.is_intact(first)
+    assert not host.is_intact(replace(first, record=second.record))
 
 
 def test_an_expert_whose_disk_copy_went_bad_is_served_from_the_host(make_pager, source, host, check_weights):
@@ -134,34 +138,52 @@ def test_a_dead_owner_loses_its_claims_and_pins_and_is_not_listened_to():
     index = LocalHostIndex(2)
     read, claimed = keys(0, 0, 1)
     index.lookup_or_claim([read], "dead")
-    index.publish([read], "dead")
+    index.publish({read: b"sum"}, "dead")
     index.lookup_or_claim([claimed], "dead")
     assert [grant.state for grant in index.lookup_or_claim(keys(1, 0), "alive")] == [HostState.FULL]
     index.drop_owner("dead")
     index.check_integrity()
     (grant,) = index.lookup_or_claim([claimed], "alive")
     assert grant.state is HostState.CLAIMED
-    index.publish([claimed], "dead")
+    index.publish({claimed: b"late"}, "dead")
     index.unpin([claimed], "dead")
     index.abandon([claimed], "dead")
     assert index.lookup_or_claim([claimed], "third")[0].state is HostState.BUSY
-    index.publish([claimed], "alive")
-    assert index.lookup_or_claim([claimed], "third")[0].state is HostState.HIT
+    index.publish({claimed: b"sum"}, "alive")
+    hit = index.lookup_or_claim([claimed], "third")[0]
+    assert (hit.state, hit.checksum) == (HostState.HIT, b"sum")
     index.check_integrity()
 
 
 def test_the_segment_stays_within_its_budget_and_is_private(host):
     assert host.num_records == 6
-    assert host.nbytes <= budget_for(6)
+    assert host.nbytes == budget_for(6)
     status = os.stat(host.path)
     assert status.st_size == host.nbytes
     assert stat.S_IMODE(status.st_mode) == 0o600
-    assert records_for(budget_for(6) - 1, SHAPE, torch.float32) == 5
+    assert record_bytes(SHAPE, torch.float32) == RECORD_BYTES
+    smaller = HostTier.create(budget_for(6) - 1, SHAPE, torch.float32)
+    smaller.close()
+    assert smaller.num_records == 5
+
+
+def test_a_tier_for_all_experts_reads_each_from_disk_once(make_pager, source):
+    """In a circle, as an exact forward does: with one record too few LRU would never hit."""
+    everything = [ExpertKey(layer, expert) for layer in range(2) for expert in range(8)]
+    host = HostTier.create(budget_for(len(everything)), SHAPE, torch.float32)
+    pager = make_pager(2, host=host)
+    for _ in range(3):
+        for key in everything:
+            read_through(pager, [key])
+    assert sorted(source.started) == everything
+    assert host.index.num_pinned == 0
+    pager.close()
+    host.close()
 
 
 def test_bad_budgets_and_names_are_refused(host):
     with pytest.raises(BudgetError, match="holds no expert"):
-        HostTier.create(4096, SHAPE, torch.float32)
+        HostTier.create(RECORD_BYTES - 1, SHAPE, torch.float32)
     with pytest.raises(BudgetError, match="shared memory"):
         HostTier.create(1 << 50, SHAPE, torch.float32, name=f"expert-pager-{secrets.token_hex(6)}")
     with pytest.raises(ConfigError, match="exists"):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import files, generate, inspect, replay, route, serve
+from pager.cli import files, fit_router, generate, inspect, replay, route, serve
 from pager.cli.output import print_error
 from pager.errors import PagerError
 
@@ -26,6 +26,7 @@ app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("route")(route.route)
 app.command("inspect")(inspect.inspect)
+app.command("fit-router")(fit_router.fit_router)
 app.command("pack")(files.pack)
 app.command("verify")(files.verify)
 app.command("replay")(replay.replay)

@@ -1,0 +1,167 @@
+"""`expert-pager fit-router`: maps from a prompt's tokens to the experts of its document, fitted in closed form."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+
+from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath, resolve_device
+from pager.cli.output import busy, out, print_json, steps_progress
+from pager.errors import InvalidRequest
+from pager.units import format_bytes
+
+if TYPE_CHECKING:
+    from pager.engine.loading import PagedModel
+    from pager.engine.trunk_router import TrunkRouter
+    from pager.routing.fit import DocumentReading, Fit
+
+
+def fit_router(
+    model: ModelPath,
+    documents: Annotated[
+        list[str],
+        typer.Option(
+            help='JSON lines with a "text" each, .gz or not; a file or a pattern, repeatable. As many documents are '
+            "taken from each file.",
+            metavar="FILE",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write. Default: router.safetensors in the model's folder.")
+    ] = None,
+    max_documents: Annotated[int, typer.Option(help="Documents to read at most, all files together.", min=8)] = 2560,
+    max_tokens: Annotated[int, typer.Option(help="A document's tokens that are read at most.", min=32)] = 512,
+    seed: Annotated[int, typer.Option(help="Which documents are taken, and pool sizes drawn.")] = 0,
+    expert_memory: ExpertMemory = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the routing-only passes `lexical` and `fitted` to documents of the kinds that will be asked for.
+
+    A few hundred to a few thousand documents, minutes; no gradients. Writes a small file beside the checkpoint, which
+    `--router lexical` and `--router fitted` use.
+
+    Example: `expert-pager fit-router ./model --documents 'corpus/*.train.jsonl.gz'`
+    """
+    from pager.routing.fit import fit_router as fit
+    from pager.routing.fitted import ROUTER_NAME
+
+    texts = sample_texts(files_of(documents), max_documents, seed)
+    paged, trunk, encode = _open(model, resolve_device(device), dtype, expert_memory)
+    try:
+        readings = _read(paged, trunk, (encode(text) for text in texts), len(texts), max_tokens, seed)
+    finally:
+        paged.close()
+    fitted = fit(readings, paged.config.vocab_size, paged.facts.routed_per_layer, paged.fingerprint)
+    path = output or model / ROUTER_NAME
+    nbytes = fitted.file.save(path)
+    _report(fitted, path, nbytes, len(readings), as_json)
+
+
+def files_of(patterns: Sequence[str]) -> list[Path]:
+    """Sorted, each once. Raises InvalidRequest for a pattern that names no file."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        files = [Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file()]
+        if not files:
+            raise InvalidRequest(f"no file matches {pattern!r}; give JSON lines with --documents", field="documents")
+        found.update(files)
+    return sorted(found)
+
+
+def sample_texts(files: Sequence[Path], max_documents: int, seed: int) -> list[str]:
+    """As many texts of each file, or all it has, drawn with `seed` and mixed. Raises InvalidRequest for a bad line."""
+    each = max(1, max_documents // len(files))
+    random = np.random.default_rng(seed)
+    texts: list[str] = []
+    for file in files:
+        texts += _reservoir(read_texts(file), each, random)
+    return [texts[index] for index in random.permutation(len(texts))][:max_documents]
+
+
+def read_texts(file: Path) -> Iterator[str]:
+    """The `text` of every line. Raises InvalidRequest, naming file and line."""
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise InvalidRequest(f'line {number} of {file} is not a JSON object with a "text"')
+                yield text
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"cannot read {file}: {error}", field="documents") from error
+
+
+def _reservoir(texts: Iterable[str], count: int, random: np.random.Generator) -> list[str]:
+    """`count` of the texts, each as likely as any other, in one pass."""
+    kept: list[str] = []
+    for number, text in enumerate(texts):
+        if number < count:
+            kept.append(text)
+        elif (place := int(random.integers(number + 1))) < count:
+            kept[place] = text
+    return kept
+
+
+def _open(
+    model: Path, device: str, dtype: str | None, expert_memory: str | None
+) -> tuple[PagedModel, TrunkRouter, Callable[[str], list[int]]]:
+    from pager.cli.local import read_tokenizer
+    from pager.engine.loading import load_paged_model
+    from pager.engine.trunk_router import TrunkRouter
+    from pager.planner import Budgets
+
+    tokenizer = read_tokenizer(model)
+    if tokenizer is None:
+        raise InvalidRequest(f"{model} has no tokenizer.json to read the documents with")
+    with busy("loading"):
+        trunk = TrunkRouter.load(model, device=device, dtype=dtype)
+        paged = load_paged_model(model, device=device, dtype=dtype, budgets=Budgets(expert_memory=expert_memory))
+    return paged, trunk, lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _read(
+    paged: PagedModel, trunk: TrunkRouter, documents: Iterable[list[int]], total: int, max_tokens: int, seed: int
+) -> list[DocumentReading]:
+    from pager.engine.fitting import DocumentReader
+
+    reader = DocumentReader(paged, trunk, max_tokens=max_tokens, seed=seed)
+    readings = []
+    with steps_progress("reading documents", total) as advance:
+        for ids in documents:
+            reading = reader.read(ids)
+            if reading is not None:
+                readings.append(reading)
+            advance()
+    return readings
+
+
+def _report(fitted: Fit, path: Path, nbytes: int, num_documents: int, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "path": str(path),
+                "bytes": nbytes,
+                "documents": num_documents,
+                "held_out_recall": fitted.held_out_recall,
+                "recall_error": fitted.recall_error,
+            }
+        )
+        return
+    out.print(f"fitted to {num_documents} documents: {path} ({format_bytes(nbytes)})", markup=False)
+    for source, recall in fitted.held_out_recall.items():
+        error = fitted.recall_error[source]
+        out.print(f"{source:<8} recall of the fused pool {recall:.2f}, estimated within {error:.3f}", markup=False)

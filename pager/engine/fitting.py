@@ -1,0 +1,90 @@
+"""Reads documents for `fit-router`: what their routers wanted, and what their first tokens gave away. No gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pager.engine.documents import DocumentRouting
+from pager.engine.loading import PagedModel
+from pager.engine.trunk import moe_blocks
+from pager.engine.trunk_router import TrunkRouter
+from pager.models.families import routed_probabilities
+from pager.routing.fit import DocumentReading, PromptReading
+from pager.types import ExpertPool, PoolPolicy, PoolSize, Share
+
+PROMPT_LENGTHS = (16, 32, 64, 128, 256)
+FUSED_SIZES = (Share(0.125), Share(0.25), Share(0.5))
+MIN_TOKENS = 32
+
+
+class DocumentReader:
+    """Runs documents through a model with all experts, through its trunk, and prompts of them under fused pools.
+
+    Owned by one thread. `max_tokens` cuts documents: what lies behind it is not read.
+    """
+
+    def __init__(self, paged: PagedModel, trunk: TrunkRouter, *, max_tokens: int, seed: int) -> None:
+        self._paged = paged
+        self._trunk = trunk
+        self._max_tokens = max_tokens
+        self._random = np.random.default_rng(seed)
+        top_k = max(paged.facts.top_k_per_layer)
+        experts = max(paged.facts.experts_per_layer)
+        self._sizes = [size for size in FUSED_SIZES if size.share * experts - 1 >= top_k] or [FUSED_SIZES[-1]]
+
+    def read(self, token_ids: Sequence[int]) -> DocumentReading | None:
+        """None for a document too short to learn from."""
+        ids = tuple(token_ids[: self._max_tokens])
+        if len(ids) < MIN_TOKENS:
+            return None
+        lengths = [length for length in PROMPT_LENGTHS if 2 * length <= len(ids)]
+        prompts = [
+            PromptReading(length, self._trunk.scores(ids[:length]), self._fused_pool(ids[:length]))
+            for length in lengths
+        ]
+        return DocumentReading(ids, self._wanted(ids), tuple(prompts))
+
+    @torch.inference_mode()
+    def _wanted(self, ids: Sequence[int]) -> np.ndarray:
+        document = self._paged.document(PoolPolicy())
+        with recorded_means(self._paged) as means, self._paged.step([document], prefill=True):
+            self._forward(ids)
+        return np.concatenate([means.get(layer, np.zeros(0)) for layer in range(self._paged.facts.num_layers)])
+
+    @torch.inference_mode()
+    def _fused_pool(self, ids: Sequence[int]) -> ExpertPool:
+        size: PoolSize = self._sizes[int(self._random.integers(len(self._sizes)))]
+        document: DocumentRouting = self._paged.document(PoolPolicy(size=size))
+        with self._paged.step([document], prefill=True):
+            self._forward(ids)
+        assert document.pool is not None
+        return document.pool
+
+    def _forward(self, ids: Sequence[int]) -> None:
+        self._paged.model.model(input_ids=torch.tensor([list(ids)], device=self._paged.device), use_cache=False)
+
+
+@contextmanager
+def recorded_means(paged: PagedModel) -> Iterator[dict[int, np.ndarray]]:
+    """Per sparse layer, each routed expert's mean probability over the tokens of the forward inside: [R] float64."""
+    means: dict[int, np.ndarray] = {}
+
+    def record(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
+            probs_TR = routed_probabilities(output[0], paged.facts.shared_per_layer[layer])
+            means[layer] = probs_TR.double().mean(0).cpu().numpy()
+
+        return hook
+
+    hooks = [block.gate.register_forward_hook(record(layer)) for layer, block in moe_blocks(paged.model)]
+    try:
+        yield means
+    finally:
+        for handle in hooks:
+            handle.remove()

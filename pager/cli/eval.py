@@ -1,0 +1,148 @@
+"""`expert-pager eval`: what pools cost in quality, and what they save in memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pager.cli.extras import eval_extra
+from pager.cli.local import read_tokenizer
+from pager.cli.options import AsJson, Device, ExpertMemory, ModelPath, resolve_device
+from pager.cli.output import busy, err, out, print_table
+from pager.errors import InvalidRequest
+from pager.units import format_bytes
+
+if TYPE_CHECKING:
+    from pager.evaluation.report import Evaluation, Figures
+    from pager.evaluation.run import Ask
+
+Documents = Annotated[
+    list[str],
+    typer.Option(
+        help="JSON lines with a text each, a file a domain (its name up to the first dot), .gz or not; a quoted "
+        "pattern, or several.",
+        metavar="GLOB",
+    ),
+]
+Calibration = Annotated[
+    list[str],
+    typer.Option(help="Other documents of the same domains, for the methods that choose from such.", metavar="GLOB"),
+]
+
+
+def evaluate(
+    model: ModelPath,
+    documents: Documents,
+    calibration: Calibration = [],  # noqa: B006 - typer reads it
+    methods: Annotated[str | None, typer.Option(help="Names with commas between. Default: all there are.")] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Percent of a layer's experts, shared ones included.")
+    ] = "100,50,25,12.5,6.25",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens that the pool is chosen from.", min=1)] = 64,
+    context_tokens: Annotated[int, typer.Option(help="Documents are cut here.", min=2)] = 512,
+    max_documents: Annotated[int | None, typer.Option(help="Of each domain. Default: all.", min=1)] = None,
+    calibration_documents: Annotated[int, typer.Option(help="Of each domain.", min=1)] = 160,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for JSON, Markdown and plots; goes on where it was stopped.")
+    ] = None,
+    expert_memory: ExpertMemory = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME")] = "float32",
+    seed: Annotated[int, typer.Option(help="Draws documents, resamples and random pools.", min=0)] = 0,
+    resamples: Annotated[int, typer.Option(help="Of the documents, for the intervals.", min=10)] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a pool chosen from a prompt costs: loss and agreement with the full model on what comes after.
+
+    Runs on any checkpoint that can be paged; experts that do not fit into memory are paged. Intervals are bootstrapped
+    over documents.
+
+    Examples:
+
+    `expert-pager eval ./model --documents 'corpus/*.valid.jsonl.gz' --out report`
+
+    `expert-pager eval ./model --documents 'mine/*.jsonl' --methods fused,trunk --sizes 25,12.5 --max-documents 20`
+    """
+    with eval_extra("eval"), busy("loading"):
+        import matplotlib as _  # noqa: F401 - so that a missing one is said before the work, not after
+
+        from pager.evaluation.corpus import Cut
+        from pager.evaluation.run import Ask
+
+    ask = Ask(
+        model,
+        tuple(documents),
+        tuple(calibration),
+        tuple(name.strip() for name in methods.split(",")) if methods else None,
+        parse_sizes(sizes),
+        Cut(prompt_tokens, context_tokens),
+        max_documents,
+        calibration_documents,
+        expert_memory,
+        resolve_device(device),
+        dtype,
+        seed,
+        resamples,
+    )
+    _run(ask, out_folder, as_json)
+
+
+def parse_sizes(text: str) -> tuple[float, ...]:
+    """Raises InvalidRequest."""
+    try:
+        percents = tuple(float(part) for part in text.replace("%", "").split(","))
+    except ValueError:
+        percents = ()
+    if not percents or not all(0 < percent <= 100 for percent in percents):
+        raise InvalidRequest(f"--sizes {text!r} is not a list of percentages above 0 and up to 100, like 25,12.5")
+    return percents
+
+
+def _run(ask: Ask, folder: Path | None, as_json: bool) -> None:
+    from pager.evaluation.report import to_dict
+    from pager.evaluation.run import evaluate, write_report
+
+    tokenizer = read_tokenizer(ask.model)
+    if tokenizer is None:
+        raise InvalidRequest(f"{ask.model} has no tokenizer.json, which its documents need to become tokens")
+    finished = 0
+
+    def done(name: str, total: int) -> None:
+        nonlocal finished
+        finished += 1
+        err.print(f"{finished}/{total} {name}", markup=False)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        evaluation = evaluate(ask, tokenizer, (folder or Path(scratch)) / "cells", done=done)
+    written = write_report(evaluation, folder) if folder is not None else []
+    if as_json:
+        print(json.dumps(to_dict(evaluation), indent=1))
+        return
+    _print(evaluation)
+    for path in written:
+        out.print(str(path), markup=False)
+
+
+def _print(evaluation: Evaluation) -> None:
+    def row(figures: Figures) -> tuple[str, ...]:
+        rise = figures.rise
+        return (
+            f"{figures.method} {figures.percent:g} %",
+            f"{figures.loss.mean:.3f}",
+            f"{rise.mean:.3f} ({rise.low:.3f} to {rise.high:.3f})",
+            f"{figures.agreement.mean:.1%}",
+            format_bytes(round(figures.bytes_resident)),
+            format_bytes(round(figures.bytes_paged)),
+        )
+
+    print_table(
+        f"{evaluation.name}: after prompts of {evaluation.subject.cut.prompt_tokens} tokens",
+        ("method", "loss", "rise (95 %)", "agrees", "resident", "paged a document"),
+        [row(figures) for figures in (evaluation.full, *evaluation.figures)],
+    )
+    for (method, percent), why in evaluation.grid.left_out.items():
+        err.print(f"left out {method} at {percent:g} %: {why}", markup=False)

@@ -1,0 +1,87 @@
+"""Documents as tokens, cut and filtered the same way for every measurement."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from pager.errors import InvalidRequest
+from pager.evaluation.sampling import sample_documents
+
+EVERY_DOCUMENT = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document of the evaluation: its first tokens, of which the prompt is the beginning."""
+
+    domain: str
+    name: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which part of a document is read: a prompt, and at least as many tokens after it, up to `context_tokens`."""
+
+    prompt_tokens: int = 64
+    context_tokens: int = 512
+
+    def check(self, largest_context: int) -> Cut:
+        """`self`, with a context that the model has. Raises InvalidRequest for a prompt that leaves no room."""
+        context = min(self.context_tokens, largest_context)
+        if not 0 < 2 * self.prompt_tokens <= context:
+            raise InvalidRequest(
+                f"a prompt of {self.prompt_tokens} tokens and as many after it do not fit into {context} tokens of "
+                "context; choose a shorter prompt"
+            )
+        return Cut(self.prompt_tokens, context)
+
+
+def read_texts(
+    patterns: Sequence[str], tokenizer: Tokenizer, cut: Cut, *, max_documents: int | None = None, seed: int = 0
+) -> list[Text]:
+    """The documents that are long enough, of each domain at most `max_documents` drawn at random; a file a domain.
+
+    Without special tokens. Raises InvalidRequest for files without documents, and where all are too short.
+    """
+    documents = sample_documents(patterns, EVERY_DOCUMENT, seed)
+    encodings = tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False)
+    texts = [
+        Text(document.domain, document.name, tuple(encoding.ids[: cut.context_tokens]))
+        for document, encoding in zip(documents, encodings, strict=True)
+        if len(encoding.ids) >= 2 * cut.prompt_tokens
+    ]
+    if not texts:
+        raise InvalidRequest(
+            f"none of the {len(documents)} documents has {2 * cut.prompt_tokens} tokens; give longer ones or a shorter "
+            "prompt"
+        )
+    return texts if max_documents is None else _draw(texts, max_documents, seed)
+
+
+def domains_of(texts: Sequence[Text]) -> list[str]:
+    return sorted({text.domain for text in texts})
+
+
+def digest_of(texts: Sequence[Text]) -> str:
+    """Names the tokens: two evaluations with the same digest read the same."""
+    digest = hashlib.blake2b(digest_size=12)
+    for text in texts:
+        digest.update(f"{text.domain}\0{' '.join(map(str, text.token_ids))}\0".encode())
+    return digest.hexdigest()
+
+
+def _draw(texts: Sequence[Text], max_documents: int, seed: int) -> list[Text]:
+    """Ordered by a hash of the seed and the text: a larger draw holds the smaller ones."""
+
+    def place(text: Text) -> bytes:
+        return hashlib.blake2b(f"{seed}\0{text.name}\0{text.token_ids}".encode()).digest()
+
+    drawn: list[Text] = []
+    for domain in domains_of(texts):
+        drawn += sorted((text for text in texts if text.domain == domain), key=place)[:max_documents]
+    return drawn

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import files, fit_router, generate, inspect, replay, route, serve
+from pager.cli import clusters, eval, files, fit_router, generate, inspect, replay, route, serve
 from pager.cli.output import print_error
 from pager.errors import PagerError
 
@@ -27,6 +27,8 @@ app.command("generate")(generate.generate)
 app.command("route")(route.route)
 app.command("inspect")(inspect.inspect)
 app.command("fit-router")(fit_router.fit_router)
+app.command("clusters")(clusters.clusters)
+app.command("eval")(eval.evaluate)
 app.command("pack")(files.pack)
 app.command("verify")(files.verify)
 app.command("replay")(replay.replay)

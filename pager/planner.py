@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
 from pager.errors import BudgetError
 from pager.machine import Machine
-from pager.types import RoutingFacts
+from pager.needs import KV_BLOCK_TOKENS, Needs
 from pager.units import format_bytes, parse_bytes, parse_bytes_or_share
 
 __all__ = ["Budgets", "Machine", "Needs", "Plan", "describe", "plan"]
 
-KV_BLOCK_TOKENS = 16
-SMALLEST_KV_TOKENS = 256
 DEFAULT_KV_SEQUENCES = 8
 STAGING_BUFFERS = 4  # one for each reader thread
-LARGEST_HEADROOM = 2 * 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What a model costs in its serving dtype. `expert_bytes` is one expert; the trunk has no shared experts."""
-
-    trunk_bytes: int
-    expert_bytes: int
-    facts: RoutingFacts
-    kv_bytes_per_token: int
-    context_tokens: int
-
-    @property
-    def num_routed(self) -> int:
-        return sum(self.facts.routed_per_layer)
-
-    @property
-    def routed_bytes(self) -> int:
-        return self.num_routed * self.expert_bytes
-
-    @property
-    def resident_bytes(self) -> int:
-        return sum(self.facts.shared_per_layer) * self.expert_bytes
-
-    @property
-    def smallest_num_slots(self) -> int:
-        """One token's routed experts of the layer that wants most."""
-        return max(self.facts.top_k_per_layer, default=0)
-
-    @property
-    def kv_block_bytes(self) -> int:
-        return self.kv_bytes_per_token * KV_BLOCK_TOKENS
+LARGEST_HEADROOM = 2 * 2**30  # for what no plan knows: page tables, the interpreter's objects, the neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +33,11 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a worker will allocate, in bytes. Nothing is ever allocated beyond it."""
+    """What a worker will allocate, in bytes. Nothing is ever allocated beyond it.
+
+    `workspace_bytes` is for the largest forward that `max_running` sequences and the KV allow: the engine runs none
+    larger. `kernel_bytes` is what the backend compiles as it goes, and keeps.
+    """
 
     num_slots: int
     expert_bytes: int
@@ -76,6 +47,9 @@ class Plan:
     kv_block_bytes: int
     host_records: int
     staging_bytes: int
+    workspace_bytes: int
+    kernel_bytes: int
+    max_running: int
     num_routed: int
     machine: Machine
     kv_block_tokens: int = KV_BLOCK_TOKENS
@@ -98,11 +72,15 @@ class Plan:
 
     @property
     def device_bytes(self) -> int:
-        return self.trunk_bytes + self.resident_bytes + self.slot_bytes + self.kv_bytes + self.staging_bytes
+        """Beside a GPU, staging buffers and host tier are in main memory."""
+        weights = self.trunk_bytes + self.resident_bytes + self.slot_bytes
+        own = weights + self.kv_bytes + self.workspace_bytes + self.kernel_bytes
+        return own + self.staging_bytes if self.machine.is_cpu else own
 
     @property
     def total_bytes(self) -> int:
-        return self.device_bytes + self.host_bytes
+        """On the device and in main memory."""
+        return self.device_bytes + self.host_bytes + (0 if self.machine.is_cpu else self.staging_bytes)
 
     @property
     def fully_resident(self) -> bool:
@@ -112,7 +90,8 @@ class Plan:
         names = (
             "num_slots", "expert_bytes", "slot_bytes", "resident_bytes", "trunk_bytes", "num_kv_blocks",
             "kv_block_tokens", "kv_tokens", "kv_bytes", "host_records", "host_bytes", "staging_bytes",
-            "num_routed", "fully_resident", "device_bytes", "total_bytes",
+            "workspace_bytes", "kernel_bytes", "max_running", "num_routed", "fully_resident", "device_bytes",
+            "total_bytes",
         )  # fmt: skip
         facts = {name: getattr(self, name) for name in names}
         return {**facts, "device": self.machine.device, "memory_bytes": self.machine.memory_bytes}
@@ -124,31 +103,24 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
     Raises BudgetError for a budget too small to run one token or larger than the machine, ConfigError for no size.
     """
     usable = machine.memory_bytes - min(machine.memory_bytes // 8, LARGEST_HEADROOM)
-    staging_bytes = STAGING_BUFFERS * needs.expert_bytes if needs.num_routed else 0
-    fixed = needs.trunk_bytes + needs.resident_bytes + staging_bytes
+    fixed = needs.trunk_bytes + needs.resident_bytes + needs.workspace.kernel_bytes
     num_slots = _asked_slots(needs, budgets, machine)
     num_kv_blocks = _asked_kv_blocks(needs, budgets, machine)
     host_records = _asked_host_records(needs, budgets, machine)
     if machine.is_cpu:
-        fixed += (host_records or 0) * needs.expert_bytes
+        fixed += needs.staging_bytes + (host_records or 0) * needs.expert_bytes
+    _check_fits(needs, budgets, machine, fixed, num_slots, num_kv_blocks, usable)
 
-    smallest_slots = needs.smallest_num_slots if num_slots is None else num_slots
-    smallest_blocks = _smallest_kv_blocks(needs) if num_kv_blocks is None else num_kv_blocks
-    smallest = fixed + smallest_slots * needs.expert_bytes + smallest_blocks * needs.kv_block_bytes
-    if smallest > usable:
-        raise BudgetError(
-            f"the model needs {format_bytes(smallest)} with these budgets (trunk {format_bytes(needs.trunk_bytes)}, "
-            f"shared experts {format_bytes(needs.resident_bytes)}, {smallest_slots} expert slots, "
-            f"{smallest_blocks * KV_BLOCK_TOKENS} tokens of KV), but of the {format_bytes(machine.memory_bytes)} found "
-            f"in {machine.where} {format_bytes(usable)} is free to plan; lower expert_memory, host_memory or kv_memory"
-        )
-    if num_kv_blocks is None:
-        num_kv_blocks = _default_kv_blocks(needs, budgets, usable - fixed - (num_slots or 0) * needs.expert_bytes)
-    if num_slots is None:
-        left = usable - fixed - num_kv_blocks * needs.kv_block_bytes
-        num_slots = min(needs.num_routed, max(smallest_slots, left // needs.expert_bytes)) if needs.num_routed else 0
+    if num_slots is not None:
+        left = usable - fixed - num_slots * needs.expert_bytes
+        num_kv_blocks = num_kv_blocks or _default_kv_blocks(needs, budgets, left // 4)
+    else:
+        num_kv_blocks = num_kv_blocks or _default_kv_blocks(needs, budgets, (usable - fixed) // 4)
+        left = usable - fixed - needs.kv_cost_bytes(num_kv_blocks, budgets.max_running)
+        num_slots = _slots_in(needs, left)
         # The quarter for KV can leave less than a token's experts on a machine that is just large enough.
-        num_kv_blocks = min(num_kv_blocks, (usable - fixed - num_slots * needs.expert_bytes) // needs.kv_block_bytes)
+        left = usable - fixed - num_slots * needs.expert_bytes
+        num_kv_blocks = _most_kv_blocks(needs, budgets, num_kv_blocks, left)
     if host_records is None:
         host_records = _default_host_records(needs, machine)
     return Plan(
@@ -159,7 +131,10 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
         num_kv_blocks=num_kv_blocks,
         kv_block_bytes=needs.kv_block_bytes,
         host_records=host_records,
-        staging_bytes=staging_bytes,
+        staging_bytes=needs.staging_bytes,
+        workspace_bytes=needs.workspace_bytes(num_kv_blocks, budgets.max_running),
+        kernel_bytes=needs.workspace.kernel_bytes,
+        max_running=budgets.max_running,
         num_routed=needs.num_routed,
         machine=machine,
     )
@@ -175,11 +150,37 @@ def describe(plan: Plan) -> list[str]:
         f"expert slots {plan.num_slots} of {plan.num_routed} routed experts ({share:.1%}), "
         f"{format_bytes(plan.slot_bytes)} in slots of {format_bytes(plan.expert_bytes)}",
         f"KV cache     {plan.kv_tokens} tokens in {plan.num_kv_blocks} blocks, {format_bytes(plan.kv_bytes)}",
-        f"staging      {format_bytes(plan.staging_bytes)}",
+        f"staging      {format_bytes(plan.staging_bytes)}{'' if plan.machine.is_cpu else ' of main memory'}",
+        f"workspace    {format_bytes(plan.workspace_bytes)} for the longest prompt, or a step of {plan.max_running}",
+        f"kernels      {format_bytes(plan.kernel_bytes)} that torch may compile and keep",
         f"host tier    {host}",
         f"total        {format_bytes(plan.total_bytes)}; {format_bytes(plan.machine.memory_bytes)} found in "
         f"{plan.machine.where}",
     ]
+
+
+def _check_fits(
+    needs: Needs,
+    budgets: Budgets,
+    machine: Machine,
+    fixed: int,
+    num_slots: int | None,
+    num_kv_blocks: int | None,
+    usable: int,
+) -> None:
+    slots = needs.smallest_num_slots if num_slots is None else num_slots
+    blocks = needs.smallest_kv_blocks if num_kv_blocks is None else num_kv_blocks
+    smallest = fixed + slots * needs.expert_bytes + needs.kv_cost_bytes(blocks, budgets.max_running)
+    if smallest <= usable:
+        return
+    working = needs.workspace_bytes(blocks, budgets.max_running) + needs.workspace.kernel_bytes
+    raise BudgetError(
+        f"the model needs {format_bytes(smallest)} with these budgets (trunk {format_bytes(needs.trunk_bytes)}, "
+        f"shared experts {format_bytes(needs.resident_bytes)}, {slots} expert slots, "
+        f"{blocks * KV_BLOCK_TOKENS} tokens of KV, {format_bytes(working)} to work with for {budgets.max_running} "
+        f"requests at once), but of the {format_bytes(machine.memory_bytes)} found in {machine.where} "
+        f"{format_bytes(usable)} is free to plan; lower expert_memory, host_memory, kv_memory or max_running"
+    )
 
 
 def _asked_slots(needs: Needs, budgets: Budgets, machine: Machine) -> int | None:
@@ -204,11 +205,11 @@ def _asked_kv_blocks(needs: Needs, budgets: Budgets, machine: Machine) -> int | 
     asked = parse_bytes(budgets.kv_memory)
     _check_machine("kv_memory", budgets.kv_memory, asked, machine.memory_bytes, machine.where)
     blocks = asked // needs.kv_block_bytes
-    if blocks < _smallest_kv_blocks(needs):
-        smallest = _smallest_kv_blocks(needs) * needs.kv_block_bytes
+    if blocks < needs.smallest_kv_blocks:
+        smallest = needs.smallest_kv_blocks * needs.kv_block_bytes
         raise BudgetError(
             f"kv_memory {budgets.kv_memory!r} holds {blocks * KV_BLOCK_TOKENS} tokens; give at least {smallest} bytes "
-            f"({format_bytes(smallest)}) for one sequence of {_smallest_kv_blocks(needs) * KV_BLOCK_TOKENS}"
+            f"({format_bytes(smallest)}) for one sequence of {needs.smallest_kv_blocks * KV_BLOCK_TOKENS}"
         )
     return blocks
 
@@ -228,14 +229,25 @@ def _default_host_records(needs: Needs, machine: Machine) -> int:
     return min(needs.num_routed, machine.host_bytes // 2 // needs.expert_bytes) if needs.expert_bytes else 0
 
 
-def _default_kv_blocks(needs: Needs, budgets: Budgets, remaining: int) -> int:
+def _default_kv_blocks(needs: Needs, budgets: Budgets, limit_bytes: int) -> int:
     sequences = min(budgets.max_running, DEFAULT_KV_SEQUENCES)
     wanted = sequences * -(-needs.context_tokens // KV_BLOCK_TOKENS)
-    return max(_smallest_kv_blocks(needs), min(wanted, remaining // 4 // needs.kv_block_bytes))
+    return _most_kv_blocks(needs, budgets, wanted, limit_bytes)
 
 
-def _smallest_kv_blocks(needs: Needs) -> int:
-    return -(-min(SMALLEST_KV_TOKENS, needs.context_tokens) // KV_BLOCK_TOKENS)
+def _most_kv_blocks(needs: Needs, budgets: Budgets, wanted: int, limit_bytes: int) -> int:
+    """As many of the wanted ones as fit with the working memory that they call for; the smallest number at least."""
+    smallest = needs.smallest_kv_blocks
+    beyond = bisect_right(
+        range(smallest, wanted + 1), limit_bytes, key=lambda blocks: needs.kv_cost_bytes(blocks, budgets.max_running)
+    )
+    return smallest + max(0, beyond - 1)
+
+
+def _slots_in(needs: Needs, limit_bytes: int) -> int:
+    if not needs.num_routed:
+        return 0
+    return min(needs.num_routed, max(needs.smallest_num_slots, limit_bytes // needs.expert_bytes))
 
 
 def _check_machine(name: str, value: object, asked: int, found: int, where: str) -> None:

@@ -9,7 +9,8 @@ import typer
 from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, HostMemory, KvMemory, ModelPath, resolve_device
 from pager.cli.output import out, print_facts, print_json, print_table
 from pager.errors import PoolTooSmall
-from pager.planner import Budgets, Machine, Needs, Plan, describe
+from pager.needs import Needs
+from pager.planner import Budgets, Machine, Plan, describe
 from pager.planner import plan as make_plan
 from pager.units import format_bytes
 
@@ -43,14 +44,15 @@ def inspect(
     from pager.engine.loading import needs_of
     from pager.engine.trunk import OpenModel
 
+    resolved = resolve_device(device)
     found = OpenModel.open(model, dtype)
     with found.checkpoint:
-        needs = needs_of(found)
+        needs = needs_of(found, resolved)
         facts = _facts(found, needs)
     made = None
     if plan or any(budget is not None for budget in (expert_memory, host_memory, kv_memory)):
         budgets = Budgets(expert_memory, host_memory, kv_memory, max_running)
-        made = make_plan(needs, budgets, Machine.detect(resolve_device(device)))
+        made = make_plan(needs, budgets, Machine.detect(resolved))
     pools = _pools(needs, made)
     if as_json:
         print_json({**facts, "pools": pools, "plan": made.to_dict() if made else None})

@@ -152,8 +152,9 @@ def _check_budgets(opened: OpenModel, config: ServiceConfig, default_size: PoolS
     if config.cluster.ray_address is not None or not workers.count:
         return  # they run on other machines
     budgets = Budgets(workers.expert_memory, workers.host_memory, workers.kv_memory, workers.max_running)
-    machine = Machine.detect(resolve_device(workers.device)).shared_by(workers.count)
-    planned = plan(needs_of(opened), budgets, machine)
+    device = resolve_device(workers.device)
+    machine = Machine.detect(device).shared_by(workers.count)
+    planned = plan(needs_of(opened, device), budgets, machine)
     if not isinstance(default_size, Full):
         needed = sum(largest_counts(default_size, opened.facts))
         if needed > planned.num_slots:

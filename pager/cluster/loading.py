@@ -16,6 +16,7 @@ from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
 from pager.engine.loading import PagedModel, load_paged_model
+from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import CheckpointError, ConfigError
 from pager.machine import Machine
 from pager.metrics import TierBytes
@@ -26,6 +27,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
     """Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
     workers = config.workers
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    return_freed_memory()
     device = device_of(workers)
     paged = load_paged_model(
         config.model.path,
@@ -39,6 +41,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         trace=_trace_file(workers),
     )
     try:
+        limit_device_memory(paged.plan, paged.device)
         tokenizer = _tokenizer(Path(config.model.path))
         limits = EngineLimits(max_running=workers.max_running, max_waiting=workers.max_waiting)
         engine = Engine(paged, tokenizer, limits, sink=sink, observer=observer)

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from pager.engine.kv import KvCache
 from pager.errors import UnsupportedModel
+from pager.needs import GATHER_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -55,11 +56,19 @@ def attend(
     k_NGD.index_copy_(0, kv_step.write_T, key.transpose(1, 2).flatten(0, 1))
     v_NGD.index_copy_(0, kv_step.write_T, value.transpose(1, 2).flatten(0, 1))
 
-    if kv_step.read_BC is not None:
-        key, value = _gather(k_NGD, kv_step.read_BC), _gather(v_NGD, kv_step.read_BC)
-    if query.shape[2] > 1 or kv_step.mask is None:
+    if kv_step.read_BC is None or query.shape[2] > 1:
+        if kv_step.read_BC is not None:
+            key, value = _gather(k_NGD, kv_step.read_BC), _gather(v_NGD, kv_step.read_BC)
         return _attend_prompt(query, key, value, kv_step.mask, scaling), None
-    return _attend_one_token(query, key, value, kv_step.mask, scaling), None
+    assert kv_step.mask is not None, "a context is read under a mask"
+    rows = max(1, GATHER_TOKENS // kv_step.read_BC.shape[1])  # the plan has room for so much of a context at a time
+    parts = [
+        _attend_one_token(some_query, _gather(k_NGD, read_BC), _gather(v_NGD, read_BC), mask, scaling)
+        for some_query, read_BC, mask in zip(
+            query.split(rows), kv_step.read_BC.split(rows), kv_step.mask.split(rows), strict=True
+        )
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts), None
 
 
 def _attend_prompt(
@@ -73,6 +82,10 @@ def _attend_prompt(
     if query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()
     is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and query.device.type != "cpu":  # torch's frugal kernels take no groups everywhere
+        queries_a_key = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(queries_a_key, 1), value.repeat_interleave(queries_a_key, 1)
+        is_grouped = False
     causal = mask is None and query.shape[2] > 1
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, is_causal=causal, enable_gqa=is_grouped

@@ -24,6 +24,7 @@ from pager.engine.runner import ModelRunner
 from pager.engine.scheduler import WaitingLine
 from pager.engine.sequence import Sequence
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
+from pager.needs import PREFILL_CHUNK_TOKENS
 from pager.routing.pool import check_pool
 from pager.types import GenerateRequest, TokenChunk
 
@@ -53,7 +54,9 @@ class Engine:
         config = paged.model.config
         self._paged = paged
         self._tokenizer: Tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        self._limits = limits
+        # Beyond these the plan has no working memory.
+        self._max_running = min(limits.max_running, paged.plan.max_running)
+        self._prefill_chunk_tokens = min(limits.prefill_chunk_tokens, PREFILL_CHUNK_TOKENS)
         self._sink = sink
         self._observer = observer or EngineObserver()
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
@@ -174,7 +177,8 @@ class Engine:
         """One forward for all sequences that hold their experts; a second one for the exact ones, which page."""
         num_tokens = 0
         groups: dict[str, list[Sequence]] = {}
-        for sequence in self._running:
+        able = [sequence for sequence in self._running if not sequence.awaits_experts]
+        for sequence in able or self._running:
             name = "exact" if sequence.is_exact else "pooled"
             groups.setdefault(name, []).append(sequence)
         for name, group in groups.items():
@@ -182,6 +186,8 @@ class Engine:
             now_s = time.monotonic()
             for sequence, outcome in zip(group, outcomes, strict=True):
                 self._take(sequence, outcome, now_s)
+                if not sequence.has_ended:
+                    sequence.answer_drift()
             num_tokens += len(group)
         return num_tokens
 
@@ -192,7 +198,7 @@ class Engine:
         tries = ADMISSION_TRIES
         next(iter(self._line)).prefetch(self._paged)  # before anything is reserved: a prefetch takes no promised slot
         for sequence in self._line.candidates():
-            if tries == 0 or len(self._prefilling) + len(self._running) >= self._limits.max_running:
+            if tries == 0 or len(self._prefilling) + len(self._running) >= self._max_running:
                 return
             try:
                 if not sequence.acquire(self._paged, self._blocks):
@@ -215,7 +221,7 @@ class Engine:
             return 0
         num_tokens = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
         if sequence.may_be_chunked(self._paged):
-            num_tokens = min(num_tokens, self._limits.prefill_chunk_tokens)
+            num_tokens = min(num_tokens, self._prefill_chunk_tokens)
         outcome = self._decoder.prefill(sequence, num_tokens)
         if outcome is None:
             return num_tokens
@@ -242,6 +248,8 @@ class Engine:
                 self._observer.pool(usage.pool, usage.out_of_pool_mass)
             if usage.predicted_recall is not None:
                 self._observer.predicted(usage.predicted_recall)
+            if usage.drift is not None:
+                self._observer.drift(usage.drift)
             self._end(sequence, reason.value)
         self._events.append(TokenChunk(sequence.request.id, (outcome,), text, usage))
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pager.errors import PagerError
-from pager.types import ExpertPool, TokenChunk
+from pager.needs import PREFILL_CHUNK_TOKENS
+from pager.types import DriftReport, ExpertPool, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Bounds of one engine. KV memory is not in here: the plan says it."""
+    """Bounds of one engine. KV memory is not in here: the plan says it.
+
+    The plan's `max_running`, and the needs' PREFILL_CHUNK_TOKENS, hold where they are lower: they are what there is
+    working memory for.
+    """
 
     max_running: int = 32  # sequences that hold KV and slots at a time
     max_waiting: int = 256  # beyond max_running + max_waiting a request is refused
     max_overtakes: int = 8  # how often a request that does not fit yet may be passed by later ones
-    prefill_chunk_tokens: int = 512  # where a prompt's pool is fixed already, so that decoding goes on in between
+    # Of a prompt whose pool is fixed already, so that decoding goes on in between.
+    prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,9 @@ class EngineObserver:
 
     def pool(self, pool: ExpertPool, out_of_pool_mass: float) -> None:
         """The pool of an answer that is finished, and the mean router mass that fell outside it while decoding."""
+
+    def drift(self, report: DriftReport) -> None:
+        """What was done about drift in an answer that is finished and whose policy looked for it."""
 
     def predicted(self, recall: float) -> None:
         """Which share of the actual pool the router's prediction had named."""

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pager.needs import KV_BLOCK_TOKENS
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = KV_BLOCK_TOKENS
 
 
 class BlockPool:
@@ -64,7 +66,7 @@ class KvCache:
     """The tensors `k[L, N, G, D]` and `v[L, N, G, D]`. A token slot is `block * BLOCK_TOKENS + offset`."""
 
     def __init__(self, config: PretrainedConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
-        num_kv_heads, head_dim = _heads(config)
+        num_kv_heads, head_dim = heads_of(config)
         shape = (config.num_hidden_layers, num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -76,7 +78,7 @@ class KvCache:
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes that one token's keys and values take in all layers."""
-    num_kv_heads, head_dim = _heads(config)
+    num_kv_heads, head_dim = heads_of(config)
     return 2 * int(config.num_hidden_layers) * num_kv_heads * head_dim * dtype.itemsize
 
 
@@ -93,7 +95,8 @@ def token_slots(tables: Sequence[Sequence[int]], device: torch.device) -> torch.
     return slots.flatten(1).to(device)
 
 
-def _heads(config: PretrainedConfig) -> tuple[int, int]:
+def heads_of(config: PretrainedConfig) -> tuple[int, int]:
+    """How many key/value heads there are, and their dimension."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return int(num_kv_heads), int(head_dim)

@@ -21,9 +21,12 @@ from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.experts import attach
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.trunk import OpenModel
+from pager.engine.workspace import staging_bytes, workspace_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, UnsupportedModel
 from pager.machine import Machine
-from pager.planner import Budgets, Needs, Plan, plan
+from pager.needs import Needs
+from pager.planner import STAGING_BUFFERS, Budgets, Plan, plan
+from pager.routing.drift import check_can_drift, check_drift
 from pager.routing.pool import largest_counts
 from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts
 
@@ -126,6 +129,9 @@ class PagedModel:
 
     def check_policy(self, policy: PoolPolicy) -> None:
         """Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
+        check_can_drift(policy)
+        if policy.drift is not None:
+            check_drift(policy.drift)
         if isinstance(policy.size, Full) and policy.fixed is None:
             return
         unpoolable = self.family.poolable(self.config)
@@ -174,7 +180,7 @@ def load_paged_model(
         raise ConfigError(f"num_readers must be at least 1, not {num_readers}: nobody would read an expert")
     opened = OpenModel.open(path, dtype)
     with opened.checkpoint, ExitStack() as closing:
-        planned = plan(needs_of(opened), budgets or Budgets(), machine or Machine.detect(device))
+        planned = plan(needs_of(opened, device, num_readers), budgets or Budgets(), machine or Machine.detect(device))
         source = opened.open_experts()
         closing.callback(source.close)
         model = opened.load_trunk(device)
@@ -225,12 +231,14 @@ def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
     return HostTier.create(planned.host_bytes, opened.family.expert_shape(opened.config), opened.dtype)
 
 
-def needs_of(opened: OpenModel) -> Needs:
-    """What the planner has to know of a model."""
+def needs_of(opened: OpenModel, device: str, num_readers: int = STAGING_BUFFERS) -> Needs:
+    """What the planner has to know of a model that is to run on `device`, with torch's threads as they are now."""
     return Needs(
         trunk_bytes=opened.trunk_bytes,
         expert_bytes=opened.expert_bytes,
         facts=opened.facts,
         kv_bytes_per_token=kv_bytes_per_token(opened.config, opened.dtype),
         context_tokens=opened.config.max_position_embeddings,
+        staging_bytes=staging_bytes(opened, device, num_readers=num_readers, num_buffers=STAGING_BUFFERS),
+        workspace=workspace_of(opened, device, num_readers=num_readers),
     )

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pager.errors import BudgetError, ConfigError
-from pager.planner import KV_BLOCK_TOKENS, Budgets, Machine, Needs, describe, plan
+from pager.needs import KV_BLOCK_TOKENS, Needs, Workspace
+from pager.planner import Budgets, Machine, describe, plan
 from pager.types import RoutingFacts
 
 MIB = 2**20
@@ -15,7 +16,17 @@ MIB = 2**20
 
 def needs(*, layers: int = 4, experts: int = 32, shared: int = 1, top_k: int = 7, context: int = 1024) -> Needs:
     facts = RoutingFacts((experts,) * layers, (shared,) * layers, (top_k,) * layers)
-    return Needs(trunk_bytes=8 * MIB, expert_bytes=MIB, facts=facts, kv_bytes_per_token=4096, context_tokens=context)
+    return Needs(
+        trunk_bytes=8 * MIB,
+        expert_bytes=MIB,
+        facts=facts,
+        kv_bytes_per_token=4096,
+        context_tokens=context,
+        staging_bytes=4 * MIB if experts else 0,
+        workspace=Workspace(
+            token_bytes=8192, context_bytes=1024, draw_bytes=65536, fixed_bytes=MIB, kernel_bytes=2 * MIB
+        ),
+    )
 
 
 def machine(memory: int = 4096 * MIB, device: str = "cpu", host: int = 1024 * MIB) -> Machine:

@@ -1,0 +1,179 @@
+"""How much memory a forward takes beside weights and KV: upper bounds from the model's shapes, and what keeps to them.
+
+Legend: T tokens, K experts a token picks (shared ones included), E experts of a layer, D hidden, F expert intermediate,
+H query heads, G key/value heads, V vocabulary. Counted is what is alive at a time, as if every reader of a name were
+late to let go of it; tests/engine/test_engine_workspace.py holds the counts to what torch allocates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from pager.engine import KERNEL_CACHES
+from pager.engine.experts import BATCHED_EXPERT_BYTES, BATCHED_PAIRS, HALF_PRECISION_ROWS
+from pager.engine.kv import heads_of
+from pager.engine.trunk import OpenModel
+from pager.needs import Workspace
+from pager.store.datafile import STAGING_BYTES
+
+if TYPE_CHECKING:
+    from pager.planner import Plan
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+FP32 = 4
+INT64 = 8
+
+KERNEL_BYTES = 3 * MIB // 4  # one that torch compiled for half precision
+
+KEPT_BYTES = MIB
+"""What malloc keeps of freed memory at the end of each thread's arena, and the smallest buffer that it always returns:
+see `return_freed_memory`."""
+_MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
+
+_ATTENTION_QUERIES, _ATTENTION_KEYS = 256, 512  # the tile of torch's attention on a CPU, one a thread
+_GEMM_BYTES = 4 * MIB  # packed panels of a matrix product, one set a thread
+_CUBLAS_BYTES = 64 * MIB  # cuBLAS and cuBLASLt, 32 MiB each on the newest GPUs
+_CUDA_SEGMENT_BYTES = 20 * MIB  # what torch takes from the device for anything between 1 and 10 MiB
+
+
+def workspace_of(opened: OpenModel, device: str, *, num_readers: int) -> Workspace:
+    """What a forward of this model takes on `device`, with as many threads as torch has now."""
+    on_cpu = torch.device(device).type == "cpu"
+    shapes = _Shapes(opened, on_cpu)
+    is_half = opened.dtype != torch.float32
+    fixed_bytes = shapes.cpu_bytes(num_readers) if on_cpu else _CUBLAS_BYTES + 2 * _CUDA_SEGMENT_BYTES
+    token_bytes, context_bytes, draw_bytes = shapes.token_bytes(), shapes.context_bytes(), shapes.draw_bytes()
+    if not on_cpu:
+        # The caching allocator hands out whole blocks and keeps them: an eighth of the trunk's weights, which are
+        # many of a few MiB, and a quarter of everything that comes and goes.
+        fixed_bytes += opened.trunk_bytes // 8
+        token_bytes, context_bytes, draw_bytes = (
+            nbytes + nbytes // 4 for nbytes in (token_bytes, context_bytes, draw_bytes)
+        )
+    return Workspace(
+        token_bytes=token_bytes,
+        context_bytes=context_bytes,
+        draw_bytes=draw_bytes,
+        fixed_bytes=fixed_bytes,
+        kernel_bytes=_kernel_bytes() if on_cpu and is_half else 0,
+    )
+
+
+def staging_bytes(opened: OpenModel, device: str, *, num_readers: int, num_buffers: int) -> int:
+    """What experts pass through: page-locked buffers before a GPU, and a reader's piece where dtypes are converted."""
+    if not any(opened.facts.experts_per_layer):
+        return 0
+    pack = opened.checkpoint.pack
+    stored = {spec.dtype for spec in opened.checkpoint.specs.values()} if pack is None else {pack.dtype}
+    pieces = num_readers * STAGING_BYTES if stored != {opened.dtype} else 0
+    return pieces if torch.device(device).type == "cpu" else pieces + num_buffers * opened.expert_bytes
+
+
+class _Shapes:
+    """The widths of a model that decide what a token takes."""
+
+    def __init__(self, opened: OpenModel, on_cpu: bool) -> None:
+        config, facts = opened.config, opened.facts
+        self.on_cpu = on_cpu
+        self.item = opened.dtype.itemsize
+        self.hidden = int(config.hidden_size)
+        self.vocabulary = int(config.vocab_size)
+        self.num_kv_heads, self.head_dim = heads_of(config)
+        self.num_heads = int(config.num_attention_heads)
+        self.expert = opened.family.expert_shape(config)
+        self.expert_bytes = opened.expert_bytes
+        self.num_experts = max(facts.experts_per_layer)
+        picks = zip(facts.top_k_per_layer, facts.shared_per_layer, strict=True)
+        self.top_k = max(routed + shared for routed, shared in picks)
+        self.dense = _dense_intermediate(opened) if 0 in facts.experts_per_layer else 0
+
+    def token_bytes(self) -> int:
+        """A token on its way through the layers: a layer's input, and the widest of what it becomes inside."""
+        position = 8 * INT64 + 4 * self.head_dim * FP32  # ids, slots, row, mask; cosines and sines
+        streams = 3 * self.hidden * self.item + 2 * self.hidden * FP32  # input, residual, normed; the norm's fp32
+        dense = 4 * self.dense * self.item
+        return position + streams + max(self._attention(), self._routing(), self._experts(), dense)
+
+    def context_bytes(self) -> int:
+        """A token of context in one layer: gathered, and made fp32 or repeated for its queries where that is done."""
+        gathered = 2 * self.num_kv_heads * self.head_dim
+        if self.on_cpu:
+            return gathered * (self.item + (FP32 if self.item < FP32 else 0))
+        is_grouped = self.num_heads != self.num_kv_heads
+        return (gathered + 2 * self.num_heads * self.head_dim * is_grouped) * self.item
+
+    def draw_bytes(self) -> int:
+        """A row whose token is drawn under top-p: logits, sorted ones and their ids, and float64 for the rest."""
+        per_token = 2 * self.item + 2 * FP32 + 2 * (FP32 + INT64) + 6 * 8 + 2
+        return self.vocabulary * per_token
+
+    def cpu_bytes(self, num_readers: int) -> int:
+        """Whatever the batch: what each thread keeps, the weights of small experts side by side, rows for nobody."""
+        tile = _ATTENTION_QUERIES * (_ATTENTION_KEYS + 2 + self.head_dim) * FP32
+        threads = torch.get_num_threads() * (tile + _GEMM_BYTES)
+        keeping = 2 + num_readers  # who steps, who loads, who reads
+        batched = BATCHED_PAIRS * self.expert_bytes if self.expert_bytes <= BATCHED_EXPERT_BYTES else 0
+        surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
+        return threads + keeping * KEPT_BYTES + batched + surplus
+
+    def _attention(self) -> int:
+        queries, keys = self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim
+        rotated = queries * (2 * self.item + 5 * FP32) + keys * self.item
+        attended = (queries + keys) * (self.item + FP32) + 2 * queries * (self.item + FP32)
+        repeated = 0 if self.on_cpu else 2 * queries * self.item
+        return max(rotated, attended + repeated) + self.hidden * self.item
+
+    def _routing(self) -> int:
+        """Logits, the scores without what is outside the pool, probabilities, and the same in float64 to add up."""
+        return self.num_experts * (2 * self.item + 4 * FP32 + 2 * 8 + 2) + self._picks()
+
+    def _picks(self) -> int:
+        return self.top_k * (3 * FP32 + 6 * INT64)
+
+    def _experts(self) -> int:
+        """Pairs of token and expert: inputs and outputs side by side; then the outputs weighted, twice."""
+        pairs, hidden, inner = self.top_k, self.hidden, self.expert.intermediate
+        side_by_side = 2 * pairs * hidden * self.item
+        # On a CPU an expert at a time, which may be every token's; on a GPU all at once.
+        within = (4 * inner + hidden) * self.item * (1 if self.on_cpu else pairs)
+        weighted = 2 * pairs * hidden * FP32 + hidden * (FP32 + self.item)
+        return self.num_experts * self.item + self._picks() + side_by_side + max(within, weighted)
+
+
+def _kernel_bytes() -> int:
+    return sum(int(os.environ[cache]) for cache in KERNEL_CACHES) * KERNEL_BYTES
+
+
+def _dense_intermediate(opened: OpenModel) -> int:
+    """The widest of the layers without experts."""
+    blocks = [layer.mlp for layer in opened.build_empty().model.layers]
+    return max(int(block.gate_proj.weight.shape[0]) for block in blocks if hasattr(block, "gate_proj"))
+
+
+def return_freed_memory() -> None:
+    """Has malloc give freed buffers back to the system, for a process that is held to a plan.
+
+    By itself glibc raises its threshold to the largest buffer that was freed, up to 32 MiB, and keeps as much twice in
+    the arena of every thread that freed one. Costs a page fault per 4 KiB of each buffer of KEPT_BYTES or more.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library, which has habits of its own
+        log.info("the C library has no mallopt; how much freed memory it keeps is not known")
+        return
+    for option in (_MALLOC_MMAP_THRESHOLD, _MALLOC_TRIM_THRESHOLD):
+        mallopt(option, KEPT_BYTES)
+
+
+def limit_device_memory(plan: Plan, device: torch.device) -> None:
+    """Has torch's allocator on a GPU refuse what goes beyond the plan; it lets go of what it keeps first."""
+    if device.type == "cuda":
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.device_bytes / total_bytes), device)

@@ -1,0 +1,93 @@
+"""What a model costs to run, in integers: what the planner shares memory out by. Knows no tensors and no machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pager.types import RoutingFacts
+
+KV_BLOCK_TOKENS = 16
+SMALLEST_KV_TOKENS = 256
+PREFILL_CHUNK_TOKENS = 512
+"""The most tokens of a prompt in one forward where earlier ones are read from the KV cache."""
+GATHER_TOKENS = 16_384
+"""How many tokens of context a decode step gathers at a time, or those of one row where that is more."""
+
+_INDEX_BYTES = 32  # a token of context in a row's table: its slot, read where it is seen, and the mask
+_MASK_BYTES = 5  # a pair of query and key: a bool, and the float that torch makes of it
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What a forward takes beside weights and KV, as upper bounds from the model's shapes.
+
+    `token_bytes` is a token on its way through the layers, `context_bytes` a token of context whose keys and values are
+    gathered, `draw_bytes` a row whose next token is drawn. `fixed_bytes` comes once; `kernel_bytes` is what the backend
+    compiles for the shapes it meets, and keeps.
+    """
+
+    token_bytes: int = 0
+    context_bytes: int = 0
+    draw_bytes: int = 0
+    fixed_bytes: int = 0
+    kernel_bytes: int = 0
+
+    def forward_bytes(self, num_rows: int, num_tokens: int) -> int:
+        """The most that a forward takes at a time: a prompt of `num_tokens`, or a step of so many rows as long."""
+        chunk = min(num_tokens, PREFILL_CHUNK_TOKENS)
+        whole_prompt = num_tokens * self.token_bytes
+        later_chunk = chunk * self.token_bytes + num_tokens * (self.context_bytes + chunk * _MASK_BYTES)
+        gathered = max(num_tokens, min(num_rows * num_tokens, GATHER_TOKENS))
+        layers = num_rows * self.token_bytes + gathered * self.context_bytes
+        decode = max(layers, num_rows * self.draw_bytes) + num_rows * num_tokens * _INDEX_BYTES
+        return self.fixed_bytes + max(whole_prompt, later_chunk, decode)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a model costs in its serving dtype. `expert_bytes` is one expert; the trunk has no shared experts.
+
+    `staging_bytes` is what experts pass through on their way into slots, all readers together.
+    """
+
+    trunk_bytes: int
+    expert_bytes: int
+    facts: RoutingFacts
+    kv_bytes_per_token: int
+    context_tokens: int
+    staging_bytes: int
+    workspace: Workspace
+
+    @property
+    def num_routed(self) -> int:
+        return sum(self.facts.routed_per_layer)
+
+    @property
+    def routed_bytes(self) -> int:
+        return self.num_routed * self.expert_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(self.facts.shared_per_layer) * self.expert_bytes
+
+    @property
+    def smallest_num_slots(self) -> int:
+        """One token's routed experts of the layer that wants most."""
+        return max(self.facts.top_k_per_layer, default=0)
+
+    @property
+    def kv_block_bytes(self) -> int:
+        return self.kv_bytes_per_token * KV_BLOCK_TOKENS
+
+    @property
+    def smallest_kv_blocks(self) -> int:
+        return -(-min(SMALLEST_KV_TOKENS, self.context_tokens) // KV_BLOCK_TOKENS)
+
+    def workspace_bytes(self, num_kv_blocks: int, max_running: int) -> int:
+        """Of an engine with so much KV: no sequence is longer than that, and each has a block of its own."""
+        longest = min(self.context_tokens, num_kv_blocks * KV_BLOCK_TOKENS)
+        return self.workspace.forward_bytes(min(max_running, num_kv_blocks), longest)
+
+    def kv_cost_bytes(self, num_kv_blocks: int, max_running: int) -> int:
+        """Of so much KV, with the working memory for sequences as long as it allows."""
+        return num_kv_blocks * self.kv_block_bytes + self.workspace_bytes(num_kv_blocks, max_running)

@@ -1,0 +1,187 @@
+"""What the plan sets aside to work with, against what torch allocates while the engine works as hard as it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from pager.engine import attention
+from pager.engine.attention import KvStep
+from pager.engine.engine import Engine
+from pager.engine.interface import EngineLimits, Failure, StreamEvent
+from pager.engine.kv import KvCache, kv_bytes_per_token
+from pager.engine.loading import PagedModel, load_paged_model, needs_of
+from pager.engine.trunk import OpenModel
+from pager.models.emo import EmoConfig, EmoForCausalLM
+from pager.planner import Budgets
+from pager.types import Count, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams
+
+MIB = 2**20
+CONTEXT, ROWS = 768, 6
+SIZES: dict[str, Any] = {
+    "vocab_size": 3000,
+    "hidden_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "emo": lambda: EmoForCausalLM(
+        EmoConfig(**SIZES, intermediate_size=128, num_experts=17, num_shared_experts=1, num_experts_per_tok=6)
+    ),
+    "emo-small-experts": lambda: EmoForCausalLM(
+        EmoConfig(**SIZES, intermediate_size=32, num_experts=65, num_shared_experts=1, num_experts_per_tok=3)
+    ),
+    "olmoe": lambda: OlmoeForCausalLM(
+        OlmoeConfig(**SIZES, intermediate_size=128, num_experts=16, num_experts_per_tok=6)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES, intermediate_size=512, num_local_experts=8, num_experts_per_tok=2)
+    ),
+    "qwen3-dense-layer": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SIZES, intermediate_size=1500, moe_intermediate_size=128, num_experts=16, num_experts_per_tok=4,
+            head_dim=64, mlp_only_layers=[0],
+        )
+    ),
+}  # fmt: skip
+"""Different things are the widest in each: pairs, gathered weights, pairs, an expert's inside, a dense layer."""
+
+# Tokens of the prompt, and after it. An exact prompt and one with a given pool run in chunks where all experts fit.
+WORK = {"exact": (CONTEXT - 1, 1), "whole-pool": (CONTEXT - 1, 1), "chunks": (CONTEXT - 1, 1), "decode": (400, 3)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    made: Path = tmp_path_factory.mktemp("workspace") / request.param
+    MODELS[request.param]().save_pretrained(made)
+    return made
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def paged(path: Path, request: pytest.FixtureRequest) -> Iterator[PagedModel]:
+    """KV for ROWS whole contexts, and a slot for every expert."""
+    opened = OpenModel.open(path, request.param)
+    with opened.checkpoint:
+        kv_memory = ROWS * CONTEXT * kv_bytes_per_token(opened.config, opened.dtype)
+    budgets = Budgets(expert_memory="100%", host_memory=0, kv_memory=kv_memory, max_running=ROWS)
+    loaded = load_paged_model(path, dtype=request.param, budgets=budgets)
+    yield loaded
+    loaded.close()
+
+
+def policy_of(work: str, paged: PagedModel) -> PoolPolicy:
+    facts = paged.facts
+    if work == "exact":
+        return PoolPolicy()
+    size = max(facts.top_k_per_layer) + 1
+    if work == "whole-pool":
+        return PoolPolicy(size=Count(size))
+    fixed = ExpertPool(tuple(tuple(range(size)) if routed else () for routed in facts.routed_per_layer))
+    return PoolPolicy(size=Count(size), fixed=fixed)
+
+
+def run(paged: PagedModel, engine: Engine, work: str, events: list[StreamEvent]) -> None:
+    num_tokens, num_new = WORK[work]
+    sampling = SamplingParams(max_tokens=num_new, temperature=1.0, top_p=0.9, seed=1, ignore_eos=True)
+    policy = policy_of(work, paged)
+    for number in range(ROWS if work == "decode" else 1):
+        prompt = tuple(torch.randint(2, 3000, (num_tokens,), generator=torch.Generator().manual_seed(number)).tolist())
+        engine.submit(GenerateRequest(f"{work}-{number}", "t", prompt, sampling, policy))
+    while engine.status().running + engine.status().waiting:
+        engine.step()
+    assert not [event for event in events if isinstance(event, Failure)]
+
+
+def peak_bytes(what: Callable[[], None]) -> int:
+    """The most that torch's allocator held at a time for it, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        what()
+    result: Any = profiled.profiler
+    events = [event for event in result.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_no_work_takes_more_than_the_plan_has_for_it(paged: PagedModel, path: Path) -> None:
+    events: list[StreamEvent] = []
+    engine = Engine(paged, Tokenizer(BPE()), EngineLimits(), sink=events.extend)
+    opened = OpenModel.open(path, paged.dtype)
+    with opened.checkpoint:
+        needs = needs_of(opened, "cpu")
+    # What comes once is mostly the allocator's; what forwards use of it are the copies of small experts.
+    copied = 256 * needs.expert_bytes if needs.expert_bytes <= 128 * 1024 else MIB
+    counted = replace(needs.workspace, fixed_bytes=copied).forward_bytes(ROWS, CONTEXT)
+    assert counted <= paged.plan.workspace_bytes
+    peaks = {}
+    for work in WORK:
+        run(paged, engine, work, events)  # what is made once is there
+        peaks[work] = peak_bytes(partial(run, paged, engine, work, events))
+    print(
+        f"\n{path.name} {paged.dtype}: {counted / MIB:.2f} MiB",
+        {work: round(peak / MIB, 2) for work, peak in peaks.items()},
+    )
+    assert max(peaks.values()) <= counted
+    assert max(peaks.values()) > counted / 4, "the count is far from what is used"
+
+
+@pytest.mark.parametrize("most", [1, 100, 250])
+def test_a_context_gathered_in_parts_is_the_same(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cache = KvCache(MixtralConfig(**SIZES), 64, torch.float32, torch.device("cpu"))
+    cache.k.normal_(generator=generator)
+    cache.v.normal_(generator=generator)
+    layer = torch.nn.Module()
+    layer.layer_idx = 1
+    rows, context = 5, 80
+    query = torch.randn(rows, 6, 1, 32, generator=generator)
+    key, value = torch.randn(2, rows, 2, 1, 32, generator=generator)
+    read_BC = torch.randint(0, 64 * 16, (rows, context), generator=generator)
+    mask = torch.rand(rows, 1, 1, context, generator=generator) < 0.7
+    step = KvStep(cache, read_BC[:, -1].clone(), read_BC, mask)
+    whole, _ = attention.attend(layer, query, key, value, None, kv_step=step)
+    monkeypatch.setattr(attention, "GATHER_TOKENS", most)
+    parts, _ = attention.attend(layer, query, key, value, None, kv_step=step)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+def test_an_engine_runs_no_more_at_a_time_than_the_plan_has_memory_for(path: Path) -> None:
+    budgets = Budgets(expert_memory="100%", host_memory=0, max_running=2)
+    paged = load_paged_model(path, dtype="float32", budgets=budgets)
+    engine = Engine(paged, Tokenizer(BPE()), EngineLimits(max_running=5), sink=lambda _: None)
+    for number in range(4):
+        sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+        engine.submit(GenerateRequest(str(number), "t", (5, 6, 7), sampling, PoolPolicy()))
+    seen = set()
+    while engine.status().running + engine.status().waiting:
+        engine.step()
+        seen.add(engine.status().running)
+    assert max(seen) == 2
+    paged.close()

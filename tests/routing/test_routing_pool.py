@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pager.errors import InvalidRequest, PoolTooSmall
 from pager.routing.pool import check_pool, covered_mass, largest_counts, parse_pool_size, pick_layer, pick_pool
-from pager.types import Count, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
+from pager.types import Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
 
 # The released model's layers: 127 routed experts and a shared one, seven routed picks a token.
 RELEASED = RoutingFacts((128, 128), (1, 1), (7, 7))
@@ -164,6 +164,7 @@ def cases(draw: st.DrawFn) -> tuple[RoutingFacts, RoutingScores, PoolSize]:
             st.integers(1, 14).map(Count),
             st.floats(0.01, 1.0).map(Share),
             st.builds(Mass, st.floats(0.01, 1.0), st.none() | st.integers(1, 14)),
+            st.tuples(*(st.integers(num, 14) for num in top_k)).map(Counts),
         )
     )
     return RoutingFacts(tuple(experts), tuple(shared), tuple(top_k)), RoutingScores(tuple(means), "test", 1), size

@@ -144,6 +144,7 @@ def describe(plan: Plan) -> list[str]:
     """What the planner decided, a line each, for people."""
     share = plan.num_slots / plan.num_routed if plan.num_routed else 1.0
     host = f"{plan.host_records} experts, {format_bytes(plan.host_bytes)}" if plan.host_records else "none"
+    kernels = f"kernels      {format_bytes(plan.kernel_bytes)} that torch may compile and keep in half precision"
     return [
         f"trunk        {format_bytes(plan.trunk_bytes)}, always in memory",
         f"shared       {format_bytes(plan.resident_bytes)} of experts that every token uses, always in memory",
@@ -151,8 +152,9 @@ def describe(plan: Plan) -> list[str]:
         f"{format_bytes(plan.slot_bytes)} in slots of {format_bytes(plan.expert_bytes)}",
         f"KV cache     {plan.kv_tokens} tokens in {plan.num_kv_blocks} blocks, {format_bytes(plan.kv_bytes)}",
         f"staging      {format_bytes(plan.staging_bytes)}{'' if plan.machine.is_cpu else ' of main memory'}",
-        f"workspace    {format_bytes(plan.workspace_bytes)} for the longest prompt, or a step of {plan.max_running}",
-        f"kernels      {format_bytes(plan.kernel_bytes)} that torch may compile and keep",
+        f"workspace    {format_bytes(plan.workspace_bytes)} for the longest prompt, or a step of {plan.max_running} "
+        "requests",
+        *([kernels] if plan.kernel_bytes else []),
         f"host tier    {host}",
         f"total        {format_bytes(plan.total_bytes)}; {format_bytes(plan.machine.memory_bytes)} found in "
         f"{plan.machine.where}",

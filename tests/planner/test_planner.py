@@ -116,9 +116,44 @@ def test_workers_share_main_memory_but_not_gpus() -> None:
     assert machine(1000, "cuda").shared_by(2).memory_bytes == 1000
 
 
+def test_working_memory_is_for_the_longest_prompt_and_the_fullest_step() -> None:
+    work = Workspace(token_bytes=100, context_bytes=10, draw_bytes=3000, fixed_bytes=7)
+    assert work.forward_bytes(1, 200) == 7 + 200 * (100 + 10) + 200 * 200 * 5  # the second part of a prompt
+    assert Workspace(token_bytes=10**6, fixed_bytes=7).forward_bytes(1, 4096) == 7 + 4096 * 10**6  # all in one
+    assert work.forward_bytes(64, 100) == 7 + 64 * 3000 + 64 * 100 * 32  # every row draws
+    rows = Workspace(token_bytes=10, context_bytes=1000)  # contexts of 16384 tokens are gathered at a time, or one
+    assert rows.forward_bytes(64, 1024) == 64 * 10 + 16384 * 1000 + 64 * 1024 * 32
+    assert rows.forward_bytes(8, 20000) == rows.forward_bytes(1, 20000)
+
+
+def test_working_memory_is_in_the_plan_and_comes_out_of_the_slots() -> None:
+    small = plan(needs(), Budgets(kv_memory="4MiB"), machine(128 * MIB))
+    parts = (small.trunk_bytes, small.resident_bytes, small.slot_bytes, small.kv_bytes, small.staging_bytes)
+    assert small.workspace_bytes == needs().workspace_bytes(small.num_kv_blocks, 32) > 8 * MIB
+    assert small.device_bytes == small.total_bytes == sum(parts) + small.workspace_bytes + 2 * MIB
+    assert 128 * MIB * 7 // 8 - small.total_bytes < MIB, "what is left holds no expert"
+    fewer = plan(needs(), Budgets(kv_memory="4MiB", max_running=1), machine(128 * MIB))
+    assert fewer.num_slots > small.num_slots
+
+
+def test_working_memory_that_does_not_fit_is_named() -> None:
+    budgets = Budgets(expert_memory="28MiB", kv_memory="1MiB", max_running=2000)
+    with pytest.raises(BudgetError, match=r"256 tokens of KV, 7\.2 MiB to work with for 2000 requests.*or max_running"):
+        plan(needs(), budgets, machine(50 * MIB))
+
+
+def test_staging_and_host_tier_are_in_main_memory_beside_a_gpu() -> None:
+    made = plan(needs(), Budgets(), machine(device="cuda", host=64 * MIB))
+    assert made.total_bytes == made.device_bytes + 4 * MIB + 32 * MIB
+
+
 def test_describe_and_dict_name_every_budget() -> None:
     made = plan(needs(), Budgets(expert_memory="25%"), machine())
     lines = describe(made)
+    assert any("for the longest prompt, or a step of 32 requests" in line for line in lines)
+    assert any("2.0 MiB that torch may compile" in line for line in lines)
+    named = made.to_dict()
+    assert (named["workspace_bytes"], named["kernel_bytes"]) == (made.workspace_bytes, 2 * MIB)
     assert "31 of 124 routed experts (25.0%), 31.0 MiB in slots of 1.0 MiB" in lines[2]
     assert made.to_dict()["total_bytes"] == made.total_bytes
 

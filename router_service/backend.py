@@ -9,20 +9,16 @@ from pager.routing.drift import check_can_drift
 from pager.types import Full, PoolPolicy, PoolSource
 from router_service.admission import Admission, AdmissionLimits
 from router_service.breaker import Breaker
-from router_service.folder_pools import FolderPools
 from router_service.hints import HintStore
 from router_service.local_hints import InProcessHints
 from router_service.metrics import RouterMetrics
-from router_service.pool_store import MemoryPools, PoolStore
+from router_service.pool_stores import open_pools
 from router_service.ports import ClusterPort, Encoder, ModelInfo
 from router_service.prediction import Predictor
-from router_service.redis_client import RedisClient
 from router_service.redis_hints import RedisHints
-from router_service.redis_pools import RedisPools
 from router_service.scoring import PassChain, Passes, Scoring
 from router_service.service import Backend
 from router_service.shared_hints import SharedHints
-from router_service.shared_pools import SharedPools
 
 
 def build_backend(
@@ -82,15 +78,6 @@ def check_choices(passes: Passes, default: PoolPolicy, redis_url: str | None, po
     except InvalidRequest as error:
         raise ConfigError(f"the [pools] defaults can take no effect: {error.message}") from None
     open_pools(redis_url, pools_path)
-
-
-def open_pools(redis_url: str | None, path: Path | None, breaker: Breaker | None = None) -> PoolStore:
-    """Where named pools are kept: Redis, else a folder, else this process. Raises ConfigError."""
-    if redis_url is not None and path is not None:
-        raise ConfigError("named pools are kept in Redis where there is one; unset pools.path, or REDIS_URL")
-    if redis_url is not None:
-        return SharedPools(RedisPools(RedisClient(redis_url)), breaker or Breaker())
-    return MemoryPools() if path is None else FolderPools(path)
 
 
 def _hint_store(model: ModelInfo, redis_url: str | None, breaker: Breaker) -> HintStore:

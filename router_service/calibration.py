@@ -46,13 +46,13 @@ class NamedPools:
             await (self._store.replace if ask.replaces else self._store.add)(tenant, named)
         return pb.CalibrateResponse(pool=encode.named_pool(named))
 
-    async def list(self, context: Context) -> pb.ListPoolsResponse:
-        listing = await self._store.list(decode.tenant(context.invocation_metadata()))
+    async def list_pools(self, context: Context) -> pb.ListPoolsResponse:
+        listing = await self._store.all_of(decode.tenant(context.invocation_metadata()))
         return pb.ListPoolsResponse(
             pools=[encode.named_pool(named) for named in listing.pools], damaged=listing.damaged
         )
 
-    async def delete(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:
+    async def delete_pool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:
         tenant = decode.tenant(context.invocation_metadata())
         return pb.DeletePoolResponse(deleted=await self._store.delete(tenant, check_name(wire.name)))
 
@@ -65,7 +65,7 @@ class NamedPools:
                 field="method",
             )
         if asked is None:
-            return next(reversed(known))
+            return list(known)[-1]
         if asked not in known:
             raise InvalidRequest(
                 f"method {asked[:60]!r} can not be had here; known are {', '.join(known)}", field="method"

@@ -15,10 +15,8 @@ from pager.sampling_rules import check_sampling
 from pager.types import PoolPolicy, PoolSize, SamplingParams
 from router_service.decode_pools import PoolByDigest, PoolByName, calibrated_size, pool_policy
 from router_service.ports import ModelInfo
+from router_service.tenants import DEFAULT_TENANT, TENANT_KEY, bad_tenant, check_tenant
 
-DEFAULT_TENANT = "default"
-TENANT_KEY = "x-tenant-id"
-_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Prompt = str | tuple[int, ...]
@@ -79,12 +77,9 @@ def tenant(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     if not values:
         return DEFAULT_TENANT
     value = values[0]
-    if len(values) > 1 or not isinstance(value, str) or not _TENANT.fullmatch(value):
-        raise InvalidRequest(
-            f"metadata {TENANT_KEY} must be given once, as 1 to 64 of the characters A-Z a-z 0-9 . _ -",
-            field=TENANT_KEY,
-        )
-    return value
+    if len(values) > 1 or not isinstance(value, str):
+        raise bad_tenant()
+    return check_tenant(value)
 
 
 def request_id(value: str) -> str:

@@ -58,7 +58,7 @@ class FolderPools:
                 return False
         return True
 
-    async def list(self, tenant: str) -> Listing:
+    async def all_of(self, tenant: str) -> Listing:
         with _translated("read"):
             stored = await asyncio.to_thread(self._read_all, tenant)
         pools, damaged = [], []

@@ -19,6 +19,11 @@ class Listing:
     pools: tuple[NamedPool, ...]
     damaged: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All that are taken."""
+        return frozenset((*(named.name for named in self.pools), *self.damaged))
+
 
 class PoolStore(Protocol):
     """Pools by tenant and name. Every method raises PoolStoreUnavailable when the store can not be reached."""
@@ -35,7 +40,7 @@ class PoolStore(Protocol):
     async def delete(self, tenant: str, name: str) -> bool:
         """False when there was none."""
 
-    async def list(self, tenant: str) -> Listing: ...
+    async def all_of(self, tenant: str) -> Listing: ...
 
     async def close(self) -> None: ...
 
@@ -67,7 +72,7 @@ class MemoryPools:
             del self._pools[tenant]
         return is_there
 
-    async def list(self, tenant: str) -> Listing:
+    async def all_of(self, tenant: str) -> Listing:
         return Listing(tuple(named for _, named in sorted(self._pools.get(tenant, {}).items())))
 
     async def close(self) -> None:

@@ -41,7 +41,7 @@ class RedisPools:
         async with self._client.commands() as redis:
             return bool(await redis.hdel(_key(tenant), name))
 
-    async def list(self, tenant: str) -> Listing:
+    async def all_of(self, tenant: str) -> Listing:
         async with self._client.commands() as redis:
             stored = await redis.hgetall(_key(tenant))
         pools, damaged = [], []

@@ -207,10 +207,10 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         return await self._pools.calibrate(wire, context, self._backend.default_pool.size)
 
     async def ListPools(self, wire: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:  # noqa: N802
-        return await self._pools.list(context)
+        return await self._pools.list_pools(context)
 
     async def DeletePool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:  # noqa: N802
-        return await self._pools.delete(wire, context)
+        return await self._pools.delete_pool(wire, context)
 
     async def Abort(self, wire: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
         tenant = decode.tenant(context.invocation_metadata())

@@ -51,8 +51,8 @@ class SharedPools:
         self._saw(tenant, name, None)
         return is_deleted
 
-    async def list(self, tenant: str) -> Listing:
-        return await self._ask(lambda: self._shared.list(tenant))
+    async def all_of(self, tenant: str) -> Listing:
+        return await self._ask(lambda: self._shared.all_of(tenant))
 
     async def close(self) -> None:
         with suppress(RedisUnavailableError):

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import clusters, eval, files, fit_router, generate, inspect, replay, route, serve
+from pager.cli import calibrate, clusters, eval, files, fit_router, generate, inspect, replay, route, serve
 from pager.cli.output import print_error
+from pager.cli.pools import pools_app
 from pager.errors import PagerError
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("route")(route.route)
+app.command("calibrate")(calibrate.calibrate)
+app.add_typer(pools_app, name="pools")
 app.command("inspect")(inspect.inspect)
 app.command("fit-router")(fit_router.fit_router)
 app.command("clusters")(clusters.clusters)

@@ -5,30 +5,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pager.cli.extras import serve_extra
-from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, KvMemory, Pool, resolve_device
-from pager.cli.output import busy, err, pool_dict, print_json
-from pager.cli.prompt import (
-    Model,
-    Prompt,
-    PromptFile,
-    PromptText,
-    Server,
-    Tenant,
-    Timeout,
-    TokenIds,
-    one_place,
-    read_prompt,
-)
+from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, KvMemory, Pool
+from pager.cli.output import busy, err, print_json
+from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, find_named
+from pager.cli.pool_options import DigestOption, DriftOption, NameOption, PoolAsk, SourceOption
+from pager.cli.prompt import Prompt, PromptFile, PromptText, TokenIds, read_prompt
+from pager.cli.usage import usage_dict, usage_lines
 from pager.planner import Budgets
 from pager.sampling_rules import check_sampling
-from pager.types import ExpertPool, PoolPolicy, PoolSource, SamplingParams, TokenChunk, Usage
-from pager.units import format_bytes
+from pager.types import SamplingParams, TokenChunk
 
 
 def generate(
@@ -36,13 +25,10 @@ def generate(
     model: Model = None,
     server: Server = None,
     pool: Pool = None,
-    pool_source: Annotated[
-        PoolSource | None,
-        typer.Option(help="prefill: the worker's prefill chooses the pool; prediction: the routing-only pass does."),
-    ] = None,
-    pool_digest: Annotated[
-        str | None, typer.Option(help="Use a pool this tenant was given before (with --server).", metavar="HEX")
-    ] = None,
+    pool_name: NameOption = None,
+    pool_source: SourceOption = None,
+    pool_digest: DigestOption = None,
+    drift: DriftOption = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate at most. Default: 128, or what fits.", metavar="N")
     ] = None,
@@ -60,6 +46,7 @@ def generate(
     kv_memory: KvMemory = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    pools: PoolsFolder = None,
     tenant: Tenant = "default",
     timeout: Timeout = None,
     as_json: AsJson = False,
@@ -73,8 +60,14 @@ def generate(
     `expert-pager generate "Shall I compare thee" --server localhost:50051 --temperature 0.8 --seed 1`
 
     `git diff | expert-pager generate --prompt-file - --model ./model --json`
+
+    `expert-pager generate "The parties agree" --server localhost:50051 --pool-name law --drift 0.3`
     """
-    one_place(model, server)
+    place = Place.of(
+        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype,
+        local_only={"--expert-memory": expert_memory, "--kv-memory": kv_memory},
+    )  # fmt: skip
+    ask = PoolAsk.of(pool, pool_source, pool_digest, pool_name, drift)
     asked = read_prompt(prompt, prompt_file, token_ids)
     sampling = SamplingParams(
         max_tokens=128 if max_tokens is None else max_tokens,
@@ -88,53 +81,27 @@ def generate(
     check_sampling(sampling)
     has_max_tokens = max_tokens is not None
     if server is not None:
-        chunks = _from_server(server, tenant, timeout, asked, sampling, has_max_tokens, pool, pool_source, pool_digest)
+        chunks = _from_server(place, asked, sampling, has_max_tokens, ask)
     else:
-        assert model is not None
         if pool_digest is not None:
             raise typer.BadParameter("--pool-digest names a pool that a service remembers; it needs --server")
+        named = None if pool_name is None else find_named(pools, tenant, pool_name)
         budgets = Budgets(expert_memory=expert_memory, host_memory=0, kv_memory=kv_memory, max_running=1)
-        chunks = _in_process(model, device, dtype, budgets, asked, sampling, has_max_tokens, pool, pool_source)
+        with busy("loading"):
+            local = place.local()
+        chunks = _started(local.generate(asked, sampling, has_max_tokens, ask, named, budgets))
     _show(chunks, as_json)
 
 
 def _from_server(
-    server: str,
-    tenant: str,
-    timeout: float | None,
-    prompt: Prompt,
-    sampling: SamplingParams,
-    has_max_tokens: bool,
-    pool: str | None,
-    source: PoolSource | None,
-    digest: str | None,
+    place: Place, prompt: Prompt, sampling: SamplingParams, has_max_tokens: bool, ask: PoolAsk
 ) -> Iterator[TokenChunk]:
-    with serve_extra("--server"):
-        from pager.cli.remote import PoolAsk, Service
-    from pager.routing.pool import parse_pool_size
-
-    ask = PoolAsk(parse_pool_size(pool) if pool else None, source, digest)
-    with Service(server, tenant, timeout) as service:
+    with place.service() as service:
         yield from service.generate(prompt, sampling, ask, has_max_tokens=has_max_tokens)
 
 
-def _in_process(
-    model: Path,
-    device: str,
-    dtype: str | None,
-    budgets: Budgets,
-    prompt: Prompt,
-    sampling: SamplingParams,
-    has_max_tokens: bool,
-    pool: str | None,
-    source: PoolSource | None,
-) -> Iterator[TokenChunk]:
+def _started(chunks: Iterator[TokenChunk]) -> Iterator[TokenChunk]:
     with busy("loading"):
-        from pager.cli.local import Local
-        from pager.routing.pool import parse_pool_size
-
-        policy = PoolPolicy(parse_pool_size(pool), source or PoolSource.PREFILL)
-        chunks = Local(model, resolve_device(device), dtype).generate(prompt, sampling, has_max_tokens, policy, budgets)
         first = next(chunks)
     yield first
     yield from chunks
@@ -161,43 +128,3 @@ def _show(chunks: Iterator[TokenChunk], as_json: bool) -> None:
     if usage and first_s:
         for line in usage_lines(usage, usage.time_to_first_token_s + time.perf_counter() - first_s):
             err.print(line, style="dim", markup=False)
-
-
-def usage_dict(usage: Usage) -> dict[str, Any]:
-    return {
-        "mode": usage.mode,
-        "finish_reason": str(usage.finish_reason),
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "pool": pool_dict(usage.pool),
-        "bytes_from_disk": usage.bytes_from_disk,
-        "bytes_from_host": usage.bytes_from_host,
-        "experts_hit": usage.experts_hit,
-        "experts_missed": usage.experts_missed,
-        "stall_s": usage.stall_s,
-        "out_of_pool_mass": usage.out_of_pool_mass,
-        "predicted_recall": usage.predicted_recall,
-        "queue_s": usage.queue_s,
-        "time_to_first_token_s": usage.time_to_first_token_s,
-        "model_fingerprint": usage.model_fingerprint,
-    }
-
-
-def usage_lines(usage: Usage, elapsed_s: float) -> list[str]:
-    """What an answer was and what it cost, for people."""
-    lookups = usage.experts_hit + usage.experts_missed
-    hits = f"{usage.experts_hit / lookups:.1%} of {lookups} expert look-ups" if lookups else "no expert look-ups"
-    paged = f"{format_bytes(usage.bytes_from_disk)} from disk, {format_bytes(usage.bytes_from_host)} from host memory"
-    return [
-        f"{usage.mode}: {pool_text(usage.pool)}",
-        f"hit {hits}; paged {paged}; stalled {usage.stall_s * 1000:.0f} ms",
-        f"{usage.prompt_tokens} + {usage.completion_tokens} tokens ({usage.finish_reason}) in {elapsed_s:.2f} s, "
-        f"first after {usage.time_to_first_token_s * 1000:.0f} ms",
-    ]
-
-
-def pool_text(pool: ExpertPool | None) -> str:
-    if pool is None:
-        return "all experts"
-    mass = "" if pool.covered_mass is None else f", {pool.covered_mass:.1%} of the router's mass"
-    return f"{pool.num_experts} experts in pool {pool.digest}{mass}"

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from pager.cli.passes import build_passes
+from pager.cli.pool_options import PoolAsk
 from pager.cli.prompt import Prompt
+from pager.config import RouterConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
 from pager.engine.loading import load_paged_model
-from pager.engine.trunk_router import TrunkRouter
+from pager.engine.probe import PagedProbe
+from pager.engine.trunk import OpenModel
 from pager.errors import CheckpointError, InvalidRequest
 from pager.planner import Budgets
-from pager.routing.pool import pick_pool
+from pager.routing.drift import check_can_drift
+from pager.routing.named import NamedPool, check_example, check_num_examples, mean_scores
+from pager.routing.pool import pick_pool, resolve_size
+from pager.routing.selection import METHODS, select
 from pager.types import (
+    Bytes,
     ExpertPool,
     Full,
     GenerateRequest,
@@ -33,6 +42,15 @@ from pager.types import (
 DEFAULT_MAX_TOKENS = 128
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """`pool` is None for all experts, `expected_recall` where no estimate was fitted."""
+
+    scores: RoutingScores
+    pool: ExpertPool | None
+    expected_recall: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Local:
     """A checkpoint to run in this process."""
@@ -42,13 +60,18 @@ class Local:
     dtype: str | None
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams, has_max_tokens: bool, pool: PoolPolicy, budgets: Budgets
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        has_max_tokens: bool,
+        ask: PoolAsk,
+        named: NamedPool | None,
+        budgets: Budgets,
     ) -> Iterator[TokenChunk]:
-        """Chunks as they come; the last one carries the usage. Raises PagerError."""
+        """Chunks as they come; the last one carries the usage. `named` is the pool of `ask.name`. Raises PagerError."""
         tokenizer = read_tokenizer(self.model)
         ids = encode(tokenizer, prompt)
-        if pool.source is PoolSource.PREDICTION:
-            pool = replace(pool, fixed=self.route(ids, pool.size)[1])
+        policy = self._policy(ids, ask, named)
         paged = load_paged_model(self.model, device=self.device, dtype=self.dtype, budgets=budgets)
         try:
             events: deque[StreamEvent] = deque()
@@ -56,22 +79,100 @@ class Local:
             if not has_max_tokens:
                 room = paged.config.max_position_embeddings - len(ids)
                 sampling = replace(sampling, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room)))
-            engine.submit(GenerateRequest("cli", "default", ids, sampling, pool))
+            engine.submit(GenerateRequest("cli", "default", ids, sampling, policy))
             yield from _until_last(engine, events)
         finally:
             paged.close()
 
-    def route(self, prompt: Prompt, size: PoolSize) -> tuple[RoutingScores, ExpertPool | None]:
-        """The trunk's scores for the prompt, and the pool that `size` makes of them (None for all experts)."""
+    def route(self, prompt: Prompt, ask: PoolAsk, named: NamedPool | None = None, router: str = "auto") -> Routed:
+        """What a routing-only pass says of the prompt, and the pool that `ask` makes of it."""
         ids = encode(read_tokenizer(self.model), prompt)
-        if not ids:
-            raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
-        router = TrunkRouter.load(self.model, device=self.device, dtype=self.dtype)
-        vocabulary = int(router.config.vocab_size)
-        if max(ids) >= vocabulary:
-            raise InvalidRequest(f"token id {max(ids)} is outside the vocabulary of {vocabulary}", field="prompt")
-        scores = router.scores(ids)
-        return scores, None if isinstance(size, Full) else pick_pool(scores, size, router.facts)
+        if router not in ("auto", "lexical", "trunk", "fitted"):
+            raise InvalidRequest(f"the router is one of lexical, trunk and fitted, not {router!r}")
+        with self._open() as opened:
+            _check_ids(ids, opened)
+            passes = build_passes(opened, RouterConfig(router=router, device=self.device))
+            scores = passes.available[passes.chain[0]]().scores(ids)
+            if named is not None:
+                return Routed(scores, named.pool_for(opened.checkpoint.fingerprint, opened.facts), None)
+            if ask.size is None or isinstance(ask.size, Full):
+                return Routed(scores, None, None)
+            pool = pick_pool(scores, ask.size, opened.facts)
+            return Routed(scores, pool, passes.estimate(scores, pool) if passes.estimate else None)
+
+    def calibrate(
+        self,
+        name: str,
+        examples: Sequence[str],
+        size: PoolSize,
+        method: str | None,
+        sample: Sequence[str],
+        budgets: Budgets,
+    ) -> NamedPool:
+        """A pool from examples; `sample` is what the method `frequency` counts over. Raises PagerError.
+
+        Without a method, that of a service: the best routing-only pass; where none was fitted, the mean of a whole run.
+        """
+        check_num_examples(len(examples))
+        if isinstance(size, Full):
+            raise InvalidRequest("a pool of all experts needs no examples; give a size below `full` with --pool")
+        if method is not None and method not in METHODS:
+            raise InvalidRequest(f"{method!r} is not a selection method; known are {', '.join(METHODS)}")
+        tokenizer = read_tokenizer(self.model)
+        with self._open() as opened:
+            token_ids = [encode(tokenizer, text) for text in examples]
+            for index, ids in enumerate(token_ids):
+                check_example(index, len(ids), int(opened.config.max_position_embeddings))
+            passes = build_passes(opened, RouterConfig(device=self.device))
+            method = method or ("fitted" if "fitted" in passes.available else "mean")
+            if method in passes.available:
+                scores = mean_scores([passes.available[method]().scores(ids) for ids in token_ids])
+                pool = pick_pool(scores, size, opened.facts)
+            else:
+                pool = self._select(method, token_ids, size, [encode(tokenizer, text) for text in sample], budgets)
+            return NamedPool(name, pool, method, len(examples), sum(map(len, token_ids)), opened.checkpoint.fingerprint)
+
+    def _select(
+        self,
+        method: str,
+        examples: Sequence[tuple[int, ...]],
+        size: PoolSize,
+        sample: Sequence[tuple[int, ...]],
+        budgets: Budgets,
+    ) -> ExpertPool:
+        paged = load_paged_model(self.model, device=self.device, dtype=self.dtype, budgets=budgets)
+        try:
+            return select(method, PagedProbe(paged, sample=sample), examples, size)
+        finally:
+            paged.close()
+
+    def _policy(self, ids: tuple[int, ...], ask: PoolAsk, named: NamedPool | None) -> PoolPolicy:
+        """The request's policy, with what a router service would have filled in."""
+        if named is not None:
+            with self._open() as opened:
+                fixed = named.pool_for(opened.checkpoint.fingerprint, opened.facts)
+            return PoolPolicy(source=PoolSource.FIXED, fixed=fixed, drift=ask.drift)
+        policy = check_can_drift(PoolPolicy(ask.size or Full(), ask.source or PoolSource.PREFILL, drift=ask.drift))
+        if policy.source is PoolSource.PREDICTION:
+            return replace(policy, fixed=self.route(ids, ask).pool)
+        if isinstance(policy.size, Bytes):
+            with self._open() as opened:
+                return replace(policy, size=resolve_size(policy.size, self.route(ids, ask).scores, opened.facts))
+        return policy
+
+    @contextmanager
+    def _open(self) -> Iterator[OpenModel]:
+        opened = OpenModel.open(self.model, self.dtype)
+        with opened.checkpoint:
+            yield opened
+
+
+def _check_ids(ids: Sequence[int], opened: OpenModel) -> None:
+    if not ids:
+        raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
+    vocabulary = int(opened.config.vocab_size)
+    if max(ids) >= vocabulary:
+        raise InvalidRequest(f"token id {max(ids)} is outside the vocabulary of {vocabulary}", field="prompt")
 
 
 def read_tokenizer(model: Path) -> Tokenizer | None:

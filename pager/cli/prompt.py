@@ -1,4 +1,4 @@
-"""Where a prompt comes from, and which checkpoint or service it goes to."""
+"""Where a prompt comes from."""
 
 from __future__ import annotations
 
@@ -17,14 +17,6 @@ PromptFile = Annotated[
     str | None, typer.Option(help="Read the prompt from a UTF-8 file, or from stdin with '-'.", metavar="FILE")
 ]
 TokenIds = Annotated[str | None, typer.Option(help="A prompt of token ids: '1,2,3'.", metavar="IDS")]
-Model = Annotated[
-    Path | None, typer.Option("--model", "-m", help="Checkpoint folder to load in this process.", metavar="FOLDER")
-]
-Server = Annotated[
-    str | None, typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
-]
-Tenant = Annotated[str, typer.Option(help="Tenant to name to the service.")]
-Timeout = Annotated[float | None, typer.Option(help="Seconds until the service must be done.", metavar="SECONDS")]
 
 
 def read_prompt(text: str | None, file: str | None, token_ids: str | None) -> Prompt:
@@ -37,12 +29,6 @@ def read_prompt(text: str | None, file: str | None, token_ids: str | None) -> Pr
         return _file(file)
     assert text is not None
     return text
-
-
-def one_place(model: Path | None, server: str | None) -> None:
-    """Raises typer.BadParameter unless exactly one of the two is given."""
-    if (model is None) == (server is None):
-        raise typer.BadParameter("say where to run it: --model FOLDER in this process, or --server HOST:PORT")
 
 
 def _ids(text: str) -> tuple[int, ...]:

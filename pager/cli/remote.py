@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 
+from pager.cli.pool_options import PoolAsk
 from pager.cli.prompt import Prompt
 from pager.errors import PagerError
+from pager.routing.named import NamedPool
 from pager.types import (
     AnswerMode,
+    Bytes,
     Count,
+    Counts,
+    DriftAction,
+    DriftReport,
     ExpertPool,
     FinishReason,
     Full,
     Mass,
-    PoolSize,
     PoolSource,
     SamplingParams,
     Share,
@@ -45,30 +49,7 @@ _FINISHES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class PoolAsk:
-    """Which pool to ask for; nothing set means the service's default."""
-
-    size: PoolSize | None = None
-    source: PoolSource | None = None
-    digest: str | None = None
-
-    def to_wire(self) -> pb.PoolPolicy | None:
-        if self.digest:
-            return pb.PoolPolicy(source=pb.POOL_SOURCE_FIXED, digest=self.digest)
-        if self.size is None and self.source is None:
-            return None
-        wire = pb.PoolPolicy(source=_SOURCES[self.source] if self.source else pb.POOL_SOURCE_UNSPECIFIED)
-        match self.size:
-            case Full():
-                wire.full.SetInParent()
-            case Count(routed):
-                wire.count = routed
-            case Share(share):
-                wire.share = share
-            case Mass(mass, cap):
-                wire.mass.CopyFrom(pb.Mass(mass=mass, cap=cap))
-        return wire
+_ACTIONS = {DriftAction.WIDEN: pb.DRIFT_ACTION_WIDEN, DriftAction.EXACT: pb.DRIFT_ACTION_EXACT}
 
 
 class Service:
@@ -107,7 +88,7 @@ class Service:
                 stop=sampling.stop,
                 ignore_eos=sampling.ignore_eos,
             ),
-            pool=pool.to_wire(),
+            pool=_policy(pool),
             **_prompt(prompt),
         )
         with self._translated():
@@ -118,11 +99,38 @@ class Service:
             finally:
                 call.cancel()
 
-    def route(self, prompt: Prompt, pool: PoolAsk) -> pb.RouteResponse:
-        request = pb.RouteRequest(pool=pool.to_wire(), **_prompt(prompt))
+    def route(self, prompt: Prompt, pool: PoolAsk) -> tuple[pb.RouteResponse, ExpertPool | None]:
+        """The reply, and its pool."""
+        request = pb.RouteRequest(pool=_policy(pool), **_prompt(prompt))
         with self._translated():
             reply = self._stub.Route(request, metadata=self._metadata, timeout=self._timeout_s)
-        return cast(pb.RouteResponse, reply)
+        return reply, pool_of(reply.pool) if reply.HasField("pool") else None
+
+    def calibrate(
+        self, name: str, examples: Sequence[str], pool: PoolAsk, method: str | None, *, replaces: bool
+    ) -> NamedPool:
+        request = pb.CalibrateRequest(
+            name=name,
+            examples=[pb.Example(text=text.encode()) for text in examples],
+            pool=_policy(pool),
+            method=method or "",
+            replace=replaces,
+        )
+        with self._translated():
+            reply = self._stub.Calibrate(request, metadata=self._metadata, timeout=self._timeout_s)
+        return _named(reply.pool)
+
+    def named_pools(self) -> tuple[list[NamedPool], list[str]]:
+        """The tenant's pools, and the names of those that can not be read."""
+        with self._translated():
+            reply = self._stub.ListPools(pb.ListPoolsRequest(), metadata=self._metadata, timeout=self._timeout_s)
+        return [_named(wire) for wire in reply.pools], list(reply.damaged)
+
+    def delete_pool(self, name: str) -> bool:
+        request = pb.DeletePoolRequest(name=name)
+        with self._translated():
+            reply = self._stub.DeletePool(request, metadata=self._metadata, timeout=self._timeout_s)
+        return bool(reply.deleted)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -136,9 +144,43 @@ class Service:
             raise PagerError(f"{details} [{code.name}]") from None
 
 
+def _policy(ask: PoolAsk) -> pb.PoolPolicy | None:
+    """None where nothing is asked, so that the service's defaults count."""
+    if ask == PoolAsk():
+        return None
+    wire = pb.PoolPolicy(digest=ask.digest, name=ask.name)
+    if ask.source:
+        wire.source = _SOURCES[ask.source]
+    if ask.drift is not None:
+        drift = pb.DriftPolicy(
+            threshold=ask.drift.threshold, action=_ACTIONS[ask.drift.action], window=ask.drift.window
+        )
+        wire.drift.CopyFrom(drift)
+    match ask.size:
+        case Full():
+            wire.full.SetInParent()
+        case Count(routed):
+            wire.count = routed
+        case Share(share):
+            wire.share = share
+        case Mass(mass, cap):
+            wire.mass.CopyFrom(pb.Mass(mass=mass, cap=cap))
+        case Counts(per_layer):
+            wire.counts.CopyFrom(pb.LayerCounts(routed=per_layer))
+        case Bytes(total):
+            wire.bytes = total
+    return wire
+
+
 def pool_of(wire: pb.Pool) -> ExpertPool:
     covered = wire.covered_mass if wire.HasField("covered_mass") else None
     return ExpertPool(_layers(wire.layers), covered)
+
+
+def _named(wire: pb.NamedPool) -> NamedPool:
+    return NamedPool(
+        wire.name, pool_of(wire.pool), wire.method, wire.num_examples, wire.num_tokens, wire.model_fingerprint
+    )
 
 
 def _layers(wire: Iterable[pb.LayerExperts]) -> tuple[tuple[int, ...], ...]:
@@ -171,4 +213,10 @@ def _usage(wire: pb.Usage) -> Usage:
         queue_s=wire.queue_seconds,
         time_to_first_token_s=wire.time_to_first_token_seconds,
         model_fingerprint=wire.model_fingerprint,
+        drift=_drift(wire.drift) if wire.HasField("drift") else None,
     )
+
+
+def _drift(wire: pb.DriftReport) -> DriftReport:
+    exact_from = wire.exact_from if wire.HasField("exact_from") else None
+    return DriftReport(wire.peak_mass, wire.widenings, wire.experts_added, exact_from)

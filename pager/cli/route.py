@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pager.cli.extras import serve_extra
-from pager.cli.generate import pool_text
-from pager.cli.options import AsJson, Device, Dtype, Pool, resolve_device
+import typer
+
+from pager.cli.options import AsJson, Device, Dtype, Pool
 from pager.cli.output import busy, out, pool_dict, print_json
-from pager.cli.prompt import (
-    Model,
-    Prompt,
-    PromptFile,
-    PromptText,
-    Server,
-    Tenant,
-    Timeout,
-    TokenIds,
-    one_place,
-    read_prompt,
-)
+from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, find_named
+from pager.cli.pool_options import NameOption, PoolAsk
+from pager.cli.prompt import Prompt, PromptFile, PromptText, TokenIds, read_prompt
+from pager.cli.usage import pool_text
 from pager.types import ExpertPool
 from pager.units import format_bytes
 
@@ -30,10 +22,16 @@ def route(
     model: Model = None,
     server: Server = None,
     pool: Pool = None,
+    pool_name: NameOption = None,
+    router: Annotated[
+        str | None,
+        typer.Option(help="The pass, with --model: lexical, trunk, or fitted (default where it was fitted)."),
+    ] = None,
     prompt_file: PromptFile = None,
     token_ids: TokenIds = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    pools: PoolsFolder = None,
     tenant: Tenant = "default",
     timeout: Timeout = None,
     as_json: AsJson = False,
@@ -46,46 +44,50 @@ def route(
 
     `expert-pager route "Whereas the parties agree" --server localhost:50051 --pool mass:0.9 --json`
     """
-    one_place(model, server)
-    asked = read_prompt(prompt, prompt_file, token_ids)
+    place = Place.of(
+        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype, local_only={"--router": router}
+    )
+    asked, ask = read_prompt(prompt, prompt_file, token_ids), PoolAsk.of(pool, name=pool_name)
     if server is not None:
-        result = _from_server(server, tenant, timeout, asked, pool)
+        result = _from_server(place, asked, ask)
     else:
+        named = None if pool_name is None else find_named(pools, tenant, pool_name)
         with busy("loading"):
-            from pager.cli.local import Local
-            from pager.routing.pool import parse_pool_size
-
-            assert model is not None
-            scores, chosen = Local(model, resolve_device(device), dtype).route(asked, parse_pool_size(pool))
-        result = _result(scores.source, scores.num_tokens, [list(map(float, mean)) for mean in scores.mean_LR], chosen)
+            routed = place.local().route(asked, ask, named, router or "auto")
+        means = [list(map(float, mean)) for mean in routed.scores.mean_LR]
+        scores = routed.scores
+        result = _result(scores.source, scores.num_tokens, means, routed.pool, routed.expected_recall)
     if as_json:
         print_json({**result, "pool": pool_dict(result["pool"])})
     else:
         _print(result)
 
 
-def _from_server(server: str, tenant: str, timeout: float | None, prompt: Prompt, pool: str | None) -> dict[str, Any]:
-    with serve_extra("--server"):
-        from pager.cli.remote import PoolAsk, Service, pool_of
-    from pager.routing.pool import parse_pool_size
-
-    with Service(server, tenant, timeout) as service:
-        reply = service.route(prompt, PoolAsk(parse_pool_size(pool) if pool else None))
-    chosen = pool_of(reply.pool) if reply.HasField("pool") else None
+def _from_server(place: Place, prompt: Prompt, ask: PoolAsk) -> dict[str, Any]:
+    with place.service() as service:
+        reply, chosen = service.route(prompt, ask)
     means = [list(layer.mean) for layer in reply.scores.layers]
-    result = _result(reply.scores.source, reply.scores.num_tokens, means, chosen)
+    expected = reply.expected_recall if reply.HasField("expected_recall") else None
+    result = _result(reply.scores.source, reply.scores.num_tokens, means, chosen, expected)
     if reply.HasField("placement"):
         result["placement"] = {"worker": reply.placement.worker, "missing_bytes": reply.placement.missing_bytes}
     return result
 
 
-def _result(source: str, num_tokens: int, means: Sequence[list[float]], pool: ExpertPool | None) -> dict[str, Any]:
-    return {"source": source, "num_tokens": num_tokens, "pool": pool, "scores": list(means)}
+def _result(
+    source: str, num_tokens: int, means: Sequence[list[float]], pool: ExpertPool | None, expected: float | None
+) -> dict[str, Any]:
+    return {
+        "source": source, "num_tokens": num_tokens, "pool": pool, "expected_recall": expected, "scores": list(means)
+    }  # fmt: skip
 
 
 def _print(result: dict[str, Any]) -> None:
     pool: ExpertPool | None = result["pool"]
-    out.print(f"{result['num_tokens']} tokens scored by the {result['source']} pass: {pool_text(pool)}", markup=False)
+    text = "the prefill's to choose" if pool is None and result["source"] == "fused" else pool_text(pool)
+    out.print(f"{result['num_tokens']} tokens scored by the {result['source']} pass: {text}", markup=False)
+    if result["expected_recall"] is not None:
+        out.print(f"expected to name {result['expected_recall']:.0%} of the prefill's own pool", markup=False)
     if "placement" in result:
         missing = format_bytes(result["placement"]["missing_bytes"])
         out.print(f"would go to worker {result['placement']['worker']}, which lacks {missing} of it", markup=False)

@@ -40,6 +40,16 @@ def serve(
     pool: Annotated[
         str | None, typer.Option(help="Pool of requests that name none. Default: full.", metavar="SIZE")
     ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            help="Routing-only pass: lexical, trunk, fitted, fused (none; the worker's prefill alone). "
+            "Default: fitted where `fit-router` was run, else trunk."
+        ),
+    ] = None,
+    pools: Annotated[
+        str | None, typer.Option(help="Keep named pools in this folder. Default: in Redis or memory.", metavar="FOLDER")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port, 0 for a free one. Default: 50051.", metavar="N")] = None,
     metrics_port: Annotated[
@@ -78,6 +88,8 @@ def serve(
         "workers.max_running": max_running,
         "workers.trace": trace,
         "pools.default_size": pool,
+        "pools.path": pools,
+        "router.router": router,
         "router.host": host,
         "router.port": port,
         "router.metrics_port": metrics_port,

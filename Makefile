@@ -1,4 +1,4 @@
-# make demo | test | check | bench. Needs Python >= 3.11 and make; everything else goes into $(VENV).
+# make demo | test | check | bench | train | evidence. Needs Python >= 3.11 and make; everything else goes into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +9,12 @@ TORCH ?= torch==2.13.0
 # The full suite runs on the newest transformers of the range, the model-level tests on the oldest too.
 OLDEST_TRANSFORMERS := 5.17.0
 MODEL ?= models/emo-tiny
+# For train and evidence: a folder of <domain>.train.jsonl.gz and <domain>.valid.jsonl.gz, a {"text": ...} a line.
+CORPUS ?=
+# Kept by make clean: hours of work.
+RUNS ?= run/train
+TRAIN_ARGS ?=
+EVIDENCE_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -18,13 +24,16 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest check bench redis proto clean
+.PHONY: help install demo test test-all test-oldest check bench train evidence screenshots corpus redis chromium proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
 	@echo "make test    run all tests, then the model-level ones on transformers $(OLDEST_TRANSFORMERS)"
 	@echo "make check   ruff, mypy, import-linter"
 	@echo "make bench   measure on this machine; writes benchmarks/results/"
+	@echo "make train CORPUS=DIR     train both reference models again; goes on where it was stopped"
+	@echo "make evidence CORPUS=DIR  measure both reference models; writes docs/evidence.md"
+	@echo "make screenshots CORPUS=DIR  pictures of how both reference models route; writes docs/images/"
 	@echo "make install only make $(VENV); later: $(BIN)/expert-pager --help"
 
 install: $(INSTALLED)
@@ -34,7 +43,7 @@ $(INSTALLED): pyproject.toml
 		{ echo "$(PYTHON) is older than 3.11; run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[serve,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[serve,eval,dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -43,7 +52,7 @@ demo: $(INSTALLED)
 test: test-all test-oldest
 	@echo "make test: all passed"
 
-test-all: $(INSTALLED) redis
+test-all: $(INSTALLED) redis chromium
 	$(RUN_TESTS) $(PYTEST_ARGS)
 
 test-oldest: $(INSTALLED) $(OLDEST)
@@ -66,11 +75,44 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.token_transport
 	$(BIN)/python -m benchmarks.residency $(MODEL)
 
+corpus:
+	@test -d "$(CORPUS)" || { echo "say where the documents are: make $(MAKECMDGOALS) CORPUS=DIR"; exit 1; }
+
+# A core each, so that neither waits for the other; a half that is already trained returns at once.
+TRAIN := OMP_NUM_THREADS=1 $(BIN)/python -m training.train --corpus "$(CORPUS)" $(TRAIN_ARGS)
+
+train: corpus $(INSTALLED)
+	@mkdir -p $(RUNS) docs/evidence
+	@$(TRAIN) --out $(RUNS)/emo-tiny --pool document & emo=$$!; \
+	$(TRAIN) --out $(RUNS)/stdmoe-tiny --pool none; std=$$?; wait $$emo && exit $$std
+	$(BIN)/python -m training.plot --run $(RUNS)/emo-tiny --run $(RUNS)/stdmoe-tiny --to docs/evidence/training-loss.png
+	$(BIN)/python -m training.export --run $(RUNS)/emo-tiny --to models/emo-tiny --corpus "$(CORPUS)"
+	$(BIN)/python -m training.export --run $(RUNS)/stdmoe-tiny --to models/stdmoe-tiny --corpus "$(CORPUS)"
+	$(BIN)/expert-pager fit-router models/emo-tiny --documents "$(CORPUS)/*.train.jsonl.gz"
+	$(BIN)/expert-pager fit-router models/stdmoe-tiny --documents "$(CORPUS)/*.train.jsonl.gz"
+
+evidence: corpus $(INSTALLED)
+	$(BIN)/python -m benchmarks.evidence --corpus "$(CORPUS)" $(EVIDENCE_ARGS)
+
+# Pictures of what `expert-pager clusters` makes; the page itself stays in run/.
+screenshots: corpus chromium $(INSTALLED)
+	@mkdir -p run docs/images
+	$(BIN)/expert-pager clusters models/emo-tiny --compare models/stdmoe-tiny \
+		--documents "$(CORPUS)/*.valid.jsonl.gz" --out run/clusters.html
+	$(BIN)/python -m benchmarks.screenshots run/clusters.html docs/images
+
+# $(call have,PACKAGE,PROGRAMS,WHY): one of the programs, by apt-get where there is none and that is possible.
+have = for program in $(2); do command -v $$program >/dev/null && exit 0; done; \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		{ apt-get install -y -qq $(1) >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq $(1) >/dev/null; }; }; } || \
+		{ echo "$(3): install $(1), then run make $(MAKECMDGOALS) again"; exit 1; }
+
 redis:
-	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		{ apt-get install -y -qq redis-server >/dev/null || \
-		{ apt-get update -qq && apt-get install -y -qq redis-server >/dev/null; }; }; } || \
-		{ echo "the tests start a real Redis: install redis-server, then run make test again"; exit 1; }
+	@$(call have,redis-server,redis-server,the tests start a real Redis)
+
+chromium:
+	@$(call have,chromium,chromium chromium-browser google-chrome,pages are shown in a real browser)
 
 proto: $(INSTALLED)
 	$(BIN)/python protos/generate.py

@@ -42,6 +42,8 @@ def losses_by_domain(
 
 
 def _loss(model: EmoForCausalLM, tokens_BN: torch.Tensor, positions_BN: torch.Tensor, pool: int | None) -> float:
+    device = model.lm_head.weight.device
+    tokens_BN, positions_BN = tokens_BN.to(device), positions_BN.to(device)
     documents = None if pool is None else documents_of(positions_BN, pool)
     for module in model.modules():
         if isinstance(module, PoolRouter):

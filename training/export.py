@@ -1,6 +1,6 @@
-"""Export a training run as a model folder in the released format: one tensor an expert, config, tokenizer.
+"""Export a training run as a model folder in the released format: one tensor an expert, config, tokenizer, card.
 
-python -m training.export --run DIR --to DIR
+python -m training.export --run DIR --to DIR --corpus DIR
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import torch
 import typer
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from pager.models import EmoForCausalLM
+from training import evaluate
+from training.card import write_card
 from training.data import EOS, PAD
+from training.objective import install_pool_routers
 from training.recipe import CHECKPOINT, WEIGHTS_PREFIX, Recipe
 
 console = Console()
@@ -49,6 +53,20 @@ def export(run: Path, to: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     ).save_pretrained(to)
 
 
+def validation_losses(run: Path, corpus: Path | None) -> evaluate.LossTable:
+    """As the run stored them at its end; before that, measured now. Raises SystemExit where neither can be."""
+    stored = run / "valid.json"
+    if stored.exists():
+        table: evaluate.LossTable = json.loads(stored.read_text())
+        return table
+    if corpus is None:
+        raise SystemExit(f"{run} has no valid.json yet; give --corpus, so that the losses for the card can be measured")
+    model = load_trained(run)
+    install_pool_routers(model)
+    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    return evaluate.losses_by_domain(model, tokenizer, corpus, Recipe.of(run).train_context)
+
+
 def _store_rope_the_released_way(config_path: Path) -> None:
     config = json.loads(config_path.read_text())
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
@@ -59,9 +77,13 @@ def _store_rope_the_released_way(config_path: Path) -> None:
 def main(
     run: Annotated[Path, typer.Option(help="Run folder of training.train.")],
     to: Annotated[Path, typer.Option(help="Model folder to write, in bf16.")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="What the run was trained on; its README's table of sources goes into the card.")
+    ] = None,
 ) -> None:
-    """Export the last checkpoint of a run."""
+    """Export the last checkpoint of a run, with a model card made from the run."""
     export(run, to)
+    write_card(run, to, validation_losses(run, corpus), corpus)
     size = sum(file.stat().st_size for file in to.iterdir())
     console.print(f"{to}: {size / 1e6:.1f} MB")
 

@@ -108,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             exp = logits.sub_(peak).exp_()
             norm = exp.sum(-1, keepdim=True)
             total += (norm.log() + peak).sum()
-            exp.div_(norm)[torch.arange(len(labels)), labels] -= 1
+            exp.div_(norm)[torch.arange(len(labels), device=labels.device), labels] -= 1
             torch.mm(exp, weight_VD, out=grad)
             grad_weight.addmm_(exp.T, x)
         ctx.save_for_backward(grad_x, grad_weight)

@@ -83,7 +83,7 @@ def documents_of(positions_BN: Tensor, pool_sizes: Tensor | int) -> Documents:
     document_T = (positions_BN == 0).flatten().cumsum(0) - 1
     num_documents = int(document_T[-1]) + 1
     if isinstance(pool_sizes, int):
-        return Documents(document_T, torch.full((num_documents,), pool_sizes))
+        return Documents(document_T, torch.full((num_documents,), pool_sizes, device=positions_BN.device))
     return Documents(document_T, pool_sizes[:num_documents])
 
 

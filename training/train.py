@@ -2,9 +2,9 @@
 
     python -m training.train --corpus DIR --out DIR --max-minutes 60
 
-Resumes from the last checkpoint in `--out`. Everything random follows from `--seed` and the step number, so a resumed
-run sees the same batches and pool sizes as an uninterrupted one. With `--max-minutes` the learning rate follows the
-clock too, so that it reaches zero when the time is up.
+On a GPU where torch finds one. Resumes from the last checkpoint in `--out`. Everything random follows from `--seed` and
+the step number, so a resumed run sees the same batches and pool sizes as an uninterrupted one. With `--max-minutes` the
+learning rate follows the clock too, so that it reaches zero when the time is up.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Progress:
 class Trainer:
     """Owns the model, the optimizer and the progress of one run directory."""
 
-    def __init__(self, recipe: Recipe, corpus: Path, out: Path) -> None:
+    def __init__(self, recipe: Recipe, corpus: Path, out: Path, device: torch.device | str = "cpu") -> None:
         self.recipe, self.corpus, self.out = recipe, corpus, out
+        self.device = torch.device(device)
         out.mkdir(parents=True, exist_ok=True)
         recipe.settle(out)
         self.tokenizer = _cached_tokenizer(recipe, corpus, out / "tokenizer.json")
@@ -57,6 +58,7 @@ class Trainer:
         fast.install()
         self.model.set_experts_implementation(fast.CACHE_RESIDENT)
         self.routers: list[PoolRouter] = install_pool_routers(self.model)
+        self.model.to(self.device)  # drawn on the CPU, so that every device starts alike
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim == 1]
         self.optimizer = torch.optim.AdamW(
@@ -90,6 +92,7 @@ class Trainer:
     def step(self, tokens_BN: Tensor, positions_BN: Tensor, done: float) -> tuple[float, float, float, float]:
         """One optimizer step; `done` in [0, 1) sets the learning rate. Returns loss, balance, z and gradient norm."""
         recipe, step = self.recipe, self.progress.step
+        tokens_BN, positions_BN = tokens_BN.to(self.device), positions_BN.to(self.device)
         if recipe.pool == "document":
             documents = documents_of(positions_BN, self._pool_sizes(step, tokens_BN.numel()))
             for router in self.routers:
@@ -114,7 +117,8 @@ class Trainer:
     def _pool_sizes(self, step: int, most_documents: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
         num_routed = self.recipe.num_experts - self.recipe.num_shared
-        return torch.randint(self.recipe.min_pool, num_routed + 1, (most_documents,), generator=generator)
+        sizes = torch.randint(self.recipe.min_pool, num_routed + 1, (most_documents,), generator=generator)
+        return sizes.to(self.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from the current step on; rows are reshuffled every epoch."""
@@ -144,7 +148,7 @@ class Trainer:
         path = self.out / CHECKPOINT
         if not path.exists():
             return False
-        tensors = load_file(path)
+        tensors = load_file(path, device=str(self.device))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"{WEIGHTS_PREFIX}{name}"])
@@ -160,7 +164,7 @@ class Trainer:
         left_s = progress.elapsed_s * (1 - done) / max(done, 1e-9)
         busiest = max(float(router.load_E[:-1].max()) for router in self.routers)
         console.print(
-            f"step {progress.step:5d}  {progress.tokens / 1e6:6.2f} M tokens  {done:4.0%}  "
+            f"{self.out.name}  step {progress.step:5d}  {progress.tokens / 1e6:6.2f} M tokens  {done:4.0%}  "
             f"{progress.tokens / progress.elapsed_s:5.0f} tokens/s  ETA {left_s / 60:.0f} min  loss {losses[0]:.3f}  "
             f"balance {losses[1]:.3f}  z {losses[2]:.2f}  grad {losses[3]:.2f}  busiest expert {busiest:.2f}"
         )
@@ -204,19 +208,22 @@ def main(
     corpus: Annotated[Path, typer.Option(help="Folder with <domain>.train.jsonl.gz and <domain>.valid.jsonl.gz.")],
     out: Annotated[Path, typer.Option(help="Run folder: tokenizer, packed rows, checkpoint, loss.csv.")],
     pool: Annotated[str, typer.Option(help="document: EMO; none: a standard MoE, trained alike.")] = "document",
-    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 20_000_000,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 12_600_000,
     max_minutes: Annotated[float | None, typer.Option(help="Stop after this long, resumptions added up.")] = None,
     save_minutes: Annotated[float, typer.Option(help="Write a checkpoint this often.")] = 5.0,
     learning_rate: Annotated[float, typer.Option(help="Peak; decays linearly to zero.")] = Recipe().learning_rate,
     rows_per_step: Annotated[int, typer.Option(help="Batch size in rows of 512 tokens.")] = Recipe().rows_per_step,
     seed: Annotated[int, typer.Option()] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
     """Train, then print each domain's validation loss with all experts and with document pools of 31 routed experts."""
     if pool not in ("document", "none"):
         raise typer.BadParameter(f"--pool is document or none, not {pool!r}")
     mode: PoolMode = "document" if pool == "document" else "none"
     recipe = Recipe(pool=mode, learning_rate=learning_rate, rows_per_step=rows_per_step, seed=seed)
-    trainer = Trainer(recipe, corpus, out)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer = Trainer(recipe, corpus, out, device)
     trainer.run(max_tokens, max_minutes, save_minutes)
     table = evaluate.losses_by_domain(trainer.model, trainer.tokenizer, corpus, recipe.train_context)
     (out / "valid.json").write_text(json.dumps(table, indent=1))

@@ -16,7 +16,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import data, evaluate
-from training.export import export
+from training.card import licence_table, write_card
+from training.export import export, validation_losses
+from training.plot import plot_losses, read_losses
 from training.recipe import CHECKPOINT, Recipe
 from training.train import Trainer
 
@@ -130,3 +132,68 @@ def test_a_standard_moe_trains_without_pools(corpus: Path, tmp_path: Path) -> No
     trainer = Trainer(recipe, corpus, tmp_path)
     trainer.run(2 * STEP_TOKENS, None, save_minutes=60)
     assert all(router.documents is None for router in trainer.routers)
+
+
+SOURCES = """# Corpus
+
+| domain | source (commit elsewhere) | licence | docs |
+|---|---|---|---|
+| letters | a book | CC0 | 3 |
+| digits | a table | MIT | 4 |
+
+More text.
+"""
+
+
+def test_the_card_is_made_from_the_run(corpus: Path, tmp_path: Path) -> None:
+    run, to, described = tmp_path / "run", tmp_path / "digits-tiny", tmp_path / "corpus"
+    Trainer(RECIPE, corpus, run).run(3 * STEP_TOKENS, None, save_minutes=60)
+    export(run, to)
+    described.mkdir()
+    (described / "README.md").write_text(SOURCES)
+    losses = validation_losses(run, corpus)
+    assert losses.keys() == {"letters", "digits", "mean"}
+    write_card(run, to, losses, described)
+    card = (to / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "# digits-tiny" in card
+    assert "3 steps of 64 tokens: 0.00 M tokens" in card
+    assert f"| letters | {losses['letters']['full']:.3f} | {losses['letters']['pool31']:.3f} |" in card
+    assert "| digits | a table | MIT |" in card
+    assert "| experts a layer | 16: 15 routed and 1 shared (the last); top-4 = 3 routed and the shared |" in card
+
+
+def test_losses_stored_by_the_run_are_not_measured_again(tmp_path: Path) -> None:
+    table = {"mean": {"full": 1.0, "pool31": 2.0}}
+    (tmp_path / "valid.json").write_text(json.dumps(table))
+    assert validation_losses(tmp_path, None) == table
+    (tmp_path / "valid.json").unlink()
+    with pytest.raises(SystemExit, match="give --corpus"):
+        validation_losses(tmp_path, None)
+
+
+def test_sources_are_said_only_where_the_corpus_says_them(tmp_path: Path) -> None:
+    assert licence_table(None) is None
+    assert licence_table(tmp_path) is None
+    (tmp_path / "README.md").write_text("| name | size |\n|---|---|\n| letters | 3 |\n")
+    assert licence_table(tmp_path) is None
+    (tmp_path / "README.md").write_text(SOURCES)
+    assert licence_table(tmp_path) == (
+        "| domain | source | licence |\n| --- | --- | --- |\n| letters | a book | CC0 |\n| digits | a table | MIT |"
+    )
+
+
+def test_a_step_that_ran_twice_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "loss.csv").write_text("step,tokens,loss\n1,64,5.0\n2,128,4.0\n2,128,4.5\n3,192,3.0\n")
+    tokens, losses = read_losses(tmp_path / "loss.csv")
+    assert tokens.tolist() == [64, 128, 192]
+    assert losses.tolist() == [5.0, 4.5, 3.0]
+
+
+def test_the_loss_plot_is_a_picture(tmp_path: Path) -> None:
+    for name in ("emo", "std"):
+        (tmp_path / name).mkdir()
+        rows = "".join(f"{step},{64 * step},{5 - step / 50}\n" for step in range(1, 100))
+        (tmp_path / name / "loss.csv").write_text(f"step,tokens,loss\n{rows}")
+    plot_losses([tmp_path / "emo", tmp_path / "std"], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -46,29 +46,30 @@ class RouterFile:
             raise CheckpointError(f"there is no {file}; {again}")
         try:
             with safe_open(file, framework="numpy") as stored:
-                facts = dict(stored.metadata() or {})
+                header = (stored.metadata() or {}).get(FORMAT)
                 weights = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} can not be read ({error}); {again}") from error
-        if facts.pop("format", None) != FORMAT:
+        if header is None:
             raise CheckpointError(f"{file} is not a fitted router in the format {FORMAT}; {again}")
-        if facts.get("fingerprint") != fingerprint:
-            raise CheckpointError(
-                f"{file} was fitted to the model {facts.get('fingerprint')} and this one is {fingerprint}; {again}"
-            )
         try:
-            routed = tuple(int(count) for count in json.loads(facts.pop("routed_per_layer")))
-            return cls(facts.pop("fingerprint"), routed, _checked(weights, sum(routed)), facts)
+            facts = json.loads(header)
+            found, routed = facts["fingerprint"], tuple(int(count) for count in facts["routed_per_layer"])
+            made = cls(str(found), routed, _checked(weights, sum(routed)), facts["facts"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); {again}") from error
+        if found != fingerprint:
+            raise CheckpointError(f"{file} was fitted to the model {found} and this one is {fingerprint}; {again}")
+        return made
 
     def save(self, path: Path) -> int:
         """Writes the file whole or not at all; returns its bytes. Raises ConfigError where it can not be written."""
-        facts = {"format": FORMAT, "fingerprint": self.fingerprint, **self.facts}
-        facts["routed_per_layer"] = json.dumps(self.routed_per_layer)
+        header = {"fingerprint": self.fingerprint, "routed_per_layer": self.routed_per_layer, "facts": dict(self.facts)}
+        tensors = {name: _stored(name, weight) for name, weight in self.weights.items()}
         partial = path.with_name(f"{path.name}.partial")
         try:
-            save_file({name: _stored(name, weight) for name, weight in self.weights.items()}, partial, metadata=facts)
+            # One entry: safetensors writes several in any order, and the same fit should be the same bytes.
+            save_file(tensors, partial, metadata={FORMAT: json.dumps(header, sort_keys=True)})
             partial.replace(path)
             return path.stat().st_size
         except OSError as error:

@@ -150,7 +150,12 @@ def test_every_domain_has_a_row_of_all_experts(show: Callable[..., Shown], one: 
     shown.page.click("[data-key=index]")
     assert "expert 0\n" in str(panel.locator("td").first.get_attribute("aria-label"))
     shown.page.click("[data-key=mass]")
-    assert "0." in str(panel.locator("td").last.get_attribute("aria-label"))
+    assert panel.locator("table").get_attribute("aria-label") == "Share of probability, layer 2 of emo"
+    values = panel.locator("td").evaluate_all(
+        "cells => cells.map((cell) => Number(cell.style.getPropertyValue('--v')))"
+    )
+    assert max(values) == 100
+    assert 0 < min(values) < 50
     assert shown.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 

@@ -86,8 +86,9 @@ const SORTS = {
 };
 
 function figures(model) {
+  const sizes = domains.map((_, domain) => model.clusters.reduce((sum, cluster) => sum + (cluster.domains.find(([each]) => each === domain) || [0, 0])[1], 0));
   const facts = [
-    [percent(model.domainShare), "of tokens lie in the main domain of their cluster"],
+    [percent(model.domainShare), `of tokens lie in the main domain of their cluster; the largest domain has ${percent(Math.max(...sizes), model.tokens)} of all`],
     [percent(model.wordShare), "are one of their cluster’s ten commonest tokens"],
   ];
   const ratios = model.coverage.filter((layer) => layer.other > 0 && layer.same !== null).map((layer) => layer.same / layer.other);
@@ -110,7 +111,7 @@ function showClusters() {
       index, heading(model), figures(model),
       el("div", { className: "split" },
         el("div", {}, el("div", { className: "head" }, el("h3", {}, `${model.clusters.length} clusters`), sort),
-          el("p", { className: "columns-head" }, el("span", {}, "main domain, its share of the cluster"), el("span", {}, "of all tokens")), list),
+          el("p", { className: "columns-head" }, el("span", {}, "main domain and its share"), el("span", {}, "of all tokens")), list),
         el("article", { className: "detail", "aria-live": "polite" })),
     );
   });
@@ -281,7 +282,7 @@ function showExperts() {
   };
   byId("experts").replaceChildren(
     el("p", { className: "note" }, "Each row is a domain, each column an expert. Domains that keep to experts of their own make blocks; domains that share experts overlap."),
-    el("div", { className: "controls" }, choice("measure", "Cells show share of", MEASURES, draw), choice("order", "Experts ordered by", ORDERS, draw)),
+    el("div", { className: "controls" }, choice("measure", "Share of", MEASURES, draw), choice("order", "Experts by", ORDERS, draw)),
     panels);
   draw();
 }
@@ -330,7 +331,8 @@ function layers(model, index, draw) {
     chart.append(el("button", { type: "button", "aria-pressed": String(at === shown), "aria-label": words, tip: words, on: { click: () => { state.layer = at; draw(index); } } }, bars, el("span", { className: "num" }, String(layer.layer))));
   });
   roving(chart, "button");
-  const key = el("p", { className: "key" }, el("b", {}, "Layer"), el("i"), "in common, same domain", el("i", { className: "other" }), "different domains");
+  const key = el("p", { className: "key" }, el("b", {}, "Layer"),
+    el("span", {}, el("i"), "pools in common, same domain"), el("span", {}, el("i", { className: "other" }), "different domains"));
   return el("div", { className: "choose-layer" }, key, chart);
 }
 

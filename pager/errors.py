@@ -178,9 +178,16 @@ class ExpertUnavailable(PagerError):
 
     reason = "EXPERT_UNAVAILABLE"
 
-    def __init__(self, message: str, key: ExpertKey) -> None:
+    where: str = ""  # file and byte, for who runs the service; not in the message, which reaches clients
+
+    def __init__(self, message: str, key: ExpertKey, where: str = "") -> None:
         super().__init__(message)
         self.key = key
+        if where:
+            self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.where})" if self.where else self.message
 
 
 class ExpertReadError(ExpertUnavailable):

@@ -99,11 +99,11 @@ class FolderPools:
     def _read_all(self, tenant: str) -> list[tuple[str, bytes]]:
         prefix = f"{tenant}@"
         found = []
-        for path in sorted(self._folder.glob(f"{prefix}*{_SUFFIX}")):
+        for path in self._folder.glob(f"{prefix}*{_SUFFIX}"):
             data = _read(path)
             if data is not None:
                 found.append((path.name.removeprefix(prefix).removesuffix(_SUFFIX), data))
-        return found
+        return sorted(found)
 
 
 def _read(path: Path) -> bytes | None:

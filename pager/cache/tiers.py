@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from pager.cache.usage import Lookup, PagerObserver, Tier
 from pager.errors import ExpertUnavailable
 from pager.store.experts import ExpertSource
 from pager.types import ExpertKey
+
+log = logging.getLogger(__name__)
 
 _LOOKUPS = {
     HostState.HIT: Lookup.HIT,
@@ -152,7 +155,8 @@ class Tiers:
         started = time.perf_counter()
         try:
             nbytes = self._source.read(key, gate_up, down)
-        except ExpertUnavailable:
+        except ExpertUnavailable as error:
+            log.error("%s", error)  # with its place, which the message for clients leaves out
             self._bad_on_disk.put(key)
             self._observer.quarantined(Tier.DISK)
             raise

@@ -199,14 +199,16 @@ def _check_destination(shape: ExpertShape, gate_up: Tensor, down: Tensor) -> Non
 
 
 def _unreadable(key: ExpertKey, file: DataFile, offset: int, error: OSError) -> ExpertReadError:
+    reason = error.strerror or type(error).__name__
     return ExpertReadError(
-        f"cannot read expert {key.expert} of layer {key.layer} at byte {offset} of {file.path}: {error}", key
+        f"cannot read expert {key.expert} of layer {key.layer}: {reason}", key, f"byte {offset} of {file.path}: {error}"
     )
 
 
 def _mismatch(key: ExpertKey, file: DataFile, offset: int) -> ChecksumMismatch:
     return ChecksumMismatch(
-        f"expert {key.expert} of layer {key.layer} at byte {offset} of {file.path} does not match its checksum; "
-        "see what else is damaged with `expert-pager verify`",
+        f"expert {key.expert} of layer {key.layer} does not match its checksum; see what else is damaged with "
+        "`expert-pager verify`",
         key,
+        f"byte {offset} of {file.path}",
     )

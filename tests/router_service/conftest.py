@@ -15,10 +15,12 @@ import grpc
 import numpy as np
 import pytest
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+from redis.asyncio import Redis
 
 from pager.errors import PagerError, WorkerLost
 from pager.routing.pool import pick_pool
 from pager.types import (
+    DriftReport,
     ExpertPool,
     FinishReason,
     Full,
@@ -58,12 +60,13 @@ class ByteTokenizer:
 class FirstTokenScorer:
     """Scores that depend on the first token only, so that a test can say which pool a prompt has."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: str = "trunk") -> None:
+        self.source = source
         self.num_calls = 0
 
     def scores(self, token_ids: Any, /) -> RoutingScores:
         self.num_calls += 1
-        return scores_for(token_ids[0], "trunk")
+        return replace(scores_for(token_ids[0], self.source), num_tokens=len(token_ids))
 
 
 def scores_for(token: int, source: str) -> RoutingScores:
@@ -168,6 +171,7 @@ class InProcessCluster:
             queue_s=0.5,
             time_to_first_token_s=0.75,
             model_fingerprint=MODEL.fingerprint,
+            drift=DriftReport(0.5, 2, 3, exact_from=7) if policy.drift is not None else None,
         )
 
 
@@ -208,6 +212,11 @@ async def running_service(
     finally:
         await server.stop()
         await close_backend(backend)
+
+
+@pytest.fixture
+def make_scorer() -> type[FirstTokenScorer]:
+    return FirstTokenScorer
 
 
 @pytest.fixture
@@ -294,3 +303,9 @@ def redis_at(tmp_path: Any) -> Iterator[Callable[..., RedisProcess]]:
 @pytest.fixture
 def redis(redis_at: Callable[..., RedisProcess]) -> RedisProcess:
     return redis_at()
+
+
+@pytest.fixture
+async def redis_client(redis: RedisProcess) -> AsyncIterator[Redis]:
+    async with Redis.from_url(redis.url) as client:
+        yield client

@@ -7,7 +7,6 @@ import asyncio
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
-from redis.asyncio import Redis
 
 from pager.errors import ConfigError
 from pager.types import ExpertPool
@@ -32,9 +31,8 @@ async def pair(redis, facts):
 
 
 @pytest.fixture
-async def client(redis):
-    async with Redis.from_url(redis.url) as client:
-        yield client
+def client(redis_client):
+    return redis_client
 
 
 async def test_routers_share_pools(pair, client):

@@ -1,0 +1,251 @@
+"""Which pass scores a prompt, and the next better source when too little recall is expected."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import grpc
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+
+from pager.errors import ConfigError
+from pager.types import Bytes, Count, Counts, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, PoolSource
+from router_service.scoring import Passes
+
+PREDICTED = pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_PREDICTION)
+# What each source is expected to recall, by the first byte of the prompt.
+EXPECTED = {"lexical": {ord("a"): 0.9}, "fitted": {ord("a"): 0.95, ord("b"): 0.8}}
+
+
+class Ladder:
+    """lexical, then fitted; which of them has been loaded and asked."""
+
+    def __init__(self, make_scorer) -> None:
+        self.scorers = {name: make_scorer(name) for name in ("lexical", "fitted")}
+        self.loaded = []
+        self.passes = Passes(
+            {name: lambda name=name: self._load(name) for name in self.scorers},
+            ("lexical", "fitted"),
+            lambda scores, pool: self._expected(scores, pool),
+            min_recall=0.5,
+        )
+
+    def _load(self, name):
+        self.loaded.append(name)
+        return self.scorers[name]
+
+    @staticmethod
+    def _expected(scores, pool: ExpertPool) -> float:
+        assert pool.num_experts == 6
+        # The scorer rolls its largest weight to just before the first token: told by where it is.
+        first = (int(scores.mean_LR[1].argmax()) + 1) % 8
+        return next((value for token, value in EXPECTED[scores.source].items() if token % 8 == first), 0.2)
+
+    @property
+    def num_calls(self):
+        return {name: scorer.num_calls for name, scorer in self.scorers.items()}
+
+
+@pytest.fixture
+def ladder(make_scorer):
+    return Ladder(make_scorer)
+
+
+async def generate(service, text: bytes, pool: pb.PoolPolicy) -> tuple[pb.Usage, object]:
+    """The usage, and the request that the worker got."""
+    wire = pb.GenerateRequest(text=text, sampling=pb.SamplingParams(max_tokens=2), pool=pool)
+    messages = [message async for message in service.stub.Generate(wire)]
+    return messages[-1].usage, service.cluster.received[-1][1]
+
+
+async def refused(call) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    return caught.value.details()
+
+
+async def test_the_cheapest_pass_does_where_it_is_expected_to_be_good(serve, ladder):
+    async with serve(passes=ladder.passes) as service:
+        _, request = await generate(service, b"a", PREDICTED)
+        assert (ladder.num_calls, ladder.loaded) == ({"lexical": 1, "fitted": 0}, ["lexical"])
+        assert request.pool.source is PoolSource.PREDICTION
+        assert request.predicted.experts == ((), (6, 7, 0), (6, 7, 0)) or request.predicted.num_experts == 6
+        assert service.metric("escalations_total", **{"from": "lexical", "to": "fitted"}) == 0
+        assert service.metric("route_seconds_count", source="lexical") == 1
+
+
+async def test_the_next_better_pass_is_taken_where_little_is_expected(serve, ladder):
+    async with serve(passes=ladder.passes) as service:
+        _, request = await generate(service, b"b", PREDICTED)
+        assert (ladder.num_calls, ladder.loaded) == ({"lexical": 1, "fitted": 1}, ["lexical", "fitted"])
+        assert (request.pool.source, request.predicted.num_experts) == (PoolSource.PREDICTION, 6)
+        assert service.metric("escalations_total", **{"from": "lexical", "to": "fitted"}) == 1
+        assert service.metric("escalations_total", **{"from": "fitted", "to": "prefill"}) == 0
+        assert service.metric("route_seconds_count", source="fitted") == 1
+
+
+@pytest.mark.parametrize("source", [pb.POOL_SOURCE_PREDICTION, pb.POOL_SOURCE_PREFILL])
+async def test_the_prefill_chooses_where_no_pass_is_good_enough(serve, ladder, source):
+    async with serve(passes=ladder.passes) as service:
+        usage, request = await generate(service, b"c", pb.PoolPolicy(count=3, source=source))
+        assert ladder.num_calls == {"lexical": 1, "fitted": 1}
+        assert request.pool == PoolPolicy(Count(3), PoolSource.PREFILL)
+        assert request.predicted is None
+        assert not usage.HasField("predicted_recall")
+        for came, went in (("lexical", "fitted"), ("fitted", "prefill")):
+            assert service.metric("escalations_total", **{"from": came, "to": went}) == 1
+        # What the prefill chose is remembered, for requests that leave the choice to it.
+        await generate(service, b"c", pb.PoolPolicy(count=3))
+        assert service.cluster.received[-1][1].predicted.digest == usage.pool.digest
+        assert ladder.num_calls == {"lexical": 1, "fitted": 1}
+
+
+async def test_route_says_its_source_and_what_it_expects(serve, ladder):
+    async with serve(passes=ladder.passes) as service:
+        for text, source, expected in ((b"a", "lexical", 0.9), (b"b", "fitted", 0.8), (b"c", "fitted", 0.2)):
+            reply = await service.stub.Route(pb.RouteRequest(text=text, pool=pb.PoolPolicy(count=3)))
+            assert reply.scores.source == source
+            assert reply.expected_recall == pytest.approx(expected)
+            assert reply.pool.num_experts == 6
+        reply = await service.stub.Route(pb.RouteRequest(text=b"c"))
+        assert (reply.scores.source, reply.HasField("expected_recall"), reply.HasField("pool")) == (
+            "lexical", False, False,
+        )  # fmt: skip
+
+
+async def test_without_an_estimate_nothing_is_escalated(service):
+    reply = await service.stub.Route(pb.RouteRequest(text=b"c", pool=pb.PoolPolicy(count=3)))
+    assert (reply.scores.source, reply.HasField("expected_recall")) == ("trunk", False)
+
+
+async def test_calibrate_can_choose_the_pass(serve, ladder):
+    async with serve(passes=ladder.passes) as service:
+        examples, pool = [pb.Example(text=b"abc")], pb.PoolPolicy(count=3)
+        for method, used in (("", "fitted"), ("lexical", "lexical"), ("fitted", "fitted")):
+            wire = pb.CalibrateRequest(name="p", examples=examples, pool=pool, method=method, replace=True)
+            assert (await service.stub.Calibrate(wire)).pool.method == used
+        wire.method = "trunk"
+        assert "known are lexical, fitted" in await refused(service.stub.Calibrate(wire))
+
+
+# --- no pass at all -------------------------------------------------------------------------------------------------
+
+
+async def test_without_any_pass_the_prefill_chooses_and_what_it_chose_is_remembered(serve):
+    async with serve(passes=Passes()) as service:
+        usage, request = await generate(service, b"abc", pb.PoolPolicy(count=3))
+        assert (request.pool.source, request.predicted) == (PoolSource.PREFILL, None)
+        _, request = await generate(service, b"abc", pb.PoolPolicy(count=3))
+        assert request.predicted.digest == usage.pool.digest
+        reply = await service.stub.Route(pb.RouteRequest(text=b"abc", pool=pb.PoolPolicy(count=3)))
+        assert (reply.scores.source, reply.scores.num_tokens, len(reply.scores.layers)) == ("fused", 3, 0)
+        assert not reply.HasField("pool")
+        assert reply.observed.digest == usage.pool.digest
+        assert reply.placement.worker
+
+
+async def test_without_any_pass_what_needs_one_is_refused(serve, model):
+    sized = replace(model, facts=replace(model.facts, expert_bytes=1000))
+    async with serve(passes=Passes(), model=sized) as service:
+        assert "'fused'" in await refused(generate(service, b"abc", PREDICTED))
+        assert "'fused'" in await refused(generate(service, b"abc", pb.PoolPolicy(bytes=6000)))
+        wire = pb.CalibrateRequest(name="p", examples=[pb.Example(text=b"abc")], pool=pb.PoolPolicy(count=3))
+        assert "calibrate --model" in await refused(service.stub.Calibrate(wire))
+    for default in (PoolPolicy(Count(3), PoolSource.PREDICTION), PoolPolicy(Bytes(6000))):
+        with pytest.raises(ConfigError, match="can take no effect"):
+            async with serve(passes=Passes(), model=sized, default_pool=default):
+                pass
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sized(model):
+    return replace(model, facts=replace(model.facts, expert_bytes=1000))
+
+
+async def test_bytes_reach_the_worker_as_a_count_a_layer(serve, sized):
+    async with serve(model=sized) as service:
+        for source in (pb.POOL_SOURCE_PREFILL, pb.POOL_SOURCE_PREDICTION):
+            usage, request = await generate(service, b"abc", pb.PoolPolicy(bytes=7999, source=source))
+            assert request.pool.size == Counts((0, 4, 3))
+            assert [len(layer.experts) for layer in usage.pool.layers] == [0, 4, 3]
+
+
+async def test_what_is_remembered_does_not_change_how_bytes_are_shared_out(serve, sized):
+    async with serve(model=sized) as service:
+        await generate(service, b"abc", pb.PoolPolicy(bytes=7999))
+        _, request = await generate(service, b"abc", pb.PoolPolicy(bytes=7999))
+        assert service.scorer.num_calls == 2
+        assert request.pool.size == Counts((0, 4, 3))
+        assert service.metric("hint_lookups_total", result="hit") == 1
+
+
+async def test_too_few_bytes_and_bad_counts_are_refused(serve, sized):
+    async with serve(model=sized) as service:
+        for pool, says in (
+            (pb.PoolPolicy(bytes=0), "at least one byte"),
+            (pb.PoolPolicy(bytes=3999), "at least 4000 bytes"),
+            (pb.PoolPolicy(counts=pb.LayerCounts(routed=[3, 3])), "names 2 layers and the model has 3"),
+            (pb.PoolPolicy(counts=pb.LayerCounts(routed=[0, 1, 3])), "smaller than the 2"),
+            (pb.PoolPolicy(counts=pb.LayerCounts(routed=[0, 3, 9])), "more than the 8"),
+        ):
+            assert says in await refused(generate(service, b"abc", pool))
+        _, request = await generate(service, b"abc", pb.PoolPolicy(counts=pb.LayerCounts(routed=[0, 3, 5])))
+        assert request.pool.size == Counts((0, 3, 5))
+
+
+# --- drift ----------------------------------------------------------------------------------------------------------
+
+
+async def test_drift_is_passed_on_and_reported(service):
+    drift = pb.DriftPolicy(threshold=0.25)
+    usage, request = await generate(service, b"abc", pb.PoolPolicy(count=3, drift=drift))
+    assert request.pool.drift == DriftPolicy(0.25, DriftAction.WIDEN, 16)
+    assert usage.drift == pb.DriftReport(peak_mass=0.5, widenings=2, experts_added=3, exact_from=7)
+    exact = pb.DriftPolicy(threshold=0.5, action=pb.DRIFT_ACTION_EXACT, window=4)
+    fixed = pb.PoolPolicy(experts=pb.FixedPool(layers=usage.pool.layers), drift=exact)
+    for pool in (fixed, pb.PoolPolicy(digest=usage.pool.digest, drift=exact)):
+        _, request = await generate(service, b"abc", pool)
+        assert request.pool.drift == DriftPolicy(0.5, DriftAction.EXACT, 4)
+    usage, request = await generate(service, b"abc", pb.PoolPolicy(count=3))
+    assert request.pool.drift is None
+    assert not usage.HasField("drift")
+
+
+async def test_a_pool_that_was_widened_is_not_taken_for_the_prompts_own(service):
+    await generate(service, b"abc", pb.PoolPolicy(count=3, drift=pb.DriftPolicy(threshold=0.25)))
+    await generate(service, b"abc", pb.PoolPolicy(count=3))
+    assert service.metric("hint_lookups_total", result="miss") == 2
+
+
+async def test_drift_that_makes_no_sense_is_refused(service):
+    for drift, says in (
+        (pb.DriftPolicy(), "above 0 and below 1, not 0"),
+        (pb.DriftPolicy(threshold=1), "not 1"),
+        (pb.DriftPolicy(threshold=float("nan")), "not nan"),
+        (pb.DriftPolicy(threshold=0.5, window=0), "at least one token"),
+        (pb.DriftPolicy(threshold=0.5, action=9), "use WIDEN or EXACT"),
+    ):
+        assert says in await refused(generate(service, b"abc", pb.PoolPolicy(count=3, drift=drift)))
+    some = pb.DriftPolicy(threshold=0.5)
+    for pool in (pb.PoolPolicy(full=pb.Full(), drift=some), pb.PoolPolicy(drift=some)):
+        assert "no pool that it could leave" in await refused(generate(service, b"abc", pool))
+
+
+async def test_the_default_drift_goes_with_the_default_pool(serve):
+    default = DriftPolicy(0.4, DriftAction.EXACT)
+    async with serve(default_pool=PoolPolicy(Count(4), drift=default)) as service:
+        for pool, expected in (
+            (None, default),
+            (pb.PoolPolicy(source=pb.POOL_SOURCE_PREFILL), default),
+            (pb.PoolPolicy(drift=pb.DriftPolicy(threshold=0.2)), DriftPolicy(0.2)),
+            (pb.PoolPolicy(count=3), None),
+        ):
+            _, request = await generate(service, b"abc", pool)
+            assert request.pool.drift == expected
+    with pytest.raises(ConfigError, match="no pool that it could leave"):
+        async with serve(default_pool=PoolPolicy(Full(), drift=default)):
+            pass

@@ -1,0 +1,130 @@
+"""Reading documents for fit-router, and the fitted pass, on the shipped model and a few short texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from pager.engine.fitted_router import FittedRouter
+from pager.engine.fitting import DocumentReader
+from pager.engine.loading import PagedModel, load_paged_model
+from pager.engine.trunk_router import TrunkRouter
+from pager.errors import CheckpointError, InvalidRequest
+from pager.planner import Budgets
+from pager.routing.fit import DocumentReading, Fit, fit_router
+from pager.routing.fitted import LexicalRouter
+from pager.routing.pool import pick_pool
+from pager.types import Share
+
+MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
+DOCUMENTS = sorted((Path(__file__).parents[1] / "data" / "documents").glob("*.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[tuple[int, ...]]:
+    """Three of each of four kinds, tokenised; the kinds take turns."""
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    kinds = [[json.loads(line)["text"] for line in path.read_text().splitlines()] for path in DOCUMENTS]
+    return [tuple(tokenizer.encode(text).ids) for texts in zip(*kinds, strict=True) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def paged() -> Iterator[PagedModel]:
+    """With fewer slots than experts: what is read must not depend on the budget."""
+    made = load_paged_model(MODEL, dtype="float32", budgets=Budgets(expert_memory="50%"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def trunk() -> TrunkRouter:
+    return TrunkRouter.load(MODEL, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def readings(paged: PagedModel, trunk: TrunkRouter, documents: list[tuple[int, ...]]) -> list[DocumentReading]:
+    reader = DocumentReader(paged, trunk, max_tokens=100, seed=0)
+    found = [reader.read(ids) for ids in documents]
+    assert all(found)
+    return [reading for reading in found if reading is not None]
+
+
+@pytest.fixture(scope="module")
+def fit(paged: PagedModel, readings: list[DocumentReading]) -> Fit:
+    return fit_router(readings, paged.config.vocab_size, paged.facts.routed_per_layer, paged.fingerprint)
+
+
+def test_what_a_document_wanted_is_the_mean_of_its_router_probabilities(
+    readings: list[DocumentReading], documents: list[tuple[int, ...]]
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    ids = torch.tensor([documents[0][:100]])
+    with torch.inference_mode():
+        logits = plain(ids, output_router_logits=True).router_logits
+    expected = np.concatenate([layer[:, :-1].softmax(-1).mean(0).numpy() for layer in logits])
+    assert len(readings[0].token_ids) == 100
+    np.testing.assert_allclose(readings[0].wanted_O, expected, atol=1e-5)
+
+
+def test_prompts_are_the_starts_of_documents(
+    readings: list[DocumentReading], trunk: TrunkRouter, documents: list[tuple[int, ...]]
+) -> None:
+    (short, long) = readings[0].prompts
+    assert (short.length, long.length) == (16, 32), "at most half of the document"
+    expected = trunk.scores(documents[0][:32])
+    for mean_R, expected_R in zip(long.trunk.mean_LR, expected.mean_LR, strict=True):
+        np.testing.assert_array_equal(mean_R, expected_R)
+    sizes = {len(prompt.fused.experts[0]) for reading in readings for prompt in reading.prompts}
+    assert sizes == {15, 31, 63}
+
+
+def test_a_document_of_a_few_tokens_is_left_out(paged: PagedModel, trunk: TrunkRouter) -> None:
+    assert DocumentReader(paged, trunk, max_tokens=100, seed=0).read(range(2, 30)) is None
+
+
+def test_reading_again_finds_the_same(
+    paged: PagedModel, trunk: TrunkRouter, documents: list[tuple[int, ...]], readings: list[DocumentReading]
+) -> None:
+    again = DocumentReader(paged, trunk, max_tokens=100, seed=0).read(documents[0])
+    assert again is not None
+    np.testing.assert_array_equal(again.wanted_O, readings[0].wanted_O)
+    assert [prompt.fused for prompt in again.prompts] == [prompt.fused for prompt in readings[0].prompts]
+
+
+def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(
+    fit: Fit, trunk: TrunkRouter, readings: list[DocumentReading]
+) -> None:
+    """Twelve texts prove no more; what it is worth on unseen ones is measured, not tested."""
+    fitted, lexical = FittedRouter(fit.file, trunk), LexicalRouter(fit.file)
+    recalls: dict[str, list[float]] = {"fitted": [], "lexical": [], "trunk": []}
+    for reading in readings:
+        wanted = pick_pool(fit.file.as_scores(reading.wanted_O, "", 100), Share(0.125), trunk.facts)
+        for router in (fitted, lexical, trunk):
+            scores = router.scores(reading.token_ids[:32])
+            assert tuple(map(len, scores.mean_LR)) == trunk.facts.routed_per_layer
+            assert all(mean_R.sum() == pytest.approx(1) for mean_R in scores.mean_LR)
+            pool = pick_pool(scores, Share(0.125), trunk.facts)
+            recalls[scores.source].append(pool.recall_of(wanted))
+            assert 0 < fit.file.expected_recall(scores, pool) <= 1
+    means = {source: float(np.mean(values)) for source, values in recalls.items()}
+    assert means["lexical"] > 0.4, "chance is 0.12"
+    assert means["fitted"] > means["trunk"]
+
+
+def test_a_router_and_a_trunk_of_different_models_do_not_go_together(fit: Fit) -> None:
+    with pytest.raises(CheckpointError, match="fit it again"):
+        FittedRouter(fit.file, TrunkRouter.load(GOLDEN))
+
+
+def test_a_prompt_that_can_not_be_scored(fit: Fit, trunk: TrunkRouter) -> None:
+    for ids, named in (([], "empty"), ([4096], "token id 4096")):
+        with pytest.raises(InvalidRequest, match=named):
+            FittedRouter(fit.file, trunk).scores(ids)

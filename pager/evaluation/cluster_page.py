@@ -83,11 +83,10 @@ def _shorten(name: str) -> str:
 def _lede(reports: Sequence[ModelReport]) -> str:
     first = reports[0]
     tokens = " and ".join(f"{number:,}" for number in sorted({report.num_tokens for report in reports}))
-    each = ", by each model on its own" if len(reports) > 1 else ""
-    return (
-        f"{tokens} tokens of {len(first.documents)} documents from {len(first.domains)} domains, grouped{each} by the "
-        "experts that the routers of all layers would send them to. Tokens of one cluster are routed alike."
-    )
+    what = f"{tokens} tokens of {len(first.documents)} documents from {len(first.domains)} domains"
+    if len(reports) > 1:
+        return f"{what}. Each model groups them by the experts that its routers would send them to."
+    return f"{what}, grouped by the experts that the routers of all layers would send them to."
 
 
 def _method(reports: Sequence[ModelReport], num_shown: int, seed: int, max_tokens: int) -> list[list[str]]:

@@ -142,15 +142,16 @@ def test_every_domain_has_a_row_of_all_experts(show: Callable[..., Shown], one: 
     assert panel.locator("tbody th").all_inner_texts() == list(DOMAINS)
     assert panel.locator("td").count() == len(DOMAINS) * 16
     assert panel.locator(".layers button").all_inner_texts() == ["0", "2"]
-    panel.locator(".layers button").nth(1).click()
     assert "Layer 2, pools of 3 experts" in panel.locator(".note").inner_text()
+    panel.locator(".layers button").first.click()
+    assert "Layer 0, pools of 3 experts" in panel.locator(".note").inner_text()
     # Ordered by main domain, the first columns belong to the first domain; by number, expert 0 comes first.
     cell = panel.locator("tr").nth(1).locator("td").first
     assert float(cell.evaluate("cell => cell.style.getPropertyValue('--v')")) < 50
     shown.page.click("[data-key=index]")
     assert "expert 0\n" in str(panel.locator("td").first.get_attribute("aria-label"))
     shown.page.click("[data-key=mass]")
-    assert panel.locator("table").get_attribute("aria-label") == "Share of probability, layer 2 of emo"
+    assert panel.locator("table").get_attribute("aria-label") == "Share of probability, layer 0 of emo"
     values = panel.locator("td").evaluate_all(
         "cells => cells.map((cell) => Number(cell.style.getPropertyValue('--v')))"
     )

@@ -9,7 +9,7 @@ const percent = (part, whole = 1) => {
   return value > 0 && value < 1 ? "<1 %" : `${Math.round(value)} %`;
 };
 const count = (number) => number.toLocaleString("en");
-const state = { model: 0, document: 0, layer: 0, measure: "held", order: "domain", sort: "size", cluster: models.map(() => 0) };
+const state = { model: 0, document: 0, layer: models[0].coverage.length >> 1, measure: "held", order: "domain", sort: "size", cluster: models.map(() => 0) };
 
 function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +22,42 @@ def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
     if not evaluation.figures:
         return []
     return [
-        plot_rises([evaluation], folder / "rise.png"),
-        plot_paging(evaluation, folder / "paging.png"),
+        plot_rises([(evaluation.name, evaluation.figures)], folder / "rise.png"),
+        plot_paging(evaluation.name, evaluation.figures, folder / "paging.png"),
         plot_domains(evaluation, folder / "domains.png"),
     ]
 
 
-def plot_rises(evaluations: Sequence[Evaluation], path: Path) -> Path:
+def plot_rises(panels: Sequence[tuple[str, Sequence[Figures]]], path: Path) -> Path:
     """A panel a model: rise of the loss against the share of experts kept, a line a method, with intervals."""
-    figure = Figure(figsize=(6.5 * len(evaluations), 5), layout="constrained")
-    panels = figure.subplots(1, len(evaluations), squeeze=False, sharey=True)[0]
-    for axes, evaluation in zip(panels, evaluations, strict=True):
-        for style, (method, found) in zip(_styles(evaluation), _by_method(evaluation), strict=True):
-            rise = np.maximum([each.rise.mean for each in found], SMALLEST_RISE)
-            low = np.maximum([each.rise.low for each in found], SMALLEST_RISE)
-            high = np.maximum([each.rise.high for each in found], SMALLEST_RISE)
+    figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (name, figures) in zip(all_axes, panels, strict=True):
+        for style, (method, found) in zip(_styles(), _by_method(figures).items(), strict=False):
+            rise, low, high = (
+                np.maximum([getattr(each.rise, bound) for each in found], SMALLEST_RISE)
+                for bound in ("mean", "low", "high")
+            )
+            errors = [rise - np.minimum(low, rise), np.maximum(high, rise) - rise]
             percents = [each.percent for each in found]
-            axes.errorbar(percents, rise, yerr=[rise - np.minimum(low, rise), np.maximum(high, rise) - rise],
-                          label=method, capsize=2, linewidth=1.3, markersize=4, **style)  # fmt: skip
-        _logarithmic(axes, "experts kept, % of a layer", "rise of the loss, nats a token")
-        ticks = sorted({each.percent for each in evaluation.figures})
+            axes.errorbar(percents, rise, yerr=errors, label=method, capsize=2, linewidth=1.3, markersize=4, **style)
+        _label(axes, name, "experts kept, % of a layer")
+        axes.set_xscale("log")
+        ticks = sorted({each.percent for each in figures})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_title(evaluation.name)
-        axes.legend(fontsize=8)
+        axes.minorticks_off()
     return _save(figure, path)
 
 
-def plot_paging(evaluation: Evaluation, path: Path) -> Path:
+def plot_paging(name: str, figures: Sequence[Figures], path: Path) -> Path:
     """What a document costs in bytes read against what it costs in loss: down and left is better."""
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
-    for style, (method, found) in zip(_styles(evaluation), _by_method(evaluation), strict=True):
+    for style, (method, found) in zip(_styles(), _by_method(figures).items(), strict=False):
         rise = np.maximum([each.rise.mean for each in found], SMALLEST_RISE)
-        axes.plot(
-            [each.bytes_paged / 2**20 for each in found], rise, label=method, linewidth=1.3, markersize=4, **style
-        )
-    _logarithmic(axes, "expert bytes read a document, MiB", "rise of the loss, nats a token")
-    axes.set_xscale("linear")
-    axes.set_title(f"{evaluation.name}: a cache of one pool's size")
-    axes.legend(fontsize=8)
+        read = [each.bytes_paged / 2**20 for each in found]
+        axes.plot(read, rise, label=method, linewidth=1.3, markersize=4, **style)
+    _label(axes, f"{name}: a cache of one pool's size", "expert bytes read a document, MiB")
     return _save(figure, path)
 
 
@@ -79,25 +77,28 @@ def plot_domains(evaluation: Evaluation, path: Path) -> Path:
     return _save(figure, path)
 
 
-def _by_method(evaluation: Evaluation) -> list[tuple[str, list[Figures]]]:
-    methods = dict.fromkeys(each.method for each in evaluation.figures)
-    return [(method, [each for each in evaluation.figures if each.method == method]) for method in methods]
+def _by_method(figures: Sequence[Figures]) -> dict[str, list[Figures]]:
+    """Of each method its sizes, ascending."""
+    return {
+        method: sorted((each for each in figures if each.method == method), key=lambda each: each.percent)
+        for method in dict.fromkeys(each.method for each in figures)
+    }
 
 
-def _styles(evaluation: Evaluation) -> list[dict[str, Any]]:
-    markers, colours = "os^vD<>pPX*h", mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    return [
-        {"marker": markers[index % len(markers)], "color": colours[(2 * index) % 20 + (2 * index) // 20 % 2]}
-        for index in range(len(_by_method(evaluation)))
-    ]
+def _styles() -> Iterator[dict[str, Any]]:
+    """Endless; neighbours differ in colour and marker."""
+    colours = mpl.colormaps["tab10"]
+    for number in itertools.count():
+        yield {"color": colours(number % 10), "marker": "os^vD<>pPX"[number % 10], "linestyle": "-:"[number // 10 % 2]}
 
 
-def _logarithmic(axes: Any, x: str, y: str) -> None:
-    axes.set_xscale("log")
+def _label(axes: Any, title: str, x: str) -> None:
     axes.set_yscale("log")
+    axes.set_title(title)
     axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3, which="both")
+    axes.set_ylabel("rise of the loss, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def _save(figure: Figure, path: Path) -> Path:

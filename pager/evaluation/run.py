@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,11 +69,23 @@ def evaluate(
     Raises InvalidRequest, CheckpointError, BudgetError, ExpertUnavailable.
     """
     with open_subject(ask, tokenizer) as (subject, calibration):
-        methods = methods_for(subject, ask.methods)
-        store = CellStore(cells, conditions_of(subject, calibration))
-        total = 1 + len(methods) * sum(percent < 100 for percent in ask.percents)
-        grid = run_grid(subject, methods, ask.percents, store, done=lambda name: done(name, total))
-        return Evaluation(ask.model.resolve().name, subject, grid, resamples=ask.resamples, seed=ask.seed)
+        return evaluate_subject(ask, subject, calibration, cells, done=done)
+
+
+def evaluate_subject(
+    ask: Ask,
+    subject: Subject,
+    calibration: Sequence[Text],
+    cells: Path | None = None,
+    *,
+    done: Callable[[str, int], None] = lambda *_: None,
+) -> Evaluation:
+    """The same for a subject that is open, for those who have more to ask it."""
+    methods = methods_for(subject, ask.methods)
+    store = CellStore(cells, conditions_of(subject, calibration))
+    total = 1 + len(methods) * sum(percent < 100 for percent in ask.percents)
+    grid = run_grid(subject, methods, ask.percents, store, done=lambda name: done(name, total))
+    return Evaluation(ask.model.resolve().name, subject, grid, resamples=ask.resamples, seed=ask.seed)
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:

@@ -1,0 +1,91 @@
+"""Measures both reference models and writes docs/evidence.md with its pictures and figures.
+
+    python -m benchmarks.evidence --corpus DIR
+
+CORPUS holds `<domain>.train.jsonl.gz` and `<domain>.valid.jsonl.gz`. The models are measured at the same time, a thread
+each; what is in `--work` from an earlier run under the same conditions is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.evidence_claims import all_claims
+from benchmarks.evidence_measure import Measured, Scale, measure
+from benchmarks.evidence_page import page
+from pager.evaluation.plots import plot_domains, plot_paging, plot_rises
+from pager.evaluation.report import to_dict
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def main(
+    corpus: Annotated[Path, typer.Option(help="Folder with <domain>.train.jsonl.gz and <domain>.valid.jsonl.gz.")],
+    emo: Annotated[Path, typer.Option(help="The model trained with document pools.")] = Path("models/emo-tiny"),
+    std: Annotated[Path, typer.Option(help="Its control.")] = Path("models/stdmoe-tiny"),
+    docs: Annotated[Path, typer.Option(help="Where evidence.md and evidence/ go.")] = Path("docs"),
+    work: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("build/evidence"),
+    max_documents: Annotated[int | None, typer.Option(help="Of each domain. Default: all.")] = None,
+    side_documents: Annotated[int, typer.Option(help="Of each domain, for the other sizes.")] = 16,
+    calibration_documents: Annotated[int, typer.Option(help="Of each domain.")] = 160,
+    only: Annotated[Path | None, typer.Option(help="Measure this model, write no page.", hidden=True)] = None,
+) -> None:
+    """Measure, then write the page."""
+    scale = Scale(max_documents, side_documents, calibration_documents)
+    if only is not None:
+        measure(only, corpus, work / only.name, scale)
+        return
+    _at_the_same_time([emo, std])
+    found = [measure(model, corpus, work / model.name, scale) for model in (emo, std)]
+    pictures = docs / "evidence"
+    pictures.mkdir(parents=True, exist_ok=True)
+    _draw(found[0], found[1], pictures)
+    _store(found, pictures)
+    claims = all_claims(found[0], found[1])
+    (docs / "evidence.md").write_text(page(found[0], found[1], claims, None, "make evidence"), encoding="utf-8")
+    for claim in claims:
+        console.print(f"{claim.at}: {claim.says}: {claim.figure}: {claim.verdict}", markup=False)
+    console.print(f"wrote {docs / 'evidence.md'}")
+
+
+def _at_the_same_time(models: Sequence[Path]) -> None:
+    """A process a model, with the arguments of this one. Raises SystemExit when one fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "benchmarks.evidence", *sys.argv[1:], "--only"]
+    running = [subprocess.Popen([*command, str(model)], env=environment) for model in models]
+    failed = [model for model, process in zip(models, running, strict=True) if process.wait() != 0]
+    if failed:
+        raise SystemExit(f"measuring {', '.join(map(str, failed))} failed")
+
+
+def _draw(emo: Measured, std: Measured, folder: Path) -> None:
+    every_size = [(each.main.name, [*each.main.figures, *each.side.figures]) for each in (emo, std)]
+    plot_rises(every_size, folder / "rise.png")
+    plot_paging(*every_size[0], folder / "paging.png")
+    for measured in (emo, std):
+        plot_domains(measured.main, folder / f"domains-{measured.main.name}.png")
+
+
+def _store(models: Sequence[Measured], folder: Path) -> None:
+    for measured in models:
+        name = measured.main.name
+        for part, evaluation in (("", measured.main), ("-other-sizes", measured.side), ("-layers", measured.layered)):
+            _write(folder / f"{name}{part}.json", to_dict(evaluation))
+        _write(folder / f"{name}-facts.json", {k: v for k, v in measured.facts.items() if k != "conditions"})
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

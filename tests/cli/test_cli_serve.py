@@ -95,6 +95,41 @@ def test_route_names_a_worker(run: Run, service: dict[str, Any]) -> None:
     assert found["placement"]["worker"]
 
 
+def test_a_pool_made_from_examples_is_named(run: Run, service: dict[str, Any], tmp_path: Path) -> None:
+    examples = tmp_path / "sql.jsonl"
+    examples.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("SELECT a", "FROM b")))
+    at = ("--server", service["address"], "--tenant", "t")
+    make = ("calibrate", "--name", "sql", "--examples", examples, *at)
+    done = run(*make, "--pool", 5, "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert (made["method"], made["num_examples"], made["num_tokens"]) == ("trunk", 2, 14)
+    used = run("generate", "hello", "--pool-name", "sql", "--max-tokens", 2, "--ignore-eos", *at, "--json")
+    assert json.loads(used.stdout)["usage"]["pool"]["layers"] == made["pool"]["layers"]
+    assert json.loads(run("pools", "list", *at, "--json").stdout)["pools"] == [made]
+    for arguments, message in {
+        make: "[ALREADY_EXISTS]",
+        ("generate", "hello", "--pool-name", "sql", "--server", service["address"]): "[NOT_FOUND]",
+        (*make, "--method", "greedy", "--replace"): "known are trunk",
+    }.items():
+        done = run(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert message in done.stderr
+    assert run("pools", "delete", "sql", *at).returncode == 0
+    assert json.loads(run("pools", "list", *at, "--json").stdout)["pools"] == []
+
+
+def test_bytes_counts_and_drift_reach_the_worker(run: Run, service: dict[str, Any]) -> None:
+    options = ("--server", service["address"], "--max-tokens", 6, "--ignore-eos", "--json")
+    for size, num_experts in (("54KiB", 9), ("2,3,4", 9)):
+        done = run("generate", "hello", "--pool", size, *options)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["usage"]["pool"]["num_experts"] == num_experts
+    done = run("generate", "hello", "--pool", 3, "--drift", "0.01:exact:1", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["usage"]["drift"]["exact_from"] is not None
+
+
 def test_refusals_are_one_line_and_the_next_request_works(run: Run, service: dict[str, Any]) -> None:
     for options, message in {
         ("x" * 200,): "[INVALID_ARGUMENT]",
@@ -126,6 +161,10 @@ def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint:
         (checkpoint, "--expert-memory", "900TiB"): "found in main memory",
         (checkpoint, "--expert-memory", "25%", "--pool", "4"): "needs 12 expert slots and this worker has 6",
         (checkpoint, "--pool", "1"): "smaller than the 2",
+        (checkpoint, "--router", "fitted"): "make it with `expert-pager fit-router",
+        (checkpoint, "--router", "best"): "one of auto, lexical, trunk, fitted, fused, not 'best'",
+        (checkpoint, "--router", "fused", "--pool", "32KiB"): "can take no effect",
+        (checkpoint, "--pools", checkpoint / "config.json"): "can not be written",
     }.items():
         done = run("serve", *arguments, "--device", "cpu", "--port", 0, "--metrics-port", 0)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr

@@ -1,0 +1,128 @@
+"""Which passes a router runs, by its settings and by what lies beside the checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pager.cli.passes
+from pager.cli.passes import build_passes
+from pager.config import RouterConfig
+from pager.engine.trunk import OpenModel
+from pager.errors import CheckpointError, ConfigError
+from pager.routing.fitted import ROUTER_NAME, RouterFile
+from pager.routing.pool import pick_pool
+from pager.types import Count, RoutingFacts
+from router_service.scoring import Passes
+
+OUTPUTS = 3 * 8
+FACTS = RoutingFacts((9, 9, 9), (1, 1, 1), (2, 2, 2))
+Fit = Callable[..., Path]
+
+
+def fitted_weights(vocabulary: int, recall: float) -> dict[str, np.ndarray]:
+    """A router that was fitted to nothing: what it scores and expects is made up."""
+    draw = np.random.default_rng(3)
+    weights = {
+        "lexical.tokens": draw.normal(size=(vocabulary, 4)),
+        "lexical.head": draw.normal(size=(4, OUTPUTS)),
+        "lexical.mean": np.full(OUTPUTS, 0.125),
+        "fitted.down": draw.normal(size=(OUTPUTS, 2)),
+        "fitted.up": draw.normal(size=(2, OUTPUTS)),
+        "fitted.trunk_mean": np.zeros(OUTPUTS),
+    }
+    for source in ("lexical", "trunk", "fitted"):
+        weights[f"recall.{source}"] = np.array([recall] + [0.0] * 10)
+    return {name: weight.astype(np.float32) for name, weight in weights.items()}
+
+
+@pytest.fixture
+def fit(checkpoint: Path, tmp_path: Path) -> Fit:
+    """A copy of the checkpoint with a router fitted to it, or to another model."""
+
+    def fit(*, recall: float = 0.9, fingerprint: str | None = None) -> Path:
+        folder = tmp_path / "fitted-emo"
+        shutil.copytree(checkpoint, folder)
+        opened = OpenModel.open(folder)
+        with opened.checkpoint:
+            vocabulary, own = int(opened.config.vocab_size), opened.checkpoint.fingerprint
+        RouterFile(fingerprint or own, (8, 8, 8), fitted_weights(vocabulary, recall), {}).save(folder / ROUTER_NAME)
+        return folder
+
+    return fit
+
+
+@contextmanager
+def passes_of(folder: Path, **choices: object) -> Iterator[Passes]:
+    opened = OpenModel.open(folder)
+    with opened.checkpoint:
+        yield build_passes(opened, RouterConfig(**choices))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("router", "chain"),
+    [
+        ("auto", ("fitted",)),
+        ("fitted", ("fitted",)),
+        ("trunk", ("trunk",)),
+        ("lexical", ("lexical", "fitted")),
+        ("fused", ()),
+    ],
+)
+def test_a_fitted_model_offers_every_pass(fit: Fit, router: str, chain: tuple[str, ...]) -> None:
+    with passes_of(fit(), router=router) as passes:
+        assert passes.chain == chain
+        assert tuple(passes.available) == (("lexical", "trunk", "fitted") if chain else ())
+        for name in passes.available:
+            scores = passes.available[name]().scores([1, 2, 3])
+            assert (scores.source, scores.num_tokens) == (name, 3)
+            assert passes.estimate is not None
+            assert passes.estimate(scores, pick_pool(scores, Count(4), FACTS)) == pytest.approx(0.9)
+
+
+def test_a_model_without_a_fitted_router_has_its_trunk(checkpoint: Path) -> None:
+    for router in ("auto", "trunk"):
+        with passes_of(checkpoint, router=router) as passes:
+            assert (passes.chain, passes.estimate) == (("trunk",), None)
+
+
+def test_lexical_loads_no_trunk_until_it_is_wanted(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wanted(Exception):
+        pass
+
+    def refuse(*_: object) -> None:
+        raise Wanted
+
+    monkeypatch.setattr(pager.cli.passes, "TrunkRouter", refuse)
+    folder = fit()
+    with passes_of(folder, router="lexical") as passes:
+        assert passes.available["lexical"]().scores([1]).source == "lexical"
+        with pytest.raises(Wanted):
+            passes.available["fitted"]()
+    with passes_of(folder, router="lexical", min_recall=0.0) as passes:
+        assert (passes.chain, tuple(passes.available)) == (("lexical",), ("lexical",))
+
+
+def test_choices_that_can_take_no_effect_are_errors(fit: Fit, checkpoint: Path) -> None:
+    for router in ("lexical", "fitted"):
+        says = r"needs .*router\.safetensors.* `expert-pager fit-router "
+        with pytest.raises(ConfigError, match=says), passes_of(checkpoint, router=router):
+            pass
+    for folder, router in ((checkpoint, "trunk"), (checkpoint, "fused"), (fit(), "fused")):
+        says, choices = r"router\.min_recall can take no effect", {"router": router, "min_recall": 0.7}
+        with pytest.raises(ConfigError, match=says), passes_of(folder, **choices):
+            pass
+
+
+def test_a_router_fitted_to_another_model_is_refused(fit: Fit) -> None:
+    folder = fit(fingerprint="another")
+    for router in ("auto", "lexical", "trunk"):
+        with pytest.raises(CheckpointError, match="was fitted to the model another"), passes_of(folder, router=router):
+            pass
+    with passes_of(folder, router="fused") as passes:
+        assert not passes.available

@@ -51,9 +51,9 @@ def workspace_of(opened: OpenModel, device: str, *, num_readers: int) -> Workspa
     fixed_bytes = shapes.cpu_bytes(num_readers) if on_cpu else _CUBLAS_BYTES + 2 * _CUDA_SEGMENT_BYTES
     token_bytes, context_bytes, draw_bytes = shapes.token_bytes(), shapes.context_bytes(), shapes.draw_bytes()
     if not on_cpu:
-        # The caching allocator hands out whole blocks and keeps them: an eighth of the trunk's weights, which are
-        # many of a few MiB, and a quarter of everything that comes and goes.
-        fixed_bytes += opened.trunk_bytes // 8
+        # The caching allocator cuts what is below 10 MiB out of segments of 20, and keeps what is freed: a third for
+        # the trunk's weights, many of which are of such a size, and a quarter for what comes and goes.
+        fixed_bytes += opened.trunk_bytes // 3
         token_bytes, context_bytes, draw_bytes = (
             nbytes + nbytes // 4 for nbytes in (token_bytes, context_bytes, draw_bytes)
         )

@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence --corpus DIR
 
-CORPUS holds `<domain>.train.jsonl.gz` and `<domain>.valid.jsonl.gz`. The models are measured at the same time, a thread
-each; what is in `--work` from an earlier run under the same conditions is not measured again.
+CORPUS holds `<domain>.train.jsonl.gz` and `<domain>.valid.jsonl.gz`. Two processes measure at a
+time, a thread each; what is in `--work` from an earlier run under the same conditions is not measured again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -20,10 +21,12 @@ import typer
 from rich.console import Console
 
 from benchmarks.evidence_claims import all_claims
-from benchmarks.evidence_measure import Measured, Scale, measure
+from benchmarks.evidence_measure import Measured, Scale, measure, measure_main, measure_side
 from benchmarks.evidence_page import page
 from pager.evaluation.plots import plot_domains, plot_paging, plot_rises
 from pager.evaluation.report import to_dict
+
+CONTROL_METHODS = ("fused", "trunk", "lexical", "fitted", "calibrated", "random", "future")
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -37,15 +40,18 @@ def main(
     max_documents: Annotated[int | None, typer.Option(help="Of each domain. Default: all.")] = None,
     side_documents: Annotated[int, typer.Option(help="Of each domain, for the other sizes.")] = 16,
     calibration_documents: Annotated[int, typer.Option(help="Of each domain.")] = 160,
-    only: Annotated[Path | None, typer.Option(help="Measure this model, write no page.", hidden=True)] = None,
+    part: Annotated[str | None, typer.Option(help="Measure a part, emo-main for one, and write no page.")] = None,
 ) -> None:
     """Measure, then write the page."""
     scale = Scale(max_documents, side_documents, calibration_documents)
-    if only is not None:
-        measure(only, corpus, work / only.name, scale)
+    models: dict[str, tuple[Path, Sequence[str] | None]] = {"emo": (emo, None), "std": (std, CONTROL_METHODS)}
+    if part is not None:
+        model, methods = models[part.partition("-")[0]]
+        parts = {"main": measure_main, "side": measure_side}
+        parts[part.partition("-")[2]](model, corpus, work / model.name, scale, methods)
         return
-    _at_the_same_time([emo, std])
-    found = [measure(model, corpus, work / model.name, scale) for model in (emo, std)]
+    _measure_parts([f"{name}-{kind}" for kind in ("main", "side") for name in models])
+    found = [measure(model, corpus, work / model.name, scale, methods) for model, methods in models.values()]
     pictures = docs / "evidence"
     pictures.mkdir(parents=True, exist_ok=True)
     _draw(found[0], found[1], pictures)
@@ -57,14 +63,18 @@ def main(
     console.print(f"wrote {docs / 'evidence.md'}")
 
 
-def _at_the_same_time(models: Sequence[Path]) -> None:
-    """A process a model, with the arguments of this one. Raises SystemExit when one fails."""
+def _measure_parts(parts: Sequence[str]) -> None:
+    """Two at a time, a process with one thread each. Raises SystemExit when one fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.evidence", *sys.argv[1:], "--only"]
-    running = [subprocess.Popen([*command, str(model)], env=environment) for model in models]
-    failed = [model for model, process in zip(models, running, strict=True) if process.wait() != 0]
+
+    def run(part: str) -> int:
+        command = [sys.executable, "-m", "benchmarks.evidence", *sys.argv[1:], "--part", part]
+        return subprocess.run(command, env=environment, check=False).returncode
+
+    with ThreadPoolExecutor(max_workers=2) as workers:
+        failed = [part for part, status in zip(parts, workers.map(run, parts), strict=True) if status]
     if failed:
-        raise SystemExit(f"measuring {', '.join(map(str, failed))} failed")
+        raise SystemExit(f"measuring {', '.join(failed)} failed; what was measured is kept")
 
 
 def _draw(emo: Measured, std: Measured, folder: Path) -> None:

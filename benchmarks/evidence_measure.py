@@ -18,17 +18,16 @@ from pager.evaluation import continuations, specialisation
 from pager.evaluation.bootstrap import Bootstrap
 from pager.evaluation.corpus import Text
 from pager.evaluation.grid import conditions_of
-from pager.evaluation.methods import size_of
+from pager.evaluation.methods import BY_LAYER, methods_for, size_of
 from pager.evaluation.passes import estimate_errors, recalls, seconds_a_prompt
 from pager.evaluation.report import Evaluation
-from pager.evaluation.run import Ask, evaluate, evaluate_subject, open_subject
+from pager.evaluation.run import Ask, evaluate_subject, open_subject
 from pager.evaluation.sampling import sample_documents
 from pager.evaluation.subject import Subject
 
 MAIN_PERCENTS = (25.0, 12.5)
 SIDE_PERCENTS = (50.0, 6.25)
-LAYERED = ("fused", "fused+layers", "trunk", "trunk+layers")
-LAYERED_FITTED = (*LAYERED, "fitted", "fitted+layers")
+LAYERED = ("fused", "fused+layers", "trunk", "trunk+layers", "fitted", "fitted+layers")
 PASSES = ("trunk", "lexical", "fitted")
 CLASSIFIER_DOCUMENTS = 400  # of each domain, to fit on
 
@@ -56,10 +55,39 @@ class Measured:
     facts: Facts
 
 
-def measure(model: Path, corpus: Path, folder: Path, scale: Scale) -> Measured:
-    """What is in `folder` from an earlier run under the same conditions is taken from there."""
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    ask = Ask(
+def measure(model: Path, corpus: Path, folder: Path, scale: Scale, methods: Sequence[str] | None = None) -> Measured:
+    """What is in `folder` from an earlier run under the same conditions is taken from there. `methods` None: all."""
+    main, facts = measure_main(model, corpus, folder, scale, methods)
+    side, layered = measure_side(model, corpus, folder, scale, methods)
+    return Measured(main, side, layered, facts)
+
+
+def measure_main(
+    model: Path, corpus: Path, folder: Path, scale: Scale, methods: Sequence[str] | None
+) -> tuple[Evaluation, Facts]:
+    ask, tokenizer = _ask(model, corpus, scale), _tokenizer(model)
+    with open_subject(ask, tokenizer) as (subject, calibration):
+        ask = replace(ask, methods=_possible(methods, subject))
+        main = evaluate_subject(ask, subject, calibration, folder / "main", done=_printer(model.name))
+        return main, _facts(main, subject, calibration, corpus, tokenizer, folder, scale)
+
+
+def measure_side(
+    model: Path, corpus: Path, folder: Path, scale: Scale, methods: Sequence[str] | None
+) -> tuple[Evaluation, Evaluation]:
+    """The other sizes, and sizes per layer, on fewer documents."""
+    side = replace(_ask(model, corpus, scale), max_documents=scale.side_documents, percents=SIDE_PERCENTS)
+    with open_subject(side, _tokenizer(model)) as (subject, calibration):
+        side = replace(side, methods=_possible(methods, subject))
+        layered = replace(side, methods=_possible(LAYERED, subject), percents=MAIN_PERCENTS)
+        return (
+            evaluate_subject(side, subject, calibration, folder / "side", done=_printer(f"{model.name}, other sizes")),
+            evaluate_subject(layered, subject, calibration, folder / "side", done=_printer(f"{model.name}, layers")),
+        )
+
+
+def _ask(model: Path, corpus: Path, scale: Scale) -> Ask:
+    return Ask(
         model,
         (str(corpus / "*.valid.jsonl*"),),
         (str(corpus / "*.train.jsonl*"),),
@@ -67,18 +95,16 @@ def measure(model: Path, corpus: Path, folder: Path, scale: Scale) -> Measured:
         max_documents=scale.max_documents,
         calibration_documents=scale.calibration_documents,
     )
-    with open_subject(ask, tokenizer) as (subject, calibration):
-        main = evaluate_subject(ask, subject, calibration, folder / "main", done=_printer(model.name))
-        facts = _facts(main, subject, calibration, corpus, tokenizer, folder, scale)
-        layered_methods = LAYERED if subject.router_file is None else LAYERED_FITTED
-    side = replace(ask, max_documents=scale.side_documents, percents=SIDE_PERCENTS)
-    layered = replace(side, methods=layered_methods, percents=MAIN_PERCENTS)
-    return Measured(
-        main,
-        evaluate(side, tokenizer, folder / "side", done=_printer(f"{model.name}, fewer documents")),
-        evaluate(layered, tokenizer, folder / "side", done=_printer(f"{model.name}, sizes per layer")),
-        facts,
-    )
+
+
+def _tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(model / "tokenizer.json"))
+
+
+def _possible(methods: Sequence[str] | None, subject: Subject) -> tuple[str, ...]:
+    """Without what needs a fitted router, where there is none."""
+    possible = methods_for(subject, None)
+    return tuple(name for name in methods or possible if name.removesuffix(BY_LAYER) in possible)
 
 
 def _facts(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from pager.errors import InvalidRequest
-from pager.evaluation.sampling import sample_documents
+from pager.evaluation.sampling import Document, sample_documents
 
 EVERY_DOCUMENT = 10**9
 
@@ -46,21 +46,24 @@ def read_texts(
 ) -> list[Text]:
     """The documents that are long enough, of each domain at most `max_documents` drawn at random; a file a domain.
 
-    Without special tokens. Raises InvalidRequest for files without documents, and where all are too short.
+    Without special tokens. A larger draw of the same seed holds the smaller ones. Raises InvalidRequest for files
+    without documents, and where all are too short.
     """
     documents = sample_documents(patterns, EVERY_DOCUMENT, seed)
-    encodings = tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False)
-    texts = [
-        Text(document.domain, document.name, tuple(encoding.ids[: cut.context_tokens]))
-        for document, encoding in zip(documents, encodings, strict=True)
-        if len(encoding.ids) >= 2 * cut.prompt_tokens
-    ]
+    texts: list[Text] = []
+    for domain in sorted({document.domain for document in documents}):
+        of_domain = [document for document in documents if document.domain == domain]
+        if max_documents is None:
+            texts += _encode(of_domain, tokenizer, cut)
+        else:
+            of_domain.sort(key=lambda document: _place(document, seed))
+            texts += _first(of_domain, tokenizer, cut, max_documents)
     if not texts:
         raise InvalidRequest(
             f"none of the {len(documents)} documents has {2 * cut.prompt_tokens} tokens; give longer ones or a shorter "
             "prompt"
         )
-    return texts if max_documents is None else _draw(texts, max_documents, seed)
+    return texts
 
 
 def domains_of(texts: Sequence[Text]) -> list[str]:
@@ -75,13 +78,27 @@ def digest_of(texts: Sequence[Text]) -> str:
     return digest.hexdigest()
 
 
-def _draw(texts: Sequence[Text], max_documents: int, seed: int) -> list[Text]:
-    """Ordered by a hash of the seed and the text: a larger draw holds the smaller ones."""
+def _encode(documents: Sequence[Document], tokenizer: Tokenizer, cut: Cut) -> list[Text]:
+    """Those that are long enough."""
+    encodings = tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False)
+    return [
+        Text(document.domain, document.name, tuple(encoding.ids[: cut.context_tokens]))
+        for document, encoding in zip(documents, encodings, strict=True)
+        if len(encoding.ids) >= 2 * cut.prompt_tokens
+    ]
 
-    def place(text: Text) -> bytes:
-        return hashlib.blake2b(f"{seed}\0{text.name}\0{text.token_ids}".encode()).digest()
 
-    drawn: list[Text] = []
-    for domain in domains_of(texts):
-        drawn += sorted((text for text in texts if text.domain == domain), key=place)[:max_documents]
-    return drawn
+def _first(documents: Sequence[Document], tokenizer: Tokenizer, cut: Cut, count: int) -> list[Text]:
+    """The first `count` that are long enough; the others need not become tokens."""
+    texts: list[Text] = []
+    start = 0
+    while len(texts) < count and start < len(documents):
+        end = start + count - len(texts)
+        texts += _encode(documents[start:end], tokenizer, cut)
+        start = end
+    return texts
+
+
+def _place(document: Document, seed: int) -> bytes:
+    """Where a document stands in the draw."""
+    return hashlib.blake2b(f"{seed}\0{document.name}\0{document.text}".encode()).digest()

@@ -21,7 +21,8 @@ from pager.engine.trunk import moe_blocks
 from pager.models.families import routed_probabilities
 from pager.types import ExpertPool, PoolPolicy, PoolSize
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 8192  # at most; fewer where what they work with would take more than BATCH_BYTES
+BATCH_BYTES = 256 * 2**20
 HEAD_TOKENS = 512  # logits of so many tokens exist at a time
 
 Ids = Sequence[int]
@@ -48,10 +49,10 @@ class RouterMeans:
 class Forwards:
     """One thread only: the model's own. Documents are batched by length; padding votes and counts for nothing."""
 
-    def __init__(self, paged: PagedModel, prompt_tokens: int, *, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, paged: PagedModel, prompt_tokens: int, *, batch_tokens: int | None = None) -> None:
         self.paged = paged
         self.prompt_tokens = prompt_tokens
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or _batch_tokens(paged)
         self._running: list[int] = []  # the texts of the batch that is running
 
     def outcomes(
@@ -152,6 +153,12 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         num_rows = max(1, batch_tokens // lengths[order[0]])
         yield order[:num_rows]
         order = order[num_rows:]
+
+
+def _batch_tokens(paged: PagedModel) -> int:
+    """Each token is copied for each of its experts, on the way in and on the way out."""
+    copies = 2 * max(paged.facts.top_k_per_layer, default=1) + 2
+    return max(1, min(BATCH_TOKENS, BATCH_BYTES // (copies * paged.config.hidden_size * paged.dtype.itemsize)))
 
 
 def _on_logits(

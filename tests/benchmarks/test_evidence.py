@@ -1,0 +1,98 @@
+"""docs/evidence.md from two small random models and made-up documents: all is measured, every claim judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from benchmarks.evidence import CONTROL_METHODS, _draw, _store
+from benchmarks.evidence_claims import Claim, all_claims
+from benchmarks.evidence_measure import Scale, measure
+from benchmarks.evidence_page import page
+from pager.evaluation.bootstrap import Interval
+from pager.models import EmoConfig, EmoForCausalLM
+
+SCALE = Scale(max_documents=3, side_documents=2, calibration_documents=4, prompts=2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    for domain, alphabet in (("letters", "abcdefgh "), ("digits", "01234567 ")):
+        for split in ("train", "valid"):
+            texts = ["".join(random.choice(list(alphabet), 200)) for _ in range(6)]
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+            (folder / f"{domain}.{split}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    paths = []
+    for seed, name in enumerate(("emo-tiny", "stdmoe-tiny")):
+        torch.manual_seed(seed)
+        config = EmoConfig(
+            vocab_size=256,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_experts=65,
+            num_experts_per_tok=3,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            pad_token_id=1,
+            eos_token_id=0,
+        )
+        paths.append(folder / name)
+        EmoForCausalLM(config).eval().save_pretrained(paths[-1])
+        tokenizer.save(str(paths[-1] / "tokenizer.json"))
+    return paths
+
+
+def test_a_page_is_made_of_what_was_measured(corpus: Path, two_models: list[Path], tmp_path: Path) -> None:
+    emo, std = two_models
+    found = [
+        measure(emo, corpus, tmp_path / "emo", SCALE),
+        measure(std, corpus, tmp_path / "std", SCALE, CONTROL_METHODS),
+    ]
+    again = measure(std, corpus, tmp_path / "std", SCALE, CONTROL_METHODS)
+    assert again.facts == found[1].facts
+    claims = all_claims(found[0], found[1])
+    unmeasured = [claim.says for claim in claims if claim.measured is None]
+    assert all("lexical" in says or "fitted" in says or "recall estimate" in says for says in unmeasured)
+    text = page(found[0], found[1], claims, None, "make evidence")
+    assert all(
+        f"## {title}" in text for title in ("What must hold", "What it saves", "A size for every layer", "Domains")
+    )
+    assert text.count("| trunk |") == 0
+    assert "| emo-tiny: trunk |" in text
+    assert "| stdmoe-tiny: fused+layers |" in text
+    _draw(found[0], found[1], tmp_path)
+    _store(found, tmp_path)
+    assert (tmp_path / "rise.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "emo-tiny-facts.json").read_text()).keys() == {
+        "continuations", "specialisation", "passes", "speed",
+    }  # fmt: skip
+
+
+def test_a_claim_is_judged_by_its_mean() -> None:
+    most = Claim("here", "at most 0.05", Interval(0.04, 0.03, 0.06), 0.05)
+    assert (most.verdict, most.figure) == ("holds", "0.040 [0.030, 0.060]")
+    assert Claim("here", "at most 0.03", Interval(0.04, 0.03, 0.06), 0.03).verdict == "**short by 0.010**"
+    least = Claim("here", "at least 8", Interval(7.5, 7.0, 9.0), 8, "{:.1f}", at_least=True)
+    assert least.verdict == "**short by 0.5**"
+    assert Claim("here", "at least 3", Interval(3.0, 3.0, 3.0), 3, "{:.1f}", at_least=True).verdict == "holds"
+    assert Claim("here", "something", None, 1).verdict == "not measured"

@@ -26,7 +26,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from pager.errors import ConfigError, PagerError, PortInUse
-from pager.types import ExpertPool, FinishReason
+from pager.types import DriftReport, ExpertPool, FinishReason
 
 PREFIX = "expert_pager"
 TIERS = ("disk", "host", "device")
@@ -132,6 +132,9 @@ class WorkerMetrics:
         self._out_of_pool = histogram(
             "out_of_pool_mass_ratio", "Router mass outside the pool while decoding.", RATIO_BUCKETS
         )
+        self._widenings = counter("drift_widenings", "Times that a finished answer's pool was widened.")
+        self._drift_experts = counter("drift_experts", "Experts that were added to pools by widening them.")
+        self._drift_exact = counter("drift_exact", "Answers that went on with all experts.")
         self._recall = histogram(
             "predicted_recall_ratio", "Share of the prefill's pool that was predicted.", RATIO_BUCKETS
         )
@@ -204,6 +207,12 @@ class WorkerMetrics:
         if layers:
             self._pool.observe(sum(layers) / len(layers))
         self._out_of_pool.observe(out_of_pool_mass)
+
+    def drift(self, report: DriftReport) -> None:
+        self._widenings.inc(report.widenings)
+        self._drift_experts.inc(report.experts_added)
+        if report.exact_from is not None:
+            self._drift_exact.inc()
 
     def predicted(self, recall: float) -> None:
         self._recall.observe(recall)

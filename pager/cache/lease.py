@@ -59,6 +59,18 @@ class Lease:
         self._ledger.unreserve(self._holding)
         self._limit = len(self._holding.keys)
 
+    def page_on_demand(self, num_slots: int) -> bool:
+        """Gives its experts up for a reservation of `num_slots` that exact forwards page in; between steps only.
+
+        False, and nothing changed, when these slots are not to be had now.
+        """
+        if not self._ledger.trade(self._holding, num_slots):
+            return False
+        self._limit = num_slots
+        self._by_layer.clear()
+        self._awaited.clear()
+        return True
+
     def wait(self, layer: int) -> None:
         """Returns when the bound experts of `layer` can be computed with; the time goes to `usage.stall_s`.
 

@@ -169,6 +169,21 @@ class Ledger:
                 self._trace.let_go(keys)
             self._changed.notify_all()
 
+    def trade(self, holding: Holding, num_slots: int) -> bool:
+        """Lets go of all its experts for `num_slots` promised ones; False, with nothing changed, when not to be had."""
+        with self._changed:
+            freed = sum(self.index.is_loaded(key) and self.index.pins(key) == 1 for key in holding.keys)
+            if num_slots > holding.reserved + freed + self.index.num_unreserved:
+                return False
+            self.let_go_of_experts(holding, list(holding.keys))
+            surplus = max(0, holding.reserved - num_slots)
+            self.index.unreserve(surplus)
+            holding.reserved -= surplus
+            fits = self.reserve(holding, num_slots - holding.reserved)
+            assert fits, "it was counted before"
+            self._changed.notify_all()
+            return True
+
     def release(self, holding: Holding) -> None:
         """Unpins and unreserves everything. Idempotent."""
         with self.lock:

@@ -14,6 +14,9 @@ from pager.types import (
     Bytes,
     Count,
     Counts,
+    DriftAction,
+    DriftPolicy,
+    DriftReport,
     ExpertKey,
     ExpertPool,
     FinishReason,
@@ -90,6 +93,11 @@ def _encode_policy(policy: PoolPolicy) -> pb.PoolPolicy:
             raise AssertionError("the router shares bytes out over the layers before a worker sees them")
         case Full():
             pass
+    if policy.drift is not None:
+        drift = policy.drift
+        message.drift.CopyFrom(
+            pb.DriftPolicy(threshold=drift.threshold, action=drift.action.value, window=drift.window)
+        )
     return message
 
 
@@ -98,7 +106,12 @@ def _decode_policy(message: pb.PoolPolicy) -> PoolPolicy:
         size=_decode_size(message),
         source=PoolSource(message.source),
         fixed=decode_pool(message.fixed) if message.HasField("fixed") else None,
+        drift=_decode_drift(message.drift) if message.HasField("drift") else None,
     )
+
+
+def _decode_drift(message: pb.DriftPolicy) -> DriftPolicy:
+    return DriftPolicy(message.threshold, DriftAction(message.action), message.window)
 
 
 def _decode_size(message: pb.PoolPolicy) -> PoolSize:
@@ -163,6 +176,7 @@ def _encode_usage(usage: Usage) -> pb.Usage:
         queue_s=usage.queue_s,
         time_to_first_token_s=usage.time_to_first_token_s,
         model_fingerprint=usage.model_fingerprint,
+        drift=None if usage.drift is None else _encode_report(usage.drift),
     )
 
 
@@ -183,7 +197,22 @@ def _decode_usage(message: pb.Usage) -> Usage:
         queue_s=message.queue_s,
         time_to_first_token_s=message.time_to_first_token_s,
         model_fingerprint=message.model_fingerprint,
+        drift=_decode_report(message.drift) if message.HasField("drift") else None,
     )
+
+
+def _encode_report(report: DriftReport) -> pb.DriftReport:
+    return pb.DriftReport(
+        peak_mass=report.peak_mass,
+        widenings=report.widenings,
+        experts_added=report.experts_added,
+        exact_from=report.exact_from,
+    )
+
+
+def _decode_report(message: pb.DriftReport) -> DriftReport:
+    exact_from = message.exact_from if message.HasField("exact_from") else None
+    return DriftReport(message.peak_mass, message.widenings, message.experts_added, exact_from)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

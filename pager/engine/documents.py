@@ -13,14 +13,17 @@ from torch import Tensor
 
 from pager.cache.lease import Lease
 from pager.cache.usage import UsageMeter
+from pager.engine.drift import DriftMonitor
+from pager.engine.outside import Outside, OutsideMass
 from pager.models.families import routed_probabilities
 from pager.routing.pool import check_pool, covered_mass, largest_counts, pick_layer
-from pager.types import ExpertPool, Full, Mass, PoolPolicy, PoolSource, RoutingFacts
+from pager.types import ExpertKey, ExpertPool, Full, Mass, PoolPolicy, PoolSource, RoutingFacts
 
 
 class DocumentRouting:
     """One document's pool: chosen layer by layer while its prompt is prefilled, then frozen (EMO rules 13 to 15).
 
+    Only drift changes it later (`pager.engine.widening`): between two forwards it grows, or the document becomes exact.
     Mutable; owned by one sequence. With a lease, choosing a layer's pool binds it; without, paging is on demand.
     """
 
@@ -46,6 +49,11 @@ class DocumentRouting:
         self._mass_LR: list[np.ndarray] = [np.zeros(0)] * facts.num_layers
         self._outside = 0.0
         self._num_measured = 0
+        self._first_pool: ExpertPool | None = None
+        self.monitor: DriftMonitor | None = None
+        if policy.drift is not None and not self.is_exact:
+            self.monitor = DriftMonitor(policy.drift, sum(facts.routed_per_layer))
+        self.awaits_experts = False  # it was widened, and no forward has waited for the new experts yet
         self.open_step: StepRouting | None = None
         if policy.fixed is not None:
             for layer, experts in enumerate(check_pool(policy.fixed, facts).experts):
@@ -61,12 +69,17 @@ class DocumentRouting:
 
     @property
     def pool(self) -> ExpertPool | None:
-        """The pool, once it is frozen; None for an exact document."""
-        if self.is_exact or not self.is_frozen:
+        """The pool, once it is frozen; None for a document that never had one. Going exact does not change it."""
+        if not self.is_frozen or (self.is_exact and self._first_pool is None):
             return None
         experts = tuple(chosen or () for chosen in self._experts)
         mass = covered_mass(self._mass_LR, experts) if self.policy.fixed is None else self.policy.fixed.covered_mass
         return ExpertPool(experts, mass)
+
+    @property
+    def first_pool(self) -> ExpertPool | None:
+        """The pool as it was before any drift: what the prompt chose, and what may be remembered for it."""
+        return self._first_pool or self.pool
 
     @property
     def degraded(self) -> bool:
@@ -90,6 +103,20 @@ class DocumentRouting:
         if self.lease is not None:
             self.lease.bind(layer, self._experts[layer] or ())
 
+    def widen(self, keys: Sequence[ExpertKey]) -> None:
+        """Adds routed experts to the frozen pool, between two forwards. What the past was computed with stays."""
+        self._remember_first_pool()
+        for layer in sorted({key.layer for key in keys}):
+            new = {key.expert for key in keys if key.layer == layer}
+            self._set_layer(layer, tuple(sorted(new.union(self._experts[layer] or ()))))
+        self.awaits_experts = self.lease is not None
+
+    def go_exact(self) -> None:
+        """All experts from the next forward on."""
+        self._remember_first_pool()
+        self.is_exact = True
+        self._allowed_LE = [None] * self.facts.num_layers
+
     def allowed(self, layer: int) -> Tensor:
         """[E] bool: which experts of the layer the router may pick; shared ones always."""
         allowed_E = self._allowed_LE[layer]
@@ -104,9 +131,18 @@ class DocumentRouting:
             self.open_step.settle()
         return self._outside / self._num_measured if self._num_measured else 0.0
 
-    def add_outside(self, mass: float, count: int) -> None:
-        self._outside += mass
-        self._num_measured += count
+    def add_outside(self, outside: Outside) -> None:
+        self._outside += outside.mass
+        self._num_measured += outside.count
+        if self.monitor is not None and outside.mass_LR is not None:
+            num_sparse = sum(routed > 0 for routed in self.facts.routed_per_layer)
+            self.monitor.add(outside.count // num_sparse, outside.mass_LR)
+
+    def _remember_first_pool(self) -> None:
+        self._first_pool = self.first_pool
+        if self.open_step is not None:
+            self.open_step.settle()
+            self.open_step.forget_pools()
 
     def _set_layer(self, layer: int, experts: tuple[int, ...]) -> None:
         num_experts = self.facts.experts_per_layer[layer]
@@ -138,9 +174,10 @@ class StepRouting:
         facts = documents[0].facts
         self._facts = facts
         self._stacked_LNE: list[Tensor | None] = [None] * facts.num_layers
-        self._measures = not prefill
-        self._outside_N: Tensor | None = None
-        self._num_measured = 0
+        self._may_drift = any(document.monitor is not None for document in documents)
+        self._outside: OutsideMass | None = None
+        if not prefill:
+            self._outside = OutsideMass(facts, len(documents), rows, valid, per_expert=self._may_drift)
         self.meter = documents[0].meter if len(documents) == 1 else UsageMeter()
         for document in documents:
             if document.open_step is not None and document.open_step is not self:
@@ -160,17 +197,33 @@ class StepRouting:
             return None
         allowed_NE = self._stacked(layer)
         allowed_TE = allowed_NE if self.rows is None else allowed_NE[self.rows]
-        if self._measures:
-            self._measure(layer, logits_TE, allowed_TE)
+        if self._outside is not None:
+            self._outside.add(layer, logits_TE, allowed_TE)
         return allowed_TE
+
+    @property
+    def awaiting(self) -> tuple[DocumentRouting, ...]:
+        """Whose leases may still be reading."""
+        if self.prefill:
+            return self.documents
+        return tuple(document for document in self.documents if document.awaits_experts) if self._may_drift else ()
+
+    def num_unsettled(self, document: DocumentRouting) -> int:
+        """How many of the document's tokens were measured and not handed over yet. Does not synchronise."""
+        if self._outside is None:
+            return 0
+        return sum(self._outside.num_tokens(n) for n, other in enumerate(self.documents) if other is document)
 
     def settle(self) -> None:
         """Hands the mass measured on the device to the documents. Synchronises."""
-        if self._outside_N is None:
+        if self._outside is None:
             return
-        for document, mass in zip(self.documents, self._outside_N.tolist(), strict=True):
-            document.add_outside(mass, self._num_measured)
-        self._outside_N, self._num_measured = None, 0
+        for document, outside in zip(self.documents, self._outside.take() or (), strict=False):
+            document.add_outside(outside)
+
+    def forget_pools(self) -> None:
+        """A document's pool is about to change."""
+        self._stacked_LNE = [None] * self._facts.num_layers
 
     def share_costs(self) -> None:
         """What the documents paged on demand together is charged to them in equal parts."""
@@ -200,19 +253,6 @@ class StepRouting:
             stacked = torch.stack([document.allowed(layer) for document in self.documents])
             self._stacked_LNE[layer] = stacked
         return stacked
-
-    def _measure(self, layer: int, logits_TE: Tensor, allowed_TE: Tensor) -> None:
-        num_shared = self._facts.shared_per_layer[layer]
-        probs_TR = routed_probabilities(logits_TE, num_shared)
-        outside_T = (probs_TR * ~allowed_TE[:, : probs_TR.shape[-1]]).sum(-1)
-        if self._outside_N is None:
-            self._outside_N = outside_T.new_zeros(len(self.documents))
-        if self.rows is None and len(self.documents) == len(outside_T):
-            self._outside_N += outside_T
-        else:
-            rows = self.rows if self.rows is not None else torch.zeros_like(outside_T, dtype=torch.long)
-            self._outside_N.index_add_(0, rows, outside_T)
-        self._num_measured += 1
 
 
 def split_usage(total: UsageMeter, meters: Sequence[UsageMeter]) -> None:

@@ -49,10 +49,9 @@ class LayerExperts:
         assert step is not None, "a paged model runs inside PagedModel.step only"
         if step.pages_on_demand:
             return self._run_in_waves(module, step, hidden_TD, index_TK, weights_TK)
-        if step.prefill:
-            for document in step.documents:
-                assert document.lease is not None
-                document.lease.wait(self.layer)
+        for document in step.awaiting:
+            assert document.lease is not None
+            document.lease.wait(self.layer)
         slot_TK = self.pager.slots.slot_of_LE[self.layer][index_TK]
         return run_slots(module, hidden_TD, slot_TK, weights_TK)
 

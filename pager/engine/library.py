@@ -14,10 +14,11 @@ from transformers import Cache, DynamicCache
 
 from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.loading import PagedModel, load_paged_model
+from pager.engine.widening import answer_drift
 from pager.errors import InvalidRequest
 from pager.planner import Budgets
 from pager.routing.pool import parse_pool_size
-from pager.types import Full, PoolPolicy
+from pager.types import DriftPolicy, Full, PoolPolicy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,7 @@ def load_model(
     expert_memory: str | int | float | None = None,
     host_memory: str | int | float | None = None,
     pool_size: str | int | None = None,
+    drift: DriftPolicy | None = None,
     policy: str = "lru",
     num_readers: int = 4,
 ) -> PreTrainedModel:
@@ -45,11 +47,14 @@ def load_model(
     first forward chooses, layer by layer, frozen for what follows with the same cache. A row without a past starts a
     document; padding (attention_mask) is left out.
 
+    With `drift`, forwards with a past measure the router mass outside of their documents' pools, whether they run one
+    token or several, and a pool may be widened, or its document become exact, between two of them.
+
     The model has one more attribute: `expert_paging` (a `PagedModel`: the pager with its statistics, the plan,
     `close()`).
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest.
     """
-    policy_of_rows = PoolPolicy(size=parse_pool_size(pool_size))
+    policy_of_rows = PoolPolicy(size=parse_pool_size(pool_size), drift=drift)
     budgets = Budgets(expert_memory=expert_memory, host_memory=0 if host_memory is None else host_memory)
     paged = load_paged_model(path, device=device, dtype=dtype, budgets=budgets, policy=policy, num_readers=num_readers)
     try:
@@ -75,6 +80,7 @@ class LibraryForwards:
         self._is_exact = isinstance(policy.size, Full)
         self._exact = DocumentRouting(paged.facts, PoolPolicy(), device=paged.device)
         self._running: AbstractContextManager[StepRouting] | None = None
+        self._documents_running: Sequence[DocumentRouting] = ()
 
     def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Forward pre-hook. Raises InvalidRequest for a cache that was filled without pools."""
@@ -96,12 +102,13 @@ class LibraryForwards:
             cache = kwargs["past_key_values"] = DynamicCache(config=model.config)
         num_past = int(cache.get_seq_length()) if cache is not None else 0
         valid_BT = _valid_tokens(kwargs.get("attention_mask"), num_rows, num_past + num_tokens)
-        documents = self._documents(cache, num_rows, num_past, valid_BT)
+        documents, has_past = self._documents(cache, num_rows, num_past, valid_BT)
         if cache is not None:
             carry_documents(cache, documents)
         rows = torch.arange(num_rows, device=inputs.device).repeat_interleave(num_tokens)
         valid = None if valid_BT is None else valid_BT[:, -num_tokens:].reshape(-1)
-        self._enter(self._paged.step(documents, rows=rows, valid=valid, prefill=True))
+        measures = self._policy.drift is not None and all(has_past)
+        self._enter(self._paged.step(documents, rows=rows, valid=valid, prefill=not measures))
         return (), kwargs
 
     def end(self, *_: Any) -> None:
@@ -109,14 +116,17 @@ class LibraryForwards:
         running, self._running = self._running, None
         if running is not None:
             running.__exit__(None, None, None)
+            for document in dict.fromkeys(self._documents_running):
+                answer_drift(document)
 
     def _enter(self, step: AbstractContextManager[StepRouting]) -> None:
-        step.__enter__()
+        self._documents_running = step.__enter__().documents
         self._running = step
 
     def _documents(
         self, cache: Cache | None, num_rows: int, num_past: int, valid_BT: Tensor | None
-    ) -> list[DocumentRouting]:
+    ) -> tuple[list[DocumentRouting], list[bool]]:
+        """A document a row, and whether it has a past."""
         past = getattr(cache, "documents", None) if num_past else None
         if num_past and past is None:
             raise InvalidRequest(
@@ -132,7 +142,8 @@ class LibraryForwards:
         has_past = [bool(num_past)] * num_rows
         if num_past and valid_BT is not None:
             has_past = valid_BT[:, :num_past].any(1).tolist()
-        return [past[row] if past is not None and has_past[row] else self._new_document() for row in range(num_rows)]
+        documents = [past[row] if past and has_past[row] else self._new_document() for row in range(num_rows)]
+        return documents, has_past
 
     def _new_document(self) -> DocumentRouting:
         return self._paged.document(self._policy)

@@ -17,6 +17,7 @@ from pager.engine.kv import BlockPool
 from pager.engine.loading import PagedModel
 from pager.engine.runner import RowStart
 from pager.engine.sampler import Draw
+from pager.engine.widening import answer_drift
 from pager.errors import InvalidRequest
 from pager.types import AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, Usage
 
@@ -97,6 +98,19 @@ class Sequence:
         """Not while its pool is to be chosen, which takes the whole prompt, nor where each part would page anew."""
         return self.document is not None and self.document.is_frozen and (paged.fully_resident or not self.is_exact)
 
+    @property
+    def awaits_experts(self) -> bool:
+        """Its pool was widened and the new experts are still being read: others decode meanwhile."""
+        lease = self.lease
+        if self.document is None or not self.document.awaits_experts or lease is None:
+            return False
+        return lease.failed is None and not lease.ready()
+
+    def answer_drift(self) -> None:
+        """Between two of its decode steps: widens its pool or goes exact, where its policy says so."""
+        assert self.document is not None
+        answer_drift(self.document)
+
     def is_paged_in(self, paged: PagedModel) -> bool:
         """Nothing that it asked for ahead of its prefill is still being read."""
         lease, predicted = self.lease, self.request.predicted
@@ -130,8 +144,10 @@ class Sequence:
         """The account of an answer that ended with `reason`; asked before `release`."""
         assert self.document is not None
         paging, pool, mode = self._meter.snapshot(), self.document.pool, self._mode()
-        predicted = self.request.predicted
-        recall = predicted.recall_of(pool) if predicted and pool and self.policy.fixed is None else None
+        out_of_pool_mass = self.document.out_of_pool_mass()  # before the report: it reads what was measured
+        monitor = self.document.monitor
+        predicted, first = self.request.predicted, self.document.first_pool
+        recall = predicted.recall_of(first) if predicted and first and self.policy.fixed is None else None
         return Usage(
             mode=mode,
             finish_reason=reason,
@@ -143,16 +159,17 @@ class Sequence:
             experts_hit=paging.experts_hit,
             experts_missed=paging.experts_missed,
             stall_s=paging.stall_s,
-            out_of_pool_mass=self.document.out_of_pool_mass(),
+            out_of_pool_mass=out_of_pool_mass,
             predicted_recall=recall,
             queue_s=self.admitted_s - self.submitted_s,
             time_to_first_token_s=self.first_token_s - self.submitted_s,
             model_fingerprint=fingerprint,
+            drift=monitor.report() if monitor is not None else None,
         )
 
     def _mode(self) -> AnswerMode:
         assert self.document is not None
-        if self.is_exact:
+        if self.document.pool is None:
             return "exact"
         return "degraded" if self.document.degraded else "pool"
 

@@ -17,6 +17,9 @@ from pager.errors import (
 from pager.types import (
     Count,
     Counts,
+    DriftAction,
+    DriftPolicy,
+    DriftReport,
     ExpertKey,
     ExpertPool,
     FinishReason,
@@ -46,6 +49,8 @@ sizes = (
 )
 finite = st.floats(0, 1e12)
 counts = st.integers(0, 2**31 - 1)
+drifts = st.builds(DriftPolicy, finite, st.sampled_from(DriftAction), counts)
+reports = st.builds(DriftReport, finite, counts, counts, st.none() | counts)
 requests = st.builds(
     GenerateRequest,
     id=st.text(max_size=8),
@@ -61,7 +66,9 @@ requests = st.builds(
         stop=st.lists(st.text(max_size=4), max_size=3).map(tuple),
         ignore_eos=st.booleans(),
     ),
-    pool=st.builds(PoolPolicy, size=sizes, source=st.sampled_from(PoolSource), fixed=st.none() | pools),
+    pool=st.builds(
+        PoolPolicy, size=sizes, source=st.sampled_from(PoolSource), fixed=st.none() | pools, drift=st.none() | drifts
+    ),
     deadline_unix_s=st.none() | finite,
     predicted=st.none() | pools,
 )
@@ -82,6 +89,7 @@ usages = st.builds(
     queue_s=finite,
     time_to_first_token_s=finite,
     model_fingerprint=st.text(max_size=8),
+    drift=st.none() | reports,
 )
 
 

@@ -1,0 +1,109 @@
+"""The router mass that falls outside of pools, added up on the device while a model runs.
+
+Legend: T tokens of a forward, N documents in it, L layers, E experts of a layer, R routed experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pager.models.families import routed_probabilities
+from pager.types import RoutingFacts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outside:
+    """Of one document: probability outside of its pool, summed over `count` (tokens times sparse layers)."""
+
+    mass: float
+    count: int
+    mass_LR: list[np.ndarray] | None = None  # the same per layer and expert, where that was asked for
+
+
+class OutsideMass:
+    """Sums over the forwards since the last `take`, a document each. Nothing but `take` waits for the device.
+
+    With `per_expert` it also keeps, per layer, which routed experts the mass was for.
+    """
+
+    def __init__(
+        self, facts: RoutingFacts, num_documents: int, rows: Tensor | None, valid: Tensor | None, *, per_expert: bool
+    ) -> None:
+        """`rows` [T] says whose each token is (None: one each, or all the only one's), `valid` [T] which count.
+
+        With `rows` the tokens of a forward are counted here, which waits for the device.
+        """
+        self._facts = facts
+        self._num_documents = num_documents
+        self._rows = rows
+        self._valid = valid
+        self._num_sparse = sum(routed > 0 for routed in facts.routed_per_layer)
+        self._per_expert = per_expert
+        self._tokens_N = [1] * num_documents  # of each, in every token that `_num_calls` counts
+        if rows is not None:
+            counted = rows if valid is None else rows[valid]
+            self._tokens_N = torch.bincount(counted, minlength=num_documents).tolist()
+        self._clear()
+
+    def add(self, layer: int, logits_TE: Tensor, allowed_TE: Tensor) -> None:
+        """One layer of a forward, its raw router logits and what the pools allowed."""
+        probs_TR = routed_probabilities(logits_TE, self._facts.shared_per_layer[layer])
+        outside_TR = probs_TR * ~allowed_TE[:, : probs_TR.shape[-1]]
+        if self._valid is not None:
+            outside_TR = outside_TR * self._valid[:, None]
+        self._num_calls += len(outside_TR) if self._rows is None and self._num_documents == 1 else 1
+        if self._per_expert:
+            mass_NR = self._by_document(outside_TR.double())
+            self._experts_LNR[layer] = mass_NR if layer not in self._experts_LNR else self._experts_LNR[layer] + mass_NR
+            return
+        mass_N = self._by_document(outside_TR.sum(-1))
+        self._total_N = mass_N if self._total_N is None else self._total_N + mass_N
+
+    def num_tokens(self, index: int) -> int:
+        """How many tokens of that document were added since the last `take`."""
+        return self._tokens_N[index] * self._num_calls // max(1, self._num_sparse)
+
+    def take(self) -> list[Outside]:
+        """What every document's tokens left outside; empty where nothing was added. Starts anew."""
+        if self._num_calls == 0:
+            return []
+        counts = [tokens * self._num_calls for tokens in self._tokens_N]
+        if self._per_expert:
+            experts_NLR = self._experts_on_host()
+            taken = [Outside(_total(mass_LR), n, mass_LR) for mass_LR, n in zip(experts_NLR, counts, strict=True)]
+        else:
+            assert self._total_N is not None
+            taken = [Outside(mass, n) for mass, n in zip(self._total_N.tolist(), counts, strict=True)]
+        self._clear()
+        return taken
+
+    def _experts_on_host(self) -> list[list[np.ndarray]]:
+        """[N][L] arrays of [R], by one copy."""
+        layers = sorted(self._experts_LNR)
+        flat = torch.cat([self._experts_LNR[layer] for layer in layers], dim=1).cpu().numpy()
+        ends = np.cumsum([self._experts_LNR[layer].shape[1] for layer in layers])
+        parts = dict(zip(layers, np.split(flat, ends[:-1], axis=1), strict=True))
+        empty = np.zeros((self._num_documents, 0))
+        return [
+            [parts.get(layer, empty)[row] for layer in range(self._facts.num_layers)]
+            for row in range(self._num_documents)
+        ]
+
+    def _by_document(self, values_T: Tensor) -> Tensor:
+        """[T, ...] added up to [N, ...]."""
+        if self._rows is None:
+            return values_T.sum(0, keepdim=True) if self._num_documents == 1 else values_T
+        return values_T.new_zeros(self._num_documents, *values_T.shape[1:]).index_add_(0, self._rows, values_T)
+
+    def _clear(self) -> None:
+        self._num_calls = 0
+        self._total_N: Tensor | None = None
+        self._experts_LNR: dict[int, Tensor] = {}
+
+
+def _total(mass_LR: list[np.ndarray]) -> float:
+    return float(sum(mass_R.sum() for mass_R in mass_LR))

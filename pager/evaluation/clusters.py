@@ -75,7 +75,8 @@ def cluster_tokens(probs_TC: np.ndarray, num_clusters: int, seed: int) -> TokenC
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Each row divided by its length; a row of zeros stays."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    units: np.ndarray = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    return units
 
 
 def _families(centres_KP: np.ndarray) -> np.ndarray:

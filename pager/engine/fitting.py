@@ -15,7 +15,7 @@ from pager.engine.loading import PagedModel
 from pager.engine.trunk import moe_blocks
 from pager.engine.trunk_router import TrunkRouter
 from pager.models.families import routed_probabilities
-from pager.routing.fit import DocumentReading, PromptReading
+from pager.routing.fit import DocumentReading
 from pager.types import ExpertPool, PoolPolicy, PoolSize, Share
 
 PROMPT_LENGTHS = (16, 32, 64, 128, 256)
@@ -44,11 +44,10 @@ class DocumentReader:
         if len(ids) < MIN_TOKENS:
             return None
         lengths = [length for length in PROMPT_LENGTHS if 2 * length <= len(ids)]
-        prompts = [
-            PromptReading(length, self._trunk.scores(ids[:length]), self._fused_pool(ids[:length]))
-            for length in lengths
-        ]
-        return DocumentReading(ids, self._wanted(ids), tuple(prompts))
+        judged = lengths[int(self._random.integers(len(lengths)))]
+        fused = self._fused_pool(ids[:judged])
+        trunk = self._trunk.prefix_scores(ids[: lengths[-1]], lengths)
+        return DocumentReading(ids, self._wanted(ids), trunk, judged, fused)
 
     @torch.inference_mode()
     def _wanted(self, ids: Sequence[int]) -> np.ndarray:

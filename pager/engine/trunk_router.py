@@ -39,8 +39,8 @@ class TrunkRouter:
         self.config: PretrainedConfig = opened.config
         self.fingerprint: str = opened.checkpoint.fingerprint
         self.device = torch.device(device)
-        self._mean_LR: list[np.ndarray] = []
-        self._num_tokens = 0
+        self._lengths: Sequence[int] = ()
+        self._means: list[list[np.ndarray]] = []  # by prefix, by layer
         keeps_kernels = self.device.type == "cpu" and opened.dtype != torch.float32
         self._length_step = HALF_PRECISION_STEP if keeps_kernels else 1
         self._model = opened.load_trunk(device)
@@ -55,11 +55,19 @@ class TrunkRouter:
         with opened.checkpoint:
             return cls(opened, device)
 
-    @torch.inference_mode()
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:
         """Each routed expert's mean router probability over the prompt, in one forward without a cache.
 
         Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have.
+        """
+        (scores,) = self.prefix_scores(token_ids, (len(token_ids),))
+        return scores
+
+    @torch.inference_mode()
+    def prefix_scores(self, token_ids: Sequence[int], lengths: Sequence[int]) -> tuple[RoutingScores, ...]:
+        """The scores of the first `lengths[i]` tokens as prompts, in one forward: no token looks at a later one.
+
+        Raises as `scores` does.
         """
         unknown = [token for token in token_ids if not 0 <= token < self.config.vocab_size]
         if unknown or not token_ids:
@@ -67,11 +75,14 @@ class TrunkRouter:
                 f"token id {unknown[0]} is outside of the {self.config.vocab_size} known" if unknown else "it is empty"
             )
             raise InvalidRequest(f"the prompt can not be scored: {what}", field="prompt")
-        self._mean_LR = [np.zeros(0)] * self.facts.num_layers
-        self._num_tokens = len(token_ids)
+        self._means = [[np.zeros(0)] * self.facts.num_layers for _ in lengths]
+        self._lengths = lengths
         padding = [0] * (-len(token_ids) % self._length_step)  # behind the prompt, where no token of it looks
         self._model.model(input_ids=torch.tensor([[*token_ids, *padding]], device=self.device), use_cache=False)
-        return RoutingScores(tuple(self._mean_LR), source="trunk", num_tokens=len(token_ids))
+        return tuple(
+            RoutingScores(tuple(mean_LR), source="trunk", num_tokens=length)
+            for mean_LR, length in zip(self._means, lengths, strict=True)
+        )
 
     def _load_shared(self, opened: OpenModel) -> None:
         shape = opened.family.expert_shape(opened.config)
@@ -93,8 +104,9 @@ class TrunkRouter:
 
     def _record(self, layer: int, num_shared: int) -> Any:
         def record(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-            probs_TR = routed_probabilities(output[0][: self._num_tokens], num_shared)
-            self._mean_LR[layer] = probs_TR.double().mean(0).cpu().numpy()
+            probs_TR = routed_probabilities(output[0][: max(self._lengths)], num_shared).double()
+            for mean_LR, length in zip(self._means, self._lengths, strict=True):
+                mean_LR[layer] = probs_TR[:length].mean(0).cpu().numpy()
 
         return record
 

@@ -21,21 +21,19 @@ FOLDS = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PromptReading:
-    """The first `length` tokens of a document as a prompt: what the trunk says, and a fused pool of some size."""
-
-    length: int
-    trunk: RoutingScores
-    fused: ExpertPool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class DocumentReading:
-    """A document and what it wanted: each routed expert's mean probability over all of its tokens."""
+    """A document as its model read it.
+
+    `wanted_O`: each routed expert's mean probability over all of the document. `trunk`: the trunk's scores of some of
+    its beginnings, each a prompt of `num_tokens`. `fused`: the pool that a prefill chose for the first `fused_tokens`,
+    one of those lengths.
+    """
 
     token_ids: tuple[int, ...]
     wanted_O: np.ndarray
-    prompts: tuple[PromptReading, ...]
+    trunk: tuple[RoutingScores, ...]
+    fused_tokens: int
+    fused: ExpertPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +84,16 @@ class _Fitter:
         self._options = options
         self._facts = (fingerprint, routed_per_layer)
         self._vocabulary = vocabulary
-        self._prompts = [prompt for reading in readings for prompt in reading.prompts]
-        self._tokens = [reading.token_ids[: prompt.length] for reading in readings for prompt in reading.prompts]
-        self._fold_N = np.array([n % FOLDS for n, reading in enumerate(readings) for _ in reading.prompts])
-        self._wanted_NO = np.stack([reading.wanted_O for reading in readings for _ in reading.prompts])
-        self._trunk_NO = np.log(
-            np.maximum(np.stack([np.concatenate(prompt.trunk.mean_LR) for prompt in self._prompts]), FLOOR)
-        ).astype(np.float32)
+        prompts = [(n, reading, trunk) for n, reading in enumerate(readings) for trunk in reading.trunk]
+        self._trunk = [trunk for _, _, trunk in prompts]
+        self._fused = [
+            reading.fused if trunk.num_tokens == reading.fused_tokens else None for _, reading, trunk in prompts
+        ]
+        self._tokens = [reading.token_ids[: trunk.num_tokens] for _, reading, trunk in prompts]
+        self._fold_N = np.array([n % FOLDS for n, _, _ in prompts])
+        self._wanted_NO = np.stack([reading.wanted_O for _, reading, _ in prompts])
+        trunk_NO = np.stack([np.concatenate(trunk.mean_LR) for trunk in self._trunk])
+        self._trunk_NO = np.log(np.maximum(trunk_NO, FLOOR)).astype(np.float32)
         self._columns_C, self._idf_C = _columns(self._tokens, vocabulary)
         self._counts_NC = _counts(self._tokens, self._columns_C, vocabulary) * self._idf_C
 
@@ -110,7 +111,7 @@ class _Fitter:
     def _file(self, weights: dict[str, np.ndarray]) -> RouterFile:
         empty = np.zeros((len(self._wanted_NO[0]), 1), np.float32)
         blank = {"fitted.down": empty, "fitted.up": empty.T, "fitted.trunk_mean": empty[:, 0]}
-        facts = {"prompts": str(len(self._prompts))}
+        facts = {"prompts": str(len(self._trunk))}
         return RouterFile(*self._facts, blank | weights, facts)
 
     def _fit_lexical(self, rows_N: np.ndarray) -> dict[str, np.ndarray]:
@@ -134,17 +135,19 @@ class _Fitter:
     ) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, float]]:
         """From predictions for documents unseen by the lexical map; the combined map is too small to learn them."""
         by_source: dict[str, tuple[list[np.ndarray], list[float]]] = {}
-        for prompt, lexical_O in zip(self._prompts, lexical_NO, strict=True):
-            lexical = file.as_scores(lexical_O, "lexical", prompt.length)
-            for scores in (lexical, prompt.trunk, combine(file, lexical, prompt.trunk)):
+        for trunk, fused, lexical_O in zip(self._trunk, self._fused, lexical_NO, strict=True):
+            if fused is None:
+                continue
+            lexical = file.as_scores(lexical_O, "lexical", trunk.num_tokens)
+            for scores in (lexical, trunk, combine(file, lexical, trunk)):
                 experts = tuple(
-                    tuple(sorted(np.argsort(-mean_R, kind="stable")[: len(fused)].tolist()))
-                    for mean_R, fused in zip(scores.mean_LR, prompt.fused.experts, strict=True)
+                    tuple(sorted(np.argsort(-mean_R, kind="stable")[: len(layer)].tolist()))
+                    for mean_R, layer in zip(scores.mean_LR, fused.experts, strict=True)
                 )
                 pool = ExpertPool(experts)
                 features, recalls = by_source.setdefault(scores.source, ([], []))
                 features.append(recall_features(scores, pool))
-                recalls.append(pool.recall_of(prompt.fused))
+                recalls.append(pool.recall_of(fused))
         weights, means, errors = {}, {}, {}
         for source, (features, recalls) in by_source.items():
             features_NF, recall_N = np.stack(features), np.asarray(recalls)

@@ -21,7 +21,7 @@ from pager.planner import Budgets
 from pager.routing.fit import DocumentReading, Fit, fit_router
 from pager.routing.fitted import LexicalRouter
 from pager.routing.pool import pick_pool
-from pager.types import Share
+from pager.types import Count, PoolPolicy, Share
 
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
@@ -74,16 +74,28 @@ def test_what_a_document_wanted_is_the_mean_of_its_router_probabilities(
     np.testing.assert_allclose(readings[0].wanted_O, expected, atol=1e-5)
 
 
-def test_prompts_are_the_starts_of_documents(
+def test_the_trunks_scores_are_those_of_the_starts_of_documents(
     readings: list[DocumentReading], trunk: TrunkRouter, documents: list[tuple[int, ...]]
 ) -> None:
-    (short, long) = readings[0].prompts
-    assert (short.length, long.length) == (16, 32), "at most half of the document"
-    expected = trunk.scores(documents[0][:32])
-    for mean_R, expected_R in zip(long.trunk.mean_LR, expected.mean_LR, strict=True):
-        np.testing.assert_array_equal(mean_R, expected_R)
-    sizes = {len(prompt.fused.experts[0]) for reading in readings for prompt in reading.prompts}
-    assert sizes == {15, 31, 63}
+    (short, long) = readings[0].trunk
+    assert (short.num_tokens, long.num_tokens) == (16, 32), "at most half of the document"
+    for found in (short, long):
+        expected = trunk.scores(documents[0][: found.num_tokens])
+        for mean_R, expected_R in zip(found.mean_LR, expected.mean_LR, strict=True):
+            np.testing.assert_allclose(mean_R, expected_R, atol=1e-6)
+
+
+def test_fused_pools_are_those_of_a_prefill(
+    readings: list[DocumentReading], paged: PagedModel, documents: list[tuple[int, ...]]
+) -> None:
+    assert {len(reading.fused.experts[0]) for reading in readings} == {15, 31, 63}
+    assert {reading.fused_tokens for reading in readings} == {16, 32}
+    for reading in readings[:4]:
+        document = paged.document(PoolPolicy(size=Count(len(reading.fused.experts[0]))))
+        with torch.inference_mode(), paged.step([document], prefill=True):
+            paged.model(torch.tensor([reading.token_ids[: reading.fused_tokens]]), use_cache=False)
+        assert document.pool is not None
+        assert document.pool.experts == reading.fused.experts
 
 
 def test_a_document_of_a_few_tokens_is_left_out(paged: PagedModel, trunk: TrunkRouter) -> None:
@@ -96,7 +108,7 @@ def test_reading_again_finds_the_same(
     again = DocumentReader(paged, trunk, max_tokens=100, seed=0).read(documents[0])
     assert again is not None
     np.testing.assert_array_equal(again.wanted_O, readings[0].wanted_O)
-    assert [prompt.fused for prompt in again.prompts] == [prompt.fused for prompt in readings[0].prompts]
+    assert (again.fused, again.fused_tokens) == (readings[0].fused, readings[0].fused_tokens)
 
 
 def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from pager.errors import CheckpointError, InvalidRequest
-from pager.routing.fit import DocumentReading, Fit, FitOptions, PromptReading, fit_router
+from pager.routing.fit import DocumentReading, Fit, FitOptions, fit_router
 from pager.routing.fitted import LexicalRouter, RouterFile, combine
 from pager.routing.pool import pick_pool
 from pager.types import Count, ExpertPool, RoutingFacts, RoutingScores
@@ -42,13 +42,11 @@ class World:
     def document(self) -> DocumentReading:
         topic = int(self.random.integers(TOPICS))
         ids = tuple(self.random.choice(VOCABULARY, 200, p=self.words[topic]).tolist())
-        prompts = tuple(self._prompt(topic, length) for length in (16, 64))
-        return DocumentReading(ids, np.concatenate(self._layers(topic, 1000)), prompts)
-
-    def _prompt(self, topic: int, length: int) -> PromptReading:
-        trunk = RoutingScores(self._layers(topic, length / 16), "trunk", length)
+        trunk = tuple(RoutingScores(self._layers(topic, length / 16), "trunk", length) for length in (16, 64))
+        length = int(self.random.choice((16, 64)))
         prefill = RoutingScores(self._layers(topic, length / 4), "prefill", length)
-        return PromptReading(length, trunk, pick_pool(prefill, Count(SIZE), FACTS))
+        fused = pick_pool(prefill, Count(SIZE), FACTS)
+        return DocumentReading(ids, np.concatenate(self._layers(topic, 1000)), trunk, length, fused)
 
     def _layers(self, topic: int, clearness: float) -> tuple[np.ndarray, ...]:
         layers = iter(self.experts)
@@ -94,7 +92,7 @@ def test_the_experts_of_unseen_documents_are_told_from_their_first_tokens(
     file: RouterFile, unseen: list[DocumentReading]
 ) -> None:
     lexical = [LexicalRouter(file).scores(each.token_ids[:64]) for each in unseen]
-    trunk = [each.prompts[1].trunk for each in unseen]
+    trunk = [each.trunk[1] for each in unseen]
     both = [combine(file, first, second) for first, second in zip(lexical, trunk, strict=True)]
     wanted = pools_wanted(unseen, file)
     assert mean_recall(lexical, wanted) > 0.9
@@ -103,7 +101,7 @@ def test_the_experts_of_unseen_documents_are_told_from_their_first_tokens(
 
 def test_scores_are_probabilities_of_every_sparse_layer(file: RouterFile, unseen: list[DocumentReading]) -> None:
     lexical = LexicalRouter(file).scores(unseen[0].token_ids[:64])
-    both = combine(file, lexical, unseen[0].prompts[1].trunk)
+    both = combine(file, lexical, unseen[0].trunk[1])
     assert (lexical.source, both.source) == ("lexical", "fitted")
     for scores in (lexical, both):
         assert scores.num_tokens == 64
@@ -132,26 +130,24 @@ def test_a_prompt_that_can_not_be_scored(file: RouterFile, ids: list[int], named
 
 @pytest.mark.parametrize("source", ["lexical", "trunk", "fitted"])
 def test_recall_is_expected_about_as_it_turns_out(file: RouterFile, unseen: list[DocumentReading], source: str) -> None:
-    errors, found = [], []
+    errors = []
     for document in unseen:
-        for prompt in document.prompts:
-            lexical = LexicalRouter(file).scores(document.token_ids[: prompt.length])
-            scores = {"lexical": lexical, "trunk": prompt.trunk, "fitted": combine(file, lexical, prompt.trunk)}[source]
-            pool = pick_pool(scores, Count(SIZE), FACTS)
-            expected = file.expected_recall(scores, pool)
-            assert 0 <= expected <= 1
-            found.append(pool.recall_of(prompt.fused))
-            errors.append(expected - found[-1])
+        (trunk,) = (scores for scores in document.trunk if scores.num_tokens == document.fused_tokens)
+        lexical = LexicalRouter(file).scores(document.token_ids[: trunk.num_tokens])
+        scores = {"lexical": lexical, "trunk": trunk, "fitted": combine(file, lexical, trunk)}[source]
+        pool = pick_pool(scores, Count(SIZE), FACTS)
+        expected = file.expected_recall(scores, pool)
+        assert 0 <= expected <= 1
+        errors.append(expected - pool.recall_of(document.fused))
     assert abs(np.mean(errors)) < 0.05, "right on average"
     assert np.mean(np.abs(errors)) < 0.1, "and not far off on one prompt, of 15 experts"
 
 
 def test_recall_of_other_sources(file: RouterFile, unseen: list[DocumentReading]) -> None:
-    prompt = unseen[0].prompts[0]
-    prefill = RoutingScores(prompt.trunk.mean_LR, "prefill", 16)
-    assert file.expected_recall(prefill, prompt.fused) == 1
+    pool, mean_LR = unseen[0].fused, unseen[0].trunk[0].mean_LR
+    assert file.expected_recall(RoutingScores(mean_LR, "prefill", 16), pool) == 1
     with pytest.raises(InvalidRequest, match=r"'hint'.*fitted, lexical, trunk"):
-        file.expected_recall(RoutingScores(prompt.trunk.mean_LR, "hint", 16), prompt.fused)
+        file.expected_recall(RoutingScores(mean_LR, "hint", 16), pool)
 
 
 def test_fitting_again_writes_the_same_bytes(fit: Fit, seen: list[DocumentReading], tmp_path: Path) -> None:

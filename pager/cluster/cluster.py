@@ -47,7 +47,9 @@ class Cluster:
         They are supervised from here on. Raises ConfigError, and what keeps the first workers from loading
         (CheckpointError, BudgetError, PortInUse, ...); NotReady when there are no workers to attach to.
         """
-        session = await asyncio.to_thread(RaySession.open, config.cluster.ray_address, config.cluster.namespace)
+        session = await asyncio.to_thread(
+            RaySession.open, config.cluster.ray_address, config.cluster.namespace, config.workers.count
+        )
         cluster = None
         try:
             own = OwnWorkers(config, session, load) if config.workers.count else None

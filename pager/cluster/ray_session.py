@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 
+from pager.cluster.embedded_ray import start_embedded
 from pager.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ class RaySession:
     temp_dir: Path | None
 
     @classmethod
-    def open(cls, address: str | None, namespace: str) -> RaySession:
-        """Blocks for some seconds. A process that is connected already stays so. Raises ConfigError."""
+    def open(cls, address: str | None, namespace: str, num_workers: int = 1) -> RaySession:
+        """Blocks for some seconds. A process that is connected already stays so. Raises ConfigError, NotReady."""
         # The signals are the service's own, so Ray is started from another thread, and complains.
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
         if ray.is_initialized():
@@ -49,8 +50,9 @@ class RaySession:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         temp_dir = _new_temp_dir()
         try:
-            ray.init(
+            start_embedded(
                 namespace=namespace,
+                num_cpus=num_workers + 1,  # as many processes it starts in advance: workers, and the node's control
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=True,

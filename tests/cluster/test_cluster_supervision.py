@@ -12,20 +12,32 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import ray
+import torch
 
 from pager.cluster.cluster import Cluster
 from pager.cluster.ray_session import RaySession
 from pager.cluster.views import ModelView, WorkerState
-from pager.cluster.worker import LoadedEngine
+from pager.cluster.worker import HostAccess, LoadedEngine
 from pager.config import ClusterConfig, ModelConfig, RouterConfig, ServiceConfig, WorkerConfig
 from pager.errors import Cancelled, CheckpointError, DuplicateRequest, NotReady, PagerError, WorkerLost
 from pager.metrics import TierBytes
-from pager.types import FinishReason, GenerateRequest, PoolPolicy, RoutingFacts, SamplingParams, TokenChunk, Usage
+from pager.types import (
+    ExpertKey,
+    ExpertShape,
+    FinishReason,
+    GenerateRequest,
+    PoolPolicy,
+    RoutingFacts,
+    SamplingParams,
+    TokenChunk,
+    Usage,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -122,11 +134,25 @@ MODEL = ModelView(
 )
 
 
-def load_stand_in(config: ServiceConfig, sink: Any, observer: Any, host: object) -> LoadedEngine:
+RECORD_BYTES = 3 * 8 * 4 * 4
+
+
+def hold_two_records(host: HostAccess) -> None:
+    """One that is read and one that is half written, as a worker holds them when it is killed in the middle."""
+    opened = SimpleNamespace(family=SimpleNamespace(expert_shape=lambda _: ExpertShape(8, 4)), config=None)
+    opened.dtype = torch.float32
+    tier = host.attach(opened, SimpleNamespace(host_bytes=6 * RECORD_BYTES))  # type: ignore[arg-type]
+    read, _ = (tier.acquire(ExpertKey(os.getpid(), expert)) for expert in range(2))
+    tier.publish(read)
+
+
+def load_stand_in(config: ServiceConfig, sink: Any, observer: Any, host: HostAccess | None) -> LoadedEngine:
     if config.model.path == "broken":
         raise CheckpointError("shard 2 of 3 is not there; download it again")
     if config.model.path == "deadly":
         os.kill(os.getpid(), signal.SIGKILL)
+    if host is not None:
+        hold_two_records(host)
     engine = StandIn(sink)
     return LoadedEngine(
         engine, MODEL, 10, lambda: [[1, 3]], lambda: {"device": TierBytes(200, 100, 0, 0)}, lambda: None
@@ -270,6 +296,35 @@ async def test_a_hung_step_is_noticed_and_the_worker_replaced(tmp_path: Path) ->
         await until(lambda: ready(one) == ["worker-0"])
         assert pid_of(await answer(one, "worker-0", request("who"))) != pid
         assert not psutil.pid_exists(pid)
+
+
+def node_control(namespace: str) -> Any:
+    return ray.get_actor(f"node-{ray.get_runtime_context().get_node_id()}", namespace)
+
+
+async def test_what_a_killed_worker_held_of_the_host_tier_is_given_back(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path, count=2, host_memory="1MiB")) as both:
+        await until(lambda: len(ready(both)) == 2)
+        node = node_control(tmp_path.name)
+        assert await node.host_bytes.remote() == (4 * RECORD_BYTES, 4 * RECORD_BYTES)
+        os.kill(pid_of(await answer(both, "worker-0", request("who"))), signal.SIGKILL)
+        await until(lambda: ready(both) == ["worker-1"])
+        await until(lambda: len(ready(both)) == 2)
+        # What it had written stays for others, and is nobody's; its next life holds two of its own.
+        assert await node.host_bytes.remote() == (5 * RECORD_BYTES, 4 * RECORD_BYTES)
+
+
+async def test_a_node_without_a_host_tier_has_a_control_actor_too_and_gets_another_when_it_dies(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path)) as one:
+        node = node_control(tmp_path.name)
+        assert await node.host_bytes.remote() == (0, 0)
+        await asyncio.to_thread(ray.kill, node)
+        pid = pid_of(await answer(one, "worker-0", request("goes on")))
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: ready(one) == [])
+        await until(lambda: ready(one) == ["worker-0"])
+        assert await node_control(tmp_path.name).host_bytes.remote() == (0, 0)
+        assert pid_of(await answer(one, "worker-0", request("goes on"))) != pid
 
 
 async def test_a_second_router_shares_the_workers_and_outlives_neither_of_them(tmp_path: Path) -> None:

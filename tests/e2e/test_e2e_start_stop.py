@@ -26,7 +26,7 @@ from pager.types import ExpertKey
 PROMPT = "The parties agree as follows: "
 NOT_SERVING = 2
 DAMAGED = ExpertKey(layer=3, expert=77)
-READY_WITHIN_S = 60  # 30 on a machine that does nothing else
+READY_WITHIN_S = 30
 
 
 def pool_with(*experts: int) -> pb.PoolPolicy:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pager.cli.extras import eval_extra
-from pager.cli.local import read_tokenizer
 from pager.cli.options import AsJson, Device, ExpertMemory, ModelPath, resolve_device
 from pager.cli.output import busy, err, out, print_table
 from pager.errors import InvalidRequest
@@ -103,6 +102,7 @@ def parse_sizes(text: str) -> tuple[float, ...]:
 
 
 def _run(ask: Ask, folder: Path | None, as_json: bool) -> None:
+    from pager.cli.local import read_tokenizer
     from pager.evaluation.report import to_dict
     from pager.evaluation.run import evaluate, write_report
 

@@ -107,8 +107,8 @@ def test_reading_again_finds_the_same(
 ) -> None:
     again = DocumentReader(paged, trunk, max_tokens=100, seed=0).read(documents[0])
     assert again is not None
-    np.testing.assert_array_equal(again.wanted_O, readings[0].wanted_O)
-    assert (again.fused, again.fused_tokens) == (readings[0].fused, readings[0].fused_tokens)
+    np.testing.assert_allclose(again.wanted_O, readings[0].wanted_O, atol=1e-7)
+    assert (again.fused.experts, again.fused_tokens) == (readings[0].fused.experts, readings[0].fused_tokens)
 
 
 def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(

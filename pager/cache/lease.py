@@ -54,6 +54,13 @@ class Lease:
         self._note(new)
         return True
 
+    def reserve(self, num_slots: int) -> bool:
+        """Promises so many more slots, all or nothing; False when they are not to be had now."""
+        if not self._ledger.reserve(self._holding, num_slots):
+            return False
+        self._limit += num_slots
+        return True
+
     def shrink(self) -> None:
         """Gives back what is reserved and not bound: the pool is complete."""
         self._ledger.unreserve(self._holding)

@@ -5,7 +5,7 @@ Legend: T tokens of the forward, N documents in it, L layers, E experts of a lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -104,26 +104,40 @@ class DocumentRouting:
             self.lease.bind(layer, self._experts[layer] or ())
 
     def widen(self, keys: Sequence[ExpertKey]) -> None:
-        """Adds routed experts to the frozen pool, between two forwards. What the past was computed with stays."""
+        """Adds routed experts to the frozen pool and restricts the document to it, between two forwards.
+
+        What the past was computed with stays.
+        """
         self._remember_first_pool()
+        self.is_exact = False
         for layer in sorted({key.layer for key in keys}):
             new = {key.expert for key in keys if key.layer == layer}
             self._set_layer(layer, tuple(sorted(new.union(self._experts[layer] or ()))))
         self.awaits_experts = self.lease is not None
 
-    def go_exact(self) -> None:
-        """All experts from the next forward on."""
+    def suspend_pool(self) -> None:
+        """All experts from the next forward on, while what lies outside of the pool goes on being measured."""
         self._remember_first_pool()
         self.is_exact = True
+
+    def go_exact(self) -> None:
+        """All experts from the next forward on, for good."""
+        self.suspend_pool()
         self._allowed_LE = [None] * self.facts.num_layers
 
     def allowed(self, layer: int) -> Tensor:
         """[E] bool: which experts of the layer the router may pick; shared ones always."""
+        return self._all_experts(layer) if self.is_exact else self.in_pool(layer)
+
+    def in_pool(self, layer: int) -> Tensor:
+        """[E] bool: which experts of the layer are in the pool, even while it is suspended; all without a pool."""
         allowed_E = self._allowed_LE[layer]
-        if allowed_E is None:  # exact
-            allowed_E = torch.ones(self.facts.experts_per_layer[layer], dtype=torch.bool, device=self.device)
-            self._allowed_LE[layer] = allowed_E
+        if allowed_E is None:
+            allowed_E = self._allowed_LE[layer] = self._all_experts(layer)
         return allowed_E
+
+    def _all_experts(self, layer: int) -> Tensor:
+        return torch.ones(self.facts.experts_per_layer[layer], dtype=torch.bool, device=self.device)
 
     def out_of_pool_mass(self) -> float:
         """Mean router mass outside the pool over the tokens generated so far and the sparse layers. Synchronises."""
@@ -131,9 +145,17 @@ class DocumentRouting:
             self.open_step.settle()
         return self._outside / self._num_measured if self._num_measured else 0.0
 
+    @property
+    def is_measured(self) -> bool:
+        """There is a pool that mass can be outside of: one in force, or one that is suspended to see what is wanted."""
+        return not self.is_exact or (self.monitor is not None and self.monitor.is_on_trial)
+
     def add_outside(self, outside: Outside) -> None:
-        self._outside += outside.mass
-        self._num_measured += outside.count
+        if not self.is_measured:
+            return
+        if not self.is_exact:
+            self._outside += outside.mass
+            self._num_measured += outside.count
         if self.monitor is not None and outside.mass_LR is not None:
             num_sparse = sum(routed > 0 for routed in self.facts.routed_per_layer)
             self.monitor.add(outside.count // num_sparse, outside.mass_LR)
@@ -173,7 +195,8 @@ class StepRouting:
         self.prefill = prefill
         facts = documents[0].facts
         self._facts = facts
-        self._stacked_LNE: list[Tensor | None] = [None] * facts.num_layers
+        self._allowed_LNE: list[Tensor | None] = [None] * facts.num_layers
+        self._pools_LNE: list[Tensor | None] = [None] * facts.num_layers
         self._may_drift = any(document.monitor is not None for document in documents)
         self._outside: OutsideMass | None = None
         if not prefill:
@@ -193,13 +216,13 @@ class StepRouting:
         open_documents = [n for n, document in enumerate(self.documents) if not document.has_layer(layer)]
         if open_documents:
             self._choose(layer, logits_TE, open_documents)
-        if all(document.is_exact for document in self.documents):
+        is_exact = all(document.is_exact for document in self.documents)
+        if self._outside is not None and any(document.is_measured for document in self.documents):
+            in_pool_NE = self._stacked(layer, DocumentRouting.in_pool, self._pools_LNE)
+            self._outside.add(layer, logits_TE, self._of_tokens(in_pool_NE))
+        if is_exact:
             return None
-        allowed_NE = self._stacked(layer)
-        allowed_TE = allowed_NE if self.rows is None else allowed_NE[self.rows]
-        if self._outside is not None:
-            self._outside.add(layer, logits_TE, allowed_TE)
-        return allowed_TE
+        return self._of_tokens(self._stacked(layer, DocumentRouting.allowed, self._allowed_LNE))
 
     @property
     def awaiting(self) -> tuple[DocumentRouting, ...]:
@@ -223,7 +246,8 @@ class StepRouting:
 
     def forget_pools(self) -> None:
         """A document's pool is about to change."""
-        self._stacked_LNE = [None] * self._facts.num_layers
+        self._allowed_LNE = [None] * self._facts.num_layers
+        self._pools_LNE = [None] * self._facts.num_layers
 
     def share_costs(self) -> None:
         """What the documents paged on demand together is charged to them in equal parts."""
@@ -245,14 +269,16 @@ class StepRouting:
         masses = mass_NR.cpu().numpy()
         for index in open_documents:
             self.documents[index].choose_layer(layer, masses[index])
-        self._stacked_LNE[layer] = None
+        self._allowed_LNE[layer] = self._pools_LNE[layer] = None
 
-    def _stacked(self, layer: int) -> Tensor:
-        stacked = self._stacked_LNE[layer]
-        if stacked is None:
-            stacked = torch.stack([document.allowed(layer) for document in self.documents])
-            self._stacked_LNE[layer] = stacked
-        return stacked
+    def _stacked(self, layer: int, mask: Callable[[DocumentRouting, int], Tensor], kept: list[Tensor | None]) -> Tensor:
+        stacked_NE = kept[layer]
+        if stacked_NE is None:
+            stacked_NE = kept[layer] = torch.stack([mask(document, layer) for document in self.documents])
+        return stacked_NE
+
+    def _of_tokens(self, mask_NE: Tensor) -> Tensor:
+        return mask_NE if self.rows is None else mask_NE[self.rows]
 
 
 def split_usage(total: UsageMeter, meters: Sequence[UsageMeter]) -> None:

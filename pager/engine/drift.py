@@ -16,20 +16,20 @@ from pager.types import DriftPolicy, DriftReport, ExpertKey
 LOOKS_PER_WINDOW = 4
 """How often a window is looked at: each look costs one wait for the device."""
 
-RETURN_SHARE = 0.9
-"""Drift is over when the mass outside is down to this share of the threshold; until then every look widens further.
+TRIAL_WINDOWS = 2
+"""So many windows run with all experts before a pool is widened by what they wanted.
 
-One window is little evidence: a pool widened by what 8 tokens of a new domain wanted serves its next hundred badly, so
-it goes on growing while tokens come.
+A pool that no longer fits bends what the routers above see: experts chosen by tokens that ran in it serve the next ones
+three times worse than experts chosen by as many tokens that ran without (docs/log.md).
 """
 
-GOAL_SHARE = 0.5
-"""A widening takes enough experts to bring the window's own mass down to this share of the threshold.
+GOAL_SHARE = 0.25
+"""A widening takes enough experts to leave no more outside than this share of the threshold, of the tokens that chose.
 
-Well below `RETURN_SHARE`, because the tokens that named the experts flatter them: the next ones want others too.
+Far below the threshold, because the tokens that name the experts flatter them: the next ones want others too.
 """
 
-LARGEST_GROWTH = 1.0
+LARGEST_GROWTH = 2.0
 """A widening adds at most this many times the pool's present experts."""
 
 
@@ -39,7 +39,6 @@ class _Block:
 
     num_tokens: int
     outside_LR: list[np.ndarray]
-    is_fresh: bool = True  # run under the present pool
 
 
 class DriftMonitor:
@@ -53,8 +52,8 @@ class DriftMonitor:
         self._num_measured = 0
         self._open: _Block | None = None
         self._window: deque[_Block] = deque()
+        self._trial: list[_Block] | None = None
         self._peak = 0.0
-        self._is_drifting = False
         self._widenings = 0
         self._experts_added = 0
         self._exact_from: int | None = None
@@ -81,24 +80,34 @@ class DriftMonitor:
             total_R += mass_R
 
     def look(self, num_in_pool: int) -> bool:
-        """Moves the window up to what was added; True where the answer is out of its pool and something is to be done.
+        """Takes in what was added; True where the answer is out of its pool and something is to be done.
 
         The threshold is meant for the pool as it was at first. As it grows, less would lie outside of any pool of its
         size, and the threshold falls in proportion to the experts that are left outside.
         How the tokens since the last look were split into calls of `add` makes no difference.
         """
-        if self._open is not None:
-            self._window.append(self._open)
-            self._open = None
-        while self._window and _tokens_of(self._window) - self._window[0].num_tokens >= self.policy.window:
-            self._window.popleft()
-        fresh = [block for block in self._window if block.is_fresh]
-        if _tokens_of(fresh) < (self.tokens_per_look if self._is_drifting else self.policy.window):
+        block, self._open = self._open, None
+        if block is None:
             return False
-        mass, threshold = _outside(_mean_of(fresh)), self.threshold(num_in_pool)
+        if self._trial is not None:
+            self._trial.append(block)
+            return _tokens_of(self._trial) >= TRIAL_WINDOWS * self.policy.window
+        self._window.append(block)
+        while _tokens_of(self._window) - self._window[0].num_tokens >= self.policy.window:
+            self._window.popleft()
+        if _tokens_of(self._window) < self.policy.window:
+            return False
+        mass = _outside(_mean_of(self._window))
         self._peak = max(self._peak, mass)
-        self._is_drifting = mass > (threshold * RETURN_SHARE if self._is_drifting else threshold)
-        return self._is_drifting
+        return mass > self.threshold(num_in_pool)
+
+    @property
+    def is_on_trial(self) -> bool:
+        """All experts run, to see which are wanted: `look` is True once that has been seen."""
+        return self._trial is not None
+
+    def begin_trial(self) -> None:
+        self._trial = []
 
     def threshold(self, num_in_pool: int) -> float:
         """The policy's, for a pool that has grown to `num_in_pool`."""
@@ -108,11 +117,11 @@ class DriftMonitor:
         return self.policy.threshold * left / max(1, left_at_first)
 
     def wanted(self, num_in_pool: int) -> tuple[ExpertKey, ...]:
-        """The experts to add to a pool of `num_in_pool`, the most wanted in the window first.
+        """What to add to a pool of `num_in_pool`: the most wanted in the trial first; without one, in the window.
 
         Layers compete: where the pool still fits, nothing is added. Equal mass goes to the lower key.
         """
-        mean_LR = _mean_of(self._window)
+        mean_LR = _mean_of(self._trial or self._window)
         flat = np.concatenate(mean_LR)
         keys = [ExpertKey(layer, expert) for layer, mean_R in enumerate(mean_LR) for expert in range(len(mean_R))]
         order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
@@ -123,13 +132,11 @@ class DriftMonitor:
         return tuple(keys[index] for index in order[:most])
 
     def widened(self, keys: Sequence[ExpertKey]) -> None:
-        """`keys` are in the pool now. The mass is measured anew; the window's tokens still say what else they want."""
-        self._widenings += 1
+        """The trial is over and `keys`, if any, are in the pool now: a new window begins."""
+        self._widenings += bool(keys)
         self._experts_added += len(keys)
-        for block in self._window:
-            block.is_fresh = False
-            for key in keys:
-                block.outside_LR[key.layer][key.expert] = 0.0
+        self._trial = None
+        self._window.clear()
 
     def became_exact(self) -> None:
         """Nothing lies outside any more. A token's prediction needs the one before it, so the next but one is exact."""
@@ -139,7 +146,8 @@ class DriftMonitor:
         """An answer shorter than the window reports the mean of what it has."""
         peak = self._peak
         if not peak and self._num_measured:
-            peak = _outside(_mean_of([*self._window, *([self._open] if self._open is not None else [])]))
+            blocks = [*self._window, *([self._open] if self._open is not None else [])]
+            peak = _outside(_mean_of(blocks)) if blocks else 0.0
         return DriftReport(peak, self._widenings, self._experts_added, self._exact_from)
 
 

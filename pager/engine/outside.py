@@ -47,7 +47,9 @@ class OutsideMass:
         if rows is not None:
             counted = rows if valid is None else rows[valid]
             self._tokens_N = torch.bincount(counted, minlength=num_documents).tolist()
-        self._clear()
+        self._num_calls = 0
+        self._total_N: Tensor | None = None
+        self._experts_LNR: dict[int, Tensor] = {}
 
     def add(self, layer: int, logits_TE: Tensor, allowed_TE: Tensor) -> None:
         """One layer of a forward, its raw router logits and what the pools allowed."""
@@ -100,9 +102,7 @@ class OutsideMass:
         return values_T.new_zeros(self._num_documents, *values_T.shape[1:]).index_add_(0, self._rows, values_T)
 
     def _clear(self) -> None:
-        self._num_calls = 0
-        self._total_N: Tensor | None = None
-        self._experts_LNR: dict[int, Tensor] = {}
+        self._num_calls, self._total_N, self._experts_LNR = 0, None, {}
 
 
 def _total(mass_LR: list[np.ndarray]) -> float:

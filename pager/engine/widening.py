@@ -28,23 +28,34 @@ def answer_drift(document: DocumentRouting) -> None:
         return
     if monitor.policy.action is DriftAction.EXACT:
         _go_exact(document, monitor)
-    else:
+    elif monitor.is_on_trial or not _begin_trial(document, monitor):
         _widen(document, monitor, pool.num_experts)
 
 
 def _go_exact(document: DocumentRouting, monitor: DriftMonitor) -> None:
     """Exact forwards page within a reservation, as any exact document's do; without one they could get stuck."""
     lease = document.lease
-    if lease is None or lease.page_on_demand(max(document.facts.top_k_per_layer)):
+    if lease is None or lease.page_on_demand(_slots_to_page_in(document)):
         document.go_exact()
         monitor.became_exact()
 
 
+def _begin_trial(document: DocumentRouting, monitor: DriftMonitor) -> bool:
+    """All experts for some tokens: the pool's held as before, the others paged on demand. False without the slots."""
+    lease = document.lease
+    if lease is not None and not lease.reserve(_slots_to_page_in(document)):
+        return False
+    document.suspend_pool()
+    monitor.begin_trial()
+    return True
+
+
 def _widen(document: DocumentRouting, monitor: DriftMonitor, num_in_pool: int) -> None:
+    if document.lease is not None:
+        document.lease.shrink()  # the trial is over
     keys = _what_fits(document, monitor.wanted(num_in_pool))
-    if keys:
-        document.widen(keys)
-        monitor.widened(keys)
+    document.widen(keys)
+    monitor.widened(keys)
 
 
 def _what_fits(document: DocumentRouting, keys: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
@@ -54,3 +65,7 @@ def _what_fits(document: DocumentRouting, keys: Sequence[ExpertKey]) -> Sequence
     while keys and not document.lease.widen(keys):
         keys = keys[: len(keys) // 2]
     return keys
+
+
+def _slots_to_page_in(document: DocumentRouting) -> int:
+    return max(document.facts.top_k_per_layer)

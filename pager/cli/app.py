@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -65,12 +66,15 @@ def main() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
+    # A failure is one line, the last one: what was logged on the way shows where a command sets logging up.
+    for name in ("pager", "expert_pager"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
     try:
         app(prog_name="expert-pager")
     except PagerError as error:
         if _debug:
             raise
-        print_error(error.message)
+        print_error(str(error))  # not the message alone: here its user may know the file at fault
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -100,11 +100,12 @@ def test_a_pool_made_from_examples_is_named(run: Run, service: dict[str, Any], t
     examples.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("SELECT a", "FROM b")))
     at = ("--server", service["address"], "--tenant", "t")
     make = ("calibrate", "--name", "sql", "--examples", examples, *at)
-    done = run(*make, "--pool", 5, "--json")
+    done = run(*make, "--pool", 3, "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert (made["method"], made["num_examples"], made["num_tokens"]) == ("trunk", 2, 14)
     used = run("generate", "hello", "--pool-name", "sql", "--max-tokens", 2, "--ignore-eos", *at, "--json")
+    assert used.returncode == 0, used.stderr
     assert json.loads(used.stdout)["usage"]["pool"]["layers"] == made["pool"]["layers"]
     assert json.loads(run("pools", "list", *at, "--json").stdout)["pools"] == [made]
     for arguments, message in {

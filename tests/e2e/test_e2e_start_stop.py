@@ -79,6 +79,7 @@ def test_a_damaged_expert_fails_who_needs_it_and_nobody_else(packed_service: Any
         assert (refused.code, refused.reason) == (grpc.StatusCode.DATA_LOSS, reason)
         assert "expert 77 of layer 3" in refused.message
         assert "expert-pager verify" in refused.message
+        assert ".pack" not in refused.message, "a client is told nothing of the server's files"
     assert [len(message.token_ids) for message in others] == [1] * 119
     answer = packed_service.generate(PROMPT, pool=pool_with(76, 78), max_tokens=4)
     assert answer.usage.completion_tokens == 4

@@ -113,6 +113,10 @@ class RouterConfig:
     stream_buffer_chunks: int = _is(_between(1, 1_000_000), 256)
     write_timeout_s: float = _is(_between(0.1, 86400), 30.0)  # a client that reads nothing for so long is cut off
     drain_s: float = _is(_between(0, 86400), 30.0)
+    tls_cert: str | None = None  # PEM files; both this and its key, or neither
+    tls_key: str | None = None
+    tls_client_ca: str | None = None  # clients must show a certificate that this has signed
+    health_port: int | None = _is(_between(0, 65535), None)  # health alone and without TLS, for who can not speak it
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +185,24 @@ def load_config(
             "model.path is not set; name a checkpoint folder in the file's [model] section, in "
             f"{ENV_PREFIX}MODEL_PATH, or on the command line"
         )
+    _check_tls(values)
     sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
     for key, value in values.items():
         section, name = key.split(".")
         sections[section][name] = value
     return ServiceConfig(**{name: kind(**sections[name]) for name, kind in _SECTIONS.items()})
+
+
+def _check_tls(values: Mapping[str, Any]) -> None:
+    has_cert, has_key = (values.get(f"router.tls_{name}") is not None for name in ("cert", "key"))
+    if has_cert != has_key:
+        has, lacks = ("tls_cert", "tls_key") if has_cert else ("tls_key", "tls_cert")
+        raise ConfigError(f"router.{has} is set and router.{lacks} is not; TLS takes both, plain text neither")
+    if values.get("router.tls_client_ca") is not None and not has_cert:
+        raise ConfigError(
+            "router.tls_client_ca asks clients for certificates, which takes TLS: set router.tls_cert "
+            "and router.tls_key too"
+        )
 
 
 def _from_file(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pager.errors import ConfigError, PortInUse
 from router_service import encode
 from router_service.boundary import ErrorBoundary
 from router_service.service import SERVICE_NAME, Backend, ExpertPagerService
+from router_service.tls import TlsFiles
 
 log = logging.getLogger("expert_pager.router")
 
@@ -47,18 +48,24 @@ class RouterServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+        self._health_server: grpc.aio.Server | None = None
         self._pulse: asyncio.Task[None] | None = None
         self.port = 0
+        self.health_port = 0
 
-    async def start(self, host: str, port: int) -> None:
-        """Listens; `port` 0 takes a free one, found in `self.port`. Raises PortInUse or ConfigError."""
-        try:
-            self.port = self._server.add_insecure_port(_address(host, port))
-        except RuntimeError:
-            await self._server.stop(None)
-            raise _bind_error(host, port) from None
+    async def start(self, host: str, port: int, tls: TlsFiles | None = None, health_port: int | None = None) -> None:
+        """Listens; port 0 takes a free one, found in `self.port` and `self.health_port`.
+
+        `health_port` has health alone, and never TLS: who probes a pod can not speak it. Raises PortInUse, ConfigError.
+        """
+        self.port = await self._bind(self._server, host, port, "router.port", tls)
+        if health_port is not None:
+            self._health_server = grpc.aio.server(options=_OPTIONS)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+            self.health_port = await self._bind(self._health_server, host, health_port, "router.health_port")
         await self._set_readiness()
-        await self._server.start()
+        for server in self._servers:
+            await server.start()
         self._pulse = asyncio.create_task(self._beat())
 
     async def drain(self, timeout_s: float) -> bool:
@@ -78,10 +85,23 @@ class RouterServer:
         if self._pulse is not None:
             self._pulse.cancel()
             await asyncio.gather(self._pulse, return_exceptions=True)
-        await self._server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
     async def wait(self) -> None:
         await self._server.wait_for_termination()
+
+    @property
+    def _servers(self) -> list[grpc.aio.Server]:
+        return [self._server] if self._health_server is None else [self._server, self._health_server]
+
+    async def _bind(self, server: grpc.aio.Server, host: str, port: int, key: str, tls: TlsFiles | None = None) -> int:
+        try:
+            if tls is None:
+                return server.add_insecure_port(_address(host, port))
+            return server.add_secure_port(_address(host, port), tls.credentials())
+        except RuntimeError:
+            await self.stop(0)
+            raise _bind_error(host, port, key) from None
 
     async def _beat(self) -> None:
         beat = 0
@@ -116,7 +136,7 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _bind_error(host: str, port: int) -> ConfigError | PortInUse:
+def _bind_error(host: str, port: int, key: str) -> ConfigError | PortInUse:
     """gRPC says only that it failed; the socket says why."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -125,4 +145,4 @@ def _bind_error(host: str, port: int) -> ConfigError | PortInUse:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             return ConfigError(f"can not listen on {host}:{port}: {error.strerror or error}")
-    return PortInUse(f"port {port} on {host} is in use; choose another (router.port)")
+    return PortInUse(f"port {port} on {host} is in use; choose another ({key})")

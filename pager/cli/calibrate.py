@@ -13,6 +13,7 @@ from pager.cli.output import busy, out, print_json
 from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, checked_tenant, with_pools
 from pager.cli.pool_options import PoolAsk
 from pager.cli.pools import named_dict, named_text
+from pager.cli.tls import ClientTls, TlsCa, TlsIdentity
 from pager.planner import Budgets
 from pager.routing.named import NamedPool, check_name, check_num_examples
 from pager.types import Full
@@ -48,6 +49,8 @@ def calibrate(
     dtype: Dtype = None,
     tenant: Tenant = "default",
     timeout: Timeout = None,
+    tls_ca: TlsCa = None,
+    tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a pool from one to a hundred examples, and keep it under a name that requests can give.
@@ -64,6 +67,7 @@ def calibrate(
     place = Place.of(
         model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype,
         local_only={"--expert-memory": expert_memory, "--sample": sample},
+        tls=ClientTls.of(server, tls_ca, tls_identity),
     )  # fmt: skip
     if sample is not None and method != "frequency":
         raise typer.BadParameter("--sample is for --method frequency")

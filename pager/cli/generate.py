@@ -14,6 +14,7 @@ from pager.cli.output import busy, err, print_json
 from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, find_named
 from pager.cli.pool_options import DigestOption, DriftOption, NameOption, PoolAsk, SourceOption
 from pager.cli.prompt import Prompt, PromptFile, PromptText, TokenIds, read_prompt
+from pager.cli.tls import ClientTls, TlsCa, TlsIdentity
 from pager.cli.usage import usage_dict, usage_lines
 from pager.planner import Budgets
 from pager.sampling_rules import check_sampling
@@ -49,6 +50,8 @@ def generate(
     pools: PoolsFolder = None,
     tenant: Tenant = "default",
     timeout: Timeout = None,
+    tls_ca: TlsCa = None,
+    tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, in this process or from a running service. The text goes to stdout, its cost to stderr.
@@ -66,6 +69,7 @@ def generate(
     place = Place.of(
         model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype,
         local_only={"--expert-memory": expert_memory, "--kv-memory": kv_memory},
+        tls=ClientTls.of(server, tls_ca, tls_identity),
     )  # fmt: skip
     ask = PoolAsk.of(pool, pool_source, pool_digest, pool_name, drift)
     asked = read_prompt(prompt, prompt_file, token_ids)

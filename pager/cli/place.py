@@ -13,6 +13,7 @@ import typer
 
 from pager.cli.extras import serve_extra
 from pager.cli.options import resolve_device
+from pager.cli.tls import ClientTls
 from pager.errors import ConfigError, InvalidRequest, UnknownPool
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Place:
     timeout: float | None
     device: str = "auto"
     dtype: str | None = None
+    tls: ClientTls | None = None
 
     @classmethod
     def of(
@@ -63,6 +65,7 @@ class Place:
         device: str,
         dtype: str | None,
         local_only: Mapping[str, object] | None = None,
+        tls: ClientTls | None = None,
     ) -> Place:
         """Raises typer.BadParameter unless the place is said once, and for options that mean nothing there.
 
@@ -77,7 +80,7 @@ class Place:
         if idle:
             needed = "--server" if model is not None else "--model"
             raise typer.BadParameter(f"{', '.join(idle)} can take no effect here; it goes with {needed}")
-        return cls(model, server, tenant, timeout, device, dtype)
+        return cls(model, server, tenant, timeout, device, dtype, tls)
 
     def local(self) -> Local:
         from pager.cli.local import Local
@@ -90,7 +93,7 @@ class Place:
         with serve_extra("--server"):
             from pager.cli.remote import Service
         assert self.server is not None
-        return Service(self.server, self.tenant, self.timeout)
+        return Service(self.server, self.tenant, self.timeout, self.tls)
 
 
 def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer]]) -> Answer:

@@ -10,6 +10,7 @@ import typer
 from pager.cli.options import AsJson
 from pager.cli.output import err, out, pool_dict, print_json, print_table
 from pager.cli.place import Place, PoolsFolder, Server, Tenant, Timeout, checked_tenant, with_pools
+from pager.cli.tls import ClientTls, TlsCa, TlsIdentity
 from pager.cli.usage import pool_text
 from pager.errors import UnknownPool
 from pager.routing.named import NamedPool, check_name
@@ -23,14 +24,17 @@ def list_pools(
     pools: PoolsFolder = None,
     tenant: Tenant = "default",
     timeout: Timeout = None,
+    tls_ca: TlsCa = None,
+    tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
     """List a tenant's named pools: of a service, of the folder given with --pools, or of the Redis in REDIS_URL.
 
     Example: `expert-pager pools list --server localhost:50051`
     """
+    tls = ClientTls.of(server, tls_ca, tls_identity)
     if server is not None:
-        with Place(None, server, tenant, timeout).service() as service:
+        with Place(None, server, tenant, timeout, tls=tls).service() as service:
             found, damaged = service.named_pools()
     else:
         checked_tenant(tenant)
@@ -51,14 +55,17 @@ def delete_pool(
     pools: PoolsFolder = None,
     tenant: Tenant = "default",
     timeout: Timeout = None,
+    tls_ca: TlsCa = None,
+    tls_identity: TlsIdentity = None,
 ) -> None:
     """Delete a named pool. Requests under way go on with it.
 
     Example: `expert-pager pools delete law --server localhost:50051`
     """
     check_name(name)
+    tls = ClientTls.of(server, tls_ca, tls_identity)
     if server is not None:
-        with Place(None, server, tenant, timeout).service() as service:
+        with Place(None, server, tenant, timeout, tls=tls).service() as service:
             is_deleted = service.delete_pool(name)
     else:
         checked_tenant(tenant)

@@ -12,6 +12,7 @@ from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 
 from pager.cli.pool_options import PoolAsk
 from pager.cli.prompt import Prompt
+from pager.cli.tls import ClientTls
 from pager.errors import PagerError
 from pager.routing.named import NamedPool
 from pager.types import (
@@ -55,11 +56,11 @@ _ACTIONS = {DriftAction.WIDEN: pb.DRIFT_ACTION_WIDEN, DriftAction.EXACT: pb.DRIF
 class Service:
     """A connection to one router service. Every method raises PagerError with the service's own words."""
 
-    def __init__(self, address: str, tenant: str, timeout_s: float | None = None) -> None:
+    def __init__(self, address: str, tenant: str, timeout_s: float | None = None, tls: ClientTls | None = None) -> None:
         self.address = address
         self._metadata = (("x-tenant-id", tenant),)
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address)
+        self._channel = _channel(address, tls)
         self._stub = pb_grpc.ExpertPagerStub(self._channel)
 
     def close(self) -> None:
@@ -142,6 +143,13 @@ class Service:
             if code is grpc.StatusCode.UNAVAILABLE and not status.trailing_metadata():
                 raise PagerError(f"no service answers at {self.address} ({details})") from None
             raise PagerError(f"{details} [{code.name}]") from None
+
+
+def _channel(address: str, tls: ClientTls | None) -> grpc.Channel:
+    if tls is None:
+        return grpc.insecure_channel(address)
+    ca, identity = tls.read()
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, identity, identity))
 
 
 def _policy(ask: PoolAsk) -> pb.PoolPolicy | None:

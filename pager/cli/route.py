@@ -12,6 +12,7 @@ from pager.cli.output import busy, out, pool_dict, print_json
 from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, find_named
 from pager.cli.pool_options import NameOption, PoolAsk
 from pager.cli.prompt import Prompt, PromptFile, PromptText, TokenIds, read_prompt
+from pager.cli.tls import ClientTls, TlsCa, TlsIdentity
 from pager.cli.usage import pool_text
 from pager.types import ExpertPool
 from pager.units import format_bytes
@@ -34,6 +35,8 @@ def route(
     pools: PoolsFolder = None,
     tenant: Tenant = "default",
     timeout: Timeout = None,
+    tls_ca: TlsCa = None,
+    tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict a prompt's expert pool with the routing-only pass. No routed expert is loaded, nothing is generated.
@@ -45,8 +48,9 @@ def route(
     `expert-pager route "Whereas the parties agree" --server localhost:50051 --pool mass:0.9 --json`
     """
     place = Place.of(
-        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype, local_only={"--router": router}
-    )
+        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype, local_only={"--router": router},
+        tls=ClientTls.of(server, tls_ca, tls_identity),
+    )  # fmt: skip
     asked, ask = read_prompt(prompt, prompt_file, token_ids), PoolAsk.of(pool, name=pool_name)
     if server is not None:
         result = _from_server(place, asked, ask)

@@ -21,7 +21,7 @@ from pager.cli.options import resolve_device
 from pager.cli.passes import build_passes, load_first
 from pager.cluster.cluster import Cluster
 from pager.cluster.views import ModelView
-from pager.config import ServiceConfig
+from pager.config import RouterConfig, ServiceConfig
 from pager.engine.loading import needs_of
 from pager.engine.trunk import OpenModel
 from pager.errors import ConfigError, PoolTooLarge, PortInUse
@@ -35,6 +35,7 @@ from router_service.backend import build_backend, check_choices, close_backend
 from router_service.ports import ModelInfo
 from router_service.redis_client import redis_url as read_redis_url
 from router_service.server import RouterServer
+from router_service.tls import TlsFiles
 
 LISTEN_EVERY_S = 0.1
 
@@ -105,6 +106,9 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     redis_url, pools_path = read_redis_url(env), Path(pools.path) if pools.path else None
     _check_port_free(router.host, router.port, "router.port")
     _check_port_free(router.host, router.metrics_port, "router.metrics_port")
+    if router.health_port is not None:
+        _check_port_free(router.host, router.health_port, "router.health_port")
+    tls = _tls_files(router)
     opened = OpenModel.open(config.model.path, config.model.dtype)
     stack.callback(opened.checkpoint.close)
     opened.check()
@@ -136,9 +140,20 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     cluster.publish_router_metrics(metrics_address)
     server = RouterServer(backend)
     stack.push_async_callback(server.stop)
-    await server.start(router.host, router.port)
+    await server.start(router.host, router.port, tls, router.health_port)
     metrics_url = f"http://{metrics_address}/metrics"
     return server, Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
+
+
+def _tls_files(router: RouterConfig) -> TlsFiles | None:
+    """None without TLS. Raises ConfigError for a file that is not there, before the slow part of the start."""
+    if router.tls_cert is None or router.tls_key is None:
+        return None
+    files = TlsFiles(
+        Path(router.tls_cert), Path(router.tls_key), Path(router.tls_client_ca) if router.tls_client_ca else None
+    )
+    files.credentials()
+    return files
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

@@ -82,6 +82,7 @@ class WorkerConfig:
     """Budgets are per worker, except `host_memory`, which all workers of a node share. None: the planner chooses."""
 
     count: int = _is(_between(0, 64), 1)  # 0: use the workers that another router started (with cluster.ray_address)
+    per_node: int | None = _is(_between(1, 64), None)  # of several nodes; None: all are on one node
     device: str = _is(_device, "auto")
     expert_memory: str | int | float | None = _is(_size_or_share, None)
     host_memory: str | int | float | None = _is(_host_size, None)
@@ -93,6 +94,11 @@ class WorkerConfig:
     metrics_port: int = _is(_between(0, 65535), 0)  # 0: any free port, published in the file_sd file
     policy: str = _is(_one_of("lru", "lfu", "lfru", "least-stale"), "lru")  # which expert to evict
     trace: str | None = None  # folder for a record of every access to an expert, a file a worker; see `replay`
+
+    @property
+    def sharing_a_node(self) -> int:
+        """Among how many a node's cores and memory are divided."""
+        return self.per_node or max(1, self.count)
 
 
 @dataclass(frozen=True, slots=True)

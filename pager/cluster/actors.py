@@ -24,6 +24,7 @@ from pager.errors import ConfigError, NotReady, PagerError
 log = logging.getLogger(__name__)
 
 WORKER_PREFIX = "worker-"
+WORKER_RESOURCE = "expert_pager_worker"  # what a node is started with that is for workers, one for each
 GRACE_S = 5.0
 POLL_S = 0.2
 END_POLL_S = 0.02
@@ -95,7 +96,7 @@ class OwnWorkers:
     longest_pause_s = 30.0
 
     def __init__(self, config: ServiceConfig, session: RaySession, load_engine: EngineLoader) -> None:
-        """Raises ConfigError when the cluster has fewer GPUs than the workers need."""
+        """Raises ConfigError when the cluster has fewer GPUs than the workers need, unless nodes may still come."""
         self._config = config
         self._session = session
         self._load_engine = load_engine
@@ -153,7 +154,8 @@ class OwnWorkers:
     def _create(self, name: str) -> Any:
         index = int(name.removeprefix(WORKER_PREFIX))
         arguments = (name, index, self._config, self._session.bind_host, self._load_engine)
-        return self._create_named(WorkerActor, name, arguments, num_gpus=int(self._uses_gpu))
+        resources = {} if self._config.workers.per_node is None else {WORKER_RESOURCE: 1}
+        return self._create_named(WorkerActor, name, arguments, num_gpus=int(self._uses_gpu), resources=resources)
 
     def _create_node(self, node_id: str) -> Any:
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -216,7 +218,7 @@ def _uses_gpu(config: ServiceConfig, found: int) -> bool:
             f"workers.device is {workers.device!r}, but Ray gives each worker its GPU; use 'cuda', and say with "
             "CUDA_VISIBLE_DEVICES which GPUs there are"
         )
-    if workers.count > found:
+    if workers.count > found and workers.per_node is None:  # else they wait until their nodes are there
         raise ConfigError(
             f"workers.count is {workers.count}, device {workers.device!r} takes a GPU for each, and Ray finds {found}; "
             "start fewer workers, or use device 'cpu'"

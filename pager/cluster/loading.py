@@ -34,7 +34,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         device=device,
         dtype=config.model.dtype,
         budgets=_budgets(workers, has_host_tier=host is not None),
-        machine=Machine.detect(device).shared_by(workers.count),
+        machine=Machine.detect(device).shared_by(workers.sharing_a_node),
         host_tier=host.attach if host else None,
         policy=workers.policy,
         observer=observer,

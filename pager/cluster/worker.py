@@ -25,7 +25,7 @@ from pager.cluster.token_server import StreamEvent, TokenEngine, TokenServer
 from pager.cluster.views import Health, ModelView, WorkerReady
 from pager.config import ServiceConfig
 from pager.engine.interface import EngineObserver
-from pager.errors import PagerError
+from pager.errors import PagerError, PortInUse
 from pager.metrics import MetricsServer, TierBytes, WorkerMetrics
 
 if TYPE_CHECKING:
@@ -110,10 +110,10 @@ class Worker:
     """One engine on one device. `load` once; `health` from any thread, even while it loads."""
 
     def __init__(self, index: int, config: ServiceConfig, bind_host: str, load_engine: EngineLoader) -> None:
+        self._index = index
         self._config = config
         self._bind_host = bind_host
         self._load_engine = load_engine
-        self._metrics_port = config.workers.metrics_port + index if config.workers.metrics_port else 0
         self._observer = WorkerObserver()
         self._loop = LoopThread("tokens")
         self._token = secrets.token_urlsafe(32)
@@ -132,7 +132,7 @@ class Worker:
             self._observer.watch_tiers(loaded.tiers)
             self._observer.watch_engine(loaded.engine.status, loaded.kv_block_bytes)
             self._observer.describe_model(_labels_of(loaded.model))
-            self._metrics_server = MetricsServer(self._observer.registry, self._bind_host, self._metrics_port)
+            self._metrics_server = self._serve_metrics()
         except PagerError as error:
             return error
         except Exception as error:
@@ -167,6 +167,20 @@ class Worker:
             self._loaded.close()
         self._loop.stop()
 
+    def _serve_metrics(self) -> MetricsServer:
+        """On this worker's own port or, where other indices are on other nodes, on the first that is free.
+
+        Raises PortInUse, ConfigError.
+        """
+        workers, registry = self._config.workers, self._observer.registry
+        first = workers.metrics_port
+        if not first or workers.per_node is None:
+            return MetricsServer(registry, self._bind_host, first + self._index if first else 0)
+        for port in range(first, first + workers.per_node - 1):
+            with suppress(PortInUse):
+                return MetricsServer(registry, self._bind_host, port)
+        return MetricsServer(registry, self._bind_host, first + workers.per_node - 1)
+
     def _load_report(self) -> pb.Load:
         assert self._loaded is not None, "a load report before the model is there"
         status = self._loaded.engine.status()
@@ -191,7 +205,7 @@ def _labels_of(model: ModelView) -> dict[str, str]:
 def set_num_threads(config: ServiceConfig) -> None:
     """Workers of one machine share its cores. Before torch is imported, because OpenMP reads it then."""
     workers = config.workers
-    num_threads = workers.num_threads or max(1, len(os.sched_getaffinity(0)) // workers.count)
+    num_threads = workers.num_threads or max(1, len(os.sched_getaffinity(0)) // workers.sharing_a_node)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 

@@ -158,7 +158,8 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 def _batch_tokens(paged: PagedModel) -> int:
     """Each token is copied for each of its experts, on the way in and on the way out."""
     copies = 2 * max(paged.facts.top_k_per_layer, default=1) + 2
-    return max(1, min(BATCH_TOKENS, BATCH_BYTES // (copies * paged.config.hidden_size * paged.dtype.itemsize)))
+    token_bytes = copies * int(paged.config.hidden_size) * paged.dtype.itemsize
+    return max(1, min(BATCH_TOKENS, BATCH_BYTES // token_bytes))
 
 
 def _on_logits(

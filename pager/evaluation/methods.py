@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pager.errors import InvalidRequest
-from pager.evaluation.subject import FEW_EXAMPLES, Subject, pools_of_examples
+from pager.evaluation.subject import Subject, pools_of_examples
 from pager.routing.named import mean_scores
 from pager.routing.pool import largest_counts, pick_pool
 from pager.routing.selection import random_layers, select
@@ -125,15 +125,13 @@ def _by_scores(name: str) -> Callable[[Subject, PoolSize], Choice]:
     return choose
 
 
-def _few_examples(selection: str) -> Callable[[Subject, PoolSize], Choice]:
-    def choose(subject: Subject, size: PoolSize) -> Choice:
-        pools = {
-            domain: select(selection, subject.probe, subject.calibration(domain)[:FEW_EXAMPLES], size)
-            for domain in subject.domains
-        }
-        return Choice([_fixed(pools[text.domain]) for text in subject.texts])
+def _easy_ep_of_domain(subject: Subject) -> list[RoutingScores]:
+    return [subject.easy_ep[text.domain] for text in subject.texts]
 
-    return choose
+
+def _greedy(subject: Subject, size: PoolSize) -> Choice:
+    pools = {domain: select("greedy", subject.probe, subject.few(domain), size) for domain in subject.domains}
+    return Choice([_fixed(pools[text.domain]) for text in subject.texts])
 
 
 def _frequency(subject: Subject, size: PoolSize) -> Choice:
@@ -146,6 +144,7 @@ SCORES: dict[str, Callable[[Subject], list[RoutingScores]]] = {
     "lexical": _predicted("lexical"),
     "fitted": _predicted("fitted"),
     "mean": _mean_of_prompt,
+    "easy-ep": _easy_ep_of_domain,
     "calibrated": _mean_of_domain,
     "random": _random,
 }
@@ -157,8 +156,8 @@ METHODS: dict[str, Method] = {
     "fitted": Method(_by_scores("fitted"), "the routing-only pass and the token counts, fitted", needs="router"),
     "mean": Method(_by_scores("mean"), "the mean router probability over the prompt, with all experts"),
     "one-example": Method(_one_example, "one other document of the domain, layer by layer"),
-    "greedy": Method(_few_examples("greedy"), "five other documents of the domain, layer by layer", needs="others"),
-    "easy-ep": Method(_few_examples("easy-ep"), "five other documents of the domain, EASY-EP", needs="others"),
+    "greedy": Method(_greedy, "five other documents of the domain, layer by layer", needs="others"),
+    "easy-ep": Method(_by_scores("easy-ep"), "five other documents of the domain, EASY-EP", needs="others"),
     "calibrated": Method(
         _by_scores("calibrated"), "the mean router probability over many other documents of the domain", needs="others"
     ),

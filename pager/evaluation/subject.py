@@ -15,7 +15,8 @@ from pager.errors import InvalidRequest
 from pager.evaluation.corpus import Cut, Text, domains_of
 from pager.evaluation.forwards import Forwards, Outcome, RouterMeans
 from pager.routing.fitted import ROUTER_NAME, LexicalRouter, RouterFile
-from pager.types import ExpertPool, PoolSize, RoutingScores
+from pager.routing.selection import score
+from pager.types import ExpertPool, Full, PoolSize, RoutingScores
 
 FEW_EXAMPLES = 5  # of a domain, for the methods that the paper gives one to five
 SAMPLE_PER_DOMAIN = 20  # documents that the global frequency is counted over
@@ -85,6 +86,15 @@ class Subject:
         """For the methods that need more than scores. `frequency` counts over all domains' calibration documents."""
         sample = [ids for domain in self.domains for ids in self.calibration(domain)[:SAMPLE_PER_DOMAIN]]
         return PagedProbe(self.paged, sample=sample)
+
+    @cached_property
+    def easy_ep(self) -> Mapping[str, RoutingScores]:
+        """EASY-EP's scores of a few examples of each domain, good for every size."""
+        return {domain: score("easy-ep", self.probe, self.few(domain), Full()) for domain in self.domains}
+
+    def few(self, domain: str) -> Sequence[tuple[int, ...]]:
+        """As many examples as the paper gives a method."""
+        return self.calibration(domain)[:FEW_EXAMPLES]
 
     def predicted(self, source: str) -> Sequence[RoutingScores]:
         """What a routing-only pass says of each prompt. Raises InvalidRequest where the checkpoint has none fitted."""

@@ -125,7 +125,7 @@ class OwnWorkers:
         try:
             await node.watch.remote(at.owner, at.pid)
         except ray.exceptions.RayActorError:
-            self._nodes.pop(at.node_id, None)  # it has died: the worker's next life gets another
+            self._forget_node(at.node_id, node)  # the worker's next life gets another
             raise
         answer: WorkerReady | PagerError = await loading
         return answer
@@ -137,7 +137,11 @@ class OwnWorkers:
         await asyncio.to_thread(ray.kill, process.actor, no_restart=True)
         node = self._nodes.get(process.at.node_id) if process.at else None
         if process.at is not None and node is not None:
-            await _await_end(node, process.at.owner)
+            try:
+                await _await_end(node, process.at.owner)
+            except ray.exceptions.RayError as error:
+                log.warning("the control actor of %s is lost, there will be another: %s", process.at.owner, error)
+                self._forget_node(process.at.node_id, node)
 
     async def close(self) -> None:
         """After all workers have ended."""
@@ -156,6 +160,10 @@ class OwnWorkers:
         arguments = (name, index, self._config, self._session.bind_host, self._load_engine)
         resources = {} if self._config.workers.per_node is None else {WORKER_RESOURCE: 1}
         return self._create_named(WorkerActor, name, arguments, num_gpus=int(self._uses_gpu), resources=resources)
+
+    def _forget_node(self, node_id: str, lost: Any) -> None:
+        if self._nodes.get(node_id) is lost:
+            del self._nodes[node_id]
 
     def _create_node(self, node_id: str) -> Any:
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -234,8 +242,6 @@ async def _await_end(node: Any, owner: str) -> None:
                 await asyncio.sleep(END_POLL_S)
     except TimeoutError:
         log.warning("the process of %s does not end; the next one takes its memory beside it", owner)
-    except ray.exceptions.RayError as error:
-        log.warning("nobody knows whether %s has ended: %s", owner, error)
 
 
 async def _within(timeout_s: float, call: Callable[[], Awaitable[None]]) -> None:

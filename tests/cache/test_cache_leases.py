@@ -257,6 +257,38 @@ def test_widen_takes_more_all_or_nothing(make_pager, check_weights):
         check_weights(pager, [*keys(0, 0, 1), *keys(1, 0)])
 
 
+def test_a_lease_trades_its_experts_for_a_reservation_all_or_nothing(make_pager):
+    pager = make_pager(4)
+    with pager.reserve_pool(keys(0, 0, 1, 2)) as lease, pager.reserve_pool(keys(0, 1, 2, 3)) as other:
+        lease.wait(0)
+        other.wait(0)
+        assert not lease.page_on_demand(2), "the other keeps two of its three, and no slot is free"
+        assert (lease.num_bound, lease.num_reserved) == (3, 0)
+        pager.check_integrity()
+        assert lease.page_on_demand(1)
+        assert (lease.num_bound, lease.num_reserved) == (0, 1)
+        assert list(pager.demand(0, [4, 5], lease=lease)) == [(4,), (5,)], "one slot at a time, and it comes back"
+        assert (other.num_bound, lease.num_reserved) == (3, 1)
+        pager.check_integrity()
+    assert (pager.stats().held_bytes, pager.stats().reserved_bytes) == (0, 0)
+
+
+def test_what_a_trade_does_not_need_is_given_back(make_pager):
+    pager = make_pager(6)
+    with pager.reserve_pool(keys(0, 0, 1, 2)) as lease:
+        lease.wait(0)
+        assert lease.page_on_demand(2)
+        assert (lease.num_bound, lease.num_reserved) == (0, 2)
+        with pager.reserve(4):
+            assert pager.reserve(1) is None
+            assert not lease.reserve(1)
+        assert lease.reserve(1)
+        assert lease.num_reserved == 3
+        assert sorted(expert for wave in pager.demand(1, range(8), lease=lease) for expert in wave) == list(range(8))
+        assert lease.num_reserved == 3
+        pager.check_integrity()
+
+
 def test_a_meter_of_the_sequence_collects_what_its_leases_cost(make_pager):
     pager = make_pager(4)
     meter = UsageMeter()

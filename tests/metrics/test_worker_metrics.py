@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pager.errors import PortInUse
 from pager.metrics import OUTCOMES, MetricsServer, TierBytes, WorkerMetrics
-from pager.types import ExpertPool
+from pager.types import DriftReport, ExpertPool
 
 
 @pytest.fixture
@@ -41,6 +41,8 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     metrics.stalled(0.5, "lease")
     metrics.quarantined("disk")
     metrics.pool(ExpertPool(((1, 2, 3, 4), (), (5, 6))), 0.125)
+    metrics.drift(DriftReport(0.7, widenings=2, experts_added=30))
+    metrics.drift(DriftReport(0.7, exact_from=9))
     metrics.tokens(10, 20)
     metrics.finished("stop")
     found = scrape(server)
@@ -58,6 +60,7 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     assert (value("kv_used_bytes"), value("kv_capacity_bytes")) == (2000, 7000)
     assert (value("pool_experts_sum"), value("pool_experts_count")) == (3, 1)
     assert value("out_of_pool_mass_ratio_sum") == 0.125
+    assert (value("drift_widenings_total"), value("drift_experts_total"), value("drift_exact_total")) == (2, 30, 1)
     assert (value("prompt_tokens_total"), value("completion_tokens_total")) == (10, 20)
     assert value("requests_total", outcome="stop") == 1
     assert value("model_info", version="1", model="m", dtype="float32") == 1

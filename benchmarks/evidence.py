@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.evidence_claims import all_claims
+from benchmarks.evidence_drift import drift_claims, drift_section, measure_drift
 from benchmarks.evidence_measure import Measured, Scale, measure, measure_main, measure_side
 from benchmarks.evidence_page import page
 from pager.evaluation.plots import plot_domains, plot_paging, plot_rises
@@ -47,17 +48,23 @@ def main(
     models: dict[str, tuple[Path, Sequence[str] | None]] = {"emo": (emo, None), "std": (std, CONTROL_METHODS)}
     if part is not None:
         model, methods = models[part.partition("-")[0]]
+        if part == "emo-drift":
+            measure_drift(emo, corpus, work / emo.name, scale)
+            return
         parts = {"main": measure_main, "side": measure_side}
         parts[part.partition("-")[2]](model, corpus, work / model.name, scale, methods)
         return
-    _measure_parts([f"{name}-{kind}" for kind in ("main", "side") for name in models])
+    _measure_parts([*(f"{name}-{kind}" for kind in ("main", "side") for name in models), "emo-drift"])
     found = [measure(model, corpus, work / model.name, scale, methods) for model, methods in models.values()]
     pictures = docs / "evidence"
     pictures.mkdir(parents=True, exist_ok=True)
     _draw(found[0], found[1], pictures)
     _store(found, pictures)
-    claims = all_claims(found[0], found[1])
-    (docs / "evidence.md").write_text(page(found[0], found[1], claims, None, "make evidence"), encoding="utf-8")
+    drift = measure_drift(emo, corpus, work / emo.name, scale)
+    _write(pictures / "drift.json", {key: value for key, value in drift.items() if key != "conditions"})
+    claims = all_claims(found[0], found[1], drift_claims(drift))
+    text = page(found[0], found[1], claims, drift_section(drift), "make evidence")
+    (docs / "evidence.md").write_text(text, encoding="utf-8")
     for claim in claims:
         console.print(f"{claim.at}: {claim.says}: {claim.figure}: {claim.verdict}", markup=False)
     console.print(f"wrote {docs / 'evidence.md'}")

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.evidence import CONTROL_METHODS, _draw, _store
 from benchmarks.evidence_claims import Claim, all_claims
+from benchmarks.evidence_drift import ACTIONS, drift_claims, drift_section, measure_drift
 from benchmarks.evidence_measure import Scale, measure
 from benchmarks.evidence_page import page
 from pager.evaluation.bootstrap import Interval
@@ -26,7 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     for domain, alphabet in (("letters", "abcdefgh "), ("digits", "01234567 ")):
         for split in ("train", "valid"):
-            texts = ["".join(random.choice(list(alphabet), 200)) for _ in range(6)]
+            texts = ["".join(random.choice(list(alphabet), 300)) for _ in range(6)]
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
             (folder / f"{domain}.{split}.jsonl").write_text(lines)
     return folder
@@ -86,6 +87,19 @@ def test_a_page_is_made_of_what_was_measured(corpus: Path, two_models: list[Path
     assert json.loads((tmp_path / "emo-tiny-facts.json").read_text()).keys() == {
         "continuations", "specialisation", "passes", "speed",
     }  # fmt: skip
+
+
+def test_drift_is_measured_where_the_domain_changes(corpus: Path, two_models: list[Path], tmp_path: Path) -> None:
+    facts = measure_drift(two_models[0], corpus, tmp_path, SCALE, per_domain=1)
+    assert measure_drift(two_models[0], corpus, tmp_path, SCALE, per_domain=1) == facts
+    for where in ("in the prompt", "in the answer"):
+        assert facts[where]["texts"] == 2
+        assert facts[where].keys() >= set(ACTIONS)
+        assert facts[where]["exact"]["above_exact"]["mean"] == 0
+        assert facts[where]["exact"]["bytes_of_exact"]["mean"] == 1
+        assert facts[where]["widened"]["pool_experts"] >= facts[where]["pool"]["pool_experts"]
+    assert [claim.at for claim in drift_claims(facts)] == ["drift", "drift"]
+    assert "| in the prompt: widened |" in drift_section(facts)
 
 
 def test_a_claim_is_judged_by_its_mean() -> None:

@@ -17,16 +17,23 @@ _INDEX_BYTES = 32  # a token of context in a row's table: its slot, read where i
 _MASK_BYTES = 5  # a pair of query and key: a bool, and the float that torch makes of it
 
 
+def gathered_tokens(num_rows: int, num_tokens: int) -> int:
+    """The context that is gathered at a time for so many rows, the longest of which has `num_tokens`."""
+    return max(num_tokens, min(num_rows * num_tokens, GATHER_TOKENS))
+
+
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """What a forward takes beside weights and KV, as upper bounds from the model's shapes.
 
-    `token_bytes` is a token on its way through the layers, `context_bytes` a token of context whose keys and values are
-    gathered, `draw_bytes` a row whose next token is drawn. `fixed_bytes` comes once; `kernel_bytes` is what the backend
-    compiles for the shapes it meets, and keeps.
+    `token_bytes` is a token on its way through the layers, `draw_bytes` a row whose next token is drawn. `gather_bytes`
+    is a token of context in the buffers that keys and values are gathered in, which are kept; `context_bytes` what a
+    part of a prompt makes of it. `fixed_bytes` comes once; `kernel_bytes` is what the backend compiles for the shapes
+    it meets, and keeps.
     """
 
     token_bytes: int = 0
+    gather_bytes: int = 0
     context_bytes: int = 0
     draw_bytes: int = 0
     fixed_bytes: int = 0
@@ -37,10 +44,9 @@ class Workspace:
         chunk = min(num_tokens, PREFILL_CHUNK_TOKENS)
         whole_prompt = num_tokens * self.token_bytes
         later_chunk = chunk * self.token_bytes + num_tokens * (self.context_bytes + chunk * _MASK_BYTES)
-        gathered = max(num_tokens, min(num_rows * num_tokens, GATHER_TOKENS))
-        layers = num_rows * self.token_bytes + gathered * self.context_bytes
-        decode = max(layers, num_rows * self.draw_bytes) + num_rows * num_tokens * _INDEX_BYTES
-        return self.fixed_bytes + max(whole_prompt, later_chunk, decode)
+        decode = num_rows * (max(self.token_bytes, self.draw_bytes) + num_tokens * _INDEX_BYTES)
+        gathered = gathered_tokens(num_rows, num_tokens) * self.gather_bytes
+        return self.fixed_bytes + gathered + max(whole_prompt, later_chunk, decode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +89,17 @@ class Needs:
     def smallest_kv_blocks(self) -> int:
         return -(-min(SMALLEST_KV_TOKENS, self.context_tokens) // KV_BLOCK_TOKENS)
 
+    def longest_tokens(self, num_kv_blocks: int) -> int:
+        """Of a sequence in an engine with so much KV."""
+        return min(self.context_tokens, num_kv_blocks * KV_BLOCK_TOKENS)
+
+    def gather_tokens(self, num_kv_blocks: int, max_running: int) -> int:
+        """The context that such an engine gathers at a time. Each sequence has a block of its own."""
+        return gathered_tokens(min(max_running, num_kv_blocks), self.longest_tokens(num_kv_blocks))
+
     def workspace_bytes(self, num_kv_blocks: int, max_running: int) -> int:
-        """Of an engine with so much KV: no sequence is longer than that, and each has a block of its own."""
-        longest = min(self.context_tokens, num_kv_blocks * KV_BLOCK_TOKENS)
-        return self.workspace.forward_bytes(min(max_running, num_kv_blocks), longest)
+        """What its forwards take at most, the buffers to gather in included."""
+        return self.workspace.forward_bytes(min(max_running, num_kv_blocks), self.longest_tokens(num_kv_blocks))
 
     def kv_cost_bytes(self, num_kv_blocks: int, max_running: int) -> int:
         """Of so much KV, with the working memory for sequences as long as it allows."""

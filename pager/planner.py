@@ -36,7 +36,8 @@ class Plan:
     """What a worker will allocate, in bytes. Nothing is ever allocated beyond it.
 
     `workspace_bytes` is for the largest forward that `max_running` sequences and the KV allow: the engine runs none
-    larger. `kernel_bytes` is what the backend compiles as it goes, and keeps.
+    larger, and gathers no more than `gather_tokens` of context at a time. `kernel_bytes` is what the backend compiles
+    as it goes, and keeps.
     """
 
     num_slots: int
@@ -49,6 +50,7 @@ class Plan:
     staging_bytes: int
     workspace_bytes: int
     kernel_bytes: int
+    gather_tokens: int
     max_running: int
     num_routed: int
     machine: Machine
@@ -134,6 +136,7 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
         staging_bytes=needs.staging_bytes,
         workspace_bytes=needs.workspace_bytes(num_kv_blocks, budgets.max_running),
         kernel_bytes=needs.workspace.kernel_bytes,
+        gather_tokens=needs.gather_tokens(num_kv_blocks, budgets.max_running),
         max_running=budgets.max_running,
         num_routed=needs.num_routed,
         machine=machine,

@@ -15,7 +15,6 @@ from transformers import AttentionInterface
 
 from pager.engine.kv import KvCache
 from pager.errors import UnsupportedModel
-from pager.needs import GATHER_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -51,23 +50,18 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] → ([B, S, H, D], None)."""
     assert kv_step is not None, "a model set up for the engine runs through its ModelRunner only"
-    layer = module.layer_idx
-    k_NGD, v_NGD = kv_step.cache.k[layer], kv_step.cache.v[layer]  # type: ignore[index]
-    k_NGD.index_copy_(0, kv_step.write_T, key.transpose(1, 2).flatten(0, 1))
-    v_NGD.index_copy_(0, kv_step.write_T, value.transpose(1, 2).flatten(0, 1))
+    cache, layer = kv_step.cache, int(module.layer_idx)  # type: ignore[arg-type]
+    cache.k[layer].index_copy_(0, kv_step.write_T, key.transpose(1, 2).flatten(0, 1))
+    cache.v[layer].index_copy_(0, kv_step.write_T, value.transpose(1, 2).flatten(0, 1))
 
-    if kv_step.read_BC is None or query.shape[2] > 1:
-        if kv_step.read_BC is not None:
-            key, value = _gather(k_NGD, kv_step.read_BC), _gather(v_NGD, kv_step.read_BC)
-        return _attend_prompt(query, key, value, kv_step.mask, scaling), None
+    if kv_step.read_BC is None:
+        return _attend_prompt(query, key, value, None, scaling), None
     assert kv_step.mask is not None, "a context is read under a mask"
-    rows = max(1, GATHER_TOKENS // kv_step.read_BC.shape[1])  # the plan has room for so much of a context at a time
-    parts = [
-        _attend_one_token(some_query, _gather(k_NGD, read_BC), _gather(v_NGD, read_BC), mask, scaling)
-        for some_query, read_BC, mask in zip(
-            query.split(rows), kv_step.read_BC.split(rows), kv_step.mask.split(rows), strict=True
-        )
-    ]
+    if query.shape[2] > 1:
+        return _attend_prompt(query, *cache.gather(layer, kv_step.read_BC), kv_step.mask, scaling), None
+    rows = max(1, cache.gather_tokens // kv_step.read_BC.shape[1])
+    some = zip(query.split(rows), kv_step.read_BC.split(rows), kv_step.mask.split(rows), strict=True)
+    parts = [_attend_one_token(q, *cache.gather(layer, read_BC), mask, scaling) for q, read_BC, mask in some]
     return parts[0] if len(parts) == 1 else torch.cat(parts), None
 
 
@@ -101,11 +95,6 @@ def _attend_one_token(
     grouped = query.view(rows, key.shape[1], -1, head_dim)
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(rows, 1, num_heads, head_dim)
-
-
-def _gather(slots_NGD: torch.Tensor, read_BC: torch.Tensor) -> torch.Tensor:
-    rows, context = read_BC.shape
-    return slots_NGD.index_select(0, read_BC.view(-1)).view(rows, context, *slots_NGD.shape[1:]).transpose(1, 2)
 
 
 def install(model: PreTrainedModel) -> None:

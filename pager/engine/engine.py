@@ -60,7 +60,8 @@ class Engine:
         self._sink = sink
         self._observer = observer or EngineObserver()
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
-        cache = KvCache(config, paged.plan.num_kv_blocks, paged.dtype, paged.device)
+        plan = paged.plan
+        cache = KvCache(config, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
         self._decoder = Decoder(paged, ModelRunner(paged.model, cache, paged.device))
         self._intake = Intake(config.max_position_embeddings, self._blocks.num_blocks * BLOCK_TOKENS, config.vocab_size)
         self._eos_ids = _eos_ids(paged.model.generation_config.eos_token_id)

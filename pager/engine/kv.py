@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pager.needs import KV_BLOCK_TOKENS
+from pager.needs import GATHER_TOKENS, KV_BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,13 +63,37 @@ class BlockPool:
 
 
 class KvCache:
-    """The tensors `k[L, N, G, D]` and `v[L, N, G, D]`. A token slot is `block * BLOCK_TOKENS + offset`."""
+    """The tensors `k[L, N, G, D]` and `v[L, N, G, D]`. A token slot is `block * BLOCK_TOKENS + offset`.
 
-    def __init__(self, config: PretrainedConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    `gather_tokens` is how many of them `gather` takes at a time.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        gather_tokens: int = GATHER_TOKENS,
+    ) -> None:
         num_kv_heads, head_dim = heads_of(config)
         shape = (config.num_hidden_layers, num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.gather_tokens = gather_tokens
+        # Kept, because every layer of every step needs them: new ones would cost a page fault per 4 KiB each time.
+        self._gathered = torch.empty(2, gather_tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
+
+    def gather(self, layer: int, slots_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, G, C, D] of these token slots; valid until the next call."""
+        slots_T = slots_BC.reshape(-1)
+        shape = (*slots_BC.shape, *self.k.shape[2:])
+        k, v = (
+            torch.index_select(held[layer], 0, slots_T, out=gathered[: len(slots_T)]).view(shape).transpose(1, 2)
+            for held, gathered in zip((self.k, self.v), self._gathered, strict=True)
+        )
+        return k, v
 
     @property
     def nbytes(self) -> int:

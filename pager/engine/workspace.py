@@ -59,6 +59,7 @@ def workspace_of(opened: OpenModel, device: str, *, num_readers: int) -> Workspa
         )
     return Workspace(
         token_bytes=token_bytes,
+        gather_bytes=shapes.gather_bytes(),
         context_bytes=context_bytes,
         draw_bytes=draw_bytes,
         fixed_bytes=fixed_bytes,
@@ -101,13 +102,16 @@ class _Shapes:
         dense = 4 * self.dense * self.item
         return position + streams + max(self._attention(), self._routing(), self._experts(), dense)
 
+    def gather_bytes(self) -> int:
+        """A token of context in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.item
+
     def context_bytes(self) -> int:
-        """A token of context in one layer: gathered, and made fp32 or repeated for its queries where that is done."""
-        gathered = 2 * self.num_kv_heads * self.head_dim
+        """The same as a prompt's attention wants it: in fp32 on a CPU, repeated for its queries on a GPU."""
         if self.on_cpu:
-            return gathered * (self.item + (FP32 if self.item < FP32 else 0))
+            return 2 * self.num_kv_heads * self.head_dim * FP32 if self.item < FP32 else 0
         is_grouped = self.num_heads != self.num_kv_heads
-        return (gathered + 2 * self.num_heads * self.head_dim * is_grouped) * self.item
+        return 2 * self.num_heads * self.head_dim * self.item if is_grouped else 0
 
     def draw_bytes(self) -> int:
         """A row whose token is drawn under top-p: logits, sorted ones and their ids, and float64 for the rest."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pager.engine.interface import EngineLimits
 from pager.types import Count, FinishReason, Mass, PoolPolicy, PoolSource
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -150,7 +151,7 @@ def test_the_end_of_sequence_token_ends_an_answer_unless_it_is_ignored(make_driv
     driver.finish()
     tokens = driver.tokens(free)
     driver.paged.model.generation_config.eos_token_id = [tokens[4]]
-    other = type(driver)(driver.paged, driver.engine._limits)
+    other = type(driver)(driver.paged, EngineLimits())
     ended = other.submit(prompt, max_tokens=10, ignore_eos=False)
     ignored = other.submit(prompt, max_tokens=10, ignore_eos=True)
     other.finish()

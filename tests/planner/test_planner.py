@@ -24,7 +24,7 @@ def needs(*, layers: int = 4, experts: int = 32, shared: int = 1, top_k: int = 7
         context_tokens=context,
         staging_bytes=4 * MIB if experts else 0,
         workspace=Workspace(
-            token_bytes=8192, context_bytes=1024, draw_bytes=65536, fixed_bytes=MIB, kernel_bytes=2 * MIB
+            token_bytes=8192, gather_bytes=1024, draw_bytes=65536, fixed_bytes=MIB, kernel_bytes=2 * MIB
         ),
     )
 
@@ -117,13 +117,14 @@ def test_workers_share_main_memory_but_not_gpus() -> None:
 
 
 def test_working_memory_is_for_the_longest_prompt_and_the_fullest_step() -> None:
-    work = Workspace(token_bytes=100, context_bytes=10, draw_bytes=3000, fixed_bytes=7)
-    assert work.forward_bytes(1, 200) == 7 + 200 * (100 + 10) + 200 * 200 * 5  # the second part of a prompt
     assert Workspace(token_bytes=10**6, fixed_bytes=7).forward_bytes(1, 4096) == 7 + 4096 * 10**6  # all in one
-    assert work.forward_bytes(64, 100) == 7 + 64 * 3000 + 64 * 100 * 32  # every row draws
-    rows = Workspace(token_bytes=10, context_bytes=1000)  # contexts of 16384 tokens are gathered at a time, or one
-    assert rows.forward_bytes(64, 1024) == 64 * 10 + 16384 * 1000 + 64 * 1024 * 32
-    assert rows.forward_bytes(8, 20000) == rows.forward_bytes(1, 20000)
+    parts = Workspace(token_bytes=100, context_bytes=10)
+    assert parts.forward_bytes(1, 2000) == 512 * 100 + 2000 * 10 + 512 * 2000 * 5  # the last part of a prompt
+    assert Workspace(draw_bytes=30000).forward_bytes(64, 100) == 64 * (30000 + 100 * 32)  # every row draws
+    gathered = Workspace(gather_bytes=10**6)  # contexts of 16384 tokens at a time, or a longer one
+    for rows, tokens, at_a_time in ((2, 100, 200), (64, 1024, 16384), (8, 20000, 20000)):
+        bare = Workspace().forward_bytes(rows, tokens)
+        assert gathered.forward_bytes(rows, tokens) == bare + at_a_time * 10**6
 
 
 def test_working_memory_is_in_the_plan_and_comes_out_of_the_slots() -> None:
@@ -138,7 +139,7 @@ def test_working_memory_is_in_the_plan_and_comes_out_of_the_slots() -> None:
 
 def test_working_memory_that_does_not_fit_is_named() -> None:
     budgets = Budgets(expert_memory="28MiB", kv_memory="1MiB", max_running=2000)
-    with pytest.raises(BudgetError, match=r"256 tokens of KV, 7\.2 MiB to work with for 2000 requests.*or max_running"):
+    with pytest.raises(BudgetError, match=r"256 tokens of KV, 9\.3 MiB to work with for 2000 requests.*or max_running"):
         plan(needs(), budgets, machine(50 * MIB))
 
 

@@ -1,0 +1,74 @@
+"""Every object of every overlay against its schema, with unknown fields refused."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from referencing import Registry
+from referencing.jsonschema import DRAFT202012
+
+SCHEMAS = Path(__file__).parents[2] / "deploy" / "k8s" / "schemas"
+KUBERNETES = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / "v1.34.0-local-strict"
+OWN_KINDS = {"RayCluster", "PodMonitor", "PrometheusRule", "ScaledObject"}
+
+
+@cache
+def kubernetes() -> Registry:
+    definitions = json.loads((KUBERNETES / "_definitions.json").read_bytes())
+    return Registry().with_resource(definitions["$id"], DRAFT202012.create_resource(definitions))
+
+
+@cache
+def validator(kind: str, api_version: str) -> jsonschema.Draft202012Validator:
+    """apps/v1 of Kubernetes is in the file deployment-apps-v1.json."""
+    group, _, version = api_version.rpartition("/")
+    words = [kind.lower(), *([group.split(".")[0]] if group else []), version]
+    path = SCHEMAS / f"{kind.lower()}.json" if kind in OWN_KINDS else KUBERNETES / f"{'-'.join(words)}.json"
+    schema = json.loads(path.read_bytes())
+    if kind not in OWN_KINDS:
+        schema["$id"] = f"https://kubernetes.io/api/{path.name}"  # beside its definitions
+    return jsonschema.Draft202012Validator(schema, registry=kubernetes())
+
+
+def check(each: dict[str, Any]) -> None:
+    validator(each["kind"], each["apiVersion"]).validate(each)
+
+
+def test_every_object_is_what_its_schema_says(manifests):
+    for each in manifests.objects:
+        check(each)
+
+
+def test_the_overlays_have_every_kind_that_has_a_schema_here(render):
+    kinds = {each["kind"] for name in ("production", "autoscale") for each in render(name).objects}
+    assert kinds >= OWN_KINDS
+    assert {path.stem for path in SCHEMAS.glob("*.json")} == {kind.lower() for kind in OWN_KINDS}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "kind", "path"),
+    [
+        ("gpu", "RayCluster", ()),
+        ("gpu", "RayCluster", ("spec",)),
+        ("gpu", "RayCluster", ("spec", "workerGroupSpecs", 0)),
+        ("gpu", "RayCluster", ("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0)),
+        ("production", "PodMonitor", ("spec", "podMetricsEndpoints", 0)),
+        ("production", "PrometheusRule", ("spec", "groups", 0, "rules", 0)),
+        ("autoscale", "ScaledObject", ("spec", "triggers", 0)),
+        ("gpu", "Deployment", ("spec", "template", "spec", "containers", 0)),
+    ],
+)
+def test_a_field_that_nobody_knows_is_refused(render, overlay, kind, path):
+    each = json.loads(json.dumps(next(iter(render(overlay).of_kind(kind)))))
+    place = each
+    for step in path:
+        place = place[step]
+    place["fildOfNobody"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="fildOfNobody"):
+        check(each)

@@ -201,7 +201,7 @@ def _check_destination(shape: ExpertShape, gate_up: Tensor, down: Tensor) -> Non
 def _unreadable(key: ExpertKey, file: DataFile, offset: int, error: OSError) -> ExpertReadError:
     reason = error.strerror or type(error).__name__
     return ExpertReadError(
-        f"cannot read expert {key.expert} of layer {key.layer}: {reason}", key, f"byte {offset} of {file.path}: {error}"
+        f"cannot read expert {key.expert} of layer {key.layer}: {reason}", key, f"byte {offset} of {file.path}"
     )
 
 

@@ -202,7 +202,7 @@ class TestReads:
         file = made.path / "model.safetensors"
         whole = file.read_bytes()
         os.truncate(file, len(whole) // 2)
-        with pytest.raises(ExpertReadError, match=r"cannot read expert \d+ of layer \d+ .*model\.safetensors"):
+        with pytest.raises(ExpertReadError, match=r"cannot read expert \d+ of layer \d+: .*model\.safetensors"):
             model(made.prompt(seed=2))
         model.expert_paging.pager.check_integrity()
         file.write_bytes(whole)

@@ -71,7 +71,9 @@ def test_what_is_written_to_is_a_volume(manifests):
                 for path in ("/tmp", "/dev/shm"):
                     assert "emptyDir" in pod.volume(mounts[path]["name"]), (pod.name, path)
             for path, mount in mounts.items():
-                is_source = {"configMap", "secret"} & pod.volume(mount["name"]).keys() if mount["name"] != "data" else ()
+                is_source = (
+                    {"configMap", "secret"} & pod.volume(mount["name"]).keys() if mount["name"] != "data" else ()
+                )
                 assert not is_source or mount["readOnly"] is True, (pod.name, path)
         assert all("sizeLimit" in each["emptyDir"] for each in pod.spec["volumes"] if "emptyDir" in each)
 
@@ -173,7 +175,10 @@ def test_secrets_are_files_and_nothing_else(manifests):
             for variable in container.get("env", ()):
                 value = variable.get("value", "")
                 assert "secretKeyRef" not in variable.get("valueFrom", {}), (pod.name, variable)
-                if re.search("TOKEN|PASSWORD|SECRET|REDIS|KEY$", variable["name"]) and variable["name"] != "RAY_AUTH_MODE":
+                if (
+                    re.search("TOKEN|PASSWORD|SECRET|REDIS|KEY$", variable["name"])
+                    and variable["name"] != "RAY_AUTH_MODE"
+                ):
                     assert variable["name"].endswith(("_FILE", "_PATH", "_KEY")), (pod.name, variable)
                     assert value.startswith(SECRET_FOLDERS), (pod.name, variable)
             words = " ".join([*container.get("command", ()), *container.get("args", ())])

@@ -180,7 +180,8 @@ def load_paged_model(
         raise ConfigError(f"num_readers must be at least 1, not {num_readers}: nobody would read an expert")
     opened = OpenModel.open(path, dtype)
     with opened.checkpoint, ExitStack() as closing:
-        planned = plan(needs_of(opened, device, num_readers), budgets or Budgets(), machine or Machine.detect(device))
+        machine = machine or Machine.detect(device)  # refuses a device that is none
+        planned = plan(needs_of(opened, device, num_readers), budgets or Budgets(), machine)
         source = opened.open_experts()
         closing.callback(source.close)
         model = opened.load_trunk(device)

@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest check bench train evidence screenshots corpus redis chromium proto clean
+.PHONY: help install demo test test-all test-oldest check bench train evidence screenshots corpus redis kubectl chromium proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
@@ -52,7 +52,7 @@ demo: $(INSTALLED)
 test: test-all test-oldest
 	@echo "make test: all passed"
 
-test-all: $(INSTALLED) redis chromium
+test-all: $(INSTALLED) redis chromium kubectl
 	$(RUN_TESTS) $(PYTEST_ARGS)
 
 test-oldest: $(INSTALLED) $(OLDEST)
@@ -110,6 +110,9 @@ have = for program in $(2); do command -v $$program >/dev/null && exit 0; done; 
 
 redis:
 	@$(call have,redis-server,redis-server,the tests start a real Redis)
+
+kubectl:
+	@$(call have,kubectl,kubectl,the Kubernetes manifests are rendered by kubectl 1.27 or newer)
 
 chromium:
 	@$(call have,chromium,chromium chromium-browser google-chrome,pages are shown in a real browser)

@@ -1,0 +1,103 @@
+"""Workers of several nodes: they go where there is room for them, and the others wait. Real Ray, a real model."""
+
+import asyncio
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from pager.cluster.actors import WORKER_RESOURCE, OwnWorkers
+from pager.cluster.cluster import Cluster
+from pager.cluster.embedded_ray import start_embedded
+from pager.cluster.ray_session import OBJECT_STORE_BYTES, RaySession
+from pager.cluster.views import WorkerState
+from pager.cluster.worker import Worker, load_engine
+from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig
+from pager.errors import PortInUse
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
+NAMESPACE = f"per-node-tests-{os.getpid()}"
+
+
+def config(**workers: object) -> ServiceConfig:
+    settings = {"device": "cpu", "expert_memory": "50%", "host_memory": 0, "kv_memory": "1MiB", "num_threads": 1}
+    return ServiceConfig(
+        model=ModelConfig(path=str(CHECKPOINT), dtype="float32"),
+        workers=WorkerConfig(**(settings | workers)),  # type: ignore[arg-type]
+        cluster=ClusterConfig(namespace=NAMESPACE),
+    )
+
+
+def free_ports(count: int) -> int:
+    """The first of so many that are free one after the other."""
+    for first in range(20000, 60000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture
+def node_for_one() -> Iterator[None]:
+    """A Ray node that takes one worker."""
+    folder = tempfile.mkdtemp(prefix="ray-")
+    start_embedded(
+        namespace=NAMESPACE, num_cpus=1, resources={WORKER_RESOURCE: 1}, object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False, _temp_dir=folder,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.usefixtures("node_for_one")
+async def test_a_worker_starts_where_a_node_takes_it_and_the_next_one_waits():
+    port = free_ports(1)
+    cluster = await Cluster.connect(config(count=2, per_node=1, metrics_port=port))
+    try:
+        states = {view.state for view in cluster.workers()}
+        assert states == {WorkerState.READY, WorkerState.STARTING}
+        (ready,) = [view for view in cluster.workers() if view.state is WorkerState.READY]
+        assert ready.metrics_address == f"127.0.0.1:{port}"  # whichever of the two it is
+        await asyncio.sleep(1)  # it is not lost, and not started again
+        (waiting,) = [view for view in cluster.workers() if view.state is not WorkerState.READY]
+        assert (waiting.state, waiting.num_restarts) == (WorkerState.STARTING, 0)
+    finally:
+        await cluster.close()
+
+
+@pytest.mark.usefixtures("node_for_one")
+def test_gpus_may_come_later_where_nodes_do():
+    session = RaySession("127.0.0.1", owns_ray=False, temp_dir=None)
+    assert OwnWorkers(config(count=2, per_node=1, device="cuda"), session, load_engine).names() == [
+        "worker-0",
+        "worker-1",
+    ]
+
+
+def test_workers_of_a_node_take_the_metrics_ports_that_are_free():
+    first = free_ports(2)
+    workers = [
+        Worker(index, config(count=8, per_node=2, metrics_port=first), "127.0.0.1", load_engine) for index in (3, 6, 7)
+    ]
+    answers = [worker.load() for worker in workers]
+    for worker in workers:
+        worker.close()
+    assert [answer.metrics_address for answer in answers[:2]] == [f"127.0.0.1:{first}", f"127.0.0.1:{first + 1}"]
+    assert isinstance(answers[2], PortInUse)
+
+
+@pytest.mark.parametrize(
+    ("count", "per_node", "sharing"), [(1, None, 1), (4, None, 4), (4, 1, 1), (4, 2, 2), (0, None, 1)]
+)
+def test_a_node_is_divided_among_those_on_it(count, per_node, sharing):
+    assert WorkerConfig(count=count, per_node=per_node).sharing_a_node == sharing

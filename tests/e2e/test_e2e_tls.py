@@ -1,0 +1,69 @@
+"""A service with TLS that asks clients for certificates, and the command line as its client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> trustme.CA:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    server, client = authority.issue_cert("localhost"), authority.issue_cert("client")
+    (tmp_path / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in server.cert_chain_pems))
+    server.private_key_pem.write_to_path(tmp_path / "tls.key")
+    client.private_key_and_cert_chain_pem.write_to_path(tmp_path / "client.pem")
+    return authority
+
+
+@pytest.mark.usefixtures("authority")
+def test_the_command_line_speaks_tls_with_a_service(serve, run, free_port, tmp_path):
+    health_port = free_port()
+    env = {f"EXPERT_PAGER_ROUTER_TLS_{key}": str(tmp_path / name)
+           for key, name in (("CERT", "tls.crt"), ("KEY", "tls.key"), ("CLIENT_CA", "ca.crt"))}  # fmt: skip
+    with serve(tmp_path / "service", GOLDEN, EXPERT_PAGER_ROUTER_HEALTH_PORT=str(health_port), **env) as service:
+        server = ("--server", "localhost:" + service.ready["address"].rpartition(":")[2])
+        trust, identity = ("--tls-ca", tmp_path / "ca.crt"), ("--tls-identity", tmp_path / "client.pem")
+        ask = ("generate", "--token-ids", "1,2,3", "--max-tokens", 4, "--ignore-eos", *server)
+        answered = run(*ask, *trust, *identity)
+        assert answered.returncode == 0, answered.stderr
+        assert run("pools", "list", *server, *trust, *identity).returncode == 0
+        for refused in (run(*ask), run(*ask, *trust)):
+            assert refused.returncode == 1
+            assert "no service answers" in refused.stderr
+        with grpc.insecure_channel(f"127.0.0.1:{health_port}") as channel:
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        assert service.stop() == 0
+
+
+@pytest.mark.usefixtures("authority")
+def test_a_key_that_is_not_there_is_named_at_once(run, tmp_path):
+    done = run(
+        "serve", GOLDEN, "--port", 0, "--metrics-port", 0,
+        EXPERT_PAGER_ROUTER_TLS_CERT=str(tmp_path / "tls.crt"), EXPERT_PAGER_ROUTER_TLS_KEY=str(tmp_path / "absent"),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "router.tls_key" in done.stderr
+    assert "can not be read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", GOLDEN, "--tls-ca", "ca.crt"), "it goes with --server"),
+        (("--server", "localhost:1", "--tls-identity", "client.pem"), "it goes with --tls-ca"),
+        (("--server", "localhost:1", "--tls-ca", "absent.crt"), "can not be read"),
+    ],
+)
+def test_options_that_can_take_no_effect_are_refused(run, options, message):
+    done = run("generate", "--token-ids", "1", *options)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.replace("│", " ").split())

@@ -29,7 +29,7 @@ class Recipe:
     num_shared: int = 1
     top_k: int = 8
     vocab_size: int = 4096
-    initializer_range: float = 0.03
+    initializer_range: float = 0.088  # 1/sqrt(hidden), as 0.02 is at the released width
     context: int = 1024
     train_context: int = 512
     rows_per_step: int = 4

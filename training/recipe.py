@@ -18,7 +18,7 @@ PoolMode = Literal["document", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Sizes count all experts of a layer, shared ones included; the defaults make the shipped model."""
+    """Sizes count all experts of a layer, shared ones included; the defaults are what `make train` makes."""
 
     pool: PoolMode = "document"
     hidden_size: int = 128

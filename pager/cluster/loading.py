@@ -48,6 +48,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
     except BaseException:
         paged.close()
         raise
+    return_freed_memory()  # what loading took
     return LoadedEngine(
         engine=engine,
         model=_view(config, paged),

@@ -32,9 +32,9 @@ INT64 = 8
 
 KERNEL_BYTES = 3 * MIB // 4  # one that torch compiled for half precision
 
-KEPT_BYTES = MIB
-"""What malloc keeps of freed memory at the end of each thread's arena, and the smallest buffer that it always returns:
-see `return_freed_memory`."""
+KEPT_BYTES = MIB // 4
+"""The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`."""
+_SMALL_BUFFERS = 16  # below that, the most that a forward has at a time: malloc keeps their places
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
 
 _ATTENTION_QUERIES, _ATTENTION_KEYS = 256, 512  # the tile of torch's attention on a CPU, one a thread
@@ -68,12 +68,12 @@ def workspace_of(opened: OpenModel, device: str, *, num_readers: int) -> Workspa
 
 
 def staging_bytes(opened: OpenModel, device: str, *, num_readers: int, num_buffers: int) -> int:
-    """What experts pass through: page-locked buffers before a GPU, and a reader's piece where dtypes are converted."""
+    """What experts pass through: page-locked buffers before a GPU, and what each thread that reads converts in."""
     if not any(opened.facts.experts_per_layer):
         return 0
     pack = opened.checkpoint.pack
     stored = {spec.dtype for spec in opened.checkpoint.specs.values()} if pack is None else {pack.dtype}
-    pieces = num_readers * STAGING_BYTES if stored != {opened.dtype} else 0
+    pieces = (num_readers + 1) * STAGING_BYTES if stored != {opened.dtype} else 0
     return pieces if torch.device(device).type == "cpu" else pieces + num_buffers * opened.expert_bytes
 
 
@@ -122,10 +122,10 @@ class _Shapes:
         """Whatever the batch: what each thread keeps, the weights of small experts side by side, rows for nobody."""
         tile = _ATTENTION_QUERIES * (_ATTENTION_KEYS + 2 + self.head_dim) * FP32
         threads = torch.get_num_threads() * (tile + _GEMM_BYTES)
-        keeping = 2 + num_readers  # who steps, who loads, who reads
+        kept = (_SMALL_BUFFERS + 2 * (num_readers + 1)) * KEPT_BYTES  # who steps; who reads and who loads
         batched = BATCHED_PAIRS * self.expert_bytes if self.expert_bytes <= BATCHED_EXPERT_BYTES else 0
         surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
-        return threads + keeping * KEPT_BYTES + batched + surplus
+        return threads + kept + batched + surplus
 
     def _attention(self) -> int:
         queries, keys = self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim
@@ -162,18 +162,20 @@ def _dense_intermediate(opened: OpenModel) -> int:
 
 
 def return_freed_memory() -> None:
-    """Has malloc give freed buffers back to the system, for a process that is held to a plan.
+    """Has malloc give freed buffers back to the system, for a process that is held to a plan; and what is free now.
 
     By itself glibc raises its threshold to the largest buffer that was freed, up to 32 MiB, and keeps as much twice in
     the arena of every thread that freed one. Costs a page fault per 4 KiB of each buffer of KEPT_BYTES or more.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError):  # another C library, which has habits of its own
         log.info("the C library has no mallopt; how much freed memory it keeps is not known")
         return
     for option in (_MALLOC_MMAP_THRESHOLD, _MALLOC_TRIM_THRESHOLD):
         mallopt(option, KEPT_BYTES)
+    malloc_trim(0)
 
 
 def limit_device_memory(plan: Plan, device: torch.device) -> None:

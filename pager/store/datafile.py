@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import xxhash
 from torch import Tensor
 
 STAGING_BYTES = 1 << 20
-"""What one read holds besides its destination while it converts between dtypes."""
+"""What a thread that reads keeps besides its destinations, once it has converted between dtypes."""
 
 # Below torch's grain size a copy stays on the calling thread: readers are parallel already, and an OpenMP team for each
 # of them would cost more than it saves.
 _CAST_ELEMENTS = 32_767
+
+_staging = threading.local()
 
 
 class DataFile:
@@ -85,13 +88,19 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_pieces(
-    file: DataFile, offset: int, nbytes: int, dtype: torch.dtype, hasher: xxhash.xxh3_128 | None = None
+    file: DataFile,
+    offset: int,
+    nbytes: int,
+    dtype: torch.dtype,
+    hasher: xxhash.xxh3_128 | None = None,
+    staging: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """The `nbytes` at `offset` as consecutive 1-D tensors of `dtype`.
 
-    They share a bounded buffer: each is valid until the next. The stored bytes are fed to `hasher`. Raises OSError.
+    They share a bounded buffer, `staging` where it is given: each is valid until the next. The stored bytes are fed to
+    `hasher`. Raises OSError.
     """
-    staging = torch.empty(min(nbytes, STAGING_BYTES), dtype=torch.uint8)
+    staging = torch.empty(min(nbytes, STAGING_BYTES), dtype=torch.uint8) if staging is None else staging
     memory = raw_bytes(staging)
     for start in range(0, nbytes, STAGING_BYTES):
         count = min(STAGING_BYTES, nbytes - start)
@@ -106,7 +115,7 @@ def read_tensor_at(
 ) -> int:
     """Fills `out` (CPU, contiguous) with as many elements of dtype `stored`; returns the bytes read.
 
-    Straight into `out` where the dtypes agree, else through a bounded buffer. The stored bytes are fed to
+    Straight into `out` where the dtypes agree, else through a buffer that its thread keeps. The stored bytes are fed to
     `hasher`. Raises OSError; what `out` holds then is undefined.
     """
     if out.dtype == stored:
@@ -118,10 +127,18 @@ def read_tensor_at(
     flat = out.view(-1)
     nbytes = flat.numel() * stored.itemsize
     filled = 0
-    for piece in read_pieces(file, offset, nbytes, stored, hasher):
+    for piece in read_pieces(file, offset, nbytes, stored, hasher, _own_staging()):
         cast_into(piece, flat[filled : filled + piece.numel()])
         filled += piece.numel()
     return nbytes
+
+
+def _own_staging() -> Tensor:
+    """This thread's buffer of STAGING_BYTES, made at its first need: readers convert all the time."""
+    staging: Tensor | None = getattr(_staging, "buffer", None)
+    if staging is None or len(staging) < STAGING_BYTES:
+        staging = _staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+    return staging
 
 
 def cast_into(piece: Tensor, out: Tensor) -> None:

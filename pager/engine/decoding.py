@@ -68,7 +68,7 @@ class Decoder:
         try:
             return self._run(group)
         except Exception as error:
-            del self._groups[name]
+            self._groups.pop(name, None)
             if not isinstance(error, PagerError) or len(group.sequences) == 1:
                 return [_told(error)] * len(group.sequences)
         outcomes: list[Outcome] = []
@@ -92,7 +92,12 @@ class Decoder:
     def _group(self, name: str, sequences: tuple[Sequence, ...]) -> _Group:
         group = self._groups.get(name)
         if group is None or group.sequences != sequences:
-            group = self._groups[name] = self._new_group(sequences)
+            group = self._new_group(sequences)
+            # A sequence whose pool is suspended for a while comes back to a group that stood still meanwhile.
+            self._groups = {
+                other: kept for other, kept in self._groups.items() if set(sequences).isdisjoint(kept.sequences)
+            }
+            self._groups[name] = group
         return group
 
     def _new_group(self, sequences: tuple[Sequence, ...]) -> _Group:

@@ -79,6 +79,35 @@ def test_an_exact_rest_is_what_the_plain_model_goes_on_with(
     driver.assert_nothing_held()
 
 
+def test_a_widened_rest_is_what_the_plain_model_goes_on_with(
+    make_driver: Callable[..., Any], random_prompt: Callable[[int, int], list[int]], plain: PreTrainedModel
+) -> None:
+    """A window in the first pool, a trial of two windows with all experts, then the wider pool."""
+    driver, prompt = make_driver(), random_prompt(1, 17)
+    narrow = driver.submit(prompt, pooled(None), max_tokens=1)
+    request = driver.submit(prompt, pooled(WIDEN), max_tokens=24)
+    driver.finish()
+    usage, tokens = driver.usage(request), driver.tokens(request)
+    assert usage.drift is not None
+    assert usage.drift.widenings == 1, "or the schedule below is another"
+    first, final = driver.usage(narrow).pool, usage.pool
+    assert first is not None
+    assert final is not None
+
+    cache = DynamicCache(config=plain.config)
+    with torch.inference_mode():
+        with restricted(plain, first):
+            expected = [int(plain(torch.tensor([prompt]), past_key_values=cache).logits[0, -1].argmax())]
+            for _ in range(4):
+                expected.append(_next(plain, expected[-1], cache))
+        for _ in range(8):
+            expected.append(_next(plain, expected[-1], cache))
+        with restricted(plain, final):
+            while len(expected) < len(tokens):
+                expected.append(_next(plain, expected[-1], cache))
+    assert tokens == expected
+
+
 def _next(model: PreTrainedModel, token: int, cache: DynamicCache) -> int:
     return int(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1].argmax())
 

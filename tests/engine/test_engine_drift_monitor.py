@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.engine.drift import GOAL_SHARE, LARGEST_GROWTH, TRIAL_WINDOWS, DriftMonitor
+from pager.engine.drift import GOAL_SHARE, LARGEST_GROWTH, THRESHOLD_FALL, TRIAL_WINDOWS, DriftMonitor
 from pager.types import DriftPolicy, ExpertKey
 
 LAYERS, ROUTED = 2, 8
@@ -116,16 +116,27 @@ def test_a_trial_says_what_is_wanted_and_a_new_window_whether_it_was_enough() ->
     assert not watched.is_on_trial
     assert not feed(watched, 0.9, 6), "no full window under the wider pool"
     assert feed(watched, 0.9, 2)
-    watched.widened(())  # nothing fitted
     report = watched.report()
     assert (report.widenings, report.exact_from) == (1, None)
     assert report.experts_added > 0
 
 
+def test_without_room_it_rests_longer_and_longer() -> None:
+    watched = monitor(threshold=0.5, window=4)
+    spoke_up = []
+    for token in range(1, 100):
+        watched.add(1, spread(0.9))
+        if watched.look(IN_POOL):
+            watched.widened(())
+            spoke_up.append(token)
+    assert spoke_up == [4, 12, 28, 60]
+    assert watched.report().widenings == 0
+
+
 def test_a_wider_pool_has_a_lower_threshold() -> None:
     watched = monitor(threshold=0.5)
     assert watched.threshold(6) == pytest.approx(0.5)  # 10 of 16 experts are outside
-    assert watched.threshold(11) == pytest.approx(0.25)
+    assert watched.threshold(11) == pytest.approx(0.5 * 0.5**THRESHOLD_FALL)
     assert watched.threshold(16) == 0
 
 

@@ -20,7 +20,7 @@ TRIAL_WINDOWS = 2
 """So many windows run with all experts before a pool is widened by what they wanted.
 
 A pool that no longer fits bends what the routers above see: experts chosen by tokens that ran in it serve the next ones
-three times worse than experts chosen by as many tokens that ran without (docs/log.md).
+worse than experts chosen by tokens that ran without (docs/log.md).
 """
 
 GOAL_SHARE = 0.25

@@ -1,6 +1,6 @@
 """What is done about drift: between two forwards, a pool grows or its document becomes exact.
 
-Never waits while it holds something: what does not fit now is tried in halves, and then again at the next look.
+Never waits while it holds something: what does not fit now is tried in halves, and then again after a rest.
 """
 
 from __future__ import annotations

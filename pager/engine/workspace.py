@@ -32,8 +32,9 @@ INT64 = 8
 
 KERNEL_BYTES = 3 * MIB // 4  # one that torch compiled for half precision
 
-KEPT_BYTES = MIB // 4
+KEPT_BYTES = MIB
 """The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`."""
+_ARENA_BYTES = MIB // 8  # what a thread takes from the system at a time for next to nothing
 _SMALL_BUFFERS = 16  # below that, the most that a forward has at a time: malloc keeps their places
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
 
@@ -122,8 +123,8 @@ class _Shapes:
         """Whatever the batch: what each thread keeps, the weights of small experts side by side, rows for nobody."""
         tile = _ATTENTION_QUERIES * (_ATTENTION_KEYS + 2 + self.head_dim) * FP32
         threads = torch.get_num_threads() * (tile + _GEMM_BYTES)
-        kept = (_SMALL_BUFFERS + 2 * (num_readers + 1)) * KEPT_BYTES  # who steps; who reads and who loads
-        batched = BATCHED_PAIRS * self.expert_bytes if self.expert_bytes <= BATCHED_EXPERT_BYTES else 0
+        kept = _SMALL_BUFFERS * KEPT_BYTES + (num_readers + 1) * _ARENA_BYTES  # who steps; who reads and who loads
+        batched = BATCHED_PAIRS * self.expert_bytes * 2 // 3 if self.expert_bytes <= BATCHED_EXPERT_BYTES else 0
         surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
         return threads + kept + batched + surplus
 

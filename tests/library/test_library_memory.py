@@ -67,7 +67,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """288 MiB of float32 experts (4 layers of 48, one of them shared) and 15 MiB of trunk, in the released format."""
     path = tmp_path_factory.mktemp("large")
     sizes = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8}
-    config = EmoConfig(**sizes, vocab_size=1000, num_experts=48, pad_token_id=0, eos_token_id=1)
+    config = EmoConfig(
+        **sizes, vocab_size=1000, num_experts=48, pad_token_id=0, eos_token_id=1, max_position_embeddings=1024
+    )
     (path / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": "float32"}))
     generator = torch.Generator().manual_seed(0)
 
@@ -119,11 +121,16 @@ MEASURE = """
 
 def peak(large: Path, run: str) -> int:
     """By how many bytes a process of its own grew at most while it ran this."""
+    return measured(large, run)[-1]
+
+
+def measured(large: Path, run: str) -> list[int]:
+    """The numbers that this program printed in a process of its own, and last by how many bytes it grew at most."""
     program = textwrap.dedent(MEASURE).format(run=run)
     done = subprocess.run(
         [sys.executable, "-c", program, str(large)], capture_output=True, text=True, check=True, timeout=120
     )
-    return int(done.stdout.splitlines()[-1])
+    return [int(line) for line in done.stdout.split()]
 
 
 class TestMeasured:
@@ -136,6 +143,15 @@ class TestMeasured:
     def test_an_eighth_of_the_experts_in_float32(self, large: Path) -> None:
         grown = peak(large, "load_model(path, expert_memory='12.5%', dtype='auto')(ids).logits.sum().item()")
         assert grown < 120 * MIB
+
+    @pytest.mark.parametrize("pool_size", [None, "'25%'"])
+    def test_a_prompt_as_long_as_the_context_fits_the_plan(self, large: Path, pool_size: str | None) -> None:
+        load = f"model = load_model(path, expert_memory='50%', dtype='auto', pool_size={pool_size})"
+        run = "model(ids.repeat(1, 16), logits_to_keep=1, use_cache=False).logits.sum().item()"
+        plan = "plan = model.expert_paging.plan; print(plan.workspace_bytes, plan.total_bytes - plan.kv_bytes)"
+        workspace, planned, grown = measured(large, f"{load}; {run}; {plan}")
+        assert grown <= planned
+        assert workspace < planned / 2, "a check that could not fail"
 
     def test_all_experts_in_bfloat16_are_never_held_in_float32(self, large: Path) -> None:
         grown = peak(large, "load_model(path, expert_memory='100%')(ids).logits.sum().item()")

@@ -156,12 +156,17 @@ def _report(fitted: Fit, path: Path, nbytes: int, num_documents: int, as_json: b
                 "path": str(path),
                 "bytes": nbytes,
                 "documents": num_documents,
-                "held_out_recall": fitted.held_out_recall,
+                "unseen_recall": fitted.recall,
                 "recall_error": fitted.recall_error,
+                "unseen_mass": fitted.mass,
             }
         )
         return
     out.print(f"fitted to {num_documents} documents: {path} ({format_bytes(nbytes)})", markup=False)
-    for source, recall in fitted.held_out_recall.items():
-        error = fitted.recall_error[source]
-        out.print(f"{source:<8} recall of the fused pool {recall:.2f}, estimated within {error:.3f}", markup=False)
+    out.print("on documents that the maps had not seen:")
+    for source, recall in fitted.recall.items():
+        out.print(
+            f"{source:<8} {fitted.mass[source]:.3f} of what the best eighth of the experts covers; recall of the fused "
+            f"pool {recall:.2f}, estimated within {fitted.recall_error[source]:.3f}",
+            markup=False,
+        )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pager.engine.trunk_router import TrunkRouter
 from pager.errors import CheckpointError
-from pager.routing.fitted import LexicalRouter, RouterFile, combine
+from pager.routing.fitted import CombinedMap, LexicalRouter, RouterFile
 from pager.types import RoutingScores
 
 
@@ -25,8 +25,9 @@ class FittedRouter:
             )
         self.file = file
         self.trunk = trunk
-        self.lexical = LexicalRouter(file)
+        self._lexical = LexicalRouter(file)
+        self._map = CombinedMap(file)
 
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:
         """Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have."""
-        return combine(self.file, self.lexical.scores(token_ids), self.trunk.scores(token_ids))
+        return self._map.scores(self._lexical.features(token_ids), self.trunk.scores(token_ids))

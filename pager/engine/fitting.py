@@ -44,10 +44,10 @@ class DocumentReader:
         if len(ids) < MIN_TOKENS:
             return None
         lengths = [length for length in PROMPT_LENGTHS if 2 * length <= len(ids)]
-        judged = lengths[int(self._random.integers(len(lengths)))]
-        fused = self._fused_pool(ids[:judged])
         trunk = self._trunk.prefix_scores(ids[: lengths[-1]], lengths)
-        return DocumentReading(ids, self._wanted(ids), trunk, judged, fused)
+        prompts = [int(self._random.integers(len(lengths))) for _ in self._sizes]
+        fused = [self._fused_pool(ids[: lengths[n]], size) for n, size in zip(prompts, self._sizes, strict=True)]
+        return DocumentReading(ids, self._wanted(ids), trunk, tuple(zip(prompts, fused, strict=True)))
 
     @torch.inference_mode()
     def _wanted(self, ids: Sequence[int]) -> np.ndarray:
@@ -57,8 +57,7 @@ class DocumentReader:
         return np.concatenate([means.get(layer, np.zeros(0)) for layer in range(self._paged.facts.num_layers)])
 
     @torch.inference_mode()
-    def _fused_pool(self, ids: Sequence[int]) -> ExpertPool:
-        size: PoolSize = self._sizes[int(self._random.integers(len(self._sizes)))]
+    def _fused_pool(self, ids: Sequence[int], size: PoolSize) -> ExpertPool:
         document: DocumentRouting = self._paged.document(PoolPolicy(size=size))
         with self._paged.step([document], prefill=True):
             self._forward(ids)

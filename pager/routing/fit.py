@@ -1,23 +1,31 @@
-"""Fits `router.safetensors` in closed form: ridge regression, cut to a low rank. Numpy only, deterministic.
+"""Fits `router.safetensors` in closed form: ridge regressions around typical points. Numpy only, deterministic.
 
-Legend: N prompts, V vocabulary, C columns (tokens common enough to be fitted), Z latent features, O outputs (routed
-experts of every layer in a row).
+Two passes, each in two steps. First ridge regression maps inputs (token counts; for `fitted` what came of them, beside
+the trunk's scores) to what documents wanted, cut to a few features. Then a Stage maps features to outputs: it sees how
+near typical prompts are, which a linear map does not. Whatever learns from an earlier step's predictions gets them for
+documents that the step had not seen.
+
+Legend: N prompts, V vocabulary, C columns (tokens common enough to be fitted), I inputs, Z features, M typical points,
+O outputs (routed experts of every layer in a row), F features of a recall estimate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from pager.errors import InvalidRequest
-from pager.routing.fitted import FLOOR, LexicalRouter, RouterFile, combine, recall_features
-from pager.types import ExpertPool, RoutingScores
+from pager.routing.fitted import RouterFile, Stage
+from pager.routing.pool import pick_layer
+from pager.routing.recall import fit_recall, recall_features
+from pager.routing.regression import common_tokens, main_directions, ridge, sublinear_counts, typical_points
+from pager.types import Count, ExpertPool, RoutingScores
 
-MAX_COLUMNS = 8192
 MIN_DOCUMENTS = 8
-FOLDS = 5
+JUDGED_SHARE = 8  # of experts, in the pools by which passes are judged
+FOLDS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,34 +33,41 @@ class DocumentReading:
     """A document as its model read it.
 
     `wanted_O`: each routed expert's mean probability over all of the document. `trunk`: the trunk's scores of some of
-    its beginnings, each a prompt of `num_tokens`. `fused`: the pool that a prefill chose for the first `fused_tokens`,
-    one of those lengths.
+    its beginnings, each a prompt of `num_tokens`. `fused`: pools that prefills chose, each with the number
+    of its prompt in `trunk`.
     """
 
     token_ids: tuple[int, ...]
     wanted_O: np.ndarray
     trunk: tuple[RoutingScores, ...]
-    fused_tokens: int
-    fused: ExpertPool
+    fused: tuple[tuple[int, ExpertPool], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FitOptions:
-    """`rank` latent features; ridge penalties relative to the mean square of the features."""
+    """Features and typical points of both passes; ridge penalties in units of the inputs' mean squared norm."""
 
-    rank: int = 64
-    lexical_penalty: float = 1.0
-    fitted_rank: int = 64
-    fitted_penalty: float = 10.0
+    lexical_features: int = 48
+    lexical_points: int = 128
+    fitted_features: int = 64
+    fitted_points: int = 256
+    lexical_penalty: float = 5.0
+    penalty: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The file, and the mean recall of fused pools on documents that its maps had not seen, by source."""
+    """The file, and how its passes did on documents that their maps had not seen, by source.
+
+    `recall` of fused pools; `recall_error`, the mean absolute error of its estimates; `mass`, how much of a document's
+    router mass a pool of an eighth of the experts holds, over what the best such pool does.
+    """
 
     file: RouterFile
-    held_out_recall: dict[str, float]
+    recall: dict[str, float]
     recall_error: dict[str, float]
+    mass: dict[str, float]
 
 
 def fit_router(
@@ -62,143 +77,137 @@ def fit_router(
     fingerprint: str,
     options: FitOptions | None = None,
 ) -> Fit:
-    """Folds of documents take turns at being unseen: what the second map and the estimates learn from is predicted.
-
-    Raises InvalidRequest for too few documents.
-    """
+    """The readings should be in random order: folds of them take turns. Raises InvalidRequest for too few."""
     if len(readings) < MIN_DOCUMENTS:
         raise InvalidRequest(f"a router is fitted to at least {MIN_DOCUMENTS} documents; {len(readings)} were given")
-    fitter = _Fitter(readings, vocabulary, routed_per_layer, fingerprint, options or FitOptions())
-    return fitter.fit()
+    return _Fitter(readings, vocabulary, options or FitOptions()).fit(routed_per_layer, fingerprint)
 
 
 class _Fitter:
-    def __init__(
-        self,
-        readings: Sequence[DocumentReading],
-        vocabulary: int,
-        routed_per_layer: tuple[int, ...],
-        fingerprint: str,
-        options: FitOptions,
-    ) -> None:
+    def __init__(self, readings: Sequence[DocumentReading], vocabulary: int, options: FitOptions) -> None:
+        prompts = [(number, reading, trunk) for number, reading in enumerate(readings) for trunk in reading.trunk]
         self._options = options
-        self._facts = (fingerprint, routed_per_layer)
         self._vocabulary = vocabulary
-        prompts = [(n, reading, trunk) for n, reading in enumerate(readings) for trunk in reading.trunk]
+        self._num_documents = len(readings)
         self._trunk = [trunk for _, _, trunk in prompts]
+        starts = np.cumsum([0] + [len(reading.trunk) for reading in readings])
         self._fused = [
-            reading.fused if trunk.num_tokens == reading.fused_tokens else None for _, reading, trunk in prompts
+            [(int(start) + prompt, pool) for prompt, pool in reading.fused]
+            for start, reading in zip(starts, readings, strict=False)
         ]
-        self._tokens = [reading.token_ids[: trunk.num_tokens] for _, reading, trunk in prompts]
-        self._fold_N = np.array([n % FOLDS for n, _, _ in prompts])
-        self._wanted_NO = np.stack([reading.wanted_O for _, reading, _ in prompts])
-        trunk_NO = np.stack([np.concatenate(trunk.mean_LR) for trunk in self._trunk])
-        self._trunk_NO = np.log(np.maximum(trunk_NO, FLOOR)).astype(np.float32)
-        self._columns_C, self._idf_C = _columns(self._tokens, vocabulary)
-        self._counts_NC = _counts(self._tokens, self._columns_C, vocabulary) * self._idf_C
+        self._tokens = [np.asarray(reading.token_ids[: trunk.num_tokens]) for _, reading, trunk in prompts]
+        self._fold_N = np.array([number % FOLDS for number, _, _ in prompts])
+        self._wanted_NO = np.stack([reading.wanted_O for _, reading, _ in prompts]).astype(np.float32)
+        self._mean_O = self._wanted_NO.mean(0)
 
-    def fit(self) -> Fit:
-        lexical_NO = np.empty_like(self._wanted_NO)
-        for fold in range(FOLDS):
-            seen_N = self._fold_N != fold
-            router = LexicalRouter(self._file(self._fit_lexical(seen_N)))
-            for row in np.flatnonzero(~seen_N):
-                lexical_NO[row] = np.concatenate(router.scores(self._tokens[row]).mean_LR)
-        weights = self._fit_lexical(np.ones(len(self._fold_N), bool)) | self._fit_combined(lexical_NO)
-        estimates, recall, error = self._fit_recall(self._file(weights), lexical_NO)
-        return Fit(self._file(weights | estimates), recall, error)
-
-    def _file(self, weights: dict[str, np.ndarray]) -> RouterFile:
-        empty = np.zeros((len(self._wanted_NO[0]), 1), np.float32)
-        blank = {"fitted.down": empty, "fitted.up": empty.T, "fitted.trunk_mean": empty[:, 0]}
-        facts = {"prompts": str(len(self._trunk))}
-        return RouterFile(*self._facts, blank | weights, facts)
-
-    def _fit_lexical(self, rows_N: np.ndarray) -> dict[str, np.ndarray]:
-        wanted_NO = self._wanted_NO[rows_N]
-        mean_O = wanted_NO.mean(0)
-        map_CO = ridge(self._counts_NC[rows_N], wanted_NO - mean_O, self._options.lexical_penalty)
-        down_CZ, head_ZO = low_rank(self._counts_NC[rows_N], map_CO, self._options.rank)
+    def fit(self, routed_per_layer: tuple[int, ...], fingerprint: str) -> Fit:
+        options = self._options
+        columns_C, idf_C = common_tokens(self._tokens, self._vocabulary)
+        counts_NC = sublinear_counts(self._tokens, columns_C, self._vocabulary) * idf_C
+        down_CZ, lexical_NZ = self._features(counts_NC, options.lexical_features, options.lexical_penalty)
         tokens_VZ = np.zeros((self._vocabulary, down_CZ.shape[1]), np.float32)
-        tokens_VZ[self._columns_C] = self._idf_C[:, None] * down_CZ
-        return {"lexical.tokens": tokens_VZ, "lexical.head": head_ZO, "lexical.mean": mean_O.astype(np.float32)}
+        tokens_VZ[columns_C] = idf_C[:, None] * down_CZ
+        lexical, unseen_lexical_NO = self._stage(lexical_NZ, options.lexical_points)
 
-    def _fit_combined(self, lexical_NO: np.ndarray) -> dict[str, np.ndarray]:
-        mean_O = self._trunk_NO.mean(0)
-        trunk_NO = self._trunk_NO - mean_O
-        map_OO = ridge(trunk_NO, (self._wanted_NO - lexical_NO).astype(np.float32), self._options.fitted_penalty)
-        down_OZ, up_ZO = low_rank(trunk_NO, map_OO, self._options.fitted_rank)
-        return {"fitted.down": down_OZ, "fitted.up": up_ZO, "fitted.trunk_mean": mean_O}
+        trunk_NO = np.stack([np.concatenate(trunk.mean_LR) for trunk in self._trunk]).astype(np.float32)
+        trunk_mean_O = trunk_NO.mean(0)
+        trunk_NO -= trunk_mean_O
+        balance = np.sqrt((trunk_NO**2).sum() / max(float((lexical_NZ**2).sum()), 1e-12))  # both sources weigh alike
+        inputs_NI = np.concatenate([lexical_NZ * balance, trunk_NO], 1)
+        down_IZ, fitted_NZ = self._features(inputs_NI, options.fitted_features, options.penalty)
+        down_IZ[: lexical_NZ.shape[1]] *= balance
+        fitted, unseen_fitted_NO = self._stage(fitted_NZ, options.fitted_points)
 
-    def _fit_recall(
-        self, file: RouterFile, lexical_NO: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, float]]:
-        """From predictions for documents unseen by the lexical map; the combined map is too small to learn them."""
-        by_source: dict[str, tuple[list[np.ndarray], list[float]]] = {}
-        for trunk, fused, lexical_O in zip(self._trunk, self._fused, lexical_NO, strict=True):
-            if fused is None:
-                continue
-            lexical = file.as_scores(lexical_O, "lexical", trunk.num_tokens)
-            for scores in (lexical, trunk, combine(file, lexical, trunk)):
-                experts = tuple(
-                    tuple(sorted(np.argsort(-mean_R, kind="stable")[: len(layer)].tolist()))
-                    for mean_R, layer in zip(scores.mean_LR, fused.experts, strict=True)
-                )
-                pool = ExpertPool(experts)
-                features, recalls = by_source.setdefault(scores.source, ([], []))
-                features.append(recall_features(scores, pool))
-                recalls.append(pool.recall_of(fused))
-        weights, means, errors = {}, {}, {}
-        for source, (features, recalls) in by_source.items():
-            features_NF, recall_N = np.stack(features), np.asarray(recalls)
-            gram_FF = features_NF.T @ features_NF + 1e-4 * len(recall_N) * np.eye(features_NF.shape[1])
-            found_F = np.linalg.solve(gram_FF, features_NF.T @ recall_N)
-            weights[f"recall.{source}"] = found_F
-            means[source] = float(recall_N.mean())
-            errors[source] = float(np.abs(features_NF @ found_F - recall_N).mean())
-        return weights, means, errors
+        weights = {"lexical.tokens": tokens_VZ, "fitted.trunk_mean": trunk_mean_O, "fitted.down": down_IZ}
+        for name, stage in (("lexical", lexical), ("fitted", fitted)):
+            parts = {"keys": stage.keys, "offsets": stage.offsets, "head": stage.head, "mean": stage.mean}
+            weights |= {f"{name}.{part}": weight for part, weight in parts.items()}
+        facts = {"documents": str(self._num_documents), "prompts": str(len(self._trunk))}
+        facts |= {name: str(value) for name, value in asdict(options).items()}
+        file = RouterFile(fingerprint, routed_per_layer, weights, facts)
+        return self._judge(file, {"lexical": unseen_lexical_NO, "fitted": unseen_fitted_NO})
+
+    def _features(self, inputs_NI: np.ndarray, count: int, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        """`(down [I, Z], features [N, Z])`: what ridge regression keeps of the inputs; each prompt's as if unseen."""
+        wanted_NO = self._wanted_NO - self._mean_O
+        map_IO = ridge(inputs_NI, wanted_NO, penalty)
+        basis_OZ = main_directions(inputs_NI @ map_IO, count)
+        features_NZ = np.empty((len(inputs_NI), basis_OZ.shape[1]), np.float32)
+        for seen_N in self._turns():
+            map_of_seen_IZ = ridge(inputs_NI[seen_N], wanted_NO[seen_N], penalty) @ basis_OZ
+            features_NZ[~seen_N] = inputs_NI[~seen_N] @ map_of_seen_IZ
+        scale = max(float(features_NZ.std()), 1e-12)  # to about 1, where half precision is at its best
+        return (map_IO @ basis_OZ / scale).astype(np.float32), features_NZ / np.float32(scale)
+
+    def _stage(self, features_NZ: np.ndarray, points: int) -> tuple[Stage, np.ndarray]:
+        """The Stage of all prompts, and the outputs [N, O] of Stages that had not seen the prompt's document."""
+        keys, offsets = self._nearness(features_NZ, points)
+        unseen_NO = np.empty_like(self._wanted_NO)
+        for seen_N in self._turns():
+            unseen_NO[~seen_N] = self._head(keys, offsets, features_NZ, seen_N).outputs(features_NZ[~seen_N])
+        return self._head(keys, offsets, features_NZ, np.ones(len(features_NZ), bool)), unseen_NO
+
+    def _nearness(self, features_NZ: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+        """Logits that fall with the squared distance from typical points, in units of the usual one to the nearest."""
+        points_MZ = typical_points(features_NZ, min(points, self._num_documents // 4), self._options.seed)
+        squares_M = (points_MZ**2).sum(1)
+        distance_N = (features_NZ**2).sum(1) + (squares_M - 2 * features_NZ @ points_MZ.T).min(1)
+        unit = max(float(np.median(distance_N)), 1e-6)
+        return (2 * points_MZ.T / unit).astype(np.float32), (-squares_M / unit).astype(np.float32)
+
+    def _head(self, keys: np.ndarray, offsets: np.ndarray, features_NZ: np.ndarray, seen_N: np.ndarray) -> Stage:
+        blank = np.zeros((len(offsets) + features_NZ.shape[1], 0), np.float32)
+        inner_NI = Stage(keys, offsets, blank, self._mean_O).inner(features_NZ[seen_N])
+        halves = np.split(inner_NI, [len(offsets)], 1)
+        scales = [max(float(np.sqrt((half**2).sum(1).mean())), 1e-6) for half in halves]  # so that both weigh alike
+        scale_I = np.repeat(np.float32(scales), [half.shape[1] for half in halves])
+        head_IO = ridge(inner_NI / scale_I, self._wanted_NO[seen_N] - self._mean_O, self._options.penalty)
+        return Stage(keys, offsets, (head_IO / scale_I[:, None]).astype(np.float32), self._mean_O)
+
+    def _turns(self) -> list[np.ndarray]:
+        """For each fold, which prompts are of other documents."""
+        return [self._fold_N != fold for fold in range(FOLDS)]
+
+    def _judge(self, file: RouterFile, unseen: dict[str, np.ndarray]) -> Fit:
+        """Fits the estimates of recall, and says what the passes are worth."""
+        predictions: dict[str, list[RoutingScores]] = {"trunk": self._trunk}
+        for source, outputs_NO in unseen.items():
+            rows = zip(outputs_NO, self._trunk, strict=True)
+            predictions[source] = [file.as_scores(outputs_O, source, trunk.num_tokens) for outputs_O, trunk in rows]
+        estimates, recall, error, mass = {}, {}, {}, {}
+        for source, scores_N in predictions.items():
+            estimates[f"recall.{source}"], recall[source], error[source] = self._estimate(scores_N)
+            mass[source] = self._mass(file, scores_N)
+        made = RouterFile(file.fingerprint, file.routed_per_layer, dict(file.weights) | estimates, file.facts)
+        return Fit(made, recall, error, mass)
+
+    def _estimate(self, scores_N: Sequence[RoutingScores]) -> tuple[np.ndarray, float, float]:
+        """`(weights [F], mean recall, mean absolute error of its estimates)`; the error is of folds taking turns."""
+        pairs = [(scores_N[row], fused) for document in self._fused for row, fused in document]
+        pools = [_pool_like(scores, fused) for scores, fused in pairs]
+        features_NF = np.stack([recall_features(scores, pool) for (scores, _), pool in zip(pairs, pools, strict=True)])
+        recall_N = np.array([pool.recall_of(fused) for (_, fused), pool in zip(pairs, pools, strict=True)])
+        fold_N = np.array([number % FOLDS for number, document in enumerate(self._fused) for _ in document])
+        error_N = np.empty_like(recall_N)
+        for fold in range(FOLDS):
+            seen_N = fold_N != fold
+            weights_F = fit_recall(features_NF[seen_N], recall_N[seen_N])
+            error_N[~seen_N] = np.clip(features_NF[~seen_N] @ weights_F, 0, 1) - recall_N[~seen_N]
+        return fit_recall(features_NF, recall_N), float(recall_N.mean()), float(np.abs(error_N).mean())
+
+    def _mass(self, file: RouterFile, scores_N: Sequence[RoutingScores]) -> float:
+        shares = []
+        for scores, wanted_O in zip(scores_N, self._wanted_NO, strict=True):
+            wanted = file.as_scores(wanted_O, "wanted", scores.num_tokens)
+            for mean_R, wanted_R in zip(scores.mean_LR, wanted.mean_LR, strict=True):
+                count = len(wanted_R) // JUDGED_SHARE
+                if count:
+                    found = wanted_R[np.argsort(-mean_R)[:count]].sum()
+                    shares.append(found / np.sort(wanted_R)[-count:].sum())
+        return float(np.mean(shares)) if shares else 1.0
 
 
-def ridge(inputs_NC: np.ndarray, outputs_NO: np.ndarray, penalty: float) -> np.ndarray:
-    """[C, O]: the least-squares map with `penalty` in units of the inputs' mean squared norm."""
-    num_rows, num_columns = inputs_NC.shape
-    strength = penalty * float((inputs_NC.astype(np.float64) ** 2).sum() / num_rows)
-    if num_rows <= num_columns:
-        gram = inputs_NC @ inputs_NC.T
-        gram[np.diag_indices(num_rows)] += strength
-        return np.asarray(inputs_NC.T @ np.linalg.solve(gram, outputs_NO))
-    gram = inputs_NC.T @ inputs_NC
-    gram[np.diag_indices(num_columns)] += strength
-    return np.asarray(np.linalg.solve(gram, inputs_NC.T @ outputs_NO))
-
-
-def low_rank(inputs_NC: np.ndarray, map_CO: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(down [C, Z], up [Z, O])` whose product comes nearest to the map on these inputs."""
-    found_NO = inputs_NC @ map_CO
-    _, vectors_OO = np.linalg.eigh(found_NO.T @ found_NO)
-    up_OZ = vectors_OO[:, ::-1][:, :rank]
-    return (map_CO @ up_OZ).astype(np.float32), np.ascontiguousarray(up_OZ.T, dtype=np.float32)
-
-
-def _columns(prompts: Sequence[Sequence[int]], vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that occur in at least two prompts, most widespread first, and their weights."""
-    spread_V = np.zeros(vocabulary, np.int64)
-    for ids in prompts:
-        spread_V[np.unique(np.asarray(ids))] += 1
-    order = np.argsort(-spread_V, kind="stable")[:MAX_COLUMNS]
-    columns = order[spread_V[order] >= 2]
-    idf = np.log(len(prompts) / spread_V[columns]) + 1.0
-    return columns, idf.astype(np.float32)
-
-
-def _counts(prompts: Sequence[Sequence[int]], columns_C: np.ndarray, vocabulary: int) -> np.ndarray:
-    """[N, C]: sublinear counts, every prompt of length 1 over all its tokens."""
-    column_V = np.full(vocabulary, -1)
-    column_V[columns_C] = np.arange(len(columns_C))
-    rows_NC = np.zeros((len(prompts), len(columns_C)), np.float32)
-    for row, ids in enumerate(prompts):
-        found, counts = np.unique(np.asarray(ids), return_counts=True)
-        weights = np.log1p(counts)
-        known = column_V[found] >= 0
-        rows_NC[row, column_V[found[known]]] = weights[known] / np.sqrt(weights @ weights)
-    return rows_NC
+def _pool_like(scores: RoutingScores, pool: ExpertPool) -> ExpertPool:
+    """What the scores pick, of the same sizes as `pool`."""
+    layers = zip(scores.mean_LR, pool.experts, strict=True)
+    return ExpertPool(tuple(pick_layer(mean_R, Count(len(experts)), len(experts), 0) for mean_R, experts in layers))

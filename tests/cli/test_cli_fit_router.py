@@ -37,7 +37,12 @@ def test_a_router_is_fitted_and_kept_beside_the_checkpoint(run: Run, model: Path
     assert report["path"] == str(path)
     assert report["bytes"] == path.stat().st_size
     assert report["documents"] == 12
-    assert set(report["held_out_recall"]) == set(report["recall_error"]) == {"lexical", "trunk", "fitted"}
+    assert (
+        set(report["unseen_recall"])
+        == set(report["recall_error"])
+        == set(report["unseen_mass"])
+        == {"lexical", "trunk", "fitted"}
+    )
     with OpenModel.open(model).checkpoint as opened:
         file = RouterFile.load(path, opened.fingerprint)
     assert [len(mean_R) for mean_R in LexicalRouter(file).scores([1, 2, 3]).mean_LR] == [8, 8, 8]

@@ -30,14 +30,17 @@ def fitted_weights(vocabulary: int, recall: float) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(3)
     weights = {
         "lexical.tokens": draw.normal(size=(vocabulary, 4)),
-        "lexical.head": draw.normal(size=(4, OUTPUTS)),
-        "lexical.mean": np.full(OUTPUTS, 0.125),
-        "fitted.down": draw.normal(size=(OUTPUTS, 2)),
-        "fitted.up": draw.normal(size=(2, OUTPUTS)),
+        "fitted.down": draw.normal(size=(4 + OUTPUTS, 2)),
         "fitted.trunk_mean": np.zeros(OUTPUTS),
     }
+    for name, features in (("lexical", 4), ("fitted", 2)):
+        weights[f"{name}.keys"] = draw.normal(size=(features, 3))
+        weights[f"{name}.offsets"] = np.zeros(3)
+        weights[f"{name}.head"] = draw.normal(size=(3 + features, OUTPUTS))
+        weights[f"{name}.mean"] = np.full(OUTPUTS, 0.125)
     for source in ("lexical", "trunk", "fitted"):
-        weights[f"recall.{source}"] = np.array([recall] + [0.0] * 10)
+        # The first feature is always 1; every layer has three of its own, every output one, all of them twice.
+        weights[f"recall.{source}"] = np.array([recall] + [0.0] * (14 + 2 * (3 * 3 + OUTPUTS)))
     return {name: weight.astype(np.float32) for name, weight in weights.items()}
 
 

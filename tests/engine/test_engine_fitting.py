@@ -88,14 +88,15 @@ def test_the_trunks_scores_are_those_of_the_starts_of_documents(
 def test_fused_pools_are_those_of_a_prefill(
     readings: list[DocumentReading], paged: PagedModel, documents: list[tuple[int, ...]]
 ) -> None:
-    assert {len(reading.fused.experts[0]) for reading in readings} == {15, 31, 63}
-    assert {reading.fused_tokens for reading in readings} == {16, 32}
+    assert {prompt for reading in readings for prompt, _ in reading.fused} == {0, 1}
     for reading in readings[:4]:
-        document = paged.document(PoolPolicy(size=Count(len(reading.fused.experts[0]))))
-        with torch.inference_mode(), paged.step([document], prefill=True):
-            paged.model(torch.tensor([reading.token_ids[: reading.fused_tokens]]), use_cache=False)
-        assert document.pool is not None
-        assert document.pool.experts == reading.fused.experts
+        assert [len(pool.experts[0]) for _, pool in reading.fused] == [15, 31, 63]
+        for prompt, pool in reading.fused:
+            document = paged.document(PoolPolicy(size=Count(len(pool.experts[0]))))
+            with torch.inference_mode(), paged.step([document], prefill=True):
+                paged.model(torch.tensor([reading.token_ids[: (16, 32)[prompt]]]), use_cache=False)
+            assert document.pool is not None
+            assert document.pool.experts == pool.experts
 
 
 def test_a_document_of_a_few_tokens_is_left_out(paged: PagedModel, trunk: TrunkRouter) -> None:
@@ -108,7 +109,8 @@ def test_reading_again_finds_the_same(
     again = DocumentReader(paged, trunk, max_tokens=100, seed=0).read(documents[0])
     assert again is not None
     np.testing.assert_allclose(again.wanted_O, readings[0].wanted_O, atol=1e-7)
-    assert (again.fused.experts, again.fused_tokens) == (readings[0].fused.experts, readings[0].fused_tokens)
+    expected = [(prompt, pool.experts) for prompt, pool in readings[0].fused]
+    assert [(prompt, pool.experts) for prompt, pool in again.fused] == expected
 
 
 def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(

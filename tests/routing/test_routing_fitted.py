@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from pager.errors import CheckpointError, InvalidRequest
 from pager.routing.fit import DocumentReading, Fit, FitOptions, fit_router
-from pager.routing.fitted import LexicalRouter, RouterFile, combine
+from pager.routing.fitted import CombinedMap, LexicalRouter, RouterFile
 from pager.routing.pool import pick_pool
 from pager.types import Count, ExpertPool, RoutingFacts, RoutingScores
 
@@ -43,10 +43,10 @@ class World:
         topic = int(self.random.integers(TOPICS))
         ids = tuple(self.random.choice(VOCABULARY, 200, p=self.words[topic]).tolist())
         trunk = tuple(RoutingScores(self._layers(topic, length / 16), "trunk", length) for length in (16, 64))
-        length = int(self.random.choice((16, 64)))
-        prefill = RoutingScores(self._layers(topic, length / 4), "prefill", length)
-        fused = pick_pool(prefill, Count(SIZE), FACTS)
-        return DocumentReading(ids, np.concatenate(self._layers(topic, 1000)), trunk, length, fused)
+        prompt = int(self.random.integers(2))
+        prefill = RoutingScores(self._layers(topic, trunk[prompt].num_tokens / 4), "prefill", 0)
+        fused = ((prompt, pick_pool(prefill, Count(SIZE), FACTS)),)
+        return DocumentReading(ids, np.concatenate(self._layers(topic, 1000)), trunk, fused)
 
     def _layers(self, topic: int, clearness: float) -> tuple[np.ndarray, ...]:
         layers = iter(self.experts)
@@ -83,6 +83,10 @@ def pools_wanted(readings: Sequence[DocumentReading], file: RouterFile) -> list[
     return [pick_pool(file.as_scores(each.wanted_O, "", 200), Count(SIZE), FACTS) for each in readings]
 
 
+def both_passes(file: RouterFile, ids: Sequence[int], trunk: RoutingScores) -> RoutingScores:
+    return CombinedMap(file).scores(LexicalRouter(file).features(ids), trunk)
+
+
 def mean_recall(scores: Sequence[RoutingScores], wanted: Sequence[ExpertPool]) -> float:
     pools = [pick_pool(each, Count(SIZE), FACTS) for each in scores]
     return float(np.mean([pool.recall_of(actual) for pool, actual in zip(pools, wanted, strict=True)]))
@@ -93,7 +97,7 @@ def test_the_experts_of_unseen_documents_are_told_from_their_first_tokens(
 ) -> None:
     lexical = [LexicalRouter(file).scores(each.token_ids[:64]) for each in unseen]
     trunk = [each.trunk[1] for each in unseen]
-    both = [combine(file, first, second) for first, second in zip(lexical, trunk, strict=True)]
+    both = [both_passes(file, each.token_ids[:64], each.trunk[1]) for each in unseen]
     wanted = pools_wanted(unseen, file)
     assert mean_recall(lexical, wanted) > 0.9
     assert mean_recall(both, wanted) > mean_recall(trunk, wanted) + 0.05
@@ -101,7 +105,7 @@ def test_the_experts_of_unseen_documents_are_told_from_their_first_tokens(
 
 def test_scores_are_probabilities_of_every_sparse_layer(file: RouterFile, unseen: list[DocumentReading]) -> None:
     lexical = LexicalRouter(file).scores(unseen[0].token_ids[:64])
-    both = combine(file, lexical, unseen[0].trunk[1])
+    both = both_passes(file, unseen[0].token_ids[:64], unseen[0].trunk[1])
     assert (lexical.source, both.source) == ("lexical", "fitted")
     for scores in (lexical, both):
         assert scores.num_tokens == 64
@@ -132,19 +136,21 @@ def test_a_prompt_that_can_not_be_scored(file: RouterFile, ids: list[int], named
 def test_recall_is_expected_about_as_it_turns_out(file: RouterFile, unseen: list[DocumentReading], source: str) -> None:
     errors = []
     for document in unseen:
-        (trunk,) = (scores for scores in document.trunk if scores.num_tokens == document.fused_tokens)
+        ((prompt, fused),) = document.fused
+        trunk = document.trunk[prompt]
         lexical = LexicalRouter(file).scores(document.token_ids[: trunk.num_tokens])
-        scores = {"lexical": lexical, "trunk": trunk, "fitted": combine(file, lexical, trunk)}[source]
+        both = both_passes(file, document.token_ids[: trunk.num_tokens], trunk)
+        scores = {"lexical": lexical, "trunk": trunk, "fitted": both}[source]
         pool = pick_pool(scores, Count(SIZE), FACTS)
         expected = file.expected_recall(scores, pool)
         assert 0 <= expected <= 1
-        errors.append(expected - pool.recall_of(document.fused))
+        errors.append(expected - pool.recall_of(fused))
     assert abs(np.mean(errors)) < 0.05, "right on average"
     assert np.mean(np.abs(errors)) < 0.1, "and not far off on one prompt, of 15 experts"
 
 
 def test_recall_of_other_sources(file: RouterFile, unseen: list[DocumentReading]) -> None:
-    pool, mean_LR = unseen[0].fused, unseen[0].trunk[0].mean_LR
+    ((_, pool),), mean_LR = unseen[0].fused, unseen[0].trunk[0].mean_LR
     assert file.expected_recall(RoutingScores(mean_LR, "prefill", 16), pool) == 1
     with pytest.raises(InvalidRequest, match=r"'hint'.*fitted, lexical, trunk"):
         file.expected_recall(RoutingScores(mean_LR, "hint", 16), pool)
@@ -152,7 +158,7 @@ def test_recall_of_other_sources(file: RouterFile, unseen: list[DocumentReading]
 
 def test_fitting_again_writes_the_same_bytes(fit: Fit, seen: list[DocumentReading], tmp_path: Path) -> None:
     again = fit_router(seen, VOCABULARY, ROUTED, "a model")
-    assert again.held_out_recall == fit.held_out_recall
+    assert again.recall == fit.recall
     for name, made in (("first", fit), ("second", again)):
         made.file.save(tmp_path / name)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
@@ -209,8 +215,14 @@ def test_a_damaged_file_is_refused(fit: Fit, tmp_path: Path, damage: str) -> Non
         RouterFile.load(tmp_path, "a model")
 
 
-def test_the_rank_bounds_the_file(seen: list[DocumentReading], tmp_path: Path) -> None:
-    low = fit_router(seen, VOCABULARY, ROUTED, "a model", FitOptions(rank=2, fitted_rank=2))
+def test_options_bound_the_file(seen: list[DocumentReading], tmp_path: Path) -> None:
+    low = fit_router(
+        seen,
+        VOCABULARY,
+        ROUTED,
+        "a model",
+        FitOptions(lexical_features=2, lexical_points=2, fitted_features=2, fitted_points=2),
+    )
     assert low.file.weights["lexical.tokens"].shape == (VOCABULARY, 2)
     assert low.file.save(tmp_path / "router.safetensors") < 8_000
 

@@ -159,7 +159,7 @@ def attend_five(gather_tokens: int) -> torch.Tensor:
     cache.k.normal_(generator=generator)
     cache.v.normal_(generator=generator)
     layer = torch.nn.Module()
-    layer.layer_idx = 1
+    object.__setattr__(layer, "layer_idx", 1)  # as a module's plain attribute
     rows, context = 5, 80
     query = torch.randn(rows, 6, 1, 32, generator=generator)
     key, value = torch.randn(2, rows, 2, 1, 32, generator=generator)

@@ -9,6 +9,7 @@ of a class of Ray's own, which another one replaces while Ray starts.
 from __future__ import annotations
 
 import logging
+import subprocess
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from pager.errors import NotReady
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
 AGENTS = ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN", "RUNTIME_ENV_AGENT")
 AGENT_FLAGS = ("--dashboard_agent_command=", "--runtime_env_agent_command=")
@@ -88,6 +90,18 @@ def start_embedded(**settings: Any) -> None:
         ray.init(**settings)
     except Exception as error:
         raise NotReady(f"Ray does not start: {error}; is the machine overloaded?", retry_after_s=1.0) from error
+
+
+def stop_ray() -> None:
+    """`ray.shutdown`, and the end of every process that this one had started, which Ray does not always wait for."""
+    own = ray._private.worker._global_node
+    started = [each.process for kind in own.all_processes.values() for each in kind] if own is not None else []
+    ray.shutdown()
+    for process in started:
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            log.warning("Ray's process %d is still there %g s after its end was asked for", process.pid, STOP_TIMEOUT_S)
 
 
 def _without_agent(word: str) -> str:

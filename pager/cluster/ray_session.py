@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from pager.cluster.embedded_ray import start_embedded
+from pager.cluster.embedded_ray import start_embedded, stop_ray
 from pager.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class RaySession:
     def close(self) -> None:
         """Ends what `open` started. Logs of an embedded cluster go with it."""
         if self.owns_ray:
-            ray.shutdown()
+            stop_ray()
         if self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
 

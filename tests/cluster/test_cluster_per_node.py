@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from pager.cluster.actors import WORKER_RESOURCE, OwnWorkers
 from pager.cluster.cluster import Cluster
-from pager.cluster.embedded_ray import start_embedded
+from pager.cluster.embedded_ray import start_embedded, stop_ray
 from pager.cluster.ray_session import OBJECT_STORE_BYTES, RaySession
 from pager.cluster.views import WorkerState
 from pager.cluster.worker import Worker, load_engine
@@ -55,7 +54,7 @@ def node_for_one() -> Iterator[None]:
         include_dashboard=False, _temp_dir=folder,
     )  # fmt: skip
     yield
-    ray.shutdown()
+    stop_ray()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -160,7 +160,7 @@ class _Fitter:
         inner_NI = Stage(keys, offsets, blank, self._mean_O).inner(features_NZ[seen_N])
         halves = np.split(inner_NI, [len(offsets)], 1)
         scales = [max(float(np.sqrt((half**2).sum(1).mean())), 1e-6) for half in halves]  # so that both weigh alike
-        scale_I = np.repeat(np.float32(scales), [half.shape[1] for half in halves])
+        scale_I = np.repeat(np.array(scales, np.float32), [half.shape[1] for half in halves])
         head_IO = ridge(inner_NI / scale_I, self._wanted_NO[seen_N] - self._mean_O, self._options.penalty)
         return Stage(keys, offsets, (head_IO / scale_I[:, None]).astype(np.float32), self._mean_O)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
+from pager.at_exit import end_at_exit
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.inbox import Inbox
 from pager.engine.intake import Intake
@@ -117,6 +118,7 @@ class Engine:
         """Steps on a thread of its own from now on."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        end_at_exit(self, Engine.stop)
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Refuses new requests, lets the present ones end for `drain_s`, fails the rest with NotReady. Idempotent."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 from contextlib import closing
 
@@ -142,3 +145,30 @@ def test_cancelled_while_binding_on_another_thread(make_pager, source):
         source.let_through()
         again.wait(0)
     assert source.reads_of(ExpertKey(0, 0)) == 1
+
+
+def test_a_process_that_exits_in_the_middle_of_a_read_is_not_aborted() -> None:
+    program = """
+        import threading
+        import torch
+        from pager.cache.readers import Readers
+        from pager.types import ExpertKey
+
+        begun = threading.Event()
+
+        class Reads:
+            def read(self, key):
+                begun.set()
+                for _ in range(20):
+                    torch.mm(torch.ones(1000, 1000), torch.ones(1000, 1000))
+
+        reads = Reads()
+        readers = Readers(2, reads.read)
+        readers.push((0, 0), [ExpertKey(0, expert) for expert in range(100)])
+        begun.wait()
+        print("leaving")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")

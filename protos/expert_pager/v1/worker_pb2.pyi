@@ -15,7 +15,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("ticket", "request_id", "tenant", "prompt_token_ids", "sampling", "pool", "deadline_unix_s", "predicted")
+    __slots__ = ("ticket", "request_id", "tenant", "prompt_token_ids", "sampling", "pool", "deadline_unix_s", "predicted", "traceparent")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class Submit(_message.Message):
     POOL_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     request_id: str
     tenant: str
@@ -32,7 +33,8 @@ class Submit(_message.Message):
     pool: PoolPolicy
     deadline_unix_s: float
     predicted: ExpertPool
-    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., predicted: _Optional[_Union[ExpertPool, _Mapping]] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., predicted: _Optional[_Union[ExpertPool, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket",)
@@ -220,16 +222,26 @@ class DriftReport(_message.Message):
     def __init__(self, peak_mass: _Optional[float] = ..., widenings: _Optional[int] = ..., experts_added: _Optional[int] = ..., exact_from: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s")
+    __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s", "draining", "experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
     PAGE_IN_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_HIT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_MISSED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FROM_DISK_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FROM_HOST_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     running: int
     resident: _containers.RepeatedScalarFieldContainer[bytes]
     page_in_bytes_per_s: float
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ...) -> None: ...
+    draining: bool
+    experts_hit: int
+    experts_missed: int
+    bytes_from_disk: int
+    bytes_from_host: int
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: _Optional[bool] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id", "tenant")

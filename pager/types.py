@@ -213,6 +213,17 @@ class GenerateRequest:
     pool: PoolPolicy
     deadline_unix_s: float | None = None
     predicted: ExpertPool | None = None  # the router's prediction; starts the paging early
+    traceparent: str | None = None  # W3C Trace Context of the router's span
+
+
+@dataclass(frozen=True, slots=True)
+class PagingTotals:
+    """One worker's paging since it started. A hit is an expert in a device slot, or on its way for somebody else."""
+
+    experts_hit: int = 0
+    experts_missed: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
 
 
 class FinishReason(StrEnum):

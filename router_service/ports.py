@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pager.types import ExpertPool, GenerateRequest, RoutingFacts, RoutingScores, TokenChunk
+from pager.types import ExpertPool, GenerateRequest, PagingTotals, RoutingFacts, RoutingScores, TokenChunk
 
 
 class WorkerPort(Protocol):
@@ -33,6 +33,9 @@ class WorkerPort(Protocol):
     @property
     def page_in_bytes_per_s(self) -> float | None:
         """Median measured so far; None before the first page-in."""
+
+    @property
+    def paging(self) -> PagingTotals: ...
 
     def missing_bytes(self, pool: ExpertPool) -> int: ...
 

@@ -23,6 +23,7 @@ from pager.types import (
     Full,
     GenerateRequest,
     Mass,
+    PagingTotals,
     PoolPolicy,
     PoolSize,
     PoolSource,
@@ -54,6 +55,7 @@ def encode_request(request: GenerateRequest, ticket: int) -> pb.Submit:
         pool=_encode_policy(request.pool),
         deadline_unix_s=request.deadline_unix_s,
         predicted=encode_pool(request.predicted),
+        traceparent=request.traceparent,
     )
 
 
@@ -75,6 +77,7 @@ def decode_request(message: pb.Submit) -> GenerateRequest:
         pool=_decode_policy(message.pool),
         deadline_unix_s=message.deadline_unix_s if message.HasField("deadline_unix_s") else None,
         predicted=decode_pool(message.predicted) if message.HasField("predicted") else None,
+        traceparent=message.traceparent or None,
     )
 
 
@@ -271,6 +274,10 @@ def encode_bitmap(experts: Sequence[int]) -> bytes:
 
 def bytes_of_bitmap(bitmap: int) -> bytes:
     return bitmap.to_bytes(math.ceil(bitmap.bit_length() / 8), "little")
+
+
+def paging_of(load: pb.Load) -> PagingTotals:
+    return PagingTotals(load.experts_hit, load.experts_missed, load.bytes_from_disk, load.bytes_from_host)
 
 
 def decode_bitmap(data: bytes) -> int:

@@ -11,7 +11,7 @@ import ray
 from expert_pager.v1 import worker_pb2 as pb
 
 from pager.cluster.actors import Launcher, WorkerProcess
-from pager.cluster.codec import decode_bitmap
+from pager.cluster.codec import decode_bitmap, paging_of
 from pager.cluster.token_client import WorkerLink
 from pager.cluster.views import Health, ModelView, WorkerReady, WorkerState, WorkerView
 from pager.errors import PagerError, WorkerLost
@@ -84,6 +84,7 @@ class WorkerSupervisor:
             self.first_ready.exception()  # seen, if nobody else has looked
         await self._tear_down(gracefully=True)
 
+            paging=paging_of(self._load),
     # --- one life after the other -----------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from pager.types import ExpertPool, RoutingFacts
+from pager.types import ExpertPool, PagingTotals, RoutingFacts
 
 
 class WorkerState(StrEnum):
     STARTING = "starting"  # its process starts, or loads the model
     READY = "ready"
+    DRAINING = "draining"  # takes nothing new and ends what it has; then its process ends, and another starts
     HUNG = "hung"  # a step takes longer than the watchdog allows; it is being killed
     DEAD = "dead"  # its process is gone, or could not load; it is started again after a pause
 
@@ -48,6 +49,7 @@ class WorkerView:
     page_in_bytes_per_s: float | None = None  # median of recent page-ins; None before the first
     metrics_address: str | None = None
     num_restarts: int = 0
+    paging: PagingTotals = field(default_factory=PagingTotals)
 
     def missing_bytes(self, pool: ExpertPool) -> int:
         """What would have to be paged in to run `pool` here now."""

@@ -13,7 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 from expert_pager.v1 import worker_pb2 as pb
@@ -27,6 +28,7 @@ from pager.config import ServiceConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
 from pager.metrics import MetricsServer, TierBytes, WorkerMetrics
+from pager.types import PagingTotals
 
 if TYPE_CHECKING:
     from pager.cache.host import HostTier
@@ -94,9 +96,17 @@ class WorkerObserver(WorkerMetrics, EngineObserver):
     def __init__(self) -> None:
         super().__init__()
         self._recent: deque[float] = deque(maxlen=REMEMBERED_PAGE_INS)
+        self._paging = dict.fromkeys((each.name for each in fields(PagingTotals)), 0)
+        self._lock = Lock()  # experts are read by several threads
+
+    def lookups(self, tier: str, result: str, count: int) -> None:
+        super().lookups(tier, result, count)
+        if tier == "device":
+            self._add("experts_missed" if result == "miss" else "experts_hit", count)
 
     def transferred(self, source: str, destination: str, nbytes: int, seconds: float) -> None:
         super().transferred(source, destination, nbytes, seconds)
+        self._add(f"bytes_from_{source}", nbytes)
         if destination == "device" and seconds > 0:
             self._recent.append(nbytes / seconds)
 
@@ -104,6 +114,14 @@ class WorkerObserver(WorkerMetrics, EngineObserver):
         """Median of the recent page-ins; 0 before the first."""
         recent = list(self._recent)
         return statistics.median(recent) if recent else 0.0
+
+    def paging(self) -> PagingTotals:
+        with self._lock:
+            return PagingTotals(**self._paging)
+
+    def _add(self, name: str, count: int) -> None:
+        with self._lock:
+            self._paging[name] += count
 
 
 class Worker:
@@ -157,7 +175,10 @@ class Worker:
         return Health(age_s, status.waiting, status.running)
 
     def close(self) -> None:
-        """Ends what is running, closes sockets and files. Best effort: the process ends next."""
+        """Ends what is running, closes sockets and files. Best effort: the process ends next. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         with suppress(TimeoutError):
             self._loop.run(self._server.stop(), CLOSE_TIMEOUT_S)
         if self._metrics_server is not None:

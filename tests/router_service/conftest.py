@@ -17,7 +17,7 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from redis.asyncio import Redis
 
-from pager.errors import PagerError, WorkerLost
+from pager.errors import NotReady, PagerError, WorkerLost
 from pager.routing.pool import pick_pool
 from pager.types import (
     DriftReport,
@@ -25,6 +25,7 @@ from pager.types import (
     FinishReason,
     Full,
     GenerateRequest,
+    PagingTotals,
     PoolPolicy,
     RoutingFacts,
     RoutingScores,
@@ -87,6 +88,7 @@ class Worker:
     expert_bytes: int = 1000
     resident: tuple[int, ...] = (0, 0, 0)
     page_in_bytes_per_s: float | None = None
+    paging: PagingTotals = field(default_factory=PagingTotals)
 
     def missing_bytes(self, pool: ExpertPool) -> int:
         held = zip(pool.experts, self.resident, strict=True)
@@ -109,6 +111,12 @@ class InProcessCluster:
     reached: dict[int, asyncio.Event] = field(default_factory=dict)
     fail: dict[str, list[tuple[int, Exception | None]]] = field(default_factory=dict)
     pad: str = ""
+    is_cut_off: bool = False
+
+    def cut_off(self) -> None:
+        self.is_cut_off = True
+        for event in self.hold.values():
+            event.set()
 
     def workers(self) -> tuple[Worker, ...]:
         return tuple(self.views.values())
@@ -135,6 +143,8 @@ class InProcessCluster:
                     self.reached[index].set()
                 if index in self.hold:
                     await self.hold[index].wait()
+                if self.is_cut_off:
+                    raise NotReady("shutting down", retry_after_s=1.0)
                 if error_at is not None and error_at[0] == index:
                     finished = True
                     if error_at[1] is None:

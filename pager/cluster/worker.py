@@ -139,6 +139,8 @@ class Worker:
         self._metrics_server: MetricsServer | None = None
         self._loaded: LoadedEngine | None = None
         self._ready: WorkerReady | None = None
+        self._is_draining = False
+        self._is_closed = False
 
     def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
         """Loads the model and starts to serve. Errors are returned: Ray would wrap one that is raised."""
@@ -219,6 +221,7 @@ def _labels_of(model: ModelView) -> dict[str, str]:
         "model": model.name,
         "dtype": model.dtype,
         "device": model.device,
+            **asdict(self._observer.paging()),
         "fingerprint": model.fingerprint,
     }
 

@@ -139,8 +139,6 @@ class Worker:
         self._metrics_server: MetricsServer | None = None
         self._loaded: LoadedEngine | None = None
         self._ready: WorkerReady | None = None
-        self._is_draining = False
-        self._is_closed = False
 
     def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
         """Loads the model and starts to serve. Errors are returned: Ray would wrap one that is raised."""
@@ -208,6 +206,7 @@ class Worker:
         assert self._loaded is not None, "a load report before the model is there"
         status = self._loaded.engine.status()
         return pb.Load(
+            **asdict(self._observer.paging()),
             waiting=status.waiting,
             running=status.running,
             resident=[encode_bitmap(layer) for layer in self._loaded.resident()],
@@ -221,7 +220,6 @@ def _labels_of(model: ModelView) -> dict[str, str]:
         "model": model.name,
         "dtype": model.dtype,
         "device": model.device,
-            **asdict(self._observer.paging()),
         "fingerprint": model.fingerprint,
     }
 

@@ -74,6 +74,7 @@ class WorkerSupervisor:
             page_in_bytes_per_s=self._load.page_in_bytes_per_s or None,
             metrics_address=self._ready.metrics_address if self._ready else None,
             num_restarts=self._num_restarts,
+            paging=paging_of(self._load),
         )
 
     async def close(self) -> None:
@@ -84,7 +85,6 @@ class WorkerSupervisor:
             self.first_ready.exception()  # seen, if nobody else has looked
         await self._tear_down(gracefully=True)
 
-            paging=paging_of(self._load),
     # --- one life after the other -----------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:

@@ -175,10 +175,7 @@ class Worker:
         return Health(age_s, status.waiting, status.running)
 
     def close(self) -> None:
-        """Ends what is running, closes sockets and files. Best effort: the process ends next. Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
+        """Ends what is running, closes sockets and files. Best effort: the process ends next."""
         with suppress(TimeoutError):
             self._loop.run(self._server.stop(), CLOSE_TIMEOUT_S)
         if self._metrics_server is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pager.cache.index import CacheIndex, Plan
 from pager.cache.prefetch import PrefetchList
 from pager.cache.readers import Priority
+from pager.cache.regrets import Regrets
 from pager.cache.tiers import Fetched
 from pager.cache.trace import TraceRecorder
 from pager.cache.transfer import Transfer
@@ -85,6 +86,7 @@ class Ledger:
         self._loads: dict[ExpertKey, _Load] = {}
         self._holdings: set[Holding] = set()
         self._prefetches = PrefetchList()
+        self._regrets = Regrets()
         self._order = itertools.count()
         self._closed = False
 
@@ -146,6 +148,7 @@ class Ledger:
                 self._loads[key].waiters.append(holding)
             self._queue_reads((_URGENCY[holding.cause], holding.order), coming)
             self._count_lookups(holding.meter, plan)
+            self._count_use(new)
             for key in new:
                 self._prefetches.forget(key)
             if self._trace is not None:
@@ -289,6 +292,7 @@ class Ledger:
         with self._changed:
             load = self._loads.pop(key)
             self.index.abandon(key)
+            self._regrets.lost(key)
             self.counts.failed_loads += 1
             for holding in load.waiters:
                 del holding.keys[key]
@@ -329,9 +333,20 @@ class Ledger:
         self.index.commit(plan)
         for load in plan.loads:
             self._loads[load.key] = _Load(load.slot, payer, [])
+        if plan.loads:
+            again = self._regrets.loaded([load.key for load in plan.loads], ahead=cause is Cause.PREFETCH)
+            self._observer.paged(cause, len(plan.loads), again)
         if plan.victims:
+            wasted = self._regrets.evicted(plan.victims)
+            if wasted:
+                self._observer.prefetched(used=0, wasted=wasted)
             self.counts.evictions += len(plan.victims)
             self._observer.evicted(cause, len(plan.victims))
+
+    def _count_use(self, keys: Sequence[ExpertKey]) -> None:
+        used = self._regrets.used(keys)
+        if used:
+            self._observer.prefetched(used=used, wasted=0)
 
     def _stop_waiting(self, holding: Holding, key: ExpertKey) -> None:
         load = self._loads.get(key)

@@ -92,6 +92,12 @@ class PagerObserver(Protocol):
 
     def transferred(self, source: Tier, destination: Tier, nbytes: int, seconds: float) -> None: ...
 
+    def paged(self, cause: Cause, count: int, again: int) -> None:
+        """`count` experts were given slots to be read into, of which `again` had been evicted within a minute."""
+
+    def prefetched(self, used: int, wasted: int) -> None:
+        """So many prefetched experts were used for the first time, or evicted without a use."""
+
     def evicted(self, cause: Cause, count: int) -> None: ...
 
     def stalled(self, seconds: float, cause: Cause) -> None: ...
@@ -106,6 +112,12 @@ class NoObserver:
         pass
 
     def transferred(self, source: Tier, destination: Tier, nbytes: int, seconds: float) -> None:
+        pass
+
+    def paged(self, cause: Cause, count: int, again: int) -> None:
+        pass
+
+    def prefetched(self, used: int, wasted: int) -> None:
         pass
 
     def evicted(self, cause: Cause, count: int) -> None:

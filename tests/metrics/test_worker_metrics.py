@@ -31,13 +31,16 @@ def scrape(server: MetricsServer) -> dict[tuple[str, tuple[tuple[str, str], ...]
 
 
 def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> None:
-    metrics.describe_model({"version": "1", "model": "m", "dtype": "float32"})
+    described = {"version": "1", "model": "m", "dtype": "float32", "device": "cpu", "fingerprint": "f", "plan": "p"}
+    metrics.describe_model(described)
     metrics.watch_engine(lambda: SimpleNamespace(running=3, waiting=4, kv_blocks_used=2, kv_blocks_total=7), 1000)
     metrics.watch_tiers(lambda: {"device": TierBytes(capacity=400, resident=300, pinned=200, reserved=100)})
     metrics.lookups("device", "hit", 5)
     metrics.transferred("disk", "device", 4096, 0.25)
     metrics.transferred("disk", "host", 100, 0.5)
     metrics.evicted("demand", 2)
+    metrics.paged("lease", 7, again=3)
+    metrics.prefetched(used=5, wasted=2)
     metrics.stalled(0.5, "lease")
     metrics.quarantined("disk")
     metrics.pool(ExpertPool(((1, 2, 3, 4), (), (5, 6))), 0.125)
@@ -63,7 +66,9 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     assert (value("drift_widenings_total"), value("drift_experts_total"), value("drift_exact_total")) == (2, 30, 1)
     assert (value("prompt_tokens_total"), value("completion_tokens_total")) == (10, 20)
     assert value("requests_total", outcome="stop") == 1
-    assert value("model_info", version="1", model="m", dtype="float32") == 1
+    assert value("model_info", **described) == 1
+    assert (value("page_ins_total", cause="lease"), value("paged_again_total", cause="lease")) == (7, 3)
+    assert (value("prefetches_total", result="used"), value("prefetches_total", result="wasted")) == (5, 2)
     tiers = [value(f"{name}_bytes", tier="device") for name in ("capacity", "resident", "pinned", "reserved")]
     assert tiers == [400, 300, 200, 100]
     assert value("capacity_bytes", tier="host") == 0

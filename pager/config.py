@@ -91,6 +91,7 @@ class WorkerConfig:
     max_waiting: int = _is(_between(0, 65536), 256)
     num_threads: int | None = _is(_between(1, 1024), None)
     step_timeout_s: float = _is(_between(0.1, 86400), 30.0)
+    drain_s: float = _is(_between(0, 86400), 30.0)  # what a worker's requests have to end after its SIGTERM
     metrics_port: int = _is(_between(0, 65535), 0)  # 0: any free port, published in the file_sd file
     policy: str = _is(_one_of("lru", "lfu", "lfru", "least-stale"), "lru")  # which expert to evict
     trace: str | None = None  # folder for a record of every access to an expert, a file a worker; see `replay`

@@ -16,7 +16,7 @@ class WorkerPort(Protocol):
     def id(self) -> str: ...
     @property
     def state(self) -> str:
-        """starting, ready, hung or dead."""
+        """starting, ready, draining, hung or dead."""
 
     @property
     def waiting(self) -> int: ...
@@ -53,6 +53,9 @@ class ClusterPort(Protocol):
 
 
 class Scorer(Protocol):
+    def cut_off(self) -> None:
+        """Takes no more requests, and ends the open ones with NotReady."""
+
     """A routing-only pass. Called from another thread, one call at a time."""
 
     def scores(self, token_ids: Sequence[int], /) -> RoutingScores: ...

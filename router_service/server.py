@@ -23,6 +23,7 @@ log = logging.getLogger("expert_pager.router")
 
 PULSE_S = 0.25
 HEARTBEAT_PULSES = 4
+CUT_OFF_S = 2.0  # for the last status to get to those who read
 MAX_MESSAGE_BYTES = 8 * 2**20
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server on the port would start, and take half of the calls
@@ -72,6 +73,14 @@ class RouterServer:
         """NOT_SERVING everywhere, new requests refused, those in flight awaited. True when all ended in time."""
         self._backend.admission.close()
         await self._health.enter_graceful_shutdown()
+        return await self._ended_within(timeout_s)
+
+    async def cut_off(self) -> None:
+        """What is in flight ends with a status that says to send it again."""
+        self._backend.cluster.cut_off()
+        await self._ended_within(CUT_OFF_S)
+
+    async def _ended_within(self, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
                 while self._backend.admission.num_requests:  # noqa: ASYNC110 - seconds, once in a process's life
@@ -115,7 +124,7 @@ class RouterServer:
     async def _set_readiness(self) -> None:
         states = [worker.state for worker in self._backend.cluster.workers()]
         await self._health.set(SERVICE_NAME, _SERVING if "ready" in states else _NOT_SERVING)
-        for state in ("starting", "ready", "hung", "dead"):
+        for state in ("starting", "ready", "draining", "hung", "dead"):
             self._backend.metrics.workers.labels(state).set(states.count(state))
 
     async def _heartbeat(self) -> None:

@@ -103,7 +103,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
     async def _stream(
         self, request: GenerateRequest, prediction: Prediction, context: Context, meter: StreamMeter
     ) -> tuple[Usage, Placement]:
-        """Until the first chunk is out, a lost worker's request is placed once more."""
+        """Until the first chunk is out, the request of a worker that is lost or drains is placed once more."""
         lost: set[str] = set()
         while True:
             with self._gate.counting_rejections():
@@ -112,7 +112,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
             await self._check_aborted(request.id)
             try:
                 return await self._answer(request, placement, context, meter), placement
-            except WorkerLost:
+            except (WorkerLost, NotReady):  # gone, or about to go
                 if meter.has_started or lost:
                     raise
                 lost.add(placement.worker_id)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ from router_service.backend import build_backend, check_choices, close_backend
 from router_service.ports import ModelInfo
 from router_service.redis_client import redis_url as read_redis_url
 from router_service.server import RouterServer
+from router_service.tenants import TenantLabels
 from router_service.tls import TlsFiles
+from router_service.ui import Page
 
 LISTEN_EVERY_S = 0.1
 
@@ -77,15 +80,25 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             return stopping.result()
-        server, ready = starting.result()
+        server, cluster, ready = starting.result()
         announce(ready)
         received = await stopping
-        draining = asyncio.create_task(server.drain(config.router.drain_s))
+        draining = asyncio.create_task(_drain(server, cluster, config.router.drain_s))
         hurrying = asyncio.create_task(signals.get())
         await asyncio.wait((draining, hurrying), return_when=asyncio.FIRST_COMPLETED)
-        for task in (draining, hurrying):
-            task.cancel()
+        hurrying.cancel()
+        if not draining.done():
+            draining.cancel()
+            await server.cut_off()
         return received
+
+
+async def _drain(server: RouterServer, cluster: Cluster, drain_s: float) -> None:
+    """First what this router has in flight, then what others run on its workers."""
+    end_s = time.monotonic() + drain_s
+    if not await server.drain(drain_s):
+        await server.cut_off()
+    await cluster.drain(max(0.0, end_s - time.monotonic()))
 
 
 def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
@@ -94,7 +107,9 @@ def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
         asyncio.get_running_loop().add_signal_handler(each, signals.put_nowait, each)
 
 
-async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]) -> tuple[RouterServer, Ready]:
+async def _start(
+    stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]
+) -> tuple[RouterServer, Cluster, Ready]:
     """Starts everything and leaves on `stack` how to stop it, last started first."""
     router = config.router
     pools = config.pools
@@ -109,6 +124,7 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
     if router.health_port is not None:
         _check_port_free(router.host, router.health_port, "router.health_port")
     tls = _tls_files(router)
+    tenants = TenantLabels.parse(router.metric_tenants)
     opened = OpenModel.open(config.model.path, config.model.dtype)
     stack.callback(opened.checkpoint.close)
     opened.check()
@@ -134,6 +150,7 @@ async def _start(stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str,
         redis_url=redis_url,
         pools_path=pools_path,
         write_timeout_s=router.write_timeout_s,
+        metric_tenants=tenants,
     )
     stack.push_async_callback(close_backend, backend)
     metrics_address = _address(router.host, backend.metrics.serve(router.host, router.metrics_port))

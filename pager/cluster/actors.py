@@ -6,8 +6,11 @@ import asyncio
 import logging
 import os
 import secrets
+import signal
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any, Protocol
 
 import ray
@@ -41,12 +44,14 @@ class Whereabouts:
 
 # A worker that dies is started again by its supervisor, which knows about backoff; Ray must not do it too. `health`
 # has a thread of its own and answers while the model loads.
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1, "drain": 1})
 class WorkerActor:
     def __init__(self, name: str, index: int, config: ServiceConfig, bind_host: str | None, load: EngineLoader) -> None:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s")
         self._owner = f"{name}-{secrets.token_hex(4)}"
         self._worker = Worker(index, config, bind_host or ray.util.get_node_ip_address(), load)
+        self._drain_s = config.workers.drain_s
+        signal.signal(signal.SIGTERM, self._terminated)  # Ray makes actors on the main thread
 
     def whereabouts(self) -> Whereabouts:
         return Whereabouts(ray.get_runtime_context().get_node_id(), self._owner, os.getpid())
@@ -62,8 +67,31 @@ class WorkerActor:
     def ready(self) -> WorkerReady | None:
         return self._worker.ready()
 
+    @ray.method(concurrency_group="drain")  # type: ignore[untyped-decorator]
+    def drain(self, timeout_s: float) -> None:
+        self._worker.drain(timeout_s)
+
     def close(self) -> None:
         self._worker.close()
+
+    def _terminated(self, *_: object) -> None:
+        """SIGTERM: on a thread, because this one is Ray's."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Thread(target=self._drain_and_exit, name="drain", daemon=True).start()
+
+    def _drain_and_exit(self) -> None:
+        log.info("SIGTERM: draining for %g s at most", self._drain_s)
+        status = 1
+        try:
+            self._worker.drain(self._drain_s)
+            status = 0
+        except Exception:
+            log.exception("the drain failed")
+        finally:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)  # Ray's own way out takes seconds
 
 
 NodeActor = ray.remote(max_restarts=0)(NodeControl)
@@ -87,6 +115,7 @@ class Launcher(Protocol):
 
     async def launch(self, name: str) -> WorkerProcess: ...
     async def load(self, process: WorkerProcess) -> WorkerReady | PagerError: ...
+    async def drain(self, process: WorkerProcess, timeout_s: float) -> None: ...
     async def end(self, process: WorkerProcess, *, gracefully: bool) -> None: ...
 
 
@@ -129,6 +158,10 @@ class OwnWorkers:
             raise
         answer: WorkerReady | PagerError = await loading
         return answer
+
+    async def drain(self, process: WorkerProcess, timeout_s: float) -> None:
+        """It takes nothing more, from any router, and returns when what it runs has ended, or was failed."""
+        await _within(timeout_s + GRACE_S, lambda: process.actor.drain.remote(timeout_s))
 
     async def end(self, process: WorkerProcess, *, gracefully: bool) -> None:
         """Returns when the process is gone, so that the next one does not take its memory beside it."""
@@ -212,6 +245,9 @@ class OthersWorkers:
             if ready is not None:
                 return ready
             await asyncio.sleep(POLL_S)
+
+    async def drain(self, process: WorkerProcess, timeout_s: float) -> None:
+        pass
 
     async def end(self, process: WorkerProcess, *, gracefully: bool) -> None:
         pass

@@ -16,7 +16,7 @@ from pager.cluster.supervisor import WorkerSupervisor
 from pager.cluster.views import ModelView, WorkerState, WorkerView
 from pager.cluster.worker import EngineLoader, load_engine
 from pager.config import ServiceConfig
-from pager.errors import Cancelled, NotReady, PagerError, WorkerLost
+from pager.errors import NotReady, PagerError, WorkerLost
 from pager.types import GenerateRequest, TokenChunk
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ class Cluster:
         self._own = own
         self._supervisors: dict[str, WorkerSupervisor] = {}
         self._discovery: asyncio.Task[None] | None = None
-        self._num_open = 0
         self._is_draining = False
         self._targets: tuple[str | None, dict[str, str]] | None = None
         self._router_metrics: str | None = None
@@ -83,13 +82,9 @@ class Cluster:
         link = supervisor.link if supervisor and supervisor.state is WorkerState.READY else None
         if link is None:
             raise WorkerLost(f"{worker_id} is not ready; send the request again", retry_after_s=POLL_S)
-        self._num_open += 1
-        try:
-            async with aclosing(link.generate(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        finally:
-            self._num_open -= 1
+        async with aclosing(link.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def abort(self, request_id: str, tenant: str) -> bool:
         """Cancels the tenant's request, whichever router and worker it is on. False when there is none such."""
@@ -101,18 +96,19 @@ class Cluster:
         self._router_metrics = address
         self._write_targets()
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests, lets open ones end for so long, cancels the rest."""
+    def cut_off(self) -> None:
+        """Takes no more requests, and ends the open ones with NotReady."""
         self._is_draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._num_open:  # noqa: ASYNC110 - a generator's end is no event
-                    await asyncio.sleep(DRAIN_POLL_S)
-        except TimeoutError:
-            log.warning("%d requests did not end within %g s; they are cancelled", self._num_open, timeout_s)
+        error = NotReady("the service is shutting down; send the request to another", retry_after_s=POLL_S)
         for supervisor in self._supervisors.values():
-            if supervisor.link is not None:
-                supervisor.link.cancel_all(Cancelled("the service is shutting down"))
+            if supervisor.link is not None and supervisor.link.num_open:
+                log.warning("%d requests on %s are cut off", supervisor.link.num_open, supervisor.id)
+                supervisor.link.cancel_all(error)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Own workers take nothing more, and what other routers run on them may go on for so long."""
+        self._is_draining = True
+        await asyncio.gather(*(supervisor.drain(timeout_s) for supervisor in self._supervisors.values()))
 
     async def close(self) -> None:
         """Ends own workers, their segments and Ray, as far as this process started them. Idempotent."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import ray
 from expert_pager.v1 import worker_pb2 as pb
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 HEALTH_TIMEOUT_S = 5.0  # after a broken stream: does its process still answer?
+EXIT_TIMEOUT_S = 10.0  # of a process that has drained
+EXIT_POLL_S = 0.1
 FIRST_PAUSE_S = 0.5
 HEALTHY_S = 60.0  # after so long in one piece, a loss counts as the first one
 LOSSES_BEFORE_GIVING_UP = 3  # only while it has never been ready
@@ -31,6 +34,13 @@ class Lost(Exception):
     def __init__(self, state: WorkerState, why: str) -> None:
         super().__init__(why)
         self.state = state
+
+
+class Drained(Lost):
+    """It was told to end, and has ended what it had."""
+
+    def __init__(self) -> None:
+        super().__init__(WorkerState.DEAD, "it has drained")
 
 
 class WorkerSupervisor:
@@ -77,6 +87,11 @@ class WorkerSupervisor:
             paging=paging_of(self._load),
         )
 
+    async def drain(self, timeout_s: float) -> None:
+        """A worker of ours ends what any router runs on it, and takes nothing more."""
+        if self._process is not None and self.state in (WorkerState.READY, WorkerState.DRAINING):
+            await self._launcher.drain(self._process, timeout_s)
+
     async def close(self) -> None:
         """Ends the worker if it is ours, and every answer that is open on it."""
         self._task.cancel()
@@ -90,7 +105,11 @@ class WorkerSupervisor:
     async def _supervise(self) -> None:
         while True:
             lost = await self._live()
-            log.warning("%s is %s: %s", self.id, lost.state, lost)
+            if isinstance(lost, Drained):
+                log.info("%s has drained and is started again", self.id)
+                self._num_losses = 0
+            else:
+                log.warning("%s is %s: %s", self.id, lost.state, lost)
             self._enter(lost.state)
             try:
                 await self._tear_down(gracefully=False)
@@ -139,13 +158,16 @@ class WorkerSupervisor:
             )
             await link.attach()
             self.link = link
-            self._enter(WorkerState.READY)
-            if not self.first_ready.done():
+            self._enter(WorkerState.DRAINING if self._load.draining else WorkerState.READY)
+            if self.state is WorkerState.READY and not self.first_ready.done():
                 self.first_ready.set_result(None)
             while not await _is_set_within(link.broken, POLL_S):
                 await self._check(process, self._step_timeout_s)
                 if time.monotonic() - started_s > HEALTHY_S:
                     self._num_losses = 0
+            if self._load.draining:
+                await _until_gone(process)
+                raise Drained
             await self._check(process, HEALTH_TIMEOUT_S)
             log.warning("the stream to %s broke, but its process is well; opening another", self.id)
             await link.close()
@@ -183,10 +205,21 @@ class WorkerSupervisor:
     def _on_load(self, load: pb.Load) -> None:
         self._load = load
         self._resident = tuple(decode_bitmap(layer) for layer in load.resident)
+        if load.draining and self.state is WorkerState.READY:
+            self._enter(WorkerState.DRAINING)
 
     def _enter(self, state: WorkerState) -> None:
         self.state = state
         self._on_change()
+
+
+async def _until_gone(process: WorkerProcess) -> None:
+    """Or for as long as a process may take to exit by itself."""
+    with suppress(TimeoutError, ray.exceptions.RayError):
+        async with asyncio.timeout(EXIT_TIMEOUT_S):
+            while True:
+                await process.actor.health.remote()
+                await asyncio.sleep(EXIT_POLL_S)
 
 
 async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:

@@ -84,6 +84,18 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
         self._load_task = asyncio.create_task(self._push_loads())
         return bind if bind.startswith("unix:") else f"{bind.rpartition(':')[0]}:{port}"
 
+    async def announce_drain(self) -> None:
+        """Every router hears at once what the load report says now."""
+        for stream in self._streams:
+            stream.push(pb.Push(load=self._load()))
+
+    async def finish(self, timeout_s: float) -> None:
+        """Takes nothing more, and ends every stream when all that was delivered has been sent, or when time is up."""
+        for stream in self._streams:
+            stream.end()
+        if self._server is not None:
+            await self._server.stop(timeout_s)
+
     async def stop(self) -> None:
         if self._load_task is not None:
             self._load_task.cancel()
@@ -199,6 +211,7 @@ class _RouterStream:
         self._outbox: deque[pb.Push] = deque()
         self._wake = asyncio.Event()
         self._closed = False
+        self._ending = False
 
     def push(self, push: pb.Push) -> None:
         if self._closed:
@@ -207,6 +220,11 @@ class _RouterStream:
         if len(self._outbox) > MAX_UNREAD_STEPS:
             log.warning("a router has left %d steps unread; its stream is closed", MAX_UNREAD_STEPS)
             self.close()
+        self._wake.set()
+
+    def end(self) -> None:
+        """Nothing more comes; what waits is still sent."""
+        self._ending = True
         self._wake.set()
 
     def close(self) -> None:
@@ -218,6 +236,8 @@ class _RouterStream:
             while self._outbox and not self._closed:
                 yield self._outbox.popleft()
             self._wake.clear()
+            if self._ending and not self._outbox:
+                return
             if not self._closed and not self._outbox:
                 await self._wake.wait()
 

@@ -140,6 +140,8 @@ class Worker:
         self._loaded: LoadedEngine | None = None
         self._ready: WorkerReady | None = None
 
+        self._is_draining = False
+        self._is_closed = False
     def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
         """Loads the model and starts to serve. Errors are returned: Ray would wrap one that is raised."""
         set_num_threads(self._config)
@@ -175,7 +177,23 @@ class Worker:
         return Health(age_s, status.waiting, status.running)
 
     def close(self) -> None:
-        """Ends what is running, closes sockets and files. Best effort: the process ends next."""
+    def drain(self, timeout_s: float) -> None:
+        """Takes no new requests, lets those it has end for so long, fails the rest with NotReady, and closes. Blocks.
+
+        Routers know at once; their streams end when all has been sent.
+        """
+        if self._ready is not None and self._loaded is not None:
+            self._is_draining = True
+            self._loop.run(self._server.announce_drain(), CLOSE_TIMEOUT_S)
+            self._loaded.engine.stop(timeout_s)
+            with suppress(TimeoutError):
+                self._loop.run(self._server.finish(CLOSE_TIMEOUT_S), 2 * CLOSE_TIMEOUT_S)
+        self.close()
+
+        """Ends what is running, closes sockets and files. Best effort: the process ends next. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         with suppress(TimeoutError):
             self._loop.run(self._server.stop(), CLOSE_TIMEOUT_S)
         if self._metrics_server is not None:
@@ -209,6 +227,7 @@ class Worker:
             resident=[encode_bitmap(layer) for layer in self._loaded.resident()],
             page_in_bytes_per_s=self._observer.page_in_bytes_per_s(),
         )
+            draining=self._is_draining,
 
 
 def _labels_of(model: ModelView) -> dict[str, str]:

@@ -70,11 +70,14 @@ class StandIn:
     cancelled: set[str] = field(default_factory=set)
     step_started: float | None = None
     stopped: bool = False
+    closed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     thread: threading.Thread | None = None
 
     def submit(self, request: GenerateRequest) -> None:
         with self.lock:
+            if self.closed:
+                raise NotReady("shutting down", retry_after_s=1.0)
             if request.id in self.requests:
                 raise DuplicateRequest("in use")
             self.requests[request.id] = request
@@ -96,9 +99,15 @@ class StandIn:
         self.thread.start()
 
     def stop(self, drain_s: float = 0.0) -> None:
+        self.closed = True
+        end_s = time.monotonic() + drain_s
+        while self.requests and time.monotonic() < end_s:
+            time.sleep(0.002)
         self.stopped = True
         if self.thread is not None:
             self.thread.join()
+        self.sink([Failure(request_id, NotReady("shutting down", retry_after_s=1.0)) for request_id in self.requests])
+        self.requests.clear()
 
     def run(self) -> None:
         while not self.stopped:
@@ -197,7 +206,7 @@ async def answer(cluster: Cluster, worker: str, request: GenerateRequest) -> lis
     return [chunk async for chunk in cluster.generate(worker, request)]
 
 
-async def until(condition: Callable[[], object], seconds: float = 60) -> None:
+async def until(condition: Callable[[], object], seconds: float = 180) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is awaited happens in other processes
             await asyncio.sleep(0.01)
@@ -416,20 +425,54 @@ async def test_nothing_listens_beyond_the_loopback(tmp_path: Path) -> None:
         assert hosts == {"127.0.0.1"}
 
 
-async def test_drain_refuses_new_requests_and_lets_open_ones_end(tmp_path: Path) -> None:
-    async with cluster(config(tmp_path)) as one:
-        short, endless = (one.generate("worker-0", request(*ask)) for ask in (("short", 500), ("endless", 10**6)))
-        await asyncio.gather(anext(short), anext(endless))
-        rest = asyncio.create_task(_read_all(short))
-        draining = asyncio.create_task(one.drain(timeout_s=8))
-        await asyncio.sleep(0)
-        with pytest.raises(NotReady):
-            await answer(one, "worker-0", request("late"))
-        assert (await rest)[-1].usage is not None
-        assert not draining.done()
-        await draining
-        with pytest.raises(Cancelled):
+async def test_sigterm_has_a_worker_end_what_it_runs_and_another_takes_its_place(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path, count=2, drain_s=60)) as both:
+        await until(lambda: len(ready(both)) == 2)
+        pid = pid_of(await answer(both, "worker-0", request("who")))
+        running = [both.generate("worker-0", request(f"r{index}", 600)) for index in range(4)]
+        started = [await anext(chunks) for chunks in running]
+        os.kill(pid, signal.SIGTERM)
+        await until(lambda: both.workers()[0].state is WorkerState.DRAINING)
+        with pytest.raises(WorkerLost):
+            await answer(both, "worker-0", request("late"))
+        assert ready(both) == ["worker-1"]
+        answers = await asyncio.gather(*map(_read_all, running))
+        assert [len(chunks) for chunks in answers] == [599] * 4
+        assert all(chunks[-1].usage is not None for chunks in answers)
+        assert {pid_of([chunk]) for chunk in started} == {pid}
+        await until(lambda: len(ready(both)) == 2)
+        assert pid_of(await answer(both, "worker-0", request("who"))) != pid
+        assert not psutil.pid_exists(pid)
+
+
+async def test_what_does_not_end_within_a_workers_drain_is_told_to_try_again(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path, drain_s=0.5)) as one:
+        endless = one.generate("worker-0", request("endless", 10**6))
+        pid = pid_of([await anext(endless)])
+        os.kill(pid, signal.SIGTERM)
+        with pytest.raises(NotReady) as caught:
             await _read_all(endless)
+        assert caught.value.retry_after_s
+        await until(lambda: ready(one) == ["worker-0"])
+
+
+async def test_who_owns_the_workers_lets_them_end_what_others_run_there(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    async with cluster(settings) as owner:
+        attached = replace(settings, workers=replace(settings.workers, count=0))
+        async with cluster(attached) as other:
+            endless = owner.generate("worker-0", request("endless", 10**6))
+            await anext(endless)
+            theirs = other.generate("worker-0", request("theirs", 600))
+            await anext(theirs)
+            owner.cut_off()
+            with pytest.raises(NotReady):
+                await _read_all(endless)
+            with pytest.raises(NotReady):
+                await answer(owner, "worker-0", request("late"))
+            draining = asyncio.create_task(owner.drain(timeout_s=60))
+            assert len(await _read_all(theirs)) == 599
+            await draining
 
 
 async def _read_all(chunks: AsyncIterator[TokenChunk]) -> list[TokenChunk]:

@@ -38,7 +38,7 @@ def test_what_was_just_sent_counts_before_the_worker_reports_it(worker):
     assert in_flight == {"w0": 8, "w1": 8}
 
 
-@pytest.mark.parametrize("state", ["starting", "hung", "dead"])
+@pytest.mark.parametrize("state", ["starting", "draining", "hung", "dead"])
 def test_only_a_ready_worker_is_chosen(worker, state):
     assert (
         place(None, [replace(worker, state=state), replace(worker, id="w1", waiting=9)], in_flight={}).worker_id == "w1"
@@ -76,7 +76,7 @@ def test_the_queue_clock_learns_from_those_who_waited():
 masks = st.integers(0, 255)
 worker_facts = st.fixed_dictionaries(
     {
-        "state": st.sampled_from(["ready", "ready", "ready", "starting", "hung", "dead"]),
+        "state": st.sampled_from(["ready", "ready", "ready", "starting", "draining", "hung", "dead"]),
         "waiting": st.integers(0, 50),
         "running": st.integers(0, 50),
         "resident": st.tuples(st.just(0), masks, masks),

@@ -12,7 +12,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from pager.errors import PagerError, PortInUse, SlowReader
+from pager.errors import NotReady, PagerError, PortInUse, SlowReader
 from router_service.server import RouterServer
 from router_service.service import SERVICE_NAME
 
@@ -166,6 +166,21 @@ async def test_a_drain_has_an_end(service):
     call = service.stub.Generate(request())
     await call.read()
     assert not await service.server.drain(timeout_s=0.05)
+    await service.server.cut_off()
+    error = await failure(call.read())
+    assert (error.code(), reason(error)) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
+    assert service.backend.admission.num_requests == 0
+
+
+async def test_a_worker_that_drains_gets_nothing_and_what_it_refused_goes_elsewhere(service):
+    service.cluster.fail["w0"] = [(0, NotReady("this worker is shutting down", retry_after_s=1.0))]
+    assert [chunk.text async for chunk in service.stub.Generate(request())] == ["a", "b", "c", "a"]
+    assert [worker for worker, _ in service.cluster.received] == ["w0", "w1"]
+    service.cluster.change("w0", state="draining")
+    async for _ in service.stub.Generate(request()):
+        pass
+    assert [worker for worker, _ in service.cluster.received] == ["w0", "w1", "w1"]
+    assert service.metric("replacements_total") == 1
 
 
 async def test_readiness_follows_the_workers(service):

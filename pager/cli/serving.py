@@ -159,7 +159,8 @@ async def _start(
     stack.push_async_callback(server.stop)
     await server.start(router.host, router.port, tls, router.health_port)
     metrics_url = f"http://{metrics_address}/metrics"
-    return server, Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
+    ready = Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
+    return server, cluster, ready
 
 
 def _tls_files(router: RouterConfig) -> TlsFiles | None:

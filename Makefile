@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest check bench train evidence screenshots corpus redis kubectl chromium proto clean
+.PHONY: help install demo test test-all test-oldest check bench train evidence screenshots corpus redis kubectl prometheus chromium docs proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
@@ -52,7 +52,7 @@ demo: $(INSTALLED)
 test: test-all test-oldest
 	@echo "make test: all passed"
 
-test-all: $(INSTALLED) redis chromium kubectl
+test-all: $(INSTALLED) redis chromium kubectl prometheus
 	$(RUN_TESTS) $(PYTEST_ARGS)
 
 test-oldest: $(INSTALLED) $(OLDEST)
@@ -114,8 +114,15 @@ redis:
 kubectl:
 	@$(call have,kubectl,kubectl,the Kubernetes manifests are rendered by kubectl 1.27 or newer)
 
+# Debian's package has both; its service is not started by what the tests do, and not needed.
+prometheus:
+	@$(call have,prometheus,promtool,the metrics and the rules are checked by promtool and a real Prometheus)
+
 chromium:
 	@$(call have,chromium,chromium chromium-browser google-chrome,pages are shown in a real browser)
+
+docs: $(INSTALLED)
+	PYTHONPATH=protos $(BIN)/python -m router_service.metrics_catalogue > docs/metrics.md
 
 proto: $(INSTALLED)
 	$(BIN)/python protos/generate.py

@@ -109,6 +109,7 @@ class RouterConfig:
     host: str = "127.0.0.1"
     port: int = _is(_between(0, 65535), 50051)
     metrics_port: int = _is(_between(0, 65535), 9464)
+    metric_tenants: str = ""  # "acme, initech": the tenants that metrics name; all others are `other`
     # The routing-only pass. auto: fitted where the model has a router.safetensors, else trunk; fused: none.
     router: str = _is(_one_of("auto", "lexical", "trunk", "fitted", "fused"), "auto")
     min_recall: float | None = _is(_between(0, 1), None)  # below it the next better source; None: 0.5, if fitted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pager import __version__
 from pager.errors import ConfigError, InvalidRequest
 from pager.routing.drift import check_can_drift
 from pager.types import Full, PoolPolicy, PoolSource
@@ -19,6 +20,7 @@ from router_service.redis_hints import RedisHints
 from router_service.scoring import PassChain, Passes, Scoring
 from router_service.service import Backend
 from router_service.shared_hints import SharedHints
+from router_service.tenants import TenantLabels
 
 
 def build_backend(
@@ -32,10 +34,12 @@ def build_backend(
     redis_url: str | None,
     pools_path: Path | None = None,
     write_timeout_s: float = 30.0,
+    metric_tenants: TenantLabels | None = None,
 ) -> Backend:
     """The choices are those that `check_choices` has found to make sense. A Redis that is down is no error."""
     check_choices(passes, default_pool, redis_url, pools_path)
-    metrics = RouterMetrics()
+    metrics = RouterMetrics(metric_tenants)
+    metrics.describe(version=__version__, model=model.name, fingerprint=model.fingerprint)
     breaker = Breaker(on_degraded=metrics.redis_degraded.set)
     hints = _hint_store(model, redis_url, breaker)
     scoring = Scoring(passes.available, encoder)

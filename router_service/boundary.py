@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from pager.errors import InvalidRequest, PagerError
 from router_service.metrics import RouterMetrics
 from router_service.status import to_wire
+from router_service.tenants import tenant_in
 
 log = logging.getLogger("expert_pager.router")
 
@@ -69,7 +70,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 log.error("%s request_id=%s failed with %s\n%s", name, request_id.get(), type(error).__name__, frames)
                 code = _fail(context, PagerError("internal error; the service's log has it under the request id"))
             finally:
-                self._metrics.requests.labels(name, code).inc()
+                self._metrics.ended(name, code, tenant_in(context.invocation_metadata()))
                 took_ms = 1000 * (time.perf_counter() - started)
                 log.info("%s request_id=%s code=%s took_ms=%.1f", name, request_id.get(), code, took_ms)
             return None

@@ -1,80 +1,92 @@
 """What the router measures. The only module of the router that imports prometheus_client.
 
-No request, prompt, tenant or expert id is ever a label.
+No request, prompt or expert id is ever a label, and of tenants only those that the configuration names.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from threading import Thread
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, start_http_server
 
 from pager.errors import ConfigError, PortInUse
+from pager.metrics.families import Instruments
+from pager.types import ExpertPool, Usage
+from router_service.metric_families import INFO_LABELS, router_families
+from router_service.tenants import TenantLabels
 
-FIRST_TOKEN_BUCKETS_S = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
-)  # fmt: skip
-OUTPUT_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-ROUTE_BUCKETS_S = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-RECALL_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
 
 
 class RouterMetrics:
     """Owns a registry of its own, so that two routers in one process do not meet."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: TenantLabels | None = None) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"expert_pager_router_{name}", text, labels, registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"expert_pager_router_{name}", text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"expert_pager_router_{name}", text, labels, buckets=buckets, registry=registry)
-
-        self.requests = counter("requests", "Calls that ended, by method and gRPC status code.", "method", "code")
-        self.requests_in_flight = gauge("requests_in_flight", "Admitted requests that have not ended.")
-        self.tokens_in_flight = gauge("tokens_in_flight", "Prompt plus max_tokens of the admitted requests.")
-        self.rejections = counter("admission_rejections", "Requests refused before any work, by reason.", "reason")
-        self.first_token_seconds = histogram(
-            "time_to_first_token_seconds", "From the call's arrival to its first token.", FIRST_TOKEN_BUCKETS_S
-        )
-        self.output_token_seconds = histogram(
-            "time_per_output_token_seconds", "Mean gap between the tokens of an answer.", OUTPUT_TOKEN_BUCKETS_S
-        )
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished answers.")
-        self.generated_tokens = counter("generated_tokens", "Generated tokens of finished answers.")
-        self.route_seconds = histogram(
-            "route_seconds", "Time to predict a pool, by what predicted it.", ROUTE_BUCKETS_S, "source"
-        )
-        self.recall = histogram(
-            "recall_ratio",
-            "Share of the prefill's pool that was predicted, by what predicted it.",
-            RECALL_BUCKETS,
-            "source",
-        )
-        self.escalations = counter(
-            "escalations", "Prompts for which a source was expected to recall too little.", "from", "to"
-        )
-        self.hint_lookups = counter("hint_lookups", "Look-ups of an observed pool by prompt prefix.", "result")
-        self.replacements = counter("replacements", "Requests placed again because their worker was lost.")
-        self.redis_degraded = gauge("redis_degraded", "1 while Redis is configured and does not answer.")
-        self.workers = gauge("workers", "Workers by state.", "state")
+        self._tenants = tenants or TenantLabels()
+        made = Instruments(router_families(self._tenants.values), registry)
+        self.requests, self._answers = made.counter("router_requests"), made.counter("router_answers")
+        self.requests_in_flight = made.gauge("router_requests_in_flight")
+        self.tokens_in_flight = made.gauge("router_tokens_in_flight")
+        self.rejections = made.counter("router_admission_rejections")
+        self._first_token = made.histogram("router_time_to_first_token_seconds")
+        self._output_token = made.histogram("router_time_per_output_token_seconds")
+        self._queue = made.histogram("router_queue_seconds")
+        self._prompt_tokens = made.counter("router_prompt_tokens")
+        self._generated_tokens = made.counter("router_generated_tokens")
+        self._paged_bytes = made.counter("router_paged_bytes")
+        self.route_seconds, self.recall = made.histogram("router_route_seconds"), made.histogram("router_recall_ratio")
+        self._predicted_experts = made.counter("router_predicted_experts")
+        self.escalations, self.hint_lookups = made.counter("router_escalations"), made.counter("router_hint_lookups")
+        self.replacements = made.counter("router_replacements")
+        self.redis_degraded, self.workers = made.gauge("router_redis_degraded"), made.gauge("router_workers")
+        self._worker_restarts = made.counter("router_worker_restarts")
+        self._restarts_seen: dict[str, int] = {}
+        self._info = made.gauge("router")
         self._server: tuple[WSGIServer, Thread] | None = None
+
+    def describe(self, **labels: str) -> None:
+        """Version, model and default pool, as labels of `expert_pager_router_info`."""
+        self._info.labels(*(labels[name] for name in INFO_LABELS)).set(1)
+
+    def ended(self, method: str, code: str, tenant: str) -> None:
+        """A call ended with this gRPC status."""
+        self.requests.labels(method, code).inc()
+        if method == "Generate":
+            self._answers.labels(self._tenants.of(tenant), code).inc()
+
+    def first_token(self, tenant: str, seconds: float) -> None:
+        self._first_token.labels(self._tenants.of(tenant)).observe(seconds)
+
+    def answered(self, tenant: str, usage: Usage, seconds_per_token: float | None) -> None:
+        """An answer came to its end; None for one without a second token."""
+        label = self._tenants.of(tenant)
+        if seconds_per_token is not None:
+            self._output_token.labels(label).observe(seconds_per_token)
+        self._queue.labels(label).observe(usage.queue_s)
+        self._prompt_tokens.labels(label).inc(usage.prompt_tokens)
+        self._generated_tokens.labels(label).inc(usage.completion_tokens)
+        self._paged_bytes.labels(label, "disk").inc(usage.bytes_from_disk)
+        self._paged_bytes.labels(label, "host").inc(usage.bytes_from_host)
+
+    def predicted(self, predicted: ExpertPool, actual: ExpertPool) -> None:
+        """What was predicted, and what the prefill then chose."""
+        layers = list(zip(map(set, predicted.experts), map(set, actual.experts), strict=True))
+        self._predicted_experts.labels("right").inc(sum(len(guess & chosen) for guess, chosen in layers))
+        self._predicted_experts.labels("missing").inc(sum(len(chosen - guess) for guess, chosen in layers))
+        self._predicted_experts.labels("surplus").inc(sum(len(guess - chosen) for guess, chosen in layers))
+
+    def restarted(self, worker: str, num_restarts: int) -> None:
+        """How often a worker has been started again until now."""
+        self._worker_restarts.inc(max(0, num_restarts - self._restarts_seen.get(worker, 0)))
+        self._restarts_seen[worker] = num_restarts
 
     def serve(self, host: str, port: int) -> int:
         """Answers on http://host:port/metrics and returns the port (port 0 takes a free one). Raises PortInUse."""
@@ -87,6 +99,12 @@ class RouterMetrics:
                 ) from None
             raise ConfigError(f"metrics can not listen on {host}:{port}: {error.strerror or error}") from None
         return int(self._server[0].server_port)
+
+    def put_before(self, page: Callable[[WSGIApplication], WSGIApplication]) -> None:
+        """Has `page` answer on the same port; it is given who answers for `/metrics`."""
+        assert self._server is not None, "put_before() before serve()"
+        server, _ = self._server
+        server.set_app(page(server.get_app()))  # type: ignore[arg-type]
 
     def close(self) -> None:
         if self._server is not None:

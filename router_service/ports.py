@@ -31,6 +31,8 @@ class WorkerPort(Protocol):
         """Per layer a bitmask of the routed experts held."""
 
     @property
+    def num_restarts(self) -> int: ...
+    @property
     def page_in_bytes_per_s(self) -> float | None:
         """Median measured so far; None before the first page-in."""
 

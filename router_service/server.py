@@ -126,6 +126,8 @@ class RouterServer:
         await self._health.set(SERVICE_NAME, _SERVING if "ready" in states else _NOT_SERVING)
         for state in ("starting", "ready", "draining", "hung", "dead"):
             self._backend.metrics.workers.labels(state).set(states.count(state))
+        for worker in self._backend.cluster.workers():
+            self._backend.metrics.restarted(worker.id, worker.num_restarts)
 
     async def _heartbeat(self) -> None:
         workers = self._backend.cluster.workers()

@@ -65,8 +65,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
     # --- Generate ---------------------------------------------------------------------------------------------------
 
     async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        meter = StreamMeter(self._backend.metrics)
         tenant = decode.tenant(context.invocation_metadata())
+        meter = StreamMeter(self._backend.metrics, tenant)
         ask = decode.ask(wire, self._backend.model, self._backend.default_pool)
         request_id.set(ask.id)
         deadline_s = deadline_unix_s(context)

@@ -18,8 +18,9 @@ from router_service.metrics import RouterMetrics
 class StreamMeter:
     """Owns the times of one answer. Made when the call arrives."""
 
-    def __init__(self, metrics: RouterMetrics) -> None:
+    def __init__(self, metrics: RouterMetrics, tenant: str) -> None:
         self._metrics = metrics
+        self._tenant = tenant
         self._arrived_s = time.perf_counter()
         self._first_s = 0.0
         self._num_tokens = 0
@@ -31,17 +32,17 @@ class StreamMeter:
         now_s = time.perf_counter()
         if chunk.token_ids and not self._num_tokens:
             self._first_s = now_s
-            self._metrics.first_token_seconds.observe(now_s - self._arrived_s)
+            self._metrics.first_token(self._tenant, now_s - self._arrived_s)
         self._num_tokens += len(chunk.token_ids)
         usage = chunk.usage
         if usage is None:
             return chunk
-        if self._num_tokens > 1:
-            self._metrics.output_token_seconds.observe((now_s - self._first_s) / (self._num_tokens - 1))
-        self._metrics.prompt_tokens.inc(usage.prompt_tokens)
-        self._metrics.generated_tokens.inc(usage.completion_tokens)
-        if usage.predicted_recall is None and usage.pool is not None and predicted is not None:
-            usage = replace(usage, predicted_recall=predicted.recall_of(usage.pool))
+        gaps = self._num_tokens - 1
+        self._metrics.answered(self._tenant, usage, (now_s - self._first_s) / gaps if gaps > 0 else None)
+        if usage.pool is not None and predicted is not None:
+            self._metrics.predicted(predicted, usage.pool)
+            if usage.predicted_recall is None:
+                usage = replace(usage, predicted_recall=predicted.recall_of(usage.pool))
         return replace(chunk, usage=usage)
 
 

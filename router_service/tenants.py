@@ -1,13 +1,16 @@
-"""What a tenant may be called."""
+"""What a tenant may be called, and which tenants metrics name."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-from pager.errors import InvalidRequest
+from pager.errors import ConfigError, InvalidRequest
 
 DEFAULT_TENANT = "default"
 TENANT_KEY = "x-tenant-id"
+OTHER_TENANTS = "other"
+MAX_NAMED_TENANTS = 50  # each has some hundred series
 _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -22,3 +25,42 @@ def bad_tenant() -> InvalidRequest:
     return InvalidRequest(
         f"metadata {TENANT_KEY} must be given once, as 1 to 64 of the characters A-Z a-z 0-9 . _ -", field=TENANT_KEY
     )
+
+
+class TenantLabels:
+    """The values of the label `tenant`: the tenants that the configuration names, and OTHER_TENANTS for all else.
+
+    Tenants name themselves, so any other rule would let a client make series.
+    """
+
+    def __init__(self, named: Iterable[str] = ()) -> None:
+        self._named = tuple(dict.fromkeys(named))
+
+    @classmethod
+    def parse(cls, text: str) -> TenantLabels:
+        """Of names between commas. Raises ConfigError."""
+        named = [name.strip() for name in text.split(",") if name.strip()]
+        for name in named:
+            if not _TENANT.fullmatch(name) or name == OTHER_TENANTS:
+                raise ConfigError(
+                    f"router.metric_tenants names {name!r}, which is not a tenant's name (or is the one of all others)"
+                )
+        if len(named) > MAX_NAMED_TENANTS:
+            raise ConfigError(
+                f"router.metric_tenants names {len(named)} tenants and metrics have room for {MAX_NAMED_TENANTS}; "
+                "name the largest"
+            )
+        return cls(named)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return (*self._named, OTHER_TENANTS)
+
+    def of(self, tenant: str) -> str:
+        return tenant if tenant in self._named else OTHER_TENANTS
+
+
+def tenant_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """Who says to be calling, unchecked: for metrics, that know their tenants anyway."""
+    values = [value for key, value in metadata or () if key == TENANT_KEY and isinstance(value, str)]
+    return values[0] if values else DEFAULT_TENANT

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 Sink = Callable[[Sequence[StreamEvent]], None]
 CLOSE_TIMEOUT_S = 5.0
 REMEMBERED_PAGE_INS = 256
+PLAN_IN_LABEL = ("slot_bytes", "host_bytes", "kv_bytes", "max_running")
 
 
 class Status(Protocol):
@@ -237,6 +238,7 @@ def _labels_of(model: ModelView) -> dict[str, str]:
         "dtype": model.dtype,
         "device": model.device,
         "fingerprint": model.fingerprint,
+        "plan": ", ".join(f"{name} {model.plan.get(name)}" for name in PLAN_IN_LABEL),
     }
 
 

@@ -46,8 +46,8 @@ ROUTER = {
     "expert_pager_router_requests_in_flight": set(),
     "expert_pager_router_tokens_in_flight": set(),
     "expert_pager_router_admission_rejections_total": {"reason"},
-    "expert_pager_router_time_to_first_token_seconds": set(),
-    "expert_pager_router_time_per_output_token_seconds": set(),
+    "expert_pager_router_time_to_first_token_seconds": {"tenant"},
+    "expert_pager_router_time_per_output_token_seconds": {"tenant"},
     "expert_pager_router_route_seconds": {"source"},
     "expert_pager_router_recall_ratio": {"source"},
     "expert_pager_router_redis_degraded": set(),
@@ -110,7 +110,8 @@ def test_they_count_what_happened(marked: Any) -> None:
 def test_no_label_names_a_request_a_prompt_a_tenant_or_an_expert(marked: Any) -> None:
     allowed = {
         "le", "tier", "result", "source", "destination", "cause", "outcome", "method", "code", "reason", "state",
-        "version", "model", "dtype", "device", "fingerprint",  # of the one series that says what is served
+        "version", "model", "dtype", "device", "fingerprint", "plan",  # of the one series that says what is served
+        "tenant", "from", "to",
         "implementation", "major", "minor", "patchlevel",  # of Python
     }  # fmt: skip
     for target in ("router", "worker-0"):

@@ -87,6 +87,7 @@ class Worker:
     num_slots: int = 16
     expert_bytes: int = 1000
     resident: tuple[int, ...] = (0, 0, 0)
+    num_restarts: int = 0
     page_in_bytes_per_s: float | None = None
     paging: PagingTotals = field(default_factory=PagingTotals)
 

@@ -117,19 +117,19 @@ async def test_the_metrics_can_be_scraped_and_name_no_one(service):
         for family in text_string_to_metric_families(page)
         for sample in family.samples
     }
-    prefix = "expert_pager_router"
+    prefix, other = "expert_pager_router", (("tenant", "other"),)
     assert samples[f"{prefix}_requests_total", (("code", "OK"), ("method", "Generate"))] == 1
     assert samples[f"{prefix}_requests_total", (("code", "INVALID_ARGUMENT"), ("method", "Generate"))] == 1
-    assert samples[f"{prefix}_time_to_first_token_seconds_count", ()] == 1
-    assert samples[f"{prefix}_time_per_output_token_seconds_count", ()] == 1
+    assert samples[f"{prefix}_time_to_first_token_seconds_count", other] == 1
+    assert samples[f"{prefix}_time_per_output_token_seconds_count", other] == 1
     assert samples[f"{prefix}_route_seconds_count", (("source", "trunk"),)] == 1
     assert samples[f"{prefix}_recall_ratio_sum", (("source", "trunk"),)] == pytest.approx(2 / 3)
-    assert samples[f"{prefix}_prompt_tokens_total", ()] == 3
-    assert samples[f"{prefix}_generated_tokens_total", ()] == 3
+    assert samples[f"{prefix}_prompt_tokens_total", other] == 3
+    assert samples[f"{prefix}_generated_tokens_total", other] == 3
     assert ("process_open_fds", ()) in samples
     labels = {name for _, pairs in samples for name, _ in pairs}
-    assert labels == {"le", "method", "code", "source", "state", "result"} | (
-        {"implementation", "major", "minor", "patchlevel", "version"}
+    assert labels == {"le", "method", "code", "source", "state", "result", "reason", "tenant", "from", "to"} | (
+        {"model", "fingerprint", "implementation", "major", "minor", "patchlevel", "version"}
     )
     assert "secret" not in page
 

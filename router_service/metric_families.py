@@ -1,0 +1,122 @@
+"""Every metric of a router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expert_pager.v1 import expert_pager_pb2 as pb
+
+from pager.metrics import buckets
+from pager.metrics.families import Family, Kind, Labels, every
+from router_service.status import CODES
+
+METHODS = tuple(method.name for method in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods)
+STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
+SOURCES = ("hint", "lexical", "trunk", "fitted", "prefill")  # of a predicted pool
+PASSES = ("lexical", "trunk", "fitted", "prefill")
+REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")
+WORKER_STATES = ("starting", "ready", "draining", "hung", "dead")
+INFO_LABELS = ("version", "model", "fingerprint")
+
+_COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
+
+
+def router_families(tenants: Sequence[str]) -> tuple[Family, ...]:
+    """`tenants` are the values that the label `tenant` can have."""
+    return (*_calls(), *_answers(every(tenant=tenants), tenants), *_pools(), *_surroundings())
+
+
+def _calls() -> tuple[Family, ...]:
+    return (
+        Family(
+            "router_requests", _COUNTER, "Calls that ended, by method and gRPC status code.",
+            "Which calls fail, and how?", every(method=METHODS, code=STATUSES),
+        ),
+        Family("router_requests_in_flight", _GAUGE, "Admitted requests that have not ended.", "How busy is it?"),
+        Family(
+            "router_tokens_in_flight", _GAUGE, "Prompt plus max_tokens of the admitted requests.",
+            "How much work is promised?",
+        ),
+        Family(
+            "router_admission_rejections", _COUNTER, "Requests refused before any work, by reason.",
+            "What is refused, and why?", every(reason=REJECTIONS),
+        ),
+    )  # fmt: skip
+
+
+def _answers(by_tenant: Labels, tenants: Sequence[str]) -> tuple[Family, ...]:
+    return (
+        Family(
+            "router_answers", _COUNTER, "Calls of Generate that ended, by gRPC status code.",
+            "Who gets answers, and who errors?", every(tenant=tenants, code=STATUSES),
+        ),
+        Family(
+            "router_time_to_first_token_seconds", _HISTOGRAM, "From the call's arrival to its first token.",
+            "How long do people wait?", by_tenant, buckets.FIRST_TOKEN_S,
+        ),
+        Family(
+            "router_time_per_output_token_seconds", _HISTOGRAM, "Mean gap between the tokens of an answer.",
+            "How fast can people read?", by_tenant, buckets.OUTPUT_TOKEN_S,
+        ),
+        Family(
+            "router_queue_seconds", _HISTOGRAM, "Of a finished answer, the wait in its worker's line.",
+            "Whose requests wait for memory?", by_tenant, buckets.FIRST_TOKEN_S,
+        ),
+        Family("router_prompt_tokens", _COUNTER, "Prompt tokens of finished answers.", "Who sends what?", by_tenant),
+        Family(
+            "router_generated_tokens", _COUNTER, "Generated tokens of finished answers.", "Who gets what?", by_tenant
+        ),
+        Family(
+            "router_paged_bytes", _COUNTER, "Bytes of experts that finished answers had paged in, by where from.",
+            "Whose requests cause paging?", every(tenant=tenants, source=("disk", "host")),
+        ),
+    )  # fmt: skip
+
+
+def _pools() -> tuple[Family, ...]:
+    escalations = tuple((was, is_) for at, was in enumerate(PASSES) for is_ in PASSES[at + 1 :])
+    return (
+        Family(
+            "router_route_seconds", _HISTOGRAM, "Time to predict a pool, by what predicted it.",
+            "What does routing cost?", every(source=SOURCES), buckets.ROUTE_S,
+        ),
+        Family(
+            "router_recall_ratio", _HISTOGRAM, "Share of the prefill's pool that was predicted, by what predicted it.",
+            "How good is each source?", every(source=SOURCES), buckets.RATIO,
+        ),
+        Family(
+            "router_predicted_experts", _COUNTER,
+            "Experts of predicted and actual pools: in both, in the actual one alone, in the predicted one alone.",
+            "How far are predicted pools from actual ones, in experts?", every(result=("right", "missing", "surplus")),
+        ),
+        Family(
+            "router_escalations", _COUNTER, "Prompts for which a source was expected to recall too little.",
+            "Is the cheap pass good enough?", Labels(("from", "to"), escalations),
+        ),
+        Family(
+            "router_hint_lookups", _COUNTER, "Look-ups of an observed pool by prompt prefix.",
+            "Are prompts alike?", every(result=("hit", "miss")),
+        ),
+    )  # fmt: skip
+
+
+def _surroundings() -> tuple[Family, ...]:
+    return (
+        Family(
+            "router_replacements", _COUNTER, "Requests placed again because their worker was lost.",
+            "What do lost workers cost?",
+        ),
+        Family(
+            "router_redis_degraded", _GAUGE, "1 while Redis is configured and does not answer.",
+            "Are hints and named pools shared?",
+        ),
+        Family("router_workers", _GAUGE, "Workers by state.", "Who can answer?", every(state=WORKER_STATES)),
+        Family(
+            "router_worker_restarts", _COUNTER, "Times that a worker was started again, as this router saw it.",
+            "Does a worker keep dying?",
+        ),
+        Family(
+            "router", Kind.INFO, "What this router serves.",
+            "Which version and model run here?", Labels(INFO_LABELS, ()),
+        ),
+    )  # fmt: skip

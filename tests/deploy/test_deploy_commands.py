@@ -1,19 +1,23 @@
-"""The commands of pods: Ray is started alike with and without the operator; a worker's preStop waits for its work."""
+"""The commands of pods: Ray is started alike with and without the operator; a worker's preStop drains it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Semaphore
 
+import psutil
 import pytest
-
-from pager.metrics import MetricsServer, WorkerMetrics
+import ray.scripts.scripts
+from click.testing import CliRunner
 
 BIN = Path(__file__).parents[2] / "deploy" / "docker" / "bin"
 OPERATORS = {"node-ip-address", "address", "block", "head"}  # what KubeRay adds by itself
@@ -49,37 +53,73 @@ def test_a_router_offers_its_cluster_nothing():
     assert "resources" not in router
 
 
-@dataclass
-class Load:
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 1
+WORKER = """
+trap 'touch told; until [ -e may-end ]; do sleep 0.05; done; exit 0' TERM
+touch runs
+while :; do sleep 0.05; done
+"""
+RAYLET = f"(exec -a ray::WorkerActor bash -c {shlex.quote(WORKER)}) & wait"
 
 
-def drain(limit_s: float) -> subprocess.Popen[bytes]:
-    command = [sys.executable, BIN / "expert-pager-worker-drain", str(limit_s)]
-    return subprocess.Popen(command, env=os.environ | {"POD_IP": "127.0.0.77"})
-
-
-def test_a_worker_is_left_to_end_what_it_runs():
-    load, asked, metrics = Load(running=1), Semaphore(0), WorkerMetrics()
-
-    def status() -> Load:
-        asked.release()
-        return load
-
-    metrics.watch_engine(status, 1)
-    server = MetricsServer(metrics.registry, "127.0.0.77", 9465)
+@contextlib.contextmanager
+def node(folder: Path, address: str) -> Iterator[Path]:
+    """Processes that are named and related as a raylet and its worker are."""
+    folder.mkdir()
+    flags = [f"--node_ip_address={address}", "--node_id=f00d", "--gcs-address=head:6379"]
+    command = ["raylet", "-c", RAYLET, "raylet", *flags]
+    raylet = subprocess.Popen(command, executable=shutil.which("bash"), cwd=folder)
+    children = []
     try:
-        waiting = drain(600)
-        for _ in range(3 * 4):  # four gauges a scrape
-            assert asked.acquire(timeout=60)
-        assert waiting.poll() is None
-        load.running = 0
-        assert waiting.wait(timeout=60) == 0
-        load.waiting = 1
-        assert drain(0.1).wait(timeout=60) == 0  # no longer than it was given
+        until((folder / "runs").exists)
+        children = psutil.Process(raylet.pid).children(recursive=True)
+        yield folder
     finally:
-        server.close()
-    assert drain(600).wait(timeout=60) == 0  # where nothing is loaded there is nothing to wait for
+        for process in (*children, raylet):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        raylet.wait()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+def drain(folder: Path, limit_s: float) -> subprocess.Popen[bytes]:
+    (folder / "ray").write_text(f'#!/bin/sh\n[ -e here/told ] || echo "$@" > {folder}/said\n')
+    (folder / "ray").chmod(0o755)
+    command = [sys.executable, BIN / "expert-pager-worker-drain", str(limit_s)]
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    return subprocess.Popen(command, cwd=folder, env=os.environ | {"POD_IP": "127.0.0.77", "PATH": path})
+
+
+def test_a_worker_is_told_to_end_and_waited_for_when_its_node_is_closed(tmp_path):
+    with node(tmp_path / "here", "127.0.0.77") as here, node(tmp_path / "there", "127.0.0.78") as there:
+        waiting = drain(tmp_path, 600)
+        until((here / "told").exists)
+        said = (tmp_path / "said").read_text().split()  # before
+        assert said[0] == "drain-node"
+        assert {"--address=head:6379", "--node-id=f00d", "--deadline-remaining-seconds=600"} <= set(said)
+        assert waiting.poll() is None
+        (here / "may-end").touch()
+        assert waiting.wait(timeout=60) == 0
+        assert not (there / "told").exists()
+
+
+def test_a_pods_end_does_not_wait_longer_than_it_was_told_nor_for_nothing(tmp_path):
+    with node(tmp_path / "here", "127.0.0.77"):
+        assert drain(tmp_path, 0.1).wait(timeout=60) == 0
+    assert drain(tmp_path, 600).wait(timeout=60) == 0
+
+
+def test_the_command_that_closes_a_node_is_one_that_ray_has():
+    usage = CliRunner().invoke(ray.scripts.scripts.drain_node, ["--help"]).output
+    script = (BIN / "expert-pager-worker-drain").read_text()
+    options = set(re.findall(r'"(--[a-z-]+)=', script))
+    assert len(options) >= 3
+    assert all(option in usage for option in options)
+    reason = re.search("--reason=([A-Z_]+)", script)
+    assert reason
+    assert reason[1] in usage.replace("\n", "").replace(" ", "")

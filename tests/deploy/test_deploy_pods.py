@@ -158,7 +158,8 @@ def test_every_container_says_what_it_needs(manifests):
 
 
 def test_the_grace_period_has_room_for_pre_stop_and_drain(manifests, tmp_path):
-    drain_s = settings(manifests, tmp_path).router.drain_s
+    config = settings(manifests, tmp_path)
+    drain_s = config.router.drain_s
     for pod in pods(manifests):
         command = pod.main["lifecycle"]["preStop"]["exec"]["command"]
         pre_stop_s = float(command[PRE_STOP_S[command[0]]])
@@ -166,7 +167,8 @@ def test_the_grace_period_has_room_for_pre_stop_and_drain(manifests, tmp_path):
         needed_s = pre_stop_s + (drain_s + CLOSE_S if is_router else 0)
         assert pod.spec["terminationGracePeriodSeconds"] >= needed_s, pod.name
     worker = manifests.workload("expert-pager-worker").main["lifecycle"]["preStop"]["exec"]["command"]
-    assert float(worker[1]) >= drain_s  # what a router would let a request take
+    assert float(worker[1]) >= config.workers.drain_s + 10  # Ray's command, the last words, the end of the process
+    assert config.workers.drain_s >= drain_s  # what a router would let a request take
 
 
 def test_secrets_are_files_and_nothing_else(manifests):

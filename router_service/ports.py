@@ -53,11 +53,11 @@ class ClusterPort(Protocol):
 
     async def abort(self, request_id: str, tenant: str) -> bool: ...
 
-
-class Scorer(Protocol):
     def cut_off(self) -> None:
         """Takes no more requests, and ends the open ones with NotReady."""
 
+
+class Scorer(Protocol):
     """A routing-only pass. Called from another thread, one call at a time."""
 
     def scores(self, token_ids: Sequence[int], /) -> RoutingScores: ...

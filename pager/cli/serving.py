@@ -37,7 +37,6 @@ from router_service.ports import ModelInfo
 from router_service.redis_client import redis_url as read_redis_url
 from router_service.server import RouterServer
 from router_service.tenants import TenantLabels
-from router_service.tenants import TenantLabels
 from router_service.tls import TlsFiles
 from router_service.ui import Page
 
@@ -126,7 +125,6 @@ async def _start(
         _check_port_free(router.host, router.health_port, "router.health_port")
     tls = _tls_files(router)
     tenants = TenantLabels.parse(router.metric_tenants)
-    tenants = TenantLabels.parse(router.metric_tenants)
     opened = OpenModel.open(config.model.path, config.model.dtype)
     stack.callback(opened.checkpoint.close)
     opened.check()
@@ -152,7 +150,6 @@ async def _start(
         redis_url=redis_url,
         pools_path=pools_path,
         write_timeout_s=router.write_timeout_s,
-        metric_tenants=tenants,
         metric_tenants=tenants,
     )
     stack.push_async_callback(close_backend, backend)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from expert_pager.v1 import worker_pb2 as pb
 
-from pager import __version__
+from pager import __version__, tracing
 from pager.cluster.codec import encode_bitmap
 from pager.cluster.loop_thread import LoopThread
 from pager.cluster.token_server import StreamEvent, TokenEngine, TokenServer
@@ -140,14 +140,15 @@ class Worker:
         self._metrics_server: MetricsServer | None = None
         self._loaded: LoadedEngine | None = None
         self._ready: WorkerReady | None = None
-
         self._is_draining = False
         self._is_closed = False
+
     def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
         """Loads the model and starts to serve. Errors are returned: Ray would wrap one that is raised."""
         set_num_threads(self._config)
         started = time.monotonic()
         try:
+            tracing.start("expert-pager-worker", os.environ)
             loaded = self._load_engine(self._config, self._server.deliver, self._observer, host)
             self._loaded = loaded
             self._observer.watch_tiers(loaded.tiers)
@@ -177,7 +178,6 @@ class Worker:
         age_s = None if started_s is None else max(0.0, time.monotonic() - started_s)
         return Health(age_s, status.waiting, status.running)
 
-    def close(self) -> None:
     def drain(self, timeout_s: float) -> None:
         """Takes no new requests, lets those it has end for so long, fails the rest with NotReady, and closes. Blocks.
 
@@ -191,6 +191,7 @@ class Worker:
                 self._loop.run(self._server.finish(CLOSE_TIMEOUT_S), 2 * CLOSE_TIMEOUT_S)
         self.close()
 
+    def close(self) -> None:
         """Ends what is running, closes sockets and files. Best effort: the process ends next. Idempotent."""
         if self._is_closed:
             return
@@ -203,6 +204,7 @@ class Worker:
             self._loaded.engine.stop()
             self._loaded.close()
         self._loop.stop()
+        tracing.stop()
 
     def _serve_metrics(self) -> MetricsServer:
         """On this worker's own port or, where other indices are on other nodes, on the first that is free.
@@ -227,8 +229,8 @@ class Worker:
             running=status.running,
             resident=[encode_bitmap(layer) for layer in self._loaded.resident()],
             page_in_bytes_per_s=self._observer.page_in_bytes_per_s(),
-        )
             draining=self._is_draining,
+        )
 
 
 def _labels_of(model: ModelView) -> dict[str, str]:

@@ -21,6 +21,8 @@ from router_service.scoring import PassChain, Passes, Scoring
 from router_service.service import Backend
 from router_service.shared_hints import SharedHints
 from router_service.tenants import TenantLabels
+from router_service.ui_pools import PoolLog
+from router_service.ui_watch import Watch
 
 
 def build_backend(
@@ -46,6 +48,7 @@ def build_backend(
     chain = PassChain(passes, scoring, model.facts, lambda was, is_: metrics.escalations.labels(was, is_).inc())
     predictor = Predictor(chain, hints, model.facts, model.fingerprint)
     admission = Admission(limits)
+    live_pools = PoolLog()
     metrics.requests_in_flight.set_function(lambda: admission.num_requests)
     metrics.tokens_in_flight.set_function(lambda: admission.num_tokens)
     return Backend(
@@ -60,6 +63,8 @@ def build_backend(
         admission=admission,
         metrics=metrics,
         default_pool=default_pool,
+        live_pools=live_pools,
+        watch=Watch(model, cluster, hints, live_pools),
         write_timeout_s=write_timeout_s,
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from pager import tracing
 from pager.errors import InvalidRequest, PagerError
 from router_service.metrics import RouterMetrics
 from router_service.status import to_wire
@@ -54,6 +55,10 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def _guarded(self, name: str, method: Method, parse: Callable[[bytes], Message]) -> Any:
         async def call(data: bytes, context: Context) -> Message | None:
+            with tracing.call(self._prefix[1:] + name, context.invocation_metadata()):
+                return await traced(data, context)
+
+        async def traced(data: bytes, context: Context) -> Message | None:
             started = time.perf_counter()
             request_id.set("")
             code = "OK"
@@ -70,6 +75,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 log.error("%s request_id=%s failed with %s\n%s", name, request_id.get(), type(error).__name__, frames)
                 code = _fail(context, PagerError("internal error; the service's log has it under the request id"))
             finally:
+                tracing.end_call(code)
                 self._metrics.ended(name, code, tenant_in(context.invocation_metadata()))
                 took_ms = 1000 * (time.perf_counter() - started)
                 log.info("%s request_id=%s code=%s took_ms=%.1f", name, request_id.get(), code, took_ms)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pager.errors import InvalidRequest
 from pager.routing.pool import pick_pool
+from pager.tracing import note, span
 from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores
 from router_service.ports import Encoder, RecallEstimate, Scorer
 
@@ -111,7 +112,9 @@ class PassChain:
         """The best that was tried; `is_enough` is False where only the prefill is better. Needs a pass."""
         chain = self._passes.chain
         for name, following in zip(chain, (*chain[1:], PREFILL), strict=True):
-            scored = self._judged(await self._scoring.scores(name, token_ids), size)
+            with span("score", source=name, num_tokens=len(token_ids)):
+                scores = await self._scoring.scores(name, token_ids)
+            scored = self._judged(scores, size)
             if scored.is_enough:
                 break
             self._on_escalation(name, following)
@@ -120,7 +123,9 @@ class PassChain:
     def _judged(self, scores: RoutingScores, size: PoolSize) -> Scored:
         if isinstance(size, Full):
             return Scored(scores, None, None, is_enough=True)
-        pool = pick_pool(scores, size, self._facts)
+        with span("pick"):
+            pool = pick_pool(scores, size, self._facts)
+            note(num_experts=pool.num_experts)
         if self._passes.estimate is None:
             return Scored(scores, pool, None, is_enough=True)
         expected = self._passes.estimate(scores, pool)

@@ -130,6 +130,7 @@ class RouterServer:
             self._backend.metrics.restarted(worker.id, worker.num_restarts)
 
     async def _heartbeat(self) -> None:
+        self._backend.watch.beat()
         workers = self._backend.cluster.workers()
         ready = {worker.id: encode.holds(worker) for worker in workers if worker.state == "ready"}
         await self._backend.hints.heartbeat(ready)

@@ -11,12 +11,13 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 
 from pager.errors import Cancelled, DuplicateRequest, NotReady, WorkerLost
+from pager.tracing import note, span, traceparent
 from pager.types import ExpertPool, GenerateRequest, PoolPolicy, PoolSource, Usage
 from router_service import decode, encode
 from router_service.admission import Admission
 from router_service.boundary import request_id
 from router_service.calibration import NamedPools
-from router_service.decode_pools import pool_policy
+from router_service.decode_pools import PoolByName, pool_policy
 from router_service.dispatch import Placement, QueueClock, check_deadline, place
 from router_service.gate import Context, Gate, deadline_unix_s, remaining_s
 from router_service.hints import HintStore
@@ -27,6 +28,8 @@ from router_service.ports import ClusterPort, ModelInfo
 from router_service.prediction import Prediction, Predictor
 from router_service.scoring import PassChain, Passes, Scored, Scoring
 from router_service.streams import StreamMeter, send
+from router_service.ui_pools import PoolLog
+from router_service.ui_watch import Watch
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExpertPager"].full_name
 
@@ -46,6 +49,8 @@ class Backend:
     admission: Admission
     metrics: RouterMetrics
     default_pool: PoolPolicy
+    live_pools: PoolLog
+    watch: Watch
     write_timeout_s: float = 30.0
 
 
@@ -69,16 +74,20 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         meter = StreamMeter(self._backend.metrics, tenant)
         ask = decode.ask(wire, self._backend.model, self._backend.default_pool)
         request_id.set(ask.id)
+        note(request_id=ask.id)
         deadline_s = deadline_unix_s(context)
         with self._gate.admit(tenant) as ticket:
             async with self._claimed(ask.id, tenant):
                 request = await self._intake.request(ask, tenant, deadline_s)
                 self._gate.charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
                 prediction = await self._predict(request)
-                sent = replace(request, pool=prediction.policy)
+                sent = replace(request, pool=prediction.policy, traceparent=traceparent())
                 if prediction.policy.source is not PoolSource.FIXED:
                     sent = replace(sent, predicted=prediction.pool)
-                usage, placement = await self._stream(sent, prediction, context, meter)
+                name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""
+                with self._backend.live_pools.following(tenant, name, sent.pool, prediction.pool) as live:
+                    usage, placement = await self._stream(sent, prediction, context, meter)
+                    live.answered(usage)
                 await self._learn(request, prediction, placement, usage)
 
     @asynccontextmanager
@@ -119,13 +128,16 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
                 self._backend.metrics.replacements.inc()
 
     def _place(self, pool: ExpertPool | None, exclude: set[str]) -> Placement:
-        return place(
-            pool,
-            self._backend.cluster.workers(),
-            in_flight=self._at_worker,
-            position_s=self._queue_clock.position_s,
-            exclude=exclude,
-        )
+        with span("place"):
+            placement = place(
+                pool,
+                self._backend.cluster.workers(),
+                in_flight=self._at_worker,
+                position_s=self._queue_clock.position_s,
+                exclude=exclude,
+            )
+            note(worker=placement.worker_id, missing_bytes=placement.missing_bytes)
+        return placement
 
     async def _answer(
         self, request: GenerateRequest, placement: Placement, context: Context, meter: StreamMeter

@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pager import tracing
 from pager.cli.local import encode, read_tokenizer
 from pager.cli.options import resolve_device
 from pager.cli.passes import build_passes, load_first
@@ -124,6 +125,8 @@ async def _start(
     if router.health_port is not None:
         _check_port_free(router.host, router.health_port, "router.health_port")
     tls = _tls_files(router)
+    tracing.start("expert-pager-router", env)
+    stack.callback(tracing.stop)
     tenants = TenantLabels.parse(router.metric_tenants)
     opened = OpenModel.open(config.model.path, config.model.dtype)
     stack.callback(opened.checkpoint.close)
@@ -154,6 +157,7 @@ async def _start(
     )
     stack.push_async_callback(close_backend, backend)
     metrics_address = _address(router.host, backend.metrics.serve(router.host, router.metrics_port))
+    backend.metrics.put_before(Page(backend.watch, asyncio.get_running_loop()).before)
     cluster.publish_router_metrics(metrics_address)
     server = RouterServer(backend)
     stack.push_async_callback(server.stop)

@@ -1,0 +1,92 @@
+"""Which pools the answers of this router use, or used a while ago. Knows no grpc, no clock and no prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pager.types import ExpertPool, Full, PoolPolicy, Usage
+from router_service.hints import size_name
+
+KEPT = 256  # beyond those of requests in flight
+LONGEST_SIZE = 40  # characters; a size can name every layer
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLabel:
+    """What tells one row from another. `name` is the tenant's own; `pool` None while, or because, none is known."""
+
+    tenant: str
+    name: str
+    size: str  # "count:8" and the like
+    pool: ExpertPool | None
+    is_expected: bool  # predicted; the prefill has not chosen yet
+
+
+@dataclass(slots=True)
+class PoolUse:
+    """One row. Mutable, owned by the log."""
+
+    live: int = 0
+    answers: int = 0
+    experts_hit: int = 0
+    experts_missed: int = 0
+    bytes_paged: int = 0
+    mode: str = ""  # of the last answer
+
+
+@dataclass(slots=True)
+class PoolLog:
+    """Owns the rows, the latest used last. Without live requests, the longest unused is dropped first."""
+
+    rows: dict[PoolLabel, PoolUse] = field(default_factory=dict)
+
+    @contextmanager
+    def following(self, tenant: str, name: str, policy: PoolPolicy, pool: ExpertPool | None) -> Iterator[LivePool]:
+        """Counts a live request for as long as the block lasts. `pool` is fixed or predicted."""
+        is_expected = policy.fixed is None and pool is not None and not isinstance(policy.size, Full)
+        live = LivePool(self, PoolLabel(tenant, name, _size(policy), policy.fixed or pool, is_expected))
+        self._use(live.label).live += 1
+        try:
+            yield live
+        finally:
+            self._left(live.label)
+
+    def ended(self, label: PoolLabel, usage: Usage) -> None:
+        actual = PoolLabel(label.tenant, label.name, label.size, usage.pool, is_expected=False)
+        use = self._use(actual)
+        use.answers += 1
+        use.experts_hit += usage.experts_hit
+        use.experts_missed += usage.experts_missed
+        use.bytes_paged += usage.bytes_from_disk + usage.bytes_from_host
+        use.mode = usage.mode
+
+    def _use(self, label: PoolLabel) -> PoolUse:
+        self.rows[label] = self.rows.pop(label) if label in self.rows else PoolUse()
+        return self.rows[label]
+
+    def _left(self, label: PoolLabel) -> None:
+        use = self.rows[label]
+        use.live -= 1
+        if not use.live and not use.answers:
+            del self.rows[label]
+        idle = [label for label, use in self.rows.items() if not use.live]
+        for oldest in idle[: max(0, len(idle) - KEPT)]:
+            del self.rows[oldest]
+
+
+@dataclass(frozen=True, slots=True)
+class LivePool:
+    """One request in flight."""
+
+    log: PoolLog
+    label: PoolLabel
+
+    def answered(self, usage: Usage) -> None:
+        self.log.ended(self.label, usage)
+
+
+def _size(policy: PoolPolicy) -> str:
+    text = "fixed" if policy.fixed is not None else size_name(policy.size)
+    return text if len(text) <= LONGEST_SIZE else f"{text[: LONGEST_SIZE - 1]}…"

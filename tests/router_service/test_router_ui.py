@@ -1,0 +1,305 @@
+"""What `/ui` is told, and that no name in it can break out of the page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+from playwright.sync_api import Page as BrowserPage
+from playwright.sync_api import sync_playwright
+from prometheus_client import CollectorRegistry, start_http_server
+
+from pager.types import Count, Counts, ExpertPool, FinishReason, Full, PagingTotals, PoolPolicy, RoutingFacts, Usage
+from router_service.hints import WorkerHolds
+from router_service.local_hints import InProcessHints
+from router_service.ports import ModelInfo
+from router_service.ui import Page
+from router_service.ui_pools import KEPT, PoolLog
+from router_service.ui_watch import MAX_POOLS, MAX_WORKERS, NUM_SAMPLES, SAMPLE_S, Watch
+
+HOSTILE = "<img src=x onerror='window.broken=1'>"
+FACTS = RoutingFacts(experts_per_layer=(0, 9, 17), shared_per_layer=(0, 1, 1), top_k_per_layer=(0, 2, 2))
+MODEL = ModelInfo(
+    name=f"{HOSTILE}</script><b>tiny</b>",
+    fingerprint="f" * 16,
+    context_length=64,
+    kv_token_limit=48,
+    vocab_size=256,
+    facts=FACTS,
+    tokenizer_class="",
+    tokenizer_sha256="",
+    plan="",
+)
+POOL = ExpertPool(((), (0, 7), (3, 15)))
+OTHER = ExpertPool(((), (1, 2), (3, 4)))
+
+
+def usage(pool: ExpertPool | None) -> Usage:
+    return Usage(
+        mode="pool",
+        finish_reason=FinishReason.LENGTH,
+        prompt_tokens=3,
+        completion_tokens=2,
+        pool=pool,
+        bytes_from_disk=1000,
+        bytes_from_host=24,
+        experts_hit=3,
+        experts_missed=1,
+        stall_s=0.0,
+        out_of_pool_mass=0.0,
+        predicted_recall=None,
+        queue_s=0.0,
+        time_to_first_token_s=0.0,
+        model_fingerprint="",
+    )
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Stage:
+    """A watch over the conftest's cluster, whose workers a test changes."""
+
+    def __init__(self, cluster: Any, hints: Any = None) -> None:
+        self.cluster, self.clock, self.pools = cluster, Clock(), PoolLog()
+        self.hints = hints or InProcessHints()
+        self.watch = Watch(MODEL, cluster, self.hints, self.pools, clock=self.clock)
+
+    def beat(self, seconds: float = 1.0) -> None:
+        self.clock.now_s += seconds
+        self.watch.beat()
+
+    def state(self) -> dict[str, Any]:
+        return asyncio.run(self.watch.state())
+
+
+@pytest.fixture
+def cluster(make_cluster: Any) -> Any:
+    return make_cluster()
+
+
+@pytest.fixture
+def stage(cluster: Any) -> Stage:
+    cluster.change("w0", resident=(0, 0b1000_0001, 1 << 15 | 1 << 3), paging=PagingTotals(10, 10, 500, 0))
+    cluster.change("w1", resident=(0, 0b1, 0), state="starting")
+    return Stage(cluster)
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_paged_between_beats_is_in_the_sample_of_its_time(stage: Stage) -> None:
+    stage.beat()  # w0 has paged before: not in these minutes
+    stage.cluster.change("w0", paging=PagingTotals(17, 12, 1500, 64))
+    stage.beat(SAMPLE_S)
+    stage.cluster.change("w0", paging=PagingTotals(18, 12, 1500, 64))
+    stage.beat()
+    samples = stage.state()["samples"]
+    assert [sample["experts_hit"] for sample in samples] == [7, 1]
+    assert [sample["experts_missed"] for sample in samples] == [2, 0]
+    assert [sample["bytes_from_disk"] for sample in samples] == [1000, 0]
+    assert [sample["bytes_from_host"] for sample in samples] == [64, 0]
+    assert [sample["seconds"] for sample in samples] == [1 + SAMPLE_S, 1]
+
+
+def test_a_worker_that_starts_again_counts_from_its_new_start(stage: Stage) -> None:
+    stage.beat()
+    stage.cluster.change("w0", paging=PagingTotals(20, 10, 500, 0))
+    stage.beat()
+    stage.cluster.change("w0", state="dead")
+    stage.beat()
+    stage.cluster.change("w0", state="ready", paging=PagingTotals(3, 3, 100, 0))
+    stage.beat()
+    stage.cluster.change("w0", paging=PagingTotals(4, 3, 100, 0))
+    stage.beat()
+    assert sum(sample["experts_hit"] for sample in stage.state()["samples"]) == 10 + 1
+
+
+def test_samples_are_of_the_last_minutes_only(stage: Stage) -> None:
+    for _ in range(2 * NUM_SAMPLES):
+        stage.beat(SAMPLE_S)
+    assert len(stage.state()["samples"]) == NUM_SAMPLES
+
+
+# --- workers --------------------------------------------------------------------------------------------------------
+
+
+async def test_workers_of_other_routers_are_shown_too(cluster: Any) -> None:
+    hints = InProcessHints()
+    mine = WorkerHolds(9, 9, 9, 9, (0, 0, 0))
+    await hints.heartbeat({"w0": mine, "far": WorkerHolds(1, 2, 16, 1000, (0, 0b10, 0b100))})
+    cluster.change("w0", resident=())
+    workers = {worker["id"]: worker for worker in (await Stage(cluster, hints).watch.state())["workers"]}
+    assert list(workers) == ["w0", "w1", "far"]
+    assert workers["w0"]["resident"] == ["", "00", "0000"]
+    assert (workers["w0"]["waiting"], workers["w0"]["remote"]) == (0, False)
+    assert workers["far"]["resident"] == ["", "02", "0400"]
+    assert (workers["far"]["waiting"], workers["far"]["running"], workers["far"]["remote"]) == (1, 2, True)
+
+
+# --- pools ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_expected_pool_gives_way_to_the_one_that_was_chosen(stage: Stage) -> None:
+    with stage.pools.following("acme", "", PoolPolicy(Count(2)), POOL) as live:
+        (row,) = stage.state()["pools"]
+        assert (row["tenant"], row["digest"], row["size"], row["is_expected"]) == ("acme", POOL.digest, "count:2", True)
+        assert (row["live"], row["answers"]) == (1, 0)
+        assert row["resident"] == {"w0": 4, "w1": 1}
+        live.answered(usage(OTHER))
+    (row,) = stage.state()["pools"]
+    assert (row["digest"], row["is_expected"], row["live"], row["answers"]) == (OTHER.digest, False, 0, 1)
+    assert (row["experts_hit"], row["experts_missed"], row["bytes_paged"]) == (3, 1, 1024)
+    assert row["resident"] == {"w0": 1, "w1": 0}
+
+
+def test_a_request_without_an_answer_leaves_no_row(stage: Stage) -> None:
+    with stage.pools.following("acme", "", PoolPolicy(Full()), None):
+        assert stage.state()["pools"][0]["size"] == "full"
+    assert stage.state()["pools"] == []
+
+
+def test_live_pools_come_first_then_the_latest(stage: Stage) -> None:
+    for name in ("old", "new"):
+        with stage.pools.following("acme", name, PoolPolicy(fixed=POOL), POOL) as live:
+            live.answered(usage(POOL))
+    with (
+        stage.pools.following("acme", "twice", PoolPolicy(fixed=POOL), POOL),
+        stage.pools.following("acme", "twice", PoolPolicy(fixed=POOL), POOL),
+        stage.pools.following("acme", "once", PoolPolicy(fixed=POOL), POOL),
+    ):
+        assert [row["name"] for row in stage.state()["pools"]] == ["twice", "once", "new", "old"]
+
+
+def test_the_state_is_bounded(cluster: Any) -> None:
+    some = next(iter(cluster.views.values()))
+    facts = RoutingFacts((256,) * 61, (0,) * 61, (8,) * 61)
+    stage = Stage(cluster)
+    cluster.views.clear()
+    for number in range(2 * MAX_WORKERS):
+        cluster.views[f"w{number}"] = some
+        cluster.change(f"w{number}", id=f"w{number}", resident=(2**256 - 1,) * 61)
+    model = ModelInfo("m", "f" * 16, 1, 1, 1, facts, "", "", "")
+    stage.watch = Watch(model, cluster, stage.hints, stage.pools, clock=stage.clock)
+    for number in range(KEPT + 50):
+        tenant, size = f"{number:x<64}", Counts(tuple(range(8, 69)))
+        pool = ExpertPool(((number % 256,),) * 61)
+        with stage.pools.following(tenant, "n" * 64, PoolPolicy(size), pool) as live:
+            live.answered(usage(pool))
+    for _ in range(NUM_SAMPLES):
+        stage.beat(SAMPLE_S)
+    state = stage.state()
+    assert len(stage.pools.rows) == KEPT
+    assert (len(state["workers"]), state["workers_left_out"]) == (MAX_WORKERS, MAX_WORKERS)
+    assert (len(state["pools"]), state["pools_left_out"]) == (MAX_POOLS, KEPT - MAX_POOLS)
+    assert len(json.dumps(state)) < 256_000
+
+
+async def test_requests_are_followed(service: Any) -> None:
+    """Through the real servicer, while one runs and after."""
+    event = service.cluster.hold[1] = asyncio.Event()
+    asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), pool=pb.PoolPolicy(count=2))
+    call = service.stub.Generate(asked, metadata=(("x-tenant-id", "acme"),))
+    await call.read()
+    (row,) = (await service.backend.watch.state())["pools"]
+    assert (row["tenant"], row["live"], row["answers"], row["is_expected"]) == ("acme", 1, 0, True)
+    event.set()
+    last = await call.read()
+    assert await call.read() is grpc.aio.EOF
+    (row,) = (await service.backend.watch.state())["pools"]
+    assert (row["tenant"], row["live"], row["answers"]) == ("acme", 0, 1)
+    assert row["digest"] == last.usage.pool.digest
+
+
+# --- over HTTP, in a browser ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(watch: Watch) -> Iterator[str]:
+    """The page in front of real metrics; its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server, serving = start_http_server(0, "127.0.0.1", CollectorRegistry())
+    server.set_app(Page(watch, loop).before(server.get_app()))  # type: ignore[arg-type]
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        serving.join()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_paths_methods_and_headers(stage: Stage) -> None:
+    def get(path: str, method: str = "GET") -> tuple[int, Any, bytes]:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"{address}{path}", method=method)) as reply:
+                return reply.status, reply.headers, reply.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers, error.read()
+
+    with served(stage.watch) as address:
+        status, headers, page = get("/ui")
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+        assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+        assert policy["connect-src"] == "'self'"
+        assert all(policy[kind].startswith("'sha256-") for kind in ("script-src", "style-src"))
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert b"http" not in page.replace(b"http://www.w3.org/2000/svg", b""), "nothing from elsewhere"
+        assert get("/ui/", "HEAD")[2] == b""
+        assert json.loads(get("/ui/state.json")[2])["model"]["name"] == MODEL.name
+        assert get("/ui/state.json", "POST")[0] == 405
+        assert get("/ui/../metrics")[0] == 404
+        assert get("/metrics")[1]["Content-Type"].startswith("text/plain")
+        assert get("/metrics")[0] == 200
+
+
+def test_names_are_text_and_both_workers_have_a_map(stage: Stage) -> None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert path is not None, "this test shows a page in a browser; install chromium"
+    complaints: list[str] = []
+    with (
+        served(stage.watch) as address,
+        stage.pools.following(HOSTILE, HOSTILE, PoolPolicy(fixed=POOL), POOL),
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page: BrowserPage = browser.new_page(viewport={"width": 390, "height": 844})
+        page.set_default_timeout(120_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(f"{address}/ui")
+        page.locator("#pools tbody tr").wait_for()
+        assert page.locator("h1").inner_text() == MODEL.name
+        assert page.locator("#pools tbody td").all_text_contents()[:2] == [HOSTILE, HOSTILE]
+        assert page.locator("img, b").count() == 0
+        assert page.evaluate("window.broken") is None
+        assert page.locator("#maps h3").all_inner_texts() == ["All workers", "w0", "w1"]
+        labels = page.locator("#maps canvas").evaluate_all("maps => maps.map((map) => map.getAttribute('aria-label'))")
+        assert [label.split(": ")[1].split(",")[0] for label in labels] == [
+            "5 experts in device slots",
+            "4 experts in device slots",
+            "1 expert in device slots",
+        ]
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        browser.close()
+    assert complaints == []

@@ -1,28 +1,20 @@
 """The service's configuration: one TOML schema, overridden by environment variables, overridden by flags.
 
 `[workers] count = 2` in the file, `EXPERT_PAGER_WORKERS_COUNT=2` in the environment and `--workers 2` say the same.
-Read once at the composition root; inner classes take values. Secrets are not in here: Redis comes from `REDIS_URL` or
-`REDIS_URL_FILE`.
+Read once at the composition root, by `pager.config_reading`; inner classes take values. Secrets are not in here: Redis
+comes from `REDIS_URL` or `REDIS_URL_FILE`.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-import tomllib
-import types
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
+from pager.config_reading import ENV_PREFIX, Check, Reading, Schema
 from pager.errors import ConfigError
 from pager.units import parse_bytes, parse_bytes_or_share
-
-ENV_PREFIX = "EXPERT_PAGER_"
-ENV_FILE = "EXPERT_PAGER_CONFIG"  # names the file, where no path is given
-
-Check = Callable[[Any], str | None]  # what was expected, when the value is not it
 
 
 def _between(low: float, high: float = float("inf")) -> Check:
@@ -156,141 +148,63 @@ class ServiceConfig:
     pools: PoolConfig = field(default_factory=PoolConfig)
 
 
-_SECTIONS: dict[str, type[Any]] = {
-    "model": ModelConfig,
-    "workers": WorkerConfig,
-    "router": RouterConfig,
-    "cluster": ClusterConfig,
-    "pools": PoolConfig,
-}
-_KEYS: dict[str, Field[Any]] = {
-    f"{name}.{each.name}": each for name, kind in _SECTIONS.items() for each in fields(kind)
-}
-_HINTS: dict[str, Any] = {
-    f"{name}.{key}": hint for name, kind in _SECTIONS.items() for key, hint in get_type_hints(kind).items()
-}
+SCHEMA = Schema({each.name: each.default_factory for each in fields(ServiceConfig)})  # type: ignore[misc]
 
 
 def load_config(
-    path: Path | None = None, env: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
+    path: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> ServiceConfig:
     """Defaults, then the file, then `env`, then `overrides` ({"workers.count": 2}; None means not given).
 
-    Raises ConfigError for a file that is not readable TOML, an unknown key, or a value of the wrong type or range.
+    `flags` says how the user gave an override. Raises ConfigError for a file that is not readable TOML, an unknown key,
+    a value of the wrong type or range, or settings that do not go together.
     """
-    env = env or {}
-    if path is None and env.get(ENV_FILE):
-        path = Path(env[ENV_FILE])
-    values = _from_file(path) if path is not None else {}
-    values |= _from_environment(env)
-    values |= {
-        _known(key, "option"): _checked(key, value, key)
-        for key, value in (overrides or {}).items()
-        if value is not None
-    }
-    if not values.get("model.path"):
-        raise ConfigError(
+    reading = read_config(path, env, overrides, flags)
+    if reading.problems:
+        first, *more = reading.problems
+        rest = f"; and {len(more)} more, which `expert-pager config --check` lists" if more else ""
+        raise ConfigError(first + rest)
+    return config_of(reading)
+
+
+def read_config(
+    path: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> Reading:
+    """As `load_config`; what is wrong, all of it, is in the answer."""
+    reading = SCHEMA.read(path, env or {}, overrides or {}, flags or {})
+    if not reading.value("model.path"):
+        reading.problems.append(
             "model.path is not set; name a checkpoint folder in the file's [model] section, in "
             f"{ENV_PREFIX}MODEL_PATH, or on the command line"
         )
-    _check_tls(values)
-    sections: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
-    for key, value in values.items():
+    reading.problems.extend(_tls_problems(reading))
+    return reading
+
+
+def config_of(reading: Reading) -> ServiceConfig:
+    """What is in force, without what has a problem."""
+    given: dict[str, dict[str, Any]] = {name: {} for name in SCHEMA.sections}
+    for key, setting in reading.settings.items():
         section, name = key.split(".")
-        sections[section][name] = value
-    return ServiceConfig(**{name: kind(**sections[name]) for name, kind in _SECTIONS.items()})
+        given[section][name] = setting.value
+    return ServiceConfig(**{name: section(**given[name]) for name, section in SCHEMA.sections.items()})
 
 
-def _check_tls(values: Mapping[str, Any]) -> None:
-    has_cert, has_key = (values.get(f"router.tls_{name}") is not None for name in ("cert", "key"))
+def _tls_problems(reading: Reading) -> Iterator[str]:
+    cert, key = "router.tls_cert", "router.tls_key"
+    has_cert, has_key = (reading.value(each) is not None for each in (cert, key))
     if has_cert != has_key:
-        has, lacks = ("tls_cert", "tls_key") if has_cert else ("tls_key", "tls_cert")
-        raise ConfigError(f"router.{has} is set and router.{lacks} is not; TLS takes both, plain text neither")
-    if values.get("router.tls_client_ca") is not None and not has_cert:
-        raise ConfigError(
+        has, lacks = (cert, key) if has_cert else (key, cert)
+        origin = reading.settings[has].origin
+        yield f"{has} is set and {lacks} is not; TLS takes both, plain text neither (the one comes from {origin})"
+    if reading.value("router.tls_client_ca") is not None and not has_cert:
+        yield (
             "router.tls_client_ca asks clients for certificates, which takes TLS: set router.tls_cert "
             "and router.tls_key too"
         )
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {path} can not be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not TOML: {error}") from None
-    values = {}
-    for section, entries in document.items():
-        if section not in _SECTIONS or not isinstance(entries, dict):
-            raise _unknown(section, _SECTIONS, f"section in {path}")
-        for name, value in entries.items():
-            key = _known(f"{section}.{name}", f"key in {path}")
-            values[key] = _checked(key, value, f"{key} in {path}")
-    return values
-
-
-def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
-    by_variable = {ENV_PREFIX + key.replace(".", "_").upper(): key for key in _KEYS}
-    values = {}
-    for variable, text in env.items():
-        if not variable.startswith(ENV_PREFIX) or variable == ENV_FILE or _is_service_link(variable, text):
-            continue
-        if variable not in by_variable:
-            raise _unknown(variable, by_variable, "environment variable")
-        if text.strip():  # an empty variable is one that is not set
-            key = by_variable[variable]
-            values[key] = _checked(key, _from_text(text.strip(), _HINTS[key]), variable)
-    return values
-
-
-def _is_service_link(variable: str, text: str) -> bool:
-    """Kubernetes gives every pod EXPERT_PAGER_PORT=tcp://… and the like when a Service is called expert-pager."""
-    return text.startswith(("tcp://", "udp://")) or _SERVICE_LINK.search(variable) is not None
-
-
-_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
-
-
-def _from_text(text: str, hint: Any) -> Any:
-    """`text` as the first of int, float and str that the key takes; `_checked` refuses what is none of them."""
-    for kind in (int, float):
-        if kind in _kinds(hint):
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    return text
-
-
-def _checked(key: str, value: Any, said: str) -> Any:
-    kinds = _kinds(_HINTS[key])
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-        value = float(value)
-    if type(value) not in kinds:
-        expected = " or ".join(_KIND_NAMES[kind] for kind in kinds if kind in _KIND_NAMES)
-        raise ConfigError(f"{said} must be {expected}, not {value!r}")
-    check: Check | None = _KEYS[key].metadata.get("check")
-    expected_value = check(value) if check and value is not None else None
-    if expected_value:
-        raise ConfigError(f"{said} must be {expected_value}, not {value!r}")
-    return value
-
-
-_KIND_NAMES: dict[type, str] = {str: "a text", int: "a whole number", float: "a number"}
-
-
-def _kinds(hint: Any) -> tuple[type, ...]:
-    return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _known(key: str, what: str) -> str:
-    if key not in _KEYS:
-        raise _unknown(key, _KEYS, what)
-    return key
-
-
-def _unknown(name: str, known: Iterable[str], what: str) -> ConfigError:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
-    return ConfigError(f"unknown {what}: {name!r}; {hint}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import calibrate, clusters, eval, files, fit_router, generate, inspect, replay, route, serve
+from pager.cli import calibrate, clusters, config, eval, files, fit_router, generate, inspect, replay, route, serve
 from pager.cli.output import print_error
 from pager.cli.pools import pools_app
 from pager.errors import PagerError
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.serve)
+app.command("config", context_settings=config.PASS_ON)(config.config)
 app.command("generate")(generate.generate)
 app.command("route")(route.route)
 app.command("calibrate")(calibrate.calibrate)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,27 @@ from pager.config import load_config
 if TYPE_CHECKING:
     from pager.cli.serving import Ready
 
-LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+# Parameters of `serve` by the setting that they override.
+SETTINGS = {
+    "model.path": "model",
+    "model.name": "name",
+    "model.dtype": "dtype",
+    "workers.count": "workers",
+    "workers.device": "device",
+    "workers.expert_memory": "expert_memory",
+    "workers.host_memory": "host_memory",
+    "workers.kv_memory": "kv_memory",
+    "workers.max_running": "max_running",
+    "workers.trace": "trace",
+    "pools.default_size": "pool",
+    "pools.path": "pools",
+    "router.router": "router",
+    "router.host": "host",
+    "router.port": "port",
+    "router.metrics_port": "metrics_port",
+    "cluster.ray_address": "ray_address",
+    "cluster.file_sd": "file_sd",
+}
 
 
 def serve(
@@ -76,27 +97,8 @@ def serve(
 
     `expert-pager serve --config service.toml --port 0 --json`
     """
-    overrides: dict[str, Any] = {
-        "model.path": model,
-        "model.name": name,
-        "model.dtype": dtype,
-        "workers.count": workers,
-        "workers.device": device,
-        "workers.expert_memory": expert_memory,
-        "workers.host_memory": host_memory,
-        "workers.kv_memory": kv_memory,
-        "workers.max_running": max_running,
-        "workers.trace": trace,
-        "pools.default_size": pool,
-        "pools.path": pools,
-        "router.router": router,
-        "router.host": host,
-        "router.port": port,
-        "router.metrics_port": metrics_port,
-        "cluster.ray_address": ray_address,
-        "cluster.file_sd": file_sd,
-    }
-    settings = load_config(config, os.environ, overrides)
+    overrides, flags = given(locals())
+    settings = load_config(config, os.environ, overrides, flags)
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
@@ -105,6 +107,16 @@ def serve(
     received = asyncio.run(serving.serve(settings, os.environ, lambda ready: _announce(ready, as_json)))
     if received == signal.SIGINT:
         raise typer.Exit(130)
+
+
+def given(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What was given on the command line, by setting, and how each setting is called there."""
+    overrides = {key: parameters[name] for key, name in SETTINGS.items()}
+    return overrides, {key: "MODEL" if name == "model" else _flag(name) for key, name in SETTINGS.items()}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _announce(ready: Ready, as_json: bool) -> None:

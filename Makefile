@@ -43,7 +43,7 @@ $(INSTALLED): pyproject.toml
 		{ echo "$(PYTHON) is older than 3.11; run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[serve,eval,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[serve,otel,eval,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pager import __version__
 from pager.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Part:
     attributes: Attributes = field(default_factory=dict)
 
 
-def start(service: str, env: Mapping[str, str], exporter: SpanExporter | None = None) -> None:
+def start(service: str, version: str, env: Mapping[str, str], exporter: SpanExporter | None = None) -> None:
     """Traces from here on, if `env` names an OTLP endpoint: it decides whether, and the exporter reads the rest.
 
     Once a process. Raises ConfigError where traces are asked for and can not be had.
@@ -59,12 +58,12 @@ def start(service: str, env: Mapping[str, str], exporter: SpanExporter | None = 
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    facts = {SERVICE_VERSION: __version__}
+    facts = {SERVICE_VERSION: version}
     if not env.get("OTEL_SERVICE_NAME") and "service.name=" not in env.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         facts[SERVICE_NAME] = service
     _provider = TracerProvider(resource=Resource.create(facts), shutdown_on_exit=False)
     _provider.add_span_processor(BatchSpanProcessor(exporter))
-    _tracer = _provider.get_tracer("expert-pager", __version__)
+    _tracer = _provider.get_tracer("expert-pager", version)
 
 
 def stop() -> None:

@@ -278,7 +278,8 @@ class Ledger:
         with self._changed:
             load = self._loads.pop(key)
             self.index.installed(key)
-            load.payer.add_bytes(fetched.source, fetched.nbytes)
+            now_s = time.monotonic()
+            load.payer.add_read(fetched.source, fetched.nbytes, now_s - fetched.seconds, now_s)
             if fetched.source is Tier.HOST:
                 self.counts.bytes_from_host += fetched.nbytes
             else:

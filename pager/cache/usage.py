@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -41,6 +41,16 @@ class PagingUsage:
 
 
 @dataclass(slots=True)
+class TierReads:
+    """What was read from one tier for one sequence; from the first read's start to the last one's end, monotonic."""
+
+    started_s: float
+    ended_s: float = 0.0
+    num_experts: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(slots=True)
 class UsageMeter:
     """A running PagingUsage. A sequence has one and hands it to its lease, its demands and its prefetches."""
 
@@ -49,8 +59,13 @@ class UsageMeter:
     bytes_from_disk: int = 0
     bytes_from_host: int = 0
     stall_s: float = 0.0
+    reads: dict[Tier, TierReads] = field(default_factory=dict)
 
-    def add_bytes(self, source: Tier, nbytes: int) -> None:
+    def add_read(self, source: Tier, nbytes: int, started_s: float, ended_s: float) -> None:
+        reads = self.reads.setdefault(source, TierReads(started_s))
+        reads.started_s, reads.ended_s = min(reads.started_s, started_s), max(reads.ended_s, ended_s)
+        reads.num_experts += 1
+        reads.num_bytes += nbytes
         if source is Tier.HOST:
             self.bytes_from_host += nbytes
         else:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pager import tracing
+from pager import __version__, tracing
 from pager.cli.local import encode, read_tokenizer
 from pager.cli.options import resolve_device
 from pager.cli.passes import build_passes, load_first
@@ -125,7 +125,7 @@ async def _start(
     if router.health_port is not None:
         _check_port_free(router.host, router.health_port, "router.health_port")
     tls = _tls_files(router)
-    tracing.start("expert-pager-router", env)
+    tracing.start("expert-pager-router", __version__, env)
     stack.callback(tracing.stop)
     tenants = TenantLabels.parse(router.metric_tenants)
     opened = OpenModel.open(config.model.path, config.model.dtype)

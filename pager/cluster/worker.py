@@ -148,7 +148,7 @@ class Worker:
         set_num_threads(self._config)
         started = time.monotonic()
         try:
-            tracing.start("expert-pager-worker", os.environ)
+            tracing.start("expert-pager-worker", __version__, os.environ)
             loaded = self._load_engine(self._config, self._server.deliver, self._observer, host)
             self._loaded = loaded
             self._observer.watch_tiers(loaded.tiers)

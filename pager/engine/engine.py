@@ -24,6 +24,7 @@ from pager.engine.loading import PagedModel
 from pager.engine.runner import ModelRunner
 from pager.engine.scheduler import WaitingLine
 from pager.engine.sequence import Sequence
+from pager.engine.spans import record_spans
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.needs import PREFILL_CHUNK_TOKENS
 from pager.routing.pool import check_pool
@@ -225,6 +226,8 @@ class Engine:
         num_tokens = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
         if sequence.may_be_chunked(self._paged):
             num_tokens = min(num_tokens, self._prefill_chunk_tokens)
+        if not sequence.num_prefilled:
+            sequence.prefill_started_s = time.monotonic()
         outcome = self._decoder.prefill(sequence, num_tokens)
         if outcome is None:
             return num_tokens
@@ -274,6 +277,7 @@ class Engine:
             decode_s = sequence.last_token_s - sequence.first_token_s
             self._observer.output_token(decode_s / (len(sequence.output_ids) - 1))
         self._observer.finished(outcome)
+        record_spans(sequence, outcome)
         self._inbox.remove(sequence)
 
     def _deliver(self) -> None:

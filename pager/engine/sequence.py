@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
 
 from tokenizers import Tokenizer
 
 from pager.cache.lease import Lease
-from pager.cache.usage import UsageMeter
+from pager.cache.usage import Tier, TierReads, UsageMeter
 from pager.engine.detokenizer import Detokenizer, StopMatcher
 from pager.engine.documents import DocumentRouting
 from pager.engine.kv import BlockPool
@@ -34,6 +34,7 @@ class Sequence:
         self.submitted_s = now_s
         self.deadline_s = deadline_s
         self.admitted_s = math.nan
+        self.prefill_started_s = math.nan
         self.first_token_s = math.nan
         self.last_token_s = math.nan
         self.draw = Draw(request.sampling)
@@ -52,6 +53,11 @@ class Sequence:
     def kv_tokens(self) -> int:
         """Tokens whose keys and values are kept: all but the last, which nothing follows."""
         return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
+
+    @property
+    def reads(self) -> Mapping[Tier, TierReads]:
+        """What was read for it, by tier."""
+        return self._meter.reads
 
     def prefetch(self, paged: PagedModel) -> None:
         """Asks for the experts that the router predicted, once. A known pool's are read when it is reserved."""

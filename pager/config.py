@@ -140,12 +140,20 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LogConfig:
+    """Of routers and workers, on stderr: text, or a JSON object a line, with request and trace ids. Never prompts."""
+
+    format: str = _is(_one_of("text", "json"), "text")
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     pools: PoolConfig = field(default_factory=PoolConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 SCHEMA = Schema({each.name: each.default_factory for each in fields(ServiceConfig)})  # type: ignore[misc]

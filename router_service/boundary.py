@@ -7,7 +7,6 @@ import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -15,14 +14,12 @@ from google.protobuf.message import DecodeError, Message
 
 from pager import tracing
 from pager.errors import InvalidRequest, PagerError
+from pager.logs import facts, request_id, trace_context, traceparent_of
 from router_service.metrics import RouterMetrics
 from router_service.status import to_wire
 from router_service.tenants import tenant_in
 
 log = logging.getLogger("expert_pager.router")
-
-# Set by the service as soon as it is known, for logs and for error details.
-request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Message, Context], Awaitable[Message | None]]
@@ -61,6 +58,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def traced(data: bytes, context: Context) -> Message | None:
             started = time.perf_counter()
             request_id.set("")
+            trace_context.set(tracing.traceparent() or traceparent_of(context.invocation_metadata()))
             code = "OK"
             try:
                 return await method(_parsed(parse, data), context)
@@ -78,7 +76,8 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 tracing.end_call(code)
                 self._metrics.ended(name, code, tenant_in(context.invocation_metadata()))
                 took_ms = 1000 * (time.perf_counter() - started)
-                log.info("%s request_id=%s code=%s took_ms=%.1f", name, request_id.get(), code, took_ms)
+                said = facts(method=name, code=code, took_ms=round(took_ms, 1))
+                log.info("%s request_id=%s code=%s took_ms=%.1f", name, request_id.get(), code, took_ms, extra=said)
             return None
 
         return call

@@ -11,11 +11,11 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 
 from pager.errors import Cancelled, DuplicateRequest, NotReady, WorkerLost
+from pager.logs import request_id, trace_context
 from pager.tracing import note, span, traceparent
 from pager.types import ExpertPool, GenerateRequest, PoolPolicy, PoolSource, Usage
 from router_service import decode, encode
 from router_service.admission import Admission
-from router_service.boundary import request_id
 from router_service.calibration import NamedPools
 from router_service.decode_pools import PoolByName, pool_policy
 from router_service.dispatch import Placement, QueueClock, check_deadline, place
@@ -81,7 +81,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
                 request = await self._intake.request(ask, tenant, deadline_s)
                 self._gate.charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
                 prediction = await self._predict(request)
-                sent = replace(request, pool=prediction.policy, traceparent=traceparent())
+                sent = replace(request, pool=prediction.policy, traceparent=traceparent() or trace_context.get())
                 if prediction.policy.source is not PoolSource.FIXED:
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""

@@ -6,20 +6,23 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pager import logs
 from pager.cli.extras import serve_extra
 from pager.cli.options import Dtype, ExpertMemory, HostMemory, KvMemory
 from pager.cli.output import busy, err, print_json
 from pager.config import load_config
+from pager.errors import PagerError
 
 if TYPE_CHECKING:
     from pager.cli.serving import Ready
+
+log = logging.getLogger("expert_pager.router")
 
 # Parameters of `serve` by the setting that they override.
 SETTINGS = {
@@ -99,12 +102,18 @@ def serve(
     """
     overrides, flags = given(locals())
     settings = load_config(config, os.environ, overrides, flags)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
-    )
+    logs.configure(settings.log.format, "router")
     with busy("loading"), serve_extra("serve"):
         from pager.cli import serving
-    received = asyncio.run(serving.serve(settings, os.environ, lambda ready: _announce(ready, as_json)))
+    try:
+        received = asyncio.run(
+            serving.serve(settings, os.environ, lambda ready: _announce(ready, as_json, settings.log.format))
+        )
+    except PagerError as error:
+        if settings.log.format == "text":
+            raise
+        log.error("%s", error)
+        raise typer.Exit(1) from None
     if received == signal.SIGINT:
         raise typer.Exit(130)
 
@@ -119,10 +128,13 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _announce(ready: Ready, as_json: bool) -> None:
+def _announce(ready: Ready, as_json: bool, log_format: str) -> None:
     for line in ready.model.plan_text.splitlines():
-        err.print(line, style="dim", markup=False)
-    if as_json:
+        if log_format == "json":
+            log.info("%s", line)
+        else:
+            err.print(line, style="dim", markup=False)
+    if as_json or log_format == "json":
         facts = {"address": ready.address, "metrics_url": ready.metrics_url, "model": ready.model.name}
         print_json({**facts, "workers": ready.num_workers, "plan": ready.model.plan}, indent=None)
     else:

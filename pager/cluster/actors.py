@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pager import logs
 from pager.cluster.host_access import NodeHostTier
 from pager.cluster.node import NodeControl
 from pager.cluster.ray_session import RaySession, num_gpus
@@ -47,7 +48,7 @@ class Whereabouts:
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1, "drain": 1})
 class WorkerActor:
     def __init__(self, name: str, index: int, config: ServiceConfig, bind_host: str | None, load: EngineLoader) -> None:
-        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s")
+        logs.configure(config.log.format, name)
         self._owner = f"{name}-{secrets.token_hex(4)}"
         self._worker = Worker(index, config, bind_host or ray.util.get_node_ip_address(), load)
         self._drain_s = config.workers.drain_s

@@ -11,6 +11,7 @@ from typing import Self
 
 from pager.cluster.actors import OthersWorkers, OwnWorkers
 from pager.cluster.file_sd import write_targets
+from pager.cluster.ray_logs import pass_on_as_json
 from pager.cluster.ray_session import RaySession
 from pager.cluster.supervisor import WorkerSupervisor
 from pager.cluster.views import ModelView, WorkerState, WorkerView
@@ -49,6 +50,8 @@ class Cluster:
         session = await asyncio.to_thread(
             RaySession.open, config.cluster.ray_address, config.cluster.namespace, config.workers.count
         )
+        if config.log.format == "json":
+            pass_on_as_json()
         cluster = None
         try:
             own = OwnWorkers(config, session, load) if config.workers.count else None

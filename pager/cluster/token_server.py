@@ -19,6 +19,7 @@ from expert_pager.v1 import worker_pb2_grpc
 
 from pager.cluster.codec import decode_request, encode_chunk, encode_error
 from pager.errors import DuplicateRequest, PagerError
+from pager.logs import facts, trace_id_of
 from pager.types import GenerateRequest, TokenChunk
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
                     f"request id {message.request_id!r} is in use; choose another", field="request_id"
                 )
             # Set first: the engine may answer before submit() returns.
-            self._owners[message.request_id] = _Owner(stream, message.ticket)
+            self._owners[message.request_id] = _Owner(stream, message.ticket, trace_id_of(message.traceparent))
             stream.requests[message.ticket] = message.request_id
             try:
                 self._engine.submit(decode_request(message))
@@ -170,12 +171,18 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
             if isinstance(event, TokenChunk):
                 step.chunks.append(encode_chunk(event, owner.ticket))
                 if event.usage is not None:
-                    self._forget(event.request_id)
+                    self._ended(event.request_id, event.usage.finish_reason.value, event.usage.completion_tokens)
             else:
                 step.failures.append(_failure(owner.ticket, event.error))
-                self._forget(event.request_id)
+                self._ended(event.request_id, event.error.reason.lower())
         for stream, step in steps.items():
             stream.push(pb.Push(step=step))
+
+    def _ended(self, request_id: str, outcome: str, num_tokens: int | None = None) -> None:
+        trace_id = self._owners[request_id].trace_id
+        said = facts(request_id=request_id, trace_id=trace_id, outcome=outcome, completion_tokens=num_tokens)
+        log.info("request_id=%s outcome=%s", request_id, outcome, extra=said)
+        self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
         owner = self._owners.pop(request_id)
@@ -201,6 +208,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
 class _Owner(NamedTuple):
     stream: _RouterStream
     ticket: int
+    trace_id: str
 
 
 class _RouterStream:

@@ -59,7 +59,7 @@ def test_whole_numbers_do_for_seconds() -> None:
     [
         ("[workers]\ncuont = 1", "'workers.cuont'; did you mean 'workers.count'?"),
         ("[wokers]\ncount = 1", "'wokers'; did you mean 'workers'?"),
-        ("[zzz]\n", "known: cluster, model, pools, router, workers"),
+        ("[zzz]\n", "known: cluster, log, model, pools, router, workers"),
         ("workers = 3", "unknown section"),
         ("[workers]\ncount = 'two'", r"workers.count in .*service.toml must be a whole number, not 'two'"),
         ("[workers]\ncount = true", "must be a whole number, not True"),

@@ -1,0 +1,135 @@
+"""A service as an operator meets it: what it logs, and SIGTERM under load, to one of two workers and to the router."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+
+PROMPT = "It is ordered that the respondent shall "
+MARKER = "quartz-zebra-ledger"
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+NOT_SERVING = 2
+
+
+@pytest.fixture(scope="module")
+def service(model: Path, serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    options = (model, "--dtype", "float32", "--expert-memory", "25%", "--workers", 2)
+    settings = {"ROUTER_DRAIN_S": "120", "WORKERS_DRAIN_S": "120", "LOG_FORMAT": "json"}
+    env = {f"EXPERT_PAGER_{name}": value for name, value in settings.items()}
+    with serve(tmp_path_factory.mktemp("e2e") / "operation", *options, **env) as running:
+        running.wait_until_ready(2)
+        yield running
+
+
+def entries(service: Any) -> list[dict[str, Any]]:
+    """Of the log; a line that is no object is a failure."""
+    return [json.loads(line) for line in (service.folder / "stderr").read_text().splitlines()]
+
+
+def ray_logs(service: Any) -> list[Path]:
+    """Every file that Ray and the workers write to."""
+    lines = " ".join(" ".join(each.cmdline()) for each in service.processes())
+    found = re.search(r"--log_dir=(/tmp/expert-pager-[^ ]+)", lines)
+    assert found
+    return [path for path in Path(found[1]).rglob("*") if path.is_file()]
+
+
+def test_a_request_is_followed_by_its_ids_and_its_text_is_nowhere(service: Any, until: Callable[..., None]) -> None:
+    asked = pb.GenerateRequest(request_id="followed", text=f"{MARKER} {PROMPT}".encode())
+    asked.sampling.MergeFrom(pb.SamplingParams(max_tokens=4, ignore_eos=True))
+    traced = (("traceparent", f"00-{TRACE}-b7ad6b7169203331-01"),)
+    assert list(service.stub.Generate(asked, timeout=120, metadata=traced))[-1].usage.completion_tokens == 4
+    refused = service.refusal(f"{MARKER} " * 5000, max_tokens=4, request_id="too-long")
+    assert refused.reason == "PROMPT_TOO_LONG"
+    with pytest.raises(grpc.RpcError):
+        service.generate(MARKER.encode() + b"\xff\xfe", model=MARKER, max_tokens=4)
+
+    def told(**wanted: Any) -> bool:
+        return any(wanted.items() <= entry.items() for entry in entries(service))
+
+    ids = {"request_id": "followed", "trace_id": TRACE}
+    until(lambda: told(source="router", method="Generate", code="OK", **ids))
+    until(lambda: told(outcome="length", completion_tokens=4, **ids))
+    until(lambda: told(source="router", request_id="too-long", code="INVALID_ARGUMENT"))
+    assert {entry["source"] for entry in entries(service)} == {"router", "worker-0", "worker-1"}
+    assert {entry["source"] for entry in entries(service) if entry.get("outcome")} <= {"worker-0", "worker-1"}
+    for path in [service.folder / "stdout", service.folder / "stderr", *ray_logs(service)]:
+        written = path.read_text(errors="replace")
+        assert MARKER not in written, path
+
+
+class Load:
+    """Three clients that send one request after the other; what became of each."""
+
+    def __init__(self, service: Any, max_tokens: int) -> None:
+        self._service = service
+        self._max_tokens = max_tokens
+        self._is_over = threading.Event()
+        self.answers: list[int] = []
+        self.errors: list[Any] = []
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(3)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        pool = self._service.random_pool(number, 8)
+        while not self._is_over.is_set():
+            try:
+                usage = self._service.generate(PROMPT, pool=pool, max_tokens=self._max_tokens).usage
+                self.answers.append(usage.completion_tokens)
+            except grpc.RpcError as error:
+                self.errors.append(error)
+                return
+
+
+def test_a_drain_under_load_loses_nothing(service: Any, until: Callable[..., None]) -> None:
+    def states() -> list[str]:
+        return [worker.state for worker in service.residency().values()]
+
+    def running() -> list[int]:
+        return sorted(worker.running for worker in service.residency().values())
+
+    with Load(service, 150) as load:
+        until(lambda: running()[0] >= 1)
+        leaving = service.worker_pids()[0]
+        num_before = len(load.answers)
+        os.kill(leaving, signal.SIGTERM)
+        until(lambda: "draining" in states())
+        until(lambda: not psutil.pid_exists(leaving), 120)
+        until(lambda: states() == ["ready", "ready"], 120)
+        until(lambda: len(load.answers) > num_before + 6, 120)
+    assert load.errors == []
+    assert set(load.answers) == {150}
+    assert any("has drained and is started again" in entry["message"] for entry in entries(service))
+    service.wait_until_idle()  # nothing is leased
+
+    with Load(service, 800) as load:
+        until(lambda: sum(running()) == 3)
+        service.process.terminate()
+        until(lambda: service.health() == service.health("") == NOT_SERVING, 20)
+        until(lambda: len(load.errors) == 3, 120)
+    refused = [service.refusal_of(error) for error in load.errors]
+    assert {(each.code, each.reason) for each in refused} == {(grpc.StatusCode.UNAVAILABLE, "NOT_READY")}
+    assert all(each.retry_s for each in refused)
+    assert load.answers == [800] * len(load.answers) != []
+    assert service.process.wait(120) == 0
+    assert not [entry for entry in entries(service) if "cut off" in entry["message"] or "exception" in entry]

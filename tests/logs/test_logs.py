@@ -1,0 +1,97 @@
+"""A line of JSON: what it has, and that whatever is logged it stays a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pager import logs
+from pager.cluster import ray_logs
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
+
+
+@pytest.fixture
+def root() -> Iterator[None]:
+    """The test runner's own handlers are there again afterwards."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_a_line_has_the_ids_of_the_call_that_it_is_about(root: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json", "router")
+    log = logging.getLogger("expert_pager.router")
+    log.info("outside of a call")
+    logs.request_id.set("r-1")
+    logs.trace_context.set(TRACEPARENT)
+    log.info("took %d ms", 5, extra=logs.facts(code="OK", took_ms=5, missing=None))
+    logs.request_id.set("")
+    logs.trace_context.set("")
+    outside, inside = map(json.loads, capsys.readouterr().err.splitlines())
+    assert outside.keys() == {"time", "level", "source", "logger", "message"}
+    assert (inside["source"], inside["level"], inside["logger"]) == ("router", "INFO", "expert_pager.router")
+    assert (inside["message"], inside["code"], inside["took_ms"]) == ("took 5 ms", "OK", 5)
+    assert (inside["request_id"], inside["trace_id"]) == ("r-1", TRACE)
+    assert "missing" not in inside
+
+
+def test_lines_and_errors_of_several_lines_are_one(root: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("json", "worker-0")
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError:
+        logging.getLogger("x").exception("a\nb \u2028 c")
+    (line,) = capsys.readouterr().err.splitlines()
+    entry = json.loads(line)
+    assert entry["message"] == "a\nb \u2028 c"
+    assert entry["exception"].endswith("ValueError: first\nsecond")
+
+
+def test_text_names_its_source(root: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("text", "worker-1")
+    logging.getLogger("x").warning("hm")
+    assert capsys.readouterr().err.endswith(" W worker-1 x: hm\n")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "00-zz",
+        f"ff-{TRACE}-{SPAN}-01",
+        f"00-{'0' * 32}-{SPAN}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE.upper()}-{SPAN}-01",
+        b"\x00",
+    ],
+)
+def test_a_call_without_a_legal_trace_gets_one(given: Any) -> None:
+    made = [logs.traceparent_of([("other", "1"), ("traceparent", given)]) for _ in range(2)]
+    assert made[0] != made[1]
+    assert all(len(logs.trace_id_of(each)) == 32 for each in made)
+    assert logs.trace_id_of("nonsense") == logs.trace_id_of(None) == ""
+
+
+def test_the_callers_trace_is_kept() -> None:
+    assert logs.traceparent_of([("traceparent", TRACEPARENT)]) == TRACEPARENT
+    assert logs.trace_id_of(TRACEPARENT) == TRACE
+
+
+def test_what_workers_wrote_is_passed_on_as_it_is_and_the_rest_is_wrapped(
+    root: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("json", "router")
+    line = '{"source": "worker-0", "message": "ready"}'
+    ray_logs._pass_on({"lines": [line, "Fatal: {", "{not json", " "], "actor_name": "WorkerActor", "pid": 7})
+    mine, *wrapped = [json.loads(each) for each in capsys.readouterr().err.splitlines()]
+    assert mine == json.loads(line)
+    assert [each["message"] for each in wrapped] == ["Fatal: {", "{not json"]
+    assert all((each["logger"], each["actor"], each["pid"]) == ("expert_pager.ray", "WorkerActor", 7) for each in wrapped)

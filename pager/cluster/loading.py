@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from pager.cache.pager import ExpertPager
 from pager.cluster.views import ModelView
+from pager.cluster.warm import Experts
 from pager.cluster.worker import HostAccess, LoadedEngine, Sink, WorkerObserver
 from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.engine import Engine
@@ -21,6 +24,9 @@ from pager.errors import CheckpointError, ConfigError
 from pager.machine import Machine
 from pager.metrics import TierBytes
 from pager.planner import Budgets, describe
+from pager.types import ExpertKey
+
+PAGE_IN_POLL_S = 0.02
 
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
@@ -56,7 +62,18 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         resident=paged.pager.resident_experts,
         tiers=lambda: _tiers(paged, host),
         close=paged.close,
+        page_in=lambda experts, timeout_s: page_in(paged.pager, experts, timeout_s),
     )
+
+
+def page_in(pager: ExpertPager, experts: Experts, timeout_s: float) -> None:
+    """Returns when they are there, as many as there are slots for, or when time is up. What can not be read is not."""
+    ranks = zip_longest(*([ExpertKey(layer, each) for each in row] for layer, row in enumerate(experts)))
+    keys = [key for rank in ranks for key in rank if key is not None][: pager.num_slots]  # some of each layer
+    pager.prefetch(keys)
+    end_s = time.monotonic() + timeout_s
+    while pager.prefetch_pending(keys) and time.monotonic() < end_s:
+        time.sleep(PAGE_IN_POLL_S)
 
 
 def device_of(workers: WorkerConfig) -> str:

@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from threading import Lock
+from pathlib import Path
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Protocol
 
 from expert_pager.v1 import worker_pb2 as pb
@@ -24,6 +25,7 @@ from pager.cluster.codec import encode_bitmap
 from pager.cluster.loop_thread import LoopThread
 from pager.cluster.token_server import StreamEvent, TokenEngine, TokenServer
 from pager.cluster.views import Health, ModelView, WorkerReady
+from pager.cluster.warm import Experts, WarmFile
 from pager.config import ServiceConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[StreamEvent]], None]
 CLOSE_TIMEOUT_S = 5.0
+WARM_UP_TIMEOUT_S = 120.0
+REMEMBER_EVERY_S = 15.0
 REMEMBERED_PAGE_INS = 256
 PLAN_IN_LABEL = ("slot_bytes", "host_bytes", "kv_bytes", "max_running")
 
@@ -74,6 +78,9 @@ class LoadedEngine:
     resident: Callable[[], Sequence[Sequence[int]]]  # per layer the routed experts in device slots
     tiers: Callable[[], dict[str, TierBytes]]
     close: Callable[[], None]
+    page_in: Callable[[Experts, float], None] = lambda experts, timeout_s: (
+        None
+    )  # returns when they are there, or time is up
 
 
 class HostAccess(Protocol):
@@ -142,6 +149,8 @@ class Worker:
         self._ready: WorkerReady | None = None
         self._is_draining = False
         self._is_closed = False
+        self._warm_file: WarmFile | None = None
+        self._ends = Event()
 
     def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
         """Loads the model and starts to serve. Errors are returned: Ray would wrap one that is raised."""
@@ -160,6 +169,7 @@ class Worker:
         except Exception as error:
             log.exception("the model could not be loaded")
             return PagerError(f"the model could not be loaded: {error!r}; the worker's log has the details")
+        self._warm_up(loaded)
         address = self._loop.run(self._server.start(f"{self._bind_host}:0", loaded.engine, self._load_report))
         loaded.engine.start()
         self._ready = WorkerReady(address, self._token, self._metrics_server.address, os.getpid(), loaded.model)
@@ -196,6 +206,8 @@ class Worker:
         if self._is_closed:
             return
         self._is_closed = True
+        self._ends.set()
+        self._remember()
         with suppress(TimeoutError):
             self._loop.run(self._server.stop(), CLOSE_TIMEOUT_S)
         if self._metrics_server is not None:
@@ -205,6 +217,30 @@ class Worker:
             self._loaded.close()
         self._loop.stop()
         tracing.stop()
+
+    def _warm_up(self, loaded: LoadedEngine) -> None:
+        """Pages in what the last worker of this index held, and remembers from here on what this one does."""
+        workers = self._config.workers
+        if workers.state is None:
+            return
+        name = f"worker-{self._index}"
+        self._warm_file = WarmFile(Path(workers.state), name, loaded.model.fingerprint, loaded.model.facts)
+        experts = self._warm_file.read()
+        if experts:
+            started = time.monotonic()
+            loaded.page_in(experts, WARM_UP_TIMEOUT_S)
+            num_held, num_asked = (sum(map(len, each)) for each in (loaded.resident(), experts))
+            log.info("%d of %d experts paged in again, %.1f s", num_held, num_asked, time.monotonic() - started)
+        Thread(target=self._remember_often, name="warm set", daemon=True).start()
+
+    def _remember_often(self) -> None:
+        """For an end that nobody announces."""
+        while not self._ends.wait(REMEMBER_EVERY_S):
+            self._remember()
+
+    def _remember(self) -> None:
+        if self._warm_file is not None and self._loaded is not None:
+            self._warm_file.save(self._loaded.resident())
 
     def _serve_metrics(self) -> MetricsServer:
         """On this worker's own port or, where other indices are on other nodes, on the first that is free.

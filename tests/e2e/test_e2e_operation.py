@@ -25,9 +25,10 @@ NOT_SERVING = 2
 @pytest.fixture(scope="module")
 def service(model: Path, serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     options = (model, "--dtype", "float32", "--expert-memory", "25%", "--workers", 2)
-    settings = {"ROUTER_DRAIN_S": "120", "WORKERS_DRAIN_S": "120", "LOG_FORMAT": "json"}
+    folder = tmp_path_factory.mktemp("e2e")
+    settings = {"ROUTER_DRAIN_S": "120", "WORKERS_DRAIN_S": "120", "WORKERS_STATE": str(folder), "LOG_FORMAT": "json"}
     env = {f"EXPERT_PAGER_{name}": value for name, value in settings.items()}
-    with serve(tmp_path_factory.mktemp("e2e") / "operation", *options, **env) as running:
+    with serve(folder / "operation", *options, **env) as running:
         running.wait_until_ready(2)
         yield running
 
@@ -119,7 +120,9 @@ def test_a_drain_under_load_loses_nothing(service: Any, until: Callable[..., Non
         until(lambda: len(load.answers) > num_before + 6, 120)
     assert load.errors == []
     assert set(load.answers) == {150}
-    assert any("has drained and is started again" in entry["message"] for entry in entries(service))
+    said = " ".join(entry["message"] for entry in entries(service))
+    assert "has drained and is started again" in said
+    assert "experts paged in again" in said
     service.wait_until_idle()  # nothing is leased
 
     with Load(service, 800) as load:

@@ -147,13 +147,26 @@ class Ledger:
                 holding.pending.add(key)
                 self._loads[key].waiters.append(holding)
             self._queue_reads((_URGENCY[holding.cause], holding.order), coming)
-            self._count_lookups(holding.meter, plan)
+            self._count_lookups(
+                holding.meter, hits=len(plan.hits), in_flight=len(plan.in_flight), misses=len(plan.loads)
+            )
             self._count_use(new)
             for key in new:
                 self._prefetches.forget(key)
             if self._trace is not None:
                 self._trace.held(holding.cause, new)
             return True
+
+    def hit(self, keys: Sequence[ExpertKey], meter: UsageMeter) -> bool:
+        """Counts a hit of each key when all are loaded, and pins none: for caches that never evict. Else False."""
+        with self.lock:
+            if self._trace is not None or not all(map(self.index.is_loaded, keys)):
+                return False
+            self._count_lookups(meter, hits=len(keys))
+            self._count_use(keys)
+            slots = [self.index.slot_of(key) for key in keys]
+        self._transfer.await_installed(slots)
+        return True
 
     def let_go_of_experts(self, holding: Holding, keys: Sequence[ExpertKey]) -> None:
         """Unpins `keys` and keeps their slots reserved, where they are not held by others too.
@@ -359,12 +372,12 @@ class Ledger:
             del self._loads[key]
             self.index.abandon(key)
 
-    def _count_lookups(self, meter: UsageMeter, plan: Plan) -> None:
-        meter.experts_hit += len(plan.hits) + len(plan.in_flight)
-        meter.experts_missed += len(plan.loads)
-        self.counts.hits += len(plan.hits)
-        self.counts.hits_in_flight += len(plan.in_flight)
-        self.counts.misses += len(plan.loads)
-        self._observer.lookups(Tier.DEVICE, Lookup.HIT, len(plan.hits))
-        self._observer.lookups(Tier.DEVICE, Lookup.HIT_IN_FLIGHT, len(plan.in_flight))
-        self._observer.lookups(Tier.DEVICE, Lookup.MISS, len(plan.loads))
+    def _count_lookups(self, meter: UsageMeter, *, hits: int, in_flight: int = 0, misses: int = 0) -> None:
+        meter.experts_hit += hits + in_flight
+        meter.experts_missed += misses
+        self.counts.hits += hits
+        self.counts.hits_in_flight += in_flight
+        self.counts.misses += misses
+        for result, count in ((Lookup.HIT, hits), (Lookup.HIT_IN_FLIGHT, in_flight), (Lookup.MISS, misses)):
+            if count:
+                self._observer.lookups(Tier.DEVICE, result, count)

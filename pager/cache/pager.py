@@ -7,7 +7,7 @@ fill the slots. The state is in `Ledger`, the reading in `Tiers`; this is where 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from pager.cache.demand import demand_waves
 from pager.cache.host import HostTier
@@ -54,6 +54,7 @@ class ExpertPager:
         self.slots = slots
         observer = observer or NoObserver()
         self._resident = frozenset(resident)
+        self._room_for_all = slots.num_slots >= sum(source.keys_per_layer()) - len(resident)
         self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=retry_after_s)
         for number, key in enumerate(resident):
             self._tiers.fetch_from_disk(key, slots.num_slots + number)
@@ -128,6 +129,16 @@ class ExpertPager:
             if lease is not None:
                 lease.take_back_reservation(holding)
             self._ledger.release(holding)
+
+    def hit_for_good(self, layer: int, experts: Collection[int], usage: UsageMeter | None = None) -> bool:
+        """Whether `experts` are in slots that they never leave, since there is one for every expert: no lease, no demand.
+
+        Counts a hit of each where that is so, and nothing otherwise.
+        """
+        if not self._room_for_all:
+            return False
+        keys = (ExpertKey(layer, expert) for expert in experts)
+        return self._ledger.hit([key for key in keys if key not in self._resident], usage or UsageMeter())
 
     def stats(self) -> CacheStats:
         ledger, record = self._ledger, self.slots.record_bytes

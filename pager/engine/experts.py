@@ -59,8 +59,10 @@ class LayerExperts:
         self, module: Any, step: StepRouting, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         """As many experts at a time as there are slots; each is read once, and each pair computed once."""
-        wanted = index_TK.unique().tolist()
+        wanted = sorted(set(index_TK.flatten().tolist()))
         slot_of_E = self.pager.slots.slot_of_LE[self.layer]
+        if self.pager.hit_for_good(self.layer, wanted, step.meter):
+            return run_slots(module, hidden_TD, slot_of_E[index_TK], weights_TK)
         outputs: PairOutputs | None = None
         waves = self.pager.demand(self.layer, wanted, usage=step.meter, lease=step.documents[0].lease)
         with closing(waves):  # type: ignore[type-var]  # a generator
@@ -120,12 +122,26 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
     if hidden_TD.device.type != "cpu":
         output_TD: Tensor = grouped_mm_experts_forward(module, hidden_TD, slot_TK.long(), weights_TK)
         return output_TD
+    if slot_TK.shape[0] == 1 and hidden_TD.dtype == torch.float32:
+        return _run_one_token(module, hidden_TD[0], slot_TK[0].tolist(), weights_TK)
     expert_bytes = 3 * module.down_proj[0].nbytes
     if expert_bytes <= BATCHED_EXPERT_BYTES and slot_TK.numel() <= BATCHED_PAIRS:
         return _run_batched(module, hidden_TD, slot_TK, weights_TK)
     outputs = PairOutputs(module, hidden_TD, slot_TK, weights_TK)
     outputs.add_all()
     return outputs.total()
+
+
+def _run_one_token(module: Any, hidden_D: Tensor, slots: list[int], weights_1K: Tensor) -> Tensor:
+    """Multiplies with the weights where they lie: on one AVX-512 core half the time of copying them together."""
+    gate_up, down = module.gate_up_proj, module.down_proj
+    inner_K2F = hidden_D.new_empty(len(slots), gate_up.shape[1])
+    for slot, inner in zip(slots, inner_K2F.unbind(), strict=True):
+        torch.mv(gate_up[slot], hidden_D, out=inner)
+    out_KD = hidden_D.new_empty(len(slots), len(hidden_D))
+    for slot, inner, out in zip(slots, module._apply_gate(inner_K2F).unbind(), out_KD.unbind(), strict=True):
+        torch.mv(down[slot], inner, out=out)
+    return (weights_1K.to(out_KD.dtype) @ out_KD).to(hidden_D.dtype)
 
 
 def _run_batched(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:

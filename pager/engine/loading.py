@@ -157,6 +157,7 @@ class PagedModel:
         return step if same and all(document.open_step is step for document in documents) else None
 
 
+@torch.inference_mode(False)  # reader threads fill the slots, which they could not if the caller's mode marked them
 def load_paged_model(
     path: str | Path,
     *,

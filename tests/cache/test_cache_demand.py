@@ -199,3 +199,22 @@ def test_a_failed_prefetch_fails_nobody(make_pager, source):
     with pager.reserve_pool(keys(0, 0)) as lease:
         lease.wait(0)
     assert pager.stats().failed_loads == 1
+
+
+def test_with_a_slot_for_every_expert_what_was_loaded_needs_no_demand_again(make_pager, source):
+    pager = make_pager(4 * 8)
+    meter = UsageMeter()
+    assert not pager.hit_for_good(0, [1, 2], meter)
+    assert not pager.hit_for_good(0, [1], meter)
+    assert (meter.experts_hit, meter.experts_missed) == (0, 0)
+    load(pager, keys(0, 1, 2))
+    assert not pager.hit_for_good(0, [1, 2, 3], meter)
+    assert pager.hit_for_good(0, [1, 2], meter)
+    assert meter.experts_hit == pager.stats().hits == 2
+    pager.check_integrity()
+
+
+def test_where_experts_may_be_evicted_a_hit_is_never_for_good(make_pager):
+    pager = make_pager(4 * 8 - 1)
+    load(pager, keys(0, 1, 2))
+    assert not pager.hit_for_good(0, [1, 2])

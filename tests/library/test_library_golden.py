@@ -31,6 +31,13 @@ def test_logits_are_the_references_on_any_budget(golden: Any, load: Load, budget
     model.expert_paging.pager.check_integrity()
 
 
+def test_a_model_may_be_loaded_in_inference_mode(golden: Any, load: Load) -> None:
+    with torch.inference_mode():
+        model = load(golden.checkpoint, expert_memory="25%")
+        logits = model(golden.tensors["doc96.input_ids"]).logits
+    torch.testing.assert_close(logits, golden.tensors["doc96.logits"], **TOLERANCE)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_greedy_tokens_are_the_references_on_any_budget(golden: Any, load: Load, budget: str | int) -> None:
     model = load(golden.checkpoint, expert_memory=budget)

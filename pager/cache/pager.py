@@ -131,7 +131,7 @@ class ExpertPager:
             self._ledger.release(holding)
 
     def hit_for_good(self, layer: int, experts: Collection[int], usage: UsageMeter | None = None) -> bool:
-        """Whether `experts` are in slots that they never leave, since there is one for every expert: no lease, no demand.
+        """Whether `experts` are in slots that they never leave, as there is one for every expert: no lease, no demand.
 
         Counts a hit of each where that is so, and nothing otherwise.
         """

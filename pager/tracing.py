@@ -48,10 +48,10 @@ class Part:
 def start(service: str, version: str, env: Mapping[str, str], exporter: SpanExporter | None = None) -> None:
     """Traces from here on, if `env` names an OTLP endpoint: it decides whether, and the exporter reads the rest.
 
-    Once a process. Raises ConfigError where traces are asked for and can not be had.
+    Again in the same process it changes nothing. Raises ConfigError where traces are asked for and can not be had.
     """
     global _provider, _tracer
-    if exporter is None and not is_asked_for(env):
+    if _tracer is not None or (exporter is None and not is_asked_for(env)):
         return
     exporter = exporter or _exporter(env)
     from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pager.metrics.families import Family, Kind
+from pager.metrics.replay import REPLAY_FAMILIES
 from pager.metrics.worker_families import WORKER_FAMILIES
 from router_service.metric_families import router_families
 from router_service.tenants import OTHER_TENANTS
@@ -22,6 +23,12 @@ all workers of a node, each of which reports the same bytes: take the maximum, n
 
 Alerts and what to do about them: `docs/runbook.md`. Dashboards and rules: `deploy/monitoring`.
 """
+_REPLAY = """\
+Of no process, but of a file: `expert-pager replay TRACE --prometheus FILE` writes what a recorded trace
+(`workers.trace`) would have cost with other budgets and policies. Put it where node-exporter's textfile collector looks, or push it; the
+dashboard *Capacity* shows it. Only what was replayed is there.
+
+"""
 _HEADER = "| name | type | unit | labels | meaning | the question it answers |\n|---|---|---|---|---|---|"
 _MOST_VALUES = 6
 
@@ -29,7 +36,8 @@ _MOST_VALUES = 6
 def catalogue() -> str:
     """The whole page."""
     router = router_families(("those configured", OTHER_TENANTS))
-    return f"{_INTRO}\n## Worker\n\n{_table(WORKER_FAMILIES)}\n\n## Router\n\n{_table(router)}\n"
+    parts = (("Worker", "", WORKER_FAMILIES), ("Router", "", router), ("Replay", _REPLAY, REPLAY_FAMILIES))
+    return _INTRO + "".join(f"\n## {title}\n\n{text}{_table(families)}\n" for title, text, families in parts)
 
 
 def _table(families: Iterable[Family]) -> str:
@@ -43,7 +51,7 @@ def _row(family: Family) -> str:
 
 
 def _labels(family: Family) -> str:
-    if family.kind is Kind.INFO:
+    if not family.labels.series:
         return ", ".join(f"`{name}`" for name in family.labels.names)
     return "; ".join(f"`{name}`: {_values(family.labels.values(name))}" for name in family.labels.names)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pager.cli.options import AsJson
 from pager.cli.output import out, print_json, print_table
 from pager.errors import ConfigError
+from pager.metrics.replay import CurvePoint, write_curve
 from pager.units import format_bytes, parse_bytes_or_share
+
+if TYPE_CHECKING:
+    from pager.cache.replay import ReplayResult
+    from pager.cache.trace import Trace
 
 
 def replay(
@@ -18,6 +24,12 @@ def replay(
     budgets: Annotated[
         str, typer.Option("--budgets", help="Comma-separated: bytes ('64MiB') or shares of all routed experts ('25%').")
     ] = "12.5%,25%,50%,75%",
+    prometheus: Annotated[
+        Path | None,
+        typer.Option(
+            "--prometheus", metavar="FILE", help="Also write the curve as metrics, with what 1 GiB more buys."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a recorded run would have read with another eviction policy or another budget.
@@ -39,6 +51,8 @@ def replay(
         if num_slots < 1:
             raise ConfigError(f"budget {budget.strip()!r} holds no expert of {format_bytes(header.expert_bytes)}")
         tables.append((budget.strip(), num_slots, replay_all(recorded, num_slots)))
+    if prometheus is not None:
+        write_curve(_curve(recorded, tables), prometheus)
     if as_json:
         rows = [
             {
@@ -66,3 +80,22 @@ def replay(
             ],
         )
     out.print(f"{len(recorded.accesses)} events of model {header.fingerprint[:16]}", markup=False)
+
+
+def _curve(trace: Trace, tables: Sequence[tuple[str, int, Sequence[ReplayResult]]]) -> Iterator[CurvePoint]:
+    """Replays every budget once more, with a gibibyte added and at most room for all experts."""
+    from pager.cache.replay import replay_all
+
+    expert_bytes, num_experts = trace.header.expert_bytes, trace.header.num_experts
+    for budget, num_slots, results in tables:
+        more = min(num_experts, num_slots + 2**30 // expert_bytes)
+        fewer_misses = {result.policy: result.misses for result in replay_all(trace, more)}
+        for result in results:
+            yield CurvePoint(
+                result.policy,
+                budget,
+                num_slots * expert_bytes,
+                result.hit_rate,
+                result.misses * expert_bytes,
+                fewer_misses[result.policy] * expert_bytes,
+            )

@@ -1,0 +1,195 @@
+"""`/ui` of the real service in headless Chromium: what is drawn is what the service says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
+from playwright.sync_api import Browser, Page, sync_playwright
+
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1360, "height": 900}
+SECRET = "walrus protocol seventeen"
+# Of each cell of a map, whether its middle has the colour of an expert in a slot; anything else must be the other one.
+READ_MAP = """(canvas) => {
+  const copy = document.createElement("canvas");
+  [copy.width, copy.height] = [canvas.width, canvas.height];
+  const pen = copy.getContext("2d", { willReadFrequently: true });
+  const read = (x, y) => String(pen.getImageData(x, y, 1, 1).data);
+  const colour = (name) => {
+    pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name);
+    pen.fillRect(0, 0, 1, 1);
+    return read(0, 0);
+  };
+  const held = colour("--held"), absent = colour("--absent");
+  pen.drawImage(canvas, 0, 0);
+  const routed = state.model.routed_per_layer, columns = Math.max(...routed);
+  return routed.map((experts, layer) => Array.from({ length: experts }, (_, expert) => {
+    const x = Math.floor(((expert + 0.4) * canvas.width) / columns);
+    const found = read(x, Math.floor(((layer + 0.4) * canvas.height) / routed.length));
+    if (found !== held && found !== absent) throw new Error(`layer ${layer}, expert ${expert} is ${found}`);
+    return found === held;
+  }));
+}"""
+
+
+@dataclass
+class Shown:
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+    requests: set[str] = field(default_factory=set)
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert path is not None, "this test shows a page in a browser; install chromium"
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def address(idle_service: Any) -> str:
+    return f"http://{idle_service.targets()['router']}"
+
+
+@pytest.fixture
+def show(browser: Browser, address: str) -> Iterator[Callable[..., Shown]]:
+    shown: list[Shown] = []
+
+    def show(viewport: dict[str, int], scheme: str = "light") -> Shown:
+        page = browser.new_page(viewport=viewport, color_scheme=scheme)  # type: ignore[arg-type]
+        page.set_default_timeout(120_000)
+        here = Shown(page)
+        page.on("console", lambda message: here.complaints.append(message.text))
+        page.on("pageerror", lambda error: here.complaints.append(str(error)))
+        page.on("request", lambda request: here.requests.add(request.url.removeprefix(address)))
+        page.goto(f"{address}/ui")
+        page.locator("#main").wait_for()
+        shown.append(here)
+        return here
+
+    yield show
+    for here in shown:
+        assert here.complaints == []
+        assert here.requests <= {"/ui", "/ui/state.json", "/favicon.ico"}
+        here.page.close()
+
+
+def state_at(address: str) -> Any:
+    with urllib.request.urlopen(f"{address}/ui/state.json", timeout=30) as reply:
+        return json.load(reply)
+
+
+def worker_counts(service: Any) -> dict[str, float]:
+    """From the workers' own metrics, by the names that the page's state has for them."""
+    metrics = service.worker_metrics()
+
+    def lookups(result: str) -> float:
+        return float(metrics.total("expert_pager_lookups_total", tier="device", result=result))
+
+    return {
+        "experts_hit": lookups("hit") + lookups("hit_in_flight"),
+        "experts_missed": lookups("miss"),
+        "bytes_from_disk": metrics.total("expert_pager_transfer_bytes_total", source="disk"),
+        "bytes_from_host": metrics.total("expert_pager_transfer_bytes_total", source="host"),
+    }
+
+
+def read_to_its_end(call: Any) -> None:
+    with contextlib.suppress(grpc.RpcError):
+        for _ in call:
+            pass
+
+
+def bits(worker: pb.WorkerResidency, routed: list[int]) -> list[list[bool]]:
+    masks = [int.from_bytes(layer, "little") for layer in worker.resident]
+    return [[bool(mask >> expert & 1) for expert in range(count)] for mask, count in zip(masks, routed, strict=True)]
+
+
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_the_map_is_what_the_service_holds(
+    idle_service: Any, show: Callable[..., Shown], until: Callable[..., None], viewport: dict[str, int]
+) -> None:
+    service = idle_service
+    for seed in range(2):  # a quarter of the experts fits: something is held, and something is not
+        service.generate([1, 2, 3], pool=service.random_pool(seed, 12), max_tokens=2)
+    service.wait_until_idle()
+    shown = show(viewport, "light" if viewport is DESK else "dark")
+
+    def drawn() -> list[list[bool]]:
+        return shown.page.locator("#maps canvas").evaluate(READ_MAP)  # type: ignore[no-any-return]
+
+    until(lambda: drawn() == bits(next(iter(service.residency().values())), service.routed_per_layer), 30)
+    ((name, worker),) = service.residency().items()
+    number = sum(map(sum, drawn()))
+    assert 0 < number == worker.resident_experts < sum(service.routed_per_layer)
+    assert shown.text("#maps h3") == name
+    assert f"ready, {number} of {worker.slots} slots, 0 running, 0 waiting" in shown.text("#maps .head .soft")
+    assert shown.text("#resident") == f"{number} of {worker.slots} slots"
+    assert shown.text("#status-text") == "1 of 1 worker ready"
+    assert shown.text("h1") == service.stub.GetModel(pb.GetModelRequest(), timeout=30).name
+    assert shown.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_live_pools_and_paging(
+    idle_service: Any, show: Callable[..., Shown], until: Callable[..., None], address: str
+) -> None:
+    service = idle_service
+    until(lambda: state_at(address)["samples"][-1]["seconds"] > 0.5)
+    before, paged = state_at(address)["samples"][-1], worker_counts(service)
+    pool = service.random_pool(77, 10)
+    shown = show(DESK)
+    call = service.open(SECRET, pool=pool, tenant="acme", max_tokens=900)
+    first = next(call)
+    reader = threading.Thread(target=read_to_its_end, args=(call,))  # who does not read is cut off
+    reader.start()
+    row = shown.page.locator("#pools tbody tr.live")
+    row.wait_for()
+    live = row.locator("td").all_text_contents()
+    service.stub.Abort(pb.AbortRequest(request_id=first.request_id), metadata=(("x-tenant-id", "acme"),))
+    assert live[1:5] == ["acme", "fixed", "1", "0"]
+    assert live[7].endswith(f" of {10 * len(service.routed_per_layer)}")
+    reader.join(60)
+    answer = service.generate(SECRET, pool=pool, tenant="acme", max_tokens=3)
+    service.wait_until_idle()
+
+    def counted() -> dict[str, float]:
+        """What the samples since then have."""
+        mine = [sample for sample in state_at(address)["samples"] if sample["end_unix_s"] >= before["end_unix_s"] - 0.2]
+        return {name: sum(sample[name] for sample in mine) - before[name] for name in paged}
+
+    def moved() -> dict[str, float]:
+        return {name: count - paged[name] for name, count in worker_counts(service).items()}
+
+    until(lambda: counted() == moved(), 30)
+    assert moved()["experts_missed"] > 0
+    assert moved()["bytes_from_disk"] > 0
+
+    def hit_rate() -> str:
+        hits, misses = (
+            sum(sample[name] for sample in state_at(address)["samples"]) for name in ("experts_hit", "experts_missed")
+        )
+        return f"{round(100 * hits / (hits + misses), 1):g} %"
+
+    until(lambda: shown.text("#hit-rate") == hit_rate(), 30)
+    assert shown.page.locator("#hits svg .rate").count() == 1
+    bars = shown.page.locator("#bandwidth svg rect.disk")
+    until(lambda: bars.count() == len(state_at(address)["samples"]), 30)
+    assert any(float(bar.get_attribute("height") or 0) > 0 for bar in bars.all())
+    row = shown.page.locator("#pools tbody tr", has_text=answer.usage.pool.digest[:12])
+    until(lambda: row.locator("td").all_text_contents()[3:5] == ["0", "1"], 30)
+    assert SECRET not in json.dumps(state_at(address))

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-PROTOCOLS = {
-    "grpc": "opentelemetry.exporter.otlp.proto.grpc",
-    "http/protobuf": "opentelemetry.exporter.otlp.proto.http",
-}
+PROTOCOLS = {"grpc": "grpc", "http/protobuf": "http"}
 TRACEPARENT = "traceparent"
 
 Attributes = Mapping[str, str | int | float | bool]

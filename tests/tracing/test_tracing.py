@@ -80,6 +80,15 @@ def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         tracing.start("test", "1.2.3", ENDPOINT)
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+def test_both_protocols_are_there(protocol: str) -> None:
+    tracing.start("test", "1.2.3", {**ENDPOINT, "OTEL_EXPORTER_OTLP_PROTOCOL": protocol})
+    with tracing.call("a/b", ()):
+        assert tracing.traceparent() is not None
+        tracing.stop()  # before the call ends: nothing is to be sent to nobody
+    assert tracing.traceparent() is None
+
+
 def test_spans_nest_and_parts_come_later(exporter: InMemorySpanExporter) -> None:
     metadata = (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"), ("key-bin", b"\0"))
     with tracing.call("package.Service/Method", metadata):

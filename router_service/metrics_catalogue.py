@@ -25,8 +25,8 @@ Alerts and what to do about them: `docs/runbook.md`. Dashboards and rules: `depl
 """
 _REPLAY = """\
 Of no process, but of a file: `expert-pager replay TRACE --prometheus FILE` writes what a recorded trace
-(`workers.trace`) would have cost with other budgets and policies. Put it where node-exporter's textfile collector looks, or push it; the
-dashboard *Capacity* shows it. Only what was replayed is there.
+(`workers.trace`) would have cost with other budgets and policies. Put it where node-exporter's textfile collector
+looks, or push it; the dashboard *Capacity* shows it. Only what was replayed is there.
 
 """
 _HEADER = "| name | type | unit | labels | meaning | the question it answers |\n|---|---|---|---|---|---|"

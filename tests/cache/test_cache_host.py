@@ -239,6 +239,9 @@ class Source:
         down.fill_(-1.0 - key.expert)
         return gate_up.nbytes + down.nbytes
 
+    def keys_per_layer(self):
+        return (8,)
+
 slots = DeviceSlots(4, shape, torch.float32, "cpu", num_layers=1, max_experts=8)
 pager = ExpertPager(Source(), slots, host=host)
 """

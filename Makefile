@@ -33,7 +33,7 @@ help:
 	@echo "make bench   measure on this machine; writes benchmarks/results/"
 	@echo "make train CORPUS=DIR     train both reference models again; goes on where it was stopped"
 	@echo "make evidence CORPUS=DIR  measure both reference models; writes docs/evidence.md"
-	@echo "make screenshots CORPUS=DIR  pictures of how both reference models route; writes docs/images/"
+	@echo "make screenshots CORPUS=DIR  pictures of how both reference models route, and of /ui; writes docs/images/"
 	@echo "make install only make $(VENV); later: $(BIN)/expert-pager --help"
 
 install: $(INSTALLED)
@@ -100,6 +100,7 @@ screenshots: corpus chromium $(INSTALLED)
 	$(BIN)/expert-pager clusters models/emo-tiny --compare models/stdmoe-tiny \
 		--documents "$(CORPUS)/*.valid.jsonl.gz" --out run/clusters.html
 	$(BIN)/python -m benchmarks.screenshots run/clusters.html docs/images
+	$(BIN)/python -m benchmarks.ui_screenshots models/emo-tiny docs/images
 
 # $(call have,PACKAGE,PROGRAMS,WHY): one of the programs, by apt-get where there is none and that is possible.
 have = for program in $(2); do command -v $$program >/dev/null && exit 0; done; \

@@ -149,7 +149,7 @@ def _routing_passes(emo: Measured) -> list[Claim]:
 def _named_pools(emo: Evaluation) -> list[Claim]:
     says = "one example of the domain minus the prompt's own fused pool at {:g} %: at most 0"
     return [
-        Claim("named pools", says.format(percent), _minus(emo, "one-example", "fused", percent), 0)
+        Claim("named pools", says.format(percent), _minus(emo, "named", "fused", percent), 0)
         for percent in MAIN_PERCENTS
     ]
 

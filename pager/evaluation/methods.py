@@ -100,6 +100,13 @@ def _one_example(subject: Subject, size: PoolSize) -> Choice:
     return Choice([_fixed(pool) for pool in pools])
 
 
+def _named(subject: Subject, size: PoolSize) -> Choice:
+    """What `expert-pager calibrate` makes of one example, where it is not told how."""
+    examples, score = subject.one_example_each(), subject.router("fitted")
+    pools = {ids: pick_pool(score(ids), size, subject.facts) for ids in dict.fromkeys(examples)}
+    return Choice([_fixed(pools[ids]) for ids in examples])
+
+
 def _mean_of_prompt(subject: Subject) -> list[RoutingScores]:
     return [RoutingScores(mean.prompt_LR, "mean", subject.cut.prompt_tokens) for mean in subject.full[1]]
 
@@ -156,6 +163,7 @@ METHODS: dict[str, Method] = {
     "fitted": Method(_by_scores("fitted"), "the routing-only pass and the token counts, fitted", needs="router"),
     "mean": Method(_by_scores("mean"), "the mean router probability over the prompt, with all experts"),
     "one-example": Method(_one_example, "one other document of the domain, layer by layer"),
+    "named": Method(_named, "one other document of the domain, fitted, as a named pool is", needs="router"),
     "greedy": Method(_greedy, "five other documents of the domain, layer by layer", needs="others"),
     "easy-ep": Method(_by_scores("easy-ep"), "five other documents of the domain, EASY-EP", needs="others"),
     "calibrated": Method(

@@ -60,6 +60,25 @@ def test_a_prompt_must_leave_something_to_predict() -> None:
         Cut(30, 512).check(48)
 
 
+def test_what_needs_a_fitted_router_is_measured_on_the_shipped_model(tmp_path: Path) -> None:
+    """Prompts and another document of their kind choose better pools than chance does."""
+    kinds = {
+        "law": "({0}) The Mayor shall submit to the Council a report under section {0} of this title. ",
+        "python": "    def item_{0}(self, node):\n        self.items[{0}] = node\n        return self.items[{0}]\n\n",
+    }
+    for kind, text in kinds.items():
+        lines = [json.dumps({"text": "".join(text.format(start + n) for n in range(6))}) for start in (3, 17, 54)]
+        (tmp_path / f"{kind}.valid.jsonl").write_text("\n".join(lines))
+    names = ("lexical", "fitted", "named", "random")
+    model, documents = Path(__file__).parents[2] / "models" / "emo-tiny", (str(tmp_path / "*.valid.jsonl"),)
+    ask = Ask(model, documents, methods=names, percents=(12.5,), cut=Cut(32, 128), resamples=50)
+    evaluation = evaluate(ask, tokenizer_of(ask), tmp_path / "cells")
+    rises = {each.method: each.rise.mean for each in evaluation.figures}
+    assert tuple(rises) == names
+    assert max(rises["lexical"], rises["fitted"], rises["named"]) < rises["random"] / 2
+    assert len(set(rises.values())) == len(names)
+
+
 def test_every_method_is_measured(ask: Ask, tmp_path: Path) -> None:
     evaluation = evaluate(ask, tokenizer_of(ask), tmp_path / "cells")
     assert [(each.method, each.percent) for each in evaluation.figures] == [(name, 50.0) for name in METHODS]

@@ -14,7 +14,9 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tokenizers import Tokenizer
 
+from pager.engine.fitted_router import FittedRouter
 from pager.engine.trunk_router import TrunkRouter
+from pager.routing.fitted import RouterFile
 from pager.routing.pool import parse_pool_size, pick_pool
 
 CODE = "def mean(values):\n    total = 0\n    for value in values:\n"
@@ -99,24 +101,25 @@ def test_an_answer_ends_before_its_stop_string(idle_service: Any) -> None:
 def test_route_predicts_a_pool_and_moves_nothing(idle_service: Any, model: Path, tokenizer: Tokenizer) -> None:
     before = idle_service.worker_metrics()
     route = idle_service.stub.Route(
-        pb.RouteRequest(text=LAW.encode(), pool=pb.PoolPolicy(count=12)), metadata=(("x-tenant-id", "router"),)
+        pb.RouteRequest(text=LAW.encode(), pool=pb.PoolPolicy(count=31)), metadata=(("x-tenant-id", "router"),)
     )
-    router = TrunkRouter.load(model, dtype="float32")
+    trunk = TrunkRouter.load(model, dtype="float32")
+    router = FittedRouter(RouterFile.load(model, trunk.fingerprint), trunk)
     scores = router.scores(tokenizer.encode(LAW, add_special_tokens=False).ids)
     for mine, theirs in zip(scores.mean_LR, route.scores.layers, strict=True):
         np.testing.assert_allclose(theirs.mean, mine, atol=1e-6)
-    assert route.pool.digest == pick_pool(scores, parse_pool_size(12), router.facts).digest
+    assert route.pool.digest == pick_pool(scores, parse_pool_size(31), trunk.facts).digest
     assert route.placement.worker == "worker-0"
     after = idle_service.worker_metrics()
     for name in ("expert_pager_transfer_bytes_total", "expert_pager_lookups_total", "expert_pager_step_tokens_total"):
         assert after.total(name) == before.total(name), name
 
-    for pool in (pb.PoolPolicy(count=12, source=pb.POOL_SOURCE_PREDICTION), pb.PoolPolicy(digest=route.pool.digest)):
+    for pool in (pb.PoolPolicy(count=31, source=pb.POOL_SOURCE_PREDICTION), pb.PoolPolicy(digest=route.pool.digest)):
         answer = idle_service.generate(LAW, pool=pool, max_tokens=4, tenant="router")
         assert answer.usage.pool.digest == route.pool.digest
-    chosen = idle_service.generate(LAW, pool=12, max_tokens=4, tenant="router").usage.pool
+    chosen = idle_service.generate(LAW, pool=31, max_tokens=4, tenant="router").usage.pool
     again = idle_service.stub.Route(
-        pb.RouteRequest(text=LAW.encode(), pool=pb.PoolPolicy(count=12)), metadata=(("x-tenant-id", "router"),)
+        pb.RouteRequest(text=LAW.encode(), pool=pb.PoolPolicy(count=31)), metadata=(("x-tenant-id", "router"),)
     )
     assert again.observed.digest == chosen.digest
     assert idle_service.refusal(LAW, pool=pb.PoolPolicy(digest=chosen.digest), tenant="else").reason == "UNKNOWN_POOL"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -138,18 +139,31 @@ def test_the_map_is_what_the_service_holds(
     number = sum(map(sum, drawn()))
     assert 0 < number == worker.resident_experts < sum(service.routed_per_layer)
     assert shown.text("#maps h3") == name
-    assert f"ready, {number} of {worker.slots} slots, 0 running, 0 waiting" in shown.text("#maps .head .soft")
+    idle = f"ready, {number} of {worker.slots} slots, 0 running, 0 waiting"
+    until(lambda: idle in shown.text("#maps .head .soft"), 30)  # the page asks every few seconds
     assert shown.text("#resident") == f"{number} of {worker.slots} slots"
     assert shown.text("#status-text") == "1 of 1 worker ready"
     assert shown.text("h1") == service.stub.GetModel(pb.GetModelRequest(), timeout=30).name
     assert shown.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def is_quiet(address: str, seconds: float = 4.0) -> bool:
+    """Nothing was added to the samples for so long."""
+
+    def totals() -> list[float]:
+        samples = state_at(address)["samples"]
+        return [sum(sample[name] for sample in samples) for name in ("experts_hit", "experts_missed")]
+
+    before = totals()
+    time.sleep(seconds)
+    return totals() == before
+
+
 def test_live_pools_and_paging(
     idle_service: Any, show: Callable[..., Shown], until: Callable[..., None], address: str
 ) -> None:
     service = idle_service
-    until(lambda: state_at(address)["samples"][-1]["seconds"] > 0.5)
+    until(lambda: is_quiet(address))  # the page hears of what workers did a little later
     before, paged = state_at(address)["samples"][-1], worker_counts(service)
     pool = service.random_pool(77, 10)
     shown = show(DESK)

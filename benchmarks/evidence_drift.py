@@ -27,7 +27,9 @@ BUDGET = "50%"
 TOKENS = 256
 WINDOW = 16
 QUIET_SHARE = 0.9  # of unchanging training documents, those whose drift stays below the threshold
-ACTIONS = ("exact", "pool", "widened", "exact after drift")
+EAGER = DriftPolicy(0.58, window=4)
+"""Takes almost any text for one that drifts: what is saved is what little such a text does not want at all."""
+ACTIONS = ("exact", "pool", "widened", "widened soon", "exact after drift")
 Facts = dict[str, Any]
 
 
@@ -40,11 +42,12 @@ def measure_drift(model: Path, corpus: Path, folder: Path, scale: Scale, per_dom
     asked, known = _few(asked, per_domain), _few(known, per_domain)
     paged = load_paged_model(model, dtype="float32", budgets=Budgets(expert_memory=BUDGET))
     try:
-        conditions = f"2 {paged.fingerprint} {digest_of(asked)} {digest_of(known)} {scale}"
+        conditions = f"3 {paged.fingerprint} {digest_of(asked)} {digest_of(known)} {scale}"
         path = folder / "drift.json"
         stored: Facts = json.loads(path.read_text()) if path.exists() else {}
         if stored.get("conditions") == conditions:
             return stored
+        eager = PoolPolicy(POOL, drift=EAGER)
         still = [ChangingText(text.token_ids, cut.prompt_tokens, TOKENS // 2, (text.domain,) * 2) for text in known]
         peaks = [
             reading.report.peak_mass
@@ -52,11 +55,13 @@ def measure_drift(model: Path, corpus: Path, folder: Path, scale: Scale, per_dom
             if reading.report is not None
         ]
         threshold = float(np.quantile(peaks, QUIET_SHARE))
-        facts: Facts = {"conditions": conditions, "threshold": threshold}
+        alarms = [reading.report.widenings > 0 for reading in read(paged, still, eager) if reading.report is not None]
+        facts: Facts = {"conditions": conditions, "threshold": threshold, "false_alarms": float(np.mean(alarms))}
         policies = {
             "exact": PoolPolicy(),
             "pool": PoolPolicy(POOL),
             "widened": PoolPolicy(POOL, drift=DriftPolicy(threshold, window=WINDOW)),
+            "widened soon": eager,
             "exact after drift": PoolPolicy(POOL, drift=DriftPolicy(threshold, DriftAction.EXACT, WINDOW)),
         }
         for where, in_prompt in (("in the prompt", True), ("in the answer", False)):
@@ -71,11 +76,11 @@ def measure_drift(model: Path, corpus: Path, folder: Path, scale: Scale, per_dom
 
 
 def drift_claims(facts: Facts) -> list[Claim]:
-    found = facts["in the prompt"]["widened"]
+    found = facts["in the prompt"]["widened soon"]
     return [
         Claim(
             "drift",
-            "a prompt that changes its domain halfway, pool widened: within 0.03 nats of exact",
+            "a prompt that changes its domain halfway, pool widened soon: within 0.03 nats of exact",
             Interval(**found["above_exact"]),
             0.03,
         ),
@@ -113,7 +118,8 @@ def drift_section(facts: Facts) -> str:
         f"or in the middle of the text, {facts['in the prompt']['texts']} of each kind, four tokens at a time. Pool: "
         f"25 % of the experts, chosen from the prompt; cache: {BUDGET} of them. The threshold, "
         f"{facts['threshold']:.2f} of router mass outside of the pool over {WINDOW} tokens, leaves {QUIET_SHARE:.0%} "
-        "of unchanging training documents alone."
+        f"of unchanging training documents alone. Widened soon: a threshold of {EAGER.threshold:g} over {EAGER.window} "
+        f"tokens, which widens the pools of {facts['false_alarms']:.0%} of them too."
     )
     return f"{said}\n\n{table(header, rows)}"
 

@@ -11,12 +11,15 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+TIMEOUT_S = 10.0
+"""How long a thread may take to come to an end when the process does: a read that hangs must not keep it."""
+
 _T = TypeVar("_T")
 _live: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
 
 
-def end_at_exit(owner: _T, end: Callable[[_T], None]) -> None:
-    """Calls `end(owner)`, which must return in a bounded time, when the process exits; the last registered ends first.
+def call(owner: _T, end: Callable[[_T], None]) -> None:
+    """Has `end(owner)`, which must return in a bounded time, called when the process exits: the last registered first.
 
     `owner` is held weakly: its threads, while they run, should keep it alive.
     """

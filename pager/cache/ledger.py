@@ -160,7 +160,7 @@ class Ledger:
     def hit(self, keys: Sequence[ExpertKey], meter: UsageMeter) -> bool:
         """Counts a hit of each key when all are loaded, and pins none: for caches that never evict. Else False."""
         with self.lock:
-            if self._trace is not None or not all(map(self.index.is_loaded, keys)):
+            if self._closed or self._trace is not None or not all(map(self.index.is_loaded, keys)):
                 return False
             self._count_lookups(meter, hits=len(keys))
             self._count_use(keys)

@@ -7,14 +7,11 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
-from pager.at_exit import end_at_exit
+from pager import at_exit
 from pager.types import ExpertKey
 
 Priority = tuple[int, int]
 """(how urgent, in which order): the lower is read first. Ties go by layer, then expert."""
-
-EXIT_S = 10.0
-"""How long the end of the process waits for a read that is under way."""
 
 
 class Readers:
@@ -35,7 +32,7 @@ class Readers:
         ]
         for thread in self._threads:
             thread.start()
-        end_at_exit(self, Readers.end)
+        at_exit.call(self, Readers.end)
 
     def push(self, priority: Priority, keys: Sequence[ExpertKey]) -> None:
         """Queues `keys` at once, so that no thread takes the last before it sees the first."""
@@ -59,7 +56,7 @@ class Readers:
     def end(self) -> None:
         """Stops, and waits a bounded time."""
         self.stop()
-        self.join(EXIT_S)
+        self.join(at_exit.TIMEOUT_S)
 
     def _run(self) -> None:
         while (key := self._next()) is not None:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pager.at_exit import end_at_exit
+from pager import at_exit
 from pager.cache.usage import Cause
 from pager.errors import ConfigError
 from pager.types import ExpertKey
@@ -69,7 +69,7 @@ class TraceRecorder:
         self._thread = threading.Thread(target=self._write, name="trace", daemon=True)
         self._events.put(json.dumps({"format": FORMAT, "version": VERSION, **asdict(header)}))
         self._thread.start()
-        end_at_exit(self, TraceRecorder.close)
+        at_exit.call(self, TraceRecorder.close)
 
     def held(self, cause: Cause, keys: Sequence[ExpertKey]) -> None:
         if keys:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from pager.cache.pager import ExpertPager
+from pager.cache.pager import CacheStats, ExpertPager
 from pager.cluster.views import ModelView
 from pager.cluster.warm import Experts
 from pager.cluster.worker import HostAccess, LoadedEngine, Sink, WorkerObserver
@@ -24,7 +24,7 @@ from pager.errors import CheckpointError, ConfigError
 from pager.machine import Machine
 from pager.metrics import TierBytes
 from pager.planner import Budgets, describe
-from pager.types import ExpertKey
+from pager.types import ExpertKey, PagingTotals
 
 PAGE_IN_POLL_S = 0.02
 
@@ -60,9 +60,10 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         model=_view(config, paged),
         kv_block_bytes=paged.plan.kv_block_bytes,
         resident=paged.pager.resident_experts,
+        paging=lambda: _paging(paged.pager.stats()),
         tiers=lambda: _tiers(paged, host),
-        close=paged.close,
         page_in=lambda experts, timeout_s: page_in(paged.pager, experts, timeout_s),
+        close=paged.close,
     )
 
 
@@ -74,6 +75,10 @@ def page_in(pager: ExpertPager, experts: Experts, timeout_s: float) -> None:
     end_s = time.monotonic() + timeout_s
     while pager.prefetch_pending(keys) and time.monotonic() < end_s:
         time.sleep(PAGE_IN_POLL_S)
+
+
+def _paging(stats: CacheStats) -> PagingTotals:
+    return PagingTotals(stats.hits + stats.hits_in_flight, stats.misses, stats.bytes_from_disk, stats.bytes_from_host)
 
 
 def device_of(workers: WorkerConfig) -> str:

@@ -13,9 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Protocol
 
 from expert_pager.v1 import worker_pb2 as pb
@@ -29,7 +29,7 @@ from pager.cluster.warm import Experts, WarmFile
 from pager.config import ServiceConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
-from pager.metrics import MetricsServer, TierBytes, WorkerMetrics
+from pager.metrics import EngineLoad, MetricsServer, TierBytes, WorkerMetrics
 from pager.types import PagingTotals
 
 if TYPE_CHECKING:
@@ -47,17 +47,9 @@ REMEMBERED_PAGE_INS = 256
 PLAN_IN_LABEL = ("slot_bytes", "host_bytes", "kv_bytes", "max_running")
 
 
-class Status(Protocol):
+class Status(EngineLoad, Protocol):
     """What a worker reads of the engine's status."""
 
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def running(self) -> int: ...
-    @property
-    def kv_blocks_used(self) -> int: ...
-    @property
-    def kv_blocks_total(self) -> int: ...
     @property
     def last_step_started_monotonic_s(self) -> float | None: ...
 
@@ -76,11 +68,10 @@ class LoadedEngine:
     model: ModelView
     kv_block_bytes: int
     resident: Callable[[], Sequence[Sequence[int]]]  # per layer the routed experts in device slots
+    paging: Callable[[], PagingTotals]
     tiers: Callable[[], dict[str, TierBytes]]
+    page_in: Callable[[Experts, float], None]  # returns when they are there, or after so many seconds
     close: Callable[[], None]
-    page_in: Callable[[Experts, float], None] = lambda experts, timeout_s: (
-        None
-    )  # returns when they are there, or time is up
 
 
 class HostAccess(Protocol):
@@ -104,17 +95,9 @@ class WorkerObserver(WorkerMetrics, EngineObserver):
     def __init__(self) -> None:
         super().__init__()
         self._recent: deque[float] = deque(maxlen=REMEMBERED_PAGE_INS)
-        self._paging = dict.fromkeys((each.name for each in fields(PagingTotals)), 0)
-        self._lock = Lock()  # experts are read by several threads
-
-    def lookups(self, tier: str, result: str, count: int) -> None:
-        super().lookups(tier, result, count)
-        if tier == "device":
-            self._add("experts_missed" if result == "miss" else "experts_hit", count)
 
     def transferred(self, source: str, destination: str, nbytes: int, seconds: float) -> None:
         super().transferred(source, destination, nbytes, seconds)
-        self._add(f"bytes_from_{source}", nbytes)
         if destination == "device" and seconds > 0:
             self._recent.append(nbytes / seconds)
 
@@ -122,14 +105,6 @@ class WorkerObserver(WorkerMetrics, EngineObserver):
         """Median of the recent page-ins; 0 before the first."""
         recent = list(self._recent)
         return statistics.median(recent) if recent else 0.0
-
-    def paging(self) -> PagingTotals:
-        with self._lock:
-            return PagingTotals(**self._paging)
-
-    def _add(self, name: str, count: int) -> None:
-        with self._lock:
-            self._paging[name] += count
 
 
 class Worker:
@@ -260,7 +235,7 @@ class Worker:
         assert self._loaded is not None, "a load report before the model is there"
         status = self._loaded.engine.status()
         return pb.Load(
-            **asdict(self._observer.paging()),
+            **asdict(self._loaded.paging()),
             waiting=status.waiting,
             running=status.running,
             resident=[encode_bitmap(layer) for layer in self._loaded.resident()],

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
-from pager.at_exit import end_at_exit
+from pager import at_exit
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.inbox import Inbox
 from pager.engine.intake import Intake
@@ -119,7 +119,7 @@ class Engine:
         """Steps on a thread of its own from now on."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
-        end_at_exit(self, Engine.stop)
+        at_exit.call(self, Engine._leave)
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Refuses new requests, lets the present ones end for `drain_s`, fails the rest with NotReady. Idempotent."""
@@ -130,6 +130,13 @@ class Engine:
         self._inbox.wait_until_empty(drain_s)
         self._inbox.halt()
         self._thread.join()
+
+    def _leave(self) -> None:
+        """When the process exits: like `stop`, but it does not wait for a step that hangs."""
+        self._inbox.close()
+        self._inbox.halt()
+        if self._thread is not None:
+            self._thread.join(at_exit.TIMEOUT_S)
 
     # From the thread that steps.
 

@@ -212,6 +212,8 @@ def test_with_a_slot_for_every_expert_what_was_loaded_needs_no_demand_again(make
     assert pager.hit_for_good(0, [1, 2], meter)
     assert meter.experts_hit == pager.stats().hits == 2
     pager.check_integrity()
+    pager.close()
+    assert not pager.hit_for_good(0, [1, 2], meter)
 
 
 def test_where_experts_may_be_evicted_a_hit_is_never_for_good(make_pager):

@@ -32,6 +32,7 @@ from pager.types import (
     ExpertShape,
     FinishReason,
     GenerateRequest,
+    PagingTotals,
     PoolPolicy,
     RoutingFacts,
     SamplingParams,
@@ -164,7 +165,14 @@ def load_stand_in(config: ServiceConfig, sink: Any, observer: Any, host: HostAcc
         hold_two_records(host)
     engine = StandIn(sink)
     return LoadedEngine(
-        engine, MODEL, 10, lambda: [[1, 3]], lambda: {"device": TierBytes(200, 100, 0, 0)}, lambda: None
+        engine,
+        MODEL,
+        10,
+        resident=lambda: [[1, 3]],
+        paging=lambda: PagingTotals(5, 3, 700, 0),
+        tiers=lambda: {"device": TierBytes(200, 100, 0, 0)},
+        page_in=lambda experts, timeout_s: None,
+        close=lambda: None,
     )
 
 

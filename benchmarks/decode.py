@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from benchmarks.engine_run import fixed, load_engine, random_pools
 from benchmarks.measure import alternate
 from benchmarks.models import (
     PREFILL_IMPLEMENTATION,
     Decode,
     Decoded,
-    fixed,
     library_decode,
-    load_engine,
     load_library,
     load_plain,
     plain_decode,
-    random_pools,
 )
 from benchmarks.prompts import prompts_of
 from benchmarks.report import Table, console, figure, ratio

@@ -1,41 +1,20 @@
-"""The three ways to decode that are compared: plain transformers, `pager.load_model`, and the service's engine."""
+"""Two ways to decode that are compared: plain transformers and `pager.load_model`. The third is `engine_run.py`."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM
 from transformers.generation import BaseStreamer
 
 import pager
 import pager.models  # plain transformers loads EMO through it
-from pager.engine.engine import Engine
-from pager.engine.interface import EngineLimits, Failure, StreamEvent
-from pager.engine.loading import PagedModel, load_paged_model
-from pager.planner import Budgets
-from pager.routing.pool import largest_counts
-from pager.types import (
-    Count,
-    ExpertPool,
-    GenerateRequest,
-    PoolPolicy,
-    PoolSource,
-    RoutingFacts,
-    SamplingParams,
-    Share,
-    TokenChunk,
-    Usage,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,16 +61,6 @@ def load_library(path: Path, **options: Any) -> Iterator[PreTrainedModel]:
         yield endless(model)
     finally:
         model.expert_paging.close()
-
-
-@contextmanager
-def load_engine(path: Path, dtype: torch.dtype, budgets: Budgets, num_readers: int) -> Iterator[EngineRun]:
-    """What a worker of the service runs, without its processes."""
-    paged = load_paged_model(path, dtype=dtype, budgets=budgets, num_readers=num_readers)
-    try:
-        yield EngineRun(paged)
-    finally:
-        paged.close()
 
 
 class StepClock(BaseStreamer):  # type: ignore[misc] # transformers is untyped here
@@ -145,80 +114,3 @@ def library_decode(model: PreTrainedModel) -> Decode:
         return Decoded(run.num_tokens, run.seconds, stats().bytes_from_disk - marks[0])
 
     return decode
-
-
-class EngineRun:
-    """An engine that is stepped here, so that its steps can be timed one by one."""
-
-    def __init__(self, paged: PagedModel) -> None:
-        self.paged = paged
-        self._events: deque[StreamEvent] = deque()
-        self._engine = Engine(paged, Tokenizer(BPE()), EngineLimits(), sink=self._events.extend)
-        self._num_requests = 0
-
-    def first_token(self, prompt: Sequence[int], policy: PoolPolicy) -> tuple[float, Usage]:
-        """Seconds from submission to the first token, and what it cost."""
-        started_s = time.perf_counter()
-        self._submit(prompt, 1, policy)
-        while True:
-            for chunk in self._step():
-                if chunk.usage is not None:
-                    return time.perf_counter() - started_s, chunk.usage
-
-    def decoder(self, policy: PoolPolicy) -> Decode:
-        """Steps in which every row decodes and no prompt runs."""
-
-        def decode(prompts: Sequence[Sequence[int]], num_steps: int) -> Decoded:
-            # Rows start one step after another, so the first have to last longer.
-            for prompt in prompts:
-                self._submit(prompt, num_steps + len(prompts), policy)
-            stats = self.paged.pager.stats
-            started: set[str] = set()
-            num_ended, num_timed, seconds, nbytes = 0, 0, 0.0, 0
-            while num_ended < len(prompts):
-                all_started, paged_before, step_started_s = len(started) == len(prompts), stats(), time.perf_counter()
-                chunks = self._step()
-                if all_started and len(chunks) == len(prompts):
-                    seconds += time.perf_counter() - step_started_s
-                    nbytes += stats().bytes_from_disk - paged_before.bytes_from_disk
-                    num_timed += len(chunks)
-                started |= {chunk.request_id for chunk in chunks}
-                num_ended += sum(chunk.usage is not None for chunk in chunks)
-            return Decoded(num_timed, seconds, nbytes)
-
-        return decode
-
-    def _submit(self, prompt: Sequence[int], num_tokens: int, policy: PoolPolicy) -> None:
-        self._num_requests += 1
-        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        self._engine.submit(GenerateRequest(str(self._num_requests), "benchmark", tuple(prompt), sampling, policy))
-
-    def _step(self) -> list[TokenChunk]:
-        self._engine.step()
-        chunks = []
-        while self._events:
-            event = self._events.popleft()
-            if isinstance(event, Failure):
-                raise event.error
-            chunks.append(event)
-        return chunks
-
-
-def random_pools(facts: RoutingFacts, share: float, num_pools: int, seed: int = 0) -> list[ExpertPool]:
-    """Disjoint pools of `share` of the experts, drawn at random; as few as one where no more fit."""
-    random = np.random.default_rng(seed)
-    counts = largest_counts(Share(share), facts)
-    orders = [random.permutation(num_routed) for num_routed in facts.routed_per_layer]
-    return [
-        ExpertPool(
-            tuple(
-                tuple(sorted(order[number * count : (number + 1) * count].tolist()))
-                for order, count in zip(orders, counts, strict=True)
-            )
-        )
-        for number in range(num_pools)
-    ]
-
-
-def fixed(pool: ExpertPool) -> PoolPolicy:
-    return PoolPolicy(Count(max(map(len, pool.experts))), PoolSource.FIXED, pool)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.engine_run import EngineRun, fixed, load_engine, random_pools
 from benchmarks.measure import alternate
-from benchmarks.models import EngineRun, fixed, load_engine, random_pools
 from benchmarks.page_cache import drop
 from benchmarks.prompts import prompts_of
 from benchmarks.raw_read import RawReader, extents_of

@@ -1,0 +1,154 @@
+"""The service's engine, stepped by who measures it; and the pools that it is measured with."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from benchmarks.models import Decode, Decoded
+from pager.engine.engine import Engine
+from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
+from pager.engine.loading import PagedModel, load_paged_model
+from pager.planner import Budgets
+from pager.routing.pool import largest_counts
+from pager.types import (
+    Count,
+    ExpertPool,
+    GenerateRequest,
+    PoolPolicy,
+    PoolSource,
+    RoutingFacts,
+    SamplingParams,
+    Share,
+    TokenChunk,
+    Usage,
+)
+
+
+@contextmanager
+def load_engine(
+    path: Path,
+    dtype: torch.dtype,
+    budgets: Budgets,
+    num_readers: int,
+    *,
+    limits: EngineLimits | None = None,
+    **options: Any,
+) -> Iterator[EngineRun]:
+    """What a worker of the service runs, without its processes. `options` are `load_paged_model`'s."""
+    paged = load_paged_model(path, dtype=dtype, budgets=budgets, num_readers=num_readers, **options)
+    try:
+        yield EngineRun(paged, limits or EngineLimits())
+    finally:
+        paged.close()
+
+
+class ForwardClock(EngineObserver):
+    """How long steps took, and the model's forwards in them. Mutable: only grows."""
+
+    def __init__(self) -> None:
+        self.step_s = 0.0
+        self.forward_s = 0.0
+
+    def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
+        self.step_s += seconds
+        self.forward_s += forward_seconds
+
+
+class EngineRun:
+    """An engine that is stepped here, so that its steps can be timed one by one."""
+
+    def __init__(self, paged: PagedModel, limits: EngineLimits) -> None:
+        self.paged = paged
+        self.forwards = ForwardClock()
+        self._events: deque[StreamEvent] = deque()
+        self._engine = Engine(paged, Tokenizer(BPE()), limits, sink=self._events.extend, observer=self.forwards)
+        self._num_requests = 0
+
+    def first_token(self, prompt: Sequence[int], policy: PoolPolicy) -> tuple[float, Usage]:
+        """Seconds from submission to the first token, and what it cost."""
+        started_s = time.perf_counter()
+        self.submit(prompt, 1, policy)
+        while True:
+            for chunk in self.step():
+                if chunk.usage is not None:
+                    return time.perf_counter() - started_s, chunk.usage
+
+    def decoder(self, policy: PoolPolicy) -> Decode:
+        """Steps in which every row decodes and no prompt runs."""
+
+        def decode(prompts: Sequence[Sequence[int]], num_steps: int) -> Decoded:
+            # Rows start one step after another, so the first have to last longer.
+            for prompt in prompts:
+                self.submit(prompt, num_steps + len(prompts), policy)
+            stats = self.paged.pager.stats
+            started: set[str] = set()
+            num_ended, num_timed, seconds, nbytes = 0, 0, 0.0, 0
+            while num_ended < len(prompts):
+                all_started, paged_before, step_started_s = len(started) == len(prompts), stats(), time.perf_counter()
+                chunks = self.step()
+                if all_started and len(chunks) == len(prompts):
+                    seconds += time.perf_counter() - step_started_s
+                    nbytes += stats().bytes_from_disk - paged_before.bytes_from_disk
+                    num_timed += len(chunks)
+                started |= {chunk.request_id for chunk in chunks}
+                num_ended += sum(chunk.usage is not None for chunk in chunks)
+            return Decoded(num_timed, seconds, nbytes)
+
+        return decode
+
+    def answer_all(self, requests: Sequence[tuple[Sequence[int], PoolPolicy]], num_tokens: int) -> list[Usage]:
+        """What each answer of `num_tokens` cost, in the order in which they ended; all are submitted at once."""
+        for prompt, policy in requests:
+            self.submit(prompt, num_tokens, policy)
+        usages: list[Usage] = []
+        while len(usages) < len(requests):
+            usages += [chunk.usage for chunk in self.step() if chunk.usage is not None]
+        return usages
+
+    def submit(self, prompt: Sequence[int], num_tokens: int, policy: PoolPolicy) -> str:
+        """The request's name, which its chunks have too."""
+        self._num_requests += 1
+        name, sampling = str(self._num_requests), SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        self._engine.submit(GenerateRequest(name, "benchmark", tuple(prompt), sampling, policy))
+        return name
+
+    def step(self) -> list[TokenChunk]:
+        """One step of the engine. Raises what failed a request."""
+        self._engine.step()
+        chunks = []
+        while self._events:
+            event = self._events.popleft()
+            if isinstance(event, Failure):
+                raise event.error
+            chunks.append(event)
+        return chunks
+
+
+def random_pools(facts: RoutingFacts, share: float, num_pools: int, seed: int = 0) -> list[ExpertPool]:
+    """Disjoint pools of `share` of the experts, drawn at random; as few as one where no more fit."""
+    random = np.random.default_rng(seed)
+    counts = largest_counts(Share(share), facts)
+    orders = [random.permutation(num_routed) for num_routed in facts.routed_per_layer]
+    return [
+        ExpertPool(
+            tuple(
+                tuple(sorted(order[number * count : (number + 1) * count].tolist()))
+                for order, count in zip(orders, counts, strict=True)
+            )
+        )
+        for number in range(num_pools)
+    ]
+
+
+def fixed(pool: ExpertPool) -> PoolPolicy:
+    return PoolPolicy(Count(max(map(len, pool.experts))), PoolSource.FIXED, pool)

@@ -94,8 +94,9 @@ def main(
         "policies",
         f"{model.name}: bytes that requests wait for, by eviction policy and budget, beside what is possible at best",
         conditions(
+            timed=False,
             requests=f"{len(documents)} of {num_domains} domains, prompts of {PROMPT_TOKENS} tokens, {new_tokens} new "
-            f"ones each; pools of {POOL:.1%}, every eighth request of the mixed ones exact"
+            f"ones each; pools of {POOL:.1%}, every eighth request of the mixed ones exact",
         ),
     )
     report.start()

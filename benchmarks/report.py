@@ -89,9 +89,13 @@ class Report:
         return path
 
 
-def conditions(**more: str) -> dict[str, str]:
-    """Machine, software, commit, date and what else runs, then what the caller adds. Sleeps a second to see that."""
+def conditions(*, timed: bool = True, **more: str) -> dict[str, str]:
+    """Machine, software, commit, date and what else runs, then what the caller adds. Sleeps a second to see that.
+
+    Not `timed`: the tables are counts, which no load changes.
+    """
     others = psutil.cpu_percent(interval=1.0)
+    warning = "; NOT ALONE: do not quote these" if timed else "; these are counts, which it does not change"
     return {
         "machine": f"{cpu_name()}, {os.cpu_count()} CPUs, {format_bytes(psutil.virtual_memory().total)} of memory",
         "GPU": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none; nothing here was measured on one",
@@ -99,7 +103,7 @@ def conditions(**more: str) -> dict[str, str]:
         f"transformers {transformers.__version__}, {platform.system()} {platform.release()}",
         "commit": commit(),
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "other load": f"{others:.0f} % of all CPUs{'; NOT ALONE: do not quote these' if others > BUSY_PERCENT else ''}",
+        "other load": f"{others:.0f} % of all CPUs{warning if others > BUSY_PERCENT else ''}",
         **more,
     }
 

@@ -1,0 +1,157 @@
+"""What a prefill reads beside what it needs: each expert once, however few slots there are.
+
+    python -m benchmarks.prefill [MODEL ...]
+
+Counts, not times: the machine may be busy. Exits with status 1 when anything was read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.engine_run import load_engine
+from benchmarks.prompts import prompts_of
+from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, quieten
+from pager.engine.loading import PagedModel
+from pager.engine.trunk import OpenModel, moe_blocks
+from pager.planner import Budgets
+from pager.routing.pool import largest_counts
+from pager.types import ExpertKey, ExpertPool, PoolPolicy, Share
+from pager.units import format_bytes
+
+MODEL = ROOT / "models" / "emo-tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """`pool` None is exact; `budget` is the share of the routed experts that have a slot, None as few as can run."""
+
+    pool: float | None
+    budget: float | None
+
+    def slots(self, opened: OpenModel) -> int:
+        facts = opened.facts
+        if self.budget is not None:
+            return int(self.budget * sum(facts.routed_per_layer))
+        return max(facts.top_k_per_layer) if self.pool is None else sum(largest_counts(Share(self.pool), facts))
+
+    @property
+    def name(self) -> str:
+        return "exact" if self.pool is None else f"pool of {self.pool:.1%}"
+
+
+WAYS = (Way(None, None), Way(None, 0.125), Way(None, 0.25), Way(None, 0.5), Way(0.125, None), Way(0.5, None))
+COLUMNS = ("", "prompt", "slots", "experts needed", "of them picked", "bytes needed", "bytes read", "read / needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Of one prefill. `needed` are experts, of which the prompt's tokens `picked` so many."""
+
+    needed: int
+    picked: int
+    nbytes_needed: int
+    nbytes_read: int
+
+    @property
+    def ratio(self) -> float:
+        return self.nbytes_read / self.nbytes_needed
+
+
+def main(
+    models: Annotated[list[Path] | None, typer.Argument(help="Checkpoints; the shipped model by default.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Of each length.")] = 4,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "64,512",
+    results: Annotated[Path, typer.Option(help="Directory for the table.")] = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="One prompt of 16 tokens, and no file is written.")] = False,
+) -> None:
+    """Compare what a prefill reads with the distinct experts it needs, below the need."""
+    quieten()
+    if quick:
+        prompts, lengths = 1, "16"
+    report = Report(
+        "prefill",
+        "expert bytes that a prefill reads, beside the distinct expert bytes it needs",
+        conditions(timed=False, prompts=f"{prompts} each of {lengths} tokens, nothing in a slot before"),
+    )
+    report.start()
+    all_once = True
+    for model in models or [MODEL]:
+        rows = []
+        with console.status(model.name):
+            for way in WAYS:
+                for length in map(int, lengths.split(",")):
+                    reads = list(_prefills(model, way, prompts_of(model, prompts, length)))
+                    all_once &= all(read.ratio == 1 for read in reads)
+                    rows.append(_row(model, way, length, reads))
+        notes = (
+            "Means over the prompts, but for the ratio: smallest and largest. Exact: needed is what the tokens picked, "
+            "as seen at the gates. Pool: needed is the whole pool, which the tokens to come may pick from.",
+            "Fewest slots: one token's experts of one layer, or one pool.",
+        )
+        report.add(Table(f"Prefill, {model.name}", COLUMNS, rows, notes))
+    if not quick:
+        report.write(results)
+    raise typer.Exit(0 if all_once else 1)
+
+
+def _prefills(model: Path, way: Way, prompts: Sequence[Sequence[int]]) -> Iterator[Read]:
+    opened = OpenModel.open(model, torch.bfloat16)
+    opened.checkpoint.close()
+    budgets = Budgets(expert_memory=way.slots(opened) * opened.expert_bytes, host_memory=0, kv_memory="64MiB")
+    policy = PoolPolicy() if way.pool is None else PoolPolicy(Share(way.pool))
+    for prompt in prompts:
+        with load_engine(model, torch.bfloat16, budgets, 4) as engine:
+            picked = _watch_gates(engine.paged)
+            _, usage = engine.first_token(prompt, policy)
+            needed = set(usage.pool.keys()) if isinstance(usage.pool, ExpertPool) else picked
+            assert picked <= needed, "a token picked an expert outside of its pool"
+            yield Read(len(needed), len(picked), len(needed) * opened.expert_bytes, usage.bytes_from_disk)
+
+
+def _watch_gates(paged: PagedModel) -> set[ExpertKey]:
+    """Fills with the routed experts that tokens picked."""
+    picked: set[ExpertKey] = set()
+
+    def hook(layer: int) -> Any:
+        num_routed = paged.facts.routed_per_layer[layer]
+
+        def note(gate: Any, _: Any, output: Any) -> None:
+            experts = output[2].flatten().unique().tolist()
+            picked.update(ExpertKey(layer, expert) for expert in experts if expert < num_routed)
+
+        return note
+
+    for layer, block in moe_blocks(paged.model):
+        block.gate.register_forward_hook(hook(layer))
+    return picked
+
+
+def _row(model: Path, way: Way, length: int, reads: Sequence[Read]) -> tuple[str, ...]:
+    opened = OpenModel.open(model, torch.bfloat16)
+    opened.checkpoint.close()
+
+    def mean(values: Iterator[int]) -> int:
+        return round(sum(values) / len(reads))
+
+    ratios = [read.ratio for read in reads]
+    return (
+        way.name,
+        f"{length} tokens",
+        f"{way.slots(opened)} of {sum(opened.facts.routed_per_layer)}",
+        str(mean(read.needed for read in reads)),
+        str(mean(read.picked for read in reads)),
+        format_bytes(mean(read.nbytes_needed for read in reads)),
+        format_bytes(mean(read.nbytes_read for read in reads)),
+        f"{min(ratios):.3f}-{max(ratios):.3f}",
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -16,15 +16,17 @@ COPY pyproject.toml README.md LICENSE /src/
 COPY pager /src/pager
 COPY router_service /src/router_service
 COPY protos /src/protos
-RUN /opt/expert-pager/bin/pip install -c /src/constraints.txt '/src[serve]'
+RUN /opt/expert-pager/bin/pip install -c /src/constraints.txt '/src[serve,otel]'
 COPY --chmod=755 deploy/docker/bin/ /opt/expert-pager/bin/
 
 FROM ${PYTHON} AS runtime
-# Ray's daemons outlive the command that starts them: somebody has to reap them.
+# Ray's daemons outlive the command that starts them: somebody has to reap them. KubeRay before 1.4 starts Ray by a login
+# shell, which forgets PATH.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini=0.19.0-1+b3 \
     && rm -rf /var/lib/apt/lists/* \
-    && groupadd --gid 10001 pager && useradd --uid 10001 --gid pager --no-create-home --home-dir /tmp pager
+    && groupadd --gid 10001 pager && useradd --uid 10001 --gid pager --no-create-home --home-dir /tmp pager \
+    && echo 'PATH=/opt/expert-pager/bin:$PATH' > /etc/profile.d/expert-pager.sh
 COPY --from=build /opt/expert-pager /opt/expert-pager
 # A root that can not be written to: all that is written goes to /tmp, /dev/shm and the model's volume.
 ENV PATH=/opt/expert-pager/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0

@@ -53,10 +53,23 @@ def test_what_is_installed_is_pinned(name):
 def test_the_constraints_are_what_the_project_asks_for():
     lines = (DOCKER / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    extras = ("serve", "otel")
     for text in requires("expert-pager") or ():
         requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": "serve"}):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
             assert requirement.specifier.contains(pinned[requirement.name.lower()]), text
+    for name in DOCKERFILES:
+        assert f"'/src[{','.join(extras)}]'" in (DOCKER / name).read_text()
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_a_login_shell_finds_the_programs_too(name, tmp_path):
+    """KubeRay before 1.4 starts Ray by one, and Debian's /etc/profile sets PATH anew before it reads profile.d."""
+    (line,) = re.findall(r"echo '(.+)' > /etc/profile.d/", (DOCKER / name).read_text())
+    (tmp_path / "profile.sh").write_text(f"{line}\n")
+    command = f"PATH=/usr/bin:/bin; . {tmp_path}/profile.sh; echo $PATH"
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert said == "/opt/expert-pager/bin:/usr/bin:/bin\n"
 
 
 def test_what_the_build_copies_is_let_through():

@@ -47,32 +47,35 @@ def load_engine(
     """What a worker of the service runs, without its processes. `options` are `load_paged_model`'s."""
     paged = load_paged_model(path, dtype=dtype, budgets=budgets, num_readers=num_readers, **options)
     try:
-        yield EngineRun(paged, limits or EngineLimits())
+        yield EngineRun(paged, _tokenizer(path), limits or EngineLimits())
     finally:
         paged.close()
 
 
 class ForwardClock(EngineObserver):
-    """How long steps took, and the model's forwards in them. Mutable: only grows."""
+    """How long the model's forwards took. Mutable: only grows."""
 
     def __init__(self) -> None:
-        self.step_s = 0.0
-        self.forward_s = 0.0
+        self.seconds = 0.0
 
     def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
-        self.step_s += seconds
-        self.forward_s += forward_seconds
+        self.seconds += forward_seconds
 
 
 class EngineRun:
     """An engine that is stepped here, so that its steps can be timed one by one."""
 
-    def __init__(self, paged: PagedModel, limits: EngineLimits) -> None:
+    def __init__(self, paged: PagedModel, tokenizer: Tokenizer, limits: EngineLimits) -> None:
         self.paged = paged
-        self.forwards = ForwardClock()
+        self._forwards = ForwardClock()
         self._events: deque[StreamEvent] = deque()
-        self._engine = Engine(paged, Tokenizer(BPE()), limits, sink=self._events.extend, observer=self.forwards)
+        self._engine = Engine(paged, tokenizer, limits, sink=self._events.extend, observer=self._forwards)
         self._num_requests = 0
+
+    @property
+    def forward_s(self) -> float:
+        """The time of all forwards so far."""
+        return self._forwards.seconds
 
     def first_token(self, prompt: Sequence[int], policy: PoolPolicy) -> tuple[float, Usage]:
         """Seconds from submission to the first token, and what it cost."""
@@ -92,17 +95,19 @@ class EngineRun:
                 self.submit(prompt, num_steps + len(prompts), policy)
             stats = self.paged.pager.stats
             started: set[str] = set()
-            num_ended, num_timed, seconds, nbytes = 0, 0, 0.0, 0
+            num_ended, num_timed, seconds, nbytes, forward_s = 0, 0, 0.0, 0, 0.0
             while num_ended < len(prompts):
-                all_started, paged_before, step_started_s = len(started) == len(prompts), stats(), time.perf_counter()
+                all_started, paged_before, forward_before_s = len(started) == len(prompts), stats(), self.forward_s
+                step_started_s = time.perf_counter()
                 chunks = self.step()
                 if all_started and len(chunks) == len(prompts):
                     seconds += time.perf_counter() - step_started_s
+                    forward_s += self.forward_s - forward_before_s
                     nbytes += stats().bytes_from_disk - paged_before.bytes_from_disk
                     num_timed += len(chunks)
                 started |= {chunk.request_id for chunk in chunks}
                 num_ended += sum(chunk.usage is not None for chunk in chunks)
-            return Decoded(num_timed, seconds, nbytes)
+            return Decoded(num_timed, seconds, nbytes, forward_s)
 
         return decode
 
@@ -132,6 +137,12 @@ class EngineRun:
                 raise event.error
             chunks.append(event)
         return chunks
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    """The checkpoint's own; synthetic ones have none, and no text."""
+    file = path / "tokenizer.json"
+    return Tokenizer.from_file(str(file)) if file.exists() else Tokenizer(BPE())
 
 
 def random_pools(facts: RoutingFacts, share: float, num_pools: int, seed: int = 0) -> list[ExpertPool]:

@@ -24,11 +24,15 @@ PREFILL_IMPLEMENTATION = "grouped_mm"
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Decode steps of a whole batch, the prefill left out. `nbytes` were paged in meanwhile."""
+    """Decode steps of a whole batch, the prefill left out. `nbytes` were paged in meanwhile.
+
+    `forward_s` of the time were the model's forwards; 0 where nobody looked.
+    """
 
     num_tokens: int
     seconds: float
     nbytes: int = 0
+    forward_s: float = 0.0
 
     @property
     def rate(self) -> float:

@@ -1,4 +1,4 @@
-"""Rules, scalers and Redis ask for what is there."""
+"""Rules, scalers, Redis and traces ask for what is there."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import redis
 import yaml
 
 from pager.metrics.worker_families import WORKER_FAMILIES
+from pager.tracing import is_asked_for
 from router_service.metric_families import router_families
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
@@ -80,3 +81,17 @@ def await_answer(client: redis.Redis) -> None:
         except redis.ConnectionError:
             time.sleep(0.02)
     raise AssertionError("redis-server does not answer")
+
+
+def test_whoever_traces_knows_the_collector_and_may_reach_it(render):
+    manifests = render("traces")
+    settings = manifests.one("ConfigMap", "expert-pager-traces")
+    port = int(settings["data"]["OTEL_EXPORTER_OTLP_ENDPOINT"].rpartition(":")[2])
+    (rule,) = manifests.one("NetworkPolicy", "expert-pager-traces")["spec"]["egress"]
+    assert port in {each["port"] for each in rule["ports"]}
+    assert is_asked_for(settings["data"])
+    for name in ("expert-pager-router", "expert-pager-worker"):
+        pod = manifests.workload(name)
+        assert {"configMapRef": {"name": settings["metadata"]["name"]}} in pod.main["envFrom"], name
+        selector = manifests.one("NetworkPolicy", "expert-pager-traces")["spec"]["podSelector"]["matchExpressions"][0]
+        assert pod.labels[selector["key"]] in selector["values"], name

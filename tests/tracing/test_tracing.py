@@ -117,6 +117,20 @@ def test_spans_nest_and_parts_come_later(exporter: InMemorySpanExporter) -> None
     assert decode.attributes == {"expert_pager.num_tokens": 3}
 
 
+def test_the_standard_variables_say_which_share_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    exporter = InMemorySpanExporter()
+    tracing.start("test", "1.2.3", {}, exporter)
+    with tracing.call("by chance", ()):
+        going_on = tracing.traceparent()
+    tracing.record(going_on, [tracing.Part("decode", 10.5, 11.0)])
+    with tracing.call("by the caller", (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"),)):
+        pass
+    tracing.stop()
+    assert [span.name for span in exporter.get_finished_spans()] == ["by the caller"]
+
+
 def test_an_error_is_not_quoted(exporter: InMemorySpanExporter) -> None:
     with pytest.raises(ValueError, match="secret"), tracing.call("a/b", None), tracing.span("score"):
         raise ValueError("secret")

@@ -19,8 +19,11 @@ from pager.units import format_bytes
 
 if TYPE_CHECKING:
     from pager.engine.loading import PagedModel
+    from pager.engine.stand_in import StandIns
     from pager.engine.trunk_router import TrunkRouter
     from pager.routing.fit import DocumentReading, Fit
+
+STAND_IN_DOCUMENTS = 320  # of those to be read: some 100,000 tokens for a vector an expert
 
 
 def fit_router(
@@ -51,16 +54,21 @@ def fit_router(
 
     Example: `expert-pager fit-router ./model --documents 'corpus/*.train.jsonl.gz'`
     """
+    from pager.engine.trunk_router import TrunkRouter
     from pager.routing.fit import fit_router as fit
     from pager.routing.fitted import ROUTER_NAME
 
     texts = sample_texts(files_of(documents), max_documents, seed)
-    paged, trunk, encode = _open(model, resolve_device(device), dtype, expert_memory)
+    paged, encode = _open(model, resolve_device(device), dtype, expert_memory)
     try:
-        readings = _read(paged, trunk, (encode(text) for text in texts), len(texts), max_tokens, seed)
+        documents_read = [encode(text)[:max_tokens] for text in texts]
+        stand_ins = _fit_stand_ins(paged, documents_read, seed)
+        trunk = TrunkRouter.load(model, device=str(paged.device), dtype=paged.dtype, stand_ins=stand_ins)
+        readings = _read(paged, trunk, documents_read, seed)
     finally:
         paged.close()
-    fitted = fit(readings, paged.config.vocab_size, paged.facts.routed_per_layer, paged.fingerprint)
+    vocabulary = paged.config.vocab_size
+    fitted = fit(readings, vocabulary, paged.facts.routed_per_layer, paged.fingerprint, stand_ins=stand_ins)
     path = output or model / ROUTER_NAME
     nbytes = fitted.file.save(path)
     _report(fitted, path, nbytes, len(readings), as_json)
@@ -118,29 +126,42 @@ def _reservoir(texts: Iterable[str], count: int, random: np.random.Generator) ->
 
 def _open(
     model: Path, device: str, dtype: str | None, expert_memory: str | None
-) -> tuple[PagedModel, TrunkRouter, Callable[[str], list[int]]]:
+) -> tuple[PagedModel, Callable[[str], list[int]]]:
     from pager.cli.local import read_tokenizer
     from pager.engine.loading import load_paged_model
-    from pager.engine.trunk_router import TrunkRouter
     from pager.planner import Budgets
 
     tokenizer = read_tokenizer(model)
     if tokenizer is None:
         raise InvalidRequest(f"{model} has no tokenizer.json to read the documents with")
     with busy("loading"):
-        trunk = TrunkRouter.load(model, device=device, dtype=dtype)
         paged = load_paged_model(model, device=device, dtype=dtype, budgets=Budgets(expert_memory=expert_memory))
-    return paged, trunk, lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return paged, lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _fit_stand_ins(paged: PagedModel, documents: Sequence[Sequence[int]], seed: int) -> StandIns:
+    from pager.engine.fitting import sizes_of_pools
+    from pager.engine.stand_in import StandInFit
+
+    sizes = sizes_of_pools(paged.facts)
+    random = np.random.default_rng(seed)
+    fit = StandInFit(paged)
+    chosen = [ids for ids in documents if ids][:STAND_IN_DOCUMENTS]
+    with steps_progress("finding stand-ins", len(chosen)) as advance:
+        for ids in chosen:
+            fit.add([(ids, sizes[int(random.integers(len(sizes)))])])
+            advance()
+    return fit.fit()
 
 
 def _read(
-    paged: PagedModel, trunk: TrunkRouter, documents: Iterable[list[int]], total: int, max_tokens: int, seed: int
+    paged: PagedModel, trunk: TrunkRouter, documents: Sequence[Sequence[int]], seed: int
 ) -> list[DocumentReading]:
     from pager.engine.fitting import DocumentReader
 
-    reader = DocumentReader(paged, trunk, max_tokens=max_tokens, seed=seed)
+    reader = DocumentReader(paged, trunk, seed=seed)
     readings = []
-    with steps_progress("reading documents", total) as advance:
+    with steps_progress("reading documents", len(documents)) as advance:
         for ids in documents:
             reading = reader.read(ids)
             if reading is not None:

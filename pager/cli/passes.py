@@ -40,15 +40,16 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
     if name == "fused":
         return Passes()
 
+    file = RouterFile.load(path, opened.checkpoint.fingerprint) if path.exists() else None
+
     @cache
     def trunk() -> TrunkRouter:
         # The workers want the cores; a routing-only pass is short and runs one at a time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-        return TrunkRouter(opened, resolve_device(config.device))
+        return TrunkRouter(opened, resolve_device(config.device), file.stand_ins if file else None)
 
-    if not path.exists():
+    if file is None:
         return Passes({"trunk": trunk}, ("trunk",))
-    file = RouterFile.load(path, opened.checkpoint.fingerprint)
     lexical = cache(lambda: LexicalRouter(file))
     available: dict[str, Callable[[], Scorer]] = {"lexical": lexical}
     chain = {"lexical": ("lexical", "fitted"), "trunk": ("trunk",), "fitted": ("fitted",)}[name]

@@ -23,6 +23,8 @@ class FittedRouter:
                 f"the router was fitted to the model {file.fingerprint} and the trunk is of {trunk.fingerprint}; "
                 "fit it again with `expert-pager fit-router`"
             )
+        if bool(file.stand_ins) != trunk.has_stand_ins:
+            raise CheckpointError("the trunk must be loaded with the stand-ins of its router file, and only with those")
         self.file = file
         self.trunk = trunk
         self._lexical = LexicalRouter(file)

@@ -16,7 +16,7 @@ from pager.engine.trunk import moe_blocks
 from pager.engine.trunk_router import TrunkRouter
 from pager.models.families import routed_probabilities
 from pager.routing.fit import DocumentReading
-from pager.types import ExpertPool, PoolPolicy, PoolSize, Share
+from pager.types import ExpertPool, PoolPolicy, PoolSize, RoutingFacts, Share
 
 PROMPT_LENGTHS = (16, 32, 64, 128, 256)
 FUSED_SIZES = (Share(0.125), Share(0.25), Share(0.5))
@@ -26,21 +26,18 @@ MIN_TOKENS = 32
 class DocumentReader:
     """Runs documents through a model with all experts, through its trunk, and prompts of them under fused pools.
 
-    Owned by one thread. `max_tokens` cuts documents: what lies behind it is not read.
+    Owned by one thread.
     """
 
-    def __init__(self, paged: PagedModel, trunk: TrunkRouter, *, max_tokens: int, seed: int) -> None:
+    def __init__(self, paged: PagedModel, trunk: TrunkRouter, *, seed: int) -> None:
         self._paged = paged
         self._trunk = trunk
-        self._max_tokens = max_tokens
         self._random = np.random.default_rng(seed)
-        top_k = max(paged.facts.top_k_per_layer)
-        experts = max(paged.facts.experts_per_layer)
-        self._sizes = [size for size in FUSED_SIZES if size.share * experts - 1 >= top_k] or [FUSED_SIZES[-1]]
+        self._sizes = sizes_of_pools(paged.facts)
 
     def read(self, token_ids: Sequence[int]) -> DocumentReading | None:
         """None for a document too short to learn from."""
-        ids = tuple(token_ids[: self._max_tokens])
+        ids = tuple(token_ids)
         if len(ids) < MIN_TOKENS:
             return None
         lengths = [length for length in PROMPT_LENGTHS if 2 * length <= len(ids)]
@@ -66,6 +63,12 @@ class DocumentReader:
 
     def _forward(self, ids: Sequence[int]) -> None:
         self._paged.model.model(input_ids=torch.tensor([list(ids)], device=self._paged.device), use_cache=False)
+
+
+def sizes_of_pools(facts: RoutingFacts) -> list[Share]:
+    """Sizes to learn from: those of FUSED_SIZES that hold a token's picks."""
+    top_k, experts = max(facts.top_k_per_layer), max(facts.experts_per_layer)
+    return [size for size in FUSED_SIZES if size.share * experts - 1 >= top_k] or [FUSED_SIZES[-1]]
 
 
 @contextmanager

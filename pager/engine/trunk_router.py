@@ -1,11 +1,14 @@
 """The routing-only pass: embeddings, attention, norms, gates and shared experts; no routed expert is loaded or run.
 
-A prediction: layer L's router reads what layer L-1's experts wrote, and here the routed ones wrote nothing.
+A prediction: layer L's router reads what layer L-1's experts wrote, and here the routed ones wrote nothing, or what
+their stand-ins did where such were fitted (`pager.engine.stand_in`).
+
+Legend: T tokens, K experts a token picks, R routed experts, F expert intermediate, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +27,7 @@ from pager.types import ExpertKey, ExpertShape, RoutingFacts, RoutingScores
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-NAME = "expert_pager_shared_only"
+NAME = "expert_pager_routing_only"
 
 # In half precision on a CPU, torch compiles and keeps 0.7 MB of kernels for every length of prompt.
 HALF_PRECISION_STEP = 64
@@ -33,8 +36,13 @@ HALF_PRECISION_STEP = 64
 class TrunkRouter:
     """Scores prompts for their experts with the model's trunk. Not thread-safe: one pass at a time."""
 
-    def __init__(self, opened: OpenModel, device: torch.device | str = "cpu") -> None:
-        """Loads trunk and shared experts. Raises CheckpointError."""
+    def __init__(
+        self,
+        opened: OpenModel,
+        device: torch.device | str = "cpu",
+        stand_ins: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
+        """Loads trunk and shared experts. `stand_ins`: [R, D] by sparse layer. Raises CheckpointError."""
         self.facts: RoutingFacts = opened.facts
         self.config: PretrainedConfig = opened.config
         self.fingerprint: str = opened.checkpoint.fingerprint
@@ -45,15 +53,23 @@ class TrunkRouter:
         self._length_step = HALF_PRECISION_STEP if keeps_kernels else 1
         self._model = opened.load_trunk(device)
         self.resident_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
-        self._load_shared(opened)
+        self.has_stand_ins = bool(stand_ins)
+        self._load_layers(opened, stand_ins or {})
         self._model.set_experts_implementation(NAME)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> TrunkRouter:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        stand_ins: Mapping[int, np.ndarray] | None = None,
+    ) -> TrunkRouter:
         """Raises CheckpointError, UnsupportedModel."""
         opened = OpenModel.open(path, dtype)
         with opened.checkpoint:
-            return cls(opened, device)
+            return cls(opened, device, stand_ins)
 
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:
         """Each routed expert's mean router probability over the prompt, in one forward without a cache.
@@ -84,44 +100,62 @@ class TrunkRouter:
             for mean_LR, length in zip(self._means, lengths, strict=True)
         )
 
-    def _load_shared(self, opened: OpenModel) -> None:
+    def _load_layers(self, opened: OpenModel, stand_ins: Mapping[int, np.ndarray]) -> None:
         shape = opened.family.expert_shape(opened.config)
         with closing(opened.open_experts()) as source:
-            self._fill_shared(opened.dtype, shape, source)
+            for layer, block in moe_blocks(self._model):
+                gate_up, down = self._read_shared(layer, opened.dtype, shape, source)
+                vectors_RD = torch.from_numpy(stand_ins[layer]).float().to(self.device) if stand_ins else None
+                self.resident_bytes += gate_up.nbytes + down.nbytes + (0 if vectors_RD is None else vectors_RD.nbytes)
+                block.experts.instead = RoutingOnlyExperts(gate_up, down, vectors_RD)
+                block.gate.register_forward_hook(self._record(layer, block.experts.instead))
 
-    def _fill_shared(self, dtype: torch.dtype, shape: ExpertShape, source: ExpertSource) -> None:
-        for layer, block in moe_blocks(self._model):
-            num_experts, num_shared = self.facts.experts_per_layer[layer], self.facts.shared_per_layer[layer]
-            gate_up = torch.empty(num_shared, 2 * shape.intermediate, shape.hidden, dtype=dtype)
-            down = torch.empty(num_shared, shape.hidden, shape.intermediate, dtype=dtype)
-            for index in range(num_shared):
-                source.read(ExpertKey(layer, num_experts - num_shared + index), gate_up[index], down[index])
-            self.resident_bytes += gate_up.nbytes + down.nbytes
-            # Plain attributes: transformers' own parameters of these names are the ones that were taken out.
-            object.__setattr__(block.experts, "gate_up_proj", gate_up.to(self.device))
-            object.__setattr__(block.experts, "down_proj", down.to(self.device))
-            block.gate.register_forward_hook(self._record(layer, num_shared))
+    def _read_shared(
+        self, layer: int, dtype: torch.dtype, shape: ExpertShape, source: ExpertSource
+    ) -> tuple[Tensor, Tensor]:
+        num_experts, num_shared = self.facts.experts_per_layer[layer], self.facts.shared_per_layer[layer]
+        gate_up = torch.empty(num_shared, 2 * shape.intermediate, shape.hidden, dtype=dtype)
+        down = torch.empty(num_shared, shape.hidden, shape.intermediate, dtype=dtype)
+        for index in range(num_shared):
+            source.read(ExpertKey(layer, num_experts - num_shared + index), gate_up[index], down[index])
+        return gate_up.to(self.device), down.to(self.device)
 
-    def _record(self, layer: int, num_shared: int) -> Any:
+    def _record(self, layer: int, experts: RoutingOnlyExperts) -> Any:
+        num_shared = self.facts.shared_per_layer[layer]
+
         def record(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-            probs_TR = routed_probabilities(output[0][: max(self._lengths)], num_shared).double()
+            experts.probs_TR = routed_probabilities(output[0], num_shared)
+            probs_TR = experts.probs_TR[: max(self._lengths)].double()
             for mean_LR, length in zip(self._means, self._lengths, strict=True):
                 mean_LR[layer] = probs_TR[:length].mean(0).cpu().numpy()
 
         return record
 
 
-def shared_experts_only(module: Any, hidden_TD: Tensor, _: Tensor, weights_TK: Tensor) -> Tensor:
-    """[T, D]: what the shared experts add; a family without any adds nothing."""
-    out_TD = torch.zeros_like(hidden_TD)
-    num_shared = len(module.gate_up_proj)
-    for index in range(num_shared):
-        inner_TF = module._apply_gate(hidden_TD @ module.gate_up_proj[index].t())
-        # Shared experts come last among a token's picks.
-        out_TD += (inner_TF @ module.down_proj[index].t()) * weights_TK[
-            :, weights_TK.shape[1] - num_shared + index, None
-        ]
-    return out_TD
+class RoutingOnlyExperts:
+    """What one layer's experts module runs: its shared experts and, where there is one, the stand-in of the others."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, vectors_RD: Tensor | None) -> None:
+        self._shared = list(zip(gate_up, down, strict=True))
+        self._vectors_RD = vectors_RD
+        self.probs_TR = torch.empty(0)  # what the layer's gate said last
+
+    def run(self, module: Any, hidden_TD: Tensor, weights_TK: Tensor) -> Tensor:
+        """[T, D]; nothing where there is neither."""
+        out_TD = torch.zeros_like(hidden_TD)
+        if self._vectors_RD is not None:
+            out_TD += (self.probs_TR @ self._vectors_RD).to(out_TD.dtype)
+        first = weights_TK.shape[1] - len(self._shared)  # shared experts come last among a token's picks
+        for place, (gate_up, down) in enumerate(self._shared, first):
+            inner_TF = module._apply_gate(hidden_TD @ gate_up.t())
+            out_TD += (inner_TF @ down.t()) * weights_TK[:, place, None]
+        return out_TD
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, shared_experts_only)
+def routing_only_experts(module: Any, hidden_TD: Tensor, _: Tensor, weights_TK: Tensor) -> Tensor:
+    """The function registered with transformers."""
+    instead: RoutingOnlyExperts = module.instead
+    return instead.run(module, hidden_TD, weights_TK)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, routing_only_experts)

@@ -134,7 +134,7 @@ class Subject:
     def _trunk(self) -> TrunkRouter:
         opened = OpenModel.open(self.path, self.paged.dtype)
         with opened.checkpoint:
-            return TrunkRouter(opened, self.paged.device)
+            return TrunkRouter(opened, self.paged.device, self.router_file.stand_ins if self.router_file else None)
 
     def _mean_scores(self, texts: Sequence[tuple[int, ...]]) -> list[RoutingScores]:
         means = self.forwards.means(texts)

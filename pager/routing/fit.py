@@ -11,13 +11,13 @@ O outputs (routed experts of every layer in a row), F features of a recall estim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from pager.errors import InvalidRequest
-from pager.routing.fitted import RouterFile, Stage
+from pager.routing.fitted import STAND_IN, RouterFile, Stage
 from pager.routing.pool import pick_layer
 from pager.routing.recall import fit_recall, recall_features
 from pager.routing.regression import common_tokens, main_directions, ridge, sublinear_counts, typical_points
@@ -75,12 +75,17 @@ def fit_router(
     vocabulary: int,
     routed_per_layer: tuple[int, ...],
     fingerprint: str,
+    *,
+    stand_ins: Mapping[int, np.ndarray] | None = None,
     options: FitOptions | None = None,
 ) -> Fit:
-    """The readings should be in random order: folds of them take turns. Raises InvalidRequest for too few."""
+    """The readings should be in random order: folds of them take turns. Raises InvalidRequest for too few.
+
+    `stand_ins` are those of the trunk that made the readings; the file takes them along.
+    """
     if len(readings) < MIN_DOCUMENTS:
         raise InvalidRequest(f"a router is fitted to at least {MIN_DOCUMENTS} documents; {len(readings)} were given")
-    return _Fitter(readings, vocabulary, options or FitOptions()).fit(routed_per_layer, fingerprint)
+    return _Fitter(readings, vocabulary, options or FitOptions()).fit(routed_per_layer, fingerprint, stand_ins or {})
 
 
 class _Fitter:
@@ -100,7 +105,7 @@ class _Fitter:
         self._wanted_NO = np.stack([reading.wanted_O for _, reading, _ in prompts]).astype(np.float32)
         self._mean_O = self._wanted_NO.mean(0)
 
-    def fit(self, routed_per_layer: tuple[int, ...], fingerprint: str) -> Fit:
+    def fit(self, routed_per_layer: tuple[int, ...], fingerprint: str, stand_ins: Mapping[int, np.ndarray]) -> Fit:
         options = self._options
         columns_C, idf_C = common_tokens(self._tokens, self._vocabulary)
         counts_NC = sublinear_counts(self._tokens, columns_C, self._vocabulary) * idf_C
@@ -122,6 +127,7 @@ class _Fitter:
         for name, stage in (("lexical", lexical), ("fitted", fitted)):
             parts = {"keys": stage.keys, "offsets": stage.offsets, "head": stage.head, "mean": stage.mean}
             weights |= {f"{name}.{part}": weight for part, weight in parts.items()}
+        weights |= {f"{STAND_IN}{layer}": vectors_RD for layer, vectors_RD in stand_ins.items()}
         facts = {"documents": str(self._num_documents), "prompts": str(len(self._trunk))}
         facts |= {name: str(value) for name, value in asdict(options).items()}
         file = RouterFile(fingerprint, routed_per_layer, weights, facts)

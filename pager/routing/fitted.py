@@ -25,6 +25,7 @@ ROUTER_NAME = "router.safetensors"
 FORMAT = "expert-pager-router-1"
 FLOOR = 1e-6  # of a probability: every expert keeps a place in the order
 PASSES = ("lexical", "fitted")
+STAND_IN = "stand_in."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +57,7 @@ class RouterFile:
 
     `routed_per_layer` says how O is cut into layers. `weights` are the tensors by name, in float32: `lexical.tokens`
     [V, Z]; `fitted.trunk_mean` [O] and `fitted.down` [Z + O, Z']; the Stage of either pass; `recall.SOURCE` of every
-    source whose recall can be estimated.
+    source whose recall can be estimated; `stand_in.LAYER` [R, D], what the trunk has in place of a layer's experts.
     """
 
     fingerprint: str
@@ -82,7 +83,7 @@ class RouterFile:
         try:
             facts = json.loads(header)
             found, routed = str(facts["fingerprint"]), tuple(int(count) for count in facts["routed_per_layer"])
-            made = cls(found, routed, _checked(weights, sum(routed)), facts["facts"])
+            made = cls(found, routed, _checked(weights, routed), facts["facts"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); {again}") from error
         if found != fingerprint:
@@ -105,6 +106,12 @@ class RouterFile:
 
     def stage(self, name: str) -> Stage:
         return Stage(*(self.weights[f"{name}.{part}"] for part in ("keys", "offsets", "head", "mean")))
+
+    @property
+    def stand_ins(self) -> dict[int, np.ndarray]:
+        """[R, D] by layer; empty in a file fitted to scores of the bare trunk."""
+        layers = range(len(self.routed_per_layer))
+        return {layer: self.weights[name] for layer in layers if (name := f"{STAND_IN}{layer}") in self.weights}
 
     def as_scores(self, outputs_O: np.ndarray, source: str, num_tokens: int) -> RoutingScores:
         """Probabilities, layer by layer, from outputs that are probabilities up to an error."""
@@ -166,8 +173,9 @@ class CombinedMap:
         return self.file.as_scores(self._stage.outputs(inputs_I @ self._down_IZ), "fitted", trunk.num_tokens)
 
 
-def _checked(weights: Mapping[str, np.ndarray], num_outputs: int) -> Mapping[str, np.ndarray]:
+def _checked(weights: Mapping[str, np.ndarray], routed_per_layer: Sequence[int]) -> Mapping[str, np.ndarray]:
     """Raises ValueError, KeyError or IndexError unless the tensors are there, finite, and fit together."""
+    num_outputs = sum(routed_per_layer)
     for name, weight in weights.items():
         if not np.isfinite(weight).all():
             raise ValueError(f"{name} is not finite")
@@ -180,6 +188,10 @@ def _checked(weights: Mapping[str, np.ndarray], num_outputs: int) -> Mapping[str
         shapes[f"{name}.keys"] = (inputs_of[name], points)
         shapes[f"{name}.head"] = (points + inputs_of[name], num_outputs)
         shapes[f"{name}.mean"] = (num_outputs,)
+    if any(name.startswith(STAND_IN) for name in weights):
+        sparse = [layer for layer, routed in enumerate(routed_per_layer) if routed]
+        hidden = weights[f"{STAND_IN}{sparse[0]}"].shape[1]
+        shapes |= {f"{STAND_IN}{layer}": (routed_per_layer[layer], hidden) for layer in sparse}
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise ValueError(f"{name} is {weights[name].shape}, not {shape}")

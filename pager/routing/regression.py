@@ -52,6 +52,12 @@ def ridge(inputs_NI: np.ndarray, outputs_NO: np.ndarray, penalty: float) -> np.n
     return np.asarray(np.linalg.solve(gram_II, inputs_NI.T @ outputs_NO))
 
 
+def ridge_of_sums(gram_II: np.ndarray, cross_IO: np.ndarray, num_rows: int, penalty: float) -> np.ndarray:
+    """[I, O] float32: `ridge` from `inputs.T @ inputs` and `inputs.T @ outputs`, for rows too many to keep."""
+    strength = max(penalty * float(np.trace(gram_II)) / num_rows, 1e-12)
+    return np.asarray(np.linalg.solve(gram_II + strength * np.eye(len(gram_II)), cross_IO), np.float32)
+
+
 def main_directions(rows_NO: np.ndarray, count: int) -> np.ndarray:
     """[O, Z]: orthonormal, largest first; as many as the rows can tell apart, at most `count`."""
     values_O, vectors_OO = np.linalg.eigh(rows_NO.T @ rows_NO)

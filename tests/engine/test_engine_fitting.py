@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from pager.engine.fitted_router import FittedRouter
 from pager.engine.fitting import DocumentReader
 from pager.engine.loading import PagedModel, load_paged_model
+from pager.engine.stand_in import PENALTY, StandInFit, StandIns
 from pager.engine.trunk_router import TrunkRouter
 from pager.errors import CheckpointError, InvalidRequest
 from pager.planner import Budgets
@@ -45,21 +46,29 @@ def paged() -> Iterator[PagedModel]:
 
 
 @pytest.fixture(scope="module")
-def trunk() -> TrunkRouter:
-    return TrunkRouter.load(MODEL, dtype="float32")
+def stand_ins(paged: PagedModel, documents: list[tuple[int, ...]]) -> StandIns:
+    fit = StandInFit(paged)
+    fit.add((ids[:100], size) for ids in documents for size in (Share(0.125), Share(0.5)))
+    return fit.fit()
+
+
+@pytest.fixture(scope="module")
+def trunk(stand_ins: StandIns) -> TrunkRouter:
+    return TrunkRouter.load(MODEL, dtype="float32", stand_ins=stand_ins)
 
 
 @pytest.fixture(scope="module")
 def readings(paged: PagedModel, trunk: TrunkRouter, documents: list[tuple[int, ...]]) -> list[DocumentReading]:
-    reader = DocumentReader(paged, trunk, max_tokens=100, seed=0)
-    found = [reader.read(ids) for ids in documents]
+    reader = DocumentReader(paged, trunk, seed=0)
+    found = [reader.read(ids[:100]) for ids in documents]
     assert all(found)
     return [reading for reading in found if reading is not None]
 
 
 @pytest.fixture(scope="module")
-def fit(paged: PagedModel, readings: list[DocumentReading]) -> Fit:
-    return fit_router(readings, paged.config.vocab_size, paged.facts.routed_per_layer, paged.fingerprint)
+def fit(paged: PagedModel, readings: list[DocumentReading], stand_ins: StandIns) -> Fit:
+    vocabulary, routed = paged.config.vocab_size, paged.facts.routed_per_layer
+    return fit_router(readings, vocabulary, routed, paged.fingerprint, stand_ins=stand_ins)
 
 
 def test_what_a_document_wanted_is_the_mean_of_its_router_probabilities(
@@ -100,13 +109,13 @@ def test_fused_pools_are_those_of_a_prefill(
 
 
 def test_a_document_of_a_few_tokens_is_left_out(paged: PagedModel, trunk: TrunkRouter) -> None:
-    assert DocumentReader(paged, trunk, max_tokens=100, seed=0).read(range(2, 30)) is None
+    assert DocumentReader(paged, trunk, seed=0).read(range(2, 30)) is None
 
 
 def test_reading_again_finds_the_same(
     paged: PagedModel, trunk: TrunkRouter, documents: list[tuple[int, ...]], readings: list[DocumentReading]
 ) -> None:
-    again = DocumentReader(paged, trunk, max_tokens=100, seed=0).read(documents[0])
+    again = DocumentReader(paged, trunk, seed=0).read(documents[0][:100])
     assert again is not None
     np.testing.assert_allclose(again.wanted_O, readings[0].wanted_O, atol=1e-7)
     expected = [(prompt, pool.experts) for prompt, pool in readings[0].fused]
@@ -131,6 +140,51 @@ def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(
     means = {source: float(np.mean(values)) for source, values in recalls.items()}
     assert means["lexical"] > 0.4, "chance is 0.12"
     assert means["fitted"] > means["trunk"]
+
+
+def test_stand_ins_are_the_least_squares_answer(paged: PagedModel, documents: list[tuple[int, ...]]) -> None:
+    """Against the sum of what each routed expert of the plain model adds, document by document, in one layer."""
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    block = plain.model.layers[2].mlp
+    probs, added = [], []
+
+    def collect(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        hidden_TD = inputs[0].flatten(0, 1)
+        logits_TE, weights_TK, index_TK = block.gate(hidden_TD)
+        probs.append(logits_TE[:, :-1].softmax(-1))
+        added.append(block.experts(hidden_TD, index_TK[:, :-1], weights_TK[:, :-1]))
+
+    handle = block.register_forward_pre_hook(collect)
+    fit = StandInFit(paged)
+    with torch.inference_mode():
+        for ids in documents[:4]:
+            plain(torch.tensor([ids[:100]]))
+            fit.add([(ids[:100], Share(1.0))])
+    handle.remove()
+    probs_TR, added_TD = torch.cat(probs).double(), torch.cat(added).double()
+    strength = PENALTY * probs_TR.square().sum() / len(probs_TR)
+    gram_RR = probs_TR.T @ probs_TR + strength * torch.eye(127)
+    expected_RD = torch.linalg.solve(gram_RR, probs_TR.T @ added_TD)
+    np.testing.assert_allclose(fit.fit()[2], expected_RD.numpy(), atol=2e-3)
+
+
+def test_stand_ins_bring_the_trunk_nearer_to_the_prefill(
+    fit: Fit, trunk: TrunkRouter, paged: PagedModel, documents: list[tuple[int, ...]]
+) -> None:
+    bare = TrunkRouter.load(MODEL, dtype="float32")
+    assert trunk.resident_bytes == bare.resident_bytes + 6 * 127 * 128 * 4
+    recalls: dict[bool, list[float]] = {True: [], False: []}
+    for ids in documents:
+        document = paged.document(PoolPolicy(size=Share(0.125)))
+        with torch.inference_mode(), paged.step([document], prefill=True):
+            paged.model(torch.tensor([ids[-64:]]), use_cache=False)
+        assert document.pool is not None
+        for router in (trunk, bare):
+            predicted = pick_pool(router.scores(ids[-64:]), Share(0.125), trunk.facts)
+            recalls[router.has_stand_ins].append(predicted.recall_of(document.pool))
+    assert np.mean(recalls[True]) > np.mean(recalls[False])
+    with pytest.raises(CheckpointError, match="stand-ins"):
+        FittedRouter(fit.file, bare)
 
 
 def test_a_router_and_a_trunk_of_different_models_do_not_go_together(fit: Fit) -> None:

@@ -25,7 +25,7 @@ from playwright.sync_api import Page, sync_playwright
 from demo.__main__ import service
 from demo.prompts import PROMPTS
 
-DESK, PHONE = {"width": 1360, "height": 1100}, {"width": 390, "height": 1500}
+DESK, PHONE = {"width": 1360, "height": 1400}, {"width": 390, "height": 1500}
 TENANTS = ("acme", "globex", "initech")
 NUM_CLIENTS = 3
 TIMEOUT_MS = 300_000
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=150)
     arguments = parser.parse_args()
     for file in take(arguments.model, arguments.folder, arguments.seconds):
         print(file)

@@ -127,7 +127,8 @@ def _use(to: Path) -> str:
 def _training(recipe: Recipe, progress: Progress, epoch_tokens: int) -> str:
     largest = recipe.num_experts - recipe.num_shared
     pools = (
-        f"Document pools of {recipe.min_pool} to {largest} routed experts, drawn per document and step. "
+        f"Document pools of {recipe.min_pool} to {largest} routed experts, drawn per document and "
+        "step, small ones as often as large ones (log-uniform). "
         if recipe.pool == "document"
         else "No document pools. "
     )

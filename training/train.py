@@ -115,9 +115,11 @@ class Trainer:
         return loss.item(), balance.item(), z.item(), float(grad_norm)
 
     def _pool_sizes(self, step: int, most_documents: int) -> Tensor:
+        """From `min_pool` to all, every doubling as likely as any other: small pools are those that will be served."""
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
-        num_routed = self.recipe.num_experts - self.recipe.num_shared
-        sizes = torch.randint(self.recipe.min_pool, num_routed + 1, (most_documents,), generator=generator)
+        above_all = self.recipe.num_experts - self.recipe.num_shared + 1
+        at = torch.rand(most_documents, generator=generator, dtype=torch.float64)
+        sizes = (self.recipe.min_pool * (above_all / self.recipe.min_pool) ** at).long()
         return sizes.to(self.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -127,6 +127,12 @@ def test_a_run_is_not_resumed_with_another_recipe(corpus: Path, tmp_path: Path) 
         Trainer(replace(RECIPE, min_pool=5), corpus, tmp_path)
 
 
+def test_small_pools_train_as_often_as_large_ones(corpus: Path, tmp_path: Path) -> None:
+    sizes = Trainer(RECIPE, corpus, tmp_path)._pool_sizes(0, 4000)
+    assert set(sizes.tolist()) == set(range(4, 16))
+    assert float((sizes < 8).float().mean()) == pytest.approx(0.5, abs=0.03), "4 to 7 and 8 to 15 are a doubling each"
+
+
 def test_a_standard_moe_trains_without_pools(corpus: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, pool="none")
     trainer = Trainer(recipe, corpus, tmp_path)

@@ -1,8 +1,8 @@
 """The host tier: a shared-memory segment of expert records that every worker of a node maps.
 
 D hidden, F expert intermediate. A record is gate_up [2F, D], then down [D, F], in the dtype they are served in. The
-segment is records and nothing else, so that a budget for all experts holds all of them; whose weights a record holds,
-and their checksum, is in the index.
+segment is records and nothing else, so that a budget for all experts holds all of them; whose weights a record holds
+is in the index. Bytes are checked when they come from the disk, once: a record is trusted from then on.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import mmap
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-import xxhash
 from torch import Tensor
 
 from pager.cache.host_index import HostGrant, HostIndex, HostState, LocalHostIndex
@@ -122,9 +121,9 @@ class HostTier:
     def name(self) -> str:
         return self.path.name
 
-    def acquire(self, key: ExpertKey) -> HostGrant:
-        """Looks the expert up, or claims a record for it. A HIT or CLAIMED grant ends with `unpin` or `abandon`."""
-        return self.index.lookup_or_claim([key], self.owner)[0]
+    def acquire(self, keys: Sequence[ExpertKey]) -> list[HostGrant]:
+        """Looks the experts up, or claims a record for each. HIT and CLAIMED grants end with `unpin` or `abandon`."""
+        return self.index.lookup_or_claim(keys, self.owner)
 
     def tensors(self, record: int) -> tuple[Tensor, Tensor]:
         """gate_up [2F, D] and down [D, F] of a record, in place."""
@@ -134,18 +133,14 @@ class HostTier:
         return values[:split].view(2 * intermediate, hidden), values[split:].view(hidden, intermediate)
 
     def publish(self, grant: HostGrant) -> None:
-        """The claimed record is filled: notes its checksum, and lets others read it."""
-        self.index.publish({grant.key: self._checksum(grant.record)}, self.owner)
+        """The claimed record is filled: others may read it."""
+        self.index.publish([grant.key], self.owner)
 
     def abandon(self, grant: HostGrant) -> None:
         self.index.abandon([grant.key], self.owner)
 
     def unpin(self, grant: HostGrant) -> None:
         self.index.unpin([grant.key], self.owner)
-
-    def is_intact(self, grant: HostGrant) -> bool:
-        """A HIT's record is as it was published."""
-        return grant.checksum == self._checksum(grant.record)
 
     def close(self) -> None:
         """Unmaps the segment; its creator removes it. Idempotent. Nobody may be reading."""
@@ -163,10 +158,6 @@ class HostTier:
         assert self._records is not None, "the host tier is closed"
         start = record * self._record_bytes
         return self._records[start : start + self._record_bytes]
-
-    def _checksum(self, record: int) -> bytes:
-        raw: Any = self._raw(record).numpy()
-        return xxhash.xxh3_128_digest(raw)
 
 
 def record_bytes(shape: ExpertShape, dtype: torch.dtype) -> int:

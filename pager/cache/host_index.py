@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -26,12 +26,11 @@ class HostState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HostGrant:
-    """What the asker may do. `record` means something for HIT and CLAIMED only, `checksum` for HIT."""
+    """What the asker may do. `record` means something for HIT and CLAIMED only."""
 
     key: ExpertKey
     state: HostState
     record: int = -1
-    checksum: bytes = b""  # of the record's bytes, as they were published
 
 
 class HostIndex(Protocol):
@@ -43,7 +42,7 @@ class HostIndex(Protocol):
     def lookup_or_claim(self, keys: Sequence[ExpertKey], owner: str) -> list[HostGrant]:
         """A grant for each key, in order. Never waits."""
 
-    def publish(self, checksums: Mapping[ExpertKey, bytes], owner: str) -> None:
+    def publish(self, keys: Sequence[ExpertKey], owner: str) -> None:
         """The claimed records are complete, anybody may read them; the owner's pins stay."""
 
     def abandon(self, keys: Sequence[ExpertKey], owner: str) -> None:
@@ -59,7 +58,6 @@ class LocalHostIndex:
     def __init__(self, num_records: int, policy: str = "lru") -> None:
         self._index = CacheIndex(num_records, make_policy(policy))
         self._pins: dict[str, Counter[ExpertKey]] = {}
-        self._checksums: dict[ExpertKey, bytes] = {}  # of complete records
         self._lock = threading.Lock()
 
     @property
@@ -78,12 +76,11 @@ class LocalHostIndex:
         with self._lock:
             return [self._grant(key, owner) for key in keys]
 
-    def publish(self, checksums: Mapping[ExpertKey, bytes], owner: str) -> None:
+    def publish(self, keys: Sequence[ExpertKey], owner: str) -> None:
         with self._lock:
-            for key, checksum in checksums.items():
+            for key in keys:
                 if self._holds(key, owner):
                     self._index.installed(key)
-                    self._checksums[key] = checksum
 
     def abandon(self, keys: Sequence[ExpertKey], owner: str) -> None:
         with self._lock:
@@ -112,7 +109,6 @@ class LocalHostIndex:
     def check_integrity(self) -> None:
         with self._lock:
             self._index.check_integrity()
-            assert set(self._checksums) == set(self._index.loaded()), "a complete record has a checksum"
             held = sum((pins for pins in self._pins.values()), Counter())
             for key, count in held.items():
                 assert self._index.pins(key) == count, key
@@ -124,11 +120,9 @@ class LocalHostIndex:
         if plan is None:
             return HostGrant(key, HostState.FULL)
         self._index.commit(plan)
-        for victim in plan.victims:
-            del self._checksums[victim]
         self._pins.setdefault(owner, Counter())[key] += 1
         state = HostState.HIT if plan.hits else HostState.CLAIMED
-        return HostGrant(key, state, self._index.slot_of(key), self._checksums.get(key, b""))
+        return HostGrant(key, state, self._index.slot_of(key))
 
     def _holds(self, key: ExpertKey, owner: str) -> bool:
         """False for a worker that was taken for dead: its late words change nothing."""

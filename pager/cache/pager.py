@@ -6,6 +6,7 @@ fill the slots. The state is in `Ledger`, the reading in `Tiers`; this is where 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 
@@ -14,15 +15,19 @@ from pager.cache.host import HostTier
 from pager.cache.index import CacheIndex
 from pager.cache.lease import Lease
 from pager.cache.ledger import Holding, Ledger
+from pager.cache.page_cache import why_bypass
 from pager.cache.policy import make_policy
 from pager.cache.readers import Readers
 from pager.cache.slots import DeviceSlots
-from pager.cache.tiers import Tiers
+from pager.cache.tiers import Fetched, Tiers
 from pager.cache.trace import TraceRecorder
 from pager.cache.usage import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
 from pager.errors import ExpertUnavailable, PoolTooLarge
+from pager.machine import Machine
 from pager.store.experts import ExpertSource
 from pager.types import ExpertKey
+
+log = logging.getLogger(__name__)
 
 __all__ = ["CacheStats", "ExpertPager", "Lease", "PagerObserver", "UsageMeter"]
 
@@ -39,12 +44,14 @@ class ExpertPager:
         host: HostTier | None = None,
         policy: str = "lru",
         num_readers: int = 4,
+        bypass_page_cache: bool | None = None,
         retry_after_s: float = 30.0,
         observer: PagerObserver | None = None,
         trace: TraceRecorder | None = None,
     ) -> None:
         """Reads `resident` (always-active experts) into the pinned slots before it returns.
 
+        Reads leave the page cache out where the source can, and `bypass_page_cache` or (None) `why_bypass` says so.
         An expert that could not be read is tried again `retry_after_s` later at the earliest. Source, host tier and
         trace stay the caller's to close, after this. Raises ExpertUnavailable for a resident expert, ConfigError for
         the policy.
@@ -55,11 +62,14 @@ class ExpertPager:
         observer = observer or NoObserver()
         self._resident = frozenset(resident)
         self._room_for_all = slots.num_slots >= sum(source.keys_per_layer()) - len(resident)
+        self._read_past_page_cache(source, host, bypass_page_cache)
         self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=retry_after_s)
         for number, key in enumerate(resident):
-            self._tiers.fetch_from_disk(key, slots.num_slots + number)
+            for _, result in self._tiers.fetch_from_disk({key: slots.num_slots + number}):
+                if isinstance(result, ExpertUnavailable):
+                    raise result
         slots.transfer.await_installed(range(slots.num_slots, slots.num_slots + len(resident)))
-        self._readers = Readers(num_readers, self._read)
+        self._readers = Readers(num_readers, self._read, source.place_of)
         index = CacheIndex(slots.num_slots, make_policy(policy))
         self._ledger = Ledger(index, slots.transfer, observer, self._readers.push, trace)
         weakref.finalize(self, self._readers.stop)
@@ -94,7 +104,7 @@ class ExpertPager:
     def prefetch(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> None:
         """Asks for experts ahead of their use, best effort: after all leases, into slots that nobody needs or reserved.
 
-        Never blocks, and evicts nothing that was prefetched and not used yet. At most `num_readers` slots at a time are
+        Never blocks, and evicts nothing that was prefetched and not used yet. At most `num_readers` reads at a time are
         busy with it.
         """
         paged = [key for key in dict.fromkeys(keys) if key not in self._resident]
@@ -188,24 +198,42 @@ class ExpertPager:
         self._ledger.close()
         self._readers.join()
 
+    def _read_past_page_cache(self, source: ExpertSource, host: HostTier | None, asked: bool | None) -> None:
+        why = why_bypass(
+            experts_bytes=sum(source.keys_per_layer()) * source.shape.num_elements * source.stored_dtype.itemsize,
+            slots_bytes=self.slots.nbytes if self.slots.device.type == "cpu" else 0,
+            has_host_tier=host is not None,
+            free_bytes=Machine.detect().memory_bytes,
+        )
+        if asked is False or not (asked or why):
+            log.info("experts are read through the page cache%s", "" if asked is None else ", as asked for")
+            return
+        why_not = source.bypass_page_cache(self.slots.dtype)
+        if why_not:
+            log.info("experts are read through the page cache: %s", why_not)
+        else:
+            log.info("experts are read past the page cache: %s", why if asked is None else "as asked for")
+
     def _lease_if(self, fits: bool, holding: Holding) -> Lease | None:
         if fits:
             return Lease(self._ledger, holding, self._resident, self)
         self._ledger.release(holding)
         return None
 
-    def _read(self, key: ExpertKey) -> None:
-        """One queued read, on a reader thread."""
-        slot = self._ledger.begin(key)
-        if slot is None:
-            return
+    def _read(self, keys: Sequence[ExpertKey]) -> None:
+        """One queued run of experts, on a reader thread."""
+        begun = {key: self._ledger.begin(key) for key in keys}
+        slots = {key: slot for key, slot in begun.items() if slot is not None}
+        waiting = set(slots)
         try:
-            fetched = self._tiers.fetch(key, slot)
-        except ExpertUnavailable as error:
-            self._ledger.fail(key, error)
+            for key, result in self._tiers.fetch(slots):
+                waiting.remove(key)
+                if isinstance(result, Fetched):
+                    self._ledger.finish(key, result)
+                else:
+                    self._ledger.fail(key, result)
         except Exception as error:  # a dead reader would leave its waiters waiting for ever
-            wrapped = ExpertUnavailable(f"reading expert {key.expert} of layer {key.layer} failed: {error!r}", key)
-            wrapped.__cause__ = error
-            self._ledger.fail(key, wrapped)
-        else:
-            self._ledger.finish(key, fetched)
+            for key in waiting:
+                wrapped = ExpertUnavailable(f"reading expert {key.expert} of layer {key.layer} failed: {error!r}", key)
+                wrapped.__cause__ = error
+                self._ledger.fail(key, wrapped)

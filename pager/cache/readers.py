@@ -8,22 +8,31 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from pager import at_exit
+from pager.store.reads import MOST_BYTES, Place
 from pager.types import ExpertKey
 
 Priority = tuple[int, int]
-"""(how urgent, in which order): the lower is read first. Ties go by layer, then expert."""
+"""(how urgent, in which order): the lower is read first. Ties go by layer, then by place in the files."""
 
 
 class Readers:
-    """A priority queue of keys and the threads that call `work(key)` on them.
+    """A priority queue of keys and the threads that call `work(keys)` on them.
 
-    Knows no slots: a key may be queued twice or have become pointless, and `work` finds out. `work` must not raise.
+    A thread takes a run of keys at a time: neighbours in a file, of one layer and one priority, MOST_BYTES or a single
+    expert, and not more than leaves as much for every other thread. Knows no slots: a key may be queued twice or have
+    become pointless, and `work` finds out. `work` must not raise.
     """
 
-    def __init__(self, num_readers: int, work: Callable[[ExpertKey], None]) -> None:
+    def __init__(
+        self,
+        num_readers: int,
+        work: Callable[[Sequence[ExpertKey]], None],
+        place_of: Callable[[ExpertKey], Place],
+    ) -> None:
         """`work` is a bound method and held weakly: threads don't keep a forgotten pager's memory alive."""
         self._work = weakref.WeakMethod(work)
-        self._queue: list[tuple[Priority, ExpertKey]] = []
+        self._place_of = place_of
+        self._queue: list[tuple[Priority, int, Place, ExpertKey]] = []
         self._changed = threading.Condition()
         self._stopped = False
         self._threads = [
@@ -38,7 +47,7 @@ class Readers:
         """Queues `keys` at once, so that no thread takes the last before it sees the first."""
         with self._changed:
             for key in keys:
-                heapq.heappush(self._queue, (priority, key))
+                heapq.heappush(self._queue, (priority, key.layer, self._place_of(key), key))
             self._changed.notify(len(keys))
 
     def stop(self) -> None:
@@ -59,15 +68,30 @@ class Readers:
         self.join(at_exit.TIMEOUT_S)
 
     def _run(self) -> None:
-        while (key := self._next()) is not None:
+        while run := self._next_run():
             work = self._work()
             if work is None:
                 return
-            work(key)
-            del work  # or this thread, waiting for its next key, would keep the pager alive
+            work(run)
+            del work  # or this thread, waiting for its next run, would keep the pager alive
 
-    def _next(self) -> ExpertKey | None:
+    def _next_run(self) -> list[ExpertKey]:
+        """Empty when it is time to stop."""
         with self._changed:
             while not self._queue and not self._stopped:
                 self._changed.wait()
-            return None if self._stopped else heapq.heappop(self._queue)[1]
+            if self._stopped:
+                return []
+            share = -(-len(self._queue) // len(self._threads))
+            priority, layer, first, key = heapq.heappop(self._queue)
+            run, last = [key], first
+            while self._queue and len(run) < share:
+                next_priority, next_layer, place, key = self._queue[0]
+                if (next_priority, next_layer) != (priority, layer) or not last.is_followed_by(place):
+                    break
+                if place.end - first.start > MOST_BYTES:
+                    break
+                heapq.heappop(self._queue)
+                run.append(key)
+                last = place
+            return run

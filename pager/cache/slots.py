@@ -6,7 +6,12 @@ D hidden, F expert intermediate.
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
+
 import torch
+from torch import Tensor
 
 from pager.cache.transfer import CpuTransfer, CudaTransfer, Transfer
 from pager.errors import BudgetError
@@ -39,9 +44,9 @@ class DeviceSlots:
         self.device = torch.device(device)
         total, hidden, intermediate = num_slots + num_pinned, shape.hidden, shape.intermediate
         try:
-            self.gate_up = torch.empty(total, 2 * intermediate, hidden, dtype=dtype, device=self.device)
-            self.down = torch.empty(total, hidden, intermediate, dtype=dtype, device=self.device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self.gate_up = self._allocate(total, 2 * intermediate, hidden)
+            self.down = self._allocate(total, hidden, intermediate)
+        except (RuntimeError, OSError, OverflowError) as error:  # torch.OutOfMemoryError is a RuntimeError
             raise BudgetError(
                 f"{self.device} has no room for {total} expert slots of {self.record_bytes} bytes; lower expert_memory"
             ) from error
@@ -61,3 +66,18 @@ class DeviceSlots:
     def nbytes(self) -> int:
         """Bytes of both slabs, the pinned slots included."""
         return (self.num_slots + self.num_pinned) * self.record_bytes
+
+    def _allocate(self, *shape: int) -> Tensor:
+        """Memory of the device. On a CPU it begins with a page, as reads past the page cache want it, and is of huge
+        pages where the system has them.
+        """
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        nbytes = math.prod(shape) * self.dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=self.dtype)
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=self.dtype).view(shape)

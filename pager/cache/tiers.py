@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from pager.cache.host import HostGrant, HostState, HostTier
 from pager.cache.transfer import Transfer
 from pager.cache.usage import Lookup, PagerObserver, Tier
 from pager.errors import ExpertUnavailable
-from pager.store.experts import ExpertSource
+from pager.store.experts import Destination, ExpertSource
 from pager.types import ExpertKey
 
 log = logging.getLogger(__name__)
@@ -29,11 +27,14 @@ _LOOKUPS = {
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A slot was filled with `nbytes` read from `source`."""
+    """A slot was filled with `nbytes` read from `source`, in `seconds` or, of a read of several, its part of them."""
 
     source: Tier
     nbytes: int
     seconds: float
+
+
+Outcomes = Iterator[tuple[ExpertKey, Fetched | ExpertUnavailable]]
 
 
 class Quarantine:
@@ -76,89 +77,119 @@ class Tiers:
         self._observer = observer
         self._host = host
         self._bad_on_disk = Quarantine(retry_after_s, clock)
-        self._bad_on_host = Quarantine(retry_after_s, clock)
 
-    def fetch(self, key: ExpertKey, slot: int) -> Fetched:
-        """Puts the expert into the slot and the map. Raises ExpertUnavailable when no tier has it."""
-        started = time.perf_counter()
-        if self._host is None or self._bad_on_host.remaining_s(key) > 0:
-            source, nbytes = Tier.DISK, self.fetch_from_disk(key, slot)
-        else:
-            source, nbytes = self._through_host(self._host, key, slot)
-        return Fetched(source, nbytes, time.perf_counter() - started)
+    def fetch(self, slots: Mapping[ExpertKey, int]) -> Outcomes:
+        """Puts each expert into its slot and the map; yields each as it is there, or why no tier has it.
 
-    def _through_host(self, host: HostTier, key: ExpertKey, slot: int) -> tuple[Tier, int]:
-        grant = host.acquire(key)
-        self._observer.lookups(Tier.HOST, _LOOKUPS[grant.state], 1)
-        if grant.state is HostState.CLAIMED:
-            return Tier.DISK, self._fill_record(host, grant, slot)
-        if grant.state is HostState.HIT:
-            nbytes = self._from_record(host, grant, slot)
-            if nbytes is not None:
-                return Tier.HOST, nbytes
-        # Somebody else is filling the record, or there is none: never wait for another process, it may be dead.
-        return Tier.DISK, self.fetch_from_disk(key, slot)
+        Must be taken to its end: what was not yielded has neither failed nor arrived.
+        """
+        rest = slots
+        if self._host is not None:
+            held, rest = self._acquire(self._host, slots)
+            yield from self._through_host(self._host, held, slots)
+        together = [rest] if self._transfer.is_in_place else [{key: slot} for key, slot in rest.items()]
+        for part in together:
+            yield from self.fetch_from_disk(part)
 
-    def _fill_record(self, host: HostTier, grant: HostGrant, slot: int) -> int:
-        gate_up, down = host.tensors(grant.record)
+    def fetch_from_disk(self, slots: Mapping[ExpertKey, int]) -> Outcomes:
+        """`fetch` past the host tier, all in one go: each expert holds one of the transfer's buffers meanwhile."""
+        wanted = [Destination(key, *self._transfer.buffers(slot)) for key, slot in slots.items()]
+        waiting = dict(slots)
         try:
-            nbytes = self._read_disk(grant.key, gate_up, down, Tier.HOST)
-        except BaseException:
-            host.abandon(grant)
-            raise
-        host.publish(grant)
+            for key, result in self._read_disk(wanted, Tier.DEVICE):
+                slot = waiting.pop(key)
+                if isinstance(result, Fetched):
+                    self._transfer.install(key, slot)
+                else:
+                    self._transfer.discard(slot)
+                yield key, result
+        finally:
+            for slot in waiting.values():
+                self._transfer.discard(slot)
+
+    def _acquire(
+        self, host: HostTier, slots: Mapping[ExpertKey, int]
+    ) -> tuple[dict[ExpertKey, HostGrant], dict[ExpertKey, int]]:
+        """The grants with a record, and the slots of the experts without: nobody waits for another process to fill
+        one, it may be dead.
+        """
+        held, rest = {}, {}
+        for grant in host.acquire(list(slots)):
+            self._observer.lookups(Tier.HOST, _LOOKUPS[grant.state], 1)
+            if grant.state in (HostState.HIT, HostState.CLAIMED):
+                held[grant.key] = grant
+            else:
+                rest[grant.key] = slots[grant.key]
+        return held, rest
+
+    def _through_host(
+        self, host: HostTier, held: dict[ExpertKey, HostGrant], slots: Mapping[ExpertKey, int]
+    ) -> Outcomes:
+        """Ends every grant in `held`, whatever happens."""
         try:
-            self._install(grant.key, slot, gate_up, down)
+            for key in [key for key, grant in held.items() if grant.state is HostState.HIT]:
+                started_s = time.perf_counter()
+                nbytes = self._from_record(host, held.pop(key), slots[key])
+                yield key, Fetched(Tier.HOST, nbytes, time.perf_counter() - started_s)
+            wanted = [Destination(key, *host.tensors(grant.record)) for key, grant in held.items()]
+            for key, result in self._read_disk(wanted, Tier.HOST):
+                if isinstance(result, Fetched):
+                    host.publish(held[key])
+                    self._from_record(host, held.pop(key), slots[key])
+                else:
+                    host.abandon(held.pop(key))
+                yield key, result
+        finally:
+            for grant in held.values():
+                if grant.state is HostState.HIT:
+                    host.unpin(grant)
+                else:
+                    host.abandon(grant)
+
+    def _from_record(self, host: HostTier, grant: HostGrant, slot: int) -> int:
+        """Bytes copied from a complete record, which is unpinned then."""
+        started_s = time.perf_counter()
+        try:
+            gate_up, down = host.tensors(grant.record)
+            self._transfer.install_from(grant.key, slot, gate_up, down)
         finally:
             host.unpin(grant)
-        return nbytes
-
-    def _from_record(self, host: HostTier, grant: HostGrant, slot: int) -> int | None:
-        """Bytes copied from the host tier; None when the record turned out to be bad."""
-        try:
-            if host.is_intact(grant):
-                return self._install(grant.key, slot, *host.tensors(grant.record))
-        finally:
-            host.unpin(grant)
-        self._bad_on_host.put(grant.key)
-        self._observer.quarantined(Tier.HOST)
-        return None
-
-    def _install(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> int:
-        started = time.perf_counter()
-        self._transfer.install_from(key, slot, gate_up, down)
         nbytes = gate_up.nbytes + down.nbytes
-        self._observer.transferred(Tier.HOST, Tier.DEVICE, nbytes, time.perf_counter() - started)
+        self._observer.transferred(Tier.HOST, Tier.DEVICE, nbytes, time.perf_counter() - started_s)
         return nbytes
 
-    def fetch_from_disk(self, key: ExpertKey, slot: int) -> int:
-        """`fetch` past the host tier; returns the bytes read."""
-        gate_up, down = self._transfer.buffers(slot)
-        try:
-            nbytes = self._read_disk(key, gate_up, down, Tier.DEVICE)
-        except BaseException:
-            self._transfer.discard(slot)
-            raise
-        self._transfer.install(key, slot)
-        return nbytes
+    def _read_disk(self, wanted: Sequence[Destination], tier: Tier) -> Outcomes:
+        """Each expert's part of the time is that of its bytes."""
+        fit = []
+        for each in wanted:
+            error = self._quarantined(each.key)
+            if error is None:
+                fit.append(each)
+            else:
+                yield each.key, error
+        if not fit:
+            return
+        started_s = time.perf_counter()
+        results = self._source.read_all(fit)
+        seconds = (time.perf_counter() - started_s) / len(fit)
+        for each, result in zip(fit, results, strict=True):
+            if isinstance(result, ExpertUnavailable):
+                log.error("%s", result)  # with its place, which the message for clients leaves out
+                self._bad_on_disk.put(each.key)
+                self._observer.quarantined(Tier.DISK)
+                yield each.key, result
+            else:
+                self._observer.transferred(Tier.DISK, tier, result, seconds)
+                yield each.key, Fetched(Tier.DISK, result, seconds)
 
-    def _read_disk(self, key: ExpertKey, gate_up: Tensor, down: Tensor, destination: Tier) -> int:
+    def _quarantined(self, key: ExpertKey) -> ExpertUnavailable | None:
         remaining_s = self._bad_on_disk.remaining_s(key)
-        if remaining_s > 0:
-            error = ExpertUnavailable(
-                f"expert {key.expert} of layer {key.layer} could not be read and is not tried again for "
-                f"{remaining_s:.0f} s; check the model with `expert-pager verify`",
-                key,
-            )
-            error.retry_after_s = remaining_s
-            raise error
-        started = time.perf_counter()
-        try:
-            nbytes = self._source.read(key, gate_up, down)
-        except ExpertUnavailable as error:
-            log.error("%s", error)  # with its place, which the message for clients leaves out
-            self._bad_on_disk.put(key)
-            self._observer.quarantined(Tier.DISK)
-            raise
-        self._observer.transferred(Tier.DISK, destination, nbytes, time.perf_counter() - started)
-        return nbytes
+        if remaining_s == 0:
+            return None
+        error = ExpertUnavailable(
+            f"expert {key.expert} of layer {key.layer} could not be read and is not tried again for "
+            f"{remaining_s:.0f} s; check the model with `expert-pager verify`",
+            key,
+        )
+        error.retry_after_s = remaining_s
+        return error

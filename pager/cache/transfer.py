@@ -12,15 +12,20 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pager.planner import STAGING_BUFFERS
+from pager.store.datafile import raw_bytes
 from pager.types import ExpertKey
 
 
 class Transfer(Protocol):
     """Thread-safe. The caller sees to it that no slot is filled twice at a time or filled while it is in use."""
+
+    is_in_place: bool
+    """`buffers` are the slots themselves. Others are few: who holds one must not wait for a second."""
 
     def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
         """CPU tensors [2F, D], [D, F] to fill on behalf of the slot; `install` or `discard` comes next."""
@@ -47,6 +52,8 @@ class Transfer(Protocol):
 class CpuTransfer:
     """Reads land in the slot itself. Computations are synchronous, so there is nothing to wait for."""
 
+    is_in_place = True
+
     def __init__(self, gate_up: Tensor, down: Tensor, slot_of_LE: Tensor) -> None:
         self._gate_up = gate_up
         self._down = down
@@ -62,8 +69,9 @@ class CpuTransfer:
         pass
 
     def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
-        self._gate_up[slot].copy_(gate_up)
-        self._down[slot].copy_(down)
+        # torch would copy with as many threads as it computes with, for each of the readers.
+        np.copyto(np.asarray(raw_bytes(self._gate_up[slot])), np.asarray(raw_bytes(gate_up)))
+        np.copyto(np.asarray(raw_bytes(self._down[slot])), np.asarray(raw_bytes(down)))
         self.install(key, slot)
 
     def evict(self, key: ExpertKey, slot: int) -> None:
@@ -90,6 +98,8 @@ class CudaTransfer:
     touches the slot, and the compute stream waits for an install event before it reads: the host waits for neither.
     It waits only to reuse a staging buffer.
     """
+
+    is_in_place = False
 
     def __init__(self, gate_up: Tensor, down: Tensor, slot_of_LE: Tensor) -> None:
         """The stream that is current now is the one that computes with the slots."""

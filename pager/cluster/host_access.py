@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -41,8 +41,8 @@ class RemoteHostIndex:
                 log.warning("the node's control actor does not answer; going on without the host tier: %s", error)
         return [HostGrant(key, HostState.FULL) for key in keys]
 
-    def publish(self, checksums: Mapping[ExpertKey, bytes], owner: str) -> None:
-        self._node.publish.remote(dict(checksums), owner)
+    def publish(self, keys: Sequence[ExpertKey], owner: str) -> None:
+        self._node.publish.remote(list(keys), owner)
 
     def abandon(self, keys: Sequence[ExpertKey], owner: str) -> None:
         self._node.abandon.remote(list(keys), owner)

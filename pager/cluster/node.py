@@ -13,7 +13,7 @@ import secrets
 import select
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,8 +108,8 @@ class NodeControl:
                 return [HostGrant(key, HostState.FULL) for key in keys]
             return self._open_index.lookup_or_claim(keys, owner)
 
-    def publish(self, checksums: Mapping[ExpertKey, bytes], owner: str) -> None:
-        self._open_index.publish(checksums, owner)
+    def publish(self, keys: Sequence[ExpertKey], owner: str) -> None:
+        self._open_index.publish(keys, owner)
 
     def abandon(self, keys: Sequence[ExpertKey], owner: str) -> None:
         self._open_index.abandon(keys, owner)

@@ -7,17 +7,29 @@ while it is mapped kills the process.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+PAGE_BYTES = 4096
+"""A read past the page cache starts at a multiple of this, in the file and in memory, and is as long as one."""
+
 STAGING_BYTES = 1 << 20
 """What a thread that reads keeps besides its destinations, once it has converted between dtypes."""
+
+HOT_BYTES = 1 << 20
+"""So much is hashed at a time: the processor's cache still holds it from the copy out of the page cache."""
+
+_MOST_BUFFERS = min(1024, os.sysconf("SC_IOV_MAX"))
 
 # Below torch's grain size a copy stays on the calling thread: readers are parallel already, and an OpenMP team for each
 # of them would cost more than it saves.
@@ -30,21 +42,31 @@ class DataFile:
     """A file open for reading, and its size then. Reads are thread-safe; `close` only when none is running."""
 
     _fd: int | None = None
+    _direct_fd: int | None = None  # the same file, past the page cache
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
         self.path = path
+        self.is_direct = False
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._fd).st_size
 
+    def bypass_page_cache(self) -> None:
+        """From now on whole pages go straight from the disk into memory. Raises OSError where the system can't."""
+        if self._direct_fd is not None:
+            return
+        if not hasattr(os, "O_DIRECT"):
+            raise OSError(errno.ENOTSUP, "this system has no O_DIRECT", str(self.path))
+        # By its descriptor, not its path: it may have been replaced since.
+        self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        self.is_direct = True
+
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills the byte buffers in turn from `offset` on; returns how many bytes. Raises OSError, also if short."""
-        if self._fd is None:
-            raise OSError(errno.EBADF, "the file is closed", str(self.path))
         pending = [buffer for buffer in buffers if buffer.nbytes]
         done = 0
         while pending:
-            count = os.preadv(self._fd, pending, offset + done)
+            count = self._read_some(pending[:_MOST_BUFFERS], offset + done)
             if count == 0:
                 missing = sum(buffer.nbytes for buffer in pending)
                 message = f"the file ends at byte {offset + done}, {missing} bytes short of this read"
@@ -67,15 +89,49 @@ class DataFile:
         if self._fd is None:
             raise OSError(errno.EBADF, "the file is closed", str(self.path))
         twin = DataFile.__new__(DataFile)
-        twin.path, twin.size, twin._fd = self.path, self.size, os.dup(self._fd)
+        twin.path, twin.size, twin.is_direct, twin._fd = self.path, self.size, False, os.dup(self._fd)
         return twin
 
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self.is_direct = False
+        for descriptor in (self._fd, self._direct_fd):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._fd = self._direct_fd = None
 
     __del__ = close
+
+    def _read_some(self, buffers: Sequence[memoryview], offset: int) -> int:
+        if self._fd is None:
+            raise OSError(errno.EBADF, "the file is closed", str(self.path))
+        if self.is_direct and _is_in_pages(buffers, offset):
+            assert self._direct_fd is not None
+            try:
+                return os.preadv(self._direct_fd, buffers, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.is_direct = False
+                log.warning("%s is read through the page cache: its file system refused a direct read", self.path)
+        return os.preadv(self._fd, buffers, offset)
+
+
+def _is_in_pages(buffers: Sequence[memoryview], offset: int) -> bool:
+    return offset % PAGE_BYTES == 0 and all(
+        buffer.nbytes % PAGE_BYTES == 0 and np.frombuffer(buffer, np.uint8).ctypes.data % PAGE_BYTES == 0
+        for buffer in buffers
+    )
+
+
+def read_hashed(file: DataFile, buffers: Sequence[memoryview], offset: int, hasher: xxhash.xxh3_128) -> int:
+    """`DataFile.read_into` in pieces of HOT_BYTES, each fed to `hasher` as soon as it is there. Raises OSError."""
+    done = 0
+    for buffer in buffers:
+        for start in range(0, buffer.nbytes, HOT_BYTES):
+            piece = buffer[start : start + HOT_BYTES]
+            done += file.read_into([piece], offset + done)
+            hasher.update(piece)
+    return done
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -120,10 +176,7 @@ def read_tensor_at(
     """
     if out.dtype == stored:
         memory = raw_bytes(out)
-        count = file.read_into([memory], offset)
-        if hasher is not None:
-            hasher.update(memory)
-        return count
+        return file.read_into([memory], offset) if hasher is None else read_hashed(file, [memory], offset, hasher)
     flat = out.view(-1)
     nbytes = flat.numel() * stored.itemsize
     filled = 0

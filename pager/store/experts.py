@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
-from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError
-from pager.store.datafile import DataFile, raw_bytes, read_tensor_at
+from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError, ExpertUnavailable
+from pager.store.datafile import PAGE_BYTES, DataFile
 from pager.store.pack_format import PACK_NAME, all_keys, read_pack_header
+from pager.store.reads import Failure, Place, Stretch, fill
 from pager.store.safetensors_header import TensorSpec
 from pager.store.safetensors_index import Checkpoint
 from pager.types import ExpertKey, ExpertShape
@@ -21,19 +22,41 @@ ExpertNames = Callable[[ExpertKey], tuple[str, str, str]]
 """The names of an expert's gate, up and down tensors."""
 
 
+class Destination(NamedTuple):
+    """Where an expert's bytes go: gate_up [2F, D] (gate rows first) and down [D, F], CPU, contiguous, any float dtype.
+
+    The bytes go straight into tensors of the stored dtype, and into others through a buffer of STAGING_BYTES.
+    """
+
+    key: ExpertKey
+    gate_up: Tensor
+    down: Tensor
+
+
 class ExpertSource(Protocol):
-    """Knows no slots, budgets or devices."""
+    """Knows no slots or budgets. Thread-safe."""
 
     shape: ExpertShape
     stored_dtype: torch.dtype
 
     def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
-        """Fills gate_up [2F, D] (gate rows first) and down [D, F]; returns the bytes read.
+        """Fills one destination; returns the bytes read. Raises what `read_all` returns."""
+        ...
 
-        Both are on the CPU, contiguous and of any float dtype. The bytes go straight into tensors of the stored
-        dtype, and into others through a buffer of STAGING_BYTES. Thread-safe. Raises ExpertReadError, or
-        ChecksumMismatch where the bytes' checksum is known; what the tensors hold then is undefined. A key that
-        the model doesn't have is a KeyError, tensors of another shape a ValueError.
+    def read_all(self, destinations: Sequence[Destination]) -> list[int | ExpertUnavailable]:
+        """Fills all of them; returns for each the bytes read, or why not: then its tensors are undefined.
+
+        Neighbours in a file come in one read. The error is an ExpertReadError, or a ChecksumMismatch where the bytes'
+        checksum is known. A key that the model doesn't have is a KeyError, tensors of another shape a ValueError.
+        """
+        ...
+
+    def place_of(self, key: ExpertKey) -> Place: ...
+
+    def bypass_page_cache(self, dtype: torch.dtype) -> str:
+        """Reads into whole pages of memory in `dtype` leave the page cache out from now on.
+
+        Returns why they don't; an empty string when they do.
         """
         ...
 
@@ -64,7 +87,35 @@ def open_experts(
     return PackedExperts(checkpoint.path / PACK_NAME)
 
 
-class CheckpointExperts:
+class _StoredExperts:
+    """What plain and packed files have in common: an expert is a few stretches of bytes."""
+
+    shape: ExpertShape
+    stored_dtype: torch.dtype
+    _experts_per_layer: tuple[int, ...]
+
+    def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
+        (result,) = self.read_all([Destination(key, gate_up, down)])
+        if isinstance(result, ExpertUnavailable):
+            raise result
+        return result
+
+    def read_all(self, destinations: Sequence[Destination]) -> list[int | ExpertUnavailable]:
+        stretches = [stretch for each in destinations for stretch in self._stretches(_checked(self.shape, each))]
+        errors: dict[ExpertKey, ExpertUnavailable] = {}
+        for failure in fill(stretches, self.stored_dtype):
+            errors.setdefault(failure.stretch.key, _error(failure))
+        nbytes = self.shape.num_elements * self.stored_dtype.itemsize
+        return [errors.get(each.key, nbytes) for each in destinations]
+
+    def keys_per_layer(self) -> tuple[int, ...]:
+        return self._experts_per_layer
+
+    @abstractmethod
+    def _stretches(self, destination: Destination) -> Iterable[Stretch]: ...
+
+
+class CheckpointExperts(_StoredExperts):
     """The experts of a plain checkpoint: three tensors each. Checked at every read if checksums were recorded."""
 
     def __init__(
@@ -75,36 +126,32 @@ class CheckpointExperts:
         self._experts_per_layer = tuple(experts_per_layer)
         self._specs = find_experts(checkpoint, names, self._experts_per_layer, shape)
         self.stored_dtype = next(iter(self._specs.values()))[0].dtype
-        used = {spec.file for specs in self._specs.values() for spec in specs}
-        self._files = {name: checkpoint.duplicate_file(name) for name in sorted(used)}
+        used = sorted({spec.file for specs in self._specs.values() for spec in specs})
+        self._files = {name: checkpoint.duplicate_file(name) for name in used}
+        self._file_numbers = {name: number for number, name in enumerate(used)}
 
-    def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
-        _check_destination(self.shape, gate_up, down)
-        rows = self.shape.intermediate
-        destinations = (gate_up[:rows], gate_up[rows:], down)
-        return sum(self._read_one(key, *pair) for pair in zip(self._specs[key], destinations, strict=True))
+    def place_of(self, key: ExpertKey) -> Place:
+        """Of its tensors in the file that the first of them is in."""
+        specs = sorted(self._specs[key], key=lambda spec: (spec.file, spec.offset))
+        last = max(spec.offset + spec.nbytes for spec in specs if spec.file == specs[0].file)
+        return Place(self._file_numbers[specs[0].file], specs[0].offset, last)
 
-    def keys_per_layer(self) -> tuple[int, ...]:
-        return self._experts_per_layer
+    def bypass_page_cache(self, dtype: torch.dtype) -> str:
+        return "tensors of a safetensors file begin anywhere in a page; pack the model"
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
-    def _read_one(self, key: ExpertKey, spec: TensorSpec, out: Tensor) -> int:
-        hasher = None if spec.checksum is None else xxhash.xxh3_128()
-        file = self._files[spec.file]
-        try:
-            count = read_tensor_at(file, spec.offset, spec.dtype, out, hasher)
-        except OSError as error:
-            raise _unreadable(key, file, spec.offset, error) from error
-        if hasher is not None and hasher.hexdigest() != spec.checksum:
-            raise _mismatch(key, file, spec.offset)
-        return count
+    def _stretches(self, destination: Destination) -> Iterable[Stretch]:
+        key, gate_up, down = destination
+        rows = self.shape.intermediate
+        for spec, out in zip(self._specs[key], (gate_up[:rows], gate_up[rows:], down), strict=True):
+            yield Stretch(key, self._files[spec.file], spec.offset, spec.nbytes, spec.checksum, (out,))
 
 
-class PackedExperts:
-    """The experts of a pack: one extent and one read each, its checksum verified every time."""
+class PackedExperts(_StoredExperts):
+    """The experts of a pack: one extent each, its checksum verified every time."""
 
     def __init__(self, pack_path: str | Path) -> None:
         """Raises CheckpointError."""
@@ -123,35 +170,32 @@ class PackedExperts:
         self._experts_per_layer = header.experts_per_layer
         self._extents = header.extents
 
-    def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
-        _check_destination(self.shape, gate_up, down)
-        extent, offset = self._extents[key], self.offset_of(key)
-        hasher = xxhash.xxh3_128()
+    def place_of(self, key: ExpertKey) -> Place:
+        start = self.offset_of(key)
+        return Place(0, start, start + self._extents[key].nbytes)
+
+    def bypass_page_cache(self, dtype: torch.dtype) -> str:
+        if dtype != self.stored_dtype:
+            return f"experts stored as {self.stored_dtype} and served as {dtype} are converted; pack them as {dtype}"
+        if self.shape.hidden * self.shape.intermediate * dtype.itemsize % PAGE_BYTES:
+            return f"the matrices of these experts are not whole pages of {PAGE_BYTES} bytes"
         try:
-            if gate_up.dtype == down.dtype == self.stored_dtype:
-                buffers = [raw_bytes(gate_up), raw_bytes(down)]
-                self._file.read_into(buffers, offset)
-                for buffer in buffers:
-                    hasher.update(buffer)
-            else:
-                middle = offset + gate_up.numel() * self.stored_dtype.itemsize
-                read_tensor_at(self._file, offset, self.stored_dtype, gate_up, hasher)
-                read_tensor_at(self._file, middle, self.stored_dtype, down, hasher)
+            self._file.bypass_page_cache()
         except OSError as error:
-            raise _unreadable(key, self._file, offset, error) from error
-        if hasher.hexdigest() != extent.checksum:
-            raise _mismatch(key, self._file, offset)
-        return extent.nbytes
+            return f"its file system refuses it ({error.strerror or error})"
+        return ""
 
     def offset_of(self, key: ExpertKey) -> int:
         """The byte of the file at which the expert begins."""
         return self._data_start + self._extents[key].offset
 
-    def keys_per_layer(self) -> tuple[int, ...]:
-        return self._experts_per_layer
-
     def close(self) -> None:
         self._file.close()
+
+    def _stretches(self, destination: Destination) -> Iterable[Stretch]:
+        key, extent = destination.key, self._extents[destination.key]
+        both = (destination.gate_up, destination.down)
+        return [Stretch(key, self._file, self.offset_of(key), extent.nbytes, extent.checksum, both)]
 
 
 def find_experts(
@@ -191,24 +235,25 @@ def find_experts(
     return found
 
 
-def _check_destination(shape: ExpertShape, gate_up: Tensor, down: Tensor) -> None:
+def _checked(shape: ExpertShape, destination: Destination) -> Destination:
     expected = ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
-    found = (tuple(gate_up.shape), tuple(down.shape))
+    found = (tuple(destination.gate_up.shape), tuple(destination.down.shape))
     if found != expected:
         raise ValueError(f"gate_up and down must have shapes {expected}, not {found}")
+    return destination
 
 
-def _unreadable(key: ExpertKey, file: DataFile, offset: int, error: OSError) -> ExpertReadError:
-    reason = error.strerror or type(error).__name__
-    return ExpertReadError(
-        f"cannot read expert {key.expert} of layer {key.layer}: {reason}", key, f"byte {offset} of {file.path}"
-    )
-
-
-def _mismatch(key: ExpertKey, file: DataFile, offset: int) -> ChecksumMismatch:
-    return ChecksumMismatch(
-        f"expert {key.expert} of layer {key.layer} does not match its checksum; see what else is damaged with "
-        "`expert-pager verify`",
-        key,
-        f"byte {offset} of {file.path}",
-    )
+def _error(failure: Failure) -> ExpertUnavailable:
+    (layer, expert), stretch = failure.stretch.key, failure.stretch
+    where = f"byte {stretch.offset} of {stretch.file.path}"
+    if failure.error is None:
+        return ChecksumMismatch(
+            f"expert {expert} of layer {layer} does not match its checksum; see what else is damaged with "
+            "`expert-pager verify`",
+            stretch.key,
+            where,
+        )
+    reason = failure.error.strerror or type(failure.error).__name__
+    error = ExpertReadError(f"cannot read expert {expert} of layer {layer}: {reason}", stretch.key, where)
+    error.__cause__ = failure.error
+    return error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pager.cache.pager import ExpertPager
 from pager.cache.slots import DeviceSlots
-from pager.errors import ChecksumMismatch
+from pager.errors import ChecksumMismatch, ExpertUnavailable
+from pager.store.experts import Destination
+from pager.store.reads import Place
 from pager.types import ExpertKey, ExpertShape
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
@@ -29,6 +31,7 @@ class GatedSource:
     stored_dtype = torch.float32
 
     def __init__(self) -> None:
+        self.side_by_side = False  # then a reader takes several experts of a layer at once
         self.bad: set[ExpertKey] = set()
         self.crash: set[ExpertKey] = set()
         self.started: list[ExpertKey] = []  # in the order in which reads began
@@ -65,6 +68,24 @@ class GatedSource:
         gate_up.fill_(weights_of(key))
         down.fill_(-weights_of(key))
         return gate_up.nbytes + down.nbytes
+
+    def read_all(self, destinations: Sequence[Destination]) -> list[int | ExpertUnavailable]:
+        results: list[int | ExpertUnavailable] = []
+        for destination in destinations:
+            try:
+                results.append(self.read(*destination))
+            except ExpertUnavailable as error:
+                results.append(error)
+        return results
+
+    def place_of(self, key: ExpertKey) -> Place:
+        """Nobody's neighbour, unless `side_by_side` says so."""
+        distance = 100 if self.side_by_side else 1 << 20
+        start = (key.layer * NUM_EXPERTS + key.expert) * distance
+        return Place(0, start, start + 100)
+
+    def bypass_page_cache(self, dtype: torch.dtype) -> str:
+        return "there is no file"
 
     def keys_per_layer(self) -> tuple[int, ...]:
         return (NUM_EXPERTS,) * NUM_LAYERS

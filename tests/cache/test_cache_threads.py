@@ -97,6 +97,7 @@ class Traffic:
 
 
 def test_traffic_from_many_threads(make_pager, source, check_weights):
+    source.side_by_side = True
     pager = make_pager(NUM_SLOTS, num_readers=4, retry_after_s=0.0)
     traffic = Traffic(pager, source, check_weights)
     others = [
@@ -152,18 +153,19 @@ def test_a_process_that_exits_in_the_middle_of_a_read_is_not_aborted() -> None:
         import threading
         import torch
         from pager.cache.readers import Readers
+        from pager.store.reads import Place
         from pager.types import ExpertKey
 
         begun = threading.Event()
 
         class Reads:
-            def read(self, key):
+            def read(self, keys):
                 begun.set()
                 for _ in range(20):
                     torch.mm(torch.ones(1000, 1000), torch.ones(1000, 1000))
 
         reads = Reads()
-        readers = Readers(2, reads.read)
+        readers = Readers(2, reads.read, lambda key: Place(0, 9999 * key.expert, 0))
         readers.push((0, 0), [ExpertKey(0, expert) for expert in range(100)])
         begun.wait()
         print("leaving")

@@ -152,7 +152,7 @@ def hold_two_records(host: HostAccess) -> None:
     opened = SimpleNamespace(family=SimpleNamespace(expert_shape=lambda _: ExpertShape(8, 4)), config=None)
     opened.dtype = torch.float32
     tier = host.attach(opened, SimpleNamespace(host_bytes=6 * RECORD_BYTES))  # type: ignore[arg-type]
-    read, _ = (tier.acquire(ExpertKey(os.getpid(), expert)) for expert in range(2))
+    read, _ = tier.acquire([ExpertKey(os.getpid(), expert) for expert in range(2)])
     tier.publish(read)
 
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = {"grpc": "grpc", "http/protobuf": "http"}
-TRACEPARENT = "traceparent"
+TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 
 Attributes = Mapping[str, str | int | float | bool]
 
@@ -125,29 +125,37 @@ def end_call(status: str) -> None:
 
 
 def traceparent() -> str | None:
-    """The current span's W3C Trace Context, for who goes on with the request elsewhere."""
-    if _tracer is None:
-        return None
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    """The current span's W3C Trace Context, for who goes on with the request elsewhere; `tracestate` belongs to it."""
+    return _carried().get(TRACEPARENT)
 
-    carrier: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(carrier)
-    return carrier.get(TRACEPARENT)
+
+def tracestate() -> str | None:
+    """What the caller's tracing had added to its own, unchanged."""
+    return _carried().get(TRACESTATE)
 
 
 # --- the worker's: told when a request has ended ----------------------------------------------------------------------
 
 
-def record(traceparent: str | None, parts: Iterable[Part]) -> None:
+def record(traceparent: str | None, parts: Iterable[Part], tracestate: str | None = None) -> None:
     """Spans of parts that are over, under `traceparent`; none without one."""
     if _tracer is None or traceparent is None:
         return
-    parent = _context({TRACEPARENT: traceparent})
+    parent = _context({TRACEPARENT: traceparent} | ({TRACESTATE: tracestate} if tracestate else {}))
     for part in parts:
         span = _tracer.start_span(
             part.name, parent, attributes=_named(part.attributes), start_time=round(1e9 * part.start_unix_s)
         )
         span.end(round(1e9 * part.end_unix_s))
+
+
+def _carried() -> dict[str, str]:
+    carrier: dict[str, str] = {}
+    if _tracer is not None:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        TraceContextTextMapPropagator().inject(carrier)
+    return carrier
 
 
 def _named(attributes: Attributes) -> Attributes:

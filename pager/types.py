@@ -112,6 +112,7 @@ class RoutingScores:
     mean_LR: tuple[np.ndarray, ...]
     source: str  # "trunk", "prefill", "hint", ...
     num_tokens: int
+    of_prompt: RoutingScores | None = None  # where these look ahead to the whole document: the trunk's, of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,7 @@ class GenerateRequest:
     deadline_unix_s: float | None = None
     predicted: ExpertPool | None = None  # the router's prediction; starts the paging early
     traceparent: str | None = None  # W3C Trace Context of the router's span
+    tracestate: str | None = None  # what goes with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 
 from pager.errors import Cancelled, DuplicateRequest, NotReady, WorkerLost
 from pager.logs import request_id, trace_context
-from pager.tracing import note, span, traceparent
+from pager.tracing import note, span, traceparent, tracestate
 from pager.types import ExpertPool, GenerateRequest, PoolPolicy, PoolSource, Usage
 from router_service import decode, encode
 from router_service.admission import Admission
@@ -81,7 +81,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
                 request = await self._intake.request(ask, tenant, deadline_s)
                 self._gate.charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
                 prediction = await self._predict(request)
-                sent = replace(request, pool=prediction.policy, traceparent=traceparent() or trace_context.get())
+                sent = replace(request, pool=prediction.policy)
+                sent = replace(sent, traceparent=traceparent() or trace_context.get(), tracestate=tracestate())
                 if prediction.policy.source is not PoolSource.FIXED:
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""

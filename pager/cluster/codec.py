@@ -56,6 +56,7 @@ def encode_request(request: GenerateRequest, ticket: int) -> pb.Submit:
         deadline_unix_s=request.deadline_unix_s,
         predicted=encode_pool(request.predicted),
         traceparent=request.traceparent,
+        tracestate=request.tracestate,
     )
 
 
@@ -78,6 +79,7 @@ def decode_request(message: pb.Submit) -> GenerateRequest:
         deadline_unix_s=message.deadline_unix_s if message.HasField("deadline_unix_s") else None,
         predicted=decode_pool(message.predicted) if message.HasField("predicted") else None,
         traceparent=message.traceparent or None,
+        tracestate=message.tracestate or None,
     )
 
 

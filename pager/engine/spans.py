@@ -12,9 +12,9 @@ from pager.engine.sequence import Sequence
 
 def record_spans(sequence: Sequence, outcome: str) -> None:
     """Of a sequence that has ended, however far it came. Nothing for a request without a trace."""
-    traceparent = sequence.request.traceparent
-    if traceparent is not None:
-        tracing.record(traceparent, _parts(sequence, outcome))
+    request = sequence.request
+    if request.traceparent is not None:
+        tracing.record(request.traceparent, _parts(sequence, outcome), request.tracestate)
 
 
 def _parts(sequence: Sequence, outcome: str) -> Iterator[tracing.Part]:

@@ -71,6 +71,8 @@ requests = st.builds(
     ),
     deadline_unix_s=st.none() | finite,
     predicted=st.none() | pools,
+    traceparent=st.none() | st.text(min_size=1, max_size=8),
+    tracestate=st.none() | st.text(min_size=1, max_size=8),
 )
 usages = st.builds(
     Usage,

@@ -15,6 +15,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 MARKER = "xylophone quagmire zephyr"
 CALLER_TRACE, CALLER_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+CALLER_STATE = "vendor=one,other=two"
 GENERATE = "expert_pager.v1.ExpertPager/Generate"
 
 
@@ -78,7 +79,8 @@ def attributes(span: Any) -> dict[str, Any]:
 def send(service: Any, traceparent: str, max_tokens: int = 4) -> Any:
     request = pb.GenerateRequest(text=MARKER.encode(), request_id="traced", pool=pb.PoolPolicy(count=8))
     request.sampling.MergeFrom(pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True))
-    return service.stub.Generate(request, timeout=120, metadata=(("traceparent", traceparent), ("x-tenant-id", "acme")))
+    metadata = (("traceparent", traceparent), ("tracestate", CALLER_STATE), ("x-tenant-id", "acme"))
+    return service.stub.Generate(request, timeout=120, metadata=metadata)
 
 
 def test_a_request_is_one_trace_under_the_callers(traced: Any, until: Callable[..., None]) -> None:
@@ -90,6 +92,7 @@ def test_a_request_is_one_trace_under_the_callers(traced: Any, until: Callable[.
     spans = {name: span for name, (_, span) in trace.items()}
     call = spans.pop(GENERATE)
     assert call.parent_span_id.hex() == CALLER_SPAN
+    assert {span.trace_state for _, span in trace.values()} == {CALLER_STATE}
     assert {span.parent_span_id for span in spans.values()} == {call.span_id}
     assert {name for name, (who, _) in trace.items() if who == "expert-pager-worker"} == {
         "queue",

@@ -31,7 +31,7 @@ from pager import tracing
 tracing.start("test", "1.2.3", {})
 with tracing.call("a/b", ()), tracing.span("score"):
     tracing.note(number=1)
-    assert tracing.traceparent() is None
+    assert tracing.traceparent() is tracing.tracestate() is None
     tracing.end_call("OK")
 tracing.record("00-" + "1" * 32 + "-" + "2" * 16 + "-01", [])
 tracing.stop()
@@ -90,19 +90,21 @@ def test_both_protocols_are_there(protocol: str) -> None:
 
 
 def test_spans_nest_and_parts_come_later(exporter: InMemorySpanExporter) -> None:
-    metadata = (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"), ("key-bin", b"\0"))
+    state = ("tracestate", "vendor=one,other=two")
+    metadata = (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"), state, ("key-bin", b"\0"))
     with tracing.call("package.Service/Method", metadata):
         with tracing.span("place", worker="w0"):
             tracing.note(missing_bytes=7)
-        going_on = tracing.traceparent()
+        going_on, with_state = tracing.traceparent(), tracing.tracestate()
         tracing.end_call("UNAVAILABLE")
-    tracing.record(going_on, [tracing.Part("decode", 10.5, 11.0, {"num_tokens": 3})])
+    tracing.record(going_on, [tracing.Part("decode", 10.5, 11.0, {"num_tokens": 3})], with_state)
     tracing.record(None, [tracing.Part("decode", 10.5, 11.0)])
     tracing.stop()
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert list(spans) == ["place", "package.Service/Method", "decode"]
     call, place, decode = (spans[name] for name in ("package.Service/Method", "place", "decode"))
     assert {span.context.trace_id for span in spans.values()} == {int("a" * 32, 16)}
+    assert {span.context.trace_state.to_header() for span in spans.values()} == {state[1]}
     assert call.parent.span_id == int("b" * 16, 16)
     assert place.parent.span_id == decode.parent.span_id == call.context.span_id
     assert place.attributes == {"expert_pager.worker": "w0", "expert_pager.missing_bytes": 7}

@@ -15,7 +15,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("ticket", "request_id", "tenant", "prompt_token_ids", "sampling", "pool", "deadline_unix_s", "predicted", "traceparent")
+    __slots__ = ("ticket", "request_id", "tenant", "prompt_token_ids", "sampling", "pool", "deadline_unix_s", "predicted", "traceparent", "tracestate")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class Submit(_message.Message):
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     request_id: str
     tenant: str
@@ -34,7 +35,8 @@ class Submit(_message.Message):
     deadline_unix_s: float
     predicted: ExpertPool
     traceparent: str
-    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., predicted: _Optional[_Union[ExpertPool, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    tracestate: str
+    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., predicted: _Optional[_Union[ExpertPool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -96,7 +97,8 @@ def _trace_file(workers: WorkerConfig) -> Path | None:
         Path(workers.trace).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"workers.trace {workers.trace!r} is no folder to write in: {error.strerror}") from None
-    return Path(workers.trace) / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.jsonl.gz"
+    # Of containers that start in one second, processes may have the same number.
+    return Path(workers.trace) / f"{time.strftime('%Y%m%dT%H%M%S')}-{platform.node()}-{os.getpid()}.jsonl.gz"
 
 
 def _budgets(workers: WorkerConfig, *, has_host_tier: bool) -> Budgets:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import typer
+
+from pager.cli.app import app
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "deploy.md").read_text()
 
@@ -42,3 +46,35 @@ def test_numbers_are_those_of_the_manifests(render):
     assert f"{worker.main['lifecycle']['preStop']['exec']['command'][1]} s at most (preStop)" in TEXT
     storage = render("gpu").one("PersistentVolumeClaim", "expert-pager-model")["spec"]["resources"]["requests"]
     assert storage["storage"] in TEXT
+
+
+def test_every_link_leads_somewhere():
+    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", TEXT, re.M)}
+    links = re.findall(r"\]\(([^)]+)\)", TEXT)
+    assert links
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        elif not link.startswith("https://"):
+            assert (ROOT / "docs" / link).exists(), link
+
+
+def commands() -> list[str]:
+    """A line each, as the reader types them; `NAME=value` is none."""
+    blocks = "\n".join(re.findall(r"^ *```\n(.*?)^ *```$", TEXT, re.M | re.S)).replace("\\\n", " ")
+    return [line.strip() for line in blocks.splitlines() if line and not re.match(r" *[A-Z_]+=", line)]
+
+
+def test_every_program_is_one_that_the_reader_was_told_to_have():
+    programs = {line.split()[0] for line in commands()}
+    assert programs <= {"docker", "kubectl", "kind", "openssl", "printf", "umask", "cd", ".venv/bin/expert-pager"}
+
+
+def test_our_own_commands_have_the_options_that_are_used():
+    subcommands = typer.main.get_command(app).commands
+    used = [line for line in commands() if re.search(r"expert-pager (generate|replay)", line)]
+    assert len(used) >= 3
+    for line in used:
+        name, rest = re.search(r"expert-pager (\w+) (.*)", line).groups()
+        options = {option for parameter in subcommands[name].params for option in parameter.opts}
+        assert set(re.findall(r"(?<= )--[a-z-]+", rest)) <= options, line

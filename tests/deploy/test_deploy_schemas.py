@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
@@ -72,3 +73,16 @@ def test_a_field_that_nobody_knows_is_refused(render, overlay, kind, path):
     place["fildOfNobody"] = 1
     with pytest.raises(jsonschema.ValidationError, match="fildOfNobody"):
         check(each)
+
+
+def test_the_pod_that_copies_a_model_is_one_that_the_namespace_admits(render):
+    (pod,) = yaml.safe_load_all((SCHEMAS.parent / "copy-model.yaml").read_text())
+    check(pod)
+    manifests = render("gpu")
+    worker = manifests.workload("expert-pager-worker")
+    assert pod["spec"]["securityContext"] == worker.spec["securityContext"]  # so that both may write to the volume
+    (container,) = pod["spec"]["containers"]
+    assert container["securityContext"] == worker.main["securityContext"]
+    assert pod["metadata"]["namespace"] == manifests.of_kind("Namespace")[0]["metadata"]["name"]
+    assert pod["spec"]["volumes"] == [worker.volume("models")]
+    assert container["volumeMounts"][0]["mountPath"] == worker.spec["initContainers"][0]["args"][1]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pager.engine import KERNEL_CACHES
-from pager.engine.experts import BATCHED_EXPERT_BYTES, BATCHED_PAIRS, HALF_PRECISION_ROWS
+from pager.engine.kernels import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES
 from pager.engine.kv import heads_of
 from pager.engine.trunk import OpenModel
 from pager.needs import Workspace
@@ -124,9 +124,12 @@ class _Shapes:
         tile = _ATTENTION_QUERIES * (_ATTENTION_KEYS + 2 + self.head_dim) * FP32
         threads = torch.get_num_threads() * (tile + _GEMM_BYTES)
         kept = _SMALL_BUFFERS * KEPT_BYTES + (num_readers + 1) * _ARENA_BYTES  # who steps; who reads and who loads
-        batched = BATCHED_PAIRS * self.expert_bytes * 2 // 3 if self.expert_bytes <= BATCHED_EXPERT_BYTES else 0
+        copied = 0
+        if self.expert_bytes <= SMALL_EXPERT_BYTES:
+            rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item
+            copied = COPIED_PAIRS * self.expert_bytes * 2 // 3 + rows
         surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
-        return threads + kept + batched + surplus
+        return threads + kept + copied + surplus
 
     def _attention(self) -> int:
         queries, keys = self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim

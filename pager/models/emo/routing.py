@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def pick_experts(
@@ -31,19 +32,19 @@ def pick_experts(
     the softmax. Its entries for shared and always-active experts are not read. It must leave at least K − num_shared
     routed experts; otherwise experts of weight 0 from outside the pool fill the places.
     """
-    scores_TE = logits_TE.float()
-    if allowed_TE is not None:
-        scores_TE = scores_TE.masked_fill(~_with_permanent(allowed_TE, num_shared, always_active), -torch.inf)
     if always_active:
-        return _pick_beside_always_active(scores_TE, top_k, always_active)
+        return _pick_beside_always_active(_scores(logits_TE, allowed_TE, always_active), top_k, always_active)
     num_routed = logits_TE.shape[-1] - num_shared
-    probs_TR = scores_TE[:, :num_routed].softmax(-1)
+    allowed_TR = None if allowed_TE is None else allowed_TE[..., :num_routed]
+    probs_TR = _scores(logits_TE[:, :num_routed], allowed_TR).softmax(-1)
     weights_TK, index_TK = probs_TR.topk(min(top_k - num_shared, num_routed), dim=-1)
     if norm_topk_prob:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    if num_shared == 1:  # a softmax over one column is 1
+        return pad(weights_TK, (0, 1), value=1.0), pad(index_TK, (0, 1), value=num_routed)
     if not num_shared:
         return weights_TK, index_TK
-    shared_TS = scores_TE[:, num_routed:].softmax(-1)
+    shared_TS = logits_TE[:, num_routed:].float().softmax(-1)
     index_TS = torch.arange(num_routed, num_routed + num_shared, device=logits_TE.device).expand_as(shared_TS)
     return torch.cat([weights_TK, shared_TS], -1), torch.cat([index_TK, index_TS], -1)
 
@@ -58,9 +59,10 @@ def _pick_beside_always_active(scores_TE: Tensor, top_k: int, always_active: Seq
     return torch.cat([probs_TE.gather(-1, always_TA), weights_TK], -1), torch.cat([always_TA, index_TK], -1)
 
 
-def _with_permanent(allowed_TE: Tensor, num_shared: int, always_active: Sequence[int]) -> Tensor:
-    num_experts = allowed_TE.shape[-1]
-    permanent = list(always_active) or range(num_experts - num_shared, num_experts)
-    permanent_E = torch.zeros(num_experts, dtype=torch.bool, device=allowed_TE.device)
-    permanent_E[list(permanent)] = True
-    return allowed_TE | permanent_E
+def _scores(logits_TE: Tensor, allowed_TE: Tensor | None, always_active: Sequence[int] = ()) -> Tensor:
+    """In fp32, minus infinity where an expert is not allowed."""
+    if allowed_TE is None:
+        return logits_TE.float()
+    if always_active:
+        allowed_TE = allowed_TE.index_fill(-1, torch.tensor(always_active, device=allowed_TE.device), True)
+    return torch.where(allowed_TE, logits_TE.float(), -torch.inf)

@@ -24,13 +24,14 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest check bench train evidence screenshots corpus redis kubectl prometheus chromium docs proto clean
+.PHONY: help install demo test test-all test-oldest check bench bench-scale train evidence screenshots corpus redis kubectl prometheus chromium docs proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
 	@echo "make test    run all tests, then the model-level ones on transformers $(OLDEST_TRANSFORMERS)"
 	@echo "make check   ruff, mypy, import-linter"
-	@echo "make bench   measure on this machine; writes benchmarks/results/"
+	@echo "make bench   measure on this machine, 30 minutes; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"
+	@echo "make bench-scale  serve 27 GB of experts on this machine; writes as much to build/ for as long as it runs"
 	@echo "make train CORPUS=DIR     train both reference models again; goes on where it was stopped"
 	@echo "make evidence CORPUS=DIR  measure both reference models; writes docs/evidence.md"
 	@echo "make screenshots CORPUS=DIR  pictures of how both reference models route, and of /ui; writes docs/images/"
@@ -43,7 +44,7 @@ $(INSTALLED): pyproject.toml
 		{ echo "$(PYTHON) is older than 3.11; run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[serve,otel,eval,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[serve,otel,eval,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -74,6 +75,15 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.exactness $(MODEL)
 	$(BIN)/python -m benchmarks.token_transport
 	$(BIN)/python -m benchmarks.residency $(MODEL)
+	$(BIN)/python -m benchmarks.engine_steps $(MODEL)
+	$(BIN)/python -m benchmarks.prefill $(MODEL)
+	$(if $(CORPUS),$(BIN)/python -m benchmarks.policies $(MODEL) --corpus "$(CORPUS)")
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.offload
+	$(BIN)/python -m benchmarks.growth
+
+bench-scale: $(INSTALLED)
+	$(BIN)/python -m benchmarks.scale
 
 corpus:
 	@test -d "$(CORPUS)" || { echo "say where the documents are: make $(MAKECMDGOALS) CORPUS=DIR"; exit 1; }

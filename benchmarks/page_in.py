@@ -1,163 +1,237 @@
-"""Paging in beside the raw read of the same bytes: bandwidth into slots, and time to first token."""
+"""Paging in beside the physical limit: from the disk beside a raw read, from the host tier beside a plain copy.
+
+python -m benchmarks.page_in          2 to 4 minutes; keeps 7 GB in build/benchmarks
+python -m benchmarks.page_in --quick  a smoke run on a toy shape
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
-from benchmarks.engine_run import EngineRun, fixed, load_engine, random_pools
+from benchmarks.checkpoints import WORK, checkpoints
+from benchmarks.engine_run import random_pools
 from benchmarks.measure import alternate
 from benchmarks.page_cache import drop
-from benchmarks.prompts import prompts_of
+from benchmarks.raw_copy import RawCopy
 from benchmarks.raw_read import RawReader, extents_of
-from benchmarks.report import Table, console, figure, ratio
-from pager.engine.loading import PagedModel
+from benchmarks.report import RESULTS, Report, Table, conditions, console, figure, quieten, ratio
+from benchmarks.shapes import SHAPES
+from pager.cache.host import HostTier
+from pager.cache.pager import ExpertPager
+from pager.cache.slots import DeviceSlots
+from pager.cli.output import print_error
 from pager.engine.trunk import OpenModel
-from pager.planner import Budgets
-from pager.routing.pool import largest_counts
-from pager.types import ExpertPool, PoolPolicy, Share, Usage
+from pager.errors import PagerError
+from pager.types import ExpertPool
 from pager.units import format_bytes
 
 POOL_SHARE = 0.125
-PROMPT_TOKENS = 64
+DTYPE = torch.bfloat16
 
 
-def bandwidth(path: Path, dtype: torch.dtype, num_rounds: int, num_readers: int) -> Iterator[Sequence[str]]:
-    """Rows: from an empty and from a full page cache into slots, beside the raw read."""
-    with load_engine(path, dtype, _exactly_a_pool(path, dtype), num_readers) as engine:
-        paged = engine.paged
-        pools = random_pools(paged.facts, POOL_SHARE, 2)
-        turns = cycle(pools)  # one evicts the other
-        extents = extents_of(path, pools[0].keys())
-        with RawReader(extents, num_readers) as raw:
-            for name, prepare in (("empty", partial(drop, raw.paths)), ("full", lambda: None)):
+@dataclass(frozen=True, slots=True)
+class Used:
+    """One page-in, raw read or copy. `cpu_s` is processor time of all threads."""
+
+    seconds: float
+    cpu_s: float
+
+
+class Paging:
+    """A pager with slots for one of two pools that take turns, so that each evicts the other."""
+
+    def __init__(self, pager: ExpertPager, pools: Sequence[ExpertPool]) -> None:
+        self.pager = pager
+        self.pools = pools
+        self._turns = cycle(pools)
+
+    def page_in(self) -> None:
+        pool, before = next(self._turns), self.pager.stats()
+        lease = self.pager.reserve_pool(pool.keys())
+        assert lease is not None, "nobody else holds slots"
+        with lease:
+            for layer in range(len(pool.experts)):
+                lease.wait(layer)
+        assert self.pager.stats().misses - before.misses == pool.num_experts, "something was resident already"
+
+
+@contextmanager
+def open_paging(
+    path: Path, dtype: torch.dtype, num_readers: int, *, bypass_page_cache: bool = False, with_host: bool = False
+) -> Iterator[Paging]:
+    """`with_host`: a host tier that holds both pools."""
+    opened = OpenModel.open(path, dtype)
+    facts = opened.facts
+    with opened.checkpoint, ExitStack() as closing:
+        source = opened.open_experts()
+        closing.callback(source.close)
+        pools = random_pools(facts, POOL_SHARE, 2)
+        host = None
+        if with_host:
+            host = HostTier.create(2 * pools[0].num_experts * opened.expert_bytes, source.shape, dtype)
+            closing.callback(host.close)
+        slots = DeviceSlots(
+            pools[0].num_experts,
+            source.shape,
+            dtype,
+            "cpu",
+            num_layers=facts.num_layers,
+            max_experts=max(facts.experts_per_layer),
+        )
+        pager = ExpertPager(source, slots, host=host, num_readers=num_readers, bypass_page_cache=bypass_page_cache)
+        closing.callback(pager.close)
+        yield Paging(pager, pools)
+
+
+def from_disk(
+    path: Path, dtype: torch.dtype, num_rounds: int, num_readers: int, *, direct: bool = False
+) -> Iterator[Sequence[str]]:
+    """Rows: from an empty page cache and, unless it is left out, from a full one, each beside the raw read."""
+    with open_paging(path, dtype, num_readers, bypass_page_cache=direct) as paging:
+        extents = extents_of(path, paging.pools[0].keys())
+        with RawReader(extents, num_readers, direct=direct) as raw:
+            empty = partial(drop, raw.paths)
+            for name, prepare in [("empty", empty)] if direct else [("empty", empty), ("full", lambda: None)]:
                 with console.status(f"page-in of {path.name}, page cache {name}"):
                     if name == "full":  # what the cold rounds left out of it
-                        for _ in pools:
-                            _page_in(paged, next(turns))
-                    runs = {
-                        "raw": partial(_after, prepare, raw.read),
-                        "paged": partial(_after, prepare, lambda: _page_in(paged, next(turns))),
-                    }
-                    if name == "full":
-                        runs["raw"]()
-                    seconds = alternate(runs, num_rounds)
-                rates = {kind: [raw.nbytes / 1e6 / value for value in values] for kind, values in seconds.items()}
-                yield (
-                    path.name,
-                    name,
-                    format_bytes(raw.nbytes),
-                    figure(rates["paged"], 0),
-                    figure(rates["raw"], 0),
-                    ratio(rates["paged"], rates["raw"]),
-                )
+                        for run in (paging.page_in, paging.page_in, raw.read):
+                            run()
+                    runs = {"paged": partial(_used, prepare, paging.page_in), "raw": partial(_used, prepare, raw.read)}
+                    used = alternate(runs, num_rounds)
+                yield path.name, "left out" if direct else name, *_cells(raw.nbytes, used["paged"], used["raw"])
+
+
+def from_host(path: Path, dtype: torch.dtype, num_rounds: int, num_readers: int) -> Iterator[Sequence[str]]:
+    """The row: from the host tier, which holds both pools, beside a copy of as many bytes."""
+    with open_paging(path, dtype, num_readers, with_host=True) as paging, console.status("page-in from the host tier"):
+        for _ in (*paging.pools, *paging.pools):
+            paging.page_in()
+        from_disk_before = paging.pager.stats().bytes_from_disk
+        num_experts, record = paging.pools[0].num_experts, paging.pager.slots.record_bytes
+        with RawCopy(num_experts, record, num_readers) as raw:
+            ways = {"paged": paging.page_in, **raw.ways}
+            used = alternate({name: partial(_used, lambda: None, run) for name, run in ways.items()}, num_rounds)
+        assert paging.pager.stats().bytes_from_disk == from_disk_before, "the host tier did not hold both pools"
+        best = min(raw.ways, key=lambda name: statistics.median(each.seconds for each in used[name]))
+        yield path.name, best, *_cells(num_experts * record, used["paged"], used[best])
 
 
 def bandwidth_table(paths: Sequence[Path], dtype: torch.dtype, num_rounds: int, num_readers: int) -> Table:
-    rows = [row for path in paths for row in bandwidth(path, dtype, num_rounds, num_readers)]
+    """`paths`: checkpoints as downloaded and packed."""
+    notes = []
+    rows = [row for path in paths for row in from_disk(path, dtype, num_rounds, num_readers)]
+    for path in paths:
+        why_not = _why_not_direct(path, dtype)
+        if why_not:
+            notes.append(f"{path.name} was not read past the page cache: {why_not}.")
+        else:
+            rows += from_disk(path, dtype, num_rounds, num_readers, direct=True)
     return Table(
         "Page-in, disk to slots",
-        ("checkpoint", "page cache", "bytes", "paged MB/s", "raw MB/s", "ratio"),
+        ("checkpoint", "page cache", *_columns("raw")),
         rows,
         (
             f"One random pool of {POOL_SHARE:.1%} of the experts a repeat, evicting another; {num_rounds} repeats, raw "
             "and paged alternating.",
-            f"Both with {num_readers} threads and into memory that was in use before. Empty: dropped before each read, "
-            "and seen to be gone (mincore).",
-            "A packed checkpoint is checksummed as it is read; a plain one has no checksums.",
+            f"Both with {num_readers} threads, through the page cache or both past it (O_DIRECT), and into memory that "
+            "was in use before. Empty: dropped before each read, and seen to be gone (mincore).",
+            "A packed checkpoint is checksummed as it is read; a plain one has no checksums. Processor time is that of "
+            "all threads.",
+            *notes,
         ),
     )
 
 
-def first_token_table(path: Path, dtype: torch.dtype, num_rounds: int, num_readers: int) -> Table:
-    """A pool that is fixed before the prompt, and one that the prefill chooses, each missing and each held."""
-    prompt = prompts_of(path, 1, PROMPT_TOKENS)[0]
-    budgets = _exactly_a_pool(path, dtype)
-    with load_engine(path, dtype, budgets, num_readers) as engine, console.status("time to first token"):
-        by_prefill = PoolPolicy(Share(POOL_SHARE))
-        _, usage = engine.first_token(prompt, by_prefill)
-        assert usage.pool is not None
-        chosen, other = usage.pool, _beside(usage.pool, engine.paged)
-        with RawReader(extents_of(path, chosen.keys()), num_readers) as raw:
-            runs = {}
-            for name, policy in (("fixed", fixed(chosen)), ("fused", by_prefill)):
-                empty = partial(_make_cold, engine, prompt, other, raw.paths)
-                runs[f"{name} cold"] = partial(_after, empty, partial(_first_token_s, engine, prompt, policy, chosen))
-                runs[f"{name} warm"] = partial(_first_token_s, engine, prompt, policy, None)
-            runs["raw"] = partial(_after, partial(drop, raw.paths), raw.read)
-            seconds = alternate(runs, num_rounds)
-            nbytes = raw.nbytes
+def warm_table(path: Path, dtype: torch.dtype, num_rounds: int, num_readers: int) -> Table:
     return Table(
-        f"Time to first token, {path.name}",
-        ("pool", "cold ms", "warm ms", "raw read ms", "cold / max(raw, warm)"),
-        [_first_token_row(name, seconds) for name in ("fixed", "fused")],
+        "Page-in, host tier to slots",
+        ("checkpoint", "copied by", *_columns("copy")),
+        list(from_host(path, dtype, num_rounds, num_readers)),
         (
-            f"Prompt of {PROMPT_TOKENS} tokens, pool of {POOL_SHARE:.1%} of the experts ({format_bytes(nbytes)}), "
-            f"{num_rounds} repeats, alternating.",
-            "Cold: no expert of the pool in a slot, its files not in the page cache. Warm: all in slots.",
-            "Fixed: known before the prefill, read from the start. Fused: the prefill chooses it layer by layer, "
-            "without a prediction, so that reading and computing alternate. Raw: the pool's bytes alone.",
+            f"One random pool of {POOL_SHARE:.1%} of the experts a repeat, evicting another; {num_rounds} repeats, "
+            "copies and paging alternating.",
+            f"Copied by the faster of two ways: torch's copy_ of all the bytes with {torch.get_num_threads()} threads, "
+            f"and {num_readers} threads that copy an expert at a time. All memory was in use before.",
         ),
     )
 
 
-def _first_token_row(name: str, seconds: dict[str, list[float]]) -> Sequence[str]:
-    cold, warm, raw = ([1e3 * value for value in seconds[kind]] for kind in (f"{name} cold", f"{name} warm", "raw"))
-    bound = max(raw, warm, key=statistics.median)
-    return name, figure(cold, 0), figure(warm, 0), figure(raw, 0), ratio(cold, bound)
+def _columns(limit: str) -> tuple[str, ...]:
+    return "bytes", "paged MB/s", f"{limit} MB/s", "ratio", "paged CPU s/GB", f"{limit} CPU s/GB"
 
 
-def _first_token_s(engine: EngineRun, prompt: Sequence[int], policy: PoolPolicy, missing: ExpertPool | None) -> float:
-    """Checks that it was as cold, or as warm, as the table says."""
-    seconds, usage = engine.first_token(prompt, policy)
-    expected = 0 if missing is None else missing.num_experts
-    assert usage.experts_missed == expected, _unexpected(usage, expected)
-    return seconds
-
-
-def _make_cold(engine: EngineRun, prompt: Sequence[int], other: ExpertPool, paths: Sequence[Path]) -> None:
-    engine.first_token(prompt, fixed(other))
-    drop(paths)
-
-
-def _page_in(paged: PagedModel, pool: ExpertPool) -> float:
-    before, started_s = paged.pager.stats(), time.perf_counter()
-    lease = paged.pager.reserve_pool(pool.keys())
-    assert lease is not None, "nobody else holds slots"
-    with lease:
-        for layer in range(len(pool.experts)):
-            lease.wait(layer)
-        seconds = time.perf_counter() - started_s
-    assert paged.pager.stats().misses - before.misses == pool.num_experts, "something was resident already"
-    return seconds
-
-
-def _after(prepare: Callable[[], None], run: Callable[[], float]) -> float:
-    prepare()
-    return run()
-
-
-def _beside(pool: ExpertPool, paged: PagedModel) -> ExpertPool:
-    """As many experts as `pool` has, none of them in it."""
-    layers = zip(pool.experts, paged.facts.routed_per_layer, strict=True)
-    return ExpertPool(
-        tuple(tuple(sorted(set(range(num_routed)) - set(experts))[: len(experts)]) for experts, num_routed in layers)
+def _cells(nbytes: int, paged: Sequence[Used], limit: Sequence[Used]) -> tuple[str, ...]:
+    rates = [[nbytes / 1e6 / used.seconds for used in each] for each in (paged, limit)]
+    costs = [[used.cpu_s / nbytes * 1e9 for used in each] for each in (paged, limit)]
+    return (
+        format_bytes(nbytes),
+        figure(rates[0], 0),
+        figure(rates[1], 0),
+        ratio(*rates),
+        figure(costs[0], 2),
+        figure(costs[1], 2),
     )
 
 
-def _exactly_a_pool(path: Path, dtype: torch.dtype) -> Budgets:
-    """Slots for one pool and not one more, so that the next evicts all of it."""
+def _used(prepare: Callable[[], object], run: Callable[[], object]) -> Used:
+    prepare()
+    cpu_s, started_s = time.process_time(), time.perf_counter()
+    run()
+    return Used(time.perf_counter() - started_s, time.process_time() - cpu_s)
+
+
+def _why_not_direct(path: Path, dtype: torch.dtype) -> str:
     opened = OpenModel.open(path, dtype)
-    opened.checkpoint.close()
-    num_slots = sum(largest_counts(Share(POOL_SHARE), opened.facts))
-    return Budgets(expert_memory=num_slots * opened.expert_bytes, host_memory=0, kv_memory="64MiB")
+    with opened.checkpoint:
+        source = opened.open_experts()
+        try:
+            return source.bypass_page_cache(dtype)
+        finally:
+            source.close()
 
 
-def _unexpected(usage: Usage, expected: int) -> str:
-    return f"{usage.experts_missed} experts were missing and {usage.experts_hit} there, not {expected} missing"
+def main(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "emo-1b14b",
+    layers: Annotated[int, typer.Option(help="So many of its layers.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 9,
+    readers: Annotated[int, typer.Option(help="Threads that read experts, and of the raw read.")] = 4,
+    work: Annotated[Path, typer.Option(help="Where synthetic checkpoints are kept.")] = WORK,
+    results: Annotated[Path, typer.Option(help="Directory for the tables.")] = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy shape, two repeats, no file is written.")] = False,
+) -> None:
+    """Measure page-in from disk and from the host tier beside a raw read and a plain copy of the same bytes."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"shapes are {', '.join(SHAPES)}")
+    quieten()
+    if quick:
+        shape, layers, rounds = "emo-micro", 2, 2
+    report = Report(
+        "page_in",
+        f"{shape} with {layers} of {SHAPES[shape].num_layers} layers, random weights, bfloat16",
+        conditions(threads=f"{torch.get_num_threads()} of torch, {readers} readers"),
+    )
+    report.start()
+    try:
+        plain, packed = checkpoints(work, shape, layers)
+        report.add(bandwidth_table((plain, packed), DTYPE, rounds, readers))
+        report.add(warm_table(packed, DTYPE, rounds, readers))
+    except PagerError as error:
+        print_error(error.message)
+        raise typer.Exit(1) from None
+    if not quick:
+        report.write(results)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Sequence
@@ -43,13 +44,19 @@ def extents_of(checkpoint: Path, keys: Sequence[ExpertKey]) -> list[list[Extent]
 
 
 class RawReader:
-    """Reads extents into one slab that was written to before, so that no page of it is new."""
+    """Reads extents into one slab that was written to before, so that no page of it is new.
 
-    def __init__(self, experts: Sequence[Sequence[Extent]], num_threads: int) -> None:
+    `direct`: past the page cache; the extents have to be whole pages, and the file system has to allow it.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[Extent]], num_threads: int, *, direct: bool = False) -> None:
         self.paths = sorted({extent.path for extents in experts for extent in extents})
         self.nbytes = sum(extent.nbytes for extents in experts for extent in extents)
-        self._descriptors = {path: os.open(path, os.O_RDONLY) for path in self.paths}
-        self._slab = np.ones(self.nbytes, np.uint8).data
+        flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+        self._descriptors = {path: os.open(path, flags) for path in self.paths}
+        memory = np.ones(self.nbytes + mmap.PAGESIZE, np.uint8)
+        start = -memory.ctypes.data % mmap.PAGESIZE
+        self._slab = memory[start : start + self.nbytes].data
         self._reads: list[list[tuple[Extent, memoryview]]] = []
         start = 0
         for extents in experts:

@@ -7,7 +7,6 @@ python -m benchmarks.residency --quick  a smoke run on a toy shape
 from __future__ import annotations
 
 import gc
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated
@@ -16,20 +15,19 @@ import torch
 import typer
 
 from benchmarks import decode
+from benchmarks.checkpoints import WORK, checkpoints
 from benchmarks.decode import Effort, Way
-from benchmarks.page_in import bandwidth_table, first_token_table
+from benchmarks.first_token import first_token_table
+from benchmarks.page_in import bandwidth_table
 from benchmarks.report import RESULTS, ROOT, Report, conditions, console, quieten
 from benchmarks.shapes import SHAPES
-from benchmarks.synthetic import check_checkpoint, write_checkpoint
-from pager.cli.output import bytes_progress, print_error
+from pager.cli.output import print_error
 from pager.engine.trunk import OpenModel
 from pager.errors import PagerError
 from pager.routing.pool import largest_counts
-from pager.store.pack import pack
 from pager.types import Share
 
 REFERENCE = ROOT / "models" / "emo-tiny"
-WORK = ROOT / "build" / "benchmarks"
 DTYPE = torch.bfloat16
 REFERENCE_GROUPS = (
     (
@@ -99,30 +97,6 @@ def check_poolable(model: Path) -> None:
     opened.checkpoint.close()
     smallest = min(way.pool for group in REFERENCE_GROUPS for way in group if way.pool is not None)
     largest_counts(Share(smallest), opened.facts)
-
-
-def checkpoints(work: Path, shape: str, num_layers: int) -> tuple[Path, Path]:
-    """The synthetic checkpoint, as downloaded and packed; made once and kept. Raises PagerError."""
-    chosen = SHAPES[shape].shortened(num_layers)
-    plain, packed = work / f"{shape}-{num_layers}-layers", work / f"{shape}-{num_layers}-layers-packed"
-    if not plain.exists():
-        shutil.rmtree(packed, ignore_errors=True)
-        with bytes_progress(f"writing {plain.name}") as progress:
-            write_checkpoint(plain, chosen, progress=progress)
-    check_checkpoint(plain, chosen)
-    if not packed.exists():
-        opened = OpenModel.open(plain)
-        opened.checkpoint.close()
-        with bytes_progress(f"packing {packed.name}") as progress:
-            pack(
-                plain,
-                packed,
-                names=opened.family.expert_names,
-                experts_per_layer=opened.facts.experts_per_layer,
-                shape=opened.family.expert_shape(opened.config),
-                progress=progress,
-            )
-    return plain, packed
 
 
 if __name__ == "__main__":

@@ -49,17 +49,19 @@ class HostTier:
         self.num_records = num_records
         self.index = index
         self.owner = owner
-        self._shape = shape
-        self._dtype = dtype
         self._is_creator = False
-        self._record_bytes = record_bytes(shape, dtype)
-        self.nbytes = num_records * self._record_bytes
+        self.nbytes = num_records * record_bytes(shape, dtype)
         try:
             self._mapping: mmap.mmap | None = mmap.mmap(file, self.nbytes)
         finally:
             os.close(file)
-        self._records: Tensor | None = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        self._unlock = _page_lock(self._records)
+        records = torch.frombuffer(self._mapping, dtype=dtype).view(num_records, shape.num_elements)
+        split = 2 * shape.intermediate * shape.hidden
+        self._tensors: tuple[Tensor, Tensor] | None = (
+            records[:, :split].unflatten(1, (2 * shape.intermediate, shape.hidden)),
+            records[:, split:].unflatten(1, (shape.hidden, shape.intermediate)),
+        )
+        self._unlock = _page_lock(records.view(-1))
 
     @classmethod
     def create(
@@ -127,10 +129,9 @@ class HostTier:
 
     def tensors(self, record: int) -> tuple[Tensor, Tensor]:
         """gate_up [2F, D] and down [D, F] of a record, in place."""
-        hidden, intermediate = self._shape.hidden, self._shape.intermediate
-        values = self._raw(record).view(self._dtype)
-        split = 2 * intermediate * hidden
-        return values[:split].view(2 * intermediate, hidden), values[split:].view(hidden, intermediate)
+        assert self._tensors is not None, "the host tier is closed"
+        gate_up, down = self._tensors
+        return gate_up[record], down[record]
 
     def publish(self, grant: HostGrant) -> None:
         """The claimed record is filled: others may read it."""
@@ -148,16 +149,11 @@ class HostTier:
         if mapping is None:
             return
         self._unlock()
-        self._records = None
+        self._tensors = None
         with suppress(BufferError):  # a view of it is still alive somewhere; the mapping goes with it
             mapping.close()
         if self._is_creator:
             self.path.unlink(missing_ok=True)
-
-    def _raw(self, record: int) -> Tensor:
-        assert self._records is not None, "the host tier is closed"
-        start = record * self._record_bytes
-        return self._records[start : start + self._record_bytes]
 
 
 def record_bytes(shape: ExpertShape, dtype: torch.dtype) -> int:
@@ -170,9 +166,9 @@ def _page_lock(data: Tensor) -> Callable[[], None]:
     if not torch.cuda.is_available():
         return lambda: None
     runtime: Any = torch.cuda.cudart()
-    status = int(runtime.cudaHostRegister(data.data_ptr(), data.numel(), 0))
+    status = int(runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0))
     if status != 0:
-        raise BudgetError(f"{data.numel()} bytes can not be page-locked (CUDA error {status}); lower host_memory")
+        raise BudgetError(f"{data.nbytes} bytes can not be page-locked (CUDA error {status}); lower host_memory")
 
     def unlock() -> None:
         runtime.cudaHostUnregister(data.data_ptr())

@@ -1,0 +1,39 @@
+"""The synthetic checkpoints that several programs measure: made once, kept in build/benchmarks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from benchmarks.report import ROOT
+from benchmarks.shapes import SHAPES
+from benchmarks.synthetic import check_checkpoint, write_checkpoint
+from pager.cli.output import bytes_progress
+from pager.engine.trunk import OpenModel
+from pager.store.pack import pack
+
+WORK = ROOT / "build" / "benchmarks"
+
+
+def checkpoints(work: Path, shape: str, num_layers: int) -> tuple[Path, Path]:
+    """The synthetic checkpoint, as downloaded and packed; made once and kept. Raises PagerError."""
+    chosen = SHAPES[shape].shortened(num_layers)
+    plain, packed = work / f"{shape}-{num_layers}-layers", work / f"{shape}-{num_layers}-layers-packed"
+    if not plain.exists():
+        shutil.rmtree(packed, ignore_errors=True)
+        with bytes_progress(f"writing {plain.name}") as progress:
+            write_checkpoint(plain, chosen, progress=progress)
+    check_checkpoint(plain, chosen)
+    if not packed.exists():
+        opened = OpenModel.open(plain)
+        opened.checkpoint.close()
+        with bytes_progress(f"packing {packed.name}") as progress:
+            pack(
+                plain,
+                packed,
+                names=opened.family.expert_names,
+                experts_per_layer=opened.facts.experts_per_layer,
+                shape=opened.family.expert_shape(opened.config),
+                progress=progress,
+            )
+    return plain, packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,17 +26,22 @@ def pack(
     """Rewrite a checkpoint so that an expert is one read.
 
     Every expert becomes one contiguous, aligned, checksummed extent. The folder appears whole or not at all, and can be
-    used wherever the original can.
+    used wherever the original can. What `expert-pager fit-router` left beside the original goes along.
 
     Example: `expert-pager pack ./Emo_1b14b_1T ./emo-packed --dtype bfloat16`
     """
     from pager.engine.trunk import DTYPES, OpenModel
+    from pager.routing.fitted import ROUTER_NAME, RouterFile
     from pager.store.pack import pack as write_pack
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     source = OpenModel.open(model)
-    with source.checkpoint, bytes_progress("packing") as progress:
+    with source.checkpoint as checkpoint, bytes_progress("packing") as progress:
+        has_router = (model / ROUTER_NAME).is_file()
+        router = (
+            RouterFile.load(model, checkpoint.fingerprint) if has_router else None
+        )  # refused before the work begins
         write_pack(
             model,
             output,
@@ -45,6 +51,9 @@ def pack(
             dtype=DTYPES[dtype] if dtype else None,
             progress=progress,
         )
+    if router is not None:  # the same weights under another fingerprint
+        with OpenModel.open(output).checkpoint as packed:
+            replace(router, fingerprint=packed.fingerprint).save(output / ROUTER_NAME)
     num_experts = sum(source.facts.experts_per_layer)
     nbytes = sum(path.stat().st_size for path in output.iterdir())
     if as_json:

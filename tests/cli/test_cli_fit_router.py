@@ -49,6 +49,20 @@ def test_a_router_is_fitted_and_kept_beside_the_checkpoint(run: Run, model: Path
     assert OpenModel.open(model).checkpoint.fingerprint == file.fingerprint, "the file changes nothing for the model"
 
 
+def test_what_was_fitted_goes_along_into_a_packed_model(run: Run, model: Path, tmp_path: Path) -> None:
+    assert run("fit-router", model, "--documents", PATTERN, *OPTIONS).returncode == 0
+    result = run("pack", model, tmp_path / "packed", "--dtype", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    with OpenModel.open(model).checkpoint as plain, OpenModel.open(tmp_path / "packed").checkpoint as packed:
+        before, after = (RouterFile.load(each.path, each.fingerprint) for each in (plain, packed))
+        assert plain.fingerprint != packed.fingerprint
+    assert before.weights.keys() == after.weights.keys()
+    assert all((before.weights[name] == after.weights[name]).all() for name in before.weights)
+    shutil.copy(tmp_path / "packed" / "router.safetensors", model)
+    refused(run("pack", model, tmp_path / "again"), "was fitted to the model")
+    assert not (tmp_path / "again").exists()
+
+
 def test_the_same_seed_gives_the_same_bytes(run: Run, model: Path, tmp_path: Path) -> None:
     written = []
     for name in ("first", "second"):

@@ -85,7 +85,7 @@ class WorkerConfig:
     step_timeout_s: float = _is(_between(0.1, 86400), 30.0)
     drain_s: float = _is(_between(0, 86400), 30.0)  # what a worker's requests have to end after its SIGTERM
     metrics_port: int = _is(_between(0, 65535), 0)  # 0: any free port, published in the file_sd file
-    policy: str = _is(_one_of("lru", "lfu", "lfru", "least-stale"), "lru")  # which expert to evict
+    policy: str = _is(_one_of("lru", "lfu", "lfru", "least-stale"), "least-stale")  # which expert to evict
     state: str | None = None  # folder where each remembers what it holds, to page it in before it is ready again
     trace: str | None = None  # folder for a record of every access to an expert, a file a worker; see `replay`
 

@@ -84,11 +84,22 @@ class LFU:
         return len(self._count_of)
 
 
-class _Scored:
-    """Victims by a score that changes with time: sorted when they are asked for, which costs as much as there are."""
+class LFRU:
+    """Evicts the lowest number of uses divided by the time since the last one, time being counted in uses.
+
+    Every score changes with time: victims are sorted when they are asked for, which costs as much as there are.
+    """
 
     def __init__(self) -> None:
+        self._now = 0
+        self._uses: Counter[ExpertKey] = Counter()
+        self._last: dict[ExpertKey, int] = {}
         self._evictable: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def use(self, key: ExpertKey) -> None:
+        self._now += 1
+        self._uses[key] += 1
+        self._last[key] = self._now
 
     def add(self, key: ExpertKey) -> None:
         self._evictable[key] = None
@@ -103,40 +114,25 @@ class _Scored:
         return len(self._evictable)
 
     def _score(self, key: ExpertKey) -> float:
-        raise NotImplementedError
-
-
-class LFRU(_Scored):
-    """Evicts the lowest number of uses divided by the time since the last one, time being counted in uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._now = 0
-        self._uses: Counter[ExpertKey] = Counter()
-        self._last: dict[ExpertKey, int] = {}
-
-    def use(self, key: ExpertKey) -> None:
-        self._now += 1
-        self._uses[key] += 1
-        self._last[key] = self._now
-
-    def _score(self, key: ExpertKey) -> float:
         return self._uses[key] / (self._now - self._last.get(key, 0) + 1)
 
 
-class LeastStale(_Scored):
+class LeastStale:
     """Evicts by passes over the layers rather than by time (after SpecMD's policy of that name, arXiv 2602.03921).
 
     A use in a layer below the last one begins a pass. First go the experts that no recent pass used, oldest pass first;
-    of one pass, those whose layer the current one has left behind, for they are needed last, the latest left first.
+    of one pass, those whose layer the current one has left behind, for they are needed last, the latest left first; of
+    one layer, what was let go of longest ago. Experts of a pass and a layer are kept together, and only those groups
+    are sorted when victims are asked for.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._pass = 0
         self._layer = 0
         self._num_layers = 1
         self._pass_of: dict[ExpertKey, int] = {}
+        self._group_of: dict[ExpertKey, tuple[int, int]] = {}  # of the evictable ones: pass and layer
+        self._groups: dict[tuple[int, int], OrderedDict[ExpertKey, None]] = {}
 
     def use(self, key: ExpertKey) -> None:
         if key.layer < self._layer:
@@ -145,16 +141,36 @@ class LeastStale(_Scored):
         self._num_layers = max(self._num_layers, key.layer + 1)
         self._pass_of[key] = self._pass
 
-    def _score(self, key: ExpertKey) -> float:
+    def add(self, key: ExpertKey) -> None:
+        group = self._group_of[key] = (self._pass_of.get(key, -1), key.layer)
+        self._groups.setdefault(group, OrderedDict())[key] = None
+
+    def remove(self, key: ExpertKey) -> None:
+        group = self._group_of.pop(key)
+        del self._groups[group][key]
+        if not self._groups[group]:
+            del self._groups[group]
+
+    def victims(self) -> Iterator[ExpertKey]:
+        for group in sorted(self._groups, key=self._score):
+            yield from self._groups[group]
+
+    def __len__(self) -> int:
+        return len(self._group_of)
+
+    def _score(self, group: tuple[int, int]) -> float:
         # An expert ahead of the pass has not had its turn: its last use counts as one of this pass.
-        layers_until_next = (key.layer - self._layer - 1) % self._num_layers
-        turn = self._pass_of.get(key, -1) + (key.layer > self._layer)
-        return turn - (layers_until_next + 1) / (self._num_layers + 1)
+        last_pass, layer = group
+        layers_until_next = (layer - self._layer - 1) % self._num_layers
+        return last_pass + (layer > self._layer) - (layers_until_next + 1) / (self._num_layers + 1)
 
 
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "lru": LRU, "lfu": LFU, "lfru": LFRU, "least-stale": LeastStale,
 }  # fmt: skip
+
+DEFAULT_POLICY = "least-stale"
+"""Waits for the fewest bytes on mixed traffic: `benchmarks/results/policies_*.md`, to which a test holds it."""
 
 
 def make_policy(name: str) -> EvictionPolicy:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from pager.cache.policy import DEFAULT_POLICY
 from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.loading import PagedModel, load_paged_model
 from pager.engine.widening import answer_drift
@@ -33,7 +34,7 @@ def load_model(
     host_memory: str | int | float | None = None,
     pool_size: str | int | None = None,
     drift: DriftPolicy | None = None,
-    policy: str = "lru",
+    policy: str = DEFAULT_POLICY,
     num_readers: int = 4,
 ) -> PreTrainedModel:
     """A transformers model whose routed experts live in at most `expert_memory` bytes of slots.

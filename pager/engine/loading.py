@@ -14,6 +14,7 @@ from torch import Tensor
 from pager.cache.host import HostTier
 from pager.cache.lease import Lease
 from pager.cache.pager import ExpertPager
+from pager.cache.policy import DEFAULT_POLICY
 from pager.cache.slots import DeviceSlots
 from pager.cache.trace import TraceHeader, TraceRecorder
 from pager.cache.usage import PagerObserver, UsageMeter
@@ -166,7 +167,7 @@ def load_paged_model(
     budgets: Budgets | None = None,
     machine: Machine | None = None,
     host_tier: Callable[[OpenModel, Plan], HostTier] | None = None,
-    policy: str = "lru",
+    policy: str = DEFAULT_POLICY,
     num_readers: int = 4,
     observer: PagerObserver | None = None,
     trace: Path | None = None,

@@ -28,7 +28,7 @@ class KvStep:
 
     `write_T` [B*S]: token slots of the new tokens. `read_BC` [B, C]: token slots of the context, the new tokens
     included; None where the new tokens are the whole context, which is then causal. `mask` (broadcast to [B, H, S, C]):
-    True where a query sees a slot; given exactly when `read_BC` is.
+    True, or 0 of a mask to add, where a query sees a slot; None where every query sees all that is read.
     """
 
     cache: KvCache
@@ -56,13 +56,16 @@ def attend(
 
     if kv_step.read_BC is None:
         return _attend_prompt(query, key, value, None, scaling), None
-    assert kv_step.mask is not None, "a context is read under a mask"
     if query.shape[2] > 1:
+        assert kv_step.mask is not None, "the tokens of a prompt see what lies before them"
         return _attend_prompt(query, *cache.gather(layer, kv_step.read_BC), kv_step.mask, scaling), None
     rows = max(1, cache.gather_tokens // kv_step.read_BC.shape[1])
+    if len(query) <= rows:
+        return _attend_one_token(query, *cache.gather(layer, kv_step.read_BC), kv_step.mask, scaling), None
+    assert kv_step.mask is not None, "rows have contexts of different lengths"
     some = zip(query.split(rows), kv_step.read_BC.split(rows), kv_step.mask.split(rows), strict=True)
     parts = [_attend_one_token(q, *cache.gather(layer, read_BC), mask, scaling) for q, read_BC, mask in some]
-    return parts[0] if len(parts) == 1 else torch.cat(parts), None
+    return torch.cat(parts), None
 
 
 def _attend_prompt(

@@ -6,6 +6,7 @@ Legend: T tokens of the forward, N documents in it, L layers, E experts of a lay
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -177,6 +178,16 @@ class DocumentRouting:
         self._allowed_LE[layer] = allowed_E.to(self.device)
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What the documents of a step are, taken together."""
+
+    pages_on_demand: bool
+    is_exact: bool
+    is_measured: bool
+    is_frozen: bool
+
+
 class StepRouting:
     """The documents of one forward, and which token is whose. Reused from step to step while the batch is the same."""
 
@@ -198,6 +209,7 @@ class StepRouting:
         self._allowed_LNE: list[Tensor | None] = [None] * facts.num_layers
         self._pools_LNE: list[Tensor | None] = [None] * facts.num_layers
         self._may_drift = any(document.monitor is not None for document in documents)
+        self._state: _State | None = None
         self._outside: OutsideMass | None = None
         if not prefill:
             self._outside = OutsideMass(facts, len(documents), rows, valid, per_expert=self._may_drift)
@@ -209,20 +221,36 @@ class StepRouting:
 
     @property
     def pages_on_demand(self) -> bool:
-        return any(document.lease is None or document.is_exact for document in self.documents)
+        return self._now().pages_on_demand
 
     def allowed(self, layer: int, logits_TE: Tensor) -> Tensor | None:
         """[T or 1, E] bool: which experts each token may pick; None when all. Chooses the pools that are still open."""
-        open_documents = [n for n, document in enumerate(self.documents) if not document.has_layer(layer)]
-        if open_documents:
-            self._choose(layer, logits_TE, open_documents)
-        is_exact = all(document.is_exact for document in self.documents)
-        if self._outside is not None and any(document.is_measured for document in self.documents):
+        now = self._now()
+        if not now.is_frozen:
+            open_documents = [n for n, document in enumerate(self.documents) if not document.has_layer(layer)]
+            if open_documents:
+                self._choose(layer, logits_TE, open_documents)
+        if now.is_measured and self._outside is not None:
             in_pool_NE = self._stacked(layer, DocumentRouting.in_pool, self._pools_LNE)
             self._outside.add(layer, logits_TE, self._of_tokens(in_pool_NE))
-        if is_exact:
+        if now.is_exact:
             return None
         return self._of_tokens(self._stacked(layer, DocumentRouting.allowed, self._allowed_LNE))
+
+    def _now(self) -> _State:
+        """Kept for the layers and forwards to come where nothing can change it: all pools frozen, none that drifts."""
+        if self._state is not None:
+            return self._state
+        documents = self.documents
+        state = _State(
+            pages_on_demand=any(document.lease is None or document.is_exact for document in documents),
+            is_exact=all(document.is_exact for document in documents),
+            is_measured=any(document.is_measured for document in documents),
+            is_frozen=all(document.is_frozen for document in documents),
+        )
+        if state.is_frozen and not self._may_drift:
+            self._state = state
+        return state
 
     @property
     def awaiting(self) -> tuple[DocumentRouting, ...]:

@@ -83,7 +83,8 @@ def copied_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Te
 
 def copied_experts(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The weights of every distinct expert copied together, all tokens through each, and of that the pairs' outputs."""
-    return _run_copied_experts(module, hidden_TD, *slot_TK.unique(return_inverse=True), weights_TK)
+    slot_U, place_TK = slot_TK.unique(return_inverse=True)
+    return _run_copied_experts(module, hidden_TD, slot_U, place_TK, weights_TK)
 
 
 def _run_copied_experts(module: Any, hidden_TD: Tensor, slot_U: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -49,21 +49,38 @@ class OutsideMass:
             self._tokens_N = torch.bincount(counted, minlength=num_documents).tolist()
         self._num_calls = 0
         self._total_N: Tensor | None = None
+        self._num_waiting = 0
+        self._waiting: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # logits and pools of layers alike
         self._experts_LNR: dict[int, Tensor] = {}
 
     def add(self, layer: int, logits_TE: Tensor, allowed_TE: Tensor) -> None:
         """One layer of a forward, its raw router logits and what the pools allowed."""
-        probs_TR = routed_probabilities(logits_TE, self._facts.shared_per_layer[layer])
-        outside_TR = probs_TR * ~allowed_TE[:, : probs_TR.shape[-1]]
-        if self._valid is not None:
-            outside_TR = outside_TR * self._valid[:, None]
-        self._num_calls += len(outside_TR) if self._rows is None and self._num_documents == 1 else 1
+        self._num_calls += len(logits_TE) if self._rows is None and self._num_documents == 1 else 1
+        num_shared = self._facts.shared_per_layer[layer]
         if self._per_expert:
-            mass_NR = self._by_document(outside_TR.double())
+            mass_NR = self._by_document(self._outside(logits_TE, allowed_TE, num_shared).double())
             self._experts_LNR[layer] = mass_NR if layer not in self._experts_LNR else self._experts_LNR[layer] + mass_NR
             return
-        mass_N = self._by_document(outside_TR.sum(-1))
-        self._total_N = mass_N if self._total_N is None else self._total_N + mass_N
+        # Layers wait for each other: a few operations a forward instead of a few a layer.
+        waiting = self._waiting.setdefault((*logits_TE.shape, num_shared), [])
+        waiting.append((logits_TE, allowed_TE))
+        self._num_waiting += 1
+        if self._num_waiting >= self._num_sparse:
+            self._add_up()
+
+    def _outside(self, logits_TE: Tensor, allowed_TE: Tensor, num_shared: int) -> Tensor:
+        """[..., T, R] probability outside of the pools, 0 within."""
+        probs_TR = routed_probabilities(logits_TE, num_shared)
+        outside_TR = probs_TR.masked_fill(allowed_TE[..., : probs_TR.shape[-1]], 0)
+        return outside_TR if self._valid is None else outside_TR * self._valid[:, None]
+
+    def _add_up(self) -> None:
+        for (*_, num_shared), layers in self._waiting.items():
+            logits, allowed = zip(*layers, strict=True)
+            outside_LTR = self._outside(torch.stack(logits), torch.stack(allowed), num_shared)
+            mass_N = self._by_document(outside_LTR.sum((0, -1)))
+            self._total_N = mass_N if self._total_N is None else self._total_N + mass_N
+        self._num_waiting, self._waiting = 0, {}
 
     def num_tokens(self, index: int) -> int:
         """How many tokens of that document were added since the last `take`."""
@@ -78,6 +95,7 @@ class OutsideMass:
             experts_NLR = self._experts_on_host()
             taken = [Outside(_total(mass_LR), n, mass_LR) for mass_LR, n in zip(experts_NLR, counts, strict=True)]
         else:
+            self._add_up()
             assert self._total_N is not None
             taken = [Outside(mass, n) for mass, n in zip(self._total_N.tolist(), counts, strict=True)]
         self._clear()

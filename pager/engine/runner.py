@@ -40,12 +40,16 @@ class DecodeBatch:
 
     def kv_step(self, cache: KvCache) -> KvStep:
         slots_BC = self._slots_BC[:, : self._context]
+        write_B = self._slots_BC.gather(1, self.position_B1)[:, 0]
+        if len(slots_BC) == 1:
+            return KvStep(cache, write_B, slots_BC)
         mask_BC = self._positions_C[: self._context] <= self.position_B1
         # A masked position still takes part with weight 0, and 0 * NaN is NaN: so it reads the row's own first token,
         # never what another sequence left behind.
         read_BC = torch.where(mask_BC, slots_BC, slots_BC[:, :1])
-        write_B = self._slots_BC.gather(1, self.position_B1)[:, 0]
-        return KvStep(cache, write_B, read_BC, mask_BC[:, None, None])
+        # To add: each layer's attention would make that of a mask of bools for itself.
+        added_BC = torch.where(mask_BC, 0.0, -torch.inf).to(cache.k.dtype)
+        return KvStep(cache, write_B, read_BC, added_BC[:, None, None])
 
     def advance(self, token_B: torch.Tensor) -> None:
         """The sampled tokens become the next step's input."""

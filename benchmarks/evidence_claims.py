@@ -11,6 +11,8 @@ from benchmarks.evidence_measure import MAIN_PERCENTS, PASSES, Measured
 from pager.evaluation.bootstrap import Interval
 from pager.evaluation.report import Evaluation
 
+LEAST_RISE = 1e-3  # nats: what is less counts as this much when another is held against it
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -198,10 +200,13 @@ def _minus(evaluation: Evaluation, one: str, other: str, percent: float) -> Inte
 
 
 def _times(one: tuple[Evaluation, str], other: tuple[Evaluation, str], percent: float) -> Interval | None:
-    """Quotient of two rises; both models saw the same documents in the same resamples."""
+    """Quotient of two rises; both models saw the same documents in the same resamples.
+
+    The lower one counts as LEAST_RISE where it is less, or even a gain, so that the quotient is never made large by it.
+    """
     if any((method, percent) not in evaluation.grid.cells for evaluation, method in (one, other)):
         return None
     (above, above_M), (below, below_M) = (
         evaluation.rise_replicates(method, percent) for evaluation, method in (one, other)
     )
-    return Interval.of(above / max(below, 1e-6), above_M / np.maximum(below_M, 1e-6))
+    return Interval.of(above / max(below, LEAST_RISE), above_M / np.maximum(below_M, LEAST_RISE))

@@ -18,10 +18,9 @@ import numpy as np
 
 from pager.errors import InvalidRequest
 from pager.routing.fitted import STAND_IN, RouterFile, Stage
-from pager.routing.pool import pick_layer
-from pager.routing.recall import fit_recall, recall_features
+from pager.routing.recall import PENALTIES, fit_recall, pool_like, recall_features
 from pager.routing.regression import common_tokens, main_directions, ridge, sublinear_counts, typical_points
-from pager.types import Count, ExpertPool, RoutingScores
+from pager.types import ExpertPool, RoutingScores
 
 MIN_DOCUMENTS = 8
 JUDGED_SHARE = 8  # of experts, in the pools by which passes are judged
@@ -179,7 +178,11 @@ class _Fitter:
         predictions: dict[str, list[RoutingScores]] = {"trunk": self._trunk}
         for source, outputs_NO in unseen.items():
             rows = zip(outputs_NO, self._trunk, strict=True)
-            predictions[source] = [file.as_scores(outputs_O, source, trunk.num_tokens) for outputs_O, trunk in rows]
+            sees_trunk = source == "fitted"
+            predictions[source] = [
+                file.as_scores(outputs_O, source, trunk.num_tokens, trunk if sees_trunk else None)
+                for outputs_O, trunk in rows
+            ]
         estimates, recall, error, mass = {}, {}, {}, {}
         for source, scores_N in predictions.items():
             estimates[f"recall.{source}"], recall[source], error[source] = self._estimate(scores_N)
@@ -190,16 +193,21 @@ class _Fitter:
     def _estimate(self, scores_N: Sequence[RoutingScores]) -> tuple[np.ndarray, float, float]:
         """`(weights [F], mean recall, mean absolute error of its estimates)`; the error is of folds taking turns."""
         pairs = [(scores_N[row], fused) for document in self._fused for row, fused in document]
-        pools = [_pool_like(scores, fused) for scores, fused in pairs]
+        pools = [pool_like(scores, fused) for scores, fused in pairs]
         features_NF = np.stack([recall_features(scores, pool) for (scores, _), pool in zip(pairs, pools, strict=True)])
         recall_N = np.array([pool.recall_of(fused) for (_, fused), pool in zip(pairs, pools, strict=True)])
         fold_N = np.array([number % FOLDS for number, document in enumerate(self._fused) for _ in document])
-        error_N = np.empty_like(recall_N)
-        for fold in range(FOLDS):
-            seen_N = fold_N != fold
-            weights_F = fit_recall(features_NF[seen_N], recall_N[seen_N])
-            error_N[~seen_N] = np.clip(features_NF[~seen_N] @ weights_F, 0, 1) - recall_N[~seen_N]
-        return fit_recall(features_NF, recall_N), float(recall_N.mean()), float(np.abs(error_N).mean())
+
+        def error_with(penalty: float) -> float:
+            error_N = np.empty_like(recall_N)
+            for fold in range(FOLDS):
+                seen_N = fold_N != fold
+                weights_F = fit_recall(features_NF[seen_N], recall_N[seen_N], penalty)
+                error_N[~seen_N] = np.clip(features_NF[~seen_N] @ weights_F, 0, 1) - recall_N[~seen_N]
+            return float(np.abs(error_N).mean())
+
+        error, penalty = min((error_with(penalty), penalty) for penalty in PENALTIES)
+        return fit_recall(features_NF, recall_N, penalty), float(recall_N.mean()), error
 
     def _mass(self, file: RouterFile, scores_N: Sequence[RoutingScores]) -> float:
         shares = []
@@ -211,9 +219,3 @@ class _Fitter:
                     found = wanted_R[np.argsort(-mean_R)[:count]].sum()
                     shares.append(found / np.sort(wanted_R)[-count:].sum())
         return float(np.mean(shares)) if shares else 1.0
-
-
-def _pool_like(scores: RoutingScores, pool: ExpertPool) -> ExpertPool:
-    """What the scores pick, of the same sizes as `pool`."""
-    layers = zip(scores.mean_LR, pool.experts, strict=True)
-    return ExpertPool(tuple(pick_layer(mean_R, Count(len(experts)), len(experts), 0) for mean_R, experts in layers))

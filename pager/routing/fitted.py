@@ -18,14 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pager.errors import CheckpointError, ConfigError, InvalidRequest
-from pager.routing.recall import expected_recall
+from pager.routing.recall import expected_recall, num_features
 from pager.types import ExpertPool, RoutingScores
 
 ROUTER_NAME = "router.safetensors"
-FORMAT = "expert-pager-router-1"
+FORMAT = "expert-pager-router-2"
 FLOOR = 1e-6  # of a probability: every expert keeps a place in the order
 PASSES = ("lexical", "fitted")
 STAND_IN = "stand_in."
+RECALL = "recall."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,12 +114,15 @@ class RouterFile:
         layers = range(len(self.routed_per_layer))
         return {layer: self.weights[name] for layer in layers if (name := f"{STAND_IN}{layer}") in self.weights}
 
-    def as_scores(self, outputs_O: np.ndarray, source: str, num_tokens: int) -> RoutingScores:
+    def as_scores(
+        self, outputs_O: np.ndarray, source: str, num_tokens: int, of_prompt: RoutingScores | None = None
+    ) -> RoutingScores:
         """Probabilities, layer by layer, from outputs that are probabilities up to an error."""
         positive_O = np.maximum(outputs_O, FLOOR).astype(np.float64)
         ends = np.cumsum(self.routed_per_layer)
         layers = (positive_O[end - count : end] for end, count in zip(ends, self.routed_per_layer, strict=True))
-        return RoutingScores(tuple(layer_R / max(layer_R.sum(), FLOOR) for layer_R in layers), source, num_tokens)
+        mean_LR = tuple(layer_R / max(layer_R.sum(), FLOOR) for layer_R in layers)
+        return RoutingScores(mean_LR, source, num_tokens, of_prompt)
 
     def expected_recall(self, scores: RoutingScores, pool: ExpertPool) -> float:
         """The share of the fused pool of `pool`'s sizes that `pool`, picked by `scores`, is expected to hold.
@@ -127,9 +131,9 @@ class RouterFile:
         """
         if scores.source in ("prefill", "fused"):
             return 1.0
-        weights_F = self.weights.get(f"recall.{scores.source}")
+        weights_F = self.weights.get(f"{RECALL}{scores.source}")
         if weights_F is None:
-            known = ", ".join(sorted(name.removeprefix("recall.") for name in self.weights if "recall." in name))
+            known = ", ".join(sorted(name.removeprefix(RECALL) for name in self.weights if name.startswith(RECALL)))
             raise InvalidRequest(f"no recall is known of {scores.source!r} scores; known are {known}")
         return expected_recall(weights_F, scores, pool)
 
@@ -170,7 +174,7 @@ class CombinedMap:
     def scores(self, features_Z: np.ndarray, trunk: RoutingScores) -> RoutingScores:
         trunk_O = np.concatenate(trunk.mean_LR).astype(np.float32) - self._trunk_mean_O
         inputs_I = np.concatenate([features_Z, trunk_O])
-        return self.file.as_scores(self._stage.outputs(inputs_I @ self._down_IZ), "fitted", trunk.num_tokens)
+        return self.file.as_scores(self._stage.outputs(inputs_I @ self._down_IZ), "fitted", trunk.num_tokens, trunk)
 
 
 def _checked(weights: Mapping[str, np.ndarray], routed_per_layer: Sequence[int]) -> Mapping[str, np.ndarray]:
@@ -179,15 +183,18 @@ def _checked(weights: Mapping[str, np.ndarray], routed_per_layer: Sequence[int])
     for name, weight in weights.items():
         if not np.isfinite(weight).all():
             raise ValueError(f"{name} is not finite")
-    num_features = weights["lexical.tokens"].shape[1]
-    inputs_of = {"lexical": num_features, "fitted": weights["fitted.down"].shape[1]}
-    shapes: dict[str, tuple[int, ...]] = {"fitted.down": (num_features + num_outputs, inputs_of["fitted"])}
+    num_lexical = weights["lexical.tokens"].shape[1]
+    inputs_of = {"lexical": num_lexical, "fitted": weights["fitted.down"].shape[1]}
+    shapes: dict[str, tuple[int, ...]] = {"fitted.down": (num_lexical + num_outputs, inputs_of["fitted"])}
     shapes["fitted.trunk_mean"] = (num_outputs,)
     for name in PASSES:
         points = len(weights[f"{name}.offsets"])
         shapes[f"{name}.keys"] = (inputs_of[name], points)
         shapes[f"{name}.head"] = (points + inputs_of[name], num_outputs)
         shapes[f"{name}.mean"] = (num_outputs,)
+    for name in weights:
+        if name.startswith(RECALL):
+            shapes[name] = (num_features(routed_per_layer, name == f"{RECALL}fitted"),)
     if any(name.startswith(STAND_IN) for name in weights):
         sparse = [layer for layer, routed in enumerate(routed_per_layer) if routed]
         hidden = weights[f"{STAND_IN}{sparse[0]}"].shape[1]

@@ -17,6 +17,7 @@ from pager.engine.trunk import OpenModel
 from pager.errors import CheckpointError, ConfigError
 from pager.routing.fitted import ROUTER_NAME, RouterFile
 from pager.routing.pool import pick_pool
+from pager.routing.recall import num_features
 from pager.types import Count, RoutingFacts
 from router_service.scoring import Passes
 
@@ -39,8 +40,8 @@ def fitted_weights(vocabulary: int, recall: float) -> dict[str, np.ndarray]:
         weights[f"{name}.head"] = draw.normal(size=(3 + features, OUTPUTS))
         weights[f"{name}.mean"] = np.full(OUTPUTS, 0.125)
     for source in ("lexical", "trunk", "fitted"):
-        # The first feature is always 1; every layer has three of its own, every output one, all of them twice.
-        weights[f"recall.{source}"] = np.array([recall] + [0.0] * (14 + 2 * (3 * 3 + OUTPUTS)))
+        num_weights = num_features((8, 8, 8), looks_ahead=source == "fitted")
+        weights[f"recall.{source}"] = np.array([recall] + [0.0] * (num_weights - 1))  # the first feature is always 1
     return {name: weight.astype(np.float32) for name, weight in weights.items()}
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from pager.errors import CheckpointError, InvalidRequest
 from pager.routing.fit import DocumentReading, Fit, FitOptions, fit_router
-from pager.routing.fitted import CombinedMap, LexicalRouter, RouterFile
+from pager.routing.fitted import FORMAT, CombinedMap, LexicalRouter, RouterFile
 from pager.routing.pool import pick_pool
 from pager.types import Count, ExpertPool, RoutingFacts, RoutingScores
 
@@ -188,7 +188,11 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "garbage", "no tensor", "wrong shape", "not finite", "no format", "no layers"]
+    "damage",
+    [
+        *("truncated", "garbage", "no tensor", "wrong shape", "not finite", "no format", "no layers"),
+        *("short estimate", "a layer's stand-in"),
+    ],
 )
 def test_a_damaged_file_is_refused(fit: Fit, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "router.safetensors"
@@ -207,8 +211,12 @@ def test_a_damaged_file_is_refused(fit: Fit, tmp_path: Path, damage: str) -> Non
             save_file(tensors | {"lexical.head": tensors["lexical.head"][:, :-1].copy()}, path, facts)
         case "not finite":
             save_file(tensors | {"lexical.mean": np.full_like(tensors["lexical.mean"], np.nan)}, path, facts)
+        case "short estimate":
+            save_file(tensors | {"recall.fitted": tensors["recall.fitted"][:-1].copy()}, path, facts)
+        case "a layer's stand-in":
+            save_file(tensors | {"stand_in.0": np.zeros((20, 8), np.float32)}, path, facts)
         case "no layers":
-            save_file(tensors, path, {"expert-pager-router-1": "{}"})
+            save_file(tensors, path, {FORMAT: "{}"})
         case "no format":
             save_file(tensors, path)
     with pytest.raises(CheckpointError, match=r"router\.safetensors.*fit-router"):

@@ -22,7 +22,7 @@ def plot(label: str, xs: Sequence[int], curves: Sequence[Curve], path: Path) -> 
     for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         axes.plot(xs, curve.values, marker="o", linewidth=1.3)
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(curve.values))
         axes.set_xticks(xs)
         axes.set_xlabel(label)
         axes.set_title(curve.name, fontsize=10)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import mmap
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -68,16 +67,11 @@ class DeviceSlots:
         return (self.num_slots + self.num_pinned) * self.record_bytes
 
     def _allocate(self, *shape: int) -> Tensor:
-        """Memory of the device. On a CPU it begins with a page, as reads past the page cache want it, and is of huge
-        pages where the system has them.
-        """
+        """Memory of the device. On a CPU it begins with a page, as reads past the page cache want it."""
         if self.device.type != "cpu":
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         nbytes = math.prod(shape) * self.dtype.itemsize
         if nbytes == 0:
             return torch.empty(shape, dtype=self.dtype)
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=self.dtype).view(shape)

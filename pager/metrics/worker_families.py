@@ -56,7 +56,7 @@ PAGING = (
     ),
     Family(
         "quarantined", _COUNTER, "Reads that failed or had a wrong checksum.", "Are weights damaged?",
-        every(tier=("disk", "host")),
+        every(tier=("disk",)),
     ),
 )  # fmt: skip
 

@@ -26,8 +26,8 @@ PAGE_BYTES = 4096
 STAGING_BYTES = 1 << 20
 """What a thread that reads keeps besides its destinations, once it has converted between dtypes."""
 
-HOT_BYTES = 1 << 20
-"""So much is hashed at a time: the processor's cache still holds it from the copy out of the page cache."""
+HOT_BYTES = 1 << 18
+"""So much is hashed at a time: the processor's own cache still holds it from the copy out of the page cache."""
 
 _MOST_BUFFERS = min(1024, os.sysconf("SC_IOV_MAX"))
 

@@ -1,0 +1,92 @@
+"""Every kernel against the sum written out, on shapes that choose each of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from pager.engine.kernels import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, run_slots
+
+NUM_SLOTS, NUM_PICKS = 40, 4
+
+
+def apply_gate(inner: Tensor) -> Tensor:
+    gate, up = inner.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def slab(hidden: int, intermediate: int, dtype: torch.dtype, device: str = "cpu") -> Any:
+    torch.manual_seed(0)
+    return SimpleNamespace(
+        gate_up_proj=(torch.randn(NUM_SLOTS, 2 * intermediate, hidden) * hidden**-0.5).to(device, dtype),
+        down_proj=(torch.randn(NUM_SLOTS, hidden, intermediate) * intermediate**-0.5).to(device, dtype),
+        _apply_gate=apply_gate,
+        has_bias=False,
+        has_gate=True,
+        is_transposed=False,
+        is_concatenated=True,
+        num_experts=NUM_SLOTS,
+    )
+
+
+def inputs(num_tokens: int, hidden: int, dtype: torch.dtype, num_used: int = NUM_SLOTS) -> tuple[Tensor, ...]:
+    torch.manual_seed(num_tokens)
+    picks = [torch.randperm(num_used)[:NUM_PICKS] for _ in range(num_tokens)]
+    return torch.randn(num_tokens, hidden).to(dtype), torch.stack(picks).int(), torch.rand(num_tokens, NUM_PICKS)
+
+
+def written_out(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    gate_up, down = module.gate_up_proj.double(), module.down_proj.double()
+    inner_TKF = apply_gate(torch.einsum("td,tkfd->tkf", hidden_TD.double(), gate_up[slot_TK]))
+    return torch.einsum("tkf,tkdf,tk->td", inner_TKF, down[slot_TK], weights_TK.double())
+
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 33])
+@pytest.mark.parametrize("name", KERNELS)
+def test_each_kernel_is_the_weighted_sum(name: str, num_tokens: int, dtype: torch.dtype) -> None:
+    module, args = slab(48, 24, dtype), inputs(num_tokens, 48, dtype)
+    out_TD = KERNELS[name](module, *args)
+    assert out_TD.dtype == dtype
+    torch.testing.assert_close(out_TD.double(), written_out(module, *args), rtol=0, atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("num_tokens", "num_used"), [(1, 40), (3, 40), (20, 6), (COPIED_PAIRS, 40)])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(48, 24), (256, 192)], ids=["small", "large"])
+def test_whatever_is_chosen_is_the_weighted_sum(
+    hidden: int, intermediate: int, num_tokens: int, num_used: int, dtype: torch.dtype
+) -> None:
+    module, args = slab(hidden, intermediate, dtype), inputs(num_tokens, hidden, dtype, num_used)
+    assert (3 * module.down_proj[0].nbytes > SMALL_EXPERT_BYTES) == (hidden == 256)
+    out_TD = run_slots(module, *args)
+    torch.testing.assert_close(out_TD.double(), written_out(module, *args), rtol=0, atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_expert_that_gives_no_number_spoils_its_own_tokens_only(name: str) -> None:
+    module, (hidden_TD, slot_TK, weights_TK) = slab(48, 24, torch.float32), inputs(9, 48, torch.float32, 12)
+    clean_TD = KERNELS[name](module, hidden_TD, slot_TK, weights_TK)
+    module.down_proj[3] = torch.nan
+    spoilt_TD = KERNELS[name](module, hidden_TD, slot_TK, weights_TK)
+    uses_it_T = (slot_TK == 3).any(-1)
+    assert 0 < uses_it_T.sum() < len(uses_it_T)
+    assert spoilt_TD[uses_it_T].isnan().all()
+    assert torch.equal(spoilt_TD[~uses_it_T], clean_TD[~uses_it_T])
+
+
+def test_off_the_cpu_nothing_is_fetched_from_the_device() -> None:
+    """The meta device holds no values: whatever asks for one raises."""
+    module = slab(64, 32, torch.bfloat16, "meta")
+    args = [arg.to("meta") for arg in inputs(8, 64, torch.bfloat16)]
+    assert run_slots(module, *args).shape == (8, 64)
+    with pytest.raises(RuntimeError):
+        args[1].tolist()

@@ -1,11 +1,12 @@
 """How cost grows with experts per layer, layers, pool size and concurrent pools: a table and a plot each, from one run.
 
-python -m benchmarks.growth  4 to 6 minutes on 2 cores; needs 5 GB in build/benchmarks, which it removes
+python -m benchmarks.growth  3 to 5 minutes on 2 cores; needs 6 GB in build/benchmarks, which it removes
 python -m benchmarks.growth --quick  a smoke run on a toy shape that writes no results
 """
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -73,10 +74,14 @@ class Growth:
 @dataclass(frozen=True, slots=True)
 class Sizes:
     base: Shape
-    experts: tuple[int, ...] = (32, 64, 128, 256)
+    experts: tuple[int, ...] = (64, 128, 256)  # with fewer an eighth is too small a pool for a token
     layers: tuple[int, ...] = (1, 2, 3)
-    percents: tuple[int, ...] = (6, 12, 25, 50)
+    percents: tuple[int, ...] = (7, 12, 25, 50)
     pools: tuple[int, ...] = (1, 2, 4, 8)
+
+    @property
+    def one_layer(self) -> Shape:
+        return self.base.shortened(1)
 
 
 def main(
@@ -102,9 +107,10 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     growths = []
     try:
-        for measure in (by_experts, by_layers, by_pool_size, by_pools):
-            growths.append(measure(sizes, work, rounds))
-            report.add(growths[-1].table())
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            for measure in (by_experts, by_layers, by_pool_size, by_pools):
+                growths.append(measure(sizes, Path(folder), rounds))
+                report.add(growths[-1].table())
     except PagerError as error:
         print_error(error.message)
         raise typer.Exit(1) from None
@@ -117,19 +123,17 @@ def main(
 
 
 def by_experts(sizes: Sizes, work: Path, num_rounds: int) -> Growth:
-    points = [
-        _point(replace(sizes.base.shortened(1), num_experts=count), work, num_rounds, POOL) for count in sizes.experts
-    ]
+    points = [_point(replace(sizes.one_layer, num_experts=count), sizes, work, num_rounds) for count in sizes.experts]
     return _growth("experts", "experts per layer", ROW, sizes.experts, points, "A pool has an eighth of them.")
 
 
 def by_layers(sizes: Sizes, work: Path, num_rounds: int) -> Growth:
-    points = [_point(sizes.base.shortened(count), work, num_rounds, POOL) for count in sizes.layers]
+    points = [_point(sizes.base.shortened(count), sizes, work, num_rounds) for count in sizes.layers]
     return _growth("layers", "layers", ROW, sizes.layers, points, "The vocabulary grows with them.")
 
 
 def by_pool_size(sizes: Sizes, work: Path, num_rounds: int) -> Growth:
-    with _checkpoint(sizes.base.shortened(1), work) as model:
+    with _checkpoint(sizes.one_layer, sizes, work) as model:
         points = [_pool_point(model, num_rounds, percent / 100) for percent in sizes.percents]
     return _growth("pool-size", "pool size, % of the experts", ROW, sizes.percents, points, "One layer.")
 
@@ -137,7 +141,7 @@ def by_pool_size(sizes: Sizes, work: Path, num_rounds: int) -> Growth:
 def by_pools(sizes: Sizes, work: Path, num_rounds: int) -> Growth:
     """Eight requests that share fewer or more pools, which all stay in slots, or have to take turns in them."""
     points = []
-    with _checkpoint(sizes.base.shortened(1), work) as model:
+    with _checkpoint(sizes.one_layer, sizes, work) as model:
         prompts = prompts_of(model, NUM_REQUESTS, PROMPT_TOKENS)
         with _engine(model, "100%") as roomy, _engine(model, "25%") as tight:
             for count in sizes.pools:
@@ -166,9 +170,9 @@ def _growth(
     return Growth(name, label, names, xs, [values for _, values in points], [nbytes for nbytes, _ in points], note)
 
 
-def _point(shape: Shape, work: Path, num_rounds: int, share: float) -> Point:
-    with _checkpoint(shape, work) as model:
-        return _pool_point(model, num_rounds, share)
+def _point(shape: Shape, sizes: Sizes, work: Path, num_rounds: int) -> Point:
+    with _checkpoint(shape, sizes, work) as model:
+        return _pool_point(model, num_rounds, POOL)
 
 
 def _pool_point(model: Path, num_rounds: int, share: float) -> Point:
@@ -211,12 +215,15 @@ def _engine(model: Path, memory: str | int) -> AbstractContextManager[EngineRun]
 
 
 @contextmanager
-def _checkpoint(shape: Shape, work: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        model = Path(folder) / "model"
+def _checkpoint(shape: Shape, sizes: Sizes, work: Path) -> Iterator[Path]:
+    """Written where it is not there yet; the one that all four measure stays until the end."""
+    model = work / f"{shape.num_layers}-layers-{shape.num_experts}-experts"
+    if not model.exists():
         with console.status(f"writing {shape.num_layers} layers of {shape.num_experts} experts"):
             write_checkpoint(model, shape)
-        yield model
+    yield model
+    if shape != sizes.one_layer:
+        shutil.rmtree(model)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,10 @@ class ExpertPager:
         self.slots = slots
         observer = observer or NoObserver()
         self._resident = frozenset(resident)
+        self._paged_keys = [
+            {expert: key for expert in range(count) if (key := ExpertKey(layer, expert)) not in self._resident}
+            for layer, count in enumerate(source.keys_per_layer())
+        ]
         self._room_for_all = slots.num_slots >= sum(source.keys_per_layer()) - len(resident)
         self._read_past_page_cache(source, host, bypass_page_cache)
         self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=retry_after_s)
@@ -147,8 +151,8 @@ class ExpertPager:
         """
         if not self._room_for_all:
             return False
-        keys = (ExpertKey(layer, expert) for expert in experts)
-        return self._ledger.hit([key for key in keys if key not in self._resident], usage or UsageMeter())
+        keys = self._paged_keys[layer]
+        return self._ledger.hit([keys[expert] for expert in experts if expert in keys], usage or UsageMeter())
 
     def stats(self) -> CacheStats:
         ledger, record = self._ledger, self.slots.record_bytes

@@ -55,7 +55,9 @@ class Predictor:
             return Prediction(observed, "hint", policy)
         if self._chain.is_empty:
             return Prediction(None, PREFILL, policy)
-        scored = await self._chain.score(token_ids, policy.size)
+        # What the prefill will choose is told from the prompt; what a whole document will want is another question.
+        ahead = policy.source is PoolSource.PREDICTION
+        scored = await self._chain.score(token_ids, policy.size, ahead=ahead)
         resolved = replace(policy, size=resolve_size(policy.size, scored.scores, self._facts))
         if observed is not None:
             return Prediction(observed, "hint", resolved)

@@ -108,12 +108,17 @@ class PassChain:
         """Raises InvalidRequest for a policy that needs a pass where there is none."""
         self._passes.check(policy)
 
-    async def score(self, token_ids: Sequence[int], size: PoolSize) -> Scored:
-        """The best that was tried; `is_enough` is False where only the prefill is better. Needs a pass."""
+    async def score(self, token_ids: Sequence[int], size: PoolSize, *, ahead: bool = True) -> Scored:
+        """The best that was tried; `is_enough` is False where only the prefill is better. Needs a pass.
+
+        `ahead`: for all of the document. False: for what the prompt's own prefill will choose.
+        """
         chain = self._passes.chain
         for name, following in zip(chain, (*chain[1:], PREFILL), strict=True):
             with span("score", source=name, num_tokens=len(token_ids)):
                 scores = await self._scoring.scores(name, token_ids)
+            if not ahead and scores.of_prompt is not None:
+                scores = scores.of_prompt
             scored = self._judged(scores, size)
             if scored.is_enough:
                 break

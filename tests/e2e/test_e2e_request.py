@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from tokenizers import Tokenizer
 
 from pager.engine.fitted_router import FittedRouter
+from pager.engine.trunk import OpenModel
 from pager.engine.trunk_router import TrunkRouter
 from pager.routing.fitted import RouterFile
 from pager.routing.pool import parse_pool_size, pick_pool
@@ -103,8 +104,10 @@ def test_route_predicts_a_pool_and_moves_nothing(idle_service: Any, model: Path,
     route = idle_service.stub.Route(
         pb.RouteRequest(text=LAW.encode(), pool=pb.PoolPolicy(count=31)), metadata=(("x-tenant-id", "router"),)
     )
-    trunk = TrunkRouter.load(model, dtype="float32")
-    router = FittedRouter(RouterFile.load(model, trunk.fingerprint), trunk)
+    with OpenModel.open(model).checkpoint as checkpoint:
+        file = RouterFile.load(model, checkpoint.fingerprint)
+    trunk = TrunkRouter.load(model, dtype="float32", stand_ins=file.stand_ins)
+    router = FittedRouter(file, trunk)
     scores = router.scores(tokenizer.encode(LAW, add_special_tokens=False).ids)
     for mine, theirs in zip(scores.mean_LR, route.scores.layers, strict=True):
         np.testing.assert_allclose(theirs.mean, mine, atol=1e-6)

@@ -101,6 +101,23 @@ async def test_the_prefill_chooses_where_no_pass_is_good_enough(serve, ladder, s
         assert ladder.num_calls == {"lexical": 1, "fitted": 1}
 
 
+async def test_what_the_prefill_will_choose_is_told_from_the_prompt_and_not_from_what_comes_after(serve, make_scorer):
+    prompt, document = make_scorer("trunk"), make_scorer("fitted")
+
+    class Ahead:
+        def scores(self, token_ids):
+            return replace(document.scores(token_ids), of_prompt=prompt.scores((token_ids[0] + 4,)))
+
+    def best_three(scores):
+        return tuple(tuple(sorted((-mean_R).argsort()[:3].tolist())) for mean_R in scores.mean_LR)
+
+    async with serve(passes=Passes({"fitted": Ahead}, ("fitted",))) as service:
+        _, left_to_the_prefill = await generate(service, b"a", pb.PoolPolicy(count=3))
+        _, predicted = await generate(service, b"a", PREDICTED)
+        assert left_to_the_prefill.predicted.experts == best_three(prompt.scores((ord("a") + 4,)))
+        assert predicted.predicted.experts == best_three(document.scores((ord("a"),)))
+
+
 async def test_route_says_its_source_and_what_it_expects(serve, ladder):
     async with serve(passes=ladder.passes) as service:
         for text, source, expected in ((b"a", "lexical", 0.9), (b"b", "fitted", 0.8), (b"c", "fitted", 0.2)):

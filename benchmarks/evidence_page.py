@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.evidence_claims import Claim
+from benchmarks.evidence_claims import LEAST_RISE, Claim
 from benchmarks.evidence_measure import Measured
 from pager.evaluation.methods import BY_LAYER, METHODS
 from pager.evaluation.report import Evaluation, rise_table, table
@@ -22,7 +22,8 @@ def page(emo: Measured, std: Measured, claims: Sequence[Claim], drift: str | Non
         "trained with document pools, `stdmoe-tiny` without.",
         "A rise is the loss after the prompt under a pool minus the loss with all experts, in nats a token. In "
         "brackets the central 95 % of resamples of the documents; what compares two things resamples both together. "
-        "A promise is judged by the mean.",
+        f"A promise is judged by the mean; where one rise is held against another, less than {LEAST_RISE:g} counts as "
+        "that much.",
         "## What must hold",
         f"{len(claims) - short} of {len(claims)} hold.",
         _claims(claims),

@@ -43,7 +43,9 @@ class LayerExperts:
         for document in step.awaiting:
             assert document.lease is not None
             document.lease.wait(self.layer)
-        return run_slots(module, hidden_TD, self._slot_of_E.take(index_TK), weights_TK)
+        # Where a row's logits are not finite it picks from outside of its pool too: from no slot, and to no avail.
+        slot_TK = self._slot_of_E.take(index_TK).clamp_min_(0)
+        return run_slots(module, hidden_TD, slot_TK, weights_TK)
 
     def _run_in_waves(
         self, module: Any, step: StepRouting, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor

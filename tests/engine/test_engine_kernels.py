@@ -31,6 +31,7 @@ def slab(hidden: int, intermediate: int, dtype: torch.dtype, device: str = "cpu"
         is_transposed=False,
         is_concatenated=True,
         num_experts=NUM_SLOTS,
+        _is_expert_parallel=False,
     )
 
 

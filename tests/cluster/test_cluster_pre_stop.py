@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -77,8 +78,12 @@ def address_of(pid: int) -> str:
 
 
 def worker_pids() -> list[int]:
-    below = psutil.Process().children(recursive=True)
-    return [each.pid for each in below if each.cmdline()[:1] and each.cmdline()[0].startswith("ray::WorkerActor")]
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended since
+            if "".join(each.cmdline()[:1]).startswith("ray::WorkerActor"):
+                found.append(each.pid)
+    return found
 
 
 class Load:

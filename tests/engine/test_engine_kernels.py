@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from pager.engine.kernels import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, run_slots
+from pager.models.emo import EmoConfig
+from pager.models.emo.modeling import EmoExperts
 
 NUM_SLOTS, NUM_PICKS = 40, 4
 
@@ -20,18 +22,12 @@ def apply_gate(inner: Tensor) -> Tensor:
     return silu(gate) * up
 
 
-def slab(hidden: int, intermediate: int, dtype: torch.dtype, device: str = "cpu") -> Any:
+def slab(hidden: int, intermediate: int, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     return SimpleNamespace(
-        gate_up_proj=(torch.randn(NUM_SLOTS, 2 * intermediate, hidden) * hidden**-0.5).to(device, dtype),
-        down_proj=(torch.randn(NUM_SLOTS, hidden, intermediate) * intermediate**-0.5).to(device, dtype),
+        gate_up_proj=(torch.randn(NUM_SLOTS, 2 * intermediate, hidden) * hidden**-0.5).to(dtype),
+        down_proj=(torch.randn(NUM_SLOTS, hidden, intermediate) * intermediate**-0.5).to(dtype),
         _apply_gate=apply_gate,
-        has_bias=False,
-        has_gate=True,
-        is_transposed=False,
-        is_concatenated=True,
-        num_experts=NUM_SLOTS,
-        _is_expert_parallel=False,
     )
 
 
@@ -86,7 +82,9 @@ def test_an_expert_that_gives_no_number_spoils_its_own_tokens_only(name: str) ->
 
 def test_off_the_cpu_nothing_is_fetched_from_the_device() -> None:
     """The meta device holds no values: whatever asks for one raises."""
-    module = slab(64, 32, torch.bfloat16, "meta")
+    config = EmoConfig(hidden_size=64, intermediate_size=32, num_experts=NUM_SLOTS)
+    with torch.device("meta"):
+        module = EmoExperts(config, NUM_SLOTS).to(torch.bfloat16)
     args = [arg.to("meta") for arg in inputs(8, 64, torch.bfloat16)]
     assert run_slots(module, *args).shape == (8, 64)
     with pytest.raises(RuntimeError):

@@ -16,7 +16,7 @@ from pager.cache.index import CacheIndex
 from pager.cache.lease import Lease
 from pager.cache.ledger import Holding, Ledger
 from pager.cache.page_cache import why_bypass
-from pager.cache.policy import make_policy
+from pager.cache.policy import DEFAULT_POLICY, make_policy
 from pager.cache.readers import Readers
 from pager.cache.slots import DeviceSlots
 from pager.cache.tiers import Fetched, Tiers
@@ -42,7 +42,7 @@ class ExpertPager:
         *,
         resident: Sequence[ExpertKey] = (),
         host: HostTier | None = None,
-        policy: str = "lru",
+        policy: str = DEFAULT_POLICY,
         num_readers: int = 4,
         bypass_page_cache: bool | None = None,
         retry_after_s: float = 30.0,

@@ -38,10 +38,8 @@ def pack(
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     source = OpenModel.open(model)
     with source.checkpoint as checkpoint, bytes_progress("packing") as progress:
-        has_router = (model / ROUTER_NAME).is_file()
-        router = (
-            RouterFile.load(model, checkpoint.fingerprint) if has_router else None
-        )  # refused before the work begins
+        # Read first, so that another model's is refused before the work begins.
+        router = RouterFile.load(model, checkpoint.fingerprint) if (model / ROUTER_NAME).is_file() else None
         write_pack(
             model,
             output,

@@ -149,7 +149,7 @@ def _fit_stand_ins(paged: PagedModel, documents: Sequence[Sequence[int]], seed: 
     chosen = [ids for ids in documents if ids][:STAND_IN_DOCUMENTS]
     with steps_progress("finding stand-ins", len(chosen)) as advance:
         for ids in chosen:
-            fit.add([(ids, sizes[int(random.integers(len(sizes)))])])
+            fit.add(ids, sizes[int(random.integers(len(sizes)))])
             advance()
     return fit.fit()
 

@@ -8,7 +8,7 @@ Legend: T tokens, D hidden, R routed experts, E all experts of a layer (shared l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -36,28 +36,24 @@ class StandInFit:
         self._num_tokens = 0
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # probs.T @ probs [R, R], probs.T @ added [R, D], float64
 
-    def add(self, documents: Iterable[tuple[Sequence[int], PoolSize]]) -> None:
-        """Runs each document under the pool of that size that it chooses for itself."""
+    @torch.inference_mode()
+    def add(self, token_ids: Sequence[int], size: PoolSize) -> None:
+        """Runs a document under the pool of that size that it chooses for itself."""
+        inputs = torch.tensor([list(token_ids)], device=self._paged.device)
         with ExitStack() as hooks:
             for layer, block in moe_blocks(self._paged.model):
                 # Each layer's gate runs right before its experts.
                 hooks.callback(block.gate.register_forward_hook(self._keep_probabilities(layer)).remove)
                 hooks.callback(block.experts.register_forward_hook(self._sum_up(layer)).remove)
-            for token_ids, size in documents:
-                self._run(token_ids, size)
+            with self._paged.step([self._paged.document(PoolPolicy(size=size))], prefill=True):
+                self._paged.model.model(input_ids=inputs, use_cache=False)
+        self._num_tokens += len(token_ids)
 
     def fit(self) -> StandIns:
         fitted = {}
         for layer, (gram_RR, cross_RD) in self._sums.items():
             fitted[layer] = ridge_of_sums(gram_RR.numpy(), cross_RD.numpy(), self._num_tokens, PENALTY)
         return fitted
-
-    @torch.inference_mode()
-    def _run(self, token_ids: Sequence[int], size: PoolSize) -> None:
-        inputs = torch.tensor([list(token_ids)], device=self._paged.device)
-        with self._paged.step([self._paged.document(PoolPolicy(size=size))], prefill=True):
-            self._paged.model.model(input_ids=inputs, use_cache=False)
-        self._num_tokens += len(token_ids)
 
     def _keep_probabilities(self, layer: int) -> Callable[[Any, Any, tuple[Tensor, ...]], None]:
         num_shared = self._paged.facts.shared_per_layer[layer]

@@ -124,8 +124,9 @@ class TrunkRouter:
         num_shared = self.facts.shared_per_layer[layer]
 
         def record(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-            experts.probs_TR = routed_probabilities(output[0], num_shared)
-            probs_TR = experts.probs_TR[: max(self._lengths)].double()
+            probs_TR = routed_probabilities(output[0], num_shared)
+            experts.see(probs_TR)
+            probs_TR = probs_TR[: max(self._lengths)].double()
             for mean_LR, length in zip(self._means, self._lengths, strict=True):
                 mean_LR[layer] = probs_TR[:length].mean(0).cpu().numpy()
 
@@ -138,13 +139,17 @@ class RoutingOnlyExperts:
     def __init__(self, gate_up: Tensor, down: Tensor, vectors_RD: Tensor | None) -> None:
         self._shared = list(zip(gate_up, down, strict=True))
         self._vectors_RD = vectors_RD
-        self.probs_TR = torch.empty(0)  # what the layer's gate said last
+        self._added_TD: Tensor | None = None  # by the stand-in, between gate and experts
+
+    def see(self, probs_TR: Tensor) -> None:
+        """What the layer's gate says, right before `run`."""
+        if self._vectors_RD is not None:
+            self._added_TD = probs_TR @ self._vectors_RD
 
     def run(self, module: Any, hidden_TD: Tensor, weights_TK: Tensor) -> Tensor:
         """[T, D]; nothing where there is neither."""
-        out_TD = torch.zeros_like(hidden_TD)
-        if self._vectors_RD is not None:
-            out_TD += (self.probs_TR @ self._vectors_RD).to(out_TD.dtype)
+        out_TD = torch.zeros_like(hidden_TD) if self._added_TD is None else self._added_TD.to(hidden_TD.dtype)
+        self._added_TD = None
         first = weights_TK.shape[1] - len(self._shared)  # shared experts come last among a token's picks
         for place, (gate_up, down) in enumerate(self._shared, first):
             inner_TF = module._apply_gate(hidden_TD @ gate_up.t())

@@ -152,7 +152,7 @@ def test_a_lease_joins_a_prefetch_in_flight_and_takes_over_a_queued_one(make_pag
 
 
 def test_a_prefetch_evicts_what_was_let_go_of_and_nothing_that_a_prefetch_brought(make_pager, source):
-    pager = make_pager(4, num_readers=1)
+    pager = make_pager(4, num_readers=1, policy="lru")
     load(pager, keys(3, 0, 1))
     first, second = keys(0, 0, 1, 2), keys(1, 0, 1)
     pager.prefetch(first)

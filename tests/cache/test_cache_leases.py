@@ -97,8 +97,8 @@ def test_overlapping_pools_fit_where_disjoint_ones_do_not(make_pager, source, ch
     assert sorted(source.started) == keys(0, 0, 1, 2, 3, 4, 5)
 
 
-def test_eviction_takes_the_experts_of_the_lease_released_first(make_pager):
-    pager = make_pager(4)
+def test_lru_evicts_the_experts_of_the_lease_released_first(make_pager):
+    pager = make_pager(4, policy="lru")
     first, second = pager.reserve_pool(keys(0, 0, 1)), pager.reserve_pool(keys(1, 0, 1))
     first.wait(0)
     second.wait(1)

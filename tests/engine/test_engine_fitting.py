@@ -48,7 +48,9 @@ def paged() -> Iterator[PagedModel]:
 @pytest.fixture(scope="module")
 def stand_ins(paged: PagedModel, documents: list[tuple[int, ...]]) -> StandIns:
     fit = StandInFit(paged)
-    fit.add((ids[:100], size) for ids in documents for size in (Share(0.125), Share(0.5)))
+    for ids in documents:
+        for size in (Share(0.125), Share(0.5)):
+            fit.add(ids[:100], size)
     return fit.fit()
 
 
@@ -159,7 +161,7 @@ def test_stand_ins_are_the_least_squares_answer(paged: PagedModel, documents: li
     with torch.inference_mode():
         for ids in documents[:4]:
             plain(torch.tensor([ids[:100]]))
-            fit.add([(ids[:100], Share(1.0))])
+            fit.add(ids[:100], Share(1.0))
     handle.remove()
     probs_TR, added_TD = torch.cat(probs).double(), torch.cat(added).double()
     strength = PENALTY * probs_TR.square().sum() / len(probs_TR)

@@ -27,6 +27,11 @@ from pager.types import ExpertKey
 _URGENCY = {Cause.DEMAND: 0, Cause.LEASE: 1, Cause.PREFETCH: 2}
 
 
+Meanwhile = Callable[[], float | None]
+"""Called by who waits for a read, with no lock held: work for the time. When to be called again at the latest, in
+seconds; None where there is nothing to do."""
+
+
 @dataclass(slots=True, eq=False)
 class Holding:
     """What one lease or one exact forward holds. Changed by the ledger alone, under its lock."""
@@ -89,6 +94,7 @@ class Ledger:
         self._regrets = Regrets()
         self._order = itertools.count()
         self._closed = False
+        self.meanwhile: Meanwhile | None = None
 
     # What leases and exact forwards do.
 
@@ -214,14 +220,19 @@ class Ledger:
 
         Raises the holding's ExpertUnavailable as soon as any of its reads has failed, Cancelled when it is released.
         """
-        with self._changed:
-            if self._must_wait(holding, keys):
-                started = time.perf_counter()
-                while self._must_wait(holding, keys):
-                    self._changed.wait()
-                stalled_s = time.perf_counter() - started
-                holding.meter.stall_s += stalled_s
-                self._observer.stalled(stalled_s, holding.cause)
+        with self.lock:
+            must_wait = self._must_wait(holding, keys)
+        if must_wait:
+            started = time.perf_counter()
+            while must_wait:
+                due_s = self.meanwhile() if self.meanwhile is not None else None
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._must_wait(holding, keys), due_s)
+                    must_wait = self._must_wait(holding, keys)
+            stalled_s = time.perf_counter() - started
+            holding.meter.stall_s += stalled_s
+            self._observer.stalled(stalled_s, holding.cause)
+        with self.lock:
             if holding.failed is not None:
                 raise holding.failed
             if holding.released:

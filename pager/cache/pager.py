@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from pager.cache.demand import demand_waves
 from pager.cache.host import HostTier
 from pager.cache.index import CacheIndex
 from pager.cache.lease import Lease
-from pager.cache.ledger import Holding, Ledger
+from pager.cache.ledger import Holding, Ledger, Meanwhile
 from pager.cache.page_cache import why_bypass
 from pager.cache.policy import DEFAULT_POLICY, make_policy
 from pager.cache.readers import Readers
@@ -201,6 +202,15 @@ class ExpertPager:
         self._readers.stop()
         self._ledger.close()
         self._readers.join()
+
+    @contextmanager
+    def waiting_with(self, meanwhile: Meanwhile | None) -> Iterator[None]:
+        """Inside, whoever waits for a read calls `meanwhile` first, and again when that says so. For one thread."""
+        before, self._ledger.meanwhile = self._ledger.meanwhile, meanwhile
+        try:
+            yield
+        finally:
+            self._ledger.meanwhile = before
 
     def _read_past_page_cache(self, source: ExpertSource, host: HostTier | None, asked: bool | None) -> None:
         why = why_bypass(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from pager.cache.ledger import Meanwhile
 from pager.engine.documents import DocumentRouting
 from pager.engine.loading import PagedModel
 from pager.engine.runner import DecodeBatch, ModelRunner
@@ -42,13 +44,15 @@ class Decoder:
         self.num_decode_forwards = 0
         self.forward_s = 0.0
 
-    def prefill(self, sequence: Sequence, num_tokens: int) -> Outcome | None:
-        """Runs the next `num_tokens` of the prompt. The first token of the answer after the last of them, else None."""
+    def prefill(self, sequence: Sequence, num_tokens: int, *, meanwhile: Meanwhile | None = None) -> Outcome | None:
+        """Runs the next `num_tokens` of the prompt. The first token of the answer after the last of them, else None.
+
+        `meanwhile` is called where it waits for reads, and may decode others.
+        """
         start = sequence.num_prefilled
         token_ids = sequence.request.prompt_token_ids[start : start + num_tokens]
-        started_s = time.perf_counter()
         try:
-            with self._paged.step([_document(sequence)], prefill=True):
+            with self._timed(), self._paged.step([_document(sequence)], prefill=True, meanwhile=meanwhile):
                 logits_1V = self._runner.prefill(token_ids, sequence.blocks, start)
             sequence.num_prefilled += len(token_ids)
             if sequence.num_prefilled < len(sequence.request.prompt_token_ids):
@@ -56,17 +60,16 @@ class Decoder:
             return self._outcome(Sampler([sequence.draw], self._runner.device).sample(logits_1V).tolist()[0])
         except Exception as error:
             return _told(error)
-        finally:
-            self.forward_s += time.perf_counter() - started_s
 
-    def decode(self, name: str, sequences: Iterable[Sequence]) -> list[Outcome]:
+    def decode(self, name: str, sequences: Iterable[Sequence], *, meanwhile: Meanwhile | None = None) -> list[Outcome]:
         """The next token of each, by one forward. `name` says which group of the last step this continues.
 
+        `meanwhile` is called where it waits for reads, and may decode others.
         Where an expert can not be had, each sequence runs by itself, so that only those that need it fail.
         """
         group = self._group(name, tuple(sequences))
         try:
-            return self._run(group)
+            return self._run(group, meanwhile)
         except Exception as error:
             self._groups.pop(name, None)
             if not isinstance(error, PagerError) or len(group.sequences) == 1:
@@ -74,20 +77,27 @@ class Decoder:
         outcomes: list[Outcome] = []
         for sequence in group.sequences:
             try:
-                outcomes += self._run(self._new_group((sequence,)))
+                outcomes += self._run(self._new_group((sequence,)), meanwhile)
             except Exception as error:
                 outcomes.append(_told(error))
         return outcomes
 
-    def _run(self, group: _Group) -> list[Outcome]:
-        started_s = time.perf_counter()
-        with self._paged.step(group.documents):
+    def _run(self, group: _Group, meanwhile: Meanwhile | None) -> list[Outcome]:
+        with self._timed(), self._paged.step(group.documents, meanwhile=meanwhile):
             logits_BV = self._runner.decode(group.batch)
-        self.forward_s += time.perf_counter() - started_s
         self.num_decode_forwards += 1
         token_B = group.sampler.sample(logits_BV)
         group.batch.advance(token_B)
         return [self._outcome(token_id) for token_id in token_B.tolist()]
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Adds a forward's time to `forward_s`, with that of forwards within it once."""
+        before_s, started_s = self.forward_s, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.forward_s = before_s + time.perf_counter() - started_s
 
     def _group(self, name: str, sequences: tuple[Sequence, ...]) -> _Group:
         group = self._groups.get(name)

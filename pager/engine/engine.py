@@ -2,6 +2,7 @@
 
 A sequence waits, is admitted when KV and slots for its whole life can be had at once, has its prompt run in one forward
 (in parts where its pool is known before), and then decodes with the others, one forward for all. `step` is that story.
+A forward that has to wait for reads holds up nobody whose experts are there: they decode meanwhile.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 
 from tokenizers import Tokenizer
 
 from pager import at_exit
+from pager.cache.ledger import Meanwhile
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.inbox import Inbox
 from pager.engine.intake import Intake
@@ -75,6 +78,8 @@ class Engine:
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
         self._step_started_s: float | None = None
+        self._next_decode_s = 0.0
+        self._num_tokens = 0
         self._num_steps = 0
         self._thread: threading.Thread | None = None
 
@@ -143,16 +148,17 @@ class Engine:
     def step(self) -> bool:
         """Decodes a token of everybody, admits, runs one prompt at most. False when there was nothing to run."""
         started_s = self._step_started_s = time.monotonic()
-        forward_before_s = self._decoder.forward_s
+        forward_before_s, tokens_before = self._decoder.forward_s, self._num_tokens
         try:
             self._take_in(started_s)
             self._end_overdue(started_s)
-            num_tokens = self._decode()
+            self._decode()
             self._admit(started_s)
-            num_tokens += self._prefill()  # last, so that a first token waits for no other forward
+            self._prefill()  # last, so that a first token waits for no other forward
         finally:
             self._deliver()
             self._step_started_s = None
+        num_tokens = self._num_tokens - tokens_before
         if num_tokens:
             self._num_steps += 1
             forward_s = self._decoder.forward_s - forward_before_s
@@ -184,23 +190,42 @@ class Engine:
             else:
                 self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
 
-    def _decode(self) -> int:
+    def _decode(self) -> None:
         """One forward for all sequences that hold their experts; a second one for the exact ones, which page."""
-        num_tokens = 0
-        groups: dict[str, list[Sequence]] = {}
-        able = [sequence for sequence in self._running if not sequence.awaits_experts]
-        for sequence in able or self._running:
-            name = "exact" if sequence.is_exact else "pooled"
-            groups.setdefault(name, []).append(sequence)
-        for name, group in groups.items():
-            outcomes = self._decoder.decode(name, group)
-            now_s = time.monotonic()
-            for sequence, outcome in zip(group, outcomes, strict=True):
-                self._take(sequence, outcome, now_s)
-                if not sequence.has_ended:
-                    sequence.answer_drift()
-            num_tokens += len(group)
-        return num_tokens
+        able = [sequence for sequence in self._running if not sequence.awaits_experts] or self._running
+        exact = [sequence for sequence in able if sequence.is_exact]
+        self._decode_pooled([sequence for sequence in able if not sequence.is_exact])
+        self._decode_group("exact", exact, self._decode_meanwhile)
+
+    def _decode_pooled(self, sequences: Ordered[Sequence]) -> None:
+        started_s = time.monotonic()
+        self._decode_group("pooled", sequences)
+        now_s = time.monotonic()
+        self._next_decode_s = now_s + (now_s - started_s)
+
+    def _decode_group(self, name: str, group: Ordered[Sequence], meanwhile: Meanwhile | None = None) -> None:
+        if not group:
+            return
+        outcomes = self._decoder.decode(name, group, meanwhile=meanwhile)
+        now_s = time.monotonic()
+        for sequence, outcome in zip(group, outcomes, strict=True):
+            self._take(sequence, outcome, now_s)
+            if not sequence.has_ended:
+                sequence.answer_drift()
+        self._num_tokens += len(group)
+
+    def _decode_meanwhile(self) -> float | None:
+        """While a forward waits for reads: a token for those who hold their experts, as long apart as one takes.
+
+        In seconds, when the next is due.
+        """
+        able = [sequence for sequence in self._running if not sequence.is_exact and not sequence.awaits_experts]
+        if not able:
+            return None
+        if self._next_decode_s <= time.monotonic():
+            self._decode_pooled(able)
+            self._deliver()
+        return max(0.0, self._next_decode_s - time.monotonic())
 
     def _admit(self, now_s: float) -> None:
         if not len(self._line) or now_s < self._next_admission_s:
@@ -224,20 +249,21 @@ class Engine:
             sequence.admitted_s = now_s
             self._observer.queued(now_s - sequence.submitted_s)
 
-    def _prefill(self) -> int:
+    def _prefill(self) -> None:
         """Runs one prompt, or a part: the first whose experts are there; the very first, if nobody decodes."""
         ready = (sequence for sequence in self._prefilling if not self._running or sequence.is_paged_in(self._paged))
         sequence = next(ready, None)
         if sequence is None:
-            return 0
+            return
         num_tokens = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
         if sequence.may_be_chunked(self._paged):
             num_tokens = min(num_tokens, self._prefill_chunk_tokens)
         if not sequence.num_prefilled:
             sequence.prefill_started_s = time.monotonic()
-        outcome = self._decoder.prefill(sequence, num_tokens)
+        outcome = self._decoder.prefill(sequence, num_tokens, meanwhile=self._decode_meanwhile)
+        self._num_tokens += num_tokens
         if outcome is None:
-            return num_tokens
+            return
         if not isinstance(outcome, PagerError):
             self._prefilling.remove(sequence)
             self._running.append(sequence)
@@ -245,7 +271,6 @@ class Engine:
                 sequence.lease.shrink()
                 self._next_admission_s = 0.0
         self._take(sequence, outcome, time.monotonic())
-        return num_tokens
 
     def _take(self, sequence: Sequence, outcome: Outcome, now_s: float) -> None:
         if isinstance(outcome, PagerError):

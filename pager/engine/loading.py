@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pager.cache.host import HostTier
 from pager.cache.lease import Lease
+from pager.cache.ledger import Meanwhile
 from pager.cache.pager import ExpertPager
 from pager.cache.policy import DEFAULT_POLICY
 from pager.cache.slots import DeviceSlots
@@ -62,7 +63,8 @@ class PagedModel:
         self.fingerprint: str = opened.checkpoint.fingerprint
         self._layers = attach(model, opened.family, pager)
         self._closing = closing
-        self._step: StepRouting | None = None
+        self._step: StepRouting | None = None  # the last one, for its documents' next forward
+        self._open_step: StepRouting | None = None
 
     @property
     def fully_resident(self) -> bool:
@@ -72,7 +74,7 @@ class PagedModel:
     @property
     def is_stepping(self) -> bool:
         """A step is open: what the model runs belongs to its documents."""
-        return any(layer.step is not None for layer in self._layers)
+        return self._open_step is not None
 
     @contextmanager
     def step(
@@ -82,24 +84,26 @@ class PagedModel:
         rows: Tensor | None = None,
         valid: Tensor | None = None,
         prefill: bool = False,
+        meanwhile: Meanwhile | None = None,
     ) -> Iterator[StepRouting]:
         """What the model runs inside belongs to these documents. T tokens in flattened [B·S] order.
 
         `rows` [T] indexes `documents`; None: one token each, or all of the only one's. `valid` [T] False is padding.
-        With `prefill`, pools that are still open are chosen in this forward.
+        With `prefill`, pools that are still open are chosen in this forward. Where it waits for reads it calls
+        `meanwhile`, which may open a step of its own and run the model in it.
         """
         step = self._reusable_step(documents) if rows is None and valid is None and not prefill else None
         if step is None:
             step = StepRouting(documents, rows=rows, valid=valid, prefill=prefill)
             self._step = step
-        for layer in self._layers:
-            layer.step = step
+        around = self._open_step
+        self._open(step)
         try:
-            yield step
+            with self.pager.waiting_with(meanwhile):
+                yield step
         finally:
             step.share_costs()
-            for layer in self._layers:
-                layer.step = None
+            self._open(around)
 
     def document(
         self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None
@@ -149,6 +153,11 @@ class PagedModel:
     def close(self) -> None:
         """Stops the readers and lets go of the tiers. The model can not run afterwards. Idempotent."""
         self._closing.close()
+
+    def _open(self, step: StepRouting | None) -> None:
+        self._open_step = step
+        for layer in self._layers:
+            layer.step = step
 
     def _reusable_step(self, documents: Sequence[DocumentRouting]) -> StepRouting | None:
         step = self._step

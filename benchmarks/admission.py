@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from benchmarks.engine_run import EngineRun, fixed, load_engine
+from benchmarks.engine_run import EngineRun, fixed, load_engine, pools_beside
 from benchmarks.measure import alternate
 from benchmarks.page_cache import drop
 from benchmarks.prompts import prompts_of
@@ -54,7 +53,7 @@ def admission_table(model: Path, dtype: torch.dtype, num_rounds: int, num_tokens
             by_prefill = PoolPolicy(Share(POOL))
             _, usage = engine.first_token(prompt, by_prefill)
             assert usage.pool is not None
-            others = _pools_beside(usage.pool, engine, 2)
+            others = pools_beside(usage.pool, engine.paged.facts, 2)
             policies = {"known before": fixed(usage.pool), "chosen by its prefill": by_prefill}
             runs = {
                 name: partial(_admit, engine, copied, prompt, policy, usage.pool, others)
@@ -143,13 +142,3 @@ def _timed_step(engine: EngineRun) -> float:
     started_s = time.perf_counter()
     engine.step()
     return time.perf_counter() - started_s
-
-
-def _pools_beside(pool: ExpertPool, engine: EngineRun, count: int) -> list[ExpertPool]:
-    """Pools of that size that share no expert with it or with each other, drawn at random."""
-    random = np.random.default_rng(0)
-    layers = []
-    for experts, num_routed in zip(pool.experts, engine.paged.facts.routed_per_layer, strict=True):
-        rest = random.permutation(sorted(set(range(num_routed)) - set(experts))).tolist()
-        layers.append([tuple(sorted(rest[n * len(experts) : (n + 1) * len(experts)])) for n in range(count)])
-    return [ExpertPool(tuple(layer[n] for layer in layers)) for n in range(count)]

@@ -77,10 +77,12 @@ class EngineRun:
         """The time of all forwards so far."""
         return self._forwards.seconds
 
-    def first_token(self, prompt: Sequence[int], policy: PoolPolicy) -> tuple[float, Usage]:
+    def first_token(
+        self, prompt: Sequence[int], policy: PoolPolicy, predicted: ExpertPool | None = None
+    ) -> tuple[float, Usage]:
         """Seconds from submission to the first token, and what it cost."""
         started_s = time.perf_counter()
-        self.submit(prompt, 1, policy)
+        self.submit(prompt, 1, policy, predicted)
         while True:
             for chunk in self.step():
                 if chunk.usage is not None:
@@ -120,11 +122,13 @@ class EngineRun:
             usages += [chunk.usage for chunk in self.step() if chunk.usage is not None]
         return usages
 
-    def submit(self, prompt: Sequence[int], num_tokens: int, policy: PoolPolicy) -> str:
+    def submit(
+        self, prompt: Sequence[int], num_tokens: int, policy: PoolPolicy, predicted: ExpertPool | None = None
+    ) -> str:
         """The request's name, which its chunks have too."""
         self._num_requests += 1
         name, sampling = str(self._num_requests), SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        self._engine.submit(GenerateRequest(name, "benchmark", tuple(prompt), sampling, policy))
+        self._engine.submit(GenerateRequest(name, "benchmark", tuple(prompt), sampling, policy, predicted=predicted))
         return name
 
     def step(self) -> list[TokenChunk]:
@@ -159,6 +163,16 @@ def random_pools(facts: RoutingFacts, share: float, num_pools: int, seed: int = 
         )
         for number in range(num_pools)
     ]
+
+
+def pools_beside(pool: ExpertPool, facts: RoutingFacts, count: int) -> list[ExpertPool]:
+    """Pools of that size that share no expert with it or with each other, drawn at random."""
+    random = np.random.default_rng(0)
+    layers = []
+    for experts, num_routed in zip(pool.experts, facts.routed_per_layer, strict=True):
+        rest = random.permutation(sorted(set(range(num_routed)) - set(experts))).tolist()
+        layers.append([tuple(sorted(rest[n * len(experts) : (n + 1) * len(experts)])) for n in range(count)])
+    return [ExpertPool(tuple(layer[n] for layer in layers)) for n in range(count)]
 
 
 def fixed(pool: ExpertPool) -> PoolPolicy:

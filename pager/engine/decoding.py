@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from pager.cache.ledger import Meanwhile
-from pager.engine.documents import DocumentRouting
+from pager.engine.documents import DocumentRouting, StepRouting
+from pager.engine.graphs import GroupGraph, Recorder, Step, capture_on
 from pager.engine.loading import PagedModel
 from pager.engine.runner import DecodeBatch, ModelRunner
 from pager.engine.sampler import NOT_FINITE, Sampler
@@ -32,6 +33,7 @@ class _Group:
     documents: tuple[DocumentRouting, ...]
     batch: DecodeBatch
     sampler: Sampler
+    graph: GroupGraph = field(default_factory=GroupGraph)
 
 
 class Decoder:
@@ -41,6 +43,7 @@ class Decoder:
         self._paged = paged
         self._runner = runner
         self._groups: dict[str, _Group] = {}
+        self._recorder = Recorder(capture_on(runner.device))
         self.num_decode_forwards = 0
         self.forward_s = 0.0
 
@@ -83,12 +86,39 @@ class Decoder:
         return outcomes
 
     def _run(self, group: _Group, meanwhile: Meanwhile | None) -> list[Outcome]:
-        with self._timed(), self._paged.step(group.documents, meanwhile=meanwhile):
-            logits_BV = self._runner.decode(group.batch)
+        batch, sampler = group.batch, group.sampler
+        with self._timed(), self._paged.step(group.documents, meanwhile=meanwhile) as routing:
+            padded = self._runner.padded_context(batch) if self._recorder.is_on else None
+            replay = None
+            if padded is not None and meanwhile is None and routing.is_steady:
+                replay = self._replay(group, routing, padded)
+            if replay is None:
+                logits_BV = self._runner.decode(batch, padded)
+            else:
+                sampler.draw()
+                token_B = replay()
+                routing.replayed()
+                batch.count_step()
+        if replay is None:
+            token_B = sampler.sample(logits_BV)
+            batch.advance(token_B)
         self.num_decode_forwards += 1
-        token_B = group.sampler.sample(logits_BV)
-        group.batch.advance(token_B)
         return [self._outcome(token_id) for token_id in token_B.tolist()]
+
+    def _replay(self, group: _Group, routing: StepRouting, padded_context: int) -> Step | None:
+        """All of a step that happens on the device, as a graph, where the group has one by now."""
+
+        @torch.inference_mode()
+        def step() -> torch.Tensor:
+            token_B = group.sampler.pick(self._runner.decode(group.batch, padded_context))
+            group.batch.feed(token_B)
+            return token_B
+
+        def record() -> Step | None:
+            with routing.recording():
+                return self._recorder.record(step)
+
+        return group.graph.replay(routing, padded_context, record=record)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

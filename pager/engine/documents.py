@@ -6,6 +6,7 @@ Legend: T tokens of the forward, N documents in it, L layers, E experts of a lay
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,7 +213,9 @@ class StepRouting:
         self._state: _State | None = None
         self._outside: OutsideMass | None = None
         if not prefill:
-            self._outside = OutsideMass(facts, len(documents), rows, valid, per_expert=self._may_drift)
+            self._outside = OutsideMass(
+                facts, len(documents), rows, valid, per_expert=self._may_drift, device=documents[0].device
+            )
         self.meter = documents[0].meter if len(documents) == 1 else UsageMeter()
         for document in documents:
             if document.open_step is not None and document.open_step is not self:
@@ -222,6 +225,20 @@ class StepRouting:
     @property
     def pages_on_demand(self) -> bool:
         return self._now().pages_on_demand
+
+    @property
+    def is_steady(self) -> bool:
+        """From here on its forwards do the same, but for their numbers: pools that are leased and will not change."""
+        return not self._now().pages_on_demand and self._state is not None
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Around a forward of a steady step that is recorded and not run."""
+        return self._outside.recording() if self._outside is not None else nullcontext()
+
+    def replayed(self) -> None:
+        """The forward that was recorded has run once more, without anything here being called."""
+        if self._outside is not None:
+            self._outside.replayed()
 
     def allowed(self, layer: int, logits_TE: Tensor) -> Tensor | None:
         """[T or 1, E] bool: which experts each token may pick; None when all. Chooses the pools that are still open."""

@@ -36,10 +36,9 @@ Kernel = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """[T, D] from experts that are all in their slots. On a GPU it never waits for the host."""
+    """[T, D] from experts that are all in their slots."""
     if hidden_TD.device.type != "cpu":
-        output_TD: Tensor = grouped_mm_experts_forward(module, hidden_TD, slot_TK.long(), weights_TK)
-        return output_TD
+        return grouped(module, hidden_TD, slot_TK, weights_TK)
     num_tokens, num_picks = slot_TK.shape
     if num_tokens == 1:
         is_small = 3 * module.down_proj[0].nbytes <= SMALL_EXPERT_BYTES
@@ -53,6 +52,15 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
     if is_shared and num_rows <= COPIED_ROWS:
         return _run_copied_experts(module, hidden_TD, slot_U, place_TK, weights_TK)
     return copied_pairs(module, hidden_TD, slot_TK, weights_TK)
+
+
+def grouped(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """One product for all pairs, the one for a GPU. It asks the host for nothing.
+
+    But for what torch itself does on GPUs before Hopper and in other dtypes than bf16: there it fetches the counts.
+    """
+    output_TD: Tensor = grouped_mm_experts_forward(module, hidden_TD, slot_TK.long(), weights_TK)
+    return output_TD
 
 
 def pairs_in_place(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -63,7 +63,6 @@ class PagedModel:
         self.fingerprint: str = opened.checkpoint.fingerprint
         self._layers = attach(model, opened.family, pager)
         self._closing = closing
-        self._step: StepRouting | None = None  # the last one, for its documents' next forward
         self._open_step: StepRouting | None = None
 
     @property
@@ -92,10 +91,9 @@ class PagedModel:
         With `prefill`, pools that are still open are chosen in this forward. Where it waits for reads it calls
         `meanwhile`, which may open a step of its own and run the model in it.
         """
-        step = self._reusable_step(documents) if rows is None and valid is None and not prefill else None
+        step = _reusable_step(documents) if rows is None and valid is None and not prefill else None
         if step is None:
             step = StepRouting(documents, rows=rows, valid=valid, prefill=prefill)
-            self._step = step
         around = self._open_step
         self._open(step)
         try:
@@ -159,13 +157,6 @@ class PagedModel:
         for layer in self._layers:
             layer.step = step
 
-    def _reusable_step(self, documents: Sequence[DocumentRouting]) -> StepRouting | None:
-        step = self._step
-        if step is None or step.prefill or step.rows is not None or step.valid is not None:
-            return None
-        same = len(step.documents) == len(documents) and all(map(operator.is_, step.documents, documents))
-        return step if same and all(document.open_step is step for document in documents) else None
-
 
 @torch.inference_mode(False)  # reader threads fill the slots, which they could not if the caller's mode marked them
 def load_paged_model(
@@ -226,6 +217,15 @@ def load_paged_model(
         )
         closing.callback(pager.close)
         return PagedModel(opened, model, pager, planned, closing=closing.pop_all())
+
+
+def _reusable_step(documents: Sequence[DocumentRouting]) -> StepRouting | None:
+    """The last step of these documents, if it was theirs alone. Others may have stepped since."""
+    step = documents[0].open_step
+    if step is None or step.prefill or step.rows is not None or step.valid is not None:
+        return None
+    same = len(step.documents) == len(documents) and all(map(operator.is_, step.documents, documents))
+    return step if same and all(document.open_step is step for document in documents) else None
 
 
 def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:

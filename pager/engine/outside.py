@@ -5,6 +5,8 @@ Legend: T tokens of a forward, N documents in it, L layers, E experts of a layer
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +32,16 @@ class OutsideMass:
     With `per_expert` it also keeps, per layer, which routed experts the mass was for.
     """
 
+    @torch.inference_mode(False)  # what is made in that mode could not be added to outside of it
     def __init__(
-        self, facts: RoutingFacts, num_documents: int, rows: Tensor | None, valid: Tensor | None, *, per_expert: bool
+        self,
+        facts: RoutingFacts,
+        num_documents: int,
+        rows: Tensor | None,
+        valid: Tensor | None,
+        *,
+        per_expert: bool,
+        device: torch.device,
     ) -> None:
         """`rows` [T] says whose each token is (None: one each, or all the only one's), `valid` [T] which count.
 
@@ -48,7 +58,8 @@ class OutsideMass:
             counted = rows if valid is None else rows[valid]
             self._tokens_N = torch.bincount(counted, minlength=num_documents).tolist()
         self._num_calls = 0
-        self._total_N: Tensor | None = None
+        self._num_recorded = 0  # of a forward that is replayed
+        self._total_N = torch.zeros(num_documents, device=device)  # where it is, for as long as `self` is there
         self._num_waiting = 0
         self._waiting: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # logits and pools of layers alike
         self._experts_LNR: dict[int, Tensor] = {}
@@ -78,9 +89,22 @@ class OutsideMass:
         for (*_, num_shared), layers in self._waiting.items():
             logits, allowed = zip(*layers, strict=True)
             outside_LTR = self._outside(torch.stack(logits), torch.stack(allowed), num_shared)
-            mass_N = self._by_document(outside_LTR.sum((0, -1)))
-            self._total_N = mass_N if self._total_N is None else self._total_N + mass_N
+            self._total_N += self._by_document(outside_LTR.sum((0, -1))).detach()
         self._num_waiting, self._waiting = 0, {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around a forward that is recorded and not run. It counts for nothing; each `replayed` for one that ran."""
+        before = self._num_calls
+        try:
+            yield
+            self._num_recorded = self._num_calls - before
+        finally:
+            self._num_calls, self._num_waiting, self._waiting = before, 0, {}
+
+    def replayed(self) -> None:
+        """What was recorded has run once more."""
+        self._num_calls += self._num_recorded
 
     def num_tokens(self, index: int) -> int:
         """How many tokens of that document were added since the last `take`."""
@@ -96,7 +120,6 @@ class OutsideMass:
             taken = [Outside(_total(mass_LR), n, mass_LR) for mass_LR, n in zip(experts_NLR, counts, strict=True)]
         else:
             self._add_up()
-            assert self._total_N is not None
             taken = [Outside(mass, n) for mass, n in zip(self._total_N.tolist(), counts, strict=True)]
         self._clear()
         return taken
@@ -120,7 +143,8 @@ class OutsideMass:
         return values_T.new_zeros(self._num_documents, *values_T.shape[1:]).index_add_(0, self._rows, values_T)
 
     def _clear(self) -> None:
-        self._num_calls, self._total_N, self._experts_LNR = 0, None, {}
+        self._num_calls, self._experts_LNR = 0, {}
+        self._total_N.zero_()
 
 
 def _total(mass_LR: list[np.ndarray]) -> float:

@@ -28,22 +28,30 @@ class RowStart:
 class DecodeBatch:
     """Device state of a fixed set of sequences, one token a step each. Made anew when the set changes; mutable.
 
-    Nothing but the length of the context changes shape from step to step.
+    Its tensors stay where they are, so that a step which was recorded finds in them what the last one left.
     """
 
+    @torch.inference_mode(False)  # what is made in that mode could not be changed outside of it
     def __init__(self, rows: Sequence[RowStart], device: torch.device) -> None:
         self._slots_BC = token_slots([row.blocks for row in rows], device)
         self._positions_C = torch.arange(self._slots_BC.shape[1], device=device)
         self.token_B1 = torch.tensor([[row.token_id] for row in rows], device=device)
         self.position_B1 = torch.tensor([[row.position] for row in rows], device=device)
-        self._context = 1 + max(row.position for row in rows)
+        self.context = 1 + max(row.position for row in rows)
 
-    def kv_step(self, cache: KvCache) -> KvStep:
-        slots_BC = self._slots_BC[:, : self._context]
+    def padded_context(self, cache: KvCache) -> int:
+        """The context, or somewhat more: by a quarter at most from 256 tokens on. It seldom changes."""
+        unit = 1 << max(6, (self.context - 1).bit_length() - 3)
+        return min(-(-self.context // unit) * unit, self._slots_BC.shape[1], cache.gather_tokens)
+
+    def kv_step(self, cache: KvCache, padded_context: int | None = None) -> KvStep:
+        """What the next step reads and writes. With `padded_context`, nothing in it changes shape until that does."""
+        context = padded_context or self.context
+        slots_BC = self._slots_BC[:, :context]
         write_B = self._slots_BC.gather(1, self.position_B1)[:, 0]
-        if len(slots_BC) == 1:
+        if len(slots_BC) == 1 and padded_context is None:
             return KvStep(cache, write_B, slots_BC)
-        mask_BC = self._positions_C[: self._context] <= self.position_B1
+        mask_BC = self._positions_C[:context] <= self.position_B1
         # A masked position still takes part with weight 0, and 0 * NaN is NaN: so it reads the row's own first token,
         # never what another sequence left behind.
         read_BC = torch.where(mask_BC, slots_BC, slots_BC[:, :1])
@@ -53,9 +61,17 @@ class DecodeBatch:
 
     def advance(self, token_B: torch.Tensor) -> None:
         """The sampled tokens become the next step's input."""
-        self.token_B1 = token_B[:, None]
-        self.position_B1 = self.position_B1 + 1
-        self._context += 1
+        self.feed(token_B)
+        self.count_step()
+
+    def feed(self, token_B: torch.Tensor) -> None:
+        """The device's part of `advance`."""
+        self.token_B1.copy_(token_B[:, None])
+        self.position_B1 += 1
+
+    def count_step(self) -> None:
+        """The host's part of `advance`."""
+        self.context += 1
 
 
 class ModelRunner:
@@ -67,7 +83,6 @@ class ModelRunner:
         self._model: Callable[..., object] = model
         self._cache = cache
         self.device = device
-        self.num_forwards = 0
 
     def prefill(self, token_ids: Sequence[int], blocks: Sequence[int], num_past: int = 0) -> torch.Tensor:
         """[1, V] logits after `token_ids`, which follow `num_past` tokens of the same sequence that ran before."""
@@ -81,13 +96,17 @@ class ModelRunner:
         step = KvStep(self._cache, slots_C[num_past:], read_1C, mask_SC)
         return self._forward(torch.tensor([token_ids], device=self.device), position_S[None], step)
 
-    def decode(self, batch: DecodeBatch) -> torch.Tensor:
-        """[B, V] logits of every row's next token; one forward."""
-        return self._forward(batch.token_B1, batch.position_B1, batch.kv_step(self._cache))
+    def padded_context(self, batch: DecodeBatch) -> int:
+        """What to `decode` with where a step is to have the shapes of the last one."""
+        return batch.padded_context(self._cache)
+
+    @torch.inference_mode()
+    def decode(self, batch: DecodeBatch, padded_context: int | None = None) -> torch.Tensor:
+        """[B, V] logits of every row's next token; one forward. It asks nothing of the device."""
+        return self._forward(batch.token_B1, batch.position_B1, batch.kv_step(self._cache, padded_context))
 
     @torch.inference_mode()
     def _forward(self, token_BS: torch.Tensor, position_BS: torch.Tensor, step: KvStep) -> torch.Tensor:
-        self.num_forwards += 1
         output = self._model(
             input_ids=token_BS,
             position_ids=position_BS,

@@ -42,11 +42,17 @@ class _Rows:
     temperature_M1: torch.Tensor
     top_k_M1: torch.Tensor | None
     top_p_M1: torch.Tensor | None
+    drawn_M1: torch.Tensor  # of the host, page-locked for a GPU
+    uniform_M1: torch.Tensor
 
 
 class Sampler:
-    """Samples for a fixed list of sequences; make a new one when the batch changes."""
+    """Samples for a fixed list of sequences; make a new one when the batch changes.
 
+    Neither of its halves waits for the device. Between two calls of `draw` the ids of the first must have been fetched.
+    """
+
+    @torch.inference_mode(False)  # as in DecodeBatch
     def __init__(self, draws: Sequence[Draw], device: torch.device) -> None:
         self._device = device
         sampled = [(row, draw) for row, draw in enumerate(draws) if draw.params.temperature > 0]
@@ -55,11 +61,21 @@ class Sampler:
         self._groups = [self._rows(pairs) for pairs in (plain, restricted) if pairs]
 
     def sample(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """[B] int64 ids on the logits' device, NOT_FINITE where a row has no distribution. Does not synchronise."""
+        """[B] int64 ids on the logits' device, NOT_FINITE where a row has no distribution."""
+        self.draw()
+        return self.pick(logits_BV)
+
+    def draw(self) -> None:
+        """The host's part of `sample`: a number from every sampled row's generator."""
+        for rows in self._groups:
+            rows.drawn_M1.copy_(torch.tensor([[draw.next_uniform()] for draw in rows.draws], dtype=torch.float64))
+            rows.uniform_M1.copy_(rows.drawn_M1, non_blocking=True)
+
+    def pick(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """The device's part of `sample`."""
         peak_B, id_B = logits_BV.max(dim=-1)
         for rows in self._groups:
-            uniform = torch.tensor([draw.next_uniform() for draw in rows.draws], dtype=torch.float64)
-            id_B[rows.index_M] = _draw(logits_BV[rows.index_M], rows, uniform.to(self._device)[:, None])
+            id_B[rows.index_M] = _draw(logits_BV[rows.index_M], rows)
         return torch.where(peak_B.isfinite(), id_B, NOT_FINITE)
 
     def _rows(self, pairs: Sequence[tuple[int, Draw]]) -> _Rows:
@@ -68,12 +84,15 @@ class Sampler:
 
         params = [draw.params for _, draw in pairs]
         is_restricted = _is_restricted(params[0])
+        drawn_M1 = torch.zeros(len(pairs), 1, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         return _Rows(
             draws=tuple(draw for _, draw in pairs),
             index_M=torch.tensor([row for row, _ in pairs], device=self._device),
             temperature_M1=column([each.temperature for each in params]),
             top_k_M1=column([each.top_k or 2**31 for each in params]) if is_restricted else None,
             top_p_M1=column([each.top_p for each in params]) if is_restricted else None,
+            drawn_M1=drawn_M1,
+            uniform_M1=drawn_M1.to(self._device),
         )
 
 
@@ -81,7 +100,8 @@ def _is_restricted(params: SamplingParams) -> bool:
     return params.top_p < 1 or params.top_k > 0
 
 
-def _draw(logits_MV: torch.Tensor, rows: _Rows, uniform_M1: torch.Tensor) -> torch.Tensor:
+def _draw(logits_MV: torch.Tensor, rows: _Rows) -> torch.Tensor:
+    uniform_M1 = rows.uniform_M1
     logits_MV = logits_MV.float()
     if rows.top_k_M1 is None or rows.top_p_M1 is None:
         return _inverse(_softmax(logits_MV, rows.temperature_M1), uniform_M1)

@@ -9,3 +9,5 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a worker that stops says goo
 # How long Ray waits for a process that it has started: the 30 and 60 s of its own are too short for a busy machine.
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "180")
 os.environ.setdefault("RAY_worker_register_timeout_seconds", "180")
+# Workers are the service: at the 15 that Ray gives them, anything else on a busy machine comes first.
+os.environ.setdefault("RAY_worker_niceness", "0")

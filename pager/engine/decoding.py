@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -106,18 +107,13 @@ class Decoder:
         return [self._outcome(token_id) for token_id in token_B.tolist()]
 
     def _replay(self, group: _Group, routing: StepRouting, padded_context: int) -> Step | None:
-        """All of a step that happens on the device, as a graph, where the group has one by now."""
-
-        @torch.inference_mode()
-        def step() -> torch.Tensor:
-            token_B = group.sampler.pick(self._runner.decode(group.batch, padded_context))
-            group.batch.feed(token_B)
-            return token_B
+        """The step as a graph, where the group has one by now."""
 
         def record() -> Step | None:
             with routing.recording():
-                return self._recorder.record(step)
+                return self._recorder.record(partial(device_step, self._runner, batch, sampler, padded_context))
 
+        batch, sampler = group.batch, group.sampler
         return group.graph.replay(routing, padded_context, record=record)
 
     @contextmanager
@@ -153,6 +149,14 @@ class Decoder:
         if token_id == NOT_FINITE:
             return PagerError("the model gave a logit that is not a finite number; the checkpoint may be damaged")
         return token_id
+
+
+@torch.inference_mode()
+def device_step(runner: ModelRunner, batch: DecodeBatch, sampler: Sampler, padded_context: int) -> torch.Tensor:
+    """[B] next tokens, which are the next step's input: all of a step but what the host has to draw and to count."""
+    token_B = sampler.pick(runner.decode(batch, padded_context))
+    batch.feed(token_B)
+    return token_B
 
 
 def _document(sequence: Sequence) -> DocumentRouting:

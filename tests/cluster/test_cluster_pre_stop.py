@@ -41,8 +41,11 @@ NUM_TOKENS, NUM_CLIENTS = 200, 3
 
 
 @pytest.fixture
-def pods() -> Iterator[None]:
+def pods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A node that takes no worker, where the driver is, and one at each address of PODS."""
+    # A cluster's, not one that an embedded Ray of an earlier test has kept to the loopback: `ray` on a node looks for
+    # 127.0.0.1 at the address that others see.
+    monkeypatch.setattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)
     folder = tempfile.mkdtemp(prefix="ray-")
     start_embedded(
         namespace=NAMESPACE, num_cpus=0, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False,

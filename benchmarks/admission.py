@@ -83,8 +83,8 @@ def admission_table(model: Path, dtype: torch.dtype, num_rounds: int, num_tokens
         (
             f"Pools of {POOL:.1%}; the streams share one that has no expert in common with the prompt's. Cold: no "
             "expert in a slot, files not in the page cache.",
-            "Warm prefill: the same prompt alone, everything in slots. Gap: between two tokens of a stream, until the "
-            f"prompt's first token. {num_rounds} repeats, taking turns.",
+            "Warm prefill: the same prompt alone, everything in slots. Gap: between two tokens of a stream, until it "
+            f"has one after the prompt's first. {num_rounds} repeats, taking turns.",
         ),
     )
 
@@ -116,13 +116,13 @@ def _admit(
 
 
 def _watch(engine: EngineRun, name: str, streams: set[str], pool: ExpertPool) -> tuple[float, float]:
-    """The longest gap of a stream until `name` has its first token, and when that came."""
+    """The longest gap of a stream until its first token after `name` has had one, and when that came."""
     submitted_s = time.perf_counter()
     last_s, longest_s = dict.fromkeys(streams, submitted_s), 0.0
+    first_token_s = 0.0
     while True:
-        chunks = engine.step()
-        now_s = time.perf_counter()
-        for chunk in chunks:
+        has_started = first_token_s > 0
+        for now_s, chunk in engine.timed_step():
             if chunk.request_id in last_s:
                 assert chunk.usage is None, "a stream ended before the prompt was admitted"
                 longest_s = max(longest_s, now_s - last_s[chunk.request_id])
@@ -130,7 +130,9 @@ def _watch(engine: EngineRun, name: str, streams: set[str], pool: ExpertPool) ->
             elif chunk.request_id == name and chunk.usage is not None:
                 missed = chunk.usage.experts_missed
                 assert missed == pool.num_experts, f"{missed} experts were missing, not {pool.num_experts}"
-                return longest_s, now_s - submitted_s
+                first_token_s = now_s - submitted_s
+        if has_started:
+            return longest_s, first_token_s
 
 
 def _run_until_ended(engine: EngineRun, name: str) -> None:

@@ -68,8 +68,8 @@ class EngineRun:
     def __init__(self, paged: PagedModel, tokenizer: Tokenizer, limits: EngineLimits) -> None:
         self.paged = paged
         self._forwards = ForwardClock()
-        self._events: deque[StreamEvent] = deque()
-        self._engine = Engine(paged, tokenizer, limits, sink=self._events.extend, observer=self._forwards)
+        self._events: deque[tuple[float, StreamEvent]] = deque()
+        self._engine = Engine(paged, tokenizer, limits, sink=self._take, observer=self._forwards)
         self._num_requests = 0
 
     @property
@@ -133,14 +133,22 @@ class EngineRun:
 
     def step(self) -> list[TokenChunk]:
         """One step of the engine. Raises what failed a request."""
+        return [chunk for _, chunk in self.timed_step()]
+
+    def timed_step(self) -> list[tuple[float, TokenChunk]]:
+        """One step, and when each chunk was delivered, by time.perf_counter: some are before the step's end."""
         self._engine.step()
         chunks = []
         while self._events:
-            event = self._events.popleft()
+            delivered_s, event = self._events.popleft()
             if isinstance(event, Failure):
                 raise event.error
-            chunks.append(event)
+            chunks.append((delivered_s, event))
         return chunks
+
+    def _take(self, events: list[StreamEvent]) -> None:
+        now_s = time.perf_counter()
+        self._events.extend((now_s, event) for event in events)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

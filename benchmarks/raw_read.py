@@ -53,7 +53,10 @@ class RawReader:
         self.paths = sorted({extent.path for extents in experts for extent in extents})
         self.nbytes = sum(extent.nbytes for extents in experts for extent in extents)
         flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+        self._is_direct = direct
         self._descriptors = {path: os.open(path, flags) for path in self.paths}
+        for descriptor in self._descriptors.values():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read beside the extents
         memory = np.ones(self.nbytes + mmap.PAGESIZE, np.uint8)
         start = -memory.ctypes.data % mmap.PAGESIZE
         self._slab = memory[start : start + self.nbytes].data
@@ -85,6 +88,8 @@ class RawReader:
             os.close(descriptor)
 
     def _read_expert(self, reads: list[tuple[Extent, memoryview]]) -> None:
+        for extent, _ in () if self._is_direct else reads:
+            os.posix_fadvise(self._descriptors[extent.path], extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
         for extent, memory in reads:
             done = 0
             while done < extent.nbytes:

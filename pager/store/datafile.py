@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,24 @@ class DataFile:
             return
         if not hasattr(os, "O_DIRECT"):
             raise OSError(errno.ENOTSUP, "this system has no O_DIRECT", str(self.path))
-        # By its descriptor, not its path: it may have been replaced since.
-        self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        self._direct_fd = self._open_again(os.O_DIRECT)
         self.is_direct = True
+
+    def expect_scattered_reads(self) -> None:
+        """From now on the page cache reads nothing beside what is asked for. A hint: systems without it ignore it."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError):
+            own_fd = self._open_again()  # a duplicate shares its hints with the file that it was made of
+            os.posix_fadvise(own_fd, 0, 0, os.POSIX_FADV_RANDOM)
+            assert self._fd is not None, "it was opened again"
+            os.close(self._fd)
+            self._fd = own_fd
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """Has the page cache, where there is one between, begin with all of it at once. A hint as well."""
+        if self._fd is not None and not self.is_direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills the byte buffers in turn from `offset` on; returns how many bytes. Raises OSError, also if short."""
@@ -100,6 +116,10 @@ class DataFile:
         self._fd = self._direct_fd = None
 
     __del__ = close
+
+    def _open_again(self, flags: int = 0) -> int:
+        """By its descriptor, not its path: that may name another file by now."""
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | flags)
 
     def _read_some(self, buffers: Sequence[memoryview], offset: int) -> int:
         if self._fd is None:

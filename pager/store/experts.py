@@ -128,6 +128,8 @@ class CheckpointExperts(_StoredExperts):
         self.stored_dtype = next(iter(self._specs.values()))[0].dtype
         used = sorted({spec.file for specs in self._specs.values() for spec in specs})
         self._files = {name: checkpoint.duplicate_file(name) for name in used}
+        for file in self._files.values():
+            file.expect_scattered_reads()
         self._file_numbers = {name: number for number, name in enumerate(used)}
 
     def place_of(self, key: ExpertKey) -> Place:
@@ -160,6 +162,7 @@ class PackedExperts(_StoredExperts):
             self._file = DataFile(path)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror or error}; pack the model again") from error
+        self._file.expect_scattered_reads()
         try:
             header, self._data_start = read_pack_header(self._file)
         except BaseException:

@@ -106,6 +106,7 @@ def _belongs(stretch: Stretch, batch: Sequence[Stretch], stored: torch.dtype) ->
 def _read(batch: Sequence[Stretch], stored: torch.dtype) -> list[Stretch]:
     """Those that don't match their checksum. Raises OSError."""
     first = batch[0]
+    first.file.will_need(first.offset, batch[-1].end - first.offset)
     if any(tensor.dtype != stored for tensor in first.tensors):
         return [] if _read_converting(first, stored) else [first]
     if len(batch) == 1 and first.checksum is not None and first.nbytes > HOT_BYTES and not first.file.is_direct:

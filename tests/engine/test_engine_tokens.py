@@ -91,6 +91,10 @@ def test_chunks_of_a_prompt_with_a_known_pool_give_the_same_tokens(make_driver, 
 
 def test_a_decode_step_is_exactly_one_forward_for_all_pools(make_driver, random_prompt) -> None:
     driver = make_driver(60)
+    for seed in range(5):  # with all experts there no prefill waits, or others would decode meanwhile
+        driver.submit(random_prompt(seed, 10), PoolPolicy(Count(3)), max_tokens=1)
+    driver.finish()
+    driver.order_of_first_tokens.clear()
     batch_sizes: list[int] = []
     driver.paged.model.register_forward_hook(
         lambda _module, _args, kwargs, _output: batch_sizes.append(len(kwargs["input_ids"])), with_kwargs=True

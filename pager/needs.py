@@ -29,7 +29,7 @@ class Workspace:
     `token_bytes` is a token on its way through the layers, `draw_bytes` a row whose next token is drawn. `gather_bytes`
     is a token of context in the buffers that keys and values are gathered in, which are kept; `context_bytes` what a
     part of a prompt makes of it. `fixed_bytes` comes once; `kernel_bytes` is what the backend compiles for the shapes
-    it meets, and keeps.
+    it meets, and keeps. With `keeps_step` a decode step has memory of its own, as a CUDA graph does.
     """
 
     token_bytes: int = 0
@@ -38,15 +38,17 @@ class Workspace:
     draw_bytes: int = 0
     fixed_bytes: int = 0
     kernel_bytes: int = 0
+    keeps_step: bool = False
 
     def forward_bytes(self, num_rows: int, num_tokens: int) -> int:
-        """The most that a forward takes at a time: a prompt of `num_tokens`, or a step of so many rows as long."""
+        """The most that forwards take at a time: a prompt of `num_tokens`, a step of so many rows as long."""
         chunk = min(num_tokens, PREFILL_CHUNK_TOKENS)
         whole_prompt = num_tokens * self.token_bytes
         later_chunk = chunk * self.token_bytes + num_tokens * (self.context_bytes + chunk * _MASK_BYTES)
         decode = num_rows * (max(self.token_bytes, self.draw_bytes) + num_tokens * _INDEX_BYTES)
         gathered = gathered_tokens(num_rows, num_tokens) * self.gather_bytes
-        return self.fixed_bytes + gathered + max(whole_prompt, later_chunk, decode)
+        prompt = max(whole_prompt, later_chunk)
+        return self.fixed_bytes + gathered + (prompt + decode if self.keeps_step else max(prompt, decode))
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,8 @@ def workspace_of(opened: OpenModel, device: str, *, num_readers: int) -> Workspa
     on_cpu = torch.device(device).type == "cpu"
     shapes = _Shapes(opened, on_cpu)
     is_half = opened.dtype != torch.float32
-    fixed_bytes = shapes.cpu_bytes(num_readers) if on_cpu else _CUBLAS_BYTES + 2 * _CUDA_SEGMENT_BYTES
+    # On a GPU twice: a graph has its own of all that.
+    fixed_bytes = shapes.cpu_bytes(num_readers) if on_cpu else 2 * (_CUBLAS_BYTES + 2 * _CUDA_SEGMENT_BYTES)
     token_bytes, context_bytes, draw_bytes = shapes.token_bytes(), shapes.context_bytes(), shapes.draw_bytes()
     if not on_cpu:
         # The caching allocator cuts what is below 10 MiB out of segments of 20, and keeps what is freed: a third for
@@ -65,6 +66,7 @@ def workspace_of(opened: OpenModel, device: str, *, num_readers: int) -> Workspa
         draw_bytes=draw_bytes,
         fixed_bytes=fixed_bytes,
         kernel_bytes=_kernel_bytes() if on_cpu and is_half else 0,
+        keeps_step=not on_cpu,
     )
 
 

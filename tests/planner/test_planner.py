@@ -121,6 +121,8 @@ def test_working_memory_is_for_the_longest_prompt_and_the_fullest_step() -> None
     parts = Workspace(token_bytes=100, context_bytes=10)
     assert parts.forward_bytes(1, 2000) == 512 * 100 + 2000 * 10 + 512 * 2000 * 5  # the last part of a prompt
     assert Workspace(draw_bytes=30000).forward_bytes(64, 100) == 64 * (30000 + 100 * 32)  # every row draws
+    beside = Workspace(token_bytes=10**6, keeps_step=True)
+    assert beside.forward_bytes(4, 500) == 500 * 10**6 + 500 * 500 * 5 + 4 * (10**6 + 500 * 32)  # with a graph's step
     gathered = Workspace(gather_bytes=10**6)  # contexts of 16384 tokens at a time, or a longer one
     for rows, tokens, at_a_time in ((2, 100, 200), (64, 1024, 16384), (8, 20000, 20000)):
         bare = Workspace().forward_bytes(rows, tokens)

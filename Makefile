@@ -82,6 +82,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.offload
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.kernels
 
 bench-scale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale

@@ -35,8 +35,10 @@ def main(
 ) -> None:
     """Time every kernel in thread CPU time, and what pager.engine.kernels would choose beside them."""
     torch.set_num_threads(1)
-    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "whatever the CPU has")
-    report = Report("kernels", "microseconds of CPU time a layer", conditions(threads="1 of torch", oneDNN=isa))
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    isa = limit or "whatever the CPU has"
+    name = f"kernels-{limit.lower()}" if limit else "kernels"
+    report = Report(name, "microseconds of CPU time a layer", conditions(threads="1 of torch", oneDNN=isa))
     report.start()
     shapes = {"toy": (32, 16, 32)} if quick else SHAPES
     for name, shape in shapes.items():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from pager.cache.ledger import Holding, Ledger
+from pager.cache.holding import Holding
+from pager.cache.ledger import Ledger
 from pager.errors import SlotsExhausted
 from pager.types import ExpertKey
 

@@ -6,7 +6,8 @@ from collections.abc import Container, Sequence
 from types import TracebackType
 from typing import Self
 
-from pager.cache.ledger import Holding, Ledger
+from pager.cache.holding import Holding
+from pager.cache.ledger import Ledger
 from pager.cache.usage import PagingUsage
 from pager.errors import ExpertUnavailable
 from pager.types import ExpertKey

@@ -11,8 +11,8 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 
+from pager.cache.holding import Holding, Load, Meanwhile
 from pager.cache.index import CacheIndex, Plan
 from pager.cache.prefetch import PrefetchList
 from pager.cache.readers import Priority
@@ -20,53 +20,11 @@ from pager.cache.regrets import Regrets
 from pager.cache.tiers import Fetched
 from pager.cache.trace import TraceRecorder
 from pager.cache.transfer import Transfer
-from pager.cache.usage import Cause, Lookup, PagerObserver, Tier, UsageMeter
+from pager.cache.usage import Cause, Counts, Lookup, PagerObserver, Tier, UsageMeter
 from pager.errors import Cancelled, ExpertUnavailable
 from pager.types import ExpertKey
 
 _URGENCY = {Cause.DEMAND: 0, Cause.LEASE: 1, Cause.PREFETCH: 2}
-
-
-Meanwhile = Callable[[], float | None]
-"""Called by who waits for a read, with no lock held: work for the time. When to be called again at the latest, in
-seconds; None where there is nothing to do."""
-
-
-@dataclass(slots=True, eq=False)
-class Holding:
-    """What one lease or one exact forward holds. Changed by the ledger alone, under its lock."""
-
-    cause: Cause
-    order: int
-    meter: UsageMeter
-    reserved: int = 0  # promised slots that no expert was bound to yet
-    keys: dict[ExpertKey, None] = field(default_factory=dict)  # pinned, in the order of binding
-    pending: set[ExpertKey] = field(default_factory=set)  # of these, what is not read yet
-    failed: ExpertUnavailable | None = None
-    released: bool = False
-
-    @property
-    def ready(self) -> bool:
-        return not self.pending and self.failed is None
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    slot: int
-    payer: UsageMeter
-    waiters: list[Holding]
-    reading: bool = False
-
-
-@dataclass(slots=True)
-class Counts:
-    hits: int = 0
-    hits_in_flight: int = 0
-    misses: int = 0
-    evictions: int = 0
-    failed_loads: int = 0
-    bytes_from_disk: int = 0
-    bytes_from_host: int = 0
 
 
 class Ledger:
@@ -88,7 +46,7 @@ class Ledger:
         self._observer = observer
         self._queue_reads = queue_reads
         self._trace = trace
-        self._loads: dict[ExpertKey, _Load] = {}
+        self._loads: dict[ExpertKey, Load] = {}
         self._holdings: set[Holding] = set()
         self._prefetches = PrefetchList()
         self._regrets = Regrets()
@@ -357,7 +315,7 @@ class Ledger:
             self._prefetches.forget(key)
         self.index.commit(plan)
         for load in plan.loads:
-            self._loads[load.key] = _Load(load.slot, payer, [])
+            self._loads[load.key] = Load(load.slot, payer, [])
         if plan.loads:
             again = self._regrets.loaded([load.key for load in plan.loads], ahead=cause is Cause.PREFETCH)
             self._observer.paged(cause, len(plan.loads), again)

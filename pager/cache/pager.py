@@ -12,10 +12,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from pager.cache.demand import demand_waves
+from pager.cache.holding import Holding, Meanwhile
 from pager.cache.host import HostTier
 from pager.cache.index import CacheIndex
 from pager.cache.lease import Lease
-from pager.cache.ledger import Holding, Ledger, Meanwhile
+from pager.cache.ledger import Ledger
 from pager.cache.page_cache import why_bypass
 from pager.cache.policy import DEFAULT_POLICY, make_policy
 from pager.cache.readers import Readers

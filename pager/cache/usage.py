@@ -77,6 +77,19 @@ class UsageMeter:
         )
 
 
+@dataclass(slots=True)
+class Counts:
+    """What the ledger counts, since the start."""
+
+    hits: int = 0
+    hits_in_flight: int = 0
+    misses: int = 0
+    evictions: int = 0
+    failed_loads: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class CacheStats:
     """The device tier since the start (counts) and now (bytes)."""

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from pager.cache.ledger import Meanwhile
+from pager.cache.holding import Meanwhile
 from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.graphs import GroupGraph, Recorder, Step, capture_on
 from pager.engine.loading import PagedModel
@@ -89,9 +89,9 @@ class Decoder:
     def _run(self, group: _Group, meanwhile: Meanwhile | None) -> list[Outcome]:
         batch, sampler = group.batch, group.sampler
         with self._timed(), self._paged.step(group.documents, meanwhile=meanwhile) as routing:
-            padded = self._runner.padded_context(batch) if self._recorder.is_on else None
-            replay = None
-            if padded is not None and meanwhile is None and routing.is_steady:
+            padded = replay = None
+            if self._recorder.is_on and meanwhile is None and routing.is_steady:
+                padded = self._runner.padded_context(batch)
                 replay = self._replay(group, routing, padded)
             if replay is None:
                 logits_BV = self._runner.decode(batch, padded)

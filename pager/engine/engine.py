@@ -17,7 +17,7 @@ from collections.abc import Sequence as Ordered
 from tokenizers import Tokenizer
 
 from pager import at_exit
-from pager.cache.ledger import Meanwhile
+from pager.cache.holding import Meanwhile
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.inbox import Inbox
 from pager.engine.intake import Intake

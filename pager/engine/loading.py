@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pager.cache.holding import Meanwhile
 from pager.cache.host import HostTier
 from pager.cache.lease import Lease
-from pager.cache.ledger import Meanwhile
 from pager.cache.pager import ExpertPager
 from pager.cache.policy import DEFAULT_POLICY
 from pager.cache.slots import DeviceSlots

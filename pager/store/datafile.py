@@ -63,19 +63,12 @@ class DataFile:
 
     def expect_scattered_reads(self) -> None:
         """From now on the page cache reads nothing beside what is asked for. A hint: systems without it ignore it."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        with suppress(OSError):
-            own_fd = self._open_again()  # a duplicate shares its hints with the file that it was made of
-            os.posix_fadvise(own_fd, 0, 0, os.POSIX_FADV_RANDOM)
-            assert self._fd is not None, "it was opened again"
-            os.close(self._fd)
-            self._fd = own_fd
+        self._advise("POSIX_FADV_RANDOM", 0, 0)
 
     def will_need(self, offset: int, nbytes: int) -> None:
         """Has the page cache, where there is one between, begin with all of it at once. A hint as well."""
-        if self._fd is not None and not self.is_direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        if not self.is_direct:
+            self._advise("POSIX_FADV_WILLNEED", offset, nbytes)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills the byte buffers in turn from `offset` on; returns how many bytes. Raises OSError, also if short."""
@@ -101,11 +94,15 @@ class DataFile:
         return bytes(buffer)
 
     def duplicate(self) -> DataFile:
-        """The same open file with a life of its own."""
+        """The same file, opened again: with a life, and hints, of its own."""
         if self._fd is None:
             raise OSError(errno.EBADF, "the file is closed", str(self.path))
         twin = DataFile.__new__(DataFile)
-        twin.path, twin.size, twin.is_direct, twin._fd = self.path, self.size, False, os.dup(self._fd)
+        twin.path, twin.size, twin.is_direct = self.path, self.size, False
+        try:
+            twin._fd = self._open_again()
+        except OSError:  # a system without /proc
+            twin._fd = os.dup(self._fd)
         return twin
 
     def close(self) -> None:
@@ -116,6 +113,11 @@ class DataFile:
         self._fd = self._direct_fd = None
 
     __del__ = close
+
+    def _advise(self, hint: str, offset: int, nbytes: int) -> None:
+        if self._fd is not None and hasattr(os, hint):
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, offset, nbytes, getattr(os, hint))
 
     def _open_again(self, flags: int = 0) -> int:
         """By its descriptor, not its path: that may name another file by now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,3 +259,9 @@ def test_a_flipped_byte_fails_the_request_that_needs_the_expert_and_no_other(pac
         pager.check_integrity()
     pager.close()
     source.close()
+
+
+def test_a_kernel_without_large_pages_has_slots_too(monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)
+    slots = make_slots(2, torch.float32)
+    assert slots.gate_up.fill_(1.0).sum() == slots.gate_up.numel()

@@ -267,3 +267,43 @@ def test_a_refusal_at_the_read_falls_back_for_good(tmp_path, monkeypatch, caplog
     assert not file.is_direct
     assert "refused a direct read" in caplog.text
     file.close()
+
+
+def test_nothing_is_read_beside_what_was_asked_for(tmp_path):
+    (path := tmp_path / "file").write_bytes(os.urandom(8 << 20))
+    try:
+        drop([path])
+    except OSError as error:
+        pytest.skip(f"the file does not leave the page cache: {error}")
+    original = DataFile(path)
+    scattered = original.duplicate()
+    scattered.expect_scattered_reads()
+    # Two reads in a row, which the system would take for the beginning of all of it.
+    nbytes, start = 4 * PAGE_BYTES, 1 << 20
+    scattered.read(nbytes, start)
+    scattered.read(nbytes, start + nbytes)
+    assert cached_bytes(path) == 2 * nbytes
+    original.read(nbytes, 0)
+    original.read(nbytes, nbytes)
+    assert cached_bytes(path) > 4 * nbytes, "a file keeps its own hints"
+    for file in (original, scattered):
+        file.close()
+
+
+def test_a_duplicate_outlives_its_file(tmp_path, monkeypatch):
+    (path := tmp_path / "file").write_bytes(b"experts")
+
+    def no_proc(file: DataFile, flags: int = 0) -> int:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    original = DataFile(path)
+    twins = [original.duplicate()]
+    monkeypatch.setattr(DataFile, "_open_again", no_proc)
+    twins.append(original.duplicate())
+    original.close()
+    path.unlink()
+    for twin in twins:
+        twin.expect_scattered_reads()
+        twin.will_need(0, 7)
+        assert twin.read(7, 0) == b"experts"
+        twin.close()

@@ -32,6 +32,7 @@ from pager.types import (
     PoolSource,
     SamplingParams,
     TokenChunk,
+    Usage,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -46,6 +47,7 @@ CONFIG = ServiceConfig(
     cluster=ClusterConfig(namespace=NAMESPACE),
 )
 PROMPT = tuple(range(5, 25))
+EXPERT_BYTES = 3 * 64 * 32 * 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,22 +127,29 @@ async def test_both_workers_answer_together_with_the_tokens_of_an_engine_in_proc
 
 
 async def test_what_one_worker_read_another_finds_in_the_host_tier(cluster: Cluster) -> None:
-    await asyncio.sleep(1.2)  # until residency was told
-    here = cluster.workers()[1]
-    absent_first = [sorted((held >> expert & 1, expert) for expert in range(15)) for held in here.resident]
-    pool = ExpertPool(tuple(tuple(sorted(expert for _, expert in layer[:4])) for layer in absent_first))
-    missing = here.missing_bytes(pool)
-    assert missing > 0
-    fixed = PoolPolicy(Count(4), PoolSource.FIXED, pool)
-    sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-    for worker in ("worker-0", "worker-1"):
-        asked = GenerateRequest(f"fixed on {worker}", "t", PROMPT, sampling, fixed)
+    """Device and host tier hold 30 experts each and a pool 16: after the two others, a device has none of it."""
+    wanted, *others = (ExpertPool((tuple(range(first, 12, 3)),) * 4) for first in range(3))
+
+    async def run(worker: str, pool: ExpertPool) -> Usage:
+        fixed, two = PoolPolicy(Count(4), PoolSource.FIXED, pool), SamplingParams(max_tokens=2, ignore_eos=True)
+        asked = GenerateRequest(f"fixed on {worker}", "t", PROMPT, two, fixed)
         usage = [chunk.usage async for chunk in cluster.generate(worker, asked)][-1]
-    assert usage is not None
-    assert (usage.bytes_from_disk, usage.bytes_from_host) == (0, missing)
-    assert here.metrics_address is not None
-    found = await scrape(here.metrics_address)
-    assert found["expert_pager_transfer_bytes_total", "device,host"] >= missing
+        assert usage is not None
+        return usage
+
+    for worker in ("worker-0", "worker-1"):
+        for pool in others * 2:
+            await run(worker, pool)
+    address = cluster.workers()[1].metrics_address
+    assert address is not None
+    before = await scrape(address)
+    reading, finding = await run("worker-0", wanted), await run("worker-1", wanted)
+    missing = 16 * EXPERT_BYTES
+    assert reading.bytes_from_disk + reading.bytes_from_host == missing
+    assert (finding.bytes_from_disk, finding.bytes_from_host) == (0, missing)
+    found = await scrape(address)
+    transferred = "expert_pager_transfer_bytes_total", "device,host"
+    assert found[transferred] - before[transferred] == missing
     assert found["expert_pager_resident_bytes", "host"] > 0
     assert found["expert_pager_resident_bytes", "device"] <= found["expert_pager_capacity_bytes", "device"]
 
@@ -171,10 +180,10 @@ async def test_a_kill_in_the_middle_of_answers_leaves_nothing_behind(cluster: Cl
         assert await answer(cluster, "worker-0", REQUESTS[0]) == await answer(cluster, "worker-1", REQUESTS[0])
 
     await kill()  # what is made once is made now
-    fds, processes, shared = me.num_fds(), len(me.children(recursive=True)), os.listdir("/dev/shm")
+    fds, processes, shared = me.num_fds(), len(me.children(recursive=True)), segments()
     await kill()
     await until(lambda: me.num_fds() <= fds and len(me.children(recursive=True)) <= processes, 30)
-    assert os.listdir("/dev/shm") == shared
+    assert segments() == shared
     for view in cluster.workers():
         assert view.metrics_address is not None
         found = await scrape(view.metrics_address)

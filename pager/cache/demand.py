@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from pager.cache.holding import Holding
 from pager.cache.ledger import Ledger
 from pager.errors import SlotsExhausted
 from pager.types import ExpertKey
+
+
+class _Wave(NamedTuple):
+    keys: list[ExpertKey]
+    was_there: bool
+    """When it was bound. Later, the speed of reads would decide what is yielded together, and so how sums are rounded."""
 
 
 def demand_waves(
@@ -22,19 +29,19 @@ def demand_waves(
     """
     todo = list(keys)
     unpaged = tuple(key.expert for key in always_resident)
-    bound: deque[list[ExpertKey]] = deque()
+    bound: deque[_Wave] = deque()
     while todo or bound:
         while todo and len(bound) < 2 and (wave := _bind_some(ledger, holding, todo)):
             bound.append(wave)
-            todo = [key for key in todo if key not in wave]
+            todo = [key for key in todo if key not in wave.keys]
         if not bound:
             if ledger.wait_for_room():
                 continue
             raise SlotsExhausted("every expert slot is held or promised; raise expert_memory or try again later")
-        if unpaged and not holding.pending.isdisjoint(bound[0]):
+        if unpaged and not bound[0].was_there:
             yield unpaged  # to compute while the first wave is being read
             unpaged = ()
-        current = bound.popleft()
+        current = bound.popleft().keys
         ledger.wait(holding, current)
         yield (*unpaged, *(key.expert for key in current))
         unpaged = ()
@@ -43,8 +50,8 @@ def demand_waves(
         yield unpaged
 
 
-def _bind_some(ledger: Ledger, holding: Holding, todo: Sequence[ExpertKey]) -> list[ExpertKey]:
-    """Binds what fits of the first group of `todo`: those loaded now, or else all."""
+def _bind_some(ledger: Ledger, holding: Holding, todo: Sequence[ExpertKey]) -> _Wave | None:
+    """Binds what fits of the first group of `todo`: those loaded now, or else all. None when nothing does."""
     with ledger.lock:
         index = ledger.index
         loaded = [key for key in todo if index.is_loaded(key)]
@@ -60,4 +67,4 @@ def _bind_some(ledger: Ledger, holding: Holding, todo: Sequence[ExpertKey]) -> l
             wave.append(key)
         fits = ledger.bind(holding, wave)
         assert fits, "the wave was cut to what fits"
-        return wave
+        return _Wave(wave, was_there=holding.pending.isdisjoint(wave)) if wave else None

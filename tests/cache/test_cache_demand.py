@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from pager.cache import demand
 from pager.cache.usage import UsageMeter
 from pager.errors import ChecksumMismatch, SlotsExhausted
 from pager.types import ExpertKey
@@ -74,6 +75,20 @@ def test_always_resident_experts_are_in_the_first_wave(make_pager, source):
     assert list(pager.demand(0, [0, 7, 1])) == [(7,), (0, 1)]
     assert list(pager.demand(0, [0, 7, 1])) == [(7, 0, 1)]
     assert list(pager.demand(0, [])) == []
+
+
+def test_waves_are_the_same_however_fast_reads_are(make_pager, monkeypatch):
+    pager = make_pager(4, resident=(ExpertKey(0, 7),))
+    bind_some = demand._bind_some
+
+    def bind_and_let_read(*args):
+        wave = bind_some(*args)
+        finish_reads(pager, keys(0, *range(8)))
+        return wave
+
+    monkeypatch.setattr(demand, "_bind_some", bind_and_let_read)
+    assert list(pager.demand(0, [0, 7, 1])) == [(7,), (0, 1)]
+    assert list(pager.demand(0, [0, 7, 1])) == [(7, 0, 1)]
 
 
 def test_a_lease_lends_its_reservation_to_an_exact_forward(make_pager):

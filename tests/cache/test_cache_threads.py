@@ -64,7 +64,7 @@ class Traffic:
         try:
             for layer in range(4):
                 lease.wait(layer)
-                self.check_weights(self.pager, [key for key in lease._holding.keys if key.layer == layer])
+                self.check_weights(self.pager, [key for key in list(lease._holding.keys) if key.layer == layer])
             self.num_served += 1
         except ExpertUnavailable:
             self.num_failed += 1

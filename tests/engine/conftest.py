@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pager.engine.interface import EngineLimits, EngineObserver, Failure, Stream
 from pager.engine.loading import PagedModel, load_paged_model
 from pager.errors import PagerError
 from pager.planner import Budgets
-from pager.types import ExpertPool, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
+from pager.types import ExpertKey, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CHECKPOINT = GOLDEN / "ckpt_emo_tiny"
@@ -88,6 +89,13 @@ class Driver:
         return last.usage
 
     def assert_nothing_held(self) -> None:
+        """Reads that nobody waits for any more, as those of a prediction or a failed prompt, end first."""
+        counts = enumerate(self.paged.facts.experts_per_layer)
+        every = [ExpertKey(layer, expert) for layer, count in counts for expert in range(count)]
+        give_up_s = time.monotonic() + 60
+        while self.paged.pager.prefetch_pending(every):
+            assert time.monotonic() < give_up_s, "reads go on and on"
+            time.sleep(0.001)
         status, stats = self.engine.status(), self.paged.pager.stats()
         assert (status.running, status.waiting, status.kv_blocks_used) == (0, 0, 0)
         assert (stats.held_bytes, stats.reserved_bytes) == (0, 0)

@@ -90,11 +90,12 @@ class RouterServer:
         return True
 
     async def stop(self, grace_s: float = 0.5) -> None:
-        """Cancels what is still in flight after `grace_s`."""
+        """Cancels what is still in flight after `grace_s`, and returns when that has given back what it held."""
         if self._pulse is not None:
             self._pulse.cancel()
             await asyncio.gather(self._pulse, return_exceptions=True)
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        await self._ended_within(CUT_OFF_S)  # gRPC does not wait for what a cancelled call does last
 
     async def wait(self) -> None:
         await self._server.wait_for_termination()

@@ -236,6 +236,22 @@ async def test_requests_go_on_when_redis_dies_mid_stream(serve, redis):
         assert service.scorer.num_calls == 1  # what it had learnt is still here
 
 
+async def test_a_request_that_ends_with_the_service_gives_its_id_back(serve, redis, redis_client, monkeypatch):
+    async with serve(redis_url=redis.url) as service:
+        release = service.backend.hints.release
+
+        async def take_time(request_id: str) -> None:
+            await asyncio.sleep(0.2)
+            await release(request_id)
+
+        monkeypatch.setattr(service.backend.hints, "release", take_time)
+        service.cluster.hold[1] = asyncio.Event()
+        running = service.stub.Generate(request("held"))
+        await running.read()
+        assert len(await redis_client.keys("*:claim:held")) == 1
+    assert await redis_client.keys("*:claim:held") == []
+
+
 async def test_a_service_starts_without_its_redis(serve):
     async with serve(redis_url="redis://127.0.0.1:1/0") as service:
         assert len(await answer(service, request())) == 3

@@ -288,18 +288,21 @@ def start_redis(directory: Any, port: int | None = None) -> RedisProcess:
             port = probe.getsockname()[1]
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(200):
+    end_s = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end_s:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return RedisProcess(process, port)
         time.sleep(0.02)
     process.kill()
-    raise RuntimeError("redis-server did not start")
+    raise RuntimeError(f"redis-server did not start on port {port}, status {process.wait()}")
 
 
 @pytest.fixture
-def redis_at(tmp_path: Any) -> Iterator[Callable[..., RedisProcess]]:
+def redis_at(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RedisProcess]]:
     """Starts a Redis, on a port of choice when one is given."""
+    # One that lives may take its time, as it does on a busy machine; one that was killed refuses at once.
+    monkeypatch.setattr("router_service.redis_client.TIMEOUT_S", 60.0)
     started: list[RedisProcess] = []
 
     def start(port: int | None = None) -> RedisProcess:

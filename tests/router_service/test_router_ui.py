@@ -282,7 +282,7 @@ def test_names_are_text_and_both_workers_have_a_map(stage: Stage) -> None:
         stage.pools.following(HOSTILE, HOSTILE, PoolPolicy(fixed=POOL), POOL),
         sync_playwright() as playwright,
     ):
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)
         page: BrowserPage = browser.new_page(viewport={"width": 390, "height": 844})
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))

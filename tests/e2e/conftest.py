@@ -193,6 +193,18 @@ class Service:
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def command_lines(self) -> str:
+        """Of all its processes; some of Ray's come and go."""
+        return " ".join(map(process_name, self.processes()))
+
+    def settled(self, *names: str) -> list[float]:
+        """What the workers have counted, once it has stood still: experts asked for ahead come after their request."""
+        before, found = None, [self.worker_metrics().total(name) for name in names]
+        while found != before:
+            time.sleep(1)
+            before, found = found, [self.worker_metrics().total(name) for name in names]
+        return found
+
     def is_idle(self) -> bool:
         """No request anywhere, and nothing held for one."""
         router, worker = self.metrics("router"), self.worker_metrics()
@@ -206,7 +218,7 @@ class Service:
             and worker.total("expert_pager_reserved_bytes", tier="device") == 0
         )
 
-    def wait_until_idle(self, seconds: float = 30) -> None:
+    def wait_until_idle(self, seconds: float = 60) -> None:
         until(self.is_idle, seconds)
 
     def wait_until_ready(self, num_workers: int = 1) -> None:
@@ -377,9 +389,12 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+        """None of those that the kernel gives to whoever asks: one would be taken again before it is used."""
+        for port in (*random.SystemRandom().sample(range(20_000, 30_000), 20), 0):
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+                return int(probe.getsockname()[1])
+        raise AssertionError("no port is free")
 
     return find
 

@@ -66,7 +66,7 @@ class Held:
 
     @classmethod
     def comes_back_to(cls, baseline: Held, *services: Any, redis_port: int = 0) -> None:
-        end_s = time.monotonic() + 30
+        end_s = time.monotonic() + 60
         while not (now := cls.by(*services, redis_port=redis_port)).is_within(baseline):
             assert time.monotonic() < end_s, f"{now} exceeds {baseline}"
             time.sleep(0.2)
@@ -116,7 +116,7 @@ def test_a_frozen_worker_is_not_serving_and_then_replaced(idle_service: Any, unt
     next(call)
     os.kill(pid, signal.SIGSTOP)
     assert_lost(service, outcome(call))
-    until(lambda: service.health() == NOT_SERVING, 10)
+    until(lambda: service.health() == NOT_SERVING, 30)
     assert service.health("") == SERVING, "the router itself is alive"
     service.wait_until_ready()
     assert service.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
@@ -136,7 +136,7 @@ def test_a_killed_worker_ends_its_streams_and_leaves_nothing_behind(
     service.wait_until_ready()
     assert service.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
     service.wait_until_idle()
-    until(lambda: is_at_rest(service.residency()["worker-0"]), 10)
+    until(lambda: is_at_rest(service.residency()["worker-0"]), 30)
     assert pid not in service.worker_pids()
     Held.comes_back_to(before, service)
 
@@ -210,13 +210,13 @@ def test_two_workers_serve_at_the_same_time(routers: Routers) -> None:
         return [first.metrics(worker).total(f"expert_pager_{name}_total", **labels) for worker in workers]
 
     tokens, requests = counted("step_tokens"), counted("requests", outcome="length")
-    calls = [first.open(PROMPT, pool=first.random_pool(number, 8), max_tokens=200) for number in range(6)]
+    calls = [first.open(PROMPT, pool=first.random_pool(number, 8), max_tokens=500) for number in range(6)]
     for call in calls:
         next(call)
     running = [first.metrics(worker).total("expert_pager_requests_running") for worker in workers]
     assert min(running) >= 1
     assert [outcome(call) for call in calls] == [None] * 6
-    assert all(after - before >= 200 for before, after in zip(tokens, counted("step_tokens"), strict=True))
+    assert all(after - before >= 500 for before, after in zip(tokens, counted("step_tokens"), strict=True))
     ended = zip(requests, counted("requests", outcome="length"), strict=True)
     assert all(after > before for before, after in ended)
 
@@ -269,19 +269,25 @@ def test_admission_refuses_at_once_beyond_its_bounds(routers: Routers) -> None:
         call.cancel()
     second_metrics = second.metrics("router")
     assert second_metrics.total("expert_pager_router_admission_rejections_total") >= 3
-    routers.first.wait_until_idle()
+    second.wait_until_idle()
     assert second.generate(PROMPT, pool=8, max_tokens=2, tenant="a").usage.completion_tokens == 2
 
 
 def test_killing_one_of_two_workers_costs_its_streams_only(routers: Routers, until: Callable[..., None]) -> None:
     first, second = routers.first, routers.second
 
+    def wait_until_at_rest() -> None:
+        for router in (first, second):
+            until(lambda router=router: all(is_at_rest(worker) for worker in router.residency().values()), 30)
+
     def kill_one() -> list[Any]:
-        through = [first, first, first, first, second, second]
-        calls = [
-            router.open(PROMPT, pool=first.random_pool(50 + number, 8), max_tokens=400)
-            for number, router in enumerate(through)
-        ]
+        wait_until_at_rest()
+        calls = []
+        for _ in range(2):  # these are placed by load alone, the second one beside the first: each worker has one
+            calls.append(first.open(PROMPT, max_tokens=600))
+            next(calls[-1])
+        for number, router in enumerate([first, first, second, second]):
+            calls.append(router.open(PROMPT, pool=first.random_pool(50 + number, 8), max_tokens=400))
         outcomes = kill_mid_stream(first, calls)
         # At once: the other worker is there.
         assert first.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
@@ -291,6 +297,9 @@ def test_killing_one_of_two_workers_costs_its_streams_only(routers: Routers, unt
         first.wait_until_idle()
         return outcomes
 
+    pools = disjoint_pools(first.routed_per_layer, 5)  # together all experts, and no worker has slots for those
+    for pool in pools:  # before there is anybody dead whose records others had to read past
+        first.generate(PROMPT, pool=pool, max_tokens=1)
     kill_one()  # what is made once is made now
     before = Held.baseline(first, second, redis_port=routers.redis_port)
     outcomes = kill_one()
@@ -299,21 +308,23 @@ def test_killing_one_of_two_workers_costs_its_streams_only(routers: Routers, unt
     for error in lost:
         assert_lost(first, error)
     Held.comes_back_to(before, first, second, redis_port=routers.redis_port)
-    for router in (first, second):
-        until(lambda router=router: all(is_at_rest(worker) for worker in router.residency().values()), 10)
-    assert_host_tier_is_whole(first)
+    wait_until_at_rest()
+    assert_host_tier_is_whole(first, pools, until)
 
 
-def assert_host_tier_is_whole(router: Any) -> None:
+def assert_host_tier_is_whole(router: Any, pools: list[pb.PoolPolicy], until: Callable[..., None]) -> None:
     """No record is claimed or pinned for a dead worker: all experts fit, and then none comes from disk again."""
-    pools = disjoint_pools(router.routed_per_layer, 5)  # together all experts, and no worker has slots for those
     for pool in pools:
         router.generate(PROMPT, pool=pool, max_tokens=1)
-    metrics, all_bytes = router.metrics("worker-0"), router.plan["num_routed"] * router.plan["expert_bytes"]
-    held = {
-        name: metrics.total(f"expert_pager_{name}_bytes", tier="host") for name in ("capacity", "resident", "pinned")
-    }
-    assert held == {"capacity": all_bytes, "resident": all_bytes, "pinned": 0}
+    all_bytes = router.plan["num_routed"] * router.plan["expert_bytes"]
+
+    def is_whole() -> bool:
+        metrics = router.metrics("worker-0")
+        names = ("capacity", "resident", "pinned")
+        held = [metrics.total(f"expert_pager_{name}_bytes", tier="host") for name in names]
+        return held == [all_bytes, all_bytes, 0]
+
+    until(is_whole, 30)  # a record is given back without waiting for the node to hear of it
     from_disk, from_host = transferred(router, "disk"), transferred(router, "host")
     usages = [router.generate(PROMPT, pool=pool, max_tokens=1).usage for pool in pools]
     assert [usage.bytes_from_disk for usage in usages] == [0] * len(pools)
@@ -340,7 +351,7 @@ def test_requests_go_on_without_redis_and_a_metric_says_so(
         return router.metrics("router").total("expert_pager_router_redis_degraded")
 
     both = (routers.first, routers.second)
-    assert [degraded(router) for router in both] == [0, 0]
+    until(lambda: [degraded(router) for router in both] == [0, 0], 60)  # Redis may have been late once
     calls = [router.open(PROMPT, pool=8, max_tokens=300) for router in both]
     for call in calls:
         next(call)
@@ -348,7 +359,7 @@ def test_requests_go_on_without_redis_and_a_metric_says_so(
     assert [outcome(call) for call in calls] == [None, None]
     for router in both:
         assert router.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2
-        until(lambda router=router: degraded(router) == 1, 10)
+        until(lambda router=router: degraded(router) == 1, 30)
         assert router.health() == SERVING
     redis.start()
     until(lambda: [degraded(router) for router in both] == [0, 0], 60)

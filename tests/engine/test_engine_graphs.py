@@ -114,6 +114,13 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> OpCapture:
     return made
 
 
+def page_in(driver: Any, random_prompt: Any, pools: list[ExpertPool]) -> None:
+    """These pools' experts are in slots: nobody who comes with one joins the others later than the next."""
+    for pool in pools:
+        driver.submit(random_prompt(0, 4), PoolPolicy(fixed=pool), max_tokens=1)
+        driver.finish()
+
+
 def run_story(driver: Any, random_prompt: Any, random_pool: Any) -> list[tuple[list[int], float | None]]:
     """Rows with different pools that join and leave, and contexts that grow from 50 tokens to 200."""
     ids = [
@@ -181,6 +188,7 @@ def test_a_replayed_step_is_its_replay_and_nothing_else(
             return op(*args, **(kwargs or {}))
 
     driver = make_driver(60)
+    page_in(driver, random_prompt, [random_pool(number) for number in (1, 2, 3)])
     for number in (1, 2):
         driver.submit(random_prompt(number, 4), PoolPolicy(fixed=random_pool(number)), max_tokens=50)
     while capture.num_captured == 0:
@@ -200,6 +208,7 @@ def test_a_replayed_step_is_its_replay_and_nothing_else(
 
 def test_a_step_leaves_no_memory_behind(make_driver: Any, random_prompt: Any, random_pool: Any) -> None:
     driver = make_driver(60)
+    page_in(driver, random_prompt, [random_pool(number) for number in (1, 2)])
     for number in (1, 2):
         driver.submit(random_prompt(number, 4), PoolPolicy(fixed=random_pool(number)), max_tokens=50, **SAMPLED)
     for _ in range(6):
@@ -253,8 +262,8 @@ def test_what_can_not_be_recorded_runs_eagerly_and_says_so_once(
     assert [tokens for tokens, _ in tried] == [tokens for tokens, _ in eager]
     assert [mass for _, mass in tried] == pytest.approx([mass for _, mass in eager], rel=1e-4)
     assert (capture.num_captured, capture.num_replayed) == (1, 0)
-    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [message.count("the device has no graphs") for message in said] == [1]
+    said = [record for record in caplog.records if "the device has no graphs" in record.message]
+    assert [record.levelno for record in said] == [logging.WARNING]
 
 
 # On the meta device.

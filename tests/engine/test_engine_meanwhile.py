@@ -16,18 +16,22 @@ EXACT, POOL = PoolPolicy(Full()), PoolPolicy(Count(4))
 
 
 class SlowDisk:
-    """Every read waits until a stream has had so many more tokens. After half a minute it goes on, and is noted."""
+    """Every read waits until a stream has had so many more tokens, or its last. After a minute it goes on, noted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_given_up = 0
         self.num_reads = 0
         self._tokens: Callable[[], float] | None = None
-        self._more = 0
+        self._more = 0.0
         self._read_all = CheckpointExperts.read_all
         self._lock = threading.Lock()
         monkeypatch.setattr(CheckpointExperts, "read_all", lambda source, wanted: self._read(source, wanted))
 
-    def wait_for(self, more: int, tokens: Callable[[], float]) -> None:
+    def wait_for(self, more: int, driver: Any, stream: str) -> None:
+        def tokens() -> float:
+            chunks = driver.chunks[stream]
+            return len(chunks) if chunks[-1].usage is None else math.inf
+
         self._tokens, self._more = tokens, more
 
     def never_wait(self) -> None:
@@ -39,7 +43,7 @@ class SlowDisk:
             self.num_reads += 1
         if tokens is not None:
             before, given_up = tokens(), threading.Event()
-            timer = threading.Timer(30, given_up.set)
+            timer = threading.Timer(60, given_up.set)
             timer.start()
             while tokens() < before + self._more and not given_up.wait(0.001):
                 pass
@@ -68,7 +72,7 @@ def test_streams_go_on_while_a_prompt_waits_for_its_experts(
     stream = driver.submit(random_prompt(1, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=150)
     while len(driver.tokens(stream)) < 2:
         driver.engine.step()
-    disk.wait_for(2, lambda: len(driver.tokens(stream)))
+    disk.wait_for(2, driver, stream)
     prompt = driver.submit(random_prompt(2, 40), policy, max_tokens=8)
     before = driver.engine.status().num_decode_forwards
     while not driver.tokens(prompt):
@@ -86,15 +90,19 @@ def test_pools_decode_while_an_exact_answer_waits_for_its_experts(
     make_driver, random_prompt, random_pool, disk: SlowDisk
 ) -> None:
     driver = make_driver(24)
-    alone = driver.submit(random_prompt(1, 12), EXACT, max_tokens=4)
+    alone = driver.submit(random_prompt(1, 12), EXACT, max_tokens=20)
     driver.finish()
-    exact = driver.submit(random_prompt(1, 12), EXACT, max_tokens=4)
-    stream = driver.submit(random_prompt(3, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=180)
-    while not (driver.tokens(stream) and driver.tokens(exact)):
+    stream = driver.submit(random_prompt(3, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=240)
+    while not driver.tokens(stream):
         driver.engine.step()
-    disk.wait_for(2, lambda: len(driver.tokens(stream)))
-    tokens, reads = len(driver.tokens(stream)), disk.num_reads
-    driver.engine.step()
+    exact = driver.submit(random_prompt(1, 12), EXACT, max_tokens=20)
+    while not driver.tokens(exact):
+        driver.engine.step()
+    disk.wait_for(2, driver, stream)
+    reads = disk.num_reads
+    while disk.num_reads == reads and driver.engine.status().running == 2:
+        tokens = len(driver.tokens(stream))
+        driver.engine.step()
     assert disk.num_reads > reads, "an exact step that reads nothing shows nothing"
     assert len(driver.tokens(stream)) >= tokens + 3
     disk.never_wait()
@@ -111,7 +119,7 @@ def test_a_stream_that_ends_meanwhile_gives_its_slots_back(
     stream = driver.submit(random_prompt(1, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=5)
     while len(driver.tokens(stream)) < 3:
         driver.engine.step()
-    disk.wait_for(1, lambda: len(driver.tokens(stream)) if len(driver.tokens(stream)) < 5 else math.inf)
+    disk.wait_for(1, driver, stream)
     prompt = driver.submit(random_prompt(2, 40), POOL, max_tokens=1)
     driver.engine.step()
     assert driver.usage(stream).completion_tokens == 5
@@ -127,7 +135,7 @@ def test_a_prompt_that_fails_while_it_waits_leaves_the_streams_alone(
     stream = driver.submit(random_prompt(1, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=60)
     while len(driver.tokens(stream)) < 3:
         driver.engine.step()
-    disk.wait_for(2, lambda: len(driver.tokens(stream)))
+    disk.wait_for(2, driver, stream)
 
     def broken(source: CheckpointExperts, wanted: Sequence[Destination]) -> list[Any]:
         disk._read(source, [])

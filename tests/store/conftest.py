@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,6 +109,20 @@ def sharded(model: Model, save: Save) -> Path:
 @pytest.fixture
 def packed(model: Model, sharded: Path, tmp_path: Path) -> Path:
     return model.pack(sharded, tmp_path / "packed")
+
+
+@pytest.fixture
+def open_files() -> Callable[[Path], list[str]]:
+    """`open_files(path)`: of this process's open files, those at or below `path`; what others have open is not ours."""
+
+    def open_files(path: Path) -> list[str]:
+        found = []
+        for descriptor in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):
+                found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return [file for file in found if Path(file).is_relative_to(path)]
+
+    return open_files
 
 
 @pytest.fixture

@@ -89,21 +89,19 @@ def test_a_short_kernel_read_is_continued(sharded, model, monkeypatch):
             assert torch.equal(checkpoint.read_tensor(name), expected)
 
 
-def test_closing_frees_every_descriptor(plain, model):
-    before = len(os.listdir("/proc/self/fd"))
+def test_closing_frees_every_descriptor(plain, model, open_files):
     with Checkpoint.open(plain) as checkpoint:
-        assert len(os.listdir("/proc/self/fd")) > before
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert open_files(plain)
+    assert open_files(plain) == []
     with pytest.raises(CheckpointError, match="closed"):
         checkpoint.read_tensor("model.norm.weight")
 
 
-def test_a_refused_checkpoint_leaves_no_descriptor_open(sharded):
-    before = len(os.listdir("/proc/self/fd"))
+def test_a_refused_checkpoint_leaves_no_descriptor_open(sharded, open_files):
     (sharded / "model-00003-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(sharded)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(sharded) == []
     assert caught.tb is not None  # held until here: nothing was left to the garbage collector
 
 

@@ -159,12 +159,11 @@ def test_packing_does_not_grow_with_the_model(sharded, model, tmp_path, monkeypa
 # A damaged pack
 
 
-def test_a_refused_pack_leaves_no_descriptor_open(packed, flip):
-    before = len(os.listdir("/proc/self/fd"))
+def test_a_refused_pack_leaves_no_descriptor_open(packed, flip, open_files):
     flip(packed / "experts.pack", 100)
     with pytest.raises(CheckpointError) as caught:
         PackedExperts(packed / "experts.pack")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(packed) == []
     assert caught.tb is not None  # held until here: nothing was left to the garbage collector
 
 

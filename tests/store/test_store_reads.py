@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -285,7 +286,10 @@ def test_nothing_is_read_beside_what_was_asked_for(tmp_path):
     assert cached_bytes(path) == 2 * nbytes
     original.read(nbytes, 0)
     original.read(nbytes, nbytes)
-    assert cached_bytes(path) > 4 * nbytes, "a file keeps its own hints"
+    give_up_s = time.monotonic() + 60
+    while cached_bytes(path) <= 4 * nbytes:  # what is read ahead comes in its own time
+        assert time.monotonic() < give_up_s, "a file keeps its own hints"
+        time.sleep(0.001)
     for file in (original, scattered):
         file.close()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,10 @@ def process() -> Run:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """The same in this process, which has its imports behind it."""
     monkeypatch.setenv("COLUMNS", "120")
+    handlers, level = logging.root.handlers[:], logging.root.level
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["expert-pager", *map(str, arguments)])
@@ -58,7 +60,9 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
         captured = capfd.readouterr()
         return subprocess.CompletedProcess(sys.argv, int(exit_.value.code or 0), captured.out, captured.err)
 
-    return run
+    yield run
+    logging.root.handlers[:] = handlers  # `serve` sets up logging for its process
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -179,19 +179,19 @@ def test_bytes_and_drift_in_this_process(run: Run, checkpoint: Path) -> None:
 
 
 @pytest.fixture
-def redis_url(tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """At a path, which nobody else takes as they may a port."""
+    folder = tmp_path_factory.mktemp("redis")  # a socket's path is short
+    path = str(folder / "socket")
+    command = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(path) == 0:
                     break
             assert process.poll() is None
             time.sleep(0.02)
-        yield f"redis://127.0.0.1:{port}/0"
+        yield f"unix://{path}"
         process.kill()
 
 

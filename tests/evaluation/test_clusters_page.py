@@ -76,7 +76,7 @@ def browser() -> Iterator[Browser]:
     path = next(filter(None, map(shutil.which, names)), None)
     assert path is not None, f"these tests show a page in a browser; install one of {', '.join(names)}"
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)
         yield launched
         launched.close()
 

@@ -124,8 +124,7 @@ def test_no_label_names_a_request_a_prompt_a_tenant_or_an_expert(marked: Any) ->
 
 
 def test_no_log_has_any_of_a_prompt(marked: Any) -> None:
-    commands = [" ".join(process.cmdline()) for process in marked.processes()]
-    found = re.search(r"--log_dir=(\S+)", " ".join(commands))
+    found = re.search(r"--log_dir=(\S+)", marked.command_lines())
     assert found, "where Ray keeps what workers write"
     logs = {path: path.read_text(errors="replace") for path in Path(found[1]).rglob("*") if path.is_file()}
     assert any("WorkerActor" in text or "ready after" in text for text in logs.values())

@@ -85,9 +85,10 @@ def send(service: Any, traceparent: str, max_tokens: int = 4) -> Any:
 
 def test_a_request_is_one_trace_under_the_callers(traced: Any, until: Callable[..., None]) -> None:
     service, receiver = traced
-    usage = list(send(service, f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"))[-1].usage
+    # For long enough that what was asked for ahead has come: what comes after the answer's account is in a span only.
+    usage = list(send(service, f"00-{CALLER_TRACE}-{CALLER_SPAN}-01", max_tokens=100))[-1].usage
     names = {GENERATE, "score", "pick", "place", "queue", "prefill", "decode", "page disk"}
-    until(lambda: set(receiver.trace(CALLER_TRACE)) == names, 30)
+    until(lambda: set(receiver.trace(CALLER_TRACE)) == names, 60)
     trace = receiver.trace(CALLER_TRACE)
     spans = {name: span for name, (_, span) in trace.items()}
     call = spans.pop(GENERATE)
@@ -111,7 +112,7 @@ def test_a_request_is_one_trace_under_the_callers(traced: Any, until: Callable[.
     assert attributes(call)["expert_pager.request_id"] == "traced"
     assert attributes(spans["place"])["expert_pager.worker"] in service.residency()
     assert attributes(spans["prefill"])["expert_pager.num_tokens"] == usage.prompt_tokens
-    assert attributes(spans["decode"])["expert_pager.num_tokens"] == usage.completion_tokens == 4
+    assert attributes(spans["decode"])["expert_pager.num_tokens"] == usage.completion_tokens == 100
     assert attributes(spans["decode"])["expert_pager.outcome"] == "length"
     assert attributes(spans["page disk"])["expert_pager.num_bytes"] == usage.bytes_from_disk > 0
     assert all(word.encode() not in sent for sent in receiver.requests for word in MARKER.split())
@@ -124,7 +125,7 @@ def test_who_is_not_sampled_or_sends_nonsense(traced: Any, until: Callable[..., 
     unsampled = "1" * 32
     list(send(service, f"00-{unsampled}-{CALLER_SPAN}-00"))
     list(send(service, f'{MARKER}" or 1=1'))
-    until(lambda: len(receiver.calls()) > before, 30)
+    until(lambda: len(receiver.calls()) > before, 60)
     (call,) = receiver.calls()[before:]
     assert not call.parent_span_id
     assert call.trace_id.hex() not in (unsampled, CALLER_TRACE)
@@ -136,7 +137,7 @@ def test_an_error_is_marked_and_not_quoted(traced: Any, until: Callable[..., Non
     trace_id = "2" * 32
     with pytest.raises(grpc.RpcError):
         list(send(service, f"00-{trace_id}-{CALLER_SPAN}-01", max_tokens=1 << 30))
-    until(lambda: GENERATE in receiver.trace(trace_id), 30)
+    until(lambda: GENERATE in receiver.trace(trace_id), 60)
     _, span = receiver.trace(trace_id)[GENERATE]
     assert attributes(span)["rpc.grpc.status"] == "INVALID_ARGUMENT"
     assert (list(span.events), span.status.message) == ([], "")

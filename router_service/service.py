@@ -119,7 +119,6 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
             with self._gate.counting_rejections():
                 placement = self._place(prediction.pool, lost)
                 check_deadline(placement, remaining_s(request.deadline_unix_s))
-            await self._check_aborted(request.id)
             try:
                 return await self._answer(request, placement, context, meter), placement
             except (WorkerLost, NotReady):  # gone, or about to go
@@ -144,8 +143,9 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
         self, request: GenerateRequest, placement: Placement, context: Context, meter: StreamMeter
     ) -> Usage:
         guess = request.predicted if request.pool.source is PoolSource.PREFILL else None
-        self._at_worker[placement.worker_id] += 1
+        self._at_worker[placement.worker_id] += 1  # before anything is waited for: who is placed meanwhile sees it
         try:
+            await self._check_aborted(request.id)
             async with aclosing(self._backend.cluster.generate(placement.worker_id, request)) as chunks:
                 async for chunk in chunks:
                     if not meter.has_started:

@@ -278,6 +278,21 @@ async def test_the_unexpected_is_internal_and_tells_nothing(service, caplog):
     assert "secret" not in caplog.text
 
 
+async def test_who_is_placed_while_another_waits_for_a_store_sees_where_that_one_goes(service, monkeypatch):
+    asked, answered = [], asyncio.Event()
+
+    async def is_aborted(id_):
+        asked.append(id_)
+        if len(asked) == 2:
+            answered.set()
+        await answered.wait()
+        return False
+
+    monkeypatch.setattr(service.backend.hints, "is_aborted", is_aborted)
+    await asyncio.gather(answer(service.stub, text_request()), answer(service.stub, text_request()))
+    assert sorted(worker for worker, _ in service.cluster.received) == ["w0", "w1"]
+
+
 async def test_a_worker_lost_before_the_first_chunk_is_replaced(service, lost):
     service.cluster.fail = {"w0": [(0, lost())]}
     assert len(await answer(service.stub, text_request())) == 4

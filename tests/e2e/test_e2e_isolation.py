@@ -53,9 +53,14 @@ def test_sixteen_pools_in_memory_for_four_give_each_the_tokens_it_gets_alone(
     idle_service: Any, asks: list[Ask]
 ) -> None:
     alone = [ask.send(idle_service) for ask in asks]
-    pools = {answer.usage.pool.digest for answer in alone}
+    pools = {answer.usage.pool.digest: answer.usage.pool.layers for answer in alone}
     assert len(pools) == 16
-    assert idle_service.plan["num_slots"] <= 4 * alone[0].usage.pool.num_experts
+    num_slots = idle_service.plan["num_slots"]
+    assert num_slots <= 4 * alone[0].usage.pool.num_experts
+    wanted = {
+        (number, expert) for layers in pools.values() for number, layer in enumerate(layers) for expert in layer.experts
+    }
+    assert len(wanted) >= 2 * num_slots
     for _ in range(2):
         before = idle_service.worker_metrics()
         with ThreadPoolExecutor(16) as threads:
@@ -65,7 +70,7 @@ def test_sixteen_pools_in_memory_for_four_give_each_the_tokens_it_gets_alone(
         assert [answer.text for answer in together] == [answer.text for answer in alone]
         assert [a.usage.pool.digest for a in together] == [a.usage.pool.digest for a in alone]
         evicted = after.total("expert_pager_evictions_total") - before.total("expert_pager_evictions_total")
-        assert evicted >= 12 * 6 * 7, "at least twelve pools of top-k or more had to be brought in"
+        assert evicted >= len(wanted) - num_slots, "whatever was there before, and whoever came first"
         waits = [answer.usage.queue_seconds for answer in together]
         assert max(waits) > min(waits), "they did not all fit at once"
 

@@ -235,6 +235,7 @@ def served(watch: Watch) -> Iterator[str]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     server, serving = start_http_server(0, "127.0.0.1", CollectorRegistry())
+    server.daemon_threads = False  # to close it waits for the answers that the loop still owes
     server.set_app(Page(watch, loop).before(server.get_app()))  # type: ignore[arg-type]
     try:
         yield f"http://127.0.0.1:{server.server_port}"

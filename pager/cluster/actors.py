@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any, Protocol
@@ -143,8 +144,9 @@ class OwnWorkers:
         try:
             actor = await asyncio.shield(creation)
             at: Whereabouts = await actor.whereabouts.remote()
-        except asyncio.CancelledError:  # nobody else knows of it yet
-            ray.kill(await creation, no_restart=True)
+        except BaseException:  # nobody else knows of it yet
+            with suppress(PagerError):  # nothing was created
+                ray.kill(await creation, no_restart=True)
             raise
         return WorkerProcess(actor, at)
 

@@ -22,7 +22,7 @@ from pager.cluster.embedded_ray import _EmbeddedNode, start_embedded, stop_ray
 from pager.cluster.ray_session import OBJECT_STORE_BYTES
 from pager.cluster.views import WorkerState
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig
-from pager.errors import WorkerLost
+from pager.errors import NotReady, WorkerLost
 from pager.types import Count, GenerateRequest, PoolPolicy, SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ class Load:
             try:
                 async for chunk in self._cluster.generate("worker-0", request):
                     num_tokens += len(chunk.token_ids)
-            except WorkerLost:  # where a router would place it again
+            except (WorkerLost, NotReady):  # where a router would place it again
                 assert num_tokens == 0
                 return
             self.num_tokens.append(num_tokens)

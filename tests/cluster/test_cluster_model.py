@@ -1,6 +1,7 @@
 """A real model behind real Ray workers with a shared host tier: same tokens as in process; a kill leaves nothing."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import urllib.request
@@ -99,7 +100,7 @@ def tokens_in_process() -> dict[str, list[int]]:
     return found
 
 
-async def until(condition: Callable[[], object], seconds: float = 90) -> None:
+async def until(condition: Callable[[], object], seconds: float = 180) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is awaited happens in other processes
             await asyncio.sleep(0.01)
@@ -171,9 +172,11 @@ async def test_a_kill_in_the_middle_of_answers_leaves_nothing_behind(cluster: Cl
         streams = [cluster.generate("worker-0", each) for each in asked]
         await asyncio.gather(*(anext(stream) for stream in streams))
         os.kill(pid, signal.SIGKILL)
-        async with asyncio.timeout(2):
+        restarts = cluster.workers()[0].num_restarts
+        async with asyncio.timeout(60):
             ends = await asyncio.gather(*(anext_until_end(stream) for stream in streams), return_exceptions=True)
         assert all(isinstance(end, WorkerLost) and end.retry_after_s for end in ends)
+        assert cluster.workers()[0].num_restarts == restarts, "they waited for another worker"
         await until(lambda: cluster.workers()[0].state is not WorkerState.READY)
         assert await answer(cluster, "worker-1", REQUESTS[0])
         await until(lambda: cluster.workers()[0].state is WorkerState.READY)
@@ -182,7 +185,7 @@ async def test_a_kill_in_the_middle_of_answers_leaves_nothing_behind(cluster: Cl
     await kill()  # what is made once is made now
     fds, processes, shared = me.num_fds(), len(me.children(recursive=True)), segments()
     await kill()
-    await until(lambda: me.num_fds() <= fds and len(me.children(recursive=True)) <= processes, 30)
+    await until(lambda: me.num_fds() <= fds and len(me.children(recursive=True)) <= processes)
     assert segments() == shared
     for view in cluster.workers():
         assert view.metrics_address is not None
@@ -203,6 +206,7 @@ async def worker_pid(cluster: Cluster, worker: str) -> int:
     assert view.metrics_address is not None
     port = int(view.metrics_address.rpartition(":")[2])
     for process in psutil.Process().children(recursive=True):
-        if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp")):
-            return int(process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray ends those that it has no use for
+            if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp")):
+                return int(process.pid)
     raise AssertionError(f"nobody listens on {port}")

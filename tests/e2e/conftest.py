@@ -80,6 +80,7 @@ class Service:
     folder: Path
     ready: dict[str, Any]
     ready_after_s: float
+    others_s: float  # of these, what the machine worked for others
     namespace: str
     channel: grpc.Channel = field(init=False)
 
@@ -267,6 +268,22 @@ def process_name(process: psutil.Process) -> str:
     return ""
 
 
+def busy_s() -> float:
+    """Seconds that the machine's cores have worked for anybody, or been lent to other machines, each on average."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal) / psutil.cpu_count()
+
+
+def worked_s(process: psutil.Process) -> float:
+    """The part of these that went to a process and those below it."""
+    found = 0.0
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = each.cpu_times()
+            found += times.user + times.system + times.children_user + times.children_system
+    return found / psutil.cpu_count()
+
+
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Polls; what is not there yet (a socket, a file, a process) counts as not fulfilled."""
     end_s = time.monotonic() + seconds
@@ -294,7 +311,7 @@ def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
     folder.mkdir(parents=True, exist_ok=True)
     ports = ("--port", 0, "--metrics-port", 0, "--file-sd", folder / "targets.json", "--json")
     namespace = env.setdefault("EXPERT_PAGER_CLUSTER_NAMESPACE", f"e2e-{os.getpid()}-{folder.name}")
-    started_s = time.monotonic()
+    started_s, busy_before_s = time.monotonic(), busy_s()
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(
             command("serve", *arguments, "--device", "cpu", *ports), env=environment(env), stdout=out, stderr=err
@@ -304,8 +321,10 @@ def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
         until(lambda: (folder / "stdout").read_bytes().endswith(b"\n") or process.poll() is not None, START_TIMEOUT_S)
         line = (folder / "stdout").read_text()
         assert line.startswith("{"), (folder / "stderr").read_text()
-        service = Service(process, folder, json.loads(line), time.monotonic() - started_s, namespace)
-        print(f"\nready after {service.ready_after_s:.1f} s: {' '.join(map(str, arguments))}")
+        others_s = max(0.0, busy_s() - busy_before_s - worked_s(psutil.Process(process.pid)))
+        service = Service(process, folder, json.loads(line), time.monotonic() - started_s, others_s, namespace)
+        after = f"ready after {service.ready_after_s:.1f} s, {others_s:.1f} of them others'"
+        print(f"\n{after}: {' '.join(map(str, arguments))}")
         yield service
     finally:
         if service is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import urllib.request
@@ -168,13 +169,20 @@ async def test_a_kill_in_the_middle_of_answers_leaves_nothing_behind(cluster: Cl
     async def kill() -> None:
         """While it pages and streams; returns when it is back and has answered."""
         pid = await worker_pid(cluster, "worker-0")
-        asked = [request(f"lost{n}", max_tokens=200, prompt=PROMPT[n:]) for n in range(3)]
-        streams = [cluster.generate("worker-0", each) for each in asked]
-        await asyncio.gather(*(anext(stream) for stream in streams))
+        begun: set[int] = set()
+
+        async def ask(client: int) -> None:
+            for turn in itertools.count():  # so that none is between two answers for long when it comes
+                asked = request(f"lost{client}-{turn}", max_tokens=200, prompt=PROMPT[client:])
+                async for _ in cluster.generate("worker-0", asked):
+                    begun.add(client)
+
+        clients = [asyncio.create_task(ask(client)) for client in range(3)]
+        await until(lambda: len(begun) == len(clients))
         os.kill(pid, signal.SIGKILL)
         restarts = cluster.workers()[0].num_restarts
         async with asyncio.timeout(60):
-            ends = await asyncio.gather(*(anext_until_end(stream) for stream in streams), return_exceptions=True)
+            ends = await asyncio.gather(*clients, return_exceptions=True)
         assert all(isinstance(end, WorkerLost) and end.retry_after_s for end in ends)
         assert cluster.workers()[0].num_restarts == restarts, "they waited for another worker"
         await until(lambda: cluster.workers()[0].state is not WorkerState.READY)
@@ -193,11 +201,6 @@ async def test_a_kill_in_the_middle_of_answers_leaves_nothing_behind(cluster: Cl
         for name in ("pinned_bytes", "reserved_bytes"):
             assert found[f"expert_pager_{name}", "device"] == 0
         assert found["expert_pager_kv_used_bytes", ""] == 0
-
-
-async def anext_until_end(stream: AsyncIterator[TokenChunk]) -> None:
-    async for _ in stream:
-        pass
 
 
 async def worker_pid(cluster: Cluster, worker: str) -> int:

@@ -41,7 +41,7 @@ class Traffic:
         chance = random.Random(0)
         leases = []
         for step in range(400):
-            self.source.bad = {ExpertKey(chance.randrange(4), chance.randrange(8))} if step % 10 == 0 else set()
+            self.source.bad = {ExpertKey(chance.randrange(4), chance.randrange(8))} if step % 4 == 0 else set()
             lease = self.pager.reserve_pool(random_pool(chance)) if chance.random() < 0.6 else self.fused(chance)
             if lease is not None:
                 leases.append(lease)

@@ -29,7 +29,8 @@ def pass_on_as_json() -> None:
 def _pass_on(batch: Mapping[str, Any]) -> None:
     for line in batch["lines"]:
         if is_object(line):
-            print(line, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{line}\n")  # at once: between the two writes of `print` another thread may log a line
+            sys.stderr.flush()
         elif line.strip():
             named = batch.get("actor_name") or batch.get("task_name") or ""
             log.info("%s", line, extra=logs.facts(actor=named or None, pid=batch.get("pid")))

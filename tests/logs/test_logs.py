@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,3 +98,17 @@ def test_what_workers_wrote_is_passed_on_as_it_is_and_the_rest_is_wrapped(
     assert [each["message"] for each in wrapped] == ["Fatal: {", "{not json"]
     assert {each["logger"] for each in wrapped} == {"expert_pager.ray"}
     assert all((each["actor"], each["pid"]) == ("WorkerActor", 7) for each in wrapped)
+
+
+def test_what_is_passed_on_leaves_no_room_for_another_threads_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(io.StringIO):
+        """To which another thread writes a line whenever it can."""
+
+        def write(self, text: str) -> int:
+            return super().write(text + '{"message": "from another"}\n')
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stderr", stream)
+    ray_logs._pass_on({"lines": ['{"message": "ready"}'] * 2})
+    said = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+    assert said == ["ready", "from another"] * 2

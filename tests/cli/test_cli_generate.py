@@ -97,7 +97,7 @@ def test_interrupting_is_status_130(checkpoint: Path) -> None:
     assert process.stdin is not None
     process.stdin.write("x" * 2**20)  # more than a pipe holds: returns when the process has begun to read
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
 

@@ -49,7 +49,7 @@ def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with serving(checkpoint, log, *options) as (process, ready):
         yield ready
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(120) == 0, log.read_text()
 
 
 def test_ready_says_what_and_where(service: dict[str, Any]) -> None:
@@ -176,5 +176,5 @@ def test_interrupting_serve_is_clean(checkpoint: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with serving(checkpoint, log, "--expert-memory", "50%") as (process, _):
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(120) == 130
     assert "Traceback" not in log.read_text()

@@ -223,7 +223,7 @@ def test_the_page_cache_is_really_left_out(tmp_path, model, save):
         pytest.skip(f"nothing to leave out: {error}")
     before = cached_bytes(packed)
     check(model, read_all(source, model, model.keys, aligned=True))
-    assert cached_bytes(packed) == before
+    assert cached_bytes(packed) <= before
     check(model, read_all(source, model, model.keys))
     assert cached_bytes(packed) > before
     source.close()

@@ -15,7 +15,7 @@ from pager.types import ExpertKey
 class _Wave(NamedTuple):
     keys: list[ExpertKey]
     was_there: bool
-    """When it was bound. Later, the speed of reads would decide what is yielded together, and so how sums are rounded."""
+    """When it was bound. Later, the speed of reads would decide what is yielded together, and so how sums round."""
 
 
 def demand_waves(

@@ -146,7 +146,7 @@ class OwnWorkers:
             at: Whereabouts = await actor.whereabouts.remote()
         except BaseException:  # nobody else knows of it yet
             with suppress(PagerError):  # nothing was created
-                ray.kill(await creation, no_restart=True)
+                await asyncio.to_thread(ray.kill, await creation, no_restart=True)
             raise
         return WorkerProcess(actor, at)
 

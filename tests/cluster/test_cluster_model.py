@@ -145,9 +145,13 @@ async def test_what_one_worker_read_another_finds_in_the_host_tier(cluster: Clus
     address = cluster.workers()[1].metrics_address
     assert address is not None
     before = await scrape(address)
-    reading, finding = await run("worker-0", wanted), await run("worker-1", wanted)
+    reading = await run("worker-0", wanted)
+    one_more = await run("worker-0", ExpertPool(((0, 3, 6, 12), *wanted.experts[1:])))
+    finding = await run("worker-1", wanted)
     missing = 16 * EXPERT_BYTES
     assert reading.bytes_from_disk + reading.bytes_from_host == missing
+    # To ask for one more, a worker waits for the node, which has heard by then of all that was read before.
+    assert one_more.bytes_from_disk + one_more.bytes_from_host == EXPERT_BYTES
     assert (finding.bytes_from_disk, finding.bytes_from_host) == (0, missing)
     found = await scrape(address)
     transferred = "expert_pager_transfer_bytes_total", "device,host"

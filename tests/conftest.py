@@ -1,6 +1,11 @@
 """What holds for every test."""
 
+import signal
+
 from hypothesis import HealthCheck, settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How fast an example runs, and which examples are tried, would otherwise differ from one run to the next.
 settings.register_profile(

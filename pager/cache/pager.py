@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from pager.cache.demand import demand_waves
 from pager.cache.holding import Holding, Meanwhile
@@ -159,15 +160,9 @@ class ExpertPager:
     def stats(self) -> CacheStats:
         ledger, record = self._ledger, self.slots.record_bytes
         with ledger.lock:
-            counts, index = ledger.counts, ledger.index
+            index = ledger.index
             return CacheStats(
-                hits=counts.hits,
-                hits_in_flight=counts.hits_in_flight,
-                misses=counts.misses,
-                evictions=counts.evictions,
-                failed_loads=counts.failed_loads,
-                bytes_from_disk=counts.bytes_from_disk,
-                bytes_from_host=counts.bytes_from_host,
+                **asdict(ledger.counts),
                 capacity_bytes=index.num_slots * record,
                 resident_bytes=index.num_resident * record,
                 held_bytes=index.num_held * record,

@@ -79,7 +79,7 @@ class UsageMeter:
 
 @dataclass(slots=True)
 class Counts:
-    """What the ledger counts, since the start."""
+    """What the ledger counts, since the start: the first fields of CacheStats."""
 
     hits: int = 0
     hits_in_flight: int = 0

@@ -283,7 +283,7 @@ def test_nothing_is_read_beside_what_was_asked_for(tmp_path):
     nbytes, start = 4 * PAGE_BYTES, 1 << 20
     scattered.read(nbytes, start)
     scattered.read(nbytes, start + nbytes)
-    assert cached_bytes(path) == 2 * nbytes
+    assert 0 < cached_bytes(path) <= 2 * nbytes
     original.read(nbytes, 0)
     original.read(nbytes, nbytes)
     give_up_s = time.monotonic() + 60

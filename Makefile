@@ -90,13 +90,16 @@ bench-scale: $(INSTALLED)
 corpus:
 	@test -d "$(CORPUS)" || { echo "say where the documents are: make $(MAKECMDGOALS) CORPUS=DIR"; exit 1; }
 
-# A core each, so that neither waits for the other; a half that is already trained returns at once.
+# A core each, so that neither waits for the other; a half that is already trained returns at once. What a shell runs in
+# the background does not hear Ctrl-C, hence the trap.
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/python -m training.train --corpus "$(CORPUS)" $(TRAIN_ARGS)
 
 train: corpus $(INSTALLED)
 	@mkdir -p $(RUNS) docs/evidence
 	@$(TRAIN) --out $(RUNS)/emo-tiny --pool document & emo=$$!; \
-	$(TRAIN) --out $(RUNS)/stdmoe-tiny --pool none; std=$$?; wait $$emo && exit $$std
+	$(TRAIN) --out $(RUNS)/stdmoe-tiny --pool none & std=$$!; \
+	trap 'kill $$emo $$std; wait; exit 130' INT TERM; \
+	wait $$emo; failed=$$?; wait $$std && exit $$failed
 	$(BIN)/python -m training.plot --run $(RUNS)/emo-tiny --run $(RUNS)/stdmoe-tiny --to docs/evidence/training-loss.png
 	$(BIN)/python -m training.export --run $(RUNS)/emo-tiny --to models/emo-tiny --corpus "$(CORPUS)"
 	$(BIN)/python -m training.export --run $(RUNS)/stdmoe-tiny --to models/stdmoe-tiny --corpus "$(CORPUS)"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from pager.models import EmoForCausalLM
 from training.data import PackedRows
 from training.evaluate import EVALUATION_POOL, LossTable
 from training.recipe import PoolMode, Recipe
+from training.run_folder import Progress
 
 PROMPTS = (
     "def __init__(self, nodes):\n        self.nodes = nodes\n\n    def add_edge(self,",
@@ -27,19 +26,10 @@ WHAT: dict[PoolMode, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Of a run, as training.train stores it."""
-
-    step: int
-    tokens: int
-    elapsed_s: float
-
-
 def write_card(run: Path, to: Path, losses: LossTable, corpus: Path | None) -> None:
     """`to/README.md`. Without a corpus whose README has a table of sources, the card says that none was given."""
     recipe = Recipe.of(run)
-    progress = Progress(**json.loads((run / "progress.json").read_text()))
+    progress = Progress.of(run)
     model = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32).eval()
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\nlanguage: en\n---",

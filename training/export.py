@@ -21,7 +21,8 @@ from training import evaluate
 from training.card import write_card
 from training.data import EOS, PAD
 from training.objective import install_pool_routers
-from training.recipe import CHECKPOINT, WEIGHTS_PREFIX, Recipe
+from training.recipe import Recipe
+from training.run_folder import CHECKPOINT, WEIGHTS_PREFIX
 
 console = Console()
 

@@ -1,4 +1,4 @@
-"""What a training run depends on besides its corpus, and where it keeps its checkpoint."""
+"""What a training run depends on besides its corpus."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pager.models import EmoConfig
-
-CHECKPOINT = "checkpoint.safetensors"
-WEIGHTS_PREFIX = "model."
-"""Of the model's tensors in the checkpoint; the optimizer's begin with `optimizer.`."""
+from training.run_folder import whole
 
 PoolMode = Literal["document", "none"]
 
@@ -62,7 +59,8 @@ class Recipe:
         """Store the recipe in a new run folder; in an old one, refuse to go on with another recipe."""
         path = run / "recipe.json"
         if not path.exists():
-            path.write_text(json.dumps(asdict(self), indent=1))
+            with whole(path) as partial:
+                partial.write_text(json.dumps(asdict(self), indent=1))
             return
         stored = Recipe.of(run)
         changed = [f.name for f in fields(self) if getattr(stored, f.name) != getattr(self, f.name)]

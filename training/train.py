@@ -2,19 +2,20 @@
 
     python -m training.train --corpus DIR --out DIR --max-minutes 60
 
-On a GPU where torch finds one. Resumes from the last checkpoint in `--out`. Everything random follows from `--seed` and
-the step number, so a resumed run sees the same batches and pool sizes as an uninterrupted one. With `--max-minutes` the
-learning rate follows the clock too, so that it reaches zero when the time is up.
+On a GPU where torch finds one. Resumes from the last checkpoint in `--out`; Ctrl-C and SIGTERM end it with one.
+Everything random follows from `--seed` and the step number, so a resumed run sees the same batches and pool sizes as an
+uninterrupted one. With `--max-minutes` the learning rate follows the clock too, so that it reaches zero when the time
+is up.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,18 +30,10 @@ from torch import Tensor
 from pager.models import EmoForCausalLM
 from training import data, evaluate, fast
 from training.objective import PoolRouter, documents_of, install_pool_routers, next_token_labels
-from training.recipe import CHECKPOINT, WEIGHTS_PREFIX, PoolMode, Recipe
+from training.recipe import PoolMode, Recipe
+from training.run_folder import CHECKPOINT, WEIGHTS_PREFIX, Progress, whole
 
 console = Console(soft_wrap=True)
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is, over all its resumptions."""
-
-    step: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
 
 
 class Trainer:
@@ -68,15 +61,18 @@ class Trainer:
         )
         self.progress = Progress()
 
-    def run(self, max_tokens: int, max_minutes: float | None, save_minutes: float) -> None:
-        """Train until `max_tokens` or `max_minutes`, whichever is first; the learning rate reaches zero there."""
+    def run(self, max_tokens: int, max_minutes: float | None, save_minutes: float) -> bool:
+        """Train until `max_tokens` or `max_minutes`, whichever is first; the learning rate reaches zero there.
+
+        A SIGINT or SIGTERM ends it after the step it is in, with a checkpoint; returns whether it came to its own end.
+        """
         self.resume()
         started = last_saved = time.monotonic()
         already_s = self.progress.elapsed_s
-        with _loss_log(self.out / "loss.csv") as log:
+        with _ending_on_signals() as is_told_to_end, _loss_log(self.out / "loss.csv") as log:
             for tokens_BN, positions_BN in self.batches():
                 done = _fraction_done(self.progress, max_tokens, max_minutes)
-                if done >= 1:
+                if done >= 1 or is_told_to_end():
                     break
                 losses = self.step(tokens_BN, positions_BN, done)
                 now = time.monotonic()
@@ -87,7 +83,8 @@ class Trainer:
                 if now - last_saved > save_minutes * 60:
                     self.save()
                     last_saved = now
-        self.save()
+            self.save()
+            return done >= 1
 
     def step(self, tokens_BN: Tensor, positions_BN: Tensor, done: float) -> tuple[float, float, float, float]:
         """One optimizer step; `done` in [0, 1) sets the learning rate. Returns loss, balance, z and gradient norm."""
@@ -140,10 +137,8 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        partial = self.out / f"{CHECKPOINT}.partial"
-        save_file(tensors, partial, metadata={"progress": json.dumps(asdict(self.progress))})
-        partial.rename(self.out / CHECKPOINT)
-        (self.out / "progress.json").write_text(json.dumps(asdict(self.progress)))
+        with whole(self.out / CHECKPOINT) as partial:
+            save_file(tensors, partial, metadata=self.progress.metadata())
 
     def resume(self) -> bool:
         """Continue from the checkpoint in the run directory, if there is one."""
@@ -157,7 +152,7 @@ class Trainer:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 if f"optimizer.step.{name}" in tensors:
                     self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
-        self.progress = Progress(**json.loads((self.out / "progress.json").read_text()))
+        self.progress = Progress.of(self.out)
         console.print(f"resumed at step {self.progress.step}, {self.progress.tokens / 1e6:.2f} M tokens")
         return True
 
@@ -170,6 +165,19 @@ class Trainer:
             f"{progress.tokens / progress.elapsed_s:5.0f} tokens/s  ETA {left_s / 60:.0f} min  loss {losses[0]:.3f}  "
             f"balance {losses[1]:.3f}  z {losses[2]:.2f}  grad {losses[3]:.2f}  busiest expert {busiest:.2f}"
         )
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[Callable[[], bool]]:
+    """Whether a SIGINT or SIGTERM has come since the block was entered; in it they do nothing else."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -191,7 +199,9 @@ def _fraction_done(progress: Progress, max_tokens: int, max_minutes: float | Non
 def _cached_tokenizer(recipe: Recipe, corpus: Path, path: Path) -> Tokenizer:
     if not path.exists():
         with console.status("training the tokenizer"):
-            data.train_tokenizer(corpus, recipe.vocab_size).save(str(path))
+            tokenizer = data.train_tokenizer(corpus, recipe.vocab_size)
+            with whole(path) as partial:
+                tokenizer.save(str(partial))
     return Tokenizer.from_file(str(path))
 
 
@@ -199,7 +209,8 @@ def _cached_rows(recipe: Recipe, corpus: Path, tokenizer: Tokenizer, path: Path)
     if not path.exists():
         with console.status("tokenising and packing the corpus"):
             rows = data.balanced(corpus, "train", tokenizer, recipe.train_context, recipe.seed)
-            rows.save(path)
+            with whole(path) as partial:
+                rows.save(partial)
             console.print(
                 f"{len(rows)} rows of {recipe.train_context}: {rows.tokens_RN.size / 1e6:.1f} M tokens an epoch"
             )
@@ -225,8 +236,13 @@ def main(
     recipe = Recipe(pool=mode, learning_rate=learning_rate, rows_per_step=rows_per_step, seed=seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = Trainer(recipe, corpus, out, device)
-    trainer.run(max_tokens, max_minutes, save_minutes)
+    try:
+        trainer = Trainer(recipe, corpus, out, device)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(f"--corpus: {error}") from None
+    if not trainer.run(max_tokens, max_minutes, save_minutes):
+        console.print(f"ended at step {trainer.progress.step}; the same command goes on from there")
+        raise typer.Exit(130)
     table = evaluate.losses_by_domain(trainer.model, trainer.tokenizer, corpus, recipe.train_context)
     (out / "valid.json").write_text(json.dumps(table, indent=1))
     console.print(evaluate.as_table(table))

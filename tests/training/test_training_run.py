@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +23,11 @@ from training import data, evaluate
 from training.card import licence_table, write_card
 from training.export import export, validation_losses
 from training.plot import plot_losses, read_losses
-from training.recipe import CHECKPOINT, Recipe
+from training.recipe import Recipe
+from training.run_folder import CHECKPOINT, Progress
 from training.train import Trainer
 
+ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(
     hidden_size=16,
     intermediate_size=8,
@@ -98,6 +104,49 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(corpus: Path, tmp_path: Pa
     a, b = load_file(whole / CHECKPOINT), load_file(halves / CHECKPOINT)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_keeps_every_step(
+    number: signal.Signals, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def third_step_sends(trainer: Trainer, *arguments: Any) -> Any:
+        if trainer.progress.step == 2:
+            signal.raise_signal(number)
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "step", third_step_sends)
+    before = signal.getsignal(number)
+    assert not Trainer(RECIPE, corpus, tmp_path).run(8 * STEP_TOKENS, None, save_minutes=60)
+    assert signal.getsignal(number) is before
+    assert Progress.of(tmp_path).step == 3
+    assert Trainer(RECIPE, corpus, tmp_path).run(8 * STEP_TOKENS, None, save_minutes=60)
+    assert Progress.of(tmp_path).step == 8
+    assert [int(tokens) for tokens in read_losses(tmp_path / "loss.csv")[0]] == [STEP_TOKENS * n for n in range(1, 9)]
+
+
+def test_a_run_ended_while_it_writes_a_file_begins_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(rows: data.PackedRows, path: Path) -> None:
+        path.write_bytes(b"PK")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data.PackedRows, "save", write_half)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(RECIPE, corpus, tmp_path)
+    assert Trainer(RECIPE, corpus, tmp_path).run(STEP_TOKENS, None, save_minutes=60)
+
+
+def test_a_corpus_without_documents_is_said_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training.train", "--corpus", str(tmp_path), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "no *.train.jsonl.gz in" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_training_learns_and_the_export_loads(corpus: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from pager.cache.policy import DEFAULT_POLICY
 from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.loading import PagedModel, load_paged_model
 from pager.engine.widening import answer_drift
-from pager.errors import InvalidRequest
+from pager.errors import ConfigError, InvalidRequest
 from pager.planner import Budgets
 from pager.routing.pool import parse_pool_size
 from pager.types import DriftPolicy, Full, PoolPolicy
@@ -43,7 +44,8 @@ def load_model(
     Shared experts belong to the trunk and are outside of it. `dtype` None serves in bfloat16; "auto" in the dtype of
     the checkpoint.
 
-    `pool_size` None is exact: the logits equal those of the unpaged model whatever the budget. 32 (routed experts a
+    `pool_size` None is exact: the logits equal those of the unpaged model whatever the budget, up to rounding: what is
+    resident decides in which order experts are added up. 32 (routed experts a
     layer), "12.5%" (of all experts, shared included) or "mass:0.9[:cap]" restricts each document to the pool that its
     first forward chooses, layer by layer, frozen for what follows with the same cache. A row without a past starts a
     document; padding (attention_mask) is left out.
@@ -52,7 +54,8 @@ def load_model(
     token or several, and a pool may be widened, or its document become exact, between two of them.
 
     The model has one more attribute: `expert_paging` (a `PagedModel`: the pager with its statistics, the plan,
-    `close()`).
+    `close()`). It stays as it was loaded: a forward after `half()` or `to(...)` has changed its dtype or device, and
+    `save_pretrained`, which would write a checkpoint without experts, raise ConfigError. Copying it raises TypeError.
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest.
     """
     policy_of_rows = PoolPolicy(size=parse_pool_size(pool_size), drift=drift)
@@ -69,7 +72,12 @@ def load_model(
     model.model.register_forward_pre_hook(forwards.begin, with_kwargs=True)
     model.model.register_forward_hook(forwards.end, always_call=True)
     model.expert_paging = paged
+    model.save_pretrained = partial(_refuse_to_save, path)
     return model
+
+
+def _refuse_to_save(path: str | Path, *_: Any, **__: Any) -> NoReturn:
+    raise ConfigError(f"a paged model has not all its experts in memory and can not be saved; copy {path} instead")
 
 
 class LibraryForwards:
@@ -78,14 +86,18 @@ class LibraryForwards:
     def __init__(self, paged: PagedModel, policy: PoolPolicy) -> None:
         self._paged = paged
         self._policy = policy
+        self._loaded_as = _trunk_kind(paged.model)
         self._is_exact = isinstance(policy.size, Full)
         self._exact = DocumentRouting(paged.facts, PoolPolicy(), device=paged.device)
         self._running: AbstractContextManager[StepRouting] | None = None
         self._documents_running: Sequence[DocumentRouting] = ()
 
     def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Forward pre-hook. Raises InvalidRequest for a cache that was filled without pools."""
+        """Forward pre-hook. Raises InvalidRequest for a cache that was filled without pools, ConfigError for a model
+        that was moved or converted."""
         self.end()  # of a forward that was interrupted from the keyboard, after which torch runs no hook
+        if _trunk_kind(model) != self._loaded_as:
+            raise _moved(self._loaded_as, _trunk_kind(model))
         if self._paged.is_stepping:
             return args, kwargs  # the caller opened a step of its own
         if self._is_exact:
@@ -183,6 +195,22 @@ def carry_documents(cache: Cache, documents: Sequence[DocumentRouting]) -> None:
             _document_caches[kind] = type(f"Document{kind.__name__}", (DocumentCache, kind), {})
         cache.__class__ = _document_caches[kind]
     cache.documents = list(documents)
+
+
+def _trunk_kind(model: PreTrainedModel) -> tuple[torch.dtype, torch.device]:
+    weight = model.get_input_embeddings().weight
+    return weight.dtype, weight.device
+
+
+def _moved(loaded: tuple[torch.dtype, torch.device], found: tuple[torch.dtype, torch.device]) -> ConfigError:
+    return ConfigError(
+        f"the model was made {_named(found)} after it was loaded as {_named(loaded)}, and its experts were not; load "
+        "it as you want it: load_model(..., dtype=..., device=...)"
+    )
+
+
+def _named(kind: tuple[torch.dtype, torch.device]) -> str:
+    return f"{str(kind[0]).removeprefix('torch.')} on {kind[1]}"
 
 
 def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:

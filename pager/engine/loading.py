@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -64,6 +64,11 @@ class PagedModel:
         self._layers = attach(model, opened.family, pager)
         self._closing = closing
         self._open_step: StepRouting | None = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a paged model can not be copied or pickled: its experts are in a cache that it owns; load it once more"
+        )
 
     @property
     def fully_resident(self) -> bool:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -113,6 +114,9 @@ class DataFile:
         self._fd = self._direct_fd = None
 
     __del__ = close
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open file can not be copied or pickled: two of them would close one descriptor")
 
     def _advise(self, hint: str, offset: int, nbytes: int) -> None:
         if self._fd is not None and hasattr(os, hint):

@@ -1,0 +1,52 @@
+"""What people do with a transformers model, and can't with a paged one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pager.errors import ConfigError
+
+INPUTS = torch.tensor([[5, 6, 7]])
+
+
+@pytest.fixture
+def model(golden: Any, load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return load(golden.checkpoint, expert_memory="50%", dtype="float32")
+
+
+def test_saving_is_refused(model: PreTrainedModel, golden: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can not be saved") as caught:
+        model.save_pretrained(tmp_path, safe_serialization=True)
+    assert str(golden.checkpoint) in caught.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [PreTrainedModel.half, lambda model: model.to(torch.bfloat16)])
+def test_a_converted_model_says_so(model: PreTrainedModel, change: Callable[[Any], Any]) -> None:
+    change(model)
+    with pytest.raises(ConfigError, match=r"float16 on cpu after it was loaded as float32 on cpu"):
+        model(INPUTS)
+
+
+def test_what_changes_nothing_is_fine(model: PreTrainedModel) -> None:
+    before = model(INPUTS).logits
+    torch.testing.assert_close(model.float().to("cpu").eval()(INPUTS).logits, before)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused_and_harms_nothing(model: PreTrainedModel, duplicate: Callable[[Any], Any]) -> None:
+    before = model(INPUTS).logits
+    with pytest.raises(TypeError, match="a paged model can not be copied or pickled"):
+        duplicate(model.expert_paging)
+    if duplicate is not copy.copy:  # of a module, it shares all that the first has
+        with pytest.raises(TypeError):
+            duplicate(model)
+    torch.testing.assert_close(model(INPUTS).logits, before)  # a half-made copy would close the experts' files

@@ -38,11 +38,14 @@ class Request:
     recall: float = 1.0
 
 
-def first_token_table(path: Path, dtype: torch.dtype, num_rounds: int, num_readers: int) -> Table:
-    """A pool that is fixed before the prompt, and one that the prefill chooses, each missing and each held."""
+def first_token_table(path: Path, dtype: torch.dtype, num_rounds: int, num_readers: int, *, direct: bool) -> Table:
+    """A pool that is fixed before the prompt, and one that the prefill chooses, each missing and each held.
+
+    `direct`: past the page cache, the raw read too.
+    """
     prompt = prompts_of(path, 1, PROMPT_TOKENS)[0]
     with (
-        load_engine(path, dtype, _pools(path, dtype, 2), num_readers) as engine,
+        load_engine(path, dtype, _pools(path, dtype, 2), num_readers, bypass_page_cache=direct) as engine,
         console.status("time to first token"),
     ):
         by_prefill = PoolPolicy(Share(POOL_SHARE))
@@ -56,7 +59,7 @@ def first_token_table(path: Path, dtype: torch.dtype, num_rounds: int, num_reade
             "fused, predicted": Request(by_prefill, guess, guess.recall_of(chosen)),
             "fused": Request(by_prefill, recall=0.0),
         }
-        with RawReader(extents_of(path, chosen.keys()), num_readers) as raw:
+        with RawReader(extents_of(path, chosen.keys()), num_readers, direct=direct) as raw:
             runs = {}
             for name, request in requests.items():
                 empty = partial(_make_cold, engine, prompt, others[:2], raw.paths)
@@ -66,7 +69,7 @@ def first_token_table(path: Path, dtype: torch.dtype, num_rounds: int, num_reade
             seconds = alternate(runs, num_rounds)
             nbytes = raw.nbytes
     return Table(
-        f"Time to first token, {path.name}",
+        f"Time to first token, {path.name}, {'past' if direct else 'through'} the page cache",
         (
             "pool",
             "recall",
@@ -81,7 +84,8 @@ def first_token_table(path: Path, dtype: torch.dtype, num_rounds: int, num_reade
         (
             f"Prompt of {PROMPT_TOKENS} tokens, pool of {POOL_SHARE:.1%} of the experts ({format_bytes(nbytes)}), "
             f"slots for two, {num_rounds} repeats, alternating.",
-            "Cold: no expert of the pool in a slot, its files not in the page cache. Warm: all in slots.",
+            "Cold: no expert of the pool in a slot, its files not in the page cache. Warm: all in slots. The raw read "
+            "takes the same way, with as many reads at a time.",
             "Fixed: known before the prefill, read from the start. Fused: the prefill chooses it layer by layer; with "
             f"a prediction that is right about {RECALL:.0%} of it, those are read from the start. Raw: the pool's "
             "bytes alone.",

@@ -134,7 +134,7 @@ def bandwidth_table(paths: Sequence[Path], dtype: torch.dtype, num_rounds: int, 
     notes = []
     rows = [row for path in paths for row in from_disk(path, dtype, num_rounds, num_readers)]
     for path in paths:
-        why_not = _why_not_direct(path, dtype)
+        why_not = why_not_direct(path, dtype)
         if why_not:
             notes.append(f"{path.name} was not read past the page cache: {why_not}.")
         else:
@@ -193,7 +193,7 @@ def _used(prepare: Callable[[], object], run: Callable[[], object]) -> Used:
     return Used(time.perf_counter() - started_s, time.process_time() - cpu_s)
 
 
-def _why_not_direct(path: Path, dtype: torch.dtype) -> str:
+def why_not_direct(path: Path, dtype: torch.dtype) -> str:
     opened = OpenModel.open(path, dtype)
     with opened.checkpoint:
         source = opened.open_experts()

@@ -18,7 +18,7 @@ from benchmarks import decode
 from benchmarks.checkpoints import WORK, checkpoints
 from benchmarks.decode import Effort, Way
 from benchmarks.first_token import first_token_table
-from benchmarks.page_in import bandwidth_table
+from benchmarks.page_in import bandwidth_table, why_not_direct
 from benchmarks.report import RESULTS, ROOT, Report, conditions, console, quieten
 from benchmarks.shapes import SHAPES
 from pager.cli.output import print_error
@@ -75,7 +75,9 @@ def main(
         _, deeper = checkpoints(work, shape, 2 * layers)
         # Before plain transformers maps the files: what is mapped does not leave the page cache.
         report.add(bandwidth_table((plain, packed), DTYPE, rounds, readers))
-        report.add(first_token_table(deeper, DTYPE, 2 * rounds, readers))
+        for direct in (False,) if why_not_direct(deeper, DTYPE) else (True, False):
+            report.add(first_token_table(deeper, DTYPE, 2 * rounds, readers, direct=direct))
+            gc.collect()
         gc.collect()
         for table in decode.measure(plain, DTYPE, effort):
             report.add(table)

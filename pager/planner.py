@@ -14,7 +14,9 @@ from pager.units import format_bytes, parse_bytes, parse_bytes_or_share
 __all__ = ["Budgets", "Machine", "Needs", "Plan", "describe", "plan"]
 
 DEFAULT_KV_SEQUENCES = 8
-STAGING_BUFFERS = 4  # one for each reader thread
+NUM_READERS = 4  # reads of experts that are under way at a time
+NUM_CHECKERS = 2  # threads more than that: what was read is checked while the next is read
+STAGING_BUFFERS = NUM_READERS + NUM_CHECKERS
 LARGEST_HEADROOM = 2 * 2**30  # for what no plan knows: page tables, the interpreter's objects, the neighbours
 
 

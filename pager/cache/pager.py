@@ -20,13 +20,14 @@ from pager.cache.lease import Lease
 from pager.cache.ledger import Ledger
 from pager.cache.page_cache import why_bypass
 from pager.cache.policy import DEFAULT_POLICY, make_policy
-from pager.cache.readers import Readers
+from pager.cache.readers import Readers, Turn
 from pager.cache.slots import DeviceSlots
 from pager.cache.tiers import Fetched, Tiers
 from pager.cache.trace import TraceRecorder
 from pager.cache.usage import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
 from pager.errors import ExpertUnavailable, PoolTooLarge
 from pager.machine import Machine
+from pager.planner import NUM_READERS
 from pager.store.experts import ExpertSource
 from pager.types import ExpertKey
 
@@ -46,7 +47,7 @@ class ExpertPager:
         resident: Sequence[ExpertKey] = (),
         host: HostTier | None = None,
         policy: str = DEFAULT_POLICY,
-        num_readers: int = 4,
+        num_readers: int = NUM_READERS,
         bypass_page_cache: bool | None = None,
         retry_after_s: float = 30.0,
         observer: PagerObserver | None = None,
@@ -230,13 +231,13 @@ class ExpertPager:
         self._ledger.release(holding)
         return None
 
-    def _read(self, keys: Sequence[ExpertKey]) -> None:
+    def _read(self, keys: Sequence[ExpertKey], turn: Turn) -> None:
         """One queued run of experts, on a reader thread."""
         begun = {key: self._ledger.begin(key) for key in keys}
         slots = {key: slot for key, slot in begun.items() if slot is not None}
         waiting = set(slots)
         try:
-            for key, result in self._tiers.fetch(slots):
+            for key, result in self._tiers.fetch(slots, turn.end):
                 waiting.remove(key)
                 if isinstance(result, Fetched):
                     self._ledger.finish(key, result)

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from pager import at_exit
+from pager.planner import NUM_CHECKERS
 from pager.store.reads import MOST_BYTES, Place
 from pager.types import ExpertKey
 
@@ -15,21 +16,39 @@ Priority = tuple[int, int]
 """(how urgent, in which order): the lower is read first. Ties go by layer, then by place in the files."""
 
 
+class Turn:
+    """Of a thread to read. Ends when `end` is called first, at the latest with the thread's work."""
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self._on_end: Callable[[], None] | None = on_end
+
+    def end(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()
+
+
 class Readers:
-    """A priority queue of keys and the threads that call `work(keys)` on them.
+    """A priority queue of keys and the threads that call `work(keys, turn)` on them.
+
+    `num_readers` of them have a turn at a time. There are NUM_CHECKERS threads more: `work` may end its turn when it
+    has read most, and while it reads the rest and checks it another thread prepares the next read. So a disk has never
+    to wait for a processor, and what is most urgent when a turn is free still comes first.
 
     A thread takes a run of keys at a time: neighbours in a file, of one layer and one priority, MOST_BYTES or a single
-    expert, and not more than leaves as much for every other thread. Knows no slots: a key may be queued twice or have
+    expert, and not more than leaves as much for every other turn. Knows no slots: a key may be queued twice or have
     become pointless, and `work` finds out. `work` must not raise.
     """
 
     def __init__(
         self,
         num_readers: int,
-        work: Callable[[Sequence[ExpertKey]], None],
+        work: Callable[[Sequence[ExpertKey], Turn], None],
         place_of: Callable[[ExpertKey], Place],
     ) -> None:
         """`work` is a bound method and held weakly: threads don't keep a forgotten pager's memory alive."""
+        self._num_readers = num_readers
+        self._free_turns = num_readers
         self._work = weakref.WeakMethod(work)
         self._place_of = place_of
         self._queue: list[tuple[Priority, int, Place, ExpertKey]] = []
@@ -37,7 +56,7 @@ class Readers:
         self._stopped = False
         self._threads = [
             threading.Thread(target=self._run, name=f"expert-reader-{number}", daemon=True)
-            for number in range(num_readers)
+            for number in range(num_readers + NUM_CHECKERS)
         ]
         for thread in self._threads:
             thread.start()
@@ -72,17 +91,25 @@ class Readers:
             work = self._work()
             if work is None:
                 return
-            work(run)
+            turn = Turn(self._end_turn)
+            work(run, turn)
+            turn.end()
             del work  # or this thread, waiting for its next run, would keep the pager alive
 
-    def _next_run(self) -> list[ExpertKey]:
-        """Empty when it is time to stop."""
+    def _end_turn(self) -> None:
         with self._changed:
-            while not self._queue and not self._stopped:
+            self._free_turns += 1
+            self._changed.notify()
+
+    def _next_run(self) -> list[ExpertKey]:
+        """What to do with the turn that is this thread's now. Empty when it is time to stop."""
+        with self._changed:
+            while not (self._queue and self._free_turns) and not self._stopped:
                 self._changed.wait()
             if self._stopped:
                 return []
-            share = -(-len(self._queue) // len(self._threads))
+            self._free_turns -= 1
+            share = -(-len(self._queue) // self._num_readers)
             priority, layer, first, key = heapq.heappop(self._queue)
             run, last = [key], first
             while self._queue and len(run) < share:

@@ -78,25 +78,26 @@ class Tiers:
         self._host = host
         self._bad_on_disk = Quarantine(retry_after_s, clock)
 
-    def fetch(self, slots: Mapping[ExpertKey, int]) -> Outcomes:
+    def fetch(self, slots: Mapping[ExpertKey, int], on_most: Callable[[], None] | None = None) -> Outcomes:
         """Puts each expert into its slot and the map; yields each as it is there, or why no tier has it.
 
-        Must be taken to its end: what was not yielded has neither failed nor arrived.
+        Must be taken to its end: what was not yielded has neither failed nor arrived. `on_most` may be called when
+        most of what comes from the disk is there.
         """
         rest = slots
         if self._host is not None:
             held, rest = self._acquire(self._host, slots)
-            yield from self._through_host(self._host, held, slots)
+            yield from self._through_host(self._host, held, slots, None if rest else on_most)
         together = [rest] if self._transfer.is_in_place else [{key: slot} for key, slot in rest.items()]
         for part in together:
-            yield from self.fetch_from_disk(part)
+            yield from self.fetch_from_disk(part, on_most if part is together[-1] else None)
 
-    def fetch_from_disk(self, slots: Mapping[ExpertKey, int]) -> Outcomes:
+    def fetch_from_disk(self, slots: Mapping[ExpertKey, int], on_most: Callable[[], None] | None = None) -> Outcomes:
         """`fetch` past the host tier, all in one go: each expert holds one of the transfer's buffers meanwhile."""
         wanted = [Destination(key, *self._transfer.buffers(slot)) for key, slot in slots.items()]
         waiting = dict(slots)
         try:
-            for key, result in self._read_disk(wanted, Tier.DEVICE):
+            for key, result in self._read_disk(wanted, Tier.DEVICE, on_most):
                 slot = waiting.pop(key)
                 if isinstance(result, Fetched):
                     self._transfer.install(key, slot)
@@ -123,7 +124,11 @@ class Tiers:
         return held, rest
 
     def _through_host(
-        self, host: HostTier, held: dict[ExpertKey, HostGrant], slots: Mapping[ExpertKey, int]
+        self,
+        host: HostTier,
+        held: dict[ExpertKey, HostGrant],
+        slots: Mapping[ExpertKey, int],
+        on_most: Callable[[], None] | None,
     ) -> Outcomes:
         """Ends every grant in `held`, whatever happens."""
         try:
@@ -132,7 +137,7 @@ class Tiers:
                 nbytes = self._from_record(host, held.pop(key), slots[key])
                 yield key, Fetched(Tier.HOST, nbytes, time.perf_counter() - started_s)
             wanted = [Destination(key, *host.tensors(grant.record)) for key, grant in held.items()]
-            for key, result in self._read_disk(wanted, Tier.HOST):
+            for key, result in self._read_disk(wanted, Tier.HOST, on_most):
                 if isinstance(result, Fetched):
                     host.publish(held[key])
                     self._from_record(host, held.pop(key), slots[key])
@@ -158,7 +163,7 @@ class Tiers:
         self._observer.transferred(Tier.HOST, Tier.DEVICE, nbytes, time.perf_counter() - started_s)
         return nbytes
 
-    def _read_disk(self, wanted: Sequence[Destination], tier: Tier) -> Outcomes:
+    def _read_disk(self, wanted: Sequence[Destination], tier: Tier, on_most: Callable[[], None] | None) -> Outcomes:
         """Each expert's part of the time is that of its bytes."""
         fit = []
         for each in wanted:
@@ -170,7 +175,7 @@ class Tiers:
         if not fit:
             return
         started_s = time.perf_counter()
-        results = self._source.read_all(fit)
+        results = self._source.read_all(fit, on_most)
         seconds = (time.perf_counter() - started_s) / len(fit)
         for each, result in zip(fit, results, strict=True):
             if isinstance(result, ExpertUnavailable):

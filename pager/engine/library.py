@@ -18,7 +18,7 @@ from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.loading import PagedModel, load_paged_model
 from pager.engine.widening import answer_drift
 from pager.errors import ConfigError, InvalidRequest
-from pager.planner import Budgets
+from pager.planner import NUM_READERS, Budgets
 from pager.routing.pool import parse_pool_size
 from pager.types import DriftPolicy, Full, PoolPolicy
 
@@ -36,7 +36,7 @@ def load_model(
     pool_size: str | int | None = None,
     drift: DriftPolicy | None = None,
     policy: str = DEFAULT_POLICY,
-    num_readers: int = 4,
+    num_readers: int = NUM_READERS,
 ) -> PreTrainedModel:
     """A transformers model whose routed experts live in at most `expert_memory` bytes of slots.
 

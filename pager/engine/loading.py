@@ -27,7 +27,7 @@ from pager.engine.workspace import staging_bytes, workspace_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, UnsupportedModel
 from pager.machine import Machine
 from pager.needs import Needs
-from pager.planner import STAGING_BUFFERS, Budgets, Plan, plan
+from pager.planner import NUM_READERS, STAGING_BUFFERS, Budgets, Plan, plan
 from pager.routing.drift import check_can_drift, check_drift
 from pager.routing.pool import largest_counts
 from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts
@@ -173,14 +173,16 @@ def load_paged_model(
     machine: Machine | None = None,
     host_tier: Callable[[OpenModel, Plan], HostTier] | None = None,
     policy: str = DEFAULT_POLICY,
-    num_readers: int = 4,
+    num_readers: int = NUM_READERS,
+    bypass_page_cache: bool | None = None,
     observer: PagerObserver | None = None,
     trace: Path | None = None,
 ) -> PagedModel:
     """Plans the memory, loads trunk and shared experts and opens the experts' tiers.
 
     Where the plan has a host tier, `host_tier` makes it; without one, it is this process's own. The model owns it then.
-    `trace` names a file to record every access to an expert in (`pager.cache.trace`).
+    `trace` names a file to record every access to an expert in (`pager.cache.trace`). `bypass_page_cache` None leaves
+    it to what fits into memory (`pager.cache.page_cache`).
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
     """
     if num_readers < 1:
@@ -217,6 +219,7 @@ def load_paged_model(
             host=host,
             policy=policy,
             num_readers=num_readers,
+            bypass_page_cache=bypass_page_cache,
             observer=observer,
             trace=recorder,
         )
@@ -248,7 +251,7 @@ def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
     return HostTier.create(planned.host_bytes, opened.family.expert_shape(opened.config), opened.dtype)
 
 
-def needs_of(opened: OpenModel, device: str, num_readers: int = STAGING_BUFFERS) -> Needs:
+def needs_of(opened: OpenModel, device: str, num_readers: int = NUM_READERS) -> Needs:
     """What the planner has to know of a model that is to run on `device`, with torch's threads as they are now."""
     return Needs(
         trunk_bytes=opened.trunk_bytes,

@@ -19,6 +19,7 @@ from pager.engine.kernels import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS,
 from pager.engine.kv import heads_of
 from pager.engine.trunk import OpenModel
 from pager.needs import Workspace
+from pager.planner import NUM_CHECKERS
 from pager.store.datafile import STAGING_BYTES
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def staging_bytes(opened: OpenModel, device: str, *, num_readers: int, num_buffe
         return 0
     pack = opened.checkpoint.pack
     stored = {spec.dtype for spec in opened.checkpoint.specs.values()} if pack is None else {pack.dtype}
-    pieces = (num_readers + 1) * STAGING_BYTES if stored != {opened.dtype} else 0
+    pieces = (num_readers + NUM_CHECKERS + 1) * STAGING_BYTES if stored != {opened.dtype} else 0
     return pieces if torch.device(device).type == "cpu" else pieces + num_buffers * opened.expert_bytes
 
 
@@ -125,7 +126,8 @@ class _Shapes:
         """Whatever the batch: what each thread keeps, the weights of small experts side by side, rows for nobody."""
         tile = _ATTENTION_QUERIES * (_ATTENTION_KEYS + 2 + self.head_dim) * FP32
         threads = torch.get_num_threads() * (tile + _GEMM_BYTES)
-        kept = _SMALL_BUFFERS * KEPT_BYTES + (num_readers + 1) * _ARENA_BYTES  # who steps; who reads and who loads
+        num_threads = num_readers + NUM_CHECKERS + 1  # who reads, who checks, who steps
+        kept = _SMALL_BUFFERS * KEPT_BYTES + num_threads * _ARENA_BYTES
         copied = 0
         if self.expert_bytes <= SMALL_EXPERT_BYTES:
             rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item

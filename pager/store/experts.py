@@ -43,11 +43,14 @@ class ExpertSource(Protocol):
         """Fills one destination; returns the bytes read. Raises what `read_all` returns."""
         ...
 
-    def read_all(self, destinations: Sequence[Destination]) -> list[int | ExpertUnavailable]:
+    def read_all(
+        self, destinations: Sequence[Destination], on_most: Callable[[], None] | None = None
+    ) -> list[int | ExpertUnavailable]:
         """Fills all of them; returns for each the bytes read, or why not: then its tensors are undefined.
 
-        Neighbours in a file come in one read. The error is an ExpertReadError, or a ChecksumMismatch where the bytes'
-        checksum is known. A key that the model doesn't have is a KeyError, tensors of another shape a ValueError.
+        Neighbours in a file come in one read. `on_most` may be called when most is read. The error is an
+        ExpertReadError, or a ChecksumMismatch where the bytes' checksum is known. A key that the model doesn't have is
+        a KeyError, tensors of another shape a ValueError.
         """
         ...
 
@@ -100,10 +103,12 @@ class _StoredExperts:
             raise result
         return result
 
-    def read_all(self, destinations: Sequence[Destination]) -> list[int | ExpertUnavailable]:
+    def read_all(
+        self, destinations: Sequence[Destination], on_most: Callable[[], None] | None = None
+    ) -> list[int | ExpertUnavailable]:
         stretches = [stretch for each in destinations for stretch in self._stretches(_checked(self.shape, each))]
         errors: dict[ExpertKey, ExpertUnavailable] = {}
-        for failure in fill(stretches, self.stored_dtype):
+        for failure in fill(stretches, self.stored_dtype, on_most):
             errors.setdefault(failure.stretch.key, _error(failure))
         nbytes = self.shape.num_elements * self.stored_dtype.itemsize
         return [errors.get(each.key, nbytes) for each in destinations]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,9 @@ from pager.types import ExpertKey
 
 MOST_BYTES = 1 << 25
 """Of one read, unless a single stretch is longer."""
+
+LARGE_BYTES = 1 << 22
+"""From here on it takes longer to read something than to get ready for it."""
 
 _gap = memoryview(bytearray(PAGE_BYTES))  # takes the padding between two stretches; nobody looks at it
 
@@ -62,15 +65,18 @@ class Failure:
     error: OSError | None
 
 
-def fill(stretches: Iterable[Stretch], stored: torch.dtype) -> list[Failure]:
+def fill(stretches: Iterable[Stretch], stored: torch.dtype, on_most: Callable[[], None] | None = None) -> list[Failure]:
     """Reads all, checks those with a checksum, and returns what failed; its tensors are undefined then.
 
-    Neighbours come in one read where tensors and file agree on `stored`, the dtype in the file. Thread-safe.
+    Neighbours come in one read where tensors and file agree on `stored`, the dtype in the file. `on_most` may be called
+    when most is read: it is time for whoever reads next to get ready. Thread-safe.
     """
     failures: list[Failure] = []
-    for batch in _batches(stretches, stored):
+    batches = list(_batches(stretches, stored))
+    for batch in batches:
         try:
-            failures += [Failure(stretch, None) for stretch in _read(batch, stored)]
+            bad = _read(batch, stored, on_most if batch is batches[-1] else None)
+            failures += [Failure(stretch, None) for stretch in bad]
         except OSError as error:
             if len(batch) == 1:
                 failures.append(Failure(batch[0], error))
@@ -103,17 +109,24 @@ def _belongs(stretch: Stretch, batch: Sequence[Stretch], stored: torch.dtype) ->
     return stretch.end - first.offset <= (HOT_BYTES if through_cache else MOST_BYTES)
 
 
-def _read(batch: Sequence[Stretch], stored: torch.dtype) -> list[Stretch]:
+def _read(batch: Sequence[Stretch], stored: torch.dtype, on_most: Callable[[], None] | None) -> list[Stretch]:
     """Those that don't match their checksum. Raises OSError."""
     first = batch[0]
     first.file.will_need(first.offset, batch[-1].end - first.offset)
     if any(tensor.dtype != stored for tensor in first.tensors):
         return [] if _read_converting(first, stored) else [first]
-    if len(batch) == 1 and first.checksum is not None and first.nbytes > HOT_BYTES and not first.file.is_direct:
-        hasher = xxhash.xxh3_128()
-        read_hashed(first.file, first.buffers, first.offset, hasher)
+    is_hashed_hot = (
+        len(batch) == 1 and first.checksum is not None and first.nbytes > HOT_BYTES and not first.file.is_direct
+    )
+    hasher = xxhash.xxh3_128() if is_hashed_hot else None
+    buffers, offset = _side_by_side(batch), first.offset
+    if on_most is not None:
+        most, buffers = _split(buffers)
+        offset += _fill_buffers(first.file, most, offset, hasher)
+        on_most()
+    _fill_buffers(first.file, buffers, offset, hasher)
+    if hasher is not None:
         return [] if hasher.hexdigest() == first.checksum else [first]
-    first.file.read_into(_side_by_side(batch), first.offset)
     return [stretch for stretch in batch if not _is_intact(stretch)]
 
 
@@ -124,6 +137,28 @@ def _side_by_side(batch: Sequence[Stretch]) -> list[memoryview]:
         buffers += [_gap[: stretch.offset - end], *stretch.buffers]
         end = stretch.end
     return buffers
+
+
+def _split(buffers: Sequence[memoryview]) -> tuple[list[memoryview], list[memoryview]]:
+    """The last quarter apart, in whole pages; nothing of what is read in no time."""
+    most = list(buffers)
+    rest: list[memoryview] = []
+    nbytes = sum(buffer.nbytes for buffer in buffers)
+    missing = nbytes // 4 // PAGE_BYTES * PAGE_BYTES if nbytes >= LARGE_BYTES else 0
+    while missing:
+        last = most.pop()
+        if last.nbytes > missing:
+            most.append(last[:-missing])
+            last = last[-missing:]
+        rest.insert(0, last)
+        missing -= last.nbytes
+    return most, rest
+
+
+def _fill_buffers(file: DataFile, buffers: Sequence[memoryview], offset: int, hasher: xxhash.xxh3_128 | None) -> int:
+    if hasher is None:
+        return file.read_into(buffers, offset)
+    return read_hashed(file, buffers, offset, hasher)
 
 
 def _is_intact(stretch: Stretch) -> bool:

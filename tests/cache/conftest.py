@@ -69,7 +69,7 @@ class GatedSource:
         down.fill_(-weights_of(key))
         return gate_up.nbytes + down.nbytes
 
-    def read_all(self, destinations: Sequence[Destination]) -> list[int | ExpertUnavailable]:
+    def read_all(self, destinations: Sequence[Destination], on_most: object = None) -> list[int | ExpertUnavailable]:
         results: list[int | ExpertUnavailable] = []
         for destination in destinations:
             try:

@@ -159,7 +159,7 @@ def test_a_process_that_exits_in_the_middle_of_a_read_is_not_aborted() -> None:
         begun = threading.Event()
 
         class Reads:
-            def read(self, keys):
+            def read(self, keys, turn):
                 begun.set()
                 for _ in range(3):
                     torch.mm(torch.ones(1000, 1000), torch.ones(1000, 1000))

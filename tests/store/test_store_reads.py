@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from torch import Tensor
 
 from benchmarks.page_cache import cached_bytes, drop
 from pager.errors import ChecksumMismatch, ExpertReadError
 from pager.store.datafile import HOT_BYTES, PAGE_BYTES, DataFile, raw_bytes
 from pager.store.experts import Destination, ExpertSource
-from pager.store.reads import MOST_BYTES, Stretch, fill
+from pager.store.reads import LARGE_BYTES, MOST_BYTES, Stretch, fill
 from pager.store.verify import record
 from pager.types import ExpertKey, ExpertShape
 
@@ -292,6 +293,26 @@ def test_nothing_is_read_beside_what_was_asked_for(tmp_path):
         time.sleep(0.001)
     for file in (original, scattered):
         file.close()
+
+
+@pytest.mark.parametrize("is_checked", [False, True])
+def test_it_says_when_most_of_a_large_read_is_there(tmp_path, is_checked):
+    nbytes = LARGE_BYTES + PAGE_BYTES
+    (path := tmp_path / "file").write_bytes(content := os.urandom(2 * PAGE_BYTES + nbytes))
+    file = DataFile(path)
+    first, second = torch.zeros(2 * PAGE_BYTES, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    checksums = [xxhash.xxh3_128(part).hexdigest() for part in (content[: 2 * PAGE_BYTES], content[2 * PAGE_BYTES :])]
+    stretches = [
+        Stretch(ExpertKey(0, 0), file, 0, len(first), checksums[0] if is_checked else None, (first,)),
+        Stretch(ExpertKey(0, 1), file, len(first), nbytes, checksums[1] if is_checked else None, (second,)),
+    ]
+    seen: list[bytes] = []
+    assert fill(stretches, torch.uint8, lambda: seen.append(raw_bytes(second).tobytes())) == []
+    assert raw_bytes(first).tobytes() + raw_bytes(second).tobytes() == content
+    [early] = seen
+    assert early[: nbytes // 2] == content[2 * PAGE_BYTES :][: nbytes // 2]
+    assert early[-nbytes // 8 :] == bytes(nbytes // 8)
+    file.close()
 
 
 def test_a_duplicate_outlives_its_file(tmp_path, monkeypatch):

@@ -17,15 +17,16 @@ Priority = tuple[int, int]
 
 
 class Turn:
-    """Of a thread to read. Ends when `end` is called first, at the latest with the thread's work."""
+    """Of a thread to read. Over when `end` is called, at the latest with the thread's work."""
 
-    def __init__(self, on_end: Callable[[], None]) -> None:
-        self._on_end: Callable[[], None] | None = on_end
+    def __init__(self, pass_on: Callable[[], None]) -> None:
+        self._pass_on = pass_on
+        self.is_over = False
 
     def end(self) -> None:
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            on_end()
+        if not self.is_over:
+            self.is_over = True
+            self._pass_on()
 
 
 class Readers:
@@ -87,23 +88,25 @@ class Readers:
         self.join(at_exit.TIMEOUT_S)
 
     def _run(self) -> None:
-        while run := self._next_run():
+        turn: Turn | None = None
+        while run := self._next_run(turn):
             work = self._work()
             if work is None:
                 return
-            turn = Turn(self._end_turn)
+            turn = Turn(self._pass_on_turn)
             work(run, turn)
-            turn.end()
             del work  # or this thread, waiting for its next run, would keep the pager alive
 
-    def _end_turn(self) -> None:
+    def _pass_on_turn(self) -> None:
         with self._changed:
             self._free_turns += 1
             self._changed.notify()
 
-    def _next_run(self) -> list[ExpertKey]:
-        """What to do with the turn that is this thread's now. Empty when it is time to stop."""
+    def _next_run(self, turn: Turn | None) -> list[ExpertKey]:
+        """What to do with the next turn; `turn` was this thread's last. Empty when it is time to stop."""
         with self._changed:
+            if turn is not None and not turn.is_over:
+                self._free_turns += 1  # nobody is woken for it: this thread takes it, if anybody
             while not (self._queue and self._free_turns) and not self._stopped:
                 self._changed.wait()
             if self._stopped:

@@ -25,7 +25,7 @@ class SlowDisk:
         self._more = 0.0
         self._read_all = CheckpointExperts.read_all
         self._lock = threading.Lock()
-        monkeypatch.setattr(CheckpointExperts, "read_all", lambda source, wanted: self._read(source, wanted))
+        monkeypatch.setattr(CheckpointExperts, "read_all", lambda source, wanted, *_: self._read(source, wanted))
 
     def wait_for(self, more: int, driver: Any, stream: str) -> None:
         def tokens() -> float:
@@ -137,7 +137,7 @@ def test_a_prompt_that_fails_while_it_waits_leaves_the_streams_alone(
         driver.engine.step()
     disk.wait_for(2, driver, stream)
 
-    def broken(source: CheckpointExperts, wanted: Sequence[Destination]) -> list[Any]:
+    def broken(source: CheckpointExperts, wanted: Sequence[Destination], on_most: object) -> list[Any]:
         disk._read(source, [])
         raise OSError("the disk has left")
 

@@ -78,7 +78,6 @@ def main(
         for direct in (False,) if why_not_direct(deeper, DTYPE) else (True, False):
             report.add(first_token_table(deeper, DTYPE, 2 * rounds, readers, direct=direct))
             gc.collect()
-        gc.collect()
         for table in decode.measure(plain, DTYPE, effort):
             report.add(table)
         gc.collect()

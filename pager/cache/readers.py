@@ -68,7 +68,7 @@ class Readers:
         with self._changed:
             for key in keys:
                 heapq.heappush(self._queue, (priority, key.layer, self._place_of(key), key))
-            self._changed.notify(len(keys))
+            self._changed.notify(min(len(keys), self._free_turns))
 
     def stop(self) -> None:
         """Drops what is queued; threads end after the read they are in. Idempotent, safe in a finalizer."""

@@ -68,8 +68,8 @@ class Failure:
 def fill(stretches: Iterable[Stretch], stored: torch.dtype, on_most: Callable[[], None] | None = None) -> list[Failure]:
     """Reads all, checks those with a checksum, and returns what failed; its tensors are undefined then.
 
-    Neighbours come in one read where tensors and file agree on `stored`, the dtype in the file. `on_most` may be called
-    when most is read: it is time for whoever reads next to get ready. Thread-safe.
+    Neighbours come in one read where tensors and file agree on `stored`, the dtype in the file. `on_most` is called when
+    most of a last read of LARGE_BYTES is there: time for whoever reads next to get ready. Thread-safe.
     """
     failures: list[Failure] = []
     batches = list(_batches(stretches, stored))
@@ -120,7 +120,7 @@ def _read(batch: Sequence[Stretch], stored: torch.dtype, on_most: Callable[[], N
     )
     hasher = xxhash.xxh3_128() if is_hashed_hot else None
     buffers, offset = _side_by_side(batch), first.offset
-    if on_most is not None:
+    if on_most is not None and batch[-1].end - first.offset >= LARGE_BYTES:
         most, buffers = _split(buffers)
         offset += _fill_buffers(first.file, most, offset, hasher)
         on_most()
@@ -140,11 +140,10 @@ def _side_by_side(batch: Sequence[Stretch]) -> list[memoryview]:
 
 
 def _split(buffers: Sequence[memoryview]) -> tuple[list[memoryview], list[memoryview]]:
-    """The last quarter apart, in whole pages; nothing of what is read in no time."""
+    """The last quarter apart, in whole pages."""
     most = list(buffers)
     rest: list[memoryview] = []
-    nbytes = sum(buffer.nbytes for buffer in buffers)
-    missing = nbytes // 4 // PAGE_BYTES * PAGE_BYTES if nbytes >= LARGE_BYTES else 0
+    missing = sum(buffer.nbytes for buffer in buffers) // 4 // PAGE_BYTES * PAGE_BYTES
     while missing:
         last = most.pop()
         if last.nbytes > missing:

@@ -68,8 +68,8 @@ class Failure:
 def fill(stretches: Iterable[Stretch], stored: torch.dtype, on_most: Callable[[], None] | None = None) -> list[Failure]:
     """Reads all, checks those with a checksum, and returns what failed; its tensors are undefined then.
 
-    Neighbours come in one read where tensors and file agree on `stored`, the dtype in the file. `on_most` is called when
-    most of a last read of LARGE_BYTES is there: time for whoever reads next to get ready. Thread-safe.
+    Neighbours come in one read where tensors and file agree on `stored`, the dtype in the file. `on_most` is called
+    when most of a last read of LARGE_BYTES is there: time for whoever reads next to get ready. Thread-safe.
     """
     failures: list[Failure] = []
     batches = list(_batches(stretches, stored))

@@ -72,7 +72,6 @@ def build_backend(
 async def close_backend(backend: Backend) -> None:
     """Closes what `build_backend` made; the cluster is its owner's."""
     backend.scoring.close()
-    backend.metrics.close()
     await backend.hints.close()
     await backend.pools.close()
 

@@ -5,22 +5,12 @@ No request, prompt or expert id is ever a label, and of tenants only those that 
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable
-from threading import Thread
-from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIServer
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, start_http_server
-
-from pager.errors import ConfigError, PortInUse
 from pager.metrics.families import Instruments
 from pager.types import ExpertPool, Usage
 from router_service.metric_families import INFO_LABELS, router_families
 from router_service.tenants import TenantLabels
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication
 
 
 class RouterMetrics:
@@ -50,7 +40,6 @@ class RouterMetrics:
         self._worker_restarts = made.counter("router_worker_restarts")
         self._restarts_seen: dict[str, int] = {}
         self._info = made.gauge("router")
-        self._server: tuple[WSGIServer, Thread] | None = None
 
     def describe(self, **labels: str) -> None:
         """Version, model and default pool, as labels of `expert_pager_router_info`."""
@@ -87,29 +76,3 @@ class RouterMetrics:
         """How often a worker has been started again until now."""
         self._worker_restarts.inc(max(0, num_restarts - self._restarts_seen.get(worker, 0)))
         self._restarts_seen[worker] = num_restarts
-
-    def serve(self, host: str, port: int) -> int:
-        """Answers on http://host:port/metrics and returns the port (port 0 takes a free one). Raises PortInUse."""
-        try:
-            self._server = start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise PortInUse(
-                    f"metrics port {port} on {host} is in use; choose another (router.metrics_port)"
-                ) from None
-            raise ConfigError(f"metrics can not listen on {host}:{port}: {error.strerror or error}") from None
-        return int(self._server[0].server_port)
-
-    def put_before(self, page: Callable[[WSGIApplication], WSGIApplication]) -> None:
-        """Has `page` answer on the same port; it is given who answers for `/metrics`."""
-        assert self._server is not None, "put_before() before serve()"
-        server, _ = self._server
-        server.set_app(page(server.get_app()))  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        if self._server is not None:
-            server, thread = self._server
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            self._server = None

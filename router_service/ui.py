@@ -1,4 +1,4 @@
-"""`/ui`, a page to look at, and `/ui/state.json`, what it shows. In front of `/metrics`, on the same port.
+"""`/ui`, a page to look at, and `/ui/state.json`, what it shows, on the metrics port.
 
 The page is complete in itself: style and script inside, and a policy that lets no other run. It puts names into the
 document as text, never as markup.
@@ -20,7 +20,7 @@ from wsgiref.headers import Headers
 from router_service.ui_watch import Watch
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 log = logging.getLogger("expert_pager.router")
 
@@ -47,20 +47,14 @@ class Page:
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
 
-    def before(self, app: WSGIApplication) -> WSGIApplication:
-        """What is not under `/ui` is left to `app`."""
-
-        def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-            path = environ.get("PATH_INFO", "")
-            if path != "/ui" and not path.startswith("/ui/"):
-                return app(environ, start_response)
-            status, kind, body = self._answer(environ["REQUEST_METHOD"], path)
-            headers = Headers([("Content-Type", kind), ("Content-Length", str(len(body))), *_SAFE])
-            headers["Content-Security-Policy"] = self._policy
-            start_response(status, headers.items())
-            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-        return answer
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """As a WSGI application, mounted at `/ui`."""
+        method = environ["REQUEST_METHOD"]
+        status, kind, body = self._answer(method, environ.get("PATH_INFO", ""))
+        headers = Headers([("Content-Type", kind), ("Content-Length", str(len(body))), *_SAFE])
+        headers["Content-Security-Policy"] = self._policy
+        start_response(status, headers.items())
+        return [] if method == "HEAD" else [body]
 
     def _answer(self, method: str, path: str) -> tuple[str, str, bytes]:
         if method not in ("GET", "HEAD"):

@@ -28,6 +28,7 @@ from pager.engine.loading import needs_of
 from pager.engine.trunk import OpenModel
 from pager.errors import ConfigError, PoolTooLarge, PortInUse
 from pager.machine import Machine
+from pager.metrics import MetricsServer
 from pager.planner import Budgets, plan
 from pager.routing.drift import parse_drift
 from pager.routing.pool import largest_counts, parse_pool_size
@@ -156,13 +157,14 @@ async def _start(
         metric_tenants=tenants,
     )
     stack.push_async_callback(close_backend, backend)
-    metrics_address = _address(router.host, backend.metrics.serve(router.host, router.metrics_port))
-    backend.metrics.put_before(Page(backend.watch, asyncio.get_running_loop()).before)
-    cluster.publish_router_metrics(metrics_address)
+    metrics_server = MetricsServer(backend.metrics.registry, router.host, router.metrics_port)
+    stack.callback(metrics_server.close)
+    metrics_server.mount("/ui", Page(backend.watch, asyncio.get_running_loop()))
+    cluster.publish_router_metrics(metrics_server.address)
     server = RouterServer(backend)
     stack.push_async_callback(server.stop)
     await server.start(router.host, router.port, tls, router.health_port)
-    metrics_url = f"http://{metrics_address}/metrics"
+    metrics_url = f"http://{metrics_server.address}/metrics"
     ready = Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
     return server, cluster, ready
 

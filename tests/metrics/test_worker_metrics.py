@@ -1,7 +1,12 @@
 """The worker's metrics: names, labels and values as a scraper reads them over HTTP."""
 
+import contextlib
+import socket
+import threading
+import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pager.errors import PortInUse
 from pager.metrics import OUTCOMES, MetricsServer, TierBytes, WorkerMetrics
+from pager.metrics.server import MAX_CONNECTIONS
 from pager.types import DriftReport, ExpertPool
 
 
@@ -104,3 +110,116 @@ def test_a_port_in_use_is_refused_by_name(metrics: WorkerMetrics, server: Metric
     port = int(server.address.rpartition(":")[2])
     with pytest.raises(PortInUse, match=str(port)):
         MetricsServer(metrics.registry, "127.0.0.1", port)
+
+
+# --- the port ---------------------------------------------------------------------------------------------------------
+
+
+def status_of(server: MetricsServer, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+@contextlib.contextmanager
+def half_asked(server: MetricsServer, count: int) -> Iterator[list[socket.socket]]:
+    """So many connections whose requests never end."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(count)]
+        for each in opened:
+            each.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+        yield opened
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
+def scrapes(server: MetricsServer) -> bool:
+    with contextlib.suppress(OSError):
+        return status_of(server, "/metrics") == 200
+    return False
+
+
+def num_bytes_left(connection: socket.socket) -> int:
+    """What can still be read until its end."""
+    connection.settimeout(60)
+    count = 0
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(2**20):
+            count += len(data)
+    return count
+
+
+def has_ended(connection: socket.socket) -> bool:
+    connection.settimeout(60)
+    with contextlib.suppress(ConnectionResetError):
+        return connection.recv(1) == b""
+    return True
+
+
+def test_only_what_is_mounted_is_answered(server: MetricsServer) -> None:
+    paths = ("/", "/metricsx", "/ui", "/favicon.ico", "/etc/passwd")
+    assert [status_of(server, path) for path in paths] == [404] * len(paths)
+    server.mount("/ui", lambda environ, start_response: (start_response("200 OK", []), [b"hello"])[1])
+    assert [status_of(server, path) for path in ("/metrics", "/ui", "/ui/x", "/uix")] == [200, 200, 200, 404]
+
+
+def test_connections_that_never_ask_take_a_bounded_number_of_threads_and_nobodys_scrape(server: MetricsServer) -> None:
+    before = threading.active_count()
+    with half_asked(server, 5 * MAX_CONNECTIONS) as opened:
+        for _ in range(5):
+            assert status_of(server, "/metrics") == 200
+            assert threading.active_count() - before <= MAX_CONNECTIONS
+        assert has_ended(opened[0])
+
+
+def test_a_request_that_comes_byte_by_byte_has_an_end(server: MetricsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pager.metrics.server.REQUEST_TIMEOUT_S", 0.2)
+    before = threading.active_count()
+    with half_asked(server, 1) as (slow,):
+        wait_until(lambda: threading.active_count() > before)
+
+        def is_ended() -> bool:
+            with contextlib.suppress(OSError):
+                slow.sendall(b"x")
+            return threading.active_count() <= before
+
+        wait_until(is_ended)
+    assert status_of(server, "/metrics") == 200
+
+
+def test_clients_that_read_nothing_give_their_threads_back(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pager.metrics.server.CONNECTION_TIMEOUT_S", 0.2)
+    server.mount("/ui", lambda environ, start_response: (start_response("200 OK", []), [b"x" * 2**26])[1])
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for _ in range(MAX_CONNECTIONS):
+            opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port))))
+            opened[-1].sendall(b"GET /ui HTTP/1.0\r\n\r\n")
+        wait_until(lambda: scrapes(server))
+        assert all(num_bytes_left(each) < 2**26 for each in opened), "each was ended before its answer was sent whole"
+
+
+def test_what_a_client_does_is_no_traceback_on_standard_error(
+    server: MetricsServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for data in (
+        b"",
+        b"\x16\x03\x01\x02\x00",
+        b"GET /metrics HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"G\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(data)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    assert status_of(server, "/metrics") == 200
+    assert capfd.readouterr().err == ""

@@ -9,9 +9,9 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from prometheus_client.parser import text_string_to_metric_families
 
-from pager.errors import ConfigError, PortInUse
+from pager.errors import ConfigError
+from pager.metrics import MetricsServer
 from pager.types import Count, Full, PoolPolicy, PoolSource
-from router_service.metrics import RouterMetrics
 
 
 async def test_route_gives_scores_pool_and_place_and_generates_nothing(service):
@@ -103,15 +103,16 @@ async def test_residency_is_a_bitmap_a_layer(service):
 
 
 async def test_the_metrics_can_be_scraped_and_name_no_one(service):
-    port = service.backend.metrics.serve("127.0.0.1", 0)
+    server = MetricsServer(service.backend.metrics.registry, "127.0.0.1")
     wire = pb.GenerateRequest(
         request_id="secret-id", text=b"abc", sampling=pb.SamplingParams(max_tokens=3), pool=pb.PoolPolicy(count=3)
     )
     [_ async for _ in service.stub.Generate(wire, metadata=(("x-tenant-id", "secret-tenant"),))]
     with pytest.raises(grpc.aio.AioRpcError):
         await service.stub.Generate(pb.GenerateRequest()).read()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:  # noqa: ASYNC210 - another thread answers
+    with urllib.request.urlopen(f"http://{server.address}/metrics") as response:  # noqa: ASYNC210 - another thread answers
         page = response.read().decode()
+    server.close()
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(page)
@@ -132,13 +133,3 @@ async def test_the_metrics_can_be_scraped_and_name_no_one(service):
         {"model", "fingerprint", "implementation", "major", "minor", "patchlevel", "version"}
     )
     assert "secret" not in page
-
-
-def test_a_metrics_port_in_use_is_said():
-    first, second = RouterMetrics(), RouterMetrics()
-    port = first.serve("127.0.0.1", 0)
-    with pytest.raises(PortInUse, match=str(port)):
-        second.serve("127.0.0.1", port)
-    first.close()
-    assert second.serve("127.0.0.1", port) == port
-    second.close()

@@ -17,8 +17,9 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from playwright.sync_api import Page as BrowserPage
 from playwright.sync_api import sync_playwright
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
+from pager.metrics import MetricsServer
 from pager.types import Count, Counts, ExpertPool, FinishReason, Full, PagingTotals, PoolPolicy, RoutingFacts, Usage
 from router_service.hints import WorkerHolds
 from router_service.local_hints import InProcessHints
@@ -234,15 +235,13 @@ def served(watch: Watch) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server, serving = start_http_server(0, "127.0.0.1", CollectorRegistry())
-    server.daemon_threads = False  # to close it waits for the answers that the loop still owes
-    server.set_app(Page(watch, loop).before(server.get_app()))  # type: ignore[arg-type]
+    server = MetricsServer(CollectorRegistry(), "127.0.0.1")
+    server._server.daemon_threads = False  # to close it waits for the answers that the loop still owes
+    server.mount("/ui", Page(watch, loop))
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://{server.address}"
     finally:
-        server.shutdown()
-        server.server_close()
-        serving.join()
+        server.close()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
@@ -272,6 +271,7 @@ def test_paths_methods_and_headers(stage: Stage) -> None:
         assert get("/ui/../metrics")[0] == 404
         assert get("/metrics")[1]["Content-Type"].startswith("text/plain")
         assert get("/metrics")[0] == 200
+        assert [get(path)[0] for path in ("/", "/metric", "/metricsx", "/favicon.ico", "/ui/x")] == [404] * 5
 
 
 def test_names_are_text_and_both_workers_have_a_map(stage: Stage) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import tempfile
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pager.errors import ConfigError, DamagedPool, PoolStoreUnavailable
-from pager.routing.named import NamedPool, decode_named, encode_named
+from pager.reading import read_bounded
+from pager.routing.named import MAX_ENCODED_BYTES, NamedPool, decode_named, encode_named
 from router_service.pool_store import Listing, check_room, name_in_use
 
 log = logging.getLogger("expert_pager.router")
@@ -108,9 +110,13 @@ class FolderPools:
 
 def _read(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_bounded(path, MAX_ENCODED_BYTES)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno in (errno.EFBIG, errno.EINVAL):  # too large, or no regular file: damaged, and the others are not
+            return b""
+        raise
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
@@ -14,8 +13,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from pager.errors import ConfigError
+from pager.reading import read_bounded
 
 TIMEOUT_S = 0.25
+MAX_URL_BYTES = 1 << 16
 
 
 class RedisUnavailableError(Exception):
@@ -32,8 +33,8 @@ def redis_url(env: Mapping[str, str]) -> str | None:
         raise ConfigError("REDIS_URL and REDIS_URL_FILE are both set; keep one")
     if path:
         try:
-            url = Path(path).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            url = read_bounded(path, MAX_URL_BYTES).decode("utf-8").strip()
+        except (OSError, ValueError) as error:
             raise ConfigError(f"REDIS_URL_FILE {path} can not be read: {type(error).__name__}") from None
     if not url:
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from pager.errors import ConfigError
+from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ class TlsFiles:
 
 def _pem(path: Path, key: str) -> bytes:
     try:
-        text = path.read_bytes()
+        text = read_bounded(path, MAX_PEM_BYTES)
     except OSError as error:
-        raise ConfigError(f"{key} {str(path)!r} can not be read: {error.strerror}") from None
+        raise ConfigError(f"{key} {str(path)!r} can not be read: {reason_of(error)}") from None
     if b"-----BEGIN " not in text:
         raise ConfigError(f"{key} {str(path)!r} is not a PEM file")
     return text

@@ -89,10 +89,10 @@ def clusters(
 def _trace(
     path: Path, documents: list[Document], max_tokens: int, expert_memory: str | None, device: str, dtype: str | None
 ) -> tuple[RoutingFacts, list[TracedDocument]]:
-    from pager.cli.local import read_tokenizer
     from pager.engine.loading import load_paged_model
     from pager.evaluation.traces import RouterTracer
     from pager.planner import Budgets
+    from pager.tokenizing import read_tokenizer
 
     tokenizer = read_tokenizer(path)
     if tokenizer is None:

@@ -102,9 +102,9 @@ def parse_sizes(text: str) -> tuple[float, ...]:
 
 
 def _run(ask: Ask, folder: Path | None, as_json: bool) -> None:
-    from pager.cli.local import read_tokenizer
     from pager.evaluation.report import to_dict
     from pager.evaluation.run import evaluate, write_report
+    from pager.tokenizing import read_tokenizer
 
     tokenizer = read_tokenizer(ask.model)
     if tokenizer is None:

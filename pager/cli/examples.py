@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from pager.errors import InvalidRequest
+from pager.errors import InvalidRequest, PagerError
+from pager.reading import document_of, read_lines, reason_of
 
 _LINES = (".jsonl", ".ndjson")
+MAX_CHARACTERS = 1 << 26
 
 
 def read_examples(path: Path) -> list[str]:
@@ -16,36 +17,39 @@ def read_examples(path: Path) -> list[str]:
 
     A file is taken for JSON lines where its name says so or its first line is such an object. Raises InvalidRequest.
     """
-    text = _text(path)
-    name = path.name.removesuffix(".gz")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
+    lines = list(_bounded_lines(path))
+    written = [(number, line) for number, line in lines if line.strip()]
+    if not written:
         raise InvalidRequest(f"{path} has no examples; it is empty")
-    if not name.endswith(_LINES) and _example(lines[0][1]) is None:
-        return [text]
+    if not path.name.removesuffix(".gz").endswith(_LINES) and not _is_example(written[0][1]):
+        return ["".join(line for _, line in lines)]
     examples = []
-    for number, line in lines:
-        example = _example(line)
-        if example is None:
-            raise InvalidRequest(f'line {number} of {path} is not a JSON object with a "text" of its own')
+    for number, line in written:
+        example = document_of(line, f"line {number} of {path}")["text"]
+        if not example:
+            raise InvalidRequest(f'line {number} of {path} has an empty "text"; leave it out')
         examples.append(example)
     return examples
 
 
-def _text(path: Path) -> str:
+def _bounded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Raises InvalidRequest, also for more than a calibration ever reads."""
+    num_characters = 0
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path} is not UTF-8: byte {error.start} ({error.reason})") from None
-    except (OSError, EOFError) as error:
-        raise InvalidRequest(f"{path} can not be read: {getattr(error, 'strerror', None) or error}") from None
+        for number, line in read_lines(path):
+            num_characters += len(line)
+            if num_characters > MAX_CHARACTERS:
+                raise InvalidRequest(f"{path} has more than the {MAX_CHARACTERS} characters that examples may have")
+            yield number, line
+    except PagerError:
+        raise
+    except (OSError, EOFError, ValueError) as error:
+        raise InvalidRequest(f"{path} cannot be read: {reason_of(error)}") from None
 
 
-def _example(line: str) -> str | None:
+def _is_example(line: str) -> bool:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    text = value.get("text") if isinstance(value, dict) else None
-    return text if isinstance(text, str) and text else None
+        document_of(line, "")
+    except InvalidRequest:
+        return False
+    return True

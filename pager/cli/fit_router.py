@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
@@ -15,6 +13,7 @@ import typer
 from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath, resolve_device
 from pager.cli.output import busy, out, print_json, steps_progress
 from pager.errors import InvalidRequest
+from pager.reading import read_documents
 from pager.units import format_bytes
 
 if TYPE_CHECKING:
@@ -97,20 +96,7 @@ def sample_texts(files: Sequence[Path], max_documents: int, seed: int) -> list[s
 
 def read_texts(file: Path) -> Iterator[str]:
     """The `text` of every line. Raises InvalidRequest, naming file and line."""
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise InvalidRequest(f'line {number} of {file} is not a JSON object with a "text"')
-                yield text
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"cannot read {file}: {error}", field="documents") from error
+    return (document["text"] for _, document in read_documents(file))
 
 
 def _reservoir(texts: Iterable[str], count: int, random: np.random.Generator) -> list[str]:
@@ -127,16 +113,16 @@ def _reservoir(texts: Iterable[str], count: int, random: np.random.Generator) ->
 def _open(
     model: Path, device: str, dtype: str | None, expert_memory: str | None
 ) -> tuple[PagedModel, Callable[[str], list[int]]]:
-    from pager.cli.local import read_tokenizer
     from pager.engine.loading import load_paged_model
     from pager.planner import Budgets
+    from pager.tokenizing import encode, read_tokenizer
 
     tokenizer = read_tokenizer(model)
     if tokenizer is None:
         raise InvalidRequest(f"{model} has no tokenizer.json to read the documents with")
     with busy("loading"):
         paged = load_paged_model(model, device=device, dtype=dtype, budgets=Budgets(expert_memory=expert_memory))
-    return paged, lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return paged, lambda text: encode(tokenizer, text, add_special_tokens=False).ids
 
 
 def _fit_stand_ins(paged: PagedModel, documents: Sequence[Sequence[int]], seed: int) -> StandIns:

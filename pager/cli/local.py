@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from pager import tokenizing
 from pager.cli.passes import build_passes
 from pager.cli.pool_options import PoolAsk
 from pager.cli.prompt import Prompt
@@ -20,12 +21,13 @@ from pager.engine.interface import EngineLimits, Failure, StreamEvent
 from pager.engine.loading import load_paged_model
 from pager.engine.probe import PagedProbe
 from pager.engine.trunk import OpenModel
-from pager.errors import CheckpointError, InvalidRequest
+from pager.errors import InvalidRequest
 from pager.planner import Budgets
 from pager.routing.drift import check_can_drift
 from pager.routing.named import NamedPool, check_example, check_num_examples, mean_scores
 from pager.routing.pool import pick_pool, resolve_size
 from pager.routing.selection import METHODS, select
+from pager.tokenizing import read_tokenizer
 from pager.types import (
     Bytes,
     ExpertPool,
@@ -175,24 +177,13 @@ def _check_ids(ids: Sequence[int], opened: OpenModel) -> None:
         raise InvalidRequest(f"token id {max(ids)} is outside the vocabulary of {vocabulary}", field="prompt")
 
 
-def read_tokenizer(model: Path) -> Tokenizer | None:
-    """None where the checkpoint has none. Raises CheckpointError for one that can not be read."""
-    path = model / "tokenizer.json"
-    if not path.exists():
-        return None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
-
-
 def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> tuple[int, ...]:
     """Raises InvalidRequest for text without a tokenizer."""
     if not isinstance(prompt, str):
         return prompt
     if tokenizer is None:
         raise InvalidRequest("this checkpoint has no tokenizer.json; give the prompt with --token-ids")
-    return tuple(tokenizer.encode(prompt).ids)
+    return tuple(tokenizing.encode(tokenizer, prompt).ids)
 
 
 def _silent() -> Tokenizer:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pager.errors import InvalidRequest
+from pager.reading import check_text, read_bounded, reason_of
 
 Prompt = str | tuple[int, ...]
+MAX_BYTES = 1 << 26  # a prompt in a file
 
 PromptText = Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")]
 PromptFile = Annotated[
@@ -28,7 +29,7 @@ def read_prompt(text: str | None, file: str | None, token_ids: str | None) -> Pr
     if file is not None:
         return _file(file)
     assert text is not None
-    return text
+    return check_text(text, "the prompt")
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -43,9 +44,12 @@ def _ids(text: str) -> tuple[int, ...]:
 
 def _file(name: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = sys.stdin.buffer.read(MAX_BYTES + 1) if name == "-" else read_bounded(name, MAX_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InvalidRequest(f"prompt file {name} cannot be read: {reason_of(error)}") from None
+    if len(data) > MAX_BYTES:
+        raise InvalidRequest(f"the prompt has more than the {MAX_BYTES} bytes that one may have")
+    try:
         return data.decode()
-    except OSError as error:
-        raise InvalidRequest(f"prompt file {name} can not be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the prompt is not UTF-8: byte {error.start} ({error.reason})") from None

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pager import __version__, tracing
-from pager.cli.local import encode, read_tokenizer
+from pager.cli.local import encode
 from pager.cli.options import resolve_device
 from pager.cli.passes import build_passes, load_first
 from pager.cluster.cluster import Cluster
@@ -32,6 +32,7 @@ from pager.metrics import MetricsServer
 from pager.planner import Budgets, plan
 from pager.routing.drift import parse_drift
 from pager.routing.pool import largest_counts, parse_pool_size
+from pager.tokenizing import read_tokenizer
 from pager.types import Full, PoolPolicy, PoolSize, PoolSource
 from router_service.admission import AdmissionLimits
 from router_service.backend import build_backend, check_choices, close_backend

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pager.errors import ConfigError
+from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
 
 TlsCa = Annotated[
     Path | None,
@@ -43,9 +44,9 @@ class ClientTls:
 
 def _pem(path: Path, option: str) -> bytes:
     try:
-        text = path.read_bytes()
+        text = read_bounded(path, MAX_PEM_BYTES)
     except OSError as error:
-        raise ConfigError(f"{option} {str(path)!r} can not be read: {error.strerror}") from None
+        raise ConfigError(f"{option} {str(path)!r} can not be read: {reason_of(error)}") from None
     if b"-----BEGIN " not in text:
         raise ConfigError(f"{option} {str(path)!r} is not a PEM file")
     return text

@@ -21,10 +21,11 @@ from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
 from pager.engine.loading import PagedModel, load_paged_model
 from pager.engine.workspace import limit_device_memory, return_freed_memory
-from pager.errors import CheckpointError, ConfigError
+from pager.errors import ConfigError
 from pager.machine import Machine
 from pager.metrics import TierBytes
 from pager.planner import Budgets, describe
+from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey, PagingTotals
 
 PAGE_IN_POLL_S = 0.02
@@ -112,13 +113,7 @@ def _budgets(workers: WorkerConfig, *, has_host_tier: bool) -> Budgets:
 
 def _tokenizer(checkpoint: Path) -> Tokenizer:
     """A checkpoint without a tokenizer is served too: every id has an empty text."""
-    path = checkpoint / "tokenizer.json"
-    if not path.exists():
-        return Tokenizer(BPE())
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+    return read_tokenizer(checkpoint) or Tokenizer(BPE())
 
 
 def _view(config: ServiceConfig, paged: PagedModel) -> ModelView:

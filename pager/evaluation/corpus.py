@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from pager.errors import InvalidRequest
 from pager.evaluation.sampling import Document, sample_documents
+from pager.tokenizing import encode_all
 
 EVERY_DOCUMENT = 10**9
 
@@ -80,7 +81,7 @@ def digest_of(texts: Sequence[Text]) -> str:
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer, cut: Cut) -> list[Text]:
     """Those that are long enough."""
-    encodings = tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False)
+    encodings = encode_all(tokenizer, [document.text for document in documents], add_special_tokens=False)
     return [
         Text(document.domain, document.name, tuple(encoding.ids[: cut.context_tokens]))
         for document, encoding in zip(documents, encodings, strict=True)

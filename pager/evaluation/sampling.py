@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import glob
-import gzip
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pager.errors import InvalidRequest
+from pager.reading import read_documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +53,6 @@ def _sample(domain: str, files: Sequence[Path], max_documents: int, seed: int) -
 
 def _documents(domain: str, files: Sequence[Path]) -> Iterator[Document]:
     for path in files:
-        opened = gzip.open if path.suffix == ".gz" else open
-        try:
-            with opened(path, "rt", encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        value = _parse(path, number, line)
-                        if value["text"].strip():
-                            yield Document(domain, str(value.get("id", f"{path.name}, line {number}")), value["text"])
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"{path} can not be read: {error}") from None
-
-
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InvalidRequest(f"{path}, line {number} is not JSON: {error}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise InvalidRequest(f'{path}, line {number} has no "text"; a line is a JSON object with one')
-    return value
+        for number, value in read_documents(path):
+            if value["text"].strip():
+                yield Document(domain, str(value.get("id", f"{path.name}, line {number}")), value["text"])

@@ -21,6 +21,7 @@ from pager.engine.trunk import moe_blocks
 from pager.errors import InvalidRequest
 from pager.evaluation.sampling import Document
 from pager.models.families import routed_probabilities
+from pager.tokenizing import encode
 from pager.types import PoolPolicy
 
 # Half precision on a CPU compiles and keeps kernels for every length it meets.
@@ -49,7 +50,7 @@ class RouterTracer:
 
     def trace(self, document: Document, max_tokens: int) -> TracedDocument:
         """Its first tokens, as many as the model's context holds. Raises InvalidRequest, ExpertUnavailable."""
-        encoding = self._tokenizer.encode(document.text, add_special_tokens=False)
+        encoding = encode(self._tokenizer, document.text, add_special_tokens=False)
         ids = tuple(encoding.ids[: min(max_tokens, self.max_tokens)])
         if not ids:
             raise InvalidRequest(f"document {document.name!r} of {document.domain} has no tokens; leave it out")

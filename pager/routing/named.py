@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from pager.errors import DamagedPool, InvalidRequest, PagerError, PoolOfAnotherModel, PromptTooLong
+from pager.reading import parse_json
 from pager.routing.pool import check_pool
 from pager.types import ExpertPool, RoutingFacts, RoutingScores
 
 MAX_EXAMPLES = 100
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_MOST_ENCODED_BYTES = 2**20
+MAX_ENCODED_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,8 @@ def encode_named(named: NamedPool) -> bytes:
 def decode_named(data: bytes, name: str) -> NamedPool:
     """What `encode_named` made of the pool of that name. Raises DamagedPool: others can write to a store."""
     try:
-        value = json.loads(data[: _MOST_ENCODED_BYTES + 1])
-    except (ValueError, RecursionError):
+        value = parse_json(data[: MAX_ENCODED_BYTES + 1])
+    except ValueError:
         raise damaged(name, "it is not JSON") from None
     if not isinstance(value, dict) or value.get("v") != 1:
         raise damaged(name, "it is of an unknown version")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pager.errors import CheckpointError
+from pager.reading import read_json_file, reason_of
 from pager.store.datafile import DataFile
 from pager.store.manifest import MANIFEST_NAME, Manifest
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader, read_pack_header
@@ -62,11 +62,11 @@ def open_weights(directory: Path) -> WeightFiles:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Raises CheckpointError."""
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json_file(path)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"cannot read {path}: {reason_of(error)}; fetch it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
@@ -122,8 +122,7 @@ def _open_file(path: Path) -> DataFile:
     try:
         return DataFile(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"cannot open {path}: {reason}; fetch the file again") from error
+        raise CheckpointError(f"cannot open {path}: {reason_of(error)}; fetch the file again") from error
 
 
 def _with_checksums(specs: Mapping[str, TensorSpec], checksums: Mapping[str, str]) -> dict[str, TensorSpec]:

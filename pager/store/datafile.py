@@ -20,6 +20,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pager.reading import open_regular
+
 log = logging.getLogger(__name__)
 
 PAGE_BYTES = 4096
@@ -47,10 +49,10 @@ class DataFile:
     _direct_fd: int | None = None  # the same file, past the page cache
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError."""
+        """Raises OSError, also for what is no regular file."""
         self.path = path
         self.is_direct = False
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_regular(path)
         self.size = os.fstat(self._fd).st_size
 
     def bypass_page_cache(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pager.errors import CheckpointError
+from pager.reading import read_json_file, reason_of
 
 MANIFEST_NAME = "checksums.json"
 ALGORITHM = "xxh3_128"
@@ -49,13 +50,15 @@ def load_manifest(directory: Path) -> Manifest | None:
         return None
     again = "record it again with `expert-pager verify --record`, or remove it"
     try:
-        body = json.loads(path.read_bytes())
+        body = read_json_file(path)
         version, algorithm = body["version"], body["algorithm"]
         manifest = Manifest(body["files"], body["tensors"])
         sound = all(type(size) is int for size in manifest.file_nbytes.values()) and all(
             isinstance(digest, str) for digest in manifest.tensor_checksums.values()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; {again}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a checksum manifest ({error!r}); {again}") from error
     if not sound or version != 1 or algorithm != ALGORITHM:
         raise CheckpointError(

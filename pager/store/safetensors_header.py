@@ -15,9 +15,12 @@ from typing import Any
 import torch
 
 from pager.errors import CheckpointError
+from pager.reading import parse_json
 from pager.store.datafile import DataFile
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
+MAX_TENSORS = 1 << 18
+"""Of one file: several times what the largest models have in all their files, and a second to read."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -58,10 +61,13 @@ def read_header(file: DataFile) -> dict[str, TensorSpec]:
         length = int.from_bytes(file.read(min(8, file.size), 0), "little")
         if file.size < 8 or length > MAX_HEADER_BYTES or 8 + length > file.size:
             raise _damaged(file, f"its {file.size} bytes can not hold the header that it announces ({length} bytes)")
-        entries = json.loads(file.read(length, 8), object_pairs_hook=_no_duplicates)
+        encoded = file.read(length, 8)
+        if encoded.count(b'"data_offsets"') > MAX_TENSORS:
+            raise _damaged(file, f"its header has more than {MAX_TENSORS} tensors")
+        entries = parse_json(encoded)
     except OSError as error:
         raise CheckpointError(f"cannot read {file.path}: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(file, f"its header is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise _damaged(file, "its header is not a JSON object")
@@ -69,13 +75,6 @@ def read_header(file: DataFile) -> dict[str, TensorSpec]:
     specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
     _check_cover(file, specs, 8 + length)
     return {spec.name: spec for spec in specs}
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return entries
 
 
 def _spec(file: DataFile, name: str, entry: object, data_start: int) -> TensorSpec:

@@ -107,7 +107,7 @@ def test_what_can_not_be_made_is_one_line(run: Run, checkpoint: Path, examples: 
         ("--examples", bad): "line 2 of",
         ("--examples", long): "example 1 has 129 tokens and the model's context 128; cut it",
         ("--examples", binary): "is not UTF-8: byte 3",
-        ("--examples", cut): "can not be read",
+        ("--examples", cut): "cannot be read",
         ("--examples", written(tmp_path / "empty", "\n")): "has no examples",
         ("--examples", tmp_path / "absent"): "No such file",
         ("--method", "best"): "known are fused, trunk",

@@ -91,7 +91,7 @@ def test_every_file_gives_as_many_documents(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "named"),
-    [('{"text": 3}', 'line 2 of .*docs.jsonl is not a JSON object with a "text"'), ("[1]", "line 2"), ("{", "line 2")],
+    [('{"text": 3}', 'line 2 of .*docs.jsonl has no "text"'), ("[1]", "line 2"), ("{", "line 2")],
 )
 def test_a_bad_line_is_named(run: Run, model: Path, tmp_path: Path, line: str, named: str) -> None:
     path = tmp_path / "docs.jsonl"
@@ -103,7 +103,7 @@ def test_what_can_not_be_read_is_named(run: Run, model: Path, tmp_path: Path) ->
     refused(run("fit-router", model, "--documents", tmp_path / "none-*.jsonl"), "no file matches '.*none-")
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
-    refused(run("fit-router", model, "--documents", cut), "cannot read .*cut.jsonl.gz")
+    refused(run("fit-router", model, "--documents", cut), "cut.jsonl.gz cannot be read")
 
 
 def test_too_few_documents_are_refused_and_nothing_is_written(run: Run, model: Path) -> None:

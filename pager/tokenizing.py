@@ -1,0 +1,78 @@
+"""The tokenizer of a checkpoint: read from its file, and asked for tokens, with errors that a user can act on.
+
+The tokenizers library is written in Rust, and where its authors did not expect a failure (a regular expression that
+gives up, say) it raises a PanicException, which is no Exception: it would end a thread, or a whole command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenizers import Encoding, Tokenizer
+
+from pager.errors import CheckpointError, InvalidRequest
+from pager.reading import check_text, read_bounded, reason_of
+
+TOKENIZER_NAME = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 1 << 28
+"""Several times the largest vocabularies there are."""
+
+
+class TokenizerPanic(Exception):
+    """A failure inside of the tokenizers library that it raises as a PanicException."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raises TokenizerPanic in the place of a PanicException."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise TokenizerPanic(str(error)) from None
+
+
+def is_panic(error: BaseException) -> bool:
+    """The class has no module that could be imported, so its name is looked at."""
+    return type(error).__module__ == "pyo3_runtime"
+
+
+def read_tokenizer(model: Path) -> Tokenizer | None:
+    """That of a checkpoint's folder, None where it has none. Raises CheckpointError for one that cannot be read."""
+    path = model / TOKENIZER_NAME
+    if not path.exists():
+        return None
+    try:
+        data = read_bounded(path, MAX_TOKENIZER_BYTES)
+        with panics_as_errors():
+            return Tokenizer.from_buffer(data)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; fetch it again") from None
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer: {error}; fetch it again") from None
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> Encoding:
+    """Raises InvalidRequest for text that the tokenizer fails on."""
+    return encode_all(tokenizer, [text], add_special_tokens=add_special_tokens, fast=False)[0]
+
+
+def encode_all(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = True, fast: bool = True
+) -> list[Encoding]:
+    """`fast` leaves the offsets out. Raises InvalidRequest, which says nothing of the texts but their lengths."""
+    for text in texts:
+        check_text(text, "the text")
+    encode_batch = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
+    try:
+        with panics_as_errors():
+            return list(encode_batch(list(texts), add_special_tokens=add_special_tokens))
+    except TokenizerPanic:
+        length = max(map(len, texts))
+        raise InvalidRequest(
+            f"the model's tokenizer fails on this text ({length} characters): one of its rules gives up; "
+            "a shorter or more regular text may pass"
+        ) from None

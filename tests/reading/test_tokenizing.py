@@ -1,0 +1,70 @@
+"""A checkpoint's tokenizer: read from a file that may be anything, and failing on a text in an orderly way."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from pager.errors import CheckpointError, InvalidRequest
+from pager.tokenizing import TokenizerPanic, encode, encode_all, panics_as_errors, read_tokenizer
+
+MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
+
+
+@pytest.fixture(scope="module")
+def giving_up(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Its normalizer has a regular expression that takes exponentially long, and then gives up."""
+    described = json.loads((MODEL / "tokenizer.json").read_text())
+    described["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def test_a_regular_expression_that_gives_up_is_the_texts_fault(giving_up: Tokenizer) -> None:
+    assert encode(giving_up, "abc").ids
+    with pytest.raises(InvalidRequest, match="fails on this text") as caught:
+        encode(giving_up, "a" * 40 + "!")
+    assert "41 characters" in str(caught.value)
+    assert "aaa" not in str(caught.value)
+    with pytest.raises(InvalidRequest):
+        encode_all(giving_up, ["abc", "a" * 40 + "!"])
+    assert encode(giving_up, "abc").ids
+
+
+def test_only_panics_are_translated(giving_up: Tokenizer) -> None:
+    with pytest.raises(TokenizerPanic), panics_as_errors():
+        giving_up.encode("a" * 40 + "!")
+    with pytest.raises(KeyboardInterrupt), panics_as_errors():
+        raise KeyboardInterrupt
+
+
+def test_half_of_a_pair_is_no_text() -> None:
+    tokenizer = read_tokenizer(MODEL)
+    assert tokenizer is not None
+    with pytest.raises(InvalidRequest, match="half of a pair"):
+        encode(tokenizer, "a\ud800")
+    for text in ("abc", "", "ä€"):
+        assert encode(tokenizer, text).ids == tokenizer.encode(text).ids
+        assert encode(tokenizer, text).offsets == tokenizer.encode(text).offsets
+        (found,) = encode_all(tokenizer, [text], add_special_tokens=False)
+        assert found.ids == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    assert read_tokenizer(tmp_path) is None
+    for content in (b"", b"[]", b"\xff", b'{"a":' * 50_000, (MODEL / "tokenizer.json").read_bytes()[:1000]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
+            read_tokenizer(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="named pipe"):
+        read_tokenizer(tmp_path)

@@ -150,6 +150,10 @@ class PoolSource(StrEnum):
     FIXED = "fixed"  # the request brought it
 
 
+DRIFT_WINDOW = 16
+"""Tokens over which drift is averaged where a policy names no other number."""
+
+
 class DriftAction(StrEnum):
     WIDEN = "widen"  # add the experts that the router wanted most outside of the pool
     EXACT = "exact"  # all experts for the rest of the answer
@@ -161,7 +165,7 @@ class DriftPolicy:
 
     threshold: float
     action: DriftAction = DriftAction.WIDEN
-    window: int = 16
+    window: int = DRIFT_WINDOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +235,6 @@ class PagingTotals:
 class FinishReason(StrEnum):
     STOP = "stop"  # end-of-sequence token or a stop string
     LENGTH = "length"
-    CANCELLED = "cancelled"
-    DEADLINE = "deadline"
 
 
 AnswerMode = Literal["exact", "pool", "degraded"]

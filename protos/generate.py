@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def generate(output: Path) -> None:
-    """Writes `*_pb2.py`, `*_pb2.pyi` and, for files with a service, `*_pb2_grpc.py` below `output`."""
+    """Writes `*_pb2.py` and, for files with a service, `*_pb2_grpc.py`, each with its stub, below `output`."""
     for proto in sorted(ROOT.glob("expert_pager/**/*.proto")):
         arguments = [
             "protoc",
@@ -22,7 +22,11 @@ def generate(output: Path) -> None:
             f"--pyi_out={output}",
         ]
         if "\nservice " in proto.read_text(encoding="utf-8"):
-            arguments.append(f"--grpc_python_out={output}")
+            arguments += [
+                f"--grpc_python_out={output}",
+                f"--plugin=protoc-gen-mypy_grpc={Path(sys.executable).parent / 'protoc-gen-mypy_grpc'}",
+                f"--mypy_grpc_out=quiet:{output}",
+            ]
         if protoc.main([*arguments, str(proto)]) != 0:
             raise SystemExit(f"protoc failed on {proto.relative_to(ROOT)}")
 

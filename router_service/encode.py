@@ -7,73 +7,16 @@ from collections.abc import Sequence
 from expert_pager.v1 import expert_pager_pb2 as pb
 
 from pager.routing.named import NamedPool
-from pager.types import DriftReport, ExpertPool, FinishReason, RoutingScores, TokenChunk, Usage
+from pager.types import RoutingScores
+from pager.wire import encode_pool
 from router_service.hints import WorkerHolds
 from router_service.ports import ModelInfo, WorkerPort
-
-_MODES = {
-    "exact": pb.ANSWER_MODE_EXACT,
-    "pool": pb.ANSWER_MODE_POOL,
-    "degraded": pb.ANSWER_MODE_DEGRADED,
-}
-_FINISH_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
-    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
-}
-
-
-def chunk(request_id: str, value: TokenChunk) -> pb.GenerateResponse:
-    message = pb.GenerateResponse(request_id=request_id, text=value.text, token_ids=value.token_ids)
-    if value.usage is not None:
-        message.usage.CopyFrom(usage(value.usage))
-    return message
-
-
-def usage(value: Usage) -> pb.Usage:
-    return pb.Usage(
-        mode=_MODES[value.mode],
-        finish_reason=_FINISH_REASONS[value.finish_reason],
-        prompt_tokens=value.prompt_tokens,
-        completion_tokens=value.completion_tokens,
-        pool=pool(value.pool) if value.pool is not None else None,
-        bytes_from_disk=value.bytes_from_disk,
-        bytes_from_host=value.bytes_from_host,
-        experts_hit=value.experts_hit,
-        experts_missed=value.experts_missed,
-        stall_seconds=value.stall_s,
-        out_of_pool_mass=value.out_of_pool_mass,
-        predicted_recall=value.predicted_recall,
-        queue_seconds=value.queue_s,
-        time_to_first_token_seconds=value.time_to_first_token_s,
-        model_fingerprint=value.model_fingerprint,
-        drift=drift(value.drift) if value.drift is not None else None,
-    )
-
-
-def drift(value: DriftReport) -> pb.DriftReport:
-    return pb.DriftReport(
-        peak_mass=value.peak_mass,
-        widenings=value.widenings,
-        experts_added=value.experts_added,
-        exact_from=value.exact_from,
-    )
-
-
-def pool(value: ExpertPool) -> pb.Pool:
-    return pb.Pool(
-        digest=value.digest,
-        num_experts=value.num_experts,
-        layers=[pb.LayerExperts(experts=layer) for layer in value.experts],
-        covered_mass=value.covered_mass,
-    )
 
 
 def named_pool(value: NamedPool) -> pb.NamedPool:
     return pb.NamedPool(
         name=value.name,
-        pool=pool(value.pool),
+        pool=encode_pool(value.pool),
         method=value.method,
         num_examples=value.num_examples,
         num_tokens=value.num_tokens,

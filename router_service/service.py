@@ -14,6 +14,7 @@ from pager.errors import Cancelled, DuplicateRequest, NotReady, WorkerLost
 from pager.logs import request_id, trace_context
 from pager.tracing import note, span, traceparent, tracestate
 from pager.types import ExpertPool, GenerateRequest, PoolPolicy, PoolSource, Usage
+from pager.wire import encode_pool, encode_response
 from router_service import decode, encode
 from router_service.admission import Admission
 from router_service.calibration import NamedPools
@@ -54,7 +55,7 @@ class Backend:
     write_timeout_s: float = 30.0
 
 
-class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
+class ExpertPagerService(pb_grpc.ExpertPagerServicer):
     """Owns how many requests this router has at each worker, and how long their queues last."""
 
     def __init__(self, backend: Backend) -> None:
@@ -69,7 +70,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
 
     # --- Generate ---------------------------------------------------------------------------------------------------
 
-    async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+    # It writes to the context, so that a client that reads nothing can be given up.
+    async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
         tenant = decode.tenant(context.invocation_metadata())
         meter = StreamMeter(self._backend.metrics, tenant)
         ask = decode.ask(wire, self._backend.model, self._backend.default_pool)
@@ -152,7 +154,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
                         # Again: an Abort may have looked for the request at the workers before it got there.
                         await self._check_aborted(request.id)
                     chunk = meter.seen(chunk, guess)
-                    await send(context, encode.chunk(request.id, chunk), self._backend.write_timeout_s)
+                    await send(context, encode_response(chunk), self._backend.write_timeout_s)
                     if chunk.usage is not None:
                         return chunk.usage
         finally:
@@ -203,11 +205,11 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):  # type: ignore[misc]
             if scored.expected_recall is not None:
                 answer.expected_recall = scored.expected_recall
         if pool is not None:
-            answer.pool.CopyFrom(encode.pool(pool))
+            answer.pool.CopyFrom(encode_pool(pool))
             key = self._backend.predictor.by_digest(tenant, pool.digest)
             await self._backend.hints.remember_pool([key], pool)
         if observed is not None:
-            answer.observed.CopyFrom(encode.pool(observed))
+            answer.observed.CopyFrom(encode_pool(observed))
         is_left_to_prefill = policy.fixed is None and (scored is None or not scored.is_enough)
         try:
             placement = self._place(observed or (None if is_left_to_prefill else pool), set())

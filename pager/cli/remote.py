@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,42 +15,15 @@ from pager.cli.prompt import Prompt
 from pager.cli.tls import ClientTls
 from pager.errors import PagerError
 from pager.routing.named import NamedPool
-from pager.types import (
-    AnswerMode,
-    Bytes,
-    Count,
-    Counts,
-    DriftAction,
-    DriftReport,
-    ExpertPool,
-    FinishReason,
-    Full,
-    Mass,
-    PoolSource,
-    SamplingParams,
-    Share,
-    TokenChunk,
-    Usage,
+from pager.types import ExpertPool, SamplingParams, TokenChunk
+from pager.wire import (
+    decode_pool,
+    decode_response,
+    encode_drift,
+    encode_sampling,
+    encode_source,
+    set_size,
 )
-
-_SOURCES = {
-    PoolSource.PREFILL: pb.POOL_SOURCE_PREFILL,
-    PoolSource.PREDICTION: pb.POOL_SOURCE_PREDICTION,
-}
-_MODES: dict[int, AnswerMode] = {
-    pb.ANSWER_MODE_EXACT: "exact",
-    pb.ANSWER_MODE_POOL: "pool",
-    pb.ANSWER_MODE_DEGRADED: "degraded",
-}
-_FINISHES = {
-    pb.FINISH_REASON_STOP: FinishReason.STOP,
-    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-    pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
-    pb.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
-}
-
-
-_ACTIONS = {DriftAction.WIDEN: pb.DRIFT_ACTION_WIDEN, DriftAction.EXACT: pb.DRIFT_ACTION_EXACT}
 
 
 class Service:
@@ -79,33 +52,23 @@ class Service:
 
         Without `has_max_tokens` the service's default length is used.
         """
-        request = pb.GenerateRequest(
-            sampling=pb.SamplingParams(
-                max_tokens=sampling.max_tokens if has_max_tokens else None,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                seed=sampling.seed,
-                stop=sampling.stop,
-                ignore_eos=sampling.ignore_eos,
-            ),
-            pool=_policy(pool),
-            **_prompt(prompt),
-        )
+        request = pb.GenerateRequest(sampling=encode_sampling(sampling), pool=_policy(pool), **_prompt(prompt))
+        if not has_max_tokens:
+            request.sampling.ClearField("max_tokens")
         with self._translated():
             call = self._stub.Generate(request, metadata=self._metadata, timeout=self._timeout_s)
             try:
                 for response in call:
-                    yield _chunk(response)
+                    yield decode_response(response)
             finally:
-                call.cancel()
+                call.cancel()  # type: ignore[no-untyped-call]
 
     def route(self, prompt: Prompt, pool: PoolAsk) -> tuple[pb.RouteResponse, ExpertPool | None]:
         """The reply, and its pool."""
         request = pb.RouteRequest(pool=_policy(pool), **_prompt(prompt))
         with self._translated():
             reply = self._stub.Route(request, metadata=self._metadata, timeout=self._timeout_s)
-        return reply, pool_of(reply.pool) if reply.HasField("pool") else None
+        return reply, decode_pool(reply.pool) if reply.HasField("pool") else None
 
     def calibrate(
         self, name: str, examples: Sequence[str], pool: PoolAsk, method: str | None, *, replaces: bool
@@ -158,73 +121,19 @@ def _policy(ask: PoolAsk) -> pb.PoolPolicy | None:
         return None
     wire = pb.PoolPolicy(digest=ask.digest, name=ask.name)
     if ask.source:
-        wire.source = _SOURCES[ask.source]
+        wire.source = encode_source(ask.source)
     if ask.drift is not None:
-        drift = pb.DriftPolicy(
-            threshold=ask.drift.threshold, action=_ACTIONS[ask.drift.action], window=ask.drift.window
-        )
-        wire.drift.CopyFrom(drift)
-    match ask.size:
-        case Full():
-            wire.full.SetInParent()
-        case Count(routed):
-            wire.count = routed
-        case Share(share):
-            wire.share = share
-        case Mass(mass, cap):
-            wire.mass.CopyFrom(pb.Mass(mass=mass, cap=cap))
-        case Counts(per_layer):
-            wire.counts.CopyFrom(pb.LayerCounts(routed=per_layer))
-        case Bytes(total):
-            wire.bytes = total
+        wire.drift.CopyFrom(encode_drift(ask.drift))
+    if ask.size is not None:
+        set_size(wire, ask.size)
     return wire
-
-
-def pool_of(wire: pb.Pool) -> ExpertPool:
-    covered = wire.covered_mass if wire.HasField("covered_mass") else None
-    return ExpertPool(_layers(wire.layers), covered)
 
 
 def _named(wire: pb.NamedPool) -> NamedPool:
     return NamedPool(
-        wire.name, pool_of(wire.pool), wire.method, wire.num_examples, wire.num_tokens, wire.model_fingerprint
+        wire.name, decode_pool(wire.pool), wire.method, wire.num_examples, wire.num_tokens, wire.model_fingerprint
     )
-
-
-def _layers(wire: Iterable[pb.LayerExperts]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(layer.experts) for layer in wire)
 
 
 def _prompt(prompt: Prompt) -> dict[str, Any]:
     return {"text": prompt.encode()} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
-
-
-def _chunk(response: pb.GenerateResponse) -> TokenChunk:
-    usage = _usage(response.usage) if response.HasField("usage") else None
-    return TokenChunk(response.request_id, tuple(response.token_ids), response.text, usage)
-
-
-def _usage(wire: pb.Usage) -> Usage:
-    return Usage(
-        mode=_MODES[wire.mode],
-        finish_reason=_FINISHES[wire.finish_reason],
-        prompt_tokens=wire.prompt_tokens,
-        completion_tokens=wire.completion_tokens,
-        pool=pool_of(wire.pool) if wire.HasField("pool") else None,
-        bytes_from_disk=wire.bytes_from_disk,
-        bytes_from_host=wire.bytes_from_host,
-        experts_hit=wire.experts_hit,
-        experts_missed=wire.experts_missed,
-        stall_s=wire.stall_seconds,
-        out_of_pool_mass=wire.out_of_pool_mass,
-        predicted_recall=wire.predicted_recall if wire.HasField("predicted_recall") else None,
-        queue_s=wire.queue_seconds,
-        time_to_first_token_s=wire.time_to_first_token_seconds,
-        model_fingerprint=wire.model_fingerprint,
-        drift=_drift(wire.drift) if wire.HasField("drift") else None,
-    )
-
-
-def _drift(wire: pb.DriftReport) -> DriftReport:
-    exact_from = wire.exact_from if wire.HasField("exact_from") else None
-    return DriftReport(wire.peak_mass, wire.widenings, wire.experts_added, exact_from)

@@ -12,10 +12,11 @@ import ray
 from expert_pager.v1 import worker_pb2 as pb
 
 from pager.cluster.actors import Launcher, WorkerProcess
-from pager.cluster.codec import decode_bitmap, paging_of
 from pager.cluster.token_client import WorkerLink
 from pager.cluster.views import Health, ModelView, WorkerReady, WorkerState, WorkerView
 from pager.errors import PagerError, WorkerLost
+from pager.types import PagingTotals
+from pager.wire import decode_bitmap
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class WorkerSupervisor:
             page_in_bytes_per_s=self._load.page_in_bytes_per_s or None,
             metrics_address=self._ready.metrics_address if self._ready else None,
             num_restarts=self._num_restarts,
-            paging=paging_of(self._load),
+            paging=_paging(self._load),
         )
 
     async def drain(self, timeout_s: float) -> None:
@@ -211,6 +212,10 @@ class WorkerSupervisor:
     def _enter(self, state: WorkerState) -> None:
         self.state = state
         self._on_change()
+
+
+def _paging(load: pb.Load) -> PagingTotals:
+    return PagingTotals(load.experts_hit, load.experts_missed, load.bytes_from_disk, load.bytes_from_host)
 
 
 async def _until_gone(process: WorkerProcess) -> None:

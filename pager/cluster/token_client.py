@@ -13,10 +13,10 @@ import grpc.aio
 from expert_pager.v1 import worker_pb2 as pb
 from expert_pager.v1 import worker_pb2_grpc
 
-from pager.cluster.codec import decode_chunk, decode_error, encode_request
 from pager.cluster.token_server import CHANNEL_OPTIONS, TOKEN_HEADER
 from pager.errors import PagerError, SlowReader, WorkerLost
 from pager.types import GenerateRequest, TokenChunk
+from pager.wire import decode_chunk, decode_error, encode_request
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import grpc.aio
 from expert_pager.v1 import worker_pb2 as pb
 from expert_pager.v1 import worker_pb2_grpc
 
-from pager.cluster.codec import decode_request, encode_chunk, encode_error
 from pager.errors import DuplicateRequest, PagerError
 from pager.logs import facts, trace_id_of
 from pager.types import GenerateRequest, TokenChunk
+from pager.wire import decode_request, encode_chunk, encode_error
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class TokenEngine(Protocol):
 StreamEvent = TokenChunk | RequestFailure
 
 
-class TokenServer(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
+class TokenServer(worker_pb2_grpc.WorkerServicer):
     """Serves an engine to every router that knows `token`. Owns which router brought which open request."""
 
     _engine: TokenEngine

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Protocol
 from expert_pager.v1 import worker_pb2 as pb
 
 from pager import __version__, tracing
-from pager.cluster.codec import encode_bitmap
 from pager.cluster.loop_thread import LoopThread
 from pager.cluster.token_server import StreamEvent, TokenEngine, TokenServer
 from pager.cluster.views import Health, ModelView, WorkerReady
@@ -31,6 +30,7 @@ from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
 from pager.metrics import EngineLoad, MetricsServer, TierBytes, WorkerMetrics
 from pager.types import PagingTotals
+from pager.wire import encode_bitmap
 
 if TYPE_CHECKING:
     from pager.cache.host import HostTier

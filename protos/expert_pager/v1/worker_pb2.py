@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from expert_pager.v1 import expert_pager_pb2 as expert__pager_dot_v1_dot_expert__pager__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpert_pager/v1/worker.proto\x12\x16\x65xpert_pager.worker.v1\"x\n\x07\x43ommand\x12\x30\n\x06submit\x18\x01 \x01(\x0b\x32\x1e.expert_pager.worker.v1.SubmitH\x00\x12\x30\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1e.expert_pager.worker.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xce\x02\n\x06Submit\x12\x0e\n\x06ticket\x18\x08 \x01(\x04\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x03\x12\x32\n\x08sampling\x18\x04 \x01(\x0b\x32 .expert_pager.worker.v1.Sampling\x12\x30\n\x04pool\x18\x05 \x01(\x0b\x32\".expert_pager.worker.v1.PoolPolicy\x12\x1c\n\x0f\x64\x65\x61\x64line_unix_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x35\n\tpredicted\x18\x07 \x01(\x0b\x32\".expert_pager.worker.v1.ExpertPool\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\ntracestate\x18\n \x01(\tB\x12\n\x10_deadline_unix_s\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\"\x8f\x01\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\x03\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\x03\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\x07\n\x05_seed\"\x93\x02\n\nPoolPolicy\x12\x10\n\x06routed\x18\x01 \x01(\x03H\x00\x12\x0f\n\x05share\x18\x02 \x01(\x01H\x00\x12,\n\x04mass\x18\x03 \x01(\x0b\x32\x1c.expert_pager.worker.v1.MassH\x00\x12\x35\n\x06\x63ounts\x18\x06 \x01(\x0b\x32#.expert_pager.worker.v1.LayerCountsH\x00\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x31\n\x05\x66ixed\x18\x05 \x01(\x0b\x32\".expert_pager.worker.v1.ExpertPool\x12\x32\n\x05\x64rift\x18\x07 \x01(\x0b\x32#.expert_pager.worker.v1.DriftPolicyB\x06\n\x04size\"\x1d\n\x0bLayerCounts\x12\x0e\n\x06routed\x18\x01 \x03(\r\"@\n\x0b\x44riftPolicy\x12\x11\n\tthreshold\x18\x01 \x01(\x01\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\x12\x0e\n\x06window\x18\x03 \x01(\x03\".\n\x04Mass\x12\x0c\n\x04mass\x18\x01 \x01(\x01\x12\x10\n\x03\x63\x61p\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x06\n\x04_cap\"n\n\nExpertPool\x12\x34\n\x06layers\x18\x01 \x03(\x0b\x32$.expert_pager.worker.v1.LayerExperts\x12\x19\n\x0c\x63overed_mass\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_covered_mass\"\x1f\n\x0cLayerExperts\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\r\"j\n\x04Push\x12,\n\x04step\x18\x01 \x01(\x0b\x32\x1c.expert_pager.worker.v1.StepH\x00\x12,\n\x04load\x18\x02 \x01(\x0b\x32\x1c.expert_pager.worker.v1.LoadH\x00\x42\x06\n\x04push\"h\n\x04Step\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.expert_pager.worker.v1.Chunk\x12\x31\n\x08\x66\x61ilures\x18\x02 \x03(\x0b\x32\x1f.expert_pager.worker.v1.Failure\"f\n\x05\x43hunk\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12,\n\x05usage\x18\x04 \x01(\x0b\x32\x1d.expert_pager.worker.v1.Usage\"G\n\x07\x46\x61ilure\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12,\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1d.expert_pager.worker.v1.Error\"\xdb\x01\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05\x66ield\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x37\n\x05\x66\x61\x63ts\x18\x05 \x03(\x0b\x32(.expert_pager.worker.v1.Error.FactsEntry\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x08\n\x06_fieldB\x10\n\x0e_retry_after_s\"\xcd\x03\n\x05Usage\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12\x30\n\x04pool\x18\x05 \x01(\x0b\x32\".expert_pager.worker.v1.ExpertPool\x12\x17\n\x0f\x62ytes_from_disk\x18\x06 \x01(\x04\x12\x17\n\x0f\x62ytes_from_host\x18\x07 \x01(\x04\x12\x13\n\x0b\x65xperts_hit\x18\x08 \x01(\x04\x12\x16\n\x0e\x65xperts_missed\x18\t \x01(\x04\x12\x0f\n\x07stall_s\x18\n \x01(\x01\x12\x18\n\x10out_of_pool_mass\x18\x0b \x01(\x01\x12\x1d\n\x10predicted_recall\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07queue_s\x18\r \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x0e \x01(\x01\x12\x19\n\x11model_fingerprint\x18\x0f \x01(\t\x12\x32\n\x05\x64rift\x18\x10 \x01(\x0b\x32#.expert_pager.worker.v1.DriftReportB\x13\n\x11_predicted_recall\"r\n\x0b\x44riftReport\x12\x11\n\tpeak_mass\x18\x01 \x01(\x01\x12\x11\n\twidenings\x18\x02 \x01(\r\x12\x15\n\rexperts_added\x18\x03 \x01(\r\x12\x17\n\nexact_from\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_exact_from\"\xc8\x01\n\x04Load\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x10\n\x08resident\x18\x03 \x03(\x0c\x12\x1b\n\x13page_in_bytes_per_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0b\x65xperts_hit\x18\x06 \x01(\x04\x12\x16\n\x0e\x65xperts_missed\x18\x07 \x01(\x04\x12\x17\n\x0f\x62ytes_from_disk\x18\x08 \x01(\x04\x12\x17\n\x0f\x62ytes_from_host\x18\t \x01(\x04\"2\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xa8\x01\n\x06Worker\x12K\n\x06\x41ttach\x12\x1f.expert_pager.worker.v1.Command\x1a\x1c.expert_pager.worker.v1.Push(\x01\x30\x01\x12Q\n\x05\x41\x62ort\x12$.expert_pager.worker.v1.AbortRequest\x1a\".expert_pager.worker.v1.AbortReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpert_pager/v1/worker.proto\x12\x16\x65xpert_pager.worker.v1\x1a\"expert_pager/v1/expert_pager.proto\"x\n\x07\x43ommand\x12\x30\n\x06submit\x18\x01 \x01(\x0b\x32\x1e.expert_pager.worker.v1.SubmitH\x00\x12\x30\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1e.expert_pager.worker.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xf0\x02\n\x06Submit\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12)\n\x06prompt\x18\x04 \x01(\x0b\x32\x19.expert_pager.v1.TokenIds\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.expert_pager.v1.SamplingParams\x12)\n\x04pool\x18\x06 \x01(\x0b\x32\x1b.expert_pager.v1.PoolPolicy\x12$\n\x05\x66ixed\x18\x07 \x01(\x0b\x32\x15.expert_pager.v1.Pool\x12\x1c\n\x0f\x64\x65\x61\x64line_unix_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12(\n\tpredicted\x18\t \x01(\x0b\x32\x15.expert_pager.v1.Pool\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x12\n\ntracestate\x18\x0b \x01(\tB\x12\n\x10_deadline_unix_s\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\"j\n\x04Push\x12,\n\x04step\x18\x01 \x01(\x0b\x32\x1c.expert_pager.worker.v1.StepH\x00\x12,\n\x04load\x18\x02 \x01(\x0b\x32\x1c.expert_pager.worker.v1.LoadH\x00\x42\x06\n\x04push\"h\n\x04Step\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.expert_pager.worker.v1.Chunk\x12\x31\n\x08\x66\x61ilures\x18\x02 \x03(\x0b\x32\x1f.expert_pager.worker.v1.Failure\"_\n\x05\x43hunk\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.expert_pager.v1.Usage\"G\n\x07\x46\x61ilure\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12,\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1d.expert_pager.worker.v1.Error\"\xdb\x01\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05\x66ield\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x37\n\x05\x66\x61\x63ts\x18\x05 \x03(\x0b\x32(.expert_pager.worker.v1.Error.FactsEntry\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x08\n\x06_fieldB\x10\n\x0e_retry_after_s\"\xc8\x01\n\x04Load\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x10\n\x08resident\x18\x03 \x03(\x0c\x12\x1b\n\x13page_in_bytes_per_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0b\x65xperts_hit\x18\x06 \x01(\x04\x12\x16\n\x0e\x65xperts_missed\x18\x07 \x01(\x04\x12\x17\n\x0f\x62ytes_from_disk\x18\x08 \x01(\x04\x12\x17\n\x0f\x62ytes_from_host\x18\t \x01(\x04\"2\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xa8\x01\n\x06Worker\x12K\n\x06\x41ttach\x12\x1f.expert_pager.worker.v1.Command\x1a\x1c.expert_pager.worker.v1.Push(\x01\x30\x01\x12Q\n\x05\x41\x62ort\x12$.expert_pager.worker.v1.AbortRequest\x1a\".expert_pager.worker.v1.AbortReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,48 +34,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERROR_FACTSENTRY']._loaded_options = None
   _globals['_ERROR_FACTSENTRY']._serialized_options = b'8\001'
-  _globals['_COMMAND']._serialized_start=56
-  _globals['_COMMAND']._serialized_end=176
-  _globals['_SUBMIT']._serialized_start=179
-  _globals['_SUBMIT']._serialized_end=513
-  _globals['_CANCEL']._serialized_start=515
-  _globals['_CANCEL']._serialized_end=539
-  _globals['_SAMPLING']._serialized_start=542
-  _globals['_SAMPLING']._serialized_end=685
-  _globals['_POOLPOLICY']._serialized_start=688
-  _globals['_POOLPOLICY']._serialized_end=963
-  _globals['_LAYERCOUNTS']._serialized_start=965
-  _globals['_LAYERCOUNTS']._serialized_end=994
-  _globals['_DRIFTPOLICY']._serialized_start=996
-  _globals['_DRIFTPOLICY']._serialized_end=1060
-  _globals['_MASS']._serialized_start=1062
-  _globals['_MASS']._serialized_end=1108
-  _globals['_EXPERTPOOL']._serialized_start=1110
-  _globals['_EXPERTPOOL']._serialized_end=1220
-  _globals['_LAYEREXPERTS']._serialized_start=1222
-  _globals['_LAYEREXPERTS']._serialized_end=1253
-  _globals['_PUSH']._serialized_start=1255
-  _globals['_PUSH']._serialized_end=1361
-  _globals['_STEP']._serialized_start=1363
-  _globals['_STEP']._serialized_end=1467
-  _globals['_CHUNK']._serialized_start=1469
-  _globals['_CHUNK']._serialized_end=1571
-  _globals['_FAILURE']._serialized_start=1573
-  _globals['_FAILURE']._serialized_end=1644
-  _globals['_ERROR']._serialized_start=1647
-  _globals['_ERROR']._serialized_end=1866
-  _globals['_ERROR_FACTSENTRY']._serialized_start=1794
-  _globals['_ERROR_FACTSENTRY']._serialized_end=1838
-  _globals['_USAGE']._serialized_start=1869
-  _globals['_USAGE']._serialized_end=2330
-  _globals['_DRIFTREPORT']._serialized_start=2332
-  _globals['_DRIFTREPORT']._serialized_end=2446
-  _globals['_LOAD']._serialized_start=2449
-  _globals['_LOAD']._serialized_end=2649
-  _globals['_ABORTREQUEST']._serialized_start=2651
-  _globals['_ABORTREQUEST']._serialized_end=2701
-  _globals['_ABORTREPLY']._serialized_start=2703
-  _globals['_ABORTREPLY']._serialized_end=2730
-  _globals['_WORKER']._serialized_start=2733
-  _globals['_WORKER']._serialized_end=2901
+  _globals['_COMMAND']._serialized_start=92
+  _globals['_COMMAND']._serialized_end=212
+  _globals['_SUBMIT']._serialized_start=215
+  _globals['_SUBMIT']._serialized_end=583
+  _globals['_CANCEL']._serialized_start=585
+  _globals['_CANCEL']._serialized_end=609
+  _globals['_PUSH']._serialized_start=611
+  _globals['_PUSH']._serialized_end=717
+  _globals['_STEP']._serialized_start=719
+  _globals['_STEP']._serialized_end=823
+  _globals['_CHUNK']._serialized_start=825
+  _globals['_CHUNK']._serialized_end=920
+  _globals['_FAILURE']._serialized_start=922
+  _globals['_FAILURE']._serialized_end=993
+  _globals['_ERROR']._serialized_start=996
+  _globals['_ERROR']._serialized_end=1215
+  _globals['_ERROR_FACTSENTRY']._serialized_start=1143
+  _globals['_ERROR_FACTSENTRY']._serialized_end=1187
+  _globals['_LOAD']._serialized_start=1218
+  _globals['_LOAD']._serialized_end=1418
+  _globals['_ABORTREQUEST']._serialized_start=1420
+  _globals['_ABORTREQUEST']._serialized_end=1470
+  _globals['_ABORTREPLY']._serialized_start=1472
+  _globals['_ABORTREPLY']._serialized_end=1499
+  _globals['_WORKER']._serialized_start=1502
+  _globals['_WORKER']._serialized_end=1670
 # @@protoc_insertion_point(module_scope)

@@ -1,11 +1,14 @@
 """What a worker and a router tell each other survives the wire, field by field."""
 
+import dataclasses
+
 import pytest
+from expert_pager.v1 import expert_pager_pb2 as public
 from expert_pager.v1 import worker_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.cluster import codec
+from pager import wire
 from pager.errors import (
     ChecksumMismatch,
     InvalidRequest,
@@ -97,14 +100,14 @@ usages = st.builds(
 
 @given(requests)
 def test_a_request_survives(request: GenerateRequest) -> None:
-    wire = codec.encode_request(request, 7).SerializeToString()
-    assert codec.decode_request(pb.Submit.FromString(wire)) == request
+    data = wire.encode_request(request, 7).SerializeToString()
+    assert wire.decode_request(pb.Submit.FromString(data)) == request
 
 
 @given(st.builds(TokenChunk, st.text(), st.lists(counts).map(tuple), st.text(), st.none() | usages))
 def test_a_chunk_survives(chunk: TokenChunk) -> None:
-    wire = codec.encode_chunk(chunk, 7).SerializeToString()
-    assert codec.decode_chunk(pb.Chunk.FromString(wire), chunk.request_id) == chunk
+    data = wire.encode_chunk(chunk, 7).SerializeToString()
+    assert wire.decode_chunk(pb.Chunk.FromString(data), chunk.request_id) == chunk
 
 
 @pytest.mark.parametrize(
@@ -120,19 +123,32 @@ def test_a_chunk_survives(chunk: TokenChunk) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_keeps_its_class_and_facts(error: PagerError) -> None:
-    wire = codec.encode_error(error).SerializeToString()
-    found = codec.decode_error(pb.Error.FromString(wire))
+    data = wire.encode_error(error).SerializeToString()
+    found = wire.decode_error(pb.Error.FromString(data))
     assert type(found) is type(error)
     assert str(found) == str(error)
     assert found.__dict__ == error.__dict__
 
 
 def test_every_reason_names_one_class() -> None:
-    kinds = list(codec._subclasses(PagerError))
+    kinds = list(wire._subclasses(PagerError))
     assert len({kind.reason for kind in kinds}) == len(kinds)
 
 
 @given(st.sets(st.integers(0, 200)))
 def test_a_bitmap_holds_exactly_its_experts(experts: set[int]) -> None:
-    bitmap = codec.decode_bitmap(codec.encode_bitmap(sorted(experts)))
+    bitmap = wire.decode_bitmap(wire.encode_bitmap(sorted(experts)))
     assert {e for e in range(256) if bitmap >> e & 1} == experts
+
+
+@given(st.builds(TokenChunk, st.text(), st.lists(counts).map(tuple), st.text(), st.none() | usages))
+def test_a_client_reads_what_a_router_sends(chunk: TokenChunk) -> None:
+    data = wire.encode_response(chunk).SerializeToString()
+    assert wire.decode_response(public.GenerateResponse.FromString(data)) == chunk
+
+
+def test_no_field_of_a_usage_is_left_out() -> None:
+    translated_apart = {"mode", "finish_reason", "pool", "drift"}
+    names = {field.name for field in dataclasses.fields(Usage)}
+    assert names == {*wire._USAGE, *translated_apart}
+    assert {*public.Usage.DESCRIPTOR.fields_by_name} == {*wire._USAGE.values(), *translated_apart}

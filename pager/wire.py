@@ -1,0 +1,354 @@
+"""The translation between the project's values and protobuf, both ways; no other module does it.
+
+`encode_*` makes a message of a value, `decode_*` a value of a message. Decoding checks what the value's type cannot
+hold (unknown enum numbers, a missing oneof); whether a value makes sense for a model is checked by whoever uses it.
+Router, worker and client use the same functions: `worker.proto` carries the public messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from expert_pager.v1 import expert_pager_pb2 as pb
+from expert_pager.v1 import worker_pb2
+
+from pager.errors import InvalidRequest, PagerError
+from pager.types import (
+    DRIFT_WINDOW,
+    AnswerMode,
+    Bytes,
+    Count,
+    Counts,
+    DriftAction,
+    DriftPolicy,
+    DriftReport,
+    ExpertKey,
+    ExpertPool,
+    FinishReason,
+    Full,
+    GenerateRequest,
+    Mass,
+    PoolPolicy,
+    PoolSize,
+    PoolSource,
+    SamplingParams,
+    Share,
+    TokenChunk,
+    Usage,
+)
+
+_MODES: dict[AnswerMode, pb.AnswerMode] = {
+    "exact": pb.ANSWER_MODE_EXACT,
+    "pool": pb.ANSWER_MODE_POOL,
+    "degraded": pb.ANSWER_MODE_DEGRADED,
+}
+_FINISH_REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+_SOURCES = {
+    PoolSource.PREFILL: pb.POOL_SOURCE_PREFILL,
+    PoolSource.PREDICTION: pb.POOL_SOURCE_PREDICTION,
+    PoolSource.FIXED: pb.POOL_SOURCE_FIXED,
+}
+_ACTIONS = {DriftAction.WIDEN: pb.DRIFT_ACTION_WIDEN, DriftAction.EXACT: pb.DRIFT_ACTION_EXACT}
+
+Key = TypeVar("Key")
+
+# Attributes of `Usage` and the fields of its message that hold the same plain value. A new one is a line here.
+_USAGE = {
+    "prompt_tokens": "prompt_tokens",
+    "completion_tokens": "completion_tokens",
+    "bytes_from_disk": "bytes_from_disk",
+    "bytes_from_host": "bytes_from_host",
+    "experts_hit": "experts_hit",
+    "experts_missed": "experts_missed",
+    "stall_s": "stall_seconds",
+    "out_of_pool_mass": "out_of_pool_mass",
+    "predicted_recall": "predicted_recall",
+    "queue_s": "queue_seconds",
+    "time_to_first_token_s": "time_to_first_token_seconds",
+    "model_fingerprint": "model_fingerprint",
+}
+
+
+# --- pools ----------------------------------------------------------------------------------------------------------
+
+
+def encode_pool(pool: ExpertPool) -> pb.Pool:
+    return pb.Pool(
+        digest=pool.digest,
+        num_experts=pool.num_experts,
+        layers=encode_layers(pool),
+        covered_mass=pool.covered_mass,
+    )
+
+
+def decode_pool(message: pb.Pool) -> ExpertPool:
+    return ExpertPool(decode_layers(message.layers), optional(message, "covered_mass"))
+
+
+def encode_layers(pool: ExpertPool) -> list[pb.LayerExperts]:
+    return [pb.LayerExperts(experts=layer) for layer in pool.experts]
+
+
+def decode_layers(layers: Iterable[pb.LayerExperts]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(layer.experts) for layer in layers)
+
+
+def set_size(message: pb.PoolPolicy, size: PoolSize) -> None:
+    """Sets the `size` of a policy."""
+    match size:
+        case Full():
+            message.full.SetInParent()
+        case Count(routed):
+            message.count = routed
+        case Share(share):
+            message.share = share
+        case Mass(mass, cap):
+            message.mass.CopyFrom(pb.Mass(mass=mass, cap=cap))
+        case Counts(per_layer):
+            message.counts.CopyFrom(pb.LayerCounts(routed=per_layer))
+        case Bytes(total):
+            message.bytes = total
+
+
+def decode_size(message: pb.PoolPolicy) -> PoolSize:
+    """The policy's size; `Full` where none is set."""
+    match message.WhichOneof("size"):
+        case "count":
+            return Count(message.count)
+        case "share":
+            return Share(message.share)
+        case "mass":
+            return Mass(message.mass.mass, optional(message.mass, "cap"))
+        case "counts":
+            return Counts(tuple(message.counts.routed))
+        case "bytes":
+            return Bytes(message.bytes)
+    return Full()
+
+
+def encode_source(source: PoolSource) -> pb.PoolSource:
+    return _SOURCES[source]
+
+
+def decode_source(message: pb.PoolPolicy) -> PoolSource | None:
+    """The policy's source; None where it leaves it open. Raises InvalidRequest for one that is unknown."""
+    if message.source == pb.POOL_SOURCE_UNSPECIFIED:
+        return None
+    for source, number in _SOURCES.items():
+        if number == message.source:
+            return source
+    raise InvalidRequest(
+        f"pool.source {message.source} is unknown; use PREFILL, PREDICTION or FIXED", field="pool.source"
+    )
+
+
+def encode_drift(drift: DriftPolicy) -> pb.DriftPolicy:
+    return pb.DriftPolicy(threshold=drift.threshold, action=_ACTIONS[drift.action], window=drift.window)
+
+
+def decode_drift(message: pb.PoolPolicy) -> DriftPolicy | None:
+    """The policy's drift policy; None without one. Raises InvalidRequest for an unknown action."""
+    if not message.HasField("drift"):
+        return None
+    drift = message.drift
+    window = drift.window if drift.HasField("window") else DRIFT_WINDOW
+    number = drift.action or pb.DRIFT_ACTION_WIDEN
+    for action, known in _ACTIONS.items():
+        if known == number:
+            return DriftPolicy(drift.threshold, action, window)
+    raise InvalidRequest(f"pool.drift.action {drift.action} is unknown; use WIDEN or EXACT", field="pool.drift.action")
+
+
+# --- requests, from a router to a worker ----------------------------------------------------------------------------
+
+
+def encode_sampling(sampling: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        stop=sampling.stop,
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def decode_sampling(message: pb.SamplingParams) -> SamplingParams:
+    """Sampling parameters, with the defaults of `SamplingParams` for absent fields."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    given = {name: getattr(message, name) for name in names if message.HasField(name)}
+    return SamplingParams(**given, stop=tuple(message.stop), ignore_eos=message.ignore_eos)
+
+
+def encode_request(request: GenerateRequest, ticket: int) -> worker_pb2.Submit:
+    policy = pb.PoolPolicy(source=encode_source(request.pool.source))
+    set_size(policy, request.pool.size)
+    if request.pool.drift is not None:
+        policy.drift.CopyFrom(encode_drift(request.pool.drift))
+    return worker_pb2.Submit(
+        ticket=ticket,
+        request_id=request.id,
+        tenant=request.tenant,
+        prompt=pb.TokenIds(ids=request.prompt_token_ids),
+        sampling=encode_sampling(request.sampling),
+        pool=policy,
+        fixed=None if request.pool.fixed is None else encode_pool(request.pool.fixed),
+        deadline_unix_s=request.deadline_unix_s,
+        predicted=None if request.predicted is None else encode_pool(request.predicted),
+        traceparent=request.traceparent,
+        tracestate=request.tracestate,
+    )
+
+
+def decode_request(message: worker_pb2.Submit) -> GenerateRequest:
+    return GenerateRequest(
+        id=message.request_id,
+        tenant=message.tenant,
+        prompt_token_ids=tuple(message.prompt.ids),
+        sampling=decode_sampling(message.sampling),
+        pool=PoolPolicy(
+            size=decode_size(message.pool),
+            source=decode_source(message.pool) or PoolSource.PREFILL,
+            fixed=decode_pool(message.fixed) if message.HasField("fixed") else None,
+            drift=decode_drift(message.pool),
+        ),
+        deadline_unix_s=optional(message, "deadline_unix_s"),
+        predicted=decode_pool(message.predicted) if message.HasField("predicted") else None,
+        traceparent=message.traceparent or None,
+        tracestate=message.tracestate or None,
+    )
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def encode_response(chunk: TokenChunk) -> pb.GenerateResponse:
+    usage = None if chunk.usage is None else encode_usage(chunk.usage)
+    return pb.GenerateResponse(request_id=chunk.request_id, text=chunk.text, token_ids=chunk.token_ids, usage=usage)
+
+
+def decode_response(message: pb.GenerateResponse) -> TokenChunk:
+    usage = decode_usage(message.usage) if message.HasField("usage") else None
+    return TokenChunk(message.request_id, tuple(message.token_ids), message.text, usage)
+
+
+def encode_chunk(chunk: TokenChunk, ticket: int) -> worker_pb2.Chunk:
+    """A chunk on its way from a worker to a router, where the ticket stands for the request's id."""
+    usage = None if chunk.usage is None else encode_usage(chunk.usage)
+    return worker_pb2.Chunk(ticket=ticket, token_ids=chunk.token_ids, text=chunk.text, usage=usage)
+
+
+def decode_chunk(message: worker_pb2.Chunk, request_id: str) -> TokenChunk:
+    usage = decode_usage(message.usage) if message.HasField("usage") else None
+    return TokenChunk(request_id, tuple(message.token_ids), message.text, usage)
+
+
+def encode_usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        mode=_MODES[usage.mode],
+        finish_reason=_FINISH_REASONS[usage.finish_reason],
+        pool=None if usage.pool is None else encode_pool(usage.pool),
+        drift=None if usage.drift is None else _encode_report(usage.drift),
+        **{field: getattr(usage, name) for name, field in _USAGE.items()},
+    )
+
+
+def decode_usage(message: pb.Usage) -> Usage:
+    """The usage of an answer. Raises InvalidRequest for a mode or finish reason that this version does not know."""
+    return Usage(
+        mode=_key(_MODES, message.mode, "usage.mode"),
+        finish_reason=_key(_FINISH_REASONS, message.finish_reason, "usage.finish_reason"),
+        pool=decode_pool(message.pool) if message.HasField("pool") else None,
+        drift=_decode_report(message.drift) if message.HasField("drift") else None,
+        **{name: optional(message, field) for name, field in _USAGE.items()},
+    )
+
+
+def _encode_report(report: DriftReport) -> pb.DriftReport:
+    return pb.DriftReport(
+        peak_mass=report.peak_mass,
+        widenings=report.widenings,
+        experts_added=report.experts_added,
+        exact_from=report.exact_from,
+    )
+
+
+def _decode_report(message: pb.DriftReport) -> DriftReport:
+    exact_from = optional(message, "exact_from")
+    return DriftReport(message.peak_mass, message.widenings, message.experts_added, exact_from)
+
+
+# --- errors, from a worker to a router ------------------------------------------------------------------------------
+
+_FACTS = ("needed", "slots")  # what PoolTooLarge carries beside its message
+
+
+def encode_error(error: PagerError) -> worker_pb2.Error:
+    facts = {name: getattr(error, name) for name in _FACTS if hasattr(error, name)}
+    key = getattr(error, "key", None)
+    if isinstance(key, ExpertKey):
+        facts |= {"layer": key.layer, "expert": key.expert}
+    return worker_pb2.Error(
+        reason=error.reason,
+        message=error.message,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+        facts=facts,
+    )
+
+
+def decode_error(message: worker_pb2.Error) -> PagerError:
+    """An error of the same class with the same facts; a plain PagerError (internal) for an unknown reason."""
+    kind = _error_kinds().get(message.reason, PagerError)
+    error = kind.__new__(kind)
+    PagerError.__init__(
+        error, message.message, field=optional(message, "field"), retry_after_s=optional(message, "retry_after_s")
+    )
+    facts = dict(message.facts)
+    if "expert" in facts:
+        error.__dict__["key"] = ExpertKey(facts.pop("layer"), facts.pop("expert"))
+    error.__dict__.update(facts)
+    return error
+
+
+def _error_kinds() -> dict[str, type[PagerError]]:
+    return {kind.reason: kind for kind in _subclasses(PagerError)}
+
+
+def _subclasses(kind: type[PagerError]) -> Iterator[type[PagerError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+# --- bitmaps of loaded experts --------------------------------------------------------------------------------------
+
+
+def encode_bitmap(experts: Sequence[int]) -> bytes:
+    """Little-endian bitmap in which bit e % 8 of byte e / 8 is set for each expert e."""
+    bitmap = sum(1 << expert for expert in set(experts))
+    return bitmap.to_bytes((bitmap.bit_length() + 7) // 8, "little")
+
+
+def decode_bitmap(data: bytes) -> int:
+    return int.from_bytes(data, "little")
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def optional(message: Any, field: str) -> Any:
+    """A field's value; None where the field has presence and is absent."""
+    descriptor = message.DESCRIPTOR.fields_by_name[field]
+    if descriptor.has_presence and not message.HasField(field):
+        return None
+    return getattr(message, field)
+
+
+def _key(table: Mapping[Key, Any], number: int, field: str) -> Key:
+    for key, known in table.items():
+        if known == number:
+            return key
+    raise InvalidRequest(f"{field} {number} is unknown to this version; update the client", field=field)

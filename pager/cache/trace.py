@@ -5,27 +5,51 @@ A trace is JSON lines, gzipped when its name ends in `.gz`: a header, then one e
     {"format": "expert-pager-trace", "version": 1, "fingerprint": "…", "expert_bytes": 24576, "routed_per_layer": [127]}
     ["lease", 0, 5, 0, 17]      held for a lease: layer 0, expert 5 and layer 0, expert 17
     ["let_go", 0, 5]
+    ["lost", 12]                12 events could not be kept here; whatever was held counts as let go of
+
+It is written a block of lines at a time, each a gzip member of its own, so that whatever ends the process or fills the
+disk leaves a file that is whole up to there.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
-import queue
+import logging
+import os
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, ClassVar
 
 from pager import at_exit
 from pager.cache.usage import Cause
-from pager.errors import ConfigError
+from pager.errors import ConfigError, PagerError
+from pager.reading import parse_json, read_lines, reason_of
 from pager.types import ExpertKey
 
+log = logging.getLogger(__name__)
+
 FORMAT, VERSION = "expert-pager-trace", 1
-LET_GO = "let_go"
+LET_GO, LOST = "let_go", "lost"
+FLUSH_EVERY_S = 2.0
+"""What a process that is killed may lose, and how often a disk that was full is tried again."""
+BLOCK_BYTES = 1 << 20
+"""So much is written before its time."""
+MAX_QUEUED_BYTES = 1 << 24
+"""So much waits for a disk that is full or slow; further events are counted and lost."""
+MAX_EXPERTS = 1 << 24
+"""Of a header: far more than any model has."""
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Counted = Callable[[int, int], None]
+"""Called with the events that were written and those that were lost since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +75,40 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
+    """`num_lost` events were not recorded; `is_cut` where the file ends in the middle of one, which is left out."""
+
     header: TraceHeader
     accesses: tuple[Access, ...]
+    num_lost: int = 0
+    is_cut: bool = False
 
 
 class TraceRecorder:
-    """Writes a trace in a thread of its own, so that who tells of an access only queues it. Thread-safe."""
+    """Writes a trace in a thread of its own, so that whoever reports an access only queues it. Thread-safe.
 
-    def __init__(self, path: Path, header: TraceHeader) -> None:
-        """Begins a new file. Raises ConfigError when it can not be written."""
+    The queue is bounded. While the disk is full or does not answer, events wait, and what no longer fits is lost; both
+    are counted. The recording goes on when there is space again.
+    """
+
+    def __init__(self, path: Path, header: TraceHeader, counted: Counted = lambda written, lost: None) -> None:
+        """Begins a new file. Raises ConfigError when it cannot be written, unless its disk is merely full."""
         self._path = path
-        self._events: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._counted = counted
+        self._changed = threading.Condition()
+        self._queued = _Queued([_line({"format": FORMAT, "version": VERSION, **asdict(header)})])
+        self._num_lost = 0  # since the last line of the queue
+        self._is_closing = False
+        self._file: int | None = None
+        self._size = 0  # of what was written whole
+        self._block: tuple[bytes, int] | None = None  # what is to be written next, and how many events it has
+        self._is_failing = False
         try:
-            self._file = _open(path, "wt")
+            self._write_block()
         except OSError as error:
-            raise ConfigError(f"the trace {path} can not be written: {error.strerror or error}") from None
-        self._thread = threading.Thread(target=self._write, name="trace", daemon=True)
-        self._events.put(json.dumps({"format": FORMAT, "version": VERSION, **asdict(header)}))
+            if error.errno not in _DISK_IS_FULL:
+                raise ConfigError(f"the trace {path} cannot be written: {reason_of(error)}") from None
+            self._failed(error)
+        self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
         self._thread.start()
         at_exit.call(self, TraceRecorder.close)
 
@@ -80,29 +121,126 @@ class TraceRecorder:
             self._put(LET_GO, keys)
 
     def close(self) -> None:
-        """Writes what is queued. Idempotent."""
-        if self._thread.is_alive():
-            self._events.put(None)
-            self._thread.join()
+        """Writes what is queued, as far as the disk takes it within a bounded time. Idempotent."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join(at_exit.TIMEOUT_S)
 
     def _put(self, what: str, keys: Sequence[ExpertKey]) -> None:
-        self._events.put(json.dumps([what, *itertools.chain.from_iterable(keys)], separators=(",", ":")))
+        line = _line([what, *itertools.chain.from_iterable(keys)])
+        with self._changed:
+            if self._is_closing or self._queued.num_bytes + len(line) > MAX_QUEUED_BYTES:
+                self._num_lost += 1
+                self._counted(0, 1)
+                return
+            if self._num_lost:
+                self._queued.lines.append(_line([LOST, self._num_lost]))
+                self._num_lost = 0
+            self._queued.add_event(line)
+            if self._queued.num_bytes >= BLOCK_BYTES:
+                self._changed.notify()
 
-    def _write(self) -> None:
-        with self._file:
-            while (line := self._events.get()) is not None:
-                self._file.write(line + "\n")
+    def _run(self) -> None:
+        is_closing = False
+        while not is_closing:
+            with self._changed:
+                self._changed.wait_for(self._has_to_write, FLUSH_EVERY_S)
+                is_closing = self._is_closing
+            try:
+                while self._write_block():
+                    pass
+            except OSError as error:
+                self._failed(error)
+            else:
+                self._succeeded()
+        self._give_up_the_rest()
+        if self._file is not None:
+            os.close(self._file)
+
+    def _has_to_write(self) -> bool:
+        return self._is_closing or (self._queued.num_bytes >= BLOCK_BYTES and not self._is_failing)
+
+    def _write_block(self) -> bool:
+        """Appends what is queued; False when that is nothing. Raises OSError, and then leaves the file as it was."""
+        if self._block is None:
+            with self._changed:
+                taken, self._queued = self._queued, _Queued([])
+            if not taken.lines:
+                return False
+            data = "".join(taken.lines).encode()
+            self._block = (gzip.compress(data, mtime=0) if self._path.suffix == ".gz" else data, taken.num_events)
+        data, num_events = self._block
+        if self._file is None:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file, data[done:], self._size + done)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(data)
+        self._block = None
+        self._counted(num_events, 0)
+        return True
+
+    def _failed(self, error: OSError) -> None:
+        if not self._is_failing:
+            self._is_failing = True
+            log.warning(
+                "the trace %s cannot be written: %s; it is tried again, and what does not fit into %d MiB is lost",
+                self._path, reason_of(error), MAX_QUEUED_BYTES >> 20,
+            )  # fmt: skip
+
+    def _succeeded(self) -> None:
+        if self._is_failing:
+            self._is_failing = False
+            log.info("the trace %s is written again", self._path)
+
+    def _give_up_the_rest(self) -> None:
+        num_events = self._queued.num_events + (self._block[1] if self._block else 0)
+        if num_events:
+            self._counted(0, num_events)
+            log.warning("the last %d events of the trace %s were not written", num_events, self._path)
+
+
+@dataclass(slots=True)
+class _Queued:
+    """Lines that wait to be written; those that are no events take no part in the counts."""
+
+    lines: list[str]
+    num_events: int = 0
+    num_bytes: int = 0  # of memory
+
+    def add_event(self, line: str) -> None:
+        self.lines.append(line)
+        self.num_events += 1
+        self.num_bytes += sys.getsizeof(line)
 
 
 def read_trace(path: Path) -> Trace:
-    """Raises ConfigError for a file that is no trace, naming the line."""
+    """A file that is cut is read up to where it is whole. Raises ConfigError for one that is no trace."""
+    lines = read_lines(path)
     try:
-        with _open(path, "rt") as file:
-            lines = iter(file)
-            header = _header(next(lines, ""), path)
-            return Trace(header, tuple(_accesses(lines, path)))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the trace {path} can not be read: {getattr(error, 'strerror', None) or error}") from None
+        header = _header(next(lines, (1, ""))[1], path)
+        reader = _EventReader(path)
+        accesses: list[Access] = []
+        is_cut = False
+        try:
+            for number, line in lines:
+                if not line.endswith("\n"):
+                    is_cut = True
+                    break
+                accesses += reader.read(number, line)
+        except EOFError:
+            is_cut = True
+        return Trace(header, tuple(accesses), reader.num_lost, is_cut)
+    except PagerError:
+        raise
+    except (OSError, EOFError, ValueError) as error:
+        raise ConfigError(f"the trace {path} cannot be read: {reason_of(error)}") from None
 
 
 def _header(line: str, path: Path) -> TraceHeader:
@@ -111,34 +249,57 @@ def _header(line: str, path: Path) -> TraceHeader:
         raise ConfigError(f"{path} is no trace: its first line is not the header of one")
     if value.get("version") != VERSION:
         raise ConfigError(f"{path} has trace version {value.get('version')!r}; this program reads version {VERSION}")
-    try:
-        routed = tuple(int(count) for count in value["routed_per_layer"])
-        return TraceHeader(str(value["fingerprint"]), int(value["expert_bytes"]), routed)
-    except (KeyError, TypeError, ValueError):
-        raise ConfigError(f"{path} is no trace: its header lacks a field") from None
+    fingerprint, nbytes, routed = (value.get(name) for name in ("fingerprint", "expert_bytes", "routed_per_layer"))
+    if fingerprint is None or nbytes is None or routed is None:
+        raise ConfigError(f"{path} is no trace: its header lacks a field")
+    if type(nbytes) is not int or not 0 < nbytes < 2**50:
+        raise ConfigError(f"{path} is no trace: an expert of it has {nbytes!r} bytes")
+    if not isinstance(routed, list) or not all(type(count) is int and count >= 0 for count in routed):
+        raise ConfigError(f"{path} is no trace: its routed_per_layer is not a list of numbers of experts")
+    if not 0 < sum(routed) <= MAX_EXPERTS:
+        raise ConfigError(f"{path} is no trace: its model has {sum(routed)} experts; 1 to {MAX_EXPERTS} are possible")
+    return TraceHeader(str(fingerprint), nbytes, tuple(routed))
 
 
-def _accesses(lines: Iterator[str], path: Path) -> Iterator[Access]:
-    causes: dict[str, Cause | None] = {LET_GO: None, **{cause.value: cause for cause in Cause}}
-    for number, line in enumerate(lines, start=2):
+class _EventReader:
+    """Turns lines into accesses. Where events were lost, it lets go of whatever was held until then."""
+
+    _CAUSES: ClassVar[dict[str, Cause | None]] = {LET_GO: None, **{cause.value: cause for cause in Cause}}
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: Counter[ExpertKey] = Counter()
+        self.num_lost = 0
+
+    def read(self, number: int, line: str) -> list[Access]:
+        """Raises ConfigError, naming the line."""
         value = _json(line)
-        flat = value[1:] if isinstance(value, list) else []
-        if not isinstance(value, list) or len(flat) % 2 or not all(type(part) is int for part in flat):
-            raise ConfigError(f"line {number} of {path} is no event of a trace")
-        if not value or value[0] not in causes:
-            raise ConfigError(f"line {number} of {path} is no event of a trace")
+        if not isinstance(value, list) or not value or not all(type(part) is int and part >= 0 for part in value[1:]):
+            raise self._no_event(number)
+        what, flat = value[0], value[1:]
+        if what == LOST and len(flat) == 1:
+            self.num_lost += flat[0]
+            let_go = tuple(self._held.elements())
+            self._held.clear()
+            return [Access(None, let_go)] if let_go else []
+        if not isinstance(what, str) or what not in self._CAUSES or len(flat) % 2:
+            raise self._no_event(number)
         keys = tuple(map(ExpertKey, flat[::2], flat[1::2]))
-        yield Access(causes[value[0]], keys)
+        cause = self._CAUSES[what]
+        for key in keys:
+            self._held[key] = max(0, self._held[key] + (1 if cause else -1))
+        return [Access(cause, keys)]
+
+    def _no_event(self, number: int) -> ConfigError:
+        return ConfigError(f"line {number} of {self._path} is no event of a trace")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":")) + "\n"
 
 
 def _json(line: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line.strip())
+    except ValueError:
         return None
-
-
-def _open(path: Path, mode: str) -> IO[str]:
-    kind: Any = gzip.open if path.suffix == ".gz" else open
-    opened: IO[str] = kind(path, mode, encoding="utf-8")
-    return opened

@@ -132,6 +132,9 @@ class PagerObserver(Protocol):
 
     def quarantined(self, tier: Tier) -> None: ...
 
+    def traced(self, written: int, lost: int) -> None:
+        """So many events of the trace were written to its file, or found no room to wait for a full or slow disk."""
+
 
 class NoObserver:
     """Ignores everything."""
@@ -155,4 +158,7 @@ class NoObserver:
         pass
 
     def quarantined(self, tier: Tier) -> None:
+        pass
+
+    def traced(self, written: int, lost: int) -> None:
         pass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pager.cli.options import AsJson
-from pager.cli.output import out, print_json, print_table
+from pager.cli.output import err, out, print_json, print_table
 from pager.errors import ConfigError
 from pager.metrics.replay import CurvePoint, write_curve
 from pager.units import format_bytes, parse_bytes_or_share
@@ -44,6 +44,10 @@ def replay(
 
     recorded = read_trace(trace)
     header = recorded.header
+    if recorded.is_cut:
+        err.print(f"{trace} is cut: it is replayed up to where it is whole", markup=False)
+    if recorded.num_lost:
+        err.print(f"{recorded.num_lost} events of {trace} were lost while it was recorded", markup=False)
     tables = []
     for budget in budgets.split(","):
         asked = parse_bytes_or_share(budget.strip(), header.num_experts * header.expert_bytes)
@@ -62,7 +66,8 @@ def replay(
             for budget, num_slots, results in tables
             for result in results
         ]  # fmt: skip
-        print_json({"trace": str(trace), "model_fingerprint": header.fingerprint, "results": rows})
+        facts = {"lost_events": recorded.num_lost, "cut": recorded.is_cut}
+        print_json({"trace": str(trace), "model_fingerprint": header.fingerprint, **facts, "results": rows})
         return
     for budget, num_slots, results in tables:
         best = results[-1].misses

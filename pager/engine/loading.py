@@ -18,7 +18,7 @@ from pager.cache.pager import ExpertPager
 from pager.cache.policy import DEFAULT_POLICY
 from pager.cache.slots import DeviceSlots
 from pager.cache.trace import TraceHeader, TraceRecorder
-from pager.cache.usage import PagerObserver, UsageMeter
+from pager.cache.usage import NoObserver, PagerObserver, UsageMeter
 from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.experts import attach
 from pager.engine.kv import kv_bytes_per_token
@@ -210,7 +210,7 @@ def load_paged_model(
         recorder = None
         if trace is not None:
             header = TraceHeader(opened.checkpoint.fingerprint, planned.expert_bytes, facts.routed_per_layer)
-            recorder = TraceRecorder(trace, header)
+            recorder = TraceRecorder(trace, header, (observer or NoObserver()).traced)
             closing.callback(recorder.close)
         pager = ExpertPager(
             source,

@@ -60,7 +60,7 @@ class WorkerMetrics:
         self._page_ins, self._paged_again = made.counter("page_ins"), made.counter("paged_again")
         self._evictions, self._prefetches = made.counter("evictions"), made.counter("prefetches")
         self._stalled = made.histogram("stall_seconds")
-        self._quarantined = made.counter("quarantined")
+        self._quarantined, self._trace_events = made.counter("quarantined"), made.counter("trace_events")
         self._requests = made.counter("requests")
         self._prompt_tokens, self._completion_tokens = made.counter("prompt_tokens"), made.counter("completion_tokens")
         self._queue = made.histogram("queue_seconds")
@@ -125,6 +125,10 @@ class WorkerMetrics:
 
     def quarantined(self, tier: str) -> None:
         self._quarantined.labels(tier).inc()
+
+    def traced(self, written: int, lost: int) -> None:
+        self._trace_events.labels("written").inc(written)
+        self._trace_events.labels("lost").inc(lost)
 
     # --- the engine's observer --------------------------------------------------------------------------------------
 

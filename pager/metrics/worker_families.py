@@ -58,6 +58,10 @@ PAGING = (
         "quarantined", _COUNTER, "Reads that failed or had a wrong checksum.", "Are weights damaged?",
         every(tier=("disk",)),
     ),
+    Family(
+        "trace_events", _COUNTER, "Events of the trace that were written, or lost while its disk was full or slow.",
+        "Is the trace whole?", every(result=("written", "lost")),
+    ),
 )  # fmt: skip
 
 ENGINE = (

@@ -1,9 +1,6 @@
-"""Eviction orders, literally; and traces, recorded, read back and replayed."""
+"""Eviction orders, literally; and traces, replayed."""
 
 from __future__ import annotations
-
-import gzip
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,9 +9,8 @@ from hypothesis import strategies as st
 from pager.cache.index import CacheIndex
 from pager.cache.policy import LFRU, LFU, POLICIES, EvictionPolicy, LeastStale, make_policy
 from pager.cache.replay import OPTIMUM, replay, replay_all
-from pager.cache.trace import Access, Trace, TraceHeader, TraceRecorder, read_trace
+from pager.cache.trace import Access, Trace, TraceHeader
 from pager.cache.usage import Cause
-from pager.errors import ConfigError
 from pager.types import ExpertKey
 
 
@@ -124,49 +120,3 @@ def test_no_policy_beats_the_optimum_and_none_loses_an_access(numbers: list[int]
     for result in results:
         assert result.misses >= best.misses >= len(set(numbers))
         assert result.hits + result.misses == len(numbers)
-
-
-@pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
-def test_a_trace_reads_back_as_it_was_recorded(tmp_path: Path, name: str) -> None:
-    recorder = TraceRecorder(tmp_path / name, HEADER)
-    recorder.held(Cause.LEASE, [key(0), key(5)])
-    recorder.held(Cause.DEMAND, [])
-    recorder.let_go([key(5)])
-    recorder.close()
-    recorder.close()
-    assert read_trace(tmp_path / name) == Trace(
-        HEADER, (Access(Cause.LEASE, (key(0), key(5))), Access(None, (key(5),)))
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "first line"),
-        (b'{"format": "another"}\n', "first line"),
-        (b'{"format": "expert-pager-trace", "version": 9}\n', "version 9"),
-        (b'{"format": "expert-pager-trace", "version": 1, "fingerprint": "f"}\n', "lacks a field"),
-        (b'["lease", 0, 1]\n', "first line"),
-        (b"\xff\xfe", "can not be read"),
-    ],
-)
-def test_what_is_no_trace_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
-    (tmp_path / "trace.jsonl").write_bytes(content)
-    with pytest.raises(ConfigError, match=said):
-        read_trace(tmp_path / "trace.jsonl")
-
-
-@pytest.mark.parametrize("line", ["[]", "{}", '["lease", 0]', '["lease", 0, "1"]', '["stolen", 0, 1]', "not json"])
-def test_a_damaged_event_is_named_by_its_line(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "trace.jsonl"
-    TraceRecorder(path, HEADER).close()
-    path.write_text(path.read_text() + '["lease", 0, 1]\n' + line + "\n")
-    with pytest.raises(ConfigError, match="line 3 of"):
-        read_trace(path)
-
-
-def test_a_cut_gzip_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl.gz"
-    path.write_bytes(gzip.compress(b"x" * 1000)[:20])
-    with pytest.raises(ConfigError, match="can not be read"):
-        read_trace(path)

@@ -53,13 +53,13 @@ class Decoder:
 
         `meanwhile` is called where it waits for reads, and may decode others.
         """
-        start = sequence.num_prefilled
-        token_ids = sequence.request.prompt_token_ids[start : start + num_tokens]
+        start, prompt = sequence.num_prefilled, sequence.request.prompt_token_ids
+        token_ids = prompt[start : start + num_tokens]
         try:
             with self._timed(), self._paged.step([_document(sequence)], prefill=True, meanwhile=meanwhile):
-                logits_1V = self._runner.prefill(token_ids, sequence.blocks, start)
+                logits_1V = self._runner.prefill(token_ids, sequence.blocks, start, prompt_tokens=len(prompt))
             sequence.num_prefilled += len(token_ids)
-            if sequence.num_prefilled < len(sequence.request.prompt_token_ids):
+            if sequence.num_prefilled < len(prompt):
                 return None
             return self._outcome(Sampler([sequence.draw], self._runner.device).sample(logits_1V).tolist()[0])
         except Exception as error:

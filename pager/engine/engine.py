@@ -54,7 +54,7 @@ class Engine:
     ) -> None:
         """`sink` is called by the thread that steps, at most once a step, with everything that happened in it.
 
-        Raises UnsupportedModel where the model's attention can not run over KV blocks.
+        Raises UnsupportedModel where the model cannot run over KV blocks, or requests not beside each other.
         """
         config = paged.model.config
         self._paged = paged

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pager.engine import attention
+from pager.engine import attention, rotary
 from pager.engine.attention import KvStep
 from pager.engine.kv import KvCache, token_slots
 
@@ -78,14 +78,20 @@ class ModelRunner:
     """Owns the KV tensors and calls the model. One thread only."""
 
     def __init__(self, model: PreTrainedModel, cache: KvCache, device: torch.device) -> None:
-        """Raises UnsupportedModel where the model's attention can not run over blocks."""
+        """Raises UnsupportedModel where the model's attention cannot run over blocks, or rows not beside each other."""
         attention.install(model)
+        self._rotary = rotary.install(model)
         self._model: Callable[..., object] = model
         self._cache = cache
         self.device = device
 
-    def prefill(self, token_ids: Sequence[int], blocks: Sequence[int], num_past: int = 0) -> torch.Tensor:
-        """[1, V] logits after `token_ids`, which follow `num_past` tokens of the same sequence that ran before."""
+    def prefill(
+        self, token_ids: Sequence[int], blocks: Sequence[int], num_past: int = 0, *, prompt_tokens: int = 0
+    ) -> torch.Tensor:
+        """[1, V] logits after `token_ids`, which follow `num_past` tokens of the same sequence that ran before.
+
+        Where they are a part of a prompt, `prompt_tokens` is the length of all of it.
+        """
         end = num_past + len(token_ids)
         slots_C = token_slots([blocks], self.device)[0, :end]
         position_S = torch.arange(num_past, end, device=self.device)
@@ -94,7 +100,8 @@ class ModelRunner:
             read_1C = slots_C[None]
             mask_SC = torch.arange(end, device=self.device) <= position_S[:, None]
         step = KvStep(self._cache, slots_C[num_past:], read_1C, mask_SC)
-        return self._forward(torch.tensor([token_ids], device=self.device), position_S[None], step)
+        token_1S = torch.tensor([token_ids], device=self.device)
+        return self._forward(token_1S, position_S[None], step, prompt_tokens=prompt_tokens)
 
     def padded_context(self, batch: DecodeBatch) -> int:
         """What to `decode` with where a step is to have the shapes of the last one."""
@@ -106,7 +113,11 @@ class ModelRunner:
         return self._forward(batch.token_B1, batch.position_B1, batch.kv_step(self._cache, padded_context))
 
     @torch.inference_mode()
-    def _forward(self, token_BS: torch.Tensor, position_BS: torch.Tensor, step: KvStep) -> torch.Tensor:
+    def _forward(
+        self, token_BS: torch.Tensor, position_BS: torch.Tensor, step: KvStep, prompt_tokens: int = 0
+    ) -> torch.Tensor:
+        if self._rotary is not None:
+            self._rotary.prompt_tokens = prompt_tokens
         output = self._model(
             input_ids=token_BS,
             position_ids=position_BS,

@@ -1,6 +1,7 @@
 """The runner over KV blocks against transformers' own generate, on small random models of every family."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import pager.models  # noqa: F401  (registers EMO)
 from pager.engine.kv import BlockPool, KvCache
@@ -36,15 +38,38 @@ SMALL = {
 }
 
 
-def small_model(family: str) -> PreTrainedModel:
+SHORT = 24  # of the rope types that tell short sequences from long ones
+ROPE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": SHORT},
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "factor": 4.0,
+        "original_max_position_embeddings": SHORT,
+    },
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": SHORT,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+
+
+def small_model(family: str, rope_type: str = "default") -> PreTrainedModel:
     torch.manual_seed(0)
+    rope = {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE[rope_type]}}
     model: PreTrainedModel = {
-        "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SMALL, num_experts=8)),
-        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=8)),
+        "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SMALL, **rope, num_experts=8)),
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, **rope, num_local_experts=8, head_dim=8)),
         "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**SMALL, num_experts=8, moe_intermediate_size=16, head_dim=8)
+            Qwen3MoeConfig(**SMALL, **rope, num_experts=8, moe_intermediate_size=16, head_dim=8)
         ),
-        "emo": lambda: EmoForCausalLM(EmoConfig(**SMALL, num_experts=8)),
+        "emo": lambda: EmoForCausalLM(EmoConfig(**SMALL, **rope, num_experts=8)),
     }[family]().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -57,12 +82,17 @@ def generate(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "emo"])
+@pytest.mark.parametrize("rope_type", sorted({"default", *ROPE_INIT_FUNCTIONS}))
 @pytest.mark.parametrize("chunk", [1000, 7], ids=["whole", "chunked"])
-def test_prompts_of_different_lengths_decode_together_as_each_alone(family: str, chunk: int) -> None:
-    model = small_model(family)
+def test_prompts_of_different_lengths_decode_together_as_each_alone(family: str, rope_type: str, chunk: int) -> None:
+    """Sequences below, across and above the length at which some rope types change their tables."""
+    if rope_type not in ROPE:
+        pytest.fail(f"transformers has a new rope type, {rope_type}: does a row alone decide its tables?")
+    model = small_model(family, rope_type)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 64, (n,), generator=generator).tolist() for n in (1, 15, 16, 40)]
     count = 20
+    assert len(prompts[0]) + count < SHORT < len(prompts[1]) + count
     expected = [generate(model, prompt, count) for prompt in prompts]
 
     pool = BlockPool(32)
@@ -76,7 +106,7 @@ def test_prompts_of_different_lengths_decode_together_as_each_alone(family: str,
         blocks = pool.allocate(len(prompt) + count)
         assert blocks is not None
         for start in range(0, len(prompt), chunk):
-            logits_1V = runner.prefill(prompt[start : start + chunk], blocks, start)
+            logits_1V = runner.prefill(prompt[start : start + chunk], blocks, start, prompt_tokens=len(prompt))
         tables.append(blocks)
         tokens.append([int(logits_1V.argmax())])
     batch = DecodeBatch(
@@ -88,6 +118,14 @@ def test_prompts_of_different_lengths_decode_together_as_each_alone(family: str,
         for out, token in zip(tokens, ids_B.tolist(), strict=True):
             out.append(token)
     assert tokens == expected
+
+
+def test_a_rope_type_that_nothing_is_known_about_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("olmoe")
+    monkeypatch.setattr(model.model.rotary_emb, "rope_type", "dynamic_yarn")
+    cache = KvCache(model.config, 1, torch.float32, CPU)
+    with pytest.raises(UnsupportedModel, match=r"rope_type 'dynamic_yarn'.*supported are .*longrope"):
+        ModelRunner(model, cache, CPU)
 
 
 def test_a_sliding_window_is_refused() -> None:

@@ -9,7 +9,7 @@ from pager.errors import ConfigError, InvalidRequest
 from pager.routing.drift import check_can_drift
 from pager.types import Full, PoolPolicy, PoolSource
 from router_service.admission import Admission, AdmissionLimits
-from router_service.breaker import Breaker
+from router_service.breaker import StoreBreaker
 from router_service.hints import HintStore
 from router_service.local_hints import InProcessHints
 from router_service.metrics import RouterMetrics
@@ -42,7 +42,7 @@ def build_backend(
     check_choices(passes, default_pool, redis_url, pools_path)
     metrics = RouterMetrics(metric_tenants)
     metrics.describe(version=__version__, model=model.name, fingerprint=model.fingerprint)
-    breaker = Breaker(on_degraded=metrics.redis_degraded.set)
+    breaker = StoreBreaker(metrics.redis_degraded.set, lambda reason: metrics.redis_failures.labels(reason).inc())
     hints = _hint_store(model, redis_url, breaker)
     scoring = Scoring(passes.available, encoder)
     chain = PassChain(passes, scoring, model.facts, lambda was, is_: metrics.escalations.labels(was, is_).inc())
@@ -88,7 +88,7 @@ def check_choices(passes: Passes, default: PoolPolicy, redis_url: str | None, po
     open_pools(redis_url, pools_path)
 
 
-def _hint_store(model: ModelInfo, redis_url: str | None, breaker: Breaker) -> HintStore:
+def _hint_store(model: ModelInfo, redis_url: str | None, breaker: StoreBreaker) -> HintStore:
     local = InProcessHints()
     if redis_url is None:
         return local

@@ -8,6 +8,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 
 from pager.metrics import buckets
 from pager.metrics.families import Family, Kind, Labels, every
+from router_service.redis_client import REASONS
 from router_service.status import CODES
 
 METHODS = tuple(method.name for method in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods)
@@ -107,8 +108,12 @@ def _surroundings() -> tuple[Family, ...]:
             "What do lost workers cost?",
         ),
         Family(
-            "router_redis_degraded", _GAUGE, "1 while Redis is configured and does not answer.",
+            "router_redis_degraded", _GAUGE, "1 while Redis is configured and does not answer, or takes no writes.",
             "Are hints and named pools shared?",
+        ),
+        Family(
+            "router_redis_failures", _COUNTER, "Commands that Redis failed or refused, by reason.",
+            "What is wrong with Redis?", every(reason=REASONS),
         ),
         Family("router_workers", _GAUGE, "Workers by state.", "Who can answer?", every(state=WORKER_STATES)),
         Family(

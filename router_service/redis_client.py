@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import BusyLoadingError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from pager.errors import ConfigError
 from pager.reading import read_bounded
@@ -19,8 +21,43 @@ TIMEOUT_S = 0.25
 MAX_URL_BYTES = 1 << 16
 
 
+REASONS = ("unreachable", "timeout", "readonly", "full", "busy", "loading", "moved", "other")
+
+# What a Redis that is there answers when it takes no commands, or no writes, by the code that begins its error.
+_REASON_OF_CODE = {
+    "READONLY": "readonly",
+    "OOM": "full",
+    "MISCONF": "full",
+    "BUSY": "busy",
+    "LOADING": "loading",
+    "MASTERDOWN": "unreachable",  # a replica that answers nothing until it has its primary back
+    "MOVED": "moved",
+    "ASK": "moved",
+    "CLUSTERDOWN": "moved",
+}
+_MEANINGS = {
+    "unreachable": "it cannot be reached",
+    "timeout": "it does not answer in time",
+    "readonly": "it is a replica and takes no writes",
+    "full": "it takes no writes: its memory (maxmemory under noeviction) or its disk is full",
+    "busy": "it is busy with somebody's script",
+    "loading": "it is still loading its data",
+    "moved": "it is a node of a Redis Cluster, which is not supported; name a single primary",
+    "other": "it refused a command",
+}
+
+
 class RedisUnavailableError(Exception):
-    """Redis can not be reached, or refused the command."""
+    """Redis cannot be reached, or refused the command. `reason` is one of REASONS."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(_MEANINGS[reason] + (f" ({detail})" if detail else ""))
+        self.reason = reason
+
+    @property
+    def still_reads(self) -> bool:
+        """Only writes are refused; what is there can be read."""
+        return self.reason in ("readonly", "full")
 
 
 def redis_url(env: Mapping[str, str]) -> str | None:
@@ -48,7 +85,11 @@ def redis_url(env: Mapping[str, str]) -> str | None:
 
 
 class RedisClient:
-    """A pool of connections. With Redis gone, a command raises RedisUnavailableError within a quarter second."""
+    """A pool of connections. With Redis gone, a command raises RedisUnavailableError within a quarter second.
+
+    After any error the next command connects anew: after a failover the address names another server, and the one
+    that was the primary keeps its connections and answers READONLY for ever.
+    """
 
     def __init__(self, url: str) -> None:
         # Any: the client's types leave open whether values are bytes or text; here they are bytes.
@@ -66,8 +107,11 @@ class RedisClient:
         try:
             yield self._redis
         except (RedisError, OSError, TimeoutError) as error:
+            with suppress(RedisError, OSError, TimeoutError):
+                # Those in use belong to commands that will fail by themselves.
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
             # The error's own message can quote the URL.
-            raise RedisUnavailableError(type(error).__name__) from None
+            raise RedisUnavailableError(_reason(error), type(error).__name__) from None
 
     async def script(self, script: str, key: str, *arguments: str | bytes | int) -> Any:
         """Runs a Lua script on one key: it compares and acts in one step."""
@@ -77,3 +121,12 @@ class RedisClient:
     async def close(self) -> None:
         async with self.commands() as redis:
             await redis.aclose()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ResponseError | BusyLoadingError):
+        code = getattr(error, "status_code", None) or str(error).partition(" ")[0]
+        return _REASON_OF_CODE.get(code, "other")
+    if isinstance(error, RedisTimeoutError | TimeoutError):
+        return "timeout"
+    return "unreachable" if isinstance(error, RedisConnectionError | OSError) else "other"

@@ -9,27 +9,28 @@ from typing import TypeVar
 
 from pager.errors import PoolStoreUnavailable
 from pager.routing.named import NamedPool
-from router_service.breaker import Breaker
+from router_service.breaker import StoreBreaker
 from router_service.pool_store import Listing
 from router_service.redis_client import RedisUnavailableError
 from router_service.redis_pools import RedisPools
 
 MAX_CACHED = 256
 Answer = TypeVar("Answer")
+Way = Callable[[Callable[[], Awaitable[Answer]]], Awaitable[Answer]]
 
 
 class SharedPools:
     """A PoolStore. Redis is asked every time, so that no router goes on with a pool that another one deleted or
     replaced; while it is away, a pool that was used here before can still be used."""
 
-    def __init__(self, shared: RedisPools, breaker: Breaker) -> None:
+    def __init__(self, shared: RedisPools, breaker: StoreBreaker) -> None:
         self._shared = shared
         self._breaker = breaker
         self._seen: OrderedDict[tuple[str, str], NamedPool] = OrderedDict()
 
     async def find(self, tenant: str, name: str) -> NamedPool | None:
         try:
-            found = await self._ask(lambda: self._shared.find(tenant, name))
+            found = await self._ask(self._breaker.read, lambda: self._shared.find(tenant, name))
         except PoolStoreUnavailable:
             seen = self._seen.get((tenant, name))
             if seen is None:
@@ -39,20 +40,20 @@ class SharedPools:
         return found
 
     async def add(self, tenant: str, named: NamedPool) -> None:
-        await self._ask(lambda: self._shared.add(tenant, named))
+        await self._ask(self._breaker.write, lambda: self._shared.add(tenant, named))
         self._saw(tenant, named.name, named)
 
     async def replace(self, tenant: str, named: NamedPool) -> None:
-        await self._ask(lambda: self._shared.replace(tenant, named))
+        await self._ask(self._breaker.write, lambda: self._shared.replace(tenant, named))
         self._saw(tenant, named.name, named)
 
     async def delete(self, tenant: str, name: str) -> bool:
-        is_deleted = await self._ask(lambda: self._shared.delete(tenant, name))
+        is_deleted = await self._ask(self._breaker.write, lambda: self._shared.delete(tenant, name))
         self._saw(tenant, name, None)
         return is_deleted
 
     async def all_of(self, tenant: str) -> Listing:
-        return await self._ask(lambda: self._shared.all_of(tenant))
+        return await self._ask(self._breaker.read, lambda: self._shared.all_of(tenant))
 
     async def close(self) -> None:
         with suppress(RedisUnavailableError):
@@ -65,19 +66,13 @@ class SharedPools:
         while len(self._seen) > MAX_CACHED:
             self._seen.popitem(last=False)
 
-    async def _ask(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
-        if not self._breaker.allows():
-            raise self._unavailable()
+    async def _ask(self, way: Way[Answer], question: Callable[[], Awaitable[Answer]]) -> Answer:
+        """`way` is the breaker's read or write. Raises PoolStoreUnavailable."""
         try:
-            answer = await question()
-        except RedisUnavailableError:
-            self._breaker.failed()
-            raise self._unavailable() from None
-        self._breaker.succeeded()
-        return answer
-
-    def _unavailable(self) -> PoolStoreUnavailable:
-        return PoolStoreUnavailable(
-            "the store of named pools (Redis) does not answer; retry later, or give the pool's experts instead",
-            retry_after_s=max(0.1, self._breaker.pause_s),
-        )
+            return await way(question)
+        except RedisUnavailableError as error:
+            raise PoolStoreUnavailable(
+                f"the store of named pools (Redis) does not serve this now: {error}; retry later, or give the pool's "
+                "experts instead",
+                retry_after_s=max(0.1, self._breaker.pause_s),
+            ) from None

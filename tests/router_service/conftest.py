@@ -281,12 +281,23 @@ class RedisProcess:
         self.process.wait()
 
 
-def start_redis(directory: Any, port: int | None = None) -> RedisProcess:
+def start_redis(directory: Any, port: int | None = None, *options: str) -> RedisProcess:
     if port is None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    command = [
+        "redis-server",
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--dir",
+        str(directory),
+        *options,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end_s = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < end_s:
@@ -300,13 +311,13 @@ def start_redis(directory: Any, port: int | None = None) -> RedisProcess:
 
 @pytest.fixture
 def redis_at(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RedisProcess]]:
-    """Starts a Redis, on a port of choice when one is given."""
+    """Starts a Redis, on a port of choice when one is given, with options of redis-server."""
     # One that lives may take its time, as it does on a busy machine; one that was killed refuses at once.
     monkeypatch.setattr("router_service.redis_client.TIMEOUT_S", 60.0)
     started: list[RedisProcess] = []
 
-    def start(port: int | None = None) -> RedisProcess:
-        started.append(start_redis(tmp_path, port))
+    def start(port: int | None = None, *options: str) -> RedisProcess:
+        started.append(start_redis(tmp_path, port, *options))
         return started[-1]
 
     yield start

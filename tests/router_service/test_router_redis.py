@@ -7,10 +7,12 @@ import asyncio
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from pager.errors import ConfigError
 from pager.types import ExpertPool
-from router_service.breaker import Breaker
+from router_service.breaker import Breaker, StoreBreaker
 from router_service.hints import WorkerHolds, encode_pool
 from router_service.local_hints import InProcessHints
 from router_service.redis_client import RedisUnavailableError, redis_url
@@ -142,7 +144,7 @@ def test_the_breaker_pauses_longer_after_every_failure():
 
 async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_back(redis_at, facts):
     redis, clock, degraded = redis_at(), Clock(), []
-    breaker = Breaker(degraded.append, clock, jitter=lambda: 1.0)
+    breaker = StoreBreaker(degraded.append, clock=clock, jitter=lambda: 1.0)
     hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
     await hints.remember_pool(["k"], POOL)
     assert await hints.claim("r", "t")
@@ -165,6 +167,143 @@ async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_
     assert await peer.claim("r", "t")
     await hints.close()
     await peer.close()
+
+
+# --- when it is there and refuses -----------------------------------------------------------------------------------
+
+
+class Address:
+    """A TCP address that passes connections on to a port which changes; those that are open stay where they are."""
+
+    def __init__(self, port: int) -> None:
+        self.behind = port
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> str:
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.behind)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            self._tasks.add(asyncio.create_task(self._copy(source, sink)))
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(1 << 16):
+                sink.write(data)
+        finally:
+            sink.close()
+
+    async def close(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def replicate(redis, primary) -> None:
+    """Has `redis` follow `primary`, read-only; None makes it a primary again."""
+    async with Redis.from_url(redis.url) as client:
+        await client.execute_command("REPLICAOF", *(("127.0.0.1", primary.port) if primary else ("NO", "ONE")))
+
+
+async def test_after_a_failover_the_next_command_goes_to_the_new_primary(redis_at, facts):
+    old, new = redis_at(), redis_at()
+    address = Address(old.port)
+    store = RedisHints(await address.open(), facts, "f")
+    await store.remember_pool(["k"], POOL)
+    await replicate(old, new)
+    address.behind = new.port
+    with pytest.raises(RedisUnavailableError, match="replica") as caught:
+        await store.remember_pool(["k"], POOL)
+    assert caught.value.reason == "readonly"
+    await store.remember_pool(["k"], POOL)  # a connection that was kept would still lead to the old one
+    assert await store.claim("r", "t")
+    assert await store.find_pool(["k"]) == POOL
+    await store.close()
+    await address.close()
+
+
+async def test_a_redis_that_takes_no_writes_goes_on_to_answer_reads_and_counts_as_degraded(redis, redis_at, facts):
+    clock, degraded, reasons = Clock(), [], []
+    breaker = StoreBreaker(degraded.append, reasons.append, clock, jitter=lambda: 1.0)
+    hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
+    await replicate(redis, redis_at())
+    await hints.remember_pool(["k"], POOL)
+    assert (degraded, reasons) == ([True], ["readonly"])
+    async with Redis.from_url(redis.url) as client:  # its own data went when it became a replica
+        await client.config_set("replica-read-only", "no")
+        await client.set("expert-pager:1:f:pool:theirs", encode_pool(POOL))
+        await client.config_set("replica-read-only", "yes")
+    assert await hints.find_pool(["theirs"]) == POOL, "read from Redis although writes are refused"
+    assert breaker.is_degraded, "a read that succeeds does not hide that writes are refused"
+    clock.now_s = 1.0
+    await hints.heartbeat({"w0": HOLDS})
+    assert (degraded, reasons) == ([True, True], ["readonly", "readonly"])
+    await replicate(redis, None)
+    clock.now_s = 100.0
+    await hints.heartbeat({"w0": HOLDS})
+    assert degraded == [True, True, False]
+    await hints.close()
+
+
+async def test_a_full_redis_says_so(redis, redis_client, facts):
+    store = RedisHints(redis.url, facts, "f")
+    await store.remember_pool(["k"], POOL)
+    await redis_client.config_set("maxmemory-policy", "noeviction")
+    await redis_client.config_set("maxmemory", "1")
+    with pytest.raises(RedisUnavailableError, match="noeviction") as caught:
+        await store.remember_pool(["l"], POOL)
+    assert (caught.value.reason, caught.value.still_reads) == ("full", True)
+    with pytest.raises(RedisUnavailableError) as caught:
+        await store.claim("r", "t")  # in a transaction
+    assert caught.value.reason == "full"
+    assert await store.find_pool(["k"]) == POOL
+    await redis_client.config_set("maxmemory", "0")
+    assert await store.claim("r", "t")
+    await store.close()
+
+
+async def test_a_redis_that_runs_a_script_for_ever_is_left_alone_and_asked_again(redis, redis_client, facts):
+    await redis_client.config_set("busy-reply-threshold", 1)
+    breaker = StoreBreaker(clock=(clock := Clock()), jitter=lambda: 1.0)
+    hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
+    async with Redis.from_url(redis.url) as other:
+        script = asyncio.ensure_future(other.eval("while true do end", 0))
+        while not breaker.is_degraded:
+            await hints.residency()
+        with pytest.raises(RedisUnavailableError, match="somebody's script"):
+            await breaker.read(hints.residency)
+        await redis_client.script_kill()
+        with pytest.raises(ResponseError):
+            await script
+    clock.now_s = 1.0
+    await hints.heartbeat({"w0": HOLDS})
+    assert not breaker.is_degraded
+    await hints.close()
+
+
+async def test_a_node_of_a_redis_cluster_is_named(redis_at, facts):
+    store = RedisHints(redis_at(None, "--cluster-enabled", "yes").url, facts, "f")
+    with pytest.raises(RedisUnavailableError, match="single primary") as caught:
+        await store.remember_pool(["k"], POOL)
+    assert caught.value.reason == "moved"
+    await store.close()
+
+
+async def test_a_refused_write_is_counted_by_its_reason_and_named_to_whom_it_concerns(serve, redis, redis_client):
+    async with serve(redis_url=redis.url) as service:
+        await answer(service, request())
+        await redis_client.config_set("maxmemory-policy", "noeviction")
+        await redis_client.config_set("maxmemory", "1")
+        while service.metric("redis_degraded") == 0:
+            await answer(service, request())
+        assert service.metric("redis_failures_total", reason="full") >= 1
+        calibrate = pb.CalibrateRequest(name="law", examples=[pb.Example(text=b"abc")], pool=pb.PoolPolicy(count=3))
+        with pytest.raises(grpc.aio.AioRpcError, match="noeviction") as caught:
+            await service.stub.Calibrate(calibrate)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 # --- the service ----------------------------------------------------------------------------------------------------

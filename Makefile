@@ -24,12 +24,13 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest check bench bench-scale train evidence screenshots corpus redis kubectl prometheus chromium docs proto clean
+.PHONY: help install demo test test-all test-oldest check bench bench-scale train evidence screenshots corpus redis kubectl prometheus chromium docs site proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
 	@echo "make test    run all tests, then the model-level ones on transformers $(OLDEST_TRANSFORMERS)"
-	@echo "make check   ruff, mypy, import-linter"
+	@echo "make check   ruff, mypy, import-linter, the documentation site"
+	@echo "make site    build the documentation into build/site; make docs writes docs/metrics.md again"
 	@echo "make bench   measure on this machine, 30 minutes; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"
 	@echo "make bench-scale  serve 27 GB of experts on this machine; writes as much to build/ for as long as it runs"
 	@echo "make train CORPUS=DIR     train both reference models again; goes on where it was stopped"
@@ -69,6 +70,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory site
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.exactness tests/data/golden/ckpt_emo_tiny
@@ -139,6 +141,10 @@ chromium:
 
 docs: $(INSTALLED)
 	PYTHONPATH=protos $(BIN)/python -m router_service.metrics_catalogue > docs/metrics.md
+
+# The documentation as pages to browse, in build/site. Strict: a broken link or a page outside of the navigation fails.
+site: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=protos $(BIN)/mkdocs build --quiet
 
 proto: $(INSTALLED)
 	$(BIN)/python protos/generate.py

@@ -49,6 +49,7 @@ class ExpertPagerStub:
     Abort: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.AbortRequest, _expert_pager_pb2.AbortResponse]
     """Ends a request of the caller's own tenant, whichever router it went through. Idempotent."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.GetModelRequest, _expert_pager_pb2.GetModelResponse]
+    """The model that is served, its limits, and what the memory planner decided."""
     GetResidency: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.GetResidencyRequest, _expert_pager_pb2.GetResidencyResponse]
     """Which experts every worker holds right now."""
 
@@ -68,6 +69,7 @@ class ExpertPagerAsyncStub(ExpertPagerStub):
     Abort: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.AbortRequest, _expert_pager_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends a request of the caller's own tenant, whichever router it went through. Idempotent."""
     GetModel: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.GetModelRequest, _expert_pager_pb2.GetModelResponse]  # type: ignore[assignment]
+    """The model that is served, its limits, and what the memory planner decided."""
     GetResidency: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.GetResidencyRequest, _expert_pager_pb2.GetResidencyResponse]  # type: ignore[assignment]
     """Which experts every worker holds right now."""
 
@@ -125,7 +127,8 @@ class ExpertPagerServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _expert_pager_pb2.GetModelRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_expert_pager_pb2.GetModelResponse, _abc.Awaitable[_expert_pager_pb2.GetModelResponse]]: ...
+    ) -> _typing.Union[_expert_pager_pb2.GetModelResponse, _abc.Awaitable[_expert_pager_pb2.GetModelResponse]]:
+        """The model that is served, its limits, and what the memory planner decided."""
 
     @_abc_1.abstractmethod
     def GetResidency(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
+import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pager.errors import CheckpointError, ConfigError, InsufficientDisk
+from pager.errors import CheckpointError, ConfigError, InsufficientDisk, PagerError
 from pager.store.datafile import raw_bytes
 from pager.store.experts import ExpertNames, find_experts
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader
@@ -25,12 +29,17 @@ from pager.store.safetensors_index import Checkpoint
 from pager.types import ExpertKey, ExpertShape
 from pager.units import format_bytes
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
 _SIDE_FILES = (
     "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*", "*.model", "LICENSE*", "README*",
 )  # fmt: skip
+
+
+_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +80,7 @@ def pack(
     InsufficientDisk before anything is written or when the disk runs full.
     """
     out = Path(out_dir)
-    if out.exists():
-        raise ConfigError(f"{out} already exists; choose another directory or remove it")
+    _check_absent(out)
     if dtype is not None and not (dtype.is_floating_point and dtype in DTYPE_NAMES):
         raise ConfigError(f"experts can not be packed as {dtype}; use float32, bfloat16 or float16")
     with Checkpoint.open(source_dir) as checkpoint:
@@ -111,27 +119,74 @@ def _plan(
 @contextmanager
 def _appearing(out: Path, needed: int) -> Iterator[Path]:
     """A directory to fill, which becomes `out` at the end; removed if anything goes wrong, an interrupt included."""
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    if partial.exists():
-        raise ConfigError(f"{partial} was left by a pack that was killed, or is in use; remove it if it is not")
+    partial = out.with_name(f"{out.name}{_PARTIAL}{secrets.token_hex(8)}")
+    lock = None
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(partial.parent).free
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_absent(out)
+        lock = _begin(out, partial)
+        free = shutil.disk_usage(partial).free
         if free < needed:
             raise InsufficientDisk(
                 f"packing into {out} needs {format_bytes(needed)} and {format_bytes(free)} are free there; "
                 "free some space, choose another disk, or pack as bfloat16"
             )
-        partial.mkdir()
         yield partial
         _sync_directory(partial)
         partial.rename(out)
         _sync_directory(out.parent)
+    except PagerError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise _write_error(out, error) from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _check_absent(out: Path) -> None:
+    """Raises ConfigError, also for a link that leads nowhere: a directory cannot take its place."""
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} already exists; choose another directory or remove it")
+
+
+def _begin(out: Path, partial: Path) -> int | None:
+    """Makes `partial` and locks it, so that others see it in use for as long as this process lives.
+
+    What a pack into `out` that was killed has left is removed. Raises ConfigError where another process packs there.
+    """
+    parent = _try_lock(out.parent)  # for this moment: nobody takes a directory that is not locked yet for one left
+    try:
+        for left in out.parent.glob(f"{glob.escape(out.name + _PARTIAL)}*") if parent is not None else ():
+            lock = _try_lock(left)
+            if lock is None:
+                raise ConfigError(f"another process is packing into {out}; wait for it, or choose another directory")
+            log.warning("removing %s, which a pack that was killed has left", left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+        partial.mkdir()
+        return _try_lock(partial)
+    finally:
+        if parent is not None:
+            os.close(parent)
+
+
+def _try_lock(directory: Path) -> int | None:
+    """A descriptor that holds the directory's lock until it is closed or its process ends.
+
+    None where another process has it, or the file system has no such locks: then nothing there can be told to be left.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        os.close(descriptor)
+        return None
 
 
 def _write_error(out: Path, error: OSError) -> InsufficientDisk | ConfigError:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -88,12 +89,52 @@ def test_an_existing_directory_is_left_alone(sharded, model, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_a_killed_pack_left_is_told_and_left_alone(sharded, model, tmp_path):
-    left = tmp_path / f"out.partial-{os.getpid()}"
-    left.mkdir()
-    with pytest.raises(ConfigError, match=rf"{left.name} was left"):
-        model.pack(sharded, tmp_path / "out")
-    assert left.exists()
+def test_what_a_killed_pack_left_is_removed_when_it_is_tried_again(sharded, model, tmp_path):
+    """Also by a process of the same number, as every job in a container has."""
+    for name in (f"out.partial-{os.getpid()}", "out.partial-0123456789abcdef"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "experts.pack").write_bytes(b"half")
+    (tmp_path / "out2.partial-1").mkdir()
+    model.pack(sharded, tmp_path / "out")
+    assert verify(tmp_path / "out").ok
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out2.partial-1", sharded.name]
+
+
+def test_a_directory_that_another_pack_fills_is_left_alone(sharded, model, tmp_path):
+    refusals = []
+
+    def pack_too(done: int, total: int) -> None:
+        if not refusals:
+            with pytest.raises(ConfigError, match="another process is packing into") as caught:
+                model.pack(sharded, tmp_path / "out")
+            refusals.append(caught.value)
+            model.pack(sharded, tmp_path / "other")
+
+    model.pack(sharded, tmp_path / "out", progress=pack_too)
+    assert verify(tmp_path / "out").ok
+    assert verify(tmp_path / "other").ok
+
+
+def test_a_killed_process_leaves_no_lock(sharded, model, tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            model.pack(sharded, tmp_path / "out", progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert list(tmp_path.glob("out.partial-*"))
+    model.pack(sharded, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", sharded.name]
+
+
+def test_a_link_that_leads_nowhere_is_refused_before_the_work(sharded, model, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere" / "out")
+    with pytest.raises(ConfigError, match="already exists"):
+        model.pack(sharded, tmp_path / "out", progress=lambda done, total: pytest.fail("it has begun"))
+    with pytest.raises(ConfigError, match="already exists"):
+        model.pack(sharded, tmp_path / "new" / ".." / sharded.name / "config.json")
+    assert not list(tmp_path.glob("**/*.partial-*"))
 
 
 def test_a_pack_is_not_packed_again(packed, model, tmp_path):

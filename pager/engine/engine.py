@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from pager import at_exit
 from pager.cache.holding import Meanwhile
 from pager.engine.decoding import Decoder, Outcome
+from pager.engine.detokenizer import TokenTexts
 from pager.engine.inbox import Inbox
 from pager.engine.intake import Intake
 from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent
@@ -58,7 +59,7 @@ class Engine:
         """
         config = paged.model.config
         self._paged = paged
-        self._tokenizer: Tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._texts = TokenTexts(getattr(tokenizer, "backend_tokenizer", tokenizer))
         # Beyond these the plan has no working memory.
         self._max_running = min(limits.max_running, paged.plan.max_running)
         self._prefill_chunk_tokens = min(limits.prefill_chunk_tokens, PREFILL_CHUNK_TOKENS)
@@ -98,7 +99,7 @@ class Engine:
             if not left_s > 0:
                 raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the request came", field="deadline")
             deadline_s = now_s + left_s
-        sequence = Sequence(request, self._tokenizer, now_s, deadline_s)
+        sequence = Sequence(request, self._texts, now_s, deadline_s)
         if sequence.policy.fixed is not None:
             check_pool(sequence.policy.fixed, self._paged.facts)
         self._paged.slots_needed(sequence.policy)

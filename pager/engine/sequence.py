@@ -7,11 +7,9 @@ from collections.abc import Container, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
 
-from tokenizers import Tokenizer
-
 from pager.cache.lease import Lease
 from pager.cache.usage import Tier, TierReads, UsageMeter
-from pager.engine.detokenizer import Detokenizer, StopMatcher
+from pager.engine.detokenizer import Detokenizer, StopMatcher, TokenTexts
 from pager.engine.documents import DocumentRouting
 from pager.engine.kv import BlockPool
 from pager.engine.loading import PagedModel
@@ -28,7 +26,7 @@ class Sequence:
     It waits, then holds KV blocks, a lease and a document until it ends.
     """
 
-    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, now_s: float, deadline_s: float) -> None:
+    def __init__(self, request: GenerateRequest, texts: TokenTexts, now_s: float, deadline_s: float) -> None:
         self.request = request
         self.policy = effective_policy(request)
         self.submitted_s = now_s
@@ -46,7 +44,7 @@ class Sequence:
         self.has_ended = False
         self._meter = UsageMeter()
         self._is_prefetched = False
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(texts, request.prompt_token_ids)
         self._stops = StopMatcher(request.sampling.stop)
 
     @property

@@ -9,7 +9,7 @@ import tempfile
 from importlib.resources import files as package_files
 from pathlib import Path
 
-import click
+import typer
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto
 from grpc_tools import protoc
@@ -30,7 +30,7 @@ def cli_page() -> str:
     from pager.cli.app import app
 
     command = get_command(app)
-    text = get_docs_for_click(obj=command, ctx=click.Context(command, info_name="expert-pager"), name="expert-pager")
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="expert-pager"), name="expert-pager")
     return text.replace("# `expert-pager`\n", "# Command line\n", 1)
 
 

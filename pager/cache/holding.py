@@ -10,8 +10,8 @@ from pager.errors import ExpertUnavailable
 from pager.types import ExpertKey
 
 Meanwhile = Callable[[], float | None]
-"""Called by who waits for a read, with no lock held: work for the time. When to be called again at the latest, in
-seconds; None where there is nothing to do."""
+"""Called by whoever waits for a read, with no lock held: work for the time. When to be called again at the latest, in
+seconds; None where there is nothing to do. What it raises ends the wait."""
 
 
 @dataclass(slots=True, eq=False)

@@ -182,14 +182,12 @@ class Ledger:
             must_wait = self._must_wait(holding, keys)
         if must_wait:
             started = time.perf_counter()
-            while must_wait:
-                due_s = self.meanwhile() if self.meanwhile is not None else None
-                with self._changed:
-                    self._changed.wait_for(lambda: not self._must_wait(holding, keys), due_s)
-                    must_wait = self._must_wait(holding, keys)
-            stalled_s = time.perf_counter() - started
-            holding.meter.stall_s += stalled_s
-            self._observer.stalled(stalled_s, holding.cause)
+            try:
+                self._wait_until(lambda: not self._must_wait(holding, keys))
+            finally:
+                stalled_s = time.perf_counter() - started
+                holding.meter.stall_s += stalled_s
+                self._observer.stalled(stalled_s, holding.cause)
         with self.lock:
             if holding.failed is not None:
                 raise holding.failed
@@ -203,12 +201,23 @@ class Ledger:
 
         False when there is no slot to be had even after them.
         """
-        with self._changed:
-            while self.index.num_unreserved <= 0:
-                if all(load.waiters for load in self._loads.values()):
-                    return False
-                self._changed.wait()
-            return True
+
+        def has_room() -> bool:
+            return self.index.num_unreserved > 0
+
+        self._wait_until(lambda: has_room() or all(load.waiters for load in self._loads.values()))
+        with self.lock:
+            return has_room()
+
+    def _wait_until(self, is_over: Callable[[], bool]) -> None:
+        """Returns when `is_over`, which is asked under the lock; `meanwhile` is called until then, and may raise."""
+        while True:
+            with self.lock:
+                if is_over():
+                    return
+            due_s = self.meanwhile() if self.meanwhile is not None else None
+            with self._changed:
+                self._changed.wait_for(is_over, due_s)
 
     @staticmethod
     def _must_wait(holding: Holding, keys: Collection[ExpertKey]) -> bool:

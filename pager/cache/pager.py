@@ -87,6 +87,11 @@ class ExpertPager:
         """The budget: slots for paged experts. Always-resident ones have their own."""
         return self.slots.num_slots
 
+    @property
+    def progress(self) -> int:
+        """A number that grows while bytes arrive in slots, and stands still where none do."""
+        return self._tiers.bytes_read + self._ledger.counts.bytes_from_host
+
     def reserve(self, num_slots: int, usage: UsageMeter | None = None) -> Lease | None:
         """Promises slots for experts that are not known yet, all or nothing; None when they are not to be had now.
 

@@ -78,6 +78,11 @@ class Tiers:
         self._host = host
         self._bad_on_disk = Quarantine(retry_after_s, clock)
 
+    @property
+    def bytes_read(self) -> int:
+        """From the disk; grows in the middle of a read too."""
+        return self._source.bytes_read
+
     def fetch(self, slots: Mapping[ExpertKey, int], on_most: Callable[[], None] | None = None) -> Outcomes:
         """Puts each expert into its slot and the map; yields each as it is there, or why no tier has it.
 

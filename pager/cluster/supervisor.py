@@ -71,6 +71,8 @@ class WorkerSupervisor:
         self._resident: tuple[int, ...] = ()
         self._num_losses = 0
         self._num_restarts = 0
+        self._progress: int | None = None
+        self._progressed_s = 0.0
         self._task = asyncio.create_task(self._supervise(), name=f"supervise {worker_id}")
 
     def view(self) -> WorkerView:
@@ -180,15 +182,19 @@ class WorkerSupervisor:
                 health: Health = await process.actor.health.remote()
         except TimeoutError:
             raise Lost(WorkerState.HUNG, f"does not say how it is within {answer_within_s:g} s") from None
-        if health.step_age_s is not None and health.step_age_s > self._step_timeout_s:
+        now_s = time.monotonic()
+        if health.progress is None or health.progress != self._progress:
+            self._progress, self._progressed_s = health.progress, now_s
+        elif now_s - self._progressed_s > self._step_timeout_s:
             raise Lost(
                 WorkerState.HUNG,
-                f"one step has been running for {health.step_age_s:.1f} s; {self._step_timeout_s:g} s are allowed",
+                f"for {now_s - self._progressed_s:.1f} s its step has read no byte and computed no layer; "
+                f"workers.step_timeout_s allows {self._step_timeout_s:g} s",
             )
 
     async def _tear_down(self, *, gracefully: bool) -> None:
         """Can be cancelled, and called again: what is not ended yet is still known."""
-        self._ready = None
+        self._ready = self._progress = None
         self._load, self._resident = pb.Load(), ()
         self._on_change()
         if self.link is not None:

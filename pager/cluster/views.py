@@ -13,7 +13,7 @@ class WorkerState(StrEnum):
     STARTING = "starting"  # its process starts, or loads the model
     READY = "ready"
     DRAINING = "draining"  # takes nothing new and ends what it has; then its process ends, and another starts
-    HUNG = "hung"  # a step takes longer than the watchdog allows; it is being killed
+    HUNG = "hung"  # a step makes no progress for longer than the watchdog allows; it is being killed
     DEAD = "dead"  # its process is gone, or could not load; it is started again after a pause
 
 
@@ -76,8 +76,8 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`step_age_s` is how long the engine's current step has been running; None between steps."""
+    """`progress` is the engine's within a step, a number that changes with all it gets done; None between steps."""
 
-    step_age_s: float | None
+    progress: int | None
     waiting: int = 0
     running: int = 0

@@ -51,7 +51,9 @@ class Status(EngineLoad, Protocol):
     """What a worker reads of the engine's status."""
 
     @property
-    def last_step_started_monotonic_s(self) -> float | None: ...
+    def is_stepping(self) -> bool: ...
+    @property
+    def progress(self) -> int: ...
 
 
 class WorkerEngine(TokenEngine, Protocol):
@@ -157,11 +159,9 @@ class Worker:
 
     def health(self) -> Health:
         if self._ready is None or self._loaded is None:
-            return Health(step_age_s=None)
+            return Health(progress=None)
         status = self._loaded.engine.status()
-        started_s = status.last_step_started_monotonic_s
-        age_s = None if started_s is None else max(0.0, time.monotonic() - started_s)
-        return Health(age_s, status.waiting, status.running)
+        return Health(status.progress if status.is_stepping else None, status.waiting, status.running)
 
     def drain(self, timeout_s: float) -> None:
         """Takes no new requests, lets those it has end for so long, fails the rest with NotReady, and closes. Blocks.

@@ -6,6 +6,7 @@ D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,10 +47,16 @@ def attend(
     *,
     scaling: float | None = None,
     kv_step: KvStep | None = None,
+    on_layer: Callable[[], None] | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] → ([B, S, H, D], None)."""
+    """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] → ([B, S, H, D], None).
+
+    `on_layer` is called first, before the layer writes anything; what it raises leaves the forward.
+    """
     assert kv_step is not None, "a model set up for the engine runs through its ModelRunner only"
+    if on_layer is not None:
+        on_layer()
     cache, layer = kv_step.cache, int(module.layer_idx)  # type: ignore[arg-type]
     cache.k[layer].index_copy_(0, kv_step.write_T, key.transpose(1, 2).flatten(0, 1))
     cache.v[layer].index_copy_(0, kv_step.write_T, value.transpose(1, 2).flatten(0, 1))

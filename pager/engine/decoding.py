@@ -15,7 +15,7 @@ from pager.cache.holding import Meanwhile
 from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.graphs import GroupGraph, Recorder, Step, capture_on
 from pager.engine.loading import PagedModel
-from pager.engine.runner import DecodeBatch, ModelRunner
+from pager.engine.runner import Check, DecodeBatch, ModelRunner
 from pager.engine.sampler import NOT_FINITE, Sampler
 from pager.engine.sequence import Sequence
 from pager.errors import PagerError
@@ -48,16 +48,26 @@ class Decoder:
         self.num_decode_forwards = 0
         self.forward_s = 0.0
 
-    def prefill(self, sequence: Sequence, num_tokens: int, *, meanwhile: Meanwhile | None = None) -> Outcome | None:
+    @property
+    def num_layers_run(self) -> int:
+        """Of all forwards, the present one included; for any thread."""
+        return self._runner.num_layers_run
+
+    def prefill(
+        self, sequence: Sequence, num_tokens: int, *, meanwhile: Meanwhile | None = None, check: Check | None = None
+    ) -> Outcome | None:
         """Runs the next `num_tokens` of the prompt. The first token of the answer after the last of them, else None.
 
-        `meanwhile` is called where it waits for reads, and may decode others.
+        `meanwhile` is called where it waits for reads, and may decode others; `check` between two layers. Where either
+        raises, the forward is left and the error is the outcome.
         """
         start, prompt = sequence.num_prefilled, sequence.request.prompt_token_ids
         token_ids = prompt[start : start + num_tokens]
         try:
             with self._timed(), self._paged.step([_document(sequence)], prefill=True, meanwhile=meanwhile):
-                logits_1V = self._runner.prefill(token_ids, sequence.blocks, start, prompt_tokens=len(prompt))
+                logits_1V = self._runner.prefill(
+                    token_ids, sequence.blocks, start, prompt_tokens=len(prompt), check=check
+                )
             sequence.num_prefilled += len(token_ids)
             if sequence.num_prefilled < len(prompt):
                 return None
@@ -65,15 +75,22 @@ class Decoder:
         except Exception as error:
             return _told(error)
 
-    def decode(self, name: str, sequences: Iterable[Sequence], *, meanwhile: Meanwhile | None = None) -> list[Outcome]:
+    def decode(
+        self,
+        name: str,
+        sequences: Iterable[Sequence],
+        *,
+        meanwhile: Meanwhile | None = None,
+        check: Check | None = None,
+    ) -> list[Outcome]:
         """The next token of each, by one forward. `name` says which group of the last step this continues.
 
-        `meanwhile` is called where it waits for reads, and may decode others.
-        Where an expert can not be had, each sequence runs by itself, so that only those that need it fail.
+        `meanwhile` and `check` are called as in `prefill`.
+        Where an expert cannot be had, each sequence runs by itself, so that only those that need it fail.
         """
         group = self._group(name, tuple(sequences))
         try:
-            return self._run(group, meanwhile)
+            return self._run(group, meanwhile, check)
         except Exception as error:
             self._groups.pop(name, None)
             if not isinstance(error, PagerError) or len(group.sequences) == 1:
@@ -81,12 +98,12 @@ class Decoder:
         outcomes: list[Outcome] = []
         for sequence in group.sequences:
             try:
-                outcomes += self._run(self._new_group((sequence,)), meanwhile)
+                outcomes += self._run(self._new_group((sequence,)), meanwhile, check)
             except Exception as error:
                 outcomes.append(_told(error))
         return outcomes
 
-    def _run(self, group: _Group, meanwhile: Meanwhile | None) -> list[Outcome]:
+    def _run(self, group: _Group, meanwhile: Meanwhile | None, check: Check | None) -> list[Outcome]:
         batch, sampler = group.batch, group.sampler
         with self._timed(), self._paged.step(group.documents, meanwhile=meanwhile) as routing:
             padded = replay = None
@@ -94,7 +111,7 @@ class Decoder:
                 padded = self._runner.padded_context(batch)
                 replay = self._replay(group, routing, padded)
             if replay is None:
-                logits_BV = self._runner.decode(batch, padded)
+                logits_BV = self._runner.decode(batch, padded, check=check)
             else:
                 sampler.draw()
                 token_B = replay()

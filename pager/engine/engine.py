@@ -11,13 +11,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 
 from pager import at_exit
-from pager.cache.holding import Meanwhile
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.detokenizer import TokenTexts
 from pager.engine.inbox import Inbox
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 ADMISSION_RETRY_S = 0.01  # reads that end free slots without telling
 ADMISSION_TRIES = 8  # a step, so that a long line costs a step little
 IDLE_POLL_S = 0.002
+CHECK_S = 0.05  # how often a forward that waits for reads looks for who is cancelled or overdue
 
 
 class Engine:
@@ -53,7 +54,7 @@ class Engine:
         sink: Callable[[list[StreamEvent]], None],
         observer: EngineObserver | None = None,
     ) -> None:
-        """`sink` is called by the thread that steps, at most once a step, with everything that happened in it.
+        """`sink` is called by the thread that steps: after each step and, in a long one, with what happened so far.
 
         Raises UnsupportedModel where the model cannot run over KV blocks, or requests not beside each other.
         """
@@ -78,7 +79,9 @@ class Engine:
         self._events: list[StreamEvent] = []
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
-        self._step_started_s: float | None = None
+        self._in_forward: Ordered[Sequence] = ()  # of a forward that may take long: nothing of theirs is given back
+        self._is_stepping = False
+        self._num_steps_begun = 0
         self._next_decode_s = 0.0
         self._num_tokens = 0
         self._num_steps = 0
@@ -106,7 +109,9 @@ class Engine:
         self._inbox.put(sequence)
 
     def cancel(self, request_id: str, tenant: str | None = None) -> bool:
-        """Ends the request before the next step, with Failure(Cancelled). False when that tenant has none such."""
+        """Ends the request with Failure(Cancelled): before the next step or, where a long forward runs for it alone,
+        before the next layer. False when that tenant has none such.
+        """
         return self._inbox.cancel(request_id, tenant)
 
     def status(self) -> EngineStatus:
@@ -116,7 +121,8 @@ class Engine:
             running=running,
             kv_blocks_used=self._blocks.num_used,
             kv_blocks_total=self._blocks.num_blocks,
-            last_step_started_monotonic_s=self._step_started_s,
+            is_stepping=self._is_stepping,
+            progress=self._num_steps_begun + self._decoder.num_layers_run + self._paged.pager.progress,
             num_steps=self._num_steps,
             num_decode_forwards=self._decoder.num_decode_forwards,
         )
@@ -131,7 +137,7 @@ class Engine:
         """Refuses new requests, lets the present ones end for `drain_s`, fails the rest with NotReady. Idempotent."""
         self._inbox.close()
         if self._thread is None:
-            self._fail_all(NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0))
+            self._fail_all(_shutting_down())
             return
         self._inbox.wait_until_empty(drain_s)
         self._inbox.halt()
@@ -148,7 +154,9 @@ class Engine:
 
     def step(self) -> bool:
         """Decodes a token of everybody, admits, runs one prompt at most. False when there was nothing to run."""
-        started_s = self._step_started_s = time.monotonic()
+        started_s = time.monotonic()
+        self._num_steps_begun += 1
+        self._is_stepping = True
         forward_before_s, tokens_before = self._decoder.forward_s, self._num_tokens
         try:
             self._take_in(started_s)
@@ -158,7 +166,7 @@ class Engine:
             self._prefill()  # last, so that a first token waits for no other forward
         finally:
             self._deliver()
-            self._step_started_s = None
+            self._is_stepping = False
         num_tokens = self._num_tokens - tokens_before
         if num_tokens:
             self._num_steps += 1
@@ -178,7 +186,7 @@ class Engine:
             self._next_admission_s = now_s
         for sequence in cancelled:
             if not sequence.has_ended:
-                self._fail(sequence, Cancelled("the request was cancelled"))
+                self._end_early(sequence, Cancelled("the request was cancelled"))
 
     def _end_overdue(self, now_s: float) -> None:
         if now_s < self._soonest_deadline_s:
@@ -187,39 +195,75 @@ class Engine:
         for sequence in self._inbox.live():
             if sequence.deadline_s <= now_s:
                 given = f"{len(sequence.output_ids)} of at most {sequence.request.sampling.max_tokens} tokens"
-                self._fail(sequence, DeadlineExceeded(f"the deadline passed after {given}", field="deadline"))
+                self._end_early(sequence, DeadlineExceeded(f"the deadline passed after {given}", field="deadline"))
             else:
                 self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
+
+    def _end_early(self, sequence: Sequence, error: PagerError) -> None:
+        if sequence in self._in_forward:
+            sequence.fate = sequence.fate or error
+        else:
+            self._fail(sequence, error)
+
+    @contextmanager
+    def _long_forward(self, sequences: Ordered[Sequence]) -> Iterator[None]:
+        self._in_forward = sequences
+        try:
+            yield
+        finally:
+            self._in_forward = ()
+
+    def _check(self) -> None:
+        """Between two layers of a long forward: ends whoever is cancelled or overdue, others than its own at once.
+
+        Raises, and the forward is left, when none of its sequences goes on.
+        """
+        now_s = time.monotonic()
+        self._take_in(now_s)
+        self._end_overdue(now_s)
+        self._deliver()
+        if self._inbox.is_halted:
+            raise _shutting_down()
+        if all(sequence.fate is not None for sequence in self._in_forward):
+            raise Cancelled("nobody waits for this forward any more")
 
     def _decode(self) -> None:
         """One forward for all sequences that hold their experts; a second one for the exact ones, which page."""
         able = [sequence for sequence in self._running if not sequence.awaits_experts] or self._running
         exact = [sequence for sequence in able if sequence.is_exact]
         self._decode_pooled([sequence for sequence in able if not sequence.is_exact])
-        self._decode_group("exact", exact, self._decode_meanwhile)
+        if exact:
+            with self._long_forward(exact):
+                outcomes = self._decoder.decode("exact", exact, meanwhile=self._meanwhile, check=self._check)
+            self._take_all(exact, outcomes)
 
     def _decode_pooled(self, sequences: Ordered[Sequence]) -> None:
+        if not sequences:
+            return
         started_s = time.monotonic()
-        self._decode_group("pooled", sequences)
+        self._take_all(sequences, self._decoder.decode("pooled", sequences))
         now_s = time.monotonic()
         self._next_decode_s = now_s + (now_s - started_s)
 
-    def _decode_group(self, name: str, group: Ordered[Sequence], meanwhile: Meanwhile | None = None) -> None:
-        if not group:
-            return
-        outcomes = self._decoder.decode(name, group, meanwhile=meanwhile)
+    def _take_all(self, sequences: Ordered[Sequence], outcomes: Ordered[Outcome]) -> None:
         now_s = time.monotonic()
-        for sequence, outcome in zip(group, outcomes, strict=True):
+        for sequence, outcome in zip(sequences, outcomes, strict=True):
             self._take(sequence, outcome, now_s)
             if not sequence.has_ended:
                 sequence.answer_drift()
-        self._num_tokens += len(group)
+        self._num_tokens += len(sequences)
+
+    def _meanwhile(self) -> float:
+        """While a forward waits for reads: `_check`, and a token for those that hold their experts.
+
+        In seconds, when it is to be called again.
+        """
+        self._check()
+        due_s = self._decode_meanwhile()
+        return CHECK_S if due_s is None else min(CHECK_S, due_s)
 
     def _decode_meanwhile(self) -> float | None:
-        """While a forward waits for reads: a token for those who hold their experts, as long apart as one takes.
-
-        In seconds, when the next is due.
-        """
+        """A token for those that hold their experts, as long apart as one takes. In seconds, when the next is due."""
         able = [sequence for sequence in self._running if not sequence.is_exact and not sequence.awaits_experts]
         if not able:
             return None
@@ -261,8 +305,10 @@ class Engine:
             num_tokens = min(num_tokens, self._prefill_chunk_tokens)
         if not sequence.num_prefilled:
             sequence.prefill_started_s = time.monotonic()
-        outcome = self._decoder.prefill(sequence, num_tokens, meanwhile=self._decode_meanwhile)
+        with self._long_forward([sequence]):
+            outcome = self._decoder.prefill(sequence, num_tokens, meanwhile=self._meanwhile, check=self._check)
         self._num_tokens += num_tokens
+        outcome = sequence.fate or outcome
         if outcome is None:
             return
         if not isinstance(outcome, PagerError):
@@ -274,6 +320,7 @@ class Engine:
         self._take(sequence, outcome, time.monotonic())
 
     def _take(self, sequence: Sequence, outcome: Outcome, now_s: float) -> None:
+        outcome = sequence.fate or outcome
         if isinstance(outcome, PagerError):
             self._fail(sequence, outcome)
             return
@@ -332,13 +379,17 @@ class Engine:
                 continue
             if not worked:
                 self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
-        self._fail_all(NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0))
+        self._fail_all(_shutting_down())
 
     def _fail_all(self, error: PagerError) -> None:
         self._inbox.take()
         for sequence in self._inbox.live():
             self._fail(sequence, error)
         self._deliver()
+
+
+def _shutting_down() -> NotReady:
+    return NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0)
 
 
 def _eos_ids(value: int | list[int] | None) -> frozenset[int]:

@@ -37,13 +37,16 @@ StreamEvent = TokenChunk | Failure
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """A snapshot. `last_step_started_monotonic_s` is None between steps: a watchdog measures from it."""
+    """A snapshot. `progress` changes with every step, layer computed and byte read: a watchdog takes a step in which it
+    stands still for one that hangs.
+    """
 
     waiting: int
     running: int
     kv_blocks_used: int
     kv_blocks_total: int
-    last_step_started_monotonic_s: float | None
+    is_stepping: bool
+    progress: int
     num_steps: int
     num_decode_forwards: int
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -74,19 +75,30 @@ class DecodeBatch:
         self.context += 1
 
 
+Check = Callable[[], None]
+"""Called between two layers of a forward. What it raises leaves the forward there."""
+
+
 class ModelRunner:
-    """Owns the KV tensors and calls the model. One thread only."""
+    """Owns the KV tensors and calls the model. One thread only; `num_layers_run` may be read by any."""
 
     def __init__(self, model: PreTrainedModel, cache: KvCache, device: torch.device) -> None:
         """Raises UnsupportedModel where the model's attention cannot run over blocks, or rows not beside each other."""
         attention.install(model)
         self._rotary = rotary.install(model)
+        self.num_layers_run = 0
         self._model: Callable[..., object] = model
         self._cache = cache
         self.device = device
 
     def prefill(
-        self, token_ids: Sequence[int], blocks: Sequence[int], num_past: int = 0, *, prompt_tokens: int = 0
+        self,
+        token_ids: Sequence[int],
+        blocks: Sequence[int],
+        num_past: int = 0,
+        *,
+        prompt_tokens: int = 0,
+        check: Check | None = None,
     ) -> torch.Tensor:
         """[1, V] logits after `token_ids`, which follow `num_past` tokens of the same sequence that ran before.
 
@@ -101,20 +113,29 @@ class ModelRunner:
             mask_SC = torch.arange(end, device=self.device) <= position_S[:, None]
         step = KvStep(self._cache, slots_C[num_past:], read_1C, mask_SC)
         token_1S = torch.tensor([token_ids], device=self.device)
-        return self._forward(token_1S, position_S[None], step, prompt_tokens=prompt_tokens)
+        return self._forward(token_1S, position_S[None], step, prompt_tokens=prompt_tokens, check=check)
 
     def padded_context(self, batch: DecodeBatch) -> int:
         """What to `decode` with where a step is to have the shapes of the last one."""
         return batch.padded_context(self._cache)
 
     @torch.inference_mode()
-    def decode(self, batch: DecodeBatch, padded_context: int | None = None) -> torch.Tensor:
+    def decode(
+        self, batch: DecodeBatch, padded_context: int | None = None, *, check: Check | None = None
+    ) -> torch.Tensor:
         """[B, V] logits of every row's next token; one forward. It asks nothing of the device."""
-        return self._forward(batch.token_B1, batch.position_B1, batch.kv_step(self._cache, padded_context))
+        step = batch.kv_step(self._cache, padded_context)
+        return self._forward(batch.token_B1, batch.position_B1, step, check=check)
 
     @torch.inference_mode()
     def _forward(
-        self, token_BS: torch.Tensor, position_BS: torch.Tensor, step: KvStep, prompt_tokens: int = 0
+        self,
+        token_BS: torch.Tensor,
+        position_BS: torch.Tensor,
+        step: KvStep,
+        *,
+        prompt_tokens: int = 0,
+        check: Check | None = None,
     ) -> torch.Tensor:
         if self._rotary is not None:
             self._rotary.prompt_tokens = prompt_tokens
@@ -125,6 +146,12 @@ class ModelRunner:
             output_router_logits=False,
             logits_to_keep=1,
             kv_step=step,
+            on_layer=partial(self._begin_layer, check),
         )
         logits_BV: torch.Tensor = output.logits[:, -1]  # type: ignore[attr-defined]
         return logits_BV
+
+    def _begin_layer(self, check: Check | None) -> None:
+        self.num_layers_run += 1
+        if check is not None:
+            check()

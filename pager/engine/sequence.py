@@ -16,7 +16,7 @@ from pager.engine.loading import PagedModel
 from pager.engine.runner import RowStart
 from pager.engine.sampler import Draw
 from pager.engine.widening import answer_drift
-from pager.errors import InvalidRequest
+from pager.errors import InvalidRequest, PagerError
 from pager.types import AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, Usage
 
 
@@ -42,6 +42,7 @@ class Sequence:
         self.num_prefilled = 0
         self.output_ids: list[int] = []
         self.has_ended = False
+        self.fate: PagerError | None = None  # what it ends with once the forward that it is in has been left
         self._meter = UsageMeter()
         self._is_prefetched = False
         self._detokenizer = Detokenizer(texts, request.prompt_token_ids)

@@ -33,6 +33,9 @@ STAGING_BYTES = 1 << 20
 HOT_BYTES = 1 << 18
 """So much is hashed at a time: the processor's own cache still holds it from the copy out of the page cache."""
 
+MOST_BYTES_A_CALL = 1 << 25
+"""So much is asked of the system at a time, so that a slow disk is seen to make progress."""
+
 _MOST_BUFFERS = min(1024, os.sysconf("SC_IOV_MAX"))
 
 # Below torch's grain size a copy stays on the calling thread: readers are parallel already, and an OpenMP team for each
@@ -43,7 +46,12 @@ _staging = threading.local()
 
 
 class DataFile:
-    """A file open for reading, and its size then. Reads are thread-safe; `close` only when none is running."""
+    """A file open for reading, and its size then. Reads are thread-safe; `close` only when none is running.
+
+    `bytes_read` grows while a read is under way. Threads that read at once may lose some of each other's.
+    """
+
+    bytes_read = 0
 
     _fd: int | None = None
     _direct_fd: int | None = None  # the same file, past the page cache
@@ -78,12 +86,13 @@ class DataFile:
         pending = [buffer for buffer in buffers if buffer.nbytes]
         done = 0
         while pending:
-            count = self._read_some(pending[:_MOST_BUFFERS], offset + done)
+            count = self._read_some(_first_bytes(pending[:_MOST_BUFFERS]), offset + done)
             if count == 0:
                 missing = sum(buffer.nbytes for buffer in pending)
                 message = f"the file ends at byte {offset + done}, {missing} bytes short of this read"
                 raise OSError(errno.EIO, message, str(self.path))
             done += count
+            self.bytes_read += count
             while pending and count >= pending[0].nbytes:
                 count -= pending.pop(0).nbytes
             if count:
@@ -142,6 +151,17 @@ class DataFile:
                 self.is_direct = False
                 log.warning("%s is read through the page cache: its file system refused a direct read", self.path)
         return os.preadv(self._fd, buffers, offset)
+
+
+def _first_bytes(buffers: Sequence[memoryview]) -> list[memoryview]:
+    """Of `buffers` the first MOST_BYTES_A_CALL."""
+    some, left = [], MOST_BYTES_A_CALL
+    for buffer in buffers:
+        some.append(buffer[:left])
+        left -= some[-1].nbytes
+        if not left:
+            break
+    return some
 
 
 def _is_in_pages(buffers: Sequence[memoryview], offset: int) -> bool:

@@ -39,6 +39,11 @@ class ExpertSource(Protocol):
     shape: ExpertShape
     stored_dtype: torch.dtype
 
+    @property
+    def bytes_read(self) -> int:
+        """Grows while bytes arrive, in the middle of a read too. About as many as there were."""
+        ...
+
     def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
         """Fills one destination; returns the bytes read. Raises what `read_all` returns."""
         ...
@@ -137,6 +142,10 @@ class CheckpointExperts(_StoredExperts):
             file.expect_scattered_reads()
         self._file_numbers = {name: number for number, name in enumerate(used)}
 
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self._files.values())
+
     def place_of(self, key: ExpertKey) -> Place:
         """Of its tensors in the file that the first of them is in."""
         specs = sorted(self._specs[key], key=lambda spec: (spec.file, spec.offset))
@@ -177,6 +186,10 @@ class PackedExperts(_StoredExperts):
         self.stored_dtype = header.dtype
         self._experts_per_layer = header.experts_per_layer
         self._extents = header.extents
+
+    @property
+    def bytes_read(self) -> int:
+        return self._file.bytes_read
 
     def place_of(self, key: ExpertKey) -> Place:
         start = self.offset_of(key)

@@ -78,6 +78,8 @@ class GatedSource:
                 results.append(error)
         return results
 
+    bytes_read = 0
+
     def place_of(self, key: ExpertKey) -> Place:
         """Nobody's neighbour, unless `side_by_side` says so."""
         distance = 100 if self.side_by_side else 1 << 20

@@ -210,6 +210,7 @@ host = HostTier.attach(name, num_records, shape, torch.float32, index=server.ind
 class Source:
     shape = shape
     stored_dtype = torch.float32
+    bytes_read = 0
 
     def read_all(self, destinations, on_most=None):
         for key, gate_up, down in destinations:

@@ -43,6 +43,8 @@ from pager.types import (
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+SLOW = 665  # with this token a step takes SLOW_S, and gets somewhere all the time
+SLOW_S = 12.0
 HANG = 666  # a prompt with this token makes the engine's step block for ever
 DIE = 667  # and with this one the process is killed in the middle of loading or running
 
@@ -51,7 +53,8 @@ DIE = 667  # and with this one the process is killed in the middle of loading or
 class Status:
     waiting: int
     running: int
-    last_step_started_monotonic_s: float | None
+    is_stepping: bool
+    progress: int
     kv_blocks_used: int = 0
     kv_blocks_total: int = 8
 
@@ -70,7 +73,8 @@ class StandIn:
     left: dict[str, int] = field(default_factory=dict)
     requests: dict[str, GenerateRequest] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
-    step_started: float | None = None
+    is_stepping: bool = False
+    progress: int = 0
     stopped: bool = False
     closed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -94,7 +98,7 @@ class StandIn:
             return True
 
     def status(self) -> Status:
-        return Status(0, len(self.requests), self.step_started)
+        return Status(0, len(self.requests), self.is_stepping, self.progress)
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -113,13 +117,19 @@ class StandIn:
 
     def run(self) -> None:
         while not self.stopped:
-            self.step_started = time.monotonic()
+            self.is_stepping = True
+            self.progress += 1
             with self.lock:
                 hang = any(HANG in request.prompt_token_ids for request in self.requests.values())
+                slow = any(SLOW in request.prompt_token_ids for request in self.requests.values())
                 events = [self.advance(request_id) for request_id in list(self.requests)]
             if hang:
                 time.sleep(3600)
-            self.step_started = None
+            end_s = time.monotonic() + SLOW_S
+            while slow and time.monotonic() < end_s:
+                time.sleep(0.01)
+                self.progress += 1
+            self.is_stepping = False
             if events:
                 self.sink(events)
             time.sleep(0.002)
@@ -310,9 +320,10 @@ async def test_kills_leave_no_files_processes_or_sockets_behind(tmp_path: Path) 
         await until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
 
 
-async def test_a_hung_step_is_noticed_and_the_worker_replaced(tmp_path: Path) -> None:
+async def test_a_step_without_progress_is_noticed_and_the_worker_replaced(tmp_path: Path) -> None:
     async with cluster(config(tmp_path, step_timeout_s=5.0)) as one:
-        pid = pid_of(await answer(one, "worker-0", request("who")))
+        pid = pid_of(await answer(one, "worker-0", request("long, and alive", 1, token=SLOW)))
+        assert pid_of(await answer(one, "worker-0", request("who"))) == pid, "it was working all the time"
         states = []
         stuck = asyncio.create_task(answer(one, "worker-0", request("stuck", 10, token=HANG)))
         with pytest.raises(WorkerLost):

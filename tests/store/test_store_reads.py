@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.page_cache import cached_bytes, drop
 from pager.errors import ChecksumMismatch, ExpertReadError
+from pager.store import datafile
 from pager.store.datafile import HOT_BYTES, PAGE_BYTES, DataFile, raw_bytes
 from pager.store.experts import Destination, ExpertSource
 from pager.store.reads import LARGE_BYTES, MOST_BYTES, Stretch, fill
@@ -332,3 +333,18 @@ def test_a_duplicate_outlives_its_file(tmp_path, monkeypatch):
         twin.will_need(0, 7)
         assert twin.read(7, 0) == b"experts"
         twin.close()
+
+
+def test_a_long_read_is_asked_for_in_parts_and_counted_by_each(
+    tmp_path: Path, reads: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datafile, "MOST_BYTES_A_CALL", PAGE_BYTES)
+    data = os.urandom(3 * PAGE_BYTES + 500)
+    (tmp_path / "file").write_bytes(data)
+    file = DataFile(tmp_path / "file")
+    buffers = [bytearray(300), bytearray(0), bytearray(2 * PAGE_BYTES), bytearray(PAGE_BYTES + 100)]
+    assert file.read_into([memoryview(buffer) for buffer in buffers], 100) == len(data) - 100
+    assert b"".join(buffers) == data[100:]
+    assert [nbytes for _, nbytes in reads] == [PAGE_BYTES, PAGE_BYTES, PAGE_BYTES, 400]
+    assert file.bytes_read == len(data) - 100
+    file.close()

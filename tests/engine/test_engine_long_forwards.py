@@ -1,0 +1,236 @@
+"""A forward that takes long: it is left when nobody waits for it, holds up nobody's end, and shows its progress."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from pager.engine.runner import Check, ModelRunner
+from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
+from pager.store.datafile import DataFile
+from pager.types import Count, Full, PoolPolicy
+
+EXACT, POOL = PoolPolicy(Full()), PoolPolicy(Count(4))
+KINDS = [
+    pytest.param(POOL, 60, id="pool"),
+    pytest.param(EXACT, 60, id="exact"),
+    pytest.param(EXACT, 6, id="waves"),
+]
+
+
+class Disk:
+    """Reads come as they are asked for until `stop`; from then on each waits for `go_on`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_waiting = 0
+        self.num_passing = 10**9
+        self._gate = threading.Event()
+        self._lock = threading.Lock()
+        read_some = DataFile._read_some
+
+        def gated(file: DataFile, buffers: Sequence[memoryview], offset: int) -> int:
+            with self._lock:
+                self.num_passing -= 1
+                waits = self.num_passing < 0
+                self.num_waiting += waits
+            assert not waits or self._gate.wait(120), "nobody let the read go on"
+            return read_some(file, buffers, offset)
+
+        monkeypatch.setattr(DataFile, "_read_some", gated)
+
+    def stop(self, after: int = 0) -> None:
+        """After so many reads more."""
+        self._gate.clear()
+        self.num_waiting, self.num_passing = 0, after
+
+    def go_on(self) -> None:
+        self.num_passing = 10**9
+        self._gate.set()
+
+    @property
+    def stands_still(self) -> bool:
+        return self.num_waiting > 0 and not self._gate.is_set()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk(monkeypatch)
+    yield disk
+    disk.go_on()
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    give_up_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up_s, what
+        time.sleep(0.002)
+
+
+def cancel(driver: Any, request: str) -> None:
+    assert driver.engine.cancel(request)
+
+
+def run_out_of_time(driver: Any, request: str) -> None:
+    (sequence,) = [each for each in driver.engine._inbox.live() if each.request.id == request]
+    sequence.deadline_s = driver.engine._soonest_deadline_s = time.monotonic()
+
+
+def shut_down(driver: Any, _: str) -> None:
+    driver.engine.stop()
+
+
+@pytest.mark.parametrize(("policy", "num_slots"), KINDS)
+@pytest.mark.parametrize(
+    ("end", "error"), [(cancel, Cancelled), (run_out_of_time, DeadlineExceeded), (shut_down, NotReady)]
+)
+def test_a_prefill_that_waits_for_reads_is_left_when_nobody_waits_for_it(
+    make_driver,
+    random_prompt,
+    disk: Disk,
+    policy: PoolPolicy,
+    num_slots: int,
+    end: Callable[[Any, str], None],
+    error: type[PagerError],
+) -> None:
+    driver, again = make_driver(num_slots), make_driver(num_slots)
+    expected = again.submit(random_prompt(1, 40), policy, max_tokens=4)
+    again.finish()
+    disk.stop(after=7)
+    doomed = driver.submit(random_prompt(1, 40), policy, max_tokens=4)
+    driver.engine.start()
+    until(lambda: disk.stands_still, "it reads")
+    end(driver, doomed)
+    until(lambda: driver.failures, "it ends")
+    assert disk.stands_still
+    assert isinstance(driver.failures[doomed], error)
+    assert driver.engine.status().kv_blocks_used == 0
+    driver.paged.pager.check_integrity()
+    disk.go_on()
+    driver.assert_nothing_held()
+    driver.engine.stop()
+    if error is not NotReady:
+        driver.engine._inbox.is_halted, driver.engine._inbox._is_open = False, True
+        second = driver.submit(random_prompt(1, 40), policy, max_tokens=4)
+        driver.finish()
+        assert driver.tokens(second) == again.tokens(expected), "what was left behind did no harm"
+        driver.assert_nothing_held()
+
+
+@pytest.mark.parametrize(("policy", "num_slots"), KINDS)
+def test_a_prefill_is_left_within_one_layer(
+    make_driver, random_prompt, policy: PoolPolicy, num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, begin = make_driver(num_slots), ModelRunner._begin_layer
+    first = driver.submit(random_prompt(1, 40), policy, max_tokens=1)
+    driver.finish()
+    layers: list[int] = []
+
+    def begin_layer(runner: ModelRunner, check: Check | None) -> None:
+        layers.append(runner.num_layers_run)
+        if len(layers) == 2:
+            cancel(driver, doomed)
+        begin(runner, check)
+
+    monkeypatch.setattr(ModelRunner, "_begin_layer", begin_layer)
+    doomed = driver.submit(random_prompt(1, 40), policy, max_tokens=4)
+    driver.engine.step()
+    assert isinstance(driver.failures[doomed], Cancelled)
+    assert len(layers) == 2
+    driver.assert_nothing_held()
+    third = driver.submit(random_prompt(1, 40), policy, max_tokens=1)
+    driver.finish()
+    assert driver.tokens(third) == driver.tokens(first)
+    driver.assert_nothing_held()
+
+
+def test_an_exact_step_is_left_when_none_of_its_sequences_goes_on(
+    make_driver, random_prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, begin = make_driver(60), ModelRunner._begin_layer
+    alone = driver.submit(random_prompt(3, 12), EXACT, max_tokens=8)
+    driver.finish()
+    doomed = [driver.submit(random_prompt(seed, 12), EXACT, max_tokens=40) for seed in (1, 2)]
+    kept = driver.submit(random_prompt(3, 12), EXACT, max_tokens=8)
+    while not driver.tokens(kept):
+        driver.engine.step()
+    layers: list[int] = []
+    ends_at: dict[int, list[str]] = {2: doomed}
+
+    def begin_layer(runner: ModelRunner, check: Check | None) -> None:
+        layers.append(runner.num_layers_run)
+        for request in ends_at.get(len(layers), []):
+            cancel(driver, request)
+        begin(runner, check)
+
+    monkeypatch.setattr(ModelRunner, "_begin_layer", begin_layer)
+    driver.engine.step()
+    assert len(layers) == 4, "somebody goes on"
+    assert sorted(driver.failures) == sorted(doomed)
+    assert len(driver.tokens(kept)) == 2
+    ends_at = {6: [kept]}
+    others = [driver.tokens(request) for request in doomed]
+    driver.engine.step()
+    assert len(layers) == 6
+    assert isinstance(driver.failures[kept], Cancelled)
+    assert driver.tokens(kept) == driver.tokens(alone)[:2]
+    assert [driver.tokens(request) for request in doomed] == others
+    driver.assert_nothing_held()
+
+
+def test_others_end_while_a_prefill_waits_for_reads(make_driver, random_prompt, random_pool, disk: Disk) -> None:
+    driver = make_driver(60)
+    stream = driver.submit(random_prompt(1, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=240)
+    while len(driver.tokens(stream)) < 2:
+        driver.engine.step()
+    waiting = driver.submit(random_prompt(4, 12), PoolPolicy(Count(15)), max_tokens=2)
+    disk.stop()
+    prompt = driver.submit(random_prompt(2, 40), POOL, max_tokens=4)
+    driver.engine.start()
+    until(lambda: disk.stands_still, "it reads")
+    driver.engine.cancel(stream)  # unless it has come to its end
+    late = driver.submit(random_prompt(5, 12), POOL, max_tokens=4)
+    for request in (waiting, late):
+        cancel(driver, request)
+    until(lambda: {waiting, late} <= set(driver.failures), "they never begin")
+    until(lambda: driver.engine.status().running == 1, "one ends, one goes on")
+    assert disk.stands_still
+    disk.go_on()
+    until(lambda: driver.tokens(prompt), "the prefill itself goes on")
+    until(lambda: driver.engine.status().running == 0, "to its end")
+    driver.engine.stop()
+    assert driver.usage(prompt).completion_tokens == 4
+    driver.assert_nothing_held()
+
+
+def test_a_step_shows_progress_while_bytes_arrive_and_none_while_nothing_does(
+    make_driver, random_prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, read_some = make_driver(60), DataFile._read_some
+    turns, begun = threading.Semaphore(0), threading.Event()
+
+    def trickle(file: DataFile, buffers: Sequence[memoryview], offset: int) -> int:
+        begun.set()
+        assert turns.acquire(timeout=120)
+        return read_some(file, [buffers[0][:1000]], offset)
+
+    monkeypatch.setattr(DataFile, "_read_some", trickle)
+    request = driver.submit(random_prompt(1, 40), POOL, max_tokens=1)
+    driver.engine.start()
+    assert begun.wait(60)
+    for _ in range(12):  # of 24576 bytes of an expert
+        before = driver.engine.status()
+        assert before.is_stepping
+        turns.release()
+        until(lambda before=before: driver.engine.status().progress > before.progress, "1000 bytes are progress")
+    still = driver.engine.status().progress
+    time.sleep(0.2)
+    assert driver.engine.status().progress == still, "nothing is none"
+    turns.release(10**6)
+    until(lambda: driver.tokens(request), "it ends")
+    driver.engine.stop()
+    assert not driver.engine.status().is_stepping
+    driver.assert_nothing_held()

@@ -5,8 +5,9 @@ Legend: T tokens, K experts a token, E experts of a layer, D hidden.
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -16,28 +17,48 @@ from pager.cache.pager import ExpertPager
 from pager.engine.documents import StepRouting
 from pager.engine.kernels import PairOutputs, run_slots
 from pager.engine.trunk import moe_blocks
+from pager.errors import ConfigError
 from pager.models.families import Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "expert_pager_slots"
-OUTSIDE_OF_A_STEP = "a paged model runs inside PagedModel.step only"
+NO_COPIES = "a paged model can not be copied or pickled: its experts are in a cache that it owns; load it once more"
+
+
+class OpenStep(threading.local):
+    """The step in which the calling thread runs a model, shared by all layers of that model; None between steps."""
+
+    routing: StepRouting | None = None
 
 
 class LayerExperts:
     """Stands behind one layer's experts module: from expert ids to slots to outputs."""
 
-    def __init__(self, pager: ExpertPager, layer: int) -> None:
+    def __init__(self, pager: ExpertPager, layer: int, open_step: OpenStep) -> None:
         self.pager = pager
         self.layer = layer
         self._slot_of_E = pager.slots.slot_of_LE[layer]
-        self.step: StepRouting | None = None
+        self._open_step = open_step
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NO_COPIES)
+
+    @property
+    def step(self) -> StepRouting:
+        """The step that the calling thread has open. Raises ConfigError outside of one."""
+        step = self._open_step.routing
+        if step is None:
+            raise ConfigError(
+                "a layer of a paged model cannot run by itself, as nothing says whose tokens it gets; call the model "
+                "or its inner model (model.model), or open expert_paging.step(...) around the call"
+            )
+        return step
 
     def run(self, module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """[T, D]: the weighted sum of each token's experts. Raises ExpertUnavailable."""
         step = self.step
-        assert step is not None, OUTSIDE_OF_A_STEP
         if step.pages_on_demand:
             return self._run_in_waves(module, step, hidden_TD, index_TK, weights_TK)
         for document in step.awaiting:
@@ -76,11 +97,14 @@ def experts_in_slots(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_T
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_in_slots)
 
 
-def attach(model: PreTrainedModel, family: Family, pager: ExpertPager) -> list[LayerExperts]:
-    """Puts every sparse layer of `model` (without expert weights) on the pager's slots and its gate under the pools."""
-    layers = []
+def attach(model: PreTrainedModel, family: Family, pager: ExpertPager) -> OpenStep:
+    """Puts every sparse layer of `model` (without expert weights) on the pager's slots and its gate under the pools.
+
+    Returns what tells all of these layers which step a thread has open.
+    """
+    open_step = OpenStep()
     for index, block in moe_blocks(model):
-        layer = LayerExperts(pager, index)
+        layer = LayerExperts(pager, index, open_step)
         experts = block.experts
         experts.paging = layer
         experts.num_experts = len(pager.slots.gate_up)  # what the kernels index is the slab
@@ -88,9 +112,8 @@ def attach(model: PreTrainedModel, family: Family, pager: ExpertPager) -> list[L
         object.__setattr__(experts, "gate_up_proj", pager.slots.gate_up)
         object.__setattr__(experts, "down_proj", pager.slots.down)
         _put_under_pools(block.gate, layer, family)
-        layers.append(layer)
     model.set_experts_implementation(NAME)
-    return layers
+    return open_step
 
 
 class PooledGate:
@@ -103,12 +126,15 @@ class PooledGate:
     paging: LayerExperts
     family: Family
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NO_COPIES)
+
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., D] → logits [T, E], weights [T, K], indices [T, K], as transformers' routers return them."""
         layer = self.paging
-        assert layer.step is not None, OUTSIDE_OF_A_STEP
+        step = layer.step
         logits_TE = linear(hidden_states.reshape(-1, self.weight.shape[1]), self.weight)
-        return logits_TE, *self.family.pick(self, logits_TE, layer.step.allowed(layer.layer, logits_TE))
+        return logits_TE, *self.family.pick(self, logits_TE, step.allowed(layer.layer, logits_TE))
 
 
 _pooled_gates: dict[type[nn.Module], type[nn.Module]] = {}

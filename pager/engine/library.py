@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache
 
 from pager.cache.policy import DEFAULT_POLICY
 from pager.engine.documents import DocumentRouting, StepRouting
+from pager.engine.experts import NO_COPIES
 from pager.engine.loading import PagedModel, load_paged_model
 from pager.engine.widening import answer_drift
 from pager.errors import ConfigError, InvalidRequest
@@ -56,6 +57,9 @@ def load_model(
     The model has one more attribute: `expert_paging` (a `PagedModel`: the pager with its statistics, the plan,
     `close()`). It stays as it was loaded: a forward after `half()` or `to(...)` has changed its dtype or device, and
     `save_pretrained`, which would write a checkpoint without experts, raise ConfigError. Copying it raises TypeError.
+    `with load_model(...) as model` closes it at the end.
+
+    Any number of threads may run the model, each with caches of its own; their forwards take turns.
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest.
     """
     policy_of_rows = PoolPolicy(size=parse_pool_size(pool_size), drift=drift)
@@ -68,20 +72,46 @@ def load_model(
         raise
     model = paged.model
     forwards = LibraryForwards(paged, policy_of_rows)
-    # On the inner model, which every forward passes: `model(...)`, `model.generate(...)` and `model.model(...)`.
-    model.model.register_forward_pre_hook(forwards.begin, with_kwargs=True)
-    model.model.register_forward_hook(forwards.end, always_call=True)
+    # The inner model, which every forward passes: `model(...)`, `model.generate(...)` and `model.model(...)`. Hooks
+    # would not do: torch runs none of them after a forward that the keyboard interrupted.
+    model.model.forward = forwards.around(model.model.forward)
     model.expert_paging = paged
-    model.save_pretrained = partial(_refuse_to_save, path)
+    model.__class__ = _paged_class(model.__class__)
     return model
 
 
-def _refuse_to_save(path: str | Path, *_: Any, **__: Any) -> NoReturn:
-    raise ConfigError(f"a paged model has not all its experts in memory and can not be saved; copy {path} instead")
+class PagedCausalLM:
+    """What the class of a loaded model adds to that of transformers, whose name it keeps."""
+
+    expert_paging: PagedModel
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes `expert_paging`: the model cannot run afterwards."""
+        self.expert_paging.close()
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(
+            "a paged model has not all its experts in memory and can not be saved; copy "
+            f"{self.expert_paging.path} instead"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NO_COPIES)
+
+
+@cache
+def _paged_class(kind: type[Any]) -> type[Any]:
+    return type(kind.__name__, (PagedCausalLM, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 class LibraryForwards:
-    """Gives every forward its documents: new ones for rows without a past, the cache's own for the rest."""
+    """Gives every forward its documents: new ones for rows without a past, the cache's own for the rest.
+
+    What a forward needs lives in its cache and on its thread's stack, so any number of threads may run the model.
+    """
 
     def __init__(self, paged: PagedModel, policy: PoolPolicy) -> None:
         self._paged = paged
@@ -89,30 +119,41 @@ class LibraryForwards:
         self._loaded_as = _trunk_kind(paged.model)
         self._is_exact = isinstance(policy.size, Full)
         self._exact = DocumentRouting(paged.facts, PoolPolicy(), device=paged.device)
-        self._running: AbstractContextManager[StepRouting] | None = None
-        self._documents_running: Sequence[DocumentRouting] = ()
+        self._own_step: StepRouting | None = None  # as opposed to one that the caller opened; of the thread that steps
 
-    def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Forward pre-hook. Raises InvalidRequest for a cache that was filled without pools, ConfigError for a model
-        that was moved or converted."""
-        self.end()  # of a forward that was interrupted from the keyboard, after which torch runs no hook
-        if _trunk_kind(model) != self._loaded_as:
-            raise _moved(self._loaded_as, _trunk_kind(model))
-        if self._paged.is_stepping:
-            return args, kwargs  # the caller opened a step of its own
-        if self._is_exact:
-            self._enter(self._paged.step([self._exact], prefill=True))
-            return args, kwargs
-        kwargs = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` of the inner model, run in a step of the documents that its arguments name.
+
+        Raises InvalidRequest for a cache that was filled without pools, ConfigError for a model that was moved or
+        converted.
+        """
+        signature = inspect.signature(forward)
+
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            found = _trunk_kind(self._paged.model)
+            if found != self._loaded_as:
+                raise _moved(self._loaded_as, found)
+            around = self._paged.open_step
+            if around is not None and around is not self._own_step:
+                return forward(*args, **kwargs)  # the caller opened a step of its own
+            if self._is_exact:
+                with self._step([self._exact], prefill=True):
+                    return forward(*args, **kwargs)
+            return self._run_pooled(forward, dict(zip(signature.parameters, args, strict=False)) | kwargs)
+
+        return run
+
+    def _run_pooled(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         inputs = kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
         if inputs is None:
-            return (), kwargs  # the model will say so
+            return forward(**kwargs)  # the model will say so
         num_rows, num_tokens = inputs.shape[:2]
         cache = kwargs.get("past_key_values")
-        if cache is None and _uses_cache(model, kwargs):
-            cache = kwargs["past_key_values"] = DynamicCache(config=model.config)
+        if cache is None and _uses_cache(self._paged.model, kwargs):
+            cache = kwargs["past_key_values"] = DynamicCache(config=self._paged.model.config)
         num_past = int(cache.get_seq_length()) if cache is not None else 0
         valid_BT = _valid_tokens(kwargs.get("attention_mask"), num_rows, num_past + num_tokens)
         documents, has_past = self._documents(cache, num_rows, num_past, valid_BT)
@@ -121,20 +162,20 @@ class LibraryForwards:
         rows = torch.arange(num_rows, device=inputs.device).repeat_interleave(num_tokens)
         valid = None if valid_BT is None else valid_BT[:, -num_tokens:].reshape(-1)
         measures = self._policy.drift is not None and all(has_past)
-        self._enter(self._paged.step(documents, rows=rows, valid=valid, prefill=not measures))
-        return (), kwargs
+        with self._step(documents, rows=rows, valid=valid, prefill=not measures):
+            output = forward(**kwargs)
+        for document in dict.fromkeys(documents):
+            answer_drift(document)
+        return output
 
-    def end(self, *_: Any) -> None:
-        """Forward hook, called whether the forward returned or raised."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.__exit__(None, None, None)
-            for document in dict.fromkeys(self._documents_running):
-                answer_drift(document)
-
-    def _enter(self, step: AbstractContextManager[StepRouting]) -> None:
-        self._documents_running = step.__enter__().documents
-        self._running = step
+    @contextmanager
+    def _step(self, documents: Sequence[DocumentRouting], **options: Any) -> Iterator[None]:
+        with self._paged.step(documents, **options) as step:
+            before, self._own_step = self._own_step, step
+            try:
+                yield
+            finally:
+                self._own_step = before
 
     def _documents(
         self, cache: Cache | None, num_rows: int, num_past: int, valid_BT: Tensor | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from pager.cache.slots import DeviceSlots
 from pager.cache.trace import TraceHeader, TraceRecorder
 from pager.cache.usage import NoObserver, PagerObserver, UsageMeter
 from pager.engine.documents import DocumentRouting, StepRouting
-from pager.engine.experts import attach
+from pager.engine.experts import NO_COPIES, attach
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.trunk import OpenModel
 from pager.engine.workspace import staging_bytes, workspace_of
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
 
 
 class PagedModel:
-    """A transformers model, the pager its experts live in, and who may use which of them in the running forward.
+    """A transformers model, the pager its experts live in, and which of them the running forward may use.
 
-    Owned by one thread; the pager itself is thread-safe.
+    Any thread may open a step. Steps of different threads take turns: one at a time uses the slots, so that each has
+    all of them and finds its own documents. A thread may open further steps within its own.
     """
 
     def __init__(
@@ -60,15 +62,15 @@ class PagedModel:
         self.config = opened.config
         self.dtype = opened.dtype
         self.device = pager.slots.gate_up.device
+        self.path = opened.checkpoint.path
         self.fingerprint: str = opened.checkpoint.fingerprint
-        self._layers = attach(model, opened.family, pager)
+        self._open_step = attach(model, opened.family, pager)
+        self._turn = threading.RLock()  # held by the thread that has a step open
         self._closing = closing
-        self._open_step: StepRouting | None = None
+        self._is_closed = False
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a paged model can not be copied or pickled: its experts are in a cache that it owns; load it once more"
-        )
+        raise TypeError(NO_COPIES)
 
     @property
     def fully_resident(self) -> bool:
@@ -76,9 +78,9 @@ class PagedModel:
         return self.pager.num_slots >= sum(self.facts.routed_per_layer)
 
     @property
-    def is_stepping(self) -> bool:
-        """A step is open: what the model runs belongs to its documents."""
-        return self._open_step is not None
+    def open_step(self) -> StepRouting | None:
+        """The innermost step that the calling thread has open: what the model runs belongs to its documents."""
+        return self._open_step.routing
 
     @contextmanager
     def step(
@@ -94,19 +96,23 @@ class PagedModel:
 
         `rows` [T] indexes `documents`; None: one token each, or all of the only one's. `valid` [T] False is padding.
         With `prefill`, pools that are still open are chosen in this forward. Where it waits for reads it calls
-        `meanwhile`, which may open a step of its own and run the model in it.
+        `meanwhile`, which may open a step of its own and run the model in it. Waits for the steps of other threads.
+        Raises ConfigError once the model is closed.
         """
-        step = _reusable_step(documents) if rows is None and valid is None and not prefill else None
-        if step is None:
-            step = StepRouting(documents, rows=rows, valid=valid, prefill=prefill)
-        around = self._open_step
-        self._open(step)
-        try:
-            with self.pager.waiting_with(meanwhile):
-                yield step
-        finally:
-            step.share_costs()
-            self._open(around)
+        with self._turn:
+            if self._is_closed:
+                raise ConfigError("this model was closed, and its experts can no longer be read; load it once more")
+            step = _reusable_step(documents) if rows is None and valid is None and not prefill else None
+            if step is None:
+                step = StepRouting(documents, rows=rows, valid=valid, prefill=prefill)
+            around = self._open_step.routing
+            self._open_step.routing = step
+            try:
+                with self.pager.waiting_with(meanwhile):
+                    yield step
+            finally:
+                self._open_step.routing = around
+                step.share_costs()
 
     def document(
         self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None
@@ -155,12 +161,8 @@ class PagedModel:
 
     def close(self) -> None:
         """Stops the readers and lets go of the tiers. The model can not run afterwards. Idempotent."""
+        self._is_closed = True
         self._closing.close()
-
-    def _open(self, step: StepRouting | None) -> None:
-        self._open_step = step
-        for layer in self._layers:
-            layer.step = step
 
 
 @torch.inference_mode(False)  # reader threads fill the slots, which they could not if the caller's mode marked them

@@ -59,7 +59,8 @@ class OutsideMass:
             self._tokens_N = torch.bincount(counted, minlength=num_documents).tolist()
         self._num_calls = 0
         self._num_recorded = 0  # of a forward that is replayed
-        self._total_N = torch.zeros(num_documents, device=device)  # where it is, for as long as `self` is there
+        # Where it is, for as long as `self` is there.
+        self._total_N = torch.zeros(num_documents, dtype=torch.float32, device=device)
         self._num_waiting = 0
         self._waiting: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # logits and pools of layers alike
         self._experts_LNR: dict[int, Tensor] = {}

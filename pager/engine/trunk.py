@@ -70,8 +70,10 @@ class OpenModel:
 
     def build_empty(self) -> PreTrainedModel:
         """The model on the meta device, its experts' parameters taken out."""
+        # transformers would make the serving dtype torch's default for a while, and that of every other thread too.
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.get_default_dtype()).to(self.dtype)
+        model.config.dtype = self.dtype
         for _, block in moe_blocks(model):
             del block.experts.gate_up_proj, block.experts.down_proj
         return model.eval()

@@ -287,7 +287,7 @@ def test_the_model_answers_as_before(load: Callable[..., PagedModel]) -> None:
     for method in METHODS:
         select(method, probe, EXAMPLES, Count(4))
     assert torch.equal(logits(), before)
-    assert not paged.is_stepping
+    assert paged.open_step is None
     paged.pager.check_integrity()
 
 

@@ -89,14 +89,14 @@ class Pulse:
     def __init__(self, load: Load, sink: Callable[[Sequence[TokenChunk]], None]) -> None:
         self._load = load
         self._sink = sink
-        self._names: list[str] = []
+        self._requests: list[GenerateRequest] = []
 
     def submit(self, request: GenerateRequest) -> None:
-        self._names.append(request.id)
-        if len(self._names) == self._load.num_streams:
+        self._requests.append(request)
+        if len(self._requests) == self._load.num_streams:
             threading.Thread(target=self.run, daemon=True).start()
 
-    def cancel(self, request_id: str, tenant: str | None = None) -> bool:
+    def cancel(self, request_id: str, tenant: str) -> bool:
         return False
 
     def run(self) -> None:
@@ -106,7 +106,7 @@ class Pulse:
             _pass_time_until(next_s, self._load.is_busy)
             usage = LAST if step == self._load.num_steps - 1 else None
             stamp = str(time.monotonic_ns())
-            self._sink([TokenChunk(name, (step,), stamp, usage) for name in self._names])
+            self._sink([TokenChunk(each.id, (step,), stamp, usage, each.tenant) for each in self._requests])
 
 
 def _pass_time_until(moment_s: float, is_busy: bool) -> None:
@@ -151,7 +151,8 @@ async def through(load: Load, bind: str) -> list[float]:
 async def direct(load: Load) -> list[float]:
     """Milliseconds of every chunk, from a thread of this process."""
     loop = asyncio.get_running_loop()
-    answers = {name: AnswerStream(name, load.num_steps) for name in map(str, range(load.num_streams))}
+    requests = [_request(str(number)) for number in range(load.num_streams)]
+    answers = {request.id: AnswerStream(request, load.num_steps) for request in requests}
 
     def dispatch(chunks: Sequence[TokenChunk]) -> None:
         for chunk in chunks:
@@ -161,8 +162,8 @@ async def direct(load: Load) -> list[float]:
         loop.call_soon_threadsafe(dispatch, chunks)
 
     pulse = Pulse(load, sink)
-    for name in answers:
-        pulse.submit(_request(name))
+    for request in requests:
+        pulse.submit(request)
     return await _read_all(list(answers.values()))
 
 

@@ -209,7 +209,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """A validated request, as the worker receives it."""
+    """A validated request, as the worker receives it. Of those in flight, tenant and id together name one."""
 
     id: str
     tenant: str
@@ -268,9 +268,13 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """A piece of an answer. The last chunk of a stream carries `usage` (and possibly the last text)."""
+    """A piece of an answer. The last chunk of a stream carries `usage` (and possibly the last text).
+
+    `tenant` is whose request it is, since ids are a tenant's own; empty at a client.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     text: str
     usage: Usage | None = None
+    tenant: str = ""

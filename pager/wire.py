@@ -240,9 +240,9 @@ def encode_chunk(chunk: TokenChunk, ticket: int) -> worker_pb2.Chunk:
     return worker_pb2.Chunk(ticket=ticket, token_ids=chunk.token_ids, text=chunk.text, usage=usage)
 
 
-def decode_chunk(message: worker_pb2.Chunk, request_id: str) -> TokenChunk:
+def decode_chunk(message: worker_pb2.Chunk, request: GenerateRequest) -> TokenChunk:
     usage = decode_usage(message.usage) if message.HasField("usage") else None
-    return TokenChunk(request_id, tuple(message.token_ids), message.text, usage)
+    return TokenChunk(request.id, tuple(message.token_ids), message.text, usage, request.tenant)
 
 
 def encode_usage(usage: Usage) -> pb.Usage:

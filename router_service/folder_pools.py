@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class FolderPools:
     def __init__(self, folder: Path) -> None:
         """Makes the folder where it is missing. Raises ConfigError."""
         self._folder = folder
+        self._writing = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -78,6 +80,10 @@ class FolderPools:
         return self._folder / f"{tenant}@{name}{_SUFFIX}"
 
     def _write(self, tenant: str, named: NamedPool, *, is_new: bool) -> None:
+        with self._writing:  # so that those who come together do not find the same room
+            self._write_one(tenant, named, is_new=is_new)
+
+    def _write_one(self, tenant: str, named: NamedPool, *, is_new: bool) -> None:
         path = self._path(tenant, named.name)
         if not path.exists():
             names = [each.name for each in self._folder.glob(f"*{_SUFFIX}")]

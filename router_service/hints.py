@@ -17,7 +17,7 @@ MAX_ENCODED_BYTES = 256 * 1024
 
 
 class HintStore(Protocol):
-    """Pools by prompt prefix, request ids in use, and who holds what."""
+    """Pools by prompt prefix, request ids in use, and who holds what. A request id is its tenant's own."""
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
         """The pool under the first of `keys` that has one."""
@@ -25,14 +25,14 @@ class HintStore(Protocol):
     async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None: ...
 
     async def claim(self, request_id: str, tenant: str) -> bool:
-        """False when a request with this id is in flight, here or at another router."""
+        """False when a request of this tenant with this id is in flight, here or at another router."""
 
-    async def release(self, request_id: str) -> None: ...
+    async def release(self, request_id: str, tenant: str) -> None: ...
 
     async def mark_aborted(self, request_id: str, tenant: str) -> bool:
         """Marks a claimed request of this tenant as aborted. False when there is none."""
 
-    async def is_aborted(self, request_id: str) -> bool: ...
+    async def is_aborted(self, request_id: str, tenant: str) -> bool: ...
 
     async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
         """Renews the claims held here and says what this router's workers hold."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from pager.types import ExpertPool
 from router_service.hints import WorkerHolds
@@ -17,8 +17,8 @@ class InProcessHints:
     def __init__(self, max_pools: int = MAX_POOLS) -> None:
         self._max_pools = max_pools
         self._pools: OrderedDict[str, ExpertPool] = OrderedDict()
-        self._tenants: dict[str, str] = {}  # of the requests in flight
-        self._aborted: set[str] = set()
+        self._claims: set[tuple[str, str]] = set()  # tenant and id of the requests in flight
+        self._aborted: set[tuple[str, str]] = set()
         self._residency: dict[str, WorkerHolds] = {}
 
     @property
@@ -26,9 +26,9 @@ class InProcessHints:
         return len(self._pools)
 
     @property
-    def claims(self) -> Mapping[str, str]:
-        """Tenant by request id."""
-        return self._tenants
+    def claims(self) -> Set[tuple[str, str]]:
+        """Tenant and request id of what is in flight."""
+        return self._claims
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
         for key in keys:
@@ -45,23 +45,25 @@ class InProcessHints:
             self._pools.popitem(last=False)
 
     async def claim(self, request_id: str, tenant: str) -> bool:
-        if request_id in self._tenants:
+        claim = (tenant, request_id)
+        if claim in self._claims:
             return False
-        self._tenants[request_id] = tenant
+        self._claims.add(claim)
         return True
 
-    async def release(self, request_id: str) -> None:
-        self._tenants.pop(request_id, None)
-        self._aborted.discard(request_id)
+    async def release(self, request_id: str, tenant: str) -> None:
+        self._claims.discard((tenant, request_id))
+        self._aborted.discard((tenant, request_id))
 
     async def mark_aborted(self, request_id: str, tenant: str) -> bool:
-        if self._tenants.get(request_id) != tenant:
+        claim = (tenant, request_id)
+        if claim not in self._claims:
             return False
-        self._aborted.add(request_id)
+        self._aborted.add(claim)
         return True
 
-    async def is_aborted(self, request_id: str) -> bool:
-        return request_id in self._aborted
+    async def is_aborted(self, request_id: str, tenant: str) -> bool:
+        return (tenant, request_id) in self._aborted
 
     async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
         self._residency = dict(residency)

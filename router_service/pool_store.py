@@ -1,4 +1,9 @@
-"""Where named pools live. What a user made: nothing expires, and nothing makes room for something else."""
+"""Where named pools live. What a user made: nothing expires, and nothing makes room for something else.
+
+Tenants name themselves, so the room of all is bounded too, and shared out so that a few cannot take it: a tenant may
+have as many pools as it leaves free for others. Of N tenants that want all, each gets a share of 1 / (N + 1), and as
+much stays free for one that comes later.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from pager.errors import PoolNameInUse, TooManyPools
 from pager.routing.named import NamedPool
 
 MAX_POOLS_OF_TENANT = 256
-MAX_POOLS = 16_384  # of an embedded store: names of tenants come from outside
+MAX_POOLS = 16_384  # of all tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +88,12 @@ def name_in_use(name: str) -> PoolNameInUse:
     return PoolNameInUse(f"there is a pool {name!r}; choose another name, or ask to `replace` it", field="name")
 
 
-def check_room(num_of_tenant: int, num_of_all: int = 0) -> None:
-    """Before one more is added. Raises TooManyPools."""
+def check_room(num_of_tenant: int, num_of_all: int) -> None:
+    """Checks before one more is added. Raises TooManyPools."""
     if num_of_tenant >= MAX_POOLS_OF_TENANT:
         raise TooManyPools(f"this tenant has its {MAX_POOLS_OF_TENANT} named pools; delete one that is not needed")
-    if num_of_all >= MAX_POOLS:
-        raise TooManyPools(f"the service keeps {MAX_POOLS} named pools, and has them; delete one that is not needed")
+    if num_of_tenant >= MAX_POOLS - num_of_all:
+        raise TooManyPools(
+            f"the store of named pools is nearly full, and a tenant may have no more of them than it leaves free for "
+            f"others; this one has {num_of_tenant}: delete one that is not needed"
+        )

@@ -113,10 +113,10 @@ class RedisClient:
             # The error's own message can quote the URL.
             raise RedisUnavailableError(_reason(error), type(error).__name__) from None
 
-    async def script(self, script: str, key: str, *arguments: str | bytes | int) -> Any:
-        """Runs a Lua script on one key: it compares and acts in one step."""
+    async def script(self, script: str, keys: tuple[str, ...], *arguments: str | bytes | int) -> Any:
+        """Runs a Lua script on these keys: it compares and acts in one step."""
         async with self.commands() as redis:
-            return await redis.eval(script, 1, key, *arguments)
+            return await redis.eval(script, len(keys), *keys, *arguments)
 
     async def close(self) -> None:
         async with self.commands() as redis:

@@ -1,7 +1,7 @@
 """Hints that all routers of a model share, in Redis.
 
-Keys: `expert-pager:1:{fingerprint}:pool:{key}` (a pool), `…:claim:{request id}` (`tenant/router`, then `/aborted`) and
-`…:holds:{worker id}`. Every key expires. No prompt text, no token ids.
+Keys: `expert-pager:1:{fingerprint}:pool:{key}` (a pool), `…:claim:{tenant}:{request id}` (the router, then
+`/aborted`) and `…:holds:{worker id}`. Every key expires. No prompt text, no token ids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ABORTED = b"/aborted"
 # Compare and act in one step: the claim may expire, or pass to another router, in between.
 _MARK_ABORTED = """
 local claim = redis.call('get', KEYS[1])
-if not claim or string.find(claim, ARGV[1] .. '/', 1, true) ~= 1 then return 0 end
+if not claim then return 0 end
 if string.sub(claim, -8) ~= '/aborted' then redis.call('set', KEYS[1], claim .. '/aborted', 'KEEPTTL') end
 return 1
 """
@@ -40,7 +40,7 @@ class RedisHints:
         self._facts = facts
         self._prefix = f"expert-pager:1:{fingerprint}"
         self._router = uuid.uuid4().hex
-        self._claims: dict[str, str] = {}
+        self._claims: set[str] = set()  # keys
         self._client = RedisClient(url)
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
@@ -57,47 +57,46 @@ class RedisHints:
             await pipeline.execute()
 
     async def claim(self, request_id: str, tenant: str) -> bool:
-        value = f"{tenant}/{self._router}"
-        self._claims[request_id] = value  # before the answer: a cancelled caller releases what Redis may have taken
-        key = self._key("claim", request_id)
+        key = self._claim_key(request_id, tenant)
+        self._claims.add(key)  # before the answer: a cancelled caller releases what Redis may have taken
         async with self._client.commands() as redis, redis.pipeline() as pipeline:
-            pipeline.set(key, value, nx=True, px=CLAIM_TTL_MS)
+            pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
             pipeline.get(key)
             _, holder = await pipeline.execute()
         # By its holder, not by the answer of SET: a heartbeat in between may have set it for us.
-        is_mine = holder is not None and holder.startswith(value.encode())
+        is_mine = holder is not None and holder.startswith(self._router.encode())
         if not is_mine:
-            del self._claims[request_id]
+            self._claims.discard(key)
         return is_mine
 
-    async def release(self, request_id: str) -> None:
-        value = self._claims.pop(request_id, None)
-        if value is not None:
-            await self._client.script(_RELEASE, self._key("claim", request_id), value)
+    async def release(self, request_id: str, tenant: str) -> None:
+        key = self._claim_key(request_id, tenant)
+        if key in self._claims:
+            self._claims.discard(key)
+            await self._client.script(_RELEASE, (key,), self._router)
 
     async def mark_aborted(self, request_id: str, tenant: str) -> bool:
-        return bool(await self._client.script(_MARK_ABORTED, self._key("claim", request_id), tenant))
+        return bool(await self._client.script(_MARK_ABORTED, (self._claim_key(request_id, tenant),)))
 
-    async def is_aborted(self, request_id: str) -> bool:
+    async def is_aborted(self, request_id: str, tenant: str) -> bool:
         async with self._client.commands() as redis:
-            value = await redis.get(self._key("claim", request_id))
+            value = await redis.get(self._claim_key(request_id, tenant))
         return value is not None and value.endswith(_ABORTED)
 
     async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
         async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
             claims = list(self._claims)
-            for request_id in claims:
-                pipeline.pexpire(self._key("claim", request_id), CLAIM_TTL_MS)
+            for key in claims:
+                pipeline.pexpire(key, CLAIM_TTL_MS)
             for worker_id, holds in residency.items():
                 pipeline.set(self._key("holds", worker_id), encode_holds(holds), px=HOLDS_TTL_MS)
             pipeline.ping()
             renewed = await pipeline.execute()
             # Redis lost these, or was away when they were made.
-            lost = [request_id for request_id, is_there in zip(claims, renewed, strict=False) if not is_there]
-            for request_id in lost:
-                if request_id in self._claims:
-                    value = self._claims[request_id]
-                    pipeline.set(self._key("claim", request_id), value, nx=True, px=CLAIM_TTL_MS)
+            lost = [key for key, is_there in zip(claims, renewed, strict=False) if not is_there]
+            for key in lost:
+                if key in self._claims:
+                    pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
             await pipeline.execute()
 
     async def residency(self) -> dict[str, WorkerHolds]:
@@ -118,6 +117,9 @@ class RedisHints:
 
     async def close(self) -> None:
         await self._client.close()
+
+    def _claim_key(self, request_id: str, tenant: str) -> str:
+        return self._key("claim", f"{tenant}:{request_id}")  # no tenant's name has a colon
 
     def _key(self, kind: str, name: str) -> str:
         return f"{self._prefix}:{kind}:{name}"

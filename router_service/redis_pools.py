@@ -1,4 +1,5 @@
-"""Named pools in Redis, for all routers: `expert-pager:1:named-pools:{tenant}` is a hash from name to pool.
+"""Named pools in Redis, for all routers: `expert-pager:1:named-pools:{tenant}` is a hash from name to pool, and
+`expert-pager:1:named-pool-counts` one from tenant to the number of its pools.
 
 The keys don't expire, so a Redis that evicts must evict those that do (`maxmemory-policy volatile-lru`). Models share
 them: a pool for another model is found, and refused by name.
@@ -8,16 +9,31 @@ from __future__ import annotations
 
 from pager.errors import DamagedPool
 from pager.routing.named import NamedPool, decode_named, encode_named
-from router_service.pool_store import MAX_POOLS_OF_TENANT, Listing, check_room, name_in_use
+from router_service import pool_store
+from router_service.pool_store import Listing, check_room, name_in_use
 from router_service.redis_client import RedisClient
 
+# Both take the hash of a tenant and that of the counts, where a tenant's number is set to what its hash has: a count
+# that somebody else changed is right again with the tenant's next pool.
 _PUT = """
-local is_there = redis.call('hexists', KEYS[1], ARGV[1]) == 1
-if is_there and ARGV[3] == 'add' then return 'in use' end
-if not is_there and redis.call('hlen', KEYS[1]) >= tonumber(ARGV[4]) then return 'full' end
-redis.call('hset', KEYS[1], ARGV[1], ARGV[2])
+local is_there = redis.call('hexists', KEYS[1], ARGV[2]) == 1
+if is_there and ARGV[4] == 'add' then return 'in use' end
+if not is_there then
+  local mine, all = redis.call('hlen', KEYS[1]), 0
+  for _, count in ipairs(redis.call('hvals', KEYS[2])) do all = all + (tonumber(count) or 0) end
+  if mine >= tonumber(ARGV[5]) or mine >= tonumber(ARGV[6]) - all then return {mine, all} end
+end
+redis.call('hset', KEYS[1], ARGV[2], ARGV[3])
+redis.call('hset', KEYS[2], ARGV[1], redis.call('hlen', KEYS[1]))
 return 'done'
 """
+_DELETE = """
+local deleted = redis.call('hdel', KEYS[1], ARGV[2])
+local left = redis.call('hlen', KEYS[1])
+if left == 0 then redis.call('hdel', KEYS[2], ARGV[1]) else redis.call('hset', KEYS[2], ARGV[1], left) end
+return deleted
+"""
+_COUNTS = "expert-pager:1:named-pool-counts"
 
 
 class RedisPools:
@@ -38,8 +54,7 @@ class RedisPools:
         await self._put(tenant, named, "replace")
 
     async def delete(self, tenant: str, name: str) -> bool:
-        async with self._client.commands() as redis:
-            return bool(await redis.hdel(_key(tenant), name))
+        return bool(await self._client.script(_DELETE, (_key(tenant), _COUNTS), tenant, name))
 
     async def all_of(self, tenant: str) -> Listing:
         async with self._client.commands() as redis:
@@ -57,13 +72,14 @@ class RedisPools:
         await self._client.close()
 
     async def _put(self, tenant: str, named: NamedPool, verb: str) -> None:
+        limits = pool_store.MAX_POOLS_OF_TENANT, pool_store.MAX_POOLS
         outcome = await self._client.script(
-            _PUT, _key(tenant), named.name, encode_named(named), verb, MAX_POOLS_OF_TENANT
+            _PUT, (_key(tenant), _COUNTS), tenant, named.name, encode_named(named), verb, *limits
         )
         if outcome == b"in use":
             raise name_in_use(named.name)
-        if outcome == b"full":
-            check_room(MAX_POOLS_OF_TENANT)
+        if isinstance(outcome, list):
+            check_room(*outcome)
 
 
 def _key(tenant: str) -> str:

@@ -95,13 +95,13 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
     @asynccontextmanager
     async def _claimed(self, id_: str, tenant: str) -> AsyncIterator[None]:
-        """The id is this request's alone, at every router, until the block is left."""
+        """The id is this request's alone among its tenant's, at every router, until the block is left."""
         if not await self._backend.hints.claim(id_, tenant):
             raise DuplicateRequest(f"request id {id_!r} is in use; choose another", field="request_id")
         try:
             yield
         finally:
-            await self._backend.hints.release(id_)
+            await self._backend.hints.release(id_, tenant)
 
     async def _predict(self, request: GenerateRequest) -> Prediction:
         metrics = self._backend.metrics
@@ -147,12 +147,12 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         guess = request.predicted if request.pool.source is PoolSource.PREFILL else None
         self._at_worker[placement.worker_id] += 1  # before anything is waited for: who is placed meanwhile sees it
         try:
-            await self._check_aborted(request.id)
+            await self._check_aborted(request)
             async with aclosing(self._backend.cluster.generate(placement.worker_id, request)) as chunks:
                 async for chunk in chunks:
                     if not meter.has_started:
                         # Again: an Abort may have looked for the request at the workers before it got there.
-                        await self._check_aborted(request.id)
+                        await self._check_aborted(request)
                     chunk = meter.seen(chunk, guess)
                     await send(context, encode_response(chunk), self._backend.write_timeout_s)
                     if chunk.usage is not None:
@@ -161,8 +161,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
             self._at_worker[placement.worker_id] -= 1
         raise WorkerLost("the worker's stream ended before the answer did; send the request again")
 
-    async def _check_aborted(self, id_: str) -> None:
-        if await self._backend.hints.is_aborted(id_):
+    async def _check_aborted(self, request: GenerateRequest) -> None:
+        if await self._backend.hints.is_aborted(request.id, request.tenant):
             raise Cancelled("the request was aborted")
 
     async def _learn(

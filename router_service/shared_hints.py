@@ -37,23 +37,23 @@ class SharedHints:
         try:
             is_free = await self._write(lambda: self._shared.claim(request_id, tenant), True)
         except BaseException:  # the caller was cancelled while it waited
-            await self.release(request_id)
+            await self.release(request_id, tenant)
             raise
         if not is_free:
-            await self._local.release(request_id)
+            await self._local.release(request_id, tenant)
         return is_free
 
-    async def release(self, request_id: str) -> None:
-        await self._local.release(request_id)
-        await self._write(lambda: self._shared.release(request_id), None)
+    async def release(self, request_id: str, tenant: str) -> None:
+        await self._local.release(request_id, tenant)
+        await self._write(lambda: self._shared.release(request_id, tenant), None)
 
     async def mark_aborted(self, request_id: str, tenant: str) -> bool:
         here = await self._local.mark_aborted(request_id, tenant)
         return await self._write(lambda: self._shared.mark_aborted(request_id, tenant), False) or here
 
-    async def is_aborted(self, request_id: str) -> bool:
-        return await self._local.is_aborted(request_id) or await self._read(
-            lambda: self._shared.is_aborted(request_id), False
+    async def is_aborted(self, request_id: str, tenant: str) -> bool:
+        return await self._local.is_aborted(request_id, tenant) or await self._read(
+            lambda: self._shared.is_aborted(request_id, tenant), False
         )
 
     async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:

@@ -19,7 +19,7 @@ class PoolLabel:
 
     tenant: str
     name: str
-    size: str  # "count:8" and the like
+    size: str  # "count:8" and the like; "named" for a named one
     pool: ExpertPool | None
     is_expected: bool  # predicted; the prefill has not chosen yet
 
@@ -37,6 +37,17 @@ class PoolUse:
 
 
 @dataclass(slots=True)
+class PoolRow:
+    """The use of one pool by all tenants, none of which it names."""
+
+    size: str
+    pool: ExpertPool | None
+    is_expected: bool
+    use: PoolUse
+    num_tenants: int
+
+
+@dataclass(slots=True)
 class PoolLog:
     """Owns the rows, the latest used last. Without live requests, the longest unused is dropped first."""
 
@@ -46,7 +57,9 @@ class PoolLog:
     def following(self, tenant: str, name: str, policy: PoolPolicy, pool: ExpertPool | None) -> Iterator[LivePool]:
         """Counts a live request for as long as the block lasts. `pool` is fixed or predicted."""
         is_expected = policy.fixed is None and pool is not None and not isinstance(policy.size, Full)
-        live = LivePool(self, PoolLabel(tenant, name, _size(policy), policy.fixed or pool, is_expected))
+        live = LivePool(
+            self, PoolLabel(tenant, name, "named" if name else _size(policy), policy.fixed or pool, is_expected)
+        )
         self._use(live.label).live += 1
         try:
             yield live
@@ -61,6 +74,16 @@ class PoolLog:
         use.experts_missed += usage.experts_missed
         use.bytes_paged += usage.bytes_from_disk + usage.bytes_from_host
         use.mode = usage.mode
+
+    def of_all_tenants(self) -> list[PoolRow]:
+        """What tenants and names keep apart, put together; the latest used first."""
+        found: dict[tuple[str, ExpertPool | None, bool], list[tuple[PoolLabel, PoolUse]]] = {}
+        for label, use in reversed(self.rows.items()):
+            found.setdefault((label.size, label.pool, label.is_expected), []).append((label, use))
+        return [
+            PoolRow(*shared, _sum([use for _, use in each]), len({label.tenant for label, _ in each}))
+            for shared, each in found.items()
+        ]
 
     def _use(self, label: PoolLabel) -> PoolUse:
         self.rows[label] = self.rows.pop(label) if label in self.rows else PoolUse()
@@ -85,6 +108,18 @@ class LivePool:
 
     def answered(self, usage: Usage) -> None:
         self.log.ended(self.label, usage)
+
+
+def _sum(uses: list[PoolUse]) -> PoolUse:
+    """All together; the first is the latest."""
+    return PoolUse(
+        live=sum(use.live for use in uses),
+        answers=sum(use.answers for use in uses),
+        experts_hit=sum(use.experts_hit for use in uses),
+        experts_missed=sum(use.experts_missed for use in uses),
+        bytes_paged=sum(use.bytes_paged for use in uses),
+        mode=next((use.mode for use in uses if use.mode), ""),
+    )
 
 
 def _size(policy: PoolPolicy) -> str:

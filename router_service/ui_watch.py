@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pager import __version__
-from pager.types import PagingTotals
+from pager.types import ExpertPool, PagingTotals
 from router_service import encode
 from router_service.hints import HintStore, WorkerHolds
 from router_service.ports import ClusterPort, ModelInfo
-from router_service.ui_pools import PoolLabel, PoolLog, PoolUse
+from router_service.ui_pools import PoolLog, PoolRow
 
 SAMPLE_S = 5.0
 NUM_SAMPLES = 60
@@ -69,7 +69,7 @@ class Watch:
         self._last_s, self._last = now_s, serving
 
     async def state(self) -> dict[str, Any]:
-        """JSON of at most about 200 kB. Names in it come from users."""
+        """JSON of at most about 200 kB, for anybody who reaches the port: no tenant and no named pool is named."""
         workers = [
             _worker(each.id, each.state, encode.holds(each), self._model, each.page_in_bytes_per_s)
             for each in self._cluster.workers()
@@ -79,15 +79,14 @@ class Watch:
             if worker_id not in known:
                 workers.append(_worker(worker_id, "ready", holds, self._model, None, remote=True))
         shown = workers[:MAX_WORKERS]
-        latest_first = list(self._pools.rows.items())[::-1]
-        rows = sorted(latest_first, key=lambda row: row[1].live, reverse=True)
+        rows = sorted(self._pools.of_all_tenants(), key=lambda row: row.use.live, reverse=True)
         return {
             "version": __version__,
             "model": {"name": self._model.name, "routed_per_layer": self._model.facts.routed_per_layer},
             "now_unix_s": round(time.time(), 1),
             "workers": shown,
             "workers_left_out": len(workers) - len(shown),
-            "pools": [_pool(label, use, shown) for label, use in rows[:MAX_POOLS]],
+            "pools": [_pool(row, shown) for row in rows[:MAX_POOLS]],
             "pools_left_out": max(0, len(rows) - MAX_POOLS),
             "samples": [_sample(sample) for sample in self._samples],
         }
@@ -118,28 +117,27 @@ def _worker(
     }
 
 
-def _pool(label: PoolLabel, use: PoolUse, workers: list[dict[str, Any]]) -> dict[str, Any]:
-    pool = label.pool
+def _pool(row: PoolRow, workers: list[dict[str, Any]]) -> dict[str, Any]:
+    pool = row.pool
     return {
-        "tenant": label.tenant,
-        "name": label.name,
-        "size": label.size,
+        "tenants": row.num_tenants,
+        "size": row.size,
         "digest": pool.digest if pool is not None else None,
         "experts": pool.num_experts if pool is not None else None,
-        "is_expected": label.is_expected,
-        "resident": _resident(label, workers),
-        **asdict(use),
+        "is_expected": row.is_expected,
+        "resident": _resident(pool, workers),
+        **asdict(row.use),
     }
 
 
-def _resident(label: PoolLabel, workers: list[dict[str, Any]]) -> dict[str, int]:
+def _resident(pool: ExpertPool | None, workers: list[dict[str, Any]]) -> dict[str, int]:
     """How many of the pool's experts each worker holds."""
-    if label.pool is None:
+    if pool is None:
         return {}
     found = {}
     for worker in workers:
         masks = [int.from_bytes(bytes.fromhex(layer), "little") for layer in worker["resident"]]
-        layers = zip(label.pool.experts, masks, strict=True)
+        layers = zip(pool.experts, masks, strict=True)
         found[worker["id"]] = sum(mask >> expert & 1 for experts, mask in layers for expert in experts)
     return found
 

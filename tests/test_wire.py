@@ -1,6 +1,7 @@
 """What a worker and a router tell each other survives the wire, field by field."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as public
@@ -104,10 +105,11 @@ def test_a_request_survives(request: GenerateRequest) -> None:
     assert wire.decode_request(pb.Submit.FromString(data)) == request
 
 
-@given(st.builds(TokenChunk, st.text(), st.lists(counts).map(tuple), st.text(), st.none() | usages))
-def test_a_chunk_survives(chunk: TokenChunk) -> None:
+@given(st.builds(TokenChunk, st.text(), st.lists(counts).map(tuple), st.text(), st.none() | usages), requests)
+def test_a_chunk_survives(chunk: TokenChunk, request: GenerateRequest) -> None:
+    chunk = replace(chunk, request_id=request.id, tenant=request.tenant)
     data = wire.encode_chunk(chunk, 7).SerializeToString()
-    assert wire.decode_chunk(pb.Chunk.FromString(data), chunk.request_id) == chunk
+    assert wire.decode_chunk(pb.Chunk.FromString(data), request) == chunk
 
 
 @pytest.mark.parametrize(

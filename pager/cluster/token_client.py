@@ -26,8 +26,8 @@ RETRY_AFTER_S = 1.0  # a killed worker that loads a small model is back after so
 class AnswerStream:
     """The chunks of one request, at most `limit` of them unread. Owned by its `WorkerLink`; read by one task."""
 
-    def __init__(self, request_id: str, limit: int) -> None:
-        self.request_id = request_id
+    def __init__(self, request: GenerateRequest, limit: int) -> None:
+        self.request = request
         self._limit = limit
         self._chunks: deque[TokenChunk] = deque()
         self._error: PagerError | None = None
@@ -119,7 +119,7 @@ class WorkerLink:
         if self.broken.is_set():
             raise _lost()
         ticket = next(self._tickets)
-        answer = self._answers[ticket] = AnswerStream(request.id, self._buffer_chunks)
+        answer = self._answers[ticket] = AnswerStream(request, self._buffer_chunks)
         try:
             self._commands.put_nowait(pb.Command(submit=encode_request(request, ticket)))
             async for chunk in answer:
@@ -178,7 +178,7 @@ class WorkerLink:
             answer = self._answers.get(message.ticket)
             if answer is None:  # cancelled; the worker does not know yet
                 continue
-            chunk = decode_chunk(message, answer.request_id)
+            chunk = decode_chunk(message, answer.request)
             if not answer.push(chunk):
                 del self._answers[message.ticket]
                 self._cancel(message.ticket)

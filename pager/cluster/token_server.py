@@ -44,6 +44,8 @@ class RequestFailure(Protocol):
     @property
     def request_id(self) -> str: ...
     @property
+    def tenant(self) -> str: ...
+    @property
     def error(self) -> PagerError: ...
 
 
@@ -51,10 +53,17 @@ class TokenEngine(Protocol):
     """What the transport needs of an engine; both are thread-safe and return at once."""
 
     def submit(self, request: GenerateRequest) -> None: ...
-    def cancel(self, request_id: str, tenant: str | None = None) -> bool: ...
+    def cancel(self, request_id: str, tenant: str) -> bool: ...
 
 
 StreamEvent = TokenChunk | RequestFailure
+
+
+class RequestKey(NamedTuple):
+    """Names a request in flight: an id is its tenant's own."""
+
+    request_id: str
+    tenant: str
 
 
 class TokenServer(worker_pb2_grpc.WorkerServicer):
@@ -66,7 +75,9 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
     def __init__(self, token: str) -> None:
         self._token = token
         self._streams: set[_RouterStream] = set()
-        self._owners: dict[str, _Owner] = {}  # until the engine's last event of the request, its router gone or not
+        self._owners: dict[
+            RequestKey, _Owner
+        ] = {}  # until the engine's last event of the request, its router gone or not
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._load_task: asyncio.Task[None] | None = None
@@ -139,24 +150,25 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             async for command in commands:
                 if command.WhichOneof("command") == "submit":
                     self._submit(command.submit, stream)
-                elif (request_id := stream.requests.get(command.cancel.ticket)) is not None:
-                    self._engine.cancel(request_id)
+                elif (key := stream.requests.get(command.cancel.ticket)) is not None:
+                    self._engine.cancel(*key)
         finally:
             stream.close()
 
     def _submit(self, message: pb.Submit, stream: _RouterStream) -> None:
+        key = RequestKey(message.request_id, message.tenant)
         try:
-            if message.request_id in self._owners:
+            if key in self._owners:
                 raise DuplicateRequest(
                     f"request id {message.request_id!r} is in use; choose another", field="request_id"
                 )
             # Set first: the engine may answer before submit() returns.
-            self._owners[message.request_id] = _Owner(stream, message.ticket, trace_id_of(message.traceparent))
-            stream.requests[message.ticket] = message.request_id
+            self._owners[key] = _Owner(stream, message.ticket, trace_id_of(message.traceparent))
+            stream.requests[message.ticket] = key
             try:
                 self._engine.submit(decode_request(message))
             except Exception:
-                self._forget(message.request_id)
+                self._forget(key)
                 raise
         except Exception as error:
             stream.push(pb.Push(step=pb.Step(failures=[_failure(message.ticket, error)])))
@@ -164,35 +176,36 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
     def _dispatch(self, events: Sequence[StreamEvent]) -> None:
         steps: dict[_RouterStream, pb.Step] = {}
         for event in events:
-            owner = self._owners.get(event.request_id)
+            key = RequestKey(event.request_id, event.tenant)
+            owner = self._owners.get(key)
             if owner is None:
                 continue
             step = steps.setdefault(owner.stream, pb.Step())
             if isinstance(event, TokenChunk):
                 step.chunks.append(encode_chunk(event, owner.ticket))
                 if event.usage is not None:
-                    self._ended(event.request_id, event.usage.finish_reason.value, event.usage.completion_tokens)
+                    self._ended(key, event.usage.finish_reason.value, event.usage.completion_tokens)
             else:
                 step.failures.append(_failure(owner.ticket, event.error))
-                self._ended(event.request_id, event.error.reason.lower())
+                self._ended(key, event.error.reason.lower())
         for stream, step in steps.items():
             stream.push(pb.Push(step=step))
 
-    def _ended(self, request_id: str, outcome: str, num_tokens: int | None = None) -> None:
-        trace_id = self._owners[request_id].trace_id
-        said = facts(request_id=request_id, trace_id=trace_id, outcome=outcome, completion_tokens=num_tokens)
-        log.info("request_id=%s outcome=%s", request_id, outcome, extra=said)
-        self._forget(request_id)
+    def _ended(self, key: RequestKey, outcome: str, num_tokens: int | None = None) -> None:
+        trace_id = self._owners[key].trace_id
+        said = facts(**key._asdict(), trace_id=trace_id, outcome=outcome, completion_tokens=num_tokens)
+        log.info("request_id=%s tenant=%s outcome=%s", *key, outcome, extra=said)
+        self._forget(key)
 
-    def _forget(self, request_id: str) -> None:
-        owner = self._owners.pop(request_id)
+    def _forget(self, key: RequestKey) -> None:
+        owner = self._owners.pop(key)
         del owner.stream.requests[owner.ticket]
 
     def _drop(self, stream: _RouterStream) -> None:
         self._streams.discard(stream)
         stream.close()
-        for request_id in list(stream.requests.values()):
-            self._engine.cancel(request_id)
+        for key in list(stream.requests.values()):
+            self._engine.cancel(*key)
 
     async def _push_loads(self) -> None:
         last = None
@@ -215,7 +228,7 @@ class _RouterStream:
     """What waits to be sent to one router; iterating takes it until the stream is closed."""
 
     def __init__(self) -> None:
-        self.requests: dict[int, str] = {}  # ticket -> request id
+        self.requests: dict[int, RequestKey] = {}  # by ticket
         self._outbox: deque[pb.Push] = deque()
         self._wake = asyncio.Event()
         self._closed = False

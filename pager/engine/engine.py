@@ -108,7 +108,7 @@ class Engine:
         self._paged.slots_needed(sequence.policy)
         self._inbox.put(sequence)
 
-    def cancel(self, request_id: str, tenant: str | None = None) -> bool:
+    def cancel(self, request_id: str, tenant: str) -> bool:
         """Ends the request with Failure(Cancelled): before the next step or, where a long forward runs for it alone,
         before the next layer. False when that tenant has none such.
         """
@@ -337,11 +337,11 @@ class Engine:
             if usage.drift is not None:
                 self._observer.drift(usage.drift)
             self._end(sequence, reason.value)
-        self._events.append(TokenChunk(sequence.request.id, (outcome,), text, usage))
+        self._events.append(TokenChunk(sequence.request.id, (outcome,), text, usage, sequence.request.tenant))
 
     def _fail(self, sequence: Sequence, error: PagerError) -> None:
         self._end(sequence, error.reason.lower())
-        self._events.append(Failure(sequence.request.id, error))
+        self._events.append(Failure(sequence.request.id, error, sequence.request.tenant))
 
     def _end(self, sequence: Sequence, outcome: str) -> None:
         """Gives back at once what the sequence holds, wherever it stood."""

@@ -13,7 +13,7 @@ class Inbox:
 
     def __init__(self, max_live: int) -> None:
         self._max_live = max_live
-        self._live: dict[str, Sequence] = {}
+        self._live: dict[tuple[str, str], Sequence] = {}  # by tenant and request id
         self._arrived: list[Sequence] = []
         self._cancelled: list[Sequence] = []
         self._is_open = True
@@ -21,24 +21,26 @@ class Inbox:
         self._changed = threading.Condition()
 
     def put(self, sequence: Sequence) -> None:
-        """Raises NotReady when closed, DuplicateRequest for an id in use, Overloaded at the bound."""
-        request_id = sequence.request.id
+        """Raises NotReady when closed, DuplicateRequest for an id that its tenant uses, Overloaded at the bound."""
+        key = _key_of(sequence)
         with self._changed:
             if not self._is_open:
                 raise NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0)
-            if request_id in self._live:
-                raise DuplicateRequest(f"request id {request_id!r} is in use; choose another", field="request_id")
+            if key in self._live:
+                raise DuplicateRequest(
+                    f"request id {sequence.request.id!r} is in use; choose another", field="request_id"
+                )
             if len(self._live) >= self._max_live:
                 raise Overloaded(f"{len(self._live)} requests are running or waiting already", retry_after_s=1.0)
-            self._live[request_id] = sequence
+            self._live[key] = sequence
             self._arrived.append(sequence)
             self._changed.notify_all()
 
-    def cancel(self, request_id: str, tenant: str | None) -> bool:
-        """Whether there is such a request, of that tenant where one is named."""
+    def cancel(self, request_id: str, tenant: str) -> bool:
+        """Whether that tenant has such a request."""
         with self._changed:
-            sequence = self._live.get(request_id)
-            if sequence is None or tenant not in (None, sequence.request.tenant):
+            sequence = self._live.get((tenant, request_id))
+            if sequence is None:
                 return False
             self._cancelled.append(sequence)
             self._changed.notify_all()
@@ -54,7 +56,7 @@ class Inbox:
     def remove(self, sequence: Sequence) -> None:
         """The sequence has ended; its id may be used again."""
         with self._changed:
-            del self._live[sequence.request.id]
+            del self._live[_key_of(sequence)]
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -84,3 +86,7 @@ class Inbox:
 
     def __len__(self) -> int:
         return len(self._live)
+
+
+def _key_of(sequence: Sequence) -> tuple[str, str]:
+    return sequence.request.tenant, sequence.request.id

@@ -30,6 +30,7 @@ class Failure:
 
     request_id: str
     error: PagerError
+    tenant: str
 
 
 StreamEvent = TokenChunk | Failure

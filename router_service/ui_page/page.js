@@ -184,7 +184,6 @@ function showMaps() {
 // --- pools ---
 
 function poolName(pool) {
-  if (pool.name) return pool.name;
   if (pool.digest) return pool.digest.slice(0, 12) + (pool.is_expected ? " (expected)" : "");
   return pool.size === "full" ? "all experts" : "not chosen yet";
 }
@@ -198,13 +197,13 @@ function inSlots(pool) {
 function showPools() {
   const rows = state.pools.map((pool) => {
     const cells = {
-      Pool: poolName(pool), Tenant: pool.tenant, Size: pool.size, Live: pool.live, Answers: pool.answers,
+      Pool: poolName(pool), Tenants: pool.tenants, Size: pool.size, Live: pool.live, Answers: pool.answers,
       "Hit rate": percent(pool.experts_hit, pool.experts_hit + pool.experts_missed),
       Paged: pool.answers ? bytes(pool.bytes_paged) : "–", "In slots": inSlots(pool),
     };
     const row = element("tr", undefined, pool.live ? "live" : "");
     row.append(...Object.entries(cells).map(([label, text]) => {
-      const cell = element("td", String(text), label === "Pool" && !pool.name && pool.digest ? "digest" : "");
+      const cell = element("td", String(text), label === "Pool" && pool.digest ? "digest" : "");
       cell.dataset.label = label;
       return cell;
     }));

@@ -63,6 +63,7 @@ class Status:
 class Failure:
     request_id: str
     error: PagerError
+    tenant: str
 
 
 @dataclass
@@ -89,10 +90,10 @@ class StandIn:
             self.requests[request.id] = request
             self.left[request.id] = request.sampling.max_tokens
 
-    def cancel(self, request_id: str, tenant: str | None = None) -> bool:
+    def cancel(self, request_id: str, tenant: str) -> bool:
         with self.lock:
             request = self.requests.get(request_id)
-            if request is None or tenant not in (None, request.tenant):
+            if request is None or tenant != request.tenant:
                 return False
             self.cancelled.add(request_id)
             return True
@@ -112,7 +113,8 @@ class StandIn:
         self.stopped = True
         if self.thread is not None:
             self.thread.join()
-        self.sink([Failure(request_id, NotReady("shutting down", retry_after_s=1.0)) for request_id in self.requests])
+        error = NotReady("shutting down", retry_after_s=1.0)
+        self.sink([Failure(request.id, error, request.tenant) for request in self.requests.values()])
         self.requests.clear()
 
     def run(self) -> None:
@@ -135,15 +137,16 @@ class StandIn:
             time.sleep(0.002)
 
     def advance(self, request_id: str) -> Any:
+        tenant = self.requests[request_id].tenant
         if request_id in self.cancelled:
             self.forget(request_id)
-            return Failure(request_id, Cancelled("cancelled"))
+            return Failure(request_id, Cancelled("cancelled"), tenant)
         self.left[request_id] -= 1
         if self.left[request_id] > 0:
-            return TokenChunk(request_id, (os.getpid(),), "piece ")
+            return TokenChunk(request_id, (os.getpid(),), "piece ", tenant=tenant)
         self.forget(request_id)
         usage = Usage("exact", FinishReason.LENGTH, 1, 1, None, 0, 0, 0, 0, 0.0, 0.0, None, 0.0, 0.0, "f")
-        return TokenChunk(request_id, (os.getpid(),), "end", usage)
+        return TokenChunk(request_id, (os.getpid(),), "end", usage, tenant)
 
     def forget(self, request_id: str) -> None:
         self.cancelled.discard(request_id)

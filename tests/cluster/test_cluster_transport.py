@@ -21,6 +21,7 @@ TOKEN = "let me in"
 class Failure:
     request_id: str
     error: PagerError
+    tenant: str
 
 
 @dataclass
@@ -28,22 +29,23 @@ class ScriptedEngine:
     """Answers only when the test says so; remembers what it was asked."""
 
     server: TokenServer | None = None
-    open: dict[str, GenerateRequest] = field(default_factory=dict)
+    open: dict[tuple[str, str], GenerateRequest] = field(default_factory=dict)  # by id and tenant
     cancelled: list[str] = field(default_factory=list)
 
     def submit(self, request: GenerateRequest) -> None:
         if request.sampling.max_tokens < 0:
             raise InvalidRequest("max_tokens must be positive", field="max_tokens")
-        self.open[request.id] = request
+        self.open[request.id, request.tenant] = request
 
-    def cancel(self, request_id: str, tenant: str | None = None) -> bool:
-        request = self.open.get(request_id)
-        if request is None or tenant not in (None, request.tenant):
+    def cancel(self, request_id: str, tenant: str) -> bool:
+        if self.open.pop((request_id, tenant), None) is None:
             return False
-        del self.open[request_id]
         self.cancelled.append(request_id)
-        self.step(Failure(request_id, Cancelled("cancelled")))
+        self.step(Failure(request_id, Cancelled("cancelled"), tenant))
         return True
+
+    def runs(self, request_id: str) -> bool:
+        return any(open_id == request_id for open_id, _ in self.open)
 
     def step(self, *events: TokenChunk | Failure) -> None:
         """From a thread of its own, as the engine does it."""
@@ -52,19 +54,19 @@ class ScriptedEngine:
         thread.start()
         thread.join()
 
-    def finish(self, *request_ids: str) -> None:
+    def finish(self, *request_ids: str, tenant: str = "t") -> None:
         for request_id in request_ids:
-            del self.open[request_id]
-        self.step(*(chunk(request_id, "end", last=True) for request_id in request_ids))
+            del self.open[request_id, tenant]
+        self.step(*(chunk(request_id, "end", last=True, tenant=tenant) for request_id in request_ids))
 
 
 def request(request_id: str, max_tokens: int = 8, tenant: str = "t") -> GenerateRequest:
     return GenerateRequest(request_id, tenant, (1, 2, 3), SamplingParams(max_tokens=max_tokens), PoolPolicy())
 
 
-def chunk(request_id: str, text: str, *, last: bool = False) -> TokenChunk:
+def chunk(request_id: str, text: str, *, last: bool = False, tenant: str = "t") -> TokenChunk:
     usage = Usage("exact", FinishReason.STOP, 3, 1, None, 0, 0, 0, 0, 0.0, 0.0, None, 0.0, 0.0, "f") if last else None
-    return TokenChunk(request_id, (7,), text, usage)
+    return TokenChunk(request_id, (7,), text, usage, tenant)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -136,7 +138,7 @@ async def test_leaving_the_iterator_cancels_on_the_worker(transport: Transport) 
     answer = link.generate(request("a"))
     async with contextlib.aclosing(answer):
         first = asyncio.ensure_future(anext(answer))
-        await until(lambda: "a" in transport.engine.open)
+        await until(lambda: transport.engine.runs("a"))
         transport.engine.step(chunk("a", "1"))
         assert (await first).text == "1"
     await until(lambda: transport.engine.cancelled == ["a"])
@@ -145,26 +147,52 @@ async def test_leaving_the_iterator_cancels_on_the_worker(transport: Transport) 
 async def test_an_id_in_use_is_refused_and_free_again_after_its_end(transport: Transport) -> None:
     one, other = await transport.link(), await transport.link()
     reader = asyncio.create_task(collect(one.generate(request("a"))))
-    await until(lambda: "a" in transport.engine.open)
+    await until(lambda: transport.engine.runs("a"))
     with pytest.raises(DuplicateRequest):
         await collect(other.generate(request("a")))
     transport.engine.finish("a")
     assert await reader == ["end"]
     again = asyncio.create_task(collect(other.generate(request("a"))))
-    await until(lambda: "a" in transport.engine.open)
+    await until(lambda: transport.engine.runs("a"))
     transport.engine.finish("a")
     assert await again == ["end"]
+
+
+async def test_an_id_is_its_tenants_own(transport: Transport) -> None:
+    """Another tenant that takes the id of a running request is served, and neither hears of the other."""
+    one, other = await transport.link(), await transport.link()
+    mine = asyncio.create_task(collect(one.generate(request("a", tenant="mine"))))
+    yours = asyncio.create_task(collect(other.generate(request("a", tenant="yours"))))
+    await until(lambda: len(transport.engine.open) == 2)
+    transport.engine.step(chunk("a", "to me", tenant="mine"), chunk("a", "to you", tenant="yours"))
+    assert not await one.abort("a", "spy")
+    assert await one.abort("a", "yours")
+    with pytest.raises(Cancelled):
+        await yours
+    transport.engine.finish("a", tenant="mine")
+    assert await mine == ["to me", "end"]
+
+
+async def test_leaving_the_iterator_cancels_the_tenants_own_request(transport: Transport) -> None:
+    link = await transport.link()
+    mine = asyncio.create_task(collect(link.generate(request("a", tenant="mine"))))
+    yours = asyncio.create_task(collect(link.generate(request("a", tenant="yours"))))
+    await until(lambda: len(transport.engine.open) == 2)
+    yours.cancel()
+    await until(lambda: list(transport.engine.open) == [("a", "mine")])
+    transport.engine.finish("a", tenant="mine")
+    assert await mine == ["end"]
 
 
 async def test_a_late_piece_of_a_cancelled_request_never_reaches_a_new_one_of_the_same_id(transport: Transport) -> None:
     link = await transport.link()
     old = asyncio.create_task(collect(link.generate(request("a"))))
-    await until(lambda: "a" in transport.engine.open)
+    await until(lambda: transport.engine.runs("a"))
     transport.engine.finish("a")  # on its way while the reader leaves
     old.cancel()
     await asyncio.gather(old, return_exceptions=True)
     new = asyncio.create_task(collect(link.generate(request("a"))))
-    await until(lambda: "a" in transport.engine.open)
+    await until(lambda: transport.engine.runs("a"))
     transport.engine.step(chunk("a", "new"))
     transport.engine.finish("a")
     assert await new == ["new", "end"]
@@ -223,7 +251,7 @@ async def test_a_worker_that_goes_ends_every_answer(transport: Transport) -> Non
 async def test_abort_works_through_another_router_but_not_for_another_tenant(transport: Transport) -> None:
     mine, other = await transport.link(), await transport.link()
     reader = asyncio.create_task(collect(mine.generate(request("a", tenant="mine"))))
-    await until(lambda: "a" in transport.engine.open)
+    await until(lambda: transport.engine.runs("a"))
     assert not await other.abort("a", "someone else")
     assert await other.abort("a", "mine")
     assert not await other.abort("a", "mine")

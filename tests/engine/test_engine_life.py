@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pager.engine.interface import EngineObserver
+from pager.engine.interface import EngineObserver, Failure, StreamEvent
 from pager.engine.trunk import OpenModel
 from pager.errors import (
     Cancelled,
@@ -29,7 +29,18 @@ from pager.errors import (
     PromptTooLong,
 )
 from pager.store.pack import pack
-from pager.types import Count, ExpertKey, ExpertPool, FinishReason, Full, Mass, PoolPolicy, PoolSource, Share
+from pager.types import (
+    Count,
+    ExpertKey,
+    ExpertPool,
+    FinishReason,
+    Full,
+    Mass,
+    PoolPolicy,
+    PoolSource,
+    Share,
+    TokenChunk,
+)
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 ALL_EXPERTS = ExpertPool((tuple(range(15)),) * 4)
@@ -49,14 +60,14 @@ def test_cancellation_frees_kv_and_slots_before_the_next_step_and_leaves_the_oth
         driver.engine.step()
     assert driver.tokens(doomed)
     blocks = driver.engine.status().kv_blocks_used
-    assert driver.engine.cancel(doomed)
-    assert driver.engine.cancel(doomed), "a second call finds it still"
+    assert driver.engine.cancel(doomed, "t")
+    assert driver.engine.cancel(doomed, "t"), "a second call finds it still"
     given = driver.tokens(doomed)
     driver.engine.step()
     assert isinstance(driver.failures[doomed], Cancelled)
     assert driver.tokens(doomed) == given
     assert driver.engine.status().kv_blocks_used == blocks - 8  # 119 tokens
-    assert not driver.engine.cancel(doomed)
+    assert not driver.engine.cancel(doomed, "t")
     driver.finish()
     assert driver.tokens(other) == driver.tokens(undisturbed)
     driver.assert_nothing_held()
@@ -209,6 +220,7 @@ def test_ids_in_use_and_full_lines_are_refused_and_free_again_afterwards(make_dr
     driver.submit([1], max_tokens=2, id="a")
     with pytest.raises(DuplicateRequest, match="'a'"):
         driver.submit([1], max_tokens=2, id="a")
+    assert not driver.engine.cancel("a", "another")
     driver.submit([1], max_tokens=2, id="b")
     with pytest.raises(Overloaded) as caught:
         driver.submit([1], max_tokens=2, id="c")
@@ -217,6 +229,20 @@ def test_ids_in_use_and_full_lines_are_refused_and_free_again_afterwards(make_dr
     driver.submit([1], max_tokens=2, id="a")
     driver.finish()
     assert len(driver.tokens("a")) == 4
+
+
+def test_an_id_is_its_tenants_own(make_driver) -> None:
+    driver = make_driver()
+    events: list[StreamEvent] = []
+    driver.engine._sink = events.extend
+    for tenant in ("mine", "yours"):
+        driver.submit([1], max_tokens=2, id="a", tenant=tenant)
+    assert driver.engine.cancel("a", "yours")
+    driver.finish()
+    assert [type(event) for event in events if event.tenant == "yours"] == [Failure]
+    mine = [event for event in events if event.tenant == "mine"]
+    assert [isinstance(event, TokenChunk) and event.usage is not None for event in mine] == [False, True]
+    driver.assert_nothing_held()
 
 
 def test_a_forward_that_breaks_fails_its_own_sequences_and_the_engine_goes_on(make_driver, random_prompt) -> None:
@@ -289,7 +315,7 @@ def test_nothing_is_left_after_two_hundred_requests_of_all_kinds(make_driver, ra
     while driver.engine.status().running + driver.engine.status().waiting:
         driver.engine.step()
         if chance.random() < 0.1:
-            driver.engine.cancel(chance.choice(ids))
+            driver.engine.cancel(chance.choice(ids), "t")
     ended_well = {request_id for request_id in ids if request_id not in driver.failures}
     assert all(driver.usage(request_id) for request_id in ended_well)
     assert len(ended_well) > 100
@@ -375,7 +401,7 @@ def test_the_observer_is_told_of_every_request_once(make_driver, random_prompt, 
     driver.submit(random_prompt(1, 10), PoolPolicy(Count(3)), max_tokens=5, predicted=random_pool(1))
     cancelled = driver.submit(random_prompt(2, 10), max_tokens=50)
     driver.engine.step()
-    driver.engine.cancel(cancelled)
+    driver.engine.cancel(cancelled, "t")
     driver.finish()
     assert sorted(recorder.of("finished")) == [("cancelled",), ("length",)]
     assert len(recorder.of("queued")) == 2

@@ -71,7 +71,7 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def cancel(driver: Any, request: str) -> None:
-    assert driver.engine.cancel(request)
+    assert driver.engine.cancel(request, "t")
 
 
 def run_out_of_time(driver: Any, request: str) -> None:
@@ -191,7 +191,7 @@ def test_others_end_while_a_prefill_waits_for_reads(make_driver, random_prompt, 
     prompt = driver.submit(random_prompt(2, 40), POOL, max_tokens=4)
     driver.engine.start()
     until(lambda: disk.stands_still, "it reads")
-    driver.engine.cancel(stream)  # unless it has come to its end
+    driver.engine.cancel(stream, "t")  # unless it has come to its end
     late = driver.submit(random_prompt(5, 12), POOL, max_tokens=4)
     for request in (waiting, late):
         cancel(driver, request)

@@ -104,7 +104,7 @@ class InProcessCluster:
     """
 
     views: dict[str, Worker] = field(default_factory=lambda: {"w0": Worker("w0"), "w1": Worker("w1")})
-    open: dict[str, GenerateRequest] = field(default_factory=dict)
+    open: dict[tuple[str, str], GenerateRequest] = field(default_factory=dict)  # by tenant and id
     received: list[tuple[str, GenerateRequest]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     aborted: set[tuple[str, str]] = field(default_factory=set)
@@ -126,15 +126,14 @@ class InProcessCluster:
         self.views[worker_id] = replace(self.views[worker_id], **facts)
 
     async def abort(self, request_id: str, tenant: str) -> bool:
-        request = self.open.get(request_id)
-        if request is None or request.tenant != tenant:
+        if (tenant, request_id) not in self.open:
             return False
         self.aborted.add((request_id, tenant))
         return True
 
     async def generate(self, worker_id: str, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         self.received.append((worker_id, request))
-        self.open[request.id] = request
+        self.open[request.tenant, request.id] = request
         error_at = self.fail[worker_id].pop(0) if self.fail.get(worker_id) else None
         finished = False
         try:
@@ -157,7 +156,7 @@ class InProcessCluster:
                 finished = last
                 yield TokenChunk(request.id, (token,), chr(token) + self.pad, usage)
         finally:
-            del self.open[request.id]
+            del self.open[request.tenant, request.id]
             if not finished:
                 self.cancelled.append(request.id)
 

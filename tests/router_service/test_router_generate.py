@@ -267,6 +267,21 @@ async def test_an_id_in_use_is_refused_and_free_again_afterwards(service):
     assert len(await answer(service.stub, text_request(request_id="same"))) == 4
 
 
+async def test_an_id_that_another_tenant_uses_tells_nothing_and_is_free(service):
+    service.cluster.hold[1] = asyncio.Event()
+    victims = service.stub.Generate(text_request(request_id="same"), metadata=(("x-tenant-id", "victim"),))
+    await victims.read()
+    spies = service.stub.Generate(text_request(request_id="same"), metadata=(("x-tenant-id", "spy"),))
+    assert (await spies.read()).request_id == "same"
+    abort = pb.AbortRequest(request_id="same")
+    assert (await service.stub.Abort(abort, metadata=(("x-tenant-id", "spy"),))).aborted
+    assert not (await service.stub.Abort(abort, metadata=(("x-tenant-id", "stranger"),))).aborted
+    assert service.cluster.aborted == {("same", "spy")}
+    service.cluster.hold[1].set()
+    assert len(await rest(victims)) == 3
+    assert [request.tenant for _, request in service.cluster.received] == ["victim", "spy"]
+
+
 async def test_the_unexpected_is_internal_and_tells_nothing(service, caplog):
     service.cluster.fail = {"w0": [(0, ValueError("secret prompt"))], "w1": [(0, ValueError("secret prompt"))]}
     error = await failure(service.stub.Generate(text_request(request_id="r7")).read())
@@ -281,7 +296,7 @@ async def test_the_unexpected_is_internal_and_tells_nothing(service, caplog):
 async def test_who_is_placed_while_another_waits_for_a_store_sees_where_that_one_goes(service, monkeypatch):
     asked, answered = [], asyncio.Event()
 
-    async def is_aborted(id_):
+    async def is_aborted(id_, tenant):
         asked.append(id_)
         if len(asked) == 2:
             answered.set()

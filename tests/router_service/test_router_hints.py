@@ -111,12 +111,14 @@ async def test_the_least_recently_used_pool_goes_first():
 async def test_claims_are_exclusive_and_aborts_stay_within_a_tenant():
     hints = InProcessHints()
     assert await hints.claim("r", "t")
-    assert not await hints.claim("r", "u")
+    assert not await hints.claim("r", "t")
     assert not await hints.mark_aborted("r", "u")
-    assert not await hints.is_aborted("r")
+    assert await hints.claim("r", "u"), "an id is its tenant's own"
     assert await hints.mark_aborted("r", "t")
-    assert await hints.is_aborted("r")
-    await hints.release("r")
+    assert await hints.is_aborted("r", "t")
+    assert not await hints.is_aborted("r", "u")
+    await hints.release("r", "t")
     assert not await hints.mark_aborted("r", "t")
-    assert await hints.claim("r", "u")
-    assert not await hints.is_aborted("r")
+    assert not await hints.claim("r", "u"), "what another tenant gives back is not this one's"
+    assert await hints.claim("r", "t")
+    assert not await hints.is_aborted("r", "t")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from dataclasses import replace
@@ -13,7 +14,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
-from pager.errors import ConfigError
+from pager.errors import ConfigError, TooManyPools
 from pager.types import Count, PoolPolicy
 from router_service import pool_store
 from router_service.admission import AdmissionLimits
@@ -170,8 +171,7 @@ async def test_a_pool_outlives_the_service_and_is_refused_by_another_model(serve
 
 
 async def test_only_so_many_pools_are_kept(serve, store, monkeypatch):
-    for module in ("pool_store", "redis_pools"):
-        monkeypatch.setattr(f"router_service.{module}.MAX_POOLS_OF_TENANT", 2)
+    monkeypatch.setattr(pool_store, "MAX_POOLS_OF_TENANT", 2)
     async with serve(**store) as service:
         for name in ("a", "b"):
             await calibrate(service, name)
@@ -182,10 +182,37 @@ async def test_only_so_many_pools_are_kept(serve, store, monkeypatch):
         await calibrate(service, "c", tenant="other")
         await service.stub.DeletePool(pb.DeletePoolRequest(name="a"))
         await calibrate(service, "c")
-        if "redis_url" not in store:
-            monkeypatch.setattr(pool_store, "MAX_POOLS", 3)
-            code, message, _ = await refusal(calibrate(service, "d", tenant="third"))
-            assert (code, "3 named pools" in message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+
+
+async def test_tenants_that_take_all_they_can_leave_room_for_one_that_comes_later(serve, store, monkeypatch):
+    monkeypatch.setattr(pool_store, "MAX_POOLS", 12)
+
+    async def fill(service, tenant: str) -> int:
+        calls = [calibrate(service, f"p{count}", tenant=tenant) for count in range(12)]
+        made = await asyncio.gather(*calls, return_exceptions=True)
+        refused = [error for error in made if isinstance(error, grpc.aio.AioRpcError)]
+        assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert all("delete one" in error.details() for error in refused)
+        return len(made) - len(refused)
+
+    async with serve(**store) as service:
+        assert [await fill(service, tenant) for tenant in ("greedy", "second", "third", "late")] == [6, 3, 2, 1]
+        await calibrate(service, "p0", tenant="greedy", replace=True)
+        for name in await names(service, "greedy"):
+            await service.stub.DeletePool(pb.DeletePoolRequest(name=name), metadata=(("x-tenant-id", "greedy"),))
+        assert await fill(service, "latest") == 3, "what was deleted is there for others"
+
+
+def test_no_number_of_pools_of_64_tenants_keeps_others_out():
+    held = dict.fromkeys(map(str, range(64)), 0)
+    for _ in range(pool_store.MAX_POOLS_OF_TENANT):
+        for tenant in held:
+            with contextlib.suppress(TooManyPools):
+                pool_store.check_room(held[tenant], sum(held.values()))
+                held[tenant] += 1
+    assert min(held.values()) > 200
+    for count in range(100):
+        pool_store.check_room(count, sum(held.values()) + count)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -68,9 +68,9 @@ async def test_a_claim_holds_at_every_router_until_its_owner_releases_it(pair):
     a, b = pair
     assert await a.claim("r", "t")
     assert not await b.claim("r", "t")
-    await b.release("r")
+    await b.release("r", "t")
     assert not await b.claim("r", "t")
-    await a.release("r")
+    await a.release("r", "t")
     assert await b.claim("r", "t")
 
 
@@ -79,14 +79,24 @@ async def test_an_abort_crosses_routers_but_not_tenants(pair):
     await a.claim("r", "t")
     assert not await b.mark_aborted("r", "tt")
     assert not await b.mark_aborted("r", "")
-    assert not await a.is_aborted("r")
+    assert not await a.is_aborted("r", "t")
     assert await b.mark_aborted("r", "t")
     assert await b.mark_aborted("r", "t")
-    assert await a.is_aborted("r")
-    await a.release("r")
+    assert await a.is_aborted("r", "t")
+    await a.release("r", "t")
     assert not await b.mark_aborted("r", "t")
+
+
+async def test_an_id_is_its_tenants_own_at_every_router(pair):
+    a, b = pair
+    assert await a.claim("r", "t")
     assert await b.claim("r", "u")
-    assert not await b.is_aborted("r")
+    assert await a.claim("u:r", "t"), "an id that looks like a tenant and an id"
+    assert await b.mark_aborted("r", "u")
+    assert not await a.is_aborted("r", "t")
+    await b.release("r", "u")
+    assert not await b.claim("r", "t")
+    assert await a.claim("r", "u")
 
 
 async def test_a_heartbeat_brings_lost_claims_back_and_tells_who_holds_what(pair, client):
@@ -154,7 +164,7 @@ async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_
     assert not await hints.claim("r", "t")
     assert await hints.claim("s", "t")
     assert await hints.mark_aborted("s", "t")
-    assert await hints.is_aborted("s")
+    assert await hints.is_aborted("s", "t")
     assert await hints.residency() == {}
     redis_at(redis.port)
     clock.now_s = 100.0
@@ -163,7 +173,7 @@ async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_
     peer = RedisHints(redis.url, facts, "f")
     assert not await peer.claim("r", "t")
     assert await peer.residency() == {"w0": HOLDS}
-    await hints.release("r")
+    await hints.release("r", "t")
     assert await peer.claim("r", "t")
     await hints.close()
     await peer.close()
@@ -379,16 +389,16 @@ async def test_a_request_that_ends_with_the_service_gives_its_id_back(serve, red
     async with serve(redis_url=redis.url) as service:
         release = service.backend.hints.release
 
-        async def take_time(request_id: str) -> None:
+        async def take_time(request_id: str, tenant: str) -> None:
             await asyncio.sleep(0.2)
-            await release(request_id)
+            await release(request_id, tenant)
 
         monkeypatch.setattr(service.backend.hints, "release", take_time)
         service.cluster.hold[1] = asyncio.Event()
         running = service.stub.Generate(request("held"))
         await running.read()
-        assert len(await redis_client.keys("*:claim:held")) == 1
-    assert await redis_client.keys("*:claim:held") == []
+        assert len(await redis_client.keys("*:claim:default:held")) == 1
+    assert await redis_client.keys("*:claim:default:held") == []
 
 
 async def test_a_service_starts_without_its_redis(serve):

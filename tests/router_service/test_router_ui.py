@@ -158,7 +158,7 @@ async def test_workers_of_other_routers_are_shown_too(cluster: Any) -> None:
 def test_an_expected_pool_gives_way_to_the_one_that_was_chosen(stage: Stage) -> None:
     with stage.pools.following("acme", "", PoolPolicy(Count(2)), POOL) as live:
         (row,) = stage.state()["pools"]
-        assert (row["tenant"], row["digest"], row["size"], row["is_expected"]) == ("acme", POOL.digest, "count:2", True)
+        assert (row["tenants"], row["digest"], row["size"], row["is_expected"]) == (1, POOL.digest, "count:2", True)
         assert (row["live"], row["answers"]) == (1, 0)
         assert row["resident"] == {"w0": 4, "w1": 1}
         live.answered(usage(OTHER))
@@ -175,15 +175,25 @@ def test_a_request_without_an_answer_leaves_no_row(stage: Stage) -> None:
 
 
 def test_live_pools_come_first_then_the_latest(stage: Stage) -> None:
-    for name in ("old", "new"):
-        with stage.pools.following("acme", name, PoolPolicy(fixed=POOL), POOL) as live:
+    for size in (2, 3):
+        with stage.pools.following("acme", "", PoolPolicy(Count(size)), POOL) as live:
             live.answered(usage(POOL))
     with (
-        stage.pools.following("acme", "twice", PoolPolicy(fixed=POOL), POOL),
-        stage.pools.following("acme", "twice", PoolPolicy(fixed=POOL), POOL),
-        stage.pools.following("acme", "once", PoolPolicy(fixed=POOL), POOL),
+        stage.pools.following("acme", "", PoolPolicy(Count(4)), POOL),
+        stage.pools.following("acme", "", PoolPolicy(Count(4)), POOL),
+        stage.pools.following("acme", "", PoolPolicy(Count(5)), POOL),
     ):
-        assert [row["name"] for row in stage.state()["pools"]] == ["twice", "once", "new", "old"]
+        assert [row["size"] for row in stage.state()["pools"]] == ["count:4", "count:5", "count:3", "count:2"]
+
+
+def test_no_tenant_and_no_named_pool_is_named(stage: Stage) -> None:
+    for tenant, name in (("acme-corp", "merger"), ("acme-corp", "law"), ("initech", "merger"), ("initech", "")):
+        with stage.pools.following(tenant, name, PoolPolicy(fixed=POOL), POOL) as live:
+            live.answered(usage(POOL))
+    state = stage.state()
+    assert not [secret for secret in ("acme", "initech", "merger", "law") if secret in json.dumps(state)]
+    rows = [(row["size"], row["tenants"], row["answers"], row["bytes_paged"]) for row in state["pools"]]
+    assert rows == [("fixed", 1, 1, 1024), ("named", 2, 3, 3 * 1024)]
 
 
 def test_the_state_is_bounded(cluster: Any) -> None:
@@ -217,12 +227,12 @@ async def test_requests_are_followed(service: Any) -> None:
     call = service.stub.Generate(asked, metadata=(("x-tenant-id", "acme"),))
     await call.read()
     (row,) = (await service.backend.watch.state())["pools"]
-    assert (row["tenant"], row["live"], row["answers"], row["is_expected"]) == ("acme", 1, 0, True)
+    assert (row["tenants"], row["live"], row["answers"], row["is_expected"]) == (1, 1, 0, True)
     event.set()
     while (message := await call.read()) is not grpc.aio.EOF:
         last = message
     (row,) = (await service.backend.watch.state())["pools"]
-    assert (row["tenant"], row["live"], row["answers"]) == ("acme", 0, 1)
+    assert (row["tenants"], row["live"], row["answers"]) == (1, 0, 1)
     assert row["digest"] == last.usage.pool.digest
 
 
@@ -291,7 +301,7 @@ def test_names_are_text_and_both_workers_have_a_map(stage: Stage) -> None:
         page.goto(f"{address}/ui")
         page.locator("#pools tbody tr").wait_for()
         assert page.locator("h1").inner_text() == MODEL.name
-        assert page.locator("#pools tbody td").all_text_contents()[:2] == [HOSTILE, HOSTILE]
+        assert page.locator("#pools tbody td").all_text_contents()[:3] == [POOL.digest[:12], "1", "named"]
         assert page.locator("img, b").count() == 0
         assert page.evaluate("window.broken") is None
         assert page.locator("#maps h3").all_inner_texts() == ["All workers", "w0", "w1"]

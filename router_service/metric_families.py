@@ -17,6 +17,7 @@ SOURCES = ("hint", "lexical", "trunk", "fitted", "prefill")  # of a predicted po
 PASSES = ("lexical", "trunk", "fitted", "prefill")
 REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")
 WORKER_STATES = ("starting", "ready", "draining", "hung", "dead")
+RAY_DAEMONS = ("gcs_server", "raylet")
 INFO_LABELS = ("version", "model", "fingerprint")
 
 _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
@@ -114,6 +115,10 @@ def _surroundings() -> tuple[Family, ...]:
         Family(
             "router_redis_failures", _COUNTER, "Commands that Redis failed or refused, by reason.",
             "What is wrong with Redis?", every(reason=REASONS),
+        ),
+        Family(
+            "router_ray_lost", _COUNTER, "Daemons that the embedded Ray has lost; the router drains and exits then.",
+            "Why does this router start again?", every(daemon=RAY_DAEMONS),
         ),
         Family("router_workers", _GAUGE, "Workers by state.", "Who can answer?", every(state=WORKER_STATES)),
         Family(

@@ -37,6 +37,7 @@ class RouterMetrics:
         self.escalations, self.hint_lookups = made.counter("router_escalations"), made.counter("router_hint_lookups")
         self.replacements = made.counter("router_replacements")
         self.redis_degraded, self.workers = made.gauge("router_redis_degraded"), made.gauge("router_workers")
+        self.ray_lost = made.counter("router_ray_lost")
         self.redis_failures = made.counter("router_redis_failures")
         self._worker_restarts = made.counter("router_worker_restarts")
         self._restarts_seen: dict[str, int] = {}

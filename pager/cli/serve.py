@@ -91,7 +91,8 @@ def serve(
     """Serve a model over gRPC until SIGTERM or Ctrl-C.
 
     Prints one line on stdout when it is ready. On a signal it refuses new requests and lets those in flight end; a
-    second signal ends them. Redis, if any, is named in REDIS_URL or in the file REDIS_URL_FILE. Every setting has a key
+    second signal ends them. When the Ray that it started breaks, it ends in the same way and exits with 75, to be
+    started again. Redis, if any, is named in REDIS_URL or in the file REDIS_URL_FILE. Every setting has a key
     in the file and an environment variable, as EXPERT_PAGER_WORKERS_COUNT.
 
     Examples:

@@ -6,14 +6,17 @@ import asyncio
 import errno
 import hashlib
 import json
+import logging
+import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
@@ -21,7 +24,7 @@ from pager import __version__, tracing
 from pager.cli.local import encode
 from pager.cli.options import resolve_device
 from pager.cli.passes import build_passes, load_first
-from pager.cluster.cluster import Cluster
+from pager.cluster.cluster import Cluster, RayLost
 from pager.cluster.views import ModelView
 from pager.config import RouterConfig, ServiceConfig
 from pager.engine.loading import needs_of
@@ -44,6 +47,7 @@ from router_service.tls import TlsFiles
 from router_service.ui import Page
 
 LISTEN_EVERY_S = 0.1
+EXIT_RAY_LOST = os.EX_TEMPFAIL  # what is lost comes back with a new process
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,8 @@ class TextEncoder:
 async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callable[[Ready], None]) -> signal.Signals:
     """Serves until SIGTERM or SIGINT, which it returns; what is in flight then has `drain_s` to end.
 
-    A second signal ends the wait. Raises PagerError for anything that keeps it from starting.
+    A second signal ends the wait. Where the embedded Ray loses a daemon it ends in the same way, and then the process,
+    with EXIT_RAY_LOST. Raises PagerError for anything that keeps it from starting.
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     async with AsyncExitStack() as stack:
@@ -83,17 +88,24 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             return stopping.result()
-        server, cluster, ready = starting.result()
+        try:
+            server, cluster, ready = starting.result()
+        except RayLost:  # which has been logged, and after which nothing is left to be closed
+            _exit_without_ray()
         announce(ready)
-        received = await stopping
+        await asyncio.wait((stopping, cluster.ray_lost), return_when=asyncio.FIRST_COMPLETED)
+        hurrying = asyncio.create_task(signals.get()) if stopping.done() else stopping
         draining = asyncio.create_task(_drain(server, cluster, config.router.drain_s))
-        hurrying = asyncio.create_task(signals.get())
-        await asyncio.wait((draining, hurrying), return_when=asyncio.FIRST_COMPLETED)
+        # A worker that Ray took along does not answer, and nothing says so.
+        timeout_s = config.router.drain_s if cluster.ray_lost.done() else None
+        await asyncio.wait((draining, hurrying), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         hurrying.cancel()
         if not draining.done():
             draining.cancel()
             await server.cut_off()
-        return received
+    if cluster.ray_lost.done():
+        _exit_without_ray()
+    return stopping.result()
 
 
 async def _drain(server: RouterServer, cluster: Cluster, drain_s: float) -> None:
@@ -102,6 +114,14 @@ async def _drain(server: RouterServer, cluster: Cluster, drain_s: float) -> None
     if not await server.drain(drain_s):
         await server.cut_off()
     await cluster.drain(max(0.0, end_s - time.monotonic()))
+
+
+def _exit_without_ray() -> NoReturn:
+    """At once: threads that wait for Ray never return, and Ray's own way out waits for what is lost."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_RAY_LOST)
 
 
 def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
@@ -158,6 +178,7 @@ async def _start(
         metric_tenants=tenants,
     )
     stack.push_async_callback(close_backend, backend)
+    cluster.ray_lost.add_done_callback(lambda lost: backend.metrics.ray_lost.labels(lost.result()).inc())
     metrics_server = MetricsServer(backend.metrics.registry, router.host, router.metrics_port)
     stack.callback(metrics_server.close)
     metrics_server.mount("/ui", Page(backend.watch, asyncio.get_running_loop()))

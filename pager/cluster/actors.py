@@ -46,7 +46,7 @@ class Whereabouts:
 
 # A worker that dies is started again by its supervisor, which knows about backoff; Ray must not do it too. `health`
 # has a thread of its own and answers while the model loads.
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1, "drain": 1})
+@ray.remote(max_restarts=0, max_task_retries=0, enable_task_events=False, concurrency_groups={"health": 1, "drain": 1})
 class WorkerActor:
     def __init__(self, name: str, index: int, config: ServiceConfig, bind_host: str | None, load: EngineLoader) -> None:
         logs.configure(config.log.format, name)
@@ -96,7 +96,7 @@ class WorkerActor:
             os._exit(status)  # Ray's own way out takes seconds
 
 
-NodeActor = ray.remote(max_restarts=0)(NodeControl)
+NodeActor = ray.remote(max_restarts=0, enable_task_events=False)(NodeControl)
 
 
 @dataclass(frozen=True, slots=True)

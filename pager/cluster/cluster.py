@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pager.cluster.actors import OthersWorkers, OwnWorkers
 from pager.cluster.file_sd import write_targets
+from pager.cluster.node import remove_leftovers
 from pager.cluster.ray_logs import pass_on_as_json
 from pager.cluster.ray_session import RaySession
 from pager.cluster.supervisor import WorkerSupervisor
@@ -27,6 +29,10 @@ POLL_S = 1.0
 DRAIN_POLL_S = 0.02
 
 
+class RayLost(NotReady):
+    """The embedded Ray lost a daemon while the workers were starting: this process cannot use Ray any more."""
+
+
 class Cluster:
     """Owns the supervisors and this router's connection to Ray. Lives on one event loop; `connect` makes it."""
 
@@ -39,13 +45,16 @@ class Cluster:
         self._is_draining = False
         self._targets: tuple[str | None, dict[str, str]] | None = None
         self._router_metrics: str | None = None
+        self.ray_lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Done when the embedded Ray has lost the daemon of this name: nothing can be started, or known, any more."""
+        self._watched: list[int] = []  # the daemons' processes
 
     @classmethod
     async def connect(cls, config: ServiceConfig, load: EngineLoader = load_engine) -> Self:
         """Starts `config.workers.count` workers and returns when one is ready; with 0, finds another router's workers.
 
         They are supervised from here on. Raises ConfigError, and what keeps the first workers from loading
-        (CheckpointError, BudgetError, PortInUse, ...); NotReady when there are no workers to attach to.
+        (CheckpointError, BudgetError, PortInUse, ...); NotReady when there are no workers to attach to, RayLost.
         """
         session = await asyncio.to_thread(
             RaySession.open, config.cluster.ray_address, config.cluster.namespace, config.workers.count
@@ -56,6 +65,7 @@ class Cluster:
         try:
             own = OwnWorkers(config, session, load) if config.workers.count else None
             cluster = cls(config, session, own)
+            cluster._watch_daemons()
             await cluster._start()
         except BaseException:
             await (cluster.close() if cluster else asyncio.to_thread(session.close))
@@ -116,16 +126,38 @@ class Cluster:
     async def close(self) -> None:
         """Ends own workers, their segments and Ray, as far as this process started them. Idempotent."""
         self._is_draining = True
+        for process in self._watched:
+            asyncio.get_running_loop().remove_reader(process)
+            os.close(process)
+        self._watched.clear()
         if self._discovery is not None:
             self._discovery.cancel()
             await asyncio.gather(self._discovery, return_exceptions=True)
-        await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
+        is_lost = self.ray_lost.done()
+        if is_lost:  # their processes end with Ray
+            await asyncio.gather(*(supervisor.abandon() for supervisor in self._supervisors.values()))
+        else:
+            await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
+            if self._own is not None:
+                await self._own.close()
         self._supervisors.clear()
-        if self._own is not None:
-            await self._own.close()
-            self._own = None
-        await asyncio.to_thread(self._session.close)
-        self._session = RaySession(None, owns_ray=False, temp_dir=None)
+        self._own = None
+        await asyncio.to_thread(self._session.close, is_lost=is_lost)
+        if is_lost:
+            remove_leftovers()  # of the node's control actor, which had no time for it
+        self._session = RaySession(None, owns_ray=False, folder=None)
+
+    def _watch_daemons(self) -> None:
+        for name, pid in self._session.daemons.items():
+            process = os.pidfd_open(pid)
+            self._watched.append(process)
+            asyncio.get_running_loop().add_reader(process, self._on_daemon_end, name, process)
+
+    def _on_daemon_end(self, name: str, process: int) -> None:
+        asyncio.get_running_loop().remove_reader(process)
+        if not self.ray_lost.done():
+            log.error("Ray's %s has ended: the service drains and exits, to be started again", name)
+            self.ray_lost.set_result(name)
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -148,8 +180,10 @@ class Cluster:
             ) from None
 
     async def _first_ready(self) -> None:
-        pending = {supervisor.first_ready for supervisor in self._supervisors.values()}
-        done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        pending: set[asyncio.Future[Any]] = {supervisor.first_ready for supervisor in self._supervisors.values()}
+        done, _ = await asyncio.wait(pending | {self.ray_lost}, return_when=asyncio.FIRST_COMPLETED)
+        if self.ray_lost.done():
+            raise RayLost(f"Ray's {self.ray_lost.result()} ended while the workers were starting", retry_after_s=POLL_S)
         errors = [error for future in done if isinstance(error := future.exception(), PagerError)]
         if errors:
             raise errors[0]

@@ -137,7 +137,7 @@ class NodeControl:
         return self._index
 
 
-def remove_leftovers(prefix: str) -> None:
+def remove_leftovers(prefix: str = "expert-pager-") -> None:
     """Unlinks segments of this name whose owner is gone without having cleaned up: nobody holds their lock."""
     for path in _SHM.glob(f"{prefix}*"):
         try:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 
-from pager.cluster.embedded_ray import start_embedded, stop_ray
+from pager.cluster.embedded_ray import daemons, kill_ray, start_embedded, stop_ray
 from pager.errors import ConfigError
+from pager.leftovers import create_owned, remove_abandoned
 
 log = logging.getLogger(__name__)
 
 # Tokens and weights never go through the object store; this is about the least that Ray takes.
 OBJECT_STORE_BYTES = 80 * 2**20
 LOOPBACK = "127.0.0.1"
+FOLDER_PREFIX = "expert-pager-"
+LOCK = "owner.lock"  # in a folder of ours: held by the process that made it
+LOG_FILES_OF_A_WORKER = 4  # output and errors, of the one that runs and of one that has died
+OTHER_LOG_FILES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,10 @@ class RaySession:
 
     bind_host: str | None
     owns_ray: bool
-    temp_dir: Path | None
+    folder: _Folder | None
+    daemons: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of an embedded cluster: what it cannot do without, and its pids
 
     @classmethod
     def open(cls, address: str | None, namespace: str, num_workers: int = 1) -> RaySession:
@@ -34,7 +45,7 @@ class RaySession:
         # The signals are the service's own, so Ray is started from another thread, and complains.
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
         if ray.is_initialized():
-            return cls(LOOPBACK if address is None else None, owns_ray=False, temp_dir=None)
+            return cls(LOOPBACK if address is None else None, owns_ray=False, folder=None)
         if address is None or address.startswith(f"{LOOPBACK}:"):
             _keep_to_loopback()
         if address is not None:
@@ -45,34 +56,41 @@ class RaySession:
                     f"can not join the Ray cluster at {address!r}: {error}; is it there? One that asks for a token "
                     "needs RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token"
                 ) from error
-            return cls(None, owns_ray=True, temp_dir=None)
+            return cls(None, owns_ray=True, folder=None)
         # It only says that an embedded cluster asks for a token, which is as it should be.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        temp_dir = _new_temp_dir()
+        remove_abandoned(_base().glob(f"{FOLDER_PREFIX}*/{LOCK}"), lambda lock: shutil.rmtree(lock.parent))
+        folder = _Folder.make()
         try:
             start_embedded(
+                max_log_files=LOG_FILES_OF_A_WORKER * (num_workers + 1) + OTHER_LOG_FILES,
                 namespace=namespace,
                 num_cpus=num_workers + 1,  # as many processes it starts in advance: workers, and the node's control
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=True,
                 logging_level=logging.WARNING,
-                _temp_dir=str(temp_dir),
+                _temp_dir=str(folder.path / "ray"),
             )
         except BaseException:
-            shutil.rmtree(temp_dir, ignore_errors=True)
+            folder.remove()
             raise
         # Ray sends no token to an address that was named unless it is told to.
         join = "RAY_AUTH_MODE=token and --ray-address"
         log.info("embedded Ray at %s; others join it with %s", ray.get_runtime_context().gcs_address, join)
-        return cls(LOOPBACK, owns_ray=True, temp_dir=temp_dir)
+        return cls(LOOPBACK, owns_ray=True, folder=folder, daemons=daemons())
 
-    def close(self) -> None:
-        """Ends what `open` started. Logs of an embedded cluster go with it."""
-        if self.owns_ray:
+    def close(self, *, is_lost: bool = False) -> None:
+        """Ends what `open` started. Logs of an embedded cluster go with it.
+
+        `is_lost` says that one of its daemons has ended: this process cannot use Ray any more, nor leave it properly.
+        """
+        if is_lost:
+            kill_ray()
+        elif self.owns_ray:
             stop_ray()
-        if self.temp_dir is not None:
-            shutil.rmtree(self.temp_dir, ignore_errors=True)
+        if self.folder is not None:
+            self.folder.remove()
 
 
 def _keep_to_loopback() -> None:
@@ -88,7 +106,29 @@ def num_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def _new_temp_dir() -> Path:
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """A folder of this process, for nobody else to look into: Ray gives those that it makes inside to everybody."""
+
+    path: Path
+    lock: int
+
+    @classmethod
+    def make(cls) -> _Folder:
+        while True:
+            path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_base()))
+            try:
+                return cls(path, create_owned(path / LOCK))
+            except FileNotFoundError:  # another service that starts now took it for a leftover
+                continue
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            os.close(self.lock)
+
+
+def _base() -> Path:
     # Ray makes sockets deep below it, and a socket's path has at most 107 characters.
     base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="expert-pager-", dir=base if len(base) <= 24 else "/tmp"))
+    return Path(base if len(base) <= 24 else "/tmp")

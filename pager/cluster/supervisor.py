@@ -103,6 +103,14 @@ class WorkerSupervisor:
             self.first_ready.exception()  # seen, if nobody else has looked
         await self._tear_down(gracefully=True)
 
+    async def abandon(self) -> None:
+        """Fails every answer that is open on the worker, and no more: the Ray that it lived in is lost."""
+        self._task.cancel()
+        await asyncio.wait([self._task], timeout=EXIT_POLL_S)
+        if self.link is not None:
+            await self.link.close()
+            self.link = None
+
     # --- one life after the other -----------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:

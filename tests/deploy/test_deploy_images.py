@@ -50,6 +50,13 @@ def test_what_is_installed_is_pinned(name):
         assert all("=" in package for package in packages.split())
 
 
+def test_ray_kills_no_worker_because_the_node_is_full():
+    for name in DOCKERFILES:
+        _, _, runtime = (DOCKER / name).read_text().partition(" AS runtime\n")
+        set_there = [word for line in runtime.splitlines() if line.startswith("ENV ") for word in line.split()]
+        assert "RAY_memory_monitor_refresh_ms=0" in set_there
+
+
 def test_the_constraints_are_what_the_project_asks_for():
     lines = (DOCKER / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))

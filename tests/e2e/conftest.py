@@ -426,3 +426,14 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command(*arguments), env=environment(env), capture_output=True, text=True, timeout=180)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., psutil.Popen]:
+    """`launch(*arguments, **environment)`: expert-pager as a process, all its output in one pipe of text."""
+
+    def launch(*arguments: object, **env: str) -> psutil.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return psutil.Popen(command(*arguments), env=environment(env), **pipes)
+
+    return launch

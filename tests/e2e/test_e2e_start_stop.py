@@ -16,6 +16,7 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from tokenizers import Tokenizer
 
+from pager.cli.serving import EXIT_RAY_LOST
 from pager.engine.trunk_router import TrunkRouter
 from pager.store.experts import PackedExperts
 from pager.store.pack_format import PACK_NAME
@@ -130,3 +131,59 @@ def test_sigterm_finishes_what_runs_and_leaves_nothing(packed_service: Any, unti
     assert not Path(found[1]).exists()
     assert not [name for name in os.listdir("/dev/shm") if service.namespace in name]
     assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize(("daemon", "drain_s"), [("gcs_server", 60), ("raylet", 1)])
+def test_a_service_that_loses_a_daemon_of_its_ray_drains_and_exits_to_be_started_again(
+    daemon: str, drain_s: int, model: Path, serve: Callable[..., Any], until: Callable[..., None], tmp_path: Path
+) -> None:
+    options = (model, "--expert-memory", "25%", "--host-memory", "10%", "--pool", "12.5%")
+    with serve(tmp_path / daemon, *options, EXPERT_PAGER_ROUTER_DRAIN_S=str(drain_s)) as service:
+        processes = service.processes()
+        found = re.search(r"--log_dir=(/tmp/expert-pager-[^/ ]+)", service.command_lines())
+        assert found
+        [lost] = [each for each in processes if each.name() == daemon]
+        call = service.open(PROMPT, pool=8, max_tokens=900)
+        next(call)
+        lost.kill()
+        until(lambda: service.health() == service.health("") == NOT_SERVING, 20)
+        assert service.metrics("router").total("expert_pager_router_ray_lost_total", daemon=daemon) == 1
+        refused = service.refusal(PROMPT, pool=8, max_tokens=2)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
+        if drain_s > 1:
+            rest = list(call)
+            assert (1 + len(rest), rest[-1].usage.completion_tokens) == (900, 900)
+        else:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert service.refusal_of(caught.value).reason == "NOT_READY"
+        service.channel.close()
+        assert service.process.wait(60) == EXIT_RAY_LOST
+        _, alive = psutil.wait_procs(processes, timeout=60)
+        assert alive == []
+        assert not Path(found[1]).exists()
+        assert not [name for name in os.listdir("/dev/shm") if service.namespace in name]
+        assert f"Ray's {daemon} has ended" in service.log
+        assert "Traceback" not in service.log
+
+
+def test_a_daemon_of_ray_that_is_lost_while_workers_start_ends_the_start(
+    model: Path, launch: Callable[..., psutil.Popen], until: Callable[..., None]
+) -> None:
+    options = ("--expert-memory", "25%", "--device", "cpu", "--port", 0, "--metrics-port", 0)
+    process = launch("serve", model, *options, EXPERT_PAGER_CLUSTER_NAMESPACE=f"e2e-{os.getpid()}-lost")
+    try:
+        until(lambda: any("ray::WorkerActor" in " ".join(each.cmdline()) for each in process.children(True)), 120)
+        processes = process.children(recursive=True)
+        [lost] = [each for each in processes if each.name() == "gcs_server"]
+        lost.kill()
+        written, _ = process.communicate(timeout=60)
+        assert process.returncode == EXIT_RAY_LOST
+        _, alive = psutil.wait_procs(processes, timeout=60)
+        assert alive == []
+    finally:
+        if process.poll() is None:
+            for each in [*process.children(recursive=True), process]:
+                each.kill()
+    assert "Ray's gcs_server has ended" in written
+    assert "Traceback" not in written

@@ -1,0 +1,194 @@
+"""The embedded Ray, without a model: what its processes are given, what it keeps, and what a killed one leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pager.cluster.embedded_ray import secrets_in
+from pager.cluster.ray_session import FOLDER_PREFIX, LOCK
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+
+# Answers a line of JSON to each word on its standard input.
+PROGRAM = """
+import json, sys
+import ray
+from pager.cluster.ray_session import RaySession
+
+@ray.remote(max_restarts=0)
+class Actor:  # with task events, unless the cluster has none
+    def call(self):
+        return None
+
+def start():
+    actor = Actor.remote()
+    ray.get(actor.call.remote())
+    return actor
+
+session = RaySession.open(None, "embedded")
+actor = start()
+answer = {"folder": str(session.folder.path), "daemons": session.daemons}
+while True:
+    print(json.dumps(answer), flush=True)
+    match sys.stdin.readline().split():
+        case ["calls", count]:
+            for _ in range(int(count) // 500):
+                ray.get([actor.call.remote() for _ in range(500)])
+        case ["replace", count]:
+            for _ in range(int(count)):
+                ray.kill(actor)
+                actor = start()
+        case _:
+            break
+    answer = {}
+session.close()
+"""
+
+
+class Embedded:
+    """A process with an embedded Ray."""
+
+    def __init__(self, temp: Path, **env: str) -> None:
+        path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(temp)} | env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started = self._answer()
+        self.folder, self.daemons = Path(started["folder"]), started["daemons"]
+
+    def do(self, what: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"it ended with {self.process.wait()}"
+        return dict(json.loads(line))
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """SIGKILL, and returns when Ray's processes have followed."""
+        left = self.processes()
+        self.process.kill()
+        self.process.communicate()
+        _, alive = psutil.wait_procs(left, timeout=60)
+        assert alive == []
+
+    def end(self) -> None:
+        self.process.communicate("end\n", timeout=60)
+        assert self.process.returncode == 0
+
+
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Embedded]]:
+    started: list[Embedded] = []
+
+    def make(**env: str) -> Embedded:
+        started.append(Embedded(Path("/tmp"), **env))
+        return started[-1]
+
+    yield make
+    for each in started:
+        if each.process.poll() is None:
+            left = [psutil.Process(each.process.pid), *each.processes()]
+            for process in left:
+                with suppress(psutil.Error):
+                    process.kill()
+            each.process.communicate()
+
+
+SECRETS = {
+    "REDIS_URL": "redis://:s3cret@redis/0",
+    "REDIS_URL_FILE": "/run/s3cret",
+    "HF_TOKEN": "s3cret",
+    "AWS_SECRET_ACCESS_KEY": "s3cret",
+    "LEDGER_DSN": "postgres://ledger:s3cret@host/db",
+}
+
+
+def test_secrets_are_known_by_name_or_value_and_what_workers_need_is_none():
+    needed = {
+        "PATH": "/bin",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_AUTH_TOKEN": "t",
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=t",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4317",
+        "MONKEYS": "three",
+        "HTTP_PROXY": "http://proxy:3128",
+    }
+    assert secrets_in(SECRETS | needed) == list(SECRETS)
+
+
+def test_its_processes_get_no_secrets_and_its_folder_is_private_and_goes_with_it(start):
+    ray = start(**SECRETS)
+    for process in ray.processes():
+        with suppress(psutil.NoSuchProcess):
+            assert "s3cret" not in " ".join(process.environ().values()), process.cmdline()
+    assert ray.folder.stat().st_mode & 0o777 == 0o700, "whatever is below it"
+    assert ray.folder.stat().st_uid == os.geteuid()
+    daemons = [" ".join(psutil.Process(pid).cmdline()) for pid in ray.daemons.values()]
+    assert [name in line for name, line in zip(ray.daemons, daemons, strict=True)] == [True, True]
+    ray.end()
+    assert not ray.folder.exists()
+
+
+def test_calls_leave_nothing_in_the_gcs_a_full_machine_kills_no_worker_and_a_dead_one_keeps_no_file_open(start):
+    """With a record of each call the GCS grows by 1 KiB a call."""
+    ray = start(RAY_memory_usage_threshold="0.01")  # to Ray the machine is full
+    gcs = psutil.Process(ray.daemons["gcs_server"])
+    ray.do("calls 5000")
+    before = gcs.memory_info().rss
+    ray.do("calls 25000")
+    time.sleep(2)  # workers report once a second what they have to report
+    assert gcs.memory_info().rss - before < 8 * MIB
+    assert gcs.memory_info().rss < 150 * MIB
+
+    [log_monitor] = [each for each in ray.processes() if "log_monitor" in " ".join(each.cmdline())]
+    ray.do("replace 16")
+    most, end_s = 0, time.monotonic() + 3
+    while time.monotonic() < end_s:  # it looks for files every half second
+        open_logs = [each for each in log_monitor.open_files() if "/worker-" in each.path]
+        most = max(most, len(open_logs))
+        time.sleep(0.1)
+    assert 0 < most <= 24, "of 17 workers, two files each"
+    ray.end()
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start_and_what_others_have_is_not(start):
+    killed, living = start(), start()
+    killed.kill()
+    assert killed.folder.is_dir()
+    foreign = Path("/tmp") / f"{FOLDER_PREFIX}no-lock-{os.getpid()}"
+    foreign.mkdir()
+    try:
+        third = start()
+        assert not killed.folder.exists()
+        assert living.folder.is_dir()
+        assert foreign.is_dir(), "nothing says that it is ours"
+        assert (third.folder / LOCK).is_file()
+        living.do("calls 500")
+        living.end()
+        third.end()
+    finally:
+        foreign.rmdir()

@@ -29,6 +29,13 @@ class PagerError(Exception):
         return (_rebuild, (type(self), self.__dict__))
 
 
+ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit)
+"""What may be raised anywhere and is no failure of what was being done.
+
+Whatever else is raised is one: also a panic in a library written in Rust, which is no Exception.
+"""
+
+
 def _rebuild(kind: type[PagerError], state: dict[str, object]) -> PagerError:
     error = kind.__new__(kind)
     Exception.__init__(error, state["message"])

@@ -14,11 +14,12 @@ import torch
 from pager.cache.holding import Meanwhile
 from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.graphs import GroupGraph, Recorder, Step, capture_on
+from pager.engine.interface import failure_of
 from pager.engine.loading import PagedModel
 from pager.engine.runner import Check, DecodeBatch, ModelRunner
 from pager.engine.sampler import NOT_FINITE, Sampler
 from pager.engine.sequence import Sequence
-from pager.errors import PagerError
+from pager.errors import ENDS_THE_PROCESS, PagerError
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,10 @@ class Decoder:
             if sequence.num_prefilled < len(prompt):
                 return None
             return self._outcome(Sampler([sequence.draw], self._runner.device).sample(logits_1V).tolist()[0])
-        except Exception as error:
-            return _told(error)
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
+            return _told(error, sequence)
 
     def decode(
         self,
@@ -86,40 +89,47 @@ class Decoder:
         """The next token of each, by one forward. `name` says which group of the last step this continues.
 
         `meanwhile` and `check` are called as in `prefill`.
-        Where an expert cannot be had, each sequence runs by itself, so that only those that need it fail.
+        Where it fails, be it for an expert or whatever else one of them needs, each sequence runs by itself, so that
+        only those fail that cannot run.
         """
-        group = self._group(name, tuple(sequences))
+        sequences = tuple(sequences)
         try:
-            return self._run(group, meanwhile, check)
-        except Exception as error:
+            return self._run(self._group(name, sequences), meanwhile, check)
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
             self._groups.pop(name, None)
-            if not isinstance(error, PagerError) or len(group.sequences) == 1:
-                return [_told(error)] * len(group.sequences)
-        outcomes: list[Outcome] = []
-        for sequence in group.sequences:
-            try:
-                outcomes += self._run(self._new_group((sequence,)), meanwhile, check)
-            except Exception as error:
-                outcomes.append(_told(error))
-        return outcomes
+            if len(sequences) == 1:
+                return [_told(error, sequences[0])]
+            log.warning("a step for %d requests failed (%s); each runs by itself", len(sequences), type(error).__name__)
+        return [self._decode_alone(sequence, meanwhile, check) for sequence in sequences]
+
+    def _decode_alone(self, sequence: Sequence, meanwhile: Meanwhile | None, check: Check | None) -> Outcome:
+        try:
+            return self._run(self._new_group((sequence,)), meanwhile, check)[0]
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
+            return _told(error, sequence)
 
     def _run(self, group: _Group, meanwhile: Meanwhile | None, check: Check | None) -> list[Outcome]:
         batch, sampler = group.batch, group.sampler
-        with self._timed(), self._paged.step(group.documents, meanwhile=meanwhile) as routing:
-            padded = replay = None
-            if self._recorder.is_on and meanwhile is None and routing.is_steady:
-                padded = self._runner.padded_context(batch)
-                replay = self._replay(group, routing, padded)
+        with self._paged.step(group.documents, meanwhile=meanwhile) as routing:
+            with self._timed():
+                padded = replay = None
+                if self._recorder.is_on and meanwhile is None and routing.is_steady:
+                    padded = self._runner.padded_context(batch)
+                    replay = self._replay(group, routing, padded)
+                if replay is None:
+                    logits_BV = self._runner.decode(batch, padded, check=check)
+                else:
+                    sampler.draw()
+                    token_B = replay()
+                    routing.replayed()
+                    batch.count_step()
             if replay is None:
-                logits_BV = self._runner.decode(batch, padded, check=check)
-            else:
-                sampler.draw()
-                token_B = replay()
-                routing.replayed()
-                batch.count_step()
-        if replay is None:
-            token_B = sampler.sample(logits_BV)
-            batch.advance(token_B)
+                token_B = sampler.sample(logits_BV)
+                batch.advance(token_B)
         self.num_decode_forwards += 1
         return [self._outcome(token_id) for token_id in token_B.tolist()]
 
@@ -154,6 +164,8 @@ class Decoder:
         return group
 
     def _new_group(self, sequences: tuple[Sequence, ...]) -> _Group:
+        for sequence in sequences:
+            sequence.draw.rewind(len(sequence.output_ids))
         return _Group(
             sequences=sequences,
             documents=tuple(map(_document, sequences)),
@@ -181,10 +193,7 @@ def _document(sequence: Sequence) -> DocumentRouting:
     return sequence.document
 
 
-def _told(error: Exception) -> PagerError:
-    """`error` as its sequence's client is told of it."""
-    if isinstance(error, PagerError):
-        return error
+def _told(error: BaseException, sequence: Sequence) -> PagerError:
+    """`error`, which the sequence's forward ended with, as its client is told of it."""
     kind = "ran out of device memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-    log.error("a forward %s", kind, exc_info=error)
-    return PagerError(f"the model's forward {kind}; the worker's log says more")
+    return failure_of(error, sequence.request.id, f"the model's forward {kind}")

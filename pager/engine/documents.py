@@ -55,6 +55,7 @@ class DocumentRouting:
         self.monitor: DriftMonitor | None = None
         if policy.drift is not None and not self.is_exact:
             self.monitor = DriftMonitor(policy.drift, sum(facts.routed_per_layer))
+        self.fault: Exception | None = None  # what its measuring failed with, in a step that it shares with others
         self.awaits_experts = False  # it was widened, and no forward has waited for the new experts yet
         self.open_step: StepRouting | None = None
         if policy.fixed is not None:
@@ -145,7 +146,13 @@ class DocumentRouting:
         """Mean router mass outside the pool over the tokens generated so far and the sparse layers. Synchronises."""
         if self.open_step is not None:
             self.open_step.settle()
+        self.check_measured()
         return self._outside / self._num_measured if self._num_measured else 0.0
+
+    def check_measured(self) -> None:
+        """Raises what measuring this document failed with. Whoever settles a step settles it for others, too."""
+        if self.fault is not None:
+            raise self.fault
 
     @property
     def is_measured(self) -> bool:
@@ -235,6 +242,10 @@ class StepRouting:
         """Around a forward of a steady step that is recorded and not run."""
         return self._outside.recording() if self._outside is not None else nullcontext()
 
+    def forward(self) -> AbstractContextManager[None]:
+        """Around a forward; what one that fails has measured counts for nothing."""
+        return self._outside.forward() if self._outside is not None else nullcontext()
+
     def replayed(self) -> None:
         """The forward that was recorded has run once more, without anything here being called."""
         if self._outside is not None:
@@ -287,7 +298,10 @@ class StepRouting:
         if self._outside is None:
             return
         for document, outside in zip(self.documents, self._outside.take() or (), strict=False):
-            document.add_outside(outside)
+            try:
+                document.add_outside(outside)
+            except Exception as error:
+                document.fault = error
 
     def forget_pools(self) -> None:
         """A document's pool is about to change."""

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
 
@@ -22,17 +22,18 @@ from pager.engine.decoding import Decoder, Outcome
 from pager.engine.detokenizer import TokenTexts
 from pager.engine.inbox import Inbox
 from pager.engine.intake import Intake
-from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent
+from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent, failure_of
 from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
 from pager.engine.loading import PagedModel
 from pager.engine.runner import ModelRunner
 from pager.engine.scheduler import WaitingLine
 from pager.engine.sequence import Sequence
 from pager.engine.spans import record_spans
-from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
+from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.needs import PREFILL_CHUNK_TOKENS
 from pager.routing.pool import check_pool
-from pager.types import GenerateRequest, TokenChunk
+from pager.tokenizing import panics_as_errors
+from pager.types import FinishReason, GenerateRequest, TokenChunk, Usage
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ class Engine:
             if not left_s > 0:
                 raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the request came", field="deadline")
             deadline_s = now_s + left_s
-        sequence = Sequence(request, self._texts, now_s, deadline_s)
+        with panics_as_errors():
+            sequence = Sequence(request, self._texts, now_s, deadline_s)
         if sequence.policy.fixed is not None:
             check_pool(sequence.policy.fixed, self._paged.facts)
         self._paged.slots_needed(sequence.policy)
@@ -170,10 +172,11 @@ class Engine:
         num_tokens = self._num_tokens - tokens_before
         if num_tokens:
             self._num_steps += 1
-            forward_s = self._decoder.forward_s - forward_before_s
-            self._observer.stepped(time.monotonic() - started_s, forward_s, num_tokens)
-            num_holding = len(self._prefilling) + len(self._running)
-            self._observer.load(num_holding, len(self._line), self._blocks.num_used)
+            with _errors_logged("the observer of a step failed"):
+                forward_s = self._decoder.forward_s - forward_before_s
+                self._observer.stepped(time.monotonic() - started_s, forward_s, num_tokens)
+                num_holding = len(self._prefilling) + len(self._running)
+                self._observer.load(num_holding, len(self._line), self._blocks.num_used)
         return num_tokens > 0
 
     def _take_in(self, now_s: float) -> None:
@@ -229,7 +232,7 @@ class Engine:
 
     def _decode(self) -> None:
         """One forward for all sequences that hold their experts; a second one for the exact ones, which page."""
-        able = [sequence for sequence in self._running if not sequence.awaits_experts] or self._running
+        able = self._with_experts(self._running) or self._running
         exact = [sequence for sequence in able if sequence.is_exact]
         self._decode_pooled([sequence for sequence in able if not sequence.is_exact])
         if exact:
@@ -248,9 +251,10 @@ class Engine:
     def _take_all(self, sequences: Ordered[Sequence], outcomes: Ordered[Outcome]) -> None:
         now_s = time.monotonic()
         for sequence, outcome in zip(sequences, outcomes, strict=True):
-            self._take(sequence, outcome, now_s)
-            if not sequence.has_ended:
-                sequence.answer_drift()
+            with self._on_behalf_of(sequence, "taking a token failed"):
+                self._take(sequence, outcome, now_s)
+                if not sequence.has_ended:
+                    sequence.answer_drift()
         self._num_tokens += len(sequences)
 
     def _meanwhile(self) -> float:
@@ -262,9 +266,18 @@ class Engine:
         due_s = self._decode_meanwhile()
         return CHECK_S if due_s is None else min(CHECK_S, due_s)
 
+    def _with_experts(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Of these sequences those that wait for no widened pool."""
+        found = []
+        for sequence in tuple(sequences):
+            with self._on_behalf_of(sequence, "its lease failed"):
+                if not sequence.awaits_experts:
+                    found.append(sequence)
+        return found
+
     def _decode_meanwhile(self) -> float | None:
         """A token for those that hold their experts, as long apart as one takes. In seconds, when the next is due."""
-        able = [sequence for sequence in self._running if not sequence.is_exact and not sequence.awaits_experts]
+        able = self._with_experts(sequence for sequence in self._running if not sequence.is_exact)
         if not able:
             return None
         if self._next_decode_s <= time.monotonic():
@@ -277,29 +290,31 @@ class Engine:
             return
         self._next_admission_s = now_s + ADMISSION_RETRY_S
         tries = ADMISSION_TRIES
-        next(iter(self._line)).prefetch(self._paged)  # before anything is reserved: a prefetch takes no promised slot
+        first = next(iter(self._line))
+        with self._on_behalf_of(first, "asking for its experts failed"):
+            first.prefetch(self._paged)  # before anything is reserved: a prefetch takes no promised slot
         for sequence in self._line.candidates():
             if tries == 0 or len(self._prefilling) + len(self._running) >= self._max_running:
                 return
-            try:
+            with self._on_behalf_of(sequence, "its admission failed"):
                 if not sequence.acquire(self._paged, self._blocks):
                     tries -= 1
                     continue
-            except PagerError as error:
-                self._fail(sequence, error)
-                continue
-            self._line.admit(sequence)
-            self._prefilling.append(sequence)
-            sequence.prefetch(self._paged)
-            sequence.admitted_s = now_s
-            self._observer.queued(now_s - sequence.submitted_s)
+                self._line.admit(sequence)
+                self._prefilling.append(sequence)
+                sequence.admitted_s = now_s
+                sequence.prefetch(self._paged)
+                self._observer.queued(now_s - sequence.submitted_s)
 
     def _prefill(self) -> None:
         """Runs one prompt, or a part: the first whose experts are there; the very first, if nobody decodes."""
-        ready = (sequence for sequence in self._prefilling if not self._running or sequence.is_paged_in(self._paged))
-        sequence = next(ready, None)
-        if sequence is None:
-            return
+        for sequence in tuple(self._prefilling):
+            with self._on_behalf_of(sequence, "its prefill failed"):
+                if not self._running or sequence.is_paged_in(self._paged):
+                    self._prefill_part(sequence)
+                    return
+
+    def _prefill_part(self, sequence: Sequence) -> None:
         num_tokens = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
         if sequence.may_be_chunked(self._paged):
             num_tokens = min(num_tokens, self._prefill_chunk_tokens)
@@ -325,39 +340,60 @@ class Engine:
             self._fail(sequence, outcome)
             return
         text, reason = sequence.accept(outcome, self._eos_ids, now_s)
-        usage = None
         if len(sequence.output_ids) == 1:
             self._observer.first_token(now_s - sequence.submitted_s)
+        usage = None if reason is None else self._account(sequence, reason)
+        chunk = TokenChunk(sequence.request.id, (outcome,), text, usage, sequence.request.tenant)
         if reason is not None:
-            usage = sequence.usage(reason, self._paged.fingerprint)
-            if usage.pool is not None:
-                self._observer.pool(usage.pool, usage.out_of_pool_mass)
-            if usage.predicted_recall is not None:
-                self._observer.predicted(usage.predicted_recall)
-            if usage.drift is not None:
-                self._observer.drift(usage.drift)
             self._end(sequence, reason.value)
-        self._events.append(TokenChunk(sequence.request.id, (outcome,), text, usage, sequence.request.tenant))
+        self._events.append(chunk)
+
+    def _account(self, sequence: Sequence, reason: FinishReason) -> Usage:
+        """Of an answer that is about to end well."""
+        usage = sequence.usage(reason, self._paged.fingerprint)
+        if usage.pool is not None:
+            self._observer.pool(usage.pool, usage.out_of_pool_mass)
+        if usage.predicted_recall is not None:
+            self._observer.predicted(usage.predicted_recall)
+        if usage.drift is not None:
+            self._observer.drift(usage.drift)
+        record_spans(sequence, reason.value)
+        return usage
+
+    @contextmanager
+    def _on_behalf_of(self, sequence: Sequence, what: str) -> Iterator[None]:
+        """Around what is done for one sequence: whatever is raised in it fails that one alone; `what`, says the log."""
+        try:
+            yield
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
+            failure = failure_of(error, sequence.request.id, what)
+            if not sequence.has_ended:
+                self._fail(sequence, failure)
 
     def _fail(self, sequence: Sequence, error: PagerError) -> None:
+        with _errors_logged(f"the spans of request {sequence.request.id} failed"):
+            record_spans(sequence, error.reason.lower())
         self._end(sequence, error.reason.lower())
         self._events.append(Failure(sequence.request.id, error, sequence.request.tenant))
 
     def _end(self, sequence: Sequence, outcome: str) -> None:
-        """Gives back at once what the sequence holds, wherever it stood."""
-        sequence.release(self._blocks)
+        """Gives back at once what the sequence holds, wherever it stood. Raises nothing: what ended cannot fail."""
+        with _errors_logged(f"request {sequence.request.id} could not give back everything"):
+            sequence.release(self._blocks)
         for place in (self._running, self._prefilling):
             if sequence in place:
                 place.remove(sequence)
         if sequence in self._line:
             self._line.remove(sequence)
         self._next_admission_s = 0.0
-        self._observer.tokens(sequence.num_prefilled, len(sequence.output_ids))
-        if len(sequence.output_ids) > 1:
-            decode_s = sequence.last_token_s - sequence.first_token_s
-            self._observer.output_token(decode_s / (len(sequence.output_ids) - 1))
-        self._observer.finished(outcome)
-        record_spans(sequence, outcome)
+        with _errors_logged(f"the observer failed at the end of request {sequence.request.id}"):
+            self._observer.tokens(sequence.num_prefilled, len(sequence.output_ids))
+            if len(sequence.output_ids) > 1:
+                decode_s = sequence.last_token_s - sequence.first_token_s
+                self._observer.output_token(decode_s / (len(sequence.output_ids) - 1))
+            self._observer.finished(outcome)
         self._inbox.remove(sequence)
 
     def _deliver(self) -> None:
@@ -373,7 +409,7 @@ class Engine:
         while not self._inbox.is_halted:
             try:
                 worked = self.step()
-            except Exception:
+            except BaseException:  # the thread must not end while there are requests
                 log.exception("a step failed; every request in flight fails with it")
                 self._fail_all(PagerError("the engine failed; the worker's log says more"))
                 continue
@@ -390,6 +426,17 @@ class Engine:
 
 def _shutting_down() -> NotReady:
     return NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0)
+
+
+@contextmanager
+def _errors_logged(what: str) -> Iterator[None]:
+    """Around accounts that nobody's answer depends on."""
+    try:
+        yield
+    except ENDS_THE_PROCESS:
+        raise
+    except BaseException:
+        log.exception(what)
 
 
 def _eos_ids(value: int | list[int] | None) -> frozenset[int]:

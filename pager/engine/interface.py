@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from pager.errors import PagerError
 from pager.needs import PREFILL_CHUNK_TOKENS
 from pager.types import DriftReport, ExpertPool, TokenChunk
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,14 @@ class Failure:
 
 
 StreamEvent = TokenChunk | Failure
+
+
+def failure_of(error: BaseException, request_id: str, what: str) -> PagerError:
+    """`error` as the client of one request is told of it. What is no PagerError stays in the log: `what` happened."""
+    if isinstance(error, PagerError):
+        return error
+    log.error("request %s: %s", request_id, what, exc_info=error)
+    return PagerError(f"request {request_id!r}: {what}; the worker's log says more")
 
 
 @dataclass(frozen=True, slots=True)

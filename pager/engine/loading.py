@@ -108,7 +108,7 @@ class PagedModel:
             around = self._open_step.routing
             self._open_step.routing = step
             try:
-                with self.pager.waiting_with(meanwhile):
+                with self.pager.waiting_with(meanwhile), step.forward():
                     yield step
             finally:
                 self._open_step.routing = around

@@ -103,6 +103,18 @@ class OutsideMass:
         finally:
             self._num_calls, self._num_waiting, self._waiting = before, 0, {}
 
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward: the layers of one that fails count for nothing, as it will be run again."""
+        num_calls, experts_LNR = self._num_calls, dict(self._experts_LNR)
+        try:
+            yield
+        except BaseException:
+            if self._per_expert or self._num_waiting:  # else all its layers were added up, and count as a token
+                self._num_calls, self._experts_LNR = num_calls, experts_LNR
+            self._num_waiting, self._waiting = 0, {}
+            raise
+
     def replayed(self) -> None:
         """What was recorded has run once more."""
         self._num_calls += self._num_recorded

@@ -27,10 +27,25 @@ class Draw:
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
         self._random = random.Random(params.seed)
+        self._num_drawn = 0
+        self._last = 0.0
+        self._is_last_due = False
 
     def next_uniform(self) -> float:
         """In [0, 1)."""
-        return self._random.random()
+        if not self._is_last_due:
+            self._last = self._random.random()
+        self._is_last_due = False
+        self._num_drawn += 1
+        return self._last
+
+    def rewind(self, num_tokens: int) -> None:
+        """The sequence has so many tokens: a number that was drawn for a step that failed then is the next one again.
+
+        So a seed gives the same tokens whatever failed in between.
+        """
+        if self._num_drawn > num_tokens:
+            self._num_drawn, self._is_last_due = num_tokens, True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -88,11 +88,13 @@ class Sequence:
         self._give_back(blocks)
 
     def _give_back(self, blocks: BlockPool) -> None:
-        blocks.free(self.blocks)
-        self.blocks = ()
-        if self.lease is not None:
-            self.lease.release()
-            self.lease = None
+        held, self.blocks = self.blocks, ()
+        lease, self.lease = self.lease, None
+        try:
+            blocks.free(held)
+        finally:
+            if lease is not None:
+                lease.release()
 
     @property
     def is_exact(self) -> bool:

@@ -22,6 +22,7 @@ def answer_drift(document: DocumentRouting) -> None:
     if monitor is None or step is None or not monitor.is_due(step.num_unsettled(document)):
         return
     step.settle()
+    document.check_measured()
     pool = document.pool
     assert pool is not None, "only what has a pool is measured"
     if not monitor.look(pool.num_experts):

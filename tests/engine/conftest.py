@@ -36,9 +36,15 @@ def letters_tokenizer() -> Tokenizer:
 class Driver:
     """Steps an engine by hand and keeps what came out, by request."""
 
-    def __init__(self, paged: PagedModel, limits: EngineLimits, observer: EngineObserver | None = None) -> None:
+    def __init__(
+        self,
+        paged: PagedModel,
+        limits: EngineLimits,
+        observer: EngineObserver | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         self.paged = paged
-        self.engine = Engine(paged, letters_tokenizer(), limits, sink=self._sink, observer=observer)
+        self.engine = Engine(paged, tokenizer or letters_tokenizer(), limits, sink=self._sink, observer=observer)
         self.chunks: dict[str, list[TokenChunk]] = {}
         self.failures: dict[str, PagerError] = {}
         self.order_of_first_tokens: list[str] = []
@@ -104,7 +110,7 @@ class Driver:
 
 @pytest.fixture
 def make_driver() -> Iterator[Callable[..., Driver]]:
-    """`make_driver(num_slots=60, path=..., observer=..., **limits)`."""
+    """`make_driver(num_slots=60, path=..., observer=..., tokenizer=..., **limits)`."""
     opened: list[PagedModel] = []
 
     def make(
@@ -113,11 +119,12 @@ def make_driver() -> Iterator[Callable[..., Driver]]:
         path: Path = CHECKPOINT,
         kv_memory: str = "4MiB",
         observer: EngineObserver | None = None,
+        tokenizer: Tokenizer | None = None,
         **limits: int,
     ) -> Driver:
         budgets = Budgets(expert_memory=num_slots * EXPERT_BYTES, kv_memory=kv_memory)
         opened.append(load_paged_model(path, dtype=torch.float32, budgets=budgets))
-        return Driver(opened[-1], EngineLimits(**limits), observer)
+        return Driver(opened[-1], EngineLimits(**limits), observer, tokenizer)
 
     yield make
     for paged in opened:

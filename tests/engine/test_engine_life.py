@@ -245,27 +245,30 @@ def test_an_id_is_its_tenants_own(make_driver) -> None:
     driver.assert_nothing_held()
 
 
-def test_a_forward_that_breaks_fails_its_own_sequences_and_the_engine_goes_on(make_driver, random_prompt) -> None:
+def test_a_forward_that_breaks_is_run_for_each_alone_and_fails_those_that_it_breaks_for(
+    make_driver, random_prompt
+) -> None:
     driver = make_driver(60)
-    breaks_at: list[int] = []
+    breaks_with: list[int] = []
 
     def hook(_module: object, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        if len(kwargs["input_ids"]) in breaks_at:
+        if set(kwargs["input_ids"].flatten().tolist()).intersection(breaks_with):
             raise RuntimeError("this kernel is broken")
 
     driver.paged.model.register_forward_pre_hook(hook, with_kwargs=True)
-    ids = [driver.submit(random_prompt(seed, 8), PoolPolicy(Count(3)), max_tokens=200) for seed in range(2)]
-    for _ in range(4):
-        driver.engine.step()
-    breaks_at.append(2)
-    driver.engine.step()
-    breaks_at.clear()
-    assert sorted(driver.failures) == ids
-    assert "kernel" not in str(driver.failures[ids[0]])
-    driver.assert_nothing_held()
-    works = driver.submit(random_prompt(3, 8), PoolPolicy(Count(3)), max_tokens=5)
+    prompts = [random_prompt(seed, 8) for seed in range(2)]
+    expected = [driver.submit(prompt, PoolPolicy(Count(3)), max_tokens=20) for prompt in prompts]
     driver.finish()
-    assert len(driver.tokens(works)) == 5
+    healthy, breaking = map(driver.tokens, expected)
+    number = next(number for number, token in enumerate(breaking) if token not in (*healthy, *prompts[0], *prompts[1]))
+    breaks_with.append(breaking[number])
+    ids = [driver.submit(prompt, PoolPolicy(Count(3)), max_tokens=20) for prompt in prompts]
+    driver.finish()
+    assert list(driver.failures) == [ids[1]]
+    assert "kernel" not in str(driver.failures[ids[1]])
+    assert repr(ids[1]) in str(driver.failures[ids[1]])
+    assert [driver.tokens(each) for each in ids] == [healthy, breaking[: number + 1]]
+    driver.assert_nothing_held()
 
 
 def test_a_sequence_whose_logits_are_not_finite_fails_alone(make_driver, random_prompt) -> None:

@@ -118,3 +118,16 @@ def test_the_bounds_themselves_are_legal() -> None:
     check_sampling(
         SamplingParams(max_tokens=1, temperature=100.0, top_p=1.0, top_k=1, seed=2**64 - 1, stop=("x" * 256,) * 16)
     )
+
+
+@pytest.mark.parametrize("num_taken", [0, 1, 5])
+def test_a_number_for_a_token_that_did_not_come_is_drawn_again(num_taken: int) -> None:
+    undisturbed, draw = (Draw(SamplingParams(temperature=1.0, seed=7)) for _ in range(2))
+    expected = [undisturbed.next_uniform() for _ in range(8)]
+    drawn = [draw.next_uniform() for _ in range(num_taken)]
+    draw.rewind(num_taken)
+    for _ in range(3):
+        assert draw.next_uniform() == expected[num_taken]
+        draw.rewind(num_taken)
+    drawn += [draw.next_uniform() for _ in range(8 - num_taken)]
+    assert drawn == expected

@@ -16,6 +16,7 @@ RUNS ?= run/train
 TRAIN_ARGS ?=
 EVIDENCE_ARGS ?=
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 
 BIN := $(VENV)/bin
 # One thread for the tests' own models: they are small, and workers that run beside them want the other core.
@@ -24,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest check bench bench-scale train evidence screenshots corpus redis kubectl prometheus chromium docs site proto clean
+.PHONY: help install demo test test-all test-oldest check bench bench-scale chaos train evidence screenshots corpus redis kubectl prometheus chromium docs site proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
@@ -33,6 +34,7 @@ help:
 	@echo "make site    build the documentation into build/site; make docs writes docs/metrics.md again"
 	@echo "make bench   measure on this machine, 30 minutes; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"
 	@echo "make bench-scale  serve 27 GB of experts on this machine; writes as much to build/ for as long as it runs"
+	@echo "make chaos   kill, stop and fill what the service needs for ten minutes, under load"
 	@echo "make train CORPUS=DIR     train both reference models again; goes on where it was stopped"
 	@echo "make evidence CORPUS=DIR  measure both reference models; writes docs/evidence.md"
 	@echo "make screenshots CORPUS=DIR  pictures of how both reference models route, and of /ui; writes docs/images/"
@@ -85,6 +87,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.offload
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.kernels
+
+# Ten minutes of faults under load, and what must hold meanwhile and afterwards; CHAOS_ARGS="--minutes 1 --seed 3".
+chaos: redis $(INSTALLED)
+	$(BIN)/python -m benchmarks.chaos $(MODEL) $(CHAOS_ARGS)
 
 bench-scale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale

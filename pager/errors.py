@@ -17,6 +17,7 @@ class PagerError(Exception):
 
     reason: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
+    is_refusal: bool = False  # the call was turned away before anything was done for it
 
     def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)

@@ -66,6 +66,8 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
                 raise
             except PagerError as error:
+                if error.is_refusal:
+                    self._metrics.refused(error.reason)
                 code = _fail(context, error)
             except Exception as error:
                 # Not the message: it can quote what the user wrote.

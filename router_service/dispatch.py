@@ -10,34 +10,18 @@ from pager.types import ExpertPool
 from router_service.ports import WorkerPort
 
 _PRIOR_BYTES_PER_S = 1e9
-_PRIOR_POSITION_S = 0.25
+_PRIOR_PLACE_S = 0.25
 _CROWDING_S = 0.02  # what one more sequence in a worker's batch costs its neighbours
-_SMOOTHING = 0.2
+_REPORT_AGE_S = 1.5  # a worker reports once a second
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A worker, the bytes it lacks of the pool, and how long queue and paging will take there at least."""
+    """A worker, the bytes it lacks of the pool, and how long it takes at least to page these in."""
 
     worker_id: str
     missing_bytes: int
-    waiting: int
-    least_start_s: float
-
-
-class QueueClock:
-    """How long one place in a worker's queue has been lasting. None until a request has waited behind another."""
-
-    def __init__(self) -> None:
-        self.position_s: float | None = None
-
-    def observe(self, waiting_ahead: int, queue_s: float) -> None:
-        """A request that was placed behind `waiting_ahead` others waited `queue_s`."""
-        if waiting_ahead <= 0:
-            return
-        measured = queue_s / waiting_ahead
-        before = measured if self.position_s is None else self.position_s
-        self.position_s = before + _SMOOTHING * (measured - before)
+    least_paging_s: float
 
 
 def place(
@@ -45,7 +29,6 @@ def place(
     workers: Sequence[WorkerPort],
     *,
     in_flight: Mapping[str, int],
-    position_s: float | None = None,
     exclude: Collection[str] = (),
 ) -> Placement:
     """The ready worker on which the request starts soonest: missing bytes, then its queue, then its batch.
@@ -61,23 +44,27 @@ def place(
     def rank(worker: WorkerPort) -> tuple[float, int, str]:
         load = max(worker.waiting + worker.running, in_flight.get(worker.id, 0))
         paging_s = missing[worker.id] / (worker.page_in_bytes_per_s or _PRIOR_BYTES_PER_S)
-        queue_s = worker.waiting * (_PRIOR_POSITION_S if position_s is None else position_s)
+        queue_s = worker.waiting * (_PRIOR_PLACE_S if worker.place_s is None else worker.place_s)
         return (paging_s + queue_s + load * _CROWDING_S, load, worker.id)
 
     best = min(ready, key=rank)
-    return Placement(best.id, missing[best.id], best.waiting, _least_start_s(best, missing[best.id], position_s))
+    return Placement(best.id, missing[best.id], _least_paging_s(best, missing[best.id]))
 
 
-def check_deadline(placement: Placement, remaining_s: float | None) -> None:
-    """Raises DeadlineExceeded for a request whose deadline passes before its first token."""
-    if remaining_s is not None and placement.least_start_s > remaining_s:
+def check_deadline(least_s: float, remaining_s: float | None) -> None:
+    """Raises DeadlineExceeded for a request whose deadline passes before its pool can be there.
+
+    The line is the worker's own to judge, which knows the request's place in it.
+    """
+    if remaining_s is not None and least_s > remaining_s:
         raise DeadlineExceeded(
-            f"queue and paging take about {placement.least_start_s:.2f} s and the deadline leaves {remaining_s:.2f} s; "
-            "allow more time, ask for a smaller pool, or retry later"
+            f"paging its experts takes at least {least_s:.2f} s and the deadline leaves {remaining_s:.2f} s; allow "
+            "more time, ask for a smaller pool, or retry later"
         )
 
 
-def _least_start_s(worker: WorkerPort, missing_bytes: int, position_s: float | None) -> float:
-    # Only what was measured counts here: nobody is refused on a guess.
-    paging_s = missing_bytes / worker.page_in_bytes_per_s if worker.page_in_bytes_per_s else 0.0
-    return paging_s + worker.waiting * (position_s or 0.0)
+def _least_paging_s(worker: WorkerPort, missing_bytes: int) -> float:
+    """By the fastest that was measured, and as if it had paged since its last report. Nobody is refused on a guess."""
+    if not worker.peak_page_in_bytes_per_s:
+        return 0.0
+    return max(0.0, missing_bytes / worker.peak_page_in_bytes_per_s - _REPORT_AGE_S)

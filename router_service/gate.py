@@ -1,4 +1,4 @@
-"""Who gets in: admission, with what it refuses counted, and the call's deadline."""
+"""Who gets in: admission, with what it refuses marked as refused, and the call's deadline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import grpc
 
 from pager.errors import DeadlineExceeded, NotReady, Overloaded
 from router_service.admission import Admission, Ticket
-from router_service.metrics import RouterMetrics
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -19,27 +18,28 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Gate:
     """Admission as the methods use it."""
 
-    def __init__(self, admission: Admission, metrics: RouterMetrics) -> None:
+    def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._metrics = metrics
 
     def admit(self, tenant: str) -> Ticket:
         """Raises NotReady, Overloaded or TenantOverloaded."""
-        with self.counting_rejections():
+        with refusing():
             return self._admission.enter(tenant)
 
     def charge(self, ticket: Ticket, tokens: int) -> None:
         """Raises Overloaded, TenantOverloaded or PromptTooLong."""
-        with self.counting_rejections():
+        with refusing():
             ticket.charge(tokens)
 
-    @contextmanager
-    def counting_rejections(self) -> Iterator[None]:
-        try:
-            yield
-        except (Overloaded, NotReady, DeadlineExceeded) as error:
-            self._metrics.rejections.labels(error.reason).inc()
-            raise
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What is raised in here for want of room or time turns the call away before anything was done for it."""
+    try:
+        yield
+    except (Overloaded, NotReady, DeadlineExceeded) as error:
+        error.is_refusal = True
+        raise
 
 
 def deadline_unix_s(context: Context) -> float | None:
@@ -47,9 +47,10 @@ def deadline_unix_s(context: Context) -> float | None:
     remaining_s = context.time_remaining()
     if remaining_s is None:
         return None
-    if remaining_s <= 0:
+    with refusing():
+        if remaining_s > 0:
+            return time.time() + remaining_s
         raise DeadlineExceeded("the deadline was past when the request arrived; allow more time")
-    return time.time() + remaining_s
 
 
 def remaining_s(deadline_unix_s: float | None) -> float | None:

@@ -40,7 +40,8 @@ def _calls() -> tuple[Family, ...]:
             "How much work is promised?",
         ),
         Family(
-            "router_admission_rejections", _COUNTER, "Requests refused before any work, by reason.",
+            "router_admission_rejections", _COUNTER,
+            "Calls turned away before any work, by a router or a worker, by reason.",
             "What is refused, and why?", every(reason=REJECTIONS),
         ),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 
 from pager.metrics.families import Instruments
 from pager.types import ExpertPool, Usage
-from router_service.metric_families import INFO_LABELS, router_families
+from router_service.metric_families import INFO_LABELS, REJECTIONS, router_families
 from router_service.tenants import TenantLabels
 
 
@@ -25,7 +25,7 @@ class RouterMetrics:
         self.requests, self._answers = made.counter("router_requests"), made.counter("router_answers")
         self.requests_in_flight = made.gauge("router_requests_in_flight")
         self.tokens_in_flight = made.gauge("router_tokens_in_flight")
-        self.rejections = made.counter("router_admission_rejections")
+        self._rejections = made.counter("router_admission_rejections")
         self._first_token = made.histogram("router_time_to_first_token_seconds")
         self._output_token = made.histogram("router_time_per_output_token_seconds")
         self._queue = made.histogram("router_queue_seconds")
@@ -52,6 +52,11 @@ class RouterMetrics:
         self.requests.labels(method, code).inc()
         if method == "Generate":
             self._answers.labels(self._tenants.of(tenant), code).inc()
+
+    def refused(self, reason: str) -> None:
+        """A call was turned away before anything was done for it; for what it asks wrongly it is a failure instead."""
+        if reason in REJECTIONS:
+            self._rejections.labels(reason).inc()
 
     def first_token(self, tenant: str, seconds: float) -> None:
         self._first_token.labels(self._tenants.of(tenant)).observe(seconds)

@@ -37,6 +37,14 @@ class WorkerPort(Protocol):
         """Median measured so far; None before the first page-in."""
 
     @property
+    def peak_page_in_bytes_per_s(self) -> float | None:
+        """The most that its readers together may have reached lately; None before the first page-in."""
+
+    @property
+    def place_s(self) -> float | None:
+        """How long one place in its line has been lasting; None where nobody in it has been admitted yet."""
+
+    @property
     def paging(self) -> PagingTotals: ...
 
     def missing_bytes(self, pool: ExpertPool) -> int: ...

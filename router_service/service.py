@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from expert_pager.v1 import expert_pager_pb2 as pb
@@ -19,8 +19,8 @@ from router_service import decode, encode
 from router_service.admission import Admission
 from router_service.calibration import NamedPools
 from router_service.decode_pools import PoolByName, pool_policy
-from router_service.dispatch import Placement, QueueClock, check_deadline, place
-from router_service.gate import Context, Gate, deadline_unix_s, remaining_s
+from router_service.dispatch import Placement, check_deadline, place
+from router_service.gate import Context, Gate, deadline_unix_s, refusing, remaining_s
 from router_service.hints import HintStore
 from router_service.intake import Intake
 from router_service.metrics import RouterMetrics
@@ -56,17 +56,16 @@ class Backend:
 
 
 class ExpertPagerService(pb_grpc.ExpertPagerServicer):
-    """Owns how many requests this router has at each worker, and how long their queues last."""
+    """Owns how many requests this router has at each worker."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._gate = Gate(backend.admission, backend.metrics)
+        self._gate = Gate(backend.admission)
         self._intake = Intake(backend.model, backend.scoring, backend.predictor, backend.hints, backend.pools)
         self._pools = NamedPools(
             backend.model, backend.passes, backend.scoring, self._intake, backend.pools, self._gate
         )
         self._at_worker: Counter[str] = Counter()
-        self._queue_clock = QueueClock()
 
     # --- Generate ---------------------------------------------------------------------------------------------------
 
@@ -89,9 +88,9 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""
                 with self._backend.live_pools.following(tenant, name, sent.pool, prediction.pool) as live:
-                    usage, placement = await self._stream(sent, prediction, context, meter)
+                    usage = await self._stream(sent, prediction, context, meter)
                     live.answered(usage)
-                await self._learn(request, prediction, placement, usage)
+                await self._learn(request, prediction, usage)
 
     @asynccontextmanager
     async def _claimed(self, id_: str, tenant: str) -> AsyncIterator[None]:
@@ -114,15 +113,16 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
     async def _stream(
         self, request: GenerateRequest, prediction: Prediction, context: Context, meter: StreamMeter
-    ) -> tuple[Usage, Placement]:
+    ) -> Usage:
         """Until the first chunk is out, the request of a worker that is lost or drains is placed once more."""
         lost: set[str] = set()
         while True:
-            with self._gate.counting_rejections():
+            with nullcontext() if lost else refusing():
                 placement = self._place(prediction.pool, lost)
-                check_deadline(placement, remaining_s(request.deadline_unix_s))
+                is_known = request.pool.source is not PoolSource.PREFILL  # else the pool is a guess
+                check_deadline(placement.least_paging_s if is_known else 0.0, remaining_s(request.deadline_unix_s))
             try:
-                return await self._answer(request, placement, context, meter), placement
+                return await self._answer(request, placement, context, meter)
             except (WorkerLost, NotReady):  # gone, or about to go
                 if meter.has_started or lost:
                     raise
@@ -135,7 +135,6 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
                 pool,
                 self._backend.cluster.workers(),
                 in_flight=self._at_worker,
-                position_s=self._queue_clock.position_s,
                 exclude=exclude,
             )
             note(worker=placement.worker_id, missing_bytes=placement.missing_bytes)
@@ -165,10 +164,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         if await self._backend.hints.is_aborted(request.id, request.tenant):
             raise Cancelled("the request was aborted")
 
-    async def _learn(
-        self, request: GenerateRequest, prediction: Prediction, placement: Placement, usage: Usage
-    ) -> None:
-        self._queue_clock.observe(placement.waiting, usage.queue_s)
+    async def _learn(self, request: GenerateRequest, prediction: Prediction, usage: Usage) -> None:
         if usage.predicted_recall is not None:
             self._backend.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
         ids = request.prompt_token_ids

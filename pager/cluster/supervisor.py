@@ -16,7 +16,7 @@ from pager.cluster.token_client import WorkerLink
 from pager.cluster.views import Health, ModelView, WorkerReady, WorkerState, WorkerView
 from pager.errors import PagerError, WorkerLost
 from pager.types import PagingTotals
-from pager.wire import decode_bitmap
+from pager.wire import decode_bitmap, optional
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class WorkerSupervisor:
             expert_bytes=self.model.expert_bytes if self.model else 0,
             resident=self._resident,
             page_in_bytes_per_s=self._load.page_in_bytes_per_s or None,
+            peak_page_in_bytes_per_s=self._load.peak_page_in_bytes_per_s or None,
+            place_s=optional(self._load, "place_s"),
             metrics_address=self._ready.metrics_address if self._ready else None,
             num_restarts=self._num_restarts,
             paging=_paging(self._load),

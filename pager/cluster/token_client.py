@@ -187,7 +187,9 @@ class WorkerLink:
         for failure in step.failures:
             answer = self._answers.pop(failure.ticket, None)
             if answer is not None:
-                answer.fail(decode_error(failure.error))
+                error = decode_error(failure.error)
+                error.is_refusal = failure.refused
+                answer.fail(error)
 
     def _break(self) -> None:
         if self.broken.is_set():

@@ -171,7 +171,9 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
                 self._forget(key)
                 raise
         except Exception as error:
-            stream.push(pb.Push(step=pb.Step(failures=[_failure(message.ticket, error)])))
+            failure = _failure(message.ticket, error)
+            failure.refused = True
+            stream.push(pb.Push(step=pb.Step(failures=[failure])))
 
     def _dispatch(self, events: Sequence[StreamEvent]) -> None:
         steps: dict[_RouterStream, pb.Step] = {}

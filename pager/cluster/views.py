@@ -47,6 +47,8 @@ class WorkerView:
     expert_bytes: int = 0
     resident: tuple[int, ...] = ()  # per layer a bitmap of the routed experts in device slots
     page_in_bytes_per_s: float | None = None  # median of recent page-ins; None before the first
+    peak_page_in_bytes_per_s: float | None = None  # of all readers together, at most
+    place_s: float | None = None  # how long one place in its line has been lasting; None before an admission
     metrics_address: str | None = None
     num_restarts: int = 0
     paging: PagingTotals = field(default_factory=PagingTotals)

@@ -29,6 +29,7 @@ from pager.config import ServiceConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
 from pager.metrics import EngineLoad, MetricsServer, TierBytes, WorkerMetrics
+from pager.planner import NUM_READERS
 from pager.types import PagingTotals
 from pager.wire import encode_bitmap
 
@@ -54,6 +55,8 @@ class Status(EngineLoad, Protocol):
     def is_stepping(self) -> bool: ...
     @property
     def progress(self) -> int: ...
+    @property
+    def place_s(self) -> float | None: ...
 
 
 class WorkerEngine(TokenEngine, Protocol):
@@ -107,6 +110,10 @@ class WorkerObserver(WorkerMetrics, EngineObserver):
         """Median of the recent page-ins; 0 before the first."""
         recent = list(self._recent)
         return statistics.median(recent) if recent else 0.0
+
+    def peak_page_in_bytes_per_s(self) -> float:
+        """What all readers together may have reached at most; 0 before the first page-in."""
+        return NUM_READERS * max(list(self._recent), default=0.0)
 
 
 class Worker:
@@ -240,6 +247,8 @@ class Worker:
             running=status.running,
             resident=[encode_bitmap(layer) for layer in self._loaded.resident()],
             page_in_bytes_per_s=self._observer.page_in_bytes_per_s(),
+            peak_page_in_bytes_per_s=self._observer.peak_page_in_bytes_per_s(),
+            place_s=status.place_s,
             draining=self._is_draining,
         )
 

@@ -26,7 +26,7 @@ from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, F
 from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
 from pager.engine.loading import PagedModel
 from pager.engine.runner import ModelRunner
-from pager.engine.scheduler import WaitingLine
+from pager.engine.scheduler import LineClock, WaitingLine
 from pager.engine.sequence import Sequence
 from pager.engine.spans import record_spans
 from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
@@ -75,6 +75,7 @@ class Engine:
         self._eos_ids = _eos_ids(paged.model.generation_config.eos_token_id)
         self._inbox = Inbox(limits.max_running + limits.max_waiting)
         self._line: WaitingLine[Sequence] = WaitingLine(limits.max_overtakes)
+        self._clock = LineClock()
         self._prefilling: list[Sequence] = []
         self._running: list[Sequence] = []
         self._events: list[StreamEvent] = []
@@ -102,6 +103,8 @@ class Engine:
             left_s = request.deadline_unix_s - time.time()
             if not left_s > 0:
                 raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the request came", field="deadline")
+            if len(self._line):
+                self._clock.check(self.status().waiting, left_s)
             deadline_s = now_s + left_s
         with panics_as_errors():
             sequence = Sequence(request, self._texts, now_s, deadline_s)
@@ -127,6 +130,7 @@ class Engine:
             progress=self._num_steps_begun + self._decoder.num_layers_run + self._paged.pager.progress,
             num_steps=self._num_steps,
             num_decode_forwards=self._decoder.num_decode_forwards,
+            place_s=self._clock.place_s if len(self._line) else None,
         )
 
     def start(self) -> None:
@@ -184,7 +188,10 @@ class Engine:
         for sequence in arrived:
             if sequence.has_ended:
                 continue
+            if not len(self._line):
+                self._clock.forget()
             self._line.add(sequence)
+            sequence.place = len(self._line)
             self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
             self._next_admission_s = now_s
         for sequence in cancelled:
@@ -304,6 +311,7 @@ class Engine:
                 self._prefilling.append(sequence)
                 sequence.admitted_s = now_s
                 sequence.prefetch(self._paged)
+                self._clock.admitted(sequence.place, now_s - sequence.submitted_s)
                 self._observer.queued(now_s - sequence.submitted_s)
 
     def _prefill(self) -> None:

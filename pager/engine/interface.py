@@ -61,6 +61,7 @@ class EngineStatus:
     progress: int
     num_steps: int
     num_decode_forwards: int
+    place_s: float | None  # how long one place in the line has been lasting
 
 
 class EngineObserver:

@@ -1,11 +1,16 @@
-"""Who is admitted next. Knows no tensors, devices, memory or clocks."""
+"""Who is admitted next, and how long that takes. Knows no tensors, devices or memory, and reads no clock."""
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from pager.errors import DeadlineExceeded
+
 T = TypeVar("T")
+REMEMBERED_ADMISSIONS = 32
 
 
 class WaitingLine(Generic[T]):
@@ -55,3 +60,35 @@ class WaitingLine(Generic[T]):
             assert self._times_passed[earlier] < self._max_overtakes, "passed too often"
             self._times_passed[earlier] += 1
         del self._times_passed[item]
+
+
+class LineClock:
+    """How long one place in the line lasts, by those admitted from it lately: the wait of each, divided by the place
+    at which it joined.
+
+    Only the present line counts. What was measured before it was last empty says nothing about who is in it now.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=REMEMBERED_ADMISSIONS)
+        self.place_s: float | None = None  # None until somebody was admitted from this line
+
+    def forget(self) -> None:
+        """A new line begins."""
+        self._recent.clear()
+        self.place_s = None
+
+    def admitted(self, place: int, waited_s: float) -> None:
+        """Whoever joined at `place`, the first being 1, waited for so long."""
+        self._recent.append(waited_s / place)
+        self.place_s = statistics.median(self._recent)
+
+    def check(self, num_ahead: int, left_s: float) -> None:
+        """Raises DeadlineExceeded for a request that would wait behind so many others for longer than `left_s`."""
+        place_s = self.place_s
+        if place_s is not None and num_ahead * place_s > left_s:
+            raise DeadlineExceeded(
+                f"{num_ahead} requests are in line, each place of which has lasted {place_s:.2f} s, and the deadline "
+                f"leaves {left_s:.2f} s; allow more time or retry later",
+                field="deadline",
+            )

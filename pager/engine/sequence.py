@@ -31,6 +31,7 @@ class Sequence:
         self.policy = effective_policy(request)
         self.submitted_s = now_s
         self.deadline_s = deadline_s
+        self.place = 0  # in line when it joined, the first being 1
         self.admitted_s = math.nan
         self.prefill_started_s = math.nan
         self.first_token_s = math.nan

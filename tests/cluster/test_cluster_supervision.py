@@ -57,6 +57,7 @@ class Status:
     progress: int
     kv_blocks_used: int = 0
     kv_blocks_total: int = 8
+    place_s: float | None = None
 
 
 @dataclass(frozen=True)

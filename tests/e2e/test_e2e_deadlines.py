@@ -25,13 +25,13 @@ def test_a_deadline_within_the_queue_is_refused_at_once(idle_service: Any) -> No
         return count
 
     def refused() -> Any:
-        """Until the router has seen how long the queue lasts, such a request waits, and times out at its client."""
+        """Until the worker has seen how long its line lasts, such a request waits, and times out at its client."""
         end_s = time.monotonic() + 90
         while time.monotonic() < end_s:
             try:
                 service.generate(PROMPT, pool=service.random_pool(7, most), max_tokens=2, timeout=1.5)
             except grpc.RpcError as error:
-                if "queue and paging" in error.details():
+                if "requests are in line" in error.details():
                     return error
         raise AssertionError("no request was refused for its deadline")
 

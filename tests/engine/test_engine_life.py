@@ -231,6 +231,26 @@ def test_ids_in_use_and_full_lines_are_refused_and_free_again_afterwards(make_dr
     assert len(driver.tokens("a")) == 4
 
 
+def test_a_deadline_that_the_line_can_not_meet_is_refused_and_others_are_not(make_driver, random_prompt) -> None:
+    driver = make_driver(max_running=1, max_waiting=100)
+    for number in range(40):
+        driver.submit(random_prompt(number, 8), max_tokens=8)
+    driver.submit([1], max_tokens=1, deadline_unix_s=time.time() + 0.5)  # nobody has been admitted: nothing is known
+    while driver.engine.status().waiting > 30:
+        driver.engine.step()
+    status = driver.engine.status()
+    assert status.place_s is not None
+    turn_s = status.waiting * status.place_s
+    with pytest.raises(DeadlineExceeded, match="30 requests are in line"):
+        driver.submit([1], max_tokens=1, deadline_unix_s=time.time() + 0.5 * turn_s)
+    patient = driver.submit([1], max_tokens=1, deadline_unix_s=time.time() + 300)
+    driver.finish()
+    assert len(driver.tokens(patient)) == 1
+    assert driver.engine.status().place_s is None, "what the line was like says nothing about the next one"
+    driver.submit([1], max_tokens=1, deadline_unix_s=time.time() + 0.5)
+    driver.finish()
+
+
 def test_an_id_is_its_tenants_own(make_driver) -> None:
     driver = make_driver()
     events: list[StreamEvent] = []

@@ -1,7 +1,9 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.engine.scheduler import WaitingLine
+from pager.engine.scheduler import LineClock, WaitingLine
+from pager.errors import DeadlineExceeded
 
 
 def test_the_first_in_line_is_tried_first() -> None:
@@ -70,3 +72,31 @@ def test_none_starves(sizes: list[int], max_overtakes: int, arrivals_a_step: int
         assert step < 10 * len(sizes) * lifetime, "somebody starves"
     assert sorted(admitted) == list(range(len(sizes)))
     assert max(passed.values()) <= max_overtakes
+
+
+def test_a_place_lasts_as_long_as_those_who_had_one_waited() -> None:
+    """256 came at once and each is admitted 0.08 s after the one before: the last one's turn comes after 21 s."""
+    clock = LineClock()
+    clock.check(256, 0.001)  # nothing is known yet
+    for place in range(1, 257):
+        clock.admitted(place, 0.08 * place)
+        clock.check(256, 21.0)
+        with pytest.raises(DeadlineExceeded, match=r"256 requests are in line, .* 0\.08 s, .* 20\.00 s"):
+            clock.check(256, 20.0)
+
+
+def test_one_who_passes_others_or_waits_long_is_not_the_rule() -> None:
+    clock = LineClock()
+    for place in range(1, 11):
+        clock.admitted(place, 1.0 * place)
+    clock.admitted(200, 0.01)
+    clock.admitted(1, 90.0)
+    assert clock.place_s == pytest.approx(1.0)
+
+
+def test_another_line_begins_without_an_estimate() -> None:
+    clock = LineClock()
+    clock.admitted(1, 30.0)
+    clock.forget()
+    assert clock.place_s is None
+    clock.check(256, 0.001)

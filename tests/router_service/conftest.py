@@ -89,6 +89,8 @@ class Worker:
     resident: tuple[int, ...] = (0, 0, 0)
     num_restarts: int = 0
     page_in_bytes_per_s: float | None = None
+    peak_page_in_bytes_per_s: float | None = None
+    place_s: float | None = None
     paging: PagingTotals = field(default_factory=PagingTotals)
 
     def missing_bytes(self, pool: ExpertPool) -> int:

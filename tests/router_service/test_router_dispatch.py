@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pager.errors import DeadlineExceeded, NotReady
 from pager.types import ExpertPool
-from router_service.dispatch import QueueClock, check_deadline, place
+from router_service.dispatch import check_deadline, place
 
 POOL = ExpertPool(((), (0, 1), (2, 3)))
 
@@ -52,25 +52,22 @@ def test_an_excluded_worker_is_not_chosen(worker):
         place(None, [worker], in_flight={}, exclude={"w0"})
 
 
-def test_the_least_start_counts_only_what_was_measured(worker):
-    busy = replace(worker, waiting=3)
-    assert place(POOL, [busy], in_flight={}).least_start_s == 0
-    measured = place(POOL, [replace(busy, page_in_bytes_per_s=1000.0)], in_flight={}, position_s=0.5)
-    assert measured.least_start_s == pytest.approx(4.0 + 1.5)
-    check_deadline(measured, None)
-    check_deadline(measured, 6.0)
-    with pytest.raises(DeadlineExceeded, match=r"5\.50 s"):
-        check_deadline(measured, 5.0)
+def test_paging_counts_at_its_fastest_and_as_if_it_had_gone_on_since_the_report(worker):
+    assert place(POOL, [worker], in_flight={}).least_paging_s == 0
+    assert place(POOL, [replace(worker, page_in_bytes_per_s=1.0)], in_flight={}).least_paging_s == 0
+    measured = place(POOL, [replace(worker, waiting=3, peak_page_in_bytes_per_s=500.0, place_s=9.0)], in_flight={})
+    assert measured.least_paging_s == pytest.approx(4000 / 500 - 1.5)
+    check_deadline(measured.least_paging_s, None)
+    check_deadline(measured.least_paging_s, 7.0)
+    with pytest.raises(DeadlineExceeded, match=r"6\.50 s"):
+        check_deadline(measured.least_paging_s, 6.0)
 
 
-def test_the_queue_clock_learns_from_those_who_waited():
-    clock = QueueClock()
-    clock.observe(0, 5.0)
-    assert clock.position_s is None
-    clock.observe(2, 1.0)
-    assert clock.position_s == 0.5
-    clock.observe(1, 1.5)
-    assert clock.position_s == pytest.approx(0.7)
+def test_a_line_that_moves_quickly_is_no_reason_to_go_elsewhere(worker):
+    quick = replace(worker, id="w1", resident=(0, 0b11, 0b1100), waiting=20, place_s=1e-6)
+    assert place(POOL, [replace(worker, expert_bytes=10**9), quick], in_flight={}).worker_id == "w1"
+    slow = replace(quick, place_s=5.0)
+    assert place(POOL, [replace(worker, expert_bytes=10**9), slow], in_flight={}).worker_id == "w0"
 
 
 masks = st.integers(0, 255)

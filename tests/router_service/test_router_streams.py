@@ -12,7 +12,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from pager.errors import NotReady, PagerError, PortInUse, SlowReader
+from pager.errors import DeadlineExceeded, NotReady, PagerError, PortInUse, SlowReader
 from router_service.server import RouterServer
 from router_service.service import SERVICE_NAME
 
@@ -71,15 +71,37 @@ async def test_the_deadline_reaches_the_worker_and_ends_the_call(service):
 
 async def test_a_deadline_that_paging_can_not_meet_is_refused_at_once(service):
     for worker_id in ("w0", "w1"):
-        service.cluster.change(worker_id, expert_bytes=10**9, page_in_bytes_per_s=1e6)
-    error = await failure(service.stub.Generate(request(pool=pb.PoolPolicy(count=3)), timeout=60).read())
+        service.cluster.change(worker_id, expert_bytes=10**9, peak_page_in_bytes_per_s=1e6)
+    predicted = pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_PREDICTION)
+    error = await failure(service.stub.Generate(request(pool=predicted), timeout=60).read())
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "queue and paging" in error.details()
+    assert "paging its experts" in error.details()
     assert service.cluster.received == []
     assert service.metric("admission_rejections_total", reason="DEADLINE_EXCEEDED") == 1
-    # Without a deadline it may take as long as it takes.
-    call = service.stub.Generate(request(pool=pb.PoolPolicy(count=3)))
-    assert (await call.read()).text == "a"
+    # Without a deadline it may take as long as it takes, and a pool that the prefill is to choose is not known.
+    assert (await service.stub.Generate(request(pool=predicted)).read()).text == "a"
+    assert (await service.stub.Generate(request(pool=pb.PoolPolicy(count=3)), timeout=60).read()).text == "a"
+
+
+async def test_a_line_that_was_reported_short_makes_no_estimate_of_a_long_one(service):
+    """A request that waited 0.5 s was placed when the last report said one was waiting; 200 more were not in it yet."""
+    service.cluster.change("w1", state="dead")
+    service.cluster.change("w0", waiting=1)
+    [_ async for _ in service.stub.Generate(request())]
+    service.cluster.change("w0", waiting=200, place_s=0.0025)
+    assert (await service.stub.Generate(request(), timeout=60).read()).text == "a"
+
+
+async def test_who_is_refused_by_the_worker_is_counted_as_refused(service):
+    refused = DeadlineExceeded("200 requests are in line")
+    refused.is_refusal = True
+    late = DeadlineExceeded("the deadline passed after 1 of at most 3 tokens")
+    service.cluster.fail = {"w0": [(0, refused), (0, late)]}
+    service.cluster.change("w1", state="dead")
+    for num_refused in (1, 1):
+        error = await failure(service.stub.Generate(request()).read())
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert service.metric("admission_rejections_total", reason="DEADLINE_EXCEEDED") == num_refused
 
 
 async def test_an_abort_ends_the_tenants_own_request_only(service):

@@ -76,12 +76,14 @@ class Chunk(_message.Message):
     def __init__(self, ticket: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[_expert_pager_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("ticket", "error")
+    __slots__ = ("ticket", "error", "refused")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     error: Error
-    def __init__(self, ticket: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    refused: bool
+    def __init__(self, ticket: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., refused: _Optional[bool] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("reason", "message", "field", "retry_after_s", "facts")
@@ -105,7 +107,7 @@ class Error(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., facts: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s", "draining", "experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host")
+    __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s", "draining", "experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host", "peak_page_in_bytes_per_s", "place_s")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +117,8 @@ class Load(_message.Message):
     EXPERTS_MISSED_FIELD_NUMBER: _ClassVar[int]
     BYTES_FROM_DISK_FIELD_NUMBER: _ClassVar[int]
     BYTES_FROM_HOST_FIELD_NUMBER: _ClassVar[int]
+    PEAK_PAGE_IN_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PLACE_S_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     running: int
     resident: _containers.RepeatedScalarFieldContainer[bytes]
@@ -124,7 +128,9 @@ class Load(_message.Message):
     experts_missed: int
     bytes_from_disk: int
     bytes_from_host: int
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: _Optional[bool] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ...) -> None: ...
+    peak_page_in_bytes_per_s: float
+    place_s: float
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: _Optional[bool] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., peak_page_in_bytes_per_s: _Optional[float] = ..., place_s: _Optional[float] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id", "tenant")

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,13 +62,13 @@ class Status(EngineLoad, Protocol):
 
 class WorkerEngine(TokenEngine, Protocol):
     def status(self) -> Status: ...
-    def start(self) -> None: ...
+    def run(self) -> None: ...  # on the thread that loaded it, until `stop`
     def stop(self, drain_s: float = 0.0) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """What a loader returns: an engine that is not started yet, and how to ask about what it holds."""
+    """What a loader returns: an engine that does not run yet, and how to ask about what it holds."""
 
     engine: WorkerEngine
     model: ModelView
@@ -142,8 +143,9 @@ class Worker:
         started = time.monotonic()
         try:
             tracing.start("expert-pager-worker", __version__, os.environ)
-            loaded = self._load_engine(self._config, self._server.deliver, self._observer, host)
-            self._loaded = loaded
+            loading: Future[LoadedEngine] = Future()
+            Thread(target=self._run_engine, args=(host, loading), name="engine", daemon=True).start()
+            loaded = self._loaded = loading.result()
             self._observer.watch_tiers(loaded.tiers)
             self._observer.watch_engine(loaded.engine.status, loaded.kv_block_bytes)
             self._observer.describe_model(_labels_of(loaded.model))
@@ -155,10 +157,19 @@ class Worker:
             return PagerError(f"the model could not be loaded: {error!r}; the worker's log has the details")
         self._warm_up(loaded)
         address = self._loop.run(self._server.start(f"{self._bind_host}:0", loaded.engine, self._load_report))
-        loaded.engine.start()
         self._ready = WorkerReady(address, self._token, self._metrics_server.address, os.getpid(), loaded.model)
         log.info("ready after %.1f s: %s on %s", time.monotonic() - started, loaded.model.name, loaded.model.device)
         return self._ready
+
+    def _run_engine(self, host: HostAccess | None, loading: Future[LoadedEngine]) -> None:
+        """The thread that loads the model, and steps it: see `Engine.run`."""
+        try:
+            loaded = self._load_engine(self._config, self._server.deliver, self._observer, host)
+        except BaseException as error:
+            loading.set_exception(error)
+        else:
+            loading.set_result(loaded)
+            loaded.engine.run()
 
     def ready(self) -> WorkerReady | None:
         """None while it loads."""

@@ -87,7 +87,7 @@ class Engine:
         self._next_decode_s = 0.0
         self._num_tokens = 0
         self._num_steps = 0
-        self._thread: threading.Thread | None = None
+        self._stepping = threading.Lock()  # held while `run` runs
 
     # From any thread.
 
@@ -134,29 +134,44 @@ class Engine:
         )
 
     def start(self) -> None:
-        """Steps on a thread of its own from now on."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-        at_exit.call(self, Engine._leave)
+        """Has `run` run on a thread of its own."""
+        threading.Thread(target=self.run, name="engine", daemon=True).start()
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """Refuses new requests, lets the present ones end for `drain_s`, fails the rest with NotReady. Idempotent."""
+        """Refuses new requests, lets the present ones end for `drain_s`, fails the rest with NotReady. Idempotent.
+
+        Returns when `run` steps no more. Not for the thread that it runs on.
+        """
         self._inbox.close()
-        if self._thread is None:
-            self._fail_all(_shutting_down())
-            return
         self._inbox.wait_until_empty(drain_s)
         self._inbox.halt()
-        self._thread.join()
+        with self._stepping:
+            self._fail_all(_shutting_down())
 
     def _leave(self) -> None:
         """When the process exits: like `stop`, but it does not wait for a step that hangs."""
         self._inbox.close()
         self._inbox.halt()
-        if self._thread is not None:
-            self._thread.join(at_exit.TIMEOUT_S)
+        if self._stepping.acquire(timeout=at_exit.TIMEOUT_S):
+            self._stepping.release()
 
     # From the thread that steps.
+
+    def run(self) -> None:
+        """Steps until `stop`; once. On the thread that loaded the model: torch computes with a team of threads for each
+        thread that calls it, and where those are more than the processors, all of them sleep between two operations
+        when they should spin, which halves the speed of a small model."""
+        with self._stepping:
+            at_exit.call(self, Engine._leave)
+            while not self._inbox.is_halted:
+                try:
+                    worked = self.step()
+                except BaseException:  # the thread must not end while there are requests
+                    log.exception("a step failed; every request in flight fails with it")
+                    self._fail_all(PagerError("the engine failed; the worker's log says more"))
+                    continue
+                if not worked:
+                    self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
 
     def step(self) -> bool:
         """Decodes a token of everybody, admits, runs one prompt at most. False when there was nothing to run."""
@@ -412,18 +427,6 @@ class Engine:
             self._sink(events)
         except Exception:
             log.exception("the sink of the engine's events failed; %d events are lost", len(events))
-
-    def _run(self) -> None:
-        while not self._inbox.is_halted:
-            try:
-                worked = self.step()
-            except BaseException:  # the thread must not end while there are requests
-                log.exception("a step failed; every request in flight fails with it")
-                self._fail_all(PagerError("the engine failed; the worker's log says more"))
-                continue
-            if not worked:
-                self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
-        self._fail_all(_shutting_down())
 
     def _fail_all(self, error: PagerError) -> None:
         self._inbox.take()

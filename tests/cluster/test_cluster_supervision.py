@@ -80,7 +80,7 @@ class StandIn:
     stopped: bool = False
     closed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
-    thread: threading.Thread | None = None
+    running: threading.Lock = field(default_factory=threading.Lock)
 
     def submit(self, request: GenerateRequest) -> None:
         with self.lock:
@@ -102,40 +102,40 @@ class StandIn:
     def status(self) -> Status:
         return Status(0, len(self.requests), self.is_stepping, self.progress)
 
-    def start(self) -> None:
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
     def stop(self, drain_s: float = 0.0) -> None:
         self.closed = True
         end_s = time.monotonic() + drain_s
         while self.requests and time.monotonic() < end_s:
             time.sleep(0.002)
         self.stopped = True
-        if self.thread is not None:
-            self.thread.join()
+        with self.running:
+            pass
         error = NotReady("shutting down", retry_after_s=1.0)
         self.sink([Failure(request.id, error, request.tenant) for request in self.requests.values()])
         self.requests.clear()
 
     def run(self) -> None:
-        while not self.stopped:
-            self.is_stepping = True
+        with self.running:
+            while not self.stopped:
+                self.step()
+
+    def step(self) -> None:
+        self.is_stepping = True
+        self.progress += 1
+        with self.lock:
+            hang = any(HANG in request.prompt_token_ids for request in self.requests.values())
+            slow = any(SLOW in request.prompt_token_ids for request in self.requests.values())
+            events = [self.advance(request_id) for request_id in list(self.requests)]
+        if hang:
+            time.sleep(3600)
+        end_s = time.monotonic() + SLOW_S
+        while slow and time.monotonic() < end_s:
+            time.sleep(0.01)
             self.progress += 1
-            with self.lock:
-                hang = any(HANG in request.prompt_token_ids for request in self.requests.values())
-                slow = any(SLOW in request.prompt_token_ids for request in self.requests.values())
-                events = [self.advance(request_id) for request_id in list(self.requests)]
-            if hang:
-                time.sleep(3600)
-            end_s = time.monotonic() + SLOW_S
-            while slow and time.monotonic() < end_s:
-                time.sleep(0.01)
-                self.progress += 1
-            self.is_stepping = False
-            if events:
-                self.sink(events)
-            time.sleep(0.002)
+        self.is_stepping = False
+        if events:
+            self.sink(events)
+        time.sleep(0.002)
 
     def advance(self, request_id: str) -> Any:
         tenant = self.requests[request_id].tenant

@@ -349,7 +349,7 @@ def test_nothing_is_left_after_two_hundred_requests_of_all_kinds(make_driver, ra
 
 def test_a_thread_serves_many_submitters_and_drains_before_it_stops(make_driver, random_prompt) -> None:
     driver = make_driver(48)
-    driver.engine.start()
+    threading.Thread(target=driver.engine.run, daemon=True).start()
 
     def submit_some(start: int) -> None:
         for seed in range(start, start + 4):
@@ -380,7 +380,7 @@ def test_stopping_without_patience_fails_what_is_in_flight(make_driver, random_p
                 time.sleep(0.001)
 
     driver.paged.model.register_forward_hook(hold_up)
-    driver.engine.start()
+    threading.Thread(target=driver.engine.run, daemon=True).start()
     ids = [driver.submit(random_prompt(seed, 10), PoolPolicy(Count(3)), max_tokens=200) for seed in range(5)]
     assert started.wait(60)
     driver.engine.stop(drain_s=0)

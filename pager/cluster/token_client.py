@@ -13,8 +13,8 @@ import grpc.aio
 from expert_pager.v1 import worker_pb2 as pb
 from expert_pager.v1 import worker_pb2_grpc
 
-from pager.cluster.token_server import CHANNEL_OPTIONS, TOKEN_HEADER
-from pager.errors import PagerError, SlowReader, WorkerLost
+from pager.cluster.token_server import CHANNEL_OPTIONS, MAX_COMMAND_BYTES, TOKEN_HEADER
+from pager.errors import InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.types import GenerateRequest, TokenChunk
 from pager.wire import decode_chunk, decode_error, encode_request
 
@@ -94,7 +94,9 @@ class WorkerLink:
         self._answers: dict[int, AnswerStream] = {}  # by ticket
         self._tickets = itertools.count(1)
         self._commands: asyncio.Queue[pb.Command | None] = asyncio.Queue()  # None: no more
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(
+            address, options=(*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", -1))
+        )
         self._stub = worker_pb2_grpc.WorkerStub(self._channel)
         self._call: Any = None
         self._reader: asyncio.Task[None] | None = None
@@ -119,9 +121,10 @@ class WorkerLink:
         if self.broken.is_set():
             raise _lost()
         ticket = next(self._tickets)
+        command = _submit(request, ticket)
         answer = self._answers[ticket] = AnswerStream(request, self._buffer_chunks)
         try:
-            self._commands.put_nowait(pb.Command(submit=encode_request(request, ticket)))
+            self._commands.put_nowait(command)
             async for chunk in answer:
                 yield chunk
         finally:
@@ -200,6 +203,17 @@ class WorkerLink:
         self._answers.clear()
         self._commands.put_nowait(None)
         self._on_break()
+
+
+def _submit(request: GenerateRequest, ticket: int) -> pb.Command:
+    """Raises InvalidRequest for more than a worker reads, which would end the stream with all that is open on it."""
+    command = pb.Command(submit=encode_request(request, ticket))
+    if command.ByteSize() > MAX_COMMAND_BYTES:
+        raise InvalidRequest(
+            f"the request takes {command.ByteSize()} bytes on its way to a worker, and {MAX_COMMAND_BYTES} are the "
+            "most; shorten its prompt, its stop strings or its pool"
+        )
+    return command
 
 
 def _lost() -> WorkerLost:

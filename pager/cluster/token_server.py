@@ -27,14 +27,20 @@ log = logging.getLogger(__name__)
 TOKEN_HEADER = "x-expert-pager-token"
 LOAD_INTERVAL_S = 1.0
 MAX_UNREAD_STEPS = 4096  # a router that has stopped reading is treated as gone
+MAX_COMMAND_BYTES = 16 * 2**20  # what a router may send at once; clients send it 8 MiB at most
 CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+SERVER_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    ("grpc.max_receive_message_length", MAX_COMMAND_BYTES),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is small when it comes is small when it is read
+    ("grpc.max_concurrent_streams", 128),  # of a connection: a router has one, and an Abort now and then
 )
 
 
@@ -73,7 +79,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
     _load: Callable[[], pb.Load]
 
     def __init__(self, token: str) -> None:
-        self._token = token
+        self._gate = _OwnRouters(token)
         self._streams: set[_RouterStream] = set()
         self._owners: dict[
             RequestKey, _Owner
@@ -89,7 +95,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
         """
         self._engine, self._load = engine, load
         self._loop = asyncio.get_running_loop()
-        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[self._gate], options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         port = self._server.add_insecure_port(bind)
         await self._server.start()
@@ -122,7 +128,6 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
     # --- gRPC methods -----------------------------------------------------------------------------------------------
 
     async def Attach(self, commands: AsyncIterator[pb.Command], context: Any) -> AsyncIterator[pb.Push]:  # noqa: N802
-        await self._authenticate(context)
         stream = _RouterStream()
         stream.push(pb.Push(load=self._load()))
         self._streams.add(stream)
@@ -135,13 +140,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             self._drop(stream)
 
     async def Abort(self, message: pb.AbortRequest, context: Any) -> pb.AbortReply:  # noqa: N802
-        await self._authenticate(context)
         return pb.AbortReply(found=self._engine.cancel(message.request_id, message.tenant))
-
-    async def _authenticate(self, context: Any) -> None:
-        given = dict(context.invocation_metadata()).get(TOKEN_HEADER, "")
-        if not hmac.compare_digest(given.encode(), self._token.encode()):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this worker serves its own routers only")
 
     # --- the loop's own -----------------------------------------------------------------------------------------------
 
@@ -218,6 +217,24 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
                 for stream in self._streams:
                     stream.push(pb.Push(load=load))
             last = load
+
+
+class _OwnRouters(grpc.aio.ServerInterceptor):
+    """Refuses a call of any method that has not the token, before its first message is read."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+        self._refusal = grpc.stream_stream_rpc_method_handler(self._refuse)
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        given = dict(handler_call_details.invocation_metadata).get(TOKEN_HEADER, "")
+        if hmac.compare_digest(given.encode(), self._token):
+            return await continuation(handler_call_details)
+        return self._refusal
+
+    @staticmethod
+    async def _refuse(_: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this worker serves its own routers only")
 
 
 class _Owner(NamedTuple):

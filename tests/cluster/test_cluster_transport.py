@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import grpc.aio
 import pytest
 from expert_pager.v1 import worker_pb2 as pb
 
 from pager.cluster.token_client import WorkerLink
-from pager.cluster.token_server import TokenServer
+from pager.cluster.token_server import MAX_COMMAND_BYTES, TOKEN_HEADER, TokenServer
 from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.types import FinishReason, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
 
@@ -124,6 +125,44 @@ async def test_answers_of_one_step_reach_their_own_readers(transport: Transport)
 async def test_a_wrong_token_is_refused(transport: Transport) -> None:
     with pytest.raises(WorkerLost, match="own routers"):
         await transport.link(token="guess")
+
+
+async def call(transport: Transport, message: bytes, *, token: str, compression: grpc.Compression | None = None) -> str:
+    """Abort with any bytes as its message: the status it ends with."""
+    options = [("grpc.max_send_message_length", -1)]
+    async with grpc.aio.insecure_channel(transport.address, options, compression=compression) as channel:
+        abort = channel.unary_unary(f"/{pb.DESCRIPTOR.services_by_name['Worker'].full_name}/Abort")
+        try:
+            await abort(message, metadata=((TOKEN_HEADER, token),), timeout=60)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+        return "OK"
+
+
+async def test_nothing_of_a_call_without_the_token_is_read(transport: Transport) -> None:
+    """Bytes that are no message would fail as such, and more than is allowed as too many."""
+    for message in (b"\xff" * 100, b"\xff" * (MAX_COMMAND_BYTES + 1), b""):
+        assert await call(transport, message, token="guess") == "UNAUTHENTICATED"
+    assert await call(transport, b"\xff" * 100, token=TOKEN) == "UNKNOWN"
+
+
+@pytest.mark.parametrize("token", [TOKEN, "guess"])
+async def test_what_is_compressed_is_refused_however_small(transport: Transport, token: str) -> None:
+    for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate):
+        assert await call(transport, b"\n\x40" + b"a" * 64, token=token, compression=compression) == "UNIMPLEMENTED"
+
+
+async def test_a_command_has_a_bound_and_a_request_beyond_it_fails_alone(transport: Transport) -> None:
+    assert await call(transport, b"\xff" * (MAX_COMMAND_BYTES + 1), token=TOKEN) == "RESOURCE_EXHAUSTED"
+    link = await transport.link()
+    other = asyncio.create_task(collect(link.generate(request("a"))))
+    await until(lambda: transport.engine.runs("a"))
+    huge = replace(request("huge"), prompt_token_ids=(1 << 20,) * (MAX_COMMAND_BYTES // 3))
+    with pytest.raises(InvalidRequest, match="shorten its prompt"):
+        await collect(link.generate(huge))
+    assert link.num_open == 1
+    transport.engine.finish("a")
+    assert await other == ["end"]
 
 
 async def test_a_refused_request_raises_the_engines_error(transport: Transport) -> None:

@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError, Message
 
 from pager import tracing
 from pager.errors import InvalidRequest, PagerError
-from pager.logs import facts, request_id, trace_context, traceparent_of
+from pager.logs import request_id, trace_context, traceparent_of
+from router_service.access_log import AccessLog
 from router_service.metrics import RouterMetrics
 from router_service.status import to_wire
 from router_service.tenants import tenant_in
@@ -32,6 +33,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def __init__(self, service_name: str, metrics: RouterMetrics) -> None:
         self._prefix = f"/{service_name}/"
         self._metrics = metrics
+        self._access_log = AccessLog()
 
     async def intercept_service(
         self,
@@ -59,13 +61,15 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             started = time.perf_counter()
             request_id.set("")
             trace_context.set(tracing.traceparent() or traceparent_of(context.invocation_metadata()))
-            code = "OK"
+            self._access_log.begin()
+            code, failure = "OK", None
             try:
                 return await method(_parsed(parse, data), context)
             except asyncio.CancelledError:
                 code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
                 raise
             except PagerError as error:
+                failure = error
                 if error.is_refusal:
                     self._metrics.refused(error.reason)
                 code = _fail(context, error)
@@ -76,10 +80,9 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 code = _fail(context, PagerError("internal error; the service's log has it under the request id"))
             finally:
                 tracing.end_call(code)
-                self._metrics.ended(name, code, tenant_in(context.invocation_metadata()))
-                took_ms = 1000 * (time.perf_counter() - started)
-                said = facts(method=name, code=code, took_ms=round(took_ms, 1))
-                log.info("%s request_id=%s code=%s took_ms=%.1f", name, request_id.get(), code, took_ms, extra=said)
+                tenant = tenant_in(context.invocation_metadata())
+                self._metrics.ended(name, code, tenant)
+                self._access_log.end(name, tenant, code, failure, time.perf_counter() - started)
             return None
 
         return call

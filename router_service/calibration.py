@@ -9,6 +9,7 @@ from pager.routing.named import NamedPool, check_name, mean_scores
 from pager.routing.pool import pick_pool
 from pager.types import PoolSize
 from router_service import decode, encode
+from router_service.access_log import tell
 from router_service.gate import Context, Gate, deadline_unix_s
 from router_service.intake import Intake
 from router_service.pool_store import PoolStore, name_in_use
@@ -33,12 +34,14 @@ class NamedPools:
         tenant = decode.tenant(context.invocation_metadata())
         ask = decode.calibrate_ask(wire, self._model, default)
         method = self._method(ask.method)
+        tell(pool=f"named:{ask.name}")
         deadline_unix_s(context)
         with self._gate.admit(tenant) as ticket:
             if not ask.replaces:
                 await self._check_free(tenant, ask.name)  # before the work; `add` has the last word
             examples = [await self._intake.example(example, index) for index, example in enumerate(ask.examples)]
             self._gate.charge(ticket, sum(map(len, examples)))
+            tell(prompt_tokens=sum(map(len, examples)))
             # One by one: the prompts of others take their turns in between.
             scores = mean_scores([await self._scoring.scores(method, example) for example in examples])
             pool = pick_pool(scores, ask.size, self._model.facts)

@@ -16,6 +16,7 @@ from pager.tracing import note, span, traceparent, tracestate
 from pager.types import ExpertPool, GenerateRequest, PoolPolicy, PoolSource, Usage
 from pager.wire import encode_pool, encode_response
 from router_service import decode, encode
+from router_service.access_log import pool_label, tell
 from router_service.admission import Admission
 from router_service.calibration import NamedPools
 from router_service.decode_pools import PoolByName, pool_policy
@@ -76,10 +77,12 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         ask = decode.ask(wire, self._backend.model, self._backend.default_pool)
         request_id.set(ask.id)
         note(request_id=ask.id)
+        tell(pool=pool_label(ask.pool))
         deadline_s = deadline_unix_s(context)
         with self._gate.admit(tenant) as ticket:
             async with self._claimed(ask.id, tenant):
                 request = await self._intake.request(ask, tenant, deadline_s)
+                tell(prompt_tokens=len(request.prompt_token_ids))
                 self._gate.charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
                 prediction = await self._predict(request)
                 sent = replace(request, pool=prediction.policy)
@@ -138,6 +141,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
                 exclude=exclude,
             )
             note(worker=placement.worker_id, missing_bytes=placement.missing_bytes)
+            tell(worker=placement.worker_id)
         return placement
 
     async def _answer(
@@ -178,9 +182,11 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         decode.check_model(wire.model, backend.model)
         asked = decode.prompt(wire, backend.model)
         asked_pool = pool_policy(wire.pool, backend.model, backend.default_pool)
+        tell(pool=pool_label(asked_pool))
         deadline_unix_s(context)
         with self._gate.admit(tenant) as ticket:
             prompt = await self._intake.prompt(asked)
+            tell(prompt_tokens=len(prompt))
             self._gate.charge(ticket, len(prompt))
             policy = await self._intake.policy(asked_pool, tenant)
             backend.chain.check(policy)

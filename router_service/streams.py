@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from pager.errors import SlowReader
 from pager.types import ExpertPool, TokenChunk
+from router_service.access_log import tell
 from router_service.metrics import RouterMetrics
 
 
@@ -33,7 +34,9 @@ class StreamMeter:
         if chunk.token_ids and not self._num_tokens:
             self._first_s = now_s
             self._metrics.first_token(self._tenant, now_s - self._arrived_s)
+            tell(first_token_ms=round(1000 * (now_s - self._arrived_s), 1))
         self._num_tokens += len(chunk.token_ids)
+        tell(completion_tokens=self._num_tokens)
         usage = chunk.usage
         if usage is None:
             return chunk

@@ -60,6 +60,11 @@ class TenantLabels:
         return tenant if tenant in self._named else OTHER_TENANTS
 
 
+def tenant_or_invalid(value: str) -> str:
+    """What a log line says of a tenant that named itself."""
+    return value if _TENANT.fullmatch(value) else "(invalid)"
+
+
 def tenant_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """Who says to be calling, unchecked: for metrics, that know their tenants anyway."""
     values = [value for key, value in metadata or () if key == TENANT_KEY and isinstance(value, str)]

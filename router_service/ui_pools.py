@@ -58,7 +58,7 @@ class PoolLog:
         """Counts a live request for as long as the block lasts. `pool` is fixed or predicted."""
         is_expected = policy.fixed is None and pool is not None and not isinstance(policy.size, Full)
         live = LivePool(
-            self, PoolLabel(tenant, name, "named" if name else _size(policy), policy.fixed or pool, is_expected)
+            self, PoolLabel(tenant, name, "named" if name else size_label(policy), policy.fixed or pool, is_expected)
         )
         self._use(live.label).live += 1
         try:
@@ -122,6 +122,7 @@ def _sum(uses: list[PoolUse]) -> PoolUse:
     )
 
 
-def _size(policy: PoolPolicy) -> str:
+def size_label(policy: PoolPolicy) -> str:
+    """The size that was asked for, in few characters."""
     text = "fixed" if policy.fixed is not None else size_name(policy.size)
     return text if len(text) <= LONGEST_SIZE else f"{text[: LONGEST_SIZE - 1]}…"

@@ -1,0 +1,99 @@
+"""One line a call at its end: who asked for what, what came of it, and why it was refused. No prompt, no answer.
+
+What the line says of a call is gathered while it runs. Refusals that repeat are sampled.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from pager.errors import PagerError
+from pager.logs import facts, request_id
+from pager.types import PoolPolicy
+from router_service.decode_pools import PoolByDigest, PoolByName
+from router_service.tenants import tenant_or_invalid
+from router_service.ui_pools import size_label
+
+log = logging.getLogger("expert_pager.router")
+
+WINDOW_S = 60.0
+FEW = 10  # of a kind are logged in a window, and then one in EVERY
+EVERY = 100
+MAX_KINDS = 1024  # tenants name themselves: beyond these, all kinds count as one
+
+_said: ContextVar[dict[str, Any]] = ContextVar("said")
+
+
+def tell(**said: str | int | float) -> None:
+    """Adds to the line of the present call, if there is one."""
+    _said.get({}).update(said)
+
+
+def pool_label(asked: PoolPolicy | PoolByDigest | PoolByName) -> str:
+    match asked:
+        case PoolByName(name=name):
+            return f"named:{name}"
+        case PoolByDigest(digest=digest):
+            return f"fixed:{digest}"
+    return f"fixed:{asked.fixed.digest}" if asked.fixed is not None else size_label(asked)
+
+
+class AccessLog:
+    """Owns which refusals have been logged lately."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._repeats = Repeats(clock)
+
+    def begin(self) -> None:
+        """A call begins in this context."""
+        _said.set({})
+
+    def end(self, method: str, tenant: str, code: str, error: PagerError | None, seconds: float) -> None:
+        """Logs the call that began in this context, unless it is one of many refusals alike."""
+        tenant = tenant_or_invalid(tenant)
+        said = {"tenant": tenant, "code": code, "reason": error.reason if error else None, **_said.get({})}
+        said["took_ms"] = round(1000 * seconds, 1)
+        if error is not None and code != "INTERNAL" and "first_token_ms" not in said:
+            left_out = self._repeats.left_out((method, tenant, error.reason))
+            if left_out is None:
+                return
+            said["left_out"] = left_out or None
+        text = " ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+        log.info("%s request_id=%s %s", method, request_id.get(), text, extra=facts(method=method, **said))
+
+
+class Repeats:
+    """Which of many events of a kind are logged: the first few of a minute, then one in many."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[tuple[str, ...], _Seen] = {}
+
+    def left_out(self, kind: tuple[str, ...]) -> int | None:
+        """How many of its kind were left out since the last that was logged; None when this one is to be left out."""
+        now_s = self._clock()
+        if kind not in self._seen and len(self._seen) >= MAX_KINDS:
+            self._seen = {each: seen for each, seen in self._seen.items() if now_s - seen.started_s < WINDOW_S}
+            kind = kind if len(self._seen) < MAX_KINDS else ()
+        seen = self._seen.setdefault(kind, _Seen(now_s))
+        if now_s - seen.started_s >= WINDOW_S:
+            seen.started_s, seen.count = now_s, 0
+        seen.count += 1
+        if seen.count > FEW and (seen.count - FEW) % EVERY:
+            seen.left_out += 1
+            return None
+        left_out, seen.left_out = seen.left_out, 0
+        return left_out
+
+
+class _Seen:
+    """Events of one kind since `started_s`."""
+
+    def __init__(self, started_s: float) -> None:
+        self.started_s = started_s
+        self.count = 0
+        self.left_out = 0

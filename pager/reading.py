@@ -141,6 +141,18 @@ def reason_of(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def shown(value: object, most: int = 80) -> str:
+    """`value` as a message may have it: what a file says can be longer than anybody reads."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another library says, which may be several lines, or the name of a key and nothing else."""
+    text = " ".join(str(error).split())
+    return text if text and not isinstance(error, LookupError) else repr(error)
+
+
 def _open(path: str | Path) -> IO[bytes]:
     if str(path).startswith(_HANDED_OVER):
         return open(path, "rb")

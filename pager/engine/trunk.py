@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import pager.models  # noqa: F401 - registers the models this project adds
 from pager.errors import CheckpointError, ConfigError, PagerError
+from pager.models.config_bounds import TOKEN_IDS, check_config, check_shape, check_token_ids, without_choices
 from pager.models.families import Family, family_of
+from pager.reading import one_line
+from pager.store.checkpoint_files import read_json_object
 from pager.store.experts import ExpertSource, open_experts
 from pager.store.safetensors_index import Checkpoint
 from pager.types import RoutingFacts
@@ -40,17 +44,19 @@ class OpenModel:
         ConfigError for the dtype.
         """
         checkpoint = Checkpoint.open(path)
-        family = family_of(checkpoint.config.get("model_type"))
         try:
-            config = AutoConfig.for_model(**checkpoint.config)
-        except PagerError:
+            family = family_of(checkpoint.config.get("model_type"))
+            with _config_errors(checkpoint):
+                check_config(checkpoint.config)
+                config = AutoConfig.for_model(**without_choices(checkpoint.config))
+                facts = family.facts(config)
+                check_shape(config, facts.experts_per_layer)
+            chosen = _choose_dtype(dtype, checkpoint.config)
+        except BaseException:
+            checkpoint.close()
             raise
-        except Exception as error:  # each family validates its fields in its own way
-            raise CheckpointError(f"{checkpoint.path} has no valid {family.model_type} config: {error}") from error
-        chosen = _choose_dtype(dtype, checkpoint.config)
         expert_bytes = family.expert_shape(config).num_elements * chosen.itemsize
-        facts = replace(family.facts(config), expert_bytes=expert_bytes)
-        return cls(checkpoint, config, family, facts, chosen)
+        return cls(checkpoint, config, family, replace(facts, expert_bytes=expert_bytes), chosen)
 
     @property
     def expert_bytes(self) -> int:
@@ -71,7 +77,7 @@ class OpenModel:
     def build_empty(self) -> PreTrainedModel:
         """The model on the meta device, its experts' parameters taken out."""
         # transformers would make the serving dtype torch's default for a while, and that of every other thread too.
-        with torch.device("meta"):
+        with torch.device("meta"), _config_errors(self.checkpoint):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.get_default_dtype()).to(self.dtype)
         model.config.dtype = self.dtype
         for _, block in moe_blocks(model):
@@ -115,12 +121,33 @@ class OpenModel:
 
     def _generation_config(self) -> GenerationConfig:
         path = self.checkpoint.path / "generation_config.json"
-        if path.is_file():
+        if not path.exists():
+            config = GenerationConfig.from_model_config(self.config)
+        else:
+            read_json_object(path)  # what is no file, or none of this kind, is refused before transformers opens it
             try:
-                return GenerationConfig.from_pretrained(self.checkpoint.path)
-            except (OSError, ValueError, TypeError) as error:
-                raise CheckpointError(f"{path} is malformed: {error}; repair it or remove it") from error
-        return GenerationConfig.from_model_config(self.config)
+                config = GenerationConfig.from_pretrained(self.checkpoint.path)
+            except Exception as error:  # it validates its fields in its own ways
+                raise CheckpointError(f"{path} is malformed: {one_line(error)}; repair it or remove it") from error
+        try:
+            check_token_ids({name: getattr(config, name) for name in TOKEN_IDS})
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is malformed: {error.message}; repair it or remove it") from None
+        return config
+
+
+@contextmanager
+def _config_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raises CheckpointError for whatever transformers does with a config that it cannot make a model of."""
+    path = checkpoint.path / "config.json"
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not valid: {error.message}") from None
+    except PagerError:
+        raise
+    except Exception as error:  # each family validates its fields in its own way
+        raise CheckpointError(f"{path} is not valid: {one_line(error)}") from error
 
 
 def moe_blocks(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pager.errors import UnsupportedModel
+from pager.reading import shown
 from pager.types import ExpertKey, ExpertShape, RoutingFacts
 
 Pick = Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -42,7 +43,7 @@ def family_of(model_type: object) -> Family:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         supported = ", ".join(sorted(FAMILIES))
-        raise UnsupportedModel(f"model type {model_type!r} can not be paged; supported are {supported}")
+        raise UnsupportedModel(f"model type {shown(model_type)} can not be paged; supported are {supported}")
     return family
 
 

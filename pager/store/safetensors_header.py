@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pager.errors import CheckpointError
-from pager.reading import parse_json
+from pager.reading import parse_json, shown
 from pager.store.datafile import DataFile
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
@@ -79,21 +79,24 @@ def read_header(file: DataFile) -> dict[str, TensorSpec]:
 
 def _spec(file: DataFile, name: str, entry: object, data_start: int) -> TensorSpec:
     if not isinstance(entry, dict):
-        raise _damaged(file, f"the entry of tensor {name!r} is not a JSON object")
+        raise _damaged(file, f"the entry of tensor {shown(name)} is not a JSON object")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     dtype_name: Any = entry.get("dtype")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(file, f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        raise _damaged(file, f"tensor {shown(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}")
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
+        stored = shown(dtype_name).strip("'")
         raise CheckpointError(
-            f"tensor {name!r} in {file.path} is stored as {dtype_name}, which is not supported; "
+            f"tensor {shown(name)} in {file.path} is stored as {stored}, which is not supported; "
             f"convert the checkpoint to one of {', '.join(DTYPES)}"
         )
     nbytes = offsets[1] - offsets[0]
     if nbytes != math.prod(shape) * dtype.itemsize:
-        raise _damaged(file, f"tensor {name!r} has {nbytes} bytes, and shape {shape} in {dtype_name} needs others")
+        raise _damaged(
+            file, f"tensor {shown(name)} has {nbytes} bytes, and shape {shown(shape)} in {dtype_name} needs others"
+        )
     return TensorSpec(name, file.path.name, data_start + offsets[0], nbytes, tuple(shape), dtype)
 
 
@@ -106,7 +109,7 @@ def _check_cover(file: DataFile, specs: list[TensorSpec], data_start: int) -> No
     for spec in specs:
         if spec.offset != end:
             raise _damaged(
-                file, f"tensor {spec.name!r} begins at byte {spec.offset}, and the one before it ends at {end}"
+                file, f"tensor {shown(spec.name)} begins at byte {spec.offset}, and the one before it ends at {end}"
             )
         end += spec.nbytes
     if file.size < end:

@@ -98,7 +98,10 @@ class TestCheckpoints:
         [
             ("{", "config.json"),
             ("[]", "config.json"),
-            ('{"model_type": "emo", "num_hidden_layers": "many"}', "no valid emo config"),
+            (
+                '{"model_type": "emo", "num_hidden_layers": "many"}',
+                "num_hidden_layers is 'many'; it must be a whole",
+            ),
             ('{"model_type": "emo", "num_experts": 4, "num_experts_per_tok": 1, "num_shared_experts": 2}', "2 shared"),
         ],
     )
@@ -119,11 +122,19 @@ class TestCheckpoints:
             load(made.path)
         assert repr(config.get("model_type")) in caught.value.message
 
-    @pytest.mark.parametrize("text", ["{", "[]"])
-    def test_a_bad_generation_config(self, small: MakeSmall, load: Load, text: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "is not JSON"),
+            ("[]", "is not a JSON object"),
+            ('{"eos_token_id": "x"}', "is malformed: its eos_token_id is 'x'"),
+            ('{"eos_token_id": [2, [3]]}', r"is malformed: its eos_token_id is \[2, \[3\]\]"),
+        ],
+    )
+    def test_a_bad_generation_config(self, small: MakeSmall, load: Load, text: str, message: str) -> None:
         made = small("emo")
         (made.path / "generation_config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"generation_config\.json is malformed"):
+        with pytest.raises(CheckpointError, match=rf"generation_config\.json {message}"):
             load(made.path)
 
     @pytest.mark.parametrize("cut", [1, 5000, "header"])

@@ -182,15 +182,31 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             if owner is None:
                 continue
             step = steps.setdefault(owner.stream, pb.Step())
-            if isinstance(event, TokenChunk):
-                step.chunks.append(encode_chunk(event, owner.ticket))
-                if event.usage is not None:
-                    self._ended(key, event.usage.finish_reason.value, event.usage.completion_tokens)
-            else:
+            if owner.has_failed:
+                if not isinstance(event, TokenChunk) or event.usage is not None:
+                    self._forget(key)
+            elif not isinstance(event, TokenChunk):
                 step.failures.append(_failure(owner.ticket, event.error))
                 self._ended(key, event.error.reason.lower())
+            else:
+                self._add_chunk(step, event, key)
         for stream, step in steps.items():
             stream.push(pb.Push(step=step))
+
+    def _add_chunk(self, step: pb.Step, chunk: TokenChunk, key: RequestKey) -> None:
+        """A chunk that cannot be encoded fails its request alone: the engine ends it, and later events are dropped."""
+        owner = self._owners[key]
+        try:
+            step.chunks.append(encode_chunk(chunk, owner.ticket))
+        except Exception as error:
+            step.failures.append(_failure(owner.ticket, error))
+            self._owners[key] = owner._replace(has_failed=True)
+            self._engine.cancel(*key)
+            if chunk.usage is not None:
+                self._ended(key, PagerError.reason.lower())
+            return
+        if chunk.usage is not None:
+            self._ended(key, chunk.usage.finish_reason.value, chunk.usage.completion_tokens)
 
     def _ended(self, key: RequestKey, outcome: str, num_tokens: int | None = None) -> None:
         trace_id = self._owners[key].trace_id
@@ -241,6 +257,7 @@ class _Owner(NamedTuple):
     stream: _RouterStream
     ticket: int
     trace_id: str
+    has_failed: bool = False  # its router was told so, and the engine has not ended it yet
 
 
 class _RouterStream:
@@ -283,7 +300,11 @@ class _RouterStream:
 
 
 def _failure(ticket: int, error: Exception) -> pb.Failure:
-    if not isinstance(error, PagerError):
-        log.error("a request failed in an unexpected way", exc_info=error)
-        error = PagerError("internal error in the worker; its log has the details")
+    try:
+        if isinstance(error, PagerError):
+            return pb.Failure(ticket=ticket, error=encode_error(error))
+    except Exception:
+        log.exception("an error could not be encoded")
+    log.error("a request failed in an unexpected way", exc_info=error)
+    error = PagerError("internal error in the worker; its log has the details")
     return pb.Failure(ticket=ticket, error=encode_error(error))

@@ -122,6 +122,38 @@ async def test_answers_of_one_step_reach_their_own_readers(transport: Transport)
     assert (first.num_open, second.num_open) == (0, 0)
 
 
+@pytest.mark.parametrize("last", [False, True])
+async def test_a_chunk_that_cannot_be_encoded_fails_its_own_request(transport: Transport, last: bool) -> None:
+    """Half of a pair is no text that protobuf takes."""
+    link = await transport.link()
+    readers = [asyncio.create_task(collect(link.generate(request(request_id)))) for request_id in "abc"]
+    await until(lambda: len(transport.engine.open) == 3)
+    if last:
+        del transport.engine.open["b", "t"]
+    transport.engine.step(chunk("a", "1"), chunk("b", "half \ud800", last=last), chunk("c", "3"))
+    with pytest.raises(PagerError, match="internal error") as caught:
+        await readers[1]
+    assert caught.value.reason == "INTERNAL"
+    assert transport.engine.cancelled == ([] if last else ["b"])
+    transport.engine.finish("a", "c")
+    assert [await readers[0], await readers[2]] == [["1", "end"], ["3", "end"]]
+    again = asyncio.create_task(collect(link.generate(request("b"))))
+    await until(lambda: transport.engine.runs("b"))
+    transport.engine.finish("b")
+    assert await again == ["end"]
+
+
+async def test_an_error_that_cannot_be_encoded_fails_its_request_all_the_same(transport: Transport) -> None:
+    link = await transport.link()
+    readers = [asyncio.create_task(collect(link.generate(request(request_id)))) for request_id in "ab"]
+    await until(lambda: len(transport.engine.open) == 2)
+    transport.engine.step(Failure("a", PagerError("no file \udcff"), "t"), chunk("b", "2"))
+    with pytest.raises(PagerError, match="internal error"):
+        await readers[0]
+    transport.engine.finish("b")
+    assert await readers[1] == ["2", "end"]
+
+
 async def test_a_wrong_token_is_refused(transport: Transport) -> None:
     with pytest.raises(WorkerLost, match="own routers"):
         await transport.link(token="guess")

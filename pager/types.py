@@ -173,12 +173,14 @@ class DriftReport:
     """What was done about drift in one answer. `peak_mass` is the largest windowed mass seen outside the pool.
 
     `exact_from` is the first answer token, counted from 0, that had all experts; None where none had.
+    `experts_left_out` counts, over all widenings, the experts that were wanted and for which the worker has no slots.
     """
 
     peak_mass: float
     widenings: int = 0
     experts_added: int = 0
     exact_from: int | None = None
+    experts_left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,12 +272,18 @@ def _encode_report(report: DriftReport) -> pb.DriftReport:
         widenings=report.widenings,
         experts_added=report.experts_added,
         exact_from=report.exact_from,
+        experts_left_out=report.experts_left_out,
     )
 
 
 def _decode_report(message: pb.DriftReport) -> DriftReport:
-    exact_from = optional(message, "exact_from")
-    return DriftReport(message.peak_mass, message.widenings, message.experts_added, exact_from)
+    return DriftReport(
+        message.peak_mass,
+        message.widenings,
+        message.experts_added,
+        optional(message, "exact_from"),
+        message.experts_left_out,
+    )
 
 
 # --- errors, from a worker to a router ------------------------------------------------------------------------------

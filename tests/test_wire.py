@@ -54,7 +54,7 @@ sizes = (
 finite = st.floats(0, 1e12)
 counts = st.integers(0, 2**31 - 1)
 drifts = st.builds(DriftPolicy, finite, st.sampled_from(DriftAction), counts)
-reports = st.builds(DriftReport, finite, counts, counts, st.none() | counts)
+reports = st.builds(DriftReport, finite, counts, counts, st.none() | counts, counts)
 requests = st.builds(
     GenerateRequest,
     id=st.text(max_size=8),

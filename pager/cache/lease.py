@@ -46,37 +46,23 @@ class Lease:
         assert fits, "a reservation always has its slots"
         self._note(keys)
 
-    def widen(self, keys: Sequence[ExpertKey]) -> bool:
-        """Takes more experts beyond the reservation, all or nothing; False when they do not fit now."""
-        new = self._new(keys)
-        if not self._ledger.bind(self._holding, new, reservation=0):
-            return False
-        self._limit += len(new)
-        self._note(new)
-        return True
-
-    def reserve(self, num_slots: int) -> bool:
-        """Promises so many more slots, all or nothing; False when they are not to be had now."""
-        if not self._ledger.reserve(self._holding, num_slots):
-            return False
-        self._limit += num_slots
-        return True
-
     def shrink(self) -> None:
         """Gives back what is reserved and not bound: the pool is complete."""
         self._ledger.unreserve(self._holding)
         self._limit = len(self._holding.keys)
 
-    def page_on_demand(self, num_slots: int) -> bool:
-        """Gives its experts up for a reservation of `num_slots` that exact forwards page in; between steps only.
+    def become(self, keys: Sequence[ExpertKey], num_slots: int = 0) -> bool:
+        """Holds `keys` and `num_slots` promised slots from now on, and nothing else; between steps only.
 
-        False, and nothing changed, when these slots are not to be had now.
+        False, and nothing changed, when that does not fit now. Nothing at all always does.
         """
-        if not self._ledger.trade(self._holding, num_slots):
+        paged = [key for key in dict.fromkeys(keys) if key not in self._always_resident]
+        if not self._ledger.become(self._holding, paged, num_slots):
             return False
-        self._limit = num_slots
+        self._limit = len(paged) + num_slots
         self._by_layer.clear()
         self._awaited.clear()
+        self._note(paged)
         return True
 
     def wait(self, layer: int) -> None:
@@ -113,6 +99,11 @@ class Lease:
     @property
     def failed(self) -> ExpertUnavailable | None:
         return self._holding.failed
+
+    @property
+    def capacity(self) -> int:
+        """What a lease could hold if there were no other."""
+        return self._ledger.index.num_slots
 
     @property
     def num_bound(self) -> int:

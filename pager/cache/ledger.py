@@ -149,17 +149,24 @@ class Ledger:
                 self._trace.let_go(keys)
             self._changed.notify_all()
 
-    def trade(self, holding: Holding, num_slots: int) -> bool:
-        """Lets go of all its experts for `num_slots` promised ones; False, with nothing changed, when not to be had."""
+    def become(self, holding: Holding, keys: Sequence[ExpertKey], num_slots: int) -> bool:
+        """Has the holding hold `keys` and `num_slots` promised slots, and nothing else.
+
+        False, with nothing changed, when that does not fit now. Raises Cancelled for a released holding.
+        """
         with self._changed:
-            freed = sum(self.index.is_loaded(key) and self.index.pins(key) == 1 for key in holding.keys)
-            if num_slots > holding.reserved + freed + self.index.num_unreserved:
+            wanted = dict.fromkeys(keys)
+            new = [key for key in wanted if key not in holding.keys]
+            gone = [key for key in holding.keys if key not in wanted]
+            freed = sum(self.index.is_loaded(key) and self.index.pins(key) == 1 for key in gone)
+            if self.index.slots_needed(new) + num_slots > holding.reserved + freed + self.index.num_unreserved:
                 return False
-            self.let_go_of_experts(holding, list(holding.keys))
+            self.let_go_of_experts(holding, gone)
+            fits = self.bind(holding, new)
             surplus = max(0, holding.reserved - num_slots)
             self.index.unreserve(surplus)
             holding.reserved -= surplus
-            fits = self.reserve(holding, num_slots - holding.reserved)
+            fits = fits and self.reserve(holding, num_slots - holding.reserved)
             assert fits, "it was counted before"
             self._changed.notify_all()
             return True

@@ -55,6 +55,8 @@ def drift_text(drift: DriftReport) -> str:
     if drift.widenings:
         times = "once" if drift.widenings == 1 else f"{drift.widenings} times"
         parts.append(f"widened {times} by {drift.experts_added} experts in all")
+    if drift.experts_left_out:
+        parts.append(f"{drift.experts_left_out} experts left out, for which there are no slots")
     if drift.exact_from is not None:
         parts.append(f"all experts from token {drift.exact_from} on")
     return "; ".join(parts)
@@ -66,4 +68,5 @@ def _drift_dict(drift: DriftReport) -> dict[str, Any]:
         "widenings": drift.widenings,
         "experts_added": drift.experts_added,
         "exact_from": drift.exact_from,
+        "experts_left_out": drift.experts_left_out,
     }

@@ -19,7 +19,7 @@ from pager.engine.loading import PagedModel
 from pager.engine.runner import Check, DecodeBatch, ModelRunner
 from pager.engine.sampler import NOT_FINITE, Sampler
 from pager.engine.sequence import Sequence
-from pager.errors import ENDS_THE_PROCESS, PagerError
+from pager.errors import ENDS_THE_PROCESS, Cancelled, NotReady, PagerError
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,10 @@ class Decoder:
             self._groups.pop(name, None)
             if len(sequences) == 1:
                 return [_told(error, sequences[0])]
-            log.warning("a step for %d requests failed (%s); each runs by itself", len(sequences), type(error).__name__)
+            if not isinstance(error, Cancelled | NotReady):  # a step that nobody waits for ends so
+                log.warning(
+                    "a step for %d requests failed (%s); each runs by itself", len(sequences), type(error).__name__
+                )
         return [self._decode_alone(sequence, meanwhile, check) for sequence in sequences]
 
     def _decode_alone(self, sequence: Sequence, meanwhile: Meanwhile | None, check: Check | None) -> Outcome:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from pager.engine.outside import Outside, OutsideMass
 from pager.models.families import routed_probabilities
 from pager.routing.pool import check_pool, covered_mass, largest_counts, pick_layer
 from pager.types import ExpertKey, ExpertPool, Full, Mass, PoolPolicy, PoolSource, RoutingFacts
+
+if TYPE_CHECKING:
+    from pager.engine.widening import Change
 
 
 class DocumentRouting:
@@ -56,6 +60,7 @@ class DocumentRouting:
         if policy.drift is not None and not self.is_exact:
             self.monitor = DriftMonitor(policy.drift, sum(facts.routed_per_layer))
         self.fault: Exception | None = None  # what its measuring failed with, in a step that it shares with others
+        self.change: Change | None = None  # what it becomes once it can have the slots; it runs no forward until then
         self.awaits_experts = False  # it was widened, and no forward has waited for the new experts yet
         self.open_step: StepRouting | None = None
         if policy.fixed is not None:

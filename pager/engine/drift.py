@@ -63,6 +63,7 @@ class DriftMonitor:
         self._peak = 0.0
         self._widenings = 0
         self._experts_added = 0
+        self._experts_left_out = 0
         self._num_fruitless = 0  # widenings in a row for which there was no room
         self._rests_until = 0  # so many tokens measured
         self._exact_from: int | None = None
@@ -139,11 +140,12 @@ class DriftMonitor:
         most = min(enough, int(LARGEST_GROWTH * num_in_pool))
         return tuple(keys[index] for index in order[:most])
 
-    def widened(self, keys: Sequence[ExpertKey]) -> None:
-        """The trial is over and `keys` are in the pool now: a new window begins.
+    def widened(self, keys: Sequence[ExpertKey], num_left_out: int = 0) -> None:
+        """The trial is over and `keys` are in the pool now, without so many that were wanted: a new window begins.
 
         Where there was no room for any, it rests twice as long as the last time before it speaks up again.
         """
+        self._experts_left_out += num_left_out
         self._widenings += bool(keys)
         self._num_fruitless = 0 if keys else self._num_fruitless + 1
         if not keys:
@@ -162,7 +164,7 @@ class DriftMonitor:
         if not peak and self._num_measured:
             blocks = [*self._window, *([self._open] if self._open is not None else [])]
             peak = _outside(_mean_of(blocks)) if blocks else 0.0
-        return DriftReport(peak, self._widenings, self._experts_added, self._exact_from)
+        return DriftReport(peak, self._widenings, self._experts_added, self._exact_from, self._experts_left_out)
 
 
 def _tokens_of(blocks: Iterable[_Block]) -> int:

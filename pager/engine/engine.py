@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
 
@@ -185,6 +185,8 @@ class Engine:
             self._decode()
             self._admit(started_s)
             self._prefill()  # last, so that a first token waits for no other forward
+            if self._num_tokens == tokens_before:
+                self._decode_waiting()
         finally:
             self._deliver()
             self._is_stepping = False
@@ -252,15 +254,35 @@ class Engine:
         if all(sequence.fate is not None for sequence in self._in_forward):
             raise Cancelled("nobody waits for this forward any more")
 
+    def _able(self) -> list[Sequence]:
+        """The running sequences whose next forward waits for nothing, or pages as it goes."""
+        found = []
+        for sequence in tuple(self._running):
+            if sequence.awaits_slots or sequence in self._in_forward:
+                continue
+            with self._on_behalf_of(sequence, "its lease failed"):
+                if not sequence.awaits_experts:
+                    found.append(sequence)
+        return found
+
     def _decode(self) -> None:
         """One forward for all sequences that hold their experts; a second one for the exact ones, which page."""
-        able = self._with_experts(self._running) or self._running
+        able = self._able()
         exact = [sequence for sequence in able if sequence.is_exact]
         self._decode_pooled([sequence for sequence in able if not sequence.is_exact])
-        if exact:
-            with self._long_forward(exact):
-                outcomes = self._decoder.decode("exact", exact, meanwhile=self._meanwhile, check=self._check)
-            self._take_all(exact, outcomes)
+        self._decode_long("exact", exact)
+
+    def _decode_waiting(self) -> None:
+        """One forward for those whose experts are still being read: where there is nothing else to do."""
+        waiting = [sequence for sequence in self._running if not (sequence.is_exact or sequence.awaits_slots)]
+        self._decode_long("pooled", waiting)
+
+    def _decode_long(self, name: str, sequences: Ordered[Sequence]) -> None:
+        if not sequences:
+            return
+        with self._long_forward(sequences):
+            outcomes = self._decoder.decode(name, sequences, meanwhile=self._meanwhile, check=self._check)
+        self._take_all(sequences, outcomes)
 
     def _decode_pooled(self, sequences: Ordered[Sequence]) -> None:
         if not sequences:
@@ -288,18 +310,9 @@ class Engine:
         due_s = self._decode_meanwhile()
         return CHECK_S if due_s is None else min(CHECK_S, due_s)
 
-    def _with_experts(self, sequences: Iterable[Sequence]) -> list[Sequence]:
-        """Of these sequences those that wait for no widened pool."""
-        found = []
-        for sequence in tuple(sequences):
-            with self._on_behalf_of(sequence, "its lease failed"):
-                if not sequence.awaits_experts:
-                    found.append(sequence)
-        return found
-
     def _decode_meanwhile(self) -> float | None:
         """A token for those that hold their experts, as long apart as one takes. In seconds, when the next is due."""
-        able = self._with_experts(sequence for sequence in self._running if not sequence.is_exact)
+        able = [sequence for sequence in self._able() if not sequence.is_exact]
         if not able:
             return None
         if self._next_decode_s <= time.monotonic():
@@ -308,9 +321,12 @@ class Engine:
         return max(0.0, self._next_decode_s - time.monotonic())
 
     def _admit(self, now_s: float) -> None:
-        if not len(self._line) or now_s < self._next_admission_s:
+        suspended = [sequence for sequence in self._running if sequence.awaits_slots]
+        if not (suspended or len(self._line)) or now_s < self._next_admission_s:
             return
         self._next_admission_s = now_s + ADMISSION_RETRY_S
+        if not self._resume(suspended) or not len(self._line):
+            return  # an answer that has begun comes before those that have not
         tries = ADMISSION_TRIES
         first = next(iter(self._line))
         with self._on_behalf_of(first, "asking for its experts failed"):
@@ -329,11 +345,20 @@ class Engine:
                 self._clock.admitted(sequence.place, now_s - sequence.submitted_s)
                 self._observer.queued(now_s - sequence.submitted_s)
 
+    def _resume(self, suspended: list[Sequence]) -> bool:
+        """Gives those that drift their slots, in the order in which they came. False where some have to wait on."""
+        for sequence in sorted(suspended, key=lambda each: each.submitted_s):
+            with self._on_behalf_of(sequence, "resuming it failed"):
+                if not sequence.acquire_change():
+                    return False
+        return True
+
     def _prefill(self) -> None:
         """Runs one prompt, or a part: the first whose experts are there; the very first, if nobody decodes."""
+        decoding = self._able()
         for sequence in tuple(self._prefilling):
             with self._on_behalf_of(sequence, "its prefill failed"):
-                if not self._running or sequence.is_paged_in(self._paged):
+                if not decoding or sequence.is_paged_in(self._paged):
                     self._prefill_part(sequence)
                     return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pager.engine.kv import BlockPool
 from pager.engine.loading import PagedModel
 from pager.engine.runner import RowStart
 from pager.engine.sampler import Draw
-from pager.engine.widening import answer_drift
+from pager.engine.widening import answer_drift, make_change
 from pager.errors import InvalidRequest, PagerError
 from pager.types import AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, Usage
 
@@ -46,6 +47,7 @@ class Sequence:
         self.fate: PagerError | None = None  # what it ends with once the forward that it is in has been left
         self._meter = UsageMeter()
         self._is_prefetched = False
+        self._awaits_slots_since_s = math.nan
         self._detokenizer = Detokenizer(texts, request.prompt_token_ids)
         self._stops = StopMatcher(request.sampling.stop)
 
@@ -108,16 +110,30 @@ class Sequence:
 
     @property
     def awaits_experts(self) -> bool:
-        """Its pool was widened and the new experts are still being read: others decode meanwhile."""
+        """Its pool was changed and experts of it are still being read: others decode meanwhile."""
         lease = self.lease
         if self.document is None or not self.document.awaits_experts or lease is None:
             return False
         return lease.failed is None and not lease.ready()
 
+    @property
+    def awaits_slots(self) -> bool:
+        """Drift asks for more slots than there are now: it holds none until it can have all, and others decode on."""
+        return self.document is not None and self.document.change is not None
+
     def answer_drift(self) -> None:
         """Between two of its decode steps: widens its pool or goes exact, where its policy says so."""
         assert self.document is not None
         answer_drift(self.document)
+        self._awaits_slots_since_s = time.monotonic()
+
+    def acquire_change(self) -> bool:
+        """Takes the slots that it awaits, all or nothing."""
+        assert self.document is not None
+        if not make_change(self.document):
+            return False
+        self._meter.stall_s += time.monotonic() - self._awaits_slots_since_s
+        return True
 
     def is_paged_in(self, paged: PagedModel) -> bool:
         """Nothing that it asked for ahead of its prefill is still being read."""

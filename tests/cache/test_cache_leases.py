@@ -245,16 +245,26 @@ def test_release_from_another_thread_wakes_the_one_that_waits(make_pager, source
         lease.bind(0, [0])
 
 
-def test_widen_takes_more_all_or_nothing(make_pager, check_weights):
-    pager = make_pager(4)
-    with pager.reserve(2) as lease, pager.reserve(1):
-        lease.bind(0, [0])
-        assert not lease.widen(keys(1, 0, 1))
-        assert lease.widen([*keys(0, 0), *keys(1, 0)])
-        lease.bind(0, [1])
+def test_a_lease_becomes_larger_all_or_nothing(make_pager, check_weights):
+    pager = make_pager(5)
+    with pager.reserve_pool(keys(0, 0)) as lease, pager.reserve(1):
+        assert lease.capacity == 5
+        assert not lease.become([*keys(0, 0, 1), *keys(1, 0, 1, 2)])
+        assert not lease.become(keys(0, 0, 1), 3)
+        assert (lease.num_bound, lease.num_reserved) == (1, 0)
+        assert lease.become([*keys(0, 0, 1), *keys(1, 0)], 1)
+        assert (lease.num_bound, lease.num_reserved) == (3, 1)
+        pager.check_integrity()
+        lease.bind(0, [2])
         lease.wait(0)
         lease.wait(1)
-        check_weights(pager, [*keys(0, 0, 1), *keys(1, 0)])
+        check_weights(pager, [*keys(0, 0, 1, 2), *keys(1, 0)])
+        assert lease.become(keys(1, 0))
+        assert (lease.num_bound, lease.num_reserved) == (1, 0)
+        pager.check_integrity()
+        with pager.reserve(3):
+            assert pager.reserve(1) is None
+    assert (pager.stats().held_bytes, pager.stats().reserved_bytes) == (0, 0)
 
 
 def test_a_lease_trades_its_experts_for_a_reservation_all_or_nothing(make_pager):
@@ -262,10 +272,10 @@ def test_a_lease_trades_its_experts_for_a_reservation_all_or_nothing(make_pager)
     with pager.reserve_pool(keys(0, 0, 1, 2)) as lease, pager.reserve_pool(keys(0, 1, 2, 3)) as other:
         lease.wait(0)
         other.wait(0)
-        assert not lease.page_on_demand(2), "the other keeps two of its three, and no slot is free"
+        assert not lease.become((), 2), "the other keeps two of its three, and no slot is free"
         assert (lease.num_bound, lease.num_reserved) == (3, 0)
         pager.check_integrity()
-        assert lease.page_on_demand(1)
+        assert lease.become((), 1)
         assert (lease.num_bound, lease.num_reserved) == (0, 1)
         assert list(pager.demand(0, [4, 5], lease=lease)) == [(4,), (5,)], "one slot at a time, and it comes back"
         assert (other.num_bound, lease.num_reserved) == (3, 1)
@@ -277,16 +287,32 @@ def test_what_a_trade_does_not_need_is_given_back(make_pager):
     pager = make_pager(6)
     with pager.reserve_pool(keys(0, 0, 1, 2)) as lease:
         lease.wait(0)
-        assert lease.page_on_demand(2)
+        assert lease.become((), 2)
         assert (lease.num_bound, lease.num_reserved) == (0, 2)
         with pager.reserve(4):
             assert pager.reserve(1) is None
-            assert not lease.reserve(1)
-        assert lease.reserve(1)
+            assert not lease.become((), 3)
+        assert lease.become((), 3)
         assert lease.num_reserved == 3
         assert sorted(expert for wave in pager.demand(1, range(8), lease=lease) for expert in wave) == list(range(8))
         assert lease.num_reserved == 3
         pager.check_integrity()
+
+
+def test_a_lease_that_let_go_gets_its_experts_back_when_there_is_room(make_pager, source, check_weights):
+    pager = make_pager(4)
+    with pager.reserve_pool(keys(0, 0, 1)) as lease:
+        lease.wait(0)
+        assert lease.become(())
+        with pager.reserve_pool(keys(1, 0, 1, 2)) as other:
+            other.wait(1)
+            assert not lease.become(keys(0, 0, 1))
+            pager.check_integrity()
+        assert lease.become(keys(0, 0, 1))
+        lease.wait(0)
+        check_weights(pager, keys(0, 0, 1))
+        pager.check_integrity()
+    assert max(source.reads_of(key) for key in keys(0, 0, 1)) == 2, "one had to make room"
 
 
 def test_a_meter_of_the_sequence_collects_what_its_leases_cost(make_pager):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +74,24 @@ def test_sixteen_pools_in_memory_for_four_give_each_the_tokens_it_gets_alone(
         assert evicted >= len(wanted) - num_slots, "whatever was there before, and whoever came first"
         waits = [answer.usage.queue_seconds for answer in together]
         assert max(waits) > min(waits), "they did not all fit at once"
+
+
+def test_random_drift_in_company_gives_each_the_tokens_it_gets_alone(idle_service: Any) -> None:
+    """Pools that grow, past what there are slots for together, and answers that go exact half-way."""
+    draw = random.Random(7)
+    asks = []
+    for number, text in enumerate((*TEXTS, *TEXTS)):
+        pool = idle_service.random_pool(100 + number, 8) if number % 2 else pb.PoolPolicy(count=ROUTED_PER_POOL)
+        action = draw.choice([pb.DRIFT_ACTION_WIDEN, pb.DRIFT_ACTION_WIDEN, pb.DRIFT_ACTION_EXACT])
+        pool.drift.CopyFrom(pb.DriftPolicy(threshold=draw.uniform(0.1, 0.6), action=action, window=draw.choice([4, 8])))
+        asks.append(Ask(TENANTS[number % 4], text, pool, {}))
+    alone = [ask.send(idle_service) for ask in asks]
+    assert sum(answer.usage.drift.widenings > 0 for answer in alone) >= 4
+    assert sum(answer.usage.drift.HasField("exact_from") for answer in alone) >= 2
+    with ThreadPoolExecutor(len(asks)) as threads:
+        together = list(threads.map(lambda ask: ask.send(idle_service), asks))
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    assert [answer.usage.pool.digest for answer in together] == [answer.usage.pool.digest for answer in alone]
 
 
 def test_a_request_for_nearly_all_slots_is_not_starved_by_small_ones(idle_service: Any) -> None:

@@ -1,7 +1,9 @@
 """An answer that leaves its pool: the pool grows, or all experts serve the rest. A random model's answers do."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from pager.engine.outside import OutsideMass
-from pager.errors import InvalidRequest
+from pager.errors import Cancelled, InvalidRequest
 from pager.models.families import family_of
-from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, PoolSource
+from pager.types import Count, DriftAction, DriftPolicy, DriftReport, ExpertPool, Full, PoolPolicy, PoolSource
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 LAYERS, SHARED = 4, 15
@@ -147,41 +149,35 @@ def test_a_prediction_is_measured_against_what_the_prompt_chose(
     assert driver.usage(second).predicted_recall == 1.0
 
 
-@pytest.mark.parametrize(
-    "policies",
-    [
-        [pooled(None), pooled(WIDEN)],
-        [pooled(EXACT), pooled(None), PoolPolicy(), pooled(EXACT)],
-    ],
-)
+@pytest.mark.parametrize("num_slots", [60, 30, LAYERS * POOL + 8, LAYERS * POOL])
+@pytest.mark.parametrize("seed", range(3))
 def test_company_changes_nothing(
-    make_driver: Callable[..., Any], random_prompt: Callable[[int, int], list[int]], policies: list[PoolPolicy]
+    make_driver: Callable[..., Any], random_prompt: Callable[[int, int], list[int]], num_slots: int, seed: int
 ) -> None:
-    """Where everything fits, as here."""
-    prompts = [random_prompt(seed, 16 + seed) for seed in range(len(policies))]
-    lengths = [24, 30, 9, 21]
+    """Random requests, most of them with drift, in slots for all their experts down to those of a single pool."""
+    draw = random.Random(seed)
+    asked: list[tuple[list[int], PoolPolicy, dict[str, Any]]] = []
+    for number in range(8):
+        action = draw.choice([DriftAction.WIDEN, DriftAction.WIDEN, DriftAction.EXACT])
+        drift = DriftPolicy(draw.uniform(0.2, 0.9), action, window=draw.choice([4, 8]))
+        policy = draw.choice([pooled(drift), pooled(drift), pooled(drift), pooled(None), PoolPolicy()])
+        options = {"max_tokens": draw.randint(8, 40), **draw.choice([{}, {"temperature": 0.9, "seed": number}])}
+        asked.append((random_prompt(10 * seed + number, draw.randint(8, 30)), policy, options))
 
-    def ask(driver: Any, index: int) -> Any:
-        return driver.submit(prompts[index], policies[index], max_tokens=lengths[index])
-
-    together = make_driver(60)
-    ids = [ask(together, index) for index in range(len(policies))]
+    alone, together = make_driver(num_slots), make_driver(num_slots)
+    ids = [together.submit(prompt, policy, **options) for prompt, policy, options in asked]
     together.finish()
     together.assert_nothing_held()
-    for index, id_ in enumerate(ids):
-        alone = make_driver(60)
-        alone_id = ask(alone, index)
+    for id_, (prompt, policy, options) in zip(ids, asked, strict=True):
+        alone_id = alone.submit(prompt, policy, **options)
         alone.finish()
         assert together.tokens(id_) == alone.tokens(alone_id)
         assert together.usage(id_).pool == alone.usage(alone_id).pool
-        one, other = together.usage(id_).drift, alone.usage(alone_id).drift
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert (one.widenings, one.experts_added, one.exact_from) == (
-                other.widenings,
-                other.experts_added,
-                other.exact_from,
-            )
+        assert _done(together.usage(id_).drift) == _done(alone.usage(alone_id).drift)
+
+
+def _done(report: DriftReport | None) -> object:
+    return report and replace(report, peak_mass=0.0)
 
 
 def test_what_does_not_fit_is_left_out(
@@ -195,6 +191,7 @@ def test_what_does_not_fit_is_left_out(
     drift = tight.usage(wide).drift
     assert drift is not None
     assert (drift.widenings, drift.experts_added) == (0, 0)
+    assert drift.experts_left_out > 0
     assert drift.peak_mass > WIDEN.threshold, "it was seen, and nothing could be done"
     assert tight.tokens(wide) == tight.tokens(narrow)
     tight.assert_nothing_held()
@@ -205,6 +202,7 @@ def test_what_does_not_fit_is_left_out(
     drift = roomier.usage(some).drift
     assert drift is not None
     assert 0 < drift.experts_added <= 5
+    assert drift.experts_left_out > 0
     roomier.assert_nothing_held()
 
 
@@ -223,7 +221,7 @@ def test_an_exact_rest_needs_no_more_slots_than_its_pool_had(
 def test_pools_that_share_all_slots_do_not_block_each_other(
     make_driver: Callable[..., Any], random_prompt: Callable[[int, int], list[int]]
 ) -> None:
-    """Neither can go exact while the other holds the same experts in every slot; the one that is left over can."""
+    """Neither can go exact while the other holds the same experts in every slot: one lets go, and both can."""
     driver = make_driver(LAYERS * POOL)
     first = driver.submit(random_prompt(5, 8), pooled(None), max_tokens=1)
     driver.finish()
@@ -232,8 +230,75 @@ def test_pools_that_share_all_slots_do_not_block_each_other(
     short = driver.submit(random_prompt(6, 8), fixed, max_tokens=12)
     long = driver.submit(random_prompt(7, 8), fixed, max_tokens=40)
     driver.finish()
-    assert driver.usage(short).drift.exact_from is None
-    assert driver.usage(long).drift.exact_from > 10
+    assert driver.usage(short).drift.exact_from == 5
+    assert driver.usage(long).drift.exact_from == 5
+    driver.assert_nothing_held()
+
+
+def test_two_answers_that_need_each_others_slots_both_get_them(
+    make_driver: Callable[..., Any], random_prompt: Callable[[int, int], list[int]]
+) -> None:
+    """Two pools fill the slots, and each wants to grow at the same step."""
+    alone, driver = make_driver(2 * LAYERS * POOL), make_driver(2 * LAYERS * POOL)
+    expected = []
+    for seed in (2, 11):
+        expected.append(alone.submit(random_prompt(seed, 24), pooled(WIDEN), max_tokens=30))
+        alone.finish()
+    ids = [driver.submit(random_prompt(seed, 24), pooled(WIDEN), max_tokens=30) for seed in (2, 11)]
+    num_waits = 0
+    while driver.engine.status().running + driver.engine.status().waiting:
+        driver.engine.step()
+        num_waits += any(sequence.awaits_slots for sequence in driver.engine._running)
+    assert num_waits, "they would have fitted side by side, and this shows nothing"
+    for id_, other in zip(ids, expected, strict=True):
+        assert driver.usage(id_).drift.widenings > 0
+        assert driver.tokens(id_) == alone.tokens(other)
+        assert _done(driver.usage(id_).drift) == _done(alone.usage(other).drift)
+    assert max(driver.usage(id_).stall_s for id_ in ids) > 0
+    driver.assert_nothing_held()
+
+
+def _wait_for_slots(driver: Any, request: str) -> None:
+    while not any(each.request.id == request and each.awaits_slots for each in driver.engine._running):
+        assert request not in driver.chunks or driver.chunks[request][-1].usage is None, "it never had to wait"
+        driver.engine.step()
+
+
+def test_an_answer_that_waits_for_slots_holds_none_and_comes_before_new_ones(
+    make_driver: Callable[..., Any], random_prompt: Callable[[int, int], list[int]], random_pool: Callable[..., Any]
+) -> None:
+    driver = make_driver(2 * LAYERS * POOL)
+    fixed = PoolPolicy(fixed=random_pool(3, POOL))
+    driver.submit(random_prompt(1, 8), fixed, max_tokens=60)
+    drifting = driver.submit(random_prompt(2, 24), pooled(WIDEN), max_tokens=30)
+    _wait_for_slots(driver, drifting)
+    (sequence,) = [each for each in driver.engine._running if each.awaits_slots]
+    assert (sequence.lease.num_bound, sequence.lease.num_reserved) == (0, 0)
+    given = len(driver.tokens(drifting))
+    late = driver.submit(random_prompt(4, 8), fixed, max_tokens=2)  # whose pool is in slots
+    while sequence.awaits_slots:
+        assert not driver.tokens(late)
+        assert len(driver.tokens(drifting)) == given
+        driver.engine.step()
+    driver.finish()
+    assert len(driver.tokens(drifting)) == 30
+    assert driver.usage(drifting).stall_s > 0
+    assert len(driver.tokens(late)) == 2
+    driver.assert_nothing_held()
+
+
+def test_an_answer_that_waits_for_slots_can_be_cancelled(
+    make_driver: Callable[..., Any], random_prompt: Callable[[int, int], list[int]], random_pool: Callable[..., Any]
+) -> None:
+    driver = make_driver(2 * LAYERS * POOL)
+    kept = driver.submit(random_prompt(1, 8), PoolPolicy(fixed=random_pool(3, POOL)), max_tokens=60)
+    drifting = driver.submit(random_prompt(2, 24), pooled(WIDEN), max_tokens=30)
+    _wait_for_slots(driver, drifting)
+    assert driver.engine.cancel(drifting, "t")
+    late = driver.submit(random_prompt(4, 8), pooled(None), max_tokens=2)
+    driver.finish()
+    assert isinstance(driver.failures[drifting], Cancelled)
+    assert (len(driver.tokens(kept)), len(driver.tokens(late))) == (60, 2)
     driver.assert_nothing_held()
 
 

@@ -96,8 +96,8 @@ PLACES = {
     "look at drift": Place("look", 1, "document.monitor"),
     "experts that were wanted": Place("wanted", 1, "document.monitor"),
     "report of drift": Place("report", 1, "document.monitor"),
-    "widened lease": Place("widen", 1, "lease"),
-    "reservation to page in": Place("reserve", 1, "lease"),
+    "widened lease": Place("become", 2, "lease"),
+    "reservation to page in": Place("become", 1, "lease"),
     "usage": Place("usage"),
 }
 SHARED = ("pool in a shared step", "row of a batch", "fifth number of the sampler")

@@ -218,16 +218,18 @@ class Usage(_message.Message):
     def __init__(self, mode: _Optional[_Union[AnswerMode, str]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., out_of_pool_mass: _Optional[float] = ..., predicted_recall: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., model_fingerprint: _Optional[str] = ..., drift: _Optional[_Union[DriftReport, _Mapping]] = ...) -> None: ...
 
 class DriftReport(_message.Message):
-    __slots__ = ("peak_mass", "widenings", "experts_added", "exact_from")
+    __slots__ = ("peak_mass", "widenings", "experts_added", "exact_from", "experts_left_out")
     PEAK_MASS_FIELD_NUMBER: _ClassVar[int]
     WIDENINGS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_ADDED_FIELD_NUMBER: _ClassVar[int]
     EXACT_FROM_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     peak_mass: float
     widenings: int
     experts_added: int
     exact_from: int
-    def __init__(self, peak_mass: _Optional[float] = ..., widenings: _Optional[int] = ..., experts_added: _Optional[int] = ..., exact_from: _Optional[int] = ...) -> None: ...
+    experts_left_out: int
+    def __init__(self, peak_mass: _Optional[float] = ..., widenings: _Optional[int] = ..., experts_added: _Optional[int] = ..., exact_from: _Optional[int] = ..., experts_left_out: _Optional[int] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
     __slots__ = ("model", "text", "token_ids", "pool")

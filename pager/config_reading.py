@@ -14,8 +14,12 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from pager.reading import read_bounded, reason_of
+
 Check = Callable[[Any], str | None]  # what was expected, when the value is not it
 
+MAX_FILE_BYTES = 1 << 16  # every setting there is takes a few kilobytes
+MAX_DOTS = 250  # of a line: the parser needs memory in the square of a key's parts
 ENV_PREFIX = "EXPERT_PAGER_"
 ENV_FILE = "EXPERT_PAGER_CONFIG"  # names the file, where no path is given
 _KIND_NAMES: dict[type, str] = {str: "a text", int: "a whole number", float: "a number"}
@@ -78,11 +82,11 @@ class Schema:
 
     def _read_file(self, path: Path, reading: Reading) -> None:
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            document = _parse_toml(read_bounded(path, MAX_FILE_BYTES))
         except OSError as error:
-            reading.problems.append(f"config file {path} can not be read: {error.strerror}")
+            reading.problems.append(f"config file {path} cannot be read: {reason_of(error)}")
             return
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             reading.problems.append(f"config file {path} is not TOML: {error}")
             return
         for section, entries in document.items():
@@ -123,6 +127,18 @@ class Schema:
             reading.problems.append(f"{said} must be {expected}, not {shown(value)}")
         else:
             reading.settings[key] = Setting(value, origin)
+
+
+def _parse_toml(data: bytes) -> dict[str, Any]:
+    """Raises ValueError, also for what takes the parser a stack or a memory without end."""
+    text = data.decode("utf-8")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.count(".") > MAX_DOTS:
+            raise ValueError(f"line {number} has more than {MAX_DOTS} dots")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def shown(value: Any) -> str:

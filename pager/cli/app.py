@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -65,8 +66,13 @@ def main() -> None:
         ("HF_HUB_OFFLINE", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
+        ("RUST_BACKTRACE", "0"),
     ):
         os.environ.setdefault(name, value)
+    # A file's name may be no text; that it is printed is no reason to fail.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # A failure is one line, the last one: what was logged on the way shows where a command sets logging up.
     for name in ("pager", "expert_pager"):
         logging.getLogger(name).addHandler(logging.NullHandler())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ MODEL = {"model.path": "some/model"}
 
 def written(folder: Path, text: str) -> Path:
     path = folder / "service.toml"
-    path.write_text(text)
+    path.write_bytes(os.fsencode(text))
     return path
 
 
@@ -76,6 +77,10 @@ def test_whole_numbers_do_for_seconds() -> None:
         ("[pools]\npath = 3", "must be a text, not 3"),
         ("[model]\ndtype = 'int3'", "one of auto, float32, bfloat16, float16, not 'int3'"),
         ("[model", "is not TOML"),
+        ("a = " + "[" * 60_000, "is not TOML: it is nested too deep"),
+        ("a" + ".a" * 30_000 + " = 1", "is not TOML: line 1 has more than 250 dots"),
+        ("[workers]\n" + "count = 1 # all of it\n" * 5_000, "cannot be read: it has more than the 65536 bytes"),
+        ("\udcff", "is not TOML: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
@@ -108,7 +113,7 @@ def test_service_links_of_kubernetes_are_not_settings() -> None:
 
 
 def test_missing_file_and_missing_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can not be read: No such file"):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(tmp_path / "absent.toml")
     with pytest.raises(ConfigError, match=r"model\.path is not set"):
         load_config()

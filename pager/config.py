@@ -111,6 +111,8 @@ class RouterConfig:
     max_tokens: int = _is(_between(1), 1 << 20)
     max_requests_per_tenant: int = _is(_between(1, 1_000_000), 128)
     max_tokens_per_tenant: int = _is(_between(1), 1 << 19)
+    max_bytes: str | int = _is(_size, "256MiB")  # of the messages of requests in flight
+    max_bytes_per_tenant: str | int = _is(_size, "64MiB")
     stream_buffer_chunks: int = _is(_between(1, 1_000_000), 256)
     write_timeout_s: float = _is(_between(0.1, 86400), 30.0)  # a client that reads nothing for so long is cut off
     drain_s: float = _is(_between(0, 86400), 30.0)

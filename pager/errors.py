@@ -63,6 +63,12 @@ class UnknownModel(PagerError):
     reason = "UNKNOWN_MODEL"
 
 
+class UnknownMethod(PagerError):
+    """The service has no method of that name; a client of another version may call it."""
+
+    reason = "UNKNOWN_METHOD"
+
+
 class UnknownPool(PagerError):
     reason = "UNKNOWN_POOL"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, decoders
 
 from pager.errors import CheckpointError, InvalidRequest
 from pager.reading import check_text, read_bounded, reason_of
@@ -18,6 +18,9 @@ from pager.reading import check_text, read_bounded, reason_of
 TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 1 << 28
 """Several times the largest vocabularies there are."""
+
+
+_MOST_NORMALIZED = 4  # NFKC makes one byte of four (𝐀 becomes A); what else there is makes more of less
 
 
 class TokenizerPanic(Exception):
@@ -53,6 +56,23 @@ def read_tokenizer(model: Path) -> Tokenizer | None:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; fetch it again") from None
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer: {error}; fetch it again") from None
+
+
+def longest_token_bytes(tokenizer: Tokenizer) -> int:
+    """The most bytes of text that one token can stand for, rounded up, so that N tokens have at most N times as many.
+
+    Holds for tokenizers that keep every byte of a text (byte-level ones, and those with byte fallback).
+    """
+    is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)  # a character of a token is a byte of text
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    longest = max(
+        (
+            len(token) if is_byte_level and token not in added else len(token.encode())
+            for token in tokenizer.get_vocab(with_added_tokens=True)
+        ),
+        default=1,
+    )
+    return longest if tokenizer.normalizer is None else longest * _MOST_NORMALIZED
 
 
 def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> Encoding:

@@ -17,18 +17,30 @@ _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.05, 10.0
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """Tokens are prompt plus max_tokens of everything in flight."""
+    """Tokens are prompt plus max_tokens of everything in flight, bytes those of the messages that it came in."""
 
     max_requests: int = 256
     max_tokens: int = 1 << 20
     max_requests_per_tenant: int = 128
     max_tokens_per_tenant: int = 1 << 19
+    max_bytes: int = 256 * 2**20
+    max_bytes_per_tenant: int = 64 * 2**20
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one request."""
+        return min(self.max_tokens, self.max_tokens_per_tenant)
+
+    @property
+    def most_bytes(self) -> int:
+        """Of one request."""
+        return min(self.max_bytes, self.max_bytes_per_tenant)
 
 
 class Admission:
     """Owns the counts of what is in flight. A ticket is held for as long as its request lives.
 
-    `num_requests` and `num_tokens` are read by others, from any thread.
+    `num_requests`, `num_tokens` and `num_bytes` are read by others, from any thread.
     """
 
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -37,16 +49,18 @@ class Admission:
         self._is_closed = False
         self.num_requests = 0
         self.num_tokens = 0
+        self.num_bytes = 0
         self._requests: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
         self._mean_held_s: float | None = None
 
     def close(self) -> None:
         """From now on every request is refused with NotReady; those in flight go on."""
         self._is_closed = True
 
-    def enter(self, tenant: str) -> Ticket:
-        """Raises NotReady, Overloaded or TenantOverloaded."""
+    def enter(self, tenant: str, num_bytes: int = 0) -> Ticket:
+        """`num_bytes`: of the request's message. Raises NotReady, Overloaded, TenantOverloaded or PromptTooLong."""
         if self._is_closed:
             raise NotReady("the service is draining; send the request to another replica", retry_after_s=1.0)
         if self.num_requests >= self._limits.max_requests:
@@ -59,9 +73,12 @@ class Admission:
                 f"tenant {tenant!r} has its {self._limits.max_requests_per_tenant} requests in flight; retry later",
                 retry_after_s=self.retry_after_s(),
             )
+        self._check_bytes(tenant, num_bytes)
         self._requests[tenant] += 1
+        self._bytes[tenant] += num_bytes
         self.num_requests += 1
-        return Ticket(self, tenant, self._clock())
+        self.num_bytes += num_bytes
+        return Ticket(self, tenant, self._clock(), num_bytes)
 
     def retry_after_s(self) -> float:
         """About when the next request in flight ends, from how long they have been lasting."""
@@ -69,13 +86,33 @@ class Admission:
             return 1.0
         return min(max(self._mean_held_s / max(1, self.num_requests), _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
-    def _charge(self, tenant: str, tokens: int) -> None:
+    def _check_bytes(self, tenant: str, num_bytes: int) -> None:
         limits = self._limits
-        most = min(limits.max_tokens, limits.max_tokens_per_tenant)
-        if tokens > most:
+        if num_bytes > limits.most_bytes:
             raise PromptTooLong(
-                f"the request has {tokens} tokens, those to generate included, and the service admits {most} at once; "
-                "send less, or ask for less",
+                f"the request's message has {num_bytes} bytes and the service admits {limits.most_bytes} at once; "
+                "send less",
+                field="prompt",
+            )
+        if self.num_bytes + num_bytes > limits.max_bytes:
+            raise Overloaded(
+                f"messages of {self.num_bytes} of {limits.max_bytes} admitted bytes are in flight and this one has "
+                f"{num_bytes}; retry later",
+                retry_after_s=self.retry_after_s(),
+            )
+        if self._bytes[tenant] + num_bytes > limits.max_bytes_per_tenant:
+            raise TenantOverloaded(
+                f"tenant {tenant!r} has messages of {self._bytes[tenant]} of its {limits.max_bytes_per_tenant} bytes "
+                f"in flight and this one has {num_bytes}; retry later",
+                retry_after_s=self.retry_after_s(),
+            )
+
+    def _charge(self, ticket: Ticket, tokens: int) -> None:
+        limits, tenant = self._limits, ticket.tenant
+        if ticket.tokens + tokens > limits.most_tokens:
+            raise PromptTooLong(
+                f"the request has {ticket.tokens + tokens} tokens, those to generate included, and the service admits "
+                f"{limits.most_tokens} at once; send less, or ask for less",
                 field="prompt",
             )
         if self.num_tokens + tokens > limits.max_tokens:
@@ -96,7 +133,9 @@ class Admission:
     def _leave(self, ticket: Ticket) -> None:
         self.num_requests -= 1
         self.num_tokens -= ticket.tokens
-        for counts, amount in ((self._requests, 1), (self._tokens, ticket.tokens)):
+        self.num_bytes -= ticket.num_bytes
+        held = ((self._requests, 1), (self._tokens, ticket.tokens), (self._bytes, ticket.num_bytes))
+        for counts, amount in held:
             counts[ticket.tenant] -= amount
             if counts[ticket.tenant] <= 0:
                 del counts[ticket.tenant]  # names of tenants come from outside: keep none without a request
@@ -106,23 +145,25 @@ class Admission:
 
     def check_integrity(self) -> None:
         assert all(count > 0 for count in self._requests.values())
-        assert set(self._tokens) <= set(self._requests)
+        assert set(self._tokens) | set(self._bytes) <= set(self._requests)
         assert self.num_requests == self._requests.total() <= self._limits.max_requests
         assert self.num_tokens == self._tokens.total() <= self._limits.max_tokens
+        assert self.num_bytes == self._bytes.total() <= self._limits.max_bytes
 
 
 class Ticket:
     """One admitted request; leaving the block gives back what it holds."""
 
-    def __init__(self, admission: Admission, tenant: str, entered_s: float) -> None:
+    def __init__(self, admission: Admission, tenant: str, entered_s: float, num_bytes: int) -> None:
         self._admission = admission
         self.tenant = tenant
         self.entered_s = entered_s
+        self.num_bytes = num_bytes
         self.tokens = 0
 
     def charge(self, tokens: int) -> None:
-        """Counts the request's tokens, once they are known. Raises Overloaded, TenantOverloaded or PromptTooLong."""
-        self._admission._charge(self.tenant, tokens)
+        """Counts the request's tokens as they become known. Raises Overloaded, TenantOverloaded or PromptTooLong."""
+        self._admission._charge(self, tokens)
         self.tokens += tokens
 
     def __enter__(self) -> Self:

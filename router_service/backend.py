@@ -12,6 +12,7 @@ from router_service.admission import Admission, AdmissionLimits
 from router_service.breaker import StoreBreaker
 from router_service.hints import HintStore
 from router_service.local_hints import InProcessHints
+from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
 from router_service.pool_stores import open_pools
 from router_service.ports import ClusterPort, Encoder, ModelInfo
@@ -51,6 +52,7 @@ def build_backend(
     live_pools = PoolLog()
     metrics.requests_in_flight.set_function(lambda: admission.num_requests)
     metrics.tokens_in_flight.set_function(lambda: admission.num_tokens)
+    metrics.bytes_in_flight.set_function(lambda: admission.num_bytes)
     return Backend(
         model=model,
         cluster=cluster,
@@ -61,6 +63,7 @@ def build_backend(
         hints=hints,
         pools=open_pools(redis_url, pools_path, breaker),
         admission=admission,
+        bounds=MessageBounds(model, encoder.longest_token_bytes, limits.most_tokens),
         metrics=metrics,
         default_pool=default_pool,
         live_pools=live_pools,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from expert_pager.v1 import expert_pager_pb2 as pb
 
 from pager.errors import InvalidRequest
@@ -36,14 +38,17 @@ class NamedPools:
         method = self._method(ask.method)
         tell(pool=f"named:{ask.name}")
         deadline_unix_s(context)
-        with self._gate.admit(tenant) as ticket:
+        with self._gate.admit(tenant, wire.ByteSize()) as ticket:
             if not ask.replaces:
                 await self._check_free(tenant, ask.name)  # before the work; `add` has the last word
-            examples = [await self._intake.example(example, index) for index, example in enumerate(ask.examples)]
-            self._gate.charge(ticket, sum(map(len, examples)))
-            tell(prompt_tokens=sum(map(len, examples)))
+            examples = []
+            for index, example in enumerate(ask.examples):
+                examples.append(await self._intake.example(tenant, example, index))
+                self._gate.charge(ticket, len(examples[-1]))  # one by one: too many are refused before all are read
+            tell(prompt_tokens=ticket.tokens)
             # One by one: the prompts of others take their turns in between.
-            scores = mean_scores([await self._scoring.scores(method, example) for example in examples])
+            scored = [await self._scoring.scores(tenant, method, example) for example in examples]
+            scores = await asyncio.to_thread(mean_scores, scored)
             pool = pick_pool(scores, ask.size, self._model.facts)
             named = NamedPool(ask.name, pool, method, len(examples), scores.num_tokens, self._model.fingerprint)
             await (self._store.replace if ask.replaces else self._store.add)(tenant, named)
@@ -51,9 +56,11 @@ class NamedPools:
 
     async def list_pools(self, context: Context) -> pb.ListPoolsResponse:
         listing = await self._store.all_of(decode.tenant(context.invocation_metadata()))
-        return pb.ListPoolsResponse(
-            pools=[encode.named_pool(named) for named in listing.pools], damaged=listing.damaged
-        )
+        response = pb.ListPoolsResponse(damaged=listing.damaged)
+        for named in listing.pools:
+            response.pools.append(encode.named_pool(named))
+            await asyncio.sleep(0)  # hundreds of large pools take a while; others have their turns in between
+        return response
 
     async def delete_pool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:
         tenant = decode.tenant(context.invocation_metadata())

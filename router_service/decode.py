@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from expert_pager.v1 import expert_pager_pb2 as pb
@@ -19,7 +19,7 @@ from router_service.tenants import DEFAULT_TENANT, TENANT_KEY, bad_tenant, check
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
-Prompt = str | tuple[int, ...]
+Prompt = str | Sequence[int]  # ids as they came, of a number that fits, and not looked at yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,8 @@ def prompt(request: pb.GenerateRequest | pb.RouteRequest, model: ModelInfo) -> P
         case "text":
             return text(request.text, "text", "the prompt")
         case "token_ids":
-            return token_ids(request.token_ids.ids, model, "token_ids")
+            check_prompt_length(len(request.token_ids.ids), model, "token_ids")
+            return request.token_ids.ids
         case _:
             raise InvalidRequest("the prompt is missing; give `text` or `token_ids`", field="prompt")
 
@@ -127,23 +128,26 @@ def _example(request: pb.Example, index: int, model: ModelInfo) -> Prompt:
             return text(request.text, field, f"example {index + 1}")
         case "token_ids":
             check_example(index, len(request.token_ids.ids), model.context_length)
-            return in_vocabulary(tuple(request.token_ids.ids), model, field)
+            return request.token_ids.ids
         case _:
             raise InvalidRequest(f"example {index + 1} is missing; give `text` or `token_ids`", field=field)
 
 
-def token_ids(ids: Iterable[int], model: ModelInfo, field: str) -> tuple[int, ...]:
-    """A prompt's ids, at least one and one fewer than fit. Raises InvalidRequest or PromptTooLong."""
-    prompt_ids = tuple(ids)
-    if not prompt_ids:
+def check_prompt_length(num_tokens: int, model: ModelInfo, field: str) -> None:
+    """At least one token, and one fewer than fit. Raises InvalidRequest or PromptTooLong."""
+    if not num_tokens:
         raise InvalidRequest("the prompt is empty; give at least one token", field=field)
-    if len(prompt_ids) >= model.token_limit:
+    if num_tokens >= model.token_limit:
         raise PromptTooLong(
-            f"the prompt has {len(prompt_ids)} tokens; with at least one to generate, {model.token_limit - 1} fit "
+            f"the prompt has {num_tokens} tokens; with at least one to generate, {model.token_limit - 1} fit "
             f"(context {model.context_length}, KV budget {model.kv_token_limit})",
             field=field,
         )
-    return in_vocabulary(prompt_ids, model, field)
+
+
+def prompt_ids(ids: Sequence[int], model: ModelInfo, field: str) -> tuple[int, ...]:
+    """A prompt of legal length as it goes to a worker. Raises InvalidRequest."""
+    return in_vocabulary(tuple(ids), model, field)
 
 
 def in_vocabulary(ids: tuple[int, ...], model: ModelInfo, field: str) -> tuple[int, ...]:

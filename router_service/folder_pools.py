@@ -12,10 +12,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from pager.errors import ConfigError, DamagedPool, PoolStoreUnavailable
+from pager.errors import ConfigError, PoolStoreUnavailable
 from pager.reading import read_bounded
 from pager.routing.named import MAX_ENCODED_BYTES, NamedPool, decode_named, encode_named
-from router_service.pool_store import Listing, check_room, name_in_use
+from router_service.pool_store import Listing, check_room, listing_of, name_in_use
 
 log = logging.getLogger("expert_pager.router")
 
@@ -65,13 +65,7 @@ class FolderPools:
     async def all_of(self, tenant: str) -> Listing:
         with _translated("read"):
             stored = await asyncio.to_thread(self._read_all, tenant)
-        pools, damaged = [], []
-        for name, data in stored:
-            try:
-                pools.append(decode_named(data, name))
-            except DamagedPool:
-                damaged.append(name)
-        return Listing(tuple(pools), tuple(damaged))
+        return await listing_of(stored)
 
     async def close(self) -> None:
         """Nothing is open."""

@@ -21,10 +21,10 @@ class Gate:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
 
-    def admit(self, tenant: str) -> Ticket:
-        """Raises NotReady, Overloaded or TenantOverloaded."""
+    def admit(self, tenant: str, num_bytes: int) -> Ticket:
+        """`num_bytes`: of the request's message. Raises NotReady, Overloaded, TenantOverloaded or PromptTooLong."""
         with refusing():
-            return self._admission.enter(tenant)
+            return self._admission.enter(tenant, num_bytes)
 
     def charge(self, ticket: Ticket, tokens: int) -> None:
         """Raises Overloaded, TenantOverloaded or PromptTooLong."""

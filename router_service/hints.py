@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,7 +66,7 @@ def prefix_keys(fingerprint: str, size: PoolSize, tenant: str, token_ids: Sequen
     half = 1 << (count.bit_length() - 1) if count else 0
     lengths = [count] + ([half] if SHORTEST_PREFIX <= half < count else [])
     seed = "\n".join(("prefix", fingerprint, size_name(size), tenant)).encode()
-    packed = struct.pack(f"<{count}I", *token_ids)
+    packed = array("I", token_ids).tobytes()
     return tuple(_digest(seed + b"\n%d\n" % length + packed[: 4 * length]) for length in lengths)
 
 

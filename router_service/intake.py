@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pager.errors import PromptTooLong, UnknownPool
 from pager.routing.named import check_example
 from pager.types import ExpertPool, GenerateRequest, PoolPolicy, SamplingParams
-from router_service.decode import Ask, Prompt, in_vocabulary, token_ids
+from router_service.decode import Ask, Prompt, check_prompt_length, in_vocabulary, prompt_ids
 from router_service.decode_pools import PoolByDigest, PoolByName, fixed_pool
 from router_service.hints import HintStore
 from router_service.pool_store import PoolStore
@@ -29,7 +31,7 @@ class Intake:
         self._pools = pools
 
     async def request(self, ask: Ask, tenant: str, deadline_unix_s: float | None) -> GenerateRequest:
-        prompt = await self.prompt(ask.prompt)
+        prompt = await self.prompt(tenant, ask.prompt)
         return GenerateRequest(
             id=ask.id,
             tenant=tenant,
@@ -39,18 +41,24 @@ class Intake:
             deadline_unix_s=deadline_unix_s,
         )
 
-    async def prompt(self, prompt: Prompt) -> tuple[int, ...]:
+    async def prompt(self, tenant: str, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            return prompt
-        return token_ids(await self._scoring.encode(prompt), self._model, "text")
+            return prompt_ids(prompt, self._model, "token_ids")
+        encoded = await self._scoring.encode(tenant, prompt, self._model.token_limit)
+        check_prompt_length(encoded.num_tokens, self._model, "text")
+        return prompt_ids(encoded.ids, self._model, "text")
 
-    async def example(self, example: Prompt, index: int) -> tuple[int, ...]:
+    async def example(self, tenant: str, example: Prompt, index: int) -> tuple[int, ...]:
         """One of the texts that a named pool is made from."""
-        if not isinstance(example, str):
-            return example
-        ids = tuple(await self._scoring.encode(example))
-        check_example(index, len(ids), self._model.context_length)
-        return in_vocabulary(ids, self._model, f"examples[{index}]")
+        ids: Sequence[int]
+        if isinstance(example, str):
+            encoded = await self._scoring.encode(tenant, example, self._model.context_length)
+            check_example(index, encoded.num_tokens, self._model.context_length)
+            ids = encoded.ids
+        else:
+            await asyncio.sleep(0)  # one conversion at a time, however many examples there are
+            ids = example
+        return in_vocabulary(tuple(ids), self._model, f"examples[{index}]")
 
     async def policy(self, pool: PoolPolicy | PoolByDigest | PoolByName, tenant: str) -> PoolPolicy:
         """The policy itself, or that of the pool which this tenant named."""

@@ -16,6 +16,7 @@ STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
 SOURCES = ("hint", "lexical", "trunk", "fitted", "prefill")  # of a predicted pool
 PASSES = ("lexical", "trunk", "fitted", "prefill")
 REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")
+DROPS = ("no_message", "unknown_method", "unseen")
 WORKER_STATES = ("starting", "ready", "draining", "hung", "dead")
 RAY_DAEMONS = ("gcs_server", "raylet")
 INFO_LABELS = ("version", "model", "fingerprint")
@@ -40,9 +41,23 @@ def _calls() -> tuple[Family, ...]:
             "How much work is promised?",
         ),
         Family(
+            "router_in_flight_bytes", _GAUGE, "Of the messages of admitted requests.",
+            "How much memory do requests take?",
+        ),
+        Family(
             "router_admission_rejections", _COUNTER,
             "Calls turned away before any work, by a router or a worker, by reason.",
             "What is refused, and why?", every(reason=REJECTIONS),
+        ),
+        Family(
+            "router_dropped_calls", _COUNTER,
+            "Calls that came to no method: without a message that gRPC can receive (too large, or in an unknown "
+            "compression), of an unknown method, or ended by gRPC before the router saw them.",
+            "Does gRPC refuse calls that nobody else counts?", every(reason=DROPS),
+        ),
+        Family(
+            "router_loop_lag_seconds", _HISTOGRAM, "By how much a task of the event loop woke up too late.",
+            "Does something keep everybody waiting?", buckets=buckets.LOOP_LAG_S,
         ),
     )  # fmt: skip
 

@@ -25,6 +25,9 @@ class RouterMetrics:
         self.requests, self._answers = made.counter("router_requests"), made.counter("router_answers")
         self.requests_in_flight = made.gauge("router_requests_in_flight")
         self.tokens_in_flight = made.gauge("router_tokens_in_flight")
+        self.bytes_in_flight = made.gauge("router_in_flight_bytes")
+        self._dropped = made.counter("router_dropped_calls")
+        self._loop_lag = made.histogram("router_loop_lag_seconds")
         self._rejections = made.counter("router_admission_rejections")
         self._first_token = made.histogram("router_time_to_first_token_seconds")
         self._output_token = made.histogram("router_time_per_output_token_seconds")
@@ -57,6 +60,13 @@ class RouterMetrics:
         """A call was turned away before anything was done for it; for what it asks wrongly it is a failure instead."""
         if reason in REJECTIONS:
             self._rejections.labels(reason).inc()
+
+    def dropped(self, reason: str, count: int = 1) -> None:
+        """Calls that came to no method."""
+        self._dropped.labels(reason).inc(count)
+
+    def loop_lag(self, seconds: float) -> None:
+        self._loop_lag.observe(seconds)
 
     def first_token(self, tenant: str, seconds: float) -> None:
         self._first_token.labels(self._tenants.of(tenant)).observe(seconds)

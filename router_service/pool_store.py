@@ -7,11 +7,13 @@ much stays free for one that comes later.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pager.errors import PoolNameInUse, TooManyPools
-from pager.routing.named import NamedPool
+from pager.errors import DamagedPool, PoolNameInUse, TooManyPools
+from pager.routing.named import NamedPool, decode_named
 
 MAX_POOLS_OF_TENANT = 256
 MAX_POOLS = 16_384  # of all tenants
@@ -82,6 +84,18 @@ class MemoryPools:
 
     async def close(self) -> None:
         self._pools.clear()
+
+
+async def listing_of(stored: Iterable[tuple[str, bytes]]) -> Listing:
+    """Name and bytes of each pool, decoded one by one: hundreds of large ones take a while."""
+    pools, damaged = [], []
+    for name, data in stored:
+        try:
+            pools.append(decode_named(data, name))
+        except DamagedPool:
+            damaged.append(name)
+        await asyncio.sleep(0)
+    return Listing(tuple(pools), tuple(damaged))
 
 
 def name_in_use(name: str) -> PoolNameInUse:

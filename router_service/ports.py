@@ -77,10 +77,23 @@ class RecallEstimate(Protocol):
     def __call__(self, scores: RoutingScores, pool: ExpertPool, /) -> float: ...
 
 
-class Encoder(Protocol):
-    """The part of a tokenizer that the router needs."""
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text in tokens; `ids` is left empty where they are more than was asked for."""
 
-    def encode(self, text: str, /) -> list[int]: ...
+    num_tokens: int
+    ids: Sequence[int]
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that the router needs. Called from several threads."""
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """The most bytes of text that one token can stand for."""
+
+    def encode(self, text: str, most: int, /) -> Encoded:
+        """The ids of at most `most` tokens. Must let other threads run meanwhile. Raises InvalidRequest."""
 
 
 @dataclass(frozen=True, slots=True)

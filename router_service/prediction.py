@@ -57,7 +57,7 @@ class Predictor:
             return Prediction(None, PREFILL, policy)
         # What the prefill will choose is told from the prompt; what a whole document will want is another question.
         ahead = policy.source is PoolSource.PREDICTION
-        scored = await self._chain.score(token_ids, policy.size, ahead=ahead)
+        scored = await self._chain.score(tenant, token_ids, policy.size, ahead=ahead)
         resolved = replace(policy, size=resolve_size(policy.size, scored.scores, self._facts))
         if observed is not None:
             return Prediction(observed, "hint", resolved)

@@ -7,10 +7,9 @@ them: a pool for another model is found, and refused by name.
 
 from __future__ import annotations
 
-from pager.errors import DamagedPool
 from pager.routing.named import NamedPool, decode_named, encode_named
 from router_service import pool_store
-from router_service.pool_store import Listing, check_room, name_in_use
+from router_service.pool_store import Listing, check_room, listing_of, name_in_use
 from router_service.redis_client import RedisClient
 
 # Both take the hash of a tenant and that of the counts, where a tenant's number is set to what its hash has: a count
@@ -59,14 +58,7 @@ class RedisPools:
     async def all_of(self, tenant: str) -> Listing:
         async with self._client.commands() as redis:
             stored = await redis.hgetall(_key(tenant))
-        pools, damaged = [], []
-        for field, data in sorted(stored.items()):
-            name = field.decode(errors="replace")
-            try:
-                pools.append(decode_named(data, name))
-            except DamagedPool:
-                damaged.append(name)
-        return Listing(tuple(pools), tuple(damaged))
+        return await listing_of((field.decode(errors="replace"), data) for field, data in sorted(stored.items()))
 
     async def close(self) -> None:
         await self._client.close()

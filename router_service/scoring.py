@@ -1,21 +1,25 @@
-"""Scores prompts: the routing-only passes, which of them does for a prompt, and the thread that they run on."""
+"""Scores prompts: the routing-only passes, which of them does for a prompt, and the threads that all this runs on."""
 
 from __future__ import annotations
 
-import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 from pager.errors import InvalidRequest
 from pager.routing.pool import pick_pool
+from pager.tokenizing import encode_all, longest_token_bytes
 from pager.tracing import note, span
 from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores
-from router_service.ports import Encoder, RecallEstimate, Scorer
+from router_service.fair_threads import FairThreads
+from router_service.ports import Encoded, Encoder, RecallEstimate, Scorer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PREFILL = "prefill"  # what comes after the last pass: the worker's own choice, which is the reference
-Result = TypeVar("Result")
+OWN = ""  # whose turn it is when the router itself has work; no tenant is called so
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,38 +49,54 @@ class Passes:
             raise _unscored("sharing bytes out over the layers", "pool.size.bytes")
 
 
-class Scoring:
-    """Runs tokenizer and passes in a thread, one call at a time, so that the event loop stays free.
+class TextEncoder:
+    """The tokenizer as the router needs it: other threads go on while it works."""
 
-    What waits for the thread is bounded by admission; a cancelled caller leaves the line.
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self.longest_token_bytes = 1 if tokenizer is None else longest_token_bytes(tokenizer)
+
+    def encode(self, text: str, most: int, /) -> Encoded:
+        if self._tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer; give the prompt as `token_ids`", field="text")
+        encoding = encode_all(self._tokenizer, [text])[0]
+        # A list of millions of ids takes the GIL for tens of milliseconds to make, and nobody would read it.
+        return Encoded(len(encoding), encoding.ids if len(encoding) <= most else ())
+
+
+class Scoring:
+    """Runs the tokenizer in some threads and the passes in one, tenants in turn, so that the event loop stays free.
+
+    What waits for a thread is bounded by admission; a cancelled caller leaves the line.
     """
 
     def __init__(self, available: Mapping[str, Callable[[], Scorer]], encoder: Encoder) -> None:
         self._available = available
-        self._loaded: dict[str, Scorer] = {}  # the thread's own
+        self._loaded: dict[str, Scorer] = {}  # the passes' thread's own
         self._encoder = encoder
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self._passes = FairThreads(1, "scoring")
+        # Two at least: while one has a text of megabytes, another has those of other tenants.
+        self._tokenizer = FairThreads(max(2, min(8, len(os.sched_getaffinity(0)) // 4)), "tokenizer")
 
-    async def encode(self, text: str) -> list[int]:
-        return await self._run(lambda: self._encoder.encode(text))
+    async def encode(self, tenant: str, text: str, most: int) -> Encoded:
+        """The ids of at most `most` tokens. Raises InvalidRequest."""
+        return await self._tokenizer.run(tenant, lambda: self._encoder.encode(text, most))
 
-    async def scores(self, name: str, token_ids: Sequence[int]) -> RoutingScores:
-        return await self._run(lambda: self._pass(name).scores(token_ids))
+    async def scores(self, tenant: str, name: str, token_ids: Sequence[int]) -> RoutingScores:
+        return await self._passes.run(tenant, lambda: self._pass(name).scores(token_ids))
 
     async def load(self, name: str) -> None:
         """So that the first prompt need not wait for it."""
-        await self._run(lambda: self._pass(name))
+        await self._passes.run(OWN, lambda: self._pass(name))
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._tokenizer.close()
+        self._passes.close()
 
     def _pass(self, name: str) -> Scorer:
         if name not in self._loaded:
             self._loaded[name] = self._available[name]()
         return self._loaded[name]
-
-    async def _run(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +128,7 @@ class PassChain:
         """Raises InvalidRequest for a policy that needs a pass where there is none."""
         self._passes.check(policy)
 
-    async def score(self, token_ids: Sequence[int], size: PoolSize, *, ahead: bool = True) -> Scored:
+    async def score(self, tenant: str, token_ids: Sequence[int], size: PoolSize, *, ahead: bool = True) -> Scored:
         """The best that was tried; `is_enough` is False where only the prefill is better. Needs a pass.
 
         `ahead`: for all of the document. False: for what the prompt's own prefill will choose.
@@ -116,7 +136,7 @@ class PassChain:
         chain = self._passes.chain
         for name, following in zip(chain, (*chain[1:], PREFILL), strict=True):
             with span("score", source=name, num_tokens=len(token_ids)):
-                scores = await self._scoring.scores(name, token_ids)
+                scores = await self._scoring.scores(tenant, name, token_ids)
             if not ahead and scores.of_prompt is not None:
                 scores = scores.of_prompt
             scored = self._judged(scores, size)

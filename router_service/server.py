@@ -14,21 +14,31 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pager.errors import ConfigError, PortInUse
+from pager.metrics.loop_lag import LoopLag
 from router_service import encode
 from router_service.boundary import ErrorBoundary
+from router_service.message_bounds import CORE_MESSAGE_BYTES, CORE_METADATA_BYTES, MAX_OTHER_BYTES
 from router_service.service import SERVICE_NAME, Backend, ExpertPagerService
 from router_service.tls import TlsFiles
+from router_service.unseen_calls import WATCHED, UnseenCalls, watched_servers
 
 log = logging.getLogger("expert_pager.router")
 
 PULSE_S = 0.25
 HEARTBEAT_PULSES = 4
 CUT_OFF_S = 2.0  # for the last status to get to those who read
-MAX_MESSAGE_BYTES = 8 * 2**20
+MAX_ANSWER_BYTES = 8 * 2**20
+MAX_PENDING_CALLS = 16384
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server on the port would start, and take half of the calls
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
+    # What gRPC refuses by itself gets a bare status: its bounds lie beyond those that the service checks.
+    ("grpc.max_metadata_size", CORE_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", CORE_METADATA_BYTES),
+    # Calls that wait for the event loop. By default gRPC cancels some beyond 1000, and all that wait for 30 s.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+    ("grpc.server_max_unrequested_time_in_server", 3600),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -43,7 +53,15 @@ class RouterServer:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._server = grpc.aio.server(interceptors=(ErrorBoundary(SERVICE_NAME, backend.metrics),), options=_OPTIONS)
+        self._boundary = ErrorBoundary(SERVICE_NAME, backend.metrics, backend.bounds)
+        others = watched_servers()
+        self._server = grpc.aio.server(
+            interceptors=(self._boundary,),
+            options=(*_OPTIONS, WATCHED, ("grpc.max_receive_message_length", CORE_MESSAGE_BYTES)),
+        )
+        (server_id,) = watched_servers() - others
+        self._unseen = UnseenCalls(server_id)
+        self._lag = LoopLag(backend.metrics.loop_lag)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         pb_grpc.add_ExpertPagerServicer_to_server(ExpertPagerService(backend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -61,13 +79,16 @@ class RouterServer:
         """
         self.port = await self._bind(self._server, host, port, "router.port", tls)
         if health_port is not None:
-            self._health_server = grpc.aio.server(options=_OPTIONS)
+            self._health_server = grpc.aio.server(
+                options=(*_OPTIONS, ("grpc.max_receive_message_length", MAX_OTHER_BYTES))
+            )
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
             self.health_port = await self._bind(self._health_server, host, health_port, "router.health_port")
         await self._set_readiness()
         for server in self._servers:
             await server.start()
         self._pulse = asyncio.create_task(self._beat())
+        await self._lag.start()
 
     async def drain(self, timeout_s: float) -> bool:
         """NOT_SERVING everywhere, new requests refused, those in flight awaited. True when all ended in time."""
@@ -94,6 +115,7 @@ class RouterServer:
         if self._pulse is not None:
             self._pulse.cancel()
             await asyncio.gather(self._pulse, return_exceptions=True)
+        await self._lag.stop()
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         await self._ended_within(CUT_OFF_S)  # gRPC does not wait for what a cancelled call does last
 
@@ -117,6 +139,7 @@ class RouterServer:
         beat = 0
         while True:
             await _logged(self._set_readiness)
+            self._backend.metrics.dropped("unseen", self._unseen.look(self._boundary.num_seen))
             if beat % HEARTBEAT_PULSES == 0:
                 await _logged(self._heartbeat)
             beat += 1

@@ -24,6 +24,7 @@ from router_service.dispatch import Placement, check_deadline, place
 from router_service.gate import Context, Gate, deadline_unix_s, refusing, remaining_s
 from router_service.hints import HintStore
 from router_service.intake import Intake
+from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
 from router_service.pool_store import PoolStore
 from router_service.ports import ClusterPort, ModelInfo
@@ -49,6 +50,7 @@ class Backend:
     hints: HintStore
     pools: PoolStore
     admission: Admission
+    bounds: MessageBounds
     metrics: RouterMetrics
     default_pool: PoolPolicy
     live_pools: PoolLog
@@ -79,7 +81,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         note(request_id=ask.id)
         tell(pool=pool_label(ask.pool))
         deadline_s = deadline_unix_s(context)
-        with self._gate.admit(tenant) as ticket:
+        with self._gate.admit(tenant, wire.ByteSize()) as ticket:
             async with self._claimed(ask.id, tenant):
                 request = await self._intake.request(ask, tenant, deadline_s)
                 tell(prompt_tokens=len(request.prompt_token_ids))
@@ -184,13 +186,13 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         asked_pool = pool_policy(wire.pool, backend.model, backend.default_pool)
         tell(pool=pool_label(asked_pool))
         deadline_unix_s(context)
-        with self._gate.admit(tenant) as ticket:
-            prompt = await self._intake.prompt(asked)
+        with self._gate.admit(tenant, wire.ByteSize()) as ticket:
+            prompt = await self._intake.prompt(tenant, asked)
             tell(prompt_tokens=len(prompt))
             self._gate.charge(ticket, len(prompt))
             policy = await self._intake.policy(asked_pool, tenant)
             backend.chain.check(policy)
-            scored = None if backend.chain.is_empty else await backend.chain.score(prompt, policy.size)
+            scored = None if backend.chain.is_empty else await backend.chain.score(tenant, prompt, policy.size)
             observed = None
             if policy.source is PoolSource.PREFILL:
                 observed = await backend.predictor.observed(tenant, prompt, policy)

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
@@ -27,6 +27,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.InvalidRequest: _Code.INVALID_ARGUMENT,
         errors.PromptTooLong: _Code.INVALID_ARGUMENT,
         errors.UnknownModel: _Code.NOT_FOUND,
+        errors.UnknownMethod: _Code.UNIMPLEMENTED,
         errors.UnknownPool: _Code.NOT_FOUND,
         errors.PoolNameInUse: _Code.ALREADY_EXISTS,
         errors.PoolOfAnotherModel: _Code.FAILED_PRECONDITION,
@@ -57,6 +58,10 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.PortInUse: _Code.FAILED_PRECONDITION,
     }
 )
+# Whose quota is used up; what a worker's slots or a slow reader's buffer ran out of is no quota.
+QUOTAS: Mapping[type[errors.PagerError], str] = MappingProxyType(
+    {errors.Overloaded: "service", errors.TenantOverloaded: "tenant"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,8 @@ def code_of(error: errors.PagerError) -> grpc.StatusCode:
 
 
 def to_wire(error: errors.PagerError, request_id: str | None = None) -> WireError:
-    """ErrorInfo always, RetryInfo and push-back header where retrying helps, BadRequest where a field is at fault."""
+    """ErrorInfo always; RetryInfo and push-back header where retrying helps, BadRequest where a field is at fault,
+    QuotaFailure where a bound of admission is reached."""
     code = code_of(error)
     message = error.message[:MAX_MESSAGE_CHARACTERS]
     about = {"request_id": request_id} if request_id else {}
@@ -89,6 +95,8 @@ def to_wire(error: errors.PagerError, request_id: str | None = None) -> WireErro
     if error.field:
         violation = BadRequest.FieldViolation(field=error.field, description=message)
         details.append(BadRequest(field_violations=[violation]))
+    if (subject := QUOTAS.get(type(error))) is not None:
+        details.append(QuotaFailure(violations=[QuotaFailure.Violation(subject=subject, description=message)]))
     status = Status(code=code.value[0], message=message, details=[_packed(detail) for detail in details])
     rich = rpc_status.to_status(status)
     return WireError(code, message, (*rich.trailing_metadata, *pushback))

@@ -183,7 +183,7 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> tuple[int, ...]:
         return prompt
     if tokenizer is None:
         raise InvalidRequest("this checkpoint has no tokenizer.json; give the prompt with --token-ids")
-    return tuple(tokenizing.encode(tokenizer, prompt).ids)
+    return tuple(tokenizing.encode_all(tokenizer, [prompt])[0].ids)
 
 
 def _silent() -> Tokenizer:

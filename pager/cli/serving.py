@@ -18,10 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokenizers import Tokenizer
-
 from pager import __version__, tracing
-from pager.cli.local import encode
 from pager.cli.options import resolve_device
 from pager.cli.passes import build_passes, load_first
 from pager.cluster.cluster import Cluster, RayLost
@@ -37,10 +34,12 @@ from pager.routing.drift import parse_drift
 from pager.routing.pool import largest_counts, parse_pool_size
 from pager.tokenizing import read_tokenizer
 from pager.types import Full, PoolPolicy, PoolSize, PoolSource
+from pager.units import parse_bytes
 from router_service.admission import AdmissionLimits
 from router_service.backend import build_backend, check_choices, close_backend
 from router_service.ports import ModelInfo
 from router_service.redis_client import redis_url as read_redis_url
+from router_service.scoring import TextEncoder
 from router_service.server import RouterServer
 from router_service.tenants import TenantLabels
 from router_service.tls import TlsFiles
@@ -58,16 +57,6 @@ class Ready:
     metrics_url: str
     model: ModelView
     num_workers: int
-
-
-class TextEncoder:
-    """The tokenizer as the router needs it."""
-
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str, /) -> list[int]:
-        return list(encode(self._tokenizer, text))
 
 
 async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callable[[Ready], None]) -> signal.Signals:
@@ -155,6 +144,7 @@ async def _start(
     opened.check()
     passes = build_passes(opened, router)
     check_choices(passes, default_pool, redis_url, pools_path)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several texts at a time, each in a thread of the router
     tokenizer = read_tokenizer(Path(config.model.path))
     _check_budgets(opened, config, default_pool.size)
     # While Ray starts and the workers load.
@@ -168,9 +158,7 @@ async def _start(
         cluster=cluster,
         passes=passes,
         encoder=TextEncoder(tokenizer),
-        limits=AdmissionLimits(
-            router.max_requests, router.max_tokens, router.max_requests_per_tenant, router.max_tokens_per_tenant
-        ),
+        limits=_limits(router),
         default_pool=default_pool,
         redis_url=redis_url,
         pools_path=pools_path,
@@ -189,6 +177,17 @@ async def _start(
     metrics_url = f"http://{metrics_server.address}/metrics"
     ready = Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
     return server, cluster, ready
+
+
+def _limits(router: RouterConfig) -> AdmissionLimits:
+    return AdmissionLimits(
+        router.max_requests,
+        router.max_tokens,
+        router.max_requests_per_tenant,
+        router.max_tokens_per_tenant,
+        parse_bytes(router.max_bytes),
+        parse_bytes(router.max_bytes_per_tenant),
+    )
 
 
 def _tls_files(router: RouterConfig) -> TlsFiles | None:

@@ -30,6 +30,7 @@ from pager.config import ServiceConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
 from pager.metrics import EngineLoad, MetricsServer, TierBytes, WorkerMetrics
+from pager.metrics.loop_lag import LoopLag
 from pager.planner import NUM_READERS
 from pager.types import PagingTotals
 from pager.wire import encode_bitmap
@@ -129,6 +130,7 @@ class Worker:
         self._loop = LoopThread("tokens")
         self._token = secrets.token_urlsafe(32)
         self._server = TokenServer(self._token)
+        self._lag = LoopLag(self._observer.loop_lag)
         self._metrics_server: MetricsServer | None = None
         self._loaded: LoadedEngine | None = None
         self._ready: WorkerReady | None = None
@@ -157,6 +159,7 @@ class Worker:
             return PagerError(f"the model could not be loaded: {error!r}; the worker's log has the details")
         self._warm_up(loaded)
         address = self._loop.run(self._server.start(f"{self._bind_host}:0", loaded.engine, self._load_report))
+        self._loop.run(self._lag.start())
         self._ready = WorkerReady(address, self._token, self._metrics_server.address, os.getpid(), loaded.model)
         log.info("ready after %.1f s: %s on %s", time.monotonic() - started, loaded.model.name, loaded.model.device)
         return self._ready
@@ -202,6 +205,7 @@ class Worker:
         self._ends.set()
         self._remember()
         with suppress(TimeoutError):
+            self._loop.run(self._lag.stop(), CLOSE_TIMEOUT_S)
             self._loop.run(self._server.stop(), CLOSE_TIMEOUT_S)
         if self._metrics_server is not None:
             self._metrics_server.close()

@@ -22,7 +22,7 @@ class Intake:
         check_sampling(request.sampling)
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
-        for token_id in request.prompt_token_ids:
+        for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
             if not 0 <= token_id < self.vocab_size:
                 raise InvalidRequest(
                     f"token id {token_id} is outside the vocabulary of {self.vocab_size}", field="prompt"

@@ -73,6 +73,7 @@ class WorkerMetrics:
         self._recall = made.histogram("predicted_recall_ratio")
         self._widenings, self._drift_experts = made.counter("drift_widenings"), made.counter("drift_experts")
         self._drift_exact = made.counter("drift_exact")
+        self._loop_lag = made.histogram("loop_lag_seconds")
         self._running, self._waiting = made.gauge("requests_running"), made.gauge("requests_waiting")
         self._kv_used, self._kv_capacity = made.gauge("kv_used_bytes"), made.gauge("kv_capacity_bytes")
         self._info = made.gauge("model")
@@ -96,6 +97,11 @@ class WorkerMetrics:
     def watch_tiers(self, state: TierState) -> None:
         """Exports `state()` at every scrape: one consistent snapshot instead of gauges set by hand."""
         self.registry.register(_TierCollector(state))
+
+    # --- the token stream's loop -------------------------------------------------------------------------------------
+
+    def loop_lag(self, seconds: float) -> None:
+        self._loop_lag.observe(seconds)
 
     # --- the pager's observer ---------------------------------------------------------------------------------------
 

@@ -115,6 +115,10 @@ ENGINE = (
     Family("drift_exact", _COUNTER, "Answers that went on with all experts.", "How often is a pool given up?"),
     Family("requests_running", _GAUGE, "Requests that hold KV and slots.", "How many answers are written at a time?"),
     Family("requests_waiting", _GAUGE, "Requests in line.", "Is another worker needed?"),
+    Family(
+        "loop_lag_seconds", _HISTOGRAM, "By how much a task of the token stream's event loop woke up too late.",
+        "Does something keep the streams of all answers waiting?", buckets=buckets.LOOP_LAG_S,
+    ),
     Family("kv_used_bytes", _GAUGE, "KV cache reserved by running requests.", "Is KV the bottleneck?"),
     Family("kv_capacity_bytes", _GAUGE, "KV cache as planned.", "What is KV's budget?"),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
@@ -10,10 +11,22 @@ import grpc.aio
 import pytest
 from expert_pager.v1 import worker_pb2 as pb
 
+from pager.cluster.loop_thread import LoopThread
 from pager.cluster.token_client import WorkerLink
 from pager.cluster.token_server import MAX_COMMAND_BYTES, TOKEN_HEADER, TokenServer
+from pager.engine.intake import Intake
 from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
-from pager.types import FinishReason, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
+from pager.metrics.loop_lag import INTERVAL_S, LoopLag
+from pager.types import (
+    ExpertPool,
+    FinishReason,
+    GenerateRequest,
+    PoolPolicy,
+    PoolSource,
+    SamplingParams,
+    TokenChunk,
+    Usage,
+)
 
 TOKEN = "let me in"
 
@@ -337,3 +350,55 @@ async def test_load_is_pushed_when_it_changes(transport: Transport) -> None:
     await until(lambda: transport.loads[-1].waiting == 1)
     transport.engine.finish("a")
     await reader
+
+
+# --- the worker's loop ----------------------------------------------------------------------------------------------
+
+
+async def test_no_request_keeps_the_token_loop() -> None:
+    """The largest that a router lets through to a large model: a context of ids, all experts as its pool, all stops."""
+    held_s: list[float] = []
+    slept_s = 0.0
+
+    def clock() -> float:
+        """CPU time of the loop's thread, so that other programs do not count, and the sleep that the probe expects."""
+        nonlocal slept_s
+        slept_s += INTERVAL_S
+        return time.thread_time() + slept_s
+
+    context, layers = 1 << 17, 64
+    intake = Intake(context, context, context)
+
+    class CheckingEngine(ScriptedEngine):
+        def submit(self, request: GenerateRequest) -> None:
+            intake.check(request)
+            super().submit(request)
+
+    thread = LoopThread("tokens")
+    server, lag = TokenServer(TOKEN), LoopLag(held_s.append, clock)
+    engine = CheckingEngine(server)
+    address = thread.run(server.start("127.0.0.1:0", engine, pb.Load))
+    thread.run(lag.start())
+    link = WorkerLink(address, TOKEN, buffer_chunks=64, on_load=lambda _: None)
+    try:
+        await link.attach()
+        pool = ExpertPool((tuple(range(255)),) * layers)
+        sampling = SamplingParams(max_tokens=1, stop=("é" * 256,) * 16)
+        large = GenerateRequest(
+            "large", "t", tuple(range(context - 1)), sampling, PoolPolicy(source=PoolSource.FIXED, fixed=pool)
+        )
+        answer = asyncio.create_task(collect(link.generate(replace(large, predicted=pool, tracestate="k=v," * 100))))
+        await until(lambda: engine.runs("large"))
+        last = chunk("large", "end", last=True)
+        assert last.usage is not None
+        engine.step(replace(last, usage=replace(last.usage, pool=pool)))
+        assert await answer == ["end"]
+        seen = len(held_s)
+        await until(lambda: len(held_s) > seen + 1)
+        assert engine.open["large", "t"].pool.fixed == pool
+        assert max(held_s) < 0.05
+    finally:
+        await link.close()
+        thread.run(lag.stop())
+        thread.run(server.stop())
+        thread.stop()

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers
 
 from pager.errors import CheckpointError, InvalidRequest
-from pager.tokenizing import TokenizerPanic, encode, encode_all, panics_as_errors, read_tokenizer
+from pager.tokenizing import (
+    TokenizerPanic,
+    encode,
+    encode_all,
+    longest_token_bytes,
+    panics_as_errors,
+    read_tokenizer,
+)
 
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
 
@@ -68,3 +76,39 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(CheckpointError, match="named pipe"):
         read_tokenizer(tmp_path)
+
+
+def test_the_longest_token_bounds_every_text() -> None:
+    tokenizer = read_tokenizer(MODEL)
+    assert tokenizer is not None
+    most = longest_token_bytes(tokenizer)
+    assert most == 33  # a newline and the most spaces that were merged
+    for text in ("\n" + " " * 32, " " * 10_000, "é" * 5_000, "\U0001d400" * 3_000, "def f(x):\n    return x\n" * 400):
+        assert len(text.encode()) <= most * len(encode(tokenizer, text).ids)
+
+
+def test_a_token_of_another_kind_counts_by_its_own_bytes() -> None:
+    tokenizer = Tokenizer(models.BPE({"<0x0A>": 0, "▁é": 1}, [], byte_fallback=True))
+    assert longest_token_bytes(tokenizer) == 6
+    tokenizer.add_special_tokens(["<|€|>"])
+    assert longest_token_bytes(tokenizer) == 7
+    tokenizer.normalizer = normalizers.NFKC()
+    assert longest_token_bytes(tokenizer) == 4 * 7
+
+
+def test_other_threads_go_on_while_a_text_is_tokenized() -> None:
+    tokenizer = read_tokenizer(MODEL)
+    assert tokenizer is not None
+    text = "SELECT name FROM users WHERE id = 1; " * (1 << 15)  # half a second of one core
+    ended, turns = threading.Event(), 0
+
+    def work() -> None:
+        encode_all(tokenizer, [text])
+        ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not ended.wait(0.005):
+        turns += 1
+    thread.join()
+    assert turns >= 5

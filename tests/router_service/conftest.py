@@ -34,7 +34,7 @@ from pager.types import (
 )
 from router_service.admission import AdmissionLimits
 from router_service.backend import build_backend, close_backend
-from router_service.ports import ModelInfo
+from router_service.ports import Encoded, ModelInfo
 from router_service.scoring import Passes
 from router_service.server import RouterServer
 from router_service.service import Backend
@@ -54,8 +54,11 @@ MODEL = ModelInfo(
 
 
 class ByteTokenizer:
-    def encode(self, text: str, /) -> list[int]:
-        return list(text.encode())
+    longest_token_bytes = 1
+
+    def encode(self, text: str, most: int, /) -> Encoded:
+        ids = list(text.encode())
+        return Encoded(len(ids), ids if len(ids) <= most else ())
 
 
 class FirstTokenScorer:
@@ -210,7 +213,7 @@ async def running_service(
         model=choices.pop("model", MODEL),
         cluster=cluster,
         passes=choices.pop("passes", None) or Passes({"trunk": lambda: scorer}, ("trunk",)),
-        encoder=ByteTokenizer(),
+        encoder=choices.pop("encoder", None) or ByteTokenizer(),
         limits=choices.pop("limits", AdmissionLimits()),
         default_pool=choices.pop("default_pool", PoolPolicy()),
         redis_url=redis_url,

@@ -5,13 +5,15 @@ import asyncio
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
+from google.rpc.error_details_pb2 import ErrorInfo, QuotaFailure
+from google.rpc.status_pb2 import Status
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pager.errors import NotReady, Overloaded, PagerError, PromptTooLong, TenantOverloaded
 from router_service.admission import Admission, AdmissionLimits, Ticket
 
-LIMITS = AdmissionLimits(max_requests=3, max_tokens=100, max_requests_per_tenant=2, max_tokens_per_tenant=60)
+LIMITS = AdmissionLimits(3, 100, max_requests_per_tenant=2, max_tokens_per_tenant=60, max_bytes=100)
 
 
 class Clock:
@@ -37,14 +39,29 @@ def test_requests_are_bounded_in_all_and_per_tenant():
 
 def test_tokens_are_bounded_in_all_and_per_tenant():
     admission = Admission(LIMITS)
-    with admission.enter("a") as a, admission.enter("b") as b:
+    with admission.enter("a") as a, admission.enter("a") as another, admission.enter("b") as b:
         a.charge(60)
         with pytest.raises(TenantOverloaded, match="60 of its 60"):
-            a.charge(1)
+            another.charge(1)
         with pytest.raises(Overloaded, match="60 of 100"):
             b.charge(41)
         b.charge(40)
     assert admission.num_tokens == 0
+
+
+def test_bytes_are_bounded_in_all_and_per_tenant():
+    admission = Admission(AdmissionLimits(max_bytes=110, max_bytes_per_tenant=60))
+    with admission.enter("a", 45), admission.enter("b", 45):
+        with pytest.raises(TenantOverloaded, match="45 of its 60 bytes"):
+            admission.enter("a", 16)
+        with pytest.raises(Overloaded, match="90 of 110"):
+            admission.enter("c", 21)
+        with pytest.raises(PromptTooLong, match="61 bytes"):
+            admission.enter("c", 61)
+        with admission.enter("b", 10):
+            admission.check_integrity()
+    assert (admission.num_requests, admission.num_bytes) == (0, 0)
+    admission.check_integrity()
 
 
 def test_what_never_fits_is_not_worth_a_retry():
@@ -90,10 +107,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.admission = Admission(LIMITS)
         self.held: list[Ticket] = []
 
-    @rule(tenant=st.sampled_from("abc"), tokens=st.integers(0, 80))
-    def arrive(self, tenant: str, tokens: int) -> None:
+    @rule(tenant=st.sampled_from("abc"), tokens=st.integers(0, 80), num_bytes=st.integers(0, 80))
+    def arrive(self, tenant: str, tokens: int, num_bytes: int) -> None:
         try:
-            ticket = self.admission.enter(tenant)
+            ticket = self.admission.enter(tenant, num_bytes)
         except PagerError:
             return
         try:
@@ -113,6 +130,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.admission.check_integrity()
         assert self.admission.num_requests == len(self.held)
         assert self.admission.num_tokens == sum(ticket.tokens for ticket in self.held)
+        assert self.admission.num_bytes == sum(ticket.num_bytes for ticket in self.held)
 
 
 TestAnyOrder = AnyOrder.TestCase
@@ -163,3 +181,29 @@ async def test_tokens_in_flight_are_bounded(serve):
         error = await refusal(service.stub.Generate(request()))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "7 of 10" in error.details()
+
+
+async def test_a_tenants_bytes_in_flight_are_bounded_and_others_go_on(serve):
+    async with serve(limits=AdmissionLimits(max_bytes=200, max_bytes_per_tenant=100)) as service:
+        service.cluster.hold[1] = asyncio.Event()
+        acme = (("x-tenant-id", "acme"),)
+        wire = request(request_id="i" * 70)
+        running = service.stub.Generate(wire, metadata=acme)
+        await running.read()
+        assert service.metric("in_flight_bytes") == wire.ByteSize()
+        error = await refusal(service.stub.Generate(request(request_id="j" * 70), metadata=acme))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+        info, quota = ErrorInfo(), QuotaFailure()
+        status.details[0].Unpack(info)
+        status.details[-1].Unpack(quota)
+        assert info.reason == "TENANT_OVERLOADED"
+        assert quota.violations[0].subject == "tenant"
+        assert "bytes" in quota.violations[0].description
+        other = service.stub.Generate(request(request_id="j" * 70))
+        await other.read()
+        service.cluster.hold[1].set()
+        for call in (running, other):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        assert service.metric("in_flight_bytes") == 0

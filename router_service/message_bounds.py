@@ -1,0 +1,201 @@
+"""What a message may weigh, field by field: checked on its bytes, before they are parsed.
+
+Parsing and converting cost time in proportion to bytes, on the event loop. Here a message is walked over at its top
+level only, which costs as much for 8 MiB of text as for a word.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from expert_pager.v1 import expert_pager_pb2 as pb
+from google.protobuf.message import Message
+
+from pager.errors import InvalidRequest, PagerError, PromptTooLong
+from pager.routing.named import MAX_EXAMPLES
+from pager.units import format_bytes
+from router_service.ports import ModelInfo
+
+MAX_MESSAGE_BYTES = 8 * 2**20
+CORE_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES  # beyond it gRPC refuses to receive, and what it says has no details
+CORE_METADATA_BYTES = 64 * 2**10
+MAX_METADATA_BYTES = 16 * 2**10
+MAX_FIELDS = 256  # at the top level; the most that is ever needed are the examples of Calibrate
+MAX_OTHER_BYTES = 64 * 2**10  # all fields without a bound of their own: ids, names, what newer clients know
+_MAX_SAMPLING_BYTES = 32 * 2**10
+_POOL_HEADER_BYTES = 4 * 2**10
+_NUMBER_BYTES = 11  # one number of a list, in the longest encoding that is still legal
+_LAYER_BYTES = 24
+
+Refusal = Callable[[int], PagerError]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """All bytes of one field together, and the error for more."""
+
+    num_bytes: int
+    refusal: Refusal
+
+
+class MessageBounds:
+    """The bounds of one service, worked out once: what fits a model depends on its tokens, layers and experts."""
+
+    def __init__(self, model: ModelInfo, longest_token_bytes: int, max_tokens: int) -> None:
+        """`max_tokens`: what admission takes of one tenant at once, which bounds the examples of a pool."""
+        text = _text_bound(model, longest_token_bytes)
+        ids = _ids_bound(model)
+        sampling, pool = _bound("sampling", _MAX_SAMPLING_BYTES), _bound("pool", _pool_bytes(model))
+        self._most_example_bytes = model.context_length * max(longest_token_bytes, _NUMBER_BYTES) + _LAYER_BYTES
+        examples = _examples_bound(max_tokens, max(longest_token_bytes, _NUMBER_BYTES))
+        self._bounds: dict[str, Mapping[int, Bound]] = {
+            "Generate": _numbered(
+                pb.GenerateRequest, {"text": text, "token_ids": ids, "sampling": sampling, "pool": pool}
+            ),
+            "Route": _numbered(pb.RouteRequest, {"text": text, "token_ids": ids, "pool": pool}),
+            "Calibrate": _numbered(pb.CalibrateRequest, {"examples": examples, "pool": pool}),
+        }
+        self._examples = pb.CalibrateRequest.DESCRIPTOR.fields_by_name["examples"].number
+
+    def check(self, method: str, data: bytes) -> None:
+        """Raises InvalidRequest or PromptTooLong for the first field that is more than any legal request has."""
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise InvalidRequest(
+                f"the message has {len(data)} bytes and the service takes {MAX_MESSAGE_BYTES}; send less"
+            )
+        bounds = self._bounds.get(method, {})
+        weights: Counter[int] = Counter()
+        for count, (number, num_bytes) in enumerate(_fields(data), 1):
+            field = number if number in bounds else 0
+            weights[field] += num_bytes
+            if field and weights[field] > bounds[field].num_bytes:
+                raise bounds[field].refusal(weights[field])
+            if method == "Calibrate" and field == self._examples:
+                self._check_example(count, num_bytes)
+            if count > MAX_FIELDS:
+                raise InvalidRequest(
+                    f"the message has more than {MAX_FIELDS} fields, repeated ones counted one by one (a pool is made "
+                    f"from at most {MAX_EXAMPLES} examples); leave some out"
+                )
+            if weights[0] > MAX_OTHER_BYTES:
+                raise InvalidRequest(
+                    f"ids, names and unknown fields of the message have more than {MAX_OTHER_BYTES} bytes; send less"
+                )
+
+    def _check_example(self, count: int, num_bytes: int) -> None:
+        if num_bytes > self._most_example_bytes:
+            raise PromptTooLong(
+                f"an example (field {count} of the message) has {num_bytes} bytes and none that fits the model's "
+                f"context has more than {self._most_example_bytes}; cut it",
+                field="examples",
+            )
+
+
+def check_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+    """Raises InvalidRequest for more than `MAX_METADATA_BYTES`."""
+    num_bytes = sum(len(key) + len(value) for key, value in metadata or ())
+    if num_bytes > MAX_METADATA_BYTES:
+        raise InvalidRequest(
+            f"the call's metadata has {num_bytes} bytes and the service takes {MAX_METADATA_BYTES}; send less",
+            field="metadata",
+        )
+
+
+def malformed() -> InvalidRequest:
+    return InvalidRequest("the message can not be parsed; is it of another version, or text that is not UTF-8?")
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+def _text_bound(model: ModelInfo, longest_token_bytes: int) -> Bound:
+    most = model.token_limit * longest_token_bytes
+
+    def refusal(num_bytes: int) -> PagerError:
+        return PromptTooLong(
+            f"the prompt has {num_bytes} bytes; {model.token_limit} tokens fit, of at most {longest_token_bytes} bytes "
+            f"each, so no text of more than {most} bytes ({format_bytes(most)}) does; cut it",
+            field="text",
+        )
+
+    return Bound(most, refusal)
+
+
+def _ids_bound(model: ModelInfo) -> Bound:
+    def refusal(num_bytes: int) -> PagerError:
+        return PromptTooLong(
+            f"the prompt's token ids have {num_bytes} bytes, more than the {model.token_limit} tokens that fit can "
+            "have; cut it",
+            field="token_ids",
+        )
+
+    return Bound(model.token_limit * _NUMBER_BYTES + _LAYER_BYTES, refusal)
+
+
+def _examples_bound(max_tokens: int, largest_token_bytes: int) -> Bound:
+    most = max_tokens * largest_token_bytes + MAX_EXAMPLES * _LAYER_BYTES
+
+    def refusal(num_bytes: int) -> PagerError:
+        return PromptTooLong(
+            f"the examples have more than {num_bytes} bytes together; the service admits {max_tokens} tokens at once, "
+            f"which have at most {most}; give fewer or shorter ones",
+            field="examples",
+        )
+
+    return Bound(most, refusal)
+
+
+def _pool_bytes(model: ModelInfo) -> int:
+    numbers = sum(model.facts.routed_per_layer) + model.facts.num_layers
+    return _POOL_HEADER_BYTES + _NUMBER_BYTES * numbers + _LAYER_BYTES * model.facts.num_layers
+
+
+def _bound(field: str, most: int) -> Bound:
+    def refusal(num_bytes: int) -> PagerError:
+        return InvalidRequest(
+            f"`{field}` has {num_bytes} bytes and no legal one has more than {most}; send less", field=field
+        )
+
+    return Bound(most, refusal)
+
+
+def _numbered(kind: type[Message], bounds: Mapping[str, Bound]) -> Mapping[int, Bound]:
+    return {kind.DESCRIPTOR.fields_by_name[name].number: bound for name, bound in bounds.items()}
+
+
+# --- the wire format ------------------------------------------------------------------------------------------------
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int]]:
+    """Number and size of every field at the top level. Raises InvalidRequest."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        start = at
+        match tag & 7:
+            case 0:
+                _, at = _varint(data, at)
+            case 1:
+                at += 8
+            case 2:
+                length, start = _varint(data, at)
+                at = start + length
+            case 5:
+                at += 4
+            case _:
+                raise malformed()
+        if at > len(data):
+            raise malformed()
+        yield tag >> 3, at - start
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number and where the next one begins."""
+    value = 0
+    for shift, byte in zip(range(0, 70, 7), data[at : at + 10], strict=False):
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at + shift // 7 + 1
+    raise malformed()

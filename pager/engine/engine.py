@@ -355,7 +355,7 @@ class Engine:
 
     def _prefill(self) -> None:
         """Runs one prompt, or a part: the first whose experts are there; the very first, if nobody decodes."""
-        decoding = self._able()
+        decoding = self._able() if self._prefilling else []
         for sequence in tuple(self._prefilling):
             with self._on_behalf_of(sequence, "its prefill failed"):
                 if not decoding or sequence.is_paged_in(self._paged):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self
@@ -209,8 +209,7 @@ class Cluster:
     def _write_targets(self) -> None:
         if self._config.cluster.file_sd is None:
             return
-        workers = {view.id: view.metrics_address for view in self.workers() if view.metrics_address}
-        targets = (self._router_metrics, workers)
+        targets = (self._router_metrics, _metrics_targets(self.workers()))
         if targets == self._targets:
             return
         try:
@@ -219,3 +218,16 @@ class Cluster:
             log.warning("the metrics targets could not be written to %s: %s", self._config.cluster.file_sd, error)
         else:
             self._targets = targets
+
+
+def _metrics_targets(views: Iterable[WorkerView]) -> dict[str, str]:
+    """Addresses by worker. One that is started again stays a target, so that Prometheus knows that it is down.
+
+    Its last address may by then be that of another worker, which has been given the port, and is that one's alone.
+    """
+    live_first = sorted(views, key=lambda view: (view.state not in (WorkerState.READY, WorkerState.DRAINING), view.id))
+    found: dict[str, str] = {}
+    for view in live_first:
+        if view.metrics_address is not None and view.metrics_address not in found.values():
+            found[view.id] = view.metrics_address
+    return found

@@ -66,7 +66,7 @@ class WorkerSupervisor:
         self._buffer_chunks = buffer_chunks
         self._on_change = on_change
         self._process: WorkerProcess | None = None
-        self._ready: WorkerReady | None = None
+        self._metrics_address: str | None = None
         self._load = pb.Load()
         self._resident: tuple[int, ...] = ()
         self._num_losses = 0
@@ -87,7 +87,7 @@ class WorkerSupervisor:
             page_in_bytes_per_s=self._load.page_in_bytes_per_s or None,
             peak_page_in_bytes_per_s=self._load.peak_page_in_bytes_per_s or None,
             place_s=optional(self._load, "place_s"),
-            metrics_address=self._ready.metrics_address if self._ready else None,
+            metrics_address=self._metrics_address,
             num_restarts=self._num_restarts,
             paging=_paging(self._load),
         )
@@ -159,7 +159,7 @@ class WorkerSupervisor:
         raise AssertionError("a worker serves until it is lost")
 
     async def _serve(self, process: WorkerProcess, ready: WorkerReady) -> None:
-        self._ready, self.model = ready, ready.model
+        self.model, self._metrics_address = ready.model, ready.metrics_address
         started_s = time.monotonic()
         while True:  # a stream that breaks while the process is well is opened again
             link = WorkerLink(
@@ -204,7 +204,7 @@ class WorkerSupervisor:
 
     async def _tear_down(self, *, gracefully: bool) -> None:
         """Can be cancelled, and called again: what is not ended yet is still known."""
-        self._ready = self._progress = None
+        self._progress = None
         self._load, self._resident = pb.Load(), ()
         self._on_change()
         if self.link is not None:

@@ -49,7 +49,7 @@ class WorkerView:
     page_in_bytes_per_s: float | None = None  # median of recent page-ins; None before the first
     peak_page_in_bytes_per_s: float | None = None  # of all readers together, at most
     place_s: float | None = None  # how long one place in its line has been lasting; None before an admission
-    metrics_address: str | None = None
+    metrics_address: str | None = None  # of its last process that was ready; None before the first
     num_restarts: int = 0
     paging: PagingTotals = field(default_factory=PagingTotals)
 

@@ -21,13 +21,14 @@ import ray
 import torch
 
 from pager.cluster.actors import OwnWorkers
-from pager.cluster.cluster import Cluster
+from pager.cluster.cluster import Cluster, _metrics_targets
 from pager.cluster.ray_session import RaySession
-from pager.cluster.views import ModelView, WorkerState
+from pager.cluster.views import ModelView, WorkerState, WorkerView
 from pager.cluster.worker import HostAccess, LoadedEngine
 from pager.config import ClusterConfig, ModelConfig, RouterConfig, ServiceConfig, WorkerConfig
 from pager.errors import Cancelled, CheckpointError, DuplicateRequest, NotReady, PagerError, WorkerLost
 from pager.metrics import TierBytes
+from pager.metrics.worker_families import WORKER_FAMILIES
 from pager.types import (
     ExpertKey,
     ExpertShape,
@@ -298,6 +299,33 @@ async def test_a_killed_worker_fails_its_streams_at_once_and_comes_back(tmp_path
         again = await answer(both, "worker-0", request("l0"))
         assert pid_of(again) != pid
         assert again[-1].usage is not None
+
+
+async def test_a_worker_that_is_started_again_stays_a_target_whose_scrapes_are_whole_or_fail(tmp_path: Path) -> None:
+    async with cluster(config(tmp_path)) as one:
+        os.kill(pid_of(await answer(one, "worker-0", request("who"))), signal.SIGKILL)
+        num_refused = num_whole = 0
+        async with asyncio.timeout(180):
+            while not num_whole:
+                (group,) = json.loads((tmp_path / "targets.json").read_text())
+                assert group["labels"]["worker"] == "worker-0"
+                try:
+                    text = await asyncio.to_thread(_get, f"http://{group['targets'][0]}/metrics")
+                except OSError:
+                    num_refused += 1
+                else:
+                    assert all(f"\n{family.exposed}" in text for family in WORKER_FAMILIES)
+                    num_whole += one.workers()[0].num_restarts
+                await asyncio.sleep(0.01)
+        assert num_refused > 0
+
+
+async def test_the_port_of_a_lost_worker_that_another_has_is_the_others_target() -> None:
+    lost = WorkerView("worker-0", WorkerState.STARTING, metrics_address="127.0.0.1:1")
+    other = WorkerView("worker-1", WorkerState.READY, metrics_address="127.0.0.1:2")
+    never = WorkerView("worker-2", WorkerState.STARTING)
+    assert _metrics_targets([lost, other, never]) == {"worker-0": "127.0.0.1:1", "worker-1": "127.0.0.1:2"}
+    assert _metrics_targets([lost, replace(other, metrics_address="127.0.0.1:1")]) == {"worker-1": "127.0.0.1:1"}
 
 
 async def test_kills_leave_no_files_processes_or_sockets_behind(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ class Service:
             and worker.total("expert_pager_reserved_bytes", tier="device") == 0
         )
 
-    def wait_until_idle(self, seconds: float = 60) -> None:
+    def wait_until_idle(self, seconds: float = START_TIMEOUT_S) -> None:
         until(self.is_idle, seconds)
 
     def wait_until_ready(self, num_workers: int = 1) -> None:

@@ -218,7 +218,7 @@ class GenerateRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     pool: PoolPolicy
-    deadline_unix_s: float | None = None
+    deadline_s: float | None = None  # on this process's monotonic clock: what is left of it is what is passed on
     predicted: ExpertPool | None = None  # the router's prediction; starts the paging early
     traceparent: str | None = None  # W3C Trace Context of the router's span
     tracestate: str | None = None  # what goes with it

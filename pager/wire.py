@@ -7,6 +7,7 @@ Router, worker and client use the same functions: `worker.proto` carries the pub
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -195,7 +196,7 @@ def encode_request(request: GenerateRequest, ticket: int) -> worker_pb2.Submit:
         sampling=encode_sampling(request.sampling),
         pool=policy,
         fixed=None if request.pool.fixed is None else encode_pool(request.pool.fixed),
-        deadline_unix_s=request.deadline_unix_s,
+        remaining_s=None if request.deadline_s is None else request.deadline_s - time.monotonic(),
         predicted=None if request.predicted is None else encode_pool(request.predicted),
         traceparent=request.traceparent,
         tracestate=request.tracestate,
@@ -203,6 +204,7 @@ def encode_request(request: GenerateRequest, ticket: int) -> worker_pb2.Submit:
 
 
 def decode_request(message: worker_pb2.Submit) -> GenerateRequest:
+    remaining_s = optional(message, "remaining_s")
     return GenerateRequest(
         id=message.request_id,
         tenant=message.tenant,
@@ -214,7 +216,7 @@ def decode_request(message: worker_pb2.Submit) -> GenerateRequest:
             fixed=decode_pool(message.fixed) if message.HasField("fixed") else None,
             drift=decode_drift(message.pool),
         ),
-        deadline_unix_s=optional(message, "deadline_unix_s"),
+        deadline_s=None if remaining_s is None else time.monotonic() + remaining_s,
         predicted=decode_pool(message.predicted) if message.HasField("predicted") else None,
         traceparent=message.traceparent or None,
         tracestate=message.tracestate or None,

@@ -12,7 +12,7 @@ from pager.routing.pool import pick_pool
 from pager.types import PoolSize
 from router_service import decode, encode
 from router_service.access_log import tell
-from router_service.gate import Context, Gate, deadline_unix_s
+from router_service.gate import Context, Gate, deadline_of
 from router_service.intake import Intake
 from router_service.pool_store import PoolStore, name_in_use
 from router_service.ports import ModelInfo
@@ -37,7 +37,7 @@ class NamedPools:
         ask = decode.calibrate_ask(wire, self._model, default)
         method = self._method(ask.method)
         tell(pool=f"named:{ask.name}")
-        deadline_unix_s(context)
+        deadline_of(context)
         with self._gate.admit(tenant, wire.ByteSize()) as ticket:
             if not ask.replaces:
                 await self._check_free(tenant, ask.name)  # before the work; `add` has the last word

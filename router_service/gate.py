@@ -42,16 +42,16 @@ def refusing() -> Iterator[None]:
         raise
 
 
-def deadline_unix_s(context: Context) -> float | None:
-    """When the call's deadline passes. Raises DeadlineExceeded if it has."""
+def deadline_of(context: Context) -> float | None:
+    """When the call's deadline passes, on the monotonic clock. Raises DeadlineExceeded if it has."""
     remaining_s = context.time_remaining()
     if remaining_s is None:
         return None
     with refusing():
         if remaining_s > 0:
-            return time.time() + remaining_s
+            return time.monotonic() + remaining_s
         raise DeadlineExceeded("the deadline was past when the request arrived; allow more time")
 
 
-def remaining_s(deadline_unix_s: float | None) -> float | None:
-    return None if deadline_unix_s is None else deadline_unix_s - time.time()
+def remaining_s(deadline_s: float | None) -> float | None:
+    return None if deadline_s is None else deadline_s - time.monotonic()

@@ -30,7 +30,7 @@ class Intake:
         self._hints = hints
         self._pools = pools
 
-    async def request(self, ask: Ask, tenant: str, deadline_unix_s: float | None) -> GenerateRequest:
+    async def request(self, ask: Ask, tenant: str, deadline_s: float | None) -> GenerateRequest:
         prompt = await self.prompt(tenant, ask.prompt)
         return GenerateRequest(
             id=ask.id,
@@ -38,7 +38,7 @@ class Intake:
             prompt_token_ids=prompt,
             sampling=self._sampling(ask, len(prompt)),
             pool=await self.policy(ask.pool, tenant),
-            deadline_unix_s=deadline_unix_s,
+            deadline_s=deadline_s,
         )
 
     async def prompt(self, tenant: str, prompt: Prompt) -> tuple[int, ...]:

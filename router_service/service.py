@@ -21,7 +21,7 @@ from router_service.admission import Admission
 from router_service.calibration import NamedPools
 from router_service.decode_pools import PoolByName, pool_policy
 from router_service.dispatch import Placement, check_deadline, place
-from router_service.gate import Context, Gate, deadline_unix_s, refusing, remaining_s
+from router_service.gate import Context, Gate, deadline_of, refusing, remaining_s
 from router_service.hints import HintStore
 from router_service.intake import Intake
 from router_service.message_bounds import MessageBounds
@@ -80,7 +80,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         request_id.set(ask.id)
         note(request_id=ask.id)
         tell(pool=pool_label(ask.pool))
-        deadline_s = deadline_unix_s(context)
+        deadline_s = deadline_of(context)
         with self._gate.admit(tenant, wire.ByteSize()) as ticket:
             async with self._claimed(ask.id, tenant):
                 request = await self._intake.request(ask, tenant, deadline_s)
@@ -125,7 +125,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
             with nullcontext() if lost else refusing():
                 placement = self._place(prediction.pool, lost)
                 is_known = request.pool.source is not PoolSource.PREFILL  # else the pool is a guess
-                check_deadline(placement.least_paging_s if is_known else 0.0, remaining_s(request.deadline_unix_s))
+                check_deadline(placement.least_paging_s if is_known else 0.0, remaining_s(request.deadline_s))
             try:
                 return await self._answer(request, placement, context, meter)
             except (WorkerLost, NotReady):  # gone, or about to go
@@ -185,7 +185,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         asked = decode.prompt(wire, backend.model)
         asked_pool = pool_policy(wire.pool, backend.model, backend.default_pool)
         tell(pool=pool_label(asked_pool))
-        deadline_unix_s(context)
+        deadline_of(context)
         with self._gate.admit(tenant, wire.ByteSize()) as ticket:
             prompt = await self._intake.prompt(tenant, asked)
             tell(prompt_tokens=len(prompt))

@@ -1,6 +1,7 @@
 """What a worker and a router tell each other survives the wire, field by field."""
 
 import dataclasses
+import time
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,6 @@ requests = st.builds(
     pool=st.builds(
         PoolPolicy, size=sizes, source=st.sampled_from(PoolSource), fixed=st.none() | pools, drift=st.none() | drifts
     ),
-    deadline_unix_s=st.none() | finite,
     predicted=st.none() | pools,
     traceparent=st.none() | st.text(min_size=1, max_size=8),
     tracestate=st.none() | st.text(min_size=1, max_size=8),
@@ -103,6 +103,19 @@ usages = st.builds(
 def test_a_request_survives(request: GenerateRequest) -> None:
     data = wire.encode_request(request, 7).SerializeToString()
     assert wire.decode_request(pb.Submit.FromString(data)) == request
+
+
+@pytest.mark.parametrize("ahead_s", [-3e6, 0.0, 3e6])
+def test_what_is_left_of_a_deadline_survives_on_another_clock(monkeypatch: pytest.MonkeyPatch, ahead_s: float) -> None:
+    clock_s = time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("that clock may be set"))
+    monkeypatch.setattr(time, "monotonic", lambda: clock_s)
+    sampling = SamplingParams(max_tokens=1)
+    request = GenerateRequest("a", "t", (1,), sampling, PoolPolicy(), deadline_s=clock_s + 5)
+    data = wire.encode_request(request, 7).SerializeToString()
+    clock_s += ahead_s  # of the machine that it comes to
+    found = wire.decode_request(pb.Submit.FromString(data))
+    assert found.deadline_s == pytest.approx(clock_s + 5)
 
 
 @given(st.builds(TokenChunk, st.text(), st.lists(counts).map(tuple), st.text(), st.none() | usages), requests)

@@ -99,13 +99,13 @@ class Engine:
         """
         self._intake.check(request)
         now_s, deadline_s = time.monotonic(), math.inf
-        if request.deadline_unix_s is not None:
-            left_s = request.deadline_unix_s - time.time()
+        if request.deadline_s is not None:
+            left_s = request.deadline_s - now_s
             if not left_s > 0:
                 raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the request came", field="deadline")
             if len(self._line):
                 self._clock.check(self.status().waiting, left_s)
-            deadline_s = now_s + left_s
+            deadline_s = request.deadline_s
         with panics_as_errors():
             sequence = Sequence(request, self._texts, now_s, deadline_s)
         if sequence.policy.fixed is not None:

@@ -62,7 +62,7 @@ class Driver:
 
     def submit(self, prompt: Sequence[int], pool: PoolPolicy | None = None, **options: Any) -> str:
         """Options of SamplingParams and GenerateRequest, by name."""
-        names = ("tenant", "id", "deadline_unix_s", "predicted")
+        names = ("tenant", "id", "deadline_s", "predicted")
         fields = {name: options.pop(name) for name in names if name in options}
         fields.setdefault("id", f"request-{next(self._numbers)}")
         fields.setdefault("tenant", "t")

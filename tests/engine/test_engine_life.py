@@ -89,16 +89,33 @@ def test_waiting_requests_can_be_cancelled_by_their_tenant_only(make_driver, ran
 
 def test_a_deadline_ends_running_and_waiting_requests(make_driver, random_prompt) -> None:
     driver = make_driver(12)
-    deadline = time.time() + 2  # they have to be submitted before
-    running = driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=200, deadline_unix_s=deadline)
-    waiting = driver.submit(random_prompt(2, 20), PoolPolicy(Count(3)), max_tokens=2, deadline_unix_s=deadline)
-    patient = driver.submit(random_prompt(3, 20), PoolPolicy(Count(3)), max_tokens=2, deadline_unix_s=deadline + 3600)
+    deadline = time.monotonic() + 2  # they have to be submitted before
+    running = driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=200, deadline_s=deadline)
+    waiting = driver.submit(random_prompt(2, 20), PoolPolicy(Count(3)), max_tokens=2, deadline_s=deadline)
+    patient = driver.submit(random_prompt(3, 20), PoolPolicy(Count(3)), max_tokens=2, deadline_s=deadline + 3600)
     driver.engine.step()
-    time.sleep(max(0.0, deadline - time.time()) + 0.01)
+    time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
     driver.finish()
     assert isinstance(driver.failures[running], DeadlineExceeded)
     assert isinstance(driver.failures[waiting], DeadlineExceeded)
     assert driver.usage(patient).finish_reason is FinishReason.LENGTH
+    driver.assert_nothing_held()
+
+
+@pytest.mark.parametrize("jump_s", [-86_400, 86_400])
+def test_a_clock_that_is_set_moves_no_deadline(make_driver, random_prompt, monkeypatch, jump_s: int) -> None:
+    driver = make_driver(24)
+    before = driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=8, deadline_s=time.monotonic() + 600)
+    driver.engine.step()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+    after = driver.submit(random_prompt(2, 20), PoolPolicy(Count(3)), max_tokens=8, deadline_s=time.monotonic() + 600)
+    soon = driver.submit(random_prompt(3, 20), PoolPolicy(Count(3)), max_tokens=8, deadline_s=time.monotonic() + 0.3)
+    time.sleep(0.31)
+    driver.finish()
+    assert [len(driver.tokens(each)) for each in (before, after)] == [8, 8]
+    assert isinstance(driver.failures[soon], DeadlineExceeded)
+    assert 0 <= driver.usage(before).time_to_first_token_s < 600
     driver.assert_nothing_held()
 
 
@@ -190,8 +207,8 @@ def test_an_expert_that_turns_out_damaged_while_decoding_fails_only_who_needs_it
         ({"pool": PoolPolicy(Full(), PoolSource.FIXED, ExpertPool(((15, 16, 17),) * 4))}, InvalidRequest, "pool.fixed"),
         ({"pool": PoolPolicy(Full(), PoolSource.FIXED, ExpertPool(((1, 2, 3),)))}, InvalidRequest, "pool.fixed"),
         ({"pool": PoolPolicy(Count(4), PoolSource.PREDICTION)}, InvalidRequest, "pool.source"),
-        ({"deadline_unix_s": 1.0}, DeadlineExceeded, "deadline"),
-        ({"deadline_unix_s": float("nan")}, DeadlineExceeded, "deadline"),
+        ({"deadline_s": 1.0}, DeadlineExceeded, "deadline"),
+        ({"deadline_s": float("nan")}, DeadlineExceeded, "deadline"),
     ],
 )
 def test_what_can_not_be_served_is_refused_at_once_and_the_next_request_works(
@@ -235,19 +252,19 @@ def test_a_deadline_that_the_line_can_not_meet_is_refused_and_others_are_not(mak
     driver = make_driver(max_running=1, max_waiting=100)
     for number in range(40):
         driver.submit(random_prompt(number, 8), max_tokens=8)
-    driver.submit([1], max_tokens=1, deadline_unix_s=time.time() + 0.5)  # nobody has been admitted: nothing is known
+    driver.submit([1], max_tokens=1, deadline_s=time.monotonic() + 0.5)  # nobody has been admitted: nothing is known
     while driver.engine.status().waiting > 30:
         driver.engine.step()
     status = driver.engine.status()
     assert status.place_s is not None
     turn_s = status.waiting * status.place_s
     with pytest.raises(DeadlineExceeded, match="30 requests are in line"):
-        driver.submit([1], max_tokens=1, deadline_unix_s=time.time() + 0.5 * turn_s)
-    patient = driver.submit([1], max_tokens=1, deadline_unix_s=time.time() + 300)
+        driver.submit([1], max_tokens=1, deadline_s=time.monotonic() + 0.5 * turn_s)
+    patient = driver.submit([1], max_tokens=1, deadline_s=time.monotonic() + 300)
     driver.finish()
     assert len(driver.tokens(patient)) == 1
     assert driver.engine.status().place_s is None, "what the line was like says nothing about the next one"
-    driver.submit([1], max_tokens=1, deadline_unix_s=time.time() + 0.5)
+    driver.submit([1], max_tokens=1, deadline_s=time.monotonic() + 0.5)
     driver.finish()
 
 
@@ -330,7 +347,7 @@ def test_nothing_is_left_after_two_hundred_requests_of_all_kinds(make_driver, ra
         )
         options: dict[str, object] = {"max_tokens": chance.randint(1, 12), "temperature": chance.choice([0.0, 1.0])}
         if number % 10 == 0:
-            options["deadline_unix_s"] = time.time() + chance.random()
+            options["deadline_s"] = time.monotonic() + chance.random()
         if number % 3 == 0:
             options["predicted"] = random_pool(seed + 1, 4)
         with suppress(DeadlineExceeded):  # it may pass on the way

@@ -90,7 +90,7 @@ async def test_the_worker_gets_the_request_with_its_prediction(service):
     assert (request.sampling.seed, request.sampling.stop, request.sampling.ignore_eos) == (3, ("x",), True)
     assert (request.pool.size.mass, request.pool.size.cap, request.pool.source) == (0.5, 4, "prediction")
     assert request.predicted is not None
-    assert request.deadline_unix_s is not None
+    assert request.deadline_s is not None
     assert messages[-1].usage.HasField("pool")
     assert not messages[-1].usage.HasField("predicted_recall")  # the prediction is the pool
     assert service.metric("recall_ratio_count", source="trunk") == 0
@@ -102,7 +102,7 @@ async def test_all_experts_need_no_prediction(service):
     assert messages[-1].usage.mode == pb.ANSWER_MODE_EXACT
     assert not messages[-1].usage.HasField("pool")
     assert service.scorer.num_calls == 0
-    assert service.cluster.received[0][1].deadline_unix_s is None
+    assert service.cluster.received[0][1].deadline_s is None
 
 
 async def test_an_observed_pool_replaces_the_pass(service):

@@ -66,7 +66,7 @@ async def test_the_deadline_reaches_the_worker_and_ends_the_call(service):
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: service.cluster.cancelled == ["late"])
     await until(lambda: is_idle(service))
-    assert service.cluster.received[0][1].deadline_unix_s is not None
+    assert service.cluster.received[0][1].deadline_s is not None
 
 
 async def test_a_deadline_that_paging_can_not_meet_is_refused_at_once(service):

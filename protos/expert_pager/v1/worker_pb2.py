@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from expert_pager.v1 import expert_pager_pb2 as expert__pager_dot_v1_dot_expert__pager__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpert_pager/v1/worker.proto\x12\x16\x65xpert_pager.worker.v1\x1a\"expert_pager/v1/expert_pager.proto\"x\n\x07\x43ommand\x12\x30\n\x06submit\x18\x01 \x01(\x0b\x32\x1e.expert_pager.worker.v1.SubmitH\x00\x12\x30\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1e.expert_pager.worker.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xf0\x02\n\x06Submit\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12)\n\x06prompt\x18\x04 \x01(\x0b\x32\x19.expert_pager.v1.TokenIds\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.expert_pager.v1.SamplingParams\x12)\n\x04pool\x18\x06 \x01(\x0b\x32\x1b.expert_pager.v1.PoolPolicy\x12$\n\x05\x66ixed\x18\x07 \x01(\x0b\x32\x15.expert_pager.v1.Pool\x12\x1c\n\x0f\x64\x65\x61\x64line_unix_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12(\n\tpredicted\x18\t \x01(\x0b\x32\x15.expert_pager.v1.Pool\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x12\n\ntracestate\x18\x0b \x01(\tB\x12\n\x10_deadline_unix_s\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\"j\n\x04Push\x12,\n\x04step\x18\x01 \x01(\x0b\x32\x1c.expert_pager.worker.v1.StepH\x00\x12,\n\x04load\x18\x02 \x01(\x0b\x32\x1c.expert_pager.worker.v1.LoadH\x00\x42\x06\n\x04push\"h\n\x04Step\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.expert_pager.worker.v1.Chunk\x12\x31\n\x08\x66\x61ilures\x18\x02 \x03(\x0b\x32\x1f.expert_pager.worker.v1.Failure\"_\n\x05\x43hunk\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.expert_pager.v1.Usage\"X\n\x07\x46\x61ilure\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12,\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1d.expert_pager.worker.v1.Error\x12\x0f\n\x07refused\x18\x03 \x01(\x08\"\xdb\x01\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05\x66ield\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x37\n\x05\x66\x61\x63ts\x18\x05 \x03(\x0b\x32(.expert_pager.worker.v1.Error.FactsEntry\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x08\n\x06_fieldB\x10\n\x0e_retry_after_s\"\x8c\x02\n\x04Load\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x10\n\x08resident\x18\x03 \x03(\x0c\x12\x1b\n\x13page_in_bytes_per_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0b\x65xperts_hit\x18\x06 \x01(\x04\x12\x16\n\x0e\x65xperts_missed\x18\x07 \x01(\x04\x12\x17\n\x0f\x62ytes_from_disk\x18\x08 \x01(\x04\x12\x17\n\x0f\x62ytes_from_host\x18\t \x01(\x04\x12 \n\x18peak_page_in_bytes_per_s\x18\n \x01(\x01\x12\x14\n\x07place_s\x18\x0b \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_place_s\"2\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xa8\x01\n\x06Worker\x12K\n\x06\x41ttach\x12\x1f.expert_pager.worker.v1.Command\x1a\x1c.expert_pager.worker.v1.Push(\x01\x30\x01\x12Q\n\x05\x41\x62ort\x12$.expert_pager.worker.v1.AbortRequest\x1a\".expert_pager.worker.v1.AbortReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpert_pager/v1/worker.proto\x12\x16\x65xpert_pager.worker.v1\x1a\"expert_pager/v1/expert_pager.proto\"x\n\x07\x43ommand\x12\x30\n\x06submit\x18\x01 \x01(\x0b\x32\x1e.expert_pager.worker.v1.SubmitH\x00\x12\x30\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1e.expert_pager.worker.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xe8\x02\n\x06Submit\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12)\n\x06prompt\x18\x04 \x01(\x0b\x32\x19.expert_pager.v1.TokenIds\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.expert_pager.v1.SamplingParams\x12)\n\x04pool\x18\x06 \x01(\x0b\x32\x1b.expert_pager.v1.PoolPolicy\x12$\n\x05\x66ixed\x18\x07 \x01(\x0b\x32\x15.expert_pager.v1.Pool\x12\x18\n\x0bremaining_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12(\n\tpredicted\x18\t \x01(\x0b\x32\x15.expert_pager.v1.Pool\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x12\n\ntracestate\x18\x0b \x01(\tB\x0e\n\x0c_remaining_s\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\"j\n\x04Push\x12,\n\x04step\x18\x01 \x01(\x0b\x32\x1c.expert_pager.worker.v1.StepH\x00\x12,\n\x04load\x18\x02 \x01(\x0b\x32\x1c.expert_pager.worker.v1.LoadH\x00\x42\x06\n\x04push\"h\n\x04Step\x12-\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1d.expert_pager.worker.v1.Chunk\x12\x31\n\x08\x66\x61ilures\x18\x02 \x03(\x0b\x32\x1f.expert_pager.worker.v1.Failure\"_\n\x05\x43hunk\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12%\n\x05usage\x18\x04 \x01(\x0b\x32\x16.expert_pager.v1.Usage\"X\n\x07\x46\x61ilure\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12,\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1d.expert_pager.worker.v1.Error\x12\x0f\n\x07refused\x18\x03 \x01(\x08\"\xdb\x01\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05\x66ield\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x37\n\x05\x66\x61\x63ts\x18\x05 \x03(\x0b\x32(.expert_pager.worker.v1.Error.FactsEntry\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x08\n\x06_fieldB\x10\n\x0e_retry_after_s\"\x8c\x02\n\x04Load\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x10\n\x08resident\x18\x03 \x03(\x0c\x12\x1b\n\x13page_in_bytes_per_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x13\n\x0b\x65xperts_hit\x18\x06 \x01(\x04\x12\x16\n\x0e\x65xperts_missed\x18\x07 \x01(\x04\x12\x17\n\x0f\x62ytes_from_disk\x18\x08 \x01(\x04\x12\x17\n\x0f\x62ytes_from_host\x18\t \x01(\x04\x12 \n\x18peak_page_in_bytes_per_s\x18\n \x01(\x01\x12\x14\n\x07place_s\x18\x0b \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_place_s\"2\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\x1b\n\nAbortReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\x32\xa8\x01\n\x06Worker\x12K\n\x06\x41ttach\x12\x1f.expert_pager.worker.v1.Command\x1a\x1c.expert_pager.worker.v1.Push(\x01\x30\x01\x12Q\n\x05\x41\x62ort\x12$.expert_pager.worker.v1.AbortRequest\x1a\".expert_pager.worker.v1.AbortReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,27 +37,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMAND']._serialized_start=92
   _globals['_COMMAND']._serialized_end=212
   _globals['_SUBMIT']._serialized_start=215
-  _globals['_SUBMIT']._serialized_end=583
-  _globals['_CANCEL']._serialized_start=585
-  _globals['_CANCEL']._serialized_end=609
-  _globals['_PUSH']._serialized_start=611
-  _globals['_PUSH']._serialized_end=717
-  _globals['_STEP']._serialized_start=719
-  _globals['_STEP']._serialized_end=823
-  _globals['_CHUNK']._serialized_start=825
-  _globals['_CHUNK']._serialized_end=920
-  _globals['_FAILURE']._serialized_start=922
-  _globals['_FAILURE']._serialized_end=1010
-  _globals['_ERROR']._serialized_start=1013
-  _globals['_ERROR']._serialized_end=1232
-  _globals['_ERROR_FACTSENTRY']._serialized_start=1160
-  _globals['_ERROR_FACTSENTRY']._serialized_end=1204
-  _globals['_LOAD']._serialized_start=1235
-  _globals['_LOAD']._serialized_end=1503
-  _globals['_ABORTREQUEST']._serialized_start=1505
-  _globals['_ABORTREQUEST']._serialized_end=1555
-  _globals['_ABORTREPLY']._serialized_start=1557
-  _globals['_ABORTREPLY']._serialized_end=1584
-  _globals['_WORKER']._serialized_start=1587
-  _globals['_WORKER']._serialized_end=1755
+  _globals['_SUBMIT']._serialized_end=575
+  _globals['_CANCEL']._serialized_start=577
+  _globals['_CANCEL']._serialized_end=601
+  _globals['_PUSH']._serialized_start=603
+  _globals['_PUSH']._serialized_end=709
+  _globals['_STEP']._serialized_start=711
+  _globals['_STEP']._serialized_end=815
+  _globals['_CHUNK']._serialized_start=817
+  _globals['_CHUNK']._serialized_end=912
+  _globals['_FAILURE']._serialized_start=914
+  _globals['_FAILURE']._serialized_end=1002
+  _globals['_ERROR']._serialized_start=1005
+  _globals['_ERROR']._serialized_end=1224
+  _globals['_ERROR_FACTSENTRY']._serialized_start=1152
+  _globals['_ERROR_FACTSENTRY']._serialized_end=1196
+  _globals['_LOAD']._serialized_start=1227
+  _globals['_LOAD']._serialized_end=1495
+  _globals['_ABORTREQUEST']._serialized_start=1497
+  _globals['_ABORTREQUEST']._serialized_end=1547
+  _globals['_ABORTREPLY']._serialized_start=1549
+  _globals['_ABORTREPLY']._serialized_end=1576
+  _globals['_WORKER']._serialized_start=1579
+  _globals['_WORKER']._serialized_end=1747
 # @@protoc_insertion_point(module_scope)

@@ -16,7 +16,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "deadline_unix_s", "predicted", "traceparent", "tracestate")
+    __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "remaining_s", "predicted", "traceparent", "tracestate")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -24,7 +24,7 @@ class Submit(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     FIXED_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
@@ -35,11 +35,11 @@ class Submit(_message.Message):
     sampling: _expert_pager_pb2.SamplingParams
     pool: _expert_pager_pb2.PoolPolicy
     fixed: _expert_pager_pb2.Pool
-    deadline_unix_s: float
+    remaining_s: float
     predicted: _expert_pager_pb2.Pool
     traceparent: str
     tracestate: str
-    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt: _Optional[_Union[_expert_pager_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_expert_pager_pb2.SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[_expert_pager_pb2.PoolPolicy, _Mapping]] = ..., fixed: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., deadline_unix_s: _Optional[float] = ..., predicted: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt: _Optional[_Union[_expert_pager_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_expert_pager_pb2.SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[_expert_pager_pb2.PoolPolicy, _Mapping]] = ..., fixed: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., remaining_s: _Optional[float] = ..., predicted: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket",)

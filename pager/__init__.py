@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,11 +16,55 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load_model"]
 __version__ = "0.1.0"
 
+# torch and transformers take seconds to import; `import pager` alone should not. What needs them comes when it is used.
+
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import; `import pager` alone should not.
     if name == "load_model":
         from pager.engine.library import load_model
 
         return load_model
     raise AttributeError(f"module 'pager' has no attribute {name!r}")
+
+
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+_EMO = "transformers.models.emo"
+
+
+class _EmoInTransformers(MetaPathFinder, Loader):
+    """Has transformers find EMO where it looks for its own models, so that `AutoConfig`, `AutoTokenizer` and `pipeline`
+    know it from `import pager` on, in whatever order the two are imported."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name == _EMO:
+            return ModuleSpec(name, self)
+        if name == _AUTO_CONFIG:
+            return _then_add_emo(PathFinder.find_spec(name, path, target))
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Of `_EMO`: importing `pager.models` registers EMO with all that it needs."""
+        sys.modules[_EMO] = import_module("pager.models")
+
+
+def _then_add_emo(spec: ModuleSpec | None) -> ModuleSpec | None:
+    if spec is not None and spec.loader is not None:
+        run = spec.loader.exec_module
+
+        def run_and_add(module: ModuleType) -> None:
+            run(module)
+            _add_emo(module)
+
+        spec.loader.exec_module = run_and_add  # type: ignore[method-assign]
+    return spec
+
+
+def _add_emo(configuration_auto: Any) -> None:
+    configuration_auto.CONFIG_MAPPING_NAMES.setdefault("emo", "EmoConfig")
+
+
+sys.meta_path.insert(0, _EmoInTransformers())
+if _AUTO_CONFIG in sys.modules:
+    _add_emo(sys.modules[_AUTO_CONFIG])

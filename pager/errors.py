@@ -3,6 +3,10 @@
 `reason` is the machine-readable name that crosses the wire (google.rpc.ErrorInfo.reason); `retryable` says whether the
 same call can succeed later without a change; `field` names the request field at fault, where there is one. The mapping
 to gRPC status codes is a table in `router_service.status`.
+
+What transformers raises for the same mistake is a base, too: `except ValueError` catches a value that cannot be used,
+`except OSError` files that are missing or damaged. Within this project either of them, around code that raises a
+PagerError, needs `except PagerError: raise` before it.
 """
 
 from __future__ import annotations
@@ -47,13 +51,13 @@ def _rebuild(kind: type[PagerError], state: dict[str, object]) -> PagerError:
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
-class InvalidRequest(PagerError):
+class InvalidRequest(PagerError, ValueError):
     """A field of the request is out of its legal range."""
 
     reason = "INVALID_ARGUMENT"
 
 
-class PromptTooLong(PagerError):
+class PromptTooLong(PagerError, ValueError):
     """The prompt (or prompt plus max_tokens) exceeds the context or the KV budget."""
 
     reason = "PROMPT_TOO_LONG"
@@ -102,13 +106,13 @@ class PoolStoreUnavailable(PagerError):
     retryable = True
 
 
-class PoolTooSmall(PagerError):
+class PoolTooSmall(PagerError, ValueError):
     """The pool has fewer routed experts than the router picks for one token."""
 
     reason = "POOL_TOO_SMALL"
 
 
-class PoolTooLarge(PagerError):
+class PoolTooLarge(PagerError, ValueError):
     """The pool can never fit into the slots."""
 
     reason = "POOL_TOO_LARGE"
@@ -177,17 +181,17 @@ class NotReady(PagerError):
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-class CheckpointError(PagerError):
+class CheckpointError(PagerError, OSError):
     """The checkpoint is incomplete, truncated or not what its config says."""
 
     reason = "BAD_CHECKPOINT"
 
 
-class UnsupportedModel(PagerError):
+class UnsupportedModel(PagerError, ValueError):
     reason = "UNSUPPORTED_MODEL"
 
 
-class ExpertUnavailable(PagerError):
+class ExpertUnavailable(PagerError, OSError):
     """An expert's weights can be had from no tier; the one sequence that needs it fails."""
 
     reason = "EXPERT_UNAVAILABLE"
@@ -215,11 +219,11 @@ class ChecksumMismatch(ExpertUnavailable):
 # --- operation ------------------------------------------------------------------------------------------------------
 
 
-class ConfigError(PagerError):
+class ConfigError(PagerError, ValueError):
     reason = "BAD_CONFIG"
 
 
-class BudgetError(PagerError):
+class BudgetError(PagerError, ValueError):
     """A memory budget is too small to run one token, or larger than the machine."""
 
     reason = "BAD_BUDGET"

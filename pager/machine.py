@@ -47,9 +47,20 @@ class Machine:
         kind, _, index = device.partition(":")
         if kind == "cpu":
             return cls(free, device, shared)
-        if kind != "cuda":
-            raise ConfigError(f"device must be 'cpu' or 'cuda', not {device!r}")
+        if kind != "cuda" or not (index.isdecimal() or device == kind):
+            raise ConfigError(
+                f"device must be 'cpu' or 'cuda', not {device!r}; 'cuda:1' is the second GPU, 'auto' one if it is there"
+            )
         return cls(_free_gpu_memory(device, int(index or 0)), device, shared)
+
+
+def resolve_device(device: object) -> str:
+    """The device's name, from a name or a `torch.device`; "auto" is a GPU where there is one."""
+    if device != "auto":
+        return str(device)
+    import torch  # slow to import, and not needed for a device that is named
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 from pager.errors import BudgetError
 from pager.machine import Machine
 from pager.needs import KV_BLOCK_TOKENS, Needs
-from pager.units import format_bytes, parse_bytes, parse_bytes_or_share
+from pager.units import format_bytes, or_percent, parse_bytes, parse_bytes_or_share
 
 __all__ = ["Budgets", "Machine", "Needs", "Plan", "describe", "plan"]
 
@@ -201,7 +201,7 @@ def _asked_slots(needs: Needs, budgets: Budgets, machine: Machine) -> int | None
         raise BudgetError(
             f"expert_memory {budgets.expert_memory!r} is {format_bytes(asked)} and holds {num_slots} experts; one "
             f"token needs {needs.smallest_num_slots} of a layer at once: give at least {smallest} bytes "
-            f"({format_bytes(smallest)})"
+            f"({format_bytes(smallest)}){or_percent(budgets.expert_memory)}"
         )
     return num_slots
 
@@ -228,7 +228,13 @@ def _asked_host_records(needs: Needs, budgets: Budgets, machine: Machine) -> int
         return 0
     asked = parse_bytes_or_share(budgets.host_memory, needs.routed_bytes)
     _check_machine("host_memory", budgets.host_memory, asked, machine.host_bytes, "free shared memory (/dev/shm)")
-    return min(asked // needs.expert_bytes, needs.num_routed) if needs.expert_bytes else 0
+    num_records = min(asked // needs.expert_bytes, needs.num_routed) if needs.expert_bytes else 0
+    if needs.num_routed and not num_records:
+        raise BudgetError(
+            f"host_memory {budgets.host_memory!r} is {format_bytes(asked)} and holds no expert of "
+            f"{needs.expert_bytes} bytes; give at least as many, or 0 for no host tier{or_percent(budgets.host_memory)}"
+        )
+    return num_records
 
 
 def _default_host_records(needs: Needs, machine: Machine) -> int:

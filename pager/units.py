@@ -49,8 +49,17 @@ def parse_bytes_or_share(value: str | int | float, whole: int) -> int:
     if share is None:
         return parse_bytes(value)  # type: ignore[arg-type]
     if not 0 < share <= 1:
-        raise ConfigError(f"a share of the experts lies above 0 and at most at 100%, not {value!r}")
+        raise ConfigError(f"a share of the experts lies above 0 and at most at 100%, not {value!r}{or_percent(value)}")
     return int(share * whole)
+
+
+def or_percent(value: object) -> str:
+    """The end of a message about `value`, where it is a number that reads like percent: 25, 25.0 or "25"."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        return ""
+    return f"; did you mean '{number:g}%'?" if 1 < number <= 100 else ""
 
 
 def format_bytes(size: int) -> str:

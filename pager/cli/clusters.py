@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pager.cli.extras import eval_extra
-from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath, resolve_device
+from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath
 from pager.cli.output import busy, out, print_json
 from pager.errors import InvalidRequest, PagerError
+from pager.machine import resolve_device
 from pager.units import format_bytes
 
 if TYPE_CHECKING:

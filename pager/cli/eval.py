@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pager.cli.extras import eval_extra
-from pager.cli.options import AsJson, Device, ExpertMemory, ModelPath, resolve_device
+from pager.cli.options import AsJson, Device, ExpertMemory, ModelPath
 from pager.cli.output import busy, err, out, print_table
 from pager.errors import InvalidRequest
+from pager.machine import resolve_device
 from pager.units import format_bytes
 
 if TYPE_CHECKING:

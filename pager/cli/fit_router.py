@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath, resolve_device
+from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath
 from pager.cli.output import busy, out, print_json, steps_progress
 from pager.errors import InvalidRequest
+from pager.machine import resolve_device
 from pager.reading import read_documents
 from pager.units import format_bytes
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, HostMemory, KvMemory, ModelPath, resolve_device
+from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, HostMemory, KvMemory, ModelPath
 from pager.cli.output import out, print_facts, print_json, print_table
 from pager.errors import PoolTooSmall
+from pager.machine import resolve_device
 from pager.needs import Needs
 from pager.planner import Budgets, Machine, Plan, describe
 from pager.planner import plan as make_plan

@@ -37,11 +37,3 @@ Pool = Annotated[
         metavar="SIZE",
     ),
 ]
-
-
-def resolve_device(device: str) -> str:
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

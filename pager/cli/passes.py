@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from pager.cli.options import resolve_device
 from pager.config import RouterConfig
 from pager.engine.fitted_router import FittedRouter
 from pager.engine.trunk import OpenModel
 from pager.engine.trunk_router import TrunkRouter
 from pager.errors import ConfigError
+from pager.machine import resolve_device
 from pager.routing.fitted import ROUTER_NAME, LexicalRouter, RouterFile
 from router_service.ports import Scorer
 from router_service.scoring import Passes

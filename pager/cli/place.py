@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from pager.cli.extras import serve_extra
-from pager.cli.options import resolve_device
 from pager.cli.tls import ClientTls
 from pager.errors import ConfigError, InvalidRequest, UnknownPool
+from pager.machine import resolve_device
 
 if TYPE_CHECKING:
     from pager.cli.local import Local

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pager import __version__, tracing
-from pager.cli.options import resolve_device
 from pager.cli.passes import build_passes, load_first
 from pager.cluster.cluster import Cluster, RayLost
 from pager.cluster.views import ModelView
@@ -27,7 +26,7 @@ from pager.config import RouterConfig, ServiceConfig
 from pager.engine.loading import needs_of
 from pager.engine.trunk import OpenModel
 from pager.errors import ConfigError, PoolTooLarge, PortInUse
-from pager.machine import Machine
+from pager.machine import Machine, resolve_device
 from pager.metrics import MetricsServer
 from pager.planner import Budgets, plan
 from pager.routing.drift import parse_drift

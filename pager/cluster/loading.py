@@ -22,7 +22,7 @@ from pager.engine.interface import EngineLimits
 from pager.engine.loading import PagedModel, load_paged_model
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
-from pager.machine import Machine
+from pager.machine import Machine, resolve_device
 from pager.metrics import TierBytes
 from pager.planner import Budgets, describe
 from pager.tokenizing import read_tokenizer
@@ -85,9 +85,7 @@ def _paging(stats: CacheStats) -> PagingTotals:
 
 def device_of(workers: WorkerConfig) -> str:
     """Ray shows a worker the GPU it gave it, and no other."""
-    if workers.device != "auto":
-        return workers.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return resolve_device(workers.device)
 
 
 def _trace_file(workers: WorkerConfig) -> Path | None:

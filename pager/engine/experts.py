@@ -9,6 +9,7 @@ import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -90,8 +91,29 @@ class LayerExperts:
 
 def experts_in_slots(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The function registered with transformers."""
+    if torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad):
+        return _Forward.apply(module, hidden_TD, index_TK, weights_TK)  # type: ignore[no-untyped-call, no-any-return]
     layer: LayerExperts = module.paging
     return layer.run(module, hidden_TD, index_TK, weights_TK)
+
+
+class _Forward(torch.autograd.Function):
+    """Experts in a forward that autograd records, as one with an adapter's weights is; there is no way back.
+
+    By the time of a backward the slots hold other experts, which autograd would not notice.
+    """
+
+    @staticmethod
+    def forward(_: Any, module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        layer: LayerExperts = module.paging
+        return layer.run(module, hidden_TD, index_TK, weights_TK)
+
+    @staticmethod
+    def backward(*_: Any) -> NoReturn:
+        raise ConfigError(
+            "a paged model computes no gradients: its experts are replaced while it runs; train the whole model with "
+            "transformers, and load the result, or an adapter of its attention, here"
+        )
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_in_slots)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from difflib import get_close_matches
 from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -19,40 +22,48 @@ from pager.engine.experts import NO_COPIES
 from pager.engine.loading import PagedModel, load_paged_model
 from pager.engine.widening import answer_drift
 from pager.errors import ConfigError, InvalidRequest
+from pager.machine import resolve_device
 from pager.planner import NUM_READERS, Budgets
-from pager.routing.pool import parse_pool_size
-from pager.types import DriftPolicy, Full, PoolPolicy
+from pager.routing.drift import parse_drift
+from pager.routing.pool import largest_counts, parse_pool_size
+from pager.types import Bytes, Count, Counts, DriftPolicy, Full, PoolPolicy, PoolSize, RoutingFacts
+from pager.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
     path: str | Path,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     expert_memory: str | int | float | None = None,
     host_memory: str | int | float | None = None,
-    pool_size: str | int | None = None,
-    drift: DriftPolicy | None = None,
+    pool_size: str | int | float | None = None,
+    drift: DriftPolicy | str | float | None = None,
     policy: str = DEFAULT_POLICY,
     num_readers: int = NUM_READERS,
+    **of_transformers: Any,
 ) -> PreTrainedModel:
     """A transformers model whose routed experts live in at most `expert_memory` bytes of slots.
 
     `expert_memory` is bytes, "64MiB" or a share of all routed experts ("25%", 0.25); None lets the planner choose.
-    Shared experts belong to the trunk and are outside of it. `dtype` None serves in bfloat16; "auto" in the dtype of
-    the checkpoint.
+    Shared experts belong to the trunk and are outside of it. `dtype` None or "auto" is the checkpoint's, as in
+    transformers; a float32 checkpoint takes half the memory with "bfloat16". `device` "auto" is a GPU where there is
+    one. What else `from_pretrained` takes and this does not is answered by a ConfigError that says what to do.
 
     `pool_size` None is exact: the logits equal those of the unpaged model whatever the budget, up to rounding: what is
-    resident decides in which order experts are added up. 32 (routed experts a
-    layer), "12.5%" (of all experts, shared included) or "mass:0.9[:cap]" restricts each document to the pool that its
-    first forward chooses, layer by layer, frozen for what follows with the same cache. A row without a past starts a
-    document; padding (attention_mask) is left out.
+    resident decides in which order experts are added up. 32 (routed experts a layer), "12.5%" or 0.125 (of all experts,
+    shared included), "16,24,32" (a number for each layer), "64MiB" (shared out evenly over the layers) or
+    "mass:0.9[:cap]" restricts each document to the pool that its first forward chooses, layer by layer, frozen for what
+    follows with the same cache. A row without a past starts a document; padding (attention_mask) is left out.
 
-    With `drift`, forwards with a past measure the router mass outside of their documents' pools, whether they run one
-    token or several, and a pool may be widened, or its document become exact, between two of them.
+    With `drift` ("0.3", "0.3:exact", "0.3:widen:32" or a DriftPolicy), forwards with a past measure the router mass
+    outside of their documents' pools, whether they run one token or several, and a pool may be widened, or its document
+    become exact, between two of them.
 
     The model has one more attribute: `expert_paging` (a `PagedModel`: the pager with its statistics, the plan,
     `close()`). It stays as it was loaded: a forward after `half()` or `to(...)` has changed its dtype or device, and
@@ -60,24 +71,35 @@ def load_model(
     `with load_model(...) as model` closes it at the end.
 
     Any number of threads may run the model, each with caches of its own; their forwards take turns.
-    Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest.
+    Raises CheckpointError (an OSError); UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest
+    (ValueErrors).
     """
-    policy_of_rows = PoolPolicy(size=parse_pool_size(pool_size), drift=drift)
-    budgets = Budgets(expert_memory=expert_memory, host_memory=0 if host_memory is None else host_memory)
-    paged = load_paged_model(path, device=device, dtype=dtype, budgets=budgets, policy=policy, num_readers=num_readers)
+    _refuse_options(of_transformers)
+    drift = drift if isinstance(drift, DriftPolicy) else parse_drift(drift)
+    wanted = PoolPolicy(parse_pool_size(pool_size), drift=drift)
+    paged = load_paged_model(
+        path,
+        device=resolve_device(device),
+        dtype="auto" if dtype is None else dtype,
+        budgets=Budgets(expert_memory=expert_memory, host_memory=0 if host_memory is None else host_memory),
+        policy=policy,
+        num_readers=num_readers,
+    )
     try:
-        paged.check_policy(policy_of_rows)
+        forwards = LibraryForwards(paged, _policy_of_rows(paged, wanted))
     except Exception:
         paged.close()
         raise
     model = paged.model
-    forwards = LibraryForwards(paged, policy_of_rows)
     # The inner model, which every forward passes: `model(...)`, `model.generate(...)` and `model.model(...)`. Hooks
     # would not do: torch runs none of them after a forward that the keyboard interrupted.
     model.model.forward = forwards.around(model.model.forward)
     model.expert_paging = paged
     model.__class__ = _paged_class(model.__class__)
     return model
+
+
+_EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 class PagedCausalLM:
@@ -92,6 +114,31 @@ class PagedCausalLM:
         """Closes `expert_paging`: the model cannot run afterwards."""
         self.expert_paging.close()
 
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """What PEFT sets once it has put adapters into the model."""
+        try:
+            return self.__dict__["_peft_config"]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError("this model has no adapters") from None
+
+    @peft_config.setter
+    def peft_config(self, adapters: dict[str, Any]) -> None:
+        """Raises ConfigError for an adapter of experts: PEFT finds no such parameters here and leaves it out."""
+        for name, adapter in adapters.items():
+            targets = getattr(adapter, "target_parameters", None) or ()
+            paged = [target for target in targets if target.rpartition(".")[2] in _EXPERT_PARAMETERS]
+            if paged:
+                raise ConfigError(
+                    f"adapter {name!r} is for {', '.join(paged)}, and a paged model's experts take no adapters; merge "
+                    "it into the whole model with transformers, and load what that saves"
+                )
+        self.__dict__["_peft_config"] = adapters
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_peft_config", None)
+
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         raise ConfigError(
             "a paged model has not all its experts in memory and can not be saved; copy "
@@ -100,6 +147,86 @@ class PagedCausalLM:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(NO_COPIES)
+
+
+_ONE_DEVICE = "a paged model is on one device: give device='cuda', or device='auto' for a GPU where there is one"
+_LESS_MEMORY = "what does not fit is paged: give expert_memory, the most that routed experts may take ('25%', '8GiB')"
+_NO_QUANTIZATION = "weights are served as float32, bfloat16 or float16 (dtype); for less memory, lower expert_memory"
+_LOCAL = "a checkpoint is a folder on this machine; fetch it first, with huggingface_hub.snapshot_download"
+_ANSWERS = {
+    "torch_dtype": "it is called dtype here, as in transformers 5",
+    "device_map": _ONE_DEVICE,
+    "tp_plan": _ONE_DEVICE,
+    "max_memory": _LESS_MEMORY,
+    "offload_folder": _LESS_MEMORY,
+    "quantization_config": _NO_QUANTIZATION,
+    "load_in_8bit": _NO_QUANTIZATION,
+    "load_in_4bit": _NO_QUANTIZATION,
+    "trust_remote_code": "no code from a checkpoint is ever run; the family has to be a supported one",
+    "attn_implementation": "call model.set_attn_implementation(...) on what it returns",
+    "experts_implementation": "its experts are computed where they are paged to",
+    "low_cpu_mem_usage": "it never takes more than its plan (expert_paging.plan), so leave it out",
+    "use_safetensors": "it reads nothing else, so leave it out",
+    **dict.fromkeys(("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder"), _LOCAL),
+}
+
+
+def _refuse_options(options: Mapping[str, object]) -> None:
+    """Raises ConfigError for one of transformers', TypeError for one that nobody knows."""
+    for name in options:
+        if name in _ANSWERS:
+            raise ConfigError(f"load_model has no option {name}: {_ANSWERS[name]}")
+        near = get_close_matches(name, inspect.signature(load_model).parameters, 1)
+        raise TypeError(
+            f"load_model() got an unexpected keyword argument {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+
+
+def _policy_of_rows(paged: PagedModel, wanted: PoolPolicy) -> PoolPolicy:
+    """`wanted`, with bytes shared out over the layers: a prefill chooses layer by layer, and has not seen the next.
+
+    Logs a warning for a pool that the slots do not hold. Raises InvalidRequest, PoolTooSmall, UnsupportedModel.
+    """
+    facts = paged.facts
+    _check_in_model(wanted.size, facts)
+    if isinstance(wanted.size, Bytes):
+        wanted = replace(wanted, size=Counts(largest_counts(wanted.size, facts)))
+    paged.check_policy(wanted)
+    if isinstance(wanted.size, Full):
+        return wanted
+    needed, num_slots = sum(largest_counts(wanted.size, facts)), paged.pager.num_slots
+    if needed > num_slots:
+        log.warning(
+            "a pool may have %d experts in all layers and expert_memory holds %d, so experts of one pool are paged in "
+            "again with every token; give expert_memory=%d or more, or a smaller pool_size",
+            needed,
+            num_slots,
+            needed * facts.expert_bytes,
+        )
+    return wanted
+
+
+def _check_in_model(size: PoolSize, facts: RoutingFacts) -> None:
+    """Raises InvalidRequest for a pool of more experts than there are, which would be all of them and no pool."""
+    routed_L = facts.routed_per_layer
+    largest, all_bytes = max(routed_L, default=0), sum(routed_L) * facts.expert_bytes
+    match size:
+        case Count(asked) if asked > largest:
+            beyond = f"{asked} routed experts a layer, and no layer of this model has more than {largest}"
+        case Counts(asked_L) if any(asked > routed for asked, routed in zip(asked_L, routed_L, strict=False)):
+            beyond = f"{_listed(asked_L)} routed experts, and the layers of this model have {_listed(routed_L)}"
+        case Bytes(total) if total > all_bytes:
+            beyond = f"{format_bytes(total)}, and all routed experts of this model have {all_bytes} bytes"
+        case _:
+            return
+    raise InvalidRequest(
+        f"the pool would be of {beyond}; ask for fewer, or leave pool_size out for all of them", field="pool.size"
+    )
+
+
+def _listed(counts: Sequence[int]) -> str:
+    return ",".join(map(str, counts))
 
 
 @cache
@@ -117,6 +244,8 @@ class LibraryForwards:
         self._paged = paged
         self._policy = policy
         self._loaded_as = _trunk_kind(paged.model)
+        self._context_tokens = int(paged.config.max_position_embeddings)
+        self._has_warned = False
         self._is_exact = isinstance(policy.size, Full)
         self._exact = DocumentRouting(paged.facts, PoolPolicy(), device=paged.device)
         self._own_step: StepRouting | None = None  # as opposed to one that the caller opened; of the thread that steps
@@ -131,25 +260,38 @@ class LibraryForwards:
 
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
+            kwargs = dict(zip(signature.parameters, args, strict=False)) | kwargs
             found = _trunk_kind(self._paged.model)
             if found != self._loaded_as:
                 raise _moved(self._loaded_as, found)
             around = self._paged.open_step
             if around is not None and around is not self._own_step:
-                return forward(*args, **kwargs)  # the caller opened a step of its own
+                return forward(**kwargs)  # the caller opened a step of its own
+            inputs = kwargs.get("input_ids")
+            if inputs is None:
+                inputs = kwargs.get("inputs_embeds")
+            if inputs is None:
+                return forward(**kwargs)  # the model will say so
+            if inputs.shape[1] > self._context_tokens:
+                self._warn_of_length(inputs.shape[1])
             if self._is_exact:
                 with self._step([self._exact], prefill=True):
-                    return forward(*args, **kwargs)
-            return self._run_pooled(forward, dict(zip(signature.parameters, args, strict=False)) | kwargs)
+                    return forward(**kwargs)
+            return self._run_pooled(forward, kwargs, inputs)
 
         return run
 
-    def _run_pooled(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        inputs = kwargs.get("input_ids")
-        if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            return forward(**kwargs)  # the model will say so
+    def _warn_of_length(self, num_tokens: int) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "a prompt of %d tokens is longer than this model's context of %d: what it says past that may make no "
+                "sense, and the plan has no memory for it",
+                num_tokens,
+                self._context_tokens,
+            )
+
+    def _run_pooled(self, forward: Callable[..., Any], kwargs: dict[str, Any], inputs: Tensor) -> Any:
         num_rows, num_tokens = inputs.shape[:2]
         cache = kwargs.get("past_key_values")
         if cache is None and _uses_cache(self._paged.model, kwargs):

@@ -51,7 +51,7 @@ class OpenModel:
                 config = AutoConfig.for_model(**without_choices(checkpoint.config))
                 facts = family.facts(config)
                 check_shape(config, facts.experts_per_layer)
-            chosen = _choose_dtype(dtype, checkpoint.config)
+            chosen = _choose_dtype(dtype, checkpoint)
         except BaseException:
             checkpoint.close()
             raise
@@ -167,11 +167,16 @@ def _own_strides(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
     return (hidden.clone(memory_format=torch.contiguous_format), *rest)
 
 
-def _choose_dtype(asked: torch.dtype | str | None, config: dict[str, Any]) -> torch.dtype:
-    """What was asked for; else bfloat16, which is also what a float32 checkpoint is served in unless it says so."""
+def _choose_dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
+    """What was asked for; else bfloat16, which is also what a float32 checkpoint is served in unless it says so.
+
+    "auto" is what the config says, or else what the first tensor in floating point is stored as.
+    """
     name = str(asked or "bfloat16").removeprefix("torch.")
     if name == "auto":
-        name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+        stored = (spec.dtype for spec in checkpoint.specs.values() if spec.dtype.is_floating_point)
+        said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or next(stored, torch.bfloat16)
+        name = str(said).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not one of {', '.join(DTYPES)} or auto")
     return DTYPES[name]

@@ -23,6 +23,8 @@ def parse_drift(value: str | float | None) -> DriftPolicy | None:
         if len(rest) > 2:
             raise ValueError(rest)
         return check_drift(DriftPolicy(float(threshold), action, **window))
+    except InvalidRequest:
+        raise
     except ValueError:
         raise InvalidRequest(
             f"{value!r} says nothing about drift; write the router mass outside of the pool that is too much (0.3), "

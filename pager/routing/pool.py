@@ -10,19 +10,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pager.errors import ConfigError, InvalidRequest, PoolTooSmall
+from pager.errors import InvalidRequest, PoolTooSmall
 from pager.routing.shares import share_out, share_out_evenly
 from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
 from pager.units import format_bytes, parse_bytes
 
 
-def parse_pool_size(value: str | int | None) -> PoolSize:
-    """What a person wrote: None or "full", 32 (routed experts a layer), "12.5%" (of all experts, shared included),
-    "mass:0.9" or "mass:0.9:48" (the fewest experts with that router mass, at most 48), "16,24,32" (a count for every
-    layer, 0 where it has none), "64MiB" (of routed experts, shared out over the layers). Raises InvalidRequest.
+def parse_pool_size(value: str | int | float | None) -> PoolSize:
+    """What a person wrote: None or "full", 32 (routed experts a layer), "12.5%" or 0.125 (of all experts, shared
+    included), "mass:0.9" or "mass:0.9:48" (the fewest experts with that router mass, at most 48), "16,24,32" (a count
+    for every layer, 0 where it has none), "64MiB" (of routed experts, shared out over the layers). Raises
+    InvalidRequest.
     """
     if value is None:
         return Full()
+    if isinstance(value, float):
+        value = f"{100 * value:.12g}%"
     text = str(value).strip().lower()
     try:
         if text in ("full", "100%"):
@@ -37,7 +40,9 @@ def parse_pool_size(value: str | int | None) -> PoolSize:
         if "," in text:
             return check_pool_size(Counts(tuple(int(count) for count in text.split(","))))
         return check_pool_size(Count(int(text)))
-    except (ValueError, ConfigError):
+    except InvalidRequest:
+        raise
+    except ValueError:
         raise InvalidRequest(
             f"{value!r} is not a pool size; write a number of routed experts (32), '12.5%', 'mass:0.9', a number for "
             "each layer ('16,24,32'), bytes ('64MiB') or 'full'",

@@ -125,6 +125,8 @@ def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
         if _PREFIX.size + length > file.size:
             raise _damaged(file.path, f"its {file.size} bytes can not hold its header of {length}")
         encoded = file.read(length, _PREFIX.size)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot read the header of {file.path}: {error}") from error
     if xxhash.xxh3_128_digest(encoded) != digest:

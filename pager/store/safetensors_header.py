@@ -65,6 +65,8 @@ def read_header(file: DataFile) -> dict[str, TensorSpec]:
         if encoded.count(b'"data_offsets"') > MAX_TENSORS:
             raise _damaged(file, f"its header has more than {MAX_TENSORS} tensors")
         entries = parse_json(encoded)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot read {file.path}: {error}") from error
     except ValueError as error:

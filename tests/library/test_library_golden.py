@@ -114,7 +114,7 @@ def test_two_documents_in_one_row_have_a_pool_each(golden_pools: Any, load: Load
 
 def test_a_pool_of_all_experts_restricts_nothing(golden: Any, load: Load) -> None:
     ids = golden.tensors["doc96.input_ids"]
-    for size in (15, 99, "100%", "full"):
+    for size in (15, 1.0, "100%", "full"):
         logits = load(golden.checkpoint, pool_size=size, expert_memory="25%")(ids).logits
         torch.testing.assert_close(logits, golden.tensors["doc96.logits"], **TOLERANCE)
 

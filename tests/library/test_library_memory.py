@@ -138,16 +138,16 @@ class TestMeasured:
     """Whole, the experts take 288 MiB in float32 and 144 in bfloat16."""
 
     def test_an_eighth_of_the_experts_in_bfloat16(self, large: Path) -> None:
-        grown = peak(large, "load_model(path, expert_memory='12.5%')(ids).logits.sum().item()")
+        grown = peak(large, "load_model(path, expert_memory='12.5%', dtype='bfloat16')(ids).logits.sum().item()")
         assert grown < 100 * MIB
 
     def test_an_eighth_of_the_experts_in_float32(self, large: Path) -> None:
-        grown = peak(large, "load_model(path, expert_memory='12.5%', dtype='auto')(ids).logits.sum().item()")
+        grown = peak(large, "load_model(path, expert_memory='12.5%')(ids).logits.sum().item()")
         assert grown < 120 * MIB
 
     @pytest.mark.parametrize("pool_size", [None, "'25%'"])
     def test_a_prompt_as_long_as_the_context_fits_the_plan(self, large: Path, pool_size: str | None) -> None:
-        load = f"model = load_model(path, expert_memory='50%', dtype='auto', pool_size={pool_size})"
+        load = f"model = load_model(path, expert_memory='50%', pool_size={pool_size})"
         run = "model(ids.repeat(1, 16), logits_to_keep=1, use_cache=False).logits.sum().item()"
         plan = "plan = model.expert_paging.plan; print(plan.workspace_bytes, plan.total_bytes - plan.kv_bytes)"
         workspace, planned, grown = measured(large, f"{load}; {run}; {plan}")
@@ -155,7 +155,7 @@ class TestMeasured:
         assert workspace < planned / 2, "a check that could not fail"
 
     def test_all_experts_in_bfloat16_are_never_held_in_float32(self, large: Path) -> None:
-        grown = peak(large, "load_model(path, expert_memory='100%')(ids).logits.sum().item()")
+        grown = peak(large, "load_model(path, expert_memory='100%', dtype='bfloat16')(ids).logits.sum().item()")
         assert grown < 220 * MIB
 
     def test_the_routing_only_pass_holds_no_routed_expert(self, large: Path) -> None:

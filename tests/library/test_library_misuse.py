@@ -51,3 +51,14 @@ def test_a_copy_is_refused_and_harms_nothing(model: PreTrainedModel, duplicate: 
             with pytest.raises(TypeError, match="a paged model can not be copied or pickled"):
                 duplicate(part)
     torch.testing.assert_close(model(INPUTS).logits, before)  # a half-made copy would close the experts' files
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 60])
+def test_what_needs_gradients_runs_and_its_backward_is_refused(model: PreTrainedModel, num_tokens: int) -> None:
+    """As where an adapter is in the model. Slots have other experts by then, and gradients would be wrong."""
+    inputs = torch.arange(3, 3 + num_tokens)[None]
+    embedded = model.get_input_embeddings()(inputs).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded).logits
+    torch.testing.assert_close(logits, model(inputs).logits, rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"computes no gradients: .* train the whole model with transformers"):
+        logits.sum().backward()

@@ -16,6 +16,8 @@ from pager.config_reading import ENV_PREFIX, Check, Reading, Schema
 from pager.errors import ConfigError
 from pager.units import parse_bytes, parse_bytes_or_share
 
+RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own variable
+
 
 def _between(low: float, high: float = float("inf")) -> Check:
     expected = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
@@ -50,6 +52,12 @@ def _size_or_share(value: str | int | float) -> str | None:
 def _host_size(value: str | int | float) -> str | None:
     expected = None if value in (0, "0") else _size_or_share(value)
     return expected and f"0 (no host tier), {expected}"
+
+
+def _ray_address(value: str) -> str | None:
+    host, _, port = value.rpartition(":")
+    ok = value in ("auto", "local") or (bool(host) and "/" not in host and port.isdigit() and 0 < int(port) < 65536)
+    return None if ok else "the HOST:PORT of a Ray cluster's head, auto or local"
 
 
 def _is(check: Check, default: Any = MISSING) -> Any:
@@ -124,11 +132,20 @@ class RouterConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """`ray_address` None starts Ray in this process's own session; `file_sd` is where metrics targets are written."""
+    """`ray_address` names the Ray cluster to join; `file_sd` is where metrics targets are written.
 
-    ray_address: str | None = None
+    Without it RAY_ADDRESS names the cluster, as for any program that uses Ray; without either, and for `local`, Ray is
+    started in this process's own session. `auto` is the only cluster that runs on this machine.
+    """
+
+    ray_address: str | None = _is(_ray_address, None)
     namespace: str = "expert-pager"
     file_sd: str | None = None
+
+    @property
+    def joined(self) -> str | None:
+        """The address of the cluster to join; None where Ray is started here."""
+        return None if self.ray_address == "local" else self.ray_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +205,10 @@ def read_config(
     flags: Mapping[str, str] | None = None,
 ) -> Reading:
     """As `load_config`; what is wrong, all of it, is in the answer."""
-    reading = SCHEMA.read(path, env or {}, overrides or {}, flags or {})
+    env = env or {}
+    reading = SCHEMA.read(path, env, overrides or {}, flags or {})
+    if env.get(RAY_ADDRESS) and reading.value("cluster.ray_address") in (None, "auto"):
+        SCHEMA.take("cluster.ray_address", env[RAY_ADDRESS], RAY_ADDRESS, RAY_ADDRESS, reading)
     if not reading.value("model.path"):
         reading.problems.append(
             "model.path is not set; name a checkpoint folder in the file's [model] section, in "

@@ -77,7 +77,7 @@ class Schema:
         for key, value in overrides.items():
             if value is not None and self._is_known(key, "option", reading):
                 said = flags.get(key, key)
-                self._take(key, value, said, said, reading)
+                self.take(key, value, said, said, reading)
         return reading
 
     def _read_file(self, path: Path, reading: Reading) -> None:
@@ -96,7 +96,7 @@ class Schema:
             for name, value in entries.items():
                 key = f"{section}.{name}"
                 if self._is_known(key, f"key in {path}", reading):
-                    self._take(key, value, f"{key} in {path}", str(path), reading)
+                    self.take(key, value, f"{key} in {path}", str(path), reading)
 
     def _read_environment(self, env: Mapping[str, str], reading: Reading) -> None:
         for variable, text in env.items():
@@ -106,14 +106,15 @@ class Schema:
                 reading.problems.append(_unknown(variable, self._by_variable, "environment variable"))
             elif text.strip():  # an empty variable is one that is not set
                 key = self._by_variable[variable]
-                self._take(key, _from_text(text.strip(), self._hints[key]), variable, variable, reading)
+                self.take(key, _from_text(text.strip(), self._hints[key]), variable, variable, reading)
 
     def _is_known(self, key: str, what: str, reading: Reading) -> bool:
         if key not in self.fields:
             reading.problems.append(_unknown(key, self.fields, what))
         return key in self.fields
 
-    def _take(self, key: str, value: Any, said: str, origin: str, reading: Reading) -> None:
+    def take(self, key: str, value: Any, said: str, origin: str, reading: Reading) -> None:
+        """Adds a setting to `reading`, or what is wrong with it."""
         kinds = _kinds(self._hints[key])
         if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
             value = float(value)
@@ -152,7 +153,7 @@ def _is_service_link(variable: str, text: str) -> bool:
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """`text` as the first of int, float and str that the key takes; `_take` refuses what is none of them."""
+    """`text` as the first of int, float and str that the key takes; `take` refuses what is none of them."""
     for kind in (int, float):
         if kind in _kinds(hint):
             try:

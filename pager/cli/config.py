@@ -77,7 +77,7 @@ def _beyond_the_schema(reading: Reading, env: Mapping[str, str]) -> Iterator[str
             parse(reading.value(key))
         except PagerError as error:
             yield _said(reading, key, f"is wrong: {error.message}")
-    if config.workers.count == 0 and config.cluster.ray_address is None:
+    if config.workers.count == 0 and config.cluster.joined is None:
         yield _said(reading, "workers.count", "uses the workers of another router: set cluster.ray_address too")
     ports = {"router.port": config.router.port, "router.metrics_port": config.router.metrics_port}
     if config.router.health_port is not None:

@@ -80,7 +80,12 @@ def serve(
         int | None, typer.Option(help="Port of /metrics, 0 for a free one. Default: 9464.", metavar="N")
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Join this Ray cluster. Default: start Ray here.", metavar="ADDRESS")
+        str | None,
+        typer.Option(
+            help="Join this Ray cluster: HOST:PORT, auto (the only one here), local (none). "
+            "Default: RAY_ADDRESS, else local.",
+            metavar="ADDRESS",
+        ),
     ] = None,
     file_sd: Annotated[str | None, typer.Option(help="Keep Prometheus targets in this file.", metavar="FILE")] = None,
     trace: Annotated[

@@ -208,7 +208,7 @@ async def _end(task: asyncio.Task[Any]) -> None:
 def _check_budgets(opened: OpenModel, config: ServiceConfig, default_size: PoolSize) -> None:
     """What the workers would find out later. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
     workers = config.workers
-    if config.cluster.ray_address is not None or not workers.count:
+    if config.cluster.joined is not None or not workers.count:
         return  # they run on other machines
     budgets = Budgets(workers.expert_memory, workers.host_memory, workers.kv_memory, workers.max_running)
     device = resolve_device(workers.device)

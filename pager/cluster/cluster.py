@@ -57,7 +57,7 @@ class Cluster:
         (CheckpointError, BudgetError, PortInUse, ...); NotReady when there are no workers to attach to, RayLost.
         """
         session = await asyncio.to_thread(
-            RaySession.open, config.cluster.ray_address, config.cluster.namespace, config.workers.count
+            RaySession.open, config.cluster.joined, config.cluster.namespace, config.workers.count
         )
         if config.log.format == "json":
             pass_on_as_json()

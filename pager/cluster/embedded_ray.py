@@ -86,7 +86,8 @@ class _EmbeddedNode(node.Node):  # type: ignore[misc]
 
 
 def start_embedded(max_log_files: int, **settings: Any) -> None:
-    """`ray.init`. Where Ray cannot be started slim, as it may be with another version, it is started as it comes.
+    """`ray.init` of a new cluster, whatever RAY_ADDRESS names. Where Ray cannot be started slim, as it may be with
+    another version, it is started as it comes.
 
     `max_log_files` is how many files of its workers' output it has open at a time. Raises NotReady.
     """
@@ -95,7 +96,7 @@ def start_embedded(max_log_files: int, **settings: Any) -> None:
     original, node.Node = node.Node, _EmbeddedNode
     try:
         with _starting_processes(changes):
-            ray.init(**settings, _system_config=config)
+            ray.init("local", **settings, _system_config=config)
         return
     except Exception as error:
         log.warning("Ray does not start without its dashboard and agents; starting it with them: %s", error)
@@ -103,7 +104,7 @@ def start_embedded(max_log_files: int, **settings: Any) -> None:
         node.Node = original
     try:
         with _starting_processes(changes):
-            ray.init(**settings)
+            ray.init("local", **settings)
     except Exception as error:
         raise NotReady(f"Ray does not start: {error}; is the machine overloaded?", retry_after_s=1.0) from error
 

@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
+import grpc
 import ray
+from ray._private import services
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from pager.cluster.embedded_ray import daemons, kill_ray, start_embedded, stop_ray
 from pager.errors import ConfigError
@@ -22,6 +26,8 @@ log = logging.getLogger(__name__)
 # Tokens and weights never go through the object store; this is about the least that Ray takes.
 OBJECT_STORE_BYTES = 80 * 2**20
 LOOPBACK = "127.0.0.1"
+ANSWER_TIMEOUT_S = 10.0
+TOKEN_HELP = "one that asks for a token needs RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token"
 FOLDER_PREFIX = "expert-pager-"
 LOCK = "owner.lock"  # in a folder of ours: held by the process that made it
 LOG_FILES_OF_A_WORKER = 4  # output and errors, of the one that runs and of one that has died
@@ -46,16 +52,15 @@ class RaySession:
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
         if ray.is_initialized():
             return cls(LOOPBACK if address is None else None, owns_ray=False, folder=None)
-        if address is None or address.startswith(f"{LOOPBACK}:"):
+        if address is not None:
+            find_cluster(address)
+        if address is None or address.startswith((f"{LOOPBACK}:", "localhost:")):
             _keep_to_loopback()
         if address is not None:
             try:
                 ray.init(address=address, namespace=namespace, log_to_driver=True, logging_level=logging.WARNING)
             except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
-                raise ConfigError(
-                    f"can not join the Ray cluster at {address!r}: {error}; is it there? One that asks for a token "
-                    "needs RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-                ) from error
+                raise ConfigError(f"can not join the Ray cluster at {address!r}: {error}; {TOKEN_HELP}") from error
             return cls(None, owns_ray=True, folder=None)
         # It only says that an embedded cluster asks for a token, which is as it should be.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -91,6 +96,45 @@ class RaySession:
             stop_ray()
         if self.folder is not None:
             self.folder.remove()
+
+
+def find_cluster(address: str) -> str:
+    """The HOST:PORT of the one cluster that `address` names, which answers. Raises ConfigError.
+
+    Ray itself takes any of several clusters for "auto", and tries for minutes to reach an address where there is none.
+    """
+    if address == "auto":
+        services.find_gcs_addresses.cache_clear()
+        found = sorted(services.find_gcs_addresses())
+        if not found:
+            raise ConfigError("no Ray cluster runs on this machine for 'auto' (cluster.ray_address) to find; name one")
+        if len(found) > 1:
+            raise ConfigError(
+                f"'auto' (cluster.ray_address) is ambiguous: {len(found)} Ray clusters run on this machine, "
+                f"{', '.join(found)}; name one of them"
+            )
+        [address] = found
+    _check_answers(address)
+    return address
+
+
+def _check_answers(address: str) -> None:
+    """Raises ConfigError unless a Ray cluster answers at this HOST:PORT. Its token is left to Ray to show."""
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=ANSWER_TIMEOUT_S, wait_for_ready=True)
+            return
+        except grpc.RpcError as error:
+            code = cast(grpc.Call, error).code()
+    where = f"{address!r} (cluster.ray_address)"
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+            return
+        raise ConfigError(f"can not join the Ray cluster at {where}; {TOKEN_HELP}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        raise ConfigError(f"no Ray cluster answers at {where} within {ANSWER_TIMEOUT_S:g} s; is it there?")
+    raise ConfigError(f"what answers at {where} is no Ray cluster ({code.name}); name its head's address")
 
 
 def _keep_to_loopback() -> None:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import pytest
+from ray._private import services
 
+from pager.cluster import ray_session
 from pager.cluster.embedded_ray import secrets_in
-from pager.cluster.ray_session import FOLDER_PREFIX, LOCK
+from pager.cluster.ray_session import FOLDER_PREFIX, LOCK, find_cluster
+from pager.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
 MIB = 2**20
 
 # Answers a line of JSON to each word on its standard input.
@@ -39,7 +46,8 @@ def start():
 
 session = RaySession.open(None, "embedded")
 actor = start()
-answer = {"folder": str(session.folder.path), "daemons": session.daemons}
+address = ray.get_runtime_context().gcs_address
+answer = {"folder": str(session.folder.path), "daemons": session.daemons, "address": address}
 while True:
     print(json.dumps(answer), flush=True)
     match sys.stdin.readline().split():
@@ -56,21 +64,42 @@ while True:
 session.close()
 """
 
+# Prints what `open` came to, a line for each address on its command line.
+JOINS = """
+import json, os, sys
+import ray
+from pager.cluster.ray_session import RaySession
+from pager.config import load_config
+from pager.errors import ConfigError
+
+for given in sys.argv[1:]:
+    setting, _, variable = given.partition(" ")
+    os.environ["RAY_ADDRESS"] = variable
+    overrides = {"model.path": "model", "cluster.ray_address": setting or None}
+    try:
+        session = RaySession.open(load_config(env=os.environ, overrides=overrides).cluster.joined, "joins")
+    except ConfigError as error:
+        print(json.dumps(error.message), flush=True)
+        continue
+    print(json.dumps([ray.get_runtime_context().gcs_address, session.folder is None]), flush=True)
+    session.close()
+"""
+
 
 class Embedded:
     """A process with an embedded Ray."""
 
     def __init__(self, temp: Path, **env: str) -> None:
-        path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
-            env=os.environ | {"PYTHONPATH": path, "TMPDIR": str(temp)} | env,
+            env=os.environ | {"PYTHONPATH": PATH, "TMPDIR": str(temp)} | env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         started = self._answer()
         self.folder, self.daemons = Path(started["folder"]), started["daemons"]
+        self.address: str = started["address"]
 
     def do(self, what: str) -> None:
         assert self.process.stdin is not None
@@ -192,3 +221,67 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start_and_what_others
         third.end()
     finally:
         foreign.rmdir()
+
+
+def test_of_two_clusters_on_a_machine_the_one_that_is_named_is_joined_and_an_unnamed_one_never(start):
+    first, second = start(), start()
+    ways = {
+        first.address: first.address,
+        second.address: second.address,
+        f"localhost:{second.address.rpartition(':')[2]}": second.address,
+        f" {first.address}": first.address,  # RAY_ADDRESS
+        f"auto {second.address}": second.address,
+        f"{first.address} {second.address}": first.address,
+    }
+    none = ["auto", "127.0.0.1:9", "", f"local {first.address}"]
+    done = subprocess.run(
+        [sys.executable, "-c", JOINS, *ways, *none],
+        env=os.environ | {"PYTHONPATH": PATH, "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    joined = [json.loads(line) for line in done.stdout.splitlines()]
+    assert joined[: len(ways)] == [[address, True] for address in ways.values()], done.stderr
+    ambiguous, absent, *own = joined[len(ways) :]
+    assert "'auto' (cluster.ray_address) is ambiguous" in ambiguous
+    assert first.address in ambiguous
+    assert second.address in ambiguous
+    assert "no Ray cluster answers at '127.0.0.1:9'" in absent
+    assert [is_joined for _, is_joined in own] == [False, False]
+    assert not {address for address, _ in own} & {first.address, second.address}
+    first.end()
+    second.end()
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([], "no Ray cluster runs on this machine"),
+        (
+            ["127.0.0.1:9", "127.0.0.1:10"],
+            "is ambiguous: 2 Ray clusters run on this machine, 127.0.0.1:10, 127.0.0.1:9",
+        ),
+    ],
+)
+def test_auto_names_the_only_cluster_of_the_machine_or_none(monkeypatch, found, message):
+    monkeypatch.setattr(services, "_find_address_from_flag", lambda flag: set(found))
+    with pytest.raises(ConfigError, match=message):
+        find_cluster("auto")
+
+
+def test_a_service_of_another_kind_is_no_cluster_and_neither_is_one_that_says_nothing(monkeypatch):
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setattr(services, "_find_address_from_flag", lambda flag: {f"127.0.0.1:{port}"})
+    try:
+        for address in (f"127.0.0.1:{port}", "auto"):
+            with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.* is no Ray cluster \(UNIMPLEMENTED\)"):
+                find_cluster(address)
+    finally:
+        server.stop(0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(ray_session, "ANSWER_TIMEOUT_S", 0.5)
+        with pytest.raises(ConfigError, match="no Ray cluster answers at"):
+            find_cluster(f"127.0.0.1:{silent.getsockname()[1]}")

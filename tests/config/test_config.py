@@ -56,6 +56,36 @@ def test_whole_numbers_do_for_seconds() -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "variable", "joined"),
+    [
+        (None, None, None),
+        (None, "", None),
+        (None, "10.0.0.1:6379", "10.0.0.1:6379"),
+        (None, "local", None),
+        (None, "auto", "auto"),
+        ("auto", None, "auto"),
+        ("auto", "[::1]:6379", "[::1]:6379"),
+        ("local", "10.0.0.1:6379", None),
+        ("head:6379", "10.0.0.1:6379", "head:6379"),
+    ],
+)
+def test_a_setting_names_the_cluster_to_join_or_else_ray_s_own_variable(
+    setting: str | None, variable: str | None, joined: str | None
+) -> None:
+    env = {} if variable is None else {"RAY_ADDRESS": variable}
+    assert load_config(env=env, overrides=MODEL | {"cluster.ray_address": setting}).cluster.joined == joined
+
+
+@pytest.mark.parametrize("address", ["head", ":6379", "head:", "head:0", "head:port", "ray://head:10001", "Auto"])
+def test_an_address_of_no_cluster_is_refused(address: str) -> None:
+    expected = "must be the HOST:PORT of a Ray cluster's head, auto or local"
+    with pytest.raises(ConfigError, match=f"cluster.ray_address {expected}, not {address!r}"):
+        load_config(overrides=MODEL | {"cluster.ray_address": address})
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS {expected}"):
+        load_config(env={"RAY_ADDRESS": address}, overrides=MODEL)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[workers]\ncuont = 1", "'workers.cuont'; did you mean 'workers.count'?"),

@@ -16,7 +16,7 @@ from pager import tracing
 from pager.errors import DeadlineExceeded, InvalidRequest, PagerError, UnknownMethod
 from pager.logs import request_id, trace_context, traceparent_of
 from router_service.access_log import AccessLog
-from router_service.message_bounds import CORE_MESSAGE_BYTES, MessageBounds, check_metadata, malformed
+from router_service.message_bounds import CORE_MESSAGE_BYTES, MAX_OTHER_BYTES, MessageBounds, check_metadata, malformed
 from router_service.metrics import RouterMetrics
 from router_service.status import to_wire
 from router_service.tenants import tenant_in
@@ -54,8 +54,13 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler = await continuation(handler_call_details)
         if handler is None:
             return grpc.stream_unary_rpc_method_handler(self._unknown(name))
-        if handler.request_streaming:  # reflection
-            return handler
+        if handler.request_streaming:  # reflection, which answers an empty question with an error of its own
+            parse = handler.request_deserializer
+            return grpc.stream_stream_rpc_method_handler(
+                handler.stream_stream,
+                request_deserializer=lambda data: parse(data if len(data) <= MAX_OTHER_BYTES else b""),
+                response_serializer=handler.response_serializer,
+            )
         method = handler.unary_stream if handler.response_streaming else handler.unary_unary
         wrap = (
             grpc.stream_stream_rpc_method_handler

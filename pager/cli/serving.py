@@ -28,6 +28,7 @@ from pager.engine.trunk import OpenModel
 from pager.errors import ConfigError, PoolTooLarge, PortInUse
 from pager.machine import Machine, resolve_device
 from pager.metrics import MetricsServer
+from pager.metrics.loop_lag import leave_out_of_collections
 from pager.planner import Budgets, plan
 from pager.routing.drift import parse_drift
 from pager.routing.pool import largest_counts, parse_pool_size
@@ -172,6 +173,7 @@ async def _start(
     cluster.publish_router_metrics(metrics_server.address)
     server = RouterServer(backend)
     stack.push_async_callback(server.stop)
+    leave_out_of_collections()
     await server.start(router.host, router.port, tls, router.health_port)
     metrics_url = f"http://{metrics_server.address}/metrics"
     ready = Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))

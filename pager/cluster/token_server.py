@@ -235,7 +235,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             last = load
 
 
-class _OwnRouters(grpc.aio.ServerInterceptor):
+class _OwnRouters(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses a call of any method that has not the token, before its first message is read."""
 
     def __init__(self, token: str) -> None:

@@ -30,7 +30,7 @@ from pager.config import ServiceConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
 from pager.metrics import EngineLoad, MetricsServer, TierBytes, WorkerMetrics
-from pager.metrics.loop_lag import LoopLag
+from pager.metrics.loop_lag import LoopLag, leave_out_of_collections
 from pager.planner import NUM_READERS
 from pager.types import PagingTotals
 from pager.wire import encode_bitmap
@@ -158,6 +158,7 @@ class Worker:
             log.exception("the model could not be loaded")
             return PagerError(f"the model could not be loaded: {error!r}; the worker's log has the details")
         self._warm_up(loaded)
+        leave_out_of_collections()
         address = self._loop.run(self._server.start(f"{self._bind_host}:0", loaded.engine, self._load_report))
         self._loop.run(self._lag.start())
         self._ready = WorkerReady(address, self._token, self._metrics_server.address, os.getpid(), loaded.model)

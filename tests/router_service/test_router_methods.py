@@ -129,7 +129,6 @@ async def test_the_metrics_can_be_scraped_and_name_no_one(service):
     assert samples[f"{prefix}_generated_tokens_total", other] == 3
     assert ("process_open_fds", ()) in samples
     labels = {name for _, pairs in samples for name, _ in pairs}
-    assert labels == {"le", "method", "code", "source", "state", "result", "reason", "tenant", "from", "to"} | (
-        {"model", "fingerprint", "implementation", "major", "minor", "patchlevel", "version"}
-    )
+    named = {"le", "method", "code", "source", "state", "result", "reason", "tenant", "from", "to", "daemon"}
+    assert labels == named | {"model", "fingerprint", "implementation", "major", "minor", "patchlevel", "version"}
     assert "secret" not in page

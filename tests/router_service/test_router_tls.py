@@ -11,6 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from expert_pager.v1 import expert_pager_pb2 as pb
+from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pager.cli.pool_options import PoolAsk
@@ -21,6 +23,8 @@ from pager.types import SamplingParams
 from router_service.server import RouterServer
 from router_service.service import SERVICE_NAME
 from router_service.tls import TlsFiles
+
+BEGINNING = "-----BEGIN CERTIFICATE-----\nMIIB"
 
 
 class Files:
@@ -35,16 +39,43 @@ class Files:
         self.server = TlsFiles(folder / "tls.crt", folder / "tls.key")
         self.renew()
 
-    def renew(self) -> bytes:
+    def issue(self) -> dict[str, bytes]:
         issued = self.authority.issue_cert("localhost")
-        self.server.cert.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
-        self.server.key.write_bytes(issued.private_key_pem.bytes())
-        return issued.cert_chain_pems[0].bytes()
+        return {"tls.crt": issued.cert_chain_pems[0].bytes(), "tls.key": issued.private_key_pem.bytes()}
+
+    def renew(self) -> bytes:
+        pems = self.issue()
+        for name, pem in pems.items():
+            (self.folder / name).write_bytes(pem)
+        return pems["tls.crt"]
 
     def identity(self) -> Path:
         path = self.folder / "identity.pem"
         self.authority.issue_cert("client.example.org").private_key_and_cert_chain_pem.write_to_path(path)
         return path
+
+
+class Volume:
+    """Files as Kubernetes mounts a Secret: links through a link that is exchanged for another folder at a renewal."""
+
+    def __init__(self, files: Files, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._number = 0
+        self.swap(files.issue())
+        for name in self.pems:
+            (folder / name).symlink_to(Path("..data", name))
+        self.server = TlsFiles(folder / "tls.crt", folder / "tls.key")
+
+    def swap(self, pems: dict[str, bytes]) -> None:
+        self.pems = pems
+        self._number += 1
+        version = self._folder / f"..{self._number}"
+        version.mkdir()
+        for name, pem in pems.items():
+            (version / name).write_bytes(pem)
+        (self._folder / "..new").symlink_to(version.name)
+        (self._folder / "..new").rename(self._folder / "..data")
 
 
 @pytest.fixture
@@ -113,6 +144,69 @@ async def test_a_renewal_that_is_not_complete_changes_nothing(service, files):
         assert await answer(server, ClientTls(files.ca)) == "hihi"
 
 
+async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(service, files, tmp_path, caplog):
+    """New connections all the while, and an answer that is open from before the first renewal until after the last."""
+    caplog.set_level("INFO", "router_service.tls")
+    failures: list[str] = []
+    num_answers = 0
+
+    async def connect_again_and_again(server: RouterServer) -> None:
+        nonlocal num_answers
+        trust = grpc.ssl_channel_credentials(files.ca.read_bytes())
+        options = (("grpc.use_local_subchannel_pool", 1),)  # else they share one connection
+        while True:
+            async with grpc.aio.secure_channel(f"localhost:{server.port}", trust, options) as channel:
+                try:
+                    await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+                    num_answers += 1
+                except grpc.aio.AioRpcError as error:
+                    failures.append(str(error))
+
+    async def serve_some() -> None:
+        enough = num_answers + 12
+        async with asyncio.timeout(120):
+            while num_answers < enough:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    volume = Volume(files, tmp_path / "volume")
+    async with listening(service, volume.server) as server:
+        service.cluster.hold[1] = asyncio.Event()
+        trust = grpc.ssl_channel_credentials(files.ca.read_bytes())
+        async with grpc.aio.secure_channel(f"localhost:{server.port}", trust) as channel:
+            request = pb.GenerateRequest(text=b"abc", sampling=pb.SamplingParams(max_tokens=2))
+            call = pb_grpc.ExpertPagerStub(channel).Generate(request, timeout=300)
+            assert (await call.read()).text == "a"
+            load = [asyncio.create_task(connect_again_and_again(server)) for _ in range(3)]
+            await serve_some()
+            used = volume.pems
+            for pems in (
+                {"tls.crt": files.issue()["tls.crt"]},  # with the old key
+                {"tls.key": files.issue()["tls.key"]},  # another key, for the old certificate
+                {"tls.crt": used["tls.crt"][:300]},
+                {"tls.key": used["tls.key"][:100]},
+                {"tls.key": b""},
+            ):
+                volume.swap(used | pems)
+                await serve_some()
+                assert (await shown_certificate(server)).split() == used["tls.crt"].split()
+            for _ in range(3):
+                volume.swap(files.issue())
+                await serve_some()
+                assert (await shown_certificate(server)).split() == volume.pems["tls.crt"].split()
+            for task in load:
+                task.cancel()
+            await asyncio.gather(*load, return_exceptions=True)
+            service.cluster.hold[1].set()
+            message = await call.read()
+            while not message.HasField("usage"):
+                message = await call.read()
+    assert failures == []
+    said = [record.levelname for record in caplog.records if record.name == "router_service.tls"]
+    assert said.count("INFO") == 3
+    # Not one a connection: a state that is like the one before is not said again; a read may fall into a swap.
+    assert 3 <= said.count("WARNING") <= 11
+
+
 async def test_the_health_port_answers_in_plain_text_and_has_nothing_but_health(service, files):
     async with (
         listening(service, files.server, health_port=0) as server,
@@ -140,10 +234,23 @@ async def test_a_health_port_in_use_is_named(service):
     [
         ("tls.crt", None, r"router\.tls_cert .* can not be read: No such file"),
         ("tls.key", "secret", r"router\.tls_key .* is not a PEM file"),
+        ("tls.key", BEGINNING, r"router\.tls_key .* are no certificate with its key"),
+        ("tls.crt", BEGINNING, r"router\.tls_cert .* are no certificate with its key"),
+        ("ca.crt", BEGINNING, r"router\.tls_client_ca .* holds no certificate"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(files, name, text, message):
     path = files.folder / name
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(ConfigError, match=message):
+        TlsFiles(files.server.cert, files.server.key, files.ca).credentials()
+
+
+def test_a_key_of_another_certificate_is_said_to_be_that_and_not_a_port_in_use(files):
+    key = files.server.key.read_bytes()
+    files.renew()
+    files.server.key.write_bytes(key)
+    with pytest.raises(
+        ConfigError, match=r"tls_cert .* and router\.tls_key .* are no certificate with its key: key val"
+    ):
         files.server.credentials()

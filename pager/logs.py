@@ -16,6 +16,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 TRACEPARENT = "traceparent"
+OWN = ("pager", "expert_pager", "router_service")
+"""The loggers of this project. Other libraries' are heard from warnings on: torch tells of its caches when it ends."""
+
 _TEXT = "%(asctime)s %(levelname).1s %(source)s %(name)s: %(message)s"
 _W3C = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})(?P<span>[0-9a-f]{16})-[0-9a-f]{2}")
 
@@ -28,7 +31,9 @@ def configure(kind: str, source: str) -> None:
     """All that this process logs goes to stderr from here on, as `kind` ("json" or "text"); `source` names it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(source) if kind == "json" else _text_formatter(source))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in OWN:
+        logging.getLogger(name).setLevel(logging.INFO)
     if kind == "json":
         logging.captureWarnings(True)  # else the one thing on stderr that is no object
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 
 from pager.cli.extras import eval_extra
 from pager.cli.options import AsJson, Device, ExpertMemory, ModelPath
-from pager.cli.output import busy, err, out, print_table
+from pager.cli.output import busy, err, out, print_json, print_table
 from pager.errors import InvalidRequest
 from pager.machine import resolve_device
 from pager.units import format_bytes
@@ -121,7 +120,7 @@ def _run(ask: Ask, folder: Path | None, as_json: bool) -> None:
         evaluation = evaluate(ask, tokenizer, (folder or Path(scratch)) / "cells", done=done)
     written = write_report(evaluation, folder) if folder is not None else []
     if as_json:
-        print(json.dumps(to_dict(evaluation), indent=1))
+        print_json(to_dict(evaluation))
         return
     _print(evaluation)
     for path in written:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,11 @@ from pager.cli.options import AsJson, ModelPath
 from pager.cli.output import bytes_progress, err, out, print_json
 from pager.errors import ConfigError
 from pager.units import format_bytes
+
+if TYPE_CHECKING:
+    from pager.store.values import OddItem
+
+MOST_WARNINGS = 10
 
 
 def pack(
@@ -40,7 +46,7 @@ def pack(
     with source.checkpoint as checkpoint, bytes_progress("packing") as progress:
         # Read first, so that another model's is refused before the work begins.
         router = RouterFile.load(model, checkpoint.fingerprint) if (model / ROUTER_NAME).is_file() else None
-        write_pack(
+        odd = write_pack(
             model,
             output,
             names=source.family.expert_names,
@@ -54,8 +60,9 @@ def pack(
             replace(router, fingerprint=packed.fingerprint).save(output / ROUTER_NAME)
     num_experts = sum(source.facts.experts_per_layer)
     nbytes = sum(path.stat().st_size for path in output.iterdir())
+    _warn_of(odd)
     if as_json:
-        print_json({"path": str(output), "num_experts": num_experts, "bytes": nbytes})
+        print_json({"path": str(output), "num_experts": num_experts, "bytes": nbytes, "odd": _odd_dicts(odd)})
     else:
         out.print(f"packed {num_experts} experts into {output} ({format_bytes(nbytes)})", markup=False)
 
@@ -71,6 +78,7 @@ def verify(
 
     A packed checkpoint carries its checksums. For a plain one, `--record` writes them once into `checksums.json` beside
     it; from then on they are checked here, and whenever a weight is read. Exit status 1 when anything is damaged.
+    Matrices that hold one value only, or values that are no numbers, are a warning: zeros have a checksum as well.
 
     Example: `expert-pager verify --record ./model && expert-pager verify ./model`
     """
@@ -79,15 +87,17 @@ def verify(
 
     if record:
         with bytes_progress("recording") as progress:
-            manifest = record_checksums(model, progress)
-        facts = {"path": str(model), "recorded": len(manifest.tensor_checksums)}
+            recorded = record_checksums(model, progress)
+        num_tensors = len(recorded.manifest.tensor_checksums)
+        _warn_of(recorded.odd)
         if as_json:
-            print_json(facts)
+            print_json({"path": str(model), "recorded": num_tensors, "odd": _odd_dicts(recorded.odd)})
         else:
-            out.print(f"recorded the checksums of {facts['recorded']} tensors in {model}", markup=False)
+            out.print(f"recorded the checksums of {num_tensors} tensors in {model}", markup=False)
         return
     with bytes_progress("verifying") as progress:
         report = verify_checksums(model, progress)
+    _warn_of(report.odd)
     if as_json:
         bad = [
             {"name": item.name, "file": item.file, "offset": item.offset, "reason": item.reason} for item in report.bad
@@ -95,7 +105,7 @@ def verify(
         print_json(
             {
                 "path": str(report.path), "ok": report.ok, "packed": report.packed, "checked": report.num_checked,
-                "bytes": report.nbytes_checked, "bad": bad,
+                "bytes": report.nbytes_checked, "bad": bad, "odd": _odd_dicts(report.odd),
             }
         )  # fmt: skip
     else:
@@ -106,3 +116,19 @@ def verify(
         (out if report.ok else err).print(f"checked {checked}: {verdict}", markup=False)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _warn_of(odd: Sequence[OddItem]) -> None:
+    """A checksum says nothing of it: bytes that were never written have one too."""
+    for item in odd[:MOST_WARNINGS]:
+        err.print(f"warning: {item.name} in {item.file}: {item.reason}", markup=False)
+    if len(odd) > MOST_WARNINGS:
+        err.print(f"warning: {len(odd) - MOST_WARNINGS} more like these; --json lists them all", markup=False)
+    if odd:
+        err.print(
+            "warning: no trained weights are like this; fetch the files again, or record what you trust", markup=False
+        )
+
+
+def _odd_dicts(odd: Sequence[OddItem]) -> list[dict[str, str]]:
+    return [{"name": item.name, "file": item.file, "reason": item.reason} for item in odd]

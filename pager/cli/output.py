@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +31,16 @@ def print_error(message: str) -> None:
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    print(json.dumps(value, indent=indent), flush=True)
+    """One document. JSON has no infinities, so a number that is none is null."""
+    print(json.dumps(_finite(value), indent=indent, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pager.cluster.actors import OthersWorkers, OwnWorkers
 from pager.cluster.file_sd import write_targets
 from pager.cluster.node import remove_leftovers
-from pager.cluster.ray_logs import pass_on_as_json
+from pager.cluster.ray_logs import pass_on
 from pager.cluster.ray_session import RaySession
 from pager.cluster.supervisor import WorkerSupervisor
 from pager.cluster.views import ModelView, WorkerState, WorkerView
@@ -56,11 +56,11 @@ class Cluster:
         They are supervised from here on. Raises ConfigError, and what keeps the first workers from loading
         (CheckpointError, BudgetError, PortInUse, ...); NotReady when there are no workers to attach to, RayLost.
         """
+        pass_on(config.log.format)
         session = await asyncio.to_thread(
             RaySession.open, config.cluster.joined, config.cluster.namespace, config.workers.count
         )
-        if config.log.format == "json":
-            pass_on_as_json()
+        pass_on(config.log.format)
         cluster = None
         try:
             own = OwnWorkers(config, session, load) if config.workers.count else None

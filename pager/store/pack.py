@@ -26,6 +26,7 @@ from pager.store.experts import ExpertNames, find_experts
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader
 from pager.store.safetensors_header import DTYPE_NAMES, TensorSpec, layout
 from pager.store.safetensors_index import Checkpoint
+from pager.store.values import OddItem, ValueRange, odd_tensor
 from pager.types import ExpertKey, ExpertShape
 from pager.units import format_bytes
 
@@ -72,12 +73,12 @@ def pack(
     shape: ExpertShape,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> tuple[OddItem, ...]:
     """Writes a self-contained packed checkpoint in `dtype` (None: as stored). It appears whole or not at all.
 
-    Holds a bounded buffer, never a tensor. Checksums recorded for the source are checked on the way. Raises
-    CheckpointError for a bad source, ConfigError if `out_dir` exists or `dtype` can't be stored, and
-    InsufficientDisk before anything is written or when the disk runs full.
+    Returns the tensors whose values no trained weights have. Holds a bounded buffer, never a tensor. Checksums recorded
+    for the source are checked on the way. Raises CheckpointError for a bad source, ConfigError if `out_dir` exists or
+    `dtype` can't be stored, and InsufficientDisk before anything is written or when the disk runs full.
     """
     out = Path(out_dir)
     _check_absent(out)
@@ -86,7 +87,7 @@ def pack(
     with Checkpoint.open(source_dir) as checkpoint:
         job = _plan(checkpoint, names, tuple(experts_per_layer), shape, dtype)
         with _appearing(out, job.nbytes) as partial:
-            _write(job, partial, progress or (lambda done, total: None))
+            return _write(job, partial, progress or (lambda done, total: None))
 
 
 def _plan(
@@ -195,10 +196,10 @@ def _write_error(out: Path, error: OSError) -> InsufficientDisk | ConfigError:
     return ConfigError(f"cannot write {out}: {error}")
 
 
-def _write(job: _Job, partial: Path, progress: Progress) -> None:
+def _write(job: _Job, partial: Path, progress: Progress) -> tuple[OddItem, ...]:
     _copy_side_files(job, partial)
     total = sum(spec.nbytes for spec in job.trunk) + sum(extent.nbytes for extent in job.header.extents.values())
-    done = 0
+    done, odd = 0, list[OddItem]()
 
     def advance(nbytes: int) -> None:
         nonlocal done
@@ -206,47 +207,57 @@ def _write(job: _Job, partial: Path, progress: Progress) -> None:
         progress(done, total)
 
     with (partial / TRUNK_NAME).open("wb") as stream:
-        trunk_checksums = _write_trunk(job, stream, advance)
+        trunk_checksums = _write_trunk(job, stream, advance, odd)
         _sync(stream)
     with (partial / PACK_NAME).open("wb") as stream:
-        extent_checksums = _write_experts(job, stream, advance)
+        extent_checksums = _write_experts(job, stream, advance, odd)
         stream.truncate(job.data_start + job.header.extents_nbytes)
         header = job.header.with_checksums(extent_checksums, trunk_checksums).encode()
         assert len(header) == job.data_start, "the header's length depends on its checksums"
         stream.seek(0)
         stream.write(header)
         _sync(stream)
+    return tuple(odd)
 
 
-def _write_trunk(job: _Job, stream: BinaryIO, advance: Callable[[int], None]) -> dict[str, str]:
+def _write_trunk(job: _Job, stream: BinaryIO, advance: Callable[[int], None], odd: list[OddItem]) -> dict[str, str]:
     checksums = {}
     stream.write(job.trunk_header)
     for spec in job.trunk:
         hasher = xxhash.xxh3_128()
-        _write_pieces(job.checkpoint.pieces(spec.name), spec.dtype, stream, hasher)
+        odd += odd_tensor(spec, _write_pieces(job.checkpoint.pieces(spec.name), spec.dtype, stream, hasher))
         checksums[spec.name] = hasher.hexdigest()
         advance(spec.nbytes)
     return checksums
 
 
-def _write_experts(job: _Job, stream: BinaryIO, advance: Callable[[int], None]) -> dict[ExpertKey, str]:
+def _write_experts(
+    job: _Job, stream: BinaryIO, advance: Callable[[int], None], odd: list[OddItem]
+) -> dict[ExpertKey, str]:
     checksums = {}
     for key, specs in job.experts.items():
         extent = job.header.extents[key]
         hasher = xxhash.xxh3_128()
         stream.seek(job.data_start + extent.offset)
         for spec in specs:
-            _write_pieces(job.checkpoint.pieces(spec.name), job.header.dtype, stream, hasher)
+            written = _write_pieces(job.checkpoint.pieces(spec.name), job.header.dtype, stream, hasher)
+            odd += odd_tensor(spec, written)
         checksums[key] = hasher.hexdigest()
         advance(extent.nbytes)
     return checksums
 
 
-def _write_pieces(pieces: Iterator[Tensor], dtype: torch.dtype, stream: BinaryIO, hasher: xxhash.xxh3_128) -> None:
+def _write_pieces(
+    pieces: Iterator[Tensor], dtype: torch.dtype, stream: BinaryIO, hasher: xxhash.xxh3_128
+) -> ValueRange:
+    values = ValueRange()
     for piece in pieces:
-        memory = raw_bytes(piece.to(dtype))
+        cast = piece.to(dtype)
+        memory = raw_bytes(cast)
         hasher.update(memory)
         stream.write(memory)
+        values.add(cast)
+    return values
 
 
 def _copy_side_files(job: _Job, partial: Path) -> None:

@@ -18,6 +18,7 @@ from pager.store.pack import Progress
 from pager.store.pack_format import PACK_NAME, PackHeader, all_keys
 from pager.store.safetensors_header import TensorSpec
 from pager.store.safetensors_index import Checkpoint
+from pager.store.values import OddItem, ValueRange, holes_of, odd_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,19 @@ class VerifyReport:
     num_checked: int
     nbytes_checked: int
     bad: tuple[BadItem, ...]
+    odd: tuple[OddItem, ...]  # sound as far as checksums tell
 
     @property
     def ok(self) -> bool:
         return not self.bad
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What `record` wrote, and what it would rather not have: a checksum of zeros is a checksum."""
+
+    manifest: Manifest
+    odd: tuple[OddItem, ...]
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
@@ -56,11 +66,12 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
             )
         specs = _in_file_order(checkpoint)
         total, num_checked = sum(spec.nbytes for spec in specs), len(specs)
-        checks: Iterable[tuple[int, BadItem | None]] = _check_tensors(checkpoint, specs)
+        odd: list[OddItem] = [*holes_of(_files(checkpoint))]
+        checks: Iterable[tuple[int, BadItem | None]] = _check_tensors(checkpoint, specs, odd)
         if checkpoint.pack is not None:
             total += sum(extent.nbytes for extent in checkpoint.pack.extents.values())
             num_checked += len(checkpoint.pack.extents)
-            checks = chain(checks, _check_extents(checkpoint.path / PACK_NAME, checkpoint.pack))
+            checks = chain(checks, _check_extents(checkpoint.path / PACK_NAME, checkpoint.pack, odd))
         bad, done = [], 0
         for nbytes, item in checks:
             done += nbytes
@@ -68,58 +79,75 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
                 bad.append(item)
             if progress is not None:
                 progress(done, total)
-        return VerifyReport(checkpoint.path, checkpoint.is_packed, num_checked, total, tuple(bad))
+        return VerifyReport(checkpoint.path, checkpoint.is_packed, num_checked, total, tuple(bad), tuple(odd))
 
 
-def record(path: str | Path, progress: Progress | None = None) -> Manifest:
-    """Writes `checksums.json` into a plain checkpoint, atomically, and returns it. Raises CheckpointError."""
+def record(path: str | Path, progress: Progress | None = None) -> Recorded:
+    """Writes `checksums.json` into a plain checkpoint, atomically. Raises CheckpointError."""
     with Checkpoint.open_unverified(path) as checkpoint:
         if checkpoint.is_packed:
             raise CheckpointError(f"{checkpoint.path} is packed and carries its checksums; run `expert-pager verify`")
         specs = _in_file_order(checkpoint)
         total, done = sum(spec.nbytes for spec in specs), 0
         checksums = {}
+        odd = [*holes_of(_files(checkpoint))]
         for spec in specs:
-            hasher = xxhash.xxh3_128()
+            hasher, values = xxhash.xxh3_128(), ValueRange()
             for piece in checkpoint.pieces(spec.name):
                 hasher.update(raw_bytes(piece))
+                values.add(piece)
             checksums[spec.name] = hasher.hexdigest()
+            odd += odd_tensor(spec, values)
             done += spec.nbytes
             if progress is not None:
                 progress(done, total)
         manifest = Manifest(checkpoint.file_nbytes, checksums)
         manifest.save(checkpoint.path)
-        return manifest
+        return Recorded(manifest, tuple(odd))
 
 
 def _in_file_order(checkpoint: Checkpoint) -> list[TensorSpec]:
     return sorted(checkpoint.specs.values(), key=lambda spec: (spec.file, spec.offset))
 
 
-def _check_tensors(checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> Iterator[tuple[int, BadItem | None]]:
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    names = [*checkpoint.file_nbytes, *([PACK_NAME] if checkpoint.is_packed else [])]
+    return [checkpoint.path / name for name in names]
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, specs: Iterable[TensorSpec], odd: list[OddItem]
+) -> Iterator[tuple[int, BadItem | None]]:
     for spec in specs:
-        item = None
+        item, values = None, ValueRange()
         try:
-            for _ in checkpoint.pieces(spec.name):
-                pass
+            for piece in checkpoint.pieces(spec.name):
+                values.add(piece)
         except CheckpointError as error:
             item = BadItem(spec.name, spec.file, spec.offset, error.message)
+        else:
+            odd += odd_tensor(spec, values)
         yield spec.nbytes, item
 
 
-def _check_extents(path: Path, header: PackHeader) -> Iterator[tuple[int, BadItem | None]]:
+def _check_extents(path: Path, header: PackHeader, odd: list[OddItem]) -> Iterator[tuple[int, BadItem | None]]:
     experts = PackedExperts(path)
     hidden, intermediate = header.shape.hidden, header.shape.intermediate
     gate_up = torch.empty(2 * intermediate, hidden, dtype=header.dtype)
     down = torch.empty(hidden, intermediate, dtype=header.dtype)
     try:
         for key in all_keys(header.experts_per_layer):
-            item = None
+            item, name = None, f"layer {key.layer} expert {key.expert}"
             try:
                 experts.read(key, gate_up, down)
             except ExpertUnavailable as error:
-                name = f"layer {key.layer} expert {key.expert}"
                 item = BadItem(name, path.name, experts.offset_of(key), error.message)
+            else:
+                for part, matrix in zip(("gate", "up", "down"), (*gate_up.chunk(2), down), strict=True):
+                    values = ValueRange()
+                    values.add(matrix)
+                    if reason := values.oddity(matrix.ndim):
+                        odd.append(OddItem(f"{name}, {part}", path.name, reason))
             yield header.extents[key].nbytes, item
     finally:
         experts.close()

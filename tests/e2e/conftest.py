@@ -338,6 +338,18 @@ def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
                 with contextlib.suppress(psutil.Error):
                     each.kill()
             process.wait()
+    check_output(folder, env)
+
+
+def check_output(folder: Path, env: Mapping[str, str]) -> None:
+    """Whatever has happened: stdout has the one line of JSON that was promised, and the log no colours."""
+    assert (folder / "stdout").read_text().count("\n") == 1
+    log = (folder / "stderr").read_text(errors="replace")
+    assert "\x1b" not in log
+    assert "(raylet" not in log
+    assert "(WorkerActor" not in log
+    if env.get("EXPERT_PAGER_LOG_FORMAT") == "json":
+        assert all(isinstance(json.loads(line), dict) for line in log.splitlines())
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------

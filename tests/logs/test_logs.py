@@ -92,7 +92,7 @@ def test_what_workers_wrote_is_passed_on_as_it_is_and_the_rest_is_wrapped(
 ) -> None:
     logs.configure("json", "router")
     line = '{"source": "worker-0", "message": "ready"}'
-    ray_logs._pass_on({"lines": [line, "Fatal: {", "{not json", " "], "actor_name": "WorkerActor", "pid": 7})
+    ray_logs._pass_on("json", {"lines": [line, "Fatal: {", "{not json", " "], "actor_name": "WorkerActor", "pid": 7})
     mine, *wrapped = [json.loads(each) for each in capsys.readouterr().err.splitlines()]
     assert mine == json.loads(line)
     assert [each["message"] for each in wrapped] == ["Fatal: {", "{not json"]
@@ -109,6 +109,39 @@ def test_what_is_passed_on_leaves_no_room_for_another_threads_line(monkeypatch: 
 
     stream = Stream()
     monkeypatch.setattr(sys, "stderr", stream)
-    ray_logs._pass_on({"lines": ['{"message": "ready"}'] * 2})
+    ray_logs._pass_on("json", {"lines": ['{"message": "ready"}'] * 2})
     said = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
     assert said == ["ready", "from another"] * 2
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+def test_what_ray_says_itself_is_a_log_line_and_the_end_of_a_worker_is_not_said_twice(
+    root: None, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    logs.configure(kind, "router")
+    died = "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot"
+    for line in (died, "\x1b[33mThe node with node id 5 is\nlow on memory\x1b[0m"):
+        ray_logs._pass_on(kind, {"lines": [line], "pid": "raylet", "is_err": False})
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert "Ray's raylet: The node with node id 5 is low on memory" in line
+    assert "\x1b" not in line
+    assert line.startswith("{") == (kind == "json")
+
+
+def test_lines_of_workers_have_one_prefix_and_no_colours(root: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("text", "router")
+    line = "2026-11-30 10:10:18,426 I worker-0 pager.cluster.worker: ready"
+    ray_logs._pass_on("text", {"lines": [f"\x1b[36m{line}\x1b[0m"], "actor_name": "WorkerActor", "pid": 7})
+    assert capsys.readouterr() == ("", f"{line}\n")
+
+
+def test_other_libraries_are_heard_from_warnings_on(root: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("text", "router")
+    for name in ("pager.cluster.worker", "expert_pager.ray", "router_service.tls"):
+        logging.getLogger(name).info("own")
+    logging.getLogger("another.library").info("cache stats:")
+    logging.getLogger("another").warning("heard")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in said] == ["own", "own", "own", "heard"]

@@ -11,13 +11,14 @@ import xxhash
 
 from pager.errors import CheckpointError
 from pager.store.experts import PackedExperts
+from pager.store.pack import pack
 from pager.store.safetensors_index import Checkpoint
 from pager.store.verify import record, verify
 from pager.types import ExpertKey
 
 
 def test_a_recorded_checkpoint_verifies(plain, model):
-    manifest = record(plain)
+    manifest = record(plain).manifest
     name = "model.embed_tokens.weight"
     assert manifest.tensor_checksums[name] == xxhash.xxh3_128_hexdigest(model.tensors[name].numpy())
     report = verify(plain)
@@ -121,3 +122,55 @@ def test_a_malformed_manifest_is_refused(sharded, change):
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(CheckpointError, match=r"checksums\.json"):
         Checkpoint.open(sharded)
+
+
+# What has a checksum, and is hardly what it was
+
+
+def change(path, name, values):
+    with Checkpoint.open_unverified(path) as checkpoint:
+        spec = checkpoint.specs[name]
+    with (path / spec.file).open("r+b") as stream:
+        stream.seek(spec.offset)
+        stream.write(values.numpy().tobytes())
+
+
+def test_zeros_and_values_that_are_no_numbers_are_told(sharded, model, tmp_path):
+    zeros, nan, infinite, constant = (model.names(key)[0] for key in model.keys[:4])
+    for name, value in ((zeros, 0.0), (constant, 0.25)):
+        change(sharded, name, torch.full_like(model.tensors[name], value))
+    for name, value in ((nan, float("nan")), (infinite, float("-inf")), ("model.norm.weight", float("nan"))):
+        change(sharded, name, torch.cat([torch.tensor([value]), model.tensors[name].flatten()[1:]]))
+    reasons = {
+        zeros: "all its values are 0",
+        constant: "all its values are 0.25",
+        nan: "it holds values that are not a number",
+        "model.norm.weight": "it holds values that are not a number",
+        infinite: "it holds infinite values",
+    }
+    assert {item.name: item.reason for item in record(sharded).odd} == reasons
+    report = verify(sharded)
+    assert report.ok, "the checksums are those of the bytes that are there"
+    assert {item.name: item.reason for item in report.odd} == reasons
+    kwargs = {"names": model.names, "experts_per_layer": model.experts_per_layer, "shape": model.shape}
+    assert {item.name: item.reason for item in pack(sharded, tmp_path / "packed", **kwargs)} == reasons
+    packed = {item.name: item.reason for item in verify(tmp_path / "packed").odd}
+    assert packed == {f"layer 0 expert {e}, gate": reasons[model.names(model.keys[e])[0]] for e in range(4)} | {
+        "model.norm.weight": "it holds values that are not a number"
+    }
+
+
+def test_vectors_and_numbers_may_be_constant(plain, model):
+    change(plain, "model.norm.weight", torch.ones(48))
+    assert record(plain).odd == ()
+
+
+def test_a_file_of_the_right_size_that_was_never_written_whole_is_told(model, save):
+    path = save(model, 1)
+    file = path / "model.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, size // 4096 * 4096 - 8192)
+    os.truncate(file, size)
+    odd = record(path).odd
+    assert odd[0].reason.startswith("nothing was ever written at byte")
+    assert verify(path).odd == odd

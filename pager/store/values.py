@@ -1,0 +1,68 @@
+"""Looks for values that no trained weights have: bytes that were never written are zeros, and have a checksum too."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pager.store.safetensors_header import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class OddItem:
+    """A tensor, expert or file that can be read and matches its checksum, if it has one, and is hardly what it was."""
+
+    name: str
+    file: str
+    reason: str
+
+
+@dataclass(slots=True)
+class ValueRange:
+    """The least and the greatest of some values, which come piece by piece, and whether all were numbers."""
+
+    least: float = math.inf
+    greatest: float = -math.inf
+    has_nan: bool = False
+
+    def add(self, piece: Tensor) -> None:
+        if not piece.numel() or not piece.is_floating_point():
+            return
+        least, greatest = (float(each) for each in torch.aminmax(piece))
+        if math.isnan(least) or math.isnan(greatest):
+            self.has_nan = True
+        else:
+            self.least, self.greatest = min(self.least, least), max(self.greatest, greatest)
+
+    def oddity(self, num_dimensions: int) -> str | None:
+        """None where there is none. A vector may well be constant, as the weights of an untrained norm are."""
+        if self.has_nan:
+            return "it holds values that are not a number"
+        if self.least == -math.inf or (self.greatest == math.inf and self.least != math.inf):
+            return "it holds infinite values"
+        if self.least == self.greatest and num_dimensions > 1:
+            return f"all its values are {self.least:g}"
+        return None
+
+
+def odd_tensor(spec: TensorSpec, values: ValueRange) -> Iterator[OddItem]:
+    """One, or none. A matrix of one value is none."""
+    num_dimensions = 0 if spec.nbytes == spec.dtype.itemsize else len(spec.shape)
+    if reason := values.oddity(num_dimensions):
+        yield OddItem(spec.name, spec.file, reason)
+
+
+def holes_of(paths: Iterable[Path]) -> Iterator[OddItem]:
+    """Files with parts that the disk holds nothing for, as a download leaves that was interrupted."""
+    for path in paths:
+        with suppress(OSError), path.open("rb") as file:  # a file system that does not know says that there is none
+            hole = os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+            if hole < path.stat().st_size:
+                yield OddItem(path.name, path.name, f"nothing was ever written at byte {hole} of it")

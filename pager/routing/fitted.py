@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pager.errors import CheckpointError, ConfigError, InvalidRequest
+from pager.reading import one_line, parse_json
 from pager.routing.recall import expected_recall, num_features
 from pager.types import ExpertPool, RoutingScores
 
@@ -77,12 +78,12 @@ class RouterFile:
             with safe_open(file, framework="numpy") as stored:
                 header = (stored.metadata() or {}).get(FORMAT)
                 weights = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} can not be read ({error}); {again}") from error
+        except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:  # a dtype that numpy lacks
+            raise CheckpointError(f"{file} can not be read ({one_line(error)}); {again}") from error
         if header is None:
             raise CheckpointError(f"{file} is not a fitted router in the format {FORMAT}; {again}")
         try:
-            facts = json.loads(header)
+            facts = parse_json(header)
             found, routed = str(facts["fingerprint"]), tuple(int(count) for count in facts["routed_per_layer"])
             made = cls(found, routed, _checked(weights, routed), facts["facts"])
         except (KeyError, TypeError, ValueError, IndexError) as error:

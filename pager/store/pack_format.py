@@ -20,8 +20,9 @@ import torch
 import xxhash
 
 from pager.errors import CheckpointError
+from pager.reading import parse_json
 from pager.store.datafile import DataFile
-from pager.store.safetensors_header import DTYPE_NAMES, DTYPES
+from pager.store.safetensors_header import DTYPE_NAMES, DTYPES, MAX_HEADER_BYTES
 from pager.types import ExpertKey, ExpertShape
 
 PACK_NAME = "experts.pack"
@@ -122,7 +123,7 @@ def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
             raise _damaged(file.path, "it does not begin as a pack does")
         if version != _VERSION:
             raise CheckpointError(f"{file.path} is a pack of version {version}; this release reads version {_VERSION}")
-        if _PREFIX.size + length > file.size:
+        if length > MAX_HEADER_BYTES or _PREFIX.size + length > file.size:
             raise _damaged(file.path, f"its {file.size} bytes can not hold its header of {length}")
         encoded = file.read(length, _PREFIX.size)
     except CheckpointError:
@@ -133,7 +134,7 @@ def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
         raise _damaged(file.path, "its header does not match its checksum")
     try:
         header = _decode(encoded)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(file.path, f"its header can't be understood ({error!r})") from error
     data_start = align(_PREFIX.size + length)
     _check_extents(file, header, data_start)
@@ -141,14 +142,21 @@ def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
 
 
 def _decode(encoded: bytes) -> PackHeader:
-    body = json.loads(encoded)
+    """Raises ValueError, KeyError, TypeError or AttributeError for what is no header, whoever made its checksum."""
+    body = parse_json(encoded)
+    experts_per_layer, extents = tuple(body["experts_per_layer"]), body["extents"]
+    numbers = (*experts_per_layer, body["hidden"], body["intermediate"], *(part for row in extents for part in row[:4]))
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError("a size or an offset is not a whole number")
+    if len(extents) != sum(experts_per_layer):
+        raise ValueError(f"{len(extents)} extents for {sum(experts_per_layer)} experts")
     return PackHeader(
-        source_fingerprint=body["source_fingerprint"],
-        experts_per_layer=tuple(body["experts_per_layer"]),
+        source_fingerprint=str(body["source_fingerprint"]),
+        experts_per_layer=experts_per_layer,
         shape=ExpertShape(body["hidden"], body["intermediate"]),
         dtype=DTYPES[body["dtype"]],
-        extents={ExpertKey(layer, expert): Extent(*rest) for layer, expert, *rest in body["extents"]},
-        trunk_checksums=body["trunk"],
+        extents={ExpertKey(layer, expert): Extent(*rest) for layer, expert, *rest in extents},
+        trunk_checksums={str(name): str(checksum) for name, checksum in body["trunk"].items()},
     )
 
 

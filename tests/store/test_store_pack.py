@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import signal
+import struct
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk
@@ -206,6 +208,37 @@ def test_a_refused_pack_leaves_no_descriptor_open(packed, flip, open_files):
         PackedExperts(packed / "experts.pack")
     assert open_files(packed) == []
     assert caught.tb is not None  # held until here: nothing was left to the garbage collector
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"experts_per_layer": [10**9]},
+        {"experts_per_layer": [4, 0, 3, 10**18]},
+        {"experts_per_layer": 7},
+        {"experts_per_layer": [4, 0, -1, 4]},
+        {"hidden": 2**70},
+        {"hidden": "48"},
+        {"intermediate": None},
+        {"dtype": ["F32"]},
+        {"dtype": "F8"},
+        {"extents": []},
+        {"extents": [[0, 0]]},
+        {"extents": {"a": 1}},
+        {"trunk": ["a"]},
+        {"trunk": {}},
+    ],
+)
+def test_a_header_whose_checksum_is_right_and_whose_facts_are_not_is_refused_at_once(packed, model, change):
+    path = packed / "experts.pack"
+    content = path.read_bytes()
+    prefix = struct.Struct("<8sIQ16s")
+    magic, version, length, _ = prefix.unpack(content[: prefix.size])
+    header = json.dumps(json.loads(content[prefix.size : prefix.size + length]) | change).encode()
+    content = prefix.pack(magic, version, len(header), xxhash.xxh3_128_digest(header)) + header + content[4096:]
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"experts\.pack"):
+        model.open_experts(packed)
 
 
 def test_a_damaged_header_is_refused_wherever_it_is_hit(packed, flip):

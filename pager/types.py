@@ -9,7 +9,7 @@ import hashlib
 import struct
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -239,6 +239,33 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a request has used at its worker, however it ended. Every request that a worker took has one at its end.
+
+    Prompt tokens are those that were run. `queue_s` is None for a request that was never admitted.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
+    queue_s: float | None = None
+
+
+class RequestObserver(Protocol):
+    """Hears of one request at its worker."""
+
+    def sent(self) -> None:
+        """It is on its way."""
+
+    def settled(self, account: Account) -> None:
+        """It has ended there, and what it has used: once, and also after nobody reads its answer any more.
+
+        Never for a request that the worker did not take, nor for one whose worker, or the way there, was lost.
+        """
+
+
 AnswerMode = Literal["exact", "pool", "degraded"]
 
 
@@ -266,6 +293,12 @@ class Usage:
     time_to_first_token_s: float
     model_fingerprint: str
     drift: DriftReport | None = None  # absent where the policy asked for none
+
+    @property
+    def account(self) -> Account:
+        return Account(
+            self.prompt_tokens, self.completion_tokens, self.bytes_from_disk, self.bytes_from_host, self.queue_s
+        )
 
 
 @dataclass(frozen=True, slots=True)

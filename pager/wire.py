@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from expert_pager.v1 import expert_pager_pb2 as pb
@@ -17,6 +18,7 @@ from expert_pager.v1 import worker_pb2
 from pager.errors import InvalidRequest, PagerError
 from pager.types import (
     DRIFT_WINDOW,
+    Account,
     AnswerMode,
     Bytes,
     Count,
@@ -245,6 +247,14 @@ def encode_chunk(chunk: TokenChunk, ticket: int) -> worker_pb2.Chunk:
 def decode_chunk(message: worker_pb2.Chunk, request: GenerateRequest) -> TokenChunk:
     usage = decode_usage(message.usage) if message.HasField("usage") else None
     return TokenChunk(request.id, tuple(message.token_ids), message.text, usage, request.tenant)
+
+
+def encode_account(account: Account) -> worker_pb2.Account:
+    return worker_pb2.Account(**asdict(account))
+
+
+def decode_account(message: worker_pb2.Account) -> Account:
+    return Account(**{field.name: optional(message, field.name) for field in fields(Account)})
 
 
 def encode_usage(usage: Usage) -> pb.Usage:

@@ -119,6 +119,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             request_id.set("")
             trace_context.set(tracing.traceparent() or traceparent_of(context.invocation_metadata()))
             self._access_log.begin()
+            self._metrics.began(name)
             code, failure = "OK", None
             try:
                 return await method(_parsed(parse, await self._message(name, messages, context)), context)

@@ -31,6 +31,7 @@ def router_families(tenants: Sequence[str]) -> tuple[Family, ...]:
 
 def _calls() -> tuple[Family, ...]:
     return (
+        Family("router_calls", _COUNTER, "Calls that arrived, by method.", "What is asked?", every(method=METHODS)),
         Family(
             "router_requests", _COUNTER, "Calls that ended, by method and gRPC status code.",
             "Which calls fail, and how?", every(method=METHODS, code=STATUSES),
@@ -77,15 +78,21 @@ def _answers(by_tenant: Labels, tenants: Sequence[str]) -> tuple[Family, ...]:
             "How fast can people read?", by_tenant, buckets.OUTPUT_TOKEN_S,
         ),
         Family(
-            "router_queue_seconds", _HISTOGRAM, "Of a finished answer, the wait in its worker's line.",
+            "router_queue_seconds", _HISTOGRAM,
+            "Of requests that their worker is done with, the wait in its line until they were admitted.",
             "Whose requests wait for memory?", by_tenant, buckets.FIRST_TOKEN_S,
         ),
-        Family("router_prompt_tokens", _COUNTER, "Prompt tokens of finished answers.", "Who sends what?", by_tenant),
         Family(
-            "router_generated_tokens", _COUNTER, "Generated tokens of finished answers.", "Who gets what?", by_tenant
+            "router_prompt_tokens", _COUNTER, "Prompt tokens that workers have run, however answers ended.",
+            "Who sends what?", by_tenant,
         ),
         Family(
-            "router_paged_bytes", _COUNTER, "Bytes of experts that finished answers had paged in, by where from.",
+            "router_generated_tokens", _COUNTER, "Tokens that workers have generated, however answers ended.",
+            "Who gets what?", by_tenant,
+        ),
+        Family(
+            "router_paged_bytes", _COUNTER,
+            "Bytes of experts that workers have read for requests, however these ended, by where from.",
             "Whose requests cause paging?", every(tenant=tenants, source=("disk", "host")),
         ),
     )  # fmt: skip
@@ -120,6 +127,10 @@ def _pools() -> tuple[Family, ...]:
 
 def _surroundings() -> tuple[Family, ...]:
     return (
+        Family(
+            "router_sent", _COUNTER, "Requests sent to workers; one that is placed again counts again.",
+            "What do workers get from this router?",
+        ),
         Family(
             "router_replacements", _COUNTER, "Requests placed again because their worker was lost.",
             "What do lost workers cost?",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
 from pager.metrics.families import Instruments
-from pager.types import ExpertPool, Usage
+from pager.types import Account, ExpertPool
 from router_service.metric_families import INFO_LABELS, REJECTIONS, router_families
 from router_service.tenants import TenantLabels
 
@@ -23,6 +23,7 @@ class RouterMetrics:
         self._tenants = tenants or TenantLabels()
         made = Instruments(router_families(self._tenants.values), registry)
         self.requests, self._answers = made.counter("router_requests"), made.counter("router_answers")
+        self._calls, self.sent = made.counter("router_calls"), made.counter("router_sent")
         self.requests_in_flight = made.gauge("router_requests_in_flight")
         self.tokens_in_flight = made.gauge("router_tokens_in_flight")
         self.bytes_in_flight = made.gauge("router_in_flight_bytes")
@@ -50,6 +51,10 @@ class RouterMetrics:
         """Version, model and default pool, as labels of `expert_pager_router_info`."""
         self._info.labels(*(labels[name] for name in INFO_LABELS)).set(1)
 
+    def began(self, method: str) -> None:
+        """A call arrived."""
+        self._calls.labels(method).inc()
+
     def ended(self, method: str, code: str, tenant: str) -> None:
         """A call ended with this gRPC status."""
         self.requests.labels(method, code).inc()
@@ -71,16 +76,19 @@ class RouterMetrics:
     def first_token(self, tenant: str, seconds: float) -> None:
         self._first_token.labels(self._tenants.of(tenant)).observe(seconds)
 
-    def answered(self, tenant: str, usage: Usage, seconds_per_token: float | None) -> None:
-        """An answer came to its end; None for one without a second token."""
+    def output_token(self, tenant: str, seconds: float) -> None:
+        """The mean gap between the tokens of an answer, once an answer of several."""
+        self._output_token.labels(self._tenants.of(tenant)).observe(seconds)
+
+    def settled(self, tenant: str, account: Account) -> None:
+        """What a request has used at a worker that is done with it."""
         label = self._tenants.of(tenant)
-        if seconds_per_token is not None:
-            self._output_token.labels(label).observe(seconds_per_token)
-        self._queue.labels(label).observe(usage.queue_s)
-        self._prompt_tokens.labels(label).inc(usage.prompt_tokens)
-        self._generated_tokens.labels(label).inc(usage.completion_tokens)
-        self._paged_bytes.labels(label, "disk").inc(usage.bytes_from_disk)
-        self._paged_bytes.labels(label, "host").inc(usage.bytes_from_host)
+        if account.queue_s is not None:
+            self._queue.labels(label).observe(account.queue_s)
+        self._prompt_tokens.labels(label).inc(account.prompt_tokens)
+        self._generated_tokens.labels(label).inc(account.completion_tokens)
+        self._paged_bytes.labels(label, "disk").inc(account.bytes_from_disk)
+        self._paged_bytes.labels(label, "host").inc(account.bytes_from_host)
 
     def predicted(self, predicted: ExpertPool, actual: ExpertPool) -> None:
         """What was predicted, and what the prefill then chose."""

@@ -23,6 +23,30 @@ all workers of a node, each of which reports the same bytes: take the maximum, n
 
 Alerts and what to do about them: `docs/runbook.md`. Dashboards and rules: `deploy/monitoring`.
 """
+_IDENTITIES = """\
+Counters agree with each other. What follows holds whenever nothing is in flight, after answers, failures, refusals and
+cancellations alike, over any time in which no worker and no router was lost: a process takes its counts with it. A test
+holds it after a storm of all of these. Names are without their prefix and `_total`, and stand for sums over all labels
+that are not named, and over all routers and workers.
+
+- Calls: `router_calls` of a method = its `router_requests` of all codes. While calls are open, that many fewer have
+  ended.
+- Answers: `router_requests` of `Generate` with a code = `router_answers` with that code.
+- Refusals: `router_admission_rejections` counts a refused call once, whether a router or a worker refused it. It is at
+  most `router_requests` with `RESOURCE_EXHAUSTED`, `UNAVAILABLE` or `DEADLINE_EXCEEDED`; the others of these failed
+  after they had begun.
+- On the way: `router_sent` = `requests_received`.
+- At workers: `requests_received` = `requests_refused` + `requests` of all outcomes. While some are in flight, also
+  `requests_waiting` + `requests_running`.
+- Ends: `requests` with `stop` or `length` is at least `router_answers` with `OK`; the others ended as their client
+  left.
+- Waits: `router_queue_seconds` = `queue_seconds`, in number and sum: the requests that were admitted.
+- Tokens: `router_prompt_tokens` = `prompt_tokens`, and `router_generated_tokens` = `completion_tokens`.
+- Work: `step_tokens` = `prompt_tokens` + `completion_tokens` - the number of `time_to_first_token_seconds`, because a
+  prompt's forward gives the first token.
+- Bytes: `router_paged_bytes` = `charged_bytes`, by source; and `transfer_bytes` to `device` = `charged_bytes` +
+  `uncharged_bytes`.
+"""
 _REPLAY = """\
 Of no process, but of a file: `expert-pager replay TRACE --prometheus FILE` writes what a recorded trace
 (`workers.trace`) would have cost with other budgets and policies. Put it where node-exporter's textfile collector
@@ -37,7 +61,8 @@ def catalogue() -> str:
     """The whole page."""
     router = router_families(("those configured", OTHER_TENANTS))
     parts = (("Worker", "", WORKER_FAMILIES), ("Router", "", router), ("Replay", _REPLAY, REPLAY_FAMILIES))
-    return _INTRO + "".join(f"\n## {title}\n\n{text}{_table(families)}\n" for title, text, families in parts)
+    tables = "".join(f"\n## {title}\n\n{text}{_table(families)}\n" for title, text, families in parts)
+    return f"{_INTRO}{tables}\n## What adds up\n\n{_IDENTITIES}"
 
 
 def _table(families: Iterable[Family]) -> str:

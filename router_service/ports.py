@@ -6,7 +6,15 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pager.types import ExpertPool, GenerateRequest, PagingTotals, RoutingFacts, RoutingScores, TokenChunk
+from pager.types import (
+    ExpertPool,
+    GenerateRequest,
+    PagingTotals,
+    RequestObserver,
+    RoutingFacts,
+    RoutingScores,
+    TokenChunk,
+)
 
 
 class WorkerPort(Protocol):
@@ -53,8 +61,12 @@ class WorkerPort(Protocol):
 class ClusterPort(Protocol):
     def workers(self) -> Sequence[WorkerPort]: ...
 
-    def generate(self, worker_id: str, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+    def generate(
+        self, worker_id: str, request: GenerateRequest, observer: RequestObserver
+    ) -> AsyncGenerator[TokenChunk, None]:
         """Chunks of the answer; the last one carries the usage. Closing it cancels the request on the worker.
+
+        `observer` hears when it was sent, and at its end there what it has used.
 
         Raises PagerError: WorkerLost, SlowReader, DeadlineExceeded, Cancelled, and what the worker's engine refuses.
         """

@@ -92,7 +92,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
                 if prediction.policy.source is not PoolSource.FIXED:
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""
-                with self._backend.live_pools.following(tenant, name, sent.pool, prediction.pool) as live:
+                with self._backend.live_pools.following(tenant, name, sent.pool, prediction.pool) as live, meter:
                     usage = await self._stream(sent, prediction, context, meter)
                     live.answered(usage)
                 await self._learn(request, prediction, usage)
@@ -153,7 +153,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         self._at_worker[placement.worker_id] += 1  # before anything is waited for: who is placed meanwhile sees it
         try:
             await self._check_aborted(request)
-            async with aclosing(self._backend.cluster.generate(placement.worker_id, request)) as chunks:
+            async with aclosing(self._backend.cluster.generate(placement.worker_id, request, meter)) as chunks:
                 async for chunk in chunks:
                     if not meter.has_started:
                         # Again: an Abort may have looked for the request at the workers before it got there.

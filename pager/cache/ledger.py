@@ -277,7 +277,10 @@ class Ledger:
             load = self._loads.pop(key)
             self.index.installed(key)
             now_s = time.monotonic()
-            load.payer.add_read(fetched.source, fetched.nbytes, now_s - fetched.seconds, now_s)
+            if load.payer.is_closed:
+                self._observer.uncharged(fetched.source, fetched.nbytes)
+            else:
+                load.payer.add_read(fetched.source, fetched.nbytes, now_s - fetched.seconds, now_s)
             if fetched.source is Tier.HOST:
                 self.counts.bytes_from_host += fetched.nbytes
             else:

@@ -76,6 +76,7 @@ class ExpertPager:
             for _, result in self._tiers.fetch_from_disk({key: slots.num_slots + number}):
                 if isinstance(result, ExpertUnavailable):
                     raise result
+                observer.uncharged(result.source, result.nbytes)
         slots.transfer.await_installed(range(slots.num_slots, slots.num_slots + len(resident)))
         self._readers = Readers(num_readers, self._read, source.place_of)
         index = CacheIndex(slots.num_slots, make_policy(policy))
@@ -121,7 +122,12 @@ class ExpertPager:
         busy with it.
         """
         paged = [key for key in dict.fromkeys(keys) if key not in self._resident]
-        self._ledger.prefetch(paged, usage or UsageMeter())
+        self._ledger.prefetch(paged, usage or UsageMeter(is_closed=True))
+
+    def close_account(self, usage: UsageMeter) -> None:
+        """What is read from now on is not charged to it any more."""
+        with self._ledger.lock:
+            usage.is_closed = True
 
     def prefetch_pending(self, keys: Sequence[ExpertKey]) -> bool:
         """Are any of these still to be read, for whomever?"""

@@ -60,6 +60,7 @@ class UsageMeter:
     bytes_from_host: int = 0
     stall_s: float = 0.0
     reads: dict[Tier, TierReads] = field(default_factory=dict)
+    is_closed: bool = False  # what is read from here on is charged to nobody
 
     def add_read(self, source: Tier, nbytes: int, started_s: float, ended_s: float) -> None:
         reads = self.reads.setdefault(source, TierReads(started_s))
@@ -130,6 +131,9 @@ class PagerObserver(Protocol):
 
     def stalled(self, seconds: float, cause: Cause) -> None: ...
 
+    def uncharged(self, source: Tier, nbytes: int) -> None:
+        """An expert was read for no request: at the start, or for one that has ended."""
+
     def quarantined(self, tier: Tier) -> None: ...
 
     def traced(self, written: int, lost: int) -> None:
@@ -155,6 +159,9 @@ class NoObserver:
         pass
 
     def stalled(self, seconds: float, cause: Cause) -> None:
+        pass
+
+    def uncharged(self, source: Tier, nbytes: int) -> None:
         pass
 
     def quarantined(self, tier: Tier) -> None:

@@ -20,7 +20,7 @@ from pager.cluster.views import ModelView, WorkerState, WorkerView
 from pager.cluster.worker import EngineLoader, load_engine
 from pager.config import ServiceConfig
 from pager.errors import NotReady, PagerError, WorkerLost
-from pager.types import GenerateRequest, TokenChunk
+from pager.types import GenerateRequest, RequestObserver, TokenChunk
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,9 @@ class Cluster:
                 return supervisor.model
         raise NotReady("no worker has loaded the model yet; retry shortly", retry_after_s=POLL_S)
 
-    async def generate(self, worker_id: str, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(
+        self, worker_id: str, request: GenerateRequest, observer: RequestObserver | None = None
+    ) -> AsyncGenerator[TokenChunk, None]:
         """Chunks of the answer; the last one carries the usage. Closing the iterator cancels on the worker.
 
         Raises what the worker's engine refuses or fails with; WorkerLost when it dies or hangs; SlowReader when more
@@ -95,7 +97,7 @@ class Cluster:
         link = supervisor.link if supervisor and supervisor.state is WorkerState.READY else None
         if link is None:
             raise WorkerLost(f"{worker_id} is not ready; send the request again", retry_after_s=POLL_S)
-        async with aclosing(link.generate(request)) as chunks:
+        async with aclosing(link.generate(request, observer)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

@@ -15,8 +15,8 @@ from expert_pager.v1 import worker_pb2_grpc
 
 from pager.cluster.token_server import CHANNEL_OPTIONS, MAX_COMMAND_BYTES, TOKEN_HEADER
 from pager.errors import InvalidRequest, PagerError, SlowReader, WorkerLost
-from pager.types import GenerateRequest, TokenChunk
-from pager.wire import decode_chunk, decode_error, encode_request
+from pager.types import Account, GenerateRequest, RequestObserver, TokenChunk
+from pager.wire import decode_account, decode_chunk, decode_error, decode_usage, encode_request
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,9 @@ RETRY_AFTER_S = 1.0  # a killed worker that loads a small model is back after so
 class AnswerStream:
     """The chunks of one request, at most `limit` of them unread. Owned by its `WorkerLink`; read by one task."""
 
-    def __init__(self, request: GenerateRequest, limit: int) -> None:
+    def __init__(self, request: GenerateRequest, limit: int, observer: RequestObserver | None = None) -> None:
         self.request = request
+        self.observer = observer
         self._limit = limit
         self._chunks: deque[TokenChunk] = deque()
         self._error: PagerError | None = None
@@ -92,6 +93,7 @@ class WorkerLink:
         self._on_load = on_load
         self._metadata = ((TOKEN_HEADER, token),)
         self._answers: dict[int, AnswerStream] = {}  # by ticket
+        self._left: dict[int, AnswerStream] = {}  # nobody reads them any more, and the worker has not ended them yet
         self._tickets = itertools.count(1)
         self._commands: asyncio.Queue[pb.Command | None] = asyncio.Queue()  # None: no more
         self._channel = grpc.aio.insecure_channel(
@@ -116,20 +118,24 @@ class WorkerLink:
     def num_open(self) -> int:
         return len(self._answers)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(
+        self, request: GenerateRequest, observer: RequestObserver | None = None
+    ) -> AsyncGenerator[TokenChunk, None]:
         """Submits at the first step. Leaving the iterator before its end cancels the request on the worker."""
         if self.broken.is_set():
             raise _lost()
         ticket = next(self._tickets)
         command = _submit(request, ticket)
-        answer = self._answers[ticket] = AnswerStream(request, self._buffer_chunks)
+        answer = self._answers[ticket] = AnswerStream(request, self._buffer_chunks, observer)
         try:
             self._commands.put_nowait(command)
+            if observer is not None:
+                observer.sent()
             async for chunk in answer:
                 yield chunk
         finally:
-            if self._answers.pop(ticket, None) is not None:
-                self._cancel(ticket)
+            if ticket in self._answers:
+                self._leave(ticket)
 
     async def abort(self, request_id: str, tenant: str, timeout_s: float = 2.0) -> bool:
         """Whether the worker had such a request of this tenant and cancels it. A worker that is gone has none."""
@@ -143,8 +149,7 @@ class WorkerLink:
     def cancel_all(self, error: PagerError) -> None:
         """Ends every open answer with `error`, and its request on the worker."""
         for ticket in list(self._answers):
-            self._cancel(ticket)
-            self._answers.pop(ticket).fail(error)
+            self._leave(ticket).fail(error)
 
     async def close(self) -> None:
         """Open answers raise WorkerLost. Idempotent."""
@@ -155,8 +160,11 @@ class WorkerLink:
         await asyncio.sleep(0)  # the call's own tasks end before their channel does
         await self._channel.close(grace=None)
 
-    def _cancel(self, ticket: int) -> None:
+    def _leave(self, ticket: int) -> AnswerStream:
+        """Has the worker end it; until it has, what the request has used is not known."""
+        answer = self._left[ticket] = self._answers.pop(ticket)
         self._commands.put_nowait(pb.Command(cancel=pb.Cancel(ticket=ticket)))
+        return answer
 
     async def _outgoing(self) -> AsyncIterator[pb.Command]:
         while (command := await self._commands.get()) is not None:
@@ -179,20 +187,28 @@ class WorkerLink:
     def _take(self, step: pb.Step) -> None:
         for message in step.chunks:
             answer = self._answers.get(message.ticket)
-            if answer is None:  # cancelled; the worker does not know yet
-                continue
-            chunk = decode_chunk(message, answer.request)
-            if not answer.push(chunk):
-                del self._answers[message.ticket]
-                self._cancel(message.ticket)
-            elif chunk.usage is not None:
-                del self._answers[message.ticket]
+            if answer is not None:
+                chunk = decode_chunk(message, answer.request)
+                if not answer.push(chunk):
+                    self._leave(message.ticket)
+            if message.HasField("usage"):
+                self._settle(message.ticket, decode_usage(message.usage).account)
         for failure in step.failures:
-            answer = self._answers.pop(failure.ticket, None)
+            answer = self._answers.get(failure.ticket)
             if answer is not None:
                 error = decode_error(failure.error)
                 error.is_refusal = failure.refused
                 answer.fail(error)
+            if failure.refused or failure.HasField("account"):
+                self._settle(failure.ticket, None if failure.refused else decode_account(failure.account))
+            elif answer is not None:
+                self._left[failure.ticket] = self._answers.pop(failure.ticket)
+
+    def _settle(self, ticket: int, account: Account | None) -> None:
+        """The worker is done with it; None for a request that it has not taken."""
+        answer = self._answers.pop(ticket, None) or self._left.pop(ticket, None)
+        if answer is not None and answer.observer is not None and account is not None:
+            answer.observer.settled(account)
 
     def _break(self) -> None:
         if self.broken.is_set():
@@ -201,6 +217,7 @@ class WorkerLink:
         for answer in self._answers.values():
             answer.fail(_lost())
         self._answers.clear()
+        self._left.clear()
         self._commands.put_nowait(None)
         self._on_break()
 

@@ -19,8 +19,8 @@ from expert_pager.v1 import worker_pb2_grpc
 
 from pager.errors import DuplicateRequest, PagerError
 from pager.logs import facts, trace_id_of
-from pager.types import GenerateRequest, TokenChunk
-from pager.wire import decode_request, encode_chunk, encode_error
+from pager.types import Account, GenerateRequest, TokenChunk
+from pager.wire import decode_request, encode_account, encode_chunk, encode_error
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class RequestFailure(Protocol):
     def tenant(self) -> str: ...
     @property
     def error(self) -> PagerError: ...
+    @property
+    def account(self) -> Account: ...
 
 
 class TokenEngine(Protocol):
@@ -63,6 +65,16 @@ class TokenEngine(Protocol):
 
 
 StreamEvent = TokenChunk | RequestFailure
+
+
+class SubmissionObserver:
+    """Hears what routers send and which of it is not taken; every method does nothing by default."""
+
+    def received(self) -> None:
+        """A router has sent a request."""
+
+    def refused(self, reason: str) -> None:
+        """It was not taken, for the `reason` of the error in lower case."""
 
 
 class RequestKey(NamedTuple):
@@ -78,12 +90,12 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
     _engine: TokenEngine
     _load: Callable[[], pb.Load]
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, observer: SubmissionObserver | None = None) -> None:
         self._gate = _OwnRouters(token)
+        self._observer = observer or SubmissionObserver()
         self._streams: set[_RouterStream] = set()
-        self._owners: dict[
-            RequestKey, _Owner
-        ] = {}  # until the engine's last event of the request, its router gone or not
+        # Until the engine's last event of the request, its router gone or not.
+        self._owners: dict[RequestKey, _Owner] = {}
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._load_task: asyncio.Task[None] | None = None
@@ -156,6 +168,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
 
     def _submit(self, message: pb.Submit, stream: _RouterStream) -> None:
         key = RequestKey(message.request_id, message.tenant)
+        self._observer.received()
         try:
             if key in self._owners:
                 raise DuplicateRequest(
@@ -172,6 +185,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
         except Exception as error:
             failure = _failure(message.ticket, error)
             failure.refused = True
+            self._observer.refused(failure.error.reason.lower())
             stream.push(pb.Push(step=pb.Step(failures=[failure])))
 
     def _dispatch(self, events: Sequence[StreamEvent]) -> None:
@@ -183,10 +197,9 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
                 continue
             step = steps.setdefault(owner.stream, pb.Step())
             if owner.has_failed:
-                if not isinstance(event, TokenChunk) or event.usage is not None:
-                    self._forget(key)
+                self._settle_failed(step, event, key)
             elif not isinstance(event, TokenChunk):
-                step.failures.append(_failure(owner.ticket, event.error))
+                step.failures.append(_failure(owner.ticket, event.error, event.account))
                 self._ended(key, event.error.reason.lower())
             else:
                 self._add_chunk(step, event, key)
@@ -199,7 +212,8 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
         try:
             step.chunks.append(encode_chunk(chunk, owner.ticket))
         except Exception as error:
-            step.failures.append(_failure(owner.ticket, error))
+            account = None if chunk.usage is None else chunk.usage.account
+            step.failures.append(_failure(owner.ticket, error, account))
             self._owners[key] = owner._replace(has_failed=True)
             self._engine.cancel(*key)
             if chunk.usage is not None:
@@ -207,6 +221,17 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             return
         if chunk.usage is not None:
             self._ended(key, chunk.usage.finish_reason.value, chunk.usage.completion_tokens)
+
+    def _settle_failed(self, step: pb.Step, event: StreamEvent, key: RequestKey) -> None:
+        """Of a request whose router knows that it has failed, only what it has used is of interest."""
+        if not isinstance(event, TokenChunk):
+            account = event.account
+        elif event.usage is not None:
+            account = event.usage.account
+        else:
+            return
+        step.failures.append(pb.Failure(ticket=self._owners[key].ticket, account=encode_account(account)))
+        self._forget(key)
 
     def _ended(self, key: RequestKey, outcome: str, num_tokens: int | None = None) -> None:
         trace_id = self._owners[key].trace_id
@@ -299,12 +324,14 @@ class _RouterStream:
                 await self._wake.wait()
 
 
-def _failure(ticket: int, error: Exception) -> pb.Failure:
+def _failure(ticket: int, error: Exception, account: Account | None = None) -> pb.Failure:
     try:
         if isinstance(error, PagerError):
-            return pb.Failure(ticket=ticket, error=encode_error(error))
+            used = None if account is None else encode_account(account)
+    return pb.Failure(ticket=ticket, error=encode_error(error), account=used)
     except Exception:
         log.exception("an error could not be encoded")
     log.error("a request failed in an unexpected way", exc_info=error)
     error = PagerError("internal error in the worker; its log has the details")
-    return pb.Failure(ticket=ticket, error=encode_error(error))
+    used = None if account is None else encode_account(account)
+    return pb.Failure(ticket=ticket, error=encode_error(error), account=used)

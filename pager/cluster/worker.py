@@ -23,7 +23,7 @@ from expert_pager.v1 import worker_pb2 as pb
 
 from pager import __version__, tracing
 from pager.cluster.loop_thread import LoopThread
-from pager.cluster.token_server import StreamEvent, TokenEngine, TokenServer
+from pager.cluster.token_server import StreamEvent, SubmissionObserver, TokenEngine, TokenServer
 from pager.cluster.views import Health, ModelView, WorkerReady
 from pager.cluster.warm import Experts, WarmFile
 from pager.config import ServiceConfig
@@ -96,8 +96,8 @@ class EngineLoader(Protocol):
     ) -> LoadedEngine: ...
 
 
-class WorkerObserver(WorkerMetrics, EngineObserver):
-    """The worker's metrics as both observers. Remembers recent page-ins too, for who places requests."""
+class WorkerObserver(WorkerMetrics, EngineObserver, SubmissionObserver):
+    """The worker's metrics as all three observers. Remembers recent page-ins too, for who places requests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Worker:
         self._observer = WorkerObserver()
         self._loop = LoopThread("tokens")
         self._token = secrets.token_urlsafe(32)
-        self._server = TokenServer(self._token)
+        self._server = TokenServer(self._token, self._observer)
         self._lag = LoopLag(self._observer.loop_lag)
         self._metrics_server: MetricsServer | None = None
         self._loaded: LoadedEngine | None = None

@@ -313,9 +313,13 @@ class StepRouting:
         self._allowed_LNE = [None] * self._facts.num_layers
         self._pools_LNE = [None] * self._facts.num_layers
 
-    def share_costs(self) -> None:
-        """What the documents paged on demand together is charged to them in equal parts."""
-        if len(self.documents) > 1:
+    def share_costs(self, close_account: Callable[[UsageMeter], None]) -> None:
+        """What the documents paged on demand together is charged to them in equal parts.
+
+        The joint account is closed first: a read that nobody waited for may still be under way.
+        """
+        if len(self.documents) > 1 and self.meter.experts_hit + self.meter.experts_missed:
+            close_account(self.meter)
             split_usage(self.meter, [document.meter for document in self.documents])
             self.meter = UsageMeter()
 

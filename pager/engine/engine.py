@@ -33,7 +33,7 @@ from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady
 from pager.needs import PREFILL_CHUNK_TOKENS
 from pager.routing.pool import check_pool
 from pager.tokenizing import panics_as_errors
-from pager.types import FinishReason, GenerateRequest, TokenChunk, Usage
+from pager.types import Account, FinishReason, GenerateRequest, TokenChunk, Usage
 
 log = logging.getLogger(__name__)
 
@@ -294,12 +294,13 @@ class Engine:
 
     def _take_all(self, sequences: Ordered[Sequence], outcomes: Ordered[Outcome]) -> None:
         now_s = time.monotonic()
+        num_before = sum(len(sequence.output_ids) for sequence in sequences)
         for sequence, outcome in zip(sequences, outcomes, strict=True):
             with self._on_behalf_of(sequence, "taking a token failed"):
                 self._take(sequence, outcome, now_s)
                 if not sequence.has_ended:
                     sequence.answer_drift()
-        self._num_tokens += len(sequences)
+        self._num_tokens += sum(len(sequence.output_ids) for sequence in sequences) - num_before
 
     def _meanwhile(self) -> float:
         """While a forward waits for reads: `_check`, and a token for those that hold their experts.
@@ -341,9 +342,9 @@ class Engine:
                 self._line.admit(sequence)
                 self._prefilling.append(sequence)
                 sequence.admitted_s = now_s
-                sequence.prefetch(self._paged)
                 self._clock.admitted(sequence.place, now_s - sequence.submitted_s)
                 self._observer.queued(now_s - sequence.submitted_s)
+                sequence.prefetch(self._paged)
 
     def _resume(self, suspended: list[Sequence]) -> bool:
         """Gives those that drift their slots, in the order in which they came. False where some have to wait on."""
@@ -363,14 +364,15 @@ class Engine:
                     return
 
     def _prefill_part(self, sequence: Sequence) -> None:
-        num_tokens = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
+        num_before = sequence.num_prefilled
+        num_tokens = len(sequence.request.prompt_token_ids) - num_before
         if sequence.may_be_chunked(self._paged):
             num_tokens = min(num_tokens, self._prefill_chunk_tokens)
-        if not sequence.num_prefilled:
+        if not num_before:
             sequence.prefill_started_s = time.monotonic()
         with self._long_forward([sequence]):
             outcome = self._decoder.prefill(sequence, num_tokens, meanwhile=self._meanwhile, check=self._check)
-        self._num_tokens += num_tokens
+        self._num_tokens += sequence.num_prefilled - num_before  # none where it was left, or failed
         outcome = sequence.fate or outcome
         if outcome is None:
             return
@@ -387,9 +389,9 @@ class Engine:
         if isinstance(outcome, PagerError):
             self._fail(sequence, outcome)
             return
-        text, reason = sequence.accept(outcome, self._eos_ids, now_s)
-        if len(sequence.output_ids) == 1:
+        if not sequence.output_ids:
             self._observer.first_token(now_s - sequence.submitted_s)
+        text, reason = sequence.accept(outcome, self._eos_ids, now_s)
         usage = None if reason is None else self._account(sequence, reason)
         chunk = TokenChunk(sequence.request.id, (outcome,), text, usage, sequence.request.tenant)
         if reason is not None:
@@ -398,6 +400,7 @@ class Engine:
 
     def _account(self, sequence: Sequence, reason: FinishReason) -> Usage:
         """Of an answer that is about to end well."""
+        sequence.account(self._paged)
         usage = sequence.usage(reason, self._paged.fingerprint)
         if usage.pool is not None:
             self._observer.pool(usage.pool, usage.out_of_pool_mass)
@@ -423,11 +426,12 @@ class Engine:
     def _fail(self, sequence: Sequence, error: PagerError) -> None:
         with _errors_logged(f"the spans of request {sequence.request.id} failed"):
             record_spans(sequence, error.reason.lower())
-        self._end(sequence, error.reason.lower())
-        self._events.append(Failure(sequence.request.id, error, sequence.request.tenant))
+        account = self._end(sequence, error.reason.lower())
+        self._events.append(Failure(sequence.request.id, error, sequence.request.tenant, account))
 
-    def _end(self, sequence: Sequence, outcome: str) -> None:
+    def _end(self, sequence: Sequence, outcome: str) -> Account:
         """Gives back at once what the sequence holds, wherever it stood. Raises nothing: what ended cannot fail."""
+        account = sequence.account(self._paged)
         with _errors_logged(f"request {sequence.request.id} could not give back everything"):
             sequence.release(self._blocks)
         for place in (self._running, self._prefilling):
@@ -437,12 +441,13 @@ class Engine:
             self._line.remove(sequence)
         self._next_admission_s = 0.0
         with _errors_logged(f"the observer failed at the end of request {sequence.request.id}"):
-            self._observer.tokens(sequence.num_prefilled, len(sequence.output_ids))
+            self._observer.used(account)
             if len(sequence.output_ids) > 1:
                 decode_s = sequence.last_token_s - sequence.first_token_s
                 self._observer.output_token(decode_s / (len(sequence.output_ids) - 1))
             self._observer.finished(outcome)
         self._inbox.remove(sequence)
+        return account
 
     def _deliver(self) -> None:
         events, self._events = self._events, []

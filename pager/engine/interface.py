@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pager.errors import PagerError
 from pager.needs import PREFILL_CHUNK_TOKENS
-from pager.types import DriftReport, ExpertPool, TokenChunk
+from pager.types import Account, DriftReport, ExpertPool, TokenChunk
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Failure:
     request_id: str
     error: PagerError
     tenant: str
+    account: Account
 
 
 StreamEvent = TokenChunk | Failure
@@ -76,7 +77,7 @@ class EngineObserver:
     def output_token(self, seconds: float) -> None:
         """Mean time per token after the first, once a request."""
 
-    def tokens(self, prompt: int, completion: int) -> None:
+    def used(self, account: Account) -> None:
         """What a request that ended has used, however it ended."""
 
     def finished(self, outcome: str) -> None:

@@ -112,7 +112,7 @@ class PagedModel:
                     yield step
             finally:
                 self._open_step.routing = around
-                step.share_costs()
+                step.share_costs(self.pager.close_account)
 
     def document(
         self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None

@@ -18,7 +18,7 @@ from pager.engine.runner import RowStart
 from pager.engine.sampler import Draw
 from pager.engine.widening import answer_drift, make_change
 from pager.errors import InvalidRequest, PagerError
-from pager.types import AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, Usage
+from pager.types import Account, AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, Usage
 
 
 class Sequence:
@@ -164,8 +164,20 @@ class Sequence:
             return text, FinishReason.STOP if self._stops.is_stopped else FinishReason.LENGTH
         return text, None
 
+    def account(self, paged: PagedModel) -> Account:
+        """What it has used. It is about to end: what is read for it later is charged to nobody."""
+        paged.pager.close_account(self._meter)
+        was_admitted = not math.isnan(self.admitted_s)
+        return Account(
+            prompt_tokens=self.num_prefilled,
+            completion_tokens=len(self.output_ids),
+            bytes_from_disk=self._meter.bytes_from_disk,
+            bytes_from_host=self._meter.bytes_from_host,
+            queue_s=self.admitted_s - self.submitted_s if was_admitted else None,
+        )
+
     def usage(self, reason: FinishReason, fingerprint: str) -> Usage:
-        """The account of an answer that ended with `reason`; asked before `release`."""
+        """What an answer was that ended with `reason`; asked after `account` and before `release`."""
         assert self.document is not None
         paging, pool, mode = self._meter.snapshot(), self.document.pool, self._mode()
         out_of_pool_mass = self.document.out_of_pool_mass()  # before the report: it reads what was measured

@@ -1,6 +1,7 @@
 """What a worker measures.
 
-`WorkerMetrics` has the methods of both observers, the pager's and the engine's: they report facts, this counts them.
+`WorkerMetrics` has the methods of all observers, the pager's, the engine's and the token server's: they report facts,
+this counts them.
 No request, prompt, tenant or expert id is ever a label, and every series exists from the start.
 """
 
@@ -14,8 +15,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from pager.metrics.families import Instruments
-from pager.metrics.worker_families import ENGINE, MODEL, OUTCOMES, PAGING, TIERS
-from pager.types import DriftReport, ExpertPool
+from pager.metrics.worker_families import ENGINE, MODEL, OUTCOMES, PAGING, REASONS, TIERS
+from pager.types import Account, DriftReport, ExpertPool
 
 
 class TierBytes(NamedTuple):
@@ -61,6 +62,8 @@ class WorkerMetrics:
         self._evictions, self._prefetches = made.counter("evictions"), made.counter("prefetches")
         self._stalled = made.histogram("stall_seconds")
         self._quarantined, self._trace_events = made.counter("quarantined"), made.counter("trace_events")
+        self._charged, self._uncharged = made.counter("charged_bytes"), made.counter("uncharged_bytes")
+        self._received, self._refused = made.counter("requests_received"), made.counter("requests_refused")
         self._requests = made.counter("requests")
         self._prompt_tokens, self._completion_tokens = made.counter("prompt_tokens"), made.counter("completion_tokens")
         self._queue = made.histogram("queue_seconds")
@@ -129,12 +132,23 @@ class WorkerMetrics:
     def stalled(self, seconds: float, cause: str) -> None:
         self._stalled.labels(cause).observe(seconds)
 
+    def uncharged(self, source: str, nbytes: int) -> None:
+        self._uncharged.labels(source).inc(nbytes)
+
     def quarantined(self, tier: str) -> None:
         self._quarantined.labels(tier).inc()
 
     def traced(self, written: int, lost: int) -> None:
         self._trace_events.labels("written").inc(written)
         self._trace_events.labels("lost").inc(lost)
+
+    # --- the token server's observer --------------------------------------------------------------------------------
+
+    def received(self) -> None:
+        self._received.inc()
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(reason if reason in REASONS else "internal").inc()
 
     # --- the engine's observer --------------------------------------------------------------------------------------
 
@@ -147,9 +161,11 @@ class WorkerMetrics:
     def output_token(self, seconds: float) -> None:
         self._output_token.observe(seconds)
 
-    def tokens(self, prompt: int, completion: int) -> None:
-        self._prompt_tokens.inc(prompt)
-        self._completion_tokens.inc(completion)
+    def used(self, account: Account) -> None:
+        self._prompt_tokens.inc(account.prompt_tokens)
+        self._completion_tokens.inc(account.completion_tokens)
+        self._charged.labels("disk").inc(account.bytes_from_disk)
+        self._charged.labels("host").inc(account.bytes_from_host)
 
     def finished(self, outcome: str) -> None:
         self._requests.labels(outcome if outcome in OUTCOMES else "internal").inc()

@@ -16,7 +16,8 @@ def _reasons(kind: type[PagerError]) -> set[str]:
     return {kind.reason.lower()}.union(*(_reasons(child) for child in kind.__subclasses__()))
 
 
-OUTCOMES: frozenset[str] = frozenset(reason.value for reason in FinishReason) | _reasons(PagerError)
+REASONS: frozenset[str] = frozenset(_reasons(PagerError))
+OUTCOMES: frozenset[str] = frozenset(reason.value for reason in FinishReason) | REASONS
 
 _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
@@ -29,6 +30,14 @@ PAGING = (
     Family(
         "transfer_bytes", _COUNTER, "Bytes of experts moved.", "What does paging take of disk and bus?",
         Labels(("source", "destination"), (("disk", "host"), ("disk", "device"), ("host", "device"))),
+    ),
+    Family(
+        "charged_bytes", _COUNTER, "Bytes of experts read for requests that ended, by where from.",
+        "What do requests cost in paging?", every(source=("disk", "host")),
+    ),
+    Family(
+        "uncharged_bytes", _COUNTER, "Bytes of experts read at the start, or for a request that had ended.",
+        "What is read that nobody used?", every(source=("disk", "host")),
     ),
     Family(
         "page_in_seconds", _HISTOGRAM, "One expert's way into a slot.", "Are disk and bus as fast as they should be?",
@@ -65,15 +74,20 @@ PAGING = (
 )  # fmt: skip
 
 ENGINE = (
+    Family("requests_received", _COUNTER, "Requests that routers have sent.", "How much is asked of the worker?"),
     Family(
-        "requests", _COUNTER, "Requests that ended, by finish reason or error.", "How do answers end?",
-        every(outcome=sorted(OUTCOMES)),
+        "requests_refused", _COUNTER, "Of the requests received, those that were not taken, by error.",
+        "What does the worker turn away?", every(reason=sorted(REASONS)),
     ),
     Family(
-        "prompt_tokens", _COUNTER, "Prompt tokens of requests that ended.", "How much is read?",
+        "requests", _COUNTER, "Of the requests taken, those that ended, by finish reason or error.",
+        "How do answers end?", every(outcome=sorted(OUTCOMES)),
     ),
     Family(
-        "completion_tokens", _COUNTER, "Generated tokens of requests that ended.", "How much is written?",
+        "prompt_tokens", _COUNTER, "Prompt tokens that were run for requests that ended, however.", "How much is read?",
+    ),
+    Family(
+        "completion_tokens", _COUNTER, "Tokens generated for requests that ended, however.", "How much is written?",
     ),
     Family(
         "queue_seconds", _HISTOGRAM, "Wait for KV and slots before admission.", "Is memory too little for the load?",
@@ -96,7 +110,8 @@ ENGINE = (
         buckets=buckets.STEP_S,
     ),
     Family(
-        "step_tokens", _COUNTER, "Tokens that the model's forwards have run.", "What does the worker get through?",
+        "step_tokens", _COUNTER, "Tokens of prompts and answers that forwards have run to an end.",
+        "What does the worker get through?",
     ),
     Family(
         "pool_experts", _HISTOGRAM, "Routed experts a layer in an answer's pool, mean.", "How large are pools?",

@@ -30,6 +30,7 @@ from pager.errors import Cancelled, CheckpointError, DuplicateRequest, NotReady,
 from pager.metrics import TierBytes
 from pager.metrics.worker_families import WORKER_FAMILIES
 from pager.types import (
+    Account,
     ExpertKey,
     ExpertShape,
     FinishReason,
@@ -61,11 +62,15 @@ class Status:
     place_s: float | None = None
 
 
+NOTHING = Account()
+
+
 @dataclass(frozen=True)
 class Failure:
     request_id: str
     error: PagerError
     tenant: str
+    account: Account = NOTHING
 
 
 @dataclass

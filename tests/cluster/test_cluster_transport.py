@@ -19,6 +19,7 @@ from pager.engine.intake import Intake
 from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.metrics.loop_lag import INTERVAL_S, LoopLag, leave_out_of_collections
 from pager.types import (
+    Account,
     ExpertPool,
     FinishReason,
     GenerateRequest,
@@ -32,11 +33,15 @@ from pager.types import (
 TOKEN = "let me in"
 
 
+NOTHING = Account()
+
+
 @dataclass(frozen=True)
 class Failure:
     request_id: str
     error: PagerError
     tenant: str
+    account: Account = NOTHING
 
 
 @dataclass

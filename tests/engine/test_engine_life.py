@@ -445,7 +445,12 @@ def test_the_observer_is_told_of_every_request_once(make_driver, random_prompt, 
     driver.finish()
     assert sorted(recorder.of("finished")) == [("cancelled",), ("length",)]
     assert len(recorder.of("queued")) == 2
-    assert (10, 5) in recorder.of("tokens")
+    accounts = [account for (account,) in recorder.of("used")]
+    assert [account.completion_tokens for account in accounts if account.prompt_tokens == 10] == [5]
+    assert len(accounts) == 2
+    assert sum(number for _, _, number in recorder.of("stepped")) == sum(
+        account.prompt_tokens + account.completion_tokens - bool(account.completion_tokens) for account in accounts
+    )
     assert len(recorder.of("pool")) == len(recorder.of("predicted")) == 1
     assert all(seconds >= forward >= 0 for seconds, forward, _ in recorder.of("stepped"))
     assert recorder.of("load")[-1] == (0, 0, 0)

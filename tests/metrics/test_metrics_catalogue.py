@@ -76,7 +76,8 @@ def test_a_router_has_exactly_the_series_of_its_catalogue_whoever_calls() -> Non
     for tenant in ("acme", "stranger", "another"):
         metrics.ended("Generate", "OK", tenant)
         metrics.first_token(tenant, 0.5)
-        metrics.answered(tenant, usage, 0.1)
+        metrics.output_token(tenant, 0.1)
+        metrics.settled(tenant, usage.account)
     metrics.ended("Route", "OK", "acme")
     metrics.predicted(ExpertPool(((2, 5, 6), (3,))), pool)
     for num_restarts in (0, 2, 2, 3):

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pager.errors import PortInUse
 from pager.metrics import OUTCOMES, MetricsServer, TierBytes, WorkerMetrics
 from pager.metrics.server import MAX_CONNECTIONS
-from pager.types import DriftReport, ExpertPool
+from pager.types import Account, DriftReport, ExpertPool
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     metrics.pool(ExpertPool(((1, 2, 3, 4), (), (5, 6))), 0.125)
     metrics.drift(DriftReport(0.7, widenings=2, experts_added=30))
     metrics.drift(DriftReport(0.7, exact_from=9))
-    metrics.tokens(10, 20)
+    metrics.used(Account(10, 20, 30, 40, 0.5))
     metrics.finished("stop")
     found = scrape(server)
 
@@ -71,6 +71,7 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     assert value("out_of_pool_mass_ratio_sum") == 0.125
     assert (value("drift_widenings_total"), value("drift_experts_total"), value("drift_exact_total")) == (2, 30, 1)
     assert (value("prompt_tokens_total"), value("completion_tokens_total")) == (10, 20)
+    assert (value("charged_bytes_total", source="disk"), value("charged_bytes_total", source="host")) == (30, 40)
     assert value("requests_total", outcome="stop") == 1
     assert value("model_info", **described) == 1
     assert (value("page_ins_total", cause="lease"), value("paged_again_total", cause="lease")) == (7, 3)
@@ -97,7 +98,7 @@ def test_series_exist_before_anything_happened_and_labels_are_closed(
     assert set(scrape(server)) == before
     labels = {name for _, pairs in before for name, _ in pairs}
     assert labels == {
-        "tier", "result", "source", "destination", "cause", "outcome", "le",
+        "tier", "result", "source", "destination", "cause", "outcome", "reason", "le",
         "implementation", "major", "minor", "patchlevel", "version",
     }  # fmt: skip
 

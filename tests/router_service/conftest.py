@@ -136,8 +136,11 @@ class InProcessCluster:
         self.aborted.add((request_id, tenant))
         return True
 
-    async def generate(self, worker_id: str, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(
+        self, worker_id: str, request: GenerateRequest, observer: Any
+    ) -> AsyncGenerator[TokenChunk, None]:
         self.received.append((worker_id, request))
+        observer.sent()
         self.open[request.tenant, request.id] = request
         error_at = self.fail[worker_id].pop(0) if self.fail.get(worker_id) else None
         finished = False
@@ -159,6 +162,8 @@ class InProcessCluster:
                 last = index == count - 1
                 usage = self._usage(request) if last else None
                 finished = last
+                if usage is not None:
+                    observer.settled(usage.account)
                 yield TokenChunk(request.id, (token,), chr(token) + self.pad, usage)
         finally:
             del self.open[request.tenant, request.id]

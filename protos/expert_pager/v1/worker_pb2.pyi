@@ -76,14 +76,30 @@ class Chunk(_message.Message):
     def __init__(self, ticket: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[_expert_pager_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("ticket", "error", "refused")
+    __slots__ = ("ticket", "error", "refused", "account")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     error: Error
     refused: bool
-    def __init__(self, ticket: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., refused: _Optional[bool] = ...) -> None: ...
+    account: Account
+    def __init__(self, ticket: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., refused: _Optional[bool] = ..., account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
+
+class Account(_message.Message):
+    __slots__ = ("prompt_tokens", "completion_tokens", "bytes_from_disk", "bytes_from_host", "queue_s")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FROM_DISK_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FROM_HOST_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    completion_tokens: int
+    bytes_from_disk: int
+    bytes_from_host: int
+    queue_s: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("reason", "message", "field", "retry_after_s", "facts")

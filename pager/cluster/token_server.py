@@ -325,13 +325,12 @@ class _RouterStream:
 
 
 def _failure(ticket: int, error: Exception, account: Account | None = None) -> pb.Failure:
+    used = None if account is None else encode_account(account)
     try:
         if isinstance(error, PagerError):
-            used = None if account is None else encode_account(account)
-    return pb.Failure(ticket=ticket, error=encode_error(error), account=used)
+            return pb.Failure(ticket=ticket, error=encode_error(error), account=used)
     except Exception:
         log.exception("an error could not be encoded")
     log.error("a request failed in an unexpected way", exc_info=error)
     error = PagerError("internal error in the worker; its log has the details")
-    used = None if account is None else encode_account(account)
     return pb.Failure(ticket=ticket, error=encode_error(error), account=used)

@@ -263,6 +263,63 @@ async def test_an_id_is_its_tenants_own(transport: Transport) -> None:
     assert await mine == ["to me", "end"]
 
 
+class Heard:
+    """What a request's observer was told."""
+
+    def __init__(self) -> None:
+        self.num_sent = 0
+        self.accounts: list[Account] = []
+
+    def sent(self) -> None:
+        self.num_sent += 1
+
+    def settled(self, account: Account) -> None:
+        self.accounts.append(account)
+
+
+async def test_what_a_request_has_used_is_told_once_however_it_ends(transport: Transport) -> None:
+    link, heard = await transport.link(), {name: Heard() for name in ("whole", "left", "failed", "refused")}
+    used = Account(3, 2, 100, 200, 0.5)
+    readers = {
+        name: asyncio.create_task(collect(link.generate(request(name, 8 if name != "refused" else -1), heard[name])))
+        for name in heard
+    }
+    await until(lambda: len(transport.engine.open) == 3)
+    transport.engine.step(chunk("left", "1"))
+    readers["left"].cancel()
+    await asyncio.gather(readers["left"], return_exceptions=True)
+    assert heard["left"].accounts == [], "the worker has the last word"
+    await until(lambda: transport.engine.cancelled == ["left"])
+    transport.engine.step(Failure("failed", Cancelled("cancelled"), "t", used))
+    transport.engine.finish("whole")
+    await asyncio.gather(*readers.values(), return_exceptions=True)
+    await until(lambda: heard["left"].accounts)
+    assert {name: each.accounts for name, each in heard.items()} == {
+        "whole": [Account(3, 1, 0, 0, 0.0)],
+        "left": [NOTHING],
+        "failed": [used],
+        "refused": [],
+    }
+    assert [each.num_sent for each in heard.values()] == [1] * 4
+
+
+async def test_a_request_that_the_transport_failed_is_accounted_for_when_the_engine_ends_it(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("no such token")
+
+    link, heard = await transport.link(), Heard()
+    reader = asyncio.create_task(collect(link.generate(request("a"), heard)))
+    await until(lambda: transport.engine.runs("a"))
+    monkeypatch.setattr("pager.cluster.token_server.encode_chunk", fails)
+    transport.engine.step(chunk("a", "1"))
+    with pytest.raises(PagerError, match="internal error"):
+        await reader
+    await until(lambda: heard.accounts)
+    assert heard.accounts == [NOTHING]
+
+
 async def test_leaving_the_iterator_cancels_the_tenants_own_request(transport: Transport) -> None:
     link = await transport.link()
     mine = asyncio.create_task(collect(link.generate(request("a", tenant="mine"))))

@@ -70,3 +70,8 @@ def format_bytes(size: int) -> str:
             return f"{int(amount)} B" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     raise AssertionError("unreachable")
+
+
+def format_address(host: str, port: int) -> str:
+    """HOST:PORT, with the brackets that an IPv6 address has to have."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from pager.errors import ConfigError, PortInUse
 from pager.metrics.loop_lag import LoopLag
+from pager.units import format_address
 from router_service import encode
 from router_service.boundary import ErrorBoundary
 from router_service.message_bounds import CORE_MESSAGE_BYTES, CORE_METADATA_BYTES, MAX_OTHER_BYTES
@@ -129,8 +130,8 @@ class RouterServer:
     async def _bind(self, server: grpc.aio.Server, host: str, port: int, key: str, tls: TlsFiles | None = None) -> int:
         try:
             if tls is None:
-                return server.add_insecure_port(_address(host, port))
-            return server.add_secure_port(_address(host, port), tls.credentials())
+                return server.add_insecure_port(format_address(host, port))
+            return server.add_secure_port(format_address(host, port), tls.credentials())
         except RuntimeError:
             await self.stop(0)
             raise _bind_error(host, port, key) from None
@@ -166,10 +167,6 @@ async def _logged(step: Callable[[], Awaitable[None]]) -> None:
         await step()
     except Exception:
         log.exception("the router's pulse failed once; it goes on")
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _bind_error(host: str, port: int, key: str) -> ConfigError | PortInUse:

@@ -104,8 +104,19 @@ class Service:
             status = cast(grpc.Call, error)
             code, details = status.code(), status.details() or ""
             if code is grpc.StatusCode.UNAVAILABLE and not status.trailing_metadata():
-                raise PagerError(f"no service answers at {self.address} ({details})") from None
+                # A program that speaks something else, or waits for TLS, does not begin as gRPC does.
+                other = "another program, or a service that takes TLS, has that port " if "SETTINGS" in details else ""
+                raise PagerError(f"no service answers at {self.address}: {other}({details})") from None
+            if code is grpc.StatusCode.UNIMPLEMENTED and not _is_ours(status):
+                raise PagerError(
+                    f"what answers at {self.address} is no expert-pager service, or one of another version ({details})"
+                ) from None
             raise PagerError(f"{details} [{code.name}]") from None
+
+
+def _is_ours(status: grpc.Call) -> bool:
+    """An error that our service has put its name to has details; one that gRPC itself answers with has none."""
+    return any(key == "grpc-status-details-bin" for key, _ in status.trailing_metadata() or ())
 
 
 def _channel(address: str, tls: ClientTls | None) -> grpc.Channel:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from pager import __version__, tracing
 from pager.cli.passes import build_passes, load_first
 from pager.cluster.cluster import Cluster, RayLost
+from pager.cluster.ray_session import LOOPBACK
 from pager.cluster.views import ModelView
 from pager.config import RouterConfig, ServiceConfig
 from pager.engine.loading import needs_of
@@ -34,7 +35,7 @@ from pager.routing.drift import parse_drift
 from pager.routing.pool import largest_counts, parse_pool_size
 from pager.tokenizing import read_tokenizer
 from pager.types import Full, PoolPolicy, PoolSize, PoolSource
-from pager.units import parse_bytes
+from pager.units import format_address, parse_bytes
 from router_service.admission import AdmissionLimits
 from router_service.backend import build_backend, check_choices, close_backend
 from router_service.ports import ModelInfo
@@ -135,6 +136,9 @@ async def _start(
     _check_port_free(router.host, router.metrics_port, "router.metrics_port")
     if router.health_port is not None:
         _check_port_free(router.host, router.health_port, "router.health_port")
+    if config.cluster.joined is None and config.workers.metrics_port and config.workers.per_node is None:
+        for index in range(config.workers.count):
+            _check_port_free(LOOPBACK, config.workers.metrics_port + index, "workers.metrics_port")
     tls = _tls_files(router)
     tracing.start("expert-pager-router", __version__, env)
     stack.callback(tracing.stop)
@@ -176,7 +180,7 @@ async def _start(
     leave_out_of_collections()
     await server.start(router.host, router.port, tls, router.health_port)
     metrics_url = f"http://{metrics_server.address}/metrics"
-    ready = Ready(_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
+    ready = Ready(format_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
     return server, cluster, ready
 
 
@@ -249,7 +253,3 @@ def _check_port_free(host: str, port: int, key: str) -> None:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"port {port} on {host} is in use; choose another ({key})") from None
         raise ConfigError(f"can not listen on {host}:{port}: {error.strerror or error}") from None
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

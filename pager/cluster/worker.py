@@ -33,6 +33,7 @@ from pager.metrics import EngineLoad, MetricsServer, TierBytes, WorkerMetrics
 from pager.metrics.loop_lag import LoopLag, leave_out_of_collections
 from pager.planner import NUM_READERS
 from pager.types import PagingTotals
+from pager.units import format_address
 from pager.wire import encode_bitmap
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ class Worker:
             return PagerError(f"the model could not be loaded: {error!r}; the worker's log has the details")
         self._warm_up(loaded)
         leave_out_of_collections()
-        address = self._loop.run(self._server.start(f"{self._bind_host}:0", loaded.engine, self._load_report))
+        bind = format_address(self._bind_host, 0)
+        address = self._loop.run(self._server.start(bind, loaded.engine, self._load_report))
         self._loop.run(self._lag.start())
         self._ready = WorkerReady(address, self._token, self._metrics_server.address, os.getpid(), loaded.model)
         log.info("ready after %.1f s: %s on %s", time.monotonic() - started, loaded.model.name, loaded.model.device)

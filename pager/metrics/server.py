@@ -19,6 +19,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from pager.errors import ConfigError, PortInUse
+from pager.units import format_address
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -46,7 +47,7 @@ class MetricsServer:
             raise ConfigError(f"metrics can not be served on {host}:{port}: {error.strerror or error}") from None
         self._server.set_app(self._answer)
         self.port = self._server.server_port
-        self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        self.address = format_address(host, self.port)
         self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+
+from pager.cli.serving import serve
+from pager.config import load_config
+from pager.errors import PortInUse
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -143,6 +149,24 @@ def test_refusals_are_one_line_and_the_next_request_works(run: Run, service: dic
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert message in done.stderr
     assert run("generate", "hi", "--max-tokens", 1, "--server", service["address"]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "key", ["router.port", "router.metrics_port", "router.health_port", "workers.metrics_port", "the second worker's"]
+)
+def test_a_port_that_another_program_has_is_named_before_ray_starts(checkpoint: Path, key: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ports = {"router.port": 0, "router.metrics_port": 0}
+        if key == "the second worker's":
+            key, ports = "workers.metrics_port", ports | {"workers.metrics_port": port - 1, "workers.count": 2}
+        else:
+            ports[key] = port
+        config = load_config(overrides={"model.path": str(checkpoint), **ports})
+        named = f"({port - 1}|{port})"  # somebody may have the first worker's
+        with pytest.raises(PortInUse, match=rf"port {named} on 127\.0\.0\.1 is in use; choose another \({key}\)"):
+            asyncio.run(serve(config, {}, lambda ready: pytest.fail("it is ready")))
+    assert not ray.is_initialized()
 
 
 def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -207,8 +207,8 @@ def session() -> Iterator[RaySession]:
     session = RaySession.open(None, "tests")
     yield session
     session.close()
-    assert session.temp_dir is not None
-    assert not session.temp_dir.exists()
+    assert session.folder is not None
+    assert not session.folder.path.exists()
 
 
 def config(tmp_path: Path, count: int = 1, model: str = "stand-in", **workers: Any) -> ServiceConfig:

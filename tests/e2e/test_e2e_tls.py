@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -16,20 +19,36 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 def authority(tmp_path: Path) -> trustme.CA:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.crt")
-    server, client = authority.issue_cert("localhost"), authority.issue_cert("client")
+    server, client = authority.issue_cert("localhost", "::1"), authority.issue_cert("client")
     (tmp_path / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in server.cert_chain_pems))
     server.private_key_pem.write_to_path(tmp_path / "tls.key")
     client.private_key_and_cert_chain_pem.write_to_path(tmp_path / "client.pem")
     return authority
 
 
+@contextlib.contextmanager
+def foreign_services() -> Iterator[None]:
+    """Whatever they are, on the ports that Ray has for its services, unless somebody has those already."""
+    with contextlib.ExitStack() as stack:
+        for port in (6379, 8076, 8077, 8265, 10001, 10002, 52365):
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        yield
+
+
 @pytest.mark.usefixtures("authority")
-def test_the_command_line_speaks_tls_with_a_service(serve, run, free_port, tmp_path):
+def test_the_command_line_speaks_tls_with_a_service_on_ipv6_whatever_has_the_usual_ports(
+    serve, run, free_port, tmp_path
+):
     health_port = free_port()
     env = {f"EXPERT_PAGER_ROUTER_TLS_{key}": str(tmp_path / name)
            for key, name in (("CERT", "tls.crt"), ("KEY", "tls.key"), ("CLIENT_CA", "ca.crt"))}  # fmt: skip
-    with serve(tmp_path / "service", GOLDEN, EXPERT_PAGER_ROUTER_HEALTH_PORT=str(health_port), **env) as service:
-        server = ("--server", "localhost:" + service.ready["address"].rpartition(":")[2])
+    env |= {"EXPERT_PAGER_ROUTER_HEALTH_PORT": str(health_port)}
+    with foreign_services(), serve(tmp_path / "service", GOLDEN, "--host", "::1", **env) as service:
+        assert service.ready["address"].startswith("[::1]:")
+        assert service.ready["metrics_url"].startswith("http://[::1]:")
+        assert service.metrics("router").total("expert_pager_router_requests_in_flight") == 0
+        server = ("--server", service.ready["address"])
         trust, identity = ("--tls-ca", tmp_path / "ca.crt"), ("--tls-identity", tmp_path / "client.pem")
         ask = ("generate", "--token-ids", "1,2,3", "--max-tokens", 4, "--ignore-eos", *server)
         answered = run(*ask, *trust, *identity)
@@ -38,7 +57,7 @@ def test_the_command_line_speaks_tls_with_a_service(serve, run, free_port, tmp_p
         for refused in (run(*ask), run(*ask, *trust)):
             assert refused.returncode == 1
             assert "no service answers" in refused.stderr
-        with grpc.insecure_channel(f"127.0.0.1:{health_port}") as channel:
+        with grpc.insecure_channel(f"[::1]:{health_port}") as channel:
             reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
         assert service.stop() == 0

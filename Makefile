@@ -79,6 +79,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.exactness $(MODEL)
 	$(BIN)/python -m benchmarks.token_transport
 	$(BIN)/python -m benchmarks.page_in
+	$(BIN)/python -m benchmarks.host_tier
 	$(BIN)/python -m benchmarks.residency $(MODEL)
 	$(BIN)/python -m benchmarks.engine_steps $(MODEL)
 	$(BIN)/python -m benchmarks.prefill $(MODEL)

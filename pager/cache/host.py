@@ -2,7 +2,8 @@
 
 D hidden, F expert intermediate. A record is gate_up [2F, D], then down [D, F], in the dtype they are served in. The
 segment is records and nothing else, so that a budget for all experts holds all of them; whose weights a record holds
-is in the index. Bytes are checked when they come from the disk, once: a record is trusted from then on.
+is in the index, a file beside it. Bytes are checked when they come from the disk, once: a record is trusted from then
+on.
 """
 
 from __future__ import annotations
@@ -12,45 +13,32 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pager.cache.host_index import HostGrant, HostIndex, HostState, LocalHostIndex
+from pager.cache.host_index import SHM, HostGrant, HostIndex, HostSegment, HostState
 from pager.errors import BudgetError, ConfigError
 from pager.types import ExpertKey, ExpertShape
 
-__all__ = ["HostGrant", "HostIndex", "HostState", "HostTier", "LocalHostIndex"]
-
-_SHM = Path("/dev/shm")
+__all__ = ["HostGrant", "HostIndex", "HostState", "HostTier"]
 
 
 class HostTier:
-    """One process's view of the segment. `create` makes it (and owns the file), `attach` maps one that is there.
+    """One process's view of the segment. `create` makes it (and owns the files), `attach` maps one that is there.
 
-    Thread-safe as far as its index is: a record is written by the one that claimed it and read by those that pinned it.
-    Never larger than the budget it was created with.
+    Thread-safe: a record is written by the one that claimed it and read by those that pinned it. Never larger than the
+    budget it was created with.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        file: int,
-        num_records: int,
-        shape: ExpertShape,
-        dtype: torch.dtype,
-        index: HostIndex,
-        owner: str,
-    ) -> None:
-        """Takes over the descriptor `file`. Use `create` or `attach`."""
-        self.path = path
+    def __init__(self, name: str, num_records: int, shape: ExpertShape, dtype: torch.dtype) -> None:
+        """Use `create` or `attach`."""
+        self.path = SHM / name
         self.num_records = num_records
-        self.index = index
-        self.owner = owner
-        self._is_creator = False
         self.nbytes = num_records * record_bytes(shape, dtype)
+        self._segment: HostSegment | None = None
+        file = self._open()
         try:
             self._mapping: mmap.mmap | None = mmap.mmap(file, self.nbytes)
         finally:
@@ -61,63 +49,46 @@ class HostTier:
             records[:, :split].unflatten(1, (2 * shape.intermediate, shape.hidden)),
             records[:, split:].unflatten(1, (shape.hidden, shape.intermediate)),
         )
+        self.index = HostIndex(name, num_records)
         self._unlock = _page_lock(records.view(-1))
 
+    def _open(self) -> int:
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ConfigError(f"there is no host tier at {self.path}; is the node's control actor running?") from None
+        found = os.fstat(file).st_size
+        if found != self.nbytes:
+            os.close(file)
+            raise ConfigError(f"the host tier at {self.path} has {found} bytes and not {self.nbytes}: another model's")
+        return file
+
     @classmethod
-    def create(
-        cls,
-        budget_bytes: int,
-        shape: ExpertShape,
-        dtype: torch.dtype,
-        *,
-        name: str | None = None,
-        index: HostIndex | None = None,
-        owner: str = "local",
-    ) -> Self:
+    def create(cls, budget_bytes: int, shape: ExpertShape, dtype: torch.dtype, *, name: str | None = None) -> Self:
         """A new segment of as many records as `budget_bytes` hold, readable by this user alone.
 
-        All its memory is taken now. Without an `index` it is this process's own. Raises BudgetError when the budget
-        holds no record or the machine has not enough shared memory, ConfigError when the name is taken.
+        All its memory is taken now. Raises BudgetError when the budget holds no record or the machine has not enough
+        shared memory, ConfigError when the name is taken.
         """
-        least = record_bytes(shape, dtype)
-        num_records = budget_bytes // least
-        if num_records == 0:
-            raise BudgetError(f"host_memory of {budget_bytes} bytes holds no expert; the least is {least} bytes")
-        path = _SHM / (name or f"expert-pager-{uuid.uuid4().hex[:12]}")
-        total = num_records * least
+        name = name or f"expert-pager-{uuid.uuid4().hex[:12]}"
+        segment = HostSegment.within(budget_bytes, name, record_bytes(shape, dtype))
         try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            raise ConfigError(f"{path} exists: another service uses the name, or left it behind; remove it") from None
-        try:
-            os.posix_fallocate(file, 0, total)  # a sparse file would kill the process where /dev/shm runs full
-            tier = cls(path, file, num_records, shape, dtype, index or LocalHostIndex(num_records), owner)
-        except OSError as error:
-            with suppress(OSError):
-                os.close(file)
-            path.unlink()
-            raise BudgetError(
-                f"{total} bytes of shared memory for host_memory are not to be had ({error.strerror}); lower it, or "
-                f"make {_SHM} larger"
-            ) from error
-        tier._is_creator = True
+            tier = cls(segment.name, segment.num_records, shape, dtype)
+        except BaseException:
+            segment.close()
+            raise
+        tier._segment = segment
         return tier
 
     @classmethod
-    def attach(
-        cls, name: str, num_records: int, shape: ExpertShape, dtype: torch.dtype, *, index: HostIndex, owner: str
-    ) -> Self:
+    def attach(cls, name: str, num_records: int, shape: ExpertShape, dtype: torch.dtype) -> Self:
         """Maps the segment that another process created. Raises ConfigError when it is not there or of another size."""
-        path, expected = _SHM / name, num_records * record_bytes(shape, dtype)
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise ConfigError(f"there is no host tier at {path}; is the node's control actor running?") from None
-        found = os.fstat(file).st_size
-        if found != expected:
-            os.close(file)
-            raise ConfigError(f"the host tier at {path} has {found} bytes and not {expected}: it is another model's")
-        return cls(path, file, num_records, shape, dtype, index, owner)
+        return cls(name, num_records, shape, dtype)
+
+    def used_bytes(self) -> tuple[int, int]:
+        """Of all processes that share it: bytes of the records in use, and of these the pinned ones."""
+        record = self.nbytes // self.num_records
+        return self.index.num_resident * record, self.index.num_pinned * record
 
     @property
     def name(self) -> str:
@@ -125,7 +96,7 @@ class HostTier:
 
     def acquire(self, keys: Sequence[ExpertKey]) -> list[HostGrant]:
         """Looks the experts up, or claims a record for each. HIT and CLAIMED grants end with `unpin` or `abandon`."""
-        return self.index.lookup_or_claim(keys, self.owner)
+        return self.index.lookup_or_claim(keys)
 
     def tensors(self, record: int) -> tuple[Tensor, Tensor]:
         """gate_up [2F, D] and down [D, F] of a record, in place."""
@@ -133,15 +104,18 @@ class HostTier:
         gate_up, down = self._tensors
         return gate_up[record], down[record]
 
-    def publish(self, grant: HostGrant) -> None:
-        """The claimed record is filled: others may read it."""
-        self.index.publish([grant.key], self.owner)
+    def publish(self, grants: Sequence[HostGrant]) -> None:
+        """The claimed records are filled: others may read them."""
+        if grants:
+            self.index.publish(grants)
 
-    def abandon(self, grant: HostGrant) -> None:
-        self.index.abandon([grant.key], self.owner)
+    def abandon(self, grants: Sequence[HostGrant]) -> None:
+        if grants:
+            self.index.abandon(grants)
 
-    def unpin(self, grant: HostGrant) -> None:
-        self.index.unpin([grant.key], self.owner)
+    def unpin(self, grants: Sequence[HostGrant]) -> None:
+        if grants:
+            self.index.unpin(grants)
 
     def close(self) -> None:
         """Unmaps the segment; its creator removes it. Idempotent. Nobody may be reading."""
@@ -150,10 +124,11 @@ class HostTier:
             return
         self._unlock()
         self._tensors = None
+        self.index.close()
         with suppress(BufferError):  # a view of it is still alive somewhere; the mapping goes with it
             mapping.close()
-        if self._is_creator:
-            self.path.unlink(missing_ok=True)
+        if self._segment is not None:
+            self._segment.close()
 
 
 def record_bytes(shape: ExpertShape, dtype: torch.dtype) -> int:

@@ -135,38 +135,37 @@ class Tiers:
         slots: Mapping[ExpertKey, int],
         on_most: Callable[[], None] | None,
     ) -> Outcomes:
-        """Ends every grant in `held`, whatever happens."""
+        """Ends every grant in `held`, whatever happens: those of a kind together, as each change of the index costs."""
+        hits = [grant for grant in held.values() if grant.state is HostState.HIT]
+        claimed = {key: grant for key, grant in held.items() if grant.state is HostState.CLAIMED}
         try:
-            for key in [key for key, grant in held.items() if grant.state is HostState.HIT]:
-                started_s = time.perf_counter()
-                nbytes = self._from_record(host, held.pop(key), slots[key])
-                yield key, Fetched(Tier.HOST, nbytes, time.perf_counter() - started_s)
-            wanted = [Destination(key, *host.tensors(grant.record)) for key, grant in held.items()]
-            for key, result in self._read_disk(wanted, Tier.HOST, on_most):
-                if isinstance(result, Fetched):
-                    host.publish(held[key])
-                    self._from_record(host, held.pop(key), slots[key])
-                else:
-                    host.abandon(held.pop(key))
+            yield from self._from_records(host, hits, slots)
+            wanted = [Destination(key, *host.tensors(grant.record)) for key, grant in claimed.items()]
+            results = dict(self._read_disk(wanted, Tier.HOST, on_most))
+            filled = [claimed.pop(key) for key, result in results.items() if isinstance(result, Fetched)]
+            host.publish(filled)
+        finally:
+            host.abandon(list(claimed.values()))
+        for key, _ in self._from_records(host, filled, slots):
+            yield key, results[key]
+        for key, result in results.items():
+            if isinstance(result, ExpertUnavailable):
                 yield key, result
-        finally:
-            for grant in held.values():
-                if grant.state is HostState.HIT:
-                    host.unpin(grant)
-                else:
-                    host.abandon(grant)
 
-    def _from_record(self, host: HostTier, grant: HostGrant, slot: int) -> int:
-        """Bytes copied from a complete record, which is unpinned then."""
-        started_s = time.perf_counter()
+    def _from_records(
+        self, host: HostTier, grants: Sequence[HostGrant], slots: Mapping[ExpertKey, int]
+    ) -> Iterator[tuple[ExpertKey, Fetched]]:
+        """Copies complete records into slots; they are unpinned at the end."""
         try:
-            gate_up, down = host.tensors(grant.record)
-            self._transfer.install_from(grant.key, slot, gate_up, down)
+            for grant in grants:
+                started_s = time.perf_counter()
+                gate_up, down = host.tensors(grant.record)
+                self._transfer.install_from(grant.key, slots[grant.key], gate_up, down)
+                nbytes, seconds = gate_up.nbytes + down.nbytes, time.perf_counter() - started_s
+                self._observer.transferred(Tier.HOST, Tier.DEVICE, nbytes, seconds)
+                yield grant.key, Fetched(Tier.HOST, nbytes, seconds)
         finally:
-            host.unpin(grant)
-        nbytes = gate_up.nbytes + down.nbytes
-        self._observer.transferred(Tier.HOST, Tier.DEVICE, nbytes, time.perf_counter() - started_s)
-        return nbytes
+            host.unpin(grants)
 
     def _read_disk(self, wanted: Sequence[Destination], tier: Tier, on_most: Callable[[], None] | None) -> Outcomes:
         """Each expert's part of the time is that of its bytes."""

@@ -59,7 +59,7 @@ class WorkerActor:
         return Whereabouts(ray.get_runtime_context().get_node_id(), self._owner, os.getpid())
 
     def load(self, node: Any, with_host_tier: bool) -> WorkerReady | PagerError:
-        return self._worker.load(NodeHostTier(node, self._owner) if with_host_tier else None)
+        return self._worker.load(NodeHostTier(node) if with_host_tier else None)
 
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     def health(self) -> Health:

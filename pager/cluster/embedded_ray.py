@@ -85,7 +85,7 @@ class _EmbeddedNode(node.Node):  # type: ignore[misc]
                 time.sleep(POLL_S)
 
 
-def start_embedded(max_log_files: int, **settings: Any) -> None:
+def start_embedded(*, max_log_files: int = 200, **settings: Any) -> None:
     """`ray.init` of a new cluster, whatever RAY_ADDRESS names. Where Ray cannot be started slim, as it may be with
     another version, it is started as it comes.
 

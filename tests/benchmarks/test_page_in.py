@@ -23,3 +23,14 @@ def test_every_way_has_its_row(tmp_path: Path) -> None:
     assert (packed, "left") in ways or f"{packed} was not read past the page cache" in done.stdout
     assert ways[-1][1] in ("torch", "threads")
     assert f"{plain} was not read past the page cache" in done.stdout.replace("\n", " ")
+
+
+def test_the_host_tier_is_measured_beside_the_page_cache(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.host_tier", "--quick", "--work", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("emo-")]
+    tiers = ["none", "40%", "100%"]
+    names = ["emo-tiny", "emo-micro-2-layers", "emo-micro-2-layers-packed"]
+    found = [(row[0], row[1]) for row in rows if row[1] in tiers]
+    assert found == [(name, tier) for name in names for tier in tiers]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import stat
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from multiprocessing.managers import BaseManager
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from pager.cache.host import HostState, HostTier, LocalHostIndex, record_bytes
+from pager.cache.host import HostIndex, HostState, HostTier, record_bytes
 from pager.errors import BudgetError, ChecksumMismatch, ConfigError
 from pager.types import ExpertKey, ExpertShape
 
@@ -49,7 +50,7 @@ def read_through(pager, wanted) -> None:
 def test_what_one_worker_read_from_disk_another_finds_in_the_host_tier(make_pager, source, host, check_weights):
     first = make_pager(4, host=host)
     read_through(first, keys(0, 0, 1, 2))
-    neighbour = HostTier.attach(host.name, host.num_records, SHAPE, torch.float32, index=host.index, owner="b")
+    neighbour = HostTier.attach(host.name, host.num_records, SHAPE, torch.float32)
     second = make_pager(4, host=neighbour)
     with second.reserve_pool(keys(0, 0, 1, 2, 3)) as lease:
         lease.wait(0)
@@ -78,12 +79,14 @@ def test_a_full_host_tier_evicts_and_the_disk_serves_when_it_can_not(make_pager,
         read_through(pager, keys(layer, *range(8)))
     assert host.index.num_resident == 6
     host.index.check_integrity()
-    pinned = host.index.lookup_or_claim(keys(3, *range(6)), "somebody")
+    somebody = HostIndex(host.name, host.num_records)
+    pinned = somebody.lookup_or_claim(keys(3, *range(6)))
     assert {grant.state for grant in pinned} == {HostState.CLAIMED}
     assert host.acquire(keys(2, 0))[0].state is HostState.FULL
     assert host.acquire(keys(3, 0))[0].state is HostState.BUSY
     read_through(pager, keys(2, 0))  # full
-    read_through(pager, keys(3, 0))  # being filled by somebody who may be dead
+    read_through(pager, keys(3, 0))  # being filled by somebody else
+    somebody.close()
     assert source.reads_of(ExpertKey(2, 0)) == source.reads_of(ExpertKey(3, 0)) == 1
 
 
@@ -108,24 +111,46 @@ def test_a_claim_that_fails_is_given_up(make_pager, source, host):
     assert host.index.num_resident == 1
 
 
-def test_a_dead_owner_loses_its_claims_and_pins_and_is_not_listened_to():
-    index = LocalHostIndex(2)
-    read, claimed = keys(0, 0, 1)
-    index.lookup_or_claim([read], "dead")
-    index.publish([read], "dead")
-    index.lookup_or_claim([claimed], "dead")
-    assert [grant.state for grant in index.lookup_or_claim(keys(1, 0), "alive")] == [HostState.FULL]
-    index.drop_owner("dead")
+def test_what_an_owner_held_when_it_left_is_void(host):
+    leaver, other = (HostIndex(host.name, host.num_records) for _ in range(2))
+    read, *_ = leaver.lookup_or_claim(keys(0, *range(6)))
+    leaver.publish([read])
+    assert {grant.state for grant in other.lookup_or_claim(keys(1, 0))} == {HostState.FULL}
+    assert other.lookup_or_claim(keys(0, 5))[0].state is HostState.BUSY
+    leaver.close()
+    assert (other.num_resident, other.num_pinned) == (1, 0)
+    assert other.lookup_or_claim([read.key])[0].state is HostState.HIT
+    assert {grant.state for grant in other.lookup_or_claim(keys(0, *range(1, 6)))} == {HostState.CLAIMED}
+    other.check_integrity()
+    other.close()
+
+
+def test_the_record_let_go_of_longest_ago_is_evicted_and_free_ones_before_it(host):
+    index = host.index
+    grants = index.lookup_or_claim(keys(0, *range(5)))
+    index.publish(grants)
+    for number in (3, 0, 2, 1, 4):
+        index.unpin([grants[number]])
+    (free,) = index.lookup_or_claim(keys(1, 0))
+    assert free.record not in {grant.record for grant in grants}
+    first, second = index.lookup_or_claim(keys(1, 1, 2))
+    assert [first.record, second.record] == [grants[3].record, grants[0].record]
+    (hit,) = index.lookup_or_claim(keys(0, 2))
+    assert (hit.state, hit.record) == (HostState.HIT, grants[2].record)
+    index.unpin([hit])  # now the one let go of last
+    order = [index.lookup_or_claim(keys(2, number))[0].record for number in range(3)]
+    assert order == [grants[1].record, grants[4].record, grants[2].record]
+    assert index.lookup_or_claim(keys(2, 3))[0].state is HostState.FULL
     index.check_integrity()
-    (grant,) = index.lookup_or_claim([claimed], "alive")
-    assert grant.state is HostState.CLAIMED
-    index.publish([claimed], "dead")
-    index.unpin([claimed], "dead")
-    index.abandon([claimed], "dead")
-    assert index.lookup_or_claim([claimed], "third")[0].state is HostState.BUSY
-    index.publish([claimed], "alive")
-    assert index.lookup_or_claim([claimed], "third")[0].state is HostState.HIT
-    index.check_integrity()
+
+
+def test_a_look_up_does_without_the_tier_while_somebody_is_stopped_in_the_middle_of_a_change(host, monkeypatch):
+    monkeypatch.setattr("pager.cache.host_index.LOCK_TIMEOUT_S", 0.05)
+    stopped = HostIndex(host.name, host.num_records)
+    with stopped._locked():
+        assert {grant.state for grant in host.acquire(keys(0, 0, 1))} == {HostState.FULL}
+    assert {grant.state for grant in host.acquire(keys(0, 0, 1))} == {HostState.CLAIMED}
+    stopped.close()
 
 
 def test_the_segment_stays_within_its_budget_and_is_private(host):
@@ -162,32 +187,13 @@ def test_bad_budgets_and_names_are_refused(host):
     with pytest.raises(ConfigError, match="exists"):
         HostTier.create(budget_for(1), SHAPE, torch.float32, name=host.name)
     with pytest.raises(ConfigError, match="no host tier"):
-        HostTier.attach("expert-pager-nowhere", 6, SHAPE, torch.float32, index=host.index, owner="b")
+        HostTier.attach("expert-pager-nowhere", 6, SHAPE, torch.float32)
     with pytest.raises(ConfigError, match="another model"):
-        HostTier.attach(host.name, 7, SHAPE, torch.float32, index=host.index, owner="b")
-
-
-class IndexServer(BaseManager):
-    """Serves one LocalHostIndex to other processes."""
-
-
-@pytest.fixture
-def serve_index() -> Callable[[LocalHostIndex], str]:
-    """serve_index(index): the socket and key with which workers find it."""
-
-    def serve(index: LocalHostIndex) -> str:
-        IndexServer.register("index", callable=lambda: index)
-        key = secrets.token_hex(16)
-        server = IndexServer(("127.0.0.1", 0), bytes.fromhex(key)).get_server()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"{server.address[1]}:{key}"
-
-    return serve
+        HostTier.attach(host.name, 7, SHAPE, torch.float32)
 
 
 WORKER = """
 import os, sys
-from multiprocessing.managers import BaseManager
 import torch
 from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
@@ -195,17 +201,9 @@ from pager.cache.slots import DeviceSlots
 from pager.store.reads import Place
 from pager.types import ExpertKey, ExpertShape
 
-name, num_records, where, owner = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-port, key = where.split(":")
+name, num_records = sys.argv[1], int(sys.argv[2])
 shape = ExpertShape(hidden=4, intermediate=2)
-
-class Server(BaseManager):
-    pass
-
-Server.register("index")
-server = Server(("127.0.0.1", int(port)), bytes.fromhex(key))
-server.connect()
-host = HostTier.attach(name, num_records, shape, torch.float32, index=server.index(), owner=owner)
+host = HostTier.attach(name, num_records, shape, torch.float32)
 
 class Source:
     shape = shape
@@ -250,32 +248,115 @@ os.kill(os.getpid(), 9)
 """
 
 
-def worker(host: HostTier, where: str, owner: str, what_it_does: str) -> subprocess.CompletedProcess[str]:
+def worker(host: HostTier, what_it_does: str, *more: object) -> subprocess.CompletedProcess[str]:
     """Runs a worker in a process of its own, to its end."""
-    command = [sys.executable, "-c", WORKER + what_it_does, host.name, str(host.num_records), where, owner]
+    command = [sys.executable, "-c", WORKER + what_it_does, host.name, str(host.num_records), *map(str, more)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_two_processes_share_one_segment(host, serve_index):
-    where = serve_index(host.index)
-    first, second = worker(host, where, "a", READS), worker(host, where, "b", READS)
+def test_two_processes_share_one_segment(host):
+    first, second = worker(host, READS), worker(host, READS)
     assert (first.returncode, first.stdout.split()) == (0, ["4", "0"]), first.stderr
     assert (second.returncode, second.stdout.split()) == (0, ["0", "4"]), second.stderr
     assert host.path.exists(), "only the creator removes the segment"
     host.index.check_integrity()
     (grant,) = host.acquire(keys(0, 3))
     assert (host.tensors(grant.record)[0] == 4.0).all()
-    host.unpin(grant)
+    host.unpin([grant])
 
 
-def test_what_a_killed_process_held_is_taken_back(host, serve_index):
-    where = serve_index(host.index)
-    assert worker(host, where, "a", READS).returncode == 0
-    killed = worker(host, where, "b", DIES)
+def test_a_look_up_takes_back_what_a_killed_process_held(host):
+    """Nobody else does: there is no control actor here."""
+    assert worker(host, READS).returncode == 0
+    killed = worker(host, DIES)
     assert (killed.returncode, killed.stdout.split()) == (-9, ["holds"])
-    wanted = keys(1, *range(6))
-    assert HostState.FULL in {grant.state for grant in host.index.lookup_or_claim(wanted, "c")}
-    host.index.drop_owner("c")
-    host.index.drop_owner("b")
-    assert {grant.state for grant in host.index.lookup_or_claim(wanted, "c")} == {HostState.CLAIMED}
+    assert host.index.num_pinned == 2
+    assert {grant.state for grant in host.acquire(keys(1, *range(6)))} == {HostState.CLAIMED}
     host.index.check_integrity()
+
+
+class DiesAtStore:
+    """A field of the table. The process is killed before a store into any of them, the one with a given number."""
+
+    left = 0
+
+    def __init__(self, field: Any) -> None:
+        self._field = field
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        if DiesAtStore.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        DiesAtStore.left -= 1
+        self._field[at] = value
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._field[at]
+
+    def __eq__(self, other: object) -> Any:
+        return self._field == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self._field
+
+
+def use_the_tier(host: HostTier, num_stores: int) -> None:
+    """In a process of its own: everything that can be done with records, until the store after `num_stores`."""
+    index = HostIndex(host.name, host.num_records)
+    for name in ("header", "key_R", "stamp_R", "filler_R", "pins_OR", "is_owned_O"):
+        setattr(index._table, name, DiesAtStore(getattr(index._table, name)))
+    DiesAtStore.left = num_stores
+    hit, claimed, given_up = index.lookup_or_claim([ExpertKey(0, 0), *keys(1, 0, 1)])
+    assert [each.state for each in (hit, claimed, given_up)] == [HostState.HIT, HostState.CLAIMED, HostState.CLAIMED]
+    for tensor in host.tensors(claimed.record):
+        tensor.fill_(100.0)
+    index.publish([claimed])
+    index.unpin([claimed])
+    index.abandon([given_up])
+    index.unpin([hit])
+    index.close()
+
+
+def fill(host: HostTier, wanted: list[ExpertKey]) -> None:
+    for grant in host.acquire(wanted):
+        if grant.state is HostState.CLAIMED:
+            for tensor in host.tensors(grant.record):
+                tensor.fill_(1.0 + grant.key.expert)
+            host.publish([grant])
+        host.unpin([grant])
+
+
+def test_a_process_killed_between_any_two_stores_leaves_nothing_that_it_held(host):
+    """And every record that is complete has the bytes of its expert."""
+    for number in range(100):
+        fill(host, keys(0, *range(4)))
+        pid = os.fork()
+        if pid == 0:
+            with suppress(BaseException):
+                use_the_tier(host, number)
+                os._exit(0)
+            os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        host.index.clear_dead()
+        host.index.check_integrity()
+        assert host.index.num_pinned == 0, number
+        for key, value in [*((ExpertKey(0, expert), 1.0 + expert) for expert in range(4)), (ExpertKey(1, 0), 100.0)]:
+            (grant,) = host.acquire([key])
+            if grant.state is HostState.HIT:
+                assert all((tensor == value).all() for tensor in host.tensors(grant.record)), (number, key)
+                host.unpin([grant])
+            else:
+                assert grant.state is HostState.CLAIMED, number
+                host.abandon([grant])
+        if os.waitstatus_to_exitcode(status) == 0:
+            assert number > 15, "it was killed at every store before"
+            return
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, number
+        (grant,) = host.acquire(keys(1, 0))  # not there at the next turn
+        if grant.state is HostState.HIT:
+            host.unpin([grant])
+            fill(host, keys(5, *range(6)))
+        else:
+            host.abandon([grant])
+    raise AssertionError("there are more stores than were tried")

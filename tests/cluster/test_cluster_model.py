@@ -63,7 +63,7 @@ def session() -> Iterator[RaySession]:
 async def cluster(session: RaySession) -> AsyncIterator[Cluster]:
     cluster = await Cluster.connect(CONFIG)
     await until(lambda: all(view.state is WorkerState.READY for view in cluster.workers()))
-    assert len(segments()) == 1
+    assert len(segments()) == 2, "records and their index"
     yield cluster
     await cluster.close()
     assert segments() == []

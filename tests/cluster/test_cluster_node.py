@@ -4,19 +4,19 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from pager.cache.host import HostState, HostTier, LocalHostIndex
+from pager.cache.host_index import HostIndex, HostState
 from pager.cluster.node import NodeControl
 from pager.errors import BudgetError, ConfigError
-from pager.types import ExpertKey, ExpertShape
+from pager.types import ExpertKey
 
-SHAPE = ExpertShape(hidden=8, intermediate=4)
+ROOT = Path(__file__).parents[2]
 RECORD_BYTES = 3 * 8 * 4 * 4
 BUDGET = 3 * RECORD_BYTES + 100
 KEYS = [ExpertKey(0, expert) for expert in range(3)]
@@ -64,54 +64,63 @@ def segments(namespace: str) -> list[Path]:
 
 
 def test_the_first_worker_sizes_the_segment_and_the_next_one_shares_it(node: NodeControl, namespace: str) -> None:
-    answer = node.open_segment(BUDGET, SHAPE, "float32")
+    answer = node.open_segment(BUDGET, RECORD_BYTES, "tiny")
     assert isinstance(answer, tuple)
-    assert node.open_segment(BUDGET, SHAPE, "float32") == answer
-    other = node.open_segment(BUDGET, SHAPE, "bfloat16")
-    assert isinstance(other, ConfigError)
+    assert node.open_segment(BUDGET, RECORD_BYTES, "tiny") == answer
+    for other in ((2 * BUDGET, RECORD_BYTES, "tiny"), (BUDGET, RECORD_BYTES, "other")):
+        assert isinstance(node.open_segment(*other), ConfigError)
     name, num_records = answer
     assert num_records == 3
-    assert segments(namespace) == [SHM / name]
-    assert (SHM / name).stat().st_mode & 0o777 == 0o600
-    tier = HostTier.attach(name, num_records, SHAPE, torch.float32, index=LocalHostIndex(3), owner="w")
-    tier.close()
+    assert segments(namespace) == [SHM / name, SHM / f"{name}.index"]
+    assert [path.stat().st_mode & 0o777 for path in segments(namespace)] == [0o600, 0o600]
+    HostIndex(name, num_records).close()
     node.close()
     assert segments(namespace) == []
 
 
-def test_a_budget_for_no_record_is_an_answer(node: NodeControl) -> None:
-    assert isinstance(node.open_segment(100, SHAPE, "float32"), BudgetError)
+def test_a_budget_for_no_record_is_an_answer(node: NodeControl, namespace: str) -> None:
+    assert isinstance(node.open_segment(100, RECORD_BYTES, "tiny"), BudgetError)
+    assert isinstance(node.open_segment(1 << 50, RECORD_BYTES, "tiny"), BudgetError)
+    assert segments(namespace) == []
 
 
 def test_all_experts_fit_into_their_own_bytes(node: NodeControl) -> None:
-    answer = node.open_segment(100 * RECORD_BYTES, SHAPE, "float32")
+    answer = node.open_segment(100 * RECORD_BYTES, RECORD_BYTES, "tiny")
     assert isinstance(answer, tuple)
     assert answer[1] == 100
 
 
-def test_what_a_dead_worker_pinned_or_was_writing_can_be_had_again(
-    node: NodeControl, start_worker: Callable[[str], subprocess.Popen[bytes]]
-) -> None:
-    node.open_segment(BUDGET, SHAPE, "float32")
-    dying = start_worker("dying")
-    start_worker("alive")
-    grants = node.lookup_or_claim(KEYS, "dying")
-    assert [grant.state for grant in grants] == [HostState.CLAIMED] * 3
-    node.publish(KEYS[:1], "dying")  # read-pinned still; the other two half written
-    others = [ExpertKey(1, expert) for expert in range(3)]
-    assert {grant.state for grant in node.lookup_or_claim(others, "alive")} == {HostState.FULL}
-    assert node.lookup_or_claim(KEYS[1:2], "alive")[0].state is HostState.BUSY
-    assert node.host_bytes() == (3 * RECORD_BYTES, 3 * RECORD_BYTES)
+WORKER = """
+import sys, time
+from pager.cache.host_index import HostIndex
+from pager.types import ExpertKey
 
-    dying.kill()  # nobody tells the node
-    until(lambda: node.host_bytes() == (RECORD_BYTES, 0))
-    assert node.lookup_or_claim(KEYS[:1], "alive")[0].state is HostState.HIT
-    node.unpin(KEYS[:1], "alive")
-    assert {grant.state for grant in node.lookup_or_claim(KEYS, "dying")} == {HostState.FULL}, "late words"
-    assert {grant.state for grant in node.lookup_or_claim(others, "alive")} == {HostState.CLAIMED}
-    node.publish(KEYS, "dying")
-    node.unpin(others, "dying")
-    assert node.host_bytes() == (3 * RECORD_BYTES, 3 * RECORD_BYTES)
+index = HostIndex(sys.argv[1], 3)
+read, *_ = index.lookup_or_claim([ExpertKey(0, expert) for expert in range(3)])
+index.publish([read])  # pinned still; the other two half written
+print("holds", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_dead_worker_pinned_or_was_writing_can_be_had_again(node: NodeControl) -> None:
+    answer = node.open_segment(BUDGET, RECORD_BYTES, "tiny")
+    assert isinstance(answer, tuple)
+    alive = HostIndex(*answer)
+    with subprocess.Popen([sys.executable, "-c", WORKER, answer[0]], cwd=ROOT, stdout=subprocess.PIPE) as dying:
+        node.watch("dying", dying.pid)
+        assert dying.stdout is not None
+        assert dying.stdout.readline() == b"holds\n"
+        others = [ExpertKey(1, expert) for expert in range(3)]
+        assert {grant.state for grant in alive.lookup_or_claim(others)} == {HostState.FULL}
+        assert alive.lookup_or_claim(KEYS[1:2])[0].state is HostState.BUSY
+        assert (alive.num_resident, alive.num_pinned) == (3, 3)
+        dying.kill()  # nobody tells the node
+        until(lambda: (alive.num_resident, alive.num_pinned) == (1, 0))
+    assert node.end("dying")
+    assert alive.lookup_or_claim(KEYS[:1])[0].state is HostState.HIT
+    alive.check_integrity()
+    alive.close()
 
 
 def test_a_worker_that_hangs_is_ended_and_known_to_be_gone(
@@ -126,28 +135,32 @@ def test_a_worker_that_hangs_is_ended_and_known_to_be_gone(
     assert node.end("never heard of")
 
 
-def test_a_worker_that_ended_before_it_was_watched_gets_nothing(node: NodeControl) -> None:
+def test_a_worker_that_ended_before_it_was_watched_is_known_to_be_gone(node: NodeControl) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     node.watch("gone", gone.pid)
-    node.open_segment(BUDGET, SHAPE, "float32")
-    assert {grant.state for grant in node.lookup_or_claim(KEYS, "gone")} == {HostState.FULL}
     assert node.end("gone")
 
 
+def test_the_control_actor_needs_no_torch() -> None:
+    check = "import sys, pager.cluster.node; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
 def test_segments_of_a_crashed_service_are_removed_and_those_of_a_living_one_are_not(namespace: str) -> None:
-    crashed, living = (SHM / f"expert-pager-{namespace}-{name}" for name in ("crashed", "living"))
+    crashed, living = (SHM / f"expert-pager-{name}" for name in ("elsewhere-crashed", f"{namespace}-living"))
     for path in (crashed, living):
         path.write_bytes(b"x")
     try:
         with living.open("rb") as held:
             fcntl.flock(held, fcntl.LOCK_SH)
             node = NodeControl(namespace)
-            assert segments(namespace) == [living]
+            assert not crashed.exists(), "whatever namespace it had"
+            assert living.exists()
         node.close()
-        assert segments(namespace) == [living]
+        assert living.exists()
         NodeControl(namespace).close()
-        assert segments(namespace) == []
+        assert not living.exists()
     finally:
-        for path in segments(namespace):
-            path.unlink()
+        for path in (crashed, living):
+            path.unlink(missing_ok=True)

@@ -76,7 +76,7 @@ async def test_a_worker_starts_where_a_node_takes_it_and_the_next_one_waits():
 
 @pytest.mark.usefixtures("node_for_one")
 def test_gpus_may_come_later_where_nodes_do():
-    session = RaySession("127.0.0.1", owns_ray=False, temp_dir=None)
+    session = RaySession("127.0.0.1", owns_ray=False, folder=None)
     assert OwnWorkers(config(count=2, per_node=1, device="cuda"), session, load_engine).names() == [
         "worker-0",
         "worker-1",

@@ -164,7 +164,7 @@ class OwnWorkers:
 
     async def drain(self, process: WorkerProcess, timeout_s: float) -> None:
         """It takes nothing more, from any router, and returns when what it runs has ended, or was failed."""
-        await _within(timeout_s + GRACE_S, lambda: process.actor.drain.remote(timeout_s))
+        await _within(timeout_s + 2 * GRACE_S, lambda: process.actor.drain.remote(timeout_s))
 
     async def end(self, process: WorkerProcess, *, gracefully: bool) -> None:
         """Returns when the process is gone, so that the next one does not take its memory beside it."""

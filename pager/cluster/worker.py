@@ -190,14 +190,20 @@ class Worker:
     def drain(self, timeout_s: float) -> None:
         """Takes no new requests, lets those it has end for so long, fails the rest with NotReady, and closes. Blocks.
 
-        Routers know at once; their streams end when all has been sent.
+        Routers are told, and their streams end when all has been sent, for which there is what is left of the time, and
+        CLOSE_TIMEOUT_S at least.
         """
+        end_s = time.monotonic() + timeout_s
         if self._ready is not None and self._loaded is not None:
             self._is_draining = True
-            self._loop.run(self._server.announce_drain(), CLOSE_TIMEOUT_S)
+            # Not waited for: what a router sends that has not heard of it is refused, and placed elsewhere.
+            self._loop.start(self._server.announce_drain())
             self._loaded.engine.stop(timeout_s)
-            with suppress(TimeoutError):
-                self._loop.run(self._server.finish(CLOSE_TIMEOUT_S), 2 * CLOSE_TIMEOUT_S)
+            left_s = max(CLOSE_TIMEOUT_S, end_s - time.monotonic())
+            try:
+                self._loop.run(self._server.finish(left_s), left_s + CLOSE_TIMEOUT_S)
+            except TimeoutError:
+                log.warning("what the requests had to say last was not sent within %.1f s", left_s + CLOSE_TIMEOUT_S)
         self.close()
 
     def close(self) -> None:

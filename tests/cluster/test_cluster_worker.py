@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from pager.cluster.token_client import WorkerLink
+from pager.cluster.worker import Worker, load_engine
+from pager.config import ModelConfig, ServiceConfig, WorkerConfig
+from pager.errors import DuplicateRequest, NotReady, PagerError
+from pager.types import GenerateRequest, PoolPolicy, SamplingParams, TokenChunk
+
 ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "tests" / "data" / "golden" / "ckpt_emo_tiny"
 
 THREADS = """
 import asyncio, os, threading, time
@@ -58,3 +69,90 @@ def test_loading_reading_and_stepping_share_one_team_of_threads() -> None:
     num_loaded, num_more = map(int, done.stdout.split())
     assert num_loaded >= 2
     assert num_more == 0
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    """A worker in this process that has loaded a small model."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sizes = WorkerConfig(device="cpu", expert_memory="50%", host_memory=0, kv_memory="1MiB", num_threads=1)
+    config = ServiceConfig(model=ModelConfig(path=str(CHECKPOINT), dtype="float32"), workers=sizes)
+    worker = Worker(0, config, "127.0.0.1", load_engine)
+    ready = worker.load()
+    assert not isinstance(ready, PagerError), ready
+    yield worker
+    worker.close()
+
+
+@asynccontextmanager
+async def linked(worker: Worker) -> AsyncIterator[WorkerLink]:
+    ready = worker.ready()
+    assert ready is not None
+    link = WorkerLink(ready.address, ready.token, buffer_chunks=1024, on_load=lambda load: None)
+    await link.attach()
+    try:
+        yield link
+    finally:
+        await link.close()
+
+
+def request(id_: str, max_tokens: int) -> GenerateRequest:
+    return GenerateRequest(id_, "t", (5, 6, 7), SamplingParams(max_tokens=max_tokens, ignore_eos=True), PoolPolicy())
+
+
+def refuses(worker: Worker) -> bool:
+    assert worker._loaded is not None
+    try:
+        worker._loaded.engine.submit(request("late", 1))
+    except NotReady:
+        return True
+    except DuplicateRequest:  # the one before it runs still
+        pass
+    return False
+
+
+async def test_a_drain_waits_for_no_announcement_and_loses_nothing(worker: Worker) -> None:
+    """The loop that announces is held up until the engine drains, or until the drain has given up."""
+    async with linked(worker) as link:
+        answers = [link.generate(request(str(number), 100)) for number in range(3)]
+        chunks = [[await anext(answer)] for answer in answers]
+        raised: list[BaseException] = []
+
+        def drain() -> None:
+            try:
+                worker.drain(120)
+            except BaseException as error:
+                raised.append(error)
+
+        released = threading.Event()
+        worker._loop.loop.call_soon_threadsafe(released.wait, 120)
+        draining = threading.Thread(target=drain, daemon=True)
+        draining.start()
+        try:
+            while draining.is_alive() and not refuses(worker):  # noqa: ASYNC110 - in another thread
+                await asyncio.sleep(0.01)
+        finally:
+            released.set()
+        for seen, answer in zip(chunks, answers, strict=True):
+            seen += [chunk async for chunk in answer]
+        await asyncio.to_thread(draining.join)
+    assert not raised
+    assert [num_tokens(seen) for seen in chunks] == [100] * 3
+    assert all(seen[-1].usage is not None for seen in chunks)
+
+
+def num_tokens(chunks: list[TokenChunk]) -> int:
+    return sum(len(chunk.token_ids) for chunk in chunks)
+
+
+async def test_a_drain_ends_where_the_loop_never_comes_back(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody hears of it then, but the process ends, and another takes its place."""
+    monkeypatch.setattr("pager.cluster.worker.CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pager.cluster.loop_thread.STOP_TIMEOUT_S", 0.2)
+    released = threading.Event()
+    worker._loop.loop.call_soon_threadsafe(released.wait)
+    try:
+        await asyncio.wait_for(asyncio.to_thread(worker.drain, 0.2), 120)
+    finally:
+        released.set()
+    assert refuses(worker)

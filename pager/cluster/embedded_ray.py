@@ -32,8 +32,8 @@ STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
 # Settings of Ray's own, unless the environment sets them. Its memory monitor kills a worker when the machine is full,
 # whoever filled it; what a worker takes is bounded by its plan. Task events are a record of every call of an actor,
-# which the GCS keeps. A GCS that was lost ends the service in an orderly way, instead of each process by itself. Ray reads
-# a message before it looks at its token, so messages are bounded: those of actors are small.
+# which the GCS keeps. A GCS that was lost ends the service in an orderly way, instead of each process by itself. Ray
+# reads a message before it looks at its token, so messages are bounded: those of actors are small.
 SYSTEM_CONFIG = {
     "memory_monitor_refresh_ms": 0,
     "task_events_report_interval_ms": 0,

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 def create_owned(path: Path, mode: int = 0o600) -> int:
     """Creates a file and locks it: a descriptor, which holds the lock until it is closed.
 
-    Raises FileExistsError, and OSError as `open` does.
+    Where the file system has no locks it holds none, and nothing there can be told to be left behind. Raises
+    FileExistsError, and OSError as `open` does.
     """
     while True:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
@@ -28,6 +29,8 @@ def create_owned(path: Path, mode: int = 0o600) -> int:
                 return file
         except BlockingIOError:
             pass
+        except OSError:
+            return file
         except BaseException:
             os.close(file)
             raise

@@ -7,12 +7,14 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from pager.errors import ConfigError, PoolStoreUnavailable
+from pager.leftovers import create_owned, remove_abandoned
 from pager.reading import read_bounded
 from pager.routing.named import MAX_ENCODED_BYTES, NamedPool, decode_named, encode_named
 from router_service.pool_store import Listing, check_room, listing_of, name_in_use
@@ -20,12 +22,14 @@ from router_service.pool_store import Listing, check_room, listing_of, name_in_u
 log = logging.getLogger("expert_pager.router")
 
 _SUFFIX = ".json"
+_PART = ".part-"
 
 
 class FolderPools:
     """`TENANT@NAME.json`: neither part can hold an @, so no name leaves the folder. Several processes may share it.
 
-    A file appears whole or not at all.
+    A file appears whole or not at all: it is written under another name, which is removed when a store is opened and
+    its process is gone.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,6 +40,7 @@ class FolderPools:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
+            remove_abandoned(folder.glob(f"{_PART}*"), Path.unlink)
         except OSError as error:
             raise ConfigError(
                 f"pools.path {folder} can not be written: {error.strerror or error}; name a folder that can"
@@ -82,16 +87,17 @@ class FolderPools:
         if not path.exists():
             names = [each.name for each in self._folder.glob(f"*{_SUFFIX}")]
             check_room(sum(name.startswith(f"{tenant}@") for name in names), len(names))
-        handle, part = tempfile.mkstemp(dir=self._folder, prefix=".part-")
+        part = self._folder / f"{_PART}{secrets.token_hex(8)}"
+        handle = create_owned(part)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(encode_named(named))
                 file.flush()
                 os.fsync(file.fileno())
-            if is_new:
-                os.link(part, path)  # unlike a rename, it fails where there is one
-            else:
-                os.replace(part, path)
+                if is_new:
+                    os.link(part, path)  # unlike a rename, it fails where there is one
+                else:
+                    os.replace(part, path)
         except FileExistsError:
             raise name_in_use(named.name) from None
         finally:

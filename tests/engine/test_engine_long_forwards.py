@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pager.cluster.supervisor import WorkerSupervisor
+from pager.cluster.views import Health
 from pager.engine.runner import Check, ModelRunner
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.store.datafile import DataFile
 from pager.types import Count, Full, PoolPolicy
 
+EMO_TINY = Path(__file__).parents[2] / "models" / "emo-tiny"
 EXACT, POOL = PoolPolicy(Full()), PoolPolicy(Count(4))
 KINDS = [
     pytest.param(POOL, 60, id="pool"),
@@ -204,6 +210,66 @@ def test_others_end_while_a_prefill_waits_for_reads(make_driver, random_prompt, 
     driver.engine.stop()
     assert driver.usage(prompt).completion_tokens == 4
     driver.assert_nothing_held()
+
+
+class NeverLaunched:
+    longest_pause_s = 60.0
+
+    async def launch(self, name: str) -> Any:
+        await asyncio.Event().wait()
+
+    async def end(self, process: Any, *, gracefully: bool) -> None:
+        """There is none."""
+
+
+@pytest.mark.parametrize("policy", [PoolPolicy(Count(100)), EXACT], ids=["pool", "exact"])
+def test_a_prefill_from_a_slow_disk_is_no_hanging_step(
+    make_driver, random_prompt, policy: PoolPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small model at 10 MB/s takes as long as one five times as large at 50: longer than a step may stand still."""
+    step_timeout_s, bytes_per_s = 1.5, 1e7
+    fast, slow = (make_driver(num_slots, path=EMO_TINY) for num_slots in (1200, 1200))
+    expected = fast.submit(random_prompt(1, 200), policy, max_tokens=4)
+    fast.finish()
+
+    read_some, lock, free_s = DataFile._read_some, threading.Lock(), 0.0
+
+    def throttled(file: DataFile, buffers: Sequence[memoryview], offset: int) -> int:
+        nonlocal free_s
+        count = read_some(file, buffers, offset)
+        with lock:
+            free_s = max(free_s, time.monotonic()) + count / bytes_per_s
+            ready_s = free_s
+        time.sleep(max(0.0, ready_s - time.monotonic()))
+        return count
+
+    monkeypatch.setattr(DataFile, "_read_some", throttled)
+    answer = slow.submit(random_prompt(1, 200), policy, max_tokens=4)
+
+    async def health() -> Health:
+        status = slow.engine.status()
+        return Health(status.progress if status.is_stepping else None, status.waiting, status.running)
+
+    async def watch() -> float:
+        supervisor = WorkerSupervisor(
+            "w", NeverLaunched(), step_timeout_s=step_timeout_s, buffer_chunks=8, on_change=lambda: None
+        )
+        process: Any = SimpleNamespace(actor=SimpleNamespace(health=SimpleNamespace(remote=health)))
+        started_s = time.monotonic()
+        slow.engine.start()
+        while not slow.tokens(answer):
+            await supervisor._check(process, 60.0)
+            assert time.monotonic() < started_s + 120
+            await asyncio.sleep(0.05)
+        took_s = time.monotonic() - started_s
+        await supervisor.close()
+        return took_s
+
+    assert asyncio.run(watch()) > step_timeout_s
+    until(lambda: slow.engine.status().running == 0, "it ends")
+    slow.engine.stop()
+    assert slow.tokens(answer) == fast.tokens(expected)
+    slow.assert_nothing_held()
 
 
 def test_a_step_shows_progress_while_bytes_arrive_and_none_while_nothing_does(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
+import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import grpc
@@ -15,9 +19,13 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from pager.errors import ConfigError, TooManyPools
-from pager.types import Count, PoolPolicy
+from pager.routing.named import NamedPool
+from pager.types import Count, ExpertPool, PoolPolicy
 from router_service import pool_store
 from router_service.admission import AdmissionLimits
+from router_service.folder_pools import FolderPools
+from router_service.redis_client import RedisClient
+from router_service.redis_pools import RedisPools
 from router_service.scoring import Passes
 
 FOUR = pb.PoolPolicy(count=4)
@@ -416,3 +424,114 @@ async def test_without_redis_a_pool_seen_before_can_be_used_and_another_can_not(
         assert two.metric("redis_degraded") == 1
         wire = pb.GenerateRequest(text=b"abc", sampling=pb.SamplingParams(max_tokens=2), pool=FOUR)
         assert len([message async for message in two.stub.Generate(wire)]) == 2, "requests without a name go on"
+
+
+# --- a router that is killed while it stores one ---------------------------------------------------------------------
+
+
+def made(name: str, first: int = 0) -> NamedPool:
+    return NamedPool(name, ExpertPool(((), (first, 5), (first, 7))), "trunk", 1, 2, "f" * 16)
+
+
+def killed_at(call: Callable[[], object], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has another process make the call, which is killed there: "before link" is as it calls `os.link`."""
+    when, name = where.split()
+    real = getattr(os, name)
+
+    def kill(*arguments: object, **options: object) -> None:
+        if when == "after":
+            real(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, kill)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                call()
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("where", "is_new", "is_there"),
+    [
+        ("before fsync", True, False),
+        ("before link", True, False),
+        ("after link", True, True),
+        ("before unlink", True, True),
+        ("before fsync", False, False),
+        ("before replace", False, False),
+        ("after replace", False, True),
+    ],
+)
+def test_a_kill_leaves_a_pool_in_the_folder_whole_or_as_it_was(tmp_path, monkeypatch, where, is_new, is_there):
+    store, law, other = FolderPools(tmp_path), made("law"), made("other")
+    asyncio.run(store.add("acme", other))
+    if not is_new:
+        asyncio.run(store.add("acme", made("law", 1)))
+    killed_at(lambda: store._write("acme", law, is_new=is_new), where, monkeypatch)
+
+    again = FolderPools(tmp_path)
+    listing = asyncio.run(again.all_of("acme"))
+    before = () if is_new else (made("law", 1),)
+    assert (listing.pools, listing.damaged) == (((law,) if is_there else before) + (other,), ())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"acme@{each.name}.json" for each in listing.pools]
+    asyncio.run(again.replace("acme", law))
+    assert asyncio.run(again.find("acme", "law")) == law
+
+
+def test_a_pool_that_a_living_router_writes_is_not_cleaned_away(tmp_path, monkeypatch):
+    store, real = FolderPools(tmp_path), os.link
+
+    def link(*arguments: object) -> None:
+        FolderPools(tmp_path)  # another router starts
+        real(*arguments)
+
+    monkeypatch.setattr(os, "link", link)
+    asyncio.run(store.add("acme", made("law")))
+    assert asyncio.run(store.find("acme", "law")) == made("law")
+
+
+# Stores one pool after the other, and prints the name of each that is.
+STORES = """
+import asyncio, itertools, sys
+from pager.routing.named import NamedPool
+from pager.types import ExpertPool
+from router_service.redis_client import RedisClient
+from router_service.redis_pools import RedisPools
+
+async def main():
+    pools = RedisPools(RedisClient(sys.argv[1]))
+    for number in itertools.count():
+        named = NamedPool(f"p{number}", ExpertPool(((), (0, 5), (0, 7))), "trunk", 1, 2, "f" * 16)
+        await (pools.replace if number % 2 else pools.add)("acme", named)
+        print(named.name, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_kill_leaves_pools_in_redis_whole_or_not_at_all(redis, redis_client):
+    for _ in range(3):
+        await redis_client.flushall()
+        router = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", STORES, redis.url, stdout=asyncio.subprocess.PIPE
+        )
+        assert router.stdout is not None
+        acknowledged = [(await router.stdout.readline()).decode().strip() for _ in range(20)]
+        router.kill()
+        acknowledged += (await router.communicate())[0].decode().split()
+        pools = RedisPools(RedisClient(redis.url))
+        listing = await pools.all_of("acme")
+        assert listing.damaged == ()
+        assert {made(name) for name in acknowledged} <= set(listing.pools)
+        assert len(listing.pools) <= len(acknowledged) + 1, "the one that it was storing"
+        assert all(named == made(named.name) for named in listing.pools)
+        assert await redis_client.hgetall("expert-pager:1:named-pool-counts") == {
+            b"acme": str(len(listing.pools)).encode()
+        }
+        await pools.replace("acme", made("law"))
+        assert await pools.find("acme", "law") == made("law")
+        await pools.close()

@@ -117,17 +117,44 @@ def test_a_directory_that_another_pack_fills_is_left_alone(sharded, model, tmp_p
     assert verify(tmp_path / "other").ok
 
 
-def test_a_killed_process_leaves_no_lock(sharded, model, tmp_path):
+@pytest.mark.parametrize("at", [0.0, 0.05, 0.5, 1.0, "the first sync", "the last sync", "its end"])
+def test_a_pack_that_is_killed_is_tried_again_and_is_whole(sharded, model, tmp_path, at):
+    """At a share of its bytes, at a sync of a file or directory, or when all is done but the last sync."""
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def advance(done: int, total: int) -> None:
+        if isinstance(at, float) and done >= at * total:
+            kill()
+
+    def sync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if (
+            at == "the first sync"
+            or (at == "the last sync" and path.is_dir())
+            or (at == "its end" and path == tmp_path)
+        ):
+            kill()
+        real(descriptor)
+
     pid = os.fork()
     if pid == 0:
+        real, os.fsync = os.fsync, sync
         try:
-            model.pack(sharded, tmp_path / "out", progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
+            model.pack(sharded, tmp_path / "out", progress=advance)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert list(tmp_path.glob("out.partial-*"))
-    model.pack(sharded, tmp_path / "out")
+    if at == "its end":
+        with pytest.raises(ConfigError, match="already exists"):
+            model.pack(sharded, tmp_path / "out")
+    else:
+        assert not (tmp_path / "out").exists()
+        assert list(tmp_path.glob("out.partial-*"))
+        model.pack(sharded, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", sharded.name]
+    assert verify(tmp_path / "out").ok
 
 
 def test_a_link_that_leads_nowhere_is_refused_before_the_work(sharded, model, tmp_path):

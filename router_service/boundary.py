@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from pager import tracing
 from pager.errors import DeadlineExceeded, InvalidRequest, PagerError, UnknownMethod
 from pager.logs import request_id, trace_context, traceparent_of
+from router_service import decode
 from router_service.access_log import AccessLog
 from router_service.message_bounds import CORE_MESSAGE_BYTES, MAX_OTHER_BYTES, MessageBounds, check_metadata, malformed
 from router_service.metrics import RouterMetrics
@@ -84,6 +85,8 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 async for data in messages:
+                    if name == "Generate":
+                        request_id.set(decode.id_in(data))
                     self._bounds.check(name, data)
                     return data
         except TimeoutError:

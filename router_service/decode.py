@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from expert_pager.v1 import expert_pager_pb2 as pb
@@ -14,10 +15,12 @@ from pager.routing.named import check_example, check_name, check_num_examples
 from pager.sampling_rules import check_sampling
 from pager.types import PoolPolicy, PoolSize, SamplingParams
 from router_service.decode_pools import PoolByDigest, PoolByName, calibrated_size, pool_policy
+from router_service.message_bounds import field_of
 from router_service.ports import ModelInfo
 from router_service.tenants import DEFAULT_TENANT, TENANT_KEY, bad_tenant, check_tenant
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+MAX_ID_BYTES = 128
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_ID_BYTES}}}")
 
 Prompt = str | Sequence[int]  # ids as they came, of a number that fits, and not looked at yet
 
@@ -44,12 +47,24 @@ class CalibrateAsk:
     replaces: bool
 
 
-def ask(request: pb.GenerateRequest, model: ModelInfo, default_pool: PoolPolicy) -> Ask:
+def id_of(request: pb.GenerateRequest) -> str:
+    """The request's id, or a new one where it has none. Raises InvalidRequest."""
+    return request_id(request.request_id) if request.request_id else uuid.uuid4().hex
+
+
+def id_in(data: bytes) -> str:
+    """The id in a GenerateRequest that may be refused before it is parsed; empty without a legal one."""
+    with suppress(InvalidRequest, UnicodeDecodeError):
+        return request_id(field_of(data, pb.GenerateRequest.REQUEST_ID_FIELD_NUMBER, MAX_ID_BYTES).decode())
+    return ""
+
+
+def ask(id_: str, request: pb.GenerateRequest, model: ModelInfo, default_pool: PoolPolicy) -> Ask:
     """Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
     check_model(request.model, model)
     wanted = sampling(request.sampling)
     return Ask(
-        id=request_id(request.request_id) if request.request_id else uuid.uuid4().hex,
+        id=id_,
         prompt=prompt(request, model),
         sampling=wanted,
         has_max_tokens=request.sampling.HasField("max_tokens"),

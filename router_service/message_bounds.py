@@ -6,6 +6,7 @@ level only, which costs as much for 8 MiB of text as for a word.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class MessageBounds:
             )
         bounds = self._bounds.get(method, {})
         weights: Counter[int] = Counter()
-        for count, (number, num_bytes) in enumerate(_fields(data), 1):
+        for count, (number, start, end) in enumerate(_fields(data), 1):
+            num_bytes = end - start
             field = number if number in bounds else 0
             weights[field] += num_bytes
             if field and weights[field] > bounds[field].num_bytes:
@@ -168,8 +170,18 @@ def _numbered(kind: type[Message], bounds: Mapping[str, Bound]) -> Mapping[int, 
 # --- the wire format ------------------------------------------------------------------------------------------------
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int]]:
-    """Number and size of every field at the top level. Raises InvalidRequest."""
+def field_of(data: bytes, number: int, most_bytes: int) -> bytes:
+    """The first field of that number in a message that is not parsed; empty without one of at most so many bytes.
+
+    Raises InvalidRequest.
+    """
+    fields = itertools.islice(_fields(data), MAX_FIELDS)
+    start, end = next(((start, end) for each, start, end in fields if each == number), (0, 0))
+    return data[start:end] if end - start <= most_bytes else b""
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Number of every field at the top level, and where what it holds begins and ends. Raises InvalidRequest."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -188,7 +200,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int]]:
                 raise malformed()
         if at > len(data):
             raise malformed()
-        yield tag >> 3, at - start
+        yield tag >> 3, start, at
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

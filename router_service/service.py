@@ -76,9 +76,10 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
     async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
         tenant = decode.tenant(context.invocation_metadata())
         meter = StreamMeter(self._backend.metrics, tenant)
-        ask = decode.ask(wire, self._backend.model, self._backend.default_pool)
-        request_id.set(ask.id)
-        note(request_id=ask.id)
+        id_ = decode.id_of(wire)  # before anything that can be refused, so that a refusal is found by it
+        request_id.set(id_)
+        note(request_id=id_)
+        ask = decode.ask(id_, wire, self._backend.model, self._backend.default_pool)
         tell(pool=pool_label(ask.pool))
         deadline_s = deadline_of(context)
         with self._gate.admit(tenant, wire.ByteSize()) as ticket:

@@ -95,6 +95,17 @@ async def test_refusals_say_why_and_repeats_are_left_out(service: Any, lines: An
     assert service.metric("requests_total", method="Generate", code="INVALID_ARGUMENT") == num_refused + 1
 
 
+async def test_a_refusal_is_found_by_its_request(service: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "expert_pager.router")
+    beyond_parsing, beyond_context = SECRET * 10_000, SECRET * 10
+    for wrong in ({"text": beyond_parsing}, {"text": beyond_context}, {"model": "x"}, {"pool": pb.PoolPolicy(count=1)}):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await ask(service, request_id="mine", **wrong)
+    messages = [record.message for record in caplog.records if hasattr(record, "facts")]
+    assert len(messages) == 4
+    assert all(" request_id=mine " in message for message in messages)
+
+
 def test_what_was_left_out_is_told_in_the_next_minute() -> None:
     now_s = [0.0]
     repeats = Repeats(lambda: now_s[0])

@@ -285,8 +285,8 @@ async def test_fields_are_found_as_protobuf_writes_them():
         model="m" * 300, name="n", examples=[pb.Example(text=b"x" * 70_000)] * 2, replace=True
     )
     found = list(_fields(message.SerializeToString()))
-    assert [number for number, _ in found] == [1, 2, 3, 3, 6]
-    assert [size for _, size in found] == [300, 1, *[message.examples[0].ByteSize()] * 2, 1]
+    assert [number for number, _, _ in found] == [1, 2, 3, 3, 6]
+    assert [end - start for _, start, end in found] == [300, 1, *[message.examples[0].ByteSize()] * 2, 1]
 
 
 async def test_a_message_that_never_comes_ends_the_call(service, monkeypatch):

@@ -147,7 +147,7 @@ chromium:
 	@$(call have,chromium,chromium chromium-browser google-chrome,pages are shown in a real browser)
 
 docs: $(INSTALLED)
-	PYTHONPATH=protos $(BIN)/python -m router_service.metrics_catalogue > docs/metrics.md
+	PYTHONPATH=protos $(BIN)/python -m docs.metrics_catalogue > docs/metrics.md
 
 # The documentation as pages to browse, in build/site. Strict: a broken link or a page outside of the navigation fails.
 site: $(INSTALLED)

@@ -18,9 +18,9 @@ from benchmarks.measure import alternate
 from benchmarks.page_cache import drop
 from benchmarks.prompts import prompts_of
 from benchmarks.report import Table, console, figure, ratio
-from pager.engine.trunk import OpenModel
-from pager.planner import Budgets
-from pager.routing.pool import largest_counts
+from pager.memory.plan import Budgets
+from pager.models.trunk import OpenModel
+from pager.pools.pick import largest_counts
 from pager.types import ExpertPool, PoolPolicy, Share
 
 NUM_STREAMS = 7

@@ -25,9 +25,9 @@ from benchmarks.models import (
 )
 from benchmarks.prompts import prompts_of
 from benchmarks.report import Table, console, figure, ratio
-from pager.planner import Budgets
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
 from pager.types import PoolPolicy
-from pager.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,9 +17,9 @@ from tokenizers.models import BPE
 from benchmarks.models import Decode, Decoded
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
-from pager.engine.loading import PagedModel, load_paged_model
-from pager.planner import Budgets
-from pager.routing.pool import largest_counts
+from pager.engine.paged_model import PagedModel, load_paged_model
+from pager.memory.plan import Budgets
+from pager.pools.pick import largest_counts
 from pager.types import (
     Count,
     ExpertPool,

@@ -24,9 +24,9 @@ from benchmarks.measure import alternate
 from benchmarks.models import Decode
 from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten, ratio
-from pager.planner import Budgets
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
 from pager.types import PoolPolicy, Share, Usage
-from pager.units import format_bytes
 
 MODEL = ROOT / "models" / "emo-tiny"
 DTYPE = torch.bfloat16

@@ -24,8 +24,8 @@ from benchmarks.evidence_claims import all_claims
 from benchmarks.evidence_drift import drift_claims, drift_section, measure_drift
 from benchmarks.evidence_measure import Measured, Scale, measure, measure_main, measure_side
 from benchmarks.evidence_page import page
-from pager.evaluation.plots import plot_domains, plot_paging, plot_rises
-from pager.evaluation.report import to_dict
+from pager.lab.plots import plot_domains, plot_paging, plot_rises
+from pager.lab.report import to_dict
 
 CONTROL_METHODS = ("fused", "trunk", "lexical", "fitted", "calibrated", "random", "future")
 

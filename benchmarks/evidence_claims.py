@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.evidence_measure import MAIN_PERCENTS, PASSES, Measured
-from pager.evaluation.bootstrap import Interval
-from pager.evaluation.report import Evaluation
+from pager.lab.report import Evaluation, Interval
 
 LEAST_RISE = 1e-3  # nats: what is less counts as this much when another is held against it
 

@@ -13,14 +13,13 @@ from tokenizers import Tokenizer
 
 from benchmarks.evidence_claims import Claim
 from benchmarks.evidence_measure import Scale
-from pager.engine.loading import load_paged_model
-from pager.evaluation.bootstrap import Bootstrap, Interval
-from pager.evaluation.corpus import Cut, Text, digest_of, read_texts
-from pager.evaluation.drift import ChangingText, Reading, changing_texts, read
-from pager.evaluation.report import table
-from pager.planner import Budgets
+from pager.engine.paged_model import load_paged_model
+from pager.lab.corpus import Cut, Text, digest_of, read_texts
+from pager.lab.drift import ChangingText, Reading, changing_texts, read
+from pager.lab.report import Bootstrap, Interval, table
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
 from pager.types import DriftAction, DriftPolicy, PoolPolicy, Share
-from pager.units import format_bytes
 
 POOL = Share(0.25)
 BUDGET = "50%"

@@ -14,16 +14,13 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from pager.errors import InvalidRequest
-from pager.evaluation import continuations, specialisation
-from pager.evaluation.bootstrap import Bootstrap
-from pager.evaluation.corpus import Text
-from pager.evaluation.grid import conditions_of
-from pager.evaluation.methods import BY_LAYER, methods_for, size_of
-from pager.evaluation.passes import estimate_errors, recalls, seconds_a_prompt
-from pager.evaluation.report import Evaluation
-from pager.evaluation.run import Ask, evaluate_subject, open_subject
-from pager.evaluation.sampling import sample_documents
-from pager.evaluation.subject import Subject
+from pager.lab import clusters, drift
+from pager.lab.corpus import Text, sample_documents
+from pager.lab.grid import conditions_of
+from pager.lab.methods import BY_LAYER, methods_for, size_of
+from pager.lab.report import Bootstrap, Evaluation
+from pager.lab.run import Ask, evaluate_subject, open_subject
+from pager.lab.subject import Subject, estimate_errors, recalls, seconds_a_prompt
 
 MAIN_PERCENTS = (25.0, 12.5)
 SIDE_PERCENTS = (50.0, 6.25)
@@ -140,23 +137,23 @@ def _facts(
 def _continuations(subject: Subject, corpus: Path, tokenizer: Tokenizer, scale: Scale) -> Facts:
     """The classifier sees training text alone; it is asked about what the model writes, and about what was there."""
     known = sample_documents([str(corpus / "*.train.jsonl*")], CLASSIFIER_DOCUMENTS, subject.seed)
-    classifier = continuations.domain_classifier([each.text for each in known], [each.domain for each in known])
-    sampling = continuations.Sampling(seed=subject.seed)
+    classifier = drift.domain_classifier([each.text for each in known], [each.domain for each in known])
+    sampling = drift.Sampling(seed=subject.seed)
     asked = _some(subject.texts, scale.prompts, subject.seed)
     asked = [text for text in asked if len(text.token_ids) >= subject.cut.prompt_tokens + sampling.num_tokens] or asked
     domains = [text.domain for text in asked]
     prompts = [text.token_ids[: subject.cut.prompt_tokens] for text in asked]
-    written = tokenizer.decode_batch(continuations.sample(subject.paged, prompts, sampling))
+    written = tokenizer.decode_batch(drift.sample(subject.paged, prompts, sampling))
     end = subject.cut.prompt_tokens + sampling.num_tokens
     real = tokenizer.decode_batch([list(text.token_ids[subject.cut.prompt_tokens : end]) for text in asked])
     bootstrap, ones = Bootstrap(domains, seed=subject.seed), np.ones(len(asked))
-    of_model = continuations.recognised(classifier, written, domains)
+    of_model = drift.recognised(classifier, written, domains)
     return {
         "documents": len(asked),
         "tokens": sampling.num_tokens,
         "temperature": sampling.temperature,
         "recognised": bootstrap.mean_over_domains(of_model, ones).to_dict(),
-        "real_text": bootstrap.mean_over_domains(continuations.recognised(classifier, real, domains), ones).to_dict(),
+        "real_text": bootstrap.mean_over_domains(drift.recognised(classifier, real, domains), ones).to_dict(),
         "by_domain": {domain: bootstrap.of_domain(domain, of_model, ones).mean for domain in bootstrap.domains},
     }
 
@@ -173,13 +170,13 @@ def _specialisation(main: Evaluation, subject: Subject, calibration: Sequence[Te
     ones = np.ones(len(domains))
     found: Facts = {"known_documents": len(calibration)}
     for name, means_NE in (("whole", full.whole_means_NE), ("prompt", full.prompt_means_NE)):
-        right = specialisation.nearest_centroid(known_NE, known_domains, means_NE, domains)
+        right = clusters.nearest_centroid(known_NE, known_domains, means_NE, domains)
         found[f"accuracy_{name}"] = main.bootstrap.mean_over_domains(right, ones).to_dict()
     for name, method in (("whole", "future"), ("prompt", "fused")):
         for percent in MAIN_PERCENTS:
             inside_NE = main.grid.cells[method, percent].inside_NE
             assert inside_NE is not None
-            overlap = specialisation.pool_overlap(inside_NE, domains)
+            overlap = clusters.pool_overlap(inside_NE, domains)
             found[f"overlap_{name}_{percent:g}"] = {"same": overlap.same_domain, "cross": overlap.cross_domain}
     return found
 

@@ -17,11 +17,11 @@ from benchmarks.page_cache import drop
 from benchmarks.prompts import prompts_of
 from benchmarks.raw_read import RawReader, extents_of
 from benchmarks.report import Table, console, figure, ratio
-from pager.engine.trunk import OpenModel
-from pager.planner import Budgets
-from pager.routing.pool import largest_counts
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
+from pager.models.trunk import OpenModel
+from pager.pools.pick import largest_counts
 from pager.types import ExpertPool, PoolPolicy, Share
-from pager.units import format_bytes
 
 POOL_SHARE = 0.125
 PROMPT_TOKENS = 64

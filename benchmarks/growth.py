@@ -30,9 +30,9 @@ from benchmarks.shapes import SHAPES, Shape
 from benchmarks.synthetic import write_checkpoint
 from pager.cli.output import print_error
 from pager.errors import PagerError
-from pager.planner import Budgets
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
 from pager.types import ExpertPool
-from pager.units import format_bytes
 
 WORK = ROOT / "build" / "benchmarks"
 DTYPE = torch.bfloat16

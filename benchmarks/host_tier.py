@@ -21,12 +21,12 @@ from benchmarks.engine_run import random_pools
 from benchmarks.measure import alternate
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten, ratio
 from benchmarks.shapes import SHAPES
+from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
-from pager.cache.slots import DeviceSlots
 from pager.cli.output import print_error
-from pager.engine.trunk import OpenModel
 from pager.errors import PagerError
+from pager.models.trunk import OpenModel
 
 POOL_SHARE = 0.125
 NUM_POOLS = 6  # that take turns; slots hold one of them

@@ -22,7 +22,7 @@ from torch.nn.functional import silu
 
 from benchmarks.measure import alternate
 from benchmarks.report import RESULTS, Report, Table, conditions, console
-from pager.engine.kernels import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, run_slots
+from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, run_slots
 
 NUM_PICKS = 8
 SHAPES = {"emo-tiny": (128, 32, 128), "emo-mini": (512, 256, 64), "emo-1b14b": (2048, 1024, 48)}
@@ -33,7 +33,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Toy shape, two repeats, no file is written.")] = False,
 ) -> None:
-    """Time every kernel in thread CPU time, and what pager.engine.kernels would choose beside them."""
+    """Time every kernel in thread CPU time, and what pager.engine.experts would choose beside them."""
     torch.set_num_threads(1)
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     isa = limit or "whatever the CPU has"

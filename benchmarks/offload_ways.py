@@ -23,10 +23,10 @@ from benchmarks.engine_run import fixed, load_engine, random_pools
 from benchmarks.models import Decoded, decode_by_generate, endless
 from benchmarks.prompts import prompts_of
 from benchmarks.report import quieten
-from pager.engine.trunk import moe_blocks
-from pager.planner import Budgets
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
+from pager.models.trunk import moe_blocks
 from pager.types import PoolPolicy
-from pager.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

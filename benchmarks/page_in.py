@@ -27,14 +27,14 @@ from benchmarks.raw_copy import RawCopy
 from benchmarks.raw_read import RawReader, extents_of
 from benchmarks.report import RESULTS, Report, Table, conditions, console, figure, quieten, ratio
 from benchmarks.shapes import SHAPES
+from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
-from pager.cache.slots import DeviceSlots
 from pager.cli.output import print_error
-from pager.engine.trunk import OpenModel
 from pager.errors import PagerError
+from pager.memory.units import format_bytes
+from pager.models.trunk import OpenModel
 from pager.types import ExpertPool
-from pager.units import format_bytes
 
 POOL_SHARE = 0.125
 DTYPE = torch.bfloat16

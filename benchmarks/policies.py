@@ -23,13 +23,13 @@ from tokenizers import Tokenizer
 from benchmarks.engine_run import load_engine
 from benchmarks.prompts import TEXTS, prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, quieten
-from pager.cache.replay import OPTIMUM, ReplayResult, replay_all
 from pager.cache.trace import Trace, read_trace
 from pager.engine.interface import EngineLimits
-from pager.evaluation.corpus import Cut, read_texts
-from pager.planner import Budgets
+from pager.lab.corpus import Cut, read_texts
+from pager.lab.replay import OPTIMUM, ReplayResult, replay_all
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
 from pager.types import PoolPolicy, Share
-from pager.units import format_bytes
 
 MODEL = ROOT / "models" / "emo-tiny"
 BUDGETS = (0.125, 0.25, 0.5, 0.75)

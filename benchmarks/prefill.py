@@ -18,12 +18,12 @@ import typer
 from benchmarks.engine_run import load_engine
 from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, quieten
-from pager.engine.loading import PagedModel
-from pager.engine.trunk import OpenModel, moe_blocks
-from pager.planner import Budgets
-from pager.routing.pool import largest_counts
+from pager.engine.paged_model import PagedModel
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
+from pager.models.trunk import OpenModel, moe_blocks
+from pager.pools.pick import largest_counts
 from pager.types import ExpertKey, ExpertPool, PoolPolicy, Share
-from pager.units import format_bytes
 
 MODEL = ROOT / "models" / "emo-tiny"
 

@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from pager.engine.trunk import OpenModel
+from pager.models.trunk import OpenModel
 from pager.store.experts import PackedExperts, find_experts
 from pager.store.pack_format import PACK_NAME
 from pager.types import ExpertKey

@@ -22,9 +22,9 @@ from benchmarks.page_in import bandwidth_table, why_not_direct
 from benchmarks.report import RESULTS, ROOT, Report, conditions, console, quieten
 from benchmarks.shapes import SHAPES
 from pager.cli.output import print_error
-from pager.engine.trunk import OpenModel
 from pager.errors import PagerError
-from pager.routing.pool import largest_counts
+from pager.models.trunk import OpenModel
+from pager.pools.pick import largest_counts
 from pager.types import Share
 
 REFERENCE = ROOT / "models" / "emo-tiny"

@@ -26,9 +26,9 @@ from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import check_checkpoint, write_checkpoint
 from pager.cli.output import bytes_progress, print_error
 from pager.errors import PagerError
-from pager.planner import Budgets, Plan
+from pager.memory.plan import Budgets, Plan
+from pager.memory.units import format_bytes
 from pager.types import PoolPolicy, Share
-from pager.units import format_bytes
 
 WORK = ROOT / "build" / "benchmarks"
 BUDGET = "12.5%"

@@ -21,10 +21,10 @@ from benchmarks.report import console
 from benchmarks.shapes import SHAPES, Shape
 from pager.cli.output import bytes_progress, print_error
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk, PagerError
-from pager.store.checkpoint_files import INDEX_NAME, SINGLE_NAME
-from pager.store.datafile import raw_bytes
+from pager.memory.units import format_bytes, parse_bytes
+from pager.store.checkpoint import INDEX_NAME, SINGLE_NAME
+from pager.store.reads import raw_bytes
 from pager.store.safetensors_header import layout
-from pager.units import format_bytes, parse_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PIECE_ELEMENTS = 1 << 20

@@ -23,9 +23,9 @@ import torch
 from expert_pager.v1 import worker_pb2 as pb
 
 from benchmarks.report import RESULTS, Report, Table, conditions, quieten
-from pager.cluster.loop_thread import LoopThread
 from pager.cluster.token_client import AnswerStream, WorkerLink
 from pager.cluster.token_server import TokenServer
+from pager.threads import LoopThread
 from pager.types import FinishReason, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
 
 WARM_UP_STEPS = 20

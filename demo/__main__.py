@@ -24,7 +24,7 @@ from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 
 from demo.prompts import PROMPTS
 from pager.cli.output import out, print_table
-from pager.units import format_bytes
+from pager.memory.units import format_bytes
 
 MODEL = Path(__file__).parents[1] / "models" / "emo-tiny"
 STOP_TIMEOUT_S = 60

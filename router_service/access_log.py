@@ -12,11 +12,11 @@ from contextvars import ContextVar
 from typing import Any
 
 from pager.errors import PagerError
-from pager.logs import facts, request_id
+from pager.observe.logs import facts, request_id
 from pager.types import PoolPolicy
-from router_service.decode_pools import PoolByDigest, PoolByName
+from router_service.requests import PoolByDigest, PoolByName
 from router_service.tenants import tenant_or_invalid
-from router_service.ui_pools import size_label
+from router_service.ui import size_label
 
 log = logging.getLogger("expert_pager.router")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from expert_pager.v1 import expert_pager_pb2 as pb
 
-from pager.routing.named import NamedPool
+from pager.pools.named import NamedPool
 from pager.types import RoutingScores
 from pager.wire import encode_pool
 from router_service.hints import WorkerHolds

@@ -15,8 +15,8 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from google.protobuf.message import Message
 
 from pager.errors import InvalidRequest, PagerError, PromptTooLong
-from pager.routing.named import MAX_EXAMPLES
-from pager.units import format_bytes
+from pager.memory.units import format_bytes
+from pager.pools.named import MAX_EXAMPLES
 from router_service.ports import ModelInfo
 
 MAX_MESSAGE_BYTES = 8 * 2**20

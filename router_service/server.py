@@ -1,29 +1,338 @@
-"""Builds and runs the gRPC server: the service, health, reflection, and the pulse behind them."""
+"""The gRPC server: TLS, the boundary where errors become statuses, health, reflection and the pulse."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
+import os
 import socket
-from collections.abc import Awaitable, Callable
+import ssl
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import grpc
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+from google.protobuf.message import DecodeError, Message
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pager.errors import ConfigError, PortInUse
-from pager.metrics.loop_lag import LoopLag
-from pager.units import format_address
-from router_service import encode
-from router_service.boundary import ErrorBoundary
-from router_service.message_bounds import CORE_MESSAGE_BYTES, CORE_METADATA_BYTES, MAX_OTHER_BYTES
+from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, UnknownMethod
+from pager.memory.units import format_address
+from pager.observe import tracing
+from pager.observe.logs import request_id, trace_context, traceparent_of
+from pager.observe.metrics import LoopLag
+from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
+from router_service import encode, requests
+from router_service.access_log import AccessLog
+from router_service.message_bounds import (
+    CORE_MESSAGE_BYTES,
+    CORE_METADATA_BYTES,
+    MAX_OTHER_BYTES,
+    MessageBounds,
+    check_metadata,
+    malformed,
+)
+from router_service.metrics import RouterMetrics
 from router_service.service import SERVICE_NAME, Backend, ExpertPagerService
-from router_service.tls import TlsFiles
-from router_service.unseen_calls import WATCHED, UnseenCalls, watched_servers
+from router_service.status import to_wire
+from router_service.tenants import tenant_in
 
-log = logging.getLogger("expert_pager.router")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. With `client_ca`, clients must show a certificate that it has signed."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Raises ConfigError when a file can not be read or is not PEM, or the key is not the certificate's."""
+        pems = self.read()
+        return grpc.dynamic_ssl_server_credentials(
+            pems.configuration(),
+            _Renewal(self, pems),  # type: ignore[arg-type]  # grpc-stubs does not know that it may return None
+            require_client_authentication=self.client_ca is not None,
+        )
+
+    def read(self) -> _Pems:
+        """What the files hold, which fits together. Raises ConfigError."""
+        roots = _pem(self.client_ca, "router.tls_client_ca") if self.client_ca else None
+        pems = _Pems(_pem(self.key, "router.tls_key"), _pem(self.cert, "router.tls_cert"), roots)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_ciphers("ALL:@SECLEVEL=0")  # how strong a key has to be is the operator's choice
+        try:
+            with _as_file(pems.cert) as cert, _as_file(pems.key) as key:
+                context.load_cert_chain(cert, key, password="")  # else a key that has one is asked for at the terminal
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"router.tls_cert {str(self.cert)!r} and router.tls_key {str(self.key)!r} are no certificate with its "
+                f"key: {_reason(error)}"
+            ) from None
+        if roots is not None:
+            try:
+                with _as_file(roots) as path:
+                    context.load_verify_locations(path)
+            except OSError as error:
+                raise ConfigError(
+                    f"router.tls_client_ca {str(self.client_ca)!r} holds no certificate: {_reason(error)}"
+                ) from None
+        return pems
+
+
+class _Pems(NamedTuple):
+    """The text of the files."""
+
+    key: bytes
+    cert: bytes
+    roots: bytes | None
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self.key, self.cert)], self.roots)
+
+
+class _Renewal:
+    """Called by gRPC at every handshake; owns what is in use, and what was last said of files that cannot be."""
+
+    def __init__(self, files: TlsFiles, used: _Pems) -> None:
+        self._files = files
+        self._used = used
+        self._complaint = ""
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """None keeps what is in use."""
+        try:
+            found = self._files.read()
+        except ConfigError as error:  # halfway through its renewal, perhaps
+            if error.message != self._complaint:
+                log.warning("%s; going on with the certificate as it was", error)
+            self._complaint = error.message
+            return None
+        self._complaint = ""
+        if found == self._used:
+            return None
+        self._used = found
+        log.info("the certificate in router.tls_cert %s was renewed", self._files.cert)
+        return found.configuration()
+
+
+def _pem(path: Path, key: str) -> bytes:
+    try:
+        text = read_bounded(path, MAX_PEM_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{key} {str(path)!r} can not be read: {reason_of(error)}") from None
+    if b"-----BEGIN " not in text:
+        raise ConfigError(f"{key} {str(path)!r} is not a PEM file")
+    return text
+
+
+@contextmanager
+def _as_file(text: bytes) -> Iterator[str]:
+    """The name of a file in memory, for what reads from files alone: those on disk may be others by now."""
+    file = os.memfd_create("pem")
+    try:
+        os.write(file, text)
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None)
+    return reason.replace("_", " ").lower() if isinstance(reason, str) else "what is there is cut off or damaged"
+
+
+READ_TIMEOUT_S = 60.0  # for a message to have come whole; what has come of it is held in memory
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Method = Callable[[Message, Context], Awaitable[Message | None]]
+
+
+class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Wraps every method of a server. A PagerError reaches the client as the table says; anything else as INTERNAL,
+    with its traceback in the log and nothing of it on the wire.
+
+    Methods get their message once its bytes are known to be within bounds. To gRPC they are methods that read a stream,
+    which has one message: so the message is read in here, and one that gRPC refuses to receive is noticed.
+    """
+
+    def __init__(self, service_name: str, metrics: RouterMetrics, bounds: MessageBounds) -> None:
+        self._prefix = f"/{service_name}/"
+        self._metrics = metrics
+        self._access_log = AccessLog()
+        self._bounds = bounds
+        self.num_seen = 0
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        self.num_seen += 1
+        name = handler_call_details.method
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return grpc.stream_unary_rpc_method_handler(self._unknown(name))
+        if handler.request_streaming:  # reflection, which answers an empty question with an error of its own
+            parse = handler.request_deserializer
+            return grpc.stream_stream_rpc_method_handler(
+                handler.stream_stream,
+                request_deserializer=lambda data: parse(data if len(data) <= MAX_OTHER_BYTES else b""),
+                response_serializer=handler.response_serializer,
+            )
+        method = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        wrap = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        # The request stays bytes until it is inside the boundary: what can not be parsed gets details like any error.
+        guarded = self._guarded(name, method, handler.request_deserializer)
+        return wrap(guarded, request_deserializer=None, response_serializer=handler.response_serializer)
+
+    def _unknown(self, path: str) -> Any:
+        async def call(messages: AsyncIterator[bytes], context: Context) -> None:
+            self._metrics.dropped("unknown_method")
+            _fail(context, UnknownMethod(f"there is no method {path[:200]!r} here; is the client of another version?"))
+
+        return call
+
+    async def _message(self, name: str, messages: AsyncIterator[bytes], context: Context) -> bytes:
+        """The call's one message, within its bounds. Raises InvalidRequest, PromptTooLong or DeadlineExceeded."""
+        check_metadata(context.invocation_metadata())
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                async for data in messages:
+                    if name == "Generate":
+                        request_id.set(requests.id_in(data))
+                    self._bounds.check(name, data)
+                    return data
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the call's message did not come whole within {READ_TIMEOUT_S:g} s; send less, or faster"
+            ) from None
+        # Where gRPC has refused it, the client has gRPC's own status by now, and not this one.
+        self._metrics.dropped("no_message")
+        raise InvalidRequest(
+            f"the call ended without a message that can be received: one of at most {CORE_MESSAGE_BYTES} bytes, "
+            "uncompressed or in gzip or deflate"
+        )
+
+    def _guarded(self, path: str, method: Method, parse: Callable[[bytes], Message]) -> Any:
+        is_ours = path.startswith(self._prefix)
+        name = path.removeprefix(self._prefix)
+
+        async def call(messages: AsyncIterator[bytes], context: Context) -> Message | None:
+            if not is_ours:
+                return await bare(messages, context)
+            with tracing.call(path[1:], context.invocation_metadata()):
+                return await traced(messages, context)
+
+        async def bare(messages: AsyncIterator[bytes], context: Context) -> Message | None:
+            try:
+                return await method(_parsed(parse, await self._message(name, messages, context)), context)
+            except PagerError as error:
+                _fail(context, error)
+            return None
+
+        async def traced(messages: AsyncIterator[bytes], context: Context) -> Message | None:
+            started = time.perf_counter()
+            request_id.set("")
+            trace_context.set(tracing.traceparent() or traceparent_of(context.invocation_metadata()))
+            self._access_log.begin()
+            self._metrics.began(name)
+            code, failure = "OK", None
+            try:
+                return await method(_parsed(parse, await self._message(name, messages, context)), context)
+            except asyncio.CancelledError:
+                code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
+                raise
+            except PagerError as error:
+                failure = error
+                if error.is_refusal:
+                    self._metrics.refused(error.reason)
+                code = _fail(context, error)
+            except Exception as error:
+                # Not the message: it can quote what the user wrote.
+                frames = "".join(traceback.format_tb(error.__traceback__))
+                log.error("%s request_id=%s failed with %s\n%s", name, request_id.get(), type(error).__name__, frames)
+                code = _fail(context, PagerError("internal error; the service's log has it under the request id"))
+            finally:
+                tracing.end_call(code)
+                tenant = tenant_in(context.invocation_metadata())
+                self._metrics.ended(name, code, tenant)
+                self._access_log.end(name, tenant, code, failure, time.perf_counter() - started)
+            return None
+
+        return call
+
+
+def _parsed(parse: Callable[[bytes], Message], data: bytes) -> Message:
+    try:
+        return parse(data)
+    except DecodeError:
+        raise malformed() from None
+
+
+def _fail(context: Context, error: PagerError) -> str:
+    """The call will end with the error's status; returns the name of its code."""
+    wire = to_wire(error, request_id.get() or None)
+    # Not `context.abort`: it raises, and every caller would have to let that through.
+    context.set_code(wire.code)
+    context.set_details(wire.message)
+    context.set_trailing_metadata(wire.trailing_metadata)
+    return wire.code.name
+
+
+NUM_LOOKS = 40
+
+# Of a server that is watched: without it the core keeps no books.
+WATCHED = ("grpc.enable_channelz", 1)
+
+
+def watched_servers() -> set[int]:
+    """The ids of all servers of this process that are watched and have not ended."""
+    found: set[int] = set()
+    while True:
+        page = json.loads(cygrpc.channelz_get_servers(max(found, default=0) + 1))
+        found |= {int(server["ref"]["serverId"]) for server in page.get("server", ())}
+        if page.get("end", True):
+            return found
+
+
+class UnseenCalls:
+    """Counts what a server's core has started and the service never saw.
+
+    A call that still waits for the event loop is no such call: one counts when it was missing at `NUM_LOOKS` looks in a
+    row. Calls that waited for longer and were counted all the same are set off against those that come after them.
+    """
+
+    def __init__(self, server_id: int) -> None:
+        self._server_id = server_id
+        self._missing: deque[int] = deque(maxlen=NUM_LOOKS)
+        self._num_counted = 0
+
+    def look(self, num_seen: int) -> int:
+        """How many are new. `num_seen`: how many calls the service has seen until now."""
+        server = json.loads(cygrpc.channelz_get_server(self._server_id))["server"]
+        self._missing.append(int(server["data"].get("callsStarted", 0)) - num_seen)
+        if len(self._missing) < NUM_LOOKS:
+            return 0
+        num_new = max(0, min(self._missing) - self._num_counted)
+        self._num_counted += num_new
+        return num_new
+
 
 PULSE_S = 0.25
 HEARTBEAT_PULSES = 4

@@ -2,37 +2,165 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
+import grpc
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+from google.protobuf.message import Message
 
-from pager.errors import Cancelled, DuplicateRequest, NotReady, WorkerLost
-from pager.logs import request_id, trace_context
-from pager.tracing import note, span, traceparent, tracestate
-from pager.types import ExpertPool, GenerateRequest, PoolPolicy, PoolSource, Usage
+from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, NotReady, SlowReader, WorkerLost
+from pager.observe.logs import request_id, trace_context
+from pager.observe.tracing import note, span, traceparent, tracestate
+from pager.pools.named import NamedPool, check_name, mean_scores
+from pager.pools.pick import pick_pool
+from pager.types import Account, ExpertPool, GenerateRequest, PoolPolicy, PoolSize, PoolSource, TokenChunk, Usage
 from pager.wire import encode_pool, encode_response
-from router_service import decode, encode
+from router_service import encode, requests
 from router_service.access_log import pool_label, tell
-from router_service.admission import Admission
-from router_service.calibration import NamedPools
-from router_service.decode_pools import PoolByName, pool_policy
+from router_service.admission import Admission, Context, Gate, deadline_of, refusing, remaining_s
 from router_service.dispatch import Placement, check_deadline, place
-from router_service.gate import Context, Gate, deadline_of, refusing, remaining_s
 from router_service.hints import HintStore
-from router_service.intake import Intake
 from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
-from router_service.pool_store import PoolStore
+from router_service.pools import PoolStore, name_in_use
 from router_service.ports import ClusterPort, ModelInfo
-from router_service.prediction import Prediction, Predictor
-from router_service.scoring import PassChain, Passes, Scored, Scoring
-from router_service.streams import StreamMeter, send
-from router_service.ui_pools import PoolLog
-from router_service.ui_watch import Watch
+from router_service.prediction import PassChain, Passes, Prediction, Predictor, Scored, Scoring
+from router_service.requests import Intake, PoolByName, pool_policy
+from router_service.ui import PoolLog, Watch
+
+
+class StreamMeter:
+    """Owns the times of one answer, and counts what its request uses at workers. Made when the call arrives.
+
+    A context manager around the answer: its pace counts however it ends.
+    """
+
+    def __init__(self, metrics: RouterMetrics, tenant: str) -> None:
+        self._metrics = metrics
+        self._tenant = tenant
+        self._arrived_s = time.perf_counter()
+        self._first_s = self._last_s = 0.0
+        self._num_tokens = 0
+        self.has_started = False
+
+    def seen(self, chunk: TokenChunk, predicted: ExpertPool | None) -> TokenChunk:
+        """The chunk to send: a last one without the recall of its prediction gets it."""
+        self.has_started = True
+        now_s = time.perf_counter()
+        if chunk.token_ids and not self._num_tokens:
+            self._first_s = now_s
+            self._metrics.first_token(self._tenant, now_s - self._arrived_s)
+            tell(first_token_ms=round(1000 * (now_s - self._arrived_s), 1))
+        if chunk.token_ids:
+            self._last_s = now_s
+        self._num_tokens += len(chunk.token_ids)
+        tell(completion_tokens=self._num_tokens)
+        usage = chunk.usage
+        if usage is None:
+            return chunk
+        if usage.pool is not None and predicted is not None:
+            self._metrics.predicted(predicted, usage.pool)
+            if usage.predicted_recall is None:
+                usage = replace(usage, predicted_recall=predicted.recall_of(usage.pool))
+        return replace(chunk, usage=usage)
+
+    def sent(self) -> None:
+        self._metrics.sent.inc()
+
+    def settled(self, account: Account) -> None:
+        self._metrics.settled(self._tenant, account)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._num_tokens > 1:
+            self._metrics.output_token(self._tenant, (self._last_s - self._first_s) / (self._num_tokens - 1))
+
+
+async def send(context: grpc.aio.ServicerContext[Any, Any], message: Message, timeout_s: float) -> None:
+    """Raises SlowReader when the client takes nothing for `timeout_s`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(message)
+    except TimeoutError:
+        raise SlowReader(f"the client read nothing for {timeout_s:g} s; read faster") from None
+
+
+class NamedPools:
+    """A tenant sees its own pools only."""
+
+    def __init__(
+        self, model: ModelInfo, passes: Passes, scoring: Scoring, intake: Intake, store: PoolStore, gate: Gate
+    ) -> None:
+        self._model = model
+        self._passes = passes
+        self._scoring = scoring
+        self._intake = intake
+        self._store = store
+        self._gate = gate
+
+    async def calibrate(self, wire: pb.CalibrateRequest, context: Context, default: PoolSize) -> pb.CalibrateResponse:
+        tenant = requests.tenant(context.invocation_metadata())
+        ask = requests.calibrate_ask(wire, self._model, default)
+        method = self._method(ask.method)
+        tell(pool=f"named:{ask.name}")
+        deadline_of(context)
+        with self._gate.admit(tenant, wire.ByteSize()) as ticket:
+            if not ask.replaces:
+                await self._check_free(tenant, ask.name)  # before the work; `add` has the last word
+            examples = []
+            for index, example in enumerate(ask.examples):
+                examples.append(await self._intake.example(tenant, example, index))
+                self._gate.charge(ticket, len(examples[-1]))  # one by one: too many are refused before all are read
+            tell(prompt_tokens=ticket.tokens)
+            # One by one: the prompts of others take their turns in between.
+            scored = [await self._scoring.scores(tenant, method, example) for example in examples]
+            scores = await asyncio.to_thread(mean_scores, scored)
+            pool = pick_pool(scores, ask.size, self._model.facts)
+            named = NamedPool(ask.name, pool, method, len(examples), scores.num_tokens, self._model.fingerprint)
+            await (self._store.replace if ask.replaces else self._store.add)(tenant, named)
+        return pb.CalibrateResponse(pool=encode.named_pool(named))
+
+    async def list_pools(self, context: Context) -> pb.ListPoolsResponse:
+        listing = await self._store.all_of(requests.tenant(context.invocation_metadata()))
+        response = pb.ListPoolsResponse(damaged=listing.damaged)
+        for named in listing.pools:
+            response.pools.append(encode.named_pool(named))
+            await asyncio.sleep(0)  # hundreds of large pools take a while; others have their turns in between
+        return response
+
+    async def delete_pool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:
+        tenant = requests.tenant(context.invocation_metadata())
+        return pb.DeletePoolResponse(deleted=await self._store.delete(tenant, check_name(wire.name)))
+
+    def _method(self, asked: str | None) -> str:
+        known = self._passes.available
+        if not known:
+            raise InvalidRequest(
+                "this service runs no routing-only pass (its router is `fused`), so it can not score examples; make "
+                "the pool with `expert-pager calibrate --model`, which can",
+                field="method",
+            )
+        if asked is None:
+            return list(known)[-1]
+        if asked not in known:
+            raise InvalidRequest(
+                f"method {asked[:60]!r} can not be had here; known are {', '.join(known)}", field="method"
+            )
+        return asked
+
+    async def _check_free(self, tenant: str, name: str) -> None:
+        if await self._store.find(tenant, name) is not None:
+            raise name_in_use(name)
+
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExpertPager"].full_name
 
@@ -74,12 +202,12 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
     # It writes to the context, so that a client that reads nothing can be given up.
     async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
-        tenant = decode.tenant(context.invocation_metadata())
+        tenant = requests.tenant(context.invocation_metadata())
         meter = StreamMeter(self._backend.metrics, tenant)
-        id_ = decode.id_of(wire)  # before anything that can be refused, so that a refusal is found by it
+        id_ = requests.id_of(wire)  # before anything that can be refused, so that a refusal is found by it
         request_id.set(id_)
         note(request_id=id_)
-        ask = decode.ask(id_, wire, self._backend.model, self._backend.default_pool)
+        ask = requests.ask(id_, wire, self._backend.model, self._backend.default_pool)
         tell(pool=pool_label(ask.pool))
         deadline_s = deadline_of(context)
         with self._gate.admit(tenant, wire.ByteSize()) as ticket:
@@ -181,9 +309,9 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
     async def Route(self, wire: pb.RouteRequest, context: Context) -> pb.RouteResponse:  # noqa: N802
         backend = self._backend
-        tenant = decode.tenant(context.invocation_metadata())
-        decode.check_model(wire.model, backend.model)
-        asked = decode.prompt(wire, backend.model)
+        tenant = requests.tenant(context.invocation_metadata())
+        requests.check_model(wire.model, backend.model)
+        asked = requests.prompt(wire, backend.model)
         asked_pool = pool_policy(wire.pool, backend.model, backend.default_pool)
         tell(pool=pool_label(asked_pool))
         deadline_of(context)
@@ -233,8 +361,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         return await self._pools.delete_pool(wire, context)
 
     async def Abort(self, wire: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
-        tenant = decode.tenant(context.invocation_metadata())
-        id_ = decode.request_id(wire.request_id)
+        tenant = requests.tenant(context.invocation_metadata())
+        id_ = requests.request_id(wire.request_id)
         request_id.set(id_)
         # Marked first: a request on its way to a worker looks for the mark once it has arrived.
         is_marked = await self._backend.hints.mark_aborted(id_, tenant)
@@ -242,7 +370,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         return pb.AbortResponse(aborted=is_marked or is_found)
 
     async def GetModel(self, wire: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
-        decode.check_model(wire.model, self._backend.model)
+        requests.check_model(wire.model, self._backend.model)
         return encode.model(self._backend.model, self._backend.cluster.workers())
 
     async def GetResidency(  # noqa: N802

@@ -1,8 +1,4 @@
-"""`/ui`, a page to look at, and `/ui/state.json`, what it shows, on the metrics port.
-
-The page is complete in itself: style and script inside, and a policy that lets no other run. It puts names into the
-document as text, never as markup.
-"""
+"""`/ui`: the page, the state that it shows, and the pools in use."""
 
 from __future__ import annotations
 
@@ -11,16 +7,274 @@ import base64
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from wsgiref.headers import Headers
 
-from router_service.ui_watch import Watch
+from pager import __version__
+from pager.types import ExpertPool, Full, PagingTotals, PoolPolicy, Usage
+from router_service import encode
+from router_service.hints import HintStore, WorkerHolds, size_name
+from router_service.ports import ClusterPort, ModelInfo
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+KEPT = 256  # beyond those of requests in flight
+LONGEST_SIZE = 40  # characters; a size can name every layer
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLabel:
+    """What tells one row from another. `name` is the tenant's own; `pool` None while, or because, none is known."""
+
+    tenant: str
+    name: str
+    size: str  # "count:8" and the like; "named" for a named one
+    pool: ExpertPool | None
+    is_expected: bool  # predicted; the prefill has not chosen yet
+
+
+@dataclass(slots=True)
+class PoolUse:
+    """One row. Mutable, owned by the log."""
+
+    live: int = 0
+    answers: int = 0
+    experts_hit: int = 0
+    experts_missed: int = 0
+    bytes_paged: int = 0
+    mode: str = ""  # of the last answer
+
+
+@dataclass(slots=True)
+class PoolRow:
+    """The use of one pool by all tenants, none of which it names."""
+
+    size: str
+    pool: ExpertPool | None
+    is_expected: bool
+    use: PoolUse
+    num_tenants: int
+
+
+@dataclass(slots=True)
+class PoolLog:
+    """Owns the rows, the latest used last. Without live requests, the longest unused is dropped first."""
+
+    rows: dict[PoolLabel, PoolUse] = field(default_factory=dict)
+
+    @contextmanager
+    def following(self, tenant: str, name: str, policy: PoolPolicy, pool: ExpertPool | None) -> Iterator[LivePool]:
+        """Counts a live request for as long as the block lasts. `pool` is fixed or predicted."""
+        is_expected = policy.fixed is None and pool is not None and not isinstance(policy.size, Full)
+        live = LivePool(
+            self, PoolLabel(tenant, name, "named" if name else size_label(policy), policy.fixed or pool, is_expected)
+        )
+        self._use(live.label).live += 1
+        try:
+            yield live
+        finally:
+            self._left(live.label)
+
+    def ended(self, label: PoolLabel, usage: Usage) -> None:
+        actual = PoolLabel(label.tenant, label.name, label.size, usage.pool, is_expected=False)
+        use = self._use(actual)
+        use.answers += 1
+        use.experts_hit += usage.experts_hit
+        use.experts_missed += usage.experts_missed
+        use.bytes_paged += usage.bytes_from_disk + usage.bytes_from_host
+        use.mode = usage.mode
+
+    def of_all_tenants(self) -> list[PoolRow]:
+        """What tenants and names keep apart, put together; the latest used first."""
+        found: dict[tuple[str, ExpertPool | None, bool], list[tuple[PoolLabel, PoolUse]]] = {}
+        for label, use in reversed(self.rows.items()):
+            found.setdefault((label.size, label.pool, label.is_expected), []).append((label, use))
+        return [
+            PoolRow(*shared, _sum([use for _, use in each]), len({label.tenant for label, _ in each}))
+            for shared, each in found.items()
+        ]
+
+    def _use(self, label: PoolLabel) -> PoolUse:
+        self.rows[label] = self.rows.pop(label) if label in self.rows else PoolUse()
+        return self.rows[label]
+
+    def _left(self, label: PoolLabel) -> None:
+        use = self.rows[label]
+        use.live -= 1
+        if not use.live and not use.answers:
+            del self.rows[label]
+        idle = [label for label, use in self.rows.items() if not use.live]
+        for oldest in idle[: max(0, len(idle) - KEPT)]:
+            del self.rows[oldest]
+
+
+@dataclass(frozen=True, slots=True)
+class LivePool:
+    """One request in flight."""
+
+    log: PoolLog
+    label: PoolLabel
+
+    def answered(self, usage: Usage) -> None:
+        self.log.ended(self.label, usage)
+
+
+def _sum(uses: list[PoolUse]) -> PoolUse:
+    """All together; the first is the latest."""
+    return PoolUse(
+        live=sum(use.live for use in uses),
+        answers=sum(use.answers for use in uses),
+        experts_hit=sum(use.experts_hit for use in uses),
+        experts_missed=sum(use.experts_missed for use in uses),
+        bytes_paged=sum(use.bytes_paged for use in uses),
+        mode=next((use.mode for use in uses if use.mode), ""),
+    )
+
+
+def size_label(policy: PoolPolicy) -> str:
+    """The size that was asked for, in few characters."""
+    text = "fixed" if policy.fixed is not None else size_name(policy.size)
+    return text if len(text) <= LONGEST_SIZE else f"{text[: LONGEST_SIZE - 1]}…"
+
+
+SAMPLE_S = 5.0
+NUM_SAMPLES = 60
+MAX_WORKERS = 32
+MAX_POOLS = 40
+_COUNTS = tuple(each.name for each in fields(PagingTotals))
+_SERVING = ("ready", "draining")
+
+
+@dataclass(slots=True)
+class Sample:
+    """What was paged in `seconds` until `end_unix_s`, by all workers of this router."""
+
+    end_unix_s: float
+    seconds: float = 0.0
+    paged: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+
+
+class Watch:
+    """Owns the samples. Lives on the router's event loop; `beat` is called about once a second."""
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        cluster: ClusterPort,
+        hints: HintStore,
+        pools: PoolLog,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._model = model
+        self._cluster = cluster
+        self._hints = hints
+        self._pools = pools
+        self._clock = clock
+        self._last_s = clock()
+        self._last: dict[str, PagingTotals] = {}  # of each worker that serves
+        self._samples: deque[Sample] = deque([Sample(time.time())], NUM_SAMPLES)
+
+    def beat(self) -> None:
+        """Adds what was paged since the last beat. Of a worker that is new, what it paged before is not counted."""
+        now_s = self._clock()
+        if self._samples[-1].seconds >= SAMPLE_S:
+            self._samples.append(Sample(time.time()))
+        sample = self._samples[-1]
+        sample.seconds += now_s - self._last_s
+        sample.end_unix_s = time.time()
+        serving = {worker.id: worker.paging for worker in self._cluster.workers() if worker.state in _SERVING}
+        for worker_id, totals in serving.items():
+            before = self._last.get(worker_id, totals)
+            for name in _COUNTS:
+                sample.paged[name] += max(0, getattr(totals, name) - getattr(before, name))
+        self._last_s, self._last = now_s, serving
+
+    async def state(self) -> dict[str, Any]:
+        """JSON of at most about 200 kB, for anybody who reaches the port: no tenant and no named pool is named."""
+        workers = [
+            _worker(each.id, each.state, encode.holds(each), self._model, each.page_in_bytes_per_s)
+            for each in self._cluster.workers()
+        ]
+        known = {worker["id"] for worker in workers}
+        for worker_id, holds in sorted((await self._hints.residency()).items()):
+            if worker_id not in known:
+                workers.append(_worker(worker_id, "ready", holds, self._model, None, remote=True))
+        shown = workers[:MAX_WORKERS]
+        rows = sorted(self._pools.of_all_tenants(), key=lambda row: row.use.live, reverse=True)
+        return {
+            "version": __version__,
+            "model": {"name": self._model.name, "routed_per_layer": self._model.facts.routed_per_layer},
+            "now_unix_s": round(time.time(), 1),
+            "workers": shown,
+            "workers_left_out": len(workers) - len(shown),
+            "pools": [_pool(row, shown) for row in rows[:MAX_POOLS]],
+            "pools_left_out": max(0, len(rows) - MAX_POOLS),
+            "samples": [_sample(sample) for sample in self._samples],
+        }
+
+
+def _worker(
+    worker_id: str,
+    state: str,
+    holds: WorkerHolds,
+    model: ModelInfo,
+    page_in_bytes_per_s: float | None,
+    *,
+    remote: bool = False,
+) -> dict[str, Any]:
+    held = holds.resident or (0,) * model.facts.num_layers  # not loaded yet
+    masks = zip(held, model.facts.routed_per_layer, strict=True)
+    return {
+        "id": worker_id,
+        "state": state,
+        "remote": remote,
+        "waiting": holds.waiting,
+        "running": holds.running,
+        "slots": holds.num_slots,
+        "expert_bytes": holds.expert_bytes,
+        "page_in_bytes_per_s": page_in_bytes_per_s,
+        # Per layer, bit e of the little-endian bytes says that expert e is in a slot.
+        "resident": [mask.to_bytes((routed + 7) // 8, "little").hex() for mask, routed in masks],
+    }
+
+
+def _pool(row: PoolRow, workers: list[dict[str, Any]]) -> dict[str, Any]:
+    pool = row.pool
+    return {
+        "tenants": row.num_tenants,
+        "size": row.size,
+        "digest": pool.digest if pool is not None else None,
+        "experts": pool.num_experts if pool is not None else None,
+        "is_expected": row.is_expected,
+        "resident": _resident(pool, workers),
+        **asdict(row.use),
+    }
+
+
+def _resident(pool: ExpertPool | None, workers: list[dict[str, Any]]) -> dict[str, int]:
+    """How many of the pool's experts each worker holds."""
+    if pool is None:
+        return {}
+    found = {}
+    for worker in workers:
+        masks = [int.from_bytes(bytes.fromhex(layer), "little") for layer in worker["resident"]]
+        layers = zip(pool.experts, masks, strict=True)
+        found[worker["id"]] = sum(mask >> expert & 1 for experts, mask in layers for expert in experts)
+    return found
+
+
+def _sample(sample: Sample) -> dict[str, float]:
+    return {"end_unix_s": round(sample.end_unix_s, 1), "seconds": round(sample.seconds, 3), **sample.paged}
+
 
 log = logging.getLogger("expert_pager.router")
 

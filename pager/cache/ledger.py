@@ -1,8 +1,4 @@
-"""Who holds which expert, who waits for which read: the pager's state, behind one lock.
-
-Every change is one short critical section; no lock is held while anything is read. Knows no files and starts no
-threads: it queues keys, and reader threads come back with `begin`, `finish` or `fail`.
-"""
+"""What was asked for ahead of its use. Pure: keys and batch numbers."""
 
 from __future__ import annotations
 
@@ -11,18 +7,98 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
-from pager.cache.holding import Holding, Load, Meanwhile
+from pager.cache.device import Transfer
 from pager.cache.index import CacheIndex, Plan
-from pager.cache.prefetch import PrefetchList
-from pager.cache.readers import Priority
-from pager.cache.regrets import Regrets
-from pager.cache.tiers import Fetched
+from pager.cache.stats import Cause, Counts, Lookup, PagerObserver, Regrets, Tier, UsageMeter
+from pager.cache.tiers import Fetched, Priority
 from pager.cache.trace import TraceRecorder
-from pager.cache.transfer import Transfer
-from pager.cache.usage import Cause, Counts, Lookup, PagerObserver, Tier, UsageMeter
 from pager.errors import Cancelled, ExpertUnavailable
 from pager.types import ExpertKey
+
+
+class PrefetchList:
+    """The wanted experts that no reader has come to yet, and the protected ones that a prefetch may not evict.
+
+    An expert that was prefetched is protected from other prefetches until it is used or evicted by a lease, and for
+    PROTECTED_BATCHES at most: what a request that never came had asked for must not block the list for ever.
+    """
+
+    PROTECTED_BATCHES = 16
+
+    def __init__(self) -> None:
+        self._wanted: dict[ExpertKey, UsageMeter] = {}
+        self._protected: dict[ExpertKey, int] = {}  # in the order of their batches
+        self._batch = 0
+
+    def start_batch(self) -> int:
+        """The number of the batch that begins now; the protection of old ones lapses."""
+        self._batch += 1
+        oldest = self._batch - self.PROTECTED_BATCHES
+        for key in [key for key, batch in self._protected.items() if batch <= oldest]:
+            del self._protected[key]
+        return self._batch
+
+    def want(self, key: ExpertKey, meter: UsageMeter) -> bool:
+        """False when it was wanted already."""
+        if key in self._wanted:
+            return False
+        self._wanted[key] = meter
+        return True
+
+    def take(self, key: ExpertKey) -> UsageMeter | None:
+        """The meter to charge, and the key is wanted no more; None when it was not wanted."""
+        return self._wanted.pop(key, None)
+
+    def is_wanted(self, key: ExpertKey) -> bool:
+        return key in self._wanted
+
+    def protect(self, key: ExpertKey) -> None:
+        self._protected[key] = self._batch
+
+    @property
+    def protected(self) -> dict[ExpertKey, int]:
+        return self._protected
+
+    def forget(self, key: ExpertKey) -> None:
+        """The expert is in use, or evicted: neither wanted nor protected."""
+        self._wanted.pop(key, None)
+        self._protected.pop(key, None)
+
+
+Meanwhile = Callable[[], float | None]
+"""Called by whoever waits for a read, with no lock held: work for the time. When to be called again at the latest, in
+seconds; None where there is nothing to do. What it raises ends the wait."""
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """What one lease or one exact forward holds. Changed by the ledger alone, under its lock."""
+
+    cause: Cause
+    order: int
+    meter: UsageMeter
+    reserved: int = 0  # promised slots that no expert was bound to yet
+    keys: dict[ExpertKey, None] = field(default_factory=dict)  # pinned, in the order of binding
+    pending: set[ExpertKey] = field(default_factory=set)  # of these, what is not read yet
+    failed: ExpertUnavailable | None = None
+    released: bool = False
+
+    @property
+    def ready(self) -> bool:
+        return not self.pending and self.failed is None
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A read that is queued or running. `payer` is charged for it."""
+
+    slot: int
+    payer: UsageMeter
+    waiters: list[Holding]
+    reading: bool = False
+
 
 _URGENCY = {Cause.DEMAND: 0, Cause.LEASE: 1, Cause.PREFETCH: 2}
 

@@ -12,22 +12,18 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from pager.cache.demand import demand_waves
-from pager.cache.holding import Holding, Meanwhile
+from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.index import CacheIndex
-from pager.cache.lease import Lease
-from pager.cache.ledger import Ledger
-from pager.cache.page_cache import why_bypass
+from pager.cache.lease import Lease, demand_waves
+from pager.cache.ledger import Holding, Ledger, Meanwhile
 from pager.cache.policy import DEFAULT_POLICY, make_policy
-from pager.cache.readers import Readers, Turn
-from pager.cache.slots import DeviceSlots
-from pager.cache.tiers import Fetched, Tiers
+from pager.cache.stats import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
+from pager.cache.tiers import Fetched, Readers, Tiers, Turn, why_bypass
 from pager.cache.trace import TraceRecorder
-from pager.cache.usage import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
 from pager.errors import ExpertUnavailable, PoolTooLarge
-from pager.machine import Machine
-from pager.planner import NUM_READERS
+from pager.memory.machine import Machine
+from pager.memory.plan import NUM_READERS
 from pager.store.experts import ExpertSource
 from pager.types import ExpertKey
 

@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pager import at_exit
-from pager.cache.usage import Cause
+from pager import threads
+from pager.cache.stats import Cause
 from pager.errors import ConfigError, PagerError
 from pager.reading import parse_json, read_lines, reason_of
 from pager.types import ExpertKey
@@ -110,7 +110,7 @@ class TraceRecorder:
             self._failed(error)
         self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
         self._thread.start()
-        at_exit.call(self, TraceRecorder.close)
+        threads.call(self, TraceRecorder.close)
 
     def held(self, cause: Cause, keys: Sequence[ExpertKey]) -> None:
         if keys:
@@ -125,7 +125,7 @@ class TraceRecorder:
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        self._thread.join(at_exit.TIMEOUT_S)
+        self._thread.join(threads.TIMEOUT_S)
 
     def _put(self, what: str, keys: Sequence[ExpertKey]) -> None:
         line = _line([what, *itertools.chain.from_iterable(keys)])

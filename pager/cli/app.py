@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import calibrate, clusters, config, eval, files, fit_router, generate, inspect, replay, route, serve
+from pager.cli import config, evaluate, files, fit_router, generate, inspect, pools, replay, serve
 from pager.cli.output import print_error
 from pager.cli.pools import pools_app
 from pager.errors import PagerError
@@ -28,13 +28,13 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("config", context_settings=config.PASS_ON)(config.config)
 app.command("generate")(generate.generate)
-app.command("route")(route.route)
-app.command("calibrate")(calibrate.calibrate)
+app.command("route")(generate.route)
+app.command("calibrate")(pools.calibrate)
 app.add_typer(pools_app, name="pools")
 app.command("inspect")(inspect.inspect)
 app.command("fit-router")(fit_router.fit_router)
-app.command("clusters")(clusters.clusters)
-app.command("eval")(eval.evaluate)
+app.command("clusters")(evaluate.clusters)
+app.command("eval")(evaluate.evaluate)
 app.command("pack")(files.pack)
 app.command("verify")(files.verify)
 app.command("replay")(replay.replay)

@@ -12,11 +12,10 @@ import typer
 
 from pager.cli import serve
 from pager.cli.output import print_error
-from pager.config import SCHEMA, config_of, read_config
-from pager.config_reading import Reading, shown
+from pager.config import SCHEMA, Reading, config_of, read_config, shown
 from pager.errors import PagerError
-from pager.routing.drift import parse_drift
-from pager.routing.pool import parse_pool_size
+from pager.pools.drift import parse_drift
+from pager.pools.pick import parse_pool_size
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 SECRETS = {"REDIS_URL": "a secret, not shown", "REDIS_URL_FILE": None}  # None: a path, which is none

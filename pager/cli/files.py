@@ -12,7 +12,7 @@ import typer
 from pager.cli.options import AsJson, ModelPath
 from pager.cli.output import bytes_progress, err, out, print_json
 from pager.errors import ConfigError
-from pager.units import format_bytes
+from pager.memory.units import format_bytes
 
 if TYPE_CHECKING:
     from pager.store.values import OddItem
@@ -36,8 +36,8 @@ def pack(
 
     Example: `expert-pager pack ./Emo_1b14b_1T ./emo-packed --dtype bfloat16`
     """
-    from pager.engine.trunk import DTYPES, OpenModel
-    from pager.routing.fitted import ROUTER_NAME, RouterFile
+    from pager.models.trunk import DTYPES, OpenModel
+    from pager.predict.fitted import ROUTER_NAME, RouterFile
     from pager.store.pack import pack as write_pack
 
     if dtype is not None and dtype not in DTYPES:

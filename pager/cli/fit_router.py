@@ -13,15 +13,15 @@ import typer
 from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath
 from pager.cli.output import busy, out, print_json, steps_progress
 from pager.errors import InvalidRequest
-from pager.machine import resolve_device
+from pager.memory.machine import resolve_device
+from pager.memory.units import format_bytes
 from pager.reading import read_documents
-from pager.units import format_bytes
 
 if TYPE_CHECKING:
-    from pager.engine.loading import PagedModel
-    from pager.engine.stand_in import StandIns
-    from pager.engine.trunk_router import TrunkRouter
-    from pager.routing.fit import DocumentReading, Fit
+    from pager.engine.paged_model import PagedModel
+    from pager.lab.fit import DocumentReading, Fit
+    from pager.lab.fitting import StandIns
+    from pager.predict.trunk import TrunkRouter
 
 STAND_IN_DOCUMENTS = 320  # of those to be read: some 100,000 tokens for a vector an expert
 
@@ -54,9 +54,9 @@ def fit_router(
 
     Example: `expert-pager fit-router ./model --documents 'corpus/*.train.jsonl.gz'`
     """
-    from pager.engine.trunk_router import TrunkRouter
-    from pager.routing.fit import fit_router as fit
-    from pager.routing.fitted import ROUTER_NAME
+    from pager.lab.fit import fit_router as fit
+    from pager.predict.fitted import ROUTER_NAME
+    from pager.predict.trunk import TrunkRouter
 
     texts = sample_texts(files_of(documents), max_documents, seed)
     paged, encode = _open(model, resolve_device(device), dtype, expert_memory)
@@ -114,8 +114,8 @@ def _reservoir(texts: Iterable[str], count: int, random: np.random.Generator) ->
 def _open(
     model: Path, device: str, dtype: str | None, expert_memory: str | None
 ) -> tuple[PagedModel, Callable[[str], list[int]]]:
-    from pager.engine.loading import load_paged_model
-    from pager.planner import Budgets
+    from pager.engine.paged_model import load_paged_model
+    from pager.memory.plan import Budgets
     from pager.tokenizing import encode, read_tokenizer
 
     tokenizer = read_tokenizer(model)
@@ -127,8 +127,7 @@ def _open(
 
 
 def _fit_stand_ins(paged: PagedModel, documents: Sequence[Sequence[int]], seed: int) -> StandIns:
-    from pager.engine.fitting import sizes_of_pools
-    from pager.engine.stand_in import StandInFit
+    from pager.lab.fitting import StandInFit, sizes_of_pools
 
     sizes = sizes_of_pools(paged.facts)
     random = np.random.default_rng(seed)
@@ -144,7 +143,7 @@ def _fit_stand_ins(paged: PagedModel, documents: Sequence[Sequence[int]], seed: 
 def _read(
     paged: PagedModel, trunk: TrunkRouter, documents: Sequence[Sequence[int]], seed: int
 ) -> list[DocumentReading]:
-    from pager.engine.fitting import DocumentReader
+    from pager.lab.fitting import DocumentReader
 
     reader = DocumentReader(paged, trunk, seed=seed)
     readings = []

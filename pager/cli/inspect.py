@@ -9,14 +9,14 @@ import typer
 from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, HostMemory, KvMemory, ModelPath
 from pager.cli.output import out, print_facts, print_json, print_table
 from pager.errors import PoolTooSmall
-from pager.machine import resolve_device
-from pager.needs import Needs
-from pager.planner import Budgets, Machine, Plan, describe
-from pager.planner import plan as make_plan
-from pager.units import format_bytes
+from pager.memory.machine import resolve_device
+from pager.memory.needs import Needs
+from pager.memory.plan import Budgets, Machine, Plan, describe
+from pager.memory.plan import plan as make_plan
+from pager.memory.units import format_bytes
 
 if TYPE_CHECKING:
-    from pager.engine.trunk import OpenModel
+    from pager.models.trunk import OpenModel
 
 POOL_SIZES = ("12.5%", "25%", "50%", "full")
 
@@ -42,8 +42,8 @@ def inspect(
 
     `expert-pager inspect ./model --expert-memory 8GiB --dtype auto --device cuda --json`
     """
-    from pager.engine.loading import needs_of
-    from pager.engine.trunk import OpenModel
+    from pager.engine.paged_model import needs_of
+    from pager.models.trunk import OpenModel
 
     resolved = resolve_device(device)
     found = OpenModel.open(model, dtype)
@@ -131,7 +131,7 @@ def _range(counts: list[int]) -> str:
 
 
 def _pools(needs: Needs, made: Plan | None) -> list[dict[str, Any]]:
-    from pager.routing.pool import largest_counts, parse_pool_size
+    from pager.pools.pick import largest_counts, parse_pool_size
 
     rows = []
     for size in POOL_SIZES:

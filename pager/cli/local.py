@@ -12,21 +12,19 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pager import tokenizing
-from pager.cli.passes import build_passes
-from pager.cli.pool_options import PoolAsk
-from pager.cli.prompt import Prompt
+from pager.cli.options import PoolAsk, Prompt
 from pager.config import RouterConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
-from pager.engine.loading import load_paged_model
-from pager.engine.probe import PagedProbe
-from pager.engine.trunk import OpenModel
+from pager.engine.paged_model import load_paged_model
 from pager.errors import InvalidRequest
-from pager.planner import Budgets
-from pager.routing.drift import check_can_drift
-from pager.routing.named import NamedPool, check_example, check_num_examples, mean_scores
-from pager.routing.pool import pick_pool, resolve_size
-from pager.routing.selection import METHODS, select
+from pager.lab.probe import PagedProbe
+from pager.lab.selection import METHODS, select
+from pager.memory.plan import Budgets
+from pager.models.trunk import OpenModel
+from pager.pools.drift import check_can_drift
+from pager.pools.named import NamedPool, check_example, check_num_examples, mean_scores
+from pager.pools.pick import pick_pool, resolve_size
 from pager.tokenizing import read_tokenizer
 from pager.types import (
     Bytes,
@@ -40,6 +38,7 @@ from pager.types import (
     SamplingParams,
     TokenChunk,
 )
+from router_service.predictors import build_passes
 
 DEFAULT_MAX_TOKENS = 128
 

@@ -1,11 +1,203 @@
-"""Options that several commands share, with the words that explain them."""
+"""Options that several commands share: prompts, pools, examples, TLS."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pager.errors import ConfigError, InvalidRequest, PagerError
+from pager.reading import MAX_PEM_BYTES, check_text, document_of, read_bounded, read_lines, reason_of
+from pager.types import DriftPolicy, PoolSize, PoolSource
+
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(help="With --server: use TLS, and trust whom this certificate has signed.", metavar="PEM"),
+]
+TlsIdentity = Annotated[
+    Path | None,
+    typer.Option(help="With --tls-ca, for a service that asks: own certificate and key in a file.", metavar="PEM"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """`identity` has a certificate and its key."""
+
+    ca: Path
+    identity: Path | None = None
+
+    @classmethod
+    def of(cls, server: str | None, ca: Path | None, identity: Path | None) -> ClientTls | None:
+        """None for plain text. Raises typer.BadParameter for options that can take no effect."""
+        if ca is not None and server is None:
+            raise typer.BadParameter("--tls-ca can take no effect here; it goes with --server")
+        if ca is None and identity is not None:
+            raise typer.BadParameter("--tls-identity can take no effect here; it goes with --tls-ca")
+        return None if ca is None else cls(ca, identity)
+
+    def read(self) -> tuple[bytes, bytes | None]:
+        """The certificate to trust, and the identity. Raises ConfigError."""
+        return _pem(self.ca, "--tls-ca"), _pem(self.identity, "--tls-identity") if self.identity else None
+
+
+def _pem(path: Path, option: str) -> bytes:
+    try:
+        text = read_bounded(path, MAX_PEM_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} can not be read: {reason_of(error)}") from None
+    if b"-----BEGIN " not in text:
+        raise ConfigError(f"{option} {str(path)!r} is not a PEM file")
+    return text
+
+
+Prompt = str | tuple[int, ...]
+MAX_BYTES = 1 << 26  # a prompt in a file
+
+PromptText = Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")]
+PromptFile = Annotated[
+    str | None, typer.Option(help="Read the prompt from a UTF-8 file, or from stdin with '-'.", metavar="FILE")
+]
+TokenIds = Annotated[str | None, typer.Option(help="A prompt of token ids: '1,2,3'.", metavar="IDS")]
+
+
+def read_prompt(text: str | None, file: str | None, token_ids: str | None) -> Prompt:
+    """The one prompt given. Raises typer.BadParameter unless it is exactly one, InvalidRequest for bad text or ids."""
+    if sum(given is not None for given in (text, file, token_ids)) != 1:
+        raise typer.BadParameter("give the prompt once: as an argument, with --prompt-file or with --token-ids")
+    if token_ids is not None:
+        return _ids(token_ids)
+    if file is not None:
+        return _file(file)
+    assert text is not None
+    return check_text(text, "the prompt")
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        ids = tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise InvalidRequest(f"--token-ids takes whole numbers such as '1,2,3', not {text[:60]!r}") from None
+    if any(not 0 <= token_id < 2**32 for token_id in ids):
+        raise InvalidRequest(f"token id {min(ids) if min(ids) < 0 else max(ids)} is not in any vocabulary")
+    return ids
+
+
+def _file(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read(MAX_BYTES + 1) if name == "-" else read_bounded(name, MAX_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InvalidRequest(f"prompt file {name} cannot be read: {reason_of(error)}") from None
+    if len(data) > MAX_BYTES:
+        raise InvalidRequest(f"the prompt has more than the {MAX_BYTES} bytes that one may have")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the prompt is not UTF-8: byte {error.start} ({error.reason})") from None
+
+
+_LINES = (".jsonl", ".ndjson")
+MAX_CHARACTERS = 1 << 26
+
+
+def read_examples(path: Path) -> list[str]:
+    """JSON lines with a "text" each, or one plain text; gzipped where the name ends in .gz.
+
+    A file is taken for JSON lines where its name says so or its first line is such an object. Raises InvalidRequest.
+    """
+    lines = list(_bounded_lines(path))
+    written = [(number, line) for number, line in lines if line.strip()]
+    if not written:
+        raise InvalidRequest(f"{path} has no examples; it is empty")
+    if not path.name.removesuffix(".gz").endswith(_LINES) and not _is_example(written[0][1]):
+        return ["".join(line for _, line in lines)]
+    examples = []
+    for number, line in written:
+        example = document_of(line, f"line {number} of {path}")["text"]
+        if not example:
+            raise InvalidRequest(f'line {number} of {path} has an empty "text"; leave it out')
+        examples.append(example)
+    return examples
+
+
+def _bounded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Raises InvalidRequest, also for more than a calibration ever reads."""
+    num_characters = 0
+    try:
+        for number, line in read_lines(path):
+            num_characters += len(line)
+            if num_characters > MAX_CHARACTERS:
+                raise InvalidRequest(f"{path} has more than the {MAX_CHARACTERS} characters that examples may have")
+            yield number, line
+    except PagerError:
+        raise
+    except (OSError, EOFError, ValueError) as error:
+        raise InvalidRequest(f"{path} cannot be read: {reason_of(error)}") from None
+
+
+def _is_example(line: str) -> bool:
+    try:
+        document_of(line, "")
+    except InvalidRequest:
+        return False
+    return True
+
+
+SourceOption = Annotated[
+    PoolSource | None,
+    typer.Option(help="prefill: the worker's prefill chooses the pool; prediction: the routing-only pass does."),
+]
+DigestOption = Annotated[
+    str | None, typer.Option(help="Use a pool this tenant was given before (with --server).", metavar="HEX")
+]
+NameOption = Annotated[str | None, typer.Option(help="Use a pool made by `expert-pager calibrate`.", metavar="NAME")]
+DriftOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What to do when the answer leaves its pool: past a mean router mass outside of it ('0.3') widen the "
+        "pool, or use all experts from there on ('0.3:exact'). Averaged over 16 tokens, or N ('0.3:widen:N').",
+        metavar="MASS[:widen|exact[:N]]",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAsk:
+    """Which pool to ask for; nothing set means the service's default, and all experts in this process."""
+
+    size: PoolSize | None = None
+    source: PoolSource | None = None
+    digest: str | None = None
+    name: str | None = None
+    drift: DriftPolicy | None = None
+
+    @classmethod
+    def of(
+        cls,
+        size: str | None,
+        source: PoolSource | None = None,
+        digest: str | None = None,
+        name: str | None = None,
+        drift: str | None = None,
+    ) -> PoolAsk:
+        """Raises typer.BadParameter for options that exclude each other, InvalidRequest for values."""
+        from pager.pools.drift import parse_drift
+        from pager.pools.pick import parse_pool_size
+
+        given = {"--pool": size, "--pool-digest": digest, "--pool-name": name}
+        named = [option for option, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise typer.BadParameter(f"{' and '.join(named)} name different pools; give one of them")
+        if source is PoolSource.FIXED:
+            raise typer.BadParameter("a fixed pool is given with --pool-name or --pool-digest")
+        if source is not None and (digest is not None or name is not None):
+            raise typer.BadParameter(f"--pool-source says who chooses a pool, and {named[0]} names one")
+        return cls(None if size is None else parse_pool_size(size), source, digest, name, parse_drift(drift))
+
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder, as downloaded or packed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pager.cli.extras import serve_extra
-from pager.cli.tls import ClientTls
+from pager.cli.options import ClientTls
+from pager.cli.output import serve_extra
 from pager.errors import ConfigError, InvalidRequest, UnknownPool
-from pager.machine import resolve_device
+from pager.memory.machine import resolve_device
 
 if TYPE_CHECKING:
     from pager.cli.local import Local
     from pager.cli.remote import Service
-    from pager.routing.named import NamedPool
-    from router_service.pool_store import PoolStore
+    from pager.pools.named import NamedPool
+    from router_service.pools import PoolStore
 
 Model = Annotated[
     Path | None, typer.Option("--model", "-m", help="Checkpoint folder to load in this process.", metavar="FOLDER")
@@ -111,7 +111,7 @@ def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer
 
 def find_named(folder: Path | None, tenant: str, name: str) -> NamedPool:
     """Raises UnknownPool, DamagedPool, InvalidRequest."""
-    from pager.routing.named import check_name
+    from pager.pools.named import check_name
 
     check_name(name, "pool.name")
     checked_tenant(tenant)
@@ -135,12 +135,12 @@ def checked_tenant(tenant: str) -> str:
 
 def _open_pools(folder: Path | None) -> PoolStore:
     if not (os.environ.get("REDIS_URL") or os.environ.get("REDIS_URL_FILE")):
-        from router_service.folder_pools import FolderPools
+        from router_service.pools import FolderPools
 
         if folder is None:
             raise ConfigError("named pools are kept nowhere: give --pools FOLDER, set REDIS_URL, or ask a --server")
         return FolderPools(folder)
     with serve_extra("REDIS_URL"):
-        from router_service.pool_stores import open_pools
-        from router_service.redis_client import redis_url
+        from router_service.redis import redis_url
+        from router_service.redis_stores import open_pools
     return open_pools(redis_url(os.environ), folder)

@@ -10,11 +10,9 @@ import grpc
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 
-from pager.cli.pool_options import PoolAsk
-from pager.cli.prompt import Prompt
-from pager.cli.tls import ClientTls
+from pager.cli.options import ClientTls, PoolAsk, Prompt
 from pager.errors import PagerError
-from pager.routing.named import NamedPool
+from pager.pools.named import NamedPool
 from pager.types import ExpertPool, SamplingParams, TokenChunk
 from pager.wire import (
     decode_pool,

@@ -11,12 +11,12 @@ import typer
 from pager.cli.options import AsJson
 from pager.cli.output import err, out, print_json, print_table
 from pager.errors import ConfigError
-from pager.metrics.replay import CurvePoint, write_curve
-from pager.units import format_bytes, parse_bytes_or_share
+from pager.lab.replay import CurvePoint, write_curve
+from pager.memory.units import format_bytes, parse_bytes_or_share
 
 if TYPE_CHECKING:
-    from pager.cache.replay import ReplayResult
     from pager.cache.trace import Trace
+    from pager.lab.replay import ReplayResult
 
 
 def replay(
@@ -39,8 +39,8 @@ def replay(
 
     Example: `expert-pager replay trace.jsonl.gz --budgets 25%,50%`
     """
-    from pager.cache.replay import replay_all
     from pager.cache.trace import read_trace
+    from pager.lab.replay import replay_all
 
     recorded = read_trace(trace)
     header = recorded.header
@@ -89,7 +89,7 @@ def replay(
 
 def _curve(trace: Trace, tables: Sequence[tuple[str, int, Sequence[ReplayResult]]]) -> Iterator[CurvePoint]:
     """Replays every budget once more, with a gibibyte added and at most room for all experts."""
-    from pager.cache.replay import replay_all
+    from pager.lab.replay import replay_all
 
     expert_bytes, num_experts = trace.header.expert_bytes, trace.header.num_experts
     for budget, num_slots, results in tables:

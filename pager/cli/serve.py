@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pager import logs
-from pager.cli.extras import serve_extra
 from pager.cli.options import Dtype, ExpertMemory, HostMemory, KvMemory
-from pager.cli.output import busy, err, print_json
+from pager.cli.output import busy, err, print_json, serve_extra
 from pager.config import load_config
 from pager.errors import PagerError
+from pager.observe import logs
 
 if TYPE_CHECKING:
-    from pager.cli.serving import Ready
+    from router_service.app import Ready
 
 log = logging.getLogger("expert_pager.router")
 
@@ -110,10 +109,10 @@ def serve(
     settings = load_config(config, os.environ, overrides, flags)
     logs.configure(settings.log.format, "router")
     with busy("loading"), serve_extra("serve"):
-        from pager.cli import serving
+        from router_service import app
     try:
         received = asyncio.run(
-            serving.serve(settings, os.environ, lambda ready: _announce(ready, as_json, settings.log.format))
+            app.serve(settings, os.environ, lambda ready: _announce(ready, as_json, settings.log.format))
         )
     except PagerError as error:
         if settings.log.format == "text":

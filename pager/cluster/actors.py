@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pager import logs
 from pager.cluster.host_access import NodeHostTier
 from pager.cluster.node import NodeControl
 from pager.cluster.ray_session import RaySession, num_gpus
@@ -25,6 +24,7 @@ from pager.cluster.views import Health, WorkerReady
 from pager.cluster.worker import EngineLoader, Worker
 from pager.config import ServiceConfig
 from pager.errors import ConfigError, NotReady, PagerError
+from pager.observe import logs
 
 log = logging.getLogger(__name__)
 

@@ -1,26 +1,46 @@
-"""The workers as a router sees them. The one entry to this package; its callers see nothing of Ray."""
+"""The file in which Prometheus finds what to scrape (`file_sd_configs`)."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Iterable
+import tempfile
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self
 
 from pager.cluster.actors import OthersWorkers, OwnWorkers
-from pager.cluster.file_sd import write_targets
 from pager.cluster.node import remove_leftovers
-from pager.cluster.ray_logs import pass_on
-from pager.cluster.ray_session import RaySession
+from pager.cluster.ray_session import RaySession, pass_on
 from pager.cluster.supervisor import WorkerSupervisor
 from pager.cluster.views import ModelView, WorkerState, WorkerView
 from pager.cluster.worker import EngineLoader, load_engine
 from pager.config import ServiceConfig
 from pager.errors import NotReady, PagerError, WorkerLost
 from pager.types import GenerateRequest, RequestObserver, TokenChunk
+
+ROUTER_JOB = "expert-pager-router"
+WORKER_JOB = "expert-pager-worker"
+
+
+def write_targets(path: Path, router: str | None, workers: Mapping[str, str]) -> None:
+    """Replaces the file in one step; `workers` maps a worker's id to the address of its metrics."""
+    groups = [
+        {"targets": [address], "labels": {"job": WORKER_JOB, "worker": worker}}
+        for worker, address in sorted(workers.items())
+    ]
+    if router is not None:
+        groups.insert(0, {"targets": [router], "labels": {"job": ROUTER_JOB}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(groups, file, indent=2)
+        os.fchmod(file.fileno(), 0o644)  # Prometheus runs as somebody else
+    os.replace(temporary, path)
+
 
 log = logging.getLogger(__name__)
 

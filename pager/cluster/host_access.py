@@ -10,8 +10,8 @@ from pager.errors import PagerError
 
 if TYPE_CHECKING:
     from pager.cache.host import HostTier
-    from pager.engine.trunk import OpenModel
-    from pager.planner import Plan
+    from pager.memory.plan import Plan
+    from pager.models.trunk import OpenModel
 
 
 class NodeHostTier:

@@ -14,17 +14,16 @@ from tokenizers.models import BPE
 
 from pager.cache.pager import CacheStats, ExpertPager
 from pager.cluster.views import ModelView
-from pager.cluster.warm import Experts
-from pager.cluster.worker import HostAccess, LoadedEngine, Sink, WorkerObserver
+from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver
 from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
-from pager.engine.loading import PagedModel, load_paged_model
+from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
-from pager.machine import Machine, resolve_device
-from pager.metrics import TierBytes
-from pager.planner import Budgets, describe
+from pager.memory.machine import Machine, resolve_device
+from pager.memory.plan import Budgets, describe
+from pager.observe.worker import TierBytes
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey, PagingTotals
 

@@ -18,7 +18,7 @@ from expert_pager.v1 import worker_pb2 as pb
 from expert_pager.v1 import worker_pb2_grpc
 
 from pager.errors import DuplicateRequest, PagerError
-from pager.logs import facts, trace_id_of
+from pager.observe.logs import facts, trace_id_of
 from pager.types import Account, GenerateRequest, TokenChunk
 from pager.wire import decode_request, encode_account, encode_chunk, encode_error
 

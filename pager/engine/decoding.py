@@ -11,15 +11,14 @@ from functools import partial
 
 import torch
 
-from pager.cache.holding import Meanwhile
-from pager.engine.documents import DocumentRouting, StepRouting
-from pager.engine.graphs import GroupGraph, Recorder, Step, capture_on
+from pager.cache.ledger import Meanwhile
 from pager.engine.interface import failure_of
-from pager.engine.loading import PagedModel
-from pager.engine.runner import Check, DecodeBatch, ModelRunner
+from pager.engine.paged_model import PagedModel
+from pager.engine.request import Request
+from pager.engine.runner import Check, DecodeBatch, GroupGraph, ModelRunner, Recorder, Step, capture_on
 from pager.engine.sampler import NOT_FINITE, Sampler
-from pager.engine.sequence import Sequence
 from pager.errors import ENDS_THE_PROCESS, Cancelled, NotReady, PagerError
+from pager.pools.document import DocumentRouting, StepRouting
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ Outcome = int | PagerError
 class _Group:
     """Device state of sequences that decode together; kept from step to step while they stay the same."""
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[Request, ...]
     documents: tuple[DocumentRouting, ...]
     batch: DecodeBatch
     sampler: Sampler
@@ -55,7 +54,7 @@ class Decoder:
         return self._runner.num_layers_run
 
     def prefill(
-        self, sequence: Sequence, num_tokens: int, *, meanwhile: Meanwhile | None = None, check: Check | None = None
+        self, sequence: Request, num_tokens: int, *, meanwhile: Meanwhile | None = None, check: Check | None = None
     ) -> Outcome | None:
         """Runs the next `num_tokens` of the prompt. The first token of the answer after the last of them, else None.
 
@@ -81,7 +80,7 @@ class Decoder:
     def decode(
         self,
         name: str,
-        sequences: Iterable[Sequence],
+        sequences: Iterable[Request],
         *,
         meanwhile: Meanwhile | None = None,
         check: Check | None = None,
@@ -107,7 +106,7 @@ class Decoder:
                 )
         return [self._decode_alone(sequence, meanwhile, check) for sequence in sequences]
 
-    def _decode_alone(self, sequence: Sequence, meanwhile: Meanwhile | None, check: Check | None) -> Outcome:
+    def _decode_alone(self, sequence: Request, meanwhile: Meanwhile | None, check: Check | None) -> Outcome:
         try:
             return self._run(self._new_group((sequence,)), meanwhile, check)[0]
         except ENDS_THE_PROCESS:
@@ -155,7 +154,7 @@ class Decoder:
         finally:
             self.forward_s = before_s + time.perf_counter() - started_s
 
-    def _group(self, name: str, sequences: tuple[Sequence, ...]) -> _Group:
+    def _group(self, name: str, sequences: tuple[Request, ...]) -> _Group:
         group = self._groups.get(name)
         if group is None or group.sequences != sequences:
             group = self._new_group(sequences)
@@ -166,7 +165,7 @@ class Decoder:
             self._groups[name] = group
         return group
 
-    def _new_group(self, sequences: tuple[Sequence, ...]) -> _Group:
+    def _new_group(self, sequences: tuple[Request, ...]) -> _Group:
         for sequence in sequences:
             sequence.draw.rewind(len(sequence.output_ids))
         return _Group(
@@ -191,12 +190,12 @@ def device_step(runner: ModelRunner, batch: DecodeBatch, sampler: Sampler, padde
     return token_B
 
 
-def _document(sequence: Sequence) -> DocumentRouting:
+def _document(sequence: Request) -> DocumentRouting:
     assert sequence.document is not None, "the sequence was not admitted"
     return sequence.document
 
 
-def _told(error: BaseException, sequence: Sequence) -> PagerError:
+def _told(error: BaseException, sequence: Request) -> PagerError:
     """`error`, which the sequence's forward ended with, as its client is told of it."""
     kind = "ran out of device memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
     return failure_of(error, sequence.request.id, f"the model's forward {kind}")

@@ -17,21 +17,18 @@ from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 
-from pager import at_exit
+from pager import threads
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.detokenizer import TokenTexts
-from pager.engine.inbox import Inbox
-from pager.engine.intake import Intake
 from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent, failure_of
 from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
-from pager.engine.loading import PagedModel
+from pager.engine.paged_model import PagedModel
+from pager.engine.request import Request, record_spans
 from pager.engine.runner import ModelRunner
-from pager.engine.scheduler import LineClock, WaitingLine
-from pager.engine.sequence import Sequence
-from pager.engine.spans import record_spans
+from pager.engine.scheduler import Inbox, Intake, LineClock, WaitingLine
 from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
-from pager.needs import PREFILL_CHUNK_TOKENS
-from pager.routing.pool import check_pool
+from pager.memory.needs import PREFILL_CHUNK_TOKENS
+from pager.pools.pick import check_pool
 from pager.tokenizing import panics_as_errors
 from pager.types import Account, FinishReason, GenerateRequest, TokenChunk, Usage
 
@@ -74,14 +71,14 @@ class Engine:
         self._intake = Intake(config.max_position_embeddings, self._blocks.num_blocks * BLOCK_TOKENS, config.vocab_size)
         self._eos_ids = _eos_ids(paged.model.generation_config.eos_token_id)
         self._inbox = Inbox(limits.max_running + limits.max_waiting)
-        self._line: WaitingLine[Sequence] = WaitingLine(limits.max_overtakes)
+        self._line: WaitingLine[Request] = WaitingLine(limits.max_overtakes)
         self._clock = LineClock()
-        self._prefilling: list[Sequence] = []
-        self._running: list[Sequence] = []
+        self._prefilling: list[Request] = []
+        self._running: list[Request] = []
         self._events: list[StreamEvent] = []
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
-        self._in_forward: Ordered[Sequence] = ()  # of a forward that may take long: nothing of theirs is given back
+        self._in_forward: Ordered[Request] = ()  # of a forward that may take long: nothing of theirs is given back
         self._is_stepping = False
         self._num_steps_begun = 0
         self._next_decode_s = 0.0
@@ -107,7 +104,7 @@ class Engine:
                 self._clock.check(self.status().waiting, left_s)
             deadline_s = request.deadline_s
         with panics_as_errors():
-            sequence = Sequence(request, self._texts, now_s, deadline_s)
+            sequence = Request(request, self._texts, now_s, deadline_s)
         if sequence.policy.fixed is not None:
             check_pool(sequence.policy.fixed, self._paged.facts)
         self._paged.slots_needed(sequence.policy)
@@ -152,7 +149,7 @@ class Engine:
         """When the process exits: like `stop`, but it does not wait for a step that hangs."""
         self._inbox.close()
         self._inbox.halt()
-        if self._stepping.acquire(timeout=at_exit.TIMEOUT_S):
+        if self._stepping.acquire(timeout=threads.TIMEOUT_S):
             self._stepping.release()
 
     # From the thread that steps.
@@ -162,7 +159,7 @@ class Engine:
         thread that calls it, and where those are more than the processors, all of them sleep between two operations
         when they should spin, which halves the speed of a small model."""
         with self._stepping:
-            at_exit.call(self, Engine._leave)
+            threads.call(self, Engine._leave)
             while not self._inbox.is_halted:
                 try:
                     worked = self.step()
@@ -226,14 +223,14 @@ class Engine:
             else:
                 self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
 
-    def _end_early(self, sequence: Sequence, error: PagerError) -> None:
+    def _end_early(self, sequence: Request, error: PagerError) -> None:
         if sequence in self._in_forward:
             sequence.fate = sequence.fate or error
         else:
             self._fail(sequence, error)
 
     @contextmanager
-    def _long_forward(self, sequences: Ordered[Sequence]) -> Iterator[None]:
+    def _long_forward(self, sequences: Ordered[Request]) -> Iterator[None]:
         self._in_forward = sequences
         try:
             yield
@@ -254,7 +251,7 @@ class Engine:
         if all(sequence.fate is not None for sequence in self._in_forward):
             raise Cancelled("nobody waits for this forward any more")
 
-    def _able(self) -> list[Sequence]:
+    def _able(self) -> list[Request]:
         """The running sequences whose next forward waits for nothing, or pages as it goes."""
         found = []
         for sequence in tuple(self._running):
@@ -277,14 +274,14 @@ class Engine:
         waiting = [sequence for sequence in self._running if not (sequence.is_exact or sequence.awaits_slots)]
         self._decode_long("pooled", waiting)
 
-    def _decode_long(self, name: str, sequences: Ordered[Sequence]) -> None:
+    def _decode_long(self, name: str, sequences: Ordered[Request]) -> None:
         if not sequences:
             return
         with self._long_forward(sequences):
             outcomes = self._decoder.decode(name, sequences, meanwhile=self._meanwhile, check=self._check)
         self._take_all(sequences, outcomes)
 
-    def _decode_pooled(self, sequences: Ordered[Sequence]) -> None:
+    def _decode_pooled(self, sequences: Ordered[Request]) -> None:
         if not sequences:
             return
         started_s = time.monotonic()
@@ -292,7 +289,7 @@ class Engine:
         now_s = time.monotonic()
         self._next_decode_s = now_s + (now_s - started_s)
 
-    def _take_all(self, sequences: Ordered[Sequence], outcomes: Ordered[Outcome]) -> None:
+    def _take_all(self, sequences: Ordered[Request], outcomes: Ordered[Outcome]) -> None:
         now_s = time.monotonic()
         num_before = sum(len(sequence.output_ids) for sequence in sequences)
         for sequence, outcome in zip(sequences, outcomes, strict=True):
@@ -346,7 +343,7 @@ class Engine:
                 self._observer.queued(now_s - sequence.submitted_s)
                 sequence.prefetch(self._paged)
 
-    def _resume(self, suspended: list[Sequence]) -> bool:
+    def _resume(self, suspended: list[Request]) -> bool:
         """Gives those that drift their slots, in the order in which they came. False where some have to wait on."""
         for sequence in sorted(suspended, key=lambda each: each.submitted_s):
             with self._on_behalf_of(sequence, "resuming it failed"):
@@ -363,7 +360,7 @@ class Engine:
                     self._prefill_part(sequence)
                     return
 
-    def _prefill_part(self, sequence: Sequence) -> None:
+    def _prefill_part(self, sequence: Request) -> None:
         num_before = sequence.num_prefilled
         num_tokens = len(sequence.request.prompt_token_ids) - num_before
         if sequence.may_be_chunked(self._paged):
@@ -384,7 +381,7 @@ class Engine:
                 self._next_admission_s = 0.0
         self._take(sequence, outcome, time.monotonic())
 
-    def _take(self, sequence: Sequence, outcome: Outcome, now_s: float) -> None:
+    def _take(self, sequence: Request, outcome: Outcome, now_s: float) -> None:
         outcome = sequence.fate or outcome
         if isinstance(outcome, PagerError):
             self._fail(sequence, outcome)
@@ -398,7 +395,7 @@ class Engine:
             self._end(sequence, reason.value)
         self._events.append(chunk)
 
-    def _account(self, sequence: Sequence, reason: FinishReason) -> Usage:
+    def _account(self, sequence: Request, reason: FinishReason) -> Usage:
         """Of an answer that is about to end well."""
         sequence.account(self._paged)
         usage = sequence.usage(reason, self._paged.fingerprint)
@@ -412,7 +409,7 @@ class Engine:
         return usage
 
     @contextmanager
-    def _on_behalf_of(self, sequence: Sequence, what: str) -> Iterator[None]:
+    def _on_behalf_of(self, sequence: Request, what: str) -> Iterator[None]:
         """Around what is done for one sequence: whatever is raised in it fails that one alone; `what`, says the log."""
         try:
             yield
@@ -423,13 +420,13 @@ class Engine:
             if not sequence.has_ended:
                 self._fail(sequence, failure)
 
-    def _fail(self, sequence: Sequence, error: PagerError) -> None:
+    def _fail(self, sequence: Request, error: PagerError) -> None:
         with _errors_logged(f"the spans of request {sequence.request.id} failed"):
             record_spans(sequence, error.reason.lower())
         account = self._end(sequence, error.reason.lower())
         self._events.append(Failure(sequence.request.id, error, sequence.request.tenant, account))
 
-    def _end(self, sequence: Sequence, outcome: str) -> Account:
+    def _end(self, sequence: Request, outcome: str) -> Account:
         """Gives back at once what the sequence holds, wherever it stood. Raises nothing: what ended cannot fail."""
         account = sequence.account(self._paged)
         with _errors_logged(f"request {sequence.request.id} could not give back everything"):

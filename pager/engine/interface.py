@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from pager.errors import PagerError
-from pager.needs import PREFILL_CHUNK_TOKENS
+from pager.memory.needs import PREFILL_CHUNK_TOKENS
 from pager.types import Account, DriftReport, ExpertPool, TokenChunk
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pager.needs import GATHER_TOKENS, KV_BLOCK_TOKENS
+from pager.memory.needs import GATHER_TOKENS, KV_BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

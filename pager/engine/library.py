@@ -17,17 +17,17 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from pager.cache.policy import DEFAULT_POLICY
-from pager.engine.documents import DocumentRouting, StepRouting
 from pager.engine.experts import NO_COPIES
-from pager.engine.loading import PagedModel, load_paged_model
-from pager.engine.widening import answer_drift
+from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import ConfigError, InvalidRequest
-from pager.machine import resolve_device
-from pager.planner import NUM_READERS, Budgets
-from pager.routing.drift import parse_drift
-from pager.routing.pool import largest_counts, parse_pool_size
+from pager.memory.machine import resolve_device
+from pager.memory.plan import NUM_READERS, Budgets
+from pager.memory.units import format_bytes
+from pager.pools.document import DocumentRouting, StepRouting
+from pager.pools.drift import parse_drift
+from pager.pools.pick import largest_counts, parse_pool_size
+from pager.pools.widening import answer_drift
 from pager.types import Bytes, Count, Counts, DriftPolicy, Full, PoolPolicy, PoolSize, RoutingFacts
-from pager.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

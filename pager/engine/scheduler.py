@@ -1,13 +1,52 @@
-"""Who is admitted next, and how long that takes. Knows no tensors, devices or memory, and reads no clock."""
+"""Who runs next: arrivals and cancellations from other threads, the checks at the door, and the waiting line."""
 
 from __future__ import annotations
 
 import statistics
+import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pager.errors import DeadlineExceeded
+from pager.engine.request import Request
+from pager.errors import DeadlineExceeded, DuplicateRequest, InvalidRequest, NotReady, Overloaded, PromptTooLong
+from pager.sampling import check_sampling
+from pager.types import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What bounds a single request: the model's context and vocabulary, and the tokens that all of KV memory holds."""
+
+    context_tokens: int
+    kv_tokens: int
+    vocab_size: int
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises InvalidRequest or PromptTooLong. Pools are checked by who reserves them."""
+        check_sampling(request.sampling)
+        if not request.prompt_token_ids:
+            raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
+        for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
+            if not 0 <= token_id < self.vocab_size:
+                raise InvalidRequest(
+                    f"token id {token_id} is outside the vocabulary of {self.vocab_size}", field="prompt"
+                )
+        prompt, answer = len(request.prompt_token_ids), request.sampling.max_tokens
+        if prompt + answer > self.context_tokens:
+            raise PromptTooLong(
+                f"{prompt} prompt tokens and max_tokens {answer} are {prompt + answer}, more than the context of "
+                f"{self.context_tokens}; shorten the prompt or ask for fewer tokens",
+                field="prompt" if prompt >= self.context_tokens else "sampling.max_tokens",
+            )
+        if prompt + answer - 1 > self.kv_tokens:
+            raise PromptTooLong(
+                f"{prompt} prompt tokens and max_tokens {answer} need KV for {prompt + answer - 1} tokens and there is "
+                f"room for {self.kv_tokens}; shorten the prompt, ask for fewer tokens or raise kv_memory",
+                field="prompt" if prompt >= self.kv_tokens else "sampling.max_tokens",
+            )
+
 
 T = TypeVar("T")
 REMEMBERED_ADMISSIONS = 32
@@ -92,3 +131,87 @@ class LineClock:
                 f"leaves {left_s:.2f} s; allow more time or retry later",
                 field="deadline",
             )
+
+
+class Inbox:
+    """Thread-safe. The engine's thread takes, everybody else puts."""
+
+    def __init__(self, max_live: int) -> None:
+        self._max_live = max_live
+        self._live: dict[tuple[str, str], Request] = {}  # by tenant and request id
+        self._arrived: list[Request] = []
+        self._cancelled: list[Request] = []
+        self._is_open = True
+        self.is_halted = False
+        self._changed = threading.Condition()
+
+    def put(self, sequence: Request) -> None:
+        """Raises NotReady when closed, DuplicateRequest for an id that its tenant uses, Overloaded at the bound."""
+        key = _key_of(sequence)
+        with self._changed:
+            if not self._is_open:
+                raise NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0)
+            if key in self._live:
+                raise DuplicateRequest(
+                    f"request id {sequence.request.id!r} is in use; choose another", field="request_id"
+                )
+            if len(self._live) >= self._max_live:
+                raise Overloaded(f"{len(self._live)} requests are running or waiting already", retry_after_s=1.0)
+            self._live[key] = sequence
+            self._arrived.append(sequence)
+            self._changed.notify_all()
+
+    def cancel(self, request_id: str, tenant: str) -> bool:
+        """Whether that tenant has such a request."""
+        with self._changed:
+            sequence = self._live.get((tenant, request_id))
+            if sequence is None:
+                return False
+            self._cancelled.append(sequence)
+            self._changed.notify_all()
+            return True
+
+    def take(self) -> tuple[list[Request], list[Request]]:
+        """What has arrived and what was cancelled since the last time."""
+        with self._changed:
+            taken = self._arrived, self._cancelled
+            self._arrived, self._cancelled = [], []
+            return taken
+
+    def remove(self, sequence: Request) -> None:
+        """The sequence has ended; its id may be used again."""
+        with self._changed:
+            del self._live[_key_of(sequence)]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
+
+    def halt(self) -> None:
+        """The engine's thread is to stop."""
+        with self._changed:
+            self.is_halted = True
+            self._changed.notify_all()
+
+    def wait_for_news(self, timeout_s: float | None) -> None:
+        """Until something comes; at once when something has, or when the thread is to stop."""
+        with self._changed:
+            if not (self._arrived or self._cancelled or self.is_halted):
+                self._changed.wait(timeout_s)
+
+    def wait_until_empty(self, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._live, timeout_s)
+
+    def live(self) -> list[Request]:
+        with self._changed:
+            return list(self._live.values())
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+
+def _key_of(sequence: Request) -> tuple[str, str]:
+    return sequence.request.tenant, sequence.request.id

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from pager.engine import KERNEL_CACHES
-from pager.engine.kernels import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES
+from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES
 from pager.engine.kv import heads_of
-from pager.engine.trunk import OpenModel
-from pager.needs import Workspace
-from pager.planner import NUM_CHECKERS
-from pager.store.datafile import STAGING_BYTES
+from pager.memory.needs import Workspace
+from pager.memory.plan import NUM_CHECKERS
+from pager.models.trunk import OpenModel
+from pager.store.reads import STAGING_BYTES
 
 if TYPE_CHECKING:
-    from pager.planner import Plan
+    from pager.memory.plan import Plan
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError, ExpertUnavailable
-from pager.store.datafile import PAGE_BYTES, DataFile
 from pager.store.pack_format import PACK_NAME, all_keys, read_pack_header
-from pager.store.reads import Failure, Place, Stretch, fill
+from pager.store.reads import PAGE_BYTES, DataFile, Failure, Place, Stretch, fill
+from pager.store.safetensors import Checkpoint
 from pager.store.safetensors_header import TensorSpec
-from pager.store.safetensors_index import Checkpoint
 from pager.types import ExpertKey, ExpertShape
 
 ExpertNames = Callable[[ExpertKey], tuple[str, str, str]]

@@ -21,14 +21,14 @@ import xxhash
 from torch import Tensor
 
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk, PagerError
-from pager.store.datafile import raw_bytes
+from pager.memory.units import format_bytes
 from pager.store.experts import ExpertNames, find_experts
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader
+from pager.store.reads import raw_bytes
+from pager.store.safetensors import Checkpoint
 from pager.store.safetensors_header import DTYPE_NAMES, TensorSpec, layout
-from pager.store.safetensors_index import Checkpoint
 from pager.store.values import OddItem, ValueRange, odd_tensor
 from pager.types import ExpertKey, ExpertShape
-from pager.units import format_bytes
 
 log = logging.getLogger(__name__)
 

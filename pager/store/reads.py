@@ -1,17 +1,250 @@
-"""Which reads fill which memory: what lies side by side in a file comes in one."""
+"""Positional reads from files into memory that the caller owns; neighbours in a file come in one read."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from pager.store.datafile import HOT_BYTES, PAGE_BYTES, DataFile, raw_bytes, read_hashed, read_tensor_at
+from pager.reading import open_regular
 from pager.types import ExpertKey
+
+log = logging.getLogger(__name__)
+
+PAGE_BYTES = 4096
+"""A read past the page cache starts at a multiple of this, in the file and in memory, and is as long as one."""
+
+STAGING_BYTES = 1 << 20
+"""What a thread that reads keeps besides its destinations, once it has converted between dtypes."""
+
+HOT_BYTES = 1 << 18
+"""So much is hashed at a time: the processor's own cache still holds it from the copy out of the page cache."""
+
+MOST_BYTES_A_CALL = 1 << 25
+"""So much is asked of the system at a time, so that a slow disk is seen to make progress."""
+
+_MOST_BUFFERS = min(1024, os.sysconf("SC_IOV_MAX"))
+
+# Below torch's grain size a copy stays on the calling thread: readers are parallel already, and an OpenMP team for each
+# of them would cost more than it saves.
+_CAST_ELEMENTS = 32_767
+
+_staging = threading.local()
+
+
+class DataFile:
+    """A file open for reading, and its size then. Reads are thread-safe; `close` only when none is running.
+
+    `bytes_read` grows while a read is under way. Threads that read at once may lose some of each other's.
+    """
+
+    bytes_read = 0
+
+    _fd: int | None = None
+    _direct_fd: int | None = None  # the same file, past the page cache
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, also for what is no regular file."""
+        self.path = path
+        self.is_direct = False
+        self._fd = open_regular(path)
+        self.size = os.fstat(self._fd).st_size
+
+    def bypass_page_cache(self) -> None:
+        """From now on whole pages go straight from the disk into memory. Raises OSError where the system can't."""
+        if self._direct_fd is not None:
+            return
+        if not hasattr(os, "O_DIRECT"):
+            raise OSError(errno.ENOTSUP, "this system has no O_DIRECT", str(self.path))
+        self._direct_fd = self._open_again(os.O_DIRECT)
+        self.is_direct = True
+
+    def expect_scattered_reads(self) -> None:
+        """From now on the page cache reads nothing beside what is asked for. A hint: systems without it ignore it."""
+        self._advise("POSIX_FADV_RANDOM", 0, 0)
+
+    def will_need(self, offset: int, nbytes: int) -> None:
+        """Has the page cache, where there is one between, begin with all of it at once. A hint as well."""
+        if not self.is_direct:
+            self._advise("POSIX_FADV_WILLNEED", offset, nbytes)
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fills the byte buffers in turn from `offset` on; returns how many bytes. Raises OSError, also if short."""
+        pending = [buffer for buffer in buffers if buffer.nbytes]
+        done = 0
+        while pending:
+            count = self._read_some(_first_bytes(pending[:_MOST_BUFFERS]), offset + done)
+            if count == 0:
+                missing = sum(buffer.nbytes for buffer in pending)
+                message = f"the file ends at byte {offset + done}, {missing} bytes short of this read"
+                raise OSError(errno.EIO, message, str(self.path))
+            done += count
+            self.bytes_read += count
+            while pending and count >= pending[0].nbytes:
+                count -= pending.pop(0).nbytes
+            if count:
+                pending[0] = pending[0][count:]
+        return done
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        """Raises OSError, also on a short read."""
+        buffer = bytearray(nbytes)
+        self.read_into([memoryview(buffer)], offset)
+        return bytes(buffer)
+
+    def duplicate(self) -> DataFile:
+        """The same file, opened again: with a life, and hints, of its own."""
+        if self._fd is None:
+            raise OSError(errno.EBADF, "the file is closed", str(self.path))
+        twin = DataFile.__new__(DataFile)
+        twin.path, twin.size, twin.is_direct = self.path, self.size, False
+        try:
+            twin._fd = self._open_again()
+        except OSError:  # a system without /proc
+            twin._fd = os.dup(self._fd)
+        return twin
+
+    def close(self) -> None:
+        self.is_direct = False
+        for descriptor in (self._fd, self._direct_fd):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._fd = self._direct_fd = None
+
+    __del__ = close
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open file can not be copied or pickled: two of them would close one descriptor")
+
+    def _advise(self, hint: str, offset: int, nbytes: int) -> None:
+        if self._fd is not None and hasattr(os, hint):
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, offset, nbytes, getattr(os, hint))
+
+    def _open_again(self, flags: int = 0) -> int:
+        """By its descriptor, not its path: that may name another file by now."""
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | flags)
+
+    def _read_some(self, buffers: Sequence[memoryview], offset: int) -> int:
+        if self._fd is None:
+            raise OSError(errno.EBADF, "the file is closed", str(self.path))
+        if self.is_direct and _is_in_pages(buffers, offset):
+            assert self._direct_fd is not None
+            try:
+                return os.preadv(self._direct_fd, buffers, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.is_direct = False
+                log.warning("%s is read through the page cache: its file system refused a direct read", self.path)
+        return os.preadv(self._fd, buffers, offset)
+
+
+def _first_bytes(buffers: Sequence[memoryview]) -> list[memoryview]:
+    """Of `buffers` the first MOST_BYTES_A_CALL."""
+    some, left = [], MOST_BYTES_A_CALL
+    for buffer in buffers:
+        some.append(buffer[:left])
+        left -= some[-1].nbytes
+        if not left:
+            break
+    return some
+
+
+def _is_in_pages(buffers: Sequence[memoryview], offset: int) -> bool:
+    return offset % PAGE_BYTES == 0 and all(
+        buffer.nbytes % PAGE_BYTES == 0 and np.frombuffer(buffer, np.uint8).ctypes.data % PAGE_BYTES == 0
+        for buffer in buffers
+    )
+
+
+def read_hashed(file: DataFile, buffers: Sequence[memoryview], offset: int, hasher: xxhash.xxh3_128) -> int:
+    """`DataFile.read_into` in pieces of HOT_BYTES, each fed to `hasher` as soon as it is there. Raises OSError."""
+    done = 0
+    for buffer in buffers:
+        for start in range(0, buffer.nbytes, HOT_BYTES):
+            piece = buffer[start : start + HOT_BYTES]
+            done += file.read_into([piece], offset + done)
+            hasher.update(piece)
+    return done
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable. Raises ValueError for any other."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"the destination must be a contiguous CPU tensor, not {tensor.device}, strides {tensor.stride()}"
+        )
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def read_pieces(
+    file: DataFile,
+    offset: int,
+    nbytes: int,
+    dtype: torch.dtype,
+    hasher: xxhash.xxh3_128 | None = None,
+    staging: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The `nbytes` at `offset` as consecutive 1-D tensors of `dtype`.
+
+    They share a bounded buffer, `staging` where it is given: each is valid until the next. The stored bytes are fed to
+    `hasher`. Raises OSError.
+    """
+    staging = torch.empty(min(nbytes, STAGING_BYTES), dtype=torch.uint8) if staging is None else staging
+    memory = raw_bytes(staging)
+    for start in range(0, nbytes, STAGING_BYTES):
+        count = min(STAGING_BYTES, nbytes - start)
+        file.read_into([memory[:count]], offset + start)
+        if hasher is not None:
+            hasher.update(memory[:count])
+        yield staging[:count].view(dtype)
+
+
+def read_tensor_at(
+    file: DataFile, offset: int, stored: torch.dtype, out: Tensor, hasher: xxhash.xxh3_128 | None = None
+) -> int:
+    """Fills `out` (CPU, contiguous) with as many elements of dtype `stored`; returns the bytes read.
+
+    Straight into `out` where the dtypes agree, else through a buffer that its thread keeps. The stored bytes are fed to
+    `hasher`. Raises OSError; what `out` holds then is undefined.
+    """
+    if out.dtype == stored:
+        memory = raw_bytes(out)
+        return file.read_into([memory], offset) if hasher is None else read_hashed(file, [memory], offset, hasher)
+    flat = out.view(-1)
+    nbytes = flat.numel() * stored.itemsize
+    filled = 0
+    for piece in read_pieces(file, offset, nbytes, stored, hasher, _own_staging()):
+        cast_into(piece, flat[filled : filled + piece.numel()])
+        filled += piece.numel()
+    return nbytes
+
+
+def _own_staging() -> Tensor:
+    """This thread's buffer of STAGING_BYTES, made at its first need: readers convert all the time."""
+    staging: Tensor | None = getattr(_staging, "buffer", None)
+    if staging is None or len(staging) < STAGING_BYTES:
+        staging = _staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+    return staging
+
+
+def cast_into(piece: Tensor, out: Tensor) -> None:
+    """`out.copy_(piece)` of two equally long 1-D tensors, on this thread alone."""
+    for start in range(0, piece.numel(), _CAST_ELEMENTS):
+        out[start : start + _CAST_ELEMENTS].copy_(piece[start : start + _CAST_ELEMENTS])
+
 
 MOST_BYTES = 1 << 25
 """Of one read, unless a single stretch is longer."""

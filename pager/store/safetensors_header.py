@@ -16,7 +16,7 @@ import torch
 
 from pager.errors import CheckpointError
 from pager.reading import parse_json, shown
-from pager.store.datafile import DataFile
+from pager.store.reads import DataFile
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
 MAX_TENSORS = 1 << 18

@@ -11,13 +11,13 @@ import torch
 import xxhash
 
 from pager.errors import CheckpointError, ExpertUnavailable
-from pager.store.datafile import raw_bytes
+from pager.store.checkpoint import Manifest
 from pager.store.experts import PackedExperts
-from pager.store.manifest import Manifest
 from pager.store.pack import Progress
 from pager.store.pack_format import PACK_NAME, PackHeader, all_keys
+from pager.store.reads import raw_bytes
+from pager.store.safetensors import Checkpoint
 from pager.store.safetensors_header import TensorSpec
-from pager.store.safetensors_index import Checkpoint
 from pager.store.values import OddItem, ValueRange, holes_of, odd_tensor
 
 

@@ -15,7 +15,7 @@ from benchmarks.evidence_claims import Claim, all_claims
 from benchmarks.evidence_drift import ACTIONS, drift_claims, drift_section, measure_drift
 from benchmarks.evidence_measure import Scale, measure
 from benchmarks.evidence_page import page
-from pager.evaluation.bootstrap import Interval
+from pager.lab.report import Interval
 from pager.models import EmoConfig, EmoForCausalLM
 
 SCALE = Scale(max_documents=3, side_documents=2, calibration_documents=4, prompts=2)

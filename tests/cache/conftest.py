@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pager.cache.device import DeviceSlots
 from pager.cache.pager import ExpertPager
-from pager.cache.slots import DeviceSlots
 from pager.errors import ChecksumMismatch, ExpertUnavailable
 from pager.store.experts import Destination
 from pager.store.reads import Place

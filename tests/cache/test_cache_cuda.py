@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
+from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
-from pager.cache.slots import DeviceSlots
 from pager.types import ExpertKey
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,8 +7,8 @@ from itertools import product
 
 import pytest
 
-from pager.cache import demand
-from pager.cache.usage import UsageMeter
+from pager.cache import lease
+from pager.cache.stats import UsageMeter
 from pager.errors import ChecksumMismatch, SlotsExhausted
 from pager.types import ExpertKey
 
@@ -79,14 +79,14 @@ def test_always_resident_experts_are_in_the_first_wave(make_pager, source):
 
 def test_waves_are_the_same_however_fast_reads_are(make_pager, monkeypatch):
     pager = make_pager(4, resident=(ExpertKey(0, 7),))
-    bind_some = demand._bind_some
+    bind_some = lease._bind_some
 
     def bind_and_let_read(*args):
         wave = bind_some(*args)
         finish_reads(pager, keys(0, *range(8)))
         return wave
 
-    monkeypatch.setattr(demand, "_bind_some", bind_and_let_read)
+    monkeypatch.setattr(lease, "_bind_some", bind_and_let_read)
     assert list(pager.demand(0, [0, 7, 1])) == [(7,), (0, 1)]
     assert list(pager.demand(0, [0, 7, 1])) == [(7, 0, 1)]
 

@@ -197,7 +197,7 @@ import os, sys
 import torch
 from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
-from pager.cache.slots import DeviceSlots
+from pager.cache.device import DeviceSlots
 from pager.store.reads import Place
 from pager.types import ExpertKey, ExpertShape
 

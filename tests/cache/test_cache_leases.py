@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 
+from pager.cache.device import DeviceSlots
 from pager.cache.pager import ExpertPager
-from pager.cache.slots import DeviceSlots
-from pager.cache.usage import UsageMeter
+from pager.cache.stats import UsageMeter
 from pager.errors import Cancelled, ChecksumMismatch, ConfigError, ExpertUnavailable, PoolTooLarge
 from pager.types import ExpertKey
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from pager.cache.index import CacheIndex
 from pager.cache.policy import LFRU, LFU, POLICIES, EvictionPolicy, LeastStale, make_policy
-from pager.cache.replay import OPTIMUM, replay, replay_all
+from pager.cache.stats import Cause
 from pager.cache.trace import Access, Trace, TraceHeader
-from pager.cache.usage import Cause
+from pager.lab.replay import OPTIMUM, replay, replay_all
 from pager.types import ExpertKey
 
 

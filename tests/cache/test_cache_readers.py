@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from pager.cache.readers import Readers, Turn
-from pager.planner import NUM_CHECKERS
+from pager.cache.tiers import Readers, Turn
+from pager.memory.plan import NUM_CHECKERS
 from pager.store.reads import Place
 from pager.types import ExpertKey
 

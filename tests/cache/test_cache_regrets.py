@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pager.cache.regrets import REGRETTED_WITHIN_S, Regrets
+from pager.cache.stats import REGRETTED_WITHIN_S, Regrets
 from pager.types import ExpertKey
 
 A, B, C = (ExpertKey(0, expert) for expert in range(3))

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
-from pager.cache.page_cache import why_bypass
 from pager.cache.pager import ExpertPager
-from pager.cache.slots import DeviceSlots
+from pager.cache.tiers import why_bypass
 from pager.errors import ChecksumMismatch, ExpertUnavailable
 from pager.store.experts import ExpertSource, PackedExperts, open_experts
 from pager.store.pack import pack
 from pager.store.pack_format import PACK_NAME
-from pager.store.safetensors_index import Checkpoint
+from pager.store.safetensors import Checkpoint
 from pager.types import ExpertKey, ExpertShape
 
 SHAPE = ExpertShape(hidden=48, intermediate=20)

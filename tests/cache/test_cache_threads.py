@@ -152,7 +152,7 @@ def test_a_process_that_exits_in_the_middle_of_a_read_is_not_aborted() -> None:
     program = """
         import threading
         import torch
-        from pager.cache.readers import Readers
+        from pager.cache.tiers import Readers
         from pager.store.reads import Place
         from pager.types import ExpertKey
 

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pager.cache import trace as traces
-from pager.cache.replay import replay_all
+from pager.cache.stats import Cause
 from pager.cache.trace import Access, Trace, TraceHeader, TraceRecorder, read_trace
-from pager.cache.usage import Cause
 from pager.errors import ConfigError
+from pager.lab.replay import replay_all
 from pager.types import ExpertKey
 
 HEADER = TraceHeader("f" * 32, 24576, (4, 4, 4))

@@ -206,4 +206,4 @@ def test_pools_are_kept_in_redis_where_there_is_one(
     assert routed["pool"]["digest"] == made["pool"]["digest"]
     assert "keep one of the two" in refusal(run(*make, "--pools", tmp_path))
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
-    assert "does not answer" in refusal(run(*make))
+    assert "cannot be reached" in refusal(run(*make))

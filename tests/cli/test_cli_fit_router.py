@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pager.cli.fit_router import sample_texts
-from pager.engine.trunk import OpenModel
-from pager.routing.fitted import LexicalRouter, RouterFile
+from pager.models.trunk import OpenModel
+from pager.predict.fitted import LexicalRouter, RouterFile
 
 DOCUMENTS = Path(__file__).parents[1] / "data" / "documents"
 PATTERN = str(DOCUMENTS / "*.jsonl")

@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pager.cli.passes
-from pager.cli.passes import build_passes
+import router_service.predictors
 from pager.config import RouterConfig
-from pager.engine.trunk import OpenModel
 from pager.errors import CheckpointError, ConfigError
-from pager.routing.fitted import ROUTER_NAME, RouterFile
-from pager.routing.pool import pick_pool
-from pager.routing.recall import num_features
+from pager.models.trunk import OpenModel
+from pager.pools.pick import pick_pool
+from pager.predict.fitted import ROUTER_NAME, RouterFile, num_features
 from pager.types import Count, RoutingFacts
-from router_service.scoring import Passes
+from router_service.prediction import Passes
+from router_service.predictors import build_passes
 
 OUTPUTS = 3 * 8
 FACTS = RoutingFacts((9, 9, 9), (1, 1, 1), (2, 2, 2))
@@ -102,7 +101,7 @@ def test_lexical_loads_no_trunk_until_it_is_wanted(fit: Fit, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise Wanted
 
-    monkeypatch.setattr(pager.cli.passes, "TrunkRouter", refuse)
+    monkeypatch.setattr(router_service.predictors, "TrunkRouter", refuse)
     folder = fit()
     with passes_of(folder, router="lexical") as passes:
         assert passes.available["lexical"]().scores([1]).source == "lexical"

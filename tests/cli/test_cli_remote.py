@@ -11,10 +11,10 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pager.cli.pool_options import PoolAsk
+from pager.cli.options import PoolAsk
 from pager.cli.remote import Service
 from pager.errors import PagerError
-from pager.metrics import MetricsServer
+from pager.observe.metrics import MetricsServer
 from pager.types import SamplingParams
 
 

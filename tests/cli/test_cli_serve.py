@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import ray
 
-from pager.cli.serving import serve
 from pager.config import load_config
 from pager.errors import PortInUse
+from router_service.app import serve
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]

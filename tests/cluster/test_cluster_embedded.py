@@ -20,8 +20,7 @@ import pytest
 from ray._private import services
 
 from pager.cluster import ray_session
-from pager.cluster.embedded_ray import secrets_in
-from pager.cluster.ray_session import FOLDER_PREFIX, LOCK, find_cluster
+from pager.cluster.ray_session import FOLDER_PREFIX, LOCK, find_cluster, secrets_in
 from pager.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pager.cluster.file_sd import write_targets
+from pager.cluster.cluster import write_targets
 
 
 def test_the_file_is_replaced_as_a_whole_and_others_can_read_it(tmp_path: Path) -> None:

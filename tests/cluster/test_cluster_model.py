@@ -22,9 +22,9 @@ from pager.cluster.views import WorkerState
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
-from pager.engine.loading import load_paged_model
+from pager.engine.paged_model import load_paged_model
 from pager.errors import InvalidRequest, PoolTooSmall, WorkerLost
-from pager.planner import Budgets
+from pager.memory.plan import Budgets
 from pager.types import (
     Count,
     ExpertPool,

@@ -12,8 +12,7 @@ import pytest
 
 from pager.cluster.actors import WORKER_RESOURCE, OwnWorkers
 from pager.cluster.cluster import Cluster
-from pager.cluster.embedded_ray import start_embedded, stop_ray
-from pager.cluster.ray_session import OBJECT_STORE_BYTES, RaySession
+from pager.cluster.ray_session import OBJECT_STORE_BYTES, RaySession, start_embedded, stop_ray
 from pager.cluster.views import WorkerState
 from pager.cluster.worker import Worker, load_engine
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig

@@ -18,8 +18,7 @@ from ray._private.parameter import RayParams
 
 from pager.cluster.actors import WORKER_RESOURCE
 from pager.cluster.cluster import Cluster
-from pager.cluster.embedded_ray import _EmbeddedNode, start_embedded, stop_ray
-from pager.cluster.ray_session import OBJECT_STORE_BYTES
+from pager.cluster.ray_session import OBJECT_STORE_BYTES, _EmbeddedNode, start_embedded, stop_ray
 from pager.cluster.views import WorkerState
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import NotReady, WorkerLost

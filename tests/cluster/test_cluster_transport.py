@@ -12,12 +12,12 @@ import grpc.aio
 import pytest
 from expert_pager.v1 import worker_pb2 as pb
 
-from pager.cluster.loop_thread import LoopThread
 from pager.cluster.token_client import WorkerLink
 from pager.cluster.token_server import MAX_COMMAND_BYTES, TOKEN_HEADER, TokenServer
-from pager.engine.intake import Intake
+from pager.engine.scheduler import Intake
 from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
-from pager.metrics.loop_lag import INTERVAL_S, LoopLag, leave_out_of_collections
+from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
+from pager.threads import LoopThread
 from pager.types import (
     Account,
     ExpertPool,

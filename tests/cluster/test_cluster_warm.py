@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from pager.cluster.token_client import WorkerLink
-from pager.cluster.warm import WarmFile
-from pager.cluster.worker import Worker, load_engine
+from pager.cluster.worker import WarmFile, Worker, load_engine
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import PagerError
 from pager.types import ExpertPool, GenerateRequest, PoolPolicy, PoolSource, RoutingFacts, SamplingParams, Usage
@@ -127,7 +126,7 @@ def test_what_is_saved_is_read_and_nothing_held_is_not_saved(tmp_path: Path, cap
     file.save([[], []])
     assert WarmFile(tmp_path / "new", "w", "f", FACTS).read() == [[2, 0], []]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["w.json"]
-    assert not [record for record in caplog.records if record.name == "pager.cluster.warm"]
+    assert not [record for record in caplog.records if record.name == "pager.cluster.worker"]
     (tmp_path / "file").write_text("")
     WarmFile(tmp_path / "file", "w", "f", FACTS).save([[1], [1]])
     assert "could not be saved" in caplog.text

@@ -148,7 +148,7 @@ def num_tokens(chunks: list[TokenChunk]) -> int:
 async def test_a_drain_ends_where_the_loop_never_comes_back(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody hears of it then, but the process ends, and another takes its place."""
     monkeypatch.setattr("pager.cluster.worker.CLOSE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("pager.cluster.loop_thread.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pager.threads.STOP_TIMEOUT_S", 0.2)
     released = threading.Event()
     worker._loop.loop.call_soon_threadsafe(released.wait)
     try:

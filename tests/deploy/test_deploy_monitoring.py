@@ -14,9 +14,9 @@ import pytest
 import redis
 import yaml
 
-from pager.metrics.worker_families import WORKER_FAMILIES
-from pager.tracing import is_asked_for
-from router_service.metric_families import router_families
+from pager.observe.tracing import is_asked_for
+from pager.observe.worker import WORKER_FAMILIES
+from router_service.metrics import router_families
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 

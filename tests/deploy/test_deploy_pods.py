@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pager.config import ServiceConfig, load_config
-from pager.units import parse_bytes
+from pager.memory.units import parse_bytes
 
 SECRET_FOLDERS = ("/run/secrets/expert-pager", "/run/secrets/redis", "/run/tls")
 UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import pager
 from pager.engine.kv import BlockPool, KvCache
-from pager.engine.loading import PagedModel, load_paged_model
+from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.runner import DecodeBatch, ModelRunner, RowStart
-from pager.planner import Budgets
+from pager.memory.plan import Budgets
 from pager.types import ExpertPool, PoolPolicy, PoolSource
 
 NUM_SEQUENCES, NUM_TOGETHER, PROMPT, FORCED = 16, 4, 24, 16

@@ -14,11 +14,10 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tokenizers import Tokenizer
 
-from pager.engine.fitted_router import FittedRouter
-from pager.engine.trunk import OpenModel
-from pager.engine.trunk_router import TrunkRouter
-from pager.routing.fitted import RouterFile
-from pager.routing.pool import parse_pool_size, pick_pool
+from pager.models.trunk import OpenModel
+from pager.pools.pick import parse_pool_size, pick_pool
+from pager.predict.fitted import RouterFile
+from pager.predict.trunk import FittedRouter, TrunkRouter
 
 CODE = "def mean(values):\n    total = 0\n    for value in values:\n"
 LAW = "The court finds that the defendant, having been duly notified, "

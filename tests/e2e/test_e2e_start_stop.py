@@ -16,13 +16,13 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from tokenizers import Tokenizer
 
-from pager.cli.serving import EXIT_RAY_LOST
-from pager.engine.trunk_router import TrunkRouter
+from pager.predict.trunk import TrunkRouter
 from pager.store.experts import PackedExperts
 from pager.store.pack_format import PACK_NAME
-from pager.store.safetensors_index import Checkpoint
+from pager.store.safetensors import Checkpoint
 from pager.store.verify import record
 from pager.types import ExpertKey
+from router_service.app import EXIT_RAY_LOST
 
 PROMPT = "The parties agree as follows: "
 NOT_SERVING = 2

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
-from pager.engine.loading import PagedModel, load_paged_model
+from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import PagerError
-from pager.planner import Budgets
+from pager.memory.plan import Budgets
 from pager.types import ExpertKey, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

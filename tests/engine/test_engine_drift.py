@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from pager.engine.outside import OutsideMass
 from pager.errors import Cancelled, InvalidRequest
 from pager.models.families import family_of
+from pager.pools.outside import OutsideMass
 from pager.types import Count, DriftAction, DriftPolicy, DriftReport, ExpertPool, Full, PoolPolicy, PoolSource
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.engine.drift import GOAL_SHARE, LARGEST_GROWTH, THRESHOLD_FALL, TRIAL_WINDOWS, DriftMonitor
+from pager.pools.drift import GOAL_SHARE, LARGEST_GROWTH, THRESHOLD_FALL, TRIAL_WINDOWS, DriftMonitor
 from pager.types import DriftPolicy, ExpertKey
 
 LAYERS, ROUTED = 2, 8

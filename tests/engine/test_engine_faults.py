@@ -12,8 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 
 from pager.engine import engine as engine_module
 from pager.engine.interface import EngineObserver
-from pager.engine.sequence import Sequence
-from pager.engine.spans import record_spans
+from pager.engine.request import Request, record_spans
 from pager.errors import Cancelled, PagerError
 from pager.types import Count, DriftAction, DriftPolicy, PoolPolicy
 
@@ -54,7 +53,7 @@ class Place:
     number: int = 1
     of: str = ""
 
-    def put(self, sequence: Sequence, raiser: Callable[..., Any], *, once: bool = False) -> None:
+    def put(self, sequence: Request, raiser: Callable[..., Any], *, once: bool = False) -> None:
         """Into a sequence that has just been submitted. A lease and a document it will have once it is admitted."""
         if self.of.partition(".")[0] not in ("lease", "document"):
             self._break(sequence, raiser, once)
@@ -69,7 +68,7 @@ class Place:
 
         sequence.acquire = acquire_and_break  # type: ignore[method-assign]
 
-    def _break(self, sequence: Sequence, raiser: Callable[..., Any], once: bool) -> None:
+    def _break(self, sequence: Request, raiser: Callable[..., Any], once: bool) -> None:
         owner = reduce(getattr, filter(None, self.of.split(".")), sequence)
         setattr(owner, self.name, Broken(getattr(owner, self.name), self.number, raiser, once=once))
 
@@ -130,7 +129,7 @@ def submit_all(random_prompt, random_pool) -> Callable[[Any], list[str]]:
 VICTIM = "r2"
 
 
-def sequence_of(driver: Any, request_id: str) -> Sequence:
+def sequence_of(driver: Any, request_id: str) -> Request:
     (sequence,) = (each for each in driver.engine._inbox.live() if each.request.id == request_id)
     return sequence
 
@@ -204,7 +203,7 @@ def test_a_shared_step_that_fails_once_is_run_again_and_changes_no_answer(
 
 
 def test_spans_that_fail_do_so_for_their_request(make_driver, submit_all, undisturbed, monkeypatch) -> None:
-    def record(sequence: Sequence, outcome: str) -> None:
+    def record(sequence: Request, outcome: str) -> None:
         fail() if sequence.request.id == VICTIM else record_spans(sequence, outcome)
 
     monkeypatch.setattr(engine_module, "record_spans", record)

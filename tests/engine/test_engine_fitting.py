@@ -12,16 +12,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from pager.engine.fitted_router import FittedRouter
-from pager.engine.fitting import DocumentReader
-from pager.engine.loading import PagedModel, load_paged_model
-from pager.engine.stand_in import PENALTY, StandInFit, StandIns
-from pager.engine.trunk_router import TrunkRouter
+from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import CheckpointError, InvalidRequest
-from pager.planner import Budgets
-from pager.routing.fit import DocumentReading, Fit, fit_router
-from pager.routing.fitted import LexicalRouter
-from pager.routing.pool import pick_pool
+from pager.lab.fit import DocumentReading, Fit, fit_router
+from pager.lab.fitting import PENALTY, DocumentReader, StandInFit, StandIns
+from pager.memory.plan import Budgets
+from pager.pools.pick import pick_pool
+from pager.predict.fitted import LexicalRouter
+from pager.predict.trunk import FittedRouter, TrunkRouter
 from pager.types import Count, PoolPolicy, Share
 
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"

@@ -28,15 +28,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from pager.engine import decoding, experts, kernels
+from pager.engine import decoding, experts
 from pager.engine.decoding import device_step
-from pager.engine.graphs import STEPS_BEFORE_CAPTURE, Step
 from pager.engine.kv import BlockPool, KvCache
-from pager.engine.loading import PagedModel, load_paged_model
-from pager.engine.runner import DecodeBatch, ModelRunner, RowStart
+from pager.engine.paged_model import PagedModel, load_paged_model
+from pager.engine.runner import STEPS_BEFORE_CAPTURE, DecodeBatch, ModelRunner, RowStart, Step
 from pager.engine.sampler import Draw, Sampler
-from pager.engine.trunk import moe_blocks
 from pager.models.emo import EmoConfig, EmoForCausalLM
+from pager.models.trunk import moe_blocks
 from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, SamplingParams
 
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.8, "seed": 5}
@@ -110,7 +109,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> OpCapture:
     """Engines made from now on record their steps, with a GPU's kernel."""
     made = OpCapture()
     monkeypatch.setattr(decoding, "capture_on", lambda device: made)
-    monkeypatch.setattr(experts, "run_slots", kernels.grouped)
+    monkeypatch.setattr(experts, "run_slots", experts.grouped)
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from pager.engine.kernels import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, run_slots
+from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, run_slots
 from pager.models.emo import EmoConfig
 from pager.models.emo.modeling import EmoExperts
 

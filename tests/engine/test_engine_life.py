@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from pager.engine.interface import EngineObserver, Failure, StreamEvent
-from pager.engine.trunk import OpenModel
 from pager.errors import (
     Cancelled,
     ChecksumMismatch,
@@ -28,6 +27,7 @@ from pager.errors import (
     PoolTooSmall,
     PromptTooLong,
 )
+from pager.models.trunk import OpenModel
 from pager.store.pack import pack
 from pager.types import (
     Count,

@@ -16,7 +16,7 @@ from pager.cluster.supervisor import WorkerSupervisor
 from pager.cluster.views import Health
 from pager.engine.runner import Check, ModelRunner
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
-from pager.store.datafile import DataFile
+from pager.store.reads import DataFile
 from pager.types import Count, Full, PoolPolicy
 
 EMO_TINY = Path(__file__).parents[2] / "models" / "emo-tiny"

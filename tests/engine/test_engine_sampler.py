@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from pager.engine.sampler import NOT_FINITE, Draw, Sampler
 from pager.errors import InvalidRequest
-from pager.sampling_rules import check_sampling
+from pager.sampling import check_sampling
 from pager.types import SamplingParams
 
 CPU = torch.device("cpu")

@@ -28,10 +28,10 @@ from pager.engine.attention import KvStep
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
 from pager.engine.kv import KvCache, kv_bytes_per_token
-from pager.engine.loading import PagedModel, load_paged_model, needs_of
-from pager.engine.trunk import OpenModel
+from pager.engine.paged_model import PagedModel, load_paged_model, needs_of
+from pager.memory.plan import Budgets
 from pager.models.emo import EmoConfig, EmoForCausalLM
-from pager.planner import Budgets
+from pager.models.trunk import OpenModel
 from pager.types import Count, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams
 
 MIB = 2**20

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import pager
 from pager.cli.local import Local
-from pager.cli.pool_options import PoolAsk
+from pager.cli.options import PoolAsk
 from pager.errors import CheckpointError, PagerError
-from pager.planner import Budgets
+from pager.memory.plan import Budgets
 from pager.types import SamplingParams
 from tests.library.conftest import MODELS
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, LlamaConfig, PreTrainedModel
 
 from pager.cache import host
-from pager.engine.trunk import OpenModel
 from pager.errors import (
     BudgetError,
     CheckpointError,
@@ -27,6 +26,7 @@ from pager.errors import (
     PagerError,
     UnsupportedModel,
 )
+from pager.models.trunk import OpenModel
 from pager.store.pack import pack
 
 Load = Callable[..., PreTrainedModel]

@@ -105,7 +105,7 @@ MEASURE = """
     import sys
     import torch
     from pager.engine.library import load_model
-    from pager.engine.trunk_router import TrunkRouter
+    from pager.predict.trunk import TrunkRouter
 
     def memory(field):
         lines = open("/proc/self/status").read().splitlines()

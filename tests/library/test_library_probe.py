@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pager.engine.loading import PagedModel, load_paged_model
-from pager.engine.probe import PagedProbe
-from pager.engine.trunk_router import TrunkRouter
+from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest, PoolTooSmall
-from pager.planner import Budgets
-from pager.routing.pool import check_pool, pick_pool
-from pager.routing.selection import METHODS, random_layers, score, select
+from pager.lab.probe import PagedProbe
+from pager.lab.selection import METHODS, random_layers, score, select
+from pager.memory.plan import Budgets
+from pager.pools.pick import check_pool, pick_pool
+from pager.predict.trunk import TrunkRouter
 from pager.types import (
     Bytes,
     Count,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pager.engine.trunk import OpenModel
 from pager.errors import ConfigError
+from pager.models.trunk import OpenModel
 from pager.types import Count, DriftPolicy, PoolPolicy
 
 Load = Callable[..., PreTrainedModel]

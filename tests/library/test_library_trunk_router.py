@@ -10,9 +10,9 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pager.engine.trunk_router import TrunkRouter
 from pager.errors import InvalidRequest
-from pager.routing.pool import pick_pool
+from pager.pools.pick import pick_pool
+from pager.predict.trunk import TrunkRouter
 from pager.types import Count
 
 MakeSmall = Callable[..., Any]

@@ -18,7 +18,7 @@ from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from redis.asyncio import Redis
 
 from pager.errors import NotReady, PagerError, WorkerLost
-from pager.routing.pool import pick_pool
+from pager.pools.pick import pick_pool
 from pager.types import (
     DriftReport,
     ExpertPool,
@@ -33,9 +33,9 @@ from pager.types import (
     Usage,
 )
 from router_service.admission import AdmissionLimits
-from router_service.backend import build_backend, close_backend
+from router_service.app import build_backend, close_backend
 from router_service.ports import Encoded, ModelInfo
-from router_service.scoring import Passes
+from router_service.prediction import Passes
 from router_service.server import RouterServer
 from router_service.service import Backend
 
@@ -322,7 +322,7 @@ def start_redis(directory: Any, port: int | None = None, *options: str) -> Redis
 def redis_at(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RedisProcess]]:
     """Starts a Redis, on a port of choice when one is given, with options of redis-server."""
     # One that lives may take its time, as it does on a busy machine; one that was killed refuses at once.
-    monkeypatch.setattr("router_service.redis_client.TIMEOUT_S", 60.0)
+    monkeypatch.setattr("router_service.redis.TIMEOUT_S", 60.0)
     started: list[RedisProcess] = []
 
     def start(port: int | None = None, *options: str) -> RedisProcess:

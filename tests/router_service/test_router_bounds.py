@@ -19,14 +19,14 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
-from pager.metrics.loop_lag import INTERVAL_S, LoopLag, leave_out_of_collections
-from pager.routing.named import NamedPool, encode_named
+from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
+from pager.pools.named import NamedPool, encode_named
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertPool, PoolPolicy, RoutingFacts, RoutingScores
-from router_service import boundary, server, unseen_calls
+from router_service import server
 from router_service.message_bounds import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES, _fields
-from router_service.pool_store import MAX_POOLS_OF_TENANT
-from router_service.scoring import Passes, TextEncoder
+from router_service.pools import MAX_POOLS_OF_TENANT
+from router_service.prediction import Passes, TextEncoder
 
 PREFIX = "/expert_pager.v1.ExpertPager/"
 MAX_HELD_S = 0.05
@@ -290,7 +290,7 @@ async def test_fields_are_found_as_protobuf_writes_them():
 
 
 async def test_a_message_that_never_comes_ends_the_call(service, monkeypatch):
-    monkeypatch.setattr(boundary, "READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(server, "READ_TIMEOUT_S", 0.2)
 
     async def nothing() -> AsyncIterator[bytes]:
         await asyncio.sleep(60)
@@ -336,7 +336,7 @@ async def get_model_often(service: Any, count: int) -> list[grpc.StatusCode]:
 async def test_calls_that_grpc_ends_unseen_are_counted(serve, monkeypatch):
     few = (("grpc.server.max_pending_requests", 10), ("grpc.server.max_pending_requests_hard_limit", 10))
     monkeypatch.setattr(server, "_OPTIONS", few)
-    monkeypatch.setattr(unseen_calls, "NUM_LOOKS", 4)
+    monkeypatch.setattr(server, "NUM_LOOKS", 4)
     async with serve() as service:
         codes = await get_model_often(service, 100)
         num_cancelled = codes.count(grpc.StatusCode.CANCELLED)

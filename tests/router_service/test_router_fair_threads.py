@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from router_service.fair_threads import FairThreads
+from router_service.prediction import FairThreads
 
 
 @dataclass

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, Share
 from router_service.hints import (
     MAX_ENCODED_BYTES,
+    InProcessHints,
     WorkerHolds,
     decode_holds,
     decode_pool,
@@ -17,7 +18,6 @@ from router_service.hints import (
     pool_key,
     prefix_keys,
 )
-from router_service.local_hints import InProcessHints
 
 POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
 HOLDS = WorkerHolds(waiting=1, running=2, num_slots=16, expert_bytes=1000, resident=(0, 0b101, 0xFF))

@@ -24,9 +24,9 @@ from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import NotReady
 from pager.types import GenerateRequest, RequestObserver, TokenChunk
 from router_service.admission import AdmissionLimits
-from router_service.metric_families import REJECTIONS, STATUSES
+from router_service.metrics import REJECTIONS, STATUSES
 from router_service.ports import ModelInfo
-from router_service.scoring import Passes
+from router_service.prediction import Passes
 from router_service.tenants import TenantLabels
 
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"

@@ -10,7 +10,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from prometheus_client.parser import text_string_to_metric_families
 
 from pager.errors import ConfigError
-from pager.metrics import MetricsServer
+from pager.observe.metrics import MetricsServer
 from pager.types import Count, Full, PoolPolicy, PoolSource
 
 

@@ -19,14 +19,14 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from pager.errors import ConfigError, TooManyPools
-from pager.routing.named import NamedPool
+from pager.pools.named import NamedPool
 from pager.types import Count, ExpertPool, PoolPolicy
-from router_service import pool_store
+from router_service import pools
 from router_service.admission import AdmissionLimits
-from router_service.folder_pools import FolderPools
-from router_service.redis_client import RedisClient
-from router_service.redis_pools import RedisPools
-from router_service.scoring import Passes
+from router_service.pools import FolderPools
+from router_service.prediction import Passes
+from router_service.redis import RedisClient
+from router_service.redis_stores import RedisPools
 
 FOUR = pb.PoolPolicy(count=4)
 
@@ -179,7 +179,7 @@ async def test_a_pool_outlives_the_service_and_is_refused_by_another_model(serve
 
 
 async def test_only_so_many_pools_are_kept(serve, store, monkeypatch):
-    monkeypatch.setattr(pool_store, "MAX_POOLS_OF_TENANT", 2)
+    monkeypatch.setattr(pools, "MAX_POOLS_OF_TENANT", 2)
     async with serve(**store) as service:
         for name in ("a", "b"):
             await calibrate(service, name)
@@ -193,7 +193,7 @@ async def test_only_so_many_pools_are_kept(serve, store, monkeypatch):
 
 
 async def test_tenants_that_take_all_they_can_leave_room_for_one_that_comes_later(serve, store, monkeypatch):
-    monkeypatch.setattr(pool_store, "MAX_POOLS", 12)
+    monkeypatch.setattr(pools, "MAX_POOLS", 12)
 
     async def fill(service, tenant: str) -> int:
         calls = [calibrate(service, f"p{count}", tenant=tenant) for count in range(12)]
@@ -214,14 +214,14 @@ async def test_tenants_that_take_all_they_can_leave_room_for_one_that_comes_late
 
 def test_no_number_of_pools_of_64_tenants_keeps_others_out():
     held = dict.fromkeys(map(str, range(64)), 0)
-    for _ in range(pool_store.MAX_POOLS_OF_TENANT):
+    for _ in range(pools.MAX_POOLS_OF_TENANT):
         for tenant in held:
             with contextlib.suppress(TooManyPools):
-                pool_store.check_room(held[tenant], sum(held.values()))
+                pools.check_room(held[tenant], sum(held.values()))
                 held[tenant] += 1
     assert min(held.values()) > 200
     for count in range(100):
-        pool_store.check_room(count, sum(held.values()) + count)
+        pools.check_room(count, sum(held.values()) + count)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -497,10 +497,10 @@ def test_a_pool_that_a_living_router_writes_is_not_cleaned_away(tmp_path, monkey
 # Stores one pool after the other, and prints the name of each that is.
 STORES = """
 import asyncio, itertools, sys
-from pager.routing.named import NamedPool
+from pager.pools.named import NamedPool
 from pager.types import ExpertPool
-from router_service.redis_client import RedisClient
-from router_service.redis_pools import RedisPools
+from router_service.redis import RedisClient
+from router_service.redis_stores import RedisPools
 
 async def main():
     pools = RedisPools(RedisClient(sys.argv[1]))

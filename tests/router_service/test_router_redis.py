@@ -13,12 +13,9 @@ from redis.exceptions import ResponseError
 
 from pager.errors import ConfigError
 from pager.types import ExpertPool
-from router_service.breaker import Breaker, StoreBreaker
-from router_service.hints import WorkerHolds, encode_pool
-from router_service.local_hints import InProcessHints
-from router_service.redis_client import RedisUnavailableError, redis_url
-from router_service.redis_hints import RedisHints
-from router_service.shared_hints import SharedHints
+from router_service.hints import InProcessHints, WorkerHolds, encode_pool
+from router_service.redis import Breaker, RedisUnavailableError, StoreBreaker, redis_url
+from router_service.redis_stores import RedisHints, SharedHints
 
 POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
 HOLDS = WorkerHolds(1, 2, 16, 1000, (0, 0b101, 0xFF))

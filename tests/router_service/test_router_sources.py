@@ -10,7 +10,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 
 from pager.errors import ConfigError
 from pager.types import Bytes, Count, Counts, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, PoolSource
-from router_service.scoring import Passes
+from router_service.prediction import Passes
 
 PREDICTED = pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_PREDICTION)
 # What each source is expected to recall, by the first byte of the prompt.

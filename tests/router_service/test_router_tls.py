@@ -15,14 +15,12 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from pager.cli.pool_options import PoolAsk
+from pager.cli.options import ClientTls, PoolAsk
 from pager.cli.remote import Service
-from pager.cli.tls import ClientTls
 from pager.errors import ConfigError, PagerError, PortInUse
 from pager.types import SamplingParams
-from router_service.server import RouterServer
+from router_service.server import RouterServer, TlsFiles
 from router_service.service import SERVICE_NAME
-from router_service.tls import TlsFiles
 
 BEGINNING = "-----BEGIN CERTIFICATE-----\nMIIB"
 
@@ -146,7 +144,7 @@ async def test_a_renewal_that_is_not_complete_changes_nothing(service, files):
 
 async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(service, files, tmp_path, caplog):
     """New connections all the while, and an answer that is open from before the first renewal until after the last."""
-    caplog.set_level("INFO", "router_service.tls")
+    caplog.set_level("INFO", "router_service.server")
     failures: list[str] = []
     num_answers = 0
 
@@ -201,7 +199,7 @@ async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(service
             while not message.HasField("usage"):
                 message = await call.read()
     assert failures == []
-    said = [record.levelname for record in caplog.records if record.name == "router_service.tls"]
+    said = [record.levelname for record in caplog.records if record.name == "router_service.server"]
     assert said.count("INFO") == 3
     # Not one a connection: a state that is like the one before is not said again; a read may fall into a swap.
     assert 3 <= said.count("WARNING") <= 11

@@ -19,14 +19,11 @@ from playwright.sync_api import Page as BrowserPage
 from playwright.sync_api import sync_playwright
 from prometheus_client import CollectorRegistry
 
-from pager.metrics import MetricsServer
+from pager.observe.metrics import MetricsServer
 from pager.types import Count, Counts, ExpertPool, FinishReason, Full, PagingTotals, PoolPolicy, RoutingFacts, Usage
-from router_service.hints import WorkerHolds
-from router_service.local_hints import InProcessHints
+from router_service.hints import InProcessHints, WorkerHolds
 from router_service.ports import ModelInfo
-from router_service.ui import Page
-from router_service.ui_pools import KEPT, PoolLog
-from router_service.ui_watch import MAX_POOLS, MAX_WORKERS, NUM_SAMPLES, SAMPLE_S, Watch
+from router_service.ui import KEPT, MAX_POOLS, MAX_WORKERS, NUM_SAMPLES, SAMPLE_S, Page, PoolLog, Watch
 
 HOSTILE = "<img src=x onerror='window.broken=1'>"
 FACTS = RoutingFacts(experts_per_layer=(0, 9, 17), shared_per_layer=(0, 1, 1), top_k_per_layer=(0, 2, 2))

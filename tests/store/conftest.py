@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pager.store.experts import ExpertSource, open_experts
 from pager.store.pack import Progress, pack
-from pager.store.safetensors_index import Checkpoint
+from pager.store.safetensors import Checkpoint
 from pager.types import ExpertKey, ExpertShape
 
 

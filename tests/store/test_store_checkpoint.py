@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from pager.errors import CheckpointError
-from pager.store import datafile
-from pager.store.safetensors_index import Checkpoint
+from pager.store import reads
+from pager.store.safetensors import Checkpoint
 
 INDEX = "model.safetensors.index.json"
 FIRST_SHARD = "model-00001-of-00003.safetensors"
@@ -52,8 +52,8 @@ def test_reading_into_another_dtype_equals_a_cast(model, save, stored, wanted):
 
 
 def test_a_cast_goes_through_a_bounded_buffer(sharded, model, monkeypatch):
-    monkeypatch.setattr(datafile, "STAGING_BYTES", 64)
-    monkeypatch.setattr(datafile, "_CAST_ELEMENTS", 5)
+    monkeypatch.setattr(reads, "STAGING_BYTES", 64)
+    monkeypatch.setattr(reads, "_CAST_ELEMENTS", 5)
     name = "model.embed_tokens.weight"
     with Checkpoint.open(sharded) as checkpoint:
         assert max(piece.nbytes for piece in checkpoint.pieces(name)) == 64

@@ -11,7 +11,7 @@ import torch
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError
 from pager.store.experts import PackedExperts
-from pager.store.safetensors_index import Checkpoint
+from pager.store.safetensors import Checkpoint
 from pager.store.verify import record
 from pager.types import ExpertKey, ExpertShape
 

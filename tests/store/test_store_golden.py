@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from pager.store.pack import pack
-from pager.store.safetensors_index import Checkpoint
+from pager.store.safetensors import Checkpoint
 from pager.store.verify import verify
 from pager.types import ExpertShape
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk
 from pager.store import pack as pack_module
 from pager.store.experts import PackedExperts
-from pager.store.safetensors_index import Checkpoint
+from pager.store.safetensors import Checkpoint
 from pager.store.verify import record, verify
 from pager.types import ExpertKey
 
@@ -221,7 +221,7 @@ def test_packing_does_not_grow_with_the_model(sharded, model, tmp_path, monkeypa
     largest = []
     real = pack_module.raw_bytes
     monkeypatch.setattr(pack_module, "raw_bytes", lambda tensor: largest.append(tensor.nbytes) or real(tensor))
-    monkeypatch.setattr("pager.store.datafile.STAGING_BYTES", 512)
+    monkeypatch.setattr("pager.store.reads.STAGING_BYTES", 512)
     model.pack(sharded, tmp_path / "out")
     assert max(largest) == 512
 

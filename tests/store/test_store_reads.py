@@ -16,10 +16,9 @@ from torch import Tensor
 
 from benchmarks.page_cache import cached_bytes, drop
 from pager.errors import ChecksumMismatch, ExpertReadError
-from pager.store import datafile
-from pager.store.datafile import HOT_BYTES, PAGE_BYTES, DataFile, raw_bytes
+from pager.store import reads as read_module
 from pager.store.experts import Destination, ExpertSource
-from pager.store.reads import LARGE_BYTES, MOST_BYTES, Stretch, fill
+from pager.store.reads import HOT_BYTES, LARGE_BYTES, MOST_BYTES, PAGE_BYTES, DataFile, Stretch, fill, raw_bytes
 from pager.store.verify import record
 from pager.types import ExpertKey, ExpertShape
 
@@ -338,7 +337,7 @@ def test_a_duplicate_outlives_its_file(tmp_path, monkeypatch):
 def test_a_long_read_is_asked_for_in_parts_and_counted_by_each(
     tmp_path: Path, reads: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datafile, "MOST_BYTES_A_CALL", PAGE_BYTES)
+    monkeypatch.setattr(read_module, "MOST_BYTES_A_CALL", PAGE_BYTES)
     data = os.urandom(3 * PAGE_BYTES + 500)
     (tmp_path / "file").write_bytes(data)
     file = DataFile(tmp_path / "file")

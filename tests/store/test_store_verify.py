@@ -12,7 +12,7 @@ import xxhash
 from pager.errors import CheckpointError
 from pager.store.experts import PackedExperts
 from pager.store.pack import pack
-from pager.store.safetensors_index import Checkpoint
+from pager.store.safetensors import Checkpoint
 from pager.store.verify import record, verify
 from pager.types import ExpertKey
 

@@ -1,0 +1,90 @@
+"""`docs/metrics.md`, from the code: `python -m docs.metrics_catalogue > docs/metrics.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pager.lab.replay import REPLAY_FAMILIES
+from pager.observe.metrics import Family, Kind
+from pager.observe.worker import WORKER_FAMILIES
+from router_service.metrics import router_families
+from router_service.tenants import OTHER_TENANTS
+
+_INTRO = """\
+# Metrics
+
+Made by `make docs` from the code; a test compares. Workers and routers answer on `/metrics` of their own ports
+(`workers.metrics_port`, `router.metrics_port`), and also say how their process is (`process_*`, `python_info`).
+
+Every series is there from the start, at zero. No request, prompt or expert id is ever a label. `tenant` has the
+names that `router.metric_tenants` lists, and `other` for everybody else. `model` and `version` are labels of the two
+info metrics: join them with `* on (instance) group_left (model) expert_pager_model_info`. The tier `host` belongs to
+all workers of a node, each of which reports the same bytes: take the maximum, not the sum.
+
+Alerts and what to do about them: `docs/runbook.md`. Dashboards and rules: `deploy/monitoring`.
+"""
+_IDENTITIES = """\
+Counters agree with each other. What follows holds whenever nothing is in flight, after answers, failures, refusals and
+cancellations alike, over any time in which no worker and no router was lost: a process takes its counts with it. A test
+holds it after a storm of all of these. Names are without their prefix and `_total`, and stand for sums over all labels
+that are not named, and over all routers and workers.
+
+- Calls: `router_calls` of a method = its `router_requests` of all codes. While calls are open, that many fewer have
+  ended.
+- Answers: `router_requests` of `Generate` with a code = `router_answers` with that code.
+- Refusals: `router_admission_rejections` counts a refused call once, whether a router or a worker refused it. It is at
+  most `router_requests` with `RESOURCE_EXHAUSTED`, `UNAVAILABLE` or `DEADLINE_EXCEEDED`; the others of these failed
+  after they had begun.
+- On the way: `router_sent` = `requests_received`.
+- At workers: `requests_received` = `requests_refused` + `requests` of all outcomes. While some are in flight, also
+  `requests_waiting` + `requests_running`.
+- Ends: `requests` with `stop` or `length` is at least `router_answers` with `OK`; the others ended as their client
+  left.
+- Waits: `router_queue_seconds` = `queue_seconds`, in number and sum: the requests that were admitted.
+- Tokens: `router_prompt_tokens` = `prompt_tokens`, and `router_generated_tokens` = `completion_tokens`.
+- Work: `step_tokens` = `prompt_tokens` + `completion_tokens` - the number of `time_to_first_token_seconds`, because a
+  prompt's forward gives the first token.
+- Bytes: `router_paged_bytes` = `charged_bytes`, by source; and `transfer_bytes` to `device` = `charged_bytes` +
+  `uncharged_bytes`.
+"""
+_REPLAY = """\
+Of no process, but of a file: `expert-pager replay TRACE --prometheus FILE` writes what a recorded trace
+(`workers.trace`) would have cost with other budgets and policies. Put it where node-exporter's textfile collector
+looks, or push it; the dashboard *Capacity* shows it. Only what was replayed is there.
+
+"""
+_HEADER = "| name | type | unit | labels | meaning | the question it answers |\n|---|---|---|---|---|---|"
+_MOST_VALUES = 6
+
+
+def catalogue() -> str:
+    """The whole page."""
+    router = router_families(("those configured", OTHER_TENANTS))
+    parts = (("Worker", "", WORKER_FAMILIES), ("Router", "", router), ("Replay", _REPLAY, REPLAY_FAMILIES))
+    tables = "".join(f"\n## {title}\n\n{text}{_table(families)}\n" for title, text, families in parts)
+    return f"{_INTRO}{tables}\n## What adds up\n\n{_IDENTITIES}"
+
+
+def _table(families: Iterable[Family]) -> str:
+    return "\n".join([_HEADER, *map(_row, families)])
+
+
+def _row(family: Family) -> str:
+    unit = "" if family.kind is Kind.INFO else family.unit
+    cells = (f"`{family.exposed}`", family.kind.value, unit, _labels(family), family.meaning, family.question)
+    return f"| {' | '.join(cells)} |"
+
+
+def _labels(family: Family) -> str:
+    if not family.labels.series:
+        return ", ".join(f"`{name}`" for name in family.labels.names)
+    return "; ".join(f"`{name}`: {_values(family.labels.values(name))}" for name in family.labels.names)
+
+
+def _values(values: list[str]) -> str:
+    shown = ", ".join(values[:_MOST_VALUES])
+    return shown if len(values) <= _MOST_VALUES else f"{shown}, ... ({len(values)})"
+
+
+if __name__ == "__main__":
+    print(catalogue(), end="")

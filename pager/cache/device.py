@@ -1,0 +1,253 @@
+"""The device tier: the slab of expert weights, the slot map, and the transfers that fill slots."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pager.errors import BudgetError
+from pager.memory.plan import STAGING_BUFFERS
+from pager.types import ExpertKey, ExpertShape
+
+
+class Transfer(Protocol):
+    """Thread-safe. The caller sees to it that no slot is filled twice at a time or filled while it is in use."""
+
+    is_in_place: bool
+    """`buffers` are the slots themselves. Others are few: who holds one must not wait for a second."""
+
+    def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
+        """CPU tensors [2F, D], [D, F] to fill on behalf of the slot; `install` or `discard` comes next."""
+
+    def install(self, key: ExpertKey, slot: int) -> None:
+        """The slot's `buffers` are filled: moves them into the slot and enters it in the map."""
+
+    def discard(self, slot: int) -> None:
+        """The slot's `buffers` could not be filled."""
+
+    def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
+        """Copies CPU tensors into the slot and enters it in the map. The tensors are free for reuse on return."""
+
+    def evict(self, key: ExpertKey, slot: int) -> None:
+        """Takes the expert out of the map once the last reader of its slot is done."""
+
+    def await_installed(self, slots: Sequence[int]) -> None:
+        """Computations that are started from now on see the bytes of these slots."""
+
+    def mark_released(self, slots: Sequence[int]) -> None:
+        """Computations started so far are the last readers of these slots."""
+
+
+class CpuTransfer:
+    """Reads land in the slot itself. Computations are synchronous, so there is nothing to wait for."""
+
+    is_in_place = True
+
+    def __init__(self, gate_up: Tensor, down: Tensor, slot_of_LE: Tensor) -> None:
+        self._gate_up = gate_up
+        self._down = down
+        # The same memory, and ten times as fast where little is done with it at a time.
+        self._slot_of_LE: Any = slot_of_LE.numpy()
+        self._gate_up_bytes, self._down_bytes = _bytes(gate_up), _bytes(down)
+
+    def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
+        return self._gate_up[slot], self._down[slot]
+
+    def install(self, key: ExpertKey, slot: int) -> None:
+        self._slot_of_LE[key.layer, key.expert] = slot
+
+    def discard(self, slot: int) -> None:
+        pass
+
+    def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
+        # torch would copy with as many threads as it computes with, for each of the readers.
+        np.copyto(self._gate_up_bytes[slot], _bytes(gate_up))
+        np.copyto(self._down_bytes[slot], _bytes(down))
+        self.install(key, slot)
+
+    def evict(self, key: ExpertKey, slot: int) -> None:
+        self._slot_of_LE[key.layer, key.expert] = -1
+
+    def await_installed(self, slots: Sequence[int]) -> None:
+        pass
+
+    def mark_released(self, slots: Sequence[int]) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class _Staging:
+    gate_up: Tensor
+    down: Tensor
+    copied: torch.cuda.Event  # behind the last copy out of it
+
+
+class CudaTransfer:
+    """Reads land in page-locked staging buffers, one expert each; one copy stream takes them to the slots.
+
+    Everything that changes slots or map is ordered by the copy stream. It waits for a slot's release event before it
+    touches the slot, and the compute stream waits for an install event before it reads: the host waits for neither.
+    It waits only to reuse a staging buffer.
+    """
+
+    is_in_place = False
+
+    def __init__(self, gate_up: Tensor, down: Tensor, slot_of_LE: Tensor) -> None:
+        """The stream that is current now is the one that computes with the slots."""
+        self._gate_up = gate_up
+        self._down = down
+        self._slot_of_LE = slot_of_LE
+        self._compute = torch.cuda.current_stream(gate_up.device)
+        self._copy = torch.cuda.Stream(gate_up.device)
+        self._copy.wait_stream(self._compute)
+        self._lock = threading.Lock()  # the order of tickets is the order in the copy stream
+        self._ticket = 0
+        self._awaited = 0
+        self._installed: dict[int, tuple[int, torch.cuda.Event]] = {}
+        self._released: dict[int, torch.cuda.Event] = {}
+        self._free: SimpleQueue[_Staging] = SimpleQueue()
+        for _ in range(STAGING_BUFFERS):
+            self._free.put(_Staging(_pinned(gate_up), _pinned(down), _event()))
+        self._filling: dict[int, _Staging] = {}
+
+    def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
+        staging = self._free.get()
+        staging.copied.synchronize()
+        self._filling[slot] = staging
+        return staging.gate_up, staging.down
+
+    def install(self, key: ExpertKey, slot: int) -> None:
+        staging = self._filling.pop(slot)
+        staging.copied = self._enqueue(key, slot, staging.gate_up, staging.down)
+        self._free.put(staging)
+
+    def discard(self, slot: int) -> None:
+        self._free.put(self._filling.pop(slot))
+
+    def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
+        self._enqueue(key, slot, gate_up, down).synchronize()
+
+    def evict(self, key: ExpertKey, slot: int) -> None:
+        with self._lock, torch.cuda.stream(self._copy):
+            self._wait_for_readers(slot)
+            self._slot_of_LE[key.layer, key.expert].fill_(-1)
+
+    def await_installed(self, slots: Sequence[int]) -> None:
+        with self._lock:
+            tickets = [self._installed[slot] for slot in slots if slot in self._installed]
+            if not tickets:
+                return
+            latest, event = max(tickets, key=lambda pair: pair[0])
+            if latest > self._awaited:  # one in-order stream: the latest install is behind all the others
+                self._compute.wait_event(event)
+                self._awaited = latest
+
+    def mark_released(self, slots: Sequence[int]) -> None:
+        if not slots:
+            return
+        event = _event()
+        event.record(self._compute)
+        with self._lock:
+            self._released.update(dict.fromkeys(slots, event))
+
+    def _enqueue(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> torch.cuda.Event:
+        event = _event()
+        with self._lock, torch.cuda.stream(self._copy):
+            self._wait_for_readers(slot)
+            self._gate_up[slot].copy_(gate_up, non_blocking=True)
+            self._down[slot].copy_(down, non_blocking=True)
+            self._slot_of_LE[key.layer, key.expert].fill_(slot)
+            event.record(self._copy)
+            self._ticket += 1
+            self._installed[slot] = (self._ticket, event)
+        return event
+
+    def _wait_for_readers(self, slot: int) -> None:
+        if slot in self._released:
+            self._copy.wait_event(self._released[slot])
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.view(torch.uint8).numpy()
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()
+
+
+def _pinned(slab: Tensor) -> Tensor:
+    """A page-locked tensor like one slot of `slab`."""
+    return torch.empty(slab.shape[1:], dtype=slab.dtype, pin_memory=True)
+
+
+class DeviceSlots:
+    """`gate_up` [S + P, 2F, D], `down` [S + P, D, F] and `slot_of_LE` (int32 [L, E], -1 where absent) on `device`.
+
+    Allocated once, so memory never exceeds `nbytes`. Knows no policy: the pager says what goes where, and
+    `transfer` moves it.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        shape: ExpertShape,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        num_layers: int,
+        max_experts: int,
+        num_pinned: int = 0,
+    ) -> None:
+        """Raises BudgetError when the device has not enough memory."""
+        self.num_slots = num_slots
+        self.num_pinned = num_pinned
+        self.shape = shape
+        self.dtype = dtype
+        self.device = torch.device(device)
+        total, hidden, intermediate = num_slots + num_pinned, shape.hidden, shape.intermediate
+        try:
+            self.gate_up = self._allocate(total, 2 * intermediate, hidden)
+            self.down = self._allocate(total, hidden, intermediate)
+        except (RuntimeError, OSError, OverflowError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            raise BudgetError(
+                f"{self.device} has no room for {total} expert slots of {self.record_bytes} bytes; lower expert_memory"
+            ) from error
+        self.slot_of_LE = torch.full((num_layers, max_experts), -1, dtype=torch.int32, device=self.device)
+        self.transfer: Transfer = (
+            CudaTransfer(self.gate_up, self.down, self.slot_of_LE)
+            if self.device.type == "cuda"
+            else CpuTransfer(self.gate_up, self.down, self.slot_of_LE)
+        )
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert in a slot."""
+        return self.shape.num_elements * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both slabs, the pinned slots included."""
+        return (self.num_slots + self.num_pinned) * self.record_bytes
+
+    def _allocate(self, *shape: int) -> Tensor:
+        """Memory of the device. On a CPU it begins with a page, as reads past the page cache want it."""
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        nbytes = math.prod(shape) * self.dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=self.dtype)
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # a disk writes to few large pieces in fewer requests
+            with suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=self.dtype).view(shape)

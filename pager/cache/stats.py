@@ -1,0 +1,218 @@
+"""What paging cost: for one request, for the whole pager, and which evictions and prefetches were wasted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from pager.types import ExpertKey
+
+
+class Tier(StrEnum):
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class Lookup(StrEnum):
+    """What a request for an expert met in a tier."""
+
+    HIT = "hit"
+    HIT_IN_FLIGHT = "hit_in_flight"  # already being read for somebody else
+    MISS = "miss"
+
+
+class Cause(StrEnum):
+    """Why an expert was wanted."""
+
+    LEASE = "lease"
+    DEMAND = "demand"
+    PREFETCH = "prefetch"
+
+
+@dataclass(frozen=True, slots=True)
+class PagingUsage:
+    """What one sequence's paging cost. Bytes are charged to whoever caused a read, not to those who joined it."""
+
+    experts_hit: int = 0  # already in a slot, or being read for somebody else
+    experts_missed: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
+    stall_s: float = 0.0
+
+
+@dataclass(slots=True)
+class TierReads:
+    """What was read from one tier for one sequence; from the first read's start to the last one's end, monotonic."""
+
+    started_s: float
+    ended_s: float = 0.0
+    num_experts: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(slots=True)
+class UsageMeter:
+    """A running PagingUsage. A sequence has one and hands it to its lease, its demands and its prefetches."""
+
+    experts_hit: int = 0
+    experts_missed: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
+    stall_s: float = 0.0
+    reads: dict[Tier, TierReads] = field(default_factory=dict)
+    is_closed: bool = False  # what is read from here on is charged to nobody
+
+    def add_read(self, source: Tier, nbytes: int, started_s: float, ended_s: float) -> None:
+        reads = self.reads.setdefault(source, TierReads(started_s))
+        reads.started_s, reads.ended_s = min(reads.started_s, started_s), max(reads.ended_s, ended_s)
+        reads.num_experts += 1
+        reads.num_bytes += nbytes
+        if source is Tier.HOST:
+            self.bytes_from_host += nbytes
+        else:
+            self.bytes_from_disk += nbytes
+
+    def snapshot(self) -> PagingUsage:
+        return PagingUsage(
+            self.experts_hit, self.experts_missed, self.bytes_from_disk, self.bytes_from_host, self.stall_s
+        )
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the ledger counts, since the start: the first fields of CacheStats."""
+
+    hits: int = 0
+    hits_in_flight: int = 0
+    misses: int = 0
+    evictions: int = 0
+    failed_loads: int = 0
+    bytes_from_disk: int = 0
+    bytes_from_host: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """The device tier since the start (counts) and now (bytes)."""
+
+    hits: int
+    hits_in_flight: int
+    misses: int
+    evictions: int
+    failed_loads: int
+    bytes_from_disk: int
+    bytes_from_host: int
+    capacity_bytes: int
+    resident_bytes: int  # loaded or loading
+    held_bytes: int  # of these, what can not be evicted now
+    reserved_bytes: int  # promised to leases and not bound yet
+
+    @property
+    def hit_rate(self) -> float:
+        """Of all experts asked for, the share that needed no read of its own; 1.0 when none was."""
+        total = self.hits + self.hits_in_flight + self.misses
+        return 1.0 if total == 0 else (self.hits + self.hits_in_flight) / total
+
+
+class PagerObserver(Protocol):
+    """Told of every fact once, from any thread and under the pager's lock: be quick and don't call back."""
+
+    def lookups(self, tier: Tier, result: Lookup, count: int) -> None: ...
+
+    def transferred(self, source: Tier, destination: Tier, nbytes: int, seconds: float) -> None: ...
+
+    def paged(self, cause: Cause, count: int, again: int) -> None:
+        """`count` experts were given slots to be read into, of which `again` had been evicted within a minute."""
+
+    def prefetched(self, used: int, wasted: int) -> None:
+        """So many prefetched experts were used for the first time, or evicted without a use."""
+
+    def evicted(self, cause: Cause, count: int) -> None: ...
+
+    def stalled(self, seconds: float, cause: Cause) -> None: ...
+
+    def uncharged(self, source: Tier, nbytes: int) -> None:
+        """An expert was read for no request: at the start, or for one that has ended."""
+
+    def quarantined(self, tier: Tier) -> None: ...
+
+    def traced(self, written: int, lost: int) -> None:
+        """So many events of the trace were written to its file, or found no room to wait for a full or slow disk."""
+
+
+class NoObserver:
+    """Ignores everything."""
+
+    def lookups(self, tier: Tier, result: Lookup, count: int) -> None:
+        pass
+
+    def transferred(self, source: Tier, destination: Tier, nbytes: int, seconds: float) -> None:
+        pass
+
+    def paged(self, cause: Cause, count: int, again: int) -> None:
+        pass
+
+    def prefetched(self, used: int, wasted: int) -> None:
+        pass
+
+    def evicted(self, cause: Cause, count: int) -> None:
+        pass
+
+    def stalled(self, seconds: float, cause: Cause) -> None:
+        pass
+
+    def uncharged(self, source: Tier, nbytes: int) -> None:
+        pass
+
+    def quarantined(self, tier: Tier) -> None:
+        pass
+
+    def traced(self, written: int, lost: int) -> None:
+        pass
+
+
+REGRETTED_WITHIN_S = 60.0
+
+
+class Regrets:
+    """Owns when each expert was last evicted, and which prefetched ones nobody has used yet.
+
+    An eviction is regretted when its expert is read again within REGRETTED_WITHIN_S; a prefetch is wasted when its
+    expert is evicted before its first use.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._evicted_s: dict[ExpertKey, float] = {}
+        self._unused: set[ExpertKey] = set()
+
+    def evicted(self, keys: Iterable[ExpertKey]) -> int:
+        """How many of them a prefetch had brought in vain."""
+        now_s = self._clock()
+        self._evicted_s.update(dict.fromkeys(keys, now_s))
+        wasted = self._unused.intersection(keys)
+        self._unused -= wasted
+        return len(wasted)
+
+    def loaded(self, keys: Iterable[ExpertKey], *, ahead: bool) -> int:
+        """How many of them were evicted a moment ago. `ahead`: nobody has asked for them yet."""
+        soonest_s = self._clock() - REGRETTED_WITHIN_S
+        if ahead:
+            self._unused.update(keys)
+        return sum(self._evicted_s.pop(key, -1e300) >= soonest_s for key in keys)
+
+    def used(self, keys: Iterable[ExpertKey]) -> int:
+        """How many of them were prefetched, and are used for the first time now."""
+        if not self._unused:
+            return 0
+        used = self._unused.intersection(keys)
+        self._unused -= used
+        return len(used)
+
+    def lost(self, key: ExpertKey) -> None:
+        """It could not be read: neither used nor wasted."""
+        self._unused.discard(key)

@@ -1,0 +1,266 @@
+"""From a checkpoint on disk to a transformers model whose routed experts live in slots."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from pager.cache.device import DeviceSlots
+from pager.cache.host import HostTier
+from pager.cache.lease import Lease
+from pager.cache.ledger import Meanwhile
+from pager.cache.pager import ExpertPager
+from pager.cache.policy import DEFAULT_POLICY
+from pager.cache.stats import NoObserver, PagerObserver, UsageMeter
+from pager.cache.trace import TraceHeader, TraceRecorder
+from pager.engine.experts import NO_COPIES, attach
+from pager.engine.kv import kv_bytes_per_token
+from pager.engine.workspace import staging_bytes, workspace_of
+from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, UnsupportedModel
+from pager.memory.machine import Machine
+from pager.memory.needs import Needs
+from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Plan, plan
+from pager.models.trunk import OpenModel
+from pager.pools.document import DocumentRouting, StepRouting
+from pager.pools.drift import check_can_drift, check_drift
+from pager.pools.pick import largest_counts
+from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PagedModel:
+    """A transformers model, the pager its experts live in, and which of them the running forward may use.
+
+    Any thread may open a step. Steps of different threads take turns: one at a time uses the slots, so that each has
+    all of them and finds its own documents. A thread may open further steps within its own.
+    """
+
+    def __init__(
+        self,
+        opened: OpenModel,
+        model: PreTrainedModel,
+        pager: ExpertPager,
+        planned: Plan,
+        *,
+        closing: ExitStack,
+    ) -> None:
+        """`closing` is what `close` closes."""
+        self.model = model
+        self.pager = pager
+        self.plan = planned
+        self.family = opened.family
+        self.facts: RoutingFacts = opened.facts
+        self.config = opened.config
+        self.dtype = opened.dtype
+        self.device = pager.slots.gate_up.device
+        self.path = opened.checkpoint.path
+        self.fingerprint: str = opened.checkpoint.fingerprint
+        self._open_step = attach(model, opened.family, pager)
+        self._turn = threading.RLock()  # held by the thread that has a step open
+        self._closing = closing
+        self._is_closed = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NO_COPIES)
+
+    @property
+    def fully_resident(self) -> bool:
+        """There is a slot for every routed expert."""
+        return self.pager.num_slots >= sum(self.facts.routed_per_layer)
+
+    @property
+    def open_step(self) -> StepRouting | None:
+        """The innermost step that the calling thread has open: what the model runs belongs to its documents."""
+        return self._open_step.routing
+
+    @contextmanager
+    def step(
+        self,
+        documents: Sequence[DocumentRouting],
+        *,
+        rows: Tensor | None = None,
+        valid: Tensor | None = None,
+        prefill: bool = False,
+        meanwhile: Meanwhile | None = None,
+    ) -> Iterator[StepRouting]:
+        """What the model runs inside belongs to these documents. T tokens in flattened [B·S] order.
+
+        `rows` [T] indexes `documents`; None: one token each, or all of the only one's. `valid` [T] False is padding.
+        With `prefill`, pools that are still open are chosen in this forward. Where it waits for reads it calls
+        `meanwhile`, which may open a step of its own and run the model in it. Waits for the steps of other threads.
+        Raises ConfigError once the model is closed.
+        """
+        with self._turn:
+            if self._is_closed:
+                raise ConfigError("this model was closed, and its experts can no longer be read; load it once more")
+            step = _reusable_step(documents) if rows is None and valid is None and not prefill else None
+            if step is None:
+                step = StepRouting(documents, rows=rows, valid=valid, prefill=prefill)
+            around = self._open_step.routing
+            self._open_step.routing = step
+            try:
+                with self.pager.waiting_with(meanwhile), step.forward():
+                    yield step
+            finally:
+                self._open_step.routing = around
+                step.share_costs(self.pager.close_account)
+
+    def document(
+        self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None
+    ) -> DocumentRouting:
+        """The routing state of a new sequence. Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
+        self.check_policy(policy)
+        return DocumentRouting(self.facts, policy, device=self.device, lease=lease, meter=meter)
+
+    def slots_needed(self, policy: PoolPolicy) -> int:
+        """The slots to reserve before a request starts. Raises PoolTooLarge, and what `check_policy` raises."""
+        self.check_policy(policy)
+        if policy.fixed is not None:
+            needed = policy.fixed.num_experts
+        elif isinstance(policy.size, Full):
+            return max(self.facts.top_k_per_layer, default=0)
+        else:
+            needed = sum(largest_counts(policy.size, self.facts))
+        if needed > self.pager.num_slots:
+            raise PoolTooLarge(needed, self.pager.num_slots)
+        return needed
+
+    def reserve(self, policy: PoolPolicy, usage: UsageMeter | None = None) -> Lease | None:
+        """All the slots a request will need, or None when not to be had now. A known pool starts to load at once."""
+        needed = self.slots_needed(policy)
+        if policy.fixed is not None:
+            return self.pager.reserve_pool(policy.fixed.keys(), usage)
+        return self.pager.reserve(needed, usage)
+
+    def check_policy(self, policy: PoolPolicy) -> None:
+        """Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
+        check_can_drift(policy)
+        if policy.drift is not None:
+            check_drift(policy.drift)
+        if isinstance(policy.size, Full) and policy.fixed is None:
+            return
+        unpoolable = self.family.poolable(self.config)
+        if unpoolable is not None:
+            raise UnsupportedModel(f"this model runs with all its experts only: {unpoolable}; ask for the full model")
+        if isinstance(policy.size, Bytes) and policy.fixed is None:
+            raise InvalidRequest(
+                "a prefill chooses its pool layer by layer and can not share bytes out over layers that it has not "
+                "seen; give a count ('32'), a share ('12.5%') or a count for each layer ('16,24,32')",
+                field="pool.size.bytes",
+            )
+        largest_counts(policy.size, self.facts)
+
+    def close(self) -> None:
+        """Stops the readers and lets go of the tiers. The model can not run afterwards. Idempotent."""
+        self._is_closed = True
+        self._closing.close()
+
+
+@torch.inference_mode(False)  # reader threads fill the slots, which they could not if the caller's mode marked them
+def load_paged_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    budgets: Budgets | None = None,
+    machine: Machine | None = None,
+    host_tier: Callable[[OpenModel, Plan], HostTier] | None = None,
+    policy: str = DEFAULT_POLICY,
+    num_readers: int = NUM_READERS,
+    bypass_page_cache: bool | None = None,
+    observer: PagerObserver | None = None,
+    trace: Path | None = None,
+) -> PagedModel:
+    """Plans the memory, loads trunk and shared experts and opens the experts' tiers.
+
+    Where the plan has a host tier, `host_tier` makes it; without one, it is this process's own. The model owns it then.
+    `trace` names a file to record every access to an expert in (`pager.cache.trace`). `bypass_page_cache` None leaves
+    it to what fits into memory (`pager.cache.tiers`).
+    Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
+    """
+    if num_readers < 1:
+        raise ConfigError(f"num_readers must be at least 1, not {num_readers}: nobody would read an expert")
+    opened = OpenModel.open(path, dtype)
+    with opened.checkpoint, ExitStack() as closing:
+        machine = machine or Machine.detect(device)  # refuses a device that is none
+        planned = plan(needs_of(opened, device, num_readers), budgets or Budgets(), machine)
+        source = opened.open_experts()
+        closing.callback(source.close)
+        model = opened.load_trunk(device)
+        host = (host_tier or own_host_tier)(opened, planned) if planned.host_records else None
+        if host is not None:
+            closing.callback(host.close)
+        facts, resident = opened.facts, shared_experts(opened.facts)
+        slots = DeviceSlots(
+            planned.num_slots,
+            source.shape,
+            opened.dtype,
+            device,
+            num_layers=facts.num_layers,
+            max_experts=max(facts.experts_per_layer),
+            num_pinned=len(resident),
+        )
+        recorder = None
+        if trace is not None:
+            header = TraceHeader(opened.checkpoint.fingerprint, planned.expert_bytes, facts.routed_per_layer)
+            recorder = TraceRecorder(trace, header, (observer or NoObserver()).traced)
+            closing.callback(recorder.close)
+        pager = ExpertPager(
+            source,
+            slots,
+            resident=resident,
+            host=host,
+            policy=policy,
+            num_readers=num_readers,
+            bypass_page_cache=bypass_page_cache,
+            observer=observer,
+            trace=recorder,
+        )
+        closing.callback(pager.close)
+        return PagedModel(opened, model, pager, planned, closing=closing.pop_all())
+
+
+def _reusable_step(documents: Sequence[DocumentRouting]) -> StepRouting | None:
+    """The last step of these documents, if it was theirs alone. Others may have stepped since."""
+    step = documents[0].open_step
+    if step is None or step.prefill or step.rows is not None or step.valid is not None:
+        return None
+    same = len(step.documents) == len(documents) and all(map(operator.is_, step.documents, documents))
+    return step if same and all(document.open_step is step for document in documents) else None
+
+
+def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:
+    """The last of their layers: every token uses them, so they stay in memory."""
+    layers = zip(facts.experts_per_layer, facts.shared_per_layer, strict=True)
+    return [
+        ExpertKey(layer, expert)
+        for layer, (experts, shared) in enumerate(layers)
+        for expert in range(experts - shared, experts)
+    ]
+
+
+def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
+    """A host tier that no other process shares. Raises BudgetError."""
+    return HostTier.create(planned.host_bytes, opened.family.expert_shape(opened.config), opened.dtype)
+
+
+def needs_of(opened: OpenModel, device: str, num_readers: int = NUM_READERS) -> Needs:
+    """What the planner has to know of a model that is to run on `device`, with torch's threads as they are now."""
+    return Needs(
+        trunk_bytes=opened.trunk_bytes,
+        expert_bytes=opened.expert_bytes,
+        facts=opened.facts,
+        kv_bytes_per_token=kv_bytes_per_token(opened.config, opened.dtype),
+        context_tokens=opened.config.max_position_embeddings,
+        staging_bytes=staging_bytes(opened, device, num_readers=num_readers, num_buffers=STAGING_BUFFERS),
+        workspace=workspace_of(opened, device, num_readers=num_readers),
+    )

@@ -1,0 +1,250 @@
+"""Where the time of one request went at its worker, as spans of its trace."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Container, Iterator, Mapping
+from collections.abc import Sequence as Ordered
+from dataclasses import replace
+
+from pager.cache.lease import Lease
+from pager.cache.stats import Tier, TierReads, UsageMeter
+from pager.engine.detokenizer import Detokenizer, StopMatcher, TokenTexts
+from pager.engine.kv import BlockPool
+from pager.engine.paged_model import PagedModel
+from pager.engine.runner import RowStart
+from pager.engine.sampler import Draw
+from pager.errors import InvalidRequest, PagerError
+from pager.observe import tracing
+from pager.pools.document import DocumentRouting
+from pager.pools.widening import answer_drift, make_change
+from pager.types import Account, AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, Usage
+
+
+def record_spans(sequence: Request, outcome: str) -> None:
+    """Of a sequence that has ended, however far it came. Nothing for a request without a trace."""
+    request = sequence.request
+    if request.traceparent is not None:
+        tracing.record(request.traceparent, _parts(sequence, outcome), request.tracestate)
+
+
+def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
+    """Queue, prefill and decode follow each other; what was paged from a tier overlaps with any of them."""
+    now_s = time.monotonic()
+    unix_s = time.time() - now_s  # what turns monotonic seconds into unix seconds
+
+    def part(name: str, start_s: float, end_s: float, **facts: int | str) -> tracing.Part:
+        return tracing.Part(name, unix_s + start_s, unix_s + (now_s if math.isnan(end_s) else end_s), facts)
+
+    prefill_s, first_s = sequence.prefill_started_s, sequence.first_token_s
+    yield part("queue", sequence.submitted_s, sequence.admitted_s)
+    if not math.isnan(prefill_s):
+        yield part("prefill", prefill_s, first_s, num_tokens=sequence.num_prefilled)
+    if not math.isnan(first_s):
+        yield part("decode", first_s, now_s, num_tokens=len(sequence.output_ids), outcome=outcome)
+    for tier, reads in sequence.reads.items():
+        facts = {"num_experts": reads.num_experts, "num_bytes": reads.num_bytes}
+        yield part(f"page {tier.value}", reads.started_s, reads.ended_s, **facts)
+
+
+class Request:
+    """Mutable; owned by the engine's thread. Times are monotonic seconds.
+
+    It waits, then holds KV blocks, a lease and a document until it ends.
+    """
+
+    def __init__(self, request: GenerateRequest, texts: TokenTexts, now_s: float, deadline_s: float) -> None:
+        self.request = request
+        self.policy = effective_policy(request)
+        self.submitted_s = now_s
+        self.deadline_s = deadline_s
+        self.place = 0  # in line when it joined, the first being 1
+        self.admitted_s = math.nan
+        self.prefill_started_s = math.nan
+        self.first_token_s = math.nan
+        self.last_token_s = math.nan
+        self.draw = Draw(request.sampling)
+        self.blocks: Ordered[int] = ()
+        self.lease: Lease | None = None
+        self.document: DocumentRouting | None = None
+        self.num_prefilled = 0
+        self.output_ids: list[int] = []
+        self.has_ended = False
+        self.fate: PagerError | None = None  # what it ends with once the forward that it is in has been left
+        self._meter = UsageMeter()
+        self._is_prefetched = False
+        self._awaits_slots_since_s = math.nan
+        self._detokenizer = Detokenizer(texts, request.prompt_token_ids)
+        self._stops = StopMatcher(request.sampling.stop)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values are kept: all but the last, which nothing follows."""
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
+
+    @property
+    def reads(self) -> Mapping[Tier, TierReads]:
+        """What was read for it, by tier."""
+        return self._meter.reads
+
+    def prefetch(self, paged: PagedModel) -> None:
+        """Asks for the experts that the router predicted, once. A known pool's are read when it is reserved."""
+        predicted = self.request.predicted
+        if predicted is not None and self.policy.fixed is None and not self._is_prefetched:
+            self._is_prefetched = True
+            paged.pager.prefetch(predicted.keys(), self._meter)
+
+    def acquire(self, paged: PagedModel, blocks: BlockPool) -> bool:
+        """Takes KV and slots for its whole life, or nothing. Raises PagerError where it never can."""
+        taken = blocks.allocate(self.kv_tokens)
+        if taken is None:
+            return False
+        self.blocks = taken
+        try:
+            self.lease = paged.reserve(self.policy, self._meter)
+            if self.lease is not None:
+                self.document = paged.document(self.policy, lease=self.lease, meter=self._meter)
+                return True
+        finally:
+            if self.document is None:
+                self._give_back(blocks)
+        return False
+
+    def release(self, blocks: BlockPool) -> None:
+        """Gives back everything; the sequence has ended."""
+        assert not self.has_ended, "a sequence ends once"
+        self.has_ended = True
+        self._give_back(blocks)
+
+    def _give_back(self, blocks: BlockPool) -> None:
+        held, self.blocks = self.blocks, ()
+        lease, self.lease = self.lease, None
+        try:
+            blocks.free(held)
+        finally:
+            if lease is not None:
+                lease.release()
+
+    @property
+    def is_exact(self) -> bool:
+        """Its forwards look for missing experts as they go, so they are not shared with sequences that hold theirs."""
+        return self.document is not None and self.document.is_exact
+
+    def may_be_chunked(self, paged: PagedModel) -> bool:
+        """Not while its pool is to be chosen, which takes the whole prompt, nor where each part would page anew."""
+        return self.document is not None and self.document.is_frozen and (paged.fully_resident or not self.is_exact)
+
+    @property
+    def awaits_experts(self) -> bool:
+        """Its pool was changed and experts of it are still being read: others decode meanwhile."""
+        lease = self.lease
+        if self.document is None or not self.document.awaits_experts or lease is None:
+            return False
+        return lease.failed is None and not lease.ready()
+
+    @property
+    def awaits_slots(self) -> bool:
+        """Drift asks for more slots than there are now: it holds none until it can have all, and others decode on."""
+        return self.document is not None and self.document.change is not None
+
+    def answer_drift(self) -> None:
+        """Between two of its decode steps: widens its pool or goes exact, where its policy says so."""
+        assert self.document is not None
+        answer_drift(self.document)
+        self._awaits_slots_since_s = time.monotonic()
+
+    def acquire_change(self) -> bool:
+        """Takes the slots that it awaits, all or nothing."""
+        assert self.document is not None
+        if not make_change(self.document):
+            return False
+        self._meter.stall_s += time.monotonic() - self._awaits_slots_since_s
+        return True
+
+    def is_paged_in(self, paged: PagedModel) -> bool:
+        """Nothing that it asked for ahead of its prefill is still being read."""
+        lease, predicted = self.lease, self.request.predicted
+        if self.policy.fixed is not None:
+            return lease is None or lease.failed is not None or lease.ready()
+        return predicted is None or not paged.pager.prefetch_pending(predicted.keys())
+
+    def row_start(self) -> RowStart:
+        """Where its next decode step starts: the last sampled token has not run yet."""
+        position = len(self.request.prompt_token_ids) + len(self.output_ids) - 1
+        return RowStart(self.blocks, self.output_ids[-1], position)
+
+    def accept(self, token_id: int, eos_ids: Container[int], now_s: float) -> tuple[str, FinishReason | None]:
+        """Takes the next token: the text that may be shown now, and why the answer ends here, if it does."""
+        self.output_ids.append(token_id)
+        if len(self.output_ids) == 1:
+            self.first_token_s = now_s
+        self.last_token_s = now_s
+        sampling = self.request.sampling
+        if token_id in eos_ids and not sampling.ignore_eos:
+            return self._rest(), FinishReason.STOP
+        text = self._stops.feed(self._detokenizer.feed(token_id))
+        if self._stops.is_stopped:
+            return text, FinishReason.STOP
+        if len(self.output_ids) == sampling.max_tokens:
+            text += self._rest()
+            return text, FinishReason.STOP if self._stops.is_stopped else FinishReason.LENGTH
+        return text, None
+
+    def account(self, paged: PagedModel) -> Account:
+        """What it has used. It is about to end: what is read for it later is charged to nobody."""
+        paged.pager.close_account(self._meter)
+        was_admitted = not math.isnan(self.admitted_s)
+        return Account(
+            prompt_tokens=self.num_prefilled,
+            completion_tokens=len(self.output_ids),
+            bytes_from_disk=self._meter.bytes_from_disk,
+            bytes_from_host=self._meter.bytes_from_host,
+            queue_s=self.admitted_s - self.submitted_s if was_admitted else None,
+        )
+
+    def usage(self, reason: FinishReason, fingerprint: str) -> Usage:
+        """What an answer was that ended with `reason`; asked after `account` and before `release`."""
+        assert self.document is not None
+        paging, pool, mode = self._meter.snapshot(), self.document.pool, self._mode()
+        out_of_pool_mass = self.document.out_of_pool_mass()  # before the report: it reads what was measured
+        monitor = self.document.monitor
+        predicted, first = self.request.predicted, self.document.first_pool
+        recall = predicted.recall_of(first) if predicted and first and self.policy.fixed is None else None
+        return Usage(
+            mode=mode,
+            finish_reason=reason,
+            prompt_tokens=len(self.request.prompt_token_ids),
+            completion_tokens=len(self.output_ids),
+            pool=pool,
+            bytes_from_disk=paging.bytes_from_disk,
+            bytes_from_host=paging.bytes_from_host,
+            experts_hit=paging.experts_hit,
+            experts_missed=paging.experts_missed,
+            stall_s=paging.stall_s,
+            out_of_pool_mass=out_of_pool_mass,
+            predicted_recall=recall,
+            queue_s=self.admitted_s - self.submitted_s,
+            time_to_first_token_s=self.first_token_s - self.submitted_s,
+            model_fingerprint=fingerprint,
+            drift=monitor.report() if monitor is not None else None,
+        )
+
+    def _mode(self) -> AnswerMode:
+        assert self.document is not None
+        if self.document.pool is None:
+            return "exact"
+        return "degraded" if self.document.degraded else "pool"
+
+    def _rest(self) -> str:
+        return self._stops.feed(self._detokenizer.flush()) + self._stops.flush()
+
+
+def effective_policy(request: GenerateRequest) -> PoolPolicy:
+    """The request's policy, with the prediction filled in where that is to be the pool. Raises InvalidRequest."""
+    policy = request.pool
+    if policy.source is not PoolSource.PREDICTION or policy.fixed is not None:
+        return policy
+    if request.predicted is None:
+        raise InvalidRequest("the prediction is to be the pool, but the request has none", field="pool.source")
+    return replace(policy, fixed=request.predicted)

@@ -1,0 +1,188 @@
+"""A recorded trace under other eviction policies and budgets, as a table and as metrics."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from pager.cache.policy import POLICIES, EvictionPolicy, make_policy
+from pager.cache.trace import Access, Trace
+from pager.errors import ConfigError
+from pager.observe.metrics import Family, Instruments, Kind, Labels
+from pager.types import ExpertKey
+
+OPTIMUM = "optimum"
+"""Belady's rule: evict what is needed last. Nothing that does not know the future does better (without pins)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """Experts, not bytes. `num_slots` is the budget; every miss is a read that somebody waits for."""
+
+    policy: str
+    num_slots: int
+    hits: int
+    misses: int
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def replay(trace: Trace, policy: str, num_slots: int) -> ReplayResult:
+    """`policy` is a name of `POLICIES`, or OPTIMUM. Raises ConfigError for any other."""
+    order = Optimum(trace.accesses) if policy == OPTIMUM else make_policy(policy)
+    hits, misses = _Cache(num_slots, order).run(trace.accesses)
+    return ReplayResult(policy, num_slots, hits, misses)
+
+
+def replay_all(trace: Trace, num_slots: int) -> list[ReplayResult]:
+    """Every policy, the fewest misses first, the optimum at the end."""
+    results = sorted((replay(trace, name, num_slots) for name in POLICIES), key=lambda result: result.misses)
+    return [*results, replay(trace, OPTIMUM, num_slots)]
+
+
+class _Cache:
+    def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
+        self._num_slots = num_slots
+        self._policy = policy
+        self._pins: dict[ExpertKey, int] = {}  # of what is resident
+        self._passing: Counter[ExpertKey] = Counter()  # held and not resident: there was no room
+
+    def run(self, accesses: Sequence[Access]) -> tuple[int, int]:
+        hits = misses = 0
+        for access in accesses:
+            if access.cause is None:
+                for key in access.keys:
+                    self._let_go(key)
+                continue
+            missing = [key for key in access.keys if key not in self._pins]
+            for key in access.keys:
+                if key in self._pins:  # held first: what one access hits, its misses do not evict
+                    self._hold(key)
+            kept = missing[: self._make_room(len(missing))]
+            for key in kept:
+                self._hold(key)
+            for key in missing[len(kept) :]:
+                self._policy.use(key)
+                self._passing[key] += 1
+            hits += len(access.keys) - len(missing)
+            misses += len(missing)
+        return hits, misses
+
+    def _hold(self, key: ExpertKey) -> None:
+        self._policy.use(key)
+        pins = self._pins.get(key)
+        if pins == 0:
+            self._policy.remove(key)
+        self._pins[key] = (pins or 0) + 1
+
+    def _make_room(self, num_wanted: int) -> int:
+        """How many of `num_wanted` slots there are, after evicting for them."""
+        num_free = self._num_slots - len(self._pins)
+        for victim in list(islice(self._policy.victims(), max(0, num_wanted - num_free))):
+            self._policy.remove(victim)
+            del self._pins[victim]
+        return min(num_wanted, self._num_slots - len(self._pins))
+
+    def _let_go(self, key: ExpertKey) -> None:
+        if self._passing[key]:
+            self._passing[key] -= 1
+        elif self._pins.get(key):
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                self._policy.add(key)
+
+
+class Optimum:
+    """An eviction policy that was told all accesses beforehand."""
+
+    def __init__(self, accesses: Sequence[Access]) -> None:
+        self._uses: defaultdict[ExpertKey, deque[int]] = defaultdict(deque)
+        for time, access in enumerate(accesses):
+            if access.cause is not None:
+                for key in access.keys:
+                    self._uses[key].append(time)
+        self._evictable: dict[ExpertKey, None] = {}
+
+    def use(self, key: ExpertKey) -> None:
+        self._uses[key].popleft()
+
+    def add(self, key: ExpertKey) -> None:
+        self._evictable[key] = None
+
+    def remove(self, key: ExpertKey) -> None:
+        del self._evictable[key]
+
+    def victims(self) -> Iterator[ExpertKey]:
+        return iter(sorted(self._evictable, key=lambda key: -self._next_use(key)))
+
+    def __len__(self) -> int:
+        return len(self._evictable)
+
+    def _next_use(self, key: ExpertKey) -> float:
+        return self._uses[key][0] if self._uses[key] else math.inf
+
+
+_BY_POLICY = Labels(("policy", "budget"), ())
+
+REPLAY_FAMILIES = (
+    Family(
+        "replay_capacity_bytes", Kind.GAUGE, "What a budget is in bytes.", "Where on the curve is a worker?",
+        Labels(("budget",), ()),
+    ),
+    Family(
+        "replay_hits_ratio", Kind.GAUGE, "Share of the trace's accesses that would have hit.",
+        "Which budget is enough?", _BY_POLICY,
+    ),
+    Family(
+        "replay_missed_bytes", Kind.GAUGE, "Bytes that the trace would have waited for.",
+        "What would another budget or policy have read?", _BY_POLICY,
+    ),
+    Family(
+        "replay_more_missed_bytes", Kind.GAUGE, "The same with a gibibyte more than the budget.",
+        "What would another gibibyte of experts buy?", _BY_POLICY,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One budget under one policy. `more_missed_bytes` is with a gibibyte more."""
+
+    policy: str
+    budget: str
+    capacity_bytes: int
+    hit_rate: float
+    missed_bytes: int
+    more_missed_bytes: int
+
+
+def write_curve(points: Iterable[CurvePoint], path: Path) -> None:
+    """Replaces the file in one step: a collector never reads half of it. Raises ConfigError."""
+    registry = CollectorRegistry()
+    made = Instruments(REPLAY_FAMILIES, registry)
+    for point in points:
+        made.gauge("replay_capacity_bytes").labels(point.budget).set(point.capacity_bytes)
+        for name, value in (
+            ("replay_hits_ratio", point.hit_rate),
+            ("replay_missed_bytes", point.missed_bytes),
+            ("replay_more_missed_bytes", point.more_missed_bytes),
+        ):
+            made.gauge(name).labels(point.policy, point.budget).set(value)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(generate_latest(registry))
+            os.fchmod(file.fileno(), 0o644)  # who collects it is somebody else
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"the curve can not be written to {path}: {error.strerror}") from None

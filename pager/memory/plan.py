@@ -1,0 +1,270 @@
+"""Turns byte budgets into slots, KV blocks and buffers, once, at start-up. Integers only; knows no tensors."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+from pager.errors import BudgetError
+from pager.memory.machine import Machine
+from pager.memory.needs import KV_BLOCK_TOKENS, Needs
+from pager.memory.units import format_bytes, or_percent, parse_bytes, parse_bytes_or_share
+
+__all__ = ["Budgets", "Machine", "Needs", "Plan", "describe", "plan"]
+
+DEFAULT_KV_SEQUENCES = 8
+NUM_READERS = 4  # reads of experts that are under way at a time
+NUM_CHECKERS = 2  # threads more than that: what was read is checked while the next is read
+STAGING_BUFFERS = NUM_READERS + NUM_CHECKERS
+LARGEST_HEADROOM = 2 * 2**30  # for what no plan knows: page tables, the interpreter's objects, the neighbours
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What the operator asked for. Sizes are bytes, "64MiB" or (experts, host) a share of all routed experts' bytes.
+
+    None leaves the choice to the planner; a `host_memory` of 0 means no host tier.
+    """
+
+    expert_memory: str | int | float | None = None
+    host_memory: str | int | float | None = None
+    kv_memory: str | int | None = None
+    max_running: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a worker will allocate, in bytes. Nothing is ever allocated beyond it.
+
+    `workspace_bytes` is for the largest forward that `max_running` sequences and the KV allow: the engine runs none
+    larger, and gathers no more than `gather_tokens` of context at a time. `kernel_bytes` is what the backend compiles
+    as it goes, and keeps.
+    """
+
+    num_slots: int
+    expert_bytes: int
+    resident_bytes: int
+    trunk_bytes: int
+    num_kv_blocks: int
+    kv_block_bytes: int
+    host_records: int
+    staging_bytes: int
+    workspace_bytes: int
+    kernel_bytes: int
+    gather_tokens: int
+    max_running: int
+    num_routed: int
+    machine: Machine
+    kv_block_tokens: int = KV_BLOCK_TOKENS
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.num_slots * self.expert_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_kv_blocks * self.kv_block_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_kv_blocks * self.kv_block_tokens
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host_records * self.expert_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Beside a GPU, staging buffers and host tier are in main memory."""
+        weights = self.trunk_bytes + self.resident_bytes + self.slot_bytes
+        own = weights + self.kv_bytes + self.workspace_bytes + self.kernel_bytes
+        return own + self.staging_bytes if self.machine.is_cpu else own
+
+    @property
+    def total_bytes(self) -> int:
+        """On the device and in main memory."""
+        return self.device_bytes + self.host_bytes + (0 if self.machine.is_cpu else self.staging_bytes)
+
+    @property
+    def fully_resident(self) -> bool:
+        return self.num_slots == self.num_routed
+
+    def to_dict(self) -> dict[str, Any]:
+        names = (
+            "num_slots", "expert_bytes", "slot_bytes", "resident_bytes", "trunk_bytes", "num_kv_blocks",
+            "kv_block_tokens", "kv_tokens", "kv_bytes", "host_records", "host_bytes", "staging_bytes",
+            "workspace_bytes", "kernel_bytes", "max_running", "num_routed", "fully_resident", "device_bytes",
+            "total_bytes",
+        )  # fmt: skip
+        facts = {name: getattr(self, name) for name in names}
+        return {**facts, "device": self.machine.device, "memory_bytes": self.machine.memory_bytes}
+
+
+def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
+    """Explicit budgets are met or refused; what they leave is shared out between KV, experts and the host tier.
+
+    Raises BudgetError for a budget too small to run one token or larger than the machine, ConfigError for no size.
+    """
+    usable = machine.memory_bytes - min(machine.memory_bytes // 8, LARGEST_HEADROOM)
+    fixed = needs.trunk_bytes + needs.resident_bytes + needs.workspace.kernel_bytes
+    num_slots = _asked_slots(needs, budgets, machine)
+    num_kv_blocks = _asked_kv_blocks(needs, budgets, machine)
+    host_records = _asked_host_records(needs, budgets, machine)
+    if machine.is_cpu:
+        fixed += needs.staging_bytes + (host_records or 0) * needs.expert_bytes
+    _check_fits(needs, budgets, machine, fixed, num_slots, num_kv_blocks, usable)
+
+    if num_slots is not None:
+        left = usable - fixed - num_slots * needs.expert_bytes
+        num_kv_blocks = num_kv_blocks or _default_kv_blocks(needs, budgets, left // 4)
+    else:
+        num_kv_blocks = num_kv_blocks or _default_kv_blocks(needs, budgets, (usable - fixed) // 4)
+        left = usable - fixed - needs.kv_cost_bytes(num_kv_blocks, budgets.max_running)
+        num_slots = _slots_in(needs, left)
+        # The quarter for KV can leave less than a token's experts on a machine that is just large enough.
+        left = usable - fixed - num_slots * needs.expert_bytes
+        num_kv_blocks = _most_kv_blocks(needs, budgets, num_kv_blocks, left)
+    if host_records is None:
+        host_records = _default_host_records(needs, machine)
+    return Plan(
+        num_slots=num_slots,
+        expert_bytes=needs.expert_bytes,
+        resident_bytes=needs.resident_bytes,
+        trunk_bytes=needs.trunk_bytes,
+        num_kv_blocks=num_kv_blocks,
+        kv_block_bytes=needs.kv_block_bytes,
+        host_records=host_records,
+        staging_bytes=needs.staging_bytes,
+        workspace_bytes=needs.workspace_bytes(num_kv_blocks, budgets.max_running),
+        kernel_bytes=needs.workspace.kernel_bytes,
+        gather_tokens=needs.gather_tokens(num_kv_blocks, budgets.max_running),
+        max_running=budgets.max_running,
+        num_routed=needs.num_routed,
+        machine=machine,
+    )
+
+
+def describe(plan: Plan) -> list[str]:
+    """What the planner decided, a line each, for people."""
+    share = plan.num_slots / plan.num_routed if plan.num_routed else 1.0
+    host = f"{plan.host_records} experts, {format_bytes(plan.host_bytes)}" if plan.host_records else "none"
+    kernels = f"kernels      {format_bytes(plan.kernel_bytes)} that torch may compile and keep in half precision"
+    return [
+        f"trunk        {format_bytes(plan.trunk_bytes)}, always in memory",
+        f"shared       {format_bytes(plan.resident_bytes)} of experts that every token uses, always in memory",
+        f"expert slots {plan.num_slots} of {plan.num_routed} routed experts ({share:.1%}), "
+        f"{format_bytes(plan.slot_bytes)} in slots of {format_bytes(plan.expert_bytes)}",
+        f"KV cache     {plan.kv_tokens} tokens in {plan.num_kv_blocks} blocks, {format_bytes(plan.kv_bytes)}",
+        f"staging      {format_bytes(plan.staging_bytes)}{'' if plan.machine.is_cpu else ' of main memory'}",
+        f"workspace    {format_bytes(plan.workspace_bytes)} for the longest prompt, or a step of {plan.max_running} "
+        "requests",
+        *([kernels] if plan.kernel_bytes else []),
+        f"host tier    {host}",
+        f"total        {format_bytes(plan.total_bytes)}; {format_bytes(plan.machine.memory_bytes)} found in "
+        f"{plan.machine.where}",
+    ]
+
+
+def _check_fits(
+    needs: Needs,
+    budgets: Budgets,
+    machine: Machine,
+    fixed: int,
+    num_slots: int | None,
+    num_kv_blocks: int | None,
+    usable: int,
+) -> None:
+    slots = needs.smallest_num_slots if num_slots is None else num_slots
+    blocks = needs.smallest_kv_blocks if num_kv_blocks is None else num_kv_blocks
+    smallest = fixed + slots * needs.expert_bytes + needs.kv_cost_bytes(blocks, budgets.max_running)
+    if smallest <= usable:
+        return
+    working = needs.workspace_bytes(blocks, budgets.max_running) + needs.workspace.kernel_bytes
+    raise BudgetError(
+        f"the model needs {format_bytes(smallest)} with these budgets (trunk {format_bytes(needs.trunk_bytes)}, "
+        f"shared experts {format_bytes(needs.resident_bytes)}, {slots} expert slots, "
+        f"{blocks * KV_BLOCK_TOKENS} tokens of KV, {format_bytes(working)} to work with for {budgets.max_running} "
+        f"requests at once), but of the {format_bytes(machine.memory_bytes)} found in {machine.where} "
+        f"{format_bytes(usable)} is free to plan; lower expert_memory, host_memory, kv_memory or max_running"
+    )
+
+
+def _asked_slots(needs: Needs, budgets: Budgets, machine: Machine) -> int | None:
+    if budgets.expert_memory is None:
+        return None
+    asked = parse_bytes_or_share(budgets.expert_memory, needs.routed_bytes)
+    _check_machine("expert_memory", budgets.expert_memory, asked, machine.memory_bytes, machine.where)
+    num_slots = min(asked // needs.expert_bytes, needs.num_routed) if needs.expert_bytes else 0
+    if num_slots < needs.smallest_num_slots:
+        smallest = needs.smallest_num_slots * needs.expert_bytes
+        raise BudgetError(
+            f"expert_memory {budgets.expert_memory!r} is {format_bytes(asked)} and holds {num_slots} experts; one "
+            f"token needs {needs.smallest_num_slots} of a layer at once: give at least {smallest} bytes "
+            f"({format_bytes(smallest)}){or_percent(budgets.expert_memory)}"
+        )
+    return num_slots
+
+
+def _asked_kv_blocks(needs: Needs, budgets: Budgets, machine: Machine) -> int | None:
+    if budgets.kv_memory is None:
+        return None
+    asked = parse_bytes(budgets.kv_memory)
+    _check_machine("kv_memory", budgets.kv_memory, asked, machine.memory_bytes, machine.where)
+    blocks = asked // needs.kv_block_bytes
+    if blocks < needs.smallest_kv_blocks:
+        smallest = needs.smallest_kv_blocks * needs.kv_block_bytes
+        raise BudgetError(
+            f"kv_memory {budgets.kv_memory!r} holds {blocks * KV_BLOCK_TOKENS} tokens; give at least {smallest} bytes "
+            f"({format_bytes(smallest)}) for one sequence of {needs.smallest_kv_blocks * KV_BLOCK_TOKENS}"
+        )
+    return blocks
+
+
+def _asked_host_records(needs: Needs, budgets: Budgets, machine: Machine) -> int | None:
+    if budgets.host_memory is None:
+        return 0 if machine.is_cpu else None
+    if budgets.host_memory in (0, "0"):
+        return 0
+    asked = parse_bytes_or_share(budgets.host_memory, needs.routed_bytes)
+    _check_machine("host_memory", budgets.host_memory, asked, machine.host_bytes, "free shared memory (/dev/shm)")
+    num_records = min(asked // needs.expert_bytes, needs.num_routed) if needs.expert_bytes else 0
+    if needs.num_routed and not num_records:
+        raise BudgetError(
+            f"host_memory {budgets.host_memory!r} is {format_bytes(asked)} and holds no expert of "
+            f"{needs.expert_bytes} bytes; give at least as many, or 0 for no host tier{or_percent(budgets.host_memory)}"
+        )
+    return num_records
+
+
+def _default_host_records(needs: Needs, machine: Machine) -> int:
+    """Beside a GPU: as many experts as half of the shared memory holds. On a CPU the tier would hold experts twice."""
+    return min(needs.num_routed, machine.host_bytes // 2 // needs.expert_bytes) if needs.expert_bytes else 0
+
+
+def _default_kv_blocks(needs: Needs, budgets: Budgets, limit_bytes: int) -> int:
+    sequences = min(budgets.max_running, DEFAULT_KV_SEQUENCES)
+    wanted = sequences * -(-needs.context_tokens // KV_BLOCK_TOKENS)
+    return _most_kv_blocks(needs, budgets, wanted, limit_bytes)
+
+
+def _most_kv_blocks(needs: Needs, budgets: Budgets, wanted: int, limit_bytes: int) -> int:
+    """As many of the wanted ones as fit with the working memory that they call for; the smallest number at least."""
+    smallest = needs.smallest_kv_blocks
+    beyond = bisect_right(
+        range(smallest, wanted + 1), limit_bytes, key=lambda blocks: needs.kv_cost_bytes(blocks, budgets.max_running)
+    )
+    return smallest + max(0, beyond - 1)
+
+
+def _slots_in(needs: Needs, limit_bytes: int) -> int:
+    if not needs.num_routed:
+        return 0
+    return min(needs.num_routed, max(needs.smallest_num_slots, limit_bytes // needs.expert_bytes))
+
+
+def _check_machine(name: str, value: object, asked: int, found: int, where: str) -> None:
+    if asked > found:
+        raise BudgetError(
+            f"{name} {value!r} is {format_bytes(asked)}, more than the {format_bytes(found)} found in {where}; lower it"
+        )

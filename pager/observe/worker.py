@@ -1,0 +1,360 @@
+"""Everything that a worker measures: its metric families and the recorder behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from pager.errors import PagerError
+from pager.observe import metrics
+from pager.observe.metrics import Family, Instruments, Kind, Labels, every
+from pager.types import Account, DriftReport, ExpertPool, FinishReason
+
+CACHE_TIERS = ("host", "device")
+CAUSES = ("lease", "demand", "prefetch")
+MODEL_LABELS = ("version", "model", "dtype", "device", "fingerprint", "plan")
+
+
+def _reasons(kind: type[PagerError]) -> set[str]:
+    return {kind.reason.lower()}.union(*(_reasons(child) for child in kind.__subclasses__()))
+
+
+REASONS: frozenset[str] = frozenset(_reasons(PagerError))
+OUTCOMES: frozenset[str] = frozenset(reason.value for reason in FinishReason) | REASONS
+
+_COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
+
+PAGING = (
+    Family(
+        "lookups", _COUNTER, "Experts asked for, by tier and what was met there.",
+        "Which share of experts is there already, tier by tier?",
+        every(tier=CACHE_TIERS, result=("hit", "hit_in_flight", "miss")),
+    ),
+    Family(
+        "transfer_bytes", _COUNTER, "Bytes of experts moved.", "What does paging take of disk and bus?",
+        Labels(("source", "destination"), (("disk", "host"), ("disk", "device"), ("host", "device"))),
+    ),
+    Family(
+        "charged_bytes", _COUNTER, "Bytes of experts read for requests that ended, by where from.",
+        "What do requests cost in paging?", every(source=("disk", "host")),
+    ),
+    Family(
+        "uncharged_bytes", _COUNTER, "Bytes of experts read at the start, or for a request that had ended.",
+        "What is read that nobody used?", every(source=("disk", "host")),
+    ),
+    Family(
+        "page_in_seconds", _HISTOGRAM, "One expert's way into a slot.", "Are disk and bus as fast as they should be?",
+        every(source=("disk", "host")), metrics.PAGE_IN_S,
+    ),
+    Family(
+        "page_ins", _COUNTER, "Experts that were given a slot to be read into, by what wanted them.",
+        "Who causes reads: pools, exact forwards or prefetches?", every(cause=CAUSES),
+    ),
+    Family(
+        "paged_again", _COUNTER, "Of the page-ins, those of experts evicted less than a minute before.",
+        "Does the cache thrash?", every(cause=CAUSES),
+    ),
+    Family(
+        "evictions", _COUNTER, "Experts evicted, by what needed the slot.", "Who drives experts out?",
+        every(cause=CAUSES),
+    ),
+    Family(
+        "prefetches", _COUNTER, "Prefetched experts that were used, or evicted without use.",
+        "How much of prefetching is wasted?", every(result=("used", "wasted")),
+    ),
+    Family(
+        "stall_seconds", _HISTOGRAM, "Waits of a forward for experts.", "How long do forwards stand, and for what?",
+        every(cause=CAUSES), metrics.STALL_S,
+    ),
+    Family(
+        "quarantined", _COUNTER, "Reads that failed or had a wrong checksum.", "Are weights damaged?",
+        every(tier=("disk",)),
+    ),
+    Family(
+        "trace_events", _COUNTER, "Events of the trace that were written, or lost while its disk was full or slow.",
+        "Is the trace whole?", every(result=("written", "lost")),
+    ),
+)  # fmt: skip
+
+ENGINE = (
+    Family("requests_received", _COUNTER, "Requests that routers have sent.", "How much is asked of the worker?"),
+    Family(
+        "requests_refused", _COUNTER, "Of the requests received, those that were not taken, by error.",
+        "What does the worker turn away?", every(reason=sorted(REASONS)),
+    ),
+    Family(
+        "requests", _COUNTER, "Of the requests taken, those that ended, by finish reason or error.",
+        "How do answers end?", every(outcome=sorted(OUTCOMES)),
+    ),
+    Family(
+        "prompt_tokens", _COUNTER, "Prompt tokens that were run for requests that ended, however.", "How much is read?",
+    ),
+    Family(
+        "completion_tokens", _COUNTER, "Tokens generated for requests that ended, however.", "How much is written?",
+    ),
+    Family(
+        "queue_seconds", _HISTOGRAM, "Wait for KV and slots before admission.", "Is memory too little for the load?",
+        buckets=metrics.FIRST_TOKEN_S,
+    ),
+    Family(
+        "time_to_first_token_seconds", _HISTOGRAM, "From submission to the first token.",
+        "How long do answers take to begin, without the router's part?", buckets=metrics.FIRST_TOKEN_S,
+    ),
+    Family(
+        "time_per_output_token_seconds", _HISTOGRAM, "Mean gap between an answer's tokens.", "How fast is an answer?",
+        buckets=metrics.OUTPUT_TOKEN_S,
+    ),
+    Family(
+        "step_seconds", _HISTOGRAM, "One engine step.", "How long may a token of everybody take?",
+        buckets=metrics.STEP_S,
+    ),
+    Family(
+        "forward_seconds", _HISTOGRAM, "The model's forwards in one step.", "Which part of a step is computing?",
+        buckets=metrics.STEP_S,
+    ),
+    Family(
+        "step_tokens", _COUNTER, "Tokens of prompts and answers that forwards have run to an end.",
+        "What does the worker get through?",
+    ),
+    Family(
+        "pool_experts", _HISTOGRAM, "Routed experts a layer in an answer's pool, mean.", "How large are pools?",
+        buckets=metrics.POOL_EXPERTS,
+    ),
+    Family(
+        "out_of_pool_mass_ratio", _HISTOGRAM, "Router mass outside the pool while decoding.",
+        "Do pools hold what answers want?", buckets=metrics.RATIO,
+    ),
+    Family(
+        "predicted_recall_ratio", _HISTOGRAM, "Share of the prefill's pool that was predicted.",
+        "How far is the predicted pool from the actual one?", buckets=metrics.RATIO,
+    ),
+    Family("drift_widenings", _COUNTER, "Times that an answer's pool was widened.", "Do answers leave their pools?"),
+    Family("drift_experts", _COUNTER, "Experts that were added to pools by widening them.", "What does widening cost?"),
+    Family("drift_exact", _COUNTER, "Answers that went on with all experts.", "How often is a pool given up?"),
+    Family("requests_running", _GAUGE, "Requests that hold KV and slots.", "How many answers are written at a time?"),
+    Family("requests_waiting", _GAUGE, "Requests in line.", "Is another worker needed?"),
+    Family(
+        "loop_lag_seconds", _HISTOGRAM, "By how much a task of the token stream's event loop woke up too late.",
+        "Does something keep the streams of all answers waiting?", buckets=metrics.LOOP_LAG_S,
+    ),
+    Family("kv_used_bytes", _GAUGE, "KV cache reserved by running requests.", "Is KV the bottleneck?"),
+    Family("kv_capacity_bytes", _GAUGE, "KV cache as planned.", "What is KV's budget?"),
+)  # fmt: skip
+
+# Read at every scrape. The host tier belongs to all workers of a node: each reports the same bytes, so take the
+# maximum, not the sum.
+TIERS = (
+    Family("capacity_bytes", _GAUGE, "The tier's budget.", "What may the tier hold?", every(tier=CACHE_TIERS)),
+    Family("resident_bytes", _GAUGE, "Loaded or loading.", "What does the tier hold?", every(tier=CACHE_TIERS)),
+    Family(
+        "pinned_bytes", _GAUGE, "Of the resident bytes, what can not be evicted now.", "What is in use?",
+        every(tier=CACHE_TIERS),
+    ),
+    Family(
+        "reserved_bytes", _GAUGE, "Promised to requests and not bound yet.", "What is spoken for?",
+        every(tier=("device",)),
+    ),
+)  # fmt: skip
+
+MODEL = Family(
+    "model", Kind.INFO, "The model that this worker serves, and its plan.", "Which version, model and plan run here?",
+    Labels(MODEL_LABELS, ()),
+)  # fmt: skip
+
+WORKER_FAMILIES = (*PAGING, *ENGINE, *TIERS, MODEL)
+
+
+class TierBytes(NamedTuple):
+    """One tier now: what its budget is, what is loaded or loading, what of it is in use, what is promised."""
+
+    capacity: int = 0
+    resident: int = 0
+    pinned: int = 0
+    reserved: int = 0  # of the device tier
+
+
+class EngineLoad(Protocol):
+    """What is exported of the engine's status."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def kv_blocks_total(self) -> int: ...
+
+
+class TierState(Protocol):
+    """Read at every scrape, in the scraper's thread."""
+
+    def __call__(self) -> dict[str, TierBytes]: ...
+
+
+class WorkerMetrics:
+    """Owns a registry of its own, so that two workers in one process do not meet."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        made = Instruments((*PAGING, *ENGINE, MODEL), registry)
+        self._lookups = made.counter("lookups")
+        self._transfer_bytes = made.counter("transfer_bytes")
+        self._page_in = made.histogram("page_in_seconds")
+        self._page_ins, self._paged_again = made.counter("page_ins"), made.counter("paged_again")
+        self._evictions, self._prefetches = made.counter("evictions"), made.counter("prefetches")
+        self._stalled = made.histogram("stall_seconds")
+        self._quarantined, self._trace_events = made.counter("quarantined"), made.counter("trace_events")
+        self._charged, self._uncharged = made.counter("charged_bytes"), made.counter("uncharged_bytes")
+        self._received, self._refused = made.counter("requests_received"), made.counter("requests_refused")
+        self._requests = made.counter("requests")
+        self._prompt_tokens, self._completion_tokens = made.counter("prompt_tokens"), made.counter("completion_tokens")
+        self._queue = made.histogram("queue_seconds")
+        self._first_token = made.histogram("time_to_first_token_seconds")
+        self._output_token = made.histogram("time_per_output_token_seconds")
+        self._step, self._forward = made.histogram("step_seconds"), made.histogram("forward_seconds")
+        self._step_tokens = made.counter("step_tokens")
+        self._pool = made.histogram("pool_experts")
+        self._out_of_pool = made.histogram("out_of_pool_mass_ratio")
+        self._recall = made.histogram("predicted_recall_ratio")
+        self._widenings, self._drift_experts = made.counter("drift_widenings"), made.counter("drift_experts")
+        self._drift_exact = made.counter("drift_exact")
+        self._loop_lag = made.histogram("loop_lag_seconds")
+        self._running, self._waiting = made.gauge("requests_running"), made.gauge("requests_waiting")
+        self._kv_used, self._kv_capacity = made.gauge("kv_used_bytes"), made.gauge("kv_capacity_bytes")
+        self._info = made.gauge("model")
+
+    # --- what the worker says once ----------------------------------------------------------------------------------
+
+    def describe_model(self, labels: dict[str, str]) -> None:
+        """Version, model, plan and the like, as labels of `expert_pager_model_info`; "" where one is not given.
+
+        Raises ValueError for a label that the catalogue does not have.
+        """
+        self._info.labels(**(dict.fromkeys(MODEL.labels.names, "") | labels)).set(1)
+
+    def watch_engine(self, status: Callable[[], EngineLoad], kv_block_bytes: int) -> None:
+        """Exports `status()` at every scrape: an engine that idles takes no steps, and tells nobody."""
+        self._running.set_function(lambda: status().running)
+        self._waiting.set_function(lambda: status().waiting)
+        self._kv_used.set_function(lambda: status().kv_blocks_used * kv_block_bytes)
+        self._kv_capacity.set_function(lambda: status().kv_blocks_total * kv_block_bytes)
+
+    def watch_tiers(self, state: TierState) -> None:
+        """Exports `state()` at every scrape: one consistent snapshot instead of gauges set by hand."""
+        self.registry.register(_TierCollector(state))
+
+    # --- the token stream's loop -------------------------------------------------------------------------------------
+
+    def loop_lag(self, seconds: float) -> None:
+        self._loop_lag.observe(seconds)
+
+    # --- the pager's observer ---------------------------------------------------------------------------------------
+
+    def lookups(self, tier: str, result: str, count: int) -> None:
+        if count:
+            self._lookups.labels(tier, result).inc(count)
+
+    def transferred(self, source: str, destination: str, nbytes: int, seconds: float) -> None:
+        self._transfer_bytes.labels(source, destination).inc(nbytes)
+        if destination == "device":
+            self._page_in.labels(source).observe(seconds)
+
+    def paged(self, cause: str, count: int, again: int) -> None:
+        self._page_ins.labels(cause).inc(count)
+        self._paged_again.labels(cause).inc(again)
+
+    def prefetched(self, used: int, wasted: int) -> None:
+        self._prefetches.labels("used").inc(used)
+        self._prefetches.labels("wasted").inc(wasted)
+
+    def evicted(self, cause: str, count: int) -> None:
+        if count:
+            self._evictions.labels(cause).inc(count)
+
+    def stalled(self, seconds: float, cause: str) -> None:
+        self._stalled.labels(cause).observe(seconds)
+
+    def uncharged(self, source: str, nbytes: int) -> None:
+        self._uncharged.labels(source).inc(nbytes)
+
+    def quarantined(self, tier: str) -> None:
+        self._quarantined.labels(tier).inc()
+
+    def traced(self, written: int, lost: int) -> None:
+        self._trace_events.labels("written").inc(written)
+        self._trace_events.labels("lost").inc(lost)
+
+    # --- the token server's observer --------------------------------------------------------------------------------
+
+    def received(self) -> None:
+        self._received.inc()
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(reason if reason in REASONS else "internal").inc()
+
+    # --- the engine's observer --------------------------------------------------------------------------------------
+
+    def queued(self, seconds: float) -> None:
+        self._queue.observe(seconds)
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def output_token(self, seconds: float) -> None:
+        self._output_token.observe(seconds)
+
+    def used(self, account: Account) -> None:
+        self._prompt_tokens.inc(account.prompt_tokens)
+        self._completion_tokens.inc(account.completion_tokens)
+        self._charged.labels("disk").inc(account.bytes_from_disk)
+        self._charged.labels("host").inc(account.bytes_from_host)
+
+    def finished(self, outcome: str) -> None:
+        self._requests.labels(outcome if outcome in OUTCOMES else "internal").inc()
+
+    def load(self, running: int, waiting: int, kv_blocks_used: int) -> None:
+        """Nothing: `watch_engine` asks for it."""
+
+    def pool(self, pool: ExpertPool, out_of_pool_mass: float) -> None:
+        layers = [len(layer) for layer in pool.experts if layer]
+        if layers:
+            self._pool.observe(sum(layers) / len(layers))
+        self._out_of_pool.observe(out_of_pool_mass)
+
+    def drift(self, report: DriftReport) -> None:
+        self._widenings.inc(report.widenings)
+        self._drift_experts.inc(report.experts_added)
+        if report.exact_from is not None:
+            self._drift_exact.inc()
+
+    def predicted(self, recall: float) -> None:
+        self._recall.observe(recall)
+
+    def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
+        self._step.observe(seconds)
+        self._forward.observe(forward_seconds)
+        self._step_tokens.inc(num_tokens)
+
+
+class _TierCollector(Collector):
+    def __init__(self, state: TierState) -> None:
+        self._state = state
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        return []  # not asked at registration: the state may cost a lock
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        state = self._state()
+        for family in TIERS:
+            exported = GaugeMetricFamily(family.exposed, family.meaning, labels=family.labels.names)
+            for tier in family.labels.values("tier"):
+                value = getattr(state.get(tier, TierBytes()), family.name.removesuffix("_bytes"))
+                exported.add_metric([tier], value)
+            yield exported

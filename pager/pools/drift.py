@@ -1,0 +1,235 @@
+"""Drift: its policy as text, when an answer has left its pool, and which experts would bring it back. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pager.errors import InvalidRequest
+from pager.types import DriftAction, DriftPolicy, DriftReport, ExpertKey, Full, PoolPolicy
+
+
+def parse_drift(value: str | float | None) -> DriftPolicy | None:
+    """What a person wrote: 0.3, "0.3:exact", "0.3:widen:32" (threshold, action, tokens that are averaged), or "off".
+
+    Raises InvalidRequest.
+    """
+    text = "off" if value is None else str(value).strip().lower()
+    if text == "off":
+        return None
+    threshold, *rest = text.split(":")
+    try:
+        action = DriftAction(rest[0]) if rest else DriftAction.WIDEN
+        window = {"window": int(rest[1])} if len(rest) > 1 else {}
+        if len(rest) > 2:
+            raise ValueError(rest)
+        return check_drift(DriftPolicy(float(threshold), action, **window))
+    except InvalidRequest:
+        raise
+    except ValueError:
+        raise InvalidRequest(
+            f"{value!r} says nothing about drift; write the router mass outside of the pool that is too much (0.3), "
+            "then what to do ('0.3:exact'; else widen), then over how many tokens ('0.3:widen:32')",
+            field="pool.drift",
+        ) from None
+
+
+def check_drift(drift: DriftPolicy) -> DriftPolicy:
+    """`drift` itself. Raises InvalidRequest."""
+    if not (math.isfinite(drift.threshold) and 0 < drift.threshold < 1):
+        raise InvalidRequest(
+            f"a drift threshold is a share of the router's mass, above 0 and below 1, not {drift.threshold}",
+            field="pool.drift.threshold",
+        )
+    if drift.window < 1:
+        raise InvalidRequest(
+            f"drift is averaged over at least one token, not {drift.window}", field="pool.drift.window"
+        )
+    return drift
+
+
+def check_can_drift(policy: PoolPolicy) -> PoolPolicy:
+    """`policy` itself. Raises InvalidRequest for drift without a pool to leave."""
+    if policy.drift is not None and policy.fixed is None and isinstance(policy.size, Full):
+        raise InvalidRequest(
+            "a request for all experts has no pool that it could leave; name a pool size, or leave `drift` out",
+            field="pool.drift",
+        )
+    return policy
+
+
+LOOKS_PER_WINDOW = 4
+"""How often a window is looked at: each look costs one wait for the device."""
+
+TRIAL_WINDOWS = 2
+"""So many windows run with all experts before a pool is widened by what they wanted.
+
+A pool that no longer fits bends what the routers above see: experts chosen by tokens that ran in it serve the next ones
+worse than experts chosen by tokens that ran without (docs/log.md).
+"""
+
+GOAL_SHARE = 0.25
+"""A widening takes enough experts to leave no more outside than this share of the threshold, of the tokens that chose.
+
+Far below the threshold, because the tokens that name the experts flatter them: the next ones want others too.
+"""
+
+THRESHOLD_FALL = 1.5
+"""As a pool grows, the threshold falls with this power of the share of experts left outside.
+
+Routers prefer some experts, so the mass outside of a larger pool falls faster than the number of experts there. With
+the first power, a pool that a false alarm had widened hid the next change of domain for 60 tokens; with 1.5 it took 20.
+"""
+
+LARGEST_GROWTH = 2.0
+"""A widening adds at most this many times the pool's present experts."""
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """Tokens between two looks, and the probability that each expert outside of the pool got from them, added up."""
+
+    num_tokens: int
+    outside_LR: list[np.ndarray]
+
+
+class DriftMonitor:
+    """The router mass outside of one document's pool, over its last `window` tokens. Mutable; the document owns it."""
+
+    def __init__(self, policy: DriftPolicy, num_routed: int) -> None:
+        """`num_routed` counts the routed experts of all layers."""
+        self.policy = policy
+        self._num_routed = num_routed
+        self._num_at_first: int | None = None  # experts in the pool when it was first looked at
+        self._num_measured = 0
+        self._open: _Block | None = None
+        self._window: deque[_Block] = deque()
+        self._trial: list[_Block] | None = None
+        self._peak = 0.0
+        self._widenings = 0
+        self._experts_added = 0
+        self._experts_left_out = 0
+        self._num_fruitless = 0  # widenings in a row for which there was no room
+        self._rests_until = 0  # so many tokens measured
+        self._exact_from: int | None = None
+
+    @property
+    def tokens_per_look(self) -> int:
+        return max(1, self.policy.window // LOOKS_PER_WINDOW)
+
+    def is_due(self, num_unread: int) -> bool:
+        """Is it time to look, if `num_unread` more tokens are added first? Never again once the answer is exact."""
+        read = self._open.num_tokens if self._open is not None else 0
+        return self._exact_from is None and read + num_unread >= self.tokens_per_look
+
+    def add(self, num_tokens: int, outside_LR: Sequence[np.ndarray]) -> None:
+        """Takes so many more tokens: per layer and routed expert their mass outside, summed; empty where dense."""
+        if self._exact_from is not None or not num_tokens:
+            return
+        self._num_measured += num_tokens
+        if self._open is None:
+            self._open = _Block(num_tokens, [np.array(mass_R, dtype=np.float64) for mass_R in outside_LR])
+            return
+        self._open.num_tokens += num_tokens
+        for total_R, mass_R in zip(self._open.outside_LR, outside_LR, strict=True):
+            total_R += mass_R
+
+    def look(self, num_in_pool: int) -> bool:
+        """Takes in what was added; True where the answer is out of its pool and something is to be done.
+
+        The threshold is meant for the pool as it was at first, and falls as it grows (`THRESHOLD_FALL`).
+        How the tokens since the last look were split into calls of `add` makes no difference.
+        """
+        block, self._open = self._open, None
+        if block is None:
+            return False
+        if self._trial is not None:
+            self._trial.append(block)
+            return _tokens_of(self._trial) >= TRIAL_WINDOWS * self.policy.window
+        self._window.append(block)
+        while _tokens_of(self._window) - self._window[0].num_tokens >= self.policy.window:
+            self._window.popleft()
+        if _tokens_of(self._window) < self.policy.window:
+            return False
+        mass = _outside(_mean_of(self._window))
+        self._peak = max(self._peak, mass)
+        return mass > self.threshold(num_in_pool) and self._num_measured >= self._rests_until
+
+    @property
+    def is_on_trial(self) -> bool:
+        """All experts run, to see which are wanted: `look` is True once that has been seen."""
+        return self._trial is not None
+
+    def begin_trial(self) -> None:
+        self._trial = []
+
+    def threshold(self, num_in_pool: int) -> float:
+        """The policy's, for a pool that has grown to `num_in_pool`."""
+        if self._num_at_first is None:
+            self._num_at_first = num_in_pool
+        left, left_at_first = self._num_routed - num_in_pool, self._num_routed - self._num_at_first
+        return float(self.policy.threshold * (left / max(1, left_at_first)) ** THRESHOLD_FALL)
+
+    def wanted(self, num_in_pool: int) -> tuple[ExpertKey, ...]:
+        """What to add to a pool of `num_in_pool`: the most wanted in the trial first; without one, in the window.
+
+        Layers compete: where the pool still fits, nothing is added. Equal mass goes to the lower key.
+        """
+        mean_LR = _mean_of(self._trial or self._window)
+        flat = np.concatenate(mean_LR)
+        keys = [ExpertKey(layer, expert) for layer, mean_R in enumerate(mean_LR) for expert in range(len(mean_R))]
+        order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
+        left = flat.sum() - np.cumsum(flat[order])
+        goal = self.threshold(num_in_pool) * GOAL_SHARE * _num_sparse(mean_LR)
+        enough = int(np.count_nonzero(left > goal)) + 1
+        most = min(enough, int(LARGEST_GROWTH * num_in_pool))
+        return tuple(keys[index] for index in order[:most])
+
+    def widened(self, keys: Sequence[ExpertKey], num_left_out: int = 0) -> None:
+        """The trial is over and `keys` are in the pool now, without so many that were wanted: a new window begins.
+
+        Where there was no room for any, it rests twice as long as the last time before it speaks up again.
+        """
+        self._experts_left_out += num_left_out
+        self._widenings += bool(keys)
+        self._num_fruitless = 0 if keys else self._num_fruitless + 1
+        if not keys:
+            self._rests_until = self._num_measured + self.policy.window * 2**self._num_fruitless
+        self._experts_added += len(keys)
+        self._trial = None
+        self._window.clear()
+
+    def became_exact(self) -> None:
+        """Nothing lies outside any more. A token's prediction needs the one before it, so the next but one is exact."""
+        self._exact_from = self._num_measured + 1
+
+    def report(self) -> DriftReport:
+        """An answer shorter than the window reports the mean of what it has."""
+        peak = self._peak
+        if not peak and self._num_measured:
+            blocks = [*self._window, *([self._open] if self._open is not None else [])]
+            peak = _outside(_mean_of(blocks)) if blocks else 0.0
+        return DriftReport(peak, self._widenings, self._experts_added, self._exact_from, self._experts_left_out)
+
+
+def _tokens_of(blocks: Iterable[_Block]) -> int:
+    return sum(block.num_tokens for block in blocks)
+
+
+def _mean_of(blocks: Collection[_Block]) -> list[np.ndarray]:
+    """Per layer and expert, the mean over the blocks' tokens."""
+    num_tokens = _tokens_of(blocks)
+    layers = zip(*(block.outside_LR for block in blocks), strict=True)
+    return [sum(masses[1:], start=masses[0]) / num_tokens for masses in layers]
+
+
+def _outside(mean_LR: Sequence[np.ndarray]) -> float:
+    return float(sum(mean_R.sum() for mean_R in mean_LR)) / max(1, _num_sparse(mean_LR))
+
+
+def _num_sparse(mean_LR: Sequence[np.ndarray]) -> int:
+    return sum(len(mean_R) > 0 for mean_R in mean_LR)

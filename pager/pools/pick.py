@@ -1,0 +1,221 @@
+"""From scores to an expert pool: sizes, their checks, and the choice. Pure: numpy in, integers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pager.errors import InvalidRequest, PoolTooSmall
+from pager.memory.units import format_bytes, parse_bytes
+from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
+
+
+def share_out(scores: RoutingScores, total_experts: int, facts: RoutingFacts) -> Counts:
+    """How many routed experts each layer keeps when all layers together keep `total_experts` (or all there are).
+
+    Every layer gets what one token picks; beyond that, a layer's share of its experts is in proportion to the router
+    mass of its quarter of most wanted ones: where mass lies on a few experts, missing one of them costs most. (Router
+    mass left outside is a worse guide: early layers spread theirs evenly, and hardly notice.) Ties go to the smaller
+    count, then to the lower layer. A larger total takes no expert away from any layer. Raises PoolTooSmall below one
+    token's picks.
+    """
+    gains_LR = [_claim(mean_R) / (np.arange(len(mean_R)) + 0.5) for mean_R in scores.mean_LR]
+    return Counts(_share_out(gains_LR, total_experts, facts))
+
+
+def share_out_evenly(total_experts: int, facts: RoutingFacts) -> Counts:
+    """The same total with every layer alike, as far as its number of experts allows. Raises PoolTooSmall."""
+    return Counts(_share_out([np.zeros(routed) for routed in facts.routed_per_layer], total_experts, facts))
+
+
+def _claim(mean_R: np.ndarray) -> float:
+    """In experts: the mass of the most wanted quarter, times how many the layer has."""
+    wanted = np.sort(mean_R)[::-1][: -(-len(mean_R) // 4)].sum()
+    return round(len(mean_R) * float(wanted) / max(float(mean_R.sum()), 1e-300), 9)
+
+
+def _share_out(gains_LR: Sequence[np.ndarray], total_experts: int, facts: RoutingFacts) -> tuple[int, ...]:
+    """`gains_LR`: what a layer's n-th expert brings, descending."""
+    counts = list(facts.top_k_per_layer)
+    if total_experts < sum(counts):
+        raise PoolTooSmall(
+            f"{total_experts} routed experts in all layers together are fewer than the {sum(counts)} that the routers "
+            f"pick for one token; ask for at least {sum(counts)}",
+            field="pool.size",
+        )
+    candidates = sorted(
+        (-float(gain), place, layer)
+        for layer, gains_R in enumerate(gains_LR)
+        for place, gain in enumerate(gains_R)
+        if place >= facts.top_k_per_layer[layer]
+    )
+    for _, _, layer in candidates[: total_experts - sum(counts)]:
+        counts[layer] += 1
+    return tuple(counts)
+
+
+def parse_pool_size(value: str | int | float | None) -> PoolSize:
+    """What a person wrote: None or "full", 32 (routed experts a layer), "12.5%" or 0.125 (of all experts, shared
+    included), "mass:0.9" or "mass:0.9:48" (the fewest experts with that router mass, at most 48), "16,24,32" (a count
+    for every layer, 0 where it has none), "64MiB" (of routed experts, shared out over the layers). Raises
+    InvalidRequest.
+    """
+    if value is None:
+        return Full()
+    if isinstance(value, float):
+        value = f"{100 * value:.12g}%"
+    text = str(value).strip().lower()
+    try:
+        if text in ("full", "100%"):
+            return Full()
+        if text.endswith("%"):
+            return check_pool_size(Share(float(text[:-1]) / 100))
+        if text.startswith("mass:"):
+            mass, _, cap = text.removeprefix("mass:").partition(":")
+            return check_pool_size(Mass(float(mass), int(cap) if cap else None))
+        if text.endswith("b"):
+            return check_pool_size(Bytes(parse_bytes(text)))
+        if "," in text:
+            return check_pool_size(Counts(tuple(int(count) for count in text.split(","))))
+        return check_pool_size(Count(int(text)))
+    except InvalidRequest:
+        raise
+    except ValueError:
+        raise InvalidRequest(
+            f"{value!r} is not a pool size; write a number of routed experts (32), '12.5%', 'mass:0.9', a number for "
+            "each layer ('16,24,32'), bytes ('64MiB') or 'full'",
+            field="pool.size",
+        ) from None
+
+
+def check_pool_size(size: PoolSize) -> PoolSize:
+    """`size` itself, if its numbers make sense for any model. Raises InvalidRequest."""
+    match size:
+        case Count(routed) if routed < 1:
+            raise InvalidRequest(f"a pool has at least one expert, not {routed}", field="pool.size.count")
+        case Share(share) if not (math.isfinite(share) and 0 < share <= 1):
+            raise InvalidRequest(f"a pool's share lies above 0 and at most at 1, not {share}", field="pool.size.share")
+        case Mass(mass, _) if not (math.isfinite(mass) and 0 < mass <= 1):
+            raise InvalidRequest(f"a pool's mass lies above 0 and at most at 1, not {mass}", field="pool.size.mass")
+        case Mass(_, cap) if cap is not None and cap < 1:
+            raise InvalidRequest(f"a pool's cap is at least one expert, not {cap}", field="pool.size.cap")
+        case Counts(counts) if min(counts, default=-1) < 0:
+            raise InvalidRequest(f"a pool has a number of experts for every layer, not {counts}", field="pool.size")
+        case Bytes(total) if total < 1:
+            raise InvalidRequest(f"a pool has at least one byte, not {total}", field="pool.size.bytes")
+    return size
+
+
+def largest_counts(size: PoolSize, facts: RoutingFacts) -> tuple[int, ...]:
+    """Per layer, the most routed experts a pool of this size can hold: what has to be reserved before it is known.
+
+    Of `Bytes`, which the scores share out, only the sum is known: it is given shared out evenly.
+    Raises PoolTooSmall when a layer would get fewer experts than its router picks for one token, InvalidRequest when
+    the size is for another model.
+    """
+    if isinstance(size, Bytes):
+        return share_out_evenly(_experts_in(size, facts), facts).per_layer
+    if isinstance(size, Counts) and len(size.per_layer) != facts.num_layers:
+        raise InvalidRequest(
+            f"the pool's size names {len(size.per_layer)} layers and the model has {facts.num_layers}; give a number "
+            "for each",
+            field="pool.size",
+        )
+    counts = []
+    layers = zip(facts.experts_per_layer, facts.shared_per_layer, facts.top_k_per_layer, strict=True)
+    for layer, (num_experts, num_shared, top_k) in enumerate(layers):
+        num_routed = num_experts - num_shared
+        match size:
+            case Full():
+                count = num_routed
+            case Count(routed):
+                count = routed
+            case Share(share):
+                count = math.floor(share * num_experts + 1e-9) - num_shared
+            case Mass(_, cap):
+                count = cap if cap is not None else max(num_routed // 2, top_k)
+            case Counts(per_layer):
+                count = per_layer[layer]
+        if count < top_k:
+            raise PoolTooSmall(
+                f"a pool of {count} routed experts in layer {layer} is smaller than the {top_k} that its router picks "
+                f"for one token; ask for at least {top_k}",
+                field="pool.size",
+            )
+        counts.append(min(count, num_routed))
+    return tuple(counts)
+
+
+def pick_layer(mass_R: np.ndarray, size: PoolSize, count: int, top_k: int) -> tuple[int, ...]:
+    """One layer's pool: the experts with the largest mass, ascending; equal mass goes to the lower id (EMO rule 13).
+
+    `count` is this layer's entry of `largest_counts`. `mass_R` is float64, in any unit.
+    """
+    order = np.argsort(-mass_R, kind="stable")
+    if isinstance(size, Mass):
+        covered = np.cumsum(mass_R[order]) / max(float(mass_R.sum()), 1e-300)
+        enough = int(np.searchsorted(covered, size.mass - 1e-12)) + 1
+        count = min(count, max(enough, top_k))
+    return tuple(sorted(order[:count].tolist()))
+
+
+def pick_pool(scores: RoutingScores, size: PoolSize, facts: RoutingFacts) -> ExpertPool:
+    """The pool of `size` that these scores name; each layer chooses for itself, once bytes are shared out."""
+    size = resolve_size(size, scores, facts)
+    counts = largest_counts(size, facts)
+    layers = zip(scores.mean_LR, counts, facts.top_k_per_layer, strict=True)
+    experts = tuple(pick_layer(mean_R, size, count, top_k) for mean_R, count, top_k in layers)
+    return ExpertPool(experts, covered_mass(scores.mean_LR, experts))
+
+
+def resolve_size(size: PoolSize, scores: RoutingScores, facts: RoutingFacts) -> PoolSize:
+    """`size`, with `Bytes` turned into the `Counts` that these scores share them out to. Raises PoolTooSmall."""
+    return share_out(scores, _experts_in(size, facts), facts) if isinstance(size, Bytes) else size
+
+
+def _experts_in(size: Bytes, facts: RoutingFacts) -> int:
+    if not facts.expert_bytes:
+        raise InvalidRequest(
+            "nobody said how many bytes an expert of this model has; give a count or a share", field="pool.size.bytes"
+        )
+    num_experts, needed = size.total // facts.expert_bytes, sum(facts.top_k_per_layer)
+    if num_experts < needed:
+        raise PoolTooSmall(
+            f"{format_bytes(size.total)} hold {num_experts} routed experts of {format_bytes(facts.expert_bytes)} and "
+            f"the routers pick {needed} for one token; give at least {needed * facts.expert_bytes} bytes",
+            field="pool.size.bytes",
+        )
+    return num_experts
+
+
+def covered_mass(mean_LR: Sequence[np.ndarray], experts: Sequence[Sequence[int]]) -> float | None:
+    """Mean over the sparse layers of the share of router mass that lies inside the pool."""
+    shares = [
+        float(mean_R[list(layer)].sum() / max(float(mean_R.sum()), 1e-300))
+        for mean_R, layer in zip(mean_LR, experts, strict=True)
+        if len(mean_R)
+    ]
+    return float(np.mean(shares)) if shares else None
+
+
+def check_pool(pool: ExpertPool, facts: RoutingFacts) -> ExpertPool:
+    """`pool` itself, if a model with these facts can run with it. Raises InvalidRequest or PoolTooSmall."""
+    if len(pool.experts) != facts.num_layers:
+        raise InvalidRequest(
+            f"the pool has {len(pool.experts)} layers and the model {facts.num_layers}", field="pool.fixed"
+        )
+    layers = zip(pool.experts, facts.routed_per_layer, facts.top_k_per_layer, strict=True)
+    for layer, (experts, num_routed, top_k) in enumerate(layers):
+        if list(experts) != sorted(set(experts)) or any(not 0 <= expert < num_routed for expert in experts):
+            raise InvalidRequest(
+                f"layer {layer} of the pool must hold distinct ascending routed experts below {num_routed}",
+                field="pool.fixed",
+            )
+        if len(experts) < top_k:
+            raise PoolTooSmall(
+                f"layer {layer} of the pool has {len(experts)} routed experts, its router picks {top_k} for a token",
+                field="pool.fixed",
+            )
+    return pool

@@ -1,0 +1,1 @@
+"""Predictors: which experts a prompt will want, before its prefill."""

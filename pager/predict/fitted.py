@@ -1,0 +1,275 @@
+"""Predictors fitted in closed form and kept beside a checkpoint: `router.safetensors`, and their expected recall."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pager.errors import CheckpointError, ConfigError, InvalidRequest
+from pager.pools.pick import pick_layer
+from pager.reading import one_line, parse_json
+from pager.types import Count, ExpertPool, RoutingScores
+
+PENALTIES = (0.1, 1.0, 10.0)
+"""Of the regression, in observations: with few of them only the larger keep the estimate near their mean."""
+
+_FLOOR = 1e-6
+
+
+def recall_features(scores: RoutingScores, pool: ExpertPool) -> np.ndarray:
+    """[F], all of about 1: the length of the prompt, the size of the pool, how clear the scores' cut is in every layer,
+    and the scores themselves, because some kinds of text are told more easily than others. Scores that look ahead are
+    also held against those of the prompt, which are nearer to what its prefill will choose.
+    """
+    layers = list(zip(scores.mean_LR, pool.experts, strict=True))
+    by_layer_L4 = np.array([_layer_features(*layer) for layer in layers])
+    share, mass, cut, _ = by_layer_L4[[len(mean_R) > 0 for mean_R, _ in layers]].mean(0)
+    length, size = math.log(max(scores.num_tokens, 1)) / 4, 1 + math.log(max(share, _FLOOR)) / 2
+    plain = np.array([1.0, length, size, mass, cut])
+    uneven = np.concatenate([mean_R * len(mean_R) - 1 for mean_R, _ in layers])
+    detail = np.concatenate([by_layer_L4[:, 1:].ravel(), uneven / math.sqrt(len(uneven))])
+    parts = [np.outer(plain, plain)[np.triu_indices(len(plain))], detail, size * detail, length * detail]
+    if scores.of_prompt is not None:
+        parts.append(5 * _overlap(pool, pool_like(scores.of_prompt, pool)))
+    return np.concatenate(parts)
+
+
+def num_features(routed_per_layer: Sequence[int], looks_ahead: bool) -> int:
+    """F of `recall_features`."""
+    num_layers = len(routed_per_layer)
+    return 15 + 3 * (3 * num_layers + sum(routed_per_layer)) + (1 + num_layers if looks_ahead else 0)
+
+
+def fit_recall(features_NF: np.ndarray, recall_N: np.ndarray, penalty: float) -> np.ndarray:
+    """[F]: ridge regression of what differs from the mean."""
+    mean = float(recall_N.mean())
+    gram_FF = features_NF.T @ features_NF + penalty * np.eye(features_NF.shape[1])
+    weights_F = np.asarray(np.linalg.solve(gram_FF, features_NF.T @ (recall_N - mean)))
+    weights_F[0] += mean  # the first feature is 1
+    return weights_F
+
+
+def pool_like(scores: RoutingScores, pool: ExpertPool) -> ExpertPool:
+    """What the scores pick, of the same sizes as `pool`."""
+    layers = zip(scores.mean_LR, pool.experts, strict=True)
+    return ExpertPool(tuple(pick_layer(mean_R, Count(len(experts)), len(experts), 0) for mean_R, experts in layers))
+
+
+def expected_recall(weights_F: np.ndarray, scores: RoutingScores, pool: ExpertPool) -> float:
+    return float(np.clip(recall_features(scores, pool) @ weights_F, 0.0, 1.0))
+
+
+def _layer_features(mean_R: np.ndarray, experts: Sequence[int]) -> tuple[float, float, float, float]:
+    """Share of experts, share of mass, by what factor scores fall across the cut, how far they are from even."""
+    count, routed = len(experts), len(mean_R)
+    if not routed:
+        return 0.0, 0.0, 0.0, 0.0
+    order_R = np.maximum(np.sort(mean_R)[::-1], _FLOOR)
+    high, low = order_R[count // 2], order_R[min(routed - 1, count + count // 2)]
+    spread = math.log(routed) + float((order_R * np.log(order_R)).sum())
+    return count / routed, float(mean_R[list(experts)].sum()), math.log(high / low), spread
+
+
+def _overlap(pool: ExpertPool, other: ExpertPool) -> np.ndarray:
+    """[1 + L]: the share of `pool` that is in `other`, on the whole and by layer."""
+    shares = [
+        len(set(ours) & set(theirs)) / max(len(ours), 1)
+        for ours, theirs in zip(pool.experts, other.experts, strict=True)
+    ]
+    return np.array([pool.recall_of(other), *shares])
+
+
+ROUTER_NAME = "router.safetensors"
+FORMAT = "expert-pager-router-2"
+FLOOR = 1e-6  # of a probability: every expert keeps a place in the order
+PASSES = ("lexical", "fitted")
+STAND_IN = "stand_in."
+RECALL = "recall."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """From features to outputs: how near the typical points are (a softmax), beside the features themselves, → linear.
+
+    `keys` [Z, M] and `offsets` [M] make the logits of nearness, `head` [M + Z, O] and `mean` [O] the outputs.
+    """
+
+    keys: np.ndarray
+    offsets: np.ndarray
+    head: np.ndarray
+    mean: np.ndarray
+
+    def outputs(self, features_Z: np.ndarray) -> np.ndarray:
+        """[..., O] from [..., Z]."""
+        return np.asarray(self.mean + self.inner(features_Z) @ self.head)
+
+    def inner(self, features_Z: np.ndarray) -> np.ndarray:
+        """[..., M + Z]"""
+        logits_M = features_Z @ self.keys + self.offsets
+        near_M = np.exp(logits_M - logits_M.max(-1, keepdims=True))
+        return np.concatenate([near_M / near_M.sum(-1, keepdims=True), features_Z], -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RouterFile:
+    """The fitted maps of one model. Immutable, thread-safe.
+
+    `routed_per_layer` says how O is cut into layers. `weights` are the tensors by name, in float32: `lexical.tokens`
+    [V, Z]; `fitted.trunk_mean` [O] and `fitted.down` [Z + O, Z']; the Stage of either pass; `recall.SOURCE` of every
+    source whose recall can be estimated; `stand_in.LAYER` [R, D], what the trunk has in place of a layer's experts.
+    """
+
+    fingerprint: str
+    routed_per_layer: tuple[int, ...]
+    weights: Mapping[str, np.ndarray]
+    facts: Mapping[str, str]  # how it was fitted, for people
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> RouterFile:
+        """`path` is the file or the model's folder. Raises CheckpointError: missing, damaged, or another model's."""
+        file = path / ROUTER_NAME if path.is_dir() else path
+        again = "make it with `expert-pager fit-router`"
+        if not file.is_file():
+            raise CheckpointError(f"there is no {file}; {again}")
+        try:
+            with safe_open(file, framework="numpy") as stored:
+                header = (stored.metadata() or {}).get(FORMAT)
+                weights = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:  # a dtype that numpy lacks
+            raise CheckpointError(f"{file} can not be read ({one_line(error)}); {again}") from error
+        if header is None:
+            raise CheckpointError(f"{file} is not a fitted router in the format {FORMAT}; {again}")
+        try:
+            facts = parse_json(header)
+            found, routed = str(facts["fingerprint"]), tuple(int(count) for count in facts["routed_per_layer"])
+            made = cls(found, routed, _checked(weights, routed), facts["facts"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}); {again}") from error
+        if found != fingerprint:
+            raise CheckpointError(f"{file} was fitted to the model {found} and this one is {fingerprint}; {again}")
+        return made
+
+    def save(self, path: Path) -> int:
+        """Writes the file whole or not at all; returns its bytes. Raises ConfigError where it can not be written."""
+        header = {"fingerprint": self.fingerprint, "routed_per_layer": self.routed_per_layer, "facts": dict(self.facts)}
+        tensors = {name: _stored(weight) for name, weight in self.weights.items()}
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            # One entry: safetensors writes several in any order, and the same fit should be the same bytes.
+            save_file(tensors, partial, metadata={FORMAT: json.dumps(header, sort_keys=True)})
+            partial.replace(path)
+            return path.stat().st_size
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise ConfigError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+    def stage(self, name: str) -> Stage:
+        return Stage(*(self.weights[f"{name}.{part}"] for part in ("keys", "offsets", "head", "mean")))
+
+    @property
+    def stand_ins(self) -> dict[int, np.ndarray]:
+        """[R, D] by layer; empty in a file fitted to scores of the bare trunk."""
+        layers = range(len(self.routed_per_layer))
+        return {layer: self.weights[name] for layer in layers if (name := f"{STAND_IN}{layer}") in self.weights}
+
+    def as_scores(
+        self, outputs_O: np.ndarray, source: str, num_tokens: int, of_prompt: RoutingScores | None = None
+    ) -> RoutingScores:
+        """Probabilities, layer by layer, from outputs that are probabilities up to an error."""
+        positive_O = np.maximum(outputs_O, FLOOR).astype(np.float64)
+        ends = np.cumsum(self.routed_per_layer)
+        layers = (positive_O[end - count : end] for end, count in zip(ends, self.routed_per_layer, strict=True))
+        mean_LR = tuple(layer_R / max(layer_R.sum(), FLOOR) for layer_R in layers)
+        return RoutingScores(mean_LR, source, num_tokens, of_prompt)
+
+    def expected_recall(self, scores: RoutingScores, pool: ExpertPool) -> float:
+        """The share of the fused pool of `pool`'s sizes that `pool`, picked by `scores`, is expected to hold.
+
+        Raises InvalidRequest for scores from a source that the file knows nothing of.
+        """
+        if scores.source in ("prefill", "fused"):
+            return 1.0
+        weights_F = self.weights.get(f"{RECALL}{scores.source}")
+        if weights_F is None:
+            known = ", ".join(sorted(name.removeprefix(RECALL) for name in self.weights if name.startswith(RECALL)))
+            raise InvalidRequest(f"no recall is known of {scores.source!r} scores; known are {known}")
+        return expected_recall(weights_F, scores, pool)
+
+
+class LexicalRouter:
+    """Scores a prompt from its token counts alone. Thread-safe."""
+
+    def __init__(self, file: RouterFile) -> None:
+        self.file = file
+        self._tokens_VZ = file.weights["lexical.tokens"]
+        self._stage = file.stage("lexical")
+
+    def scores(self, token_ids: Sequence[int]) -> RoutingScores:
+        """Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have."""
+        return self.file.as_scores(self._stage.outputs(self.features(token_ids)), "lexical", len(token_ids))
+
+    def features(self, token_ids: Sequence[int]) -> np.ndarray:
+        """[Z], from sublinear counts of unit length. Raises as `scores` does."""
+        ids, counts = np.unique(np.asarray(token_ids, dtype=np.int64), return_counts=True)
+        vocabulary = len(self._tokens_VZ)
+        if not len(ids) or ids[0] < 0 or ids[-1] >= vocabulary:
+            bad = "it is empty" if not len(ids) else f"token id {ids[0] if ids[0] < 0 else ids[-1]} is unknown"
+            raise InvalidRequest(f"the prompt can not be scored: {bad} (vocabulary of {vocabulary})", field="prompt")
+        weights = np.log1p(counts).astype(np.float32)
+        features_Z: np.ndarray = (weights @ self._tokens_VZ[ids]) / np.float32(math.sqrt(weights @ weights))
+        return features_Z
+
+
+class CombinedMap:
+    """The fitted pass behind its two sources: lexical features and trunk scores together. Thread-safe."""
+
+    def __init__(self, file: RouterFile) -> None:
+        self.file = file
+        self._trunk_mean_O = file.weights["fitted.trunk_mean"]
+        self._down_IZ = file.weights["fitted.down"]
+        self._stage = file.stage("fitted")
+
+    def scores(self, features_Z: np.ndarray, trunk: RoutingScores) -> RoutingScores:
+        trunk_O = np.concatenate(trunk.mean_LR).astype(np.float32) - self._trunk_mean_O
+        inputs_I = np.concatenate([features_Z, trunk_O])
+        return self.file.as_scores(self._stage.outputs(inputs_I @ self._down_IZ), "fitted", trunk.num_tokens, trunk)
+
+
+def _checked(weights: Mapping[str, np.ndarray], routed_per_layer: Sequence[int]) -> Mapping[str, np.ndarray]:
+    """Raises ValueError, KeyError or IndexError unless the tensors are there, finite, and fit together."""
+    num_outputs = sum(routed_per_layer)
+    for name, weight in weights.items():
+        if not np.isfinite(weight).all():
+            raise ValueError(f"{name} is not finite")
+    num_lexical = weights["lexical.tokens"].shape[1]
+    inputs_of = {"lexical": num_lexical, "fitted": weights["fitted.down"].shape[1]}
+    shapes: dict[str, tuple[int, ...]] = {"fitted.down": (num_lexical + num_outputs, inputs_of["fitted"])}
+    shapes["fitted.trunk_mean"] = (num_outputs,)
+    for name in PASSES:
+        points = len(weights[f"{name}.offsets"])
+        shapes[f"{name}.keys"] = (inputs_of[name], points)
+        shapes[f"{name}.head"] = (points + inputs_of[name], num_outputs)
+        shapes[f"{name}.mean"] = (num_outputs,)
+    for name in weights:
+        if name.startswith(RECALL):
+            shapes[name] = (num_features(routed_per_layer, name == f"{RECALL}fitted"),)
+    if any(name.startswith(STAND_IN) for name in weights):
+        sparse = [layer for layer, routed in enumerate(routed_per_layer) if routed]
+        hidden = weights[f"{STAND_IN}{sparse[0]}"].shape[1]
+        shapes |= {f"{STAND_IN}{layer}": (routed_per_layer[layer], hidden) for layer in sparse}
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise ValueError(f"{name} is {weights[name].shape}, not {shape}")
+    return weights
+
+
+def _stored(weight: np.ndarray) -> np.ndarray:
+    """Half precision for what is large."""
+    return np.ascontiguousarray(weight, dtype=np.float16 if weight.ndim == 2 else np.float32)

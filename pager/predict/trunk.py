@@ -1,0 +1,183 @@
+"""The predictors that run the trunk: alone, and together with the fitted maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from pager.errors import CheckpointError, InvalidRequest
+from pager.models.families import routed_probabilities
+from pager.models.trunk import OpenModel, moe_blocks
+from pager.predict.fitted import CombinedMap, LexicalRouter, RouterFile
+from pager.store.experts import ExpertSource
+from pager.types import ExpertKey, ExpertShape, RoutingFacts, RoutingScores
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+NAME = "expert_pager_routing_only"
+
+# In half precision on a CPU, torch compiles and keeps 0.7 MB of kernels for every length of prompt.
+HALF_PRECISION_STEP = 64
+
+
+class TrunkRouter:
+    """Scores prompts for their experts with the model's trunk. Not thread-safe: one pass at a time."""
+
+    def __init__(
+        self,
+        opened: OpenModel,
+        device: torch.device | str = "cpu",
+        stand_ins: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
+        """Loads trunk and shared experts. `stand_ins`: [R, D] by sparse layer. Raises CheckpointError."""
+        self.facts: RoutingFacts = opened.facts
+        self.config: PretrainedConfig = opened.config
+        self.fingerprint: str = opened.checkpoint.fingerprint
+        self.device = torch.device(device)
+        self._lengths: Sequence[int] = ()
+        self._means: list[list[np.ndarray]] = []  # by prefix, by layer
+        keeps_kernels = self.device.type == "cpu" and opened.dtype != torch.float32
+        self._length_step = HALF_PRECISION_STEP if keeps_kernels else 1
+        self._model = opened.load_trunk(device)
+        self.resident_bytes = sum(parameter.nbytes for parameter in self._model.parameters())
+        self.has_stand_ins = bool(stand_ins)
+        self._load_layers(opened, stand_ins or {})
+        self._model.set_experts_implementation(NAME)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        stand_ins: Mapping[int, np.ndarray] | None = None,
+    ) -> TrunkRouter:
+        """Raises CheckpointError, UnsupportedModel."""
+        opened = OpenModel.open(path, dtype)
+        with opened.checkpoint:
+            return cls(opened, device, stand_ins)
+
+    def scores(self, token_ids: Sequence[int]) -> RoutingScores:
+        """Each routed expert's mean router probability over the prompt, in one forward without a cache.
+
+        Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have.
+        """
+        (scores,) = self.prefix_scores(token_ids, (len(token_ids),))
+        return scores
+
+    @torch.inference_mode()
+    def prefix_scores(self, token_ids: Sequence[int], lengths: Sequence[int]) -> tuple[RoutingScores, ...]:
+        """The scores of the first `lengths[i]` tokens as prompts, in one forward: no token looks at a later one.
+
+        Raises as `scores` does.
+        """
+        unknown = [token for token in token_ids if not 0 <= token < self.config.vocab_size]
+        if unknown or not token_ids:
+            what = (
+                f"token id {unknown[0]} is outside of the {self.config.vocab_size} known" if unknown else "it is empty"
+            )
+            raise InvalidRequest(f"the prompt can not be scored: {what}", field="prompt")
+        self._means = [[np.zeros(0)] * self.facts.num_layers for _ in lengths]
+        self._lengths = lengths
+        padding = [0] * (-len(token_ids) % self._length_step)  # behind the prompt, where no token of it looks
+        self._model.model(input_ids=torch.tensor([[*token_ids, *padding]], device=self.device), use_cache=False)
+        return tuple(
+            RoutingScores(tuple(mean_LR), source="trunk", num_tokens=length)
+            for mean_LR, length in zip(self._means, lengths, strict=True)
+        )
+
+    def _load_layers(self, opened: OpenModel, stand_ins: Mapping[int, np.ndarray]) -> None:
+        shape = opened.family.expert_shape(opened.config)
+        with closing(opened.open_experts()) as source:
+            for layer, block in moe_blocks(self._model):
+                gate_up, down = self._read_shared(layer, opened.dtype, shape, source)
+                vectors_RD = torch.from_numpy(stand_ins[layer]).float().to(self.device) if stand_ins else None
+                self.resident_bytes += gate_up.nbytes + down.nbytes + (0 if vectors_RD is None else vectors_RD.nbytes)
+                block.experts.instead = RoutingOnlyExperts(gate_up, down, vectors_RD)
+                block.gate.register_forward_hook(self._record(layer, block.experts.instead))
+
+    def _read_shared(
+        self, layer: int, dtype: torch.dtype, shape: ExpertShape, source: ExpertSource
+    ) -> tuple[Tensor, Tensor]:
+        num_experts, num_shared = self.facts.experts_per_layer[layer], self.facts.shared_per_layer[layer]
+        gate_up = torch.empty(num_shared, 2 * shape.intermediate, shape.hidden, dtype=dtype)
+        down = torch.empty(num_shared, shape.hidden, shape.intermediate, dtype=dtype)
+        for index in range(num_shared):
+            source.read(ExpertKey(layer, num_experts - num_shared + index), gate_up[index], down[index])
+        return gate_up.to(self.device), down.to(self.device)
+
+    def _record(self, layer: int, experts: RoutingOnlyExperts) -> Any:
+        num_shared = self.facts.shared_per_layer[layer]
+
+        def record(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
+            probs_TR = routed_probabilities(output[0], num_shared)
+            experts.see(probs_TR)
+            probs_TR = probs_TR[: max(self._lengths)].double()
+            for mean_LR, length in zip(self._means, self._lengths, strict=True):
+                mean_LR[layer] = probs_TR[:length].mean(0).cpu().numpy()
+
+        return record
+
+
+class RoutingOnlyExperts:
+    """What one layer's experts module runs: its shared experts and, where there is one, the stand-in of the others."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, vectors_RD: Tensor | None) -> None:
+        self._shared = list(zip(gate_up, down, strict=True))
+        self._vectors_RD = vectors_RD
+        self._added_TD: Tensor | None = None  # by the stand-in, between gate and experts
+
+    def see(self, probs_TR: Tensor) -> None:
+        """What the layer's gate says, right before `run`."""
+        if self._vectors_RD is not None:
+            self._added_TD = probs_TR @ self._vectors_RD
+
+    def run(self, module: Any, hidden_TD: Tensor, weights_TK: Tensor) -> Tensor:
+        """[T, D]; nothing where there is neither."""
+        out_TD = torch.zeros_like(hidden_TD) if self._added_TD is None else self._added_TD.to(hidden_TD.dtype)
+        self._added_TD = None
+        first = weights_TK.shape[1] - len(self._shared)  # shared experts come last among a token's picks
+        for place, (gate_up, down) in enumerate(self._shared, first):
+            inner_TF = module._apply_gate(hidden_TD @ gate_up.t())
+            out_TD += (inner_TF @ down.t()) * weights_TK[:, place, None]
+        return out_TD
+
+
+def routing_only_experts(module: Any, hidden_TD: Tensor, _: Tensor, weights_TK: Tensor) -> Tensor:
+    """The function registered with transformers."""
+    instead: RoutingOnlyExperts = module.instead
+    return instead.run(module, hidden_TD, weights_TK)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, routing_only_experts)
+
+
+class FittedRouter:
+    """Scores prompts with a model's trunk and its `router.safetensors`. Not thread-safe: one pass at a time."""
+
+    def __init__(self, file: RouterFile, trunk: TrunkRouter) -> None:
+        """Raises CheckpointError where the two are not of the same model."""
+        if file.fingerprint != trunk.fingerprint:
+            raise CheckpointError(
+                f"the router was fitted to the model {file.fingerprint} and the trunk is of {trunk.fingerprint}; "
+                "fit it again with `expert-pager fit-router`"
+            )
+        if bool(file.stand_ins) != trunk.has_stand_ins:
+            raise CheckpointError("the trunk must be loaded with the stand-ins of its router file, and only with those")
+        self.file = file
+        self.trunk = trunk
+        self._lexical = LexicalRouter(file)
+        self._map = CombinedMap(file)
+
+    def scores(self, token_ids: Sequence[int]) -> RoutingScores:
+        """Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have."""
+        return self._map.scores(self._lexical.features(token_ids), self.trunk.scores(token_ids))

@@ -1,0 +1,332 @@
+"""The composition root of the router process: workers, predictors, gRPC server, and how they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pager import __version__
+from pager.cluster.cluster import Cluster, RayLost
+from pager.cluster.ray_session import LOOPBACK
+from pager.cluster.views import ModelView
+from pager.config import RouterConfig, ServiceConfig
+from pager.engine.paged_model import needs_of
+from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, PortInUse
+from pager.memory.machine import Machine, resolve_device
+from pager.memory.plan import Budgets, plan
+from pager.memory.units import format_address, parse_bytes
+from pager.models.trunk import OpenModel
+from pager.observe import tracing
+from pager.observe.metrics import MetricsServer, leave_out_of_collections
+from pager.pools.drift import check_can_drift, parse_drift
+from pager.pools.pick import largest_counts, parse_pool_size
+from pager.tokenizing import read_tokenizer
+from pager.types import Full, PoolPolicy, PoolSize, PoolSource
+from router_service.admission import Admission, AdmissionLimits
+from router_service.hints import HintStore, InProcessHints
+from router_service.message_bounds import MessageBounds
+from router_service.metrics import RouterMetrics
+from router_service.ports import ClusterPort, Encoder, ModelInfo
+from router_service.prediction import PassChain, Passes, Predictor, Scoring, TextEncoder
+from router_service.predictors import build_passes, load_first
+from router_service.redis import StoreBreaker
+from router_service.redis import redis_url as read_redis_url
+from router_service.redis_stores import RedisHints, SharedHints, open_pools
+from router_service.server import RouterServer, TlsFiles
+from router_service.service import Backend
+from router_service.tenants import TenantLabels
+from router_service.ui import Page, PoolLog, Watch
+
+
+def build_backend(
+    *,
+    model: ModelInfo,
+    cluster: ClusterPort,
+    passes: Passes,
+    encoder: Encoder,
+    limits: AdmissionLimits,
+    default_pool: PoolPolicy,
+    redis_url: str | None,
+    pools_path: Path | None = None,
+    write_timeout_s: float = 30.0,
+    metric_tenants: TenantLabels | None = None,
+) -> Backend:
+    """The choices are those that `check_choices` has found to make sense. A Redis that is down is no error."""
+    check_choices(passes, default_pool, redis_url, pools_path)
+    metrics = RouterMetrics(metric_tenants)
+    metrics.describe(version=__version__, model=model.name, fingerprint=model.fingerprint)
+    breaker = StoreBreaker(metrics.redis_degraded.set, lambda reason: metrics.redis_failures.labels(reason).inc())
+    hints = _hint_store(model, redis_url, breaker)
+    scoring = Scoring(passes.available, encoder)
+    chain = PassChain(passes, scoring, model.facts, lambda was, is_: metrics.escalations.labels(was, is_).inc())
+    predictor = Predictor(chain, hints, model.facts, model.fingerprint)
+    admission = Admission(limits)
+    live_pools = PoolLog()
+    metrics.requests_in_flight.set_function(lambda: admission.num_requests)
+    metrics.tokens_in_flight.set_function(lambda: admission.num_tokens)
+    metrics.bytes_in_flight.set_function(lambda: admission.num_bytes)
+    return Backend(
+        model=model,
+        cluster=cluster,
+        passes=passes,
+        scoring=scoring,
+        chain=chain,
+        predictor=predictor,
+        hints=hints,
+        pools=open_pools(redis_url, pools_path, breaker),
+        admission=admission,
+        bounds=MessageBounds(model, encoder.longest_token_bytes, limits.most_tokens),
+        metrics=metrics,
+        default_pool=default_pool,
+        live_pools=live_pools,
+        watch=Watch(model, cluster, hints, live_pools),
+        write_timeout_s=write_timeout_s,
+    )
+
+
+async def close_backend(backend: Backend) -> None:
+    """Closes what `build_backend` made; the cluster is its owner's."""
+    backend.scoring.close()
+    await backend.hints.close()
+    await backend.pools.close()
+
+
+def check_choices(passes: Passes, default: PoolPolicy, redis_url: str | None, pools_path: Path | None) -> None:
+    """Raises ConfigError for choices that can take no effect, before anything slow is started."""
+    if default.source is PoolSource.PREDICTION and isinstance(default.size, Full):
+        raise ConfigError("pools.default_source 'prediction' needs a pools.default_size other than 'full'")
+    try:
+        check_can_drift(default)
+        passes.check(default)
+    except InvalidRequest as error:
+        raise ConfigError(f"the [pools] defaults can take no effect: {error.message}") from None
+    open_pools(redis_url, pools_path)
+
+
+def _hint_store(model: ModelInfo, redis_url: str | None, breaker: StoreBreaker) -> HintStore:
+    local = InProcessHints()
+    if redis_url is None:
+        return local
+    return SharedHints(local, RedisHints(redis_url, model.facts, model.fingerprint), breaker)
+
+
+LISTEN_EVERY_S = 0.1
+EXIT_RAY_LOST = os.EX_TEMPFAIL  # what is lost comes back with a new process
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What is served, and where."""
+
+    address: str
+    metrics_url: str
+    model: ModelView
+    num_workers: int
+
+
+async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callable[[Ready], None]) -> signal.Signals:
+    """Serves until SIGTERM or SIGINT, which it returns; what is in flight then has `drain_s` to end.
+
+    A second signal ends the wait. Where the embedded Ray loses a daemon it ends in the same way, and then the process,
+    with EXIT_RAY_LOST. Raises PagerError for anything that keeps it from starting.
+    """
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    async with AsyncExitStack() as stack:
+        starting = asyncio.create_task(_start(stack, config, env))
+        stopping = asyncio.create_task(signals.get())
+        while not (starting.done() or stopping.done()):
+            _listen(signals)
+            await asyncio.wait((starting, stopping), timeout=LISTEN_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+        _listen(signals)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return stopping.result()
+        try:
+            server, cluster, ready = starting.result()
+        except RayLost:  # which has been logged, and after which nothing is left to be closed
+            _exit_without_ray()
+        announce(ready)
+        await asyncio.wait((stopping, cluster.ray_lost), return_when=asyncio.FIRST_COMPLETED)
+        hurrying = asyncio.create_task(signals.get()) if stopping.done() else stopping
+        draining = asyncio.create_task(_drain(server, cluster, config.router.drain_s))
+        # A worker that Ray took along does not answer, and nothing says so.
+        timeout_s = config.router.drain_s if cluster.ray_lost.done() else None
+        await asyncio.wait((draining, hurrying), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
+        if not draining.done():
+            draining.cancel()
+            await server.cut_off()
+    if cluster.ray_lost.done():
+        _exit_without_ray()
+    return stopping.result()
+
+
+async def _drain(server: RouterServer, cluster: Cluster, drain_s: float) -> None:
+    """First what this router has in flight, then what others run on its workers."""
+    end_s = time.monotonic() + drain_s
+    if not await server.drain(drain_s):
+        await server.cut_off()
+    await cluster.drain(max(0.0, end_s - time.monotonic()))
+
+
+def _exit_without_ray() -> NoReturn:
+    """At once: threads that wait for Ray never return, and Ray's own way out waits for what is lost."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_RAY_LOST)
+
+
+def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
+    """Again and again while starting: Ray's core puts a handler of its own, which aborts, in the place of ours."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(each, signals.put_nowait, each)
+
+
+async def _start(
+    stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]
+) -> tuple[RouterServer, Cluster, Ready]:
+    """Starts everything and leaves on `stack` how to stop it, last started first."""
+    router = config.router
+    pools = config.pools
+    default_pool = PoolPolicy(
+        parse_pool_size(pools.default_size),
+        PoolSource(pools.default_source),
+        drift=parse_drift(pools.default_drift),
+    )
+    redis_url, pools_path = read_redis_url(env), Path(pools.path) if pools.path else None
+    _check_port_free(router.host, router.port, "router.port")
+    _check_port_free(router.host, router.metrics_port, "router.metrics_port")
+    if router.health_port is not None:
+        _check_port_free(router.host, router.health_port, "router.health_port")
+    if config.cluster.joined is None and config.workers.metrics_port and config.workers.per_node is None:
+        for index in range(config.workers.count):
+            _check_port_free(LOOPBACK, config.workers.metrics_port + index, "workers.metrics_port")
+    tls = _tls_files(router)
+    tracing.start("expert-pager-router", __version__, env)
+    stack.callback(tracing.stop)
+    tenants = TenantLabels.parse(router.metric_tenants)
+    opened = OpenModel.open(config.model.path, config.model.dtype)
+    stack.callback(opened.checkpoint.close)
+    opened.check()
+    passes = build_passes(opened, router)
+    check_choices(passes, default_pool, redis_url, pools_path)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several texts at a time, each in a thread of the router
+    tokenizer = read_tokenizer(Path(config.model.path))
+    _check_budgets(opened, config, default_pool.size)
+    # While Ray starts and the workers load.
+    loading = asyncio.create_task(asyncio.to_thread(load_first, passes))
+    stack.push_async_callback(_end, loading)
+    cluster = await Cluster.connect(config)
+    stack.push_async_callback(cluster.close)
+    await loading
+    backend = build_backend(
+        model=_model_info(cluster.model(), Path(config.model.path)),
+        cluster=cluster,
+        passes=passes,
+        encoder=TextEncoder(tokenizer),
+        limits=_limits(router),
+        default_pool=default_pool,
+        redis_url=redis_url,
+        pools_path=pools_path,
+        write_timeout_s=router.write_timeout_s,
+        metric_tenants=tenants,
+    )
+    stack.push_async_callback(close_backend, backend)
+    cluster.ray_lost.add_done_callback(lambda lost: backend.metrics.ray_lost.labels(lost.result()).inc())
+    metrics_server = MetricsServer(backend.metrics.registry, router.host, router.metrics_port)
+    stack.callback(metrics_server.close)
+    metrics_server.mount("/ui", Page(backend.watch, asyncio.get_running_loop()))
+    cluster.publish_router_metrics(metrics_server.address)
+    server = RouterServer(backend)
+    stack.push_async_callback(server.stop)
+    leave_out_of_collections()
+    await server.start(router.host, router.port, tls, router.health_port)
+    metrics_url = f"http://{metrics_server.address}/metrics"
+    ready = Ready(format_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
+    return server, cluster, ready
+
+
+def _limits(router: RouterConfig) -> AdmissionLimits:
+    return AdmissionLimits(
+        router.max_requests,
+        router.max_tokens,
+        router.max_requests_per_tenant,
+        router.max_tokens_per_tenant,
+        parse_bytes(router.max_bytes),
+        parse_bytes(router.max_bytes_per_tenant),
+    )
+
+
+def _tls_files(router: RouterConfig) -> TlsFiles | None:
+    """None without TLS. Raises ConfigError for a file that is not there, before the slow part of the start."""
+    if router.tls_cert is None or router.tls_key is None:
+        return None
+    files = TlsFiles(
+        Path(router.tls_cert), Path(router.tls_key), Path(router.tls_client_ca) if router.tls_client_ca else None
+    )
+    files.credentials()
+    return files
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Waits for it. Where it failed, so did the workers, and they have said why."""
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _check_budgets(opened: OpenModel, config: ServiceConfig, default_size: PoolSize) -> None:
+    """What the workers would find out later. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
+    workers = config.workers
+    if config.cluster.joined is not None or not workers.count:
+        return  # they run on other machines
+    budgets = Budgets(workers.expert_memory, workers.host_memory, workers.kv_memory, workers.max_running)
+    device = resolve_device(workers.device)
+    machine = Machine.detect(device).shared_by(workers.count)
+    planned = plan(needs_of(opened, device), budgets, machine)
+    if not isinstance(default_size, Full):
+        needed = sum(largest_counts(default_size, opened.facts))
+        if needed > planned.num_slots:
+            raise PoolTooLarge(needed, planned.num_slots, field="pools.default_size")
+
+
+def _model_info(view: ModelView, folder: Path) -> ModelInfo:
+    tokenizer, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    described = json.loads(settings.read_bytes()) if settings.exists() else {}
+    return ModelInfo(
+        name=view.name,
+        fingerprint=view.fingerprint,
+        context_length=view.context_length,
+        kv_token_limit=view.kv_token_limit,
+        vocab_size=view.vocab_size,
+        facts=view.facts,
+        tokenizer_class=str(described.get("tokenizer_class", "")),
+        tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "",
+        plan=view.plan_text,
+    )
+
+
+def _check_port_free(host: str, port: int, key: str) -> None:
+    """Before the slow part of the start. Raises PortInUse, or ConfigError for a host that is not this machine's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} on {host} is in use; choose another ({key})") from None
+        raise ConfigError(f"can not listen on {host}:{port}: {error.strerror or error}") from None

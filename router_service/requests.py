@@ -1,0 +1,422 @@
+"""From protobuf to the request that a worker gets: every check, with and without a tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from expert_pager.v1 import expert_pager_pb2 as pb
+
+from pager.errors import InvalidRequest, PromptTooLong, UnknownModel, UnknownPool
+from pager.pools.drift import check_can_drift, check_drift
+from pager.pools.named import check_example, check_name, check_num_examples
+from pager.pools.pick import check_pool, check_pool_size, largest_counts
+from pager.sampling import check_sampling
+from pager.types import (
+    Bytes,
+    Count,
+    Counts,
+    DriftAction,
+    DriftPolicy,
+    ExpertPool,
+    Full,
+    GenerateRequest,
+    Mass,
+    PoolPolicy,
+    PoolSize,
+    PoolSource,
+    SamplingParams,
+    Share,
+)
+from router_service.hints import HintStore
+from router_service.message_bounds import field_of
+from router_service.pools import PoolStore
+from router_service.ports import ModelInfo
+from router_service.prediction import Predictor, Scoring
+from router_service.tenants import DEFAULT_TENANT, TENANT_KEY, bad_tenant, check_tenant
+
+_DIGEST = re.compile(r"[0-9a-f]{24}")
+_SOURCES = {
+    pb.POOL_SOURCE_PREFILL: PoolSource.PREFILL,
+    pb.POOL_SOURCE_PREDICTION: PoolSource.PREDICTION,
+    pb.POOL_SOURCE_FIXED: PoolSource.FIXED,
+}
+_ACTIONS = {
+    pb.DRIFT_ACTION_UNSPECIFIED: DriftAction.WIDEN,
+    pb.DRIFT_ACTION_WIDEN: DriftAction.WIDEN,
+    pb.DRIFT_ACTION_EXACT: DriftAction.EXACT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PoolByDigest:
+    """A pool by the digest it was given out under."""
+
+    digest: str
+    drift: DriftPolicy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolByName:
+    """A pool by the name its tenant gave it."""
+
+    name: str
+    drift: DriftPolicy | None = None
+
+
+def pool_policy(wire: pb.PoolPolicy, model: ModelInfo, default: PoolPolicy) -> PoolPolicy | PoolByDigest | PoolByName:
+    """Raises InvalidRequest or PoolTooSmall."""
+    if wire.source not in (pb.POOL_SOURCE_UNSPECIFIED, *_SOURCES):
+        raise InvalidRequest(
+            f"pool.source {wire.source} is unknown; use PREFILL, PREDICTION or FIXED", field="pool.source"
+        )
+    if wire.WhichOneof("fixed") is not None:
+        return _fixed(wire, model)
+    if wire.source == pb.POOL_SOURCE_FIXED:
+        raise InvalidRequest(
+            "a FIXED pool is given in `experts`, `digest` or `name`, and none is set", field="pool.fixed"
+        )
+    if wire.WhichOneof("size") is not None:
+        return chosen_pool(pool_size(wire), _SOURCES.get(wire.source, PoolSource.PREFILL), _drift(wire), model)
+    source = _SOURCES.get(wire.source, default.source)
+    return chosen_pool(default.size, source, _drift(wire) or default.drift, model)
+
+
+def _fixed(wire: pb.PoolPolicy, model: ModelInfo) -> PoolPolicy | PoolByDigest | PoolByName:
+    if wire.source not in (pb.POOL_SOURCE_UNSPECIFIED, pb.POOL_SOURCE_FIXED):
+        raise InvalidRequest("a pool given in `experts`, `digest` or `name` has the source FIXED", field="pool.source")
+    if wire.WhichOneof("size") is not None:
+        raise InvalidRequest("a fixed pool has the size it has; leave `size` out", field="pool.size")
+    drift = _drift(wire)
+    match wire.WhichOneof("fixed"):
+        case "name":
+            return PoolByName(check_name(wire.name, "pool.name"), drift)
+        case "digest":
+            if not _DIGEST.fullmatch(wire.digest):
+                raise InvalidRequest("a pool digest has 24 hexadecimal digits, lower case", field="pool.digest")
+            return PoolByDigest(wire.digest, drift)
+    pool = ExpertPool(tuple(tuple(sorted(layer.experts)) for layer in wire.experts.layers))
+    return fixed_pool(check_pool(pool, model.facts), drift)
+
+
+def fixed_pool(pool: ExpertPool, drift: DriftPolicy | None = None) -> PoolPolicy:
+    return PoolPolicy(source=PoolSource.FIXED, fixed=pool, drift=drift)
+
+
+def chosen_pool(size: PoolSize, source: PoolSource, drift: DriftPolicy | None, model: ModelInfo) -> PoolPolicy:
+    """A policy whose pool is chosen from the prompt. Raises InvalidRequest or PoolTooSmall."""
+    if isinstance(size, Full) and source is PoolSource.PREDICTION:
+        raise InvalidRequest(
+            "a request for all experts has nothing to predict; give a size, or the source PREFILL", field="pool.source"
+        )
+    return check_can_drift(PoolPolicy(_fits(size, model), source, drift=drift))
+
+
+def calibrated_size(wire: pb.PoolPolicy, model: ModelInfo, default: PoolSize) -> PoolSize:
+    """The size of a pool to be made from examples. Raises InvalidRequest or PoolTooSmall."""
+    if wire.WhichOneof("fixed") is not None or wire.source or wire.HasField("drift"):
+        raise InvalidRequest("a named pool is made by its size; leave the rest of `pool` out", field="pool")
+    size = pool_size(wire) if wire.WhichOneof("size") is not None else default
+    if isinstance(size, Full):
+        raise InvalidRequest("a pool of all experts needs no examples; give a size below `full`", field="pool.size")
+    return _fits(size, model)
+
+
+def pool_size(wire: pb.PoolPolicy) -> PoolSize:
+    size: PoolSize
+    match wire.WhichOneof("size"):
+        case "count":
+            size = Count(wire.count)
+        case "share":
+            size = Share(wire.share)
+        case "mass":
+            size = Mass(wire.mass.mass, wire.mass.cap if wire.mass.HasField("cap") else None)
+        case "counts":
+            size = Counts(tuple(wire.counts.routed))
+        case "bytes":
+            size = Bytes(wire.bytes)
+        case _:
+            size = Full()
+    return check_pool_size(size)
+
+
+def _fits(size: PoolSize, model: ModelInfo) -> PoolSize:
+    if not isinstance(size, Full):
+        largest_counts(size, model.facts)
+    most = max(model.facts.routed_per_layer, default=0)
+    match size:
+        case Count(routed):
+            largest = routed
+        case Counts(per_layer):
+            largest = max(per_layer, default=0)
+        case _:
+            largest = 0
+    if largest > most:
+        raise InvalidRequest(
+            f"a pool of {largest} routed experts is more than the {most} that a layer has; ask for `full`",
+            field="pool.size.count",
+        )
+    return size
+
+
+def _drift(wire: pb.PoolPolicy) -> DriftPolicy | None:
+    if not wire.HasField("drift"):
+        return None
+    if wire.drift.action not in _ACTIONS:
+        raise InvalidRequest(
+            f"pool.drift.action {wire.drift.action} is unknown; use WIDEN or EXACT", field="pool.drift.action"
+        )
+    window = {"window": wire.drift.window} if wire.drift.HasField("window") else {}
+    return check_drift(DriftPolicy(wire.drift.threshold, _ACTIONS[wire.drift.action], **window))
+
+
+MAX_ID_BYTES = 128
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_ID_BYTES}}}")
+
+Prompt = str | Sequence[int]  # ids as they came, of a number that fits, and not looked at yet
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a Generate call asks. `max_tokens` None: as many as there is room for, up to the default."""
+
+    id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    has_max_tokens: bool
+    pool: PoolPolicy | PoolByDigest | PoolByName
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateAsk:
+    """What a Calibrate call asks. `method` None: the best pass that the service has."""
+
+    name: str
+    examples: tuple[Prompt, ...]
+    size: PoolSize
+    method: str | None
+    replaces: bool
+
+
+def id_of(request: pb.GenerateRequest) -> str:
+    """The request's id, or a new one where it has none. Raises InvalidRequest."""
+    return request_id(request.request_id) if request.request_id else uuid.uuid4().hex
+
+
+def id_in(data: bytes) -> str:
+    """The id in a GenerateRequest that may be refused before it is parsed; empty without a legal one."""
+    with suppress(InvalidRequest, UnicodeDecodeError):
+        return request_id(field_of(data, pb.GenerateRequest.REQUEST_ID_FIELD_NUMBER, MAX_ID_BYTES).decode())
+    return ""
+
+
+def ask(id_: str, request: pb.GenerateRequest, model: ModelInfo, default_pool: PoolPolicy) -> Ask:
+    """Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
+    check_model(request.model, model)
+    wanted = sampling(request.sampling)
+    return Ask(
+        id=id_,
+        prompt=prompt(request, model),
+        sampling=wanted,
+        has_max_tokens=request.sampling.HasField("max_tokens"),
+        pool=pool_policy(request.pool, model, default_pool),
+    )
+
+
+def calibrate_ask(request: pb.CalibrateRequest, model: ModelInfo, default_size: PoolSize) -> CalibrateAsk:
+    """Raises InvalidRequest, PoolTooSmall, PromptTooLong or UnknownModel."""
+    check_model(request.model, model)
+    name = check_name(request.name)
+    check_num_examples(len(request.examples))
+    return CalibrateAsk(
+        name=name,
+        examples=tuple(_example(each, index, model) for index, each in enumerate(request.examples)),
+        size=calibrated_size(request.pool, model, default_size),
+        method=request.method or None,
+        replaces=request.replace,
+    )
+
+
+def tenant(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """The one `x-tenant-id`, or "default"."""
+    values = [value for key, value in metadata or () if key == TENANT_KEY]
+    if not values:
+        return DEFAULT_TENANT
+    value = values[0]
+    if len(values) > 1 or not isinstance(value, str):
+        raise bad_tenant()
+    return check_tenant(value)
+
+
+def request_id(value: str) -> str:
+    if not _REQUEST_ID.fullmatch(value):
+        raise InvalidRequest(
+            f"a request id has 1 to 128 of the characters A-Z a-z 0-9 . _ : -, and this one, of {len(value)}, does not",
+            field="request_id",
+        )
+    return value
+
+
+def check_model(name: str, model: ModelInfo) -> None:
+    if name and name != model.name:
+        raise UnknownModel(
+            f"model {name[:100]!r} is not served here; {model.name!r} is (leave the field empty for it)", field="model"
+        )
+
+
+def prompt(request: pb.GenerateRequest | pb.RouteRequest, model: ModelInfo) -> Prompt:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return text(request.text, "text", "the prompt")
+        case "token_ids":
+            check_prompt_length(len(request.token_ids.ids), model, "token_ids")
+            return request.token_ids.ids
+        case _:
+            raise InvalidRequest("the prompt is missing; give `text` or `token_ids`", field="prompt")
+
+
+def text(data: bytes, field: str, what: str) -> str:
+    try:
+        decoded = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"{what} is not valid UTF-8: byte {error.start} ({error.reason}); encode the text as UTF-8", field=field
+        ) from None
+    if not decoded:
+        raise InvalidRequest(f"{what} is empty; give at least one token", field=field)
+    return decoded
+
+
+def _example(request: pb.Example, index: int, model: ModelInfo) -> Prompt:
+    field = f"examples[{index}]"
+    match request.WhichOneof("prompt"):
+        case "text":
+            return text(request.text, field, f"example {index + 1}")
+        case "token_ids":
+            check_example(index, len(request.token_ids.ids), model.context_length)
+            return request.token_ids.ids
+        case _:
+            raise InvalidRequest(f"example {index + 1} is missing; give `text` or `token_ids`", field=field)
+
+
+def check_prompt_length(num_tokens: int, model: ModelInfo, field: str) -> None:
+    """At least one token, and one fewer than fit. Raises InvalidRequest or PromptTooLong."""
+    if not num_tokens:
+        raise InvalidRequest("the prompt is empty; give at least one token", field=field)
+    if num_tokens >= model.token_limit:
+        raise PromptTooLong(
+            f"the prompt has {num_tokens} tokens; with at least one to generate, {model.token_limit - 1} fit "
+            f"(context {model.context_length}, KV budget {model.kv_token_limit})",
+            field=field,
+        )
+
+
+def prompt_ids(ids: Sequence[int], model: ModelInfo, field: str) -> tuple[int, ...]:
+    """A prompt of legal length as it goes to a worker. Raises InvalidRequest."""
+    return in_vocabulary(tuple(ids), model, field)
+
+
+def in_vocabulary(ids: tuple[int, ...], model: ModelInfo, field: str) -> tuple[int, ...]:
+    largest = max(ids)
+    if largest >= model.vocab_size:
+        raise InvalidRequest(
+            f"token id {largest} at position {ids.index(largest)} is not in the vocabulary of {model.vocab_size}",
+            field=field,
+        )
+    return ids
+
+
+def sampling(wire: pb.SamplingParams) -> SamplingParams:
+    given = {
+        name: getattr(wire, name)
+        for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")
+        if wire.HasField(name)
+    }
+    params = SamplingParams(**given, stop=tuple(wire.stop), ignore_eos=wire.ignore_eos)
+    check_sampling(params)
+    return params
+
+
+class Intake:
+    """Knows no grpc. Raises PagerErrors that name the field at fault."""
+
+    def __init__(
+        self, model: ModelInfo, scoring: Scoring, predictor: Predictor, hints: HintStore, pools: PoolStore
+    ) -> None:
+        self._model = model
+        self._scoring = scoring
+        self._predictor = predictor
+        self._hints = hints
+        self._pools = pools
+
+    async def request(self, ask: Ask, tenant: str, deadline_s: float | None) -> GenerateRequest:
+        prompt = await self.prompt(tenant, ask.prompt)
+        return GenerateRequest(
+            id=ask.id,
+            tenant=tenant,
+            prompt_token_ids=prompt,
+            sampling=self._sampling(ask, len(prompt)),
+            pool=await self.policy(ask.pool, tenant),
+            deadline_s=deadline_s,
+        )
+
+    async def prompt(self, tenant: str, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return prompt_ids(prompt, self._model, "token_ids")
+        encoded = await self._scoring.encode(tenant, prompt, self._model.token_limit)
+        check_prompt_length(encoded.num_tokens, self._model, "text")
+        return prompt_ids(encoded.ids, self._model, "text")
+
+    async def example(self, tenant: str, example: Prompt, index: int) -> tuple[int, ...]:
+        """One of the texts that a named pool is made from."""
+        ids: Sequence[int]
+        if isinstance(example, str):
+            encoded = await self._scoring.encode(tenant, example, self._model.context_length)
+            check_example(index, encoded.num_tokens, self._model.context_length)
+            ids = encoded.ids
+        else:
+            await asyncio.sleep(0)  # one conversion at a time, however many examples there are
+            ids = example
+        return in_vocabulary(tuple(ids), self._model, f"examples[{index}]")
+
+    async def policy(self, pool: PoolPolicy | PoolByDigest | PoolByName, tenant: str) -> PoolPolicy:
+        """The policy itself, or that of the pool which this tenant named."""
+        match pool:
+            case PoolByDigest(digest, drift):
+                return fixed_pool(await self._by_digest(digest, tenant), drift)
+            case PoolByName(name, drift):
+                return fixed_pool(await self._by_name(name, tenant), drift)
+        return pool
+
+    async def _by_digest(self, digest: str, tenant: str) -> ExpertPool:
+        found = await self._hints.find_pool([self._predictor.by_digest(tenant, digest)])
+        if found is None:
+            raise UnknownPool(
+                f"pool {digest} is not remembered for this tenant; give its experts instead", field="pool.digest"
+            )
+        return found
+
+    async def _by_name(self, name: str, tenant: str) -> ExpertPool:
+        named = await self._pools.find(tenant, name)
+        if named is None:
+            raise UnknownPool(
+                f"this tenant has no pool {name!r}; make it with Calibrate, or see ListPools", field="pool.name"
+            )
+        return named.pool_for(self._model.fingerprint, self._model.facts)
+
+    def _sampling(self, ask: Ask, prompt_tokens: int) -> SamplingParams:
+        limit = self._model.token_limit
+        wanted = ask.sampling.max_tokens
+        if prompt_tokens + wanted <= limit:
+            return ask.sampling
+        if ask.has_max_tokens:
+            raise PromptTooLong(
+                f"the prompt's {prompt_tokens} tokens and max_tokens {wanted} exceed the {limit} that fit; "
+                f"ask for at most {limit - prompt_tokens}",
+                field="sampling.max_tokens",
+            )
+        return replace(ask.sampling, max_tokens=limit - prompt_tokens)

@@ -1,0 +1,222 @@
+"""The worker's metrics: names, labels and values as a scraper reads them over HTTP."""
+
+import contextlib
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pager.errors import PortInUse
+from pager.observe.metrics import MAX_CONNECTIONS, MetricsServer
+from pager.observe.worker import OUTCOMES, TierBytes, WorkerMetrics
+from pager.types import Account, DriftReport, ExpertPool
+
+
+@pytest.fixture
+def metrics() -> WorkerMetrics:
+    return WorkerMetrics()
+
+
+@pytest.fixture
+def server(metrics: WorkerMetrics) -> Iterator[MetricsServer]:
+    server = MetricsServer(metrics.registry, "127.0.0.1")
+    yield server
+    server.close()
+
+
+def scrape(server: MetricsServer) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    with urllib.request.urlopen(f"http://{server.address}/metrics") as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> None:
+    described = {"version": "1", "model": "m", "dtype": "float32", "device": "cpu", "fingerprint": "f", "plan": "p"}
+    metrics.describe_model(described)
+    metrics.watch_engine(lambda: SimpleNamespace(running=3, waiting=4, kv_blocks_used=2, kv_blocks_total=7), 1000)
+    metrics.watch_tiers(lambda: {"device": TierBytes(capacity=400, resident=300, pinned=200, reserved=100)})
+    metrics.lookups("device", "hit", 5)
+    metrics.transferred("disk", "device", 4096, 0.25)
+    metrics.transferred("disk", "host", 100, 0.5)
+    metrics.evicted("demand", 2)
+    metrics.paged("lease", 7, again=3)
+    metrics.prefetched(used=5, wasted=2)
+    metrics.stalled(0.5, "lease")
+    metrics.quarantined("disk")
+    metrics.pool(ExpertPool(((1, 2, 3, 4), (), (5, 6))), 0.125)
+    metrics.drift(DriftReport(0.7, widenings=2, experts_added=30))
+    metrics.drift(DriftReport(0.7, exact_from=9))
+    metrics.used(Account(10, 20, 30, 40, 0.5))
+    metrics.finished("stop")
+    found = scrape(server)
+
+    def value(name: str, **labels: str) -> float:
+        return found["expert_pager_" + name, tuple(sorted(labels.items()))]
+
+    assert value("lookups_total", tier="device", result="hit") == 5
+    assert value("transfer_bytes_total", source="disk", destination="device") == 4096
+    assert value("page_in_seconds_sum", source="disk") == 0.25
+    assert value("evictions_total", cause="demand") == 2
+    assert value("stall_seconds_sum", cause="lease") == 0.5
+    assert value("quarantined_total", tier="disk") == 1
+    assert (value("requests_running"), value("requests_waiting")) == (3, 4)
+    assert (value("kv_used_bytes"), value("kv_capacity_bytes")) == (2000, 7000)
+    assert (value("pool_experts_sum"), value("pool_experts_count")) == (3, 1)
+    assert value("out_of_pool_mass_ratio_sum") == 0.125
+    assert (value("drift_widenings_total"), value("drift_experts_total"), value("drift_exact_total")) == (2, 30, 1)
+    assert (value("prompt_tokens_total"), value("completion_tokens_total")) == (10, 20)
+    assert (value("charged_bytes_total", source="disk"), value("charged_bytes_total", source="host")) == (30, 40)
+    assert value("requests_total", outcome="stop") == 1
+    assert value("model_info", **described) == 1
+    assert (value("page_ins_total", cause="lease"), value("paged_again_total", cause="lease")) == (7, 3)
+    assert (value("prefetches_total", result="used"), value("prefetches_total", result="wasted")) == (5, 2)
+    tiers = [value(f"{name}_bytes", tier="device") for name in ("capacity", "resident", "pinned", "reserved")]
+    assert tiers == [400, 300, 200, 100]
+    assert value("capacity_bytes", tier="host") == 0
+
+
+def test_series_exist_before_anything_happened_and_labels_are_closed(
+    metrics: WorkerMetrics, server: MetricsServer
+) -> None:
+    metrics.watch_tiers(dict)
+    before = set(scrape(server))
+    metrics.finished("an outcome nobody has heard of")
+    for outcome in OUTCOMES:
+        metrics.finished(outcome)
+    for tier in ("host", "device"):
+        metrics.lookups(tier, "hit_in_flight", 1)
+    for cause in ("lease", "demand", "prefetch"):
+        metrics.stalled(0.1, cause)
+        metrics.evicted(cause, 1)
+    metrics.transferred("host", "device", 1, 0.1)
+    assert set(scrape(server)) == before
+    labels = {name for _, pairs in before for name, _ in pairs}
+    assert labels == {
+        "tier", "result", "source", "destination", "cause", "outcome", "reason", "le",
+        "implementation", "major", "minor", "patchlevel", "version",
+    }  # fmt: skip
+
+
+def test_the_process_is_measured_too(server: MetricsServer) -> None:
+    assert scrape(server)["process_resident_memory_bytes", ()] > 0
+
+
+def test_a_port_in_use_is_refused_by_name(metrics: WorkerMetrics, server: MetricsServer) -> None:
+    port = int(server.address.rpartition(":")[2])
+    with pytest.raises(PortInUse, match=str(port)):
+        MetricsServer(metrics.registry, "127.0.0.1", port)
+
+
+# --- the port ---------------------------------------------------------------------------------------------------------
+
+
+def status_of(server: MetricsServer, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://{server.address}{path}", timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+@contextlib.contextmanager
+def half_asked(server: MetricsServer, count: int) -> Iterator[list[socket.socket]]:
+    """So many connections whose requests never end."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(count)]
+        for each in opened:
+            each.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+        yield opened
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
+def num_bytes_left(connection: socket.socket) -> int:
+    """What can still be read until its end."""
+    connection.settimeout(60)
+    count = 0
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(2**20):
+            count += len(data)
+    return count
+
+
+def has_ended(connection: socket.socket) -> bool:
+    connection.settimeout(60)
+    with contextlib.suppress(ConnectionResetError):
+        return connection.recv(1) == b""
+    return True
+
+
+def test_only_what_is_mounted_is_answered(server: MetricsServer) -> None:
+    paths = ("/", "/metricsx", "/ui", "/favicon.ico", "/etc/passwd")
+    assert [status_of(server, path) for path in paths] == [404] * len(paths)
+    server.mount("/ui", lambda environ, start_response: (start_response("200 OK", []), [b"hello"])[1])
+    assert [status_of(server, path) for path in ("/metrics", "/ui", "/ui/x", "/uix")] == [200, 200, 200, 404]
+
+
+def test_connections_that_never_ask_take_a_bounded_number_of_threads_and_nobodys_scrape(server: MetricsServer) -> None:
+    before = threading.active_count()
+    with half_asked(server, 5 * MAX_CONNECTIONS) as opened:
+        for _ in range(5):
+            assert status_of(server, "/metrics") == 200
+            assert threading.active_count() - before <= MAX_CONNECTIONS
+        assert has_ended(opened[0])
+
+
+def test_a_request_that_comes_byte_by_byte_has_an_end(server: MetricsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pager.observe.metrics.REQUEST_TIMEOUT_S", 0.2)
+    before = threading.active_count()
+    with half_asked(server, 1) as (slow,):
+        wait_until(lambda: threading.active_count() > before)
+
+        def is_ended() -> bool:
+            with contextlib.suppress(OSError):
+                slow.sendall(b"x")
+            return threading.active_count() <= before
+
+        wait_until(is_ended)
+    assert status_of(server, "/metrics") == 200
+
+
+def test_clients_that_read_nothing_give_their_threads_back(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pager.observe.metrics.CONNECTION_TIMEOUT_S", 2.0)
+    server.mount("/ui", lambda environ, start_response: (start_response("200 OK", []), [b"x" * 2**26])[1])
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for _ in range(MAX_CONNECTIONS):
+            opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port))))
+            opened[-1].sendall(b"GET /ui HTTP/1.0\r\n\r\n")
+        wait_until(lambda: len(server._server._connections) == MAX_CONNECTIONS)
+        wait_until(lambda: not server._server._connections)
+        assert status_of(server, "/metrics") == 200
+        assert all(num_bytes_left(each) < 2**26 for each in opened), "each was ended before its answer was sent whole"
+
+
+def test_what_a_client_does_is_no_traceback_on_standard_error(
+    server: MetricsServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for data in (
+        b"",
+        b"\x16\x03\x01\x02\x00",
+        b"GET /metrics HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"G\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(data)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    assert status_of(server, "/metrics") == 200
+    assert capfd.readouterr().err == ""

@@ -25,11 +25,12 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest check bench bench-scale chaos train evidence screenshots corpus redis kubectl prometheus chromium docs site proto clean
+.PHONY: help install demo test test-fast test-all test-oldest check bench bench-scale chaos train evidence screenshots corpus redis kubectl prometheus chromium docs site proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
 	@echo "make test    run all tests, then the model-level ones on transformers $(OLDEST_TRANSFORMERS)"
+	@echo "make test-fast  the tests that start no service, a minute"
 	@echo "make check   ruff, mypy, import-linter, the documentation site"
 	@echo "make site    build the documentation into build/site; make docs writes docs/metrics.md again"
 	@echo "make bench   measure on this machine, 30 minutes; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"
@@ -52,6 +53,11 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/python -m demo $(MODEL)
+
+# What needs no service: no Ray, Redis, browser, Prometheus or kubectl, and a minute on two cores.
+test-fast: $(INSTALLED)
+	$(RUN_TESTS) tests/test_wire.py tests/cache tests/config tests/memory tests/models tests/pools tests/predict tests/reading \
+		tests/store $(PYTEST_ARGS)
 
 test: test-all test-oldest
 	@echo "make test: all passed"

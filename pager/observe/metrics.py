@@ -195,7 +195,8 @@ class MetricsServer:
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int = 0) -> None:
         """Port 0 takes a free one. Raises PortInUse, ConfigError."""
-        self._apps: dict[str, WSGIApplication] = {"/metrics": make_wsgi_app(registry)}
+        self._metrics: WSGIApplication = make_wsgi_app(registry)
+        self._apps: dict[str, WSGIApplication] = {}
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             self._server = _Server(family, address[:2])
@@ -221,11 +222,13 @@ class MetricsServer:
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
+        if path == "/metrics":
+            return self._metrics(environ, start_response)
         for mounted, app in self._apps.items():
             if path == mounted or path.startswith(f"{mounted}/"):
                 return app(environ, start_response)
         start_response("404 Not Found", [("Content-Type", "text/plain")])
-        return [f"there is {' and '.join(self._apps)}\n".encode()]
+        return [f"there is {' and '.join(('/metrics', *self._apps))}\n".encode()]
 
 
 @dataclass(slots=True)

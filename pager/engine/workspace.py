@@ -33,10 +33,12 @@ INT64 = 8
 
 KERNEL_BYTES = 3 * MIB // 4  # one that torch compiled for half precision
 
-KEPT_BYTES = MIB
-"""The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`."""
+KEPT_BYTES = 4 * MIB
+"""The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`. Below it are the experts
+that a step of 16 rows copies together (`pager.engine.kernels`): to have them mapped anew cost a third of the step."""
 _ARENA_BYTES = MIB // 8  # what a thread takes from the system at a time for next to nothing
-_SMALL_BUFFERS = 16  # below that, the most that a forward has at a time: malloc keeps their places
+_SMALL_BUFFERS = 16  # of 1 MiB at most, as many as a forward has at a time: malloc keeps their places
+_LARGER_BUFFERS = 3  # and of those between 1 MiB and KEPT_BYTES
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
 
 _ATTENTION_QUERIES, _ATTENTION_KEYS = 256, 512  # the tile of torch's attention on a CPU, one a thread
@@ -127,7 +129,7 @@ class _Shapes:
         tile = _ATTENTION_QUERIES * (_ATTENTION_KEYS + 2 + self.head_dim) * FP32
         threads = torch.get_num_threads() * (tile + _GEMM_BYTES)
         num_threads = num_readers + NUM_CHECKERS + 1  # who reads, who checks, who steps
-        kept = _SMALL_BUFFERS * KEPT_BYTES + num_threads * _ARENA_BYTES
+        kept = _SMALL_BUFFERS * MIB + _LARGER_BUFFERS * KEPT_BYTES + num_threads * _ARENA_BYTES
         copied = 0
         if self.expert_bytes <= SMALL_EXPERT_BYTES:
             rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item

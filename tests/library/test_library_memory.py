@@ -152,7 +152,7 @@ class TestMeasured:
         plan = "plan = model.expert_paging.plan; print(plan.workspace_bytes, plan.total_bytes - plan.kv_bytes)"
         workspace, planned, grown = measured(large, f"{load}; {run}; {plan}")
         assert grown <= planned
-        assert workspace < planned / 2, "a check that could not fail"
+        assert workspace < 0.6 * planned, "a check that could not fail"
 
     def test_all_experts_in_bfloat16_are_never_held_in_float32(self, large: Path) -> None:
         grown = peak(large, "load_model(path, expert_memory='100%', dtype='bfloat16')(ids).logits.sum().item()")

@@ -19,6 +19,7 @@ from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
 from pager.engine.paged_model import PagedModel, load_paged_model
+from pager.engine.threads import use_fastest_num_threads
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
 from pager.memory.machine import Machine, resolve_device
@@ -33,7 +34,7 @@ PAGE_IN_POLL_S = 0.02
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
     """Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
     workers = config.workers
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(num_threads := int(os.environ["OMP_NUM_THREADS"]))
     return_freed_memory()
     device = device_of(workers)
     paged = load_paged_model(
@@ -49,6 +50,8 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
     )
     try:
         limit_device_memory(paged.plan, paged.device)
+        if workers.num_threads is None:
+            use_fastest_num_threads(paged, num_threads)
         tokenizer = _tokenizer(Path(config.model.path))
         limits = EngineLimits(max_running=workers.max_running, max_waiting=workers.max_waiting)
         engine = Engine(paged, tokenizer, limits, sink=sink, observer=observer)
@@ -126,7 +129,7 @@ def _view(config: ServiceConfig, paged: PagedModel) -> ModelView:
         facts=paged.facts,
         num_slots=plan.num_slots,
         expert_bytes=plan.expert_bytes,
-        plan=plan.to_dict(),
+        plan=plan.to_dict() | {"num_threads": torch.get_num_threads()},
         plan_text="\n".join(describe(plan)),
     )
 

@@ -108,7 +108,7 @@ CLOSE_TIMEOUT_S = 5.0
 WARM_UP_TIMEOUT_S = 120.0
 REMEMBER_EVERY_S = 15.0
 REMEMBERED_PAGE_INS = 256
-PLAN_IN_LABEL = ("slot_bytes", "host_bytes", "kv_bytes", "max_running")
+PLAN_IN_LABEL = ("slot_bytes", "host_bytes", "kv_bytes", "max_running", "num_threads")
 
 
 class Status(EngineLoad, Protocol):
@@ -349,7 +349,10 @@ def _labels_of(model: ModelView) -> dict[str, str]:
 
 
 def set_num_threads(config: ServiceConfig) -> None:
-    """Workers of one machine share its cores. Before torch is imported, because OpenMP reads it then."""
+    """Workers of one machine share its cores. Before torch is imported, because OpenMP reads it then.
+
+    Where the configuration has none, this is the most that may turn out to be the fastest.
+    """
     workers = config.workers
     num_threads = workers.num_threads or max(1, len(os.sched_getaffinity(0)) // workers.sharing_a_node)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)

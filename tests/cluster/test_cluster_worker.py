@@ -53,7 +53,7 @@ asyncio.run(answer(ready))
 end_s = time.monotonic() + 30
 while nameless() - loaded and time.monotonic() < end_s:  # gRPC's have no name at first
     time.sleep(0.1)
-print(len(loaded), len(nameless() - loaded), flush=True)
+print(ready.model.plan["num_threads"], len(loaded), len(nameless() - loaded), flush=True)
 os._exit(0)
 """
 
@@ -66,7 +66,8 @@ def test_loading_reading_and_stepping_share_one_team_of_threads() -> None:
         [sys.executable, "-c", THREADS], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    num_loaded, num_more = map(int, done.stdout.split())
+    num_threads, num_loaded, num_more = map(int, done.stdout.split())
+    assert num_threads == 3, "the configuration says so"
     assert num_loaded >= 2
     assert num_more == 0
 

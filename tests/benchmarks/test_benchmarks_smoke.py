@@ -71,6 +71,13 @@ def test_exactness_fails_where_an_answer_differs(synthetic: Path, tmp_path: Path
     assert done.stdout.count("DIFFERS") == 5  # four rows and the verdict
 
 
+def test_the_service_is_measured_beside_its_engine(tmp_path: Path) -> None:
+    done = run("service", GOLDEN, "--quick", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^(\d+) +[\d.]+ \(", done.stdout, re.MULTILINE) == ["1", "4"]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the page cache is looked at through Linux calls")
 def test_residency_measures_every_table(tmp_path: Path) -> None:
     done = run("residency", tmp_path / "none", "--quick", "--work", tmp_path / "work")

@@ -1,0 +1,208 @@
+"""How much of the engine's speed reaches a client: tokens/s and first tokens through the whole service, over gRPC,
+beside the engine in this process, by the number of streams in flight.
+
+python -m benchmarks.service [MODEL]  about 4 minutes on 2 cores
+python -m benchmarks.service --quick  a smoke run that writes no file
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc.aio
+import torch
+import typer
+from expert_pager.v1 import expert_pager_pb2 as pb
+from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
+
+from benchmarks.engine_run import EngineRun, load_engine
+from benchmarks.measure import alternate
+from benchmarks.prompts import prompts_of
+from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten, ratio
+from pager.engine.interface import EngineLimits
+from pager.memory.plan import Budgets
+from pager.types import PoolPolicy
+
+MODEL = ROOT / "models" / "emo-tiny"
+STREAMS = (1, 4, 16, 64, 256)
+PROMPT_TOKENS = 64
+KV_MEMORY = "256MiB"
+START_TIMEOUT_S = 300
+SMALLEST_SHARE, HELD_TO = 0.85, (1, 16)  # of the engine's tokens/s, and with so many streams
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Requests that were sent at once: all their tokens, until the last one's end, and when each one's first came."""
+
+    num_tokens: int
+    seconds: float
+    first_token_s: Sequence[float]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A checkpoint.")] = MODEL,
+    rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 3,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Of torch, here and in the worker. Default: its choice.")] = None,
+    results: Annotated[Path, typer.Option(help="Directory for the table.")] = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="Short, and no file is written.")] = False,
+) -> None:
+    """Measure the service beside its engine."""
+    quieten()
+    streams, rounds, tokens = (STREAMS[:2], 1, 4) if quick else (STREAMS, rounds, tokens)
+    most = max(streams)
+    with tempfile.TemporaryDirectory() as folder, service(model, Path(folder), most, threads) as ready:
+        torch.set_num_threads(ready["plan"]["num_threads"])
+        budgets = Budgets(expert_memory="100%", host_memory=0, kv_memory=KV_MEMORY, max_running=most)
+        limits = EngineLimits(max_running=most)
+        report = Report(
+            "service",
+            f"{model.name}, bfloat16, exact, all experts in slots; {PROMPT_TOKENS} prompt tokens, answers of {tokens}",
+            conditions(threads=f"{torch.get_num_threads()} of torch in the worker, and in the engine beside it"),
+        )
+        report.start()
+        with (
+            load_engine(model, torch.bfloat16, budgets, 4, limits=limits) as engine,
+            closing(Client(ready["address"])) as client,
+            console.status("waves"),
+        ):
+            report.add(table(model, engine, client, streams, rounds, tokens))
+    if not quick:
+        report.write(results)
+
+
+def table(
+    model: Path, engine: EngineRun, client: Client, streams: Sequence[int], num_rounds: int, num_tokens: int
+) -> Table:
+    rows = []
+    for num_streams in streams:
+        prompts = prompts_of(model, num_streams, PROMPT_TOKENS)
+        ways: dict[str, Callable[[], Wave]] = {
+            "engine": partial(in_process, engine, prompts, num_tokens),
+            "service": partial(client.wave, prompts, num_tokens),
+        }
+        for run in ways.values():
+            run()
+        found = alternate(ways, num_rounds)
+        rates = {name: [wave.tokens_per_s for wave in waves] for name, waves in found.items()}
+        share = statistics.median(rates["service"]) / statistics.median(rates["engine"])
+        verdict = "-" if num_streams not in HELD_TO else "ok" if share >= SMALLEST_SHARE else "less"
+        firsts_ms = [value for name in ways for value in _first_tokens_ms(found[name])]
+        figures = (*(figure(rates[name], 0) for name in ways), ratio(rates["service"], rates["engine"]), verdict)
+        rows.append((str(num_streams), *figures, *(f"{value:.0f}" for value in firsts_ms)))
+    columns = (
+        *("streams", "engine tokens/s", "service tokens/s", "service / engine", f"at least {SMALLEST_SHARE}"),
+        *("engine first token ms, p50", "p99", "service first token ms, p50", "p99"),
+    )
+    notes = (
+        "All requests of a wave are sent at once; tokens/s count from there to the last one's end, prompts included.",
+        "The client has one connection and runs in this process, on the same cores as router and worker.",
+        f"{num_rounds} rounds that take turns, after one of each that is not counted; p50 and p99 over their requests.",
+    )
+    return Table("Streams in flight", columns, rows, notes)
+
+
+def in_process(engine: EngineRun, prompts: Sequence[Sequence[int]], num_tokens: int) -> Wave:
+    started_s = time.perf_counter()
+    open_requests = {engine.submit(prompt, num_tokens, PoolPolicy()) for prompt in prompts}
+    waiting_for_first, firsts = set(open_requests), []
+    while open_requests:
+        for delivered_s, chunk in engine.timed_step():
+            if chunk.request_id in waiting_for_first:
+                waiting_for_first.remove(chunk.request_id)
+                firsts.append(delivered_s - started_s)
+            if chunk.usage is not None:
+                open_requests.remove(chunk.request_id)
+    return Wave(len(prompts) * num_tokens, time.perf_counter() - started_s, firsts)
+
+
+class Client:
+    """One connection to the service."""
+
+    def __init__(self, address: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._channel = self._loop.run_until_complete(self._connect(address))
+        self._stub: Any = pb_grpc.ExpertPagerStub(self._channel)
+
+    def wave(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Wave:
+        return self._loop.run_until_complete(self._wave(prompts, num_tokens))
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._channel.close())
+        self._loop.close()
+
+    @staticmethod
+    async def _connect(address: str) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(address)
+
+    async def _wave(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Wave:
+        started_s = time.perf_counter()
+        firsts = await asyncio.gather(*(self._first_token_s(prompt, num_tokens) for prompt in prompts))
+        seconds = time.perf_counter() - started_s
+        return Wave(len(prompts) * num_tokens, seconds, [first_s - started_s for first_s in firsts])
+
+    async def _first_token_s(self, prompt: Sequence[int], num_tokens: int) -> float:
+        """When the first token of an answer came, which is read to its end."""
+        sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
+        first_s, num_received = 0.0, 0
+        async for message in self._stub.Generate(request):
+            first_s = first_s or time.perf_counter()
+            num_received += len(message.token_ids)
+        assert num_received == num_tokens, f"{num_received} tokens instead of {num_tokens}"
+        return first_s
+
+
+@contextmanager
+def service(model: Path, folder: Path, max_running: int, threads: int | None) -> Iterator[dict[str, Any]]:
+    """The real one, with room for all experts; what it says when it is ready."""
+    options = {
+        "WORKERS_EXPERT_MEMORY": "100%",
+        "WORKERS_HOST_MEMORY": "0",
+        "WORKERS_KV_MEMORY": KV_MEMORY,
+        "WORKERS_MAX_RUNNING": str(max_running),
+        "ROUTER_MAX_REQUESTS_PER_TENANT": str(max_running),
+    }
+    if threads is not None:
+        options["WORKERS_NUM_THREADS"] = str(threads)
+    env = os.environ | {f"EXPERT_PAGER_{name}": value for name, value in options.items()}
+    command = [sys.executable, "-m", "pager.cli", "serve", str(model), "--port", "0", "--metrics-port", "0", "--json"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+    try:
+        assert process.stdout is not None
+        line = next((line for line in process.stdout if line.startswith("{")), None)
+        if line is None:
+            raise SystemExit(f"the service did not start:\n{(folder / 'log').read_text()}")
+        yield json.loads(line)
+    finally:
+        process.terminate()
+        process.communicate(timeout=START_TIMEOUT_S)
+
+
+def _first_tokens_ms(waves: Sequence[Wave]) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    times = sorted(1e3 * first_s for wave in waves for first_s in wave.first_token_s)
+    return statistics.median(times), times[round(0.99 * (len(times) - 1))]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -52,6 +52,8 @@ DRAIN_POLL_S = 0.02
 class RayLost(NotReady):
     """The embedded Ray lost a daemon while the workers were starting: this process cannot use Ray any more."""
 
+    reason = "RAY_LOST"
+
 
 class Cluster:
     """Owns the supervisors and this router's connection to Ray. Lives on one event loop; `connect` makes it."""

@@ -144,10 +144,10 @@ def test_a_service_that_loses_a_daemon_of_its_ray_drains_and_exits_to_be_started
         found = re.search(r"--log_dir=(/tmp/expert-pager-[^/ ]+)", service.command_lines())
         assert found
         [lost] = [each for each in processes if each.name() == daemon]
-        call = service.open(PROMPT, pool=8, max_tokens=900)
+        call = service.open(PROMPT, pool=8, max_tokens=900, timeout=270)
         next(call)
         lost.kill()
-        until(lambda: service.health() == service.health("") == NOT_SERVING, 20)
+        until(lambda: service.health() == service.health("") == NOT_SERVING, 120)
         assert service.metrics("router").total("expert_pager_router_ray_lost_total", daemon=daemon) == 1
         refused = service.refusal(PROMPT, pool=8, max_tokens=2)
         assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")

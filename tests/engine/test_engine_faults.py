@@ -236,7 +236,7 @@ def test_an_observer_that_fails_does_so_for_the_request_that_it_hears_of(
     assert sorted(observer.finished_with) == ["internal", *["length"] * 5]
 
 
-@pytest.mark.parametrize("name", ["stepped", "load", "tokens", "output_token", "finished"])
+@pytest.mark.parametrize("name", ["stepped", "load", "used", "output_token", "finished"])
 def test_an_observer_that_fails_when_nothing_is_left_to_fail_harms_nobody(
     make_driver, submit_all, undisturbed, name: str, caplog
 ) -> None:

@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from pager.observe import metrics
 from pager.observe.metrics import Family, Instruments, Kind, Labels, every
 from pager.types import Account, ExpertPool
-from router_service.redis import REASONS
 from router_service.status import CODES
 from router_service.tenants import TenantLabels
 
@@ -21,6 +20,9 @@ PASSES = ("lexical", "trunk", "fitted", "prefill")
 REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")
 DROPS = ("no_message", "unknown_method", "unseen")
 WORKER_STATES = ("starting", "ready", "draining", "hung", "dead")
+REDIS_REASONS = ("unreachable", "timeout", "readonly", "full", "busy", "loading", "moved", "other")
+"""Why Redis failed, as `router_service.redis` tells failures apart."""
+
 RAY_DAEMONS = ("gcs_server", "raylet")
 INFO_LABELS = ("version", "model", "fingerprint")
 
@@ -144,7 +146,7 @@ def _surroundings() -> tuple[Family, ...]:
         ),
         Family(
             "router_redis_failures", _COUNTER, "Commands that Redis failed or refused, by reason.",
-            "What is wrong with Redis?", every(reason=REASONS),
+            "What is wrong with Redis?", every(reason=REDIS_REASONS),
         ),
         Family(
             "router_ray_lost", _COUNTER, "Daemons that the embedded Ray has lost; the router drains and exits then.",

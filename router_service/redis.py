@@ -24,8 +24,6 @@ TIMEOUT_S = 0.25
 MAX_URL_BYTES = 1 << 16
 
 
-REASONS = ("unreachable", "timeout", "readonly", "full", "busy", "loading", "moved", "other")
-
 # What a Redis that is there answers when it takes no commands, or no writes, by the code that begins its error.
 _REASON_OF_CODE = {
     "READONLY": "readonly",
@@ -51,7 +49,7 @@ _MEANINGS = {
 
 
 class RedisUnavailableError(Exception):
-    """Redis cannot be reached, or refused the command. `reason` is one of REASONS."""
+    """Redis cannot be reached, or refused the command. `reason` is one of `metrics.REDIS_REASONS`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(_MEANINGS[reason] + (f" ({detail})" if detail else ""))
@@ -195,7 +193,7 @@ class StoreBreaker:
     ) -> None:
         """`on_failure` receives the reason of every failure, `on_degraded` every failure and the first success after.
 
-        A reason is one of `redis_client.REASONS`.
+        A reason is one of `metrics.REDIS_REASONS`.
         """
         self._on_degraded = on_degraded
         self._on_failure = on_failure

@@ -27,7 +27,7 @@ def test_nothing_is_imported_when_nobody_asks() -> None:
     code = """
 import sys
 import router_service.service, pager.engine.engine
-from pager import tracing
+from pager.observe import tracing
 tracing.start("test", "1.2.3", {})
 with tracing.call("a/b", ()), tracing.span("score"):
     tracing.note(number=1)

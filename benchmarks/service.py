@@ -68,7 +68,7 @@ def main(
     """Measure the service beside its engine."""
     quieten()
     streams, rounds, tokens = (STREAMS[:2], 1, 4) if quick else (STREAMS, rounds, tokens)
-    most = max(streams)
+    most, found = max(streams), conditions()  # what else runs, before the service does
     with tempfile.TemporaryDirectory() as folder, service(model, Path(folder), most, threads) as ready:
         torch.set_num_threads(ready["plan"]["num_threads"])
         budgets = Budgets(expert_memory="100%", host_memory=0, kv_memory=KV_MEMORY, max_running=most)
@@ -76,7 +76,7 @@ def main(
         report = Report(
             "service",
             f"{model.name}, bfloat16, exact, all experts in slots; {PROMPT_TOKENS} prompt tokens, answers of {tokens}",
-            conditions(threads=f"{torch.get_num_threads()} of torch in the worker, and in the engine beside it"),
+            found | {"threads": f"{torch.get_num_threads()} of torch in the worker, and in the engine beside it"},
         )
         report.start()
         with (

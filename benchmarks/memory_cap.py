@@ -47,12 +47,12 @@ def memory_cap(limit_bytes: int) -> Iterator[MemoryCap]:
     try:
         folder.mkdir()
     except OSError as error:
-        raise NoCap(f"{folder} can not be made: {error.strerror}") from None
+        raise NoCap(f"{folder} cannot be made: {error.strerror}") from None
     try:
         try:
             (folder / limit).write_text(str(limit_bytes))
         except OSError as error:
-            raise NoCap(f"{folder / limit} can not be written: {error.strerror}") from None
+            raise NoCap(f"{folder / limit} cannot be written: {error.strerror}") from None
         _forbid_swap(folder, version, limit_bytes)
         yield MemoryCap(folder, version)
     finally:

@@ -194,7 +194,7 @@ def _used(prepare: Callable[[], object], run: Callable[[], object]) -> Used:
 
 
 def why_not_direct(path: Path, dtype: torch.dtype) -> str:
-    """Why a checkpoint can not be read past the page cache; an empty string where it can."""
+    """Why a checkpoint cannot be read past the page cache; an empty string where it can."""
     opened = OpenModel.open(path, dtype)
     with opened.checkpoint:
         source = opened.open_experts()

@@ -286,7 +286,7 @@ class RouterConfig:
     tls_cert: str | None = None  # PEM files; both this and its key, or neither
     tls_key: str | None = None
     tls_client_ca: str | None = None  # clients must show a certificate that this has signed
-    health_port: int | None = _is(_between(0, 65535), None)  # health alone and without TLS, for who can not speak it
+    health_port: int | None = _is(_between(0, 65535), None)  # health alone and without TLS, for who cannot speak it
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ class DuplicateRequest(PagerError):
 
 
 class DeadlineExceeded(PagerError):
-    """The deadline is past, or can not be met."""
+    """The deadline is past, or cannot be met."""
 
     reason = "DEADLINE_EXCEEDED"
 

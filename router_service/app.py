@@ -329,4 +329,4 @@ def _check_port_free(host: str, port: int, key: str) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"port {port} on {host} is in use; choose another ({key})") from None
-        raise ConfigError(f"can not listen on {host}:{port}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None

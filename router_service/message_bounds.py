@@ -106,7 +106,7 @@ def check_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
 
 
 def malformed() -> InvalidRequest:
-    return InvalidRequest("the message can not be parsed; is it of another version, or text that is not UTF-8?")
+    return InvalidRequest("the message cannot be parsed; is it of another version, or text that is not UTF-8?")
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ MAX_POOLS = 16_384  # of all tenants
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A tenant's pools by name; `damaged` names what is stored and can not be read."""
+    """A tenant's pools by name; `damaged` names what is stored and cannot be read."""
 
     pools: tuple[NamedPool, ...]
     damaged: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Listing:
 
 
 class PoolStore(Protocol):
-    """Pools by tenant and name. Every method raises PoolStoreUnavailable when the store can not be reached."""
+    """Pools by tenant and name. Every method raises PoolStoreUnavailable when the store cannot be reached."""
 
     async def find(self, tenant: str, name: str) -> NamedPool | None:
         """Raises DamagedPool."""
@@ -142,7 +142,7 @@ class FolderPools:
             remove_abandoned(folder.glob(f"{_PART}*"), Path.unlink)
         except OSError as error:
             raise ConfigError(
-                f"pools.path {folder} can not be written: {error.strerror or error}; name a folder that can"
+                f"pools.path {folder} cannot be written: {error.strerror or error}; name a folder that can"
             ) from None
 
     async def find(self, tenant: str, name: str) -> NamedPool | None:
@@ -230,7 +230,7 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.error("a named pool can not be %s: %s", what, error)
+        log.error("a named pool cannot be %s: %s", what, error)
         raise PoolStoreUnavailable(
-            f"the named pool can not be {what}: {error.strerror or type(error).__name__}; the service's log says more"
+            f"the named pool cannot be {what}: {error.strerror or type(error).__name__}; the service's log says more"
         ) from None

@@ -73,7 +73,7 @@ def redis_url(env: Mapping[str, str]) -> str | None:
         try:
             url = read_bounded(path, MAX_URL_BYTES).decode("utf-8").strip()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"REDIS_URL_FILE {path} can not be read: {type(error).__name__}") from None
+            raise ConfigError(f"REDIS_URL_FILE {path} cannot be read: {type(error).__name__}") from None
     if not url:
         return None
     if not url.startswith(("redis://", "rediss://", "unix://")):
@@ -81,7 +81,7 @@ def redis_url(env: Mapping[str, str]) -> str | None:
     try:
         parse_url(url)
     except ValueError:
-        raise ConfigError("the Redis URL can not be parsed; it reads redis://[user:password@]host:port/db") from None
+        raise ConfigError("the Redis URL cannot be parsed; it reads redis://[user:password@]host:port/db") from None
     return url
 
 

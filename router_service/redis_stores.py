@@ -207,7 +207,7 @@ Answer = TypeVar("Answer")
 
 
 class SharedHints:
-    """A HintStore that never raises: what the shared store can not answer, the local one does."""
+    """A HintStore that never raises: what the shared store cannot answer, the local one does."""
 
     def __init__(self, local: InProcessHints, shared: HintStore, breaker: StoreBreaker) -> None:
         self._local = local

@@ -58,7 +58,7 @@ class TlsFiles:
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Raises ConfigError when a file can not be read or is not PEM, or the key is not the certificate's."""
+        """Raises ConfigError when a file cannot be read or is not PEM, or the key is not the certificate's."""
         pems = self.read()
         return grpc.dynamic_ssl_server_credentials(
             pems.configuration(),
@@ -131,7 +131,7 @@ def _pem(path: Path, key: str) -> bytes:
     try:
         text = read_bounded(path, MAX_PEM_BYTES)
     except OSError as error:
-        raise ConfigError(f"{key} {str(path)!r} can not be read: {reason_of(error)}") from None
+        raise ConfigError(f"{key} {str(path)!r} cannot be read: {reason_of(error)}") from None
     if b"-----BEGIN " not in text:
         raise ConfigError(f"{key} {str(path)!r} is not a PEM file")
     return text
@@ -197,7 +197,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if handler.response_streaming
             else grpc.stream_unary_rpc_method_handler
         )
-        # The request stays bytes until it is inside the boundary: what can not be parsed gets details like any error.
+        # The request stays bytes until it is inside the boundary: what cannot be parsed gets details like any error.
         guarded = self._guarded(name, method, handler.request_deserializer)
         return wrap(guarded, request_deserializer=None, response_serializer=handler.response_serializer)
 
@@ -385,7 +385,7 @@ class RouterServer:
     async def start(self, host: str, port: int, tls: TlsFiles | None = None, health_port: int | None = None) -> None:
         """Listens; port 0 takes a free one, found in `self.port` and `self.health_port`.
 
-        `health_port` has health alone, and never TLS: who probes a pod can not speak it. Raises PortInUse, ConfigError.
+        `health_port` has health alone, and never TLS: who probes a pod cannot speak it. Raises PortInUse, ConfigError.
         """
         self.port = await self._bind(self._server, host, port, "router.port", tls)
         if health_port is not None:
@@ -486,5 +486,5 @@ def _bind_error(host: str, port: int, key: str) -> ConfigError | PortInUse:
             probe.bind(address)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            return ConfigError(f"can not listen on {host}:{port}: {error.strerror or error}")
+            return ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}")
     return PortInUse(f"port {port} on {host} is in use; choose another ({key})")

@@ -145,7 +145,7 @@ class NamedPools:
         known = self._passes.available
         if not known:
             raise InvalidRequest(
-                "this service runs no routing-only pass (its router is `fused`), so it can not score examples; make "
+                "this service runs no routing-only pass (its router is `fused`), so it cannot score examples; make "
                 "the pool with `expert-pager calibrate --model`, which can",
                 field="method",
             )
@@ -153,7 +153,7 @@ class NamedPools:
             return list(known)[-1]
         if asked not in known:
             raise InvalidRequest(
-                f"method {asked[:60]!r} can not be had here; known are {', '.join(known)}", field="method"
+                f"method {asked[:60]!r} cannot be had here; known are {', '.join(known)}", field="method"
             )
         return asked
 

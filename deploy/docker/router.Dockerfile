@@ -1,6 +1,6 @@
 # The router: the gRPC front and the routing-only pass, on a CPU.
 #   docker build -f deploy/docker/router.Dockerfile -t expert-pager-router:0.1.0 .
-# --target dev adds models/emo-tiny, for a cluster that can not fetch a model.
+# --target dev adds models/emo-tiny, for a cluster that cannot fetch a model.
 ARG PYTHON=python:3.12.11-slim-bookworm@sha256:519591d6871b7bc437060736b9f7456b8731f1499a57e22e6c285135ae657bf7
 
 FROM ${PYTHON} AS build
@@ -27,7 +27,7 @@ RUN apt-get update \
     && groupadd --gid 10001 pager && useradd --uid 10001 --gid pager --no-create-home --home-dir /tmp pager \
     && echo 'PATH=/opt/expert-pager/bin:$PATH' > /etc/profile.d/expert-pager.sh
 COPY --from=build /opt/expert-pager /opt/expert-pager
-# A root that can not be written to: all that is written goes to /tmp, /dev/shm and the model's volume.
+# A root that cannot be written to: all that is written goes to /tmp, /dev/shm and the model's volume.
 ENV PATH=/opt/expert-pager/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_memory_monitor_refresh_ms=0
 USER 10001:10001
 ENTRYPOINT ["tini", "--"]

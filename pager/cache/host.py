@@ -143,7 +143,7 @@ def _page_lock(data: Tensor) -> Callable[[], None]:
     runtime: Any = torch.cuda.cudart()
     status = int(runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0))
     if status != 0:
-        raise BudgetError(f"{data.nbytes} bytes can not be page-locked (CUDA error {status}); lower host_memory")
+        raise BudgetError(f"{data.nbytes} bytes cannot be page-locked (CUDA error {status}); lower host_memory")
 
     def unlock() -> None:
         runtime.cudaHostUnregister(data.data_ptr())

@@ -5,7 +5,7 @@ Pure integers: no tensors, devices, clocks or locks.
 A slot is in one of four states, and every slot in exactly one:
 
     free       no expert in it
-    loading    an expert on its way; held or not, it can not be evicted
+    loading    an expert on its way; held or not, it cannot be evicted
     held       loaded, with at least one pin
     evictable  loaded, no pin; the policy knows it
 
@@ -87,7 +87,7 @@ class CacheIndex:
 
     @property
     def num_held(self) -> int:
-        """Slots that can not be evicted: held and loading ones."""
+        """Slots that cannot be evicted: held and loading ones."""
         return len(self._entries) - self.num_evictable
 
     def is_loaded(self, key: ExpertKey) -> bool:
@@ -219,4 +219,4 @@ class CacheIndex:
         in_order = list(self._policy.victims())
         assert len(in_order) == len(self._policy) == len(evictable)
         assert set(in_order) == evictable
-        assert 0 <= self._reserved <= self.num_free + self.num_evictable, "a promise can not be kept"
+        assert 0 <= self._reserved <= self.num_free + self.num_evictable, "a promise cannot be kept"

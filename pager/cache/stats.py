@@ -108,7 +108,7 @@ class CacheStats:
     bytes_from_host: int
     capacity_bytes: int
     resident_bytes: int  # loaded or loading
-    held_bytes: int  # of these, what can not be evicted now
+    held_bytes: int  # of these, what cannot be evicted now
     reserved_bytes: int  # promised to leases and not bound yet
 
     @property

@@ -204,7 +204,7 @@ def clusters(
     try:
         out_file.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise PagerError(f"{out_file} can not be written: {error.strerror}") from None
+        raise PagerError(f"{out_file} cannot be written: {error.strerror}") from None
     if as_json:
         print_json({"page": str(out_file), "models": [summary(report) for report in reports]})
         return

@@ -49,7 +49,7 @@ def _pem(path: Path, option: str) -> bytes:
     try:
         text = read_bounded(path, MAX_PEM_BYTES)
     except OSError as error:
-        raise ConfigError(f"{option} {str(path)!r} can not be read: {reason_of(error)}") from None
+        raise ConfigError(f"{option} {str(path)!r} cannot be read: {reason_of(error)}") from None
     if b"-----BEGIN " not in text:
         raise ConfigError(f"{option} {str(path)!r} is not a PEM file")
     return text

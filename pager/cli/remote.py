@@ -83,7 +83,7 @@ class Service:
         return _named(reply.pool)
 
     def named_pools(self) -> tuple[list[NamedPool], list[str]]:
-        """The tenant's pools, and the names of those that can not be read."""
+        """The tenant's pools, and the names of those that cannot be read."""
         with self._translated():
             reply = self._stub.ListPools(pb.ListPoolsRequest(), metadata=self._metadata, timeout=self._timeout_s)
         return [_named(wire) for wire in reply.pools], list(reply.damaged)

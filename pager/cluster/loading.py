@@ -72,7 +72,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
 
 
 def page_in(pager: ExpertPager, experts: Experts, timeout_s: float) -> None:
-    """Returns when they are there, as many as there are slots for, or when time is up. What can not be read is not."""
+    """Returns when they are there, as many as there are slots for, or when time is up. What cannot be read is not."""
     ranks = zip_longest(*([ExpertKey(layer, each) for each in row] for layer, row in enumerate(experts)))
     keys = [key for rank in ranks for key in rank if key is not None][: pager.num_slots]  # some of each layer
     pager.prefetch(keys)
@@ -91,7 +91,7 @@ def device_of(workers: WorkerConfig) -> str:
 
 
 def _trace_file(workers: WorkerConfig) -> Path | None:
-    """A new file each time a worker starts. Raises ConfigError for a folder that can not be made."""
+    """A new file each time a worker starts. Raises ConfigError for a folder that cannot be made."""
     if workers.trace is None:
         return None
     try:

@@ -272,7 +272,7 @@ class RaySession:
             try:
                 ray.init(address=address, namespace=namespace, log_to_driver=True, logging_level=logging.WARNING)
             except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
-                raise ConfigError(f"can not join the Ray cluster at {address!r}: {error}; {TOKEN_HELP}") from error
+                raise ConfigError(f"cannot join the Ray cluster at {address!r}: {error}; {TOKEN_HELP}") from error
             return cls(None, owns_ray=True, folder=None)
         # It only says that an embedded cluster asks for a token, which is as it should be.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -343,7 +343,7 @@ def _check_answers(address: str) -> None:
     if code is grpc.StatusCode.UNAUTHENTICATED:
         if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
             return
-        raise ConfigError(f"can not join the Ray cluster at {where}; {TOKEN_HELP}")
+        raise ConfigError(f"cannot join the Ray cluster at {where}; {TOKEN_HELP}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         raise ConfigError(f"no Ray cluster answers at {where} within {ANSWER_TIMEOUT_S:g} s; is it there?")
     raise ConfigError(f"what answers at {where} is no Ray cluster ({code.name}); name its head's address")

@@ -178,7 +178,7 @@ class WorkerLink:
                 else:
                     self._take(push.step)
         except grpc.aio.AioRpcError:
-            pass  # how a stream ends does not matter: the worker can not be reached over it
+            pass  # how a stream ends does not matter: the worker cannot be reached over it
         except Exception:
             log.exception("reading from a worker failed in an unexpected way; its stream is given up")
         finally:

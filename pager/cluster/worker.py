@@ -1,6 +1,6 @@
 """What a worker held, in a small file of its own, so that its next life pages that in before it is ready.
 
-Best effort: a file that can not be used costs a line in the log, and the worker starts cold. Knows no torch.
+Best effort: a file that cannot be used costs a line in the log, and the worker starts cold. Knows no torch.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Detokenizer:
 
 
 def _num_finished(data: bytes | bytearray) -> int | None:
-    """How many of these bytes make whole characters, the others being open; None where they can not become any."""
+    """How many of these bytes make whole characters, the others being open; None where they cannot become any."""
     try:
         data.decode()
     except UnicodeDecodeError as error:

@@ -187,7 +187,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 NAME = "expert_pager_slots"
-NO_COPIES = "a paged model can not be copied or pickled: its experts are in a cache that it owns; load it once more"
+NO_COPIES = "a paged model cannot be copied or pickled: its experts are in a cache that it owns; load it once more"
 
 
 class OpenStep(threading.local):

@@ -141,7 +141,7 @@ class PagedCausalLM:
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         raise ConfigError(
-            "a paged model has not all its experts in memory and can not be saved; copy "
+            "a paged model has not all its experts in memory and cannot be saved; copy "
             f"{self.expert_paging.path} instead"
         )
 

@@ -153,14 +153,14 @@ class PagedModel:
             raise UnsupportedModel(f"this model runs with all its experts only: {unpoolable}; ask for the full model")
         if isinstance(policy.size, Bytes) and policy.fixed is None:
             raise InvalidRequest(
-                "a prefill chooses its pool layer by layer and can not share bytes out over layers that it has not "
+                "a prefill chooses its pool layer by layer and cannot share bytes out over layers that it has not "
                 "seen; give a count ('32'), a share ('12.5%') or a count for each layer ('16,24,32')",
                 field="pool.size.bytes",
             )
         largest_counts(policy.size, self.facts)
 
     def close(self) -> None:
-        """Stops the readers and lets go of the tiers. The model can not run afterwards. Idempotent."""
+        """Stops the readers and lets go of the tiers. The model cannot run afterwards. Idempotent."""
         self._is_closed = True
         self._closing.close()
 

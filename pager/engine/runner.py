@@ -34,7 +34,7 @@ class CudaCapture:
 
     def __call__(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # The outer block goes back to this stream even if the capture can not be ended. What other threads ask of the
+        # The outer block goes back to this stream even if the capture cannot be ended. What other threads ask of the
         # device, as those that read experts do, is no part of it.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
@@ -56,7 +56,7 @@ def capture_on(device: torch.device) -> Capture | None:
 
 
 class Recorder:
-    """Records steps until one can not be recorded; from then on it is off. Mutable."""
+    """Records steps until one cannot be recorded; from then on it is off. Mutable."""
 
     def __init__(self, capture: Capture | None) -> None:
         self._capture = capture
@@ -66,7 +66,7 @@ class Recorder:
         return self._capture is not None
 
     def record(self, step: Step) -> Step | None:
-        """The step's replay; None, and a warning, where it can not be recorded."""
+        """The step's replay; None, and a warning, where it cannot be recorded."""
         assert self._capture is not None, "it is off"
         try:
             return self._capture(step)

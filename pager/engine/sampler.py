@@ -18,7 +18,7 @@ import torch
 from pager.types import SamplingParams
 
 NOT_FINITE = -1
-"""The id of a row whose logits hold NaN or infinity: that sequence can not go on, the others can."""
+"""The id of a row whose logits hold NaN or infinity: that sequence cannot go on, the others can."""
 
 
 class Draw:

@@ -334,5 +334,5 @@ def embed_json(value: Any) -> str:
     """JSON that can stand inside a script element: nothing in it can end the element or start a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    # A lone surrogate can not be written as UTF-8.
+    # A lone surrogate cannot be written as UTF-8.
     return text.encode("utf-8", "replace").decode("utf-8")

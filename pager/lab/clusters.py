@@ -90,7 +90,7 @@ def cluster_tokens(probs_TC: np.ndarray, num_clusters: int, seed: int) -> TokenC
     num_tokens = len(probs_TC)
     if num_tokens < num_clusters:
         raise InvalidRequest(
-            f"{num_tokens} tokens can not make {num_clusters} clusters; give more documents or ask for fewer clusters",
+            f"{num_tokens} tokens cannot make {num_clusters} clusters; give more documents or ask for fewer clusters",
             field="clusters",
         )
     random = np.random.default_rng(seed)

@@ -49,7 +49,7 @@ class CellStore:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConfigError(f"{folder} can not be made: {error.strerror}; choose another --out") from None
+                raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
 
     def load(self, name: str) -> Cell | None:
         """None where there is none, or where it was made under other conditions."""

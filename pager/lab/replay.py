@@ -185,4 +185,4 @@ def write_curve(points: Iterable[CurvePoint], path: Path) -> None:
             os.fchmod(file.fileno(), 0o644)  # who collects it is somebody else
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"the curve can not be written to {path}: {error.strerror}") from None
+        raise ConfigError(f"the curve cannot be written to {path}: {error.strerror}") from None

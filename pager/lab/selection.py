@@ -51,7 +51,7 @@ SelectionMethod = Callable[[Probe, Examples, PoolSize, int], Layers]
 def select(method: str, probe: Probe, examples: Examples, size: PoolSize, *, seed: int = 0) -> ExpertPool:
     """The pool of `size` that `method` chooses from one or more examples, as token ids. Only `random` has a seed.
 
-    Raises InvalidRequest for an unknown method and for examples that the method can not use, PoolTooSmall.
+    Raises InvalidRequest for an unknown method and for examples that the method cannot use, PoolTooSmall.
     """
     if method in LAYER_BY_LAYER:
         size = _size_by_layer(probe, examples, size)

@@ -35,7 +35,7 @@ class Family:
     expert_names: Callable[[ExpertKey], tuple[str, str, str]]  # gate, up, down tensors of one expert in the checkpoint
     stored_name: Callable[[str], str]  # a trunk parameter's name → its name in the checkpoint
     pick: Pick
-    poolable: Callable[[Any], str | None]  # why this config can not be pooled, or None
+    poolable: Callable[[Any], str | None]  # why this config cannot be pooled, or None
 
 
 def family_of(model_type: object) -> Family:
@@ -43,7 +43,7 @@ def family_of(model_type: object) -> Family:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         supported = ", ".join(sorted(FAMILIES))
-        raise UnsupportedModel(f"model type {shown(model_type)} can not be paged; supported are {supported}")
+        raise UnsupportedModel(f"model type {shown(model_type)} cannot be paged; supported are {supported}")
     return family
 
 

@@ -40,7 +40,7 @@ class OpenModel:
 
     @classmethod
     def open(cls, path: str | Path, dtype: torch.dtype | str | None = None) -> OpenModel:
-        """Raises CheckpointError for a damaged checkpoint, UnsupportedModel for a family that can not be paged,
+        """Raises CheckpointError for a damaged checkpoint, UnsupportedModel for a family that cannot be paged,
         ConfigError for the dtype.
         """
         checkpoint = Checkpoint.open(path)

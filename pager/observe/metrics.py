@@ -203,7 +203,7 @@ class MetricsServer:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise PortInUse(f"metrics port {port} on {host} is in use; choose another, or 0 for any") from None
-            raise ConfigError(f"metrics can not be served on {host}:{port}: {error.strerror or error}") from None
+            raise ConfigError(f"metrics cannot be served on {host}:{port}: {error.strerror or error}") from None
         self._server.set_app(self._answer)
         self.port = self._server.server_port
         self.address = format_address(host, self.port)

@@ -45,7 +45,7 @@ class Part:
 def start(service: str, version: str, env: Mapping[str, str], exporter: SpanExporter | None = None) -> None:
     """Traces from here on, if `env` names an OTLP endpoint: it decides whether, and the exporter reads the rest.
 
-    Again in the same process it changes nothing. Raises ConfigError where traces are asked for and can not be had.
+    Again in the same process it changes nothing. Raises ConfigError where traces are asked for and cannot be had.
     """
     global _provider, _tracer
     if _tracer is not None or (exporter is None and not is_asked_for(env)):

@@ -151,7 +151,7 @@ TIERS = (
     Family("capacity_bytes", _GAUGE, "The tier's budget.", "What may the tier hold?", every(tier=CACHE_TIERS)),
     Family("resident_bytes", _GAUGE, "Loaded or loading.", "What does the tier hold?", every(tier=CACHE_TIERS)),
     Family(
-        "pinned_bytes", _GAUGE, "Of the resident bytes, what can not be evicted now.", "What is in use?",
+        "pinned_bytes", _GAUGE, "Of the resident bytes, what cannot be evicted now.", "What is in use?",
         every(tier=CACHE_TIERS),
     ),
     Family(

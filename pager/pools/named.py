@@ -125,7 +125,7 @@ def decode_named(data: bytes, name: str) -> NamedPool:
 
 def damaged(name: str, why: str) -> DamagedPool:
     return DamagedPool(
-        f"what is stored as pool {name!r} can not be used: {why}; calibrate it again with `replace`, or delete it",
+        f"what is stored as pool {name!r} cannot be used: {why}; calibrate it again with `replace`, or delete it",
         field="pool.name",
     )
 

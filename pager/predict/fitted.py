@@ -143,7 +143,7 @@ class RouterFile:
                 header = (stored.metadata() or {}).get(FORMAT)
                 weights = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:  # a dtype that numpy lacks
-            raise CheckpointError(f"{file} can not be read ({one_line(error)}); {again}") from error
+            raise CheckpointError(f"{file} cannot be read ({one_line(error)}); {again}") from error
         if header is None:
             raise CheckpointError(f"{file} is not a fitted router in the format {FORMAT}; {again}")
         try:
@@ -157,7 +157,7 @@ class RouterFile:
         return made
 
     def save(self, path: Path) -> int:
-        """Writes the file whole or not at all; returns its bytes. Raises ConfigError where it can not be written."""
+        """Writes the file whole or not at all; returns its bytes. Raises ConfigError where it cannot be written."""
         header = {"fingerprint": self.fingerprint, "routed_per_layer": self.routed_per_layer, "facts": dict(self.facts)}
         tensors = {name: _stored(weight) for name, weight in self.weights.items()}
         partial = path.with_name(f"{path.name}.partial")
@@ -221,7 +221,7 @@ class LexicalRouter:
         vocabulary = len(self._tokens_VZ)
         if not len(ids) or ids[0] < 0 or ids[-1] >= vocabulary:
             bad = "it is empty" if not len(ids) else f"token id {ids[0] if ids[0] < 0 else ids[-1]} is unknown"
-            raise InvalidRequest(f"the prompt can not be scored: {bad} (vocabulary of {vocabulary})", field="prompt")
+            raise InvalidRequest(f"the prompt cannot be scored: {bad} (vocabulary of {vocabulary})", field="prompt")
         weights = np.log1p(counts).astype(np.float32)
         features_Z: np.ndarray = (weights @ self._tokens_VZ[ids]) / np.float32(math.sqrt(weights @ weights))
         return features_Z

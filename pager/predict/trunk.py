@@ -85,7 +85,7 @@ class TrunkRouter:
             what = (
                 f"token id {unknown[0]} is outside of the {self.config.vocab_size} known" if unknown else "it is empty"
             )
-            raise InvalidRequest(f"the prompt can not be scored: {what}", field="prompt")
+            raise InvalidRequest(f"the prompt cannot be scored: {what}", field="prompt")
         self._means = [[np.zeros(0)] * self.facts.num_layers for _ in lengths]
         self._lengths = lengths
         padding = [0] * (-len(token_ids) % self._length_step)  # behind the prompt, where no token of it looks

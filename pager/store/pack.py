@@ -83,7 +83,7 @@ def pack(
     out = Path(out_dir)
     _check_absent(out)
     if dtype is not None and not (dtype.is_floating_point and dtype in DTYPE_NAMES):
-        raise ConfigError(f"experts can not be packed as {dtype}; use float32, bfloat16 or float16")
+        raise ConfigError(f"experts cannot be packed as {dtype}; use float32, bfloat16 or float16")
     with Checkpoint.open(source_dir) as checkpoint:
         job = _plan(checkpoint, names, tuple(experts_per_layer), shape, dtype)
         with _appearing(out, job.nbytes) as partial:

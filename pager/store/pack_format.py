@@ -124,7 +124,7 @@ def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
         if version != _VERSION:
             raise CheckpointError(f"{file.path} is a pack of version {version}; this release reads version {_VERSION}")
         if length > MAX_HEADER_BYTES or _PREFIX.size + length > file.size:
-            raise _damaged(file.path, f"its {file.size} bytes can not hold its header of {length}")
+            raise _damaged(file.path, f"its {file.size} bytes cannot hold its header of {length}")
         encoded = file.read(length, _PREFIX.size)
     except CheckpointError:
         raise

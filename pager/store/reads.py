@@ -125,7 +125,7 @@ class DataFile:
     __del__ = close
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("an open file can not be copied or pickled: two of them would close one descriptor")
+        raise TypeError("an open file cannot be copied or pickled: two of them would close one descriptor")
 
     def _advise(self, hint: str, offset: int, nbytes: int) -> None:
         if self._fd is not None and hasattr(os, hint):

@@ -60,7 +60,7 @@ def read_header(file: DataFile) -> dict[str, TensorSpec]:
     try:
         length = int.from_bytes(file.read(min(8, file.size), 0), "little")
         if file.size < 8 or length > MAX_HEADER_BYTES or 8 + length > file.size:
-            raise _damaged(file, f"its {file.size} bytes can not hold the header that it announces ({length} bytes)")
+            raise _damaged(file, f"its {file.size} bytes cannot hold the header that it announces ({length} bytes)")
         encoded = file.read(length, 8)
         if encoded.count(b'"data_offsets"') > MAX_TENSORS:
             raise _damaged(file, f"its header has more than {MAX_TENSORS} tensors")

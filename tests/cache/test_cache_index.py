@@ -64,7 +64,7 @@ def test_pinned_and_loading_experts_are_no_victims() -> None:
     loading = index.plan(keys(1))
     assert loading is not None
     index.commit(loading)
-    index.unpin(key(1))  # nobody waits for it, and still it can not be evicted
+    index.unpin(key(1))  # nobody waits for it, and still it cannot be evicted
     assert index.plan(keys(2)) is None
     index.installed(key(1))
     plan = index.plan(keys(2))

@@ -117,7 +117,7 @@ def test_what_can_not_be_made_is_one_line(run: Run, checkpoint: Path, examples: 
         ("--pool", "1"): "smaller than the 2",
         ("--pool", "full"): "needs no examples",
         ("--tenant", "../x"): "--tenant has 1 to 64",
-        ("--pools", written(tmp_path / "file", "")): "can not be written",
+        ("--pools", written(tmp_path / "file", "")): "cannot be written",
     }.items():
         base = {"--examples": examples, "--name": "p", "--pool": 4, "--pools": tmp_path / "pools"}
         choices = [each for pair in (base | {options[0]: options[1]}).items() for each in pair]

@@ -189,7 +189,7 @@ def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint:
         (checkpoint, "--router", "fitted"): "make it with `expert-pager fit-router",
         (checkpoint, "--router", "best"): "one of auto, lexical, trunk, fitted, fused, not 'best'",
         (checkpoint, "--router", "fused", "--pool", "32KiB"): "can take no effect",
-        (checkpoint, "--pools", checkpoint / "config.json"): "can not be written",
+        (checkpoint, "--pools", checkpoint / "config.json"): "cannot be written",
     }.items():
         done = run("serve", *arguments, "--device", "cpu", "--port", 0, "--metrics-port", 0)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr

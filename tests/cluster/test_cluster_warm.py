@@ -1,4 +1,4 @@
-"""A worker that starts again pages in what it held before it says ready; a file that it can not use changes nothing."""
+"""A worker that starts again pages in what it held before it says ready; a file that it cannot use changes nothing."""
 
 from __future__ import annotations
 

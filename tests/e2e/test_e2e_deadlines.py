@@ -1,4 +1,4 @@
-"""A deadline that the queue can not meet is refused at once, by what was measured of the queue."""
+"""A deadline that the queue cannot meet is refused at once, by what was measured of the queue."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_a_key_that_is_not_there_is_named_at_once(run, tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert "router.tls_key" in done.stderr
-    assert "can not be read" in done.stderr
+    assert "cannot be read" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_key_that_is_not_there_is_named_at_once(run, tmp_path):
     [
         (("--model", GOLDEN, "--tls-ca", "ca.crt"), "it goes with --server"),
         (("--server", "localhost:1", "--tls-identity", "client.pem"), "it goes with --tls-ca"),
-        (("--server", "localhost:1", "--tls-ca", "absent.crt"), "can not be read"),
+        (("--server", "localhost:1", "--tls-ca", "absent.crt"), "cannot be read"),
     ],
 )
 def test_options_that_can_take_no_effect_are_refused(run, options, message):

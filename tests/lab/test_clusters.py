@@ -60,7 +60,7 @@ def test_near_clusters_are_a_family() -> None:
 
 
 def test_fewer_tokens_than_clusters_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="5 tokens can not make 6 clusters"):
+    with pytest.raises(InvalidRequest, match="5 tokens cannot make 6 clusters"):
         cluster_tokens(peaked([0, 9], 5), 6, seed=0)
 
 

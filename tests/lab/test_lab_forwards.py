@@ -116,7 +116,7 @@ def test_one_forward_is_the_prefill_and_what_follows(
 
 @pytest.fixture
 def masked_by_hand() -> Callable[[Path, list[int], ExpertPool], Tensor]:
-    """A plain model whose router rows outside of the pool can not win: their logits are made -1e9 by a hook."""
+    """A plain model whose router rows outside of the pool cannot win: their logits are made -1e9 by a hook."""
 
     def run(path: Path, text: list[int], pool: ExpertPool) -> Tensor:
         plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

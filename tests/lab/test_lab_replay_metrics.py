@@ -48,5 +48,5 @@ def test_the_curve_says_what_a_gibibyte_more_buys(trace: Path, tmp_path: Path) -
 
 
 def test_a_folder_that_is_not_there_is_said(trace: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can not be written"):
+    with pytest.raises(ConfigError, match="cannot be written"):
         replay(trace, budgets="25%", prometheus=tmp_path / "nowhere" / "curve.prom", as_json=True)

@@ -23,7 +23,7 @@ def model(golden: Any, load: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 
 def test_saving_is_refused(model: PreTrainedModel, golden: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can not be saved") as caught:
+    with pytest.raises(ConfigError, match="cannot be saved") as caught:
         model.save_pretrained(tmp_path, safe_serialization=True)
     assert str(golden.checkpoint) in caught.value.message
     assert list(tmp_path.iterdir()) == []
@@ -44,11 +44,11 @@ def test_what_changes_nothing_is_fine(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_is_refused_and_harms_nothing(model: PreTrainedModel, duplicate: Callable[[Any], Any]) -> None:
     before = model(INPUTS).logits
-    with pytest.raises(TypeError, match="a paged model can not be copied or pickled"):
+    with pytest.raises(TypeError, match="a paged model cannot be copied or pickled"):
         duplicate(model.expert_paging)
     for part in (model, model.model, model.model.layers[0].mlp):
         if part is model or duplicate is not copy.copy:  # of a module, it shares all that the first has
-            with pytest.raises(TypeError, match="a paged model can not be copied or pickled"):
+            with pytest.raises(TypeError, match="a paged model cannot be copied or pickled"):
                 duplicate(part)
     torch.testing.assert_close(model(INPUTS).logits, before)  # a half-made copy would close the experts' files
 

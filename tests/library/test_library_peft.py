@@ -104,7 +104,7 @@ def test_an_adapter_of_experts_is_refused_and_not_left_out(
 
 @pytest.mark.parametrize("module", ["experts", "gate"])
 def test_experts_and_gates_are_not_copied_to_be_trained(made: Any, load: Load, module: str) -> None:
-    with pytest.raises(TypeError, match="a paged model can not be copied"):
+    with pytest.raises(TypeError, match="a paged model cannot be copied"):
         get_peft_model(load(made.path), LoraConfig(**ATTENTION, modules_to_save=[module]))
 
 

@@ -37,7 +37,7 @@ def test_it_is_for_its_model_alone() -> None:
 def test_nothing_that_is_cut_short_is_read() -> None:
     data = encode_named(NAMED)
     for length in range(len(data)):
-        with pytest.raises(DamagedPool, match="'law' can not be used"):
+        with pytest.raises(DamagedPool, match="'law' cannot be used"):
             decode_named(data[:length], "law")
 
 

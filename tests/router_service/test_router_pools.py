@@ -364,7 +364,7 @@ async def test_no_name_leaves_the_folder(serve, tmp_path):
 
 async def test_a_folder_that_can_not_be_used_is_said_before_anything_starts(serve, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"pools\.path .*file can not be written"):
+    with pytest.raises(ConfigError, match=r"pools\.path .*file cannot be written"):
         async with serve(pools_path=tmp_path / "file"):
             pass
     with pytest.raises(ConfigError, match="keep one of the two"):

@@ -417,7 +417,7 @@ def test_the_url_comes_from_the_environment_or_a_file(tmp_path):
     assert redis_url({"REDIS_URL_FILE": str(path)}) == "redis://:secret@host:1/0"
     with pytest.raises(ConfigError, match="both set"):
         redis_url({"REDIS_URL": "redis://host", "REDIS_URL_FILE": str(path)})
-    with pytest.raises(ConfigError, match="can not be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         redis_url({"REDIS_URL_FILE": str(tmp_path / "missing")})
     with pytest.raises(ConfigError) as caught:
         redis_url({"REDIS_URL": "http://:secret@host"})
@@ -425,6 +425,6 @@ def test_the_url_comes_from_the_environment_or_a_file(tmp_path):
 
 
 def test_a_url_that_can_not_be_parsed_is_refused_without_quoting_it():
-    with pytest.raises(ConfigError, match="can not be parsed") as caught:
+    with pytest.raises(ConfigError, match="cannot be parsed") as caught:
         redis_url({"REDIS_URL": "redis://:secret@host:port/0"})
     assert "secret" not in str(caught.value)

@@ -245,5 +245,5 @@ async def test_a_second_server_does_not_take_the_port(service):
 
 
 async def test_an_address_that_is_not_ours_is_a_config_error(service):
-    with pytest.raises(PagerError, match="can not listen on"):
+    with pytest.raises(PagerError, match="cannot listen on"):
         await RouterServer(service.backend).start("203.0.113.1", 0)

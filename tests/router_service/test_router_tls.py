@@ -230,7 +230,7 @@ async def test_a_health_port_in_use_is_named(service):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("tls.crt", None, r"router\.tls_cert .* can not be read: No such file"),
+        ("tls.crt", None, r"router\.tls_cert .* cannot be read: No such file"),
         ("tls.key", "secret", r"router\.tls_key .* is not a PEM file"),
         ("tls.key", BEGINNING, r"router\.tls_key .* are no certificate with its key"),
         ("tls.crt", BEGINNING, r"router\.tls_cert .* are no certificate with its key"),

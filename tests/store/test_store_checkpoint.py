@@ -230,7 +230,7 @@ def test_a_malformed_header_is_refused(raw, header, why):
 )
 def test_a_header_longer_than_the_file_is_refused_without_reading_it(raw, content):
     raw.write_bytes(content)
-    with pytest.raises(CheckpointError, match="can not hold the header"):
+    with pytest.raises(CheckpointError, match="cannot hold the header"):
         Checkpoint.open(raw.parent)
 
 

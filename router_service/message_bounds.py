@@ -7,6 +7,7 @@ level only, which costs as much for 8 MiB of text as for a word.
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from router_service.ports import ModelInfo
 
 MAX_MESSAGE_BYTES = 8 * 2**20
 CORE_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES  # beyond it gRPC refuses to receive, and what it says has no details
+MAX_UNZIPPED_BYTES = (
+    2**20
+)  # of a compressed message: what is a thousand times larger when it is read costs a sender little
 CORE_METADATA_BYTES = 64 * 2**10
 MAX_METADATA_BYTES = 16 * 2**10
 MAX_FIELDS = 256  # at the top level; the most that is ever needed are the examples of Calibrate
@@ -93,6 +97,30 @@ class MessageBounds:
                 f"context has more than {self._most_example_bytes}; cut it",
                 field="examples",
             )
+
+
+def unzipped(data: bytes) -> bytes:
+    """Returns the message that `data` holds in gzip or deflate, or `data` itself where it is not compressed.
+
+    gRPC leaves the bytes as they came (`grpc.per_message_decompression` is off): it would unzip every message, up to
+    the largest size that it receives, before anything could be checked. No legal message begins as a compressed one
+    does: gzip's first byte has a wire type that does not exist, and deflate's would be an unknown field 15. Raises
+    InvalidRequest for one of more than `MAX_UNZIPPED_BYTES`, and for one that is damaged.
+    """
+    if data[:2] != b"\x1f\x8b" and (data[:1] != b"\x78" or int.from_bytes(data[:2], "big") % 31):
+        return data
+    unzip = zlib.decompressobj(wbits=32 + zlib.MAX_WBITS)
+    try:
+        message = unzip.decompress(data, MAX_UNZIPPED_BYTES + 1)
+    except zlib.error:
+        raise malformed() from None
+    if len(message) > MAX_UNZIPPED_BYTES:
+        raise InvalidRequest(
+            f"the compressed message has more than {MAX_UNZIPPED_BYTES} bytes when it is unzipped; send it uncompressed"
+        )
+    if not unzip.eof:
+        raise malformed()
+    return message
 
 
 def check_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:

@@ -40,6 +40,7 @@ from router_service.message_bounds import (
     MessageBounds,
     check_metadata,
     malformed,
+    unzipped,
 )
 from router_service.metrics import RouterMetrics
 from router_service.service import SERVICE_NAME, Backend, ExpertPagerService
@@ -188,7 +189,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             parse = handler.request_deserializer
             return grpc.stream_stream_rpc_method_handler(
                 handler.stream_stream,
-                request_deserializer=lambda data: parse(data if len(data) <= MAX_OTHER_BYTES else b""),
+                request_deserializer=lambda data: parse(_short(data)),
                 response_serializer=handler.response_serializer,
             )
         method = handler.unary_stream if handler.response_streaming else handler.unary_unary
@@ -213,7 +214,8 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         check_metadata(context.invocation_metadata())
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                async for data in messages:
+                async for received in messages:
+                    data = unzipped(received)
                     if name == "Generate":
                         request_id.set(requests.id_in(data))
                     self._bounds.check(name, data)
@@ -225,8 +227,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         # Where gRPC has refused it, the client has gRPC's own status by now, and not this one.
         self._metrics.dropped("no_message")
         raise InvalidRequest(
-            f"the call ended without a message that can be received: one of at most {CORE_MESSAGE_BYTES} bytes, "
-            "uncompressed or in gzip or deflate"
+            f"the call ended without a message that can be received: one of at most {CORE_MESSAGE_BYTES} bytes"
         )
 
     def _guarded(self, path: str, method: Method, parse: Callable[[bytes], Message]) -> Any:
@@ -276,6 +277,15 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return None
 
         return call
+
+
+def _short(data: bytes) -> bytes:
+    """Returns a message of a stream, empty where it is too long or damaged."""
+    try:
+        message = unzipped(data)
+    except InvalidRequest:
+        return b""
+    return message if len(message) <= MAX_OTHER_BYTES else b""
 
 
 def _parsed(parse: Callable[[bytes], Message], data: bytes) -> Message:
@@ -367,7 +377,12 @@ class RouterServer:
         others = watched_servers()
         self._server = grpc.aio.server(
             interceptors=(self._boundary,),
-            options=(*_OPTIONS, WATCHED, ("grpc.max_receive_message_length", CORE_MESSAGE_BYTES)),
+            options=(
+                *_OPTIONS,
+                WATCHED,
+                ("grpc.max_receive_message_length", CORE_MESSAGE_BYTES),
+                ("grpc.per_message_decompression", 0),  # `unzipped` does it, within bounds
+            ),
         )
         (server_id,) = watched_servers() - others
         self._unseen = UnseenCalls(server_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -13,18 +14,26 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
+from pager.errors import InvalidRequest
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
 from pager.pools.named import NamedPool, encode_named
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertPool, PoolPolicy, RoutingFacts, RoutingScores
 from router_service import server
-from router_service.message_bounds import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES, _fields
+from router_service.message_bounds import (
+    MAX_MESSAGE_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_UNZIPPED_BYTES,
+    _fields,
+    unzipped,
+)
 from router_service.pools import MAX_POOLS_OF_TENANT
 from router_service.prediction import Passes, TextEncoder
 
@@ -310,14 +319,60 @@ async def dropped(service: Any, reason: str, count: int) -> None:
             await asyncio.sleep(0.02)
 
 
+COMPRESSIONS = (grpc.Compression.Gzip, grpc.Compression.Deflate)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+async def test_compressed_messages_are_unzipped_within_a_bound_of_their_own(service: Any, compression: Any) -> None:
+    legal = pb.RouteRequest(token_ids=ids(40)).SerializeToString()
+    call = service.channel.unary_unary(f"{PREFIX}Route", response_deserializer=pb.RouteResponse.FromString)
+    plain, unzipped = await call(legal), await call(legal, compression=compression)
+    assert unzipped.scores == plain.scores
+    assert unzipped.scores.num_tokens == 40
+    for num_bytes in (MAX_UNZIPPED_BYTES + 1, 4 * MAX_MESSAGE_BYTES):  # the second is more than gRPC receives
+        with pytest.raises(grpc.aio.AioRpcError, match="when it is unzipped; send it uncompressed") as caught:
+            await call(b"\n" + b"x" * (num_bytes - 1), compression=compression)
+        assert reason_of(caught.value)[0] == "INVALID_ARGUMENT"
+    assert service.metric("dropped_calls_total", reason="no_message") == 0
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: data[:20] + b"\xff" * 20, lambda data: data[:2]]
+)
+@pytest.mark.parametrize("wbits", [31, 15])
+def test_a_damaged_compressed_message_is_refused(damage: Any, wbits: int) -> None:
+    zipper = zlib.compressobj(wbits=wbits)
+    whole = zipper.compress(bytes(range(256)) * 4) + zipper.flush()
+    assert unzipped(whole) == bytes(range(256)) * 4
+    with pytest.raises(InvalidRequest, match="cannot be parsed"):
+        unzipped(damage(whole))
+
+
+def test_what_is_not_compressed_is_left_as_it_is() -> None:
+    for message in (b"", b"x", b"\x1f", b"\x1f\x8c", generate(text=TEXT), b"\x78\x9b" + bytes(20)):
+        assert unzipped(message) is message
+
+
+async def test_a_storm_of_compressed_messages_takes_little_time_and_memory(
+    serve: Any, make_cluster: Any, make_worker: Any, model: Any
+) -> None:
+    bomb = zlib.compress(b"\n" + bytes(MAX_MESSAGE_BYTES), wbits=31)
+    async with large_service(serve, make_cluster, make_worker, model) as large:
+        process = psutil.Process()
+        before = process.memory_info().rss
+        errors = await asyncio.gather(*(large.call(f"{PREFIX}Generate", bomb) for _ in range(100)))
+        assert {reason_of(error)[0] for error in errors} == {"INVALID_ARGUMENT"}
+        assert process.memory_info().rss - before < 100 * 2**20
+        assert max(large.held_s, default=0) < MAX_HELD_S
+
+
 async def test_messages_beyond_what_grpc_receives_are_counted(service):
     huge = b"x" * (2 * MAX_MESSAGE_BYTES + 1)
-    for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await service.channel.unary_unary(f"{PREFIX}GetModel")(huge, compression=compression)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    await dropped(service, "no_message", 2)
-    assert service.metric("requests_total", method="GetModel", code="INVALID_ARGUMENT") == 2
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await service.channel.unary_unary(f"{PREFIX}GetModel")(huge)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await dropped(service, "no_message", 1)
+    assert service.metric("requests_total", method="GetModel", code="INVALID_ARGUMENT") == 1
     await service.stub.GetModel(pb.GetModelRequest())
 
 

@@ -27,7 +27,7 @@ from benchmarks.evidence_page import page
 from pager.lab.plots import plot_domains, plot_paging, plot_rises
 from pager.lab.report import to_dict
 
-CONTROL_METHODS = ("fused", "trunk", "lexical", "fitted", "calibrated", "random", "future")
+CONTROL_METHODS = ("prefill", "trunk", "lexical", "fitted", "calibrated", "random", "future")
 
 console = Console(soft_wrap=True, highlight=False)
 

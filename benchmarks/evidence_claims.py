@@ -80,10 +80,15 @@ def _full_models(emo: Measured, std: Measured) -> list[Claim]:
 
 def _rises(emo: Evaluation, std: Evaluation, percent: float) -> list[Claim]:
     at = f"{percent:g} % of the experts"
-    most_fused, most_best, times = {25.0: (0.05, 0.03, 8), 12.5: (0.15, 0.10, 5)}[percent]
+    most_prefill, most_best, times = {25.0: (0.05, 0.03, 8), 12.5: (0.15, 0.10, 5)}[percent]
     best, best_std = best_pass(emo, percent), best_pass(std, percent)
     claims = [
-        Claim(at, f"emo-tiny, fused: rise of at most {most_fused:g} nats", _rise(emo, "fused", percent), most_fused),
+        Claim(
+            at,
+            f"emo-tiny, prefill: rise of at most {most_prefill:g} nats",
+            _rise(emo, "prefill", percent),
+            most_prefill,
+        ),
         Claim(
             at,
             f"emo-tiny, best routing-only pass (`{best}`): at most {most_best:g}",
@@ -92,8 +97,8 @@ def _rises(emo: Evaluation, std: Evaluation, percent: float) -> list[Claim]:
         ),
         Claim(
             at,
-            f"stdmoe-tiny, fused, at least {times} times as much",
-            _times((std, "fused"), (emo, "fused"), percent),
+            f"stdmoe-tiny, prefill, at least {times} times as much",
+            _times((std, "prefill"), (emo, "prefill"), percent),
             times,
             "{:.1f}",
             at_least=True,
@@ -115,8 +120,8 @@ def _rises(emo: Evaluation, std: Evaluation, percent: float) -> list[Claim]:
         )
     )
     for method in ("random", "frequency"):
-        says = f"emo-tiny, `{method}`, at least 3 times the fused pool's rise"
-        measured = _times((emo, method), (emo, "fused"), percent)
+        says = f"emo-tiny, `{method}`, at least 3 times the rise of the prefill's pool"
+        measured = _times((emo, method), (emo, "prefill"), percent)
         claims.append(Claim(at, says, measured, 3, "{:.1f}", at_least=True))
     return claims
 
@@ -125,11 +130,11 @@ def _routing_passes(emo: Measured) -> list[Claim]:
     at, passes, claims = "routing-only passes", emo.facts["passes"], []
     for percent in MAIN_PERCENTS:
         recall = Interval(**passes[f"trunk_{percent:g}"]["recall"])
-        says = f"trunk at {percent:g} %: recall of the fused pool at least 0.85"
+        says = f"trunk at {percent:g} %: recall of the prefill's pool at least 0.85"
         claims.append(Claim(at, says, recall, 0.85, at_least=True))
     for percent in MAIN_PERCENTS:
-        says = f"lexical minus fused at {percent:g} %: below 0 nats"
-        claims.append(Claim(at, says, _minus(emo.main, "lexical", "fused", percent), 0))
+        says = f"lexical minus prefill at {percent:g} %: below 0 nats"
+        claims.append(Claim(at, says, _minus(emo.main, "lexical", "prefill", percent), 0))
     seconds = emo.facts["speed"].get("lexical")
     ms = None if seconds is None else Interval(seconds * 1e3, seconds * 1e3, seconds * 1e3)
     says = f"lexical: {emo.facts['speed']['tokens']} tokens in at most 0.3 ms on one core"
@@ -148,9 +153,9 @@ def _routing_passes(emo: Measured) -> list[Claim]:
 
 
 def _named_pools(emo: Evaluation) -> list[Claim]:
-    says = "one example of the domain minus the prompt's own fused pool at {:g} %: at most 0"
+    says = "one example of the domain minus the pool of the prompt's own prefill at {:g} %: at most 0"
     return [
-        Claim("named pools", says.format(percent), _minus(emo, "named", "fused", percent), 0)
+        Claim("named pools", says.format(percent), _minus(emo, "named", "prefill", percent), 0)
         for percent in MAIN_PERCENTS
     ]
 

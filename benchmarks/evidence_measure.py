@@ -24,7 +24,7 @@ from pager.lab.subject import Subject, estimate_errors, recalls, seconds_a_promp
 
 MAIN_PERCENTS = (25.0, 12.5)
 SIDE_PERCENTS = (50.0, 6.25)
-LAYERED = ("fused", "fused+layers", "trunk", "trunk+layers", "fitted", "fitted+layers")
+LAYERED = ("prefill", "prefill+layers", "trunk", "trunk+layers", "fitted", "fitted+layers")
 PASSES = ("trunk", "lexical", "fitted")
 CLASSIFIER_DOCUMENTS = 400  # of each domain, to fit on
 
@@ -172,7 +172,7 @@ def _specialisation(main: Evaluation, subject: Subject, calibration: Sequence[Te
     for name, means_NE in (("whole", full.whole_means_NE), ("prompt", full.prompt_means_NE)):
         right = clusters.nearest_centroid(known_NE, known_domains, means_NE, domains)
         found[f"accuracy_{name}"] = main.bootstrap.mean_over_domains(right, ones).to_dict()
-    for name, method in (("whole", "future"), ("prompt", "fused")):
+    for name, method in (("whole", "future"), ("prompt", "prefill")):
         for percent in MAIN_PERCENTS:
             inside_NE = main.grid.cells[method, percent].inside_NE
             assert inside_NE is not None
@@ -188,11 +188,11 @@ def _passes(main: Evaluation, subject: Subject) -> Facts:
         for percent in MAIN_PERCENTS:
             if (source, percent) not in main.grid.cells:
                 continue
-            fused = main.pools("fused", percent)
-            recall = main.bootstrap.mean_over_domains(recalls(main.pools(source, percent), fused), ones).to_dict()
+            chosen = main.pools("prefill", percent)
+            recall = main.bootstrap.mean_over_domains(recalls(main.pools(source, percent), chosen), ones).to_dict()
             found[f"{source}_{percent:g}"] = {"recall": recall}
             if subject.router_file is not None:
-                errors = estimate_errors(subject, source, size_of(percent), fused)
+                errors = estimate_errors(subject, source, size_of(percent), chosen)
                 estimate = main.bootstrap.mean_over_domains(errors, ones).to_dict()
                 found[f"{source}_{percent:g}"]["estimate_error"] = estimate
     return found

@@ -73,7 +73,7 @@ def _methods(evaluation: Evaluation) -> str:
 def _memory(measured: Measured) -> str:
     found = {(each.method, each.percent): each for each in (*measured.side.figures, *measured.main.figures)}
     percents = sorted({percent for _, percent in found}, reverse=True)
-    resident = [format_bytes(round(found["fused", percent].bytes_resident)) for percent in percents]
+    resident = [format_bytes(round(found["prefill", percent].bytes_resident)) for percent in percents]
     rows = [["in memory", *resident]]
     for method in dict.fromkeys(method for method, _ in found):
         paged = [found.get((method, percent)) for percent in percents]
@@ -101,7 +101,7 @@ def _passes(models: Sequence[Measured]) -> str:
                 ]
             )
     tokens = models[0].facts["speed"]["tokens"]
-    header = ["", "recall of the fused pool", "mean error of its estimate", f"time for {tokens} tokens, one thread"]
+    header = ["", "recall of the prefill's pool", "mean error of its estimate", f"time for {tokens} tokens, one thread"]
     return table(header, rows)
 
 
@@ -112,11 +112,11 @@ def _domains(emo: Measured, std: Measured) -> str:
         for measured in (emo, std):
             row.append(f"{measured.main.full.domains[domain].loss:.3f}")
             for percent in (25.0, 12.5):
-                fused = measured.main.find("fused", percent)
-                row.append("-" if fused is None else f"{fused.domains[domain].rise.mean:+.3f}")
+                found = measured.main.find("prefill", percent)
+                row.append("-" if found is None else f"{found.domains[domain].rise.mean:+.3f}")
             row.append(f"{measured.facts['continuations']['by_domain'].get(domain, float('nan')):.0%}")
         rows.append(row)
-    columns = ["loss, all experts", "fused 25 %", "fused 12.5 %", "continuations recognised"]
+    columns = ["loss, all experts", "prefill 25 %", "prefill 12.5 %", "continuations recognised"]
     header = ["domain", *(f"{measured.main.name}: {column}" for measured in (emo, std) for column in columns)]
     return table(header, rows)
 

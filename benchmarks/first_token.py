@@ -56,8 +56,8 @@ def first_token_table(path: Path, dtype: torch.dtype, num_rounds: int, num_reade
         guess = _guess(chosen, others[2])
         requests = {
             "fixed": Request(fixed(chosen)),
-            "fused, predicted": Request(by_prefill, guess, guess.recall_of(chosen)),
-            "fused": Request(by_prefill, recall=0.0),
+            "prefill, predicted": Request(by_prefill, guess, guess.recall_of(chosen)),
+            "prefill": Request(by_prefill, recall=0.0),
         }
         with RawReader(extents_of(path, chosen.keys()), num_readers, direct=direct) as raw:
             runs = {}

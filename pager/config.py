@@ -120,6 +120,8 @@ class Schema:
         kinds = _kinds(self._hints[key])
         if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
             value = float(value)
+        if isinstance(value, str):
+            value = self.fields[key].metadata.get("renamed", {}).get(value, value)
         check: Check | None = self.fields[key].metadata.get("check")
         expected = None
         if type(value) not in kinds:
@@ -219,8 +221,9 @@ def _ray_address(value: str) -> str | None:
     return None if ok else "the HOST:PORT of a Ray cluster's head, auto or local"
 
 
-def _is(check: Check, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"check": check})
+def _is(check: Check, default: Any = MISSING, renamed: Mapping[str, str] | None = None) -> Any:
+    """A setting with a check. `renamed` maps values of earlier versions to those of today."""
+    return field(default=default, metadata={"check": check, "renamed": renamed or {}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,8 +273,8 @@ class RouterConfig:
     port: int = _is(_between(0, 65535), 50051)
     metrics_port: int = _is(_between(0, 65535), 9464)
     metric_tenants: str = ""  # "acme, initech": the tenants that metrics name; all others are `other`
-    # The routing-only pass. auto: fitted where the model has a router.safetensors, else trunk; fused: none.
-    router: str = _is(_one_of("auto", "lexical", "trunk", "fitted", "fused"), "auto")
+    # The routing-only pass. auto: fitted where the model has a router.safetensors, else trunk; prefill: no pass.
+    router: str = _is(_one_of("auto", "lexical", "trunk", "fitted", "prefill"), "auto", {"fused": "prefill"})
     min_recall: float | None = _is(_between(0, 1), None)  # below it the next better source; None: 0.5, if fitted
     device: str = _is(_device, "cpu")  # where that pass runs
     max_requests: int = _is(_between(1, 1_000_000), 256)

@@ -237,8 +237,8 @@ class PassChain:
 
 def _unscored(what: str, field: str) -> InvalidRequest:
     return InvalidRequest(
-        f"{what} needs a routing-only pass, and this service runs none (its router is 'fused'); let the prefill choose "
-        "a pool of a count, a share or a mass",
+        f"{what} needs a routing-only pass, and this service runs none (router.router is 'prefill'); let the prefill "
+        "choose a pool of a count, a share or a mass",
         field=field,
     )
 
@@ -252,7 +252,7 @@ class Prediction:
     """
 
     pool: ExpertPool | None
-    source: str  # "hint", "trunk" (whatever the scores say), "prefill", "fixed" or "none"
+    source: str  # "hint", "trunk" (whatever the scores say), "prefill", "fixed" or "full"
     policy: PoolPolicy
     took_s: float = 0.0
 
@@ -270,7 +270,7 @@ class Predictor:
         if policy.source is PoolSource.FIXED:
             return Prediction(policy.fixed, "fixed", policy)
         if isinstance(policy.size, Full):
-            return Prediction(None, "none", policy)
+            return Prediction(None, "full", policy)
         self._chain.check(policy)
         started = time.perf_counter()
         prediction = await self._predict(tenant, token_ids, policy)

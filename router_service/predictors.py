@@ -30,13 +30,17 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
     name = config.router if config.router != "auto" else ("fitted" if path.exists() else "trunk")
     if name in ("lexical", "fitted") and not path.exists():
         raise ConfigError(
-            f"router {name!r} needs {path}, which is not there; make it with `expert-pager fit-router "
-            f"{opened.checkpoint.path} --documents FILE`, or serve with the router 'trunk'"
+            f"router.router is {name!r}, which needs {path}, which is not there; make it with `expert-pager fit-router "
+            f"{opened.checkpoint.path} --documents FILE`, or serve with --router trunk"
         )
-    if config.min_recall is not None and (name == "fused" or not path.exists()):
-        what = "the router 'fused' predicts nothing" if name == "fused" else f"there is no {path} to estimate it with"
+    if config.min_recall is not None and (name == "prefill" or not path.exists()):
+        what = (
+            "router.router is 'prefill', which predicts nothing"
+            if name == "prefill"
+            else f"there is no {path} to estimate it with"
+        )
         raise ConfigError(f"router.min_recall can take no effect: {what}; leave it out")
-    if name == "fused":
+    if name == "prefill":
         return Passes()
 
     file = RouterFile.load(path, opened.checkpoint.fingerprint) if path.exists() else None

@@ -145,8 +145,8 @@ class NamedPools:
         known = self._passes.available
         if not known:
             raise InvalidRequest(
-                "this service runs no routing-only pass (its router is `fused`), so it cannot score examples; make "
-                "the pool with `expert-pager calibrate --model`, which can",
+                "this service runs no routing-only pass (router.router is 'prefill'), so it cannot score examples; "
+                "make the pool with `expert-pager calibrate --model`, which can",
                 field="method",
             )
         if asked is None:
@@ -239,7 +239,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
     async def _predict(self, request: GenerateRequest) -> Prediction:
         metrics = self._backend.metrics
         prediction = await self._backend.predictor.predict(request.tenant, request.prompt_token_ids, request.pool)
-        if prediction.source not in ("none", "fixed"):
+        if prediction.source not in ("full", "fixed"):
             metrics.route_seconds.labels(prediction.source).observe(prediction.took_s)
             if request.pool.source is PoolSource.PREFILL:
                 metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
@@ -330,7 +330,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
     async def _routed(
         self, tenant: str, policy: PoolPolicy, num_tokens: int, scored: Scored | None, observed: ExpertPool | None
     ) -> pb.RouteResponse:
-        answer = pb.RouteResponse(scores=pb.Scores(source="fused", num_tokens=num_tokens))
+        answer = pb.RouteResponse(scores=pb.Scores(source="prefill", num_tokens=num_tokens))
         pool = policy.fixed
         if scored is not None:
             answer.scores.CopyFrom(encode.scores(scored.scores))

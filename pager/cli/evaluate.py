@@ -66,7 +66,7 @@ def evaluate(
 
     `expert-pager eval ./model --documents 'corpus/*.valid.jsonl.gz' --out report`
 
-    `expert-pager eval ./model --documents 'mine/*.jsonl' --methods fused,trunk --sizes 25,12.5 --max-documents 20`
+    `expert-pager eval ./model --documents 'mine/*.jsonl' --methods prefill,trunk --sizes 25,12.5 --max-documents 20`
     """
     with eval_extra("eval"), busy("loading"):
         import matplotlib as _  # noqa: F401 - so that a missing one is said before the work, not after

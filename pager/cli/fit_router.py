@@ -173,7 +173,7 @@ def _report(fitted: Fit, path: Path, nbytes: int, num_documents: int, as_json: b
     out.print("on documents that the maps had not seen:")
     for source, recall in fitted.recall.items():
         out.print(
-            f"{source:<8} {fitted.mass[source]:.3f} of what the best eighth of the experts covers; recall of the fused "
-            f"pool {recall:.2f}, estimated within {fitted.recall_error[source]:.3f}",
+            f"{source:<8} {fitted.mass[source]:.3f} of what the best eighth of the experts covers; recall of the "
+            f"prefill's pool {recall:.2f}, estimated within {fitted.recall_error[source]:.3f}",
             markup=False,
         )

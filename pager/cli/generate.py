@@ -108,8 +108,12 @@ def _result(
 
 def _print(result: dict[str, Any]) -> None:
     pool: ExpertPool | None = result["pool"]
-    text = "the prefill's to choose" if pool is None and result["source"] == "fused" else pool_text(pool)
-    out.print(f"{result['num_tokens']} tokens scored by the {result['source']} pass: {text}", markup=False)
+    if pool is None and result["source"] == "prefill":
+        out.print(f"{result['num_tokens']} tokens; the worker's prefill chooses their pool", markup=False)
+    else:
+        out.print(
+            f"{result['num_tokens']} tokens scored by the {result['source']} pass: {pool_text(pool)}", markup=False
+        )
     if result["expected_recall"] is not None:
         out.print(f"expected to name {result['expected_recall']:.0%} of the prefill's own pool", markup=False)
     if "placement" in result:

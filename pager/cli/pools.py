@@ -43,7 +43,7 @@ def calibrate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="How it is chosen: trunk, lexical or fitted; with --model also fused, mean, greedy, easy-ep, "
+            help="How it is chosen: trunk, lexical or fitted; with --model also prefill, mean, greedy, easy-ep, "
             "frequency and random. Default: the best pass; with --model and nothing fitted, mean.",
             metavar="METHOD",
         ),

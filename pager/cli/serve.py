@@ -66,7 +66,7 @@ def serve(
     router: Annotated[
         str | None,
         typer.Option(
-            help="Routing-only pass: lexical, trunk, fitted, fused (none; the worker's prefill alone). "
+            help="Routing-only pass: lexical, trunk, fitted, prefill (no predictor; the worker's prefill alone). "
             "Default: fitted where `fit-router` was run, else trunk."
         ),
     ] = None,

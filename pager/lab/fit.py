@@ -93,14 +93,14 @@ class DocumentReading:
     """A document as its model read it.
 
     `wanted_O`: each routed expert's mean probability over all of the document. `trunk`: the trunk's scores of some of
-    its beginnings, each a prompt of `num_tokens`. `fused`: pools that prefills chose, each with the number
+    its beginnings, each a prompt of `num_tokens`. `prefill_pools`: pools that prefills chose, each with the number
     of its prompt in `trunk`.
     """
 
     token_ids: tuple[int, ...]
     wanted_O: np.ndarray
     trunk: tuple[RoutingScores, ...]
-    fused: tuple[tuple[int, ExpertPool], ...]
+    prefill_pools: tuple[tuple[int, ExpertPool], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,8 @@ class FitOptions:
 class Fit:
     """The file, and how its passes did on documents that their maps had not seen, by source.
 
-    `recall` of fused pools; `recall_error`, the mean absolute error of its estimates; `mass`, how much of a document's
-    router mass a pool of an eighth of the experts holds, over what the best such pool does.
+    `recall` of prefills' pools; `recall_error`, the mean absolute error of its estimates; `mass`, how much of a
+    document's gate mass a pool of an eighth of the experts holds, over what the best such pool does.
     """
 
     file: RouterFile
@@ -156,8 +156,8 @@ class _Fitter:
         self._num_documents = len(readings)
         self._trunk = [trunk for _, _, trunk in prompts]
         starts = np.cumsum([0] + [len(reading.trunk) for reading in readings])
-        self._fused = [
-            [(int(start) + prompt, pool) for prompt, pool in reading.fused]
+        self._prefill_pools = [
+            [(int(start) + prompt, pool) for prompt, pool in reading.prefill_pools]
             for start, reading in zip(starts, readings, strict=False)
         ]
         self._tokens = [np.asarray(reading.token_ids[: trunk.num_tokens]) for _, reading, trunk in prompts]
@@ -253,11 +253,11 @@ class _Fitter:
 
     def _estimate(self, scores_N: Sequence[RoutingScores]) -> tuple[np.ndarray, float, float]:
         """`(weights [F], mean recall, mean absolute error of its estimates)`; the error is of folds taking turns."""
-        pairs = [(scores_N[row], fused) for document in self._fused for row, fused in document]
-        pools = [pool_like(scores, fused) for scores, fused in pairs]
+        pairs = [(scores_N[row], chosen) for document in self._prefill_pools for row, chosen in document]
+        pools = [pool_like(scores, chosen) for scores, chosen in pairs]
         features_NF = np.stack([recall_features(scores, pool) for (scores, _), pool in zip(pairs, pools, strict=True)])
-        recall_N = np.array([pool.recall_of(fused) for (_, fused), pool in zip(pairs, pools, strict=True)])
-        fold_N = np.array([number % FOLDS for number, document in enumerate(self._fused) for _ in document])
+        recall_N = np.array([pool.recall_of(chosen) for (_, chosen), pool in zip(pairs, pools, strict=True)])
+        fold_N = np.array([number % FOLDS for number, document in enumerate(self._prefill_pools) for _ in document])
 
         def error_with(penalty: float) -> float:
             error_N = np.empty_like(recall_N)

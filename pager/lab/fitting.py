@@ -85,7 +85,7 @@ MIN_TOKENS = 32
 
 
 class DocumentReader:
-    """Runs documents through a model with all experts, through its trunk, and prompts of them under fused pools.
+    """Runs documents through a model with all experts and through its trunk, and prompts of them under prefills' pools.
 
     Owned by one thread.
     """
@@ -104,8 +104,8 @@ class DocumentReader:
         lengths = [length for length in PROMPT_LENGTHS if 2 * length <= len(ids)]
         trunk = self._trunk.prefix_scores(ids[: lengths[-1]], lengths)
         prompts = [int(self._random.integers(len(lengths))) for _ in self._sizes]
-        fused = [self._fused_pool(ids[: lengths[n]], size) for n, size in zip(prompts, self._sizes, strict=True)]
-        return DocumentReading(ids, self._wanted(ids), trunk, tuple(zip(prompts, fused, strict=True)))
+        pools = [self._prefill_pool(ids[: lengths[n]], size) for n, size in zip(prompts, self._sizes, strict=True)]
+        return DocumentReading(ids, self._wanted(ids), trunk, tuple(zip(prompts, pools, strict=True)))
 
     @torch.inference_mode()
     def _wanted(self, ids: Sequence[int]) -> np.ndarray:
@@ -115,7 +115,7 @@ class DocumentReader:
         return np.concatenate([means.get(layer, np.zeros(0)) for layer in range(self._paged.facts.num_layers)])
 
     @torch.inference_mode()
-    def _fused_pool(self, ids: Sequence[int], size: PoolSize) -> ExpertPool:
+    def _prefill_pool(self, ids: Sequence[int], size: PoolSize) -> ExpertPool:
         document: DocumentRouting = self._paged.document(PoolPolicy(size=size))
         with self._paged.step([document], prefill=True):
             self._forward(ids)

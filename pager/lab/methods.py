@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pager.errors import InvalidRequest
-from pager.lab.selection import random_layers, select
+from pager.lab.selection import RENAMED, random_layers, select
 from pager.lab.subject import Subject, pools_of_examples
 from pager.pools.named import mean_scores
 from pager.pools.pick import largest_counts, pick_pool, share_out
@@ -39,6 +39,7 @@ def methods_for(subject: Subject, names: Sequence[str] | None) -> list[str]:
     """`names`, checked; None: all that this checkpoint and these documents allow. Raises InvalidRequest."""
     if names is None:
         return [name for name in METHODS if _obstacle(subject, name) is None]
+    names = [_renamed(name) for name in names]
     for name in names:
         base = name.removesuffix(BY_LAYER)
         if base not in METHODS:
@@ -46,11 +47,16 @@ def methods_for(subject: Subject, names: Sequence[str] | None) -> list[str]:
                 f"{name!r} is not a method; known are {', '.join(METHODS)}, and with {BY_LAYER} behind it any "
                 "that has scores"
             )
-        if name.endswith(BY_LAYER) and base not in SCORES and base != "fused":
+        if name.endswith(BY_LAYER) and base not in SCORES and base != "prefill":
             raise InvalidRequest(f"{base!r} has no scores of its own to share experts out over layers by")
         if (obstacle := _obstacle(subject, base)) is not None:
             raise InvalidRequest(f"method {name!r} {obstacle}")
-    return list(names)
+    return names
+
+
+def _renamed(name: str) -> str:
+    base = name.removesuffix(BY_LAYER)
+    return RENAMED.get(base, base) + name[len(base) :]
 
 
 def choose(subject: Subject, name: str, size: PoolSize) -> Choice:
@@ -60,9 +66,9 @@ def choose(subject: Subject, name: str, size: PoolSize) -> Choice:
     if base == name:
         return METHODS[name].choose(subject, size)
     total = sum(largest_counts(size, subject.facts))
-    by_document = SCORES["trunk" if base == "fused" else base](subject)
+    by_document = SCORES["trunk" if base == "prefill" else base](subject)
     sizes = [share_out(scores, total, subject.facts) for scores in by_document]
-    if base == "fused":
+    if base == "prefill":
         return Choice([PoolPolicy(size) for size in sizes])
     pairs = zip(by_document, sizes, strict=True)
     return Choice([_fixed(pick_pool(scores, size, subject.facts)) for scores, size in pairs])
@@ -156,7 +162,7 @@ SCORES: dict[str, Callable[[Subject], list[RoutingScores]]] = {
 }
 
 METHODS: dict[str, Method] = {
-    "fused": Method(_from_prompt, "the prompt's prefill, layer by layer, as the worker does it"),
+    "prefill": Method(_from_prompt, "the prompt's prefill, layer by layer, as the worker does it"),
     "trunk": Method(_by_scores("trunk"), "the routing-only pass over the prompt"),
     "lexical": Method(_by_scores("lexical"), "the prompt's token counts alone", needs="router"),
     "fitted": Method(_by_scores("fitted"), "the routing-only pass and the token counts, fitted", needs="router"),

@@ -53,6 +53,7 @@ def select(method: str, probe: Probe, examples: Examples, size: PoolSize, *, see
 
     Raises InvalidRequest for an unknown method and for examples that the method cannot use, PoolTooSmall.
     """
+    method = RENAMED.get(method, method)
     if method in LAYER_BY_LAYER:
         size = _size_by_layer(probe, examples, size)
     pool = pick_pool(score(method, probe, examples, size, seed=seed), size, probe.facts)
@@ -60,7 +61,8 @@ def select(method: str, probe: Probe, examples: Examples, size: PoolSize, *, see
 
 
 def score(method: str, probe: Probe, examples: Examples, size: PoolSize, *, seed: int = 0) -> RoutingScores:
-    """The scores behind `select`. Those of `fused` and `greedy` hold for this size alone, which is not in bytes."""
+    """The scores behind `select`. Those of `prefill` and `greedy` hold for this size alone, which is not in bytes."""
+    method = RENAMED.get(method, method)
     if method not in METHODS:
         raise InvalidRequest(f"{method!r} is not a selection method; known are {', '.join(METHODS)}", field="method")
     if not examples or not all(examples):
@@ -87,7 +89,7 @@ def _greedy(probe: Probe, examples: Examples, size: PoolSize, _: int) -> Layers:
     return tuple(means)
 
 
-def _fused(probe: Probe, examples: Examples, size: PoolSize, _: int) -> Layers:
+def _prefill(probe: Probe, examples: Examples, size: PoolSize, _: int) -> Layers:
     """What each example would choose for itself as a prompt, averaged: of one example, the pool of that request."""
     return _average([probe.prefill_probabilities(example, size) for example in examples], examples)
 
@@ -145,7 +147,7 @@ def _average(layers_of: Sequence[Layers], examples: Examples) -> Layers:
 
 
 METHODS: dict[str, SelectionMethod] = {
-    "fused": _fused,
+    "prefill": _prefill,
     "trunk": _predicted("trunk"),
     "lexical": _predicted("lexical"),
     "fitted": _predicted("fitted"),
@@ -156,5 +158,6 @@ METHODS: dict[str, SelectionMethod] = {
     "random": _random,
 }
 
-LAYER_BY_LAYER = frozenset({"fused", "greedy"})  # a layer's scores depend on what the layers below it chose
+LAYER_BY_LAYER = frozenset({"prefill", "greedy"})  # a layer's scores depend on what the layers below it chose
+RENAMED = {"fused": "prefill"}  # names of earlier versions
 NOT_A_MASS = frozenset({"easy-ep", "frequency", "random"})  # these scores are no router probabilities

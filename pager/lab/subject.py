@@ -152,16 +152,16 @@ def pools_of_examples(subject: Subject, examples: Sequence[tuple[int, ...]], siz
     return [pools[example] for example in examples]
 
 
-def recalls(predicted: Sequence[ExpertPool], fused: Sequence[ExpertPool]) -> np.ndarray:
-    """[N]: the share of each document's fused pool that was predicted."""
-    return np.array([mine.recall_of(actual) for mine, actual in zip(predicted, fused, strict=True)])
+def recalls(predicted: Sequence[ExpertPool], chosen: Sequence[ExpertPool]) -> np.ndarray:
+    """[N]: the share of each document's own prefill's pool that was predicted."""
+    return np.array([mine.recall_of(actual) for mine, actual in zip(predicted, chosen, strict=True)])
 
 
-def estimate_errors(subject: Subject, source: str, size: PoolSize, fused: Sequence[ExpertPool]) -> np.ndarray:
+def estimate_errors(subject: Subject, source: str, size: PoolSize, chosen: Sequence[ExpertPool]) -> np.ndarray:
     """[N]: how far the recall that `source` expects of its pool lies from what it is. The checkpoint has its maps."""
     assert subject.router_file is not None
     errors = []
-    for scores, actual in zip(subject.predicted(source), fused, strict=True):
+    for scores, actual in zip(subject.predicted(source), chosen, strict=True):
         pool = pick_pool(scores, size, subject.facts)
         errors.append(abs(subject.router_file.expected_recall(scores, pool) - pool.recall_of(actual)))
     return np.array(errors)

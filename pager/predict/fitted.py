@@ -190,11 +190,11 @@ class RouterFile:
         return RoutingScores(mean_LR, source, num_tokens, of_prompt)
 
     def expected_recall(self, scores: RoutingScores, pool: ExpertPool) -> float:
-        """The share of the fused pool of `pool`'s sizes that `pool`, picked by `scores`, is expected to hold.
+        """The share of the prefill's pool of `pool`'s sizes that `pool`, picked by `scores`, is expected to hold.
 
         Raises InvalidRequest for scores from a source that the file knows nothing of.
         """
-        if scores.source in ("prefill", "fused"):
+        if scores.source == "prefill":
             return 1.0
         weights_F = self.weights.get(f"{RECALL}{scores.source}")
         if weights_F is None:

@@ -81,7 +81,7 @@ def test_a_page_is_made_of_what_was_measured(corpus: Path, two_models: list[Path
     )
     assert text.count("| trunk |") == 0
     assert "| emo-tiny: trunk |" in text
-    assert "| stdmoe-tiny: fused+layers |" in text
+    assert "| stdmoe-tiny: prefill+layers |" in text
     _draw(found[0], found[1], tmp_path)
     _store(found, tmp_path)
     assert (tmp_path / "rise.png").read_bytes().startswith(b"\x89PNG")

@@ -65,7 +65,7 @@ def test_a_pool_is_made_used_listed_and_deleted(run: Run, checkpoint: Path, exam
     assert "no pool 'sql'" in refusal(run("generate", "hello", *options))
 
 
-@pytest.mark.parametrize("method", ["trunk", "fused", "mean", "greedy", "easy-ep", "random", "frequency"])
+@pytest.mark.parametrize("method", ["trunk", "prefill", "mean", "greedy", "easy-ep", "random", "frequency"])
 def test_every_selection_method_makes_one(
     run: Run, checkpoint: Path, examples: Path, tmp_path: Path, method: str
 ) -> None:
@@ -110,7 +110,7 @@ def test_what_can_not_be_made_is_one_line(run: Run, checkpoint: Path, examples: 
         ("--examples", cut): "cannot be read",
         ("--examples", written(tmp_path / "empty", "\n")): "has no examples",
         ("--examples", tmp_path / "absent"): "No such file",
-        ("--method", "best"): "known are fused, trunk",
+        ("--method", "best"): "known are prefill, trunk",
         ("--method", "lexical"): "fit-router",
         ("--method", "frequency"): "over a sample of documents",
         ("--name", "a/b"): "1 to 64",

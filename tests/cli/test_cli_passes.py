@@ -74,7 +74,7 @@ def passes_of(folder: Path, **choices: object) -> Iterator[Passes]:
         ("fitted", ("fitted",)),
         ("trunk", ("trunk",)),
         ("lexical", ("lexical", "fitted")),
-        ("fused", ()),
+        ("prefill", ()),
     ],
 )
 def test_a_fitted_model_offers_every_pass(fit: Fit, router: str, chain: tuple[str, ...]) -> None:
@@ -116,7 +116,7 @@ def test_choices_that_can_take_no_effect_are_errors(fit: Fit, checkpoint: Path) 
         says = r"needs .*router\.safetensors.* `expert-pager fit-router "
         with pytest.raises(ConfigError, match=says), passes_of(checkpoint, router=router):
             pass
-    for folder, router in ((checkpoint, "trunk"), (checkpoint, "fused"), (fit(), "fused")):
+    for folder, router in ((checkpoint, "trunk"), (checkpoint, "prefill"), (fit(), "prefill")):
         says, choices = r"router\.min_recall can take no effect", {"router": router, "min_recall": 0.7}
         with pytest.raises(ConfigError, match=says), passes_of(folder, **choices):
             pass
@@ -127,5 +127,5 @@ def test_a_router_fitted_to_another_model_is_refused(fit: Fit) -> None:
     for router in ("auto", "lexical", "trunk"):
         with pytest.raises(CheckpointError, match="was fitted to the model another"), passes_of(folder, router=router):
             pass
-    with passes_of(folder, router="fused") as passes:
+    with passes_of(folder, router="prefill") as passes:
         assert not passes.available

@@ -102,7 +102,7 @@ def test_an_address_of_no_cluster_is_refused(address: str) -> None:
         ("[workers]\nkv_memory = '25%'", "bytes or a size such as '64MiB'"),
         ("[router]\nport = 70000", "router.port in .* must be between 0 and 65535, not 70000"),
         ("[router]\ndrain_s = nan", "must be between 0 and 86400, not nan"),
-        ("[router]\nrouter = 'best'", "one of auto, lexical, trunk, fitted, fused, not 'best'"),
+        ("[router]\nrouter = 'best'", "one of auto, lexical, trunk, fitted, prefill, not 'best'"),
         ("[router]\nmin_recall = 1.5", "between 0 and 1, not 1.5"),
         ("[pools]\npath = 3", "must be a text, not 3"),
         ("[model]\ndtype = 'int3'", "one of auto, float32, bfloat16, float16, not 'int3'"),
@@ -147,6 +147,10 @@ def test_missing_file_and_missing_model_are_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.toml")
     with pytest.raises(ConfigError, match=r"model\.path is not set"):
         load_config()
+
+
+def test_a_value_that_was_renamed_is_read_as_its_new_name(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "[router]\nrouter = 'fused'"), overrides=MODEL).router.router == "prefill"
 
 
 def test_an_unknown_override_is_refused() -> None:

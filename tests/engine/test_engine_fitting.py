@@ -94,13 +94,13 @@ def test_the_trunks_scores_are_those_of_the_starts_of_documents(
             np.testing.assert_allclose(mean_R, expected_R, atol=1e-6)
 
 
-def test_fused_pools_are_those_of_a_prefill(
+def test_the_pools_of_a_reading_are_those_of_prefills(
     readings: list[DocumentReading], paged: PagedModel, documents: list[tuple[int, ...]]
 ) -> None:
-    assert {prompt for reading in readings for prompt, _ in reading.fused} == {0, 1}
+    assert {prompt for reading in readings for prompt, _ in reading.prefill_pools} == {0, 1}
     for reading in readings[:4]:
-        assert [len(pool.experts[0]) for _, pool in reading.fused] == [15, 31, 63]
-        for prompt, pool in reading.fused:
+        assert [len(pool.experts[0]) for _, pool in reading.prefill_pools] == [15, 31, 63]
+        for prompt, pool in reading.prefill_pools:
             document = paged.document(PoolPolicy(size=Count(len(pool.experts[0]))))
             with torch.inference_mode(), paged.step([document], prefill=True):
                 paged.model(torch.tensor([reading.token_ids[: (16, 32)[prompt]]]), use_cache=False)
@@ -118,8 +118,8 @@ def test_reading_again_finds_the_same(
     again = DocumentReader(paged, trunk, seed=0).read(documents[0][:100])
     assert again is not None
     np.testing.assert_allclose(again.wanted_O, readings[0].wanted_O, atol=1e-7)
-    expected = [(prompt, pool.experts) for prompt, pool in readings[0].fused]
-    assert [(prompt, pool.experts) for prompt, pool in again.fused] == expected
+    expected = [(prompt, pool.experts) for prompt, pool in readings[0].prefill_pools]
+    assert [(prompt, pool.experts) for prompt, pool in again.prefill_pools] == expected
 
 
 def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(

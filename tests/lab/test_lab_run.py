@@ -21,7 +21,18 @@ from pager.lab.report import SCHEMA, to_dict, to_markdown
 from pager.lab.run import Ask, evaluate, write_report
 
 CUT = Cut(prompt_tokens=10, context_tokens=48)
-METHODS = ("fused", "trunk", "mean", "one-example", "calibrated", "greedy", "easy-ep", "frequency", "random", "future")
+METHODS = (
+    "prefill",
+    "trunk",
+    "mean",
+    "one-example",
+    "calibrated",
+    "greedy",
+    "easy-ep",
+    "frequency",
+    "random",
+    "future",
+)
 
 
 @pytest.fixture
@@ -105,11 +116,11 @@ def test_every_method_is_measured(ask: Ask, tmp_path: Path) -> None:
     written = write_report(evaluation, tmp_path)
     assert {path.name for path in written} >= {"evaluation.json", "evaluation.md", "rise.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written if path.suffix == ".png")
-    assert "| fused | " in to_markdown(evaluation)
+    assert "| prefill | " in to_markdown(evaluation)
 
 
 def test_what_was_computed_is_not_computed_again(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = replace(ask, methods=("fused", "trunk"))
+    few = replace(ask, methods=("prefill", "trunk"))
     first = evaluate(few, tokenizer_of(ask), tmp_path)
     (tmp_path / "trunk-50.npz").write_bytes(b"torn")
     computed: list[str] = []
@@ -119,11 +130,11 @@ def test_what_was_computed_is_not_computed_again(ask: Ask, tmp_path: Path, monke
     assert computed == ["trunk"]
     assert to_dict(first) == to_dict(second)
     evaluate(replace(few, cut=replace(CUT, prompt_tokens=8)), tokenizer_of(ask), tmp_path)
-    assert computed == ["trunk", "fused", "trunk"]
+    assert computed == ["trunk", "prefill", "trunk"]
 
 
 def test_any_budget_gives_the_same_report(ask: Ask) -> None:
-    few = replace(ask, methods=("fused", "mean"))
+    few = replace(ask, methods=("prefill", "mean"))
     roomy = evaluate(few, tokenizer_of(ask))
     tight = evaluate(replace(few, expert_memory="20%"), tokenizer_of(ask))
     for one, other in zip([roomy.full, *roomy.figures], [tight.full, *tight.figures], strict=True):
@@ -133,6 +144,7 @@ def test_any_budget_gives_the_same_report(ask: Ask) -> None:
 
 def test_shared_out_over_layers_the_bytes_are_the_same(ask: Ask) -> None:
     evaluation = evaluate(replace(ask, methods=("trunk", "trunk+layers", "fused+layers")), tokenizer_of(ask))
+    assert evaluation.figures[-1].method == "prefill+layers"  # "fused" was its name
     assert [each.experts_kept for each in evaluation.figures] == [14, 14, 14]
     inside = [evaluation.grid.cells[name, 50.0].inside_NE for name in ("trunk", "trunk+layers")]
     assert not np.array_equal(*inside)
@@ -147,7 +159,7 @@ def test_sizes_below_a_token_s_picks_are_left_out_and_said(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        (("fuzed",), "'fuzed' is not a method; known are fused"),
+        (("fuzed",), "'fuzed' is not a method; known are prefill"),
         (("lexical",), "needs a router fitted"),
         (("calibrated",), "give --calibration"),
         (("greedy+layers",), "no scores of its own"),
@@ -161,10 +173,10 @@ def test_methods_that_can_not_be_had_are_refused(ask: Ask, methods: tuple[str, .
 
 def test_the_command_prints_a_table_and_writes_a_folder(ask: Ask, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pager.cli", "eval", str(ask.model), "--documents", ask.documents[0]]
-    options = ["--sizes", "50", "--methods", "fused,random", "--prompt-tokens", "10", "--context-tokens", "48"]
+    options = ["--sizes", "50", "--methods", "prefill,random", "--prompt-tokens", "10", "--context-tokens", "48"]
     done = subprocess.run([*command, *options, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "fused 50 %" in done.stdout
+    assert "prefill 50 %" in done.stdout
     assert json.loads((tmp_path / "evaluation.json").read_text())["schema"] == SCHEMA
 
 

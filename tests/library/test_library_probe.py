@@ -103,23 +103,24 @@ def test_easy_ep_scores_are_the_recorded_ones(load: Callable[..., PagedModel], r
         np.testing.assert_allclose(score_R, tensors[f"easy_ep.scores.{layer}"][:15], rtol=1e-4)
 
 
-def test_fused_is_the_pool_that_a_request_with_this_prompt_chooses(load: Callable[..., PagedModel]) -> None:
+def test_prefill_is_the_pool_that_a_request_with_this_prompt_chooses(load: Callable[..., PagedModel]) -> None:
     paged = load()
     for size in (Count(4), Mass(0.6), Counts((3, 6, 9, 12))):
         document = paged.document(PoolPolicy(size))
         with torch.inference_mode(), paged.step([document], prefill=True):
             paged.model(torch.tensor(EXAMPLES[:1]), use_cache=False)
-        pool = select("fused", PagedProbe(paged), EXAMPLES[:1], size)
+        pool = select("prefill", PagedProbe(paged), EXAMPLES[:1], size)
+        assert select("fused", PagedProbe(paged), EXAMPLES[:1], size) == pool, "by its earlier name"
         assert document.pool is not None
         assert pool.experts == document.pool.experts
         assert pool.covered_mass == pytest.approx(document.pool.covered_mass)
 
 
-def test_greedy_on_one_example_is_fused(load: Callable[..., PagedModel]) -> None:
+def test_greedy_on_one_example_is_the_prefill(load: Callable[..., PagedModel]) -> None:
     probe = PagedProbe(load(expert_memory="25%"))
-    fused, greedy = (score(method, probe, EXAMPLES[:1], Count(5)) for method in ("fused", "greedy"))
-    for fused_R, greedy_R in zip(fused.mean_LR, greedy.mean_LR, strict=True):
-        np.testing.assert_allclose(fused_R, greedy_R, atol=1e-6)
+    prefill, greedy = (score(method, probe, EXAMPLES[:1], Count(5)) for method in ("prefill", "greedy"))
+    for prefill_R, greedy_R in zip(prefill.mean_LR, greedy.mean_LR, strict=True):
+        np.testing.assert_allclose(prefill_R, greedy_R, atol=1e-6)
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -229,7 +230,7 @@ def test_greedy_runs_with_the_counts_that_its_bytes_are_shared_out_to(load: Call
 
 def test_examples_count_by_their_tokens(load: Callable[..., PagedModel]) -> None:
     probe = PagedProbe(load(), predictors=all_predictors())
-    for method in ("trunk", "fused", "mean"):
+    for method in ("trunk", "prefill", "mean"):
         together = score(method, probe, EXAMPLES, Full()).mean_LR
         each = [score(method, probe, [example], Full()).mean_LR for example in EXAMPLES]
         for layer, mean_R in enumerate(together):
@@ -245,7 +246,7 @@ def test_routers_that_can_not_tell_experts_apart_give_the_lower_ids(
         layer.mlp.gate.weight.data.zero_()
     made.plain.save_pretrained(made.path)
     probe = PagedProbe(load(made.path), predictors=all_predictors(made.path))
-    for method in ("mean", "greedy", "fused", "trunk"):
+    for method in ("mean", "greedy", "prefill", "trunk"):
         assert select(method, probe, [[1, 2, 3]], Count(4)).experts == ((0, 1, 2, 3),) * 3
         assert select(method, probe, [[1, 2, 3]], Bytes(10 * probe.facts.expert_bytes)).experts == (
             (0, 1, 2, 3), (0, 1, 2), (0, 1, 2),
@@ -292,7 +293,7 @@ def test_the_model_answers_as_before(load: Callable[..., PagedModel]) -> None:
 
 
 BAD: dict[str, tuple[str, list[list[int]], PoolSize, type[Exception], str]] = {
-    "unknown method": ("best", [[1]], Count(4), InvalidRequest, "'best' is not .* known are fused, trunk, lexical"),
+    "unknown method": ("best", [[1]], Count(4), InvalidRequest, "'best' is not .* known are prefill, trunk, lexical"),
     "no examples": ("mean", [], Count(4), InvalidRequest, "there are none"),
     "an empty example": ("mean", [[1], []], Count(4), InvalidRequest, "one of them is empty"),
     "a token too high": ("mean", [[1, 256]], Count(4), InvalidRequest, "token id 256, .* the 256 known"),
@@ -302,7 +303,7 @@ BAD: dict[str, tuple[str, list[list[int]], PoolSize, type[Exception], str]] = {
     "no trunk": ("trunk", [[1]], Count(4), InvalidRequest, "there is no 'trunk' router .* load a TrunkRouter"),
     "not fitted": ("fitted", [[1]], Count(4), InvalidRequest, "no 'fitted' router .* run `expert-pager fit-router`"),
     "no lexical map": ("lexical", [[1]], Count(4), InvalidRequest, "run `expert-pager fit-router`"),
-    "too small": ("fused", [[1]], Count(2), PoolTooSmall, "a pool of 2 routed experts in layer 0"),
+    "too small": ("prefill", [[1]], Count(2), PoolTooSmall, "a pool of 2 routed experts in layer 0"),
     "too few bytes": ("greedy", [[1]], Bytes(24576), PoolTooSmall, "hold 1 routed experts"),
 }
 

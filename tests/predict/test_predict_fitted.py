@@ -45,8 +45,8 @@ class World:
         trunk = tuple(RoutingScores(self._layers(topic, length / 16), "trunk", length) for length in (16, 64))
         prompt = int(self.random.integers(2))
         prefill = RoutingScores(self._layers(topic, trunk[prompt].num_tokens / 4), "prefill", 0)
-        fused = ((prompt, pick_pool(prefill, Count(SIZE), FACTS)),)
-        return DocumentReading(ids, np.concatenate(self._layers(topic, 1000)), trunk, fused)
+        chosen = ((prompt, pick_pool(prefill, Count(SIZE), FACTS)),)
+        return DocumentReading(ids, np.concatenate(self._layers(topic, 1000)), trunk, chosen)
 
     def _layers(self, topic: int, clearness: float) -> tuple[np.ndarray, ...]:
         layers = iter(self.experts)
@@ -136,7 +136,7 @@ def test_a_prompt_that_can_not_be_scored(file: RouterFile, ids: list[int], named
 def test_recall_is_expected_about_as_it_turns_out(file: RouterFile, unseen: list[DocumentReading], source: str) -> None:
     errors = []
     for document in unseen:
-        ((prompt, fused),) = document.fused
+        ((prompt, chosen),) = document.prefill_pools
         trunk = document.trunk[prompt]
         lexical = LexicalRouter(file).scores(document.token_ids[: trunk.num_tokens])
         both = both_passes(file, document.token_ids[: trunk.num_tokens], trunk)
@@ -144,13 +144,13 @@ def test_recall_is_expected_about_as_it_turns_out(file: RouterFile, unseen: list
         pool = pick_pool(scores, Count(SIZE), FACTS)
         expected = file.expected_recall(scores, pool)
         assert 0 <= expected <= 1
-        errors.append(expected - pool.recall_of(fused))
+        errors.append(expected - pool.recall_of(chosen))
     assert abs(np.mean(errors)) < 0.05, "right on average"
     assert np.mean(np.abs(errors)) < 0.1, "and not far off on one prompt, of 15 experts"
 
 
 def test_recall_of_other_sources(file: RouterFile, unseen: list[DocumentReading]) -> None:
-    ((_, pool),), mean_LR = unseen[0].fused, unseen[0].trunk[0].mean_LR
+    ((_, pool),), mean_LR = unseen[0].prefill_pools, unseen[0].trunk[0].mean_LR
     assert file.expected_recall(RoutingScores(mean_LR, "prefill", 16), pool) == 1
     with pytest.raises(InvalidRequest, match=r"'hint'.*fitted, lexical, trunk"):
         file.expected_recall(RoutingScores(mean_LR, "hint", 16), pool)

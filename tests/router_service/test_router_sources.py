@@ -156,7 +156,7 @@ async def test_without_any_pass_the_prefill_chooses_and_what_it_chose_is_remembe
         _, request = await generate(service, b"abc", pb.PoolPolicy(count=3))
         assert request.predicted.digest == usage.pool.digest
         reply = await service.stub.Route(pb.RouteRequest(text=b"abc", pool=pb.PoolPolicy(count=3)))
-        assert (reply.scores.source, reply.scores.num_tokens, len(reply.scores.layers)) == ("fused", 3, 0)
+        assert (reply.scores.source, reply.scores.num_tokens, len(reply.scores.layers)) == ("prefill", 3, 0)
         assert not reply.HasField("pool")
         assert reply.observed.digest == usage.pool.digest
         assert reply.placement.worker
@@ -165,8 +165,8 @@ async def test_without_any_pass_the_prefill_chooses_and_what_it_chose_is_remembe
 async def test_without_any_pass_what_needs_one_is_refused(serve, model):
     sized = replace(model, facts=replace(model.facts, expert_bytes=1000))
     async with serve(passes=Passes(), model=sized) as service:
-        assert "'fused'" in await refused(generate(service, b"abc", PREDICTED))
-        assert "'fused'" in await refused(generate(service, b"abc", pb.PoolPolicy(bytes=6000)))
+        assert "'prefill'" in await refused(generate(service, b"abc", PREDICTED))
+        assert "'prefill'" in await refused(generate(service, b"abc", pb.PoolPolicy(bytes=6000)))
         wire = pb.CalibrateRequest(name="p", examples=[pb.Example(text=b"abc")], pool=pb.PoolPolicy(count=3))
         assert "calibrate --model" in await refused(service.stub.Calibrate(wire))
     for default in (PoolPolicy(Count(3), PoolSource.PREDICTION), PoolPolicy(Bytes(6000))):

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from benchmarks.models import Decode, Decoded
+from pager.cache.pager import CacheOptions
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
 from pager.engine.paged_model import PagedModel, load_paged_model
@@ -42,10 +42,12 @@ def load_engine(
     num_readers: int,
     *,
     limits: EngineLimits | None = None,
-    **options: Any,
+    bypass_page_cache: bool | None = None,
+    trace: Path | None = None,
 ) -> Iterator[EngineRun]:
-    """What a worker of the service runs, without its processes. `options` are `load_paged_model`'s."""
-    paged = load_paged_model(path, dtype=dtype, budgets=budgets, num_readers=num_readers, **options)
+    """What a worker of the service runs, without its processes."""
+    cache = CacheOptions(num_readers=num_readers, bypass_page_cache=bypass_page_cache)
+    paged = load_paged_model(path, dtype=dtype, budgets=budgets, cache=cache, trace=trace)
     try:
         yield EngineRun(paged, _tokenizer(path), limits or EngineLimits())
     finally:

@@ -138,13 +138,14 @@ def _summary(texts: Sequence[ChangingText], found: dict[str, list[Reading]]) -> 
             for reading, exact in zip(readings, found["exact"], strict=True)
         ]
         sizes = [reading.pool_experts for reading in readings if reading.pool_experts is not None]
+        drifted = [each.widenings > 0 or each.exact_from is not None for each in reports]
         summary[action] = {
             "above_exact": asdict(bootstrap.mean_over_domains(nats - exact_nats, counts)),
             "after_change": float(np.mean(after)),
             "bytes_paged": float(read_bytes.mean()),
             "bytes_of_exact": asdict(bootstrap.mean_over_domains(read_bytes, np.maximum(exact_bytes, 1))),
             "pool_experts": float(np.mean(sizes)) if sizes else None,
-            "drifted": float(np.mean([each.widenings > 0 or each.exact_from is not None for each in reports] or [0.0])),
+            "drifted": float(np.mean(drifted or [False])),
         }
     return summary
 

@@ -23,7 +23,7 @@ from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console,
 from benchmarks.shapes import SHAPES
 from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
-from pager.cache.pager import ExpertPager
+from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cli.output import print_error
 from pager.errors import PagerError
 from pager.models.trunk import OpenModel
@@ -85,7 +85,8 @@ def open_paging(path: Path, dtype: torch.dtype, num_readers: int, host_share: fl
             num_layers=facts.num_layers,
             max_experts=max(facts.experts_per_layer),
         )
-        pager = ExpertPager(source, slots, host=host, num_readers=num_readers, bypass_page_cache=False)
+        options = CacheOptions(num_readers=num_readers, bypass_page_cache=False)
+        pager = ExpertPager(source, slots, host=host, options=options)
         closing.callback(pager.close)
         yield Paging(pager, opened)
 

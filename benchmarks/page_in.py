@@ -29,7 +29,7 @@ from benchmarks.report import RESULTS, Report, Table, conditions, console, figur
 from benchmarks.shapes import SHAPES
 from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
-from pager.cache.pager import ExpertPager
+from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cli.output import print_error
 from pager.errors import PagerError
 from pager.memory.units import format_bytes
@@ -89,7 +89,8 @@ def open_paging(
             num_layers=facts.num_layers,
             max_experts=max(facts.experts_per_layer),
         )
-        pager = ExpertPager(source, slots, host=host, num_readers=num_readers, bypass_page_cache=bypass_page_cache)
+        options = CacheOptions(num_readers=num_readers, bypass_page_cache=bypass_page_cache)
+        pager = ExpertPager(source, slots, host=host, options=options)
         closing.callback(pager.close)
         yield Paging(pager, pools)
 
@@ -104,7 +105,8 @@ def from_disk(
             for _ in paging.pools:  # slots are in use before the first is timed
                 paging.page_in()
             empty = partial(drop, raw.paths)
-            for name, prepare in [("empty", empty)] if direct else [("empty", empty), ("full", lambda: None)]:
+            caches: list[tuple[str, Callable[[], object]]] = [("empty", empty), ("full", lambda: None)]
+            for name, prepare in caches[:1] if direct else caches:
                 with console.status(f"page-in of {path.name}, page cache {name}"):
                     if name == "full":  # what the cold rounds left out of it
                         for run in (paging.page_in, paging.page_in, raw.read):

@@ -9,9 +9,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, ViewportSize, sync_playwright
 
-DESK, PHONE = {"width": 1360, "height": 900}, {"width": 390, "height": 844}
+DESK, PHONE = ViewportSize(width=1360, height=900), ViewportSize(width=390, height=844)
 TIMEOUT_MS = 300_000
 
 

@@ -146,7 +146,7 @@ class Client:
         return self._loop.run_until_complete(self._wave(prompts, num_tokens))
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._channel.close())
+        self._loop.run_until_complete(self._channel.close(None))
         self._loop.close()
 
     @staticmethod

@@ -20,12 +20,12 @@ from typing import Any
 import grpc
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 from demo.__main__ import service
 from demo.prompts import PROMPTS
 
-DESK, PHONE = {"width": 1360, "height": 1400}, {"width": 390, "height": 1500}
+DESK, PHONE = ViewportSize(width=1360, height=1400), ViewportSize(width=390, height=1500)
 TENANTS = ("acme", "globex", "initech")
 NUM_CLIENTS = 3
 TIMEOUT_MS = 300_000

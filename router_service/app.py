@@ -51,7 +51,7 @@ from router_service.tenants import TenantLabels
 from router_service.ui import Page, PoolLog, Watch
 
 
-def build_backend(
+def build_backend(  # noqa: PLR0913
     *,
     model: ModelInfo,
     cluster: ClusterPort,

@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
@@ -29,7 +29,21 @@ from pager.types import ExpertKey
 
 log = logging.getLogger(__name__)
 
-__all__ = ["CacheStats", "ExpertPager", "Lease", "PagerObserver", "UsageMeter"]
+__all__ = ["CacheOptions", "CacheStats", "ExpertPager", "Lease", "PagerObserver", "UsageMeter"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """How a cache evicts and reads.
+
+    Reads leave the page cache out where the source can, and `bypass_page_cache` or (None) `why_bypass` says so. An
+    expert that could not be read is tried again `retry_after_s` later at the earliest.
+    """
+
+    policy: str = DEFAULT_POLICY
+    num_readers: int = NUM_READERS
+    bypass_page_cache: bool | None = None
+    retry_after_s: float = 30.0
 
 
 class ExpertPager:
@@ -42,40 +56,35 @@ class ExpertPager:
         *,
         resident: Sequence[ExpertKey] = (),
         host: HostTier | None = None,
-        policy: str = DEFAULT_POLICY,
-        num_readers: int = NUM_READERS,
-        bypass_page_cache: bool | None = None,
-        retry_after_s: float = 30.0,
+        options: CacheOptions | None = None,
         observer: PagerObserver | None = None,
         trace: TraceRecorder | None = None,
     ) -> None:
         """Reads `resident` (always-active experts) into the pinned slots before it returns.
 
-        Reads leave the page cache out where the source can, and `bypass_page_cache` or (None) `why_bypass` says so.
-        An expert that could not be read is tried again `retry_after_s` later at the earliest. Source, host tier and
-        trace stay the caller's to close, after this. Raises ExpertUnavailable for a resident expert, ConfigError for
-        the policy.
+        Source, host tier and trace stay the caller's to close, after this. Raises ExpertUnavailable for a resident
+        expert, ConfigError for the policy.
         """
         if len(resident) != slots.num_pinned:
             raise ValueError(f"{len(resident)} resident experts for {slots.num_pinned} pinned slots")
         self.slots = slots
-        observer = observer or NoObserver()
+        options, observer = options or CacheOptions(), observer or NoObserver()
         self._resident = frozenset(resident)
         self._paged_keys = [
             {expert: key for expert in range(count) if (key := ExpertKey(layer, expert)) not in self._resident}
             for layer, count in enumerate(source.keys_per_layer())
         ]
         self._room_for_all = slots.num_slots >= sum(source.keys_per_layer()) - len(resident)
-        self._read_past_page_cache(source, host, bypass_page_cache)
-        self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=retry_after_s)
+        self._read_past_page_cache(source, host, options.bypass_page_cache)
+        self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=options.retry_after_s)
         for number, key in enumerate(resident):
             for _, result in self._tiers.fetch_from_disk({key: slots.num_slots + number}):
                 if isinstance(result, ExpertUnavailable):
                     raise result
                 observer.uncharged(result.source, result.nbytes)
         slots.transfer.await_installed(range(slots.num_slots, slots.num_slots + len(resident)))
-        self._readers = Readers(num_readers, self._read, source.place_of)
-        index = CacheIndex(slots.num_slots, make_policy(policy))
+        self._readers = Readers(options.num_readers, self._read, source.place_of)
+        index = CacheIndex(slots.num_slots, make_policy(options.policy))
         self._ledger = Ledger(index, slots.transfer, observer, self._readers.push, trace)
         weakref.finalize(self, self._readers.stop)
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from pager.cache.pager import CacheStats, ExpertPager
+from pager.cache.pager import CacheOptions, CacheStats, ExpertPager
 from pager.cluster.views import ModelView
 from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver
 from pager.config import ServiceConfig, WorkerConfig
@@ -22,7 +22,7 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.threads import use_fastest_num_threads
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
-from pager.memory.machine import Machine, resolve_device
+from pager.memory.machine import resolve_device
 from pager.memory.plan import Budgets, describe
 from pager.observe.worker import TierBytes
 from pager.tokenizing import read_tokenizer
@@ -42,9 +42,8 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         device=device,
         dtype=config.model.dtype,
         budgets=_budgets(workers, has_host_tier=host is not None),
-        machine=Machine.detect(device).shared_by(workers.sharing_a_node),
         host_tier=host.attach if host else None,
-        policy=workers.policy,
+        cache=CacheOptions(policy=workers.policy),
         observer=observer,
         trace=_trace_file(workers),
     )
@@ -108,6 +107,7 @@ def _budgets(workers: WorkerConfig, *, has_host_tier: bool) -> Budgets:
         host_memory=workers.host_memory if has_host_tier else 0,
         kv_memory=workers.kv_memory,
         max_running=workers.max_running,
+        num_sharing=workers.sharing_a_node,
     )
 
 

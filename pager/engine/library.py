@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from pager.cache.pager import CacheOptions
 from pager.cache.policy import DEFAULT_POLICY
 from pager.engine.experts import NO_COPIES
 from pager.engine.paged_model import PagedModel, load_paged_model
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_model(
+def load_model(  # noqa: PLR0913 - its keywords are the library's interface
     path: str | Path,
     *,
     device: str | torch.device = "cpu",
@@ -82,8 +83,7 @@ def load_model(
         device=resolve_device(device),
         dtype="auto" if dtype is None else dtype,
         budgets=Budgets(expert_memory=expert_memory, host_memory=0 if host_memory is None else host_memory),
-        policy=policy,
-        num_readers=num_readers,
+        cache=CacheOptions(policy=policy, num_readers=num_readers),
     )
     try:
         forwards = LibraryForwards(paged, _policy_of_rows(paged, wanted))

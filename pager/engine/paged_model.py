@@ -16,8 +16,7 @@ from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.lease import Lease
 from pager.cache.ledger import Meanwhile
-from pager.cache.pager import ExpertPager
-from pager.cache.policy import DEFAULT_POLICY
+from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import NoObserver, PagerObserver, UsageMeter
 from pager.cache.trace import TraceHeader, TraceRecorder
 from pager.engine.experts import NO_COPIES, attach
@@ -172,27 +171,24 @@ def load_paged_model(
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
     budgets: Budgets | None = None,
-    machine: Machine | None = None,
     host_tier: Callable[[OpenModel, Plan], HostTier] | None = None,
-    policy: str = DEFAULT_POLICY,
-    num_readers: int = NUM_READERS,
-    bypass_page_cache: bool | None = None,
+    cache: CacheOptions | None = None,
     observer: PagerObserver | None = None,
     trace: Path | None = None,
 ) -> PagedModel:
     """Plans the memory, loads trunk and shared experts and opens the experts' tiers.
 
     Where the plan has a host tier, `host_tier` makes it; without one, it is this process's own. The model owns it then.
-    `trace` names a file to record every access to an expert in (`pager.cache.trace`). `bypass_page_cache` None leaves
-    it to what fits into memory (`pager.cache.tiers`).
+    `trace` names a file to record every access to an expert in (`pager.cache.trace`).
     Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
     """
-    if num_readers < 1:
-        raise ConfigError(f"num_readers must be at least 1, not {num_readers}: nobody would read an expert")
+    cache, budgets = cache or CacheOptions(), budgets or Budgets()
+    if cache.num_readers < 1:
+        raise ConfigError(f"num_readers must be at least 1, not {cache.num_readers}: nobody would read an expert")
     opened = OpenModel.open(path, dtype)
     with opened.checkpoint, ExitStack() as closing:
-        machine = machine or Machine.detect(device)  # refuses a device that is none
-        planned = plan(needs_of(opened, device, num_readers), budgets or Budgets(), machine)
+        machine = Machine.detect(device)  # refuses a device that is none
+        planned = plan(needs_of(opened, device, cache.num_readers), budgets, machine)
         source = opened.open_experts()
         closing.callback(source.close)
         model = opened.load_trunk(device)
@@ -215,15 +211,7 @@ def load_paged_model(
             recorder = TraceRecorder(trace, header, (observer or NoObserver()).traced)
             closing.callback(recorder.close)
         pager = ExpertPager(
-            source,
-            slots,
-            resident=resident,
-            host=host,
-            policy=policy,
-            num_readers=num_readers,
-            bypass_page_cache=bypass_page_cache,
-            observer=observer,
-            trace=recorder,
+            source, slots, resident=resident, host=host, options=cache, observer=observer, trace=recorder
         )
         closing.callback(pager.close)
         return PagedModel(opened, model, pager, planned, closing=closing.pop_all())

@@ -31,6 +31,7 @@ class Budgets:
     host_memory: str | int | float | None = None
     kv_memory: str | int | None = None
     max_running: int = 32
+    num_sharing: int = 1  # equal workers that share the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
 
     Raises BudgetError for a budget too small to run one token or larger than the machine, ConfigError for no size.
     """
+    machine = machine.shared_by(budgets.num_sharing)
     usable = machine.memory_bytes - min(machine.memory_bytes // 8, LARGEST_HEADROOM)
     fixed = needs.trunk_bytes + needs.resident_bytes + needs.workspace.kernel_bytes
     num_slots = _asked_slots(needs, budgets, machine)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from pager.cache.device import DeviceSlots
-from pager.cache.pager import ExpertPager
+from pager.cache.host import HostTier
+from pager.cache.pager import CacheOptions, ExpertPager
 from pager.errors import ChecksumMismatch, ExpertUnavailable
 from pager.store.experts import Destination
 from pager.store.reads import Place
@@ -106,10 +108,12 @@ MakePager = Callable[..., ExpertPager]
 
 @pytest.fixture
 def make_pager(source: GatedSource) -> Iterator[MakePager]:
-    """make_pager(num_slots, resident=(), **options): pagers that are checked and closed when the test ends."""
+    """make_pager(num_slots, resident=(), host=None, **options of CacheOptions): checked and closed at the end."""
     pagers: list[ExpertPager] = []
 
-    def make(num_slots: int, *, resident: tuple[ExpertKey, ...] = (), **options: object) -> ExpertPager:
+    def make(
+        num_slots: int, *, resident: Sequence[ExpertKey] = (), host: HostTier | None = None, **options: Any
+    ) -> ExpertPager:
         slots = DeviceSlots(
             num_slots,
             source.shape,
@@ -119,7 +123,7 @@ def make_pager(source: GatedSource) -> Iterator[MakePager]:
             max_experts=NUM_EXPERTS,
             num_pinned=len(resident),
         )
-        pagers.append(ExpertPager(source, slots, resident=resident, **options))  # type: ignore[arg-type]
+        pagers.append(ExpertPager(source, slots, resident=resident, host=host, options=CacheOptions(**options)))
         return pagers[-1]
 
     yield make

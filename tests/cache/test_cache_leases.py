@@ -9,7 +9,7 @@ import weakref
 import pytest
 
 from pager.cache.device import DeviceSlots
-from pager.cache.pager import ExpertPager
+from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import UsageMeter
 from pager.errors import Cancelled, ChecksumMismatch, ConfigError, ExpertUnavailable, PoolTooLarge
 from pager.types import ExpertKey
@@ -349,7 +349,7 @@ def test_a_forgotten_pager_ends_its_threads_and_frees_its_slots(make_pager, sour
     slots = DeviceSlots(2, source.shape, source.stored_dtype, "cpu", num_layers=4, max_experts=8)
     slab = weakref.ref(slots)
     before = set(threading.enumerate())
-    pager = ExpertPager(source, slots, num_readers=2)
+    pager = ExpertPager(source, slots, options=CacheOptions(num_readers=2))
     lease = pager.reserve_pool(keys(0, 0))
     del pager, slots
     lease.wait(0)  # a lease keeps its pager going

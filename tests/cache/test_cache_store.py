@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
-from pager.cache.pager import ExpertPager
+from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.tiers import why_bypass
 from pager.errors import ChecksumMismatch, ExpertUnavailable
 from pager.store.experts import ExpertSource, PackedExperts, open_experts
@@ -124,7 +124,7 @@ def test_neighbours_of_a_layer_are_read_together(experts, tensors, reads, with_h
     """Into slots that are anywhere, or into records: one read a layer for a single thread, and never across layers."""
     host = HostTier.create(1 << 17, SHAPE, torch.float32) if with_host else None
     slots = make_slots(10, torch.float32)
-    pager = ExpertPager(experts, slots, resident=RESIDENT, host=host, num_readers=1)
+    pager = ExpertPager(experts, slots, resident=RESIDENT, host=host, options=CacheOptions(num_readers=1))
     reads.clear()
     with pager.reserve_pool([*ALL_KEYS[3:5], *ALL_KEYS[:2], *ALL_KEYS[6:9]]) as lease:
         for layer in (0, 2):
@@ -145,7 +145,7 @@ def test_neighbours_of_a_layer_are_read_together(experts, tensors, reads, with_h
 
 
 def test_threads_share_a_layer_out(experts, reads):
-    pager = ExpertPager(experts, make_slots(10, torch.float32), resident=RESIDENT, num_readers=4)
+    pager = ExpertPager(experts, make_slots(10, torch.float32), resident=RESIDENT, options=CacheOptions(num_readers=4))
     reads.clear()
     with pager.reserve_pool(ALL_KEYS[:5]) as lease:
         lease.wait(0)
@@ -157,7 +157,9 @@ def test_of_a_run_through_the_host_tier_only_the_damaged_expert_fails(packed):
     source = PackedExperts(packed / PACK_NAME)
     damage(packed, source, ExpertKey(2, 1))
     host = HostTier.create(1 << 17, SHAPE, torch.float32)
-    pager = ExpertPager(source, make_slots(4, torch.float32), resident=RESIDENT, host=host, num_readers=1)
+    pager = ExpertPager(
+        source, make_slots(4, torch.float32), resident=RESIDENT, host=host, options=CacheOptions(num_readers=1)
+    )
     wanted = [ExpertKey(2, expert) for expert in range(3)]
     with pager.reserve_pool(wanted) as lease, pytest.raises(ChecksumMismatch):
         lease.wait(2)
@@ -182,7 +184,9 @@ def test_past_the_page_cache_into_slots_and_records(tmp_path, with_host, caplog)
     host = HostTier.create(16 * PAGES.num_elements * 4, PAGES, torch.float32) if with_host else None
     slots = DeviceSlots(3, PAGES, torch.float32, "cpu", num_layers=1, max_experts=6)
     with caplog.at_level(logging.INFO, logger="pager.cache.pager"):
-        pager = ExpertPager(source, slots, host=host, bypass_page_cache=None if with_host else True)
+        pager = ExpertPager(
+            source, slots, host=host, options=CacheOptions(bypass_page_cache=None if with_host else True)
+        )
     if "file system" in caplog.text:
         pytest.skip(caplog.text)
     assert "past the page cache" in caplog.text
@@ -217,7 +221,9 @@ def paged_by_pages(tmp_path: Path) -> tuple[ExpertSource, dict[str, Tensor]]:
 @pytest.mark.parametrize("asked", [None, False])
 def test_experts_that_fit_into_free_memory_come_through_the_page_cache(experts, asked, caplog):
     with caplog.at_level(logging.INFO, logger="pager.cache.pager"):
-        ExpertPager(experts, make_slots(3, torch.float32), resident=RESIDENT, bypass_page_cache=asked).close()
+        ExpertPager(
+            experts, make_slots(3, torch.float32), resident=RESIDENT, options=CacheOptions(bypass_page_cache=asked)
+        ).close()
     assert "through the page cache" in caplog.text
 
 

@@ -164,6 +164,11 @@ def test_describe_and_dict_name_every_budget() -> None:
 sizes = st.none() | st.integers(1, 600 * MIB)
 
 
+def test_workers_that_share_a_machine_plan_with_their_part_of_it() -> None:
+    shared = plan(needs(), Budgets(num_sharing=2), machine(256 * MIB))
+    assert shared == plan(needs(), Budgets(), machine(128 * MIB))
+
+
 @given(
     layers=st.integers(1, 8),
     experts=st.integers(8, 64),

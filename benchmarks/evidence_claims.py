@@ -165,7 +165,7 @@ def _specialisation(emo: Measured) -> list[Claim]:
     claims = [
         Claim(
             at,
-            "emo-tiny: nearest-centroid accuracy of the domain from router probabilities at least 0.90",
+            "emo-tiny: nearest-centroid accuracy of the domain from gate probabilities at least 0.90",
             Interval(**facts["accuracy_whole"]),
             0.9,
             at_least=True,

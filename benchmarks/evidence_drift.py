@@ -116,7 +116,7 @@ def drift_section(facts: Facts) -> str:
         f"`emo-tiny` reads texts of {TOKENS} tokens that go over into another domain, in the middle of a prompt of 64 "
         f"or in the middle of the text, {facts['in the prompt']['texts']} of each kind, four tokens at a time. Pool: "
         f"25 % of the experts, chosen from the prompt; cache: {BUDGET} of them. The threshold, "
-        f"{facts['threshold']:.2f} of router mass outside of the pool over {WINDOW} tokens, leaves {QUIET_SHARE:.0%} "
+        f"{facts['threshold']:.2f} of gate mass outside of the pool over {WINDOW} tokens, leaves {QUIET_SHARE:.0%} "
         f"of unchanging training documents alone. Widened soon: a threshold of {EAGER.threshold:g} over {EAGER.window} "
         f"tokens, which widens the pools of {facts['false_alarms']:.0%} of them too."
     )

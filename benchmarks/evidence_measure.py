@@ -191,7 +191,7 @@ def _passes(main: Evaluation, subject: Subject) -> Facts:
             chosen = main.pools("prefill", percent)
             recall = main.bootstrap.mean_over_domains(recalls(main.pools(source, percent), chosen), ones).to_dict()
             found[f"{source}_{percent:g}"] = {"recall": recall}
-            if subject.router_file is not None:
+            if subject.predictor_file is not None:
                 errors = estimate_errors(subject, source, size_of(percent), chosen)
                 estimate = main.bootstrap.mean_over_domains(errors, ones).to_dict()
                 found[f"{source}_{percent:g}"]["estimate_error"] = estimate

@@ -42,7 +42,7 @@ def page(emo: Measured, std: Measured, claims: Sequence[Claim], drift: str | Non
         "![paging](evidence/paging.png)",
         _memory(emo),
         "## A size for every layer",
-        "The same bytes, shared out over the layers by where they bring most router mass into the pool "
+        "The same bytes, shared out over the layers by where they bring most gate mass into the pool "
         f"(`{BY_LAYER}`), against as many experts in every layer; {len(emo.layered.subject.texts)} documents.",
         rise_table([emo.layered, std.layered]),
         "## Routing-only passes",
@@ -136,7 +136,7 @@ def _specialisation(models: Sequence[Measured]) -> str:
         )
     header = [
         "",
-        "domain found from the whole document's router probabilities",
+        "domain found from the whole document's gate probabilities",
         "from the prompt's",
         *(
             f"{part}, {percent} %"

@@ -163,7 +163,7 @@ def print_summary(answers: Sequence[Answer]) -> None:
     columns = ("domain", "pool", "experts", "mass", "hits", "recall", "paged", "1st token", "tokens")
     print_table("six prompts, one service, room for a part of the experts", columns, rows)
     out.print(
-        "mass: router probability inside the pool; hits: experts in memory when the prefill asked for them;\n"
+        "mass: gate probability inside the pool; hits: experts in memory when the prefill asked for them;\n"
         "recall: the part of the pool that the routing-only pass had predicted, so that it was paged early",
         style="dim", markup=False,
     )  # fmt: skip

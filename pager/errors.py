@@ -107,7 +107,7 @@ class PoolStoreUnavailable(PagerError):
 
 
 class PoolTooSmall(PagerError, ValueError):
-    """The pool has fewer routed experts than the router picks for one token."""
+    """The pool has fewer routed experts than the gate picks for one token."""
 
     reason = "POOL_TOO_SMALL"
 

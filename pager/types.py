@@ -60,7 +60,7 @@ class RoutingFacts:
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """No restriction: every expert that the router wants."""
+    """No restriction: every expert that the gate wants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Mass:
-    """The fewest experts whose mean router probability over the prompt adds up to `mass`, at most `cap` a layer."""
+    """The fewest experts whose mean gate probability over the prompt adds up to `mass`, at most `cap` a layer."""
 
     mass: float
     cap: int | None = None  # None: half of the layer's routed experts
@@ -94,7 +94,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Routed experts of all layers together in `total` bytes, shared out by what each layer's router would lose.
+    """Routed experts of all layers together in `total` bytes, shared out by what each layer's gate would lose.
 
     Needs scores of every layer at once: a prefill, which chooses layer by layer, runs with the `Counts` made of it.
     """
@@ -107,7 +107,7 @@ PoolSize = Full | Count | Share | Mass | Counts | Bytes
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutingScores:
-    """Per layer, each routed expert's mean router probability over the prompt: [R] float64, empty where dense."""
+    """Per layer, each routed expert's mean gate probability over the prompt: [R] float64, empty where dense."""
 
     mean_LR: tuple[np.ndarray, ...]
     source: str  # "trunk", "prefill", "hint", ...
@@ -120,7 +120,7 @@ class ExpertPool:
     """Per layer, the routed experts a request may use, ascending; empty where dense. Shared experts are implied."""
 
     experts: tuple[tuple[int, ...], ...]
-    covered_mass: float | None = None  # mean over layers of the router mass inside the pool; None where not known
+    covered_mass: float | None = None  # mean over layers of the gate mass inside the pool; None where not known
 
     @property
     def digest(self) -> str:
@@ -155,13 +155,13 @@ DRIFT_WINDOW = 16
 
 
 class DriftAction(StrEnum):
-    WIDEN = "widen"  # add the experts that the router wanted most outside of the pool
+    WIDEN = "widen"  # add the experts that the gate wanted most outside of the pool
     EXACT = "exact"  # all experts for the rest of the answer
 
 
 @dataclass(frozen=True, slots=True)
 class DriftPolicy:
-    """An answer has left its pool: mean router mass outside of it over the last `window` tokens past `threshold`."""
+    """An answer has left its pool: mean gate mass outside of it over the last `window` tokens past `threshold`."""
 
     threshold: float
     action: DriftAction = DriftAction.WIDEN
@@ -273,8 +273,8 @@ AnswerMode = Literal["exact", "pool", "degraded"]
 class Usage:
     """What one answer was and what it cost.
 
-    `mode`: exact (every expert the router wanted was available), pool (restricted to the pool asked for), degraded (the
-    pool covers less than the policy asked for: a mass cap was hit).
+    `mode`: exact (every expert that the gate wanted was available), pool (restricted to the pool asked for), degraded
+    (the pool covers less than the policy asked for: a mass cap was hit).
     """
 
     mode: AnswerMode

@@ -13,8 +13,8 @@ from pager.config import RouterConfig
 from pager.errors import ConfigError
 from pager.memory.machine import resolve_device
 from pager.models.trunk import OpenModel
-from pager.predict.fitted import ROUTER_NAME, LexicalRouter, RouterFile
-from pager.predict.trunk import FittedRouter, TrunkRouter
+from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
+from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from router_service.ports import Scorer
 from router_service.prediction import Passes
 
@@ -26,7 +26,7 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
 
     Raises ConfigError for a choice that can take no effect, CheckpointError for a file that is another model's.
     """
-    path = Path(opened.checkpoint.path) / ROUTER_NAME
+    path = Path(opened.checkpoint.path) / PREDICTOR_NAME
     name = config.router if config.router != "auto" else ("fitted" if path.exists() else "trunk")
     if name in ("lexical", "fitted") and not path.exists():
         raise ConfigError(
@@ -43,24 +43,24 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
     if name == "prefill":
         return Passes()
 
-    file = RouterFile.load(path, opened.checkpoint.fingerprint) if path.exists() else None
+    file = PredictorFile.load(path, opened.checkpoint.fingerprint) if path.exists() else None
 
     @cache
-    def trunk() -> TrunkRouter:
+    def trunk() -> TrunkPredictor:
         # The workers want the cores; a routing-only pass is short and runs one at a time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-        return TrunkRouter(opened, resolve_device(config.device), file.stand_ins if file else None)
+        return TrunkPredictor(opened, resolve_device(config.device), file.stand_ins if file else None)
 
     if file is None:
         return Passes({"trunk": trunk}, ("trunk",))
-    lexical = cache(lambda: LexicalRouter(file))
+    lexical = cache(lambda: LexicalPredictor(file))
     available: dict[str, Callable[[], Scorer]] = {"lexical": lexical}
     chain = {"lexical": ("lexical", "fitted"), "trunk": ("trunk",), "fitted": ("fitted",)}[name]
     min_recall = MIN_RECALL if config.min_recall is None else config.min_recall
     if name == "lexical" and min_recall == 0:
         chain = ("lexical",)  # nothing is ever too little, so the trunk is never wanted
     else:
-        available |= {"trunk": trunk, "fitted": cache(lambda: FittedRouter(file, trunk()))}
+        available |= {"trunk": trunk, "fitted": cache(lambda: FittedPredictor(file, trunk()))}
     return Passes(available, chain, file.expected_recall, min_recall)
 
 

@@ -26,7 +26,7 @@ class Documents:
 class PoolRouter(EmoTopKRouter):
     """The model's router, restricted per document while `documents` is set. Remembers its last forward's losses.
 
-    A document keeps the routed experts with the largest router probability summed over all its tokens, the future
+    A document keeps the routed experts with the largest gate probability summed over all its tokens, the future
     included. The choice has no gradient; the softmax over the chosen experts does.
     """
 

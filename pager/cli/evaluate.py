@@ -221,7 +221,7 @@ def _trace(
     path: Path, documents: list[Document], max_tokens: int, expert_memory: str | None, device: str, dtype: str | None
 ) -> tuple[RoutingFacts, list[TracedDocument]]:
     from pager.engine.paged_model import load_paged_model
-    from pager.lab.traces import RouterTracer
+    from pager.lab.traces import GateTracer
     from pager.memory.plan import Budgets
     from pager.tokenizing import read_tokenizer
 
@@ -230,7 +230,7 @@ def _trace(
         raise InvalidRequest(f"{path} has no tokenizer.json, which its documents need to become tokens")
     paged = load_paged_model(path, device=device, dtype=dtype, budgets=Budgets(expert_memory=expert_memory))
     try:
-        tracer = RouterTracer(paged, tokenizer)
+        tracer = GateTracer(paged, tokenizer)
         return paged.facts, [tracer.trace(document, max_tokens) for document in documents]
     finally:
         paged.close()

@@ -37,7 +37,7 @@ def pack(
     Example: `expert-pager pack ./Emo_1b14b_1T ./emo-packed --dtype bfloat16`
     """
     from pager.models.trunk import DTYPES, OpenModel
-    from pager.predict.fitted import ROUTER_NAME, RouterFile
+    from pager.predict.fitted import PREDICTOR_NAME, PredictorFile
     from pager.store.pack import pack as write_pack
 
     if dtype is not None and dtype not in DTYPES:
@@ -45,7 +45,7 @@ def pack(
     source = OpenModel.open(model)
     with source.checkpoint as checkpoint, bytes_progress("packing") as progress:
         # Read first, so that another model's is refused before the work begins.
-        router = RouterFile.load(model, checkpoint.fingerprint) if (model / ROUTER_NAME).is_file() else None
+        router = PredictorFile.load(model, checkpoint.fingerprint) if (model / PREDICTOR_NAME).is_file() else None
         odd = write_pack(
             model,
             output,
@@ -57,7 +57,7 @@ def pack(
         )
     if router is not None:  # the same weights under another fingerprint
         with OpenModel.open(output).checkpoint as packed:
-            replace(router, fingerprint=packed.fingerprint).save(output / ROUTER_NAME)
+            replace(router, fingerprint=packed.fingerprint).save(output / PREDICTOR_NAME)
     num_experts = sum(source.facts.experts_per_layer)
     nbytes = sum(path.stat().st_size for path in output.iterdir())
     _warn_of(odd)

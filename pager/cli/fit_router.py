@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pager.engine.paged_model import PagedModel
     from pager.lab.fit import DocumentReading, Fit
     from pager.lab.fitting import StandIns
-    from pager.predict.trunk import TrunkRouter
+    from pager.predict.trunk import TrunkPredictor
 
 STAND_IN_DOCUMENTS = 320  # of those to be read: some 100,000 tokens for a vector an expert
 
@@ -55,21 +55,21 @@ def fit_router(
     Example: `expert-pager fit-router ./model --documents 'corpus/*.train.jsonl.gz'`
     """
     from pager.lab.fit import fit_router as fit
-    from pager.predict.fitted import ROUTER_NAME
-    from pager.predict.trunk import TrunkRouter
+    from pager.predict.fitted import PREDICTOR_NAME
+    from pager.predict.trunk import TrunkPredictor
 
     texts = sample_texts(files_of(documents), max_documents, seed)
     paged, encode = _open(model, resolve_device(device), dtype, expert_memory)
     try:
         documents_read = [encode(text)[:max_tokens] for text in texts]
         stand_ins = _fit_stand_ins(paged, documents_read, seed)
-        trunk = TrunkRouter.load(model, device=str(paged.device), dtype=paged.dtype, stand_ins=stand_ins)
+        trunk = TrunkPredictor.load(model, device=str(paged.device), dtype=paged.dtype, stand_ins=stand_ins)
         readings = _read(paged, trunk, documents_read, seed)
     finally:
         paged.close()
     vocabulary = paged.config.vocab_size
     fitted = fit(readings, vocabulary, paged.facts.routed_per_layer, paged.fingerprint, stand_ins=stand_ins)
-    path = output or model / ROUTER_NAME
+    path = output or model / PREDICTOR_NAME
     nbytes = fitted.file.save(path)
     _report(fitted, path, nbytes, len(readings), as_json)
 
@@ -141,7 +141,7 @@ def _fit_stand_ins(paged: PagedModel, documents: Sequence[Sequence[int]], seed: 
 
 
 def _read(
-    paged: PagedModel, trunk: TrunkRouter, documents: Sequence[Sequence[int]], seed: int
+    paged: PagedModel, trunk: TrunkPredictor, documents: Sequence[Sequence[int]], seed: int
 ) -> list[DocumentReading]:
     from pager.lab.fitting import DocumentReader
 

@@ -158,7 +158,7 @@ NameOption = Annotated[str | None, typer.Option(help="Use a pool made by `expert
 DriftOption = Annotated[
     str | None,
     typer.Option(
-        help="What to do when the answer leaves its pool: past a mean router mass outside of it ('0.3') widen the "
+        help="What to do when the answer leaves its pool: past a mean gate mass outside of it ('0.3') widen the "
         "pool, or use all experts from there on ('0.3:exact'). Averaged over 16 tokens, or N ('0.3:widen:N').",
         metavar="MASS[:widen|exact[:N]]",
     ),
@@ -224,7 +224,7 @@ Dtype = Annotated[
 Pool = Annotated[
     str | None,
     typer.Option(
-        help="How many experts the request may use: a number a layer (32), a share of all ('12.5%'), the router mass "
+        help="How many experts the request may use: a number a layer (32), a share of all ('12.5%'), the gate mass "
         "to cover ('mass:0.9', or 'mass:0.9:48' with a cap), or 'full'.",
         metavar="SIZE",
     ),

@@ -175,12 +175,12 @@ def usage_lines(usage: Usage, elapsed_s: float) -> list[str]:
 def pool_text(pool: ExpertPool | None) -> str:
     if pool is None:
         return "all experts"
-    mass = "" if pool.covered_mass is None else f", {pool.covered_mass:.1%} of the router's mass"
+    mass = "" if pool.covered_mass is None else f", {pool.covered_mass:.1%} of the gate's mass"
     return f"{pool.num_experts} experts in pool {pool.digest}{mass}"
 
 
 def drift_text(drift: DriftReport) -> str:
-    parts = [f"drift: at most {drift.peak_mass:.1%} of the router's mass outside of the pool"]
+    parts = [f"drift: at most {drift.peak_mass:.1%} of the gate's mass outside of the pool"]
     if drift.widenings:
         times = "once" if drift.widenings == 1 else f"{drift.widenings} times"
         parts.append(f"widened {times} by {drift.experts_added} experts in all")

@@ -301,9 +301,9 @@ def attach(model: PreTrainedModel, family: Family, pager: ExpertPager) -> OpenSt
 
 
 class PooledGate:
-    """What a family's router becomes: the same logits, and one choice, within the pools of the step that runs.
+    """What a family's gate becomes: the same logits, and one choice, within the pools of the step that runs.
 
-    By itself a router would choose among all experts first, for nothing.
+    By itself a gate would choose among all experts first, for nothing.
     """
 
     weight: Tensor
@@ -314,7 +314,7 @@ class PooledGate:
         raise TypeError(NO_COPIES)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., D] → logits [T, E], weights [T, K], indices [T, K], as transformers' routers return them."""
+        """[..., D] → logits [T, E], weights [T, K], indices [T, K], as transformers' routers (gates) return them."""
         layer = self.paging
         step = layer.step
         logits_TE = linear(hidden_states.reshape(-1, self.weight.shape[1]), self.weight)

@@ -87,7 +87,7 @@ class EngineObserver:
         """After every step."""
 
     def pool(self, pool: ExpertPool, out_of_pool_mass: float) -> None:
-        """The pool of an answer that is finished, and the mean router mass that fell outside it while decoding."""
+        """The pool of an answer that is finished, and the mean gate mass that fell outside it while decoding."""
 
     def drift(self, report: DriftReport) -> None:
         """What was done about drift in an answer that is finished and whose policy looked for it."""

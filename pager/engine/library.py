@@ -62,7 +62,7 @@ def load_model(  # noqa: PLR0913 - its keywords are the library's interface
     "mass:0.9[:cap]" restricts each document to the pool that its first forward chooses, layer by layer, frozen for what
     follows with the same cache. A row without a past starts a document; padding (attention_mask) is left out.
 
-    With `drift` ("0.3", "0.3:exact", "0.3:widen:32" or a DriftPolicy), forwards with a past measure the router mass
+    With `drift` ("0.3", "0.3:exact", "0.3:widen:32" or a DriftPolicy), forwards with a past measure the gate mass
     outside of their documents' pools, whether they run one token or several, and a pool may be widened, or its document
     become exact, between two of them.
 

@@ -1,1 +1,1 @@
-"""Measurements and fitting: what pools cost, what routers learned, replays. Nothing that serves imports it."""
+"""Measurements and fitting: what pools cost, what gates learned, replays. Nothing that serves imports it."""

@@ -192,7 +192,7 @@ def _examples(report: ModelReport, mine_T: np.ndarray, shown: Sequence[int], sta
 
 
 def _coverage_payload(layer: LayerCoverage) -> dict[str, Any]:
-    """Shares of documents in percent, of router probability in hundredths of a percent."""
+    """Shares of documents in percent, of gate probability in hundredths of a percent."""
     return {
         "layer": layer.layer,
         "pool": layer.pool,
@@ -278,8 +278,8 @@ def _lede(reports: Sequence[ModelReport]) -> str:
     tokens = " and ".join(f"{number:,}" for number in sorted({report.num_tokens for report in reports}))
     what = f"{tokens} tokens of {len(first.documents)} documents from {len(first.domains)} domains"
     if len(reports) > 1:
-        return f"{what}. Each model groups them by the experts that its routers would send them to."
-    return f"{what}, grouped by the experts that the routers of all layers would send them to."
+        return f"{what}. Each model groups them by the experts that its gates would send them to."
+    return f"{what}, grouped by the experts that the gates of all layers would send them to."
 
 
 def _method(reports: Sequence[ModelReport], num_shown: int, seed: int, max_tokens: int) -> list[list[str]]:
@@ -296,7 +296,7 @@ def _method(reports: Sequence[ModelReport], num_shown: int, seed: int, max_token
         ["Sampling", f"{each} documents of each domain, drawn at random (seed {seed}), each cut at its first "
          f"{max_tokens} tokens. Figures count all {len(first.documents)} documents; the page holds the text of "
          f"{shown}."],
-        ["Routing", "A forward with every expert allowed. A token is described by its router probabilities over the "
+        ["Routing", "A forward with every expert allowed. A token is described by its gate probabilities over the "
          "routed experts of each layer, the layers side by side; shared experts, which every token uses, are left "
          "out."],
         ["Clusters", f"PCA to at most {COMPONENTS} components, then spherical k-means (rows and centres of length "
@@ -304,8 +304,8 @@ def _method(reports: Sequence[ModelReport], num_shown: int, seed: int, max_token
         ["Typical tokens", "Those that set the text of a cluster apart most: frequent in it, and more so than "
          "elsewhere. ␣ is a space, ⏎ the end of a line, ⇥ a tab."],
         ["Experts", "The pool of a document is the eighth of the experts of a layer (shared ones included, and never "
-         "fewer than a token picks) with the most router probability over its tokens. A cell says how many documents "
-         "of a domain have the expert in their pool, or what share of the router probability of the domain it gets."],
+         "fewer than a token picks) with the most gate probability over its tokens. A cell says how many documents "
+         "of a domain have the expert in their pool, or what share of the gate probability of the domain it gets."],
     ]  # fmt: skip
 
 

@@ -147,7 +147,7 @@ class LayerCoverage:
     """One layer. Rows are domains, columns its routed experts.
 
     `held_DR`: the share of a domain's documents whose pool holds the expert. `mass_DR`: the expert's share of the
-    router probability over the domain's tokens. `overlap_same` and `overlap_other`: of two documents' pools, the share
+    gate probability over the domain's tokens. `overlap_same` and `overlap_other`: of two documents' pools, the share
     that both hold, for documents of one domain and of two; NaN where there is no such pair.
     """
 
@@ -162,7 +162,7 @@ class LayerCoverage:
 def coverage(
     probs_NTC: Sequence[np.ndarray], domain_N: np.ndarray, num_domains: int, facts: RoutingFacts, share: float = 0.125
 ) -> tuple[LayerCoverage, ...]:
-    """Every sparse layer. A document's pool: its experts of the largest router probability over its tokens.
+    """Every sparse layer. A document's pool: its experts of the largest gate probability over its tokens.
 
     `share` is of all experts of a layer, shared ones included, but a pool never has fewer than a token picks. The
     probabilities are of an unrestricted forward in every layer.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from pager.errors import InvalidRequest
-from pager.predict.fitted import PENALTIES, STAND_IN, RouterFile, Stage, fit_recall, pool_like, recall_features
+from pager.predict.fitted import PENALTIES, STAND_IN, PredictorFile, Stage, fit_recall, pool_like, recall_features
 from pager.types import ExpertPool, RoutingScores
 
 MAX_COLUMNS = 8192
@@ -124,7 +124,7 @@ class Fit:
     document's gate mass a pool of an eighth of the experts holds, over what the best such pool does.
     """
 
-    file: RouterFile
+    file: PredictorFile
     recall: dict[str, float]
     recall_error: dict[str, float]
     mass: dict[str, float]
@@ -190,7 +190,7 @@ class _Fitter:
         weights |= {f"{STAND_IN}{layer}": vectors_RD for layer, vectors_RD in stand_ins.items()}
         facts = {"documents": str(self._num_documents), "prompts": str(len(self._trunk))}
         facts |= {name: str(value) for name, value in asdict(options).items()}
-        file = RouterFile(fingerprint, routed_per_layer, weights, facts)
+        file = PredictorFile(fingerprint, routed_per_layer, weights, facts)
         return self._judge(file, {"lexical": unseen_lexical_NO, "fitted": unseen_fitted_NO})
 
     def _features(self, inputs_NI: np.ndarray, count: int, penalty: float) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +234,7 @@ class _Fitter:
         """For each fold, which prompts are of other documents."""
         return [self._fold_N != fold for fold in range(FOLDS)]
 
-    def _judge(self, file: RouterFile, unseen: dict[str, np.ndarray]) -> Fit:
+    def _judge(self, file: PredictorFile, unseen: dict[str, np.ndarray]) -> Fit:
         """Fits the estimates of recall, and says what the passes are worth."""
         predictions: dict[str, list[RoutingScores]] = {"trunk": self._trunk}
         for source, outputs_NO in unseen.items():
@@ -248,7 +248,7 @@ class _Fitter:
         for source, scores_N in predictions.items():
             estimates[f"recall.{source}"], recall[source], error[source] = self._estimate(scores_N)
             mass[source] = self._mass(file, scores_N)
-        made = RouterFile(file.fingerprint, file.routed_per_layer, dict(file.weights) | estimates, file.facts)
+        made = PredictorFile(file.fingerprint, file.routed_per_layer, dict(file.weights) | estimates, file.facts)
         return Fit(made, recall, error, mass)
 
     def _estimate(self, scores_N: Sequence[RoutingScores]) -> tuple[np.ndarray, float, float]:
@@ -270,7 +270,7 @@ class _Fitter:
         error, penalty = min((error_with(penalty), penalty) for penalty in PENALTIES)
         return fit_recall(features_NF, recall_N, penalty), float(recall_N.mean()), error
 
-    def _mass(self, file: RouterFile, scores_N: Sequence[RoutingScores]) -> float:
+    def _mass(self, file: PredictorFile, scores_N: Sequence[RoutingScores]) -> float:
         shares = []
         for scores, wanted_O in zip(scores_N, self._wanted_NO, strict=True):
             wanted = file.as_scores(wanted_O, "wanted", scores.num_tokens)

@@ -15,7 +15,7 @@ from pager.lab.fit import DocumentReading, ridge_of_sums
 from pager.models.families import routed_probabilities
 from pager.models.trunk import moe_blocks
 from pager.pools.document import DocumentRouting
-from pager.predict.trunk import TrunkRouter
+from pager.predict.trunk import TrunkPredictor
 from pager.types import ExpertPool, PoolPolicy, PoolSize, RoutingFacts, Share
 
 PENALTY = 1.0
@@ -90,7 +90,7 @@ class DocumentReader:
     Owned by one thread.
     """
 
-    def __init__(self, paged: PagedModel, trunk: TrunkRouter, *, seed: int) -> None:
+    def __init__(self, paged: PagedModel, trunk: TrunkPredictor, *, seed: int) -> None:
         self._paged = paged
         self._trunk = trunk
         self._random = np.random.default_rng(seed)

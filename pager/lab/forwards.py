@@ -39,8 +39,8 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RouterMeans:
-    """Mean router probabilities of one document, with all experts: over its prompt, and over the whole."""
+class GateMeans:
+    """Mean gate probabilities of one document, with all experts: over its prompt, and over the whole."""
 
     prompt_LR: Layers
     whole_LR: Layers
@@ -79,14 +79,14 @@ class Forwards:
                 pools[row] = routing.pool
         return [pools[row] for row in range(len(texts))]
 
-    def full(self, texts: Sequence[Ids]) -> tuple[list[Outcome], list[RouterMeans]]:
-        """With all experts, and what the routers wanted."""
+    def full(self, texts: Sequence[Ids]) -> tuple[list[Outcome], list[GateMeans]]:
+        """With all experts, and what the gates wanted."""
         with self._recording(texts) as means:
             outcomes = self.outcomes(texts, [PoolPolicy()] * len(texts))
         return outcomes, [means[row] for row in range(len(texts))]
 
-    def means(self, texts: Sequence[Ids]) -> list[RouterMeans]:
-        """What the routers want with all experts."""
+    def means(self, texts: Sequence[Ids]) -> list[GateMeans]:
+        """What the gates want with all experts."""
         with self._recording(texts) as means:
             for _ in self._run(texts, [PoolPolicy()] * len(texts), self.prompt_tokens):
                 pass
@@ -124,11 +124,11 @@ class Forwards:
         return Outcome(nats, np.concatenate(best), pool)
 
     @contextmanager
-    def _recording(self, texts: Sequence[Ids]) -> Iterator[dict[int, RouterMeans]]:
+    def _recording(self, texts: Sequence[Ids]) -> Iterator[dict[int, GateMeans]]:
         """Fills in, as the batches run, each text's means."""
         facts = self.paged.facts
         empty = [np.zeros(0)] * facts.num_layers
-        found = {row: RouterMeans(tuple(empty), tuple(empty)) for row in range(len(texts))}
+        found = {row: GateMeans(tuple(empty), tuple(empty)) for row in range(len(texts))}
 
         def record(layer: int, logits_TE: Tensor) -> None:
             probs_TR = routed_probabilities(logits_TE, facts.shared_per_layer[layer])
@@ -136,7 +136,7 @@ class Forwards:
             for row, probs_SR in zip(self._running, probs_BSR, strict=True):
                 prompt = probs_SR[: self.prompt_tokens].mean(0).cpu().numpy()
                 whole = probs_SR[: len(texts[row])].mean(0).cpu().numpy()
-                found[row] = RouterMeans(
+                found[row] = GateMeans(
                     _with(found[row].prompt_LR, layer, prompt), _with(found[row].whole_LR, layer, whole)
                 )
 

@@ -156,7 +156,7 @@ def run_grid(
 
 def conditions_of(subject: Subject, calibration: Sequence[Text]) -> str:
     """Names all that a cell depends on beside its method and size."""
-    router = "none" if subject.router_file is None else _digest_of_weights(subject.router_file.weights)
+    router = "none" if subject.predictor_file is None else _digest_of_weights(subject.predictor_file.weights)
     parts = (
         "expert-pager cell 1",
         subject.paged.fingerprint,

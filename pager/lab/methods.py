@@ -60,7 +60,7 @@ def _renamed(name: str) -> str:
 
 
 def choose(subject: Subject, name: str, size: PoolSize) -> Choice:
-    """Raises PoolTooSmall for a size below what a router picks for one token."""
+    """Raises PoolTooSmall for a size below what a gate picks for one token."""
     largest_counts(size, subject.facts)
     base = name.removesuffix(BY_LAYER)
     if base == name:
@@ -81,7 +81,7 @@ def size_of(percent: float) -> PoolSize:
 
 def _obstacle(subject: Subject, name: str) -> str | None:
     method = METHODS[name]
-    if method.needs == "router" and subject.router_file is None:
+    if method.needs == "router" and subject.predictor_file is None:
         return f"needs a router fitted to {subject.path}; run expert-pager fit-router"
     if method.needs == "others" and not subject.is_calibrated:
         return "chooses from other documents of each domain; give --calibration"
@@ -166,13 +166,13 @@ METHODS: dict[str, Method] = {
     "trunk": Method(_by_scores("trunk"), "the routing-only pass over the prompt"),
     "lexical": Method(_by_scores("lexical"), "the prompt's token counts alone", needs="router"),
     "fitted": Method(_by_scores("fitted"), "the routing-only pass and the token counts, fitted", needs="router"),
-    "mean": Method(_by_scores("mean"), "the mean router probability over the prompt, with all experts"),
+    "mean": Method(_by_scores("mean"), "the mean gate probability over the prompt, with all experts"),
     "one-example": Method(_one_example, "one other document of the domain, layer by layer"),
     "named": Method(_named, "one other document of the domain, fitted, as a named pool is", needs="router"),
     "greedy": Method(_greedy, "five other documents of the domain, layer by layer", needs="others"),
     "easy-ep": Method(_by_scores("easy-ep"), "five other documents of the domain, EASY-EP", needs="others"),
     "calibrated": Method(
-        _by_scores("calibrated"), "the mean router probability over many other documents of the domain", needs="others"
+        _by_scores("calibrated"), "the mean gate probability over many other documents of the domain", needs="others"
     ),
     "frequency": Method(_frequency, "how often experts are picked in all domains' documents", needs="others"),
     "random": Method(_by_scores("random"), "a draw for every document"),

@@ -96,7 +96,9 @@ class PagedProbe:
 
     def predicted(self, source: str, example: Sequence[int]) -> RoutingScores:
         if source not in self._predictors:
-            remedy = "load a TrunkRouter" if source == "trunk" else "run `expert-pager fit-router` on this checkpoint"
+            remedy = (
+                "load a TrunkPredictor" if source == "trunk" else "run `expert-pager fit-router` on this checkpoint"
+            )
             raise InvalidRequest(f"there is no {source!r} router for this model; {remedy} first", field="method")
         self._check(example)
         return self._predictors[source](example)

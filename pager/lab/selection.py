@@ -27,7 +27,7 @@ class Probe(Protocol):
     def facts(self) -> RoutingFacts: ...
 
     def mean_probabilities(self, examples: Examples) -> Layers:
-        """Each routed expert's mean router probability, with all experts."""
+        """Each routed expert's mean gate probability, with all experts."""
 
     def layer_probabilities(self, examples: Examples, below: Sequence[Sequence[int]]) -> np.ndarray:
         """[R] of layer `len(below)`, while the layers below it have only these routed experts."""
@@ -160,4 +160,4 @@ METHODS: dict[str, SelectionMethod] = {
 
 LAYER_BY_LAYER = frozenset({"prefill", "greedy"})  # a layer's scores depend on what the layers below it chose
 RENAMED = {"fused": "prefill"}  # names of earlier versions
-NOT_A_MASS = frozenset({"easy-ep", "frequency", "random"})  # these scores are no router probabilities
+NOT_A_MASS = frozenset({"easy-ep", "frequency", "random"})  # these scores are no gate probabilities

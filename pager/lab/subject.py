@@ -13,13 +13,13 @@ import numpy as np
 from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
 from pager.lab.corpus import Cut, Text, domains_of
-from pager.lab.forwards import Forwards, Outcome, RouterMeans
+from pager.lab.forwards import Forwards, GateMeans, Outcome
 from pager.lab.probe import PagedProbe
 from pager.lab.selection import score
 from pager.models.trunk import OpenModel
 from pager.pools.pick import pick_pool
-from pager.predict.fitted import ROUTER_NAME, LexicalRouter, RouterFile
-from pager.predict.trunk import FittedRouter, TrunkRouter
+from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
+from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from pager.types import ExpertPool, Full, PoolSize, RoutingScores
 
 FEW_EXAMPLES = 5  # of a domain, for the methods that the paper gives one to five
@@ -70,19 +70,19 @@ class Subject:
         return all(self._calibration.get(domain) for domain in self.domains)
 
     @cached_property
-    def router_file(self) -> RouterFile | None:
+    def predictor_file(self) -> PredictorFile | None:
         """The maps fitted to this checkpoint; None where there are none. Raises CheckpointError for damaged ones."""
-        present = (self.path / ROUTER_NAME).is_file()
-        return RouterFile.load(self.path, self.paged.fingerprint) if present else None
+        present = (self.path / PREDICTOR_NAME).is_file()
+        return PredictorFile.load(self.path, self.paged.fingerprint) if present else None
 
     @cached_property
-    def full(self) -> tuple[list[Outcome], list[RouterMeans]]:
+    def full(self) -> tuple[list[Outcome], list[GateMeans]]:
         """Every text with all experts."""
         return self.forwards.full(self.ids)
 
     @cached_property
     def calibration_means(self) -> Mapping[str, Sequence[RoutingScores]]:
-        """Each calibration document's mean router probabilities, over all of it."""
+        """Each calibration document's mean gate probabilities, over all of it."""
         return {domain: self._mean_scores(self.calibration(domain)) for domain in self.domains}
 
     @cached_property
@@ -111,13 +111,13 @@ class Subject:
         """The pass itself. Raises InvalidRequest."""
         if source == "trunk":
             return self._trunk.scores
-        if self.router_file is None:
+        if self.predictor_file is None:
             raise InvalidRequest(
-                f"{self.path} has no {ROUTER_NAME}, which {source!r} needs; run expert-pager fit-router"
+                f"{self.path} has no {PREDICTOR_NAME}, which {source!r} needs; run expert-pager fit-router"
             )
         if source == "lexical":
-            return LexicalRouter(self.router_file).scores
-        return FittedRouter(self.router_file, self._trunk).scores
+            return LexicalPredictor(self.predictor_file).scores
+        return FittedPredictor(self.predictor_file, self._trunk).scores
 
     def one_example_each(self) -> list[tuple[int, ...]]:
         """For every text one other document of its domain: of the calibration where given, else of the texts."""
@@ -135,10 +135,12 @@ class Subject:
         return others[turns[text.domain] % min(len(others), OTHERS_PER_DOMAIN)]
 
     @cached_property
-    def _trunk(self) -> TrunkRouter:
+    def _trunk(self) -> TrunkPredictor:
         opened = OpenModel.open(self.path, self.paged.dtype)
         with opened.checkpoint:
-            return TrunkRouter(opened, self.paged.device, self.router_file.stand_ins if self.router_file else None)
+            return TrunkPredictor(
+                opened, self.paged.device, self.predictor_file.stand_ins if self.predictor_file else None
+            )
 
     def _mean_scores(self, texts: Sequence[tuple[int, ...]]) -> list[RoutingScores]:
         means = self.forwards.means(texts)
@@ -159,11 +161,11 @@ def recalls(predicted: Sequence[ExpertPool], chosen: Sequence[ExpertPool]) -> np
 
 def estimate_errors(subject: Subject, source: str, size: PoolSize, chosen: Sequence[ExpertPool]) -> np.ndarray:
     """[N]: how far the recall that `source` expects of its pool lies from what it is. The checkpoint has its maps."""
-    assert subject.router_file is not None
+    assert subject.predictor_file is not None
     errors = []
     for scores, actual in zip(subject.predicted(source), chosen, strict=True):
         pool = pick_pool(scores, size, subject.facts)
-        errors.append(abs(subject.router_file.expected_recall(scores, pool) - pool.recall_of(actual)))
+        errors.append(abs(subject.predictor_file.expected_recall(scores, pool) - pool.recall_of(actual)))
     return np.array(errors)
 
 

@@ -1,4 +1,4 @@
-"""What a model's routers say of every token of a document: one exact forward a document, paged where it has to be.
+"""What a model's gates report of every token of a document: one exact forward a document, paged where it has to be.
 
 Legend: T tokens, L layers, R routed experts of a layer, C columns: the routed experts of all layers side by side.
 """
@@ -38,8 +38,8 @@ class TracedDocument:
     probs_TC: np.ndarray
 
 
-class RouterTracer:
-    """Runs documents through a model with all its experts and keeps the routers' probabilities. One at a time."""
+class GateTracer:
+    """Runs documents through a model with all its experts and keeps the gates' probabilities. One at a time."""
 
     def __init__(self, paged: PagedModel, tokenizer: Tokenizer) -> None:
         self._paged = paged

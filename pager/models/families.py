@@ -1,4 +1,4 @@
-"""What paging needs to know of a model family: where its experts are stored and how its router picks.
+"""What paging needs to know of a model family: where its experts are stored and how its gate picks.
 
 An entry per family; everything else is taken from the transformers model itself.
 Legend: T tokens, E experts of a layer (all of them), R routed experts, K experts a token picks.
@@ -24,7 +24,7 @@ Pick = Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 class Family:
     """The facts of one family.
 
-    `pick(gate, logits_TE, allowed_TE)` repeats the family's own choice from raw router logits, restricted to the
+    `pick(gate, logits_TE, allowed_TE)` repeats the family's own choice from raw gate logits, restricted to the
     allowed experts (bool, shared ones always True; None: all); it returns weights [T, K] and indices [T, K] over all
     experts, as the gate itself would.
     """
@@ -48,7 +48,7 @@ def family_of(model_type: object) -> Family:
 
 
 def routed_probabilities(logits_TE: Tensor, num_shared: int) -> Tensor:
-    """fp32 router probabilities over the routed experts [T, R] (EMO rule 13)."""
+    """fp32 gate probabilities over the routed experts [T, R] (EMO rule 13)."""
     routed = logits_TE.shape[-1] - num_shared
     return torch.softmax(logits_TE[..., :routed].float(), dim=-1)
 

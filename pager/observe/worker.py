@@ -125,7 +125,7 @@ ENGINE = (
         buckets=metrics.POOL_EXPERTS,
     ),
     Family(
-        "out_of_pool_mass_ratio", _HISTOGRAM, "Router mass outside the pool while decoding.",
+        "out_of_pool_mass_ratio", _HISTOGRAM, "Gate mass outside the pool while decoding.",
         "Do pools hold what answers want?", buckets=metrics.RATIO,
     ),
     Family(

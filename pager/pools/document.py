@@ -104,7 +104,7 @@ class DocumentRouting:
         return self.is_exact or self._experts[layer] is not None
 
     def choose_layer(self, layer: int, mass_R: np.ndarray) -> None:
-        """Freezes the layer's pool from the router mass of the document's tokens (float64), and starts paging it in."""
+        """Freezes the layer's pool from the gate mass of the document's tokens (float64), and starts paging it in."""
         self._mass_LR[layer] = mass_R
         top_k = self.facts.top_k_per_layer[layer]
         self._set_layer(layer, pick_layer(mass_R, self.policy.size, self._counts[layer], top_k))
@@ -148,7 +148,7 @@ class DocumentRouting:
         return torch.ones(self.facts.experts_per_layer[layer], dtype=torch.bool, device=self.device)
 
     def out_of_pool_mass(self) -> float:
-        """Mean router mass outside the pool over the tokens generated so far and the sparse layers. Synchronises."""
+        """Mean gate mass outside the pool over the tokens generated so far and the sparse layers. Synchronises."""
         if self.open_step is not None:
             self.open_step.settle()
         self.check_measured()

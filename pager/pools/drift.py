@@ -32,7 +32,7 @@ def parse_drift(value: str | float | None) -> DriftPolicy | None:
         raise
     except ValueError:
         raise InvalidRequest(
-            f"{value!r} says nothing about drift; write the router mass outside of the pool that is too much (0.3), "
+            f"{value!r} says nothing about drift; write the gate mass outside of the pool that is too much (0.3), "
             "then what to do ('0.3:exact'; else widen), then over how many tokens ('0.3:widen:32')",
             field="pool.drift",
         ) from None
@@ -42,7 +42,7 @@ def check_drift(drift: DriftPolicy) -> DriftPolicy:
     """`drift` itself. Raises InvalidRequest."""
     if not (math.isfinite(drift.threshold) and 0 < drift.threshold < 1):
         raise InvalidRequest(
-            f"a drift threshold is a share of the router's mass, above 0 and below 1, not {drift.threshold}",
+            f"a drift threshold is a share of the gate's mass, above 0 and below 1, not {drift.threshold}",
             field="pool.drift.threshold",
         )
     if drift.window < 1:
@@ -98,7 +98,7 @@ class _Block:
 
 
 class DriftMonitor:
-    """The router mass outside of one document's pool, over its last `window` tokens. Mutable; the document owns it."""
+    """The gate mass outside of one document's pool, over its last `window` tokens. Mutable; the document owns it."""
 
     def __init__(self, policy: DriftPolicy, num_routed: int) -> None:
         """`num_routed` counts the routed experts of all layers."""

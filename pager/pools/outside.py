@@ -1,4 +1,4 @@
-"""The router mass that falls outside of pools, added up on the device while a model runs.
+"""The gate mass that falls outside of pools, added up on the device while a model runs.
 
 Legend: T tokens of a forward, N documents in it, L layers, E experts of a layer, R routed experts.
 """
@@ -66,7 +66,7 @@ class OutsideMass:
         self._experts_LNR: dict[int, Tensor] = {}
 
     def add(self, layer: int, logits_TE: Tensor, allowed_TE: Tensor) -> None:
-        """One layer of a forward, its raw router logits and what the pools allowed."""
+        """One layer of a forward, its raw gate logits and what the pools allowed."""
         self._num_calls += len(logits_TE) if self._rows is None and self._num_documents == 1 else 1
         num_shared = self._facts.shared_per_layer[layer]
         if self._per_expert:

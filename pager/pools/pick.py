@@ -58,7 +58,7 @@ def _share_out(gains_LR: Sequence[np.ndarray], total_experts: int, facts: Routin
 
 def parse_pool_size(value: str | int | float | None) -> PoolSize:
     """What a person wrote: None or "full", 32 (routed experts a layer), "12.5%" or 0.125 (of all experts, shared
-    included), "mass:0.9" or "mass:0.9:48" (the fewest experts with that router mass, at most 48), "16,24,32" (a count
+    included), "mass:0.9" or "mass:0.9:48" (the fewest experts with that gate mass, at most 48), "16,24,32" (a count
     for every layer, 0 where it has none), "64MiB" (of routed experts, shared out over the layers). Raises
     InvalidRequest.
     """
@@ -112,7 +112,7 @@ def largest_counts(size: PoolSize, facts: RoutingFacts) -> tuple[int, ...]:
     """Per layer, the most routed experts a pool of this size can hold: what has to be reserved before it is known.
 
     Of `Bytes`, which the scores share out, only the sum is known: it is given shared out evenly.
-    Raises PoolTooSmall when a layer would get fewer experts than its router picks for one token, InvalidRequest when
+    Raises PoolTooSmall when a layer would get fewer experts than its gate picks for one token, InvalidRequest when
     the size is for another model.
     """
     if isinstance(size, Bytes):
@@ -140,7 +140,7 @@ def largest_counts(size: PoolSize, facts: RoutingFacts) -> tuple[int, ...]:
                 count = per_layer[layer]
         if count < top_k:
             raise PoolTooSmall(
-                f"a pool of {count} routed experts in layer {layer} is smaller than the {top_k} that its router picks "
+                f"a pool of {count} routed experts in layer {layer} is smaller than the {top_k} that its gate picks "
                 f"for one token; ask for at least {top_k}",
                 field="pool.size",
             )
@@ -191,7 +191,7 @@ def _experts_in(size: Bytes, facts: RoutingFacts) -> int:
 
 
 def covered_mass(mean_LR: Sequence[np.ndarray], experts: Sequence[Sequence[int]]) -> float | None:
-    """Mean over the sparse layers of the share of router mass that lies inside the pool."""
+    """Mean over the sparse layers of the share of gate mass that lies inside the pool."""
     shares = [
         float(mean_R[list(layer)].sum() / max(float(mean_R.sum()), 1e-300))
         for mean_R, layer in zip(mean_LR, experts, strict=True)

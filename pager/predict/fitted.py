@@ -86,7 +86,7 @@ def _overlap(pool: ExpertPool, other: ExpertPool) -> np.ndarray:
     return np.array([pool.recall_of(other), *shares])
 
 
-ROUTER_NAME = "router.safetensors"
+PREDICTOR_NAME = "router.safetensors"
 FORMAT = "expert-pager-router-2"
 FLOOR = 1e-6  # of a probability: every expert keeps a place in the order
 PASSES = ("lexical", "fitted")
@@ -118,7 +118,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RouterFile:
+class PredictorFile:
     """The fitted maps of one model. Immutable, thread-safe.
 
     `routed_per_layer` says how O is cut into layers. `weights` are the tensors by name, in float32: `lexical.tokens`
@@ -132,9 +132,9 @@ class RouterFile:
     facts: Mapping[str, str]  # how it was fitted, for people
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str) -> RouterFile:
+    def load(cls, path: Path, fingerprint: str) -> PredictorFile:
         """`path` is the file or the model's folder. Raises CheckpointError: missing, damaged, or another model's."""
-        file = path / ROUTER_NAME if path.is_dir() else path
+        file = path / PREDICTOR_NAME if path.is_dir() else path
         again = "make it with `expert-pager fit-router`"
         if not file.is_file():
             raise CheckpointError(f"there is no {file}; {again}")
@@ -203,10 +203,10 @@ class RouterFile:
         return expected_recall(weights_F, scores, pool)
 
 
-class LexicalRouter:
+class LexicalPredictor:
     """Scores a prompt from its token counts alone. Thread-safe."""
 
-    def __init__(self, file: RouterFile) -> None:
+    def __init__(self, file: PredictorFile) -> None:
         self.file = file
         self._tokens_VZ = file.weights["lexical.tokens"]
         self._stage = file.stage("lexical")
@@ -230,7 +230,7 @@ class LexicalRouter:
 class CombinedMap:
     """The fitted pass behind its two sources: lexical features and trunk scores together. Thread-safe."""
 
-    def __init__(self, file: RouterFile) -> None:
+    def __init__(self, file: PredictorFile) -> None:
         self.file = file
         self._trunk_mean_O = file.weights["fitted.trunk_mean"]
         self._down_IZ = file.weights["fitted.down"]

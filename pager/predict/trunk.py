@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from pager.errors import CheckpointError, InvalidRequest
 from pager.models.families import routed_probabilities
 from pager.models.trunk import OpenModel, moe_blocks
-from pager.predict.fitted import CombinedMap, LexicalRouter, RouterFile
+from pager.predict.fitted import CombinedMap, LexicalPredictor, PredictorFile
 from pager.store.experts import ExpertSource
 from pager.types import ExpertKey, ExpertShape, RoutingFacts, RoutingScores
 
@@ -28,7 +28,7 @@ NAME = "expert_pager_routing_only"
 HALF_PRECISION_STEP = 64
 
 
-class TrunkRouter:
+class TrunkPredictor:
     """Scores prompts for their experts with the model's trunk. Not thread-safe: one pass at a time."""
 
     def __init__(
@@ -60,14 +60,14 @@ class TrunkRouter:
         device: str = "cpu",
         dtype: torch.dtype | str | None = None,
         stand_ins: Mapping[int, np.ndarray] | None = None,
-    ) -> TrunkRouter:
+    ) -> TrunkPredictor:
         """Raises CheckpointError, UnsupportedModel."""
         opened = OpenModel.open(path, dtype)
         with opened.checkpoint:
             return cls(opened, device, stand_ins)
 
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:
-        """Each routed expert's mean router probability over the prompt, in one forward without a cache.
+        """Each routed expert's mean gate probability over the prompt, in one forward without a cache.
 
         Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have.
         """
@@ -161,10 +161,10 @@ def routing_only_experts(module: Any, hidden_TD: Tensor, _: Tensor, weights_TK: 
 ALL_EXPERTS_FUNCTIONS.register(NAME, routing_only_experts)
 
 
-class FittedRouter:
+class FittedPredictor:
     """Scores prompts with a model's trunk and its `router.safetensors`. Not thread-safe: one pass at a time."""
 
-    def __init__(self, file: RouterFile, trunk: TrunkRouter) -> None:
+    def __init__(self, file: PredictorFile, trunk: TrunkPredictor) -> None:
         """Raises CheckpointError where the two are not of the same model."""
         if file.fingerprint != trunk.fingerprint:
             raise CheckpointError(
@@ -175,7 +175,7 @@ class FittedRouter:
             raise CheckpointError("the trunk must be loaded with the stand-ins of its router file, and only with those")
         self.file = file
         self.trunk = trunk
-        self._lexical = LexicalRouter(file)
+        self._lexical = LexicalPredictor(file)
         self._map = CombinedMap(file)
 
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:

@@ -75,7 +75,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A stable hex id of the model: config, names, shapes, dtypes, file sizes and a sample of the contents.
 
-        The sample is a few bytes from each of the smallest tensors: norms and routers come first, and every
+        The sample is a few bytes from each of the smallest tensors: norms and gates come first, and every
         expert of a small model. Cheap, and no substitute for checksums. A packed model's derives from its
         source's. Raises CheckpointError.
         """

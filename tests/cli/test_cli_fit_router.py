@@ -14,7 +14,7 @@ import pytest
 
 from pager.cli.fit_router import sample_texts
 from pager.models.trunk import OpenModel
-from pager.predict.fitted import LexicalRouter, RouterFile
+from pager.predict.fitted import LexicalPredictor, PredictorFile
 
 DOCUMENTS = Path(__file__).parents[1] / "data" / "documents"
 PATTERN = str(DOCUMENTS / "*.jsonl")
@@ -44,8 +44,8 @@ def test_a_router_is_fitted_and_kept_beside_the_checkpoint(run: Run, model: Path
         == {"lexical", "trunk", "fitted"}
     )
     with OpenModel.open(model).checkpoint as opened:
-        file = RouterFile.load(path, opened.fingerprint)
-    assert [len(mean_R) for mean_R in LexicalRouter(file).scores([1, 2, 3]).mean_LR] == [8, 8, 8]
+        file = PredictorFile.load(path, opened.fingerprint)
+    assert [len(mean_R) for mean_R in LexicalPredictor(file).scores([1, 2, 3]).mean_LR] == [8, 8, 8]
     assert OpenModel.open(model).checkpoint.fingerprint == file.fingerprint, "the file changes nothing for the model"
 
 
@@ -54,7 +54,7 @@ def test_what_was_fitted_goes_along_into_a_packed_model(run: Run, model: Path, t
     result = run("pack", model, tmp_path / "packed", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     with OpenModel.open(model).checkpoint as plain, OpenModel.open(tmp_path / "packed").checkpoint as packed:
-        before, after = (RouterFile.load(each.path, each.fingerprint) for each in (plain, packed))
+        before, after = (PredictorFile.load(each.path, each.fingerprint) for each in (plain, packed))
         assert plain.fingerprint != packed.fingerprint
     assert before.weights.keys() == after.weights.keys()
     assert all((before.weights[name] == after.weights[name]).all() for name in before.weights)

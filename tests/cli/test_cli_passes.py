@@ -15,7 +15,7 @@ from pager.config import RouterConfig
 from pager.errors import CheckpointError, ConfigError
 from pager.models.trunk import OpenModel
 from pager.pools.pick import pick_pool
-from pager.predict.fitted import ROUTER_NAME, RouterFile, num_features
+from pager.predict.fitted import PREDICTOR_NAME, PredictorFile, num_features
 from pager.types import Count, RoutingFacts
 from router_service.prediction import Passes
 from router_service.predictors import build_passes
@@ -54,7 +54,9 @@ def fit(checkpoint: Path, tmp_path: Path) -> Fit:
         opened = OpenModel.open(folder)
         with opened.checkpoint:
             vocabulary, own = int(opened.config.vocab_size), opened.checkpoint.fingerprint
-        RouterFile(fingerprint or own, (8, 8, 8), fitted_weights(vocabulary, recall), {}).save(folder / ROUTER_NAME)
+        PredictorFile(fingerprint or own, (8, 8, 8), fitted_weights(vocabulary, recall), {}).save(
+            folder / PREDICTOR_NAME
+        )
         return folder
 
     return fit
@@ -101,7 +103,7 @@ def test_lexical_loads_no_trunk_until_it_is_wanted(fit: Fit, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise Wanted
 
-    monkeypatch.setattr(router_service.predictors, "TrunkRouter", refuse)
+    monkeypatch.setattr(router_service.predictors, "TrunkPredictor", refuse)
     folder = fit()
     with passes_of(folder, router="lexical") as passes:
         assert passes.available["lexical"]().scores([1]).source == "lexical"

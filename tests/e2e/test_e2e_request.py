@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 
 from pager.models.trunk import OpenModel
 from pager.pools.pick import parse_pool_size, pick_pool
-from pager.predict.fitted import RouterFile
-from pager.predict.trunk import FittedRouter, TrunkRouter
+from pager.predict.fitted import PredictorFile
+from pager.predict.trunk import FittedPredictor, TrunkPredictor
 
 CODE = "def mean(values):\n    total = 0\n    for value in values:\n"
 LAW = "The court finds that the defendant, having been duly notified, "
@@ -105,9 +105,9 @@ def test_route_predicts_a_pool_and_moves_nothing(idle_service: Any, model: Path,
         pb.RouteRequest(text=LAW.encode(), pool=pb.PoolPolicy(count=31)), metadata=(("x-tenant-id", "router"),)
     )
     with OpenModel.open(model).checkpoint as checkpoint:
-        file = RouterFile.load(model, checkpoint.fingerprint)
-    trunk = TrunkRouter.load(model, dtype="float32", stand_ins=file.stand_ins)
-    router = FittedRouter(file, trunk)
+        file = PredictorFile.load(model, checkpoint.fingerprint)
+    trunk = TrunkPredictor.load(model, dtype="float32", stand_ins=file.stand_ins)
+    router = FittedPredictor(file, trunk)
     scores = router.scores(tokenizer.encode(LAW, add_special_tokens=False).ids)
     for mine, theirs in zip(scores.mean_LR, route.scores.layers, strict=True):
         np.testing.assert_allclose(theirs.mean, mine, atol=1e-6)

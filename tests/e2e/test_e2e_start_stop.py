@@ -16,7 +16,7 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from tokenizers import Tokenizer
 
-from pager.predict.trunk import TrunkRouter
+from pager.predict.trunk import TrunkPredictor
 from pager.store.experts import PackedExperts
 from pager.store.pack_format import PACK_NAME
 from pager.store.safetensors import Checkpoint
@@ -95,7 +95,7 @@ def test_a_flipped_byte_of_a_recorded_checkpoint_is_found_when_it_is_read(
 ) -> None:
     path = Path(shutil.copytree(model, tmp_path / "recorded"))
     record(path)
-    router = TrunkRouter.load(path)
+    router = TrunkPredictor.load(path)
     prompt_ids = Tokenizer.from_file(str(path / "tokenizer.json")).encode(PROMPT).ids
     # What layer 0's router wants is certain: no expert has written before it.
     wanted = int(router.scores(prompt_ids).mean_LR[0].argmax())

@@ -18,8 +18,8 @@ from pager.lab.fit import DocumentReading, Fit, fit_router
 from pager.lab.fitting import PENALTY, DocumentReader, StandInFit, StandIns
 from pager.memory.plan import Budgets
 from pager.pools.pick import pick_pool
-from pager.predict.fitted import LexicalRouter
-from pager.predict.trunk import FittedRouter, TrunkRouter
+from pager.predict.fitted import LexicalPredictor
+from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from pager.types import Count, PoolPolicy, Share
 
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
@@ -53,12 +53,12 @@ def stand_ins(paged: PagedModel, documents: list[tuple[int, ...]]) -> StandIns:
 
 
 @pytest.fixture(scope="module")
-def trunk(stand_ins: StandIns) -> TrunkRouter:
-    return TrunkRouter.load(MODEL, dtype="float32", stand_ins=stand_ins)
+def trunk(stand_ins: StandIns) -> TrunkPredictor:
+    return TrunkPredictor.load(MODEL, dtype="float32", stand_ins=stand_ins)
 
 
 @pytest.fixture(scope="module")
-def readings(paged: PagedModel, trunk: TrunkRouter, documents: list[tuple[int, ...]]) -> list[DocumentReading]:
+def readings(paged: PagedModel, trunk: TrunkPredictor, documents: list[tuple[int, ...]]) -> list[DocumentReading]:
     reader = DocumentReader(paged, trunk, seed=0)
     found = [reader.read(ids[:100]) for ids in documents]
     assert all(found)
@@ -84,7 +84,7 @@ def test_what_a_document_wanted_is_the_mean_of_its_router_probabilities(
 
 
 def test_the_trunks_scores_are_those_of_the_starts_of_documents(
-    readings: list[DocumentReading], trunk: TrunkRouter, documents: list[tuple[int, ...]]
+    readings: list[DocumentReading], trunk: TrunkPredictor, documents: list[tuple[int, ...]]
 ) -> None:
     (short, long) = readings[0].trunk
     assert (short.num_tokens, long.num_tokens) == (16, 32), "at most half of the document"
@@ -108,12 +108,12 @@ def test_the_pools_of_a_reading_are_those_of_prefills(
             assert document.pool.experts == pool.experts
 
 
-def test_a_document_of_a_few_tokens_is_left_out(paged: PagedModel, trunk: TrunkRouter) -> None:
+def test_a_document_of_a_few_tokens_is_left_out(paged: PagedModel, trunk: TrunkPredictor) -> None:
     assert DocumentReader(paged, trunk, seed=0).read(range(2, 30)) is None
 
 
 def test_reading_again_finds_the_same(
-    paged: PagedModel, trunk: TrunkRouter, documents: list[tuple[int, ...]], readings: list[DocumentReading]
+    paged: PagedModel, trunk: TrunkPredictor, documents: list[tuple[int, ...]], readings: list[DocumentReading]
 ) -> None:
     again = DocumentReader(paged, trunk, seed=0).read(documents[0][:100])
     assert again is not None
@@ -123,10 +123,10 @@ def test_reading_again_finds_the_same(
 
 
 def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(
-    fit: Fit, trunk: TrunkRouter, readings: list[DocumentReading]
+    fit: Fit, trunk: TrunkPredictor, readings: list[DocumentReading]
 ) -> None:
     """Twelve texts prove no more; what it is worth on unseen ones is measured, not tested."""
-    fitted, lexical = FittedRouter(fit.file, trunk), LexicalRouter(fit.file)
+    fitted, lexical = FittedPredictor(fit.file, trunk), LexicalPredictor(fit.file)
     recalls: dict[str, list[float]] = {"fitted": [], "lexical": [], "trunk": []}
     for reading in readings:
         wanted = pick_pool(fit.file.as_scores(reading.wanted_O, "", 100), Share(0.125), trunk.facts)
@@ -169,9 +169,9 @@ def test_stand_ins_are_the_least_squares_answer(paged: PagedModel, documents: li
 
 
 def test_stand_ins_bring_the_trunk_nearer_to_the_prefill(
-    fit: Fit, trunk: TrunkRouter, paged: PagedModel, documents: list[tuple[int, ...]]
+    fit: Fit, trunk: TrunkPredictor, paged: PagedModel, documents: list[tuple[int, ...]]
 ) -> None:
-    bare = TrunkRouter.load(MODEL, dtype="float32")
+    bare = TrunkPredictor.load(MODEL, dtype="float32")
     assert trunk.resident_bytes == bare.resident_bytes + 6 * 127 * 128 * 4
     recalls: dict[bool, list[float]] = {True: [], False: []}
     for ids in documents:
@@ -184,15 +184,15 @@ def test_stand_ins_bring_the_trunk_nearer_to_the_prefill(
             recalls[router.has_stand_ins].append(predicted.recall_of(document.pool))
     assert np.mean(recalls[True]) > np.mean(recalls[False])
     with pytest.raises(CheckpointError, match="stand-ins"):
-        FittedRouter(fit.file, bare)
+        FittedPredictor(fit.file, bare)
 
 
 def test_a_router_and_a_trunk_of_different_models_do_not_go_together(fit: Fit) -> None:
     with pytest.raises(CheckpointError, match="fit it again"):
-        FittedRouter(fit.file, TrunkRouter.load(GOLDEN))
+        FittedPredictor(fit.file, TrunkPredictor.load(GOLDEN))
 
 
-def test_a_prompt_that_can_not_be_scored(fit: Fit, trunk: TrunkRouter) -> None:
+def test_a_prompt_that_can_not_be_scored(fit: Fit, trunk: TrunkPredictor) -> None:
     for ids, named in (([], "empty"), ([4096], "token id 4096")):
         with pytest.raises(InvalidRequest, match=named):
-            FittedRouter(fit.file, trunk).scores(ids)
+            FittedPredictor(fit.file, trunk).scores(ids)

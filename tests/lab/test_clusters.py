@@ -1,4 +1,4 @@
-"""Clusters and coverage of router probabilities made by hand, and the documents they come from."""
+"""Clusters and coverage of gate probabilities made by hand, and the documents they come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Router probabilities of the golden checkpoint, against transformers' own forward."""
+"""Gate probabilities of the golden checkpoint, against transformers' own forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
 from pager.lab.corpus import Document
-from pager.lab.traces import RouterTracer
+from pager.lab.traces import GateTracer
 from pager.memory.plan import Budgets
 from pager.models import EmoForCausalLM
 
@@ -42,7 +42,7 @@ def test_probabilities_are_those_of_the_unpaged_model(load: Callable[[str], Page
         logits = plain(ids, output_router_logits=True).router_logits
     shared = plain.config.num_shared_experts
     expected = torch.cat([layer.reshape(70, -1)[:, :-shared].softmax(-1) for layer in logits], 1).numpy()
-    tracer = RouterTracer(load(expert_memory), Tokenizer(BPE()))
+    tracer = GateTracer(load(expert_memory), Tokenizer(BPE()))
     found = tracer.probabilities(ids[0].tolist())
     assert found.shape == (70, sum(tracer.routed_per_layer))
     assert np.abs(found - expected).max() < 1e-5
@@ -52,4 +52,4 @@ def test_probabilities_are_those_of_the_unpaged_model(load: Callable[[str], Page
 
 def test_a_document_without_tokens_is_refused(load: Callable[[str], PagedModel]) -> None:
     with pytest.raises(InvalidRequest, match="document 'd-1' of law has no tokens"):
-        RouterTracer(load("25%"), Tokenizer(BPE())).trace(Document("law", "d-1", "unknown"), 10)
+        GateTracer(load("25%"), Tokenizer(BPE())).trace(Document("law", "d-1", "unknown"), 10)

@@ -153,7 +153,7 @@ def test_shared_out_over_layers_the_bytes_are_the_same(ask: Ask) -> None:
 def test_sizes_below_a_token_s_picks_are_left_out_and_said(ask: Ask) -> None:
     evaluation = evaluate(replace(ask, methods=("trunk",), percents=(50.0, 6.25)), tokenizer_of(ask))
     assert [each.percent for each in evaluation.figures] == [50.0]
-    assert "smaller than the 2 that its router picks" in evaluation.grid.left_out["trunk", 6.25]
+    assert "smaller than the 2 that its gate picks" in evaluation.grid.left_out["trunk", 6.25]
 
 
 @pytest.mark.parametrize(

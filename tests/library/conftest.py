@@ -146,7 +146,7 @@ def masked_gates() -> Callable[..., Any]:
 
 @contextmanager
 def mask_gates(plain: PreTrainedModel, *, num_routed: int, num_rows: int) -> Iterator[Pools]:
-    """Pools derived by hand: the first forward sums each row's router probabilities and keeps the largest; from then on
+    """Pools derived by hand: the first forward sums each row's gate probabilities and keeps the largest; from then on
     all other experts' columns of the logits are -inf, and the gate's own rule is written out again.
     """
     pools = Pools()

@@ -105,7 +105,7 @@ MEASURE = """
     import sys
     import torch
     from pager.engine.library import load_model
-    from pager.predict.trunk import TrunkRouter
+    from pager.predict.trunk import TrunkPredictor
 
     def memory(field):
         lines = open("/proc/self/status").read().splitlines()
@@ -159,7 +159,7 @@ class TestMeasured:
         assert grown < 220 * MIB
 
     def test_the_routing_only_pass_holds_no_routed_expert(self, large: Path) -> None:
-        grown = peak(large, "TrunkRouter.load(path).scores(ids[0].tolist())")
+        grown = peak(large, "TrunkPredictor.load(path).scores(ids[0].tolist())")
         assert grown < 60 * MIB
 
     def test_kernels_for_every_number_of_rows_are_not_kept(self, large: Path) -> None:

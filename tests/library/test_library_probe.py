@@ -21,7 +21,7 @@ from pager.lab.probe import PagedProbe
 from pager.lab.selection import METHODS, random_layers, score, select
 from pager.memory.plan import Budgets
 from pager.pools.pick import check_pool, pick_pool
-from pager.predict.trunk import TrunkRouter
+from pager.predict.trunk import TrunkPredictor
 from pager.types import (
     Bytes,
     Count,
@@ -66,7 +66,7 @@ def recorded() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def all_predictors(path: Path = CHECKPOINT) -> dict[str, Callable[[Sequence[int]], RoutingScores]]:
     """The trunk router under every name that a routing-only pass can have."""
-    trunk = TrunkRouter.load(path, dtype="float32")
+    trunk = TrunkPredictor.load(path, dtype="float32")
     return dict.fromkeys(("trunk", "lexical", "fitted"), trunk.scores)
 
 
@@ -300,7 +300,7 @@ BAD: dict[str, tuple[str, list[list[int]], PoolSize, type[Exception], str]] = {
     "a token too low": ("greedy", [[-1]], Count(4), InvalidRequest, "token id -1"),
     "an example too long": ("mean", [[1] * 9999], Count(4), InvalidRequest, "an example has 9999 tokens; 1 to "),
     "no sample": ("frequency", [[1]], Count(4), InvalidRequest, "over a sample of documents, and none was given"),
-    "no trunk": ("trunk", [[1]], Count(4), InvalidRequest, "there is no 'trunk' router .* load a TrunkRouter"),
+    "no trunk": ("trunk", [[1]], Count(4), InvalidRequest, "there is no 'trunk' router .* load a TrunkPredictor"),
     "not fitted": ("fitted", [[1]], Count(4), InvalidRequest, "no 'fitted' router .* run `expert-pager fit-router`"),
     "no lexical map": ("lexical", [[1]], Count(4), InvalidRequest, "run `expert-pager fit-router`"),
     "too small": ("prefill", [[1]], Count(2), PoolTooSmall, "a pool of 2 routed experts in layer 0"),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pager.errors import InvalidRequest
 from pager.pools.pick import pick_pool
-from pager.predict.trunk import TrunkRouter
+from pager.predict.trunk import TrunkPredictor
 from pager.types import Count
 
 MakeSmall = Callable[..., Any]
@@ -42,7 +42,7 @@ def test_scores_are_those_of_a_plain_model_whose_routed_experts_write_nothing(sm
     family, config = VARIANTS[variant]
     made = small(family, **config)
     ids = made.prompt(1, 30)
-    scores = TrunkRouter.load(made.path, dtype="float32").scores(ids[0].tolist())
+    scores = TrunkPredictor.load(made.path, dtype="float32").scores(ids[0].tolist())
     assert scores.num_tokens == 30
     assert scores.source == "trunk"
     expected = by_hand(made.plain, ids)
@@ -55,7 +55,7 @@ def test_scores_are_those_of_a_plain_model_whose_routed_experts_write_nothing(sm
 
 
 def by_hand(plain: PreTrainedModel, ids: Tensor) -> list[np.ndarray]:
-    """Each layer's mean router probabilities while the weights of routed experts are zero."""
+    """Each layer's mean gate probabilities while the weights of routed experts are zero."""
     means: list[np.ndarray] = []
 
     def hook(gate: Any, _: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -79,25 +79,25 @@ def by_hand(plain: PreTrainedModel, ids: Tensor) -> list[np.ndarray]:
 
 
 def test_only_trunk_and_shared_experts_are_resident(golden: Any, load: Callable[..., PreTrainedModel]) -> None:
-    router = TrunkRouter.load(golden.checkpoint, dtype="float32")
+    router = TrunkPredictor.load(golden.checkpoint, dtype="float32")
     paged = load(golden.checkpoint).expert_paging
     assert router.resident_bytes == paged.plan.trunk_bytes + paged.plan.resident_bytes
     assert paged.plan.resident_bytes == 4 * 24576, "a shared expert in each of four layers"
     assert router.fingerprint == paged.fingerprint
     assert router.facts == paged.facts
-    assert TrunkRouter.load(golden.checkpoint).resident_bytes == router.resident_bytes // 2  # in bfloat16
+    assert TrunkPredictor.load(golden.checkpoint).resident_bytes == router.resident_bytes // 2  # in bfloat16
 
 
 def test_the_first_layers_scores_are_exact(golden: Any) -> None:
     """Below the first experts nothing is missing yet."""
     ids = golden.tensors["doc96.input_ids"][0].tolist()
-    (first, *_) = TrunkRouter.load(golden.checkpoint, dtype="float32").scores(ids).mean_LR
+    (first, *_) = TrunkPredictor.load(golden.checkpoint, dtype="float32").scores(ids).mean_LR
     expected = golden.tensors["doc96.router_logits.0"][:, :15].softmax(-1).mean(0)
     np.testing.assert_allclose(first, expected, atol=1e-5)
 
 
 def test_a_prediction_finds_more_of_the_pool_than_chance(golden_pools: Any) -> None:
-    router = TrunkRouter.load(golden_pools.checkpoint, dtype="float32")
+    router = TrunkPredictor.load(golden_pools.checkpoint, dtype="float32")
     scores = router.scores(golden_pools.tensors["input_ids"][0].tolist())
     predicted = pick_pool(scores, Count(4), router.facts)
     actual = [set(documents[0]) for documents in golden_pools.facts["pool4.pools_per_layer"]]
@@ -108,14 +108,14 @@ def test_a_prediction_finds_more_of_the_pool_than_chance(golden_pools: Any) -> N
 
 @pytest.mark.parametrize(("ids", "named"), [([], "empty"), ([1, 256], "token id 256"), ([-1], "token id -1")])
 def test_a_prompt_that_can_not_be_scored(golden: Any, ids: list[int], named: str) -> None:
-    router = TrunkRouter.load(golden.checkpoint)
+    router = TrunkPredictor.load(golden.checkpoint)
     with pytest.raises(InvalidRequest, match=named):
         router.scores(ids)
     assert router.scores([1, 2]).num_tokens == 2
 
 
 def test_prompts_do_not_leak_into_each_other(golden: Any) -> None:
-    router = TrunkRouter.load(golden.checkpoint, dtype="float32")
+    router = TrunkPredictor.load(golden.checkpoint, dtype="float32")
     first, second = (golden.tensors[f"prompt{number}.input_ids"][0].tolist() for number in (0, 1))
     before, _, after = router.scores(first), router.scores(second), router.scores(first)
     for mean, again in zip(before.mean_LR, after.mean_LR, strict=True):

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from pager.errors import CheckpointError, InvalidRequest
 from pager.lab.fit import DocumentReading, Fit, FitOptions, fit_router
 from pager.pools.pick import pick_pool
-from pager.predict.fitted import FORMAT, CombinedMap, LexicalRouter, RouterFile
+from pager.predict.fitted import FORMAT, CombinedMap, LexicalPredictor, PredictorFile
 from pager.types import Count, ExpertPool, RoutingFacts, RoutingScores
 
 ROOT = Path(__file__).parents[2]
@@ -75,16 +75,16 @@ def fit(seen: list[DocumentReading]) -> Fit:
 
 
 @pytest.fixture
-def file(fit: Fit) -> RouterFile:
+def file(fit: Fit) -> PredictorFile:
     return fit.file
 
 
-def pools_wanted(readings: Sequence[DocumentReading], file: RouterFile) -> list[ExpertPool]:
+def pools_wanted(readings: Sequence[DocumentReading], file: PredictorFile) -> list[ExpertPool]:
     return [pick_pool(file.as_scores(each.wanted_O, "", 200), Count(SIZE), FACTS) for each in readings]
 
 
-def both_passes(file: RouterFile, ids: Sequence[int], trunk: RoutingScores) -> RoutingScores:
-    return CombinedMap(file).scores(LexicalRouter(file).features(ids), trunk)
+def both_passes(file: PredictorFile, ids: Sequence[int], trunk: RoutingScores) -> RoutingScores:
+    return CombinedMap(file).scores(LexicalPredictor(file).features(ids), trunk)
 
 
 def mean_recall(scores: Sequence[RoutingScores], wanted: Sequence[ExpertPool]) -> float:
@@ -93,9 +93,9 @@ def mean_recall(scores: Sequence[RoutingScores], wanted: Sequence[ExpertPool]) -
 
 
 def test_the_experts_of_unseen_documents_are_told_from_their_first_tokens(
-    file: RouterFile, unseen: list[DocumentReading]
+    file: PredictorFile, unseen: list[DocumentReading]
 ) -> None:
-    lexical = [LexicalRouter(file).scores(each.token_ids[:64]) for each in unseen]
+    lexical = [LexicalPredictor(file).scores(each.token_ids[:64]) for each in unseen]
     trunk = [each.trunk[1] for each in unseen]
     both = [both_passes(file, each.token_ids[:64], each.trunk[1]) for each in unseen]
     wanted = pools_wanted(unseen, file)
@@ -103,8 +103,8 @@ def test_the_experts_of_unseen_documents_are_told_from_their_first_tokens(
     assert mean_recall(both, wanted) > mean_recall(trunk, wanted) + 0.05
 
 
-def test_scores_are_probabilities_of_every_sparse_layer(file: RouterFile, unseen: list[DocumentReading]) -> None:
-    lexical = LexicalRouter(file).scores(unseen[0].token_ids[:64])
+def test_scores_are_probabilities_of_every_sparse_layer(file: PredictorFile, unseen: list[DocumentReading]) -> None:
+    lexical = LexicalPredictor(file).scores(unseen[0].token_ids[:64])
     both = both_passes(file, unseen[0].token_ids[:64], unseen[0].trunk[1])
     assert (lexical.source, both.source) == ("lexical", "fitted")
     for scores in (lexical, both):
@@ -117,8 +117,8 @@ def test_scores_are_probabilities_of_every_sparse_layer(file: RouterFile, unseen
                 assert mean_R.sum() == pytest.approx(1)
 
 
-def test_only_counts_of_tokens_matter_to_the_lexical_pass(file: RouterFile, unseen: list[DocumentReading]) -> None:
-    router = LexicalRouter(file)
+def test_only_counts_of_tokens_matter_to_the_lexical_pass(file: PredictorFile, unseen: list[DocumentReading]) -> None:
+    router = LexicalPredictor(file)
     ids = unseen[0].token_ids[:64]
     for mean_R, backwards_R in zip(router.scores(ids).mean_LR, router.scores(ids[::-1]).mean_LR, strict=True):
         np.testing.assert_allclose(mean_R, backwards_R, atol=1e-7)
@@ -127,18 +127,20 @@ def test_only_counts_of_tokens_matter_to_the_lexical_pass(file: RouterFile, unse
 
 
 @pytest.mark.parametrize(("ids", "named"), [([], "empty"), ([1, 300], "token id 300"), ([-1, 4], "token id -1")])
-def test_a_prompt_that_can_not_be_scored(file: RouterFile, ids: list[int], named: str) -> None:
+def test_a_prompt_that_can_not_be_scored(file: PredictorFile, ids: list[int], named: str) -> None:
     with pytest.raises(InvalidRequest, match=named):
-        LexicalRouter(file).scores(ids)
+        LexicalPredictor(file).scores(ids)
 
 
 @pytest.mark.parametrize("source", ["lexical", "trunk", "fitted"])
-def test_recall_is_expected_about_as_it_turns_out(file: RouterFile, unseen: list[DocumentReading], source: str) -> None:
+def test_recall_is_expected_about_as_it_turns_out(
+    file: PredictorFile, unseen: list[DocumentReading], source: str
+) -> None:
     errors = []
     for document in unseen:
         ((prompt, chosen),) = document.prefill_pools
         trunk = document.trunk[prompt]
-        lexical = LexicalRouter(file).scores(document.token_ids[: trunk.num_tokens])
+        lexical = LexicalPredictor(file).scores(document.token_ids[: trunk.num_tokens])
         both = both_passes(file, document.token_ids[: trunk.num_tokens], trunk)
         scores = {"lexical": lexical, "trunk": trunk, "fitted": both}[source]
         pool = pick_pool(scores, Count(SIZE), FACTS)
@@ -149,7 +151,7 @@ def test_recall_is_expected_about_as_it_turns_out(file: RouterFile, unseen: list
     assert np.mean(np.abs(errors)) < 0.1, "and not far off on one prompt, of 15 experts"
 
 
-def test_recall_of_other_sources(file: RouterFile, unseen: list[DocumentReading]) -> None:
+def test_recall_of_other_sources(file: PredictorFile, unseen: list[DocumentReading]) -> None:
     ((_, pool),), mean_LR = unseen[0].prefill_pools, unseen[0].trunk[0].mean_LR
     assert file.expected_recall(RoutingScores(mean_LR, "prefill", 16), pool) == 1
     with pytest.raises(InvalidRequest, match=r"'hint'.*fitted, lexical, trunk"):
@@ -169,9 +171,9 @@ def test_what_was_written_is_what_is_read(fit: Fit, unseen: list[DocumentReading
     assert nbytes == (tmp_path / "router.safetensors").stat().st_size
     assert [path.name for path in tmp_path.iterdir()] == ["router.safetensors"]
     for path in (tmp_path, tmp_path / "router.safetensors"):
-        read = RouterFile.load(path, "a model")
+        read = PredictorFile.load(path, "a model")
         assert read.routed_per_layer == ROUTED
-        before, after = (LexicalRouter(each).scores(unseen[0].token_ids[:64]) for each in (fit.file, read))
+        before, after = (LexicalPredictor(each).scores(unseen[0].token_ids[:64]) for each in (fit.file, read))
         for mean_R, read_R in zip(before.mean_LR, after.mean_LR, strict=True):
             np.testing.assert_allclose(mean_R, read_R, atol=2e-3)  # halves on disk
 
@@ -179,12 +181,12 @@ def test_what_was_written_is_what_is_read(fit: Fit, unseen: list[DocumentReading
 def test_another_models_router_is_refused(fit: Fit, tmp_path: Path) -> None:
     fit.file.save(tmp_path / "router.safetensors")
     with pytest.raises(CheckpointError, match=r"fitted to the model a model and this one is another.*fit-router"):
-        RouterFile.load(tmp_path, "another")
+        PredictorFile.load(tmp_path, "another")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no .*router\.safetensors.*fit-router"):
-        RouterFile.load(tmp_path, "a model")
+        PredictorFile.load(tmp_path, "a model")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_a_damaged_file_is_refused(fit: Fit, tmp_path: Path, damage: str) -> Non
         case "no format":
             save_file(tensors, path)
     with pytest.raises(CheckpointError, match=r"router\.safetensors.*fit-router"):
-        RouterFile.load(tmp_path, "a model")
+        PredictorFile.load(tmp_path, "a model")
 
 
 def test_options_bound_the_file(seen: list[DocumentReading], tmp_path: Path) -> None:
@@ -246,8 +248,8 @@ def test_the_lexical_pass_runs_without_torch(fit: Fit, tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 sys.modules["torch"] = None
-from pager.predict.fitted import LexicalRouter, RouterFile
-print(LexicalRouter(RouterFile.load(Path({str(tmp_path)!r}), "a model")).scores([1, 2, 3]).source)
+from pager.predict.fitted import LexicalPredictor, PredictorFile
+print(LexicalPredictor(PredictorFile.load(Path({str(tmp_path)!r}), "a model")).scores([1, 2, 3]).source)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert result.stdout == "lexical\n", result.stderr

@@ -308,7 +308,7 @@ function heatMap(model, index, draw) {
   const body = el("tbody");
   rows.forEach((row, domain) => {
     body.append(el("tr", {}, el("th", { scope: "row", tip: `${domains[domain]}: ${data.documentsOf[domain]} documents` }, domains[domain]), ...experts.map((expert) => {
-      const words = `${domains[domain]}, expert ${expert}\nin the pools of ${layer.held[domain][expert]} % of ${data.documentsOf[domain]} documents\n${(layer.mass[domain][expert] / 100).toFixed(2)} % of router probability`;
+      const words = `${domains[domain]}, expert ${expert}\nin the pools of ${layer.held[domain][expert]} % of ${data.documentsOf[domain]} documents\n${(layer.mass[domain][expert] / 100).toFixed(2)} % of gate probability`;
       return el("td", { vars: { "--v": ((100 * row[expert]) / (most || 1)).toFixed(1) }, tip: words, "aria-label": words });
     })));
   });

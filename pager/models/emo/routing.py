@@ -1,4 +1,4 @@
-"""EMO's picking rule as a pure function of the router's logits.
+"""EMO's picking rule as a pure function of the gate's logits.
 
 Legend: T tokens, E experts of the layer (shared last), K experts picked for a token (top_k).
 """

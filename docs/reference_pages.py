@@ -1,10 +1,12 @@
 """A hook of mkdocs that makes the reference pages from the code, each time the site is built.
 
-The commands are described by Typer, the gRPC interface by the comments of its .proto file.
+The commands are described by Typer, the gRPC interface by the comments of its .proto file, the configuration by the
+schema in pager/config.py.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -32,6 +34,17 @@ def cli_page() -> str:
     command = get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="expert-pager"), name="expert-pager")
     return text.replace("# `expert-pager`\n", "# Command line\n", 1)
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+def configuration_page() -> str:
+    # A hook's own folder is not a package that it could import from.
+    sys.path.insert(0, str(DOCS.parent))
+    from docs.config_reference import page
+
+    return page()
 
 
 # --- gRPC -----------------------------------------------------------------------------------------------------------
@@ -130,6 +143,7 @@ def _cell(text: str) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages to the site."""
-    for path, make in (("reference/cli.md", cli_page), ("reference/grpc.md", grpc_page)):
-        files.append(File.generated(config, path, content=make()))
+    made = {"cli": cli_page, "configuration": configuration_page, "grpc": grpc_page}
+    for name, make in made.items():
+        files.append(File.generated(config, f"reference/{name}.md", content=make()))
     return files

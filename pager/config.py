@@ -10,7 +10,7 @@ import re
 import tomllib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,14 +18,20 @@ from pager.errors import ConfigError
 from pager.memory.units import parse_bytes, parse_bytes_or_share
 from pager.reading import read_bounded, reason_of
 
-Check = Callable[[Any], str | None]  # what was expected, when the value is not it
-
 MAX_FILE_BYTES = 1 << 16  # every setting there is takes a few kilobytes
 MAX_DOTS = 250  # of a line: the parser needs memory in the square of a key's parts
 ENV_PREFIX = "EXPERT_PAGER_"
 ENV_FILE = "EXPERT_PAGER_CONFIG"  # names the file, where no path is given
 _KIND_NAMES: dict[type, str] = {str: "a text", int: "a whole number", float: "a number"}
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a value has to be beyond its type: `expected` completes "must be"."""
+
+    expected: str
+    passes: Callable[[Any], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,11 @@ class Reading:
 
 
 class Schema:
-    """Sections of settings, a dataclass each; a field's metadata may have a `check`."""
+    """Sections of settings, a dataclass each.
+
+    A field's metadata has what the key is (`about`) and may have a `check` and an `example`; the reference pages and
+    the example file are made from them.
+    """
 
     def __init__(self, sections: Mapping[str, type[Any]]) -> None:
         self.sections = sections
@@ -121,13 +131,13 @@ class Schema:
         if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
             value = float(value)
         if isinstance(value, str):
-            value = self.fields[key].metadata.get("renamed", {}).get(value, value)
+            value = self.fields[key].metadata["renamed"].get(value, value)
         check: Check | None = self.fields[key].metadata.get("check")
         expected = None
         if type(value) not in kinds:
             expected = " or ".join(_KIND_NAMES[kind] for kind in kinds if kind in _KIND_NAMES)
-        elif check is not None:
-            expected = check(value)
+        elif check is not None and not check.passes(value):
+            expected = check.expected
         if expected:
             reading.problems.append(f"{said} must be {expected}, not {shown(value)}")
         else:
@@ -182,57 +192,79 @@ RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own variable
 
 def _between(low: float, high: float = float("inf")) -> Check:
     expected = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-    return lambda value: None if low <= value <= high else expected
+    return Check(expected, lambda value: low <= value <= high)
 
 
 def _one_of(*choices: str) -> Check:
-    return lambda value: None if value in choices else "one of " + ", ".join(choices)
+    return Check("one of " + ", ".join(choices), lambda value: value in choices)
 
 
-def _device(value: str) -> str | None:
-    ok = value in ("auto", "cpu", "cuda") or (value.startswith("cuda:") and value[5:].isdigit())
-    return None if ok else "auto, cpu, cuda or cuda:N"
+def _is_device(value: str) -> bool:
+    return value in ("auto", "cpu", "cuda") or (value.startswith("cuda:") and value[5:].isdigit())
 
 
-def _size(value: str | int) -> str | None:
-    try:
-        parse_bytes(value)
-    except ConfigError:
-        return "bytes or a size such as '64MiB'"
-    return None
+def _parses(parse: Callable[[Any], object]) -> Callable[[Any], bool]:
+    def passes(value: Any) -> bool:
+        try:
+            parse(value)
+        except ConfigError:
+            return False
+        return True
+
+    return passes
 
 
-def _size_or_share(value: str | int | float) -> str | None:
-    try:
-        parse_bytes_or_share(value, 2**60)
-    except ConfigError:
-        return "bytes, a size such as '64MiB' or a share of all experts such as '25%'"
-    return None
-
-
-def _host_size(value: str | int | float) -> str | None:
-    expected = None if value in (0, "0") else _size_or_share(value)
-    return expected and f"0 (no host tier), {expected}"
-
-
-def _ray_address(value: str) -> str | None:
+def _is_ray_address(value: str) -> bool:
     host, _, port = value.rpartition(":")
-    ok = value in ("auto", "local") or (bool(host) and "/" not in host and port.isdigit() and 0 < int(port) < 65536)
-    return None if ok else "the HOST:PORT of a Ray cluster's head, auto or local"
+    has_port = port.isdigit() and 0 < int(port) < 65536
+    return value in ("auto", "local") or (bool(host) and "/" not in host and has_port)
 
 
-def _is(check: Check, default: Any = MISSING, renamed: Mapping[str, str] | None = None) -> Any:
-    """A setting with a check. `renamed` maps values of earlier versions to those of today."""
-    return field(default=default, metadata={"check": check, "renamed": renamed or {}})
+_is_share = _parses(lambda value: parse_bytes_or_share(value, 2**60))
+_SHARE = "bytes, a size such as '64MiB' or a share of all experts such as '25%'"
+DEVICE = Check("auto, cpu, cuda or cuda:N", _is_device)
+SIZE = Check("bytes or a size such as '64MiB'", _parses(parse_bytes))
+SIZE_OR_SHARE = Check(_SHARE, _is_share)
+HOST_SIZE = Check(f"0 (no host tier), {_SHARE}", lambda value: value in (0, "0") or _is_share(value))
+RAY = Check("the HOST:PORT of a Ray cluster's head, auto or local", _is_ray_address)
+PORT = _between(0, 65535)
+SECONDS = _between(0, 86400)
+
+
+def _key(
+    default: Any,
+    about: str,
+    check: Check | None = None,
+    example: Any = None,
+    renamed: Mapping[str, str] | None = None,
+) -> Any:
+    """A field of a section.
+
+    `example` is what the example file shows of a key that has no default; `renamed` maps values of earlier versions to
+    those of today.
+    """
+    return field(
+        default=default, metadata={"about": about, "check": check, "example": example, "renamed": renamed or {}}
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """`path` is a checkpoint folder; `name` is what clients call the model (None: the folder's name)."""
+    """The checkpoint that is served."""
 
-    path: str = ""
-    dtype: str | None = _is(_one_of("auto", "float32", "bfloat16", "float16"), None)
-    name: str | None = None
+    path: str = _key(
+        "", "Checkpoint folder, as downloaded or packed. The one key that has to be set.", example="models/emo-tiny"
+    )
+    name: str | None = _key(
+        None, "What clients call the model. Not set: the name of the checkpoint's folder.", example="emo-tiny"
+    )
+    dtype: str | None = _key(
+        None,
+        "Number format in which weights are served; auto takes what the checkpoint says. Not set: bfloat16, half the "
+        "bytes of float32 to page.",
+        _one_of("auto", "float32", "bfloat16", "float16"),
+        "bfloat16",
+    )
 
     @property
     def public_name(self) -> str:
@@ -241,23 +273,76 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """Budgets are per worker, except `host_memory`, which all workers of a node share. None: the planner chooses."""
+    """The worker processes. Budgets are per worker, except `host_memory`, which all workers of a node share; a budget
+    that is not set is chosen by the planner from what the machine has."""
 
-    count: int = _is(_between(0, 64), 1)  # 0: use the workers that another router started (with cluster.ray_address)
-    per_node: int | None = _is(_between(1, 64), None)  # of several nodes; None: all are on one node
-    device: str = _is(_device, "auto")
-    expert_memory: str | int | float | None = _is(_size_or_share, None)
-    host_memory: str | int | float | None = _is(_host_size, None)
-    kv_memory: str | int | None = _is(_size, None)
-    max_running: int = _is(_between(1, 4096), 32)
-    max_waiting: int = _is(_between(0, 65536), 256)
-    num_threads: int | None = _is(_between(1, 1024), None)
-    step_timeout_s: float = _is(_between(0.1, 86400), 30.0)
-    drain_s: float = _is(_between(0, 86400), 30.0)  # what a worker's requests have to end after its SIGTERM
-    metrics_port: int = _is(_between(0, 65535), 0)  # 0: any free port, published in the file_sd file
-    policy: str = _is(_one_of("lru", "lfu", "lfru", "least-stale"), "least-stale")  # which expert to evict
-    state: str | None = None  # folder where each remembers what it holds, to page it in before it is ready again
-    trace: str | None = None  # folder for a record of every access to an expert, a file a worker; see `replay`
+    count: int = _key(
+        1, "Worker processes to start. 0 uses those that another router started, and needs cluster.ray_address.",
+        _between(0, 64),
+    )  # fmt: skip
+    per_node: int | None = _key(
+        None,
+        "Workers that share a node, when they run on several nodes; they go where Ray has the resource "
+        "expert_pager_worker. Not set: all workers are on one node.",
+        _between(1, 64),
+        1,
+    )
+    device: str = _key("auto", "Where the model runs. auto is a GPU where there is one.", DEVICE)
+    expert_memory: str | int | float | None = _key(
+        None, "Memory of a worker for routed experts. Not set: what the device has left.", SIZE_OR_SHARE, "25%"
+    )
+    host_memory: str | int | float | None = _key(
+        None,
+        "Memory of a node for experts behind the workers' own, in shared memory: the host tier. Not set: none where "
+        "the model runs on the CPU.",
+        HOST_SIZE,
+        "50%",
+    )
+    kv_memory: str | int | None = _key(None, "Memory of a worker for keys and values of attention.", SIZE, "2GiB")
+    max_running: int = _key(
+        32, "Most requests of a worker that hold KV and slots at a time: the largest batch.", _between(1, 4096)
+    )
+    max_waiting: int = _key(
+        256, "Most requests that wait at a worker. A request beyond that is refused.", _between(0, 65536)
+    )
+    num_threads: int | None = _key(
+        None,
+        "Processor threads of a worker. Not set: as many as are measured to be fastest when the model is loaded, of "
+        "the machine's cores divided by the workers.",
+        _between(1, 1024),
+        4,
+    )
+    step_timeout_s: float = _key(
+        30.0,
+        "Seconds in which a step reads no byte and computes no layer until it counts as hung and the worker is started "
+        "again.",
+        _between(0.1, 86400),
+    )
+    drain_s: float = _key(30.0, "Seconds that a worker's requests have to end after its SIGTERM.", SECONDS)
+    metrics_port: int = _key(
+        0,
+        "Port of the first worker's /metrics; the next workers take the ports after it. 0: any free port each, "
+        "published in cluster.file_sd.",
+        PORT,
+    )
+    policy: str = _key(
+        "least-stale",
+        "Eviction policy: which expert leaves when a slot is needed. `expert-pager replay` compares them on your "
+        "traffic; the default read least in benchmarks/results/policies_*.",
+        _one_of("lru", "lfu", "lfru", "least-stale"),
+    )
+    state: str | None = _key(
+        None,
+        "Folder in which each worker remembers what it holds, to page it in again before it is ready after a restart. "
+        "Not set: it starts empty.",
+        example="state",
+    )
+    trace: str | None = _key(
+        None,
+        "Folder for a record of every access to an expert, a file a worker, for `expert-pager replay`. Not set: "
+        "nothing is recorded.",
+        example="traces",
+    )
 
     @property
     def sharing_a_node(self) -> int:
@@ -267,42 +352,85 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """Bounds are on what is in flight, tokens being prompt plus max_tokens; beyond one a request is refused at once."""
+    """The service that clients call. Its bounds are on what is in flight; beyond one a request is refused at once."""
 
-    host: str = "127.0.0.1"
-    port: int = _is(_between(0, 65535), 50051)
-    metrics_port: int = _is(_between(0, 65535), 9464)
-    metric_tenants: str = ""  # "acme, initech": the tenants that metrics name; all others are `other`
-    # The routing-only pass. auto: fitted where the model has a router.safetensors, else trunk; prefill: no pass.
-    router: str = _is(_one_of("auto", "lexical", "trunk", "fitted", "prefill"), "auto", {"fused": "prefill"})
-    min_recall: float | None = _is(_between(0, 1), None)  # below it the next better source; None: 0.5, if fitted
-    device: str = _is(_device, "cpu")  # where that pass runs
-    max_requests: int = _is(_between(1, 1_000_000), 256)
-    max_tokens: int = _is(_between(1), 1 << 20)
-    max_requests_per_tenant: int = _is(_between(1, 1_000_000), 128)
-    max_tokens_per_tenant: int = _is(_between(1), 1 << 19)
-    max_bytes: str | int = _is(_size, "256MiB")  # of the messages of requests in flight
-    max_bytes_per_tenant: str | int = _is(_size, "64MiB")
-    stream_buffer_chunks: int = _is(_between(1, 1_000_000), 256)
-    write_timeout_s: float = _is(_between(0.1, 86400), 30.0)  # a client that reads nothing for so long is cut off
-    drain_s: float = _is(_between(0, 86400), 30.0)
-    tls_cert: str | None = None  # PEM files; both this and its key, or neither
-    tls_key: str | None = None
-    tls_client_ca: str | None = None  # clients must show a certificate that this has signed
-    health_port: int | None = _is(_between(0, 65535), None)  # health alone and without TLS, for who cannot speak it
+    host: str = _key(
+        "127.0.0.1", "Address to listen on. The default is this machine alone, because the service has no API keys."
+    )
+    port: int = _key(50051, "Port of gRPC; 0 takes a free one.", PORT)
+    metrics_port: int = _key(9464, "Port of /metrics and /ui; 0 takes a free one.", PORT)
+    metric_tenants: str = _key(
+        "", "Tenants that metrics name, with commas between (acme, initech). All others count as `other`."
+    )
+    router: str = _key(
+        "auto",
+        "Predictor of a prompt's pool. lexical and fitted need the model's router.safetensors; prefill is none, so "
+        "that the prompt's prefill alone chooses; auto is fitted where there is that file, else trunk.",
+        _one_of("auto", "lexical", "trunk", "fitted", "prefill"),
+        renamed={"fused": "prefill"},
+    )
+    min_recall: float | None = _key(
+        None,
+        "Share of the prefill's own pool that a prediction is expected to name; below it the next better source is "
+        "taken. Not set: 0.5, where the predictor was fitted.",
+        _between(0, 1),
+        0.5,
+    )
+    device: str = _key("cpu", "Where the predictor runs. The default leaves a GPU to the workers.", DEVICE)
+    max_requests: int = _key(256, "Most requests in flight, of all tenants together.", _between(1, 1_000_000))
+    max_tokens: int = _key(1 << 20, "Most tokens in flight: those of the prompts plus max_tokens of each.", _between(1))
+    max_requests_per_tenant: int = _key(
+        128, "Most requests in flight of one tenant. The default is half of all, so that none can take everything.",
+        _between(1, 1_000_000),
+    )  # fmt: skip
+    max_tokens_per_tenant: int = _key(1 << 19, "Most tokens in flight of one tenant, half of all as well.", _between(1))
+    max_bytes: str | int = _key("256MiB", "Most bytes of the messages of all requests in flight.", SIZE)
+    max_bytes_per_tenant: str | int = _key(
+        "64MiB", "Most bytes of the messages of one tenant's requests in flight.", SIZE
+    )
+    stream_buffer_chunks: int = _key(
+        256, "Chunks of an answer that are kept for a client that reads slowly; beyond them its stream is cancelled.",
+        _between(1, 1_000_000),
+    )  # fmt: skip
+    write_timeout_s: float = _key(
+        30.0, "Seconds after which a client that reads nothing is cut off.", _between(0.1, 86400)
+    )
+    drain_s: float = _key(30.0, "Seconds that requests in flight have to end after SIGTERM.", SECONDS)
+    tls_cert: str | None = _key(
+        None,
+        "File of the service's certificate (PEM), read again when it is renewed. It goes with router.tls_key. Not set: "
+        "plain text.",
+        example="tls.crt",
+    )
+    tls_key: str | None = _key(None, "File of the certificate's private key (PEM).", example="tls.key")
+    tls_client_ca: str | None = _key(
+        None,
+        "File of the certificate (PEM) that has to have signed those of clients. Not set: clients need none.",
+        example="clients.crt",
+    )
+    health_port: int | None = _key(
+        None, "Port of grpc.health.v1 alone, never with TLS: for probes that cannot speak it. Not set: no such port.",
+        PORT, 50052,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """`ray_address` names the Ray cluster to join; `file_sd` is where metrics targets are written.
+    """The Ray cluster in which the workers run."""
 
-    Without it RAY_ADDRESS names the cluster, as for any program that uses Ray; without either, and for `local`, Ray is
-    started in this process's own session. `auto` is the only cluster that runs on this machine.
-    """
-
-    ray_address: str | None = _is(_ray_address, None)
-    namespace: str = "expert-pager"
-    file_sd: str | None = None
+    ray_address: str | None = _key(
+        None,
+        "Ray cluster to join: HOST:PORT of its head, or auto, the only cluster that runs on this machine; local starts "
+        "Ray here. Not set: the cluster that the variable RAY_ADDRESS names, else local.",
+        RAY,
+        "auto",
+    )
+    namespace: str = _key("expert-pager", "Ray namespace of the workers. Routers that share workers share it.")
+    file_sd: str | None = _key(
+        None,
+        "File in which the addresses of all /metrics are kept for Prometheus (file_sd_configs). Not set: none.",
+        example="/run/targets.json",
+    )
 
     @property
     def joined(self) -> str | None:
@@ -312,20 +440,40 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """What a request gets that names no pool: a size (`"full"`, 32, `"12.5%"`, `"mass:0.9"`, `"64MiB"`), who chooses
-    it, and what is done when the answer leaves it (`"0.3"`, `"0.3:exact"`). `path` is the folder of named pools."""
+    """What a request gets that does not say it itself, and where named pools are kept."""
 
-    default_size: str | int = "full"
-    default_source: str = _is(_one_of("prefill", "prediction"), "prefill")
-    default_drift: str | float | None = None
-    path: str | None = None  # None: in Redis where there is one, else in memory
+    default_size: str | int = _key(
+        "full",
+        "Pool size: experts a layer (32), a share of all (12.5%), gate mass to cover (mass:0.9), bytes (64MiB) or "
+        "full, which restricts nothing and is therefore the default.",
+    )
+    default_source: str = _key(
+        "prefill",
+        "What chooses the pool: the worker's prefill, layer by layer, or the router's prediction.",
+        _one_of("prefill", "prediction"),
+    )
+    default_drift: str | float | None = _key(
+        None,
+        "Share of gate mass outside of the pool from which on the pool is widened; with `:exact` behind it all experts "
+        "are used from there on. Not set: the pool stays as it is.",
+        example="0.3",
+    )
+    path: str | None = _key(
+        None,
+        "Folder of named pools. A tenant has at most 256 of them, all tenants 16384, and none more than it leaves free "
+        "for others. Not set: they are kept in Redis, or in memory where there is no Redis.",
+        example="pools",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class LogConfig:
-    """Of routers and workers, on stderr: text, or a JSON object a line, with request and trace ids. Never prompts."""
+    """The logs of router and workers, on stderr. Prompts are never logged."""
 
-    format: str = _is(_one_of("text", "json"), "text")
+    format: str = _key(
+        "text", "How a record is written: as text, or as a JSON object a line, with request_id and trace_id.",
+        _one_of("text", "json"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

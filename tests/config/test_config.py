@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import FrozenInstanceError, fields
+import re
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pager.config import ServiceConfig, load_config
+from docs.config_reference import example_file, page
+from pager.config import SCHEMA, ServiceConfig, load_config, read_config
 from pager.errors import ConfigError
 
+EXAMPLE = Path(__file__).parents[2] / "docs" / "service.example.toml"
 MODEL = {"model.path": "some/model"}
 
 
@@ -164,10 +167,24 @@ def test_configs_are_frozen() -> None:
         config.router.port = 1
 
 
-def test_the_example_names_every_setting_and_its_default() -> None:
-    path = Path(__file__).parents[2] / "docs" / "service.example.toml"
-    assert load_config(path) == load_config(overrides={"model.path": "models/emo-tiny"})
-    written_keys = {line.lstrip("# ").split(" = ")[0] for line in path.read_text().splitlines() if " = " in line}
-    config = ServiceConfig()
-    for section in fields(config):
-        assert {each.name for each in fields(getattr(config, section.name))} <= written_keys
+def test_the_example_is_made_from_the_schema_and_sets_every_default() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    assert text == example_file(), "run `make docs`"
+    assert load_config(EXAMPLE) == load_config(overrides={"model.path": "models/emo-tiny"})
+
+
+def test_what_the_example_shows_of_keys_without_a_default_is_legal(tmp_path: Path) -> None:
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    text = "\n".join(line.removeprefix("# ") if re.match(r"# \w+ = ", line) else line for line in lines)
+    reading = read_config(written(tmp_path, text))
+    assert reading.problems == []
+    assert reading.settings.keys() == SCHEMA.fields.keys()
+
+
+def test_every_key_says_what_it_is_and_which_values_it_takes() -> None:
+    for key, each in SCHEMA.fields.items():
+        about = each.metadata["about"]
+        assert len(about.split()) > 3, key
+        assert about.endswith("."), key
+        assert f"`{key}`" in page()
+    assert "Must be between 0 and 64." in page()

@@ -1,0 +1,60 @@
+"""Every example runs, as a reader would run it, on the model that a clone has."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+TIMEOUT_S = 300
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_listed_and_tested() -> None:
+    programs = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+    listed = set(re.findall(r"\]\(([a-z_]+\.(?:py|ipynb))\)", (EXAMPLES / "README.md").read_text()))
+    tested = set(re.findall(r'EXAMPLES / "([a-z_]+\.(?:py|ipynb))"', Path(__file__).read_text()))
+    assert programs == listed == tested
+
+
+def test_offline() -> None:
+    shown = run(EXAMPLES / "offline.py")
+    exact, pooled = (int(match) for match in re.findall(r"(\d+) misses", shown))
+    assert pooled < exact, "a pool needs fewer experts than an exact answer"
+    assert shown.count("SELECT TEAM FROM table WHERE") == 2
+
+
+def test_eviction_policy() -> None:
+    shown = run(EXAMPLES / "eviction_policy.py")
+    misses = {
+        name: float(size) for name, size in re.findall(r"^  (\S+) .* waits for ([\d.]+) MiB$", shown, re.MULTILINE)
+    }
+    assert set(misses) > {"segmented-lru", "lru", "optimum"}
+    assert misses["optimum"] == min(misses.values())
+    assert re.search(r"[1-9]\d* evictions", shown), "the policy was not used by the cache"
+
+
+def test_notebook(tmp_path: Path) -> None:
+    """Its code cells, run in order as one program; pictures are drawn without a display."""
+    pytest.importorskip("matplotlib")
+    notebook = json.loads((EXAMPLES / "pools.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"), "clear its outputs"
+    program = tmp_path / "notebook.py"
+    program.write_text("\n".join(["import matplotlib", 'matplotlib.use("Agg")', *cells]))
+    shown = run(program)
+    assert re.search(r"sql: \d+ experts cover \d+% of the gates' probability", shown)
+    assert re.search(r"[1-9]\d* experts were paged in", shown)

@@ -1,20 +1,28 @@
-"""One line a call at its end: who asked for what, what came of it, and why it was refused. No prompt, no answer.
+"""What is recorded of every call, whichever front it comes by: metrics, its trace, and one line of a log at its end.
 
-What the line says of a call is gathered while it runs. Refusals that repeat are sampled.
+The line says who asked for what, what came of it, and why it was refused. What it says is gathered while the call runs;
+it has no prompt and no answer. Refusals that repeat are sampled.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from pager.errors import PagerError
+from pager.observe import tracing
 from pager.observe.logs import facts, request_id
 from pager.types import PoolPolicy
+from router_service.metrics import RouterMetrics
 from router_service.requests import PoolByDigest, PoolByName
+from router_service.status import code_of
 from router_service.tenants import tenant_or_invalid
 from router_service.ui import size_label
 
@@ -64,6 +72,52 @@ class AccessLog:
             said["left_out"] = left_out or None
         text = " ".join(f"{name}={value}" for name, value in said.items() if value is not None)
         log.info("%s request_id=%s %s", method, request_id.get(), text, extra=facts(method=method, **said))
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a call ended. `error` is for its front to turn into an answer, `code` the name of a gRPC status code."""
+
+    code: str = "OK"
+    error: PagerError | None = None
+
+
+class CallRecorder:
+    """Follows calls from their arrival to their end. All that a block raises but cancellation becomes its outcome."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+        self._access_log = AccessLog()
+
+    @contextmanager
+    def call(self, method: str, tenant: str, deadline_s: float | None = None) -> Iterator[Outcome]:
+        """Records the call that this context is for. `tenant` is as the caller says, `deadline_s` monotonic."""
+        started_s = time.perf_counter()
+        request_id.set("")
+        self._access_log.begin()
+        self._metrics.began(method)
+        outcome, failure = Outcome(), None
+        try:
+            yield outcome
+        except asyncio.CancelledError:
+            is_late = deadline_s is not None and deadline_s <= time.monotonic()
+            outcome.code = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
+            raise
+        except PagerError as error:
+            outcome.code, outcome.error = code_of(error).name, error
+            failure = error
+            if error.is_refusal:
+                self._metrics.refused(error.reason)
+        except Exception as error:
+            # Not the message: it can quote what the user wrote.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s request_id=%s failed with %s\n%s", method, request_id.get(), type(error).__name__, frames)
+            outcome.error = PagerError("internal error; the service's log has it under the request id")
+            outcome.code = code_of(outcome.error).name
+        finally:
+            tracing.end_call(outcome.code)
+            self._metrics.ended(method, outcome.code, tenant)
+            self._access_log.end(method, tenant, outcome.code, failure, time.perf_counter() - started_s)
 
 
 class Repeats:

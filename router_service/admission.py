@@ -1,4 +1,4 @@
-"""Admission: bounds on what is in flight, what is refused, and deadlines."""
+"""Admission: bounds on what is in flight, and what is refused for want of room or time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
-
-import grpc
+from typing import Self
 
 from pager.errors import DeadlineExceeded, NotReady, Overloaded, PromptTooLong, TenantOverloaded
 
@@ -64,6 +62,21 @@ class Admission:
 
     def enter(self, tenant: str, num_bytes: int = 0) -> Ticket:
         """`num_bytes`: of the request's message. Raises NotReady, Overloaded, TenantOverloaded or PromptTooLong."""
+        with refusing():
+            self._check(tenant, num_bytes)
+        self._requests[tenant] += 1
+        self._bytes[tenant] += num_bytes
+        self.num_requests += 1
+        self.num_bytes += num_bytes
+        return Ticket(self, tenant, self._clock(), num_bytes)
+
+    def retry_after_s(self) -> float:
+        """About when the next request in flight ends, from how long they have been lasting."""
+        if self._mean_held_s is None:
+            return 1.0
+        return min(max(self._mean_held_s / max(1, self.num_requests), _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+
+    def _check(self, tenant: str, num_bytes: int) -> None:
         if self._is_closed:
             raise NotReady("the service is draining; send the request to another replica", retry_after_s=1.0)
         if self.num_requests >= self._limits.max_requests:
@@ -77,17 +90,6 @@ class Admission:
                 retry_after_s=self.retry_after_s(),
             )
         self._check_bytes(tenant, num_bytes)
-        self._requests[tenant] += 1
-        self._bytes[tenant] += num_bytes
-        self.num_requests += 1
-        self.num_bytes += num_bytes
-        return Ticket(self, tenant, self._clock(), num_bytes)
-
-    def retry_after_s(self) -> float:
-        """About when the next request in flight ends, from how long they have been lasting."""
-        if self._mean_held_s is None:
-            return 1.0
-        return min(max(self._mean_held_s / max(1, self.num_requests), _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
     def _check_bytes(self, tenant: str, num_bytes: int) -> None:
         limits = self._limits
@@ -166,7 +168,8 @@ class Ticket:
 
     def charge(self, tokens: int) -> None:
         """Counts the request's tokens as they become known. Raises Overloaded, TenantOverloaded or PromptTooLong."""
-        self._admission._charge(self, tokens)
+        with refusing():
+            self._admission._charge(self, tokens)
         self.tokens += tokens
 
     def __enter__(self) -> Self:
@@ -176,26 +179,6 @@ class Ticket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._admission._leave(self)
-
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class Gate:
-    """Admission as the methods use it."""
-
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-
-    def admit(self, tenant: str, num_bytes: int) -> Ticket:
-        """`num_bytes`: of the request's message. Raises NotReady, Overloaded, TenantOverloaded or PromptTooLong."""
-        with refusing():
-            return self._admission.enter(tenant, num_bytes)
-
-    def charge(self, ticket: Ticket, tokens: int) -> None:
-        """Raises Overloaded, TenantOverloaded or PromptTooLong."""
-        with refusing():
-            ticket.charge(tokens)
 
 
 @contextmanager
@@ -208,16 +191,6 @@ def refusing() -> Iterator[None]:
         raise
 
 
-def deadline_of(context: Context) -> float | None:
-    """When the call's deadline passes, on the monotonic clock. Raises DeadlineExceeded if it has."""
-    remaining_s = context.time_remaining()
-    if remaining_s is None:
-        return None
-    with refusing():
-        if remaining_s > 0:
-            return time.monotonic() + remaining_s
-        raise DeadlineExceeded("the deadline was past when the request arrived; allow more time")
-
-
 def remaining_s(deadline_s: float | None) -> float | None:
+    """Seconds until a deadline on the monotonic clock; None without one."""
     return None if deadline_s is None else deadline_s - time.monotonic()

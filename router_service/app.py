@@ -36,7 +36,7 @@ from pager.pools.pick import largest_counts, parse_pool_size
 from pager.tokenizing import read_tokenizer
 from pager.types import Full, PoolPolicy, PoolSize, PoolSource
 from router_service.admission import Admission, AdmissionLimits
-from router_service.hints import HintStore, InProcessHints
+from router_service.hints import InProcessHints
 from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
 from router_service.ports import ClusterPort, Encoder, ModelInfo
@@ -45,66 +45,85 @@ from router_service.predictors import build_passes, load_first
 from router_service.redis import StoreBreaker
 from router_service.redis import redis_url as read_redis_url
 from router_service.redis_stores import RedisHints, SharedHints, open_pools
-from router_service.server import RouterServer, TlsFiles
-from router_service.service import Backend
+from router_service.server import RouterServer
+from router_service.service import Pipeline, Stores
 from router_service.tenants import TenantLabels
+from router_service.tls import TlsFiles
 from router_service.ui import Page, PoolLog, Watch
 
 
-def build_backend(  # noqa: PLR0913
-    *,
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every front of a router shares. The cluster behind it is its owner's to close."""
+
+    pipeline: Pipeline
+    predictor: Predictor
+    bounds: MessageBounds
+    watch: Watch
+
+    async def close(self) -> None:
+        """Ends the threads of the predictor and the connections of the stores."""
+        self.predictor.close()
+        await self.pipeline.stores.close()
+
+
+def build_service(
     model: ModelInfo,
     cluster: ClusterPort,
+    *,
     passes: Passes,
     encoder: Encoder,
     limits: AdmissionLimits,
     default_pool: PoolPolicy,
-    redis_url: str | None,
-    pools_path: Path | None = None,
-    write_timeout_s: float = 30.0,
+    stores: StoreChoice,
     metric_tenants: TenantLabels | None = None,
-) -> Backend:
+) -> Service:
     """The choices are those that `check_choices` has found to make sense. A Redis that is down is no error."""
-    check_choices(passes, default_pool, redis_url, pools_path)
+    check_choices(passes, default_pool, stores)
     metrics = RouterMetrics(metric_tenants)
     metrics.describe(version=__version__, model=model.name, fingerprint=model.fingerprint)
-    breaker = StoreBreaker(metrics.redis_degraded.set, lambda reason: metrics.redis_failures.labels(reason).inc())
-    hints = _hint_store(model, redis_url, breaker)
-    scoring = Scoring(passes.available, encoder)
-    chain = PassChain(passes, scoring, model.facts, lambda was, is_: metrics.escalations.labels(was, is_).inc())
-    predictor = Predictor(chain, hints, model.facts, model.fingerprint)
+    opened = stores.open(model, metrics)
+    chain = PassChain(passes, Scoring(passes.available, encoder), model.facts, metrics.escalated)
+    predictor = Predictor(chain, opened.hints, model.facts, model.fingerprint)
     admission = Admission(limits)
+    metrics.watch_admission(admission)
     live_pools = PoolLog()
-    metrics.requests_in_flight.set_function(lambda: admission.num_requests)
-    metrics.tokens_in_flight.set_function(lambda: admission.num_tokens)
-    metrics.bytes_in_flight.set_function(lambda: admission.num_bytes)
-    return Backend(
-        model=model,
+    pipeline = Pipeline(
+        model,
+        default_pool,
         cluster=cluster,
-        passes=passes,
-        scoring=scoring,
-        chain=chain,
         predictor=predictor,
-        hints=hints,
-        pools=open_pools(redis_url, pools_path, breaker),
+        stores=opened,
         admission=admission,
-        bounds=MessageBounds(model, encoder.longest_token_bytes, limits.most_tokens),
         metrics=metrics,
-        default_pool=default_pool,
         live_pools=live_pools,
-        watch=Watch(model, cluster, hints, live_pools),
-        write_timeout_s=write_timeout_s,
+    )
+    return Service(
+        pipeline,
+        predictor,
+        MessageBounds(model, encoder.longest_token_bytes, limits.most_tokens),
+        Watch(model, cluster, opened.hints, live_pools),
     )
 
 
-async def close_backend(backend: Backend) -> None:
-    """Closes what `build_backend` made; the cluster is its owner's."""
-    backend.scoring.close()
-    await backend.hints.close()
-    await backend.pools.close()
+@dataclass(frozen=True, slots=True)
+class StoreChoice:
+    """Where hints, claims and named pools are kept: in Redis, else in this process, named pools in a folder."""
+
+    redis_url: str | None = None
+    pools_path: Path | None = None
+
+    def open(self, model: ModelInfo, metrics: RouterMetrics) -> Stores:
+        """Raises ConfigError for two places of named pools, and for a folder that is none."""
+        breaker = StoreBreaker(metrics.redis_degraded.set, lambda reason: metrics.redis_failures.labels(reason).inc())
+        pools = open_pools(self.redis_url, self.pools_path, breaker)
+        local = InProcessHints()
+        if self.redis_url is None:
+            return Stores(local, pools)
+        return Stores(SharedHints(local, RedisHints(self.redis_url, model.facts, model.fingerprint), breaker), pools)
 
 
-def check_choices(passes: Passes, default: PoolPolicy, redis_url: str | None, pools_path: Path | None) -> None:
+def check_choices(passes: Passes, default: PoolPolicy, stores: StoreChoice) -> None:
     """Raises ConfigError for choices that can take no effect, before anything slow is started."""
     if default.source is PoolSource.PREDICTION and isinstance(default.size, Full):
         raise ConfigError("pools.default_source 'prediction' needs a pools.default_size other than 'full'")
@@ -113,14 +132,7 @@ def check_choices(passes: Passes, default: PoolPolicy, redis_url: str | None, po
         passes.check(default)
     except InvalidRequest as error:
         raise ConfigError(f"the [pools] defaults can take no effect: {error.message}") from None
-    open_pools(redis_url, pools_path)
-
-
-def _hint_store(model: ModelInfo, redis_url: str | None, breaker: StoreBreaker) -> HintStore:
-    local = InProcessHints()
-    if redis_url is None:
-        return local
-    return SharedHints(local, RedisHints(redis_url, model.facts, model.fingerprint), breaker)
+    open_pools(stores.redis_url, stores.pools_path)
 
 
 LISTEN_EVERY_S = 0.1
@@ -208,7 +220,7 @@ async def _start(
         PoolSource(pools.default_source),
         drift=parse_drift(pools.default_drift),
     )
-    redis_url, pools_path = read_redis_url(env), Path(pools.path) if pools.path else None
+    stores = StoreChoice(read_redis_url(env), Path(pools.path) if pools.path else None)
     _check_port_free(router.host, router.port, "router.port")
     _check_port_free(router.host, router.metrics_port, "router.metrics_port")
     if router.health_port is not None:
@@ -224,7 +236,7 @@ async def _start(
     stack.callback(opened.checkpoint.close)
     opened.check()
     passes = build_passes(opened, router)
-    check_choices(passes, default_pool, redis_url, pools_path)
+    check_choices(passes, default_pool, stores)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several texts at a time, each in a thread of the router
     tokenizer = read_tokenizer(Path(config.model.path))
     _check_budgets(opened, config, default_pool.size)
@@ -234,25 +246,24 @@ async def _start(
     cluster = await Cluster.connect(config)
     stack.push_async_callback(cluster.close)
     await loading
-    backend = build_backend(
-        model=_model_info(cluster.model(), Path(config.model.path)),
-        cluster=cluster,
+    service = build_service(
+        _model_info(cluster.model(), Path(config.model.path)),
+        cluster,
         passes=passes,
         encoder=TextEncoder(tokenizer),
         limits=_limits(router),
         default_pool=default_pool,
-        redis_url=redis_url,
-        pools_path=pools_path,
-        write_timeout_s=router.write_timeout_s,
+        stores=stores,
         metric_tenants=tenants,
     )
-    stack.push_async_callback(close_backend, backend)
-    cluster.ray_lost.add_done_callback(lambda lost: backend.metrics.ray_lost.labels(lost.result()).inc())
-    metrics_server = MetricsServer(backend.metrics.registry, router.host, router.metrics_port)
+    stack.push_async_callback(service.close)
+    metrics = service.pipeline.metrics
+    cluster.ray_lost.add_done_callback(lambda lost: metrics.ray_lost.labels(lost.result()).inc())
+    metrics_server = MetricsServer(metrics.registry, router.host, router.metrics_port)
     stack.callback(metrics_server.close)
-    metrics_server.mount("/ui", Page(backend.watch, asyncio.get_running_loop()))
+    metrics_server.mount("/ui", Page(service.watch, asyncio.get_running_loop()))
     cluster.publish_router_metrics(metrics_server.address)
-    server = RouterServer(backend)
+    server = RouterServer(service.pipeline, service.bounds, service.watch, router.write_timeout_s)
     stack.push_async_callback(server.stop)
     leave_out_of_collections()
     await server.start(router.host, router.port, tls, router.health_port)

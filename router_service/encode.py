@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from expert_pager.v1 import expert_pager_pb2 as pb
 
@@ -11,6 +12,9 @@ from pager.types import RoutingScores
 from pager.wire import encode_pool
 from router_service.hints import WorkerHolds
 from router_service.ports import ModelInfo, WorkerPort
+
+if TYPE_CHECKING:
+    from router_service.service import Routed
 
 
 def named_pool(value: NamedPool) -> pb.NamedPool:
@@ -27,6 +31,21 @@ def named_pool(value: NamedPool) -> pb.NamedPool:
 def scores(value: RoutingScores) -> pb.Scores:
     layers = [pb.LayerScores(mean=mean_R.tolist()) for mean_R in value.mean_LR]
     return pb.Scores(source=value.source, num_tokens=value.num_tokens, layers=layers)
+
+
+def routed(value: Routed) -> pb.RouteResponse:
+    answer = pb.RouteResponse(scores=pb.Scores(source="prefill", num_tokens=value.num_tokens))
+    if value.scores is not None:
+        answer.scores.CopyFrom(scores(value.scores))
+    if value.expected_recall is not None:
+        answer.expected_recall = value.expected_recall
+    if value.pool is not None:
+        answer.pool.CopyFrom(encode_pool(value.pool))
+    if value.observed is not None:
+        answer.observed.CopyFrom(encode_pool(value.observed))
+    if (at := value.placement) is not None:
+        answer.placement.CopyFrom(pb.Placement(worker=at.worker_id, missing_bytes=at.missing_bytes))
+    return answer
 
 
 def model(value: ModelInfo, workers: Sequence[WorkerPort]) -> pb.GetModelResponse:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from pager.observe import metrics
 from pager.observe.metrics import Family, Instruments, Kind, Labels, every
 from pager.types import Account, ExpertPool
+from router_service.admission import Admission
 from router_service.status import CODES
 from router_service.tenants import TenantLabels
 
@@ -175,9 +176,9 @@ class RouterMetrics:
         made = Instruments(router_families(self._tenants.values), registry)
         self.requests, self._answers = made.counter("router_requests"), made.counter("router_answers")
         self._calls, self.sent = made.counter("router_calls"), made.counter("router_sent")
-        self.requests_in_flight = made.gauge("router_requests_in_flight")
-        self.tokens_in_flight = made.gauge("router_tokens_in_flight")
-        self.bytes_in_flight = made.gauge("router_in_flight_bytes")
+        self._requests_in_flight = made.gauge("router_requests_in_flight")
+        self._tokens_in_flight = made.gauge("router_tokens_in_flight")
+        self._bytes_in_flight = made.gauge("router_in_flight_bytes")
         self._dropped = made.counter("router_dropped_calls")
         self._loop_lag = made.histogram("router_loop_lag_seconds")
         self._rejections = made.counter("router_admission_rejections")
@@ -189,7 +190,7 @@ class RouterMetrics:
         self._paged_bytes = made.counter("router_paged_bytes")
         self.route_seconds, self.recall = made.histogram("router_route_seconds"), made.histogram("router_recall_ratio")
         self._predicted_experts = made.counter("router_predicted_experts")
-        self.escalations, self.hint_lookups = made.counter("router_escalations"), made.counter("router_hint_lookups")
+        self._escalations, self.hint_lookups = made.counter("router_escalations"), made.counter("router_hint_lookups")
         self.replacements = made.counter("router_replacements")
         self.redis_degraded, self.workers = made.gauge("router_redis_degraded"), made.gauge("router_workers")
         self.ray_lost = made.counter("router_ray_lost")
@@ -201,6 +202,16 @@ class RouterMetrics:
     def describe(self, **labels: str) -> None:
         """Version, model and default pool, as labels of `expert_pager_router_info`."""
         self._info.labels(*(labels[name] for name in INFO_LABELS)).set(1)
+
+    def watch_admission(self, admission: Admission) -> None:
+        """Reads what is in flight whenever it is scraped."""
+        self._requests_in_flight.set_function(lambda: admission.num_requests)
+        self._tokens_in_flight.set_function(lambda: admission.num_tokens)
+        self._bytes_in_flight.set_function(lambda: admission.num_bytes)
+
+    def escalated(self, was: str, is_: str) -> None:
+        """A prompt went on to a better source."""
+        self._escalations.labels(was, is_).inc()
 
     def began(self, method: str) -> None:
         """A call arrived."""

@@ -97,7 +97,6 @@ class FairThreads:
 
 
 PREFILL = "prefill"  # what comes after the last pass: the worker's own choice, which is the reference
-OWN = ""  # whose turn it is when the router itself has work; no tenant is called so
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +155,17 @@ class Scoring:
         # Two at least: while one has a text of megabytes, another has those of other tenants.
         self._tokenizer = FairThreads(max(2, min(8, len(os.sched_getaffinity(0)) // 4)), "tokenizer")
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The passes, from the least to the best."""
+        return tuple(self._available)
+
     async def encode(self, tenant: str, text: str, most: int) -> Encoded:
         """The ids of at most `most` tokens. Raises InvalidRequest."""
         return await self._tokenizer.run(tenant, lambda: self._encoder.encode(text, most))
 
     async def scores(self, tenant: str, name: str, token_ids: Sequence[int]) -> RoutingScores:
         return await self._passes.run(tenant, lambda: self._pass(name).scores(token_ids))
-
-    async def load(self, name: str) -> None:
-        """So that the first prompt need not wait for it."""
-        await self._passes.run(OWN, lambda: self._pass(name))
 
     def close(self) -> None:
         self._tokenizer.close()
@@ -193,8 +193,8 @@ class PassChain:
     def __init__(
         self, passes: Passes, scoring: Scoring, facts: RoutingFacts, on_escalation: Callable[[str, str], None]
     ) -> None:
+        self.scoring = scoring
         self._passes = passes
-        self._scoring = scoring
         self._facts = facts
         self._on_escalation = on_escalation
 
@@ -214,7 +214,7 @@ class PassChain:
         chain = self._passes.chain
         for name, following in zip(chain, (*chain[1:], PREFILL), strict=True):
             with span("score", source=name, num_tokens=len(token_ids)):
-                scores = await self._scoring.scores(tenant, name, token_ids)
+                scores = await self.scoring.scores(tenant, name, token_ids)
             if not ahead and scores.of_prompt is not None:
                 scores = scores.of_prompt
             scored = self._judged(scores, size)
@@ -258,13 +258,38 @@ class Prediction:
 
 
 class Predictor:
-    """Knows tenants only as a part of keys: one tenant's prompts never shape another's prediction."""
+    """Tokenizes prompts, scores them and predicts their pools, by what was observed of prompts alike or by a pass.
+
+    It knows tenants only as a part of keys: one tenant's prompts never shape another's prediction.
+    """
 
     def __init__(self, chain: PassChain, hints: HintStore, facts: RoutingFacts, fingerprint: str) -> None:
         self._chain = chain
         self._hints = hints
         self._facts = facts
         self._fingerprint = fingerprint
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The passes that can score an example, from the least to the best."""
+        return self._chain.scoring.methods
+
+    async def encode(self, tenant: str, text: str, most: int) -> Encoded:
+        """The ids of at most `most` tokens. Raises InvalidRequest."""
+        return await self._chain.scoring.encode(tenant, text, most)
+
+    async def scores(self, tenant: str, method: str, token_ids: Sequence[int]) -> RoutingScores:
+        """The scores of one pass, which is one of `methods`."""
+        return await self._chain.scoring.scores(tenant, method, token_ids)
+
+    async def scored(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Scored | None:
+        """The prompt's scores and the pool of them; None where no pass runs. Raises InvalidRequest."""
+        self._chain.check(policy)
+        return None if self._chain.is_empty else await self._chain.score(tenant, token_ids, policy.size)
+
+    def close(self) -> None:
+        """Waits for the pass that runs, and ends the threads."""
+        self._chain.scoring.close()
 
     async def predict(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Prediction:
         if policy.source is PoolSource.FIXED:
@@ -306,13 +331,20 @@ class Predictor:
         """Remembers the pool that an answer had. `asked` is the request's policy, `ran` what the worker got."""
         if usage.pool is None:
             return
-        keys: tuple[str, ...] = (self.by_digest(tenant, usage.pool.digest),)
+        keys: tuple[str, ...] = (self._by_digest(tenant, usage.pool.digest),)
         was_widened = usage.drift is not None and usage.drift.experts_added > 0  # no longer what the prompt chose
         if ran.source is PoolSource.PREFILL and not isinstance(ran.size, Full) and not was_widened:
             keys += self._keys(tenant, token_ids, asked)
         await self._hints.remember_pool(keys, usage.pool)
 
-    def by_digest(self, tenant: str, digest: str) -> str:
+    async def remember(self, tenant: str, pool: ExpertPool) -> None:
+        """Lets the tenant name the pool by its digest for a while."""
+        await self._hints.remember_pool([self._by_digest(tenant, pool.digest)], pool)
+
+    async def find_by_digest(self, tenant: str, digest: str) -> ExpertPool | None:
+        return await self._hints.find_pool([self._by_digest(tenant, digest)])
+
+    def _by_digest(self, tenant: str, digest: str) -> str:
         return pool_key(self._fingerprint, tenant, digest)
 
     def _keys(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> tuple[str, ...]:

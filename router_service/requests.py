@@ -32,11 +32,10 @@ from pager.types import (
     SamplingParams,
     Share,
 )
-from router_service.hints import HintStore
 from router_service.message_bounds import field_of
 from router_service.pools import PoolStore
 from router_service.ports import ModelInfo
-from router_service.prediction import Predictor, Scoring
+from router_service.prediction import Predictor
 from router_service.tenants import DEFAULT_TENANT, TENANT_KEY, bad_tenant, check_tenant
 
 _DIGEST = re.compile(r"[0-9a-f]{24}")
@@ -192,6 +191,14 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteAsk:
+    """What a Route call asks."""
+
+    prompt: Prompt
+    pool: PoolPolicy | PoolByDigest | PoolByName
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrateAsk:
     """What a Calibrate call asks. `method` None: the best pass that the service has."""
 
@@ -225,6 +232,12 @@ def ask(id_: str, request: pb.GenerateRequest, model: ModelInfo, default_pool: P
         has_max_tokens=request.sampling.HasField("max_tokens"),
         pool=pool_policy(request.pool, model, default_pool),
     )
+
+
+def route_ask(request: pb.RouteRequest, model: ModelInfo, default_pool: PoolPolicy) -> RouteAsk:
+    """Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
+    check_model(request.model, model)
+    return RouteAsk(prompt(request, model), pool_policy(request.pool, model, default_pool))
 
 
 def calibrate_ask(request: pb.CalibrateRequest, model: ModelInfo, default_size: PoolSize) -> CalibrateAsk:
@@ -344,13 +357,9 @@ def sampling(wire: pb.SamplingParams) -> SamplingParams:
 class Intake:
     """Knows no grpc. Raises PagerErrors that name the field at fault."""
 
-    def __init__(
-        self, model: ModelInfo, scoring: Scoring, predictor: Predictor, hints: HintStore, pools: PoolStore
-    ) -> None:
+    def __init__(self, model: ModelInfo, predictor: Predictor, pools: PoolStore) -> None:
         self._model = model
-        self._scoring = scoring
         self._predictor = predictor
-        self._hints = hints
         self._pools = pools
 
     async def request(self, ask: Ask, tenant: str, deadline_s: float | None) -> GenerateRequest:
@@ -367,7 +376,7 @@ class Intake:
     async def prompt(self, tenant: str, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt_ids(prompt, self._model, "token_ids")
-        encoded = await self._scoring.encode(tenant, prompt, self._model.token_limit)
+        encoded = await self._predictor.encode(tenant, prompt, self._model.token_limit)
         check_prompt_length(encoded.num_tokens, self._model, "text")
         return prompt_ids(encoded.ids, self._model, "text")
 
@@ -375,7 +384,7 @@ class Intake:
         """One of the texts that a named pool is made from."""
         ids: Sequence[int]
         if isinstance(example, str):
-            encoded = await self._scoring.encode(tenant, example, self._model.context_length)
+            encoded = await self._predictor.encode(tenant, example, self._model.context_length)
             check_example(index, encoded.num_tokens, self._model.context_length)
             ids = encoded.ids
         else:
@@ -393,7 +402,7 @@ class Intake:
         return pool
 
     async def _by_digest(self, digest: str, tenant: str) -> ExpertPool:
-        found = await self._hints.find_pool([self._predictor.by_digest(tenant, digest)])
+        found = await self._predictor.find_by_digest(tenant, digest)
         if found is None:
             raise UnknownPool(
                 f"pool {digest} is not remembered for this tenant; give its experts instead", field="pool.digest"

@@ -1,4 +1,4 @@
-"""The gRPC server: TLS, the boundary where errors become statuses, health, reflection and the pulse."""
+"""The gRPC front: the methods, the boundary where errors become statuses, health, reflection and the pulse."""
 
 from __future__ import annotations
 
@@ -6,33 +6,29 @@ import asyncio
 import errno
 import json
 import logging
-import os
 import socket
-import ssl
 import time
-import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
+from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from google.protobuf.message import DecodeError, Message
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, UnknownMethod
+from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, SlowReader, UnknownMethod
 from pager.memory.units import format_address
 from pager.observe import tracing
 from pager.observe.logs import request_id, trace_context, traceparent_of
 from pager.observe.metrics import LoopLag
-from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
+from pager.types import TokenChunk
+from pager.wire import encode_response
 from router_service import encode, requests
-from router_service.access_log import AccessLog
+from router_service.access_log import CallRecorder
 from router_service.message_bounds import (
     CORE_MESSAGE_BYTES,
     CORE_METADATA_BYTES,
@@ -43,121 +39,95 @@ from router_service.message_bounds import (
     unzipped,
 )
 from router_service.metrics import RouterMetrics
-from router_service.service import SERVICE_NAME, Backend, ExpertPagerService
+from router_service.service import Call, Pipeline
 from router_service.status import to_wire
 from router_service.tenants import tenant_in
+from router_service.tls import TlsFiles
+from router_service.ui import Watch
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files. With `client_ca`, clients must show a certificate that it has signed."""
-
-    cert: Path
-    key: Path
-    client_ca: Path | None = None
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """Raises ConfigError when a file cannot be read or is not PEM, or the key is not the certificate's."""
-        pems = self.read()
-        return grpc.dynamic_ssl_server_credentials(
-            pems.configuration(),
-            _Renewal(self, pems),  # type: ignore[arg-type]  # grpc-stubs does not know that it may return None
-            require_client_authentication=self.client_ca is not None,
-        )
-
-    def read(self) -> _Pems:
-        """What the files hold, which fits together. Raises ConfigError."""
-        roots = _pem(self.client_ca, "router.tls_client_ca") if self.client_ca else None
-        pems = _Pems(_pem(self.key, "router.tls_key"), _pem(self.cert, "router.tls_cert"), roots)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.set_ciphers("ALL:@SECLEVEL=0")  # how strong a key has to be is the operator's choice
-        try:
-            with _as_file(pems.cert) as cert, _as_file(pems.key) as key:
-                context.load_cert_chain(cert, key, password="")  # else a key that has one is asked for at the terminal
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"router.tls_cert {str(self.cert)!r} and router.tls_key {str(self.key)!r} are no certificate with its "
-                f"key: {_reason(error)}"
-            ) from None
-        if roots is not None:
-            try:
-                with _as_file(roots) as path:
-                    context.load_verify_locations(path)
-            except OSError as error:
-                raise ConfigError(
-                    f"router.tls_client_ca {str(self.client_ca)!r} holds no certificate: {_reason(error)}"
-                ) from None
-        return pems
-
-
-class _Pems(NamedTuple):
-    """The text of the files."""
-
-    key: bytes
-    cert: bytes
-    roots: bytes | None
-
-    def configuration(self) -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration([(self.key, self.cert)], self.roots)
-
-
-class _Renewal:
-    """Called by gRPC at every handshake; owns what is in use, and what was last said of files that cannot be."""
-
-    def __init__(self, files: TlsFiles, used: _Pems) -> None:
-        self._files = files
-        self._used = used
-        self._complaint = ""
-
-    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        """None keeps what is in use."""
-        try:
-            found = self._files.read()
-        except ConfigError as error:  # halfway through its renewal, perhaps
-            if error.message != self._complaint:
-                log.warning("%s; going on with the certificate as it was", error)
-            self._complaint = error.message
-            return None
-        self._complaint = ""
-        if found == self._used:
-            return None
-        self._used = found
-        log.info("the certificate in router.tls_cert %s was renewed", self._files.cert)
-        return found.configuration()
-
-
-def _pem(path: Path, key: str) -> bytes:
-    try:
-        text = read_bounded(path, MAX_PEM_BYTES)
-    except OSError as error:
-        raise ConfigError(f"{key} {str(path)!r} cannot be read: {reason_of(error)}") from None
-    if b"-----BEGIN " not in text:
-        raise ConfigError(f"{key} {str(path)!r} is not a PEM file")
-    return text
-
-
-@contextmanager
-def _as_file(text: bytes) -> Iterator[str]:
-    """The name of a file in memory, for what reads from files alone: those on disk may be others by now."""
-    file = os.memfd_create("pem")
-    try:
-        os.write(file, text)
-        yield f"/proc/self/fd/{file}"
-    finally:
-        os.close(file)
-
-
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", None)
-    return reason.replace("_", " ").lower() if isinstance(reason, str) else "what is there is cut off or damaged"
-
-
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExpertPager"].full_name
 READ_TIMEOUT_S = 60.0  # for a message to have come whole; what has come of it is held in memory
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Message, Context], Awaitable[Message | None]]
+
+
+class ExpertPagerService(pb_grpc.ExpertPagerServicer):
+    """The gRPC front: reads requests from protobuf, calls the pipeline and writes what it returns."""
+
+    def __init__(self, pipeline: Pipeline, write_timeout_s: float) -> None:
+        self._pipeline = pipeline
+        self._write_timeout_s = write_timeout_s
+
+    # It writes to the context, so that a client that reads nothing can be given up.
+    async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
+        call = _call(wire, context)
+        id_ = requests.id_of(wire)  # before anything that can be refused, so that a refusal is found by it
+        request_id.set(id_)
+        tracing.note(request_id=id_)
+        ask = requests.ask(id_, wire, self._pipeline.model, self._pipeline.default_pool)
+        await self._pipeline.generate(call, ask, lambda chunk: self._send(context, chunk))
+
+    async def _send(self, context: Context, chunk: TokenChunk) -> None:
+        """Raises SlowReader when the client takes nothing for the time that a write may take."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await context.write(encode_response(chunk))
+        except TimeoutError:
+            raise SlowReader(f"the client read nothing for {self._write_timeout_s:g} s; read faster") from None
+
+    async def Route(self, wire: pb.RouteRequest, context: Context) -> pb.RouteResponse:  # noqa: N802
+        call = _call(wire, context)
+        ask = requests.route_ask(wire, self._pipeline.model, self._pipeline.default_pool)
+        return encode.routed(await self._pipeline.route(call, ask))
+
+    async def Calibrate(self, wire: pb.CalibrateRequest, context: Context) -> pb.CalibrateResponse:  # noqa: N802
+        call = _call(wire, context)
+        ask = requests.calibrate_ask(wire, self._pipeline.model, self._pipeline.default_pool.size)
+        return pb.CalibrateResponse(pool=encode.named_pool(await self._pipeline.calibrate(call, ask)))
+
+    async def ListPools(self, wire: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:  # noqa: N802
+        listing = await self._pipeline.list_pools(_tenant(context))
+        response = pb.ListPoolsResponse(damaged=listing.damaged)
+        for named in listing.pools:
+            response.pools.append(encode.named_pool(named))
+            await asyncio.sleep(0)  # hundreds of large pools take a while; others have their turns in between
+        return response
+
+    async def DeletePool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:  # noqa: N802
+        return pb.DeletePoolResponse(deleted=await self._pipeline.delete_pool(_tenant(context), wire.name))
+
+    async def Abort(self, wire: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
+        return pb.AbortResponse(aborted=await self._pipeline.abort(_tenant(context), wire.request_id))
+
+    async def GetModel(self, wire: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        return encode.model(self._pipeline.get_model(wire.model), self._pipeline.workers())
+
+    async def GetResidency(  # noqa: N802
+        self, wire: pb.GetResidencyRequest, context: Context
+    ) -> pb.GetResidencyResponse:
+        model = self._pipeline.model
+        workers = [encode.local_worker(worker, model) for worker in self._pipeline.workers()]
+        for worker_id, holds in (await self._pipeline.remote_workers()).items():
+            workers.append(encode.remote_worker(worker_id, holds, model))
+        return pb.GetResidencyResponse(workers=workers)
+
+
+def _call(wire: Message, context: Context) -> Call:
+    return Call(_tenant(context), wire.ByteSize(), _deadline_s(context))
+
+
+def _tenant(context: Context) -> str:
+    return requests.tenant(context.invocation_metadata())
+
+
+def _deadline_s(context: Context) -> float | None:
+    """When the call's deadline passes, on the monotonic clock."""
+    remaining_s = context.time_remaining()
+    return None if remaining_s is None else time.monotonic() + remaining_s
 
 
 class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -171,7 +141,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def __init__(self, service_name: str, metrics: RouterMetrics, bounds: MessageBounds) -> None:
         self._prefix = f"/{service_name}/"
         self._metrics = metrics
-        self._access_log = AccessLog()
+        self._recorder = CallRecorder(metrics)
         self._bounds = bounds
         self.num_seen = 0
 
@@ -238,7 +208,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if not is_ours:
                 return await bare(messages, context)
             with tracing.call(path[1:], context.invocation_metadata()):
-                return await traced(messages, context)
+                return await recorded(messages, context)
 
         async def bare(messages: AsyncIterator[bytes], context: Context) -> Message | None:
             try:
@@ -247,33 +217,12 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 _fail(context, error)
             return None
 
-        async def traced(messages: AsyncIterator[bytes], context: Context) -> Message | None:
-            started = time.perf_counter()
-            request_id.set("")
+        async def recorded(messages: AsyncIterator[bytes], context: Context) -> Message | None:
             trace_context.set(tracing.traceparent() or traceparent_of(context.invocation_metadata()))
-            self._access_log.begin()
-            self._metrics.began(name)
-            code, failure = "OK", None
-            try:
+            with self._recorder.call(name, tenant_in(context.invocation_metadata()), _deadline_s(context)) as outcome:
                 return await method(_parsed(parse, await self._message(name, messages, context)), context)
-            except asyncio.CancelledError:
-                code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
-                raise
-            except PagerError as error:
-                failure = error
-                if error.is_refusal:
-                    self._metrics.refused(error.reason)
-                code = _fail(context, error)
-            except Exception as error:
-                # Not the message: it can quote what the user wrote.
-                frames = "".join(traceback.format_tb(error.__traceback__))
-                log.error("%s request_id=%s failed with %s\n%s", name, request_id.get(), type(error).__name__, frames)
-                code = _fail(context, PagerError("internal error; the service's log has it under the request id"))
-            finally:
-                tracing.end_call(code)
-                tenant = tenant_in(context.invocation_metadata())
-                self._metrics.ended(name, code, tenant)
-                self._access_log.end(name, tenant, code, failure, time.perf_counter() - started)
+            if outcome.error is not None:
+                _fail(context, outcome.error)
             return None
 
         return call
@@ -295,14 +244,13 @@ def _parsed(parse: Callable[[bytes], Message], data: bytes) -> Message:
         raise malformed() from None
 
 
-def _fail(context: Context, error: PagerError) -> str:
-    """The call will end with the error's status; returns the name of its code."""
+def _fail(context: Context, error: PagerError) -> None:
+    """Has the call end with the status of the error."""
     wire = to_wire(error, request_id.get() or None)
     # Not `context.abort`: it raises, and every caller would have to let that through.
     context.set_code(wire.code)
     context.set_details(wire.message)
     context.set_trailing_metadata(wire.trailing_metadata)
-    return wire.code.name
 
 
 NUM_LOOKS = 40
@@ -371,9 +319,10 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class RouterServer:
     """Owns the listening port and the pulse. `""` is liveness; the service's name is readiness."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._boundary = ErrorBoundary(SERVICE_NAME, backend.metrics, backend.bounds)
+    def __init__(self, pipeline: Pipeline, bounds: MessageBounds, watch: Watch, write_timeout_s: float = 30.0) -> None:
+        self._pipeline = pipeline
+        self._watch = watch
+        self._boundary = ErrorBoundary(SERVICE_NAME, pipeline.metrics, bounds)
         others = watched_servers()
         self._server = grpc.aio.server(
             interceptors=(self._boundary,),
@@ -386,9 +335,9 @@ class RouterServer:
         )
         (server_id,) = watched_servers() - others
         self._unseen = UnseenCalls(server_id)
-        self._lag = LoopLag(backend.metrics.loop_lag)
+        self._lag = LoopLag(pipeline.metrics.loop_lag)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        pb_grpc.add_ExpertPagerServicer_to_server(ExpertPagerService(backend), self._server)
+        pb_grpc.add_ExpertPagerServicer_to_server(ExpertPagerService(pipeline, write_timeout_s), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -417,19 +366,19 @@ class RouterServer:
 
     async def drain(self, timeout_s: float) -> bool:
         """NOT_SERVING everywhere, new requests refused, those in flight awaited. True when all ended in time."""
-        self._backend.admission.close()
+        self._pipeline.admission.close()
         await self._health.enter_graceful_shutdown()
         return await self._ended_within(timeout_s)
 
     async def cut_off(self) -> None:
         """What is in flight ends with a status that says to send it again."""
-        self._backend.cluster.cut_off()
+        self._pipeline.cluster.cut_off()
         await self._ended_within(CUT_OFF_S)
 
     async def _ended_within(self, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
-                while self._backend.admission.num_requests:  # noqa: ASYNC110 - seconds, once in a process's life
+                while self._pipeline.admission.num_requests:  # noqa: ASYNC110 - seconds, once in a process's life
                     await asyncio.sleep(0.02)
         except TimeoutError:
             return False
@@ -464,25 +413,25 @@ class RouterServer:
         beat = 0
         while True:
             await _logged(self._set_readiness)
-            self._backend.metrics.dropped("unseen", self._unseen.look(self._boundary.num_seen))
+            self._pipeline.metrics.dropped("unseen", self._unseen.look(self._boundary.num_seen))
             if beat % HEARTBEAT_PULSES == 0:
                 await _logged(self._heartbeat)
             beat += 1
             await asyncio.sleep(PULSE_S)
 
     async def _set_readiness(self) -> None:
-        states = [worker.state for worker in self._backend.cluster.workers()]
+        states = [worker.state for worker in self._pipeline.cluster.workers()]
         await self._health.set(SERVICE_NAME, _SERVING if "ready" in states else _NOT_SERVING)
         for state in ("starting", "ready", "draining", "hung", "dead"):
-            self._backend.metrics.workers.labels(state).set(states.count(state))
-        for worker in self._backend.cluster.workers():
-            self._backend.metrics.restarted(worker.id, worker.num_restarts)
+            self._pipeline.metrics.workers.labels(state).set(states.count(state))
+        for worker in self._pipeline.cluster.workers():
+            self._pipeline.metrics.restarted(worker.id, worker.num_restarts)
 
     async def _heartbeat(self) -> None:
-        self._backend.watch.beat()
-        workers = self._backend.cluster.workers()
+        self._watch.beat()
+        workers = self._pipeline.cluster.workers()
         ready = {worker.id: encode.holds(worker) for worker in workers if worker.state == "ready"}
-        await self._backend.hints.heartbeat(ready)
+        await self._pipeline.stores.hints.heartbeat(ready)
 
 
 async def _logged(step: Callable[[], Awaitable[None]]) -> None:

@@ -1,51 +1,90 @@
-"""The public methods. Generate reads as the request's life: decode, admit, score, pick, place, stream."""
+"""The pipeline of a request: admit, claim, encode, predict, place, stream, learn.
+
+Every front calls it with plain values and turns its errors into its own. It knows no gRPC, no HTTP and no protobuf.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Self
 
-import grpc
-from expert_pager.v1 import expert_pager_pb2 as pb
-from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
-from google.protobuf.message import Message
-
-from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, NotReady, SlowReader, WorkerLost
+from pager.errors import Cancelled, DeadlineExceeded, DuplicateRequest, InvalidRequest, NotReady, WorkerLost
 from pager.observe.logs import request_id, trace_context
 from pager.observe.tracing import note, span, traceparent, tracestate
 from pager.pools.named import NamedPool, check_name, mean_scores
 from pager.pools.pick import pick_pool
-from pager.types import Account, ExpertPool, GenerateRequest, PoolPolicy, PoolSize, PoolSource, TokenChunk, Usage
-from pager.wire import encode_pool, encode_response
-from router_service import encode, requests
+from pager.types import Account, ExpertPool, GenerateRequest, PoolPolicy, PoolSource, RoutingScores, TokenChunk, Usage
 from router_service.access_log import pool_label, tell
-from router_service.admission import Admission, Context, Gate, deadline_of, refusing, remaining_s
+from router_service.admission import Admission, refusing, remaining_s
 from router_service.dispatch import Placement, check_deadline, place
-from router_service.hints import HintStore
-from router_service.message_bounds import MessageBounds
+from router_service.hints import HintStore, WorkerHolds
 from router_service.metrics import RouterMetrics
-from router_service.pools import PoolStore, name_in_use
-from router_service.ports import ClusterPort, ModelInfo
-from router_service.prediction import PassChain, Passes, Prediction, Predictor, Scored, Scoring
-from router_service.requests import Intake, PoolByName, pool_policy
-from router_service.ui import PoolLog, Watch
+from router_service.pools import Listing, PoolStore, name_in_use
+from router_service.ports import ClusterPort, ModelInfo, WorkerPort
+from router_service.prediction import Prediction, Predictor
+from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model
+from router_service.requests import request_id as check_request_id
+from router_service.ui import PoolLog
+
+Send = Callable[[TokenChunk], Awaitable[None]]
+"""How a front passes a chunk on to its client. Raises SlowReader for a client that does not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who calls, how much the message of the call weighs, and when its time is over. Made when it arrives."""
+
+    tenant: str
+    num_bytes: int
+    deadline_s: float | None = None  # on the monotonic clock
+    arrived_s: float = field(default_factory=time.perf_counter)
+
+    def check_deadline(self) -> None:
+        """Raises DeadlineExceeded once the deadline has passed."""
+        if self.deadline_s is not None and self.deadline_s <= time.monotonic():
+            with refusing():
+                raise DeadlineExceeded("the deadline was past when the request arrived; allow more time")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """What a prompt's routing looks like, and the worker it would go to. None for what is not known or not chosen."""
+
+    num_tokens: int
+    scores: RoutingScores | None
+    expected_recall: float | None
+    pool: ExpertPool | None
+    observed: ExpertPool | None
+    placement: Placement | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """What the routers of a service keep together: hints and claims, and the tenants' named pools."""
+
+    hints: HintStore
+    pools: PoolStore
+
+    async def close(self) -> None:
+        await self.hints.close()
+        await self.pools.close()
 
 
 class StreamMeter:
-    """Owns the times of one answer, and counts what its request uses at workers. Made when the call arrives.
+    """The times of one answer, and the counts of what its request uses at workers.
 
-    A context manager around the answer: its pace counts however it ends.
+    A context manager around the answer, so that the pace of its tokens is recorded however it ends.
     """
 
-    def __init__(self, metrics: RouterMetrics, tenant: str) -> None:
+    def __init__(self, metrics: RouterMetrics, call: Call) -> None:
         self._metrics = metrics
-        self._tenant = tenant
-        self._arrived_s = time.perf_counter()
+        self._tenant = call.tenant
+        self._arrived_s = call.arrived_s
         self._first_s = self._last_s = 0.0
         self._num_tokens = 0
         self.has_started = False
@@ -85,169 +124,78 @@ class StreamMeter:
             self._metrics.output_token(self._tenant, (self._last_s - self._first_s) / (self._num_tokens - 1))
 
 
-async def send(context: grpc.aio.ServicerContext[Any, Any], message: Message, timeout_s: float) -> None:
-    """Raises SlowReader when the client takes nothing for `timeout_s`."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await context.write(message)
-    except TimeoutError:
-        raise SlowReader(f"the client read nothing for {timeout_s:g} s; read faster") from None
+class Pipeline:
+    """The methods of the service. Owns how many requests this router has at each worker.
 
-
-class NamedPools:
-    """A tenant sees its own pools only."""
+    Each raises PagerErrors that name the field at fault. What a tenant is not told of, it does not have: ids, pools and
+    hints are its own.
+    """
 
     def __init__(
-        self, model: ModelInfo, passes: Passes, scoring: Scoring, intake: Intake, store: PoolStore, gate: Gate
+        self,
+        model: ModelInfo,
+        default_pool: PoolPolicy,
+        *,
+        cluster: ClusterPort,
+        predictor: Predictor,
+        stores: Stores,
+        admission: Admission,
+        metrics: RouterMetrics,
+        live_pools: PoolLog,
     ) -> None:
-        self._model = model
-        self._passes = passes
-        self._scoring = scoring
-        self._intake = intake
-        self._store = store
-        self._gate = gate
-
-    async def calibrate(self, wire: pb.CalibrateRequest, context: Context, default: PoolSize) -> pb.CalibrateResponse:
-        tenant = requests.tenant(context.invocation_metadata())
-        ask = requests.calibrate_ask(wire, self._model, default)
-        method = self._method(ask.method)
-        tell(pool=f"named:{ask.name}")
-        deadline_of(context)
-        with self._gate.admit(tenant, wire.ByteSize()) as ticket:
-            if not ask.replaces:
-                await self._check_free(tenant, ask.name)  # before the work; `add` has the last word
-            examples = []
-            for index, example in enumerate(ask.examples):
-                examples.append(await self._intake.example(tenant, example, index))
-                self._gate.charge(ticket, len(examples[-1]))  # one by one: too many are refused before all are read
-            tell(prompt_tokens=ticket.tokens)
-            # One by one: the prompts of others take their turns in between.
-            scored = [await self._scoring.scores(tenant, method, example) for example in examples]
-            scores = await asyncio.to_thread(mean_scores, scored)
-            pool = pick_pool(scores, ask.size, self._model.facts)
-            named = NamedPool(ask.name, pool, method, len(examples), scores.num_tokens, self._model.fingerprint)
-            await (self._store.replace if ask.replaces else self._store.add)(tenant, named)
-        return pb.CalibrateResponse(pool=encode.named_pool(named))
-
-    async def list_pools(self, context: Context) -> pb.ListPoolsResponse:
-        listing = await self._store.all_of(requests.tenant(context.invocation_metadata()))
-        response = pb.ListPoolsResponse(damaged=listing.damaged)
-        for named in listing.pools:
-            response.pools.append(encode.named_pool(named))
-            await asyncio.sleep(0)  # hundreds of large pools take a while; others have their turns in between
-        return response
-
-    async def delete_pool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:
-        tenant = requests.tenant(context.invocation_metadata())
-        return pb.DeletePoolResponse(deleted=await self._store.delete(tenant, check_name(wire.name)))
-
-    def _method(self, asked: str | None) -> str:
-        known = self._passes.available
-        if not known:
-            raise InvalidRequest(
-                "this service runs no routing-only pass (router.router is 'prefill'), so it cannot score examples; "
-                "make the pool with `expert-pager calibrate --model`, which can",
-                field="method",
-            )
-        if asked is None:
-            return list(known)[-1]
-        if asked not in known:
-            raise InvalidRequest(
-                f"method {asked[:60]!r} cannot be had here; known are {', '.join(known)}", field="method"
-            )
-        return asked
-
-    async def _check_free(self, tenant: str, name: str) -> None:
-        if await self._store.find(tenant, name) is not None:
-            raise name_in_use(name)
-
-
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExpertPager"].full_name
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """What the methods work with."""
-
-    model: ModelInfo
-    cluster: ClusterPort
-    passes: Passes
-    scoring: Scoring
-    chain: PassChain
-    predictor: Predictor
-    hints: HintStore
-    pools: PoolStore
-    admission: Admission
-    bounds: MessageBounds
-    metrics: RouterMetrics
-    default_pool: PoolPolicy
-    live_pools: PoolLog
-    watch: Watch
-    write_timeout_s: float = 30.0
-
-
-class ExpertPagerService(pb_grpc.ExpertPagerServicer):
-    """Owns how many requests this router has at each worker."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._gate = Gate(backend.admission)
-        self._intake = Intake(backend.model, backend.scoring, backend.predictor, backend.hints, backend.pools)
-        self._pools = NamedPools(
-            backend.model, backend.passes, backend.scoring, self._intake, backend.pools, self._gate
-        )
+        self.model = model
+        self.default_pool = default_pool
+        self.cluster = cluster
+        self.stores = stores
+        self.admission = admission
+        self.metrics = metrics
+        self._predictor = predictor
+        self._live_pools = live_pools
+        self._intake = Intake(model, predictor, stores.pools)
         self._at_worker: Counter[str] = Counter()
 
-    # --- Generate ---------------------------------------------------------------------------------------------------
+    # --- generate ---------------------------------------------------------------------------------------------------
 
-    # It writes to the context, so that a client that reads nothing can be given up.
-    async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
-        tenant = requests.tenant(context.invocation_metadata())
-        meter = StreamMeter(self._backend.metrics, tenant)
-        id_ = requests.id_of(wire)  # before anything that can be refused, so that a refusal is found by it
-        request_id.set(id_)
-        note(request_id=id_)
-        ask = requests.ask(id_, wire, self._backend.model, self._backend.default_pool)
+    async def generate(self, call: Call, ask: Ask, send: Send) -> None:
+        """Sends the answer in chunks; the last one has the usage. Cancelling it cancels the request on its worker."""
         tell(pool=pool_label(ask.pool))
-        deadline_s = deadline_of(context)
-        with self._gate.admit(tenant, wire.ByteSize()) as ticket:
-            async with self._claimed(ask.id, tenant):
-                request = await self._intake.request(ask, tenant, deadline_s)
+        call.check_deadline()
+        with self.admission.enter(call.tenant, call.num_bytes) as ticket:
+            async with self._claimed(ask.id, call.tenant):
+                request = await self._intake.request(ask, call.tenant, call.deadline_s)
                 tell(prompt_tokens=len(request.prompt_token_ids))
-                self._gate.charge(ticket, len(request.prompt_token_ids) + request.sampling.max_tokens)
+                ticket.charge(len(request.prompt_token_ids) + request.sampling.max_tokens)
                 prediction = await self._predict(request)
                 sent = replace(request, pool=prediction.policy)
                 sent = replace(sent, traceparent=traceparent() or trace_context.get(), tracestate=tracestate())
                 if prediction.policy.source is not PoolSource.FIXED:
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""
-                with self._backend.live_pools.following(tenant, name, sent.pool, prediction.pool) as live, meter:
-                    usage = await self._stream(sent, prediction, context, meter)
+                meter = StreamMeter(self.metrics, call)
+                with self._live_pools.following(call.tenant, name, sent.pool, prediction.pool) as live, meter:
+                    usage = await self._stream(sent, prediction, send, meter)
                     live.answered(usage)
                 await self._learn(request, prediction, usage)
 
     @asynccontextmanager
     async def _claimed(self, id_: str, tenant: str) -> AsyncIterator[None]:
         """The id is this request's alone among its tenant's, at every router, until the block is left."""
-        if not await self._backend.hints.claim(id_, tenant):
+        if not await self.stores.hints.claim(id_, tenant):
             raise DuplicateRequest(f"request id {id_!r} is in use; choose another", field="request_id")
         try:
             yield
         finally:
-            await self._backend.hints.release(id_, tenant)
+            await self.stores.hints.release(id_, tenant)
 
     async def _predict(self, request: GenerateRequest) -> Prediction:
-        metrics = self._backend.metrics
-        prediction = await self._backend.predictor.predict(request.tenant, request.prompt_token_ids, request.pool)
+        prediction = await self._predictor.predict(request.tenant, request.prompt_token_ids, request.pool)
         if prediction.source not in ("full", "fixed"):
-            metrics.route_seconds.labels(prediction.source).observe(prediction.took_s)
+            self.metrics.route_seconds.labels(prediction.source).observe(prediction.took_s)
             if request.pool.source is PoolSource.PREFILL:
-                metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
+                self.metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
         return prediction
 
-    async def _stream(
-        self, request: GenerateRequest, prediction: Prediction, context: Context, meter: StreamMeter
-    ) -> Usage:
+    async def _stream(self, request: GenerateRequest, prediction: Prediction, send: Send, meter: StreamMeter) -> Usage:
         """Until the first chunk is out, the request of a worker that is lost or drains is placed once more."""
         lost: set[str] = set()
         while True:
@@ -256,39 +204,32 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
                 is_known = request.pool.source is not PoolSource.PREFILL  # else the pool is a guess
                 check_deadline(placement.least_paging_s if is_known else 0.0, remaining_s(request.deadline_s))
             try:
-                return await self._answer(request, placement, context, meter)
+                return await self._answer(request, placement, send, meter)
             except (WorkerLost, NotReady):  # gone, or about to go
                 if meter.has_started or lost:
                     raise
                 lost.add(placement.worker_id)
-                self._backend.metrics.replacements.inc()
+                self.metrics.replacements.inc()
 
     def _place(self, pool: ExpertPool | None, exclude: set[str]) -> Placement:
         with span("place"):
-            placement = place(
-                pool,
-                self._backend.cluster.workers(),
-                in_flight=self._at_worker,
-                exclude=exclude,
-            )
+            placement = place(pool, self.cluster.workers(), in_flight=self._at_worker, exclude=exclude)
             note(worker=placement.worker_id, missing_bytes=placement.missing_bytes)
             tell(worker=placement.worker_id)
         return placement
 
-    async def _answer(
-        self, request: GenerateRequest, placement: Placement, context: Context, meter: StreamMeter
-    ) -> Usage:
+    async def _answer(self, request: GenerateRequest, placement: Placement, send: Send, meter: StreamMeter) -> Usage:
         guess = request.predicted if request.pool.source is PoolSource.PREFILL else None
         self._at_worker[placement.worker_id] += 1  # before anything is waited for: who is placed meanwhile sees it
         try:
             await self._check_aborted(request)
-            async with aclosing(self._backend.cluster.generate(placement.worker_id, request, meter)) as chunks:
+            async with aclosing(self.cluster.generate(placement.worker_id, request, meter)) as chunks:
                 async for chunk in chunks:
                     if not meter.has_started:
                         # Again: an Abort may have looked for the request at the workers before it got there.
                         await self._check_aborted(request)
                     chunk = meter.seen(chunk, guess)
-                    await send(context, encode_response(chunk), self._backend.write_timeout_s)
+                    await send(chunk)
                     if chunk.usage is not None:
                         return chunk.usage
         finally:
@@ -296,90 +237,115 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         raise WorkerLost("the worker's stream ended before the answer did; send the request again")
 
     async def _check_aborted(self, request: GenerateRequest) -> None:
-        if await self._backend.hints.is_aborted(request.id, request.tenant):
+        if await self.stores.hints.is_aborted(request.id, request.tenant):
             raise Cancelled("the request was aborted")
 
     async def _learn(self, request: GenerateRequest, prediction: Prediction, usage: Usage) -> None:
         if usage.predicted_recall is not None:
-            self._backend.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
+            self.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
         ids = request.prompt_token_ids
-        await self._backend.predictor.learn(request.tenant, ids, request.pool, prediction.policy, usage)
+        await self._predictor.learn(request.tenant, ids, request.pool, prediction.policy, usage)
 
-    # --- the others -------------------------------------------------------------------------------------------------
+    async def abort(self, tenant: str, id_: str) -> bool:
+        """Whether the tenant has a request of this id in flight, here or at another router, which then ends."""
+        request_id.set(check_request_id(id_))
+        # Marked first: a request on its way to a worker looks for the mark once it has arrived.
+        is_marked = await self.stores.hints.mark_aborted(id_, tenant)
+        is_found = await self.cluster.abort(id_, tenant)
+        return is_marked or is_found
 
-    async def Route(self, wire: pb.RouteRequest, context: Context) -> pb.RouteResponse:  # noqa: N802
-        backend = self._backend
-        tenant = requests.tenant(context.invocation_metadata())
-        requests.check_model(wire.model, backend.model)
-        asked = requests.prompt(wire, backend.model)
-        asked_pool = pool_policy(wire.pool, backend.model, backend.default_pool)
-        tell(pool=pool_label(asked_pool))
-        deadline_of(context)
-        with self._gate.admit(tenant, wire.ByteSize()) as ticket:
-            prompt = await self._intake.prompt(tenant, asked)
+    # --- routing and named pools ------------------------------------------------------------------------------------
+
+    async def route(self, call: Call, ask: RouteAsk) -> Routed:
+        """Scores a prompt, and places it, without running it."""
+        tenant = call.tenant
+        tell(pool=pool_label(ask.pool))
+        call.check_deadline()
+        with self.admission.enter(tenant, call.num_bytes) as ticket:
+            prompt = await self._intake.prompt(tenant, ask.prompt)
             tell(prompt_tokens=len(prompt))
-            self._gate.charge(ticket, len(prompt))
-            policy = await self._intake.policy(asked_pool, tenant)
-            backend.chain.check(policy)
-            scored = None if backend.chain.is_empty else await backend.chain.score(tenant, prompt, policy.size)
+            ticket.charge(len(prompt))
+            policy = await self._intake.policy(ask.pool, tenant)
+            scored = await self._predictor.scored(tenant, prompt, policy)
             observed = None
             if policy.source is PoolSource.PREFILL:
-                observed = await backend.predictor.observed(tenant, prompt, policy)
-            return await self._routed(tenant, policy, len(prompt), scored, observed)
+                observed = await self._predictor.observed(tenant, prompt, policy)
+            pool = policy.fixed or (scored.pool if scored is not None else None)
+            if pool is not None:
+                await self._predictor.remember(tenant, pool)
+            is_left_to_prefill = policy.fixed is None and (scored is None or not scored.is_enough)
+            try:
+                placement = self._place(observed or (None if is_left_to_prefill else pool), set())
+            except NotReady:
+                placement = None
+        return Routed(
+            num_tokens=len(prompt),
+            scores=scored.scores if scored is not None else None,
+            expected_recall=scored.expected_recall if scored is not None else None,
+            pool=pool,
+            observed=observed,
+            placement=placement,
+        )
 
-    async def _routed(
-        self, tenant: str, policy: PoolPolicy, num_tokens: int, scored: Scored | None, observed: ExpertPool | None
-    ) -> pb.RouteResponse:
-        answer = pb.RouteResponse(scores=pb.Scores(source="prefill", num_tokens=num_tokens))
-        pool = policy.fixed
-        if scored is not None:
-            answer.scores.CopyFrom(encode.scores(scored.scores))
-            pool = pool or scored.pool
-            if scored.expected_recall is not None:
-                answer.expected_recall = scored.expected_recall
-        if pool is not None:
-            answer.pool.CopyFrom(encode_pool(pool))
-            key = self._backend.predictor.by_digest(tenant, pool.digest)
-            await self._backend.hints.remember_pool([key], pool)
-        if observed is not None:
-            answer.observed.CopyFrom(encode_pool(observed))
-        is_left_to_prefill = policy.fixed is None and (scored is None or not scored.is_enough)
-        try:
-            placement = self._place(observed or (None if is_left_to_prefill else pool), set())
-        except NotReady:
-            return answer
-        answer.placement.CopyFrom(pb.Placement(worker=placement.worker_id, missing_bytes=placement.missing_bytes))
-        return answer
+    async def calibrate(self, call: Call, ask: CalibrateAsk) -> NamedPool:
+        """Makes a named pool of the tenant's from examples, and keeps it."""
+        tenant = call.tenant
+        method = self._method(ask.method)
+        tell(pool=f"named:{ask.name}")
+        call.check_deadline()
+        with self.admission.enter(tenant, call.num_bytes) as ticket:
+            if not ask.replaces and await self.stores.pools.find(tenant, ask.name) is not None:
+                raise name_in_use(ask.name)  # before the work; `add` has the last word
+            examples = []
+            for index, example in enumerate(ask.examples):
+                examples.append(await self._intake.example(tenant, example, index))
+                ticket.charge(len(examples[-1]))  # one by one: too many are refused before all are read
+            tell(prompt_tokens=ticket.tokens)
+            # One by one: the prompts of others take their turns in between.
+            scored = [await self._predictor.scores(tenant, method, example) for example in examples]
+            scores = await asyncio.to_thread(mean_scores, scored)
+            pool = pick_pool(scores, ask.size, self.model.facts)
+            named = NamedPool(ask.name, pool, method, len(examples), scores.num_tokens, self.model.fingerprint)
+            await (self.stores.pools.replace if ask.replaces else self.stores.pools.add)(tenant, named)
+        return named
 
-    async def Calibrate(self, wire: pb.CalibrateRequest, context: Context) -> pb.CalibrateResponse:  # noqa: N802
-        return await self._pools.calibrate(wire, context, self._backend.default_pool.size)
+    async def list_pools(self, tenant: str) -> Listing:
+        """The tenant's named pools."""
+        return await self.stores.pools.all_of(tenant)
 
-    async def ListPools(self, wire: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:  # noqa: N802
-        return await self._pools.list_pools(context)
+    async def delete_pool(self, tenant: str, name: str) -> bool:
+        """False when the tenant had no pool of this name."""
+        return await self.stores.pools.delete(tenant, check_name(name))
 
-    async def DeletePool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:  # noqa: N802
-        return await self._pools.delete_pool(wire, context)
+    def _method(self, asked: str | None) -> str:
+        known = self._predictor.methods
+        if not known:
+            raise InvalidRequest(
+                "this service runs no routing-only pass (router.router is 'prefill'), so it cannot score examples; "
+                "make the pool with `expert-pager calibrate --model`, which can",
+                field="method",
+            )
+        if asked is None:
+            return known[-1]
+        if asked not in known:
+            raise InvalidRequest(
+                f"method {asked[:60]!r} cannot be had here; known are {', '.join(known)}", field="method"
+            )
+        return asked
 
-    async def Abort(self, wire: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
-        tenant = requests.tenant(context.invocation_metadata())
-        id_ = requests.request_id(wire.request_id)
-        request_id.set(id_)
-        # Marked first: a request on its way to a worker looks for the mark once it has arrived.
-        is_marked = await self._backend.hints.mark_aborted(id_, tenant)
-        is_found = await self._backend.cluster.abort(id_, tenant)
-        return pb.AbortResponse(aborted=is_marked or is_found)
+    # --- what is served ---------------------------------------------------------------------------------------------
 
-    async def GetModel(self, wire: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
-        requests.check_model(wire.model, self._backend.model)
-        return encode.model(self._backend.model, self._backend.cluster.workers())
+    def get_model(self, name: str) -> ModelInfo:
+        """The model that is served; an empty name stands for it. Raises UnknownModel for another."""
+        check_model(name, self.model)
+        return self.model
 
-    async def GetResidency(  # noqa: N802
-        self, wire: pb.GetResidencyRequest, context: Context
-    ) -> pb.GetResidencyResponse:
-        model, mine = self._backend.model, self._backend.cluster.workers()
-        known = {worker.id for worker in mine}
-        workers = [encode.local_worker(worker, model) for worker in mine]
-        for worker_id, holds in sorted((await self._backend.hints.residency()).items()):
-            if worker_id not in known:
-                workers.append(encode.remote_worker(worker_id, holds, model))
-        return pb.GetResidencyResponse(workers=workers)
+    def workers(self) -> Sequence[WorkerPort]:
+        """This router's workers, as last reported."""
+        return self.cluster.workers()
+
+    async def remote_workers(self) -> dict[str, WorkerHolds]:
+        """What other routers report of their workers, by the worker's id."""
+        known = {worker.id for worker in self.cluster.workers()}
+        reported = await self.stores.hints.residency()
+        return {worker_id: holds for worker_id, holds in sorted(reported.items()) if worker_id not in known}

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -33,11 +34,12 @@ from pager.types import (
     Usage,
 )
 from router_service.admission import AdmissionLimits
-from router_service.app import build_backend, close_backend
+from router_service.app import Service, StoreChoice, build_service
 from router_service.ports import Encoded, ModelInfo
 from router_service.prediction import Passes
 from router_service.server import RouterServer
-from router_service.service import Backend
+from router_service.service import Pipeline
+from router_service.ui import Watch
 
 FACTS = RoutingFacts(experts_per_layer=(0, 9, 9), shared_per_layer=(0, 1, 1), top_k_per_layer=(0, 2, 2))
 MODEL = ModelInfo(
@@ -199,39 +201,56 @@ class InProcessCluster:
 class Running:
     cluster: InProcessCluster
     scorer: FirstTokenScorer
-    backend: Backend
+    service: Service
     server: RouterServer
     channel: grpc.aio.Channel
     stub: Any
 
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.service.pipeline
+
+    @property
+    def watch(self) -> Watch:
+        return self.service.watch
+
+    def another_server(self) -> RouterServer:
+        """Of the same pipeline, which does not listen yet."""
+        return RouterServer(self.pipeline, self.service.bounds, self.watch)
+
     def metric(self, name: str, **labels: str) -> float:
-        return self.backend.metrics.registry.get_sample_value(f"expert_pager_router_{name}", labels) or 0.0
+        return self.pipeline.metrics.registry.get_sample_value(f"expert_pager_router_{name}", labels) or 0.0
 
 
 @asynccontextmanager
 async def running_service(
-    cluster: InProcessCluster | None = None, *, redis_url: str | None = None, **choices: Any
+    cluster: InProcessCluster | None = None,
+    *,
+    redis_url: str | None = None,
+    pools_path: Path | None = None,
+    write_timeout_s: float = 30.0,
+    **choices: Any,
 ) -> AsyncIterator[Running]:
     cluster = cluster or InProcessCluster()
     scorer = FirstTokenScorer()
-    backend = build_backend(
-        model=choices.pop("model", MODEL),
-        cluster=cluster,
+    service = build_service(
+        choices.pop("model", MODEL),
+        cluster,
         passes=choices.pop("passes", None) or Passes({"trunk": lambda: scorer}, ("trunk",)),
         encoder=choices.pop("encoder", None) or ByteTokenizer(),
         limits=choices.pop("limits", AdmissionLimits()),
         default_pool=choices.pop("default_pool", PoolPolicy()),
-        redis_url=redis_url,
+        stores=StoreChoice(redis_url, pools_path),
         **choices,
     )
-    server = RouterServer(backend)
+    server = RouterServer(service.pipeline, service.bounds, service.watch, write_timeout_s)
     await server.start("127.0.0.1", 0)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield Running(cluster, scorer, backend, server, channel, pb_grpc.ExpertPagerStub(channel))
+            yield Running(cluster, scorer, service, server, channel, pb_grpc.ExpertPagerStub(channel))
     finally:
         await server.stop()
-        await close_backend(backend)
+        await service.close()
 
 
 @pytest.fixture

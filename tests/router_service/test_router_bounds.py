@@ -251,7 +251,7 @@ async def test_no_request_keeps_the_event_loop(serve, make_cluster, make_worker,
             if held_s > MAX_HELD_S or found != (case.reason, case.field):
                 wrong.append(f"{name}: {found}, {held_s:.3f} s, {error and error.details()}")
         assert not wrong, "\n".join(wrong)
-        assert large.service.backend.admission.num_requests == 0
+        assert large.service.pipeline.admission.num_requests == 0
 
 
 async def test_a_list_of_many_large_pools_does_not_keep_it_either(serve, make_cluster, make_worker, model, tmp_path):
@@ -270,7 +270,7 @@ async def test_a_text_is_tokenized_beside_the_event_loop(serve, make_cluster, ma
     async with large_service(serve, make_cluster, make_worker, model) as large:
         text = (TEXT * (1 << 16))[: 1 << 21]
         call = asyncio.create_task(large.call(f"{PREFIX}Generate", generate(text=text)))
-        while not large.service.backend.admission.num_requests:  # noqa: ASYNC110
+        while not large.service.pipeline.admission.num_requests:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         large.held_s.clear()
         error = await call

@@ -63,7 +63,7 @@ async def test_an_answer_streams_and_ends_with_its_usage(service):
     assert (usage.bytes_from_disk, usage.bytes_from_host, usage.experts_hit, usage.experts_missed) == (5, 7, 11, 13)
     assert (usage.stall_seconds, usage.out_of_pool_mass) == (0.25, 0.125)
     assert (usage.queue_seconds, usage.time_to_first_token_seconds) == (0.5, 0.75)
-    assert usage.model_fingerprint == service.backend.model.fingerprint
+    assert usage.model_fingerprint == service.pipeline.model.fingerprint
     assert usage.pool.num_experts == 6
     assert [len(layer.experts) for layer in usage.pool.layers] == [0, 3, 3]
     # Scores roll by one between the prediction and the prefill: two of three experts are the same.
@@ -222,7 +222,7 @@ async def test_bad_input_is_refused_with_its_field_and_the_next_request_works(se
     assert RetryInfo not in found
     assert service.cluster.received == []
     assert len(await answer(service.stub, text_request())) == 4
-    assert service.backend.admission.num_requests == 0
+    assert service.pipeline.admission.num_requests == 0
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ async def test_who_is_placed_while_another_waits_for_a_store_sees_where_that_one
         await answered.wait()
         return False
 
-    monkeypatch.setattr(service.backend.hints, "is_aborted", is_aborted)
+    monkeypatch.setattr(service.pipeline.stores.hints, "is_aborted", is_aborted)
     await asyncio.gather(answer(service.stub, text_request()), answer(service.stub, text_request()))
     assert sorted(worker for worker, _ in service.cluster.received) == ["w0", "w1"]
 

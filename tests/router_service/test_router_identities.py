@@ -82,7 +82,7 @@ class Counted:
     """Sums of series of a router and a worker, by names without their prefix."""
 
     def __init__(self, service: Any, worker: Worker) -> None:
-        registries = (service.backend.metrics.registry, worker._observer.registry)
+        registries = (service.pipeline.metrics.registry, worker._observer.registry)
         families = [family for registry in registries for family in registry.collect()]
         self._samples = [sample for family in families for sample in family.samples]
 

@@ -25,7 +25,7 @@ async def test_route_gives_scores_pool_and_place_and_generates_nothing(service):
     assert (reply.placement.worker, reply.placement.missing_bytes) == ("w1", 0)
     assert not reply.HasField("observed")
     assert service.cluster.received == []
-    assert service.backend.admission.num_requests == 0
+    assert service.pipeline.admission.num_requests == 0
 
 
 async def test_route_tells_what_a_prefill_chose_before(service):
@@ -103,7 +103,7 @@ async def test_residency_is_a_bitmap_a_layer(service):
 
 
 async def test_the_metrics_can_be_scraped_and_name_no_one(service):
-    server = MetricsServer(service.backend.metrics.registry, "127.0.0.1")
+    server = MetricsServer(service.pipeline.metrics.registry, "127.0.0.1")
     wire = pb.GenerateRequest(
         request_id="secret-id", text=b"abc", sampling=pb.SamplingParams(max_tokens=3), pool=pb.PoolPolicy(count=3)
     )

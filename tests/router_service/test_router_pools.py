@@ -260,7 +260,7 @@ async def test_what_can_not_be_calibrated_is_said(service, fields, field, says):
     assert says in message
     assert details[BadRequest].field_violations[0].field == field
     assert await names(service) == []
-    assert service.backend.admission.num_requests == 0
+    assert service.pipeline.admission.num_requests == 0
 
 
 async def test_calibrating_is_admitted_like_anything_else(serve):
@@ -268,7 +268,7 @@ async def test_calibrating_is_admitted_like_anything_else(serve):
         code, message, _ = await refusal(calibrate(service, "law", *[example(*range(21))] * 2))
         assert (code, "42 tokens" in message) == (grpc.StatusCode.INVALID_ARGUMENT, True)
         await calibrate(service, "law", *[example(*range(20))] * 2)
-        service.backend.admission.close()
+        service.pipeline.admission.close()
         assert (await refusal(calibrate(service, "more")))[0] is grpc.StatusCode.UNAVAILABLE
 
 
@@ -287,7 +287,7 @@ async def test_a_deadline_ends_it_and_keeps_nothing(serve, make_scorer):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await service.stub.Calibrate(wire, timeout=0.5)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        while service.backend.admission.num_requests:  # noqa: ASYNC110 - the server cleans up after the client has gone
+        while service.pipeline.admission.num_requests:  # noqa: ASYNC110 - the server cleans up after the client has gone
             await asyncio.sleep(0.01)
         scorer.held.set()
         assert await names(service) == []

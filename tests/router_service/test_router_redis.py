@@ -389,13 +389,13 @@ async def test_requests_go_on_when_redis_dies_mid_stream(serve, redis):
 
 async def test_a_request_that_ends_with_the_service_gives_its_id_back(serve, redis, redis_client, monkeypatch):
     async with serve(redis_url=redis.url) as service:
-        release = service.backend.hints.release
+        release = service.pipeline.stores.hints.release
 
         async def take_time(request_id: str, tenant: str) -> None:
             await asyncio.sleep(0.2)
             await release(request_id, tenant)
 
-        monkeypatch.setattr(service.backend.hints, "release", take_time)
+        monkeypatch.setattr(service.pipeline.stores.hints, "release", take_time)
         service.cluster.hold[1] = asyncio.Event()
         running = service.stub.Generate(request("held"))
         await running.read()

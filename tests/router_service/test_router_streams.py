@@ -13,8 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pager.errors import DeadlineExceeded, NotReady, PagerError, PortInUse, SlowReader
-from router_service.server import RouterServer
-from router_service.service import SERVICE_NAME
+from router_service.server import SERVICE_NAME
 
 
 def request(request_id: str = "", *, max_tokens: int = 4, **fields) -> pb.GenerateRequest:
@@ -43,7 +42,7 @@ async def until(condition) -> None:
 
 
 def is_idle(service) -> bool:
-    return service.backend.admission.num_requests == 0 and service.backend.admission.num_tokens == 0
+    return service.pipeline.admission.num_requests == 0 and service.pipeline.admission.num_tokens == 0
 
 
 async def test_a_client_that_goes_away_cancels_on_the_worker(service):
@@ -171,7 +170,7 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(service):
     running = service.stub.Generate(request())
     await running.read()
     drained = asyncio.ensure_future(service.server.drain(timeout_s=120))
-    await until(lambda: service.backend.admission._is_closed)
+    await until(lambda: service.pipeline.admission._is_closed)
     error = await failure(service.stub.Generate(request()).read())
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert reason(error) == "NOT_READY"
@@ -192,7 +191,7 @@ async def test_a_drain_has_an_end(service):
     await service.server.cut_off()
     error = await failure(call.read())
     assert (error.code(), reason(error)) == (grpc.StatusCode.UNAVAILABLE, "NOT_READY")
-    assert service.backend.admission.num_requests == 0
+    assert service.pipeline.admission.num_requests == 0
 
 
 async def test_a_worker_that_drains_gets_nothing_and_what_it_refused_goes_elsewhere(service):
@@ -239,11 +238,11 @@ async def test_reflection_names_the_services(service):
 
 
 async def test_a_second_server_does_not_take_the_port(service):
-    second = RouterServer(service.backend)
+    second = service.another_server()
     with pytest.raises(PortInUse, match=str(service.server.port)):
         await second.start("127.0.0.1", service.server.port)
 
 
 async def test_an_address_that_is_not_ours_is_a_config_error(service):
     with pytest.raises(PagerError, match="cannot listen on"):
-        await RouterServer(service.backend).start("203.0.113.1", 0)
+        await service.another_server().start("203.0.113.1", 0)

@@ -19,8 +19,8 @@ from pager.cli.options import ClientTls, PoolAsk
 from pager.cli.remote import Service
 from pager.errors import ConfigError, PagerError, PortInUse
 from pager.types import SamplingParams
-from router_service.server import RouterServer, TlsFiles
-from router_service.service import SERVICE_NAME
+from router_service.server import SERVICE_NAME, RouterServer
+from router_service.tls import TlsFiles
 
 BEGINNING = "-----BEGIN CERTIFICATE-----\nMIIB"
 
@@ -83,7 +83,7 @@ def files(tmp_path):
 
 @asynccontextmanager
 async def listening(service, tls: TlsFiles | None, health_port: int | None = None) -> AsyncIterator[RouterServer]:
-    server = RouterServer(service.backend)
+    server = service.another_server()
     await server.start("127.0.0.1", 0, tls, health_port)
     try:
         yield server
@@ -144,7 +144,7 @@ async def test_a_renewal_that_is_not_complete_changes_nothing(service, files):
 
 async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(service, files, tmp_path, caplog):
     """New connections all the while, and an answer that is open from before the first renewal until after the last."""
-    caplog.set_level("INFO", "router_service.server")
+    caplog.set_level("INFO", "router_service.tls")
     failures: list[str] = []
     num_answers = 0
 
@@ -199,7 +199,7 @@ async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(service
             while not message.HasField("usage"):
                 message = await call.read()
     assert failures == []
-    said = [record.levelname for record in caplog.records if record.name == "router_service.server"]
+    said = [record.levelname for record in caplog.records if record.name == "router_service.tls"]
     assert said.count("INFO") == 3
     # Not one a connection: a state that is like the one before is not said again; a read may fall into a swap.
     assert 3 <= said.count("WARNING") <= 11
@@ -224,7 +224,7 @@ async def test_the_health_port_answers_in_plain_text_and_has_nothing_but_health(
 
 async def test_a_health_port_in_use_is_named(service):
     with pytest.raises(PortInUse, match=r"router\.health_port"):
-        await RouterServer(service.backend).start("127.0.0.1", 0, None, service.server.port)
+        await service.another_server().start("127.0.0.1", 0, None, service.server.port)
 
 
 @pytest.mark.parametrize(

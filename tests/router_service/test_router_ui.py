@@ -223,12 +223,12 @@ async def test_requests_are_followed(service: Any) -> None:
     asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), pool=pb.PoolPolicy(count=2))
     call = service.stub.Generate(asked, metadata=(("x-tenant-id", "acme"),))
     await call.read()
-    (row,) = (await service.backend.watch.state())["pools"]
+    (row,) = (await service.watch.state())["pools"]
     assert (row["tenants"], row["live"], row["answers"], row["is_expected"]) == (1, 1, 0, True)
     event.set()
     while (message := await call.read()) is not grpc.aio.EOF:
         last = message
-    (row,) = (await service.backend.watch.state())["pools"]
+    (row,) = (await service.watch.state())["pools"]
     assert (row["tenants"], row["live"], row["answers"]) == (1, 0, 1)
     assert row["digest"] == last.usage.pool.digest
 

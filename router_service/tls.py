@@ -1,0 +1,123 @@
+"""TLS of the fronts: the operator's PEM files, checked together, and read again when they are renewed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+
+from pager.errors import ConfigError
+from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. With `client_ca`, clients must show a certificate that it has signed."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Raises ConfigError when a file cannot be read or is not PEM, or the key is not the certificate's."""
+        pems = self.read()
+        return grpc.dynamic_ssl_server_credentials(
+            pems.configuration(),
+            _Renewal(self, pems),  # type: ignore[arg-type]  # grpc-stubs does not know that it may return None
+            require_client_authentication=self.client_ca is not None,
+        )
+
+    def read(self) -> _Pems:
+        """What the files hold, which fits together. Raises ConfigError."""
+        roots = _pem(self.client_ca, "router.tls_client_ca") if self.client_ca else None
+        pems = _Pems(_pem(self.key, "router.tls_key"), _pem(self.cert, "router.tls_cert"), roots)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_ciphers("ALL:@SECLEVEL=0")  # how strong a key has to be is the operator's choice
+        try:
+            with _as_file(pems.cert) as cert, _as_file(pems.key) as key:
+                context.load_cert_chain(cert, key, password="")  # else a key that has one is asked for at the terminal
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"router.tls_cert {str(self.cert)!r} and router.tls_key {str(self.key)!r} are no certificate with its "
+                f"key: {_reason(error)}"
+            ) from None
+        if roots is not None:
+            try:
+                with _as_file(roots) as path:
+                    context.load_verify_locations(path)
+            except OSError as error:
+                raise ConfigError(
+                    f"router.tls_client_ca {str(self.client_ca)!r} holds no certificate: {_reason(error)}"
+                ) from None
+        return pems
+
+
+class _Pems(NamedTuple):
+    """The text of the files."""
+
+    key: bytes
+    cert: bytes
+    roots: bytes | None
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self.key, self.cert)], self.roots)
+
+
+class _Renewal:
+    """Called by gRPC at every handshake; owns what is in use, and what was last said of files that cannot be."""
+
+    def __init__(self, files: TlsFiles, used: _Pems) -> None:
+        self._files = files
+        self._used = used
+        self._complaint = ""
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """None keeps what is in use."""
+        try:
+            found = self._files.read()
+        except ConfigError as error:  # halfway through its renewal, perhaps
+            if error.message != self._complaint:
+                log.warning("%s; going on with the certificate as it was", error)
+            self._complaint = error.message
+            return None
+        self._complaint = ""
+        if found == self._used:
+            return None
+        self._used = found
+        log.info("the certificate in router.tls_cert %s was renewed", self._files.cert)
+        return found.configuration()
+
+
+def _pem(path: Path, key: str) -> bytes:
+    try:
+        text = read_bounded(path, MAX_PEM_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{key} {str(path)!r} cannot be read: {reason_of(error)}") from None
+    if b"-----BEGIN " not in text:
+        raise ConfigError(f"{key} {str(path)!r} is not a PEM file")
+    return text
+
+
+@contextmanager
+def _as_file(text: bytes) -> Iterator[str]:
+    """The name of a file in memory, for what reads from files alone: those on disk may be others by now."""
+    file = os.memfd_create("pem")
+    try:
+        os.write(file, text)
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None)
+    return reason.replace("_", " ").lower() if isinstance(reason, str) else "what is there is cut off or damaged"

@@ -15,7 +15,8 @@ from tokenizers.models import BPE
 from pager.cache.pager import CacheOptions, CacheStats, ExpertPager
 from pager.cluster.views import ModelView
 from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver
-from pager.config import ServiceConfig, WorkerConfig
+from pager.config import ModelConfig, ServiceConfig, WorkerConfig
+from pager.engine import attention
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
 from pager.engine.paged_model import PagedModel, load_paged_model
@@ -24,6 +25,7 @@ from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
 from pager.memory.machine import resolve_device
 from pager.memory.plan import Budgets, describe
+from pager.models.trunk import OpenModel
 from pager.observe.worker import TierBytes
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey, PagingTotals
@@ -33,6 +35,7 @@ PAGE_IN_POLL_S = 0.02
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
     """Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
+    check_attention(config.model)
     workers = config.workers
     torch.set_num_threads(num_threads := int(os.environ["OMP_NUM_THREADS"]))
     return_freed_memory()
@@ -68,6 +71,13 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         page_in=lambda experts, timeout_s: page_in(paged.pager, experts, timeout_s),
         close=paged.close,
     )
+
+
+def check_attention(model: ModelConfig) -> None:
+    """Raises UnsupportedModel for a model that the engine cannot attend to, before anything of it is loaded."""
+    opened = OpenModel.open(model.path, model.dtype)
+    with opened.checkpoint:
+        attention.check(opened.config)
 
 
 def page_in(pager: ExpertPager, experts: Experts, timeout_s: float) -> None:

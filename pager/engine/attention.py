@@ -6,21 +6,36 @@ D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 
-from pager.engine.kv import KvCache
-from pager.errors import UnsupportedModel
+import pager.models  # noqa: F401 - registers the models this project adds
+from pager.engine.kv import KvCache, heads_of
+from pager.errors import PagerError, UnsupportedModel
+from pager.models.trial import AttentionCall, try_forward
+from pager.reading import one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 NAME = "expert_pager_blocks"
+
+_PLAIN_KINDS = frozenset({"full_attention", "sliding_attention"})
+"""Entries of a config's `layer_types` whose attention is as its arguments say."""
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position", "dropout", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits",
+        "position_ids", "return_dict", "sliding_window", "use_cache",
+    }
+)  # fmt: skip
+"""Arguments that change nothing here: no training, positions are in the keys already, and `check` saw the window."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,12 +63,15 @@ def attend(
     scaling: float | None = None,
     kv_step: KvStep | None = None,
     on_layer: Callable[[], None] | None = None,
-    **_: object,
+    **arguments: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] → ([B, S, H, D], None).
 
-    `on_layer` is called first, before the layer writes anything; what it raises leaves the forward.
+    `on_layer` is called first, before the layer writes anything; what it raises leaves the forward. Raises
+    UnsupportedModel for an argument that it would have to leave out of account, which `check` looks for at the start.
     """
+    if attention_mask is not None or not arguments.keys() <= _WITHOUT_EFFECT:
+        _refuse_arguments(module, attention_mask, arguments)
     assert kv_step is not None, "a model set up for the engine runs through its ModelRunner only"
     if on_layer is not None:
         on_layer()
@@ -73,6 +91,13 @@ def attend(
     some = zip(query.split(rows), kv_step.read_BC.split(rows), kv_step.mask.split(rows), strict=True)
     parts = [_attend_one_token(q, *cache.gather(layer, read_BC), mask, scaling) for q, read_BC, mask in some]
     return torch.cat(parts), None
+
+
+def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, arguments: Mapping[str, object]) -> None:
+    unknown = [name for name, value in arguments.items() if name not in _WITHOUT_EFFECT and value is not None]
+    if mask is not None or unknown:
+        what = f"the argument {unknown[0]}" if unknown else "a mask of its own"
+        raise UnsupportedModel(f"layer {module.layer_idx} attends with {what}, which is not supported by the service")
 
 
 def _attend_prompt(
@@ -108,23 +133,76 @@ def _attend_one_token(
 
 
 def install(model: PreTrainedModel) -> None:
-    """Makes `model` attend over blocks. Raises UnsupportedModel where a layer's attention is not plainly causal.
+    """Makes `model` attend over blocks. Raises UnsupportedModel as `check` does.
 
     No mask function is registered under the name: transformers then builds no mask, as it does for other engines'
     attention.
     """
-    _refuse_sliding_windows(model.config)
+    check(model.config)
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise UnsupportedModel(f"{type(model).__name__} does not attend through transformers' attention interface")
 
 
-def _refuse_sliding_windows(config: PretrainedConfig) -> None:
-    window = getattr(config, "sliding_window", None)
-    is_used = getattr(config, "use_sliding_window", True)
-    if window is not None and is_used and window < config.max_position_embeddings:
-        raise UnsupportedModel(
-            f"{config.model_type} with a sliding window of {window} tokens is not supported; set sliding_window to "
-            f"null in its config.json if it was trained without one"
+def check(config: PretrainedConfig) -> None:
+    """Raises UnsupportedModel, which names the layer, unless every layer attends as `attend` does: to all that came
+    before, with keys and values of one shape, and with no argument that would be left out of account.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(deepcopy(config)).eval()
+        _refuse_other_mixers(model)
+        _check_calls(try_forward(model).attention, config)
+    except PagerError:
+        raise
+    except Exception as error:  # what a family needs beyond this interface, a mask for one, fails in its own way
+        raise _refused(config, f"it does not run without transformers' own attention ({one_line(error)})") from error
+
+
+def _check_calls(calls: Sequence[AttentionCall], config: PretrainedConfig) -> None:
+    by_layer = {call.layer: call for call in calls}
+    for layer in range(config.num_hidden_layers):
+        if layer not in by_layer:
+            raise _refused(config, f"layer {layer} does not attend through transformers' attention interface")
+        if reason := _foreign(by_layer[layer], config):
+            raise _refused(config, f"layer {layer} attends {reason}")
+    if len(calls) != config.num_hidden_layers:
+        raise _refused(config, f"{len(calls)} attentions in {config.num_hidden_layers} layers")
+
+
+def _refuse_other_mixers(model: PreTrainedModel) -> None:
+    """Layers that hand something from token to token by other ways than keys and values."""
+    config = model.config
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in _PLAIN_KINDS:
+            raise _refused(config, f"layer {layer} is of the kind {kind!r}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.conv._ConvNd):
+            raise _refused(config, f"{name} is a convolution, which keeps a state of its own for each request")
+
+
+def _foreign(call: AttentionCall, config: PretrainedConfig) -> str | None:
+    """How the call asks for more than `attend` does; None where it does not."""
+    window = call.arguments.get("sliding_window")
+    if window is not None and int(str(window)) < config.max_position_embeddings:
+        return (
+            f"with a sliding window of {window} tokens; set sliding_window to null in its config.json if it was "
+            "trained without one"
         )
+    if call.key != call.value or call.key != heads_of(config):
+        keys, values, expected = (f"{heads} of {width}" for heads, width in (call.key, call.value, heads_of(config)))
+        return f"with keys in heads of another shape than its config says: {keys}, values {values}, not {expected}"
+    if call.query[1] != call.key[1] or call.query[0] % call.key[0]:
+        return f"with {call.query[0]} query heads of {call.query[1]} for {call.key[0]} of {call.key[1]}"
+    if call.arguments.get("is_causal", True) is not True:
+        return "to what comes after a token too"
+    if call.has_mask:
+        return "with a mask of its own"
+    unknown = sorted(call.arguments.keys() - _WITHOUT_EFFECT - {"scaling"})
+    return f"with the argument {unknown[0]}" if unknown else None
+
+
+def _refused(config: PretrainedConfig, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{config.model_type} is not supported by the service: {why}. pager.load_model runs the families it knows as "
+        "transformers does"
+    )

@@ -1,11 +1,14 @@
 """The runner over KV blocks against transformers' own generate, on small random models of every family."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -17,10 +20,16 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import pager.models  # noqa: F401  (registers EMO)
+from pager.cluster.loading import load_engine
+from pager.cluster.worker import WorkerObserver
+from pager.config import ModelConfig, ServiceConfig
+from pager.engine import attention
 from pager.engine.kv import BlockPool, KvCache
+from pager.engine.paged_model import load_paged_model
 from pager.engine.runner import DecodeBatch, ModelRunner, RowStart
-from pager.errors import UnsupportedModel
+from pager.errors import CheckpointError, UnsupportedModel
 from pager.models.emo import EmoConfig, EmoForCausalLM
+from pager.store.checkpoint import SINGLE_NAME
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -128,8 +137,50 @@ def test_a_rope_type_that_nothing_is_known_about_is_refused(monkeypatch: pytest.
         ModelRunner(model, cache, CPU)
 
 
-def test_a_sliding_window_is_refused() -> None:
-    config = MixtralConfig(**SMALL, num_local_experts=4, sliding_window=32)
-    cache = KvCache(config, 1, torch.float32, CPU)
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a sliding window": ("mixtral", {"sliding_window": 32}, r"layer 0 attends with a sliding window of 32 tokens"),
+    "sinks": ("gpt_oss", {"sliding_window": 1 << 20}, r"layer 0 attends with the argument s_aux"),
+    "latent heads": (
+        "deepseek_v3",
+        {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "n_group": 1},
+        r"layer 0 attends with keys in heads of another shape .*4 of 16, values 4 of 8",
+    ),
+    "linear attention": ("qwen3_next", {"num_experts": 4}, r"layer 0 is of the kind 'linear_attention'"),
+    "a convolution": ("lfm2_moe", {"layer_types": ["full_attention", "conv"]}, r"layer 1 is of the kind 'conv'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_service_cannot_attend_to_is_refused_by_layer_and_argument(what: str) -> None:
+    model_type, fields, message = REFUSED[what]
+    config = AutoConfig.for_model(model_type, **{**SMALL, **fields})
+    with pytest.raises(UnsupportedModel, match=message) as caught:
+        attention.check(config)
+    assert caught.value.message.startswith(f"{model_type} is not supported by the service: ")
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "emo"])
+def test_plain_attention_passes_the_check(family: str) -> None:
+    config = small_model(family).config
+    attention.check(config)
+    attention.check(AutoConfig.for_model("mixtral", **SMALL, sliding_window=SMALL["max_position_embeddings"]))
+
+
+def test_an_argument_that_attention_would_leave_out_is_refused_when_it_comes() -> None:
+    model = small_model("olmoe")
+    runner = ModelRunner(model, KvCache(model.config, 1, torch.float32, CPU), CPU)
+    layer = model.model.layers[1].self_attn
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: own(*args, s_aux=torch.zeros(4), **kwargs)
+    with pytest.raises(UnsupportedModel, match="layer 1 attends with the argument s_aux"):
+        runner.prefill([1, 2, 3], [0])
+
+
+def test_attention_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, sliding_window=32)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, tmp_path / SINGLE_NAME)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        load_paged_model(tmp_path)
     with pytest.raises(UnsupportedModel, match="sliding window of 32"):
-        ModelRunner(MixtralForCausalLM(config), cache, CPU)
+        load_engine(ServiceConfig(model=ModelConfig(path=str(tmp_path))), lambda _: None, WorkerObserver(), None)

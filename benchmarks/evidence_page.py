@@ -24,11 +24,11 @@ def page(emo: Measured, std: Measured, claims: Sequence[Claim], drift: str | Non
         "brackets the central 95 % of resamples of the documents; what compares two things resamples both together. "
         f"A promise is judged by the mean; where one rise is held against another, less than {LEAST_RISE:g} counts as "
         "that much.",
-        "## What must hold",
+        "## Claims and verdicts",
         f"{len(claims) - short} of {len(claims)} hold.",
         _claims(claims),
         "That every selection method gives the scores and sets that the authors' code gives is a test: "
-        "`tests/routing/` and `tests/engine/`.",
+        "`tests/library/test_library_probe.py` and `tests/models/test_emo_picking.py`.",
         "## Rise of the loss by method and size",
         "![rise](evidence/rise.png)",
         f"On {len(emo.main.subject.texts)} documents (50 and 6.25 % in the plot on {len(emo.side.subject.texts)}):",
@@ -36,16 +36,16 @@ def page(emo: Measured, std: Measured, claims: Sequence[Claim], drift: str | Non
         f"Other sizes, on {len(emo.side.subject.texts)} of the documents:",
         rise_table([emo.side, std.side]),
         _methods(emo.main),
-        "## What it saves",
+        "## Memory and reads saved",
         "Experts in memory, and what a cache of just that size reads from one document to the next when domains come "
         "mixed (least recently used goes first).",
         "![paging](evidence/paging.png)",
         _memory(emo),
-        "## A size for every layer",
+        "## Pool sizes chosen by layer",
         "The same bytes, shared out over the layers by where they bring most gate mass into the pool "
         f"(`{BY_LAYER}`), against as many experts in every layer; {len(emo.layered.subject.texts)} documents.",
         rise_table([emo.layered, std.layered]),
-        "## Routing-only passes",
+        "## Predictors",
         _passes([emo, std]),
         "## Domains",
         "![domains](evidence/domains-emo-tiny.png)",

@@ -62,7 +62,7 @@ def catalogue() -> str:
     router = router_families(("those configured", OTHER_TENANTS))
     parts = (("Worker", "", WORKER_FAMILIES), ("Router", "", router), ("Replay", _REPLAY, REPLAY_FAMILIES))
     tables = "".join(f"\n## {title}\n\n{text}{_table(families)}\n" for title, text, families in parts)
-    return f"{_INTRO}{tables}\n## What adds up\n\n{_IDENTITIES}"
+    return f"{_INTRO}{tables}\n## Identities between counters\n\n{_IDENTITIES}"
 
 
 def _table(families: Iterable[Family]) -> str:

@@ -77,7 +77,8 @@ def test_a_page_is_made_of_what_was_measured(corpus: Path, two_models: list[Path
     assert all(any(words in says for words in fitted) for says in unmeasured)
     text = page(found[0], found[1], claims, None, "make evidence")
     assert all(
-        f"## {title}" in text for title in ("What must hold", "What it saves", "A size for every layer", "Domains")
+        f"## {title}" in text
+        for title in ("Claims and verdicts", "Memory and reads saved", "Pool sizes chosen by layer", "Domains")
     )
     assert text.count("| trunk |") == 0
     assert "| emo-tiny: trunk |" in text

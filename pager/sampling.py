@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 
 from pager.errors import InvalidRequest
-from pager.types import SamplingParams
+from pager.types import GrammarKind, SamplingParams
 
 MAX_TEMPERATURE = 100.0
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**64 - 1
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKENS = 64
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_LOGPROBS = 20
+MAX_GRAMMAR_BYTES = 64 * 2**10
+MAX_PROMPT_LOGPROBS = 2**19
+"""Numbers that a request may have reported of its prompt: tokens times one more than the alternatives to each."""
 
 
 def check_sampling(params: SamplingParams) -> None:
@@ -25,6 +34,40 @@ def check_sampling(params: SamplingParams) -> None:
     if params.seed is not None:
         _check_integer("seed", params.seed, 0, MAX_SEED)
     _check_stops(params.stop)
+    _check_number("min_p", params.min_p, 0.0, 1.0, "0 restricts nothing")
+    _check_number("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY, "0 changes nothing")
+    _check_number("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY, "0 changes nothing")
+    _check_number("repetition_penalty", params.repetition_penalty, 0.0, MAX_REPETITION_PENALTY, "1 changes nothing")
+    if params.repetition_penalty == 0:
+        raise _refusal("repetition_penalty", params.repetition_penalty, "must lie above 0; 1 changes nothing")
+    _check_integer("min_tokens", params.min_tokens, 0, MAX_TOKENS)
+    if params.min_tokens > params.max_tokens:
+        raise _refusal("min_tokens", params.min_tokens, f"must not exceed max_tokens, which is {params.max_tokens}")
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(params, name)
+        if wanted is not None:
+            _check_integer(name, wanted, 0, MAX_LOGPROBS)
+    _check_tokens(params)
+    _check_grammar(params)
+
+
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Raises InvalidRequest for a token id that the model does not have."""
+    named = (("logit_bias", [token_id for token_id, _ in params.logit_bias]), ("stop_token_ids", params.stop_token_ids))
+    for name, ids in named:
+        if ids and max(ids) >= vocab_size:
+            raise _refusal(name, max(ids), f"is not in the vocabulary of {vocab_size} tokens")
+
+
+def check_prompt_logprobs(params: SamplingParams, prompt_tokens: int) -> None:
+    """Raises InvalidRequest for more numbers than a request may have reported of its prompt."""
+    wanted = params.prompt_logprobs
+    if wanted is not None and prompt_tokens * (1 + wanted) > MAX_PROMPT_LOGPROBS:
+        most = MAX_PROMPT_LOGPROBS // prompt_tokens - 1
+        rule = f"for a prompt of {prompt_tokens} tokens at most {most} alternatives to each are reported"
+        if most < 0:
+            rule = f"log-probabilities are reported of prompts of up to {MAX_PROMPT_LOGPROBS} tokens"
+        raise _refusal("prompt_logprobs", wanted, rule)
 
 
 def _check_number(name: str, value: float, least: float, most: float, hint: str) -> None:
@@ -49,6 +92,42 @@ def _check_stops(stops: tuple[str, ...]) -> None:
         if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
             length = len(stop) if isinstance(stop, str) else type(stop).__name__
             raise _refusal("stop", length, f"each stop string has 1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def _check_tokens(params: SamplingParams) -> None:
+    if len(params.stop_token_ids) > MAX_STOP_TOKENS:
+        raise _refusal(
+            "stop_token_ids", len(params.stop_token_ids), f"ids are too many; give at most {MAX_STOP_TOKENS}"
+        )
+    for token_id in params.stop_token_ids:
+        _check_integer("stop_token_ids", token_id, 0, MAX_TOKENS)
+    if len(params.logit_bias) > MAX_BIASED_TOKENS:
+        raise _refusal("logit_bias", len(params.logit_bias), f"ids are too many; give at most {MAX_BIASED_TOKENS}")
+    for token_id, bias in params.logit_bias:
+        _check_integer("logit_bias", token_id, 0, MAX_TOKENS)
+        _check_number("logit_bias", bias, -MAX_BIAS, MAX_BIAS, "0 changes nothing")
+    if len({token_id for token_id, _ in params.logit_bias}) < len(params.logit_bias):
+        raise _refusal("logit_bias", len(params.logit_bias), "a token id may have one bias")
+
+
+def _check_grammar(params: SamplingParams) -> None:
+    """The text of a grammar is the user's: errors do not repeat it."""
+    grammar = params.grammar
+    if grammar is None:
+        return
+    name, num_bytes = grammar.kind.value, len(grammar.text.encode(errors="replace"))
+    if grammar.kind is not GrammarKind.JSON_OBJECT and not num_bytes:
+        raise _refusal(name, grammar.text, "is empty; leave it out for an answer without a grammar")
+    if num_bytes > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(
+            f"sampling.{name} has {num_bytes} bytes; a grammar has at most {MAX_GRAMMAR_BYTES}",
+            field=f"sampling.{name}",
+        )
+    if params.ignore_eos:
+        raise InvalidRequest(
+            f"sampling.{name} and ignore_eos exclude each other: an answer ends when its grammar is complete",
+            field="sampling.ignore_eos",
+        )
 
 
 def _refusal(name: str, value: object, rule: str) -> InvalidRequest:

@@ -196,9 +196,28 @@ class PoolPolicy:
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
+class GrammarKind(StrEnum):
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"  # any; its text is empty
+    REGEX = "regex"
+    EBNF = "ebnf"  # GBNF, with a rule named root
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an answer has to be, as a whole."""
+
+    kind: GrammarKind
+    text: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` restrict nothing."""
+    """How the next token is drawn and what is reported of it. `temperature == 0` is greedy.
+
+    The defaults restrict, change and report nothing. Presence and frequency penalties count the tokens of the answer,
+    the repetition penalty those of the prompt, too. `logprobs` is a number of alternatives; None reports none at all.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -207,6 +226,16 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # by token id, each once
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,10 +331,25 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's natural log-probability, and those of the likeliest tokens in its place, likeliest first.
+
+    They are of the distribution that the model gives with the experts it may use, before anything is done to it.
+    """
+
+    token_id: int
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenChunk:
     """A piece of an answer. The last chunk of a stream carries `usage` (and possibly the last text).
 
-    `tenant` is whose request it is, since ids are a tenant's own; empty at a client.
+    `tenant` is whose request it is, since ids are a tenant's own; empty at a client. Where they were asked for,
+    `logprobs` has an entry for each of `token_ids`, and the chunks before the first token bring those of the prompt,
+    from its second token on.
     """
 
     request_id: str
@@ -313,3 +357,5 @@ class TokenChunk:
     text: str
     usage: Usage | None = None
     tenant: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

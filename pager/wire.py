@@ -31,6 +31,8 @@ from pager.types import (
     FinishReason,
     Full,
     GenerateRequest,
+    Grammar,
+    GrammarKind,
     Mass,
     PoolPolicy,
     PoolSize,
@@ -38,6 +40,7 @@ from pager.types import (
     SamplingParams,
     Share,
     TokenChunk,
+    TokenLogprobs,
     Usage,
 )
 
@@ -71,6 +74,11 @@ _USAGE = {
     "time_to_first_token_s": "time_to_first_token_seconds",
     "model_fingerprint": "model_fingerprint",
 }
+
+# The fields of sampling parameters that are named alike and hold the same plain value, or a sequence of them.
+_REPEATED = ("stop", "stop_token_ids")
+_SAMPLING = tuple(field.name for field in fields(SamplingParams) if field.name not in ("logit_bias", "grammar"))
+_DEFAULT_SAMPLING = SamplingParams()
 
 
 # --- pools ----------------------------------------------------------------------------------------------------------
@@ -167,22 +175,40 @@ def decode_drift(message: pb.PoolPolicy) -> DriftPolicy | None:
 
 
 def encode_sampling(sampling: SamplingParams) -> pb.SamplingParams:
-    return pb.SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seed=sampling.seed,
-        stop=sampling.stop,
-        ignore_eos=sampling.ignore_eos,
-    )
+    """Sampling parameters, without those that have their default, but for `max_tokens`, which a service may choose."""
+    given = {name: getattr(sampling, name) for name in _SAMPLING}
+    changed = {name: value for name, value in given.items() if value != getattr(_DEFAULT_SAMPLING, name)}
+    message = pb.SamplingParams(**changed, logit_bias=dict(sampling.logit_bias))
+    message.max_tokens = sampling.max_tokens
+    if sampling.grammar is not None:
+        kind, text = sampling.grammar.kind, sampling.grammar.text
+        setattr(message, kind.value, True if kind is GrammarKind.JSON_OBJECT else text)
+    return message
 
 
 def decode_sampling(message: pb.SamplingParams) -> SamplingParams:
     """Sampling parameters, with the defaults of `SamplingParams` for absent fields."""
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-    given = {name: getattr(message, name) for name in names if message.HasField(name)}
-    return SamplingParams(**given, stop=tuple(message.stop), ignore_eos=message.ignore_eos)
+    given: dict[str, Any] = {
+        name: tuple(value) if name in _REPEATED else value
+        for name in _SAMPLING
+        if (value := optional(message, name)) is not None
+    }
+    bias = tuple(sorted(message.logit_bias.items()))
+    return SamplingParams(**given, logit_bias=bias, grammar=_decode_grammar(message))
+
+
+def _decode_grammar(message: pb.SamplingParams) -> Grammar | None:
+    name = message.WhichOneof("grammar")
+    if name is None:
+        return None
+    kind = GrammarKind(name)
+    if kind is not GrammarKind.JSON_OBJECT:
+        return Grammar(kind, getattr(message, name))
+    if not message.json_object:
+        raise InvalidRequest(
+            "sampling.json_object = false: leave it out for an answer without a grammar", field="sampling.json_object"
+        )
+    return Grammar(kind)
 
 
 def encode_request(request: GenerateRequest, ticket: int) -> worker_pb2.Submit:
@@ -230,23 +256,51 @@ def decode_request(message: worker_pb2.Submit) -> GenerateRequest:
 
 def encode_response(chunk: TokenChunk) -> pb.GenerateResponse:
     usage = None if chunk.usage is None else encode_usage(chunk.usage)
-    return pb.GenerateResponse(request_id=chunk.request_id, text=chunk.text, token_ids=chunk.token_ids, usage=usage)
+    message = pb.GenerateResponse(request_id=chunk.request_id, text=chunk.text, token_ids=chunk.token_ids, usage=usage)
+    _set_logprobs(message, chunk)
+    return message
 
 
 def decode_response(message: pb.GenerateResponse) -> TokenChunk:
     usage = decode_usage(message.usage) if message.HasField("usage") else None
-    return TokenChunk(message.request_id, tuple(message.token_ids), message.text, usage)
+    return TokenChunk(message.request_id, tuple(message.token_ids), message.text, usage, **_logprobs(message))
 
 
 def encode_chunk(chunk: TokenChunk, ticket: int) -> worker_pb2.Chunk:
     """A chunk on its way from a worker to a router, where the ticket stands for the request's id."""
     usage = None if chunk.usage is None else encode_usage(chunk.usage)
-    return worker_pb2.Chunk(ticket=ticket, token_ids=chunk.token_ids, text=chunk.text, usage=usage)
+    message = worker_pb2.Chunk(ticket=ticket, token_ids=chunk.token_ids, text=chunk.text, usage=usage)
+    _set_logprobs(message, chunk)
+    return message
 
 
 def decode_chunk(message: worker_pb2.Chunk, request: GenerateRequest) -> TokenChunk:
     usage = decode_usage(message.usage) if message.HasField("usage") else None
-    return TokenChunk(request.id, tuple(message.token_ids), message.text, usage, request.tenant)
+    return TokenChunk(request.id, tuple(message.token_ids), message.text, usage, request.tenant, **_logprobs(message))
+
+
+def _set_logprobs(message: pb.GenerateResponse | worker_pb2.Chunk, chunk: TokenChunk) -> None:
+    """Costs next to nothing for a chunk without any."""
+    for tokens, to in ((chunk.logprobs, message.logprobs), (chunk.prompt_logprobs, message.prompt_logprobs)):
+        for token in tokens:
+            to.add(
+                token_id=token.token_id,
+                logprob=token.logprob,
+                top_ids=token.top_ids,
+                top_logprobs=token.top_logprobs,
+            )
+
+
+def _logprobs(message: pb.GenerateResponse | worker_pb2.Chunk) -> dict[str, Any]:
+    """The fields of a chunk that hold log-probabilities, where the message has any."""
+    return {
+        name: tuple(
+            TokenLogprobs(token.token_id, token.logprob, tuple(token.top_ids), tuple(token.top_logprobs))
+            for token in tokens
+        )
+        for name, tokens in (("logprobs", message.logprobs), ("prompt_logprobs", message.prompt_logprobs))
+        if tokens
+    }
 
 
 def encode_account(account: Account) -> worker_pb2.Account:

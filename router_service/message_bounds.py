@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from pager.errors import InvalidRequest, PagerError, PromptTooLong
 from pager.memory.units import format_bytes
 from pager.pools.named import MAX_EXAMPLES
+from pager.sampling import MAX_GRAMMAR_BYTES
 from router_service.ports import ModelInfo
 
 MAX_MESSAGE_BYTES = 8 * 2**20
@@ -29,7 +30,7 @@ CORE_METADATA_BYTES = 64 * 2**10
 MAX_METADATA_BYTES = 16 * 2**10
 MAX_FIELDS = 256  # at the top level; the most that is ever needed are the examples of Calibrate
 MAX_OTHER_BYTES = 64 * 2**10  # all fields without a bound of their own: ids, names, what newer clients know
-_MAX_SAMPLING_BYTES = 32 * 2**10
+_MAX_SAMPLING_BYTES = 64 * 2**10 + MAX_GRAMMAR_BYTES
 _POOL_HEADER_BYTES = 4 * 2**10
 _NUMBER_BYTES = 11  # one number of a list, in the longest encoding that is still legal
 _LAYER_BYTES = 24

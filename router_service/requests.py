@@ -15,7 +15,7 @@ from pager.errors import InvalidRequest, PromptTooLong, UnknownModel, UnknownPoo
 from pager.pools.drift import check_can_drift, check_drift
 from pager.pools.named import check_example, check_name, check_num_examples
 from pager.pools.pick import check_pool, check_pool_size, largest_counts
-from pager.sampling import check_sampling
+from pager.sampling import check_prompt_logprobs, check_sampling, check_vocabulary
 from pager.types import (
     Bytes,
     Count,
@@ -32,6 +32,7 @@ from pager.types import (
     SamplingParams,
     Share,
 )
+from pager.wire import decode_sampling
 from router_service.message_bounds import field_of
 from router_service.pools import PoolStore
 from router_service.ports import ModelInfo
@@ -224,7 +225,7 @@ def id_in(data: bytes) -> str:
 def ask(id_: str, request: pb.GenerateRequest, model: ModelInfo, default_pool: PoolPolicy) -> Ask:
     """Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
     check_model(request.model, model)
-    wanted = sampling(request.sampling)
+    wanted = sampling(request.sampling, model)
     return Ask(
         id=id_,
         prompt=prompt(request, model),
@@ -343,14 +344,11 @@ def in_vocabulary(ids: tuple[int, ...], model: ModelInfo, field: str) -> tuple[i
     return ids
 
 
-def sampling(wire: pb.SamplingParams) -> SamplingParams:
-    given = {
-        name: getattr(wire, name)
-        for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")
-        if wire.HasField(name)
-    }
-    params = SamplingParams(**given, stop=tuple(wire.stop), ignore_eos=wire.ignore_eos)
+def sampling(wire: pb.SamplingParams, model: ModelInfo) -> SamplingParams:
+    """Raises InvalidRequest."""
+    params = decode_sampling(wire)
     check_sampling(params)
+    check_vocabulary(params, model.vocab_size)
     return params
 
 
@@ -419,6 +417,7 @@ class Intake:
 
     def _sampling(self, ask: Ask, prompt_tokens: int) -> SamplingParams:
         limit = self._model.token_limit
+        check_prompt_logprobs(ask.sampling, prompt_tokens)
         wanted = ask.sampling.max_tokens
         if prompt_tokens + wanted <= limit:
             return ask.sampling
@@ -428,4 +427,6 @@ class Intake:
                 f"ask for at most {limit - prompt_tokens}",
                 field="sampling.max_tokens",
             )
-        return replace(ask.sampling, max_tokens=limit - prompt_tokens)
+        shortened = replace(ask.sampling, max_tokens=limit - prompt_tokens)
+        check_sampling(shortened)
+        return shortened

@@ -30,12 +30,15 @@ from pager.types import (
     FinishReason,
     Full,
     GenerateRequest,
+    Grammar,
+    GrammarKind,
     Mass,
     PoolPolicy,
     PoolSource,
     SamplingParams,
     Share,
     TokenChunk,
+    TokenLogprobs,
     Usage,
 )
 
@@ -70,6 +73,18 @@ requests = st.builds(
         seed=st.none() | st.integers(-(2**63), 2**63 - 1),
         stop=st.lists(st.text(max_size=4), max_size=3).map(tuple),
         ignore_eos=st.booleans(),
+        min_p=finite,
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+        repetition_penalty=finite,
+        logit_bias=st.dictionaries(counts, st.floats(-100, 100), max_size=3).map(lambda d: tuple(sorted(d.items()))),
+        min_tokens=counts,
+        stop_token_ids=st.lists(counts, max_size=3).map(tuple),
+        logprobs=st.none() | counts,
+        prompt_logprobs=st.none() | counts,
+        grammar=st.none()
+        | st.just(Grammar(GrammarKind.JSON_OBJECT))
+        | st.builds(Grammar, st.sampled_from(sorted({*GrammarKind} - {GrammarKind.JSON_OBJECT})), st.text(max_size=4)),
     ),
     pool=st.builds(
         PoolPolicy, size=sizes, source=st.sampled_from(PoolSource), fixed=st.none() | pools, drift=st.none() | drifts
@@ -97,6 +112,26 @@ usages = st.builds(
     model_fingerprint=st.text(max_size=8),
     drift=st.none() | reports,
 )
+single = st.floats(-100, 0, width=32)
+logprobs = st.lists(
+    st.builds(
+        TokenLogprobs,
+        counts,
+        single,
+        st.lists(counts, max_size=3).map(tuple),
+        st.lists(single, max_size=3).map(tuple),
+    ),
+    max_size=3,
+).map(tuple)
+chunks = st.builds(
+    TokenChunk,
+    st.text(),
+    st.lists(counts).map(tuple),
+    st.text(),
+    st.none() | usages,
+    logprobs=logprobs,
+    prompt_logprobs=logprobs,
+)
 
 
 @given(requests)
@@ -118,7 +153,7 @@ def test_what_is_left_of_a_deadline_survives_on_another_clock(monkeypatch: pytes
     assert found.deadline_s == pytest.approx(clock_s + 5)
 
 
-@given(st.builds(TokenChunk, st.text(), st.lists(counts).map(tuple), st.text(), st.none() | usages), requests)
+@given(chunks, requests)
 def test_a_chunk_survives(chunk: TokenChunk, request: GenerateRequest) -> None:
     chunk = replace(chunk, request_id=request.id, tenant=request.tenant)
     data = wire.encode_chunk(chunk, 7).SerializeToString()
@@ -156,10 +191,21 @@ def test_a_bitmap_holds_exactly_its_experts(experts: set[int]) -> None:
     assert {e for e in range(256) if bitmap >> e & 1} == experts
 
 
-@given(st.builds(TokenChunk, st.text(), st.lists(counts).map(tuple), st.text(), st.none() | usages))
+@given(chunks)
 def test_a_client_reads_what_a_router_sends(chunk: TokenChunk) -> None:
     data = wire.encode_response(chunk).SerializeToString()
     assert wire.decode_response(public.GenerateResponse.FromString(data)) == chunk
+
+
+def test_no_field_of_sampling_parameters_is_left_out() -> None:
+    grammars = {field.name for field in public.SamplingParams.DESCRIPTOR.oneofs_by_name["grammar"].fields}
+    assert grammars == set(GrammarKind)
+    fields = {*public.SamplingParams.DESCRIPTOR.fields_by_name} - grammars
+    assert fields == {field.name for field in dataclasses.fields(SamplingParams)} - {"grammar"}
+
+
+def test_sampling_parameters_that_are_not_used_cost_no_byte() -> None:
+    assert wire.encode_sampling(SamplingParams(max_tokens=1)).ByteSize() == 2
 
 
 def test_no_field_of_a_usage_is_left_out() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,10 +19,20 @@ from pager.engine.runner import Check, DecodeBatch, GroupGraph, ModelRunner, Rec
 from pager.engine.sampler import NOT_FINITE, Sampler
 from pager.errors import ENDS_THE_PROCESS, Cancelled, NotReady, PagerError
 from pager.pools.document import DocumentRouting, StepRouting
+from pager.types import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
-Outcome = int | PagerError
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A sequence's next token; with its log-probability where the sequence wants that."""
+
+    id: int
+    logprobs: TokenLogprobs | None = None
+
+
+Outcome = Token | PagerError
 """A sequence's next token, or why it can have none."""
 
 
@@ -63,15 +73,24 @@ class Decoder:
         """
         start, prompt = sequence.num_prefilled, sequence.request.prompt_token_ids
         token_ids = prompt[start : start + num_tokens]
+        end, num_top = start + len(token_ids), sequence.request.sampling.prompt_logprobs
         try:
-            with self._timed(), self._paged.step([_document(sequence)], prefill=True, meanwhile=meanwhile):
+            with (
+                self._timed(),
+                self._paged.step([_document(sequence)], prefill=True, meanwhile=meanwhile),
+                self._runner.keeping_hidden() if num_top is not None else nullcontext() as kept,
+            ):
                 logits_1V = self._runner.prefill(
                     token_ids, sequence.blocks, start, prompt_tokens=len(prompt), check=check
                 )
-            sequence.num_prefilled += len(token_ids)
-            if sequence.num_prefilled < len(prompt):
+                if kept is not None and num_top is not None:
+                    found = self._runner.prompt_logprobs(kept, logits_1V, prompt[start + 1 : end + 1], num_top)
+                    sequence.prompt_logprobs += found
+            sequence.num_prefilled = end
+            if end < len(prompt):
                 return None
-            return self._outcome(Sampler([sequence.draw], self._runner.device).sample(logits_1V).tolist()[0])
+            sampler = Sampler([sequence.draw], self._runner.device)
+            return _outcomes(sampler, sampler.sample(logits_1V).tolist(), logits_1V)[0]
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
@@ -116,10 +135,11 @@ class Decoder:
 
     def _run(self, group: _Group, meanwhile: Meanwhile | None, check: Check | None) -> list[Outcome]:
         batch, sampler = group.batch, group.sampler
+        logits_BV: torch.Tensor | None = None
         with self._paged.step(group.documents, meanwhile=meanwhile) as routing:
             with self._timed():
                 padded = replay = None
-                if self._recorder.is_on and meanwhile is None and routing.is_steady:
+                if self._recorder.is_on and meanwhile is None and routing.is_steady and sampler.is_recordable:
                     padded = self._runner.padded_context(batch)
                     replay = self._replay(group, routing, padded)
                 if replay is None:
@@ -129,11 +149,11 @@ class Decoder:
                     token_B = replay()
                     routing.replayed()
                     batch.count_step()
-            if replay is None:
+            if logits_BV is not None:
                 token_B = sampler.sample(logits_BV)
                 batch.advance(token_B)
         self.num_decode_forwards += 1
-        return [self._outcome(token_id) for token_id in token_B.tolist()]
+        return _outcomes(sampler, token_B.tolist(), logits_BV)
 
     def _replay(self, group: _Group, routing: StepRouting, padded_context: int) -> Step | None:
         """The step as a graph, where the group has one by now."""
@@ -175,12 +195,6 @@ class Decoder:
             sampler=Sampler([sequence.draw for sequence in sequences], self._runner.device),
         )
 
-    @staticmethod
-    def _outcome(token_id: int) -> Outcome:
-        if token_id == NOT_FINITE:
-            return PagerError("the model gave a logit that is not a finite number; the checkpoint may be damaged")
-        return token_id
-
 
 @torch.inference_mode()
 def device_step(runner: ModelRunner, batch: DecodeBatch, sampler: Sampler, padded_context: int) -> torch.Tensor:
@@ -188,6 +202,19 @@ def device_step(runner: ModelRunner, batch: DecodeBatch, sampler: Sampler, padde
     token_B = sampler.pick(runner.decode(batch, padded_context))
     batch.feed(token_B)
     return token_B
+
+
+def _outcomes(sampler: Sampler, token_ids: list[int], logits_BV: torch.Tensor | None) -> list[Outcome]:
+    """`logits_BV` None: of a step whose sampler reports nothing."""
+    logprobs = {} if logits_BV is None else sampler.logprobs(logits_BV, token_ids)
+    return [
+        _no_distribution() if token_id == NOT_FINITE else Token(token_id, logprobs.get(row))
+        for row, token_id in enumerate(token_ids)
+    ]
+
+
+def _no_distribution() -> PagerError:
+    return PagerError("the model gave a logit that is not a finite number; the checkpoint may be damaged")
 
 
 def _document(sequence: Request) -> DocumentRouting:

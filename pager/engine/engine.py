@@ -104,7 +104,7 @@ class Engine:
                 self._clock.check(self.status().waiting, left_s)
             deadline_s = request.deadline_s
         with panics_as_errors():
-            sequence = Request(request, self._texts, now_s, deadline_s)
+            sequence = Request(request, self._texts, now_s, deadline_s, self._eos_ids)
         if sequence.policy.fixed is not None:
             check_pool(sequence.policy.fixed, self._paged.facts)
         self._paged.slots_needed(sequence.policy)
@@ -370,6 +370,9 @@ class Engine:
         with self._long_forward([sequence]):
             outcome = self._decoder.prefill(sequence, num_tokens, meanwhile=self._meanwhile, check=self._check)
         self._num_tokens += sequence.num_prefilled - num_before  # none where it was left, or failed
+        for part in sequence.take_prompt_logprobs():
+            tenant = sequence.request.tenant
+            self._events.append(TokenChunk(sequence.request.id, (), "", None, tenant, prompt_logprobs=part))
         outcome = sequence.fate or outcome
         if outcome is None:
             return
@@ -388,9 +391,10 @@ class Engine:
             return
         if not sequence.output_ids:
             self._observer.first_token(now_s - sequence.submitted_s)
-        text, reason = sequence.accept(outcome, self._eos_ids, now_s)
+        text, reason = sequence.accept(outcome.id, now_s)
         usage = None if reason is None else self._account(sequence, reason)
-        chunk = TokenChunk(sequence.request.id, (outcome,), text, usage, sequence.request.tenant)
+        logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
+        chunk = TokenChunk(sequence.request.id, (outcome.id,), text, usage, sequence.request.tenant, logprobs)
         if reason is not None:
             self._end(sequence, reason.value)
         self._events.append(chunk)

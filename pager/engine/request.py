@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ from pager.cache.lease import Lease
 from pager.cache.stats import Tier, TierReads, UsageMeter
 from pager.engine.detokenizer import Detokenizer, StopMatcher, TokenTexts
 from pager.engine.kv import BlockPool
+from pager.engine.logits import Context
 from pager.engine.paged_model import PagedModel
 from pager.engine.runner import RowStart
 from pager.engine.sampler import Draw
@@ -19,7 +20,9 @@ from pager.errors import InvalidRequest, PagerError
 from pager.observe import tracing
 from pager.pools.document import DocumentRouting
 from pager.pools.widening import answer_drift, make_change
-from pager.types import Account, AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, Usage
+from pager.types import Account, AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, TokenLogprobs, Usage
+
+LOGPROBS_A_CHUNK = 1024  # of the prompt: 300 KB with all the alternatives that there may be
 
 
 def record_spans(sequence: Request, outcome: str) -> None:
@@ -54,7 +57,15 @@ class Request:
     It waits, then holds KV blocks, a lease and a document until it ends.
     """
 
-    def __init__(self, request: GenerateRequest, texts: TokenTexts, now_s: float, deadline_s: float) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        texts: TokenTexts,
+        now_s: float,
+        deadline_s: float,
+        eos_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        sampling = request.sampling
         self.request = request
         self.policy = effective_policy(request)
         self.submitted_s = now_s
@@ -64,19 +75,21 @@ class Request:
         self.prefill_started_s = math.nan
         self.first_token_s = math.nan
         self.last_token_s = math.nan
-        self.draw = Draw(request.sampling)
+        self.output_ids: list[int] = []
+        self.end_ids = (frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids)
+        self.draw = Draw(sampling, Context(sampling, request.prompt_token_ids, self.output_ids, self.end_ids))
         self.blocks: Ordered[int] = ()
         self.lease: Lease | None = None
         self.document: DocumentRouting | None = None
         self.num_prefilled = 0
-        self.output_ids: list[int] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []  # that nobody has taken yet
         self.has_ended = False
         self.fate: PagerError | None = None  # what it ends with once the forward that it is in has been left
         self._meter = UsageMeter()
         self._is_prefetched = False
         self._awaits_slots_since_s = math.nan
         self._detokenizer = Detokenizer(texts, request.prompt_token_ids)
-        self._stops = StopMatcher(request.sampling.stop)
+        self._stops = StopMatcher(sampling.stop)
 
     @property
     def kv_tokens(self) -> int:
@@ -174,14 +187,14 @@ class Request:
         position = len(self.request.prompt_token_ids) + len(self.output_ids) - 1
         return RowStart(self.blocks, self.output_ids[-1], position)
 
-    def accept(self, token_id: int, eos_ids: Container[int], now_s: float) -> tuple[str, FinishReason | None]:
+    def accept(self, token_id: int, now_s: float) -> tuple[str, FinishReason | None]:
         """Takes the next token: the text that may be shown now, and why the answer ends here, if it does."""
         self.output_ids.append(token_id)
         if len(self.output_ids) == 1:
             self.first_token_s = now_s
         self.last_token_s = now_s
         sampling = self.request.sampling
-        if token_id in eos_ids and not sampling.ignore_eos:
+        if token_id in self.end_ids:
             return self._rest(), FinishReason.STOP
         text = self._stops.feed(self._detokenizer.feed(token_id))
         if self._stops.is_stopped:
@@ -190,6 +203,12 @@ class Request:
             text += self._rest()
             return text, FinishReason.STOP if self._stops.is_stopped else FinishReason.LENGTH
         return text, None
+
+    def take_prompt_logprobs(self) -> Iterator[tuple[TokenLogprobs, ...]]:
+        """What is known of the prompt's tokens and was not taken before, in parts that fit into a message."""
+        taken, self.prompt_logprobs = self.prompt_logprobs, []
+        for start in range(0, len(taken), LOGPROBS_A_CHUNK):
+            yield tuple(taken[start : start + LOGPROBS_A_CHUNK])
 
     def account(self, paged: PagedModel) -> Account:
         """What it has used. It is about to end: what is read for it later is charged to nobody."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from transformers import PreTrainedModel
 from pager.engine import attention, rotary
 from pager.engine.attention import KvStep
 from pager.engine.kv import KvCache, token_slots
+from pager.engine.logits import logprobs_of
+from pager.errors import UnsupportedModel
+from pager.types import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +172,8 @@ class ModelRunner:
         self._rotary = rotary.install(model)
         self.num_layers_run = 0
         self._model: Callable[..., object] = model
+        self._base = model.base_model
+        self._head = model.get_output_embeddings()
         self._cache = cache
         self.device = device
 
@@ -193,6 +200,39 @@ class ModelRunner:
         step = KvStep(self._cache, slots_C[num_past:], read_1C, mask_SC)
         token_1S = torch.tensor([token_ids], device=self.device)
         return self._forward(token_1S, position_S[None], step, prompt_tokens=prompt_tokens, check=check)
+
+    @contextmanager
+    def keeping_hidden(self) -> Iterator[list[Tensor]]:
+        """Of a forward inside, the last hidden states [1, S, D] of all its tokens: the list's last one afterwards."""
+        kept: list[Tensor] = []
+
+        def keep(_: object, __: object, output: Any) -> None:
+            kept[:] = [output.last_hidden_state]  # of the forward that ends last: others may run within it
+
+        hook = self._base.register_forward_hook(keep)
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    @torch.inference_mode()
+    def prompt_logprobs(
+        self, kept: Sequence[Tensor], logits_1V: Tensor, next_ids: Sequence[int], num_top: int
+    ) -> list[TokenLogprobs]:
+        """Of `next_ids`, which follow the tokens of a forward that gave `logits_1V` and whose hidden states were kept.
+
+        Logits are made for some of the tokens at a time: as many as fit into what the layers have left of memory.
+        Raises UnsupportedModel where the model does more with its head's output than return it.
+        """
+        hidden_SD = kept[0][0]
+        if not torch.allclose(self._head(hidden_SD[-1:]).float(), logits_1V.float(), rtol=1e-2, atol=1e-2):
+            raise UnsupportedModel("this model changes what its head gives, so that logits of its prompt are not known")
+        num_tokens = max(4, min(256, 2 * hidden_SD.shape[1] * len(hidden_SD) // logits_1V.shape[1]))
+        found: list[TokenLogprobs] = []
+        for start in range(0, len(next_ids), num_tokens):
+            ids = next_ids[start : start + num_tokens]
+            found += logprobs_of(self._head(hidden_SD[start : start + len(ids)]), ids, [num_top] * len(ids))
+        return found
 
     def padded_context(self, batch: DecodeBatch) -> int:
         """What to `decode` with where a step is to have the shapes of the last one."""

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from pager.engine.request import Request
 from pager.errors import DeadlineExceeded, DuplicateRequest, InvalidRequest, NotReady, Overloaded, PromptTooLong
-from pager.sampling import check_sampling
+from pager.sampling import check_prompt_logprobs, check_sampling, check_vocabulary
 from pager.types import GenerateRequest
 
 
@@ -26,6 +26,10 @@ class Intake:
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest or PromptTooLong. Pools are checked by who reserves them."""
         check_sampling(request.sampling)
+        check_vocabulary(request.sampling, self.vocab_size)
+        if request.sampling.grammar is not None:
+            field = f"sampling.{request.sampling.grammar.kind}"
+            raise InvalidRequest("this worker does not hold answers to a grammar; leave it out", field=field)
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
         for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
@@ -34,6 +38,7 @@ class Intake:
                     f"token id {token_id} is outside the vocabulary of {self.vocab_size}", field="prompt"
                 )
         prompt, answer = len(request.prompt_token_ids), request.sampling.max_tokens
+        check_prompt_logprobs(request.sampling, prompt)
         if prompt + answer > self.context_tokens:
             raise PromptTooLong(
                 f"{prompt} prompt tokens and max_tokens {answer} are {prompt + answer}, more than the context of "

@@ -120,8 +120,10 @@ class _Shapes:
         return 2 * self.num_heads * self.head_dim * self.item if is_grouped else 0
 
     def draw_bytes(self) -> int:
-        """A row whose token is drawn under top-p: logits, sorted ones and their ids, and float64 for the rest."""
-        per_token = 2 * self.item + 2 * FP32 + 2 * (FP32 + INT64) + 6 * 8 + 2
+        """A row whose token is drawn under top-p: logits, as they came and as they were changed, with a grammar's mask;
+        sorted ones and their ids, and float64 for the rest.
+        """
+        per_token = 2 * self.item + 3 * FP32 + 3 + 2 * (FP32 + INT64) + 6 * 8 + 2
         return self.vocabulary * per_token
 
     def cpu_bytes(self, num_readers: int) -> int:

@@ -4,12 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pager.engine.sampler import NOT_FINITE, Draw, Sampler
 from pager.errors import InvalidRequest
 from pager.sampling import check_sampling
-from pager.types import SamplingParams
+from pager.types import Grammar, GrammarKind, SamplingParams
 
 CPU = torch.device("cpu")
 
@@ -26,6 +32,8 @@ def warped_probabilities(logits_V: torch.Tensor, params: SamplingParams) -> torc
         warpers.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
         warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        warpers.append(MinPLogitsWarper(params.min_p))
     return warpers(torch.zeros(1, 1, dtype=torch.long), logits_V[None])[0].softmax(dim=-1)
 
 
@@ -37,6 +45,8 @@ def warped_probabilities(logits_V: torch.Tensor, params: SamplingParams) -> torc
         SamplingParams(temperature=1.3, top_k=5, seed=3),
         SamplingParams(temperature=1.0, top_p=0.8, seed=4),
         SamplingParams(temperature=0.7, top_k=12, top_p=0.9, seed=5),
+        SamplingParams(temperature=1.2, min_p=0.1, seed=6),
+        SamplingParams(temperature=0.8, top_k=12, top_p=0.95, min_p=0.05, seed=7),
     ],
 )
 def test_draws_follow_the_distribution_that_transformers_warpers_leave(params: SamplingParams) -> None:
@@ -105,10 +115,29 @@ def test_a_row_without_a_distribution_is_named_and_spoils_no_other(poison: float
         (SamplingParams(stop=("",)), "stop"),
         (SamplingParams(stop=("x" * 257,)), "stop"),
         (SamplingParams(stop=("x",) * 17), "stop"),
+        (SamplingParams(min_p=1.1), "min_p"),
+        (SamplingParams(min_p=math.nan), "min_p"),
+        (SamplingParams(presence_penalty=2.1), "presence_penalty"),
+        (SamplingParams(frequency_penalty=-2.1), "frequency_penalty"),
+        (SamplingParams(repetition_penalty=0.0), "repetition_penalty"),
+        (SamplingParams(repetition_penalty=math.inf), "repetition_penalty"),
+        (SamplingParams(min_tokens=-1), "min_tokens"),
+        (SamplingParams(max_tokens=4, min_tokens=5), "min_tokens"),
+        (SamplingParams(logit_bias=((1, 101.0),)), "logit_bias"),
+        (SamplingParams(logit_bias=((-1, 1.0),)), "logit_bias"),
+        (SamplingParams(logit_bias=((1, 1.0), (1, 2.0))), "logit_bias"),
+        (SamplingParams(logit_bias=tuple((each, 1.0) for each in range(1025))), "logit_bias"),
+        (SamplingParams(stop_token_ids=(-1,)), "stop_token_ids"),
+        (SamplingParams(stop_token_ids=tuple(range(65))), "stop_token_ids"),
+        (SamplingParams(logprobs=21), "logprobs"),
+        (SamplingParams(prompt_logprobs=-1), "prompt_logprobs"),
+        (SamplingParams(grammar=Grammar(GrammarKind.REGEX)), "regex"),
+        (SamplingParams(grammar=Grammar(GrammarKind.EBNF, "x" * 65537)), "ebnf"),
+        (SamplingParams(grammar=Grammar(GrammarKind.JSON_OBJECT), ignore_eos=True), "ignore_eos"),
     ],
 )
 def test_illegal_parameters_are_refused_by_name(params: SamplingParams, field: str) -> None:
-    with pytest.raises(InvalidRequest, match=rf"sampling\.{field}") as caught:
+    with pytest.raises(InvalidRequest, match=field) as caught:
         check_sampling(params)
     assert caught.value.field == f"sampling.{field}"
 

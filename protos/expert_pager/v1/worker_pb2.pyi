@@ -64,16 +64,20 @@ class Step(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("ticket", "token_ids", "text", "usage")
+    __slots__ = ("ticket", "token_ids", "text", "usage", "logprobs", "prompt_logprobs")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
     usage: _expert_pager_pb2.Usage
-    def __init__(self, ticket: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[_expert_pager_pb2.Usage, _Mapping]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[_expert_pager_pb2.TokenLogprobs]
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_expert_pager_pb2.TokenLogprobs]
+    def __init__(self, ticket: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[_expert_pager_pb2.Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("ticket", "error", "refused", "account")

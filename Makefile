@@ -30,7 +30,7 @@ OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
 	@echo "make test    run all tests, then the model-level ones on transformers $(OLDEST_TRANSFORMERS)"
-	@echo "make test-fast  the tests that start no service, a minute"
+	@echo "make test-fast  the tests that start no service and no program, two minutes at most"
 	@echo "make check   ruff, mypy, import-linter, the documentation site"
 	@echo "make site    build the documentation into build/site; make docs writes docs/metrics.md and docs/service.example.toml again"
 	@echo "make bench   measure on this machine, 30 minutes; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"
@@ -54,10 +54,9 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/python -m demo $(MODEL)
 
-# What needs no service: no Ray, Redis, browser, Prometheus or kubectl, and a minute on two cores.
+# What needs no Ray, Redis, browser, Prometheus or kubectl and takes no seconds by itself: under two minutes on two cores.
 test-fast: $(INSTALLED)
-	$(RUN_TESTS) tests/test_wire.py tests/cache tests/config tests/memory tests/models tests/pools tests/predict tests/reading \
-		tests/store $(PYTEST_ARGS)
+	$(RUN_TESTS) -m "not (ray or redis or browser or tools or gpu or slow)" $(PYTEST_ARGS)
 
 test: test-all test-oldest
 	@echo "make test: all passed"

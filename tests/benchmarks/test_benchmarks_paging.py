@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="page cache and memory are looked at through Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="page cache and memory are looked at through Linux"),
+]
 
 
 def run(program: str, *arguments: str | Path) -> str:

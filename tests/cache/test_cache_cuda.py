@@ -12,7 +12,7 @@ from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
 from pager.types import ExpertKey
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 

@@ -9,8 +9,7 @@ import os
 import resource
 import stat
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from pager.cache.trace import Access, Trace, TraceHeader, TraceRecorder, read_tr
 from pager.errors import ConfigError
 from pager.lab.replay import replay_all
 from pager.types import ExpertKey
+from tests.support.waiting import until
 
 HEADER = TraceHeader("f" * 32, 24576, (4, 4, 4))
 HEADER_LINE = json.dumps(
@@ -50,13 +50,6 @@ class Counts:
         with self._lock:
             self.written += written
             self.lost += lost
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 @contextmanager

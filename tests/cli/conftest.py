@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,30 +16,25 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from pager.cli import main
+from tests.support.processes import command, environment
 
-ROOT = Path(__file__).parents[2]
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCAB = 3, 9, 32, 16, 260
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pager.cli", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("EXPERT_PAGER_")}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
-    return own | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-
-
 @pytest.fixture(scope="session")
-def process() -> Run:
+def process(new_process: None) -> Run:
     """Runs `expert-pager ARGUMENTS` as a process, to its end."""
 
     def process(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(*arguments), env=environment(), input=stdin, capture_output=True, text=True, timeout=120
+            command(*arguments),
+            env=environment({"OMP_NUM_THREADS": "1", "COLUMNS": "120"}),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     return process

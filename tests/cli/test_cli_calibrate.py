@@ -179,11 +179,11 @@ def test_bytes_and_drift_in_this_process(run: Run, checkpoint: Path) -> None:
 
 
 @pytest.fixture
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def redis_url(redis_server: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """At a path, which nobody else takes as they may a port."""
     folder = tmp_path_factory.mktemp("redis")  # a socket's path is short
     path = str(folder / "socket")
-    command = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", str(folder)]
+    command = [str(redis_server), "--port", "0", "--unixsocket", path, "--save", "", "--dir", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while True:
             with socket.socket(socket.AF_UNIX) as probe:

@@ -49,7 +49,7 @@ def serving(checkpoint: Path, log: Path, *options: str) -> Iterator[tuple[subpro
 
 
 @pytest.fixture(scope="module")
-def service(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def service(ray_runtime: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     log = tmp_path_factory.mktemp("serve") / "log"
     options = ("--dtype", "float32", "--expert-memory", "50%", "--pool", "4", "--name", "tiny")
     with serving(checkpoint, log, *options) as (process, ready):

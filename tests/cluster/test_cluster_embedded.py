@@ -129,7 +129,7 @@ class Embedded:
 
 
 @pytest.fixture
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Embedded]]:
+def start(ray_runtime: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Embedded]]:
     started: list[Embedded] = []
 
     def make(**env: str) -> Embedded:

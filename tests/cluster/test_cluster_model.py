@@ -6,7 +6,7 @@ import itertools
 import os
 import signal
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psutil
@@ -36,6 +36,7 @@ from pager.types import (
     TokenChunk,
     Usage,
 )
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -53,7 +54,7 @@ EXPERT_BYTES = 3 * 64 * 32 * 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[RaySession]:
+def session(ray_runtime: None) -> Iterator[RaySession]:
     session = RaySession.open(None, NAMESPACE)
     yield session
     session.close()
@@ -62,7 +63,7 @@ def session() -> Iterator[RaySession]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(session: RaySession) -> AsyncIterator[Cluster]:
     cluster = await Cluster.connect(CONFIG)
-    await until(lambda: all(view.state is WorkerState.READY for view in cluster.workers()))
+    await eventually(lambda: all(view.state is WorkerState.READY for view in cluster.workers()))
     assert len(segments()) == 2, "records and their index"
     yield cluster
     await cluster.close()
@@ -99,12 +100,6 @@ def tokens_in_process() -> dict[str, list[int]]:
         events.clear()
     paged.close()
     return found
-
-
-async def until(condition: Callable[[], object], seconds: float = 180) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is awaited happens in other processes
-            await asyncio.sleep(0.01)
 
 
 def segments() -> list[Path]:
@@ -182,22 +177,22 @@ async def test_a_kill_in_the_middle_of_answers_leaves_nothing_behind(cluster: Cl
                     begun.add(client)
 
         clients = [asyncio.create_task(ask(client)) for client in range(3)]
-        await until(lambda: len(begun) == len(clients))
+        await eventually(lambda: len(begun) == len(clients))
         os.kill(pid, signal.SIGKILL)
         restarts = cluster.workers()[0].num_restarts
         async with asyncio.timeout(60):
             ends = await asyncio.gather(*clients, return_exceptions=True)
         assert all(isinstance(end, WorkerLost) and end.retry_after_s for end in ends)
         assert cluster.workers()[0].num_restarts == restarts, "they waited for another worker"
-        await until(lambda: cluster.workers()[0].state is not WorkerState.READY)
+        await eventually(lambda: cluster.workers()[0].state is not WorkerState.READY)
         assert await answer(cluster, "worker-1", REQUESTS[0])
-        await until(lambda: cluster.workers()[0].state is WorkerState.READY)
+        await eventually(lambda: cluster.workers()[0].state is WorkerState.READY)
         assert await answer(cluster, "worker-0", REQUESTS[0]) == await answer(cluster, "worker-1", REQUESTS[0])
 
     await kill()  # what is made once is made now
     fds, processes, shared = me.num_fds(), len(me.children(recursive=True)), segments()
     await kill()
-    await until(lambda: me.num_fds() <= fds and len(me.children(recursive=True)) <= processes)
+    await eventually(lambda: me.num_fds() <= fds and len(me.children(recursive=True)) <= processes)
     assert segments() == shared
     for view in cluster.workers():
         assert view.metrics_address is not None

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pager.cache.host_index import HostIndex, HostState
 from pager.cluster.node import NodeControl
 from pager.errors import BudgetError, ConfigError
 from pager.types import ExpertKey
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 RECORD_BYTES = 3 * 8 * 4 * 4
@@ -50,13 +50,6 @@ def start_worker(node: NodeControl) -> Iterator[Callable[[str], subprocess.Popen
     for process in started:
         process.kill()
         process.wait()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def segments(namespace: str) -> list[Path]:

@@ -45,7 +45,7 @@ def free_ports(count: int) -> int:
 
 
 @pytest.fixture
-def node_for_one() -> Iterator[None]:
+def node_for_one(ray_runtime: None) -> Iterator[None]:
     """A Ray node that takes one worker."""
     folder = tempfile.mkdtemp(prefix="ray-")
     start_embedded(

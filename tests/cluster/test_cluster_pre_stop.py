@@ -7,8 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -23,6 +22,8 @@ from pager.cluster.views import WorkerState
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import NotReady, WorkerLost
 from pager.types import Count, GenerateRequest, PoolPolicy, SamplingParams
+from tests.support.processes import has_ended, worker_pids
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 DRAIN = ROOT / "deploy" / "docker" / "bin" / "expert-pager-worker-drain"
@@ -40,7 +41,7 @@ NUM_TOKENS, NUM_CLIENTS = 200, 3
 
 
 @pytest.fixture
-def pods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def pods(ray_runtime: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A node that takes no worker, where the driver is, and one at each address of PODS."""
     # A cluster's, not one that an embedded Ray of an earlier test has kept to the loopback: `ray` on a node looks for
     # 127.0.0.1 at the address that others see.
@@ -66,33 +67,11 @@ def pods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(180):
-        while not condition():  # noqa: ASYNC110 - what is awaited happens in other processes
-            await asyncio.sleep(0.05)
-
-
 def address_of(pid: int) -> str:
     """Of the node whose raylet is the process's parent."""
     words = psutil.Process(pid).parent().cmdline()
     (address,) = [word.partition("=")[2] for word in words if word.startswith("--node_ip_address=")]
     return address
-
-
-def worker_pids() -> list[int]:
-    found = []
-    for each in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended since
-            if "".join(each.cmdline()[:1]).startswith("ray::WorkerActor"):
-                found.append(each.pid)
-    return found
-
-
-def has_ended(pid: int) -> bool:
-    """A process that its raylet has not waited for yet has ended, too."""
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 class Load:
@@ -129,7 +108,7 @@ async def test_a_pods_end_loses_no_token_and_its_worker_starts_elsewhere():
         (pid,) = worker_pids()
         leaving = address_of(pid)
         load = Load(cluster)
-        await until(lambda: load.num_tokens)
+        await eventually(lambda: load.num_tokens)
         env = os.environ | {"POD_IP": leaving, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         pre_stop = await asyncio.create_subprocess_exec(sys.executable, DRAIN, "150", env=env, stderr=subprocess.PIPE)
         await load.ended()
@@ -139,7 +118,7 @@ async def test_a_pods_end_loses_no_token_and_its_worker_starts_elsewhere():
         assert "may place another worker" not in said.decode()
         assert pre_stop.returncode == 0
         assert has_ended(pid)
-        await until(lambda: cluster.workers()[0].state is WorkerState.READY and worker_pids())
+        await eventually(lambda: cluster.workers()[0].state is WorkerState.READY and worker_pids())
         (pid,) = worker_pids()
         assert {leaving, address_of(pid)} == set(PODS)
     finally:

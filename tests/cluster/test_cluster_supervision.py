@@ -41,6 +41,8 @@ from pager.types import (
     TokenChunk,
     Usage,
 )
+from tests.support.processes import worker_pids
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -200,7 +202,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[RaySession]:
+def session(ray_runtime: None) -> Iterator[RaySession]:
     session = RaySession.open(None, "tests")
     yield session
     session.close()
@@ -234,24 +236,8 @@ async def answer(cluster: Cluster, worker: str, request: GenerateRequest) -> lis
     return [chunk async for chunk in cluster.generate(worker, request)]
 
 
-async def until(condition: Callable[[], object], seconds: float = 180) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is awaited happens in other processes
-            await asyncio.sleep(0.01)
-
-
 def ready(cluster: Cluster) -> list[str]:
     return [view.id for view in cluster.workers() if view.state is WorkerState.READY]
-
-
-def worker_pids() -> set[int]:
-    """Of the worker actors below this process."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "WorkerActor" in process.name() + " ".join(process.cmdline()):
-                found.add(process.pid)
-    return found
 
 
 def pid_of(chunks: list[TokenChunk]) -> int:
@@ -260,7 +246,7 @@ def pid_of(chunks: list[TokenChunk]) -> int:
 
 async def test_two_workers_answer_at_the_same_time_and_say_what_they_are(tmp_path: Path) -> None:
     async with cluster(config(tmp_path, count=2)) as both:
-        await until(lambda: ready(both) == ["worker-0", "worker-1"])
+        await eventually(lambda: ready(both) == ["worker-0", "worker-1"])
         asked = [answer(both, f"worker-{index % 2}", request(str(index), 20)) for index in range(8)]
         answers = await asyncio.gather(*asked)
         assert all([chunk.text for chunk in chunks] == ["piece "] * 19 + ["end"] for chunks in answers)
@@ -283,11 +269,11 @@ def _get(url: str) -> str:
 
 async def test_a_killed_worker_fails_its_streams_at_once_and_comes_back(tmp_path: Path) -> None:
     async with cluster(config(tmp_path, count=2)) as both:
-        await until(lambda: len(ready(both)) == 2)
+        await eventually(lambda: len(ready(both)) == 2)
         pid = pid_of(await answer(both, "worker-0", request("who")))
         lost = [asyncio.create_task(answer(both, "worker-0", request(f"l{index}", 10**6))) for index in range(3)]
         kept = asyncio.create_task(answer(both, "worker-1", request("kept", 400)))
-        await until(lambda: both.workers()[0].running == 3)
+        await eventually(lambda: both.workers()[0].running == 3)
         os.kill(pid, signal.SIGKILL)
         async with asyncio.timeout(60):
             outcomes = await asyncio.gather(*lost, return_exceptions=True)
@@ -296,7 +282,7 @@ async def test_a_killed_worker_fails_its_streams_at_once_and_comes_back(tmp_path
         with pytest.raises(WorkerLost):
             await answer(both, "worker-0", request("too early"))
         assert (await kept)[-1].usage is not None
-        await until(lambda: both.workers()[0].state is WorkerState.READY)
+        await eventually(lambda: both.workers()[0].state is WorkerState.READY)
         assert both.workers()[0].num_restarts == 1
         again = await answer(both, "worker-0", request("l0"))
         assert pid_of(again) != pid
@@ -342,8 +328,8 @@ async def test_kills_leave_no_files_processes_or_sockets_behind(tmp_path: Path) 
 
         async def kill_and_wait(pid: int) -> int:
             os.kill(pid, signal.SIGKILL)
-            await until(lambda: ready(one) == [])
-            await until(lambda: ready(one) == ["worker-0"])
+            await eventually(lambda: ready(one) == [])
+            await eventually(lambda: ready(one) == ["worker-0"])
             return pid_of(await answer(one, "worker-0", request("a")))
 
         pid = await kill_and_wait(pid)  # the first one warms up what is made once
@@ -351,7 +337,7 @@ async def test_kills_leave_no_files_processes_or_sockets_behind(tmp_path: Path) 
         before = held()
         for _ in range(3):
             pid = await kill_and_wait(pid)
-        await until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
+        await eventually(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
 
 
 async def test_a_step_without_progress_is_noticed_and_the_worker_replaced(tmp_path: Path) -> None:
@@ -364,9 +350,9 @@ async def test_a_step_without_progress_is_noticed_and_the_worker_replaced(tmp_pa
             await asyncio.wait_for(stuck, 120)
         states.append(one.workers()[0].state)
         assert states == [WorkerState.HUNG]
-        await until(lambda: ready(one) == ["worker-0"])
+        await eventually(lambda: ready(one) == ["worker-0"])
         assert pid_of(await answer(one, "worker-0", request("who"))) != pid
-        await until(lambda: not psutil.pid_exists(pid))  # its raylet looks after the dead, when it has time
+        await eventually(lambda: not psutil.pid_exists(pid))  # its raylet looks after the dead, when it has time
 
 
 def node_control(namespace: str) -> Any:
@@ -375,12 +361,12 @@ def node_control(namespace: str) -> Any:
 
 async def test_what_a_killed_worker_held_of_the_host_tier_is_given_back(tmp_path: Path) -> None:
     async with cluster(config(tmp_path, count=2, host_memory="1MiB")) as both:
-        await until(lambda: len(ready(both)) == 2)
+        await eventually(lambda: len(ready(both)) == 2)
         node = node_control(tmp_path.name)
         assert await node.host_bytes.remote() == (4 * RECORD_BYTES, 4 * RECORD_BYTES)
         os.kill(pid_of(await answer(both, "worker-0", request("who"))), signal.SIGKILL)
-        await until(lambda: ready(both) == ["worker-1"])
-        await until(lambda: len(ready(both)) == 2)
+        await eventually(lambda: ready(both) == ["worker-1"])
+        await eventually(lambda: len(ready(both)) == 2)
         # What it had written stays for others, and is nobody's; its next life holds two of its own.
         assert await node.host_bytes.remote() == (5 * RECORD_BYTES, 4 * RECORD_BYTES)
 
@@ -392,8 +378,8 @@ async def test_a_node_without_a_host_tier_has_a_control_actor_too_and_gets_anoth
         await asyncio.to_thread(ray.kill, node)
         pid = pid_of(await answer(one, "worker-0", request("goes on")))
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: ready(one) == [])
-        await until(lambda: ready(one) == ["worker-0"])
+        await eventually(lambda: ready(one) == [])
+        await eventually(lambda: ready(one) == ["worker-0"])
         assert await node_control(tmp_path.name).host_bytes.remote() == (0, 0)
         assert pid_of(await answer(one, "worker-0", request("goes on"))) != pid
 
@@ -410,7 +396,7 @@ async def test_a_second_router_shares_the_workers_and_outlives_neither_of_them(t
             )
             assert pid_of(here) == pid_of(there)
             running = asyncio.create_task(answer(first, "worker-0", request("mine", 10**6, tenant="me")))
-            await until(lambda: first.workers()[0].running == 1)
+            await eventually(lambda: first.workers()[0].running == 1)
             with pytest.raises(DuplicateRequest):
                 await answer(second, "worker-0", request("mine"))
             assert not await second.abort("mine", "somebody else")
@@ -420,8 +406,8 @@ async def test_a_second_router_shares_the_workers_and_outlives_neither_of_them(t
             assert not await second.abort("mine", "me")
 
             os.kill(pid_of(there), signal.SIGKILL)  # both see it come back
-            await until(lambda: ready(first) == [] and ready(second) == [])
-            await until(lambda: ready(first) == ready(second) == ["worker-0"])
+            await eventually(lambda: ready(first) == [] and ready(second) == [])
+            await eventually(lambda: ready(first) == ready(second) == ["worker-0"])
             assert (await answer(second, "worker-0", request("c")))[-1].usage is not None
         finally:
             await second.close()
@@ -433,11 +419,11 @@ async def test_requests_of_a_router_that_goes_are_cancelled(tmp_path: Path) -> N
     async with cluster(settings) as first:
         second = await Cluster.connect(replace(settings, workers=replace(settings.workers, count=0)))
         orphan = asyncio.create_task(answer(second, "worker-0", request("orphan", 10**6)))
-        await until(lambda: first.workers()[0].running == 1)
+        await eventually(lambda: first.workers()[0].running == 1)
         await second.close()
         with pytest.raises(WorkerLost):
             await orphan
-        await until(lambda: first.workers()[0].running == 0)
+        await eventually(lambda: first.workers()[0].running == 0)
 
 
 SECOND_ROUTER = """
@@ -468,11 +454,11 @@ async def test_a_router_in_another_process_joins_by_address_and_its_requests_die
         try:
             assert other.stdout is not None
             assert int(await asyncio.wait_for(other.stdout.readline(), 180)) == pid
-            await until(lambda: first.workers()[0].running == 1)
+            await eventually(lambda: first.workers()[0].running == 1)
         finally:
             other.kill()
             await other.communicate()
-        await until(lambda: first.workers()[0].running == 0)
+        await eventually(lambda: first.workers()[0].running == 0)
 
 
 async def test_nothing_listens_beyond_the_loopback(tmp_path: Path) -> None:
@@ -489,12 +475,12 @@ async def test_nothing_listens_beyond_the_loopback(tmp_path: Path) -> None:
 
 async def test_sigterm_has_a_worker_end_what_it_runs_and_another_takes_its_place(tmp_path: Path) -> None:
     async with cluster(config(tmp_path, count=2, drain_s=60)) as both:
-        await until(lambda: len(ready(both)) == 2)
+        await eventually(lambda: len(ready(both)) == 2)
         pid = pid_of(await answer(both, "worker-0", request("who")))
         running = [both.generate("worker-0", request(f"r{index}", 2000)) for index in range(4)]
         started = [await anext(chunks) for chunks in running]
         os.kill(pid, signal.SIGTERM)
-        await until(lambda: both.workers()[0].state is WorkerState.DRAINING)
+        await eventually(lambda: both.workers()[0].state is WorkerState.DRAINING)
         with pytest.raises(WorkerLost):
             await answer(both, "worker-0", request("late"))
         assert ready(both) == ["worker-1"]
@@ -502,9 +488,9 @@ async def test_sigterm_has_a_worker_end_what_it_runs_and_another_takes_its_place
         assert [len(chunks) for chunks in answers] == [1999] * 4
         assert all(chunks[-1].usage is not None for chunks in answers)
         assert {pid_of([chunk]) for chunk in started} == {pid}
-        await until(lambda: len(ready(both)) == 2)
+        await eventually(lambda: len(ready(both)) == 2)
         assert pid_of(await answer(both, "worker-0", request("who"))) != pid
-        await until(lambda: not psutil.pid_exists(pid))  # its raylet looks after the dead, when it has time
+        await eventually(lambda: not psutil.pid_exists(pid))  # its raylet looks after the dead, when it has time
 
 
 async def test_what_does_not_end_within_a_workers_drain_is_told_to_try_again(tmp_path: Path) -> None:
@@ -515,7 +501,7 @@ async def test_what_does_not_end_within_a_workers_drain_is_told_to_try_again(tmp
         with pytest.raises(NotReady) as caught:
             await _read_all(endless)
         assert caught.value.retry_after_s
-        await until(lambda: ready(one) == ["worker-0"])
+        await eventually(lambda: ready(one) == ["worker-0"])
 
 
 async def test_who_owns_the_workers_lets_them_end_what_others_run_there(tmp_path: Path) -> None:
@@ -544,7 +530,7 @@ async def _read_all(chunks: AsyncIterator[TokenChunk]) -> list[TokenChunk]:
 async def test_what_the_operator_must_mend_ends_the_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="shard 2 of 3"):
         await Cluster.connect(config(tmp_path, model="broken"), load_stand_in)
-    await until(lambda: not worker_pids())
+    await eventually(lambda: not worker_pids())
 
 
 async def test_a_launch_that_is_given_up_while_its_name_is_taken_ends(tmp_path: Path, session: RaySession) -> None:
@@ -577,7 +563,7 @@ async def test_a_worker_that_does_not_say_where_it_is_makes_room_for_the_next(
         assert unreachable
         assert one.workers()[0].num_restarts >= 1
         assert (await answer(one, "worker-0", request("a")))[-1].usage is not None
-        await until(lambda: len(worker_pids()) == 1)
+        await eventually(lambda: len(worker_pids()) == 1)
 
 
 async def test_a_worker_that_dies_while_it_loads_is_given_up_after_some_tries(tmp_path: Path) -> None:

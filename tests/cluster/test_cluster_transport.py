@@ -5,7 +5,7 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field, replace
 
 import grpc.aio
@@ -29,6 +29,7 @@ from pager.types import (
     TokenChunk,
     Usage,
 )
+from tests.support.waiting import eventually
 
 TOKEN = "let me in"
 
@@ -89,12 +90,6 @@ def chunk(request_id: str, text: str, *, last: bool = False, tenant: str = "t") 
     return TokenChunk(request_id, (7,), text, usage, tenant)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - what is awaited happens in other threads
-            await asyncio.sleep(0.005)
-
-
 @dataclass
 class Transport:
     engine: ScriptedEngine
@@ -133,7 +128,7 @@ async def test_answers_of_one_step_reach_their_own_readers(transport: Transport)
         asyncio.create_task(collect(link.generate(request(name))))
         for link, name in ((first, "a"), (first, "b"), (second, "c"))
     ]
-    await until(lambda: len(transport.engine.open) == 3)
+    await eventually(lambda: len(transport.engine.open) == 3)
     transport.engine.step(chunk("a", "1"), chunk("b", "2"), chunk("c", "3"))
     transport.engine.step(chunk("c", "4"))
     transport.engine.finish("a", "b", "c")
@@ -146,7 +141,7 @@ async def test_a_chunk_that_cannot_be_encoded_fails_its_own_request(transport: T
     """Half of a pair is no text that protobuf takes."""
     link = await transport.link()
     readers = [asyncio.create_task(collect(link.generate(request(request_id)))) for request_id in "abc"]
-    await until(lambda: len(transport.engine.open) == 3)
+    await eventually(lambda: len(transport.engine.open) == 3)
     if last:
         del transport.engine.open["b", "t"]
     transport.engine.step(chunk("a", "1"), chunk("b", "half \ud800", last=last), chunk("c", "3"))
@@ -157,7 +152,7 @@ async def test_a_chunk_that_cannot_be_encoded_fails_its_own_request(transport: T
     transport.engine.finish("a", "c")
     assert [await readers[0], await readers[2]] == [["1", "end"], ["3", "end"]]
     again = asyncio.create_task(collect(link.generate(request("b"))))
-    await until(lambda: transport.engine.runs("b"))
+    await eventually(lambda: transport.engine.runs("b"))
     transport.engine.finish("b")
     assert await again == ["end"]
 
@@ -165,7 +160,7 @@ async def test_a_chunk_that_cannot_be_encoded_fails_its_own_request(transport: T
 async def test_an_error_that_cannot_be_encoded_fails_its_request_all_the_same(transport: Transport) -> None:
     link = await transport.link()
     readers = [asyncio.create_task(collect(link.generate(request(request_id)))) for request_id in "ab"]
-    await until(lambda: len(transport.engine.open) == 2)
+    await eventually(lambda: len(transport.engine.open) == 2)
     transport.engine.step(Failure("a", PagerError("no file \udcff"), "t"), chunk("b", "2"))
     with pytest.raises(PagerError, match="internal error"):
         await readers[0]
@@ -207,7 +202,7 @@ async def test_a_command_has_a_bound_and_a_request_beyond_it_fails_alone(transpo
     assert await call(transport, b"\xff" * (MAX_COMMAND_BYTES + 1), token=TOKEN) == "RESOURCE_EXHAUSTED"
     link = await transport.link()
     other = asyncio.create_task(collect(link.generate(request("a"))))
-    await until(lambda: transport.engine.runs("a"))
+    await eventually(lambda: transport.engine.runs("a"))
     huge = replace(request("huge"), prompt_token_ids=(1 << 20,) * (MAX_COMMAND_BYTES // 3))
     with pytest.raises(InvalidRequest, match="shorten its prompt"):
         await collect(link.generate(huge))
@@ -228,22 +223,22 @@ async def test_leaving_the_iterator_cancels_on_the_worker(transport: Transport) 
     answer = link.generate(request("a"))
     async with contextlib.aclosing(answer):
         first = asyncio.ensure_future(anext(answer))
-        await until(lambda: transport.engine.runs("a"))
+        await eventually(lambda: transport.engine.runs("a"))
         transport.engine.step(chunk("a", "1"))
         assert (await first).text == "1"
-    await until(lambda: transport.engine.cancelled == ["a"])
+    await eventually(lambda: transport.engine.cancelled == ["a"])
 
 
 async def test_an_id_in_use_is_refused_and_free_again_after_its_end(transport: Transport) -> None:
     one, other = await transport.link(), await transport.link()
     reader = asyncio.create_task(collect(one.generate(request("a"))))
-    await until(lambda: transport.engine.runs("a"))
+    await eventually(lambda: transport.engine.runs("a"))
     with pytest.raises(DuplicateRequest):
         await collect(other.generate(request("a")))
     transport.engine.finish("a")
     assert await reader == ["end"]
     again = asyncio.create_task(collect(other.generate(request("a"))))
-    await until(lambda: transport.engine.runs("a"))
+    await eventually(lambda: transport.engine.runs("a"))
     transport.engine.finish("a")
     assert await again == ["end"]
 
@@ -253,7 +248,7 @@ async def test_an_id_is_its_tenants_own(transport: Transport) -> None:
     one, other = await transport.link(), await transport.link()
     mine = asyncio.create_task(collect(one.generate(request("a", tenant="mine"))))
     yours = asyncio.create_task(collect(other.generate(request("a", tenant="yours"))))
-    await until(lambda: len(transport.engine.open) == 2)
+    await eventually(lambda: len(transport.engine.open) == 2)
     transport.engine.step(chunk("a", "to me", tenant="mine"), chunk("a", "to you", tenant="yours"))
     assert not await one.abort("a", "spy")
     assert await one.abort("a", "yours")
@@ -284,16 +279,16 @@ async def test_what_a_request_has_used_is_told_once_however_it_ends(transport: T
         name: asyncio.create_task(collect(link.generate(request(name, 8 if name != "refused" else -1), heard[name])))
         for name in heard
     }
-    await until(lambda: len(transport.engine.open) == 3)
+    await eventually(lambda: len(transport.engine.open) == 3)
     transport.engine.step(chunk("left", "1"))
     readers["left"].cancel()
     await asyncio.gather(readers["left"], return_exceptions=True)
     assert heard["left"].accounts == [], "the worker has the last word"
-    await until(lambda: transport.engine.cancelled == ["left"])
+    await eventually(lambda: transport.engine.cancelled == ["left"])
     transport.engine.step(Failure("failed", Cancelled("cancelled"), "t", used))
     transport.engine.finish("whole")
     await asyncio.gather(*readers.values(), return_exceptions=True)
-    await until(lambda: heard["left"].accounts)
+    await eventually(lambda: heard["left"].accounts)
     assert {name: each.accounts for name, each in heard.items()} == {
         "whole": [Account(3, 1, 0, 0, 0.0)],
         "left": [NOTHING],
@@ -311,12 +306,12 @@ async def test_a_request_that_the_transport_failed_is_accounted_for_when_the_eng
 
     link, heard = await transport.link(), Heard()
     reader = asyncio.create_task(collect(link.generate(request("a"), heard)))
-    await until(lambda: transport.engine.runs("a"))
+    await eventually(lambda: transport.engine.runs("a"))
     monkeypatch.setattr("pager.cluster.token_server.encode_chunk", fails)
     transport.engine.step(chunk("a", "1"))
     with pytest.raises(PagerError, match="internal error"):
         await reader
-    await until(lambda: heard.accounts)
+    await eventually(lambda: heard.accounts)
     assert heard.accounts == [NOTHING]
 
 
@@ -324,9 +319,9 @@ async def test_leaving_the_iterator_cancels_the_tenants_own_request(transport: T
     link = await transport.link()
     mine = asyncio.create_task(collect(link.generate(request("a", tenant="mine"))))
     yours = asyncio.create_task(collect(link.generate(request("a", tenant="yours"))))
-    await until(lambda: len(transport.engine.open) == 2)
+    await eventually(lambda: len(transport.engine.open) == 2)
     yours.cancel()
-    await until(lambda: list(transport.engine.open) == [("a", "mine")])
+    await eventually(lambda: list(transport.engine.open) == [("a", "mine")])
     transport.engine.finish("a", tenant="mine")
     assert await mine == ["end"]
 
@@ -334,12 +329,12 @@ async def test_leaving_the_iterator_cancels_the_tenants_own_request(transport: T
 async def test_a_late_piece_of_a_cancelled_request_never_reaches_a_new_one_of_the_same_id(transport: Transport) -> None:
     link = await transport.link()
     old = asyncio.create_task(collect(link.generate(request("a"))))
-    await until(lambda: transport.engine.runs("a"))
+    await eventually(lambda: transport.engine.runs("a"))
     transport.engine.finish("a")  # on its way while the reader leaves
     old.cancel()
     await asyncio.gather(old, return_exceptions=True)
     new = asyncio.create_task(collect(link.generate(request("a"))))
-    await until(lambda: transport.engine.runs("a"))
+    await eventually(lambda: transport.engine.runs("a"))
     transport.engine.step(chunk("a", "new"))
     transport.engine.finish("a")
     assert await new == ["new", "end"]
@@ -356,12 +351,12 @@ async def test_a_slow_reader_is_cut_off_and_others_are_not(transport: Transport)
 
     reader = asyncio.create_task(read_quickly())
     first = asyncio.ensure_future(anext(slow))
-    await until(lambda: len(transport.engine.open) == 2)
+    await eventually(lambda: len(transport.engine.open) == 2)
     for index in range(6):
         transport.engine.step(chunk("slow", str(index)), chunk("quick", str(index)))
-        await until(lambda: len(got) > index)  # noqa: B023 - awaited before the next
+        await eventually(lambda: len(got) > index)  # noqa: B023 - awaited before the next
     assert (await first).text == "0"
-    await until(lambda: transport.engine.cancelled == ["slow"])
+    await eventually(lambda: transport.engine.cancelled == ["slow"])
     with pytest.raises(SlowReader):
         await collect(slow)
     transport.engine.finish("quick")
@@ -373,9 +368,9 @@ async def test_a_router_that_goes_takes_only_its_own_requests_with_it(transport:
     leaving, staying = await transport.link(), await transport.link()
     lost = asyncio.create_task(collect(leaving.generate(request("lost"))))
     kept = asyncio.create_task(collect(staying.generate(request("kept"))))
-    await until(lambda: len(transport.engine.open) == 2)
+    await eventually(lambda: len(transport.engine.open) == 2)
     await leaving.close()
-    await until(lambda: transport.engine.cancelled == ["lost"])
+    await eventually(lambda: transport.engine.cancelled == ["lost"])
     with pytest.raises(WorkerLost):
         await lost
     transport.engine.finish("kept")
@@ -385,7 +380,7 @@ async def test_a_router_that_goes_takes_only_its_own_requests_with_it(transport:
 async def test_a_worker_that_goes_ends_every_answer(transport: Transport) -> None:
     link = await transport.link()
     readers = [asyncio.create_task(collect(link.generate(request(name)))) for name in "abc"]
-    await until(lambda: len(transport.engine.open) == 3)
+    await eventually(lambda: len(transport.engine.open) == 3)
     await transport.server.stop()
     for outcome in await asyncio.gather(*readers, return_exceptions=True):
         assert isinstance(outcome, WorkerLost)
@@ -398,7 +393,7 @@ async def test_a_worker_that_goes_ends_every_answer(transport: Transport) -> Non
 async def test_abort_works_through_another_router_but_not_for_another_tenant(transport: Transport) -> None:
     mine, other = await transport.link(), await transport.link()
     reader = asyncio.create_task(collect(mine.generate(request("a", tenant="mine"))))
-    await until(lambda: transport.engine.runs("a"))
+    await eventually(lambda: transport.engine.runs("a"))
     assert not await other.abort("a", "someone else")
     assert await other.abort("a", "mine")
     assert not await other.abort("a", "mine")
@@ -410,7 +405,7 @@ async def test_load_is_pushed_when_it_changes(transport: Transport) -> None:
     link = await transport.link()
     assert [load.waiting for load in transport.loads] == [0]
     reader: Awaitable[list[str]] = asyncio.create_task(collect(link.generate(request("a"))))
-    await until(lambda: transport.loads[-1].waiting == 1)
+    await eventually(lambda: transport.loads[-1].waiting == 1)
     transport.engine.finish("a")
     await reader
 
@@ -452,13 +447,13 @@ async def test_no_request_keeps_the_token_loop() -> None:
             "large", "t", tuple(range(context - 1)), sampling, PoolPolicy(source=PoolSource.FIXED, fixed=pool)
         )
         answer = asyncio.create_task(collect(link.generate(replace(large, predicted=pool, tracestate="k=v," * 100))))
-        await until(lambda: engine.runs("large"))
+        await eventually(lambda: engine.runs("large"))
         last = chunk("large", "end", last=True)
         assert last.usage is not None
         engine.step(replace(last, usage=replace(last.usage, pool=pool)))
         assert await answer == ["end"]
         seen = len(held_s)
-        await until(lambda: len(held_s) > seen + 1)
+        await eventually(lambda: len(held_s) > seen + 1)
         assert engine.open["large", "t"].pool.fixed == pool
         assert max(held_s) < 0.05
     finally:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +81,21 @@ class Rendered:
 
 
 @cache
-def rendered(overlay: str) -> Rendered:
-    if shutil.which("kubectl") is None:
-        pytest.fail("the manifests are rendered by kubectl, which is not here; `make test` says how to install it")
-    command = ["kubectl", "kustomize", str(K8S / "overlays" / overlay)]
+def rendered(kubectl: Path, overlay: str) -> Rendered:
+    command = [kubectl, "kustomize", str(K8S / "overlays" / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Rendered(overlay, tuple(yaml.safe_load_all(done.stdout)))
 
 
+Render = Callable[[str], Rendered]
+
+
+@pytest.fixture(scope="session")
+def render(kubectl: Path) -> Render:
+    return partial(rendered, kubectl)
+
+
 @pytest.fixture(params=OVERLAYS)
-def manifests(request: pytest.FixtureRequest) -> Rendered:
-    return rendered(request.param)
-
-
-@pytest.fixture
-def render() -> Any:
-    return rendered
+def manifests(request: pytest.FixtureRequest, render: Render) -> Rendered:
+    return render(request.param)

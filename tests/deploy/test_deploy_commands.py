@@ -10,14 +10,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import ray.scripts.scripts
 from click.testing import CliRunner
+
+from tests.support.waiting import until
 
 BIN = Path(__file__).parents[2] / "deploy" / "docker" / "bin"
 OPERATORS = {"node-ip-address", "address", "block", "head"}  # what KubeRay adds by itself
@@ -78,13 +79,6 @@ def node(folder: Path, address: str) -> Iterator[Path]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         raylet.wait()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
 
 
 def drain(folder: Path, limit_s: float) -> subprocess.Popen[bytes]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import yaml
 from pager.observe.tracing import is_asked_for
 from pager.observe.worker import WORKER_FAMILIES
 from router_service.metrics import router_families
+from tests.support.processes import free_port
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 
@@ -51,15 +50,13 @@ def test_rules_and_dashboards_are_shipped(render, overlay):
     assert shipped["data"] == {path.name: path.read_text() for path in (MONITORING / "dashboards").glob("*.json")}
 
 
-def test_a_real_redis_takes_the_file_and_keeps_what_has_no_expiry(render, tmp_path):
+def test_a_real_redis_takes_the_file_and_keeps_what_has_no_expiry(render, redis_server, tmp_path):
     text = render("ha").one("ConfigMap", "expert-pager-redis")["data"]["redis.conf"]
     (tmp_path / "redis-auth.conf").write_text("requirepass sesame\n")
     text = text.replace("/run/secrets/redis", str(tmp_path)).replace("/data", str(tmp_path))
     (tmp_path / "redis.conf").write_text(text)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [shutil.which("redis-server"), str(tmp_path / "redis.conf"), "--port", str(port), "--bind", "127.0.0.1"]
+    port = free_port()
+    command = [redis_server, str(tmp_path / "redis.conf"), "--port", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         with redis.Redis(port=port, password="sesame") as client:

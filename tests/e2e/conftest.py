@@ -7,9 +7,7 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +29,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 import pager
+from tests.support import waiting
+from tests.support.files import EMO_TINY
+from tests.support.processes import command, environment, process_name, worker_pids
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models" / "emo-tiny"
+MODEL = EMO_TINY
 SERVICE_NAME = "expert_pager.v1.ExpertPager"
 START_TIMEOUT_S = 120  # the machine may be busy; how long a start takes is printed, and asserted in one place
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -188,8 +188,7 @@ class Service:
         return found
 
     def worker_pids(self) -> list[int]:
-        """Of the worker actors that live, below this process."""
-        return [process.pid for process in self.processes() if process_name(process).startswith("ray::WorkerActor")]
+        return worker_pids(self.process.pid)
 
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -262,12 +261,6 @@ def scrape(address: str) -> Metrics:
     return Metrics({(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples})
 
 
-def process_name(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline()) or process.name()
-    return ""
-
-
 def busy_s() -> float:
     """Seconds that the machine's cores have worked for anybody, or been lent to other machines, each on average."""
     times = psutil.cpu_times()
@@ -286,23 +279,7 @@ def worked_s(process: psutil.Process) -> float:
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Polls; what is not there yet (a socket, a file, a process) counts as not fulfilled."""
-    end_s = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(OSError, grpc.RpcError, psutil.Error):
-            if condition():
-                return
-        assert time.monotonic() < end_s, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pager.cli", *map(str, arguments)]
-
-
-def environment(extra: Mapping[str, str]) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("EXPERT_PAGER_", "REDIS_"))}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
-    return own | {"PYTHONPATH": path, "COLUMNS": "200", **extra}
+    waiting.until(condition, seconds, absent=(OSError, grpc.RpcError, psutil.Error))
 
 
 @contextlib.contextmanager
@@ -366,13 +343,13 @@ def until_fixture() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def serve() -> Callable[..., Any]:
+def serve(ray_runtime: None) -> Callable[..., Any]:
     """`with serve(folder, *arguments, **environment) as service:`"""
     return serving
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(ray_runtime: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One worker on the shipped model in fp32, with room for a quarter of its experts. Most tests share it."""
     with serving(
         tmp_path_factory.mktemp("e2e") / "service",
@@ -418,20 +395,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    def find() -> int:
-        """None of those that the kernel gives to whoever asks: one would be taken again before it is used."""
-        for port in (*random.SystemRandom().sample(range(20_000, 30_000), 20), 0):
-            with contextlib.suppress(OSError), socket.socket() as probe:
-                probe.bind(("127.0.0.1", port))
-                return int(probe.getsockname()[1])
-        raise AssertionError("no port is free")
-
-    return find
-
-
-@pytest.fixture(scope="session")
-def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(new_process: None) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run(*arguments, **environment)`: expert-pager to its end."""
 
     def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -441,7 +405,7 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def launch() -> Callable[..., psutil.Popen]:
+def launch(ray_runtime: None) -> Callable[..., psutil.Popen]:
     """`launch(*arguments, **environment)`: expert-pager as a process, all its output in one pipe of text."""
 
     def launch(*arguments: object, **env: str) -> psutil.Popen:

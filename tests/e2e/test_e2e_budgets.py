@@ -16,6 +16,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 
 from benchmarks.shapes import Shape
 from benchmarks.synthetic import write_checkpoint
+from tests.support.processes import free_port
 
 MIB = 2**20
 LAYERS, ROUTED = 6, 63
@@ -42,9 +43,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def large_service(
-    large: Path, serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
-) -> Iterator[Any]:
+def large_service(large: Path, serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """With a Redis that was never there, KV for less than the context, and a short line."""
     options = (large, "--dtype", "float32", "--expert-memory", "25%", "--kv-memory", "8MiB", "--max-running", 4)
     env = {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0", "EXPERT_PAGER_WORKERS_MAX_WAITING": "6"}

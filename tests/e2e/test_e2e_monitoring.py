@@ -7,7 +7,6 @@ import functools
 import http.server
 import json
 import re
-import shutil
 import subprocess
 import threading
 import urllib.error
@@ -22,6 +21,7 @@ import pytest
 import yaml
 
 from pager.cli.replay import replay
+from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "deploy" / "monitoring"
@@ -53,22 +53,15 @@ class Prometheus:
             return [rule for group in json.load(reply)["data"]["groups"] for rule in group["rules"]]
 
 
-def tool(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        pytest.fail(f"{name} is not here; `make test` says how to install it (Debian: apt-get install prometheus)")
-    return found
-
-
 # --- a service that has had something to do, and who watches it -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def prometheus(
-    service: Any, tmp_path_factory: pytest.TempPathFactory, until: Callable[..., None], free_port: Callable[[], int]
+    service: Any, prometheus_server: Path, tmp_path_factory: pytest.TempPathFactory, until: Callable[..., None]
 ) -> Iterator[Prometheus]:
     folder, targets = tmp_path_factory.mktemp("prometheus"), service.folder / "targets.json"
-    with served(miss_curve(folder)) as curve, watching(folder, targets, curve, free_port()) as running:
+    with served(miss_curve(folder)) as curve, watching(prometheus_server, folder, targets, curve) as running:
         until(lambda: len(running.query("up == 1")) == 3, 120)
         for seed in range(3):
             service.generate("SELECT name FROM", pool=8, max_tokens=4, tenant=f"tenant-{seed}")
@@ -115,7 +108,7 @@ def served(path: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def watching(folder: Path, targets: Path, curve: str, port: int) -> Iterator[Prometheus]:
+def watching(program: Path, folder: Path, targets: Path, curve: str) -> Iterator[Prometheus]:
     """Prometheus as in a cluster, where the operator adds the namespace, but more often."""
     groups = [{**group, "interval": "1s"} for group in GROUPS]
     (folder / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
@@ -129,9 +122,9 @@ def watching(folder: Path, targets: Path, curve: str, port: int) -> Iterator[Pro
         ],
     }
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{port}"
+    address = f"127.0.0.1:{free_port()}"
     command = (
-        *(tool("prometheus"), f"--config.file={folder / 'prometheus.yaml'}"),
+        *(program, f"--config.file={folder / 'prometheus.yaml'}"),
         *(f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}", "--log.level=warn"),
     )
     with (folder / "log").open("wb") as log:
@@ -260,10 +253,10 @@ def test_what_was_done_is_seen(prometheus: Prometheus, until: Callable[..., None
 
 
 @pytest.mark.parametrize("target", ["router", "worker-0"])
-def test_promtool_has_nothing_to_say_of_a_live_scrape(service: Any, target: str) -> None:
+def test_promtool_has_nothing_to_say_of_a_live_scrape(service: Any, promtool: Path, target: str) -> None:
     with urllib.request.urlopen(f"http://{service.targets()[target]}/metrics", timeout=30) as reply:
         page = reply.read()
-    done = subprocess.run([tool("promtool"), "check", "metrics"], input=page, capture_output=True, check=False)
+    done = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 

@@ -12,6 +12,8 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.processes import free_port
+
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 
 
@@ -37,9 +39,7 @@ def foreign_services() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("authority")
-def test_the_command_line_speaks_tls_with_a_service_on_ipv6_whatever_has_the_usual_ports(
-    serve, run, free_port, tmp_path
-):
+def test_the_command_line_speaks_tls_with_a_service_on_ipv6_whatever_has_the_usual_ports(serve, run, tmp_path):
     health_port = free_port()
     env = {f"EXPERT_PAGER_ROUTER_TLS_{key}": str(tmp_path / name)
            for key, name in (("CERT", "tls.crt"), ("KEY", "tls.key"), ("CLIENT_CA", "ca.crt"))}  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import threading
 import time
 import urllib.request
@@ -16,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1360, "height": 900}
 SECRET = "walrus protocol seventeen"
@@ -57,16 +56,6 @@ class Shown:
 
     def text(self, selector: str) -> str:
         return self.page.locator(selector).inner_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert path is not None, "this test shows a page in a browser; install chromium"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

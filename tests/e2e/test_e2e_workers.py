@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +17,8 @@ import grpc
 import psutil
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
+
+from tests.support.processes import free_port
 
 PROMPT = "It is ordered that the respondent shall "
 SERVING, NOT_SERVING = 1, 2
@@ -145,7 +146,8 @@ def test_a_killed_worker_ends_its_streams_and_leaves_nothing_behind(
 
 
 class Redis:
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, program: Path, folder: Path, port: int) -> None:
+        self._program = program
         # One that lives may take its time, as it does on a busy machine; one that was killed refuses at once.
         patience = "socket_timeout=30&socket_connect_timeout=30"
         self.url = f"redis://:{PASSWORD}@127.0.0.1:{port}/0?{patience}"
@@ -156,7 +158,7 @@ class Redis:
         settings = f"port {self.port}\nbind 127.0.0.1\nsave ''\nrequirepass {PASSWORD}\ndir {self._folder}\n"
         (self._folder / "redis.conf").write_text(settings)
         with (self._folder / "redis.log").open("ab") as log:
-            command = ["redis-server", str(self._folder / "redis.conf")]
+            command = [self._program, str(self._folder / "redis.conf")]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def kill(self) -> None:
@@ -165,10 +167,8 @@ class Redis:
 
 
 @pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[Redis]:
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
-    server = Redis(tmp_path_factory.mktemp("redis"), free_port())
+def redis(redis_server: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    server = Redis(redis_server, tmp_path_factory.mktemp("redis"), free_port())
     server.start()
     yield server
     server.kill()

@@ -18,6 +18,7 @@ from pager.engine.runner import Check, ModelRunner
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.store.reads import DataFile
 from pager.types import Count, Full, PoolPolicy
+from tests.support.waiting import until
 
 EMO_TINY = Path(__file__).parents[2] / "models" / "emo-tiny"
 EXACT, POOL = PoolPolicy(Full()), PoolPolicy(Count(4))
@@ -69,13 +70,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk.go_on()
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    give_up_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < give_up_s, what
-        time.sleep(0.002)
-
-
 def cancel(driver: Any, request: str) -> None:
     assert driver.engine.cancel(request, "t")
 
@@ -108,9 +102,9 @@ def test_a_prefill_that_waits_for_reads_is_left_when_nobody_waits_for_it(
     disk.stop(after=7)
     doomed = driver.submit(random_prompt(1, 40), policy, max_tokens=4)
     driver.engine.start()
-    until(lambda: disk.stands_still, "it reads")
+    until(lambda: disk.stands_still, what="it reads")
     end(driver, doomed)
-    until(lambda: driver.failures, "it ends")
+    until(lambda: driver.failures, what="it ends")
     assert disk.stands_still
     assert isinstance(driver.failures[doomed], error)
     assert driver.engine.status().kv_blocks_used == 0
@@ -196,17 +190,17 @@ def test_others_end_while_a_prefill_waits_for_reads(make_driver, random_prompt, 
     disk.stop()
     prompt = driver.submit(random_prompt(2, 40), POOL, max_tokens=4)
     driver.engine.start()
-    until(lambda: disk.stands_still, "it reads")
+    until(lambda: disk.stands_still, what="it reads")
     driver.engine.cancel(stream, "t")  # unless it has come to its end
     late = driver.submit(random_prompt(5, 12), POOL, max_tokens=4)
     for request in (waiting, late):
         cancel(driver, request)
-    until(lambda: {waiting, late} <= set(driver.failures), "they never begin")
-    until(lambda: driver.engine.status().running == 1, "one ends, one goes on")
+    until(lambda: {waiting, late} <= set(driver.failures), what="they never begin")
+    until(lambda: driver.engine.status().running == 1, what="one ends, one goes on")
     assert disk.stands_still
     disk.go_on()
-    until(lambda: driver.tokens(prompt), "the prefill itself goes on")
-    until(lambda: driver.engine.status().running == 0, "to its end")
+    until(lambda: driver.tokens(prompt), what="the prefill itself goes on")
+    until(lambda: driver.engine.status().running == 0, what="to its end")
     driver.engine.stop()
     assert driver.usage(prompt).completion_tokens == 4
     driver.assert_nothing_held()
@@ -266,7 +260,7 @@ def test_a_prefill_from_a_slow_disk_is_no_hanging_step(
         return took_s
 
     assert asyncio.run(watch()) > step_timeout_s
-    until(lambda: slow.engine.status().running == 0, "it ends")
+    until(lambda: slow.engine.status().running == 0, what="it ends")
     slow.engine.stop()
     assert slow.tokens(answer) == fast.tokens(expected)
     slow.assert_nothing_held()
@@ -291,12 +285,12 @@ def test_a_step_shows_progress_while_bytes_arrive_and_none_while_nothing_does(
         before = driver.engine.status()
         assert before.is_stepping
         turns.release()
-        until(lambda before=before: driver.engine.status().progress > before.progress, "1000 bytes are progress")
+        until(lambda before=before: driver.engine.status().progress > before.progress, what="1000 bytes are progress")
     still = driver.engine.status().progress
     time.sleep(0.2)
     assert driver.engine.status().progress == still, "nothing is none"
     turns.release(10**6)
-    until(lambda: driver.tokens(request), "it ends")
+    until(lambda: driver.tokens(request), what="it ends")
     driver.engine.stop()
     assert not driver.engine.status().is_stepping
     driver.assert_nothing_held()

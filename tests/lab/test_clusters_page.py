@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page
 
 import pager.lab.cluster_page as cluster_page
 from pager.errors import InvalidRequest
@@ -67,17 +66,6 @@ class Shown:
         assert self.complaints == []
         assert len(self.requests) == 1, "only the file itself"
         assert self.page.evaluate("window.broken") is None
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    assert path is not None, f"these tests show a page in a browser; install one of {', '.join(names)}"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def trace(tmp_path: Path) -> Path:
     return tmp_path / "trace.jsonl"
 
 
-def test_the_curve_says_what_a_gibibyte_more_buys(trace: Path, tmp_path: Path) -> None:
+def test_the_curve_says_what_a_gibibyte_more_buys(trace: Path, promtool: Path, tmp_path: Path) -> None:
     replay(trace, budgets="25%,50%", prometheus=tmp_path / "curve.prom", as_json=True)
     page = (tmp_path / "curve.prom").read_text()
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
@@ -41,8 +40,6 @@ def test_the_curve_says_what_a_gibibyte_more_buys(trace: Path, tmp_path: Path) -
     assert lru["missed_bytes", "25%"] == lru["missed_bytes", "50%"] == 8 * EXPERT_BYTES
     assert lru["more_missed_bytes", "25%"] == 8 * EXPERT_BYTES, "three slots are one too few"
     assert lru["more_missed_bytes", "50%"] == 4 * EXPERT_BYTES, "four slots miss each once"
-    promtool = shutil.which("promtool")
-    assert promtool, "promtool is not here; `make test` says how to install it"
     done = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 

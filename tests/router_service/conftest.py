@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import subprocess
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +37,7 @@ from router_service.prediction import Passes
 from router_service.server import RouterServer
 from router_service.service import Pipeline
 from router_service.ui import Watch
+from tests.support.processes import RedisProcess, start_redis
 
 FACTS = RoutingFacts(experts_per_layer=(0, 9, 9), shared_per_layer=(0, 1, 1), top_k_per_layer=(0, 2, 2))
 MODEL = ModelInfo(
@@ -295,57 +293,17 @@ def lost() -> Callable[[], PagerError]:
     return lambda: WorkerLost("the worker died", retry_after_s=0.5)
 
 
-@dataclass
-class RedisProcess:
-    process: subprocess.Popen[bytes]
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def start_redis(directory: Any, port: int | None = None, *options: str) -> RedisProcess:
-    if port is None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-    command = [
-        "redis-server",
-        "--port",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--save",
-        "",
-        "--dir",
-        str(directory),
-        *options,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end_s = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < end_s:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return RedisProcess(process, port)
-        time.sleep(0.02)
-    process.kill()
-    raise RuntimeError(f"redis-server did not start on port {port}, status {process.wait()}")
-
-
 @pytest.fixture
-def redis_at(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RedisProcess]]:
+def redis_at(
+    redis_server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., RedisProcess]]:
     """Starts a Redis, on a port of choice when one is given, with options of redis-server."""
     # One that lives may take its time, as it does on a busy machine; one that was killed refuses at once.
     monkeypatch.setattr("router_service.redis.TIMEOUT_S", 60.0)
     started: list[RedisProcess] = []
 
     def start(port: int | None = None, *options: str) -> RedisProcess:
-        started.append(start_redis(tmp_path, port, *options))
+        started.append(start_redis(redis_server, tmp_path, port, *options))
         return started[-1]
 
     yield start

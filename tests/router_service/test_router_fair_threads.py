@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from router_service.prediction import FairThreads
+from tests.support.waiting import eventually
 
 
 @dataclass
@@ -30,12 +31,6 @@ class Jobs:
         return work
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - what is awaited happens in other threads
-            await asyncio.sleep(0.002)
-
-
 @pytest.fixture
 async def jobs() -> AsyncIterator[Jobs]:
     jobs = Jobs()
@@ -52,7 +47,7 @@ async def settle() -> None:
 async def test_tenants_take_turns_however_much_one_has_waiting(jobs: Jobs) -> None:
     threads = FairThreads(1, "test")
     first = asyncio.create_task(threads.run("a", jobs.job("a0", held=True)))
-    await until(lambda: jobs.order)
+    await eventually(lambda: jobs.order)
     rest = [asyncio.create_task(threads.run("a", jobs.job(f"a{index}"))) for index in range(1, 4)]
     await settle()
     rest += [asyncio.create_task(threads.run(tenant, jobs.job(f"{tenant}0"))) for tenant in "bc"]
@@ -66,7 +61,7 @@ async def test_tenants_take_turns_however_much_one_has_waiting(jobs: Jobs) -> No
 async def test_no_tenant_has_all_threads(jobs: Jobs) -> None:
     threads = FairThreads(2, "test")
     long = [asyncio.create_task(threads.run("a", jobs.job(f"a{index}", held=True))) for index in range(4)]
-    await until(lambda: jobs.order == ["a0"])
+    await eventually(lambda: jobs.order == ["a0"])
     assert await threads.run("b", jobs.job("b0")) == "b0"  # while all of the others still wait
     assert jobs.order == ["a0", "b0"]
     for event in jobs.held.values():
@@ -81,7 +76,7 @@ async def test_who_leaves_the_line_is_passed_over_and_what_raises_gives_its_thre
 
     threads = FairThreads(1, "test")
     running = asyncio.create_task(threads.run("a", jobs.job("a0", held=True)))
-    await until(lambda: jobs.order)
+    await eventually(lambda: jobs.order)
     leaving = [asyncio.create_task(threads.run("b", jobs.job(f"b{index}"))) for index in range(3)]
     failing = asyncio.create_task(threads.run("b", fails))
     last = asyncio.create_task(threads.run("c", jobs.job("c0")))

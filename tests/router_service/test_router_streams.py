@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pager.errors import DeadlineExceeded, NotReady, PagerError, PortInUse, SlowReader
 from router_service.server import SERVICE_NAME
+from tests.support.waiting import eventually
 
 
 def request(request_id: str = "", *, max_tokens: int = 4, **fields) -> pb.GenerateRequest:
@@ -35,12 +36,6 @@ def reason(error: grpc.aio.AioRpcError) -> str:
     return info.reason
 
 
-async def until(condition) -> None:
-    """Waits for what the other side does next; the suite's own time limit ends a wait that is in vain."""
-    while not condition():  # noqa: ASYNC110 - it is on the other side of a socket
-        await asyncio.sleep(0.005)
-
-
 def is_idle(service) -> bool:
     return service.pipeline.admission.num_requests == 0 and service.pipeline.admission.num_tokens == 0
 
@@ -50,8 +45,8 @@ async def test_a_client_that_goes_away_cancels_on_the_worker(service):
     call = service.stub.Generate(request("gone"))
     await call.read()
     call.cancel()
-    await until(lambda: service.cluster.cancelled == ["gone"])
-    await until(lambda: is_idle(service))
+    await eventually(lambda: service.cluster.cancelled == ["gone"])
+    await eventually(lambda: is_idle(service))
     service.cluster.hold.clear()
     again = service.stub.Generate(request("gone"))
     assert (await again.read()).text == "a"
@@ -63,8 +58,8 @@ async def test_the_deadline_reaches_the_worker_and_ends_the_call(service):
     assert (await call.read()).text == "a"
     error = await failure(call.read())
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until(lambda: service.cluster.cancelled == ["late"])
-    await until(lambda: is_idle(service))
+    await eventually(lambda: service.cluster.cancelled == ["late"])
+    await eventually(lambda: is_idle(service))
     assert service.cluster.received[0][1].deadline_s is not None
 
 
@@ -150,8 +145,8 @@ async def test_a_client_that_reads_nothing_gives_up_its_place(serve, make_cluste
     async with serve(cluster, write_timeout_s=2.0) as service:
         call = service.stub.Generate(request("stuck", max_tokens=40))
         await call.read()
-        await until(lambda: cluster.cancelled == ["stuck"])
-        await until(lambda: is_idle(service))
+        await eventually(lambda: cluster.cancelled == ["stuck"])
+        await eventually(lambda: is_idle(service))
         cluster.pad = ""
         assert (await service.stub.Generate(request("stuck")).read()).text == "a"
         error = await failure(_read_all(call))
@@ -170,7 +165,7 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(service):
     running = service.stub.Generate(request())
     await running.read()
     drained = asyncio.ensure_future(service.server.drain(timeout_s=120))
-    await until(lambda: service.pipeline.admission._is_closed)
+    await eventually(lambda: service.pipeline.admission._is_closed)
     error = await failure(service.stub.Generate(request()).read())
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert reason(error) == "NOT_READY"

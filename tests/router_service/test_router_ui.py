@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -15,8 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
-from playwright.sync_api import Page as BrowserPage
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 from prometheus_client import CollectorRegistry
 
 from pager.observe.metrics import MetricsServer
@@ -281,17 +279,13 @@ def test_paths_methods_and_headers(stage: Stage) -> None:
         assert [get(path)[0] for path in ("/", "/metric", "/metricsx", "/favicon.ico", "/ui/x")] == [404] * 5
 
 
-def test_names_are_text_and_both_workers_have_a_map(stage: Stage) -> None:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert path is not None, "this test shows a page in a browser; install chromium"
+def test_names_are_text_and_both_workers_have_a_map(stage: Stage, browser: Browser) -> None:
     complaints: list[str] = []
     with (
         served(stage.watch) as address,
         stage.pools.following(HOSTILE, HOSTILE, PoolPolicy(fixed=POOL), POOL),
-        sync_playwright() as playwright,
+        browser.new_page(viewport={"width": 390, "height": 844}) as page,
     ):
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)
-        page: BrowserPage = browser.new_page(viewport={"width": 390, "height": 844})
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text))
@@ -309,5 +303,4 @@ def test_names_are_text_and_both_workers_have_a_map(stage: Stage) -> None:
             "1 expert in device slots",
         ]
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        browser.close()
     assert complaints == []

@@ -20,7 +20,7 @@ from pager.tokenizing import (
     read_tokenizer,
 )
 
-MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
+MODEL = Path(__file__).parents[1] / "models" / "emo-tiny"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from docs.config_reference import example_file, page
 from pager.config import SCHEMA, ServiceConfig, load_config, read_config
 from pager.errors import ConfigError
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "service.example.toml"
+EXAMPLE = Path(__file__).parents[1] / "docs" / "service.example.toml"
 MODEL = {"model.path": "some/model"}
 
 
@@ -188,3 +188,22 @@ def test_every_key_says_what_it_is_and_which_values_it_takes() -> None:
         assert about.endswith("."), key
         assert f"`{key}`" in page()
     assert "Must be between 0 and 64." in page()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tls_cert": "tls.crt"}, r"router\.tls_cert is set and router\.tls_key is not"),
+        ({"tls_key": "tls.key"}, r"router\.tls_key is set and router\.tls_cert is not"),
+        ({"tls_client_ca": "ca.crt"}, r"set router\.tls_cert and router\.tls_key too"),
+    ],
+)
+def test_half_of_tls_is_refused(given: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=MODEL | {f"router.{key}": value for key, value in given.items()})
+
+
+def test_both_halves_may_come_from_different_places() -> None:
+    env = {"EXPERT_PAGER_ROUTER_TLS_CERT": "tls.crt"}
+    router = load_config(env=env, overrides=MODEL | {"router.tls_key": "tls.key"}).router
+    assert (router.tls_cert, router.tls_key, router.tls_client_ca) == ("tls.crt", "tls.key", None)

@@ -1,0 +1,1 @@
+"""What tests of several packages share: files, small models, waiting, processes, and the programs that tests need."""

@@ -19,7 +19,7 @@ from benchmarks.page_cache import drop
 from benchmarks.prompts import prompts_of
 from benchmarks.report import Table, console, figure, ratio
 from pager.memory.plan import Budgets
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.pools.pick import largest_counts
 from pager.types import ExpertPool, PoolPolicy, Share
 

@@ -9,7 +9,7 @@ from benchmarks.report import ROOT
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import check_checkpoint, write_checkpoint
 from pager.cli.output import bytes_progress
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.store.pack import pack
 
 WORK = ROOT / "build" / "benchmarks"

@@ -26,7 +26,7 @@ from pager.cache.host import HostTier
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cli.output import print_error
 from pager.errors import PagerError
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 
 POOL_SHARE = 0.125
 NUM_POOLS = 6  # that take turns; slots hold one of them

@@ -25,7 +25,7 @@ from benchmarks.prompts import prompts_of
 from benchmarks.report import quieten
 from pager.memory.plan import Budgets
 from pager.memory.units import format_bytes
-from pager.models.trunk import moe_blocks
+from pager.models.open_model import moe_blocks
 from pager.types import PoolPolicy
 
 if TYPE_CHECKING:

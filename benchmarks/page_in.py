@@ -33,7 +33,7 @@ from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cli.output import print_error
 from pager.errors import PagerError
 from pager.memory.units import format_bytes
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.types import ExpertPool
 
 POOL_SHARE = 0.125

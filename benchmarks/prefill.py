@@ -21,7 +21,7 @@ from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console,
 from pager.engine.paged_model import PagedModel
 from pager.memory.plan import Budgets
 from pager.memory.units import format_bytes
-from pager.models.trunk import OpenModel, moe_blocks
+from pager.models.open_model import OpenModel, moe_blocks
 from pager.pools.pick import largest_counts
 from pager.types import ExpertKey, ExpertPool, PoolPolicy, Share
 

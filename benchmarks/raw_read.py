@@ -14,8 +14,8 @@ from typing import Self
 
 import numpy as np
 
-from pager.models.trunk import OpenModel
-from pager.store.experts import PackedExperts, find_experts
+from pager.models.open_model import OpenModel
+from pager.store.expert_source import PackedExperts, find_experts
 from pager.store.pack_format import PACK_NAME
 from pager.types import ExpertKey
 

@@ -23,7 +23,7 @@ from benchmarks.report import RESULTS, ROOT, Report, conditions, console, quiete
 from benchmarks.shapes import SHAPES
 from pager.cli.output import print_error
 from pager.errors import PagerError
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.pools.pick import largest_counts
 from pager.types import Share
 

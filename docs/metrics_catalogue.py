@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pager.lab.replay import REPLAY_FAMILIES
-from pager.observe.metrics import Family, Kind
-from pager.observe.worker import WORKER_FAMILIES
+from pager.observe.metrics import Kind, Metric
+from pager.observe.worker_metrics import WORKER_FAMILIES
 from router_service.metrics import router_families
 from router_service.tenants import OTHER_TENANTS
 
@@ -65,17 +65,17 @@ def catalogue() -> str:
     return f"{_INTRO}{tables}\n## Identities between counters\n\n{_IDENTITIES}"
 
 
-def _table(families: Iterable[Family]) -> str:
+def _table(families: Iterable[Metric]) -> str:
     return "\n".join([_HEADER, *map(_row, families)])
 
 
-def _row(family: Family) -> str:
+def _row(family: Metric) -> str:
     unit = "" if family.kind is Kind.INFO else family.unit
     cells = (f"`{family.exposed}`", family.kind.value, unit, _labels(family), family.meaning, family.question)
     return f"| {' | '.join(cells)} |"
 
 
-def _labels(family: Family) -> str:
+def _labels(family: Metric) -> str:
     if not family.labels.series:
         return ", ".join(f"`{name}`" for name in family.labels.names)
     return "; ".join(f"`{name}`: {_values(family.labels.values(name))}" for name in family.labels.names)

@@ -28,7 +28,7 @@ from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, PortInUse
 from pager.memory.machine import Machine, resolve_device
 from pager.memory.plan import Budgets, plan
 from pager.memory.units import format_address, parse_bytes
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.observe import tracing
 from pager.observe.metrics import MetricsServer, leave_out_of_collections
 from pager.pools.drift import check_can_drift, parse_drift

@@ -12,7 +12,7 @@ import torch
 from pager.config import RouterConfig
 from pager.errors import ConfigError
 from pager.memory.machine import resolve_device
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
 from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from router_service.ports import Scorer

@@ -33,7 +33,7 @@ class SlotLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SlotPlan:
     """What holding some experts takes: made by `CacheIndex.plan`, changes nothing until it is committed."""
 
     hits: tuple[ExpertKey, ...]  # loaded
@@ -134,7 +134,7 @@ class CacheIndex:
 
     def plan(
         self, keys: Sequence[ExpertKey], *, reservation: int = 0, spare: Collection[ExpertKey] = ()
-    ) -> Plan | None:
+    ) -> SlotPlan | None:
         """How to hold all of `keys` (distinct), or None when they do not fit now.
 
         Pays with the caller's `reservation` first, then with unreserved slots. `spare` may not be victims.
@@ -154,9 +154,9 @@ class CacheIndex:
         free = islice(reversed(self._free), len(misses) - num_victims)
         slots = [*free, *(self._entries[key].slot for key in victims)]
         loads = tuple(SlotLoad(key, slot) for key, slot in zip(misses, slots, strict=True))
-        return Plan(hits, in_flight, loads, victims, min(reservation, needed), self._version)
+        return SlotPlan(hits, in_flight, loads, victims, min(reservation, needed), self._version)
 
-    def commit(self, plan: Plan) -> None:
+    def commit(self, plan: SlotPlan) -> None:
         """Evicts the victims, gives their slots to the loads, and pins every expert of the plan once."""
         assert plan.version == self._version, "the index changed between plan and commit"
         self._version += 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from pager.cache.device import Transfer
-from pager.cache.index import CacheIndex, Plan
+from pager.cache.index import CacheIndex, SlotPlan
 from pager.cache.stats import Cause, Counts, Lookup, PagerObserver, Regrets, Tier, UsageMeter
 from pager.cache.tiers import Fetched, Priority
 from pager.cache.trace import TraceRecorder
@@ -404,7 +404,7 @@ class Ledger:
             for holding in self._holdings:
                 assert holding.pending == {key for key in holding.keys if key in self._loads}
 
-    def _carry_out(self, plan: Plan, cause: Cause, payer: UsageMeter) -> None:
+    def _carry_out(self, plan: SlotPlan, cause: Cause, payer: UsageMeter) -> None:
         for key in plan.victims:
             self._transfer.evict(key, self.index.slot_of(key))
             self._prefetches.forget(key)

@@ -24,7 +24,7 @@ from pager.cache.trace import TraceRecorder
 from pager.errors import ExpertUnavailable, PoolTooLarge
 from pager.memory.machine import Machine
 from pager.memory.plan import NUM_READERS
-from pager.store.experts import ExpertSource
+from pager.store.expert_source import ExpertSource
 from pager.types import ExpertKey
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from pager.cache.stats import Lookup, PagerObserver, Tier
 from pager.errors import ExpertUnavailable
 from pager.memory.plan import NUM_CHECKERS
 from pager.memory.units import format_bytes
-from pager.store.experts import Destination, ExpertSource
-from pager.store.reads import MOST_BYTES, Place
+from pager.store.expert_source import Destination, ExpertSource
+from pager.store.reads import MOST_BYTES, FileRange
 from pager.types import ExpertKey
 
 
@@ -72,14 +72,14 @@ class Readers:
         self,
         num_readers: int,
         work: Callable[[Sequence[ExpertKey], Turn], None],
-        place_of: Callable[[ExpertKey], Place],
+        place_of: Callable[[ExpertKey], FileRange],
     ) -> None:
         """`work` is a bound method and held weakly: threads don't keep a forgotten pager's memory alive."""
         self._num_readers = num_readers
         self._free_turns = num_readers
         self._work = weakref.WeakMethod(work)
         self._place_of = place_of
-        self._queue: list[tuple[Priority, int, Place, ExpertKey]] = []
+        self._queue: list[tuple[Priority, int, FileRange, ExpertKey]] = []
         self._changed = threading.Condition()
         self._stopped = False
         self._threads = [

@@ -36,7 +36,7 @@ def pack(
 
     Example: `expert-pager pack ./Emo_1b14b_1T ./emo-packed --dtype bfloat16`
     """
-    from pager.models.trunk import DTYPES, OpenModel
+    from pager.models.open_model import DTYPES, OpenModel
     from pager.predict.fitted import PREDICTOR_NAME, PredictorFile
     from pager.store.pack import pack as write_pack
 

@@ -16,7 +16,7 @@ from pager.memory.plan import plan as make_plan
 from pager.memory.units import format_bytes
 
 if TYPE_CHECKING:
-    from pager.models.trunk import OpenModel
+    from pager.models.open_model import OpenModel
 
 POOL_SIZES = ("12.5%", "25%", "50%", "full")
 
@@ -43,7 +43,7 @@ def inspect(
     `expert-pager inspect ./model --expert-memory 8GiB --dtype auto --device cuda --json`
     """
     from pager.engine.paged_model import needs_of
-    from pager.models.trunk import OpenModel
+    from pager.models.open_model import OpenModel
 
     resolved = resolve_device(device)
     found = OpenModel.open(model, dtype)

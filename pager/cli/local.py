@@ -21,7 +21,7 @@ from pager.errors import InvalidRequest
 from pager.lab.probe import PagedProbe
 from pager.lab.selection import METHODS, select
 from pager.memory.plan import Budgets
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.pools.drift import check_can_drift
 from pager.pools.named import NamedPool, check_example, check_num_examples, mean_scores
 from pager.pools.pick import pick_pool, resolve_size

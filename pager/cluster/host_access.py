@@ -11,7 +11,7 @@ from pager.errors import PagerError
 if TYPE_CHECKING:
     from pager.cache.host import HostTier
     from pager.memory.plan import Plan
-    from pager.models.trunk import OpenModel
+    from pager.models.open_model import OpenModel
 
 
 class NodeHostTier:

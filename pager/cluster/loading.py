@@ -17,16 +17,16 @@ from pager.cluster.views import ModelView
 from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.engine import attention
+from pager.engine.compute_threads import use_fastest_num_threads
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
 from pager.engine.paged_model import PagedModel, load_paged_model
-from pager.engine.threads import use_fastest_num_threads
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
 from pager.memory.machine import resolve_device
 from pager.memory.plan import Budgets, describe
-from pager.models.trunk import OpenModel
-from pager.observe.worker import TierBytes
+from pager.models.open_model import OpenModel
+from pager.observe.worker_metrics import TierBytes
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey, PagingTotals
 

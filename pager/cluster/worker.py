@@ -33,7 +33,7 @@ from pager.memory.plan import NUM_READERS
 from pager.memory.units import format_address
 from pager.observe import tracing
 from pager.observe.metrics import LoopLag, MetricsServer, leave_out_of_collections
-from pager.observe.worker import EngineLoad, TierBytes, WorkerMetrics
+from pager.observe.worker_metrics import EngineLoad, TierBytes, WorkerMetrics
 from pager.threads import LoopThread
 from pager.types import PagingTotals, RoutingFacts
 from pager.wire import encode_bitmap
@@ -41,7 +41,7 @@ from pager.wire import encode_bitmap
 if TYPE_CHECKING:
     from pager.cache.host import HostTier
     from pager.memory.plan import Plan
-    from pager.models.trunk import OpenModel
+    from pager.models.open_model import OpenModel
 
 log = logging.getLogger(__name__)
 

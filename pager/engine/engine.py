@@ -25,7 +25,7 @@ from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
 from pager.engine.paged_model import PagedModel
 from pager.engine.request import Request, record_spans
 from pager.engine.runner import ModelRunner
-from pager.engine.scheduler import Inbox, Intake, LineClock, WaitingLine
+from pager.engine.scheduler import Inbox, LineClock, RequestBounds, WaitingLine
 from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.memory.needs import PREFILL_CHUNK_TOKENS
 from pager.pools.pick import check_pool
@@ -68,7 +68,9 @@ class Engine:
         plan = paged.plan
         cache = KvCache(config, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
         self._decoder = Decoder(paged, ModelRunner(paged.model, cache, paged.device))
-        self._intake = Intake(config.max_position_embeddings, self._blocks.num_blocks * BLOCK_TOKENS, config.vocab_size)
+        self._bounds = RequestBounds(
+            config.max_position_embeddings, self._blocks.num_blocks * BLOCK_TOKENS, config.vocab_size
+        )
         self._eos_ids = _eos_ids(paged.model.generation_config.eos_token_id)
         self._inbox = Inbox(limits.max_running + limits.max_waiting)
         self._line: WaitingLine[Request] = WaitingLine(limits.max_overtakes)
@@ -94,7 +96,7 @@ class Engine:
         InvalidRequest, PromptTooLong, PoolTooSmall, PoolTooLarge, UnsupportedModel, DeadlineExceeded, DuplicateRequest,
         Overloaded, NotReady.
         """
-        self._intake.check(request)
+        self._bounds.check(request)
         now_s, deadline_s = time.monotonic(), math.inf
         if request.deadline_s is not None:
             left_s = request.deadline_s - now_s

@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from pager.cache.pager import ExpertPager
 from pager.errors import ConfigError
 from pager.models.families import Family
-from pager.models.trunk import moe_blocks
+from pager.models.open_model import moe_blocks
 from pager.pools.document import StepRouting
 
 if TYPE_CHECKING:

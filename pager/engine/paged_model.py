@@ -26,7 +26,7 @@ from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, UnsupportedM
 from pager.memory.machine import Machine
 from pager.memory.needs import Needs
 from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Plan, plan
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.pools.document import DocumentRouting, StepRouting
 from pager.pools.drift import check_can_drift, check_drift
 from pager.pools.pick import largest_counts

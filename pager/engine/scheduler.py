@@ -16,7 +16,7 @@ from pager.types import GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Intake:
+class RequestBounds:
     """What bounds a single request: the model's context and vocabulary, and the tokens that all of KV memory holds."""
 
     context_tokens: int

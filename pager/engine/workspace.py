@@ -19,7 +19,7 @@ from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS,
 from pager.engine.kv import heads_of
 from pager.memory.needs import Workspace
 from pager.memory.plan import NUM_CHECKERS
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.store.reads import STAGING_BYTES
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pager.engine.paged_model import PagedModel
 from pager.models.families import routed_probabilities
-from pager.models.trunk import moe_blocks
+from pager.models.open_model import moe_blocks
 from pager.pools.document import DocumentRouting
 from pager.types import ExpertPool, PoolPolicy, PoolSize
 

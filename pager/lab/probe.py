@@ -18,7 +18,7 @@ from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
 from pager.lab.selection import Examples, Layers
 from pager.models.families import routed_probabilities
-from pager.models.trunk import moe_blocks
+from pager.models.open_model import moe_blocks
 from pager.pools.document import DocumentRouting
 from pager.types import ExpertPool, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores
 

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pager.cache.policy import POLICIES, EvictionPolicy, make_policy
 from pager.cache.trace import Access, Trace
 from pager.errors import ConfigError
-from pager.observe.metrics import Family, Instruments, Kind, Labels
+from pager.observe.metrics import Instruments, Kind, Labels, Metric
 from pager.types import ExpertKey
 
 OPTIMUM = "optimum"
@@ -135,19 +135,19 @@ class Optimum:
 _BY_POLICY = Labels(("policy", "budget"), ())
 
 REPLAY_FAMILIES = (
-    Family(
+    Metric(
         "replay_capacity_bytes", Kind.GAUGE, "What a budget is in bytes.", "Where on the curve is a worker?",
         Labels(("budget",), ()),
     ),
-    Family(
+    Metric(
         "replay_hits_ratio", Kind.GAUGE, "Share of the trace's accesses that would have hit.",
         "Which budget is enough?", _BY_POLICY,
     ),
-    Family(
+    Metric(
         "replay_missed_bytes", Kind.GAUGE, "Bytes that the trace would have waited for.",
         "What would another budget or policy have read?", _BY_POLICY,
     ),
-    Family(
+    Metric(
         "replay_more_missed_bytes", Kind.GAUGE, "The same with a gibibyte more than the budget.",
         "What would another gibibyte of experts buy?", _BY_POLICY,
     ),

@@ -16,7 +16,7 @@ from pager.lab.corpus import Cut, Text, domains_of
 from pager.lab.forwards import Forwards, GateMeans, Outcome
 from pager.lab.probe import PagedProbe
 from pager.lab.selection import score
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.pools.pick import pick_pool
 from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
 from pager.predict.trunk import FittedPredictor, TrunkPredictor

@@ -20,7 +20,7 @@ from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
 from pager.lab.corpus import Document
 from pager.models.families import routed_probabilities
-from pager.models.trunk import moe_blocks
+from pager.models.open_model import moe_blocks
 from pager.tokenizing import encode
 from pager.types import PoolPolicy
 

@@ -72,7 +72,7 @@ def every(**values: Iterable[str]) -> Labels:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class Metric:
     """One metric. `name` is without prefix and `_total`; the series of an info metric are not known beforehand."""
 
     name: str
@@ -103,7 +103,7 @@ class Family:
 class Instruments:
     """The prometheus_client objects of some families in one registry, with every series there from the start."""
 
-    def __init__(self, families: Sequence[Family], registry: CollectorRegistry) -> None:
+    def __init__(self, families: Sequence[Metric], registry: CollectorRegistry) -> None:
         self._made: dict[str, Counter | Gauge | Histogram] = {}
         for family in families:
             made = _make(family, registry)
@@ -127,7 +127,7 @@ class Instruments:
         return found
 
 
-def _make(family: Family, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+def _make(family: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
     name, text, labels = f"{PREFIX}_{family.name}", family.meaning, family.labels.names
     match family.kind:
         case Kind.COUNTER:

@@ -14,9 +14,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pager.errors import CheckpointError, InvalidRequest
 from pager.models.families import routed_probabilities
-from pager.models.trunk import OpenModel, moe_blocks
+from pager.models.open_model import OpenModel, moe_blocks
 from pager.predict.fitted import CombinedMap, LexicalPredictor, PredictorFile
-from pager.store.experts import ExpertSource
+from pager.store.expert_source import ExpertSource
 from pager.types import ExpertKey, ExpertShape, RoutingFacts, RoutingScores
 
 if TYPE_CHECKING:

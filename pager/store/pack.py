@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk, PagerError
 from pager.memory.units import format_bytes
-from pager.store.experts import ExpertNames, find_experts
+from pager.store.expert_source import ExpertNames, find_experts
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader
 from pager.store.reads import raw_bytes
 from pager.store.safetensors import Checkpoint

@@ -255,14 +255,14 @@ LARGE_BYTES = 1 << 22
 _gap = memoryview(bytearray(PAGE_BYTES))  # takes the padding between two stretches; nobody looks at it
 
 
-class Place(NamedTuple):
+class FileRange(NamedTuple):
     """Where an expert lies. Compares in the order of the bytes; `file` is a number that means nothing else."""
 
     file: int
     start: int
     end: int
 
-    def is_followed_by(self, other: Place) -> bool:
+    def is_followed_by(self, other: FileRange) -> bool:
         """`other` begins where this ends, padding aside."""
         return self.file == other.file and 0 <= other.start - self.end < PAGE_BYTES
 
@@ -291,28 +291,30 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class FailedRead:
     """A stretch whose bytes can't be read, or (`error` is None) don't match their checksum."""
 
     stretch: Stretch
     error: OSError | None
 
 
-def fill(stretches: Iterable[Stretch], stored: torch.dtype, on_most: Callable[[], None] | None = None) -> list[Failure]:
+def fill(
+    stretches: Iterable[Stretch], stored: torch.dtype, on_most: Callable[[], None] | None = None
+) -> list[FailedRead]:
     """Reads all, checks those with a checksum, and returns what failed; its tensors are undefined then.
 
     Neighbours come in one read where tensors and file agree on `stored`, the dtype in the file. `on_most` is called
     when most of a last read of LARGE_BYTES is there: time for whoever reads next to get ready. Thread-safe.
     """
-    failures: list[Failure] = []
+    failures: list[FailedRead] = []
     batches = list(_batches(stretches, stored))
     for batch in batches:
         try:
             bad = _read(batch, stored, on_most if batch is batches[-1] else None)
-            failures += [Failure(stretch, None) for stretch in bad]
+            failures += [FailedRead(stretch, None) for stretch in bad]
         except OSError as error:
             if len(batch) == 1:
-                failures.append(Failure(batch[0], error))
+                failures.append(FailedRead(batch[0], error))
             else:  # only those that can't be read shall fail
                 for stretch in batch:
                     failures += fill([stretch], stored)

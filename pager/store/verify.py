@@ -12,7 +12,7 @@ import xxhash
 
 from pager.errors import CheckpointError, ExpertUnavailable
 from pager.store.checkpoint import Manifest
-from pager.store.experts import PackedExperts
+from pager.store.expert_source import PackedExperts
 from pager.store.pack import Progress
 from pager.store.pack_format import PACK_NAME, PackHeader, all_keys
 from pager.store.reads import raw_bytes

@@ -14,8 +14,8 @@ from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.errors import ChecksumMismatch, ExpertUnavailable
-from pager.store.experts import Destination
-from pager.store.reads import Place
+from pager.store.expert_source import Destination
+from pager.store.reads import FileRange
 from pager.types import ExpertKey, ExpertShape
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
@@ -82,11 +82,11 @@ class GatedSource:
 
     bytes_read = 0
 
-    def place_of(self, key: ExpertKey) -> Place:
+    def place_of(self, key: ExpertKey) -> FileRange:
         """Nobody's neighbour, unless `side_by_side` says so."""
         distance = 100 if self.side_by_side else 1 << 20
         start = (key.layer * NUM_EXPERTS + key.expert) * distance
-        return Place(0, start, start + 100)
+        return FileRange(0, start, start + 100)
 
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
         return "there is no file"

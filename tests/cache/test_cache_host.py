@@ -208,7 +208,7 @@ import torch
 from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
 from pager.cache.device import DeviceSlots
-from pager.store.reads import Place
+from pager.store.reads import FileRange
 from pager.types import ExpertKey, ExpertShape
 
 name, num_records = sys.argv[1], int(sys.argv[2])
@@ -227,7 +227,7 @@ class Source:
         return [96 for _ in destinations]
 
     def place_of(self, key):
-        return Place(0, 96 * key.expert, 96 * key.expert + 96)
+        return FileRange(0, 96 * key.expert, 96 * key.expert + 96)
 
     def bypass_page_cache(self, dtype):
         return "there is no file"

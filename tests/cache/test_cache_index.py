@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pager.cache.index import CacheIndex, Plan
+from pager.cache.index import CacheIndex, SlotPlan
 from pager.cache.policy import LRU, make_policy
 from pager.errors import ConfigError
 from pager.types import ExpertKey
@@ -21,7 +21,7 @@ def keys(*numbers: int) -> tuple[ExpertKey, ...]:
     return tuple(key(number) for number in numbers)
 
 
-def hold(index: CacheIndex, *numbers: int, reservation: int = 0) -> Plan:
+def hold(index: CacheIndex, *numbers: int, reservation: int = 0) -> SlotPlan:
     """Plans, commits and installs."""
     plan = index.plan(keys(*numbers), reservation=reservation)
     assert plan is not None
@@ -157,7 +157,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.reserved[self.next_lease] = reserved
         self.next_lease += 1
 
-    def carry_out(self, plan: Plan) -> None:
+    def carry_out(self, plan: SlotPlan) -> None:
         assert not set(plan.victims) & {each for lease in self.leases.values() for each in lease}
         assert not set(plan.victims) & set(self.loading)
         self.index.commit(plan)

@@ -9,7 +9,7 @@ import pytest
 
 from pager.cache.tiers import Readers, Turn
 from pager.memory.plan import NUM_CHECKERS
-from pager.store.reads import Place
+from pager.store.reads import FileRange
 from pager.types import ExpertKey
 
 
@@ -59,7 +59,7 @@ def work() -> Iterator[Work]:
 
 
 def readers_of(work: Work, num_readers: int) -> Readers:
-    return Readers(num_readers, work.do, lambda key: Place(0, 10_000 * key.expert, 10_000 * key.expert))
+    return Readers(num_readers, work.do, lambda key: FileRange(0, 10_000 * key.expert, 10_000 * key.expert))
 
 
 def push(readers: Readers, *experts: int, urgency: int = 0) -> None:

@@ -153,7 +153,7 @@ def test_a_process_that_exits_in_the_middle_of_a_read_is_not_aborted() -> None:
         import threading
         import torch
         from pager.cache.tiers import Readers
-        from pager.store.reads import Place
+        from pager.store.reads import FileRange
         from pager.types import ExpertKey
 
         begun = threading.Event()
@@ -165,7 +165,7 @@ def test_a_process_that_exits_in_the_middle_of_a_read_is_not_aborted() -> None:
                     torch.mm(torch.ones(1000, 1000), torch.ones(1000, 1000))
 
         reads = Reads()
-        readers = Readers(2, reads.read, lambda key: Place(0, 9999 * key.expert, 0))
+        readers = Readers(2, reads.read, lambda key: FileRange(0, 9999 * key.expert, 0))
         readers.push((0, 0), [ExpertKey(0, expert) for expert in range(100)])
         begun.wait()
         print("leaving")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pager.cli.fit_router import sample_texts
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.predict.fitted import LexicalPredictor, PredictorFile
 
 DOCUMENTS = Path(__file__).parents[1] / "data" / "documents"

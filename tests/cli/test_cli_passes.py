@@ -13,7 +13,7 @@ import pytest
 import router_service.predictors
 from pager.config import RouterConfig
 from pager.errors import CheckpointError, ConfigError
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.pools.pick import pick_pool
 from pager.predict.fitted import PREDICTOR_NAME, PredictorFile, num_features
 from pager.types import Count, RoutingFacts

@@ -27,7 +27,7 @@ from pager.cluster.views import ModelView, WorkerState, WorkerView
 from pager.cluster.worker import HostAccess, LoadedEngine
 from pager.config import ClusterConfig, ModelConfig, RouterConfig, ServiceConfig, WorkerConfig
 from pager.errors import Cancelled, CheckpointError, DuplicateRequest, NotReady, PagerError, WorkerLost
-from pager.observe.worker import WORKER_FAMILIES, TierBytes
+from pager.observe.worker_metrics import WORKER_FAMILIES, TierBytes
 from pager.types import (
     Account,
     ExpertKey,

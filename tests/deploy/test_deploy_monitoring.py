@@ -13,7 +13,7 @@ import redis
 import yaml
 
 from pager.observe.tracing import is_asked_for
-from pager.observe.worker import WORKER_FAMILIES
+from pager.observe.worker_metrics import WORKER_FAMILIES
 from router_service.metrics import router_families
 from tests.support.processes import free_port
 

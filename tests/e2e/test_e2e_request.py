@@ -14,7 +14,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tokenizers import Tokenizer
 
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.pools.pick import parse_pool_size, pick_pool
 from pager.predict.fitted import PredictorFile
 from pager.predict.trunk import FittedPredictor, TrunkPredictor

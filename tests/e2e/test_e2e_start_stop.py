@@ -17,7 +17,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from tokenizers import Tokenizer
 
 from pager.predict.trunk import TrunkPredictor
-from pager.store.experts import PackedExperts
+from pager.store.expert_source import PackedExperts
 from pager.store.pack_format import PACK_NAME
 from pager.store.safetensors import Checkpoint
 from pager.store.verify import record

@@ -35,7 +35,7 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.runner import STEPS_BEFORE_CAPTURE, DecodeBatch, ModelRunner, RowStart, Step
 from pager.engine.sampler import Draw, Sampler
 from pager.models.emo import EmoConfig, EmoForCausalLM
-from pager.models.trunk import moe_blocks
+from pager.models.open_model import moe_blocks
 from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, SamplingParams
 
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.8, "seed": 5}

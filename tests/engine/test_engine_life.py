@@ -27,7 +27,7 @@ from pager.errors import (
     PoolTooSmall,
     PromptTooLong,
 )
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.store.pack import pack
 from pager.types import (
     Count,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pager.store.experts import CheckpointExperts, Destination
+from pager.store.expert_source import CheckpointExperts, Destination
 from pager.types import Count, Full, PoolPolicy
 
 EXACT, POOL = PoolPolicy(Full()), PoolPolicy(Count(4))

@@ -31,7 +31,7 @@ from pager.engine.kv import KvCache, kv_bytes_per_token
 from pager.engine.paged_model import PagedModel, load_paged_model, needs_of
 from pager.memory.plan import Budgets
 from pager.models.emo import EmoConfig, EmoForCausalLM
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.types import Count, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams
 
 MIB = 2**20

@@ -26,7 +26,7 @@ from pager.errors import (
     PagerError,
     UnsupportedModel,
 )
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.store.pack import pack
 
 Load = Callable[..., PreTrainedModel]

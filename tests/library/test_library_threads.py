@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pager.errors import ConfigError
-from pager.models.trunk import OpenModel
+from pager.models.open_model import OpenModel
 from pager.types import Count, DriftPolicy, PoolPolicy
 
 Load = Callable[..., PreTrainedModel]

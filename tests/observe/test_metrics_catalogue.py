@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from docs.metrics_catalogue import catalogue
 from pager.errors import ConfigError
-from pager.observe.metrics import Family, Kind
-from pager.observe.worker import MODEL_LABELS, WORKER_FAMILIES, TierBytes, WorkerMetrics
+from pager.observe.metrics import Kind, Metric
+from pager.observe.worker_metrics import MODEL_LABELS, WORKER_FAMILIES, TierBytes, WorkerMetrics
 from pager.types import ExpertPool, FinishReason, Usage
 from router_service.metrics import INFO_LABELS, RouterMetrics, router_families
 from router_service.tenants import MAX_NAMED_TENANTS, TenantLabels, tenant_in
@@ -46,8 +46,8 @@ def scraped(registry: CollectorRegistry) -> Series:
     }
 
 
-def declared(families: tuple[Family, ...]) -> Series:
-    def name(family: Family) -> str:
+def declared(families: tuple[Metric, ...]) -> Series:
+    def name(family: Metric) -> str:
         return family.exposed + "_count" if family.kind is Kind.HISTOGRAM else family.exposed
 
     return {

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pager.errors import PortInUse
 from pager.observe.metrics import MAX_CONNECTIONS, MetricsServer
-from pager.observe.worker import OUTCOMES, TierBytes, WorkerMetrics
+from pager.observe.worker_metrics import OUTCOMES, TierBytes, WorkerMetrics
 from pager.types import Account, DriftReport, ExpertPool
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError
-from pager.store.experts import PackedExperts
+from pager.store.expert_source import PackedExperts
 from pager.store.safetensors import Checkpoint
 from pager.store.verify import record
 from pager.types import ExpertKey, ExpertShape

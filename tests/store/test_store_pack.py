@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk
 from pager.store import pack as pack_module
-from pager.store.experts import PackedExperts
+from pager.store.expert_source import PackedExperts
 from pager.store.safetensors import Checkpoint
 from pager.store.verify import record, verify
 from pager.types import ExpertKey

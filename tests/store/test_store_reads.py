@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.page_cache import cached_bytes, drop
 from pager.errors import ChecksumMismatch, ExpertReadError
 from pager.store import reads as read_module
-from pager.store.experts import Destination, ExpertSource
+from pager.store.expert_source import Destination, ExpertSource
 from pager.store.reads import HOT_BYTES, LARGE_BYTES, MOST_BYTES, PAGE_BYTES, DataFile, Stretch, fill, raw_bytes
 from pager.store.verify import record
 from pager.types import ExpertKey, ExpertShape

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from pager.errors import CheckpointError
-from pager.store.experts import PackedExperts
+from pager.store.expert_source import PackedExperts
 from pager.store.pack import pack
 from pager.store.safetensors import Checkpoint
 from pager.store.verify import record, verify

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError, ExpertUnavailable
 from pager.store.pack_format import PACK_NAME, all_keys, read_pack_header
-from pager.store.reads import PAGE_BYTES, DataFile, Failure, Place, Stretch, fill
+from pager.store.reads import PAGE_BYTES, DataFile, FailedRead, FileRange, Stretch, fill
 from pager.store.safetensors import Checkpoint
 from pager.store.safetensors_header import TensorSpec
 from pager.types import ExpertKey, ExpertShape
@@ -58,7 +58,7 @@ class ExpertSource(Protocol):
         """
         ...
 
-    def place_of(self, key: ExpertKey) -> Place: ...
+    def place_of(self, key: ExpertKey) -> FileRange: ...
 
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
         """Reads into whole pages of memory in `dtype` leave the page cache out from now on.
@@ -145,11 +145,11 @@ class CheckpointExperts(_StoredExperts):
     def bytes_read(self) -> int:
         return sum(file.bytes_read for file in self._files.values())
 
-    def place_of(self, key: ExpertKey) -> Place:
+    def place_of(self, key: ExpertKey) -> FileRange:
         """Of its tensors in the file that the first of them is in."""
         specs = sorted(self._specs[key], key=lambda spec: (spec.file, spec.offset))
         last = max(spec.offset + spec.nbytes for spec in specs if spec.file == specs[0].file)
-        return Place(self._file_numbers[specs[0].file], specs[0].offset, last)
+        return FileRange(self._file_numbers[specs[0].file], specs[0].offset, last)
 
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
         return "tensors of a safetensors file begin anywhere in a page; pack the model"
@@ -190,9 +190,9 @@ class PackedExperts(_StoredExperts):
     def bytes_read(self) -> int:
         return self._file.bytes_read
 
-    def place_of(self, key: ExpertKey) -> Place:
+    def place_of(self, key: ExpertKey) -> FileRange:
         start = self.offset_of(key)
-        return Place(0, start, start + self._extents[key].nbytes)
+        return FileRange(0, start, start + self._extents[key].nbytes)
 
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
         if dtype != self.stored_dtype:
@@ -263,7 +263,7 @@ def _checked(shape: ExpertShape, destination: Destination) -> Destination:
     return destination
 
 
-def _error(failure: Failure) -> ExpertUnavailable:
+def _error(failure: FailedRead) -> ExpertUnavailable:
     (layer, expert), stretch = failure.stretch.key, failure.stretch
     where = f"byte {stretch.offset} of {stretch.file.path}"
     if failure.error is None:

@@ -18,7 +18,7 @@ from pager.models.config_bounds import TOKEN_IDS, check_config, check_shape, che
 from pager.models.families import Family, family_of
 from pager.reading import one_line
 from pager.store.checkpoint import read_json_object
-from pager.store.experts import ExpertSource, open_experts
+from pager.store.expert_source import ExpertSource, open_experts
 from pager.store.safetensors import Checkpoint
 from pager.types import RoutingFacts
 

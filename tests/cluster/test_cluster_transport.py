@@ -14,7 +14,7 @@ from expert_pager.v1 import worker_pb2 as pb
 
 from pager.cluster.token_client import WorkerLink
 from pager.cluster.token_server import MAX_COMMAND_BYTES, TOKEN_HEADER, TokenServer
-from pager.engine.scheduler import Intake
+from pager.engine.scheduler import RequestBounds
 from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
 from pager.threads import LoopThread
@@ -425,7 +425,7 @@ async def test_no_request_keeps_the_token_loop() -> None:
         return time.thread_time() + slept_s
 
     context, layers = 1 << 17, 64
-    intake = Intake(context, context, context)
+    intake = RequestBounds(context, context, context)
 
     class CheckingEngine(ScriptedEngine):
         def submit(self, request: GenerateRequest) -> None:

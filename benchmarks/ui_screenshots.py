@@ -15,15 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any
 
-import grpc
-from expert_pager.v1 import expert_pager_pb2 as pb
-from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 from demo.__main__ import service
 from demo.prompts import PROMPTS
+from pager import Client, Count, SamplingParams
 
 DESK, PHONE = ViewportSize(width=1360, height=1400), ViewportSize(width=390, height=1500)
 TENANTS = ("acme", "globex", "initech")
@@ -53,9 +50,8 @@ def take(model: Path, folder: Path, seconds: float) -> list[Path]:
 def load(address: str) -> Iterator[None]:
     """Clients that ask one prompt after the other, each with a pool of its own size."""
     done = Event()
-    with grpc.insecure_channel(address) as channel, ThreadPoolExecutor(NUM_CLIENTS) as clients:
-        stub = pb_grpc.ExpertPagerStub(channel)
-        asking = [clients.submit(_ask, stub, number, done) for number in range(NUM_CLIENTS)]
+    with ThreadPoolExecutor(NUM_CLIENTS) as clients:
+        asking = [clients.submit(_ask, address, number, done) for number in range(NUM_CLIENTS)]
         try:
             yield
         finally:
@@ -64,14 +60,12 @@ def load(address: str) -> Iterator[None]:
         each.result()
 
 
-def _ask(stub: Any, number: int, done: Event) -> None:
-    tenant, pool = TENANTS[number % len(TENANTS)], pb.PoolPolicy(count=12 + 4 * number)
+def _ask(address: str, number: int, done: Event) -> None:
     prompts = itertools.islice(itertools.cycle(PROMPTS), number, None)
-    while not done.is_set():
-        request = pb.GenerateRequest(text=next(prompts)[1].encode(), pool=pool)
-        request.sampling.MergeFrom(pb.SamplingParams(max_tokens=120, ignore_eos=True, seed=number))
-        for _ in stub.Generate(request, metadata=(("x-tenant-id", tenant),), timeout=300):
-            pass
+    sampling = SamplingParams(max_tokens=120, ignore_eos=True, seed=number)
+    with Client(address, tenant=TENANTS[number % len(TENANTS)], timeout_s=300) as client:
+        while not done.is_set():
+            client.generate(next(prompts)[1], sampling, Count(12 + 4 * number)).text()
 
 
 def _shoot(page: Page, address: str, path: Path) -> Path:

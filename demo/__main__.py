@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-from expert_pager.v1 import expert_pager_pb2 as pb
-from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
-
 from demo.prompts import PROMPTS
+from pager import Client, Count, SamplingParams, Share
 from pager.cli.output import out, print_table
+from pager.errors import PagerError
 from pager.memory.units import format_bytes
+from pager.types import ExpertPool, ModelInfo, PoolSize, Usage
 
 MODEL = Path(__file__).parents[1] / "models" / "emo-tiny"
 STOP_TIMEOUT_S = 60
@@ -37,7 +36,8 @@ class DemoError(Exception):
 @dataclass(frozen=True, slots=True)
 class Answer:
     domain: str
-    usage: pb.Usage
+    usage: Usage
+    pool: ExpertPool
     seconds: float
 
     @property
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DemoError as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
-    except grpc.RpcError as error:
-        print(f"demo failed: {error.code().name}: {error.details()}", file=sys.stderr)
+    except PagerError as error:
+        print(f"demo failed: {error}", file=sys.stderr)
         return 1
     out.print("\ndemo: all six prompts answered, the service stopped cleanly", style="bold")
     return 0
@@ -105,39 +105,34 @@ def service(model: Path, expert_memory: str) -> Iterator[dict[str, Any]]:
 
 
 def ask_all(address: str, max_tokens: int) -> list[Answer]:
-    with grpc.insecure_channel(address) as channel:
-        stub = pb_grpc.ExpertPagerStub(channel)
-        pool = choose_pool(stub.GetModel(pb.GetModelRequest()).pool_sizes)
-        return [ask(stub, domain, prompt, pool, max_tokens) for domain, prompt in PROMPTS]
+    with Client(address, timeout_s=120) as client:
+        size = choose_size(client.model())
+        return [ask(client, domain, prompt, size, max_tokens) for domain, prompt in PROMPTS]
 
 
-def choose_pool(sizes: pb.PoolSizes) -> pb.PoolPolicy:
+def choose_size(model: ModelInfo) -> PoolSize:
     """An eighth of all experts, as the paper counts; the smallest legal pool of a model too small for that."""
-    layer = max(sizes.layers, key=lambda facts: facts.routed)
-    if (layer.routed + layer.shared) // 8 - layer.shared >= sizes.min_routed:
-        return pb.PoolPolicy(share=0.125)
-    return pb.PoolPolicy(count=sizes.min_routed)
+    facts = model.facts
+    routed, shared = max(zip(facts.routed_per_layer, facts.shared_per_layer, strict=True))
+    smallest = max(facts.top_k_per_layer)
+    return Share(0.125) if (routed + shared) // 8 - shared >= smallest else Count(smallest)
 
 
-def ask(stub: Any, domain: str, prompt: str, pool: pb.PoolPolicy, max_tokens: int) -> Answer:
+def ask(client: Client, domain: str, prompt: str, size: PoolSize, max_tokens: int) -> Answer:
     """Sends one prompt and prints its answer as it comes."""
-    request = pb.GenerateRequest(
-        text=prompt.encode(),
-        pool=pool,
-        sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.95, seed=1),
-    )
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.95, seed=1)
     out.print(f"\n{domain}", style="bold cyan")
     out.print(prompt, end="", style="dim", markup=False)
     started_s = time.perf_counter()
-    usage = None
-    for response in stub.Generate(request, timeout=120):
-        out.print(response.text, end="", markup=False)
-        usage = response.usage if response.HasField("usage") else usage
-    if usage is None:
+    chunks = client.generate(prompt, sampling, size)
+    for chunk in chunks:
+        out.print(chunk.text, end="", markup=False)
+    usage = chunks.usage
+    if usage is None or usage.pool is None:
         raise DemoError(f"the stream of the {domain} prompt ended without its usage")
-    answer = Answer(domain, usage, time.perf_counter() - started_s)
+    answer = Answer(domain, usage, usage.pool, time.perf_counter() - started_s)
     out.print(
-        f"\n[pool {usage.pool.digest}: {usage.pool.num_experts} experts; {answer.hit_rate:.0%} were there already; "
+        f"\n[pool {answer.pool.digest}: {answer.pool.num_experts} experts; {answer.hit_rate:.0%} were there already; "
         f"paged {format_bytes(answer.bytes_paged)}; {usage.completion_tokens} tokens in {answer.seconds:.2f} s]",
         style="green", markup=False,
     )  # fmt: skip
@@ -148,13 +143,13 @@ def print_summary(answers: Sequence[Answer]) -> None:
     rows = [
         (
             answer.domain,
-            answer.usage.pool.digest[:8],
-            str(answer.usage.pool.num_experts),
-            f"{answer.usage.pool.covered_mass:.0%}",
+            answer.pool.digest[:8],
+            str(answer.pool.num_experts),
+            f"{answer.pool.covered_mass or 0.0:.0%}",
             f"{answer.hit_rate:.0%}",
-            f"{answer.usage.predicted_recall:.0%}",
+            f"{answer.usage.predicted_recall or 0.0:.0%}",
             format_bytes(answer.bytes_paged),
-            f"{answer.usage.time_to_first_token_seconds * 1000:.0f} ms",
+            f"{answer.usage.time_to_first_token_s * 1000:.0f} ms",
             str(answer.usage.completion_tokens),
         )
         for answer in answers

@@ -7,23 +7,56 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pager.client import AsyncClient, Client
     from pager.engine.library import load_model
+    from pager.types import (
+        Bytes,
+        Count,
+        Counts,
+        DriftAction,
+        DriftPolicy,
+        ExpertPool,
+        Full,
+        Mass,
+        PoolAsk,
+        SamplingParams,
+        Share,
+    )
 
-__all__ = ["__version__", "load_model"]
 __version__ = "0.1.0"
+__all__ = [
+    "AsyncClient",
+    "Bytes",
+    "Client",
+    "Count",
+    "Counts",
+    "DriftAction",
+    "DriftPolicy",
+    "ExpertPool",
+    "Full",
+    "Mass",
+    "PoolAsk",
+    "SamplingParams",
+    "Share",
+    "__version__",
+    "load_model",
+]
 
-# torch and transformers take seconds to import; `import pager` alone should not. What needs them comes when it is used.
+# torch and transformers take seconds to import, and grpc a part of one: what needs them comes when it is used.
+_MODULES = {"load_model": "pager.engine.library", "Client": "pager.client", "AsyncClient": "pager.client"}
+_HAS_ENGINE = find_spec("pager.engine") is not None  # not where only the client is installed
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_model":
-        from pager.engine.library import load_model
-
-        return load_model
+    if name == "load_model" and not _HAS_ENGINE:
+        raise ImportError("load_model is part of expert-pager, and only expert-pager-client is installed")
+    if name in __all__:
+        return getattr(import_module(_MODULES.get(name, "pager.types")), name)
     raise AttributeError(f"module 'pager' has no attribute {name!r}")
 
 
@@ -65,6 +98,7 @@ def _add_emo(configuration_auto: Any) -> None:
     configuration_auto.CONFIG_MAPPING_NAMES.setdefault("emo", "EmoConfig")
 
 
-sys.meta_path.insert(0, _EmoInTransformers())
-if _AUTO_CONFIG in sys.modules:
-    _add_emo(sys.modules[_AUTO_CONFIG])
+if _HAS_ENGINE:
+    sys.meta_path.insert(0, _EmoInTransformers())
+    if _AUTO_CONFIG in sys.modules:
+        _add_emo(sys.modules[_AUTO_CONFIG])

@@ -22,6 +22,7 @@ class PagerError(Exception):
     reason: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
     is_refusal: bool = False  # the call was turned away before anything was done for it
+    status: str = ""  # at a client, the name of the gRPC status code that the error came with
 
     def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -175,6 +176,13 @@ class NotReady(PagerError):
     """No worker is ready, or the service is draining."""
 
     reason = "NOT_READY"
+    retryable = True
+
+
+class ServiceUnreachable(PagerError):
+    """Nothing answers at the service's address, or the connection to it broke."""
+
+    reason = "SERVICE_UNREACHABLE"
     retryable = True
 
 

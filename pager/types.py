@@ -1,4 +1,4 @@
-"""The values that cross package borders. Frozen, plain data; no torch, ray, grpc or clock in here.
+"""The values that cross package borders. Frozen, plain data; the standard library is all that they need.
 
 Shape legend: L layers, E experts of a layer (all of them, shared last), R routed experts of a layer, T tokens.
 """
@@ -9,9 +9,10 @@ import hashlib
 import struct
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class ExpertKey(NamedTuple):
@@ -193,6 +194,47 @@ class PoolPolicy:
     drift: DriftPolicy | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PoolAsk:
+    """What a caller asks of its pool; what is None is left to the service's defaults.
+
+    At most one of `fixed`, `digest` (of a pool that this tenant was given before) and `name` (of a named pool) is set,
+    and none of them beside a `size`.
+    """
+
+    size: PoolSize | None = None
+    source: PoolSource | None = None
+    fixed: ExpertPool | None = None
+    digest: str | None = None
+    name: str | None = None
+    drift: DriftPolicy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPool:
+    """A pool under a name. `method` is the selection method that made it; `fingerprint` is that of its only model."""
+
+    name: str
+    pool: ExpertPool
+    method: str
+    num_examples: int
+    num_tokens: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolListing:
+    """A tenant's named pools; `damaged` has the names under which something is stored that cannot be read."""
+
+    pools: tuple[NamedPool, ...]
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All names that are taken."""
+        return frozenset((*(named.name for named in self.pools), *self.damaged))
+
+
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
@@ -359,3 +401,67 @@ class TokenChunk:
     tenant: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+# --- the service ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The one model that a service serves. `num_slots`: of the largest ready worker; 0 where none is ready."""
+
+    name: str
+    fingerprint: str
+    context_length: int
+    kv_token_limit: int
+    vocab_size: int
+    facts: RoutingFacts
+    tokenizer_class: str
+    tokenizer_sha256: str
+    plan: str
+    num_slots: int = 0
+
+    @property
+    def token_limit(self) -> int:
+        """The longest prompt plus answer."""
+        return min(self.context_length, self.kv_token_limit)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteAnswer:
+    """What a service predicts for a prompt, and where Generate would go.
+
+    `source` is the predictor, and `scores` has each routed expert's score, layer by layer, empty where dense; there are
+    none where only the worker's prefill scores. `observed` is the pool that a prefill chose for this prompt before.
+    `worker` is None where no worker is ready; otherwise that worker lacks `missing_bytes` of the pool.
+    """
+
+    source: str
+    num_tokens: int
+    scores: tuple[tuple[float, ...], ...] = ()
+    pool: ExpertPool | None = None
+    observed: ExpertPool | None = None
+    expected_recall: float | None = None
+    worker: str | None = None
+    missing_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerResidency:
+    """What one worker holds right now. `resident` has a bit mask of its routed experts for each layer.
+
+    A remote worker is known only through another router; its state and load may be some seconds old.
+    """
+
+    worker: str
+    state: str  # starting, ready, draining, hung or dead
+    waiting: int
+    running: int
+    num_slots: int
+    expert_bytes: int
+    resident: tuple[int, ...]
+    is_remote: bool = False
+
+    @property
+    def num_resident(self) -> int:
+        return sum(mask.bit_count() for mask in self.resident)

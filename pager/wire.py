@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import worker_pb2
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
 
 from pager.errors import InvalidRequest, PagerError
 from pager.types import (
@@ -34,14 +37,21 @@ from pager.types import (
     Grammar,
     GrammarKind,
     Mass,
+    ModelInfo,
+    NamedPool,
+    PoolAsk,
+    PoolListing,
     PoolPolicy,
     PoolSize,
     PoolSource,
+    RouteAnswer,
+    RoutingFacts,
     SamplingParams,
     Share,
     TokenChunk,
     TokenLogprobs,
     Usage,
+    WorkerResidency,
 )
 
 _MODES: dict[AnswerMode, pb.AnswerMode] = {
@@ -169,6 +179,119 @@ def decode_drift(message: pb.PoolPolicy) -> DriftPolicy | None:
         if known == number:
             return DriftPolicy(drift.threshold, action, window)
     raise InvalidRequest(f"pool.drift.action {drift.action} is unknown; use WIDEN or EXACT", field="pool.drift.action")
+
+
+def encode_ask(ask: PoolAsk) -> pb.PoolPolicy | None:
+    """The policy; None where nothing is asked, so that the service's defaults count."""
+    if ask == PoolAsk():
+        return None
+    message = pb.PoolPolicy(digest=ask.digest, name=ask.name)
+    if ask.fixed is not None:
+        message.experts.CopyFrom(pb.FixedPool(layers=encode_layers(ask.fixed)))
+    if ask.source is not None:
+        message.source = encode_source(ask.source)
+    if ask.drift is not None:
+        message.drift.CopyFrom(encode_drift(ask.drift))
+    if ask.size is not None:
+        set_size(message, ask.size)
+    return message
+
+
+def decode_ask(message: pb.PoolPolicy) -> PoolAsk:
+    """What a caller asks of its pool. Raises InvalidRequest for an unknown source or drift action."""
+    fixed = message.WhichOneof("fixed")
+    layers = tuple(tuple(sorted(layer.experts)) for layer in message.experts.layers)
+    return PoolAsk(
+        size=decode_size(message) if message.WhichOneof("size") else None,
+        source=decode_source(message),
+        fixed=ExpertPool(layers) if fixed == "experts" else None,
+        digest=message.digest if fixed == "digest" else None,
+        name=message.name if fixed == "name" else None,
+        drift=decode_drift(message),
+    )
+
+
+def encode_named_pool(named: NamedPool) -> pb.NamedPool:
+    return pb.NamedPool(
+        name=named.name,
+        pool=encode_pool(named.pool),
+        method=named.method,
+        num_examples=named.num_examples,
+        num_tokens=named.num_tokens,
+        model_fingerprint=named.fingerprint,
+    )
+
+
+def decode_named_pool(message: pb.NamedPool) -> NamedPool:
+    return NamedPool(
+        message.name,
+        decode_pool(message.pool),
+        message.method,
+        message.num_examples,
+        message.num_tokens,
+        message.model_fingerprint,
+    )
+
+
+def decode_listing(message: pb.ListPoolsResponse) -> PoolListing:
+    return PoolListing(tuple(map(decode_named_pool, message.pools)), tuple(message.damaged))
+
+
+# --- requests, from a client to a router ----------------------------------------------------------------------------
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+def encode_generate(
+    prompt: Prompt, sampling: SamplingParams, pool: PoolAsk, *, request_id: str = "", has_max_tokens: bool = True
+) -> pb.GenerateRequest:
+    """Without `has_max_tokens` the length of the answer is left to the service. Raises InvalidRequest."""
+    with _refusing():
+        message = pb.GenerateRequest(request_id=request_id, sampling=encode_sampling(sampling), pool=encode_ask(pool))
+        if not has_max_tokens:
+            message.sampling.ClearField("max_tokens")
+        return _with_prompt(message, prompt)
+
+
+def encode_route(prompt: Prompt, pool: PoolAsk) -> pb.RouteRequest:
+    """Raises InvalidRequest."""
+    with _refusing():
+        return _with_prompt(pb.RouteRequest(pool=encode_ask(pool)), prompt)
+
+
+def encode_calibrate(
+    name: str, examples: Iterable[Prompt], pool: PoolAsk, method: str | None, *, replaces: bool
+) -> pb.CalibrateRequest:
+    """Raises InvalidRequest."""
+    with _refusing():
+        return pb.CalibrateRequest(
+            name=name,
+            examples=[_with_prompt(pb.Example(), example) for example in examples],
+            pool=encode_ask(pool),
+            method=method or "",
+            replace=replaces,
+        )
+
+
+Prompted = TypeVar("Prompted", pb.GenerateRequest, pb.RouteRequest, pb.Example)
+
+
+def _with_prompt(message: Prompted, prompt: Prompt) -> Prompted:
+    if isinstance(prompt, str):
+        message.text = prompt.encode()
+    else:
+        message.token_ids.CopyFrom(pb.TokenIds(ids=prompt))
+    return message
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Raises InvalidRequest for values that no message can hold: a negative count, text that is not Unicode."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"the request has a value that its field cannot hold: {error}") from None
 
 
 # --- requests, from a router to a worker ----------------------------------------------------------------------------
@@ -352,33 +475,165 @@ def _decode_report(message: pb.DriftReport) -> DriftReport:
     )
 
 
-# --- errors, from a worker to a router ------------------------------------------------------------------------------
+def encode_route_answer(answer: RouteAnswer) -> pb.RouteResponse:
+    layers = [pb.LayerScores(mean=mean) for mean in answer.scores]
+    placement = None
+    if answer.worker is not None:
+        placement = pb.Placement(worker=answer.worker, missing_bytes=answer.missing_bytes)
+    return pb.RouteResponse(
+        scores=pb.Scores(source=answer.source, num_tokens=answer.num_tokens, layers=layers),
+        pool=None if answer.pool is None else encode_pool(answer.pool),
+        observed=None if answer.observed is None else encode_pool(answer.observed),
+        placement=placement,
+        expected_recall=answer.expected_recall,
+    )
 
+
+def decode_route_answer(message: pb.RouteResponse) -> RouteAnswer:
+    return RouteAnswer(
+        source=message.scores.source,
+        num_tokens=message.scores.num_tokens,
+        scores=tuple(tuple(layer.mean) for layer in message.scores.layers),
+        pool=decode_pool(message.pool) if message.HasField("pool") else None,
+        observed=decode_pool(message.observed) if message.HasField("observed") else None,
+        expected_recall=optional(message, "expected_recall"),
+        worker=message.placement.worker if message.HasField("placement") else None,
+        missing_bytes=message.placement.missing_bytes,
+    )
+
+
+# --- the model and its workers --------------------------------------------------------------------------------------
+
+
+def encode_model(model: ModelInfo) -> pb.GetModelResponse:
+    facts = model.facts
+    per_layer = zip(facts.routed_per_layer, facts.shared_per_layer, facts.top_k_per_layer, strict=True)
+    return pb.GetModelResponse(
+        name=model.name,
+        fingerprint=model.fingerprint,
+        context_length=model.context_length,
+        kv_token_limit=model.kv_token_limit,
+        vocab_size=model.vocab_size,
+        tokenizer=pb.Tokenizer(class_name=model.tokenizer_class, sha256=model.tokenizer_sha256),
+        pool_sizes=pb.PoolSizes(
+            min_routed=max(facts.top_k_per_layer, default=0),
+            max_routed=max(facts.routed_per_layer, default=0),
+            slots=model.num_slots,
+            layers=[pb.LayerFacts(routed=routed, shared=shared, top_k=top_k) for routed, shared, top_k in per_layer],
+        ),
+        plan=model.plan,
+    )
+
+
+def decode_model(message: pb.GetModelResponse) -> ModelInfo:
+    """The model, but for the size of its experts, which the message does not have."""
+    layers = message.pool_sizes.layers
+    return ModelInfo(
+        name=message.name,
+        fingerprint=message.fingerprint,
+        context_length=message.context_length,
+        kv_token_limit=message.kv_token_limit,
+        vocab_size=message.vocab_size,
+        facts=RoutingFacts(
+            experts_per_layer=tuple(layer.routed + layer.shared for layer in layers),
+            shared_per_layer=tuple(layer.shared for layer in layers),
+            top_k_per_layer=tuple(layer.top_k for layer in layers),
+        ),
+        tokenizer_class=message.tokenizer.class_name,
+        tokenizer_sha256=message.tokenizer.sha256,
+        plan=message.plan,
+        num_slots=message.pool_sizes.slots,
+    )
+
+
+def encode_worker(worker: WorkerResidency, facts: RoutingFacts) -> pb.WorkerResidency:
+    """A worker that has not loaded reports nothing of its layers; the message has an empty bitmap for each then."""
+    held = worker.resident or (0,) * facts.num_layers
+    masks = zip(held, facts.routed_per_layer, strict=True)
+    return pb.WorkerResidency(
+        worker=worker.worker,
+        state=worker.state,
+        waiting=worker.waiting,
+        running=worker.running,
+        slots=worker.num_slots,
+        expert_bytes=worker.expert_bytes,
+        resident_experts=worker.num_resident,
+        resident=[mask.to_bytes((routed + 7) // 8, "little") for mask, routed in masks],
+        remote=worker.is_remote,
+    )
+
+
+def decode_worker(message: pb.WorkerResidency) -> WorkerResidency:
+    return WorkerResidency(
+        worker=message.worker,
+        state=message.state,
+        waiting=message.waiting,
+        running=message.running,
+        num_slots=message.slots,
+        expert_bytes=message.expert_bytes,
+        resident=tuple(map(decode_bitmap, message.resident)),
+        is_remote=message.remote,
+    )
+
+
+def decode_workers(message: pb.GetResidencyResponse) -> tuple[WorkerResidency, ...]:
+    return tuple(map(decode_worker, message.workers))
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+DOMAIN = "expert-pager"  # of google.rpc.ErrorInfo
 _FACTS = ("needed", "slots")  # what PoolTooLarge carries beside its message
 
 
-def encode_error(error: PagerError) -> worker_pb2.Error:
+def error_facts(error: PagerError) -> dict[str, int]:
+    """The numbers that an error carries beside its message."""
     facts = {name: getattr(error, name) for name in _FACTS if hasattr(error, name)}
     key = getattr(error, "key", None)
     if isinstance(key, ExpertKey):
         facts |= {"layer": key.layer, "expert": key.expert}
+    return facts
+
+
+def encode_error(error: PagerError) -> worker_pb2.Error:
+    """An error on its way from a worker to a router."""
     return worker_pb2.Error(
         reason=error.reason,
         message=error.message,
         field=error.field,
         retry_after_s=error.retry_after_s,
-        facts=facts,
+        facts=error_facts(error),
     )
 
 
 def decode_error(message: worker_pb2.Error) -> PagerError:
     """An error of the same class with the same facts; a plain PagerError (internal) for an unknown reason."""
-    kind = _error_kinds().get(message.reason, PagerError)
+    field, retry_after_s = optional(message, "field"), optional(message, "retry_after_s")
+    return _error(message.reason, message.message, field, retry_after_s, message.facts)
+
+
+def decode_status(message: Status) -> PagerError | None:
+    """The error in the details that a router answers with; None for a status that is no router's."""
+    info, retry, bad = ErrorInfo(), RetryInfo(), BadRequest()
+    for packed in message.details:
+        for detail in (info, retry, bad):
+            packed.Unpack(detail)  # leaves it alone where it is of another type
+    if info.domain != DOMAIN:
+        return None
+    names = (*_FACTS, "layer", "expert")
+    facts = {name: int(value) for name, value in info.metadata.items() if name in names and value.isdecimal()}
+    delay_ms = retry.retry_delay.ToMilliseconds()
+    field = bad.field_violations[0].field if bad.field_violations else None
+    return _error(info.reason, message.message, field, delay_ms / 1000 if delay_ms else None, facts)
+
+
+def _error(
+    reason: str, message: str, field: str | None, retry_after_s: float | None, facts: Mapping[str, int]
+) -> PagerError:
+    kind = _error_kinds().get(reason, PagerError)
     error = kind.__new__(kind)
-    PagerError.__init__(
-        error, message.message, field=optional(message, "field"), retry_after_s=optional(message, "retry_after_s")
-    )
-    facts = dict(message.facts)
+    PagerError.__init__(error, message, field=field, retry_after_s=retry_after_s)
+    facts = dict(facts)
     if "expert" in facts:
         error.__dict__["key"] = ExpertKey(facts.pop("layer"), facts.pop("expert"))
     error.__dict__.update(facts)
@@ -386,7 +641,7 @@ def decode_error(message: worker_pb2.Error) -> PagerError:
 
 
 def _error_kinds() -> dict[str, type[PagerError]]:
-    return {kind.reason: kind for kind in _subclasses(PagerError)}
+    return {kind.reason: kind for kind in _subclasses(PagerError) if "reason" in kind.__dict__}
 
 
 def _subclasses(kind: type[PagerError]) -> Iterator[type[PagerError]]:

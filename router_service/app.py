@@ -34,12 +34,12 @@ from pager.observe.metrics import MetricsServer, leave_out_of_collections
 from pager.pools.drift import check_can_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size
 from pager.tokenizing import read_tokenizer
-from pager.types import Full, PoolPolicy, PoolSize, PoolSource
+from pager.types import Full, ModelInfo, PoolPolicy, PoolSize, PoolSource
 from router_service.admission import Admission, AdmissionLimits
 from router_service.hints import InProcessHints
 from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
-from router_service.ports import ClusterPort, Encoder, ModelInfo
+from router_service.ports import ClusterPort, Encoder
 from router_service.prediction import PassChain, Passes, Predictor, Scoring, TextEncoder
 from router_service.predictors import build_passes, load_first
 from router_service.redis import StoreBreaker

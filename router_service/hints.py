@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share
+from router_service.ports import WorkerPort
 
 SHORTEST_PREFIX = 32
 MAX_ENCODED_BYTES = 256 * 1024
@@ -53,6 +54,10 @@ class WorkerHolds:
     num_slots: int
     expert_bytes: int
     resident: tuple[int, ...]
+
+    @classmethod
+    def of(cls, worker: WorkerPort) -> WorkerHolds:
+        return cls(worker.waiting, worker.running, worker.num_slots, worker.expert_bytes, tuple(worker.resident))
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------

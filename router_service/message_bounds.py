@@ -19,7 +19,7 @@ from pager.errors import InvalidRequest, PagerError, PromptTooLong
 from pager.memory.units import format_bytes
 from pager.pools.named import MAX_EXAMPLES
 from pager.sampling import MAX_GRAMMAR_BYTES
-from router_service.ports import ModelInfo
+from pager.types import ModelInfo
 
 MAX_MESSAGE_BYTES = 8 * 2**20
 CORE_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES  # beyond it gRPC refuses to receive, and what it says has no details

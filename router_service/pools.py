@@ -11,30 +11,17 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from pager.errors import ConfigError, DamagedPool, PoolNameInUse, PoolStoreUnavailable, TooManyPools
 from pager.leftovers import create_owned, remove_abandoned
-from pager.pools.named import MAX_ENCODED_BYTES, NamedPool, decode_named, encode_named
+from pager.pools.named import MAX_ENCODED_BYTES, decode_named, encode_named
 from pager.reading import read_bounded
+from pager.types import NamedPool, PoolListing
 
 MAX_POOLS_OF_TENANT = 256
 MAX_POOLS = 16_384  # of all tenants
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """A tenant's pools by name; `damaged` names what is stored and cannot be read."""
-
-    pools: tuple[NamedPool, ...]
-    damaged: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> frozenset[str]:
-        """All that are taken."""
-        return frozenset((*(named.name for named in self.pools), *self.damaged))
 
 
 class PoolStore(Protocol):
@@ -52,7 +39,7 @@ class PoolStore(Protocol):
     async def delete(self, tenant: str, name: str) -> bool:
         """False when there was none."""
 
-    async def all_of(self, tenant: str) -> Listing: ...
+    async def all_of(self, tenant: str) -> PoolListing: ...
 
     async def close(self) -> None: ...
 
@@ -84,14 +71,14 @@ class MemoryPools:
             del self._pools[tenant]
         return is_there
 
-    async def all_of(self, tenant: str) -> Listing:
-        return Listing(tuple(named for _, named in sorted(self._pools.get(tenant, {}).items())))
+    async def all_of(self, tenant: str) -> PoolListing:
+        return PoolListing(tuple(named for _, named in sorted(self._pools.get(tenant, {}).items())))
 
     async def close(self) -> None:
         self._pools.clear()
 
 
-async def listing_of(stored: Iterable[tuple[str, bytes]]) -> Listing:
+async def listing_of(stored: Iterable[tuple[str, bytes]]) -> PoolListing:
     """Name and bytes of each pool, decoded one by one: hundreds of large ones take a while."""
     pools, damaged = [], []
     for name, data in stored:
@@ -100,7 +87,7 @@ async def listing_of(stored: Iterable[tuple[str, bytes]]) -> Listing:
         except DamagedPool:
             damaged.append(name)
         await asyncio.sleep(0)
-    return Listing(tuple(pools), tuple(damaged))
+    return PoolListing(tuple(pools), tuple(damaged))
 
 
 def name_in_use(name: str) -> PoolNameInUse:
@@ -166,7 +153,7 @@ class FolderPools:
                 return False
         return True
 
-    async def all_of(self, tenant: str) -> Listing:
+    async def all_of(self, tenant: str) -> PoolListing:
         with _translated("read"):
             stored = await asyncio.to_thread(self._read_all, tenant)
         return await listing_of(stored)

@@ -11,7 +11,6 @@ from pager.types import (
     GenerateRequest,
     PagingTotals,
     RequestObserver,
-    RoutingFacts,
     RoutingScores,
     TokenChunk,
 )
@@ -106,23 +105,3 @@ class Encoder(Protocol):
 
     def encode(self, text: str, most: int, /) -> Encoded:
         """The ids of at most `most` tokens. Must let other threads run meanwhile. Raises InvalidRequest."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """The one model that is served."""
-
-    name: str
-    fingerprint: str
-    context_length: int
-    kv_token_limit: int
-    vocab_size: int
-    facts: RoutingFacts
-    tokenizer_class: str
-    tokenizer_sha256: str
-    plan: str
-
-    @property
-    def token_limit(self) -> int:
-        """The longest prompt plus answer."""
-        return min(self.context_length, self.kv_token_limit)

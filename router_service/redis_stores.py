@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pager.errors import ConfigError, PoolStoreUnavailable
-from pager.pools.named import NamedPool, decode_named, encode_named
-from pager.types import ExpertPool, RoutingFacts
+from pager.pools.named import decode_named, encode_named
+from pager.types import ExpertPool, NamedPool, PoolListing, RoutingFacts
 from router_service import pools
 from router_service.hints import (
     HintStore,
@@ -22,7 +22,7 @@ from router_service.hints import (
     encode_holds,
     encode_pool,
 )
-from router_service.pools import FolderPools, Listing, MemoryPools, PoolStore, check_room, listing_of, name_in_use
+from router_service.pools import FolderPools, MemoryPools, PoolStore, check_room, listing_of, name_in_use
 from router_service.redis import RedisClient, RedisUnavailableError, StoreBreaker
 
 POOL_TTL_S = 3600
@@ -180,7 +180,7 @@ class RedisPools:
     async def delete(self, tenant: str, name: str) -> bool:
         return bool(await self._client.script(_DELETE, (_key(tenant), _COUNTS), tenant, name))
 
-    async def all_of(self, tenant: str) -> Listing:
+    async def all_of(self, tenant: str) -> PoolListing:
         async with self._client.commands() as redis:
             stored = await redis.hgetall(_key(tenant))
         return await listing_of((field.decode(errors="replace"), data) for field, data in sorted(stored.items()))
@@ -311,7 +311,7 @@ class SharedPools:
         self._saw(tenant, name, None)
         return is_deleted
 
-    async def all_of(self, tenant: str) -> Listing:
+    async def all_of(self, tenant: str) -> PoolListing:
         return await self._ask(self._breaker.read, lambda: self._shared.all_of(tenant))
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From protobuf to the request that a worker gets: every check, with and without a tokenizer."""
+"""The checks of a request, with and without a tokenizer, on its way to the one that a worker gets."""
 
 from __future__ import annotations
 
@@ -13,43 +13,30 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 
 from pager.errors import InvalidRequest, PromptTooLong, UnknownModel, UnknownPool
 from pager.pools.drift import check_can_drift, check_drift
-from pager.pools.named import check_example, check_name, check_num_examples
+from pager.pools.named import check_example, check_name, check_num_examples, pool_for
 from pager.pools.pick import check_pool, check_pool_size, largest_counts
 from pager.sampling import check_prompt_logprobs, check_sampling, check_vocabulary
 from pager.types import (
-    Bytes,
     Count,
     Counts,
-    DriftAction,
     DriftPolicy,
     ExpertPool,
     Full,
     GenerateRequest,
-    Mass,
+    ModelInfo,
+    PoolAsk,
     PoolPolicy,
     PoolSize,
     PoolSource,
     SamplingParams,
-    Share,
 )
-from pager.wire import decode_sampling
+from pager.wire import decode_ask, decode_sampling
 from router_service.message_bounds import field_of
 from router_service.pools import PoolStore
-from router_service.ports import ModelInfo
 from router_service.prediction import Predictor
 from router_service.tenants import DEFAULT_TENANT, TENANT_KEY, bad_tenant, check_tenant
 
 _DIGEST = re.compile(r"[0-9a-f]{24}")
-_SOURCES = {
-    pb.POOL_SOURCE_PREFILL: PoolSource.PREFILL,
-    pb.POOL_SOURCE_PREDICTION: PoolSource.PREDICTION,
-    pb.POOL_SOURCE_FIXED: PoolSource.FIXED,
-}
-_ACTIONS = {
-    pb.DRIFT_ACTION_UNSPECIFIED: DriftAction.WIDEN,
-    pb.DRIFT_ACTION_WIDEN: DriftAction.WIDEN,
-    pb.DRIFT_ACTION_EXACT: DriftAction.EXACT,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,39 +55,34 @@ class PoolByName:
     drift: DriftPolicy | None = None
 
 
-def pool_policy(wire: pb.PoolPolicy, model: ModelInfo, default: PoolPolicy) -> PoolPolicy | PoolByDigest | PoolByName:
-    """Raises InvalidRequest or PoolTooSmall."""
-    if wire.source not in (pb.POOL_SOURCE_UNSPECIFIED, *_SOURCES):
-        raise InvalidRequest(
-            f"pool.source {wire.source} is unknown; use PREFILL, PREDICTION or FIXED", field="pool.source"
-        )
-    if wire.WhichOneof("fixed") is not None:
-        return _fixed(wire, model)
-    if wire.source == pb.POOL_SOURCE_FIXED:
+def pool_policy(ask: PoolAsk, model: ModelInfo, default: PoolPolicy) -> PoolPolicy | PoolByDigest | PoolByName:
+    """The policy that a caller asks for, with the defaults of the service. Raises InvalidRequest or PoolTooSmall."""
+    if ask.fixed is not None or ask.digest is not None or ask.name is not None:
+        return _fixed(ask, model)
+    if ask.source is PoolSource.FIXED:
         raise InvalidRequest(
             "a FIXED pool is given in `experts`, `digest` or `name`, and none is set", field="pool.fixed"
         )
-    if wire.WhichOneof("size") is not None:
-        return chosen_pool(pool_size(wire), _SOURCES.get(wire.source, PoolSource.PREFILL), _drift(wire), model)
-    source = _SOURCES.get(wire.source, default.source)
-    return chosen_pool(default.size, source, _drift(wire) or default.drift, model)
+    drift = None if ask.drift is None else check_drift(ask.drift)
+    if ask.size is not None:
+        return chosen_pool(check_pool_size(ask.size), ask.source or PoolSource.PREFILL, drift, model)
+    return chosen_pool(default.size, ask.source or default.source, drift or default.drift, model)
 
 
-def _fixed(wire: pb.PoolPolicy, model: ModelInfo) -> PoolPolicy | PoolByDigest | PoolByName:
-    if wire.source not in (pb.POOL_SOURCE_UNSPECIFIED, pb.POOL_SOURCE_FIXED):
+def _fixed(ask: PoolAsk, model: ModelInfo) -> PoolPolicy | PoolByDigest | PoolByName:
+    if ask.source not in (None, PoolSource.FIXED):
         raise InvalidRequest("a pool given in `experts`, `digest` or `name` has the source FIXED", field="pool.source")
-    if wire.WhichOneof("size") is not None:
+    if ask.size is not None:
         raise InvalidRequest("a fixed pool has the size it has; leave `size` out", field="pool.size")
-    drift = _drift(wire)
-    match wire.WhichOneof("fixed"):
-        case "name":
-            return PoolByName(check_name(wire.name, "pool.name"), drift)
-        case "digest":
-            if not _DIGEST.fullmatch(wire.digest):
-                raise InvalidRequest("a pool digest has 24 hexadecimal digits, lower case", field="pool.digest")
-            return PoolByDigest(wire.digest, drift)
-    pool = ExpertPool(tuple(tuple(sorted(layer.experts)) for layer in wire.experts.layers))
-    return fixed_pool(check_pool(pool, model.facts), drift)
+    drift = None if ask.drift is None else check_drift(ask.drift)
+    if ask.name is not None:
+        return PoolByName(check_name(ask.name, "pool.name"), drift)
+    if ask.digest is not None:
+        if not _DIGEST.fullmatch(ask.digest):
+            raise InvalidRequest("a pool digest has 24 hexadecimal digits, lower case", field="pool.digest")
+        return PoolByDigest(ask.digest, drift)
+    assert ask.fixed is not None
+    return fixed_pool(check_pool(ask.fixed, model.facts), drift)
 
 
 def fixed_pool(pool: ExpertPool, drift: DriftPolicy | None = None) -> PoolPolicy:
@@ -116,32 +98,14 @@ def chosen_pool(size: PoolSize, source: PoolSource, drift: DriftPolicy | None, m
     return check_can_drift(PoolPolicy(_fits(size, model), source, drift=drift))
 
 
-def calibrated_size(wire: pb.PoolPolicy, model: ModelInfo, default: PoolSize) -> PoolSize:
+def calibrated_size(ask: PoolAsk, model: ModelInfo, default: PoolSize) -> PoolSize:
     """The size of a pool to be made from examples. Raises InvalidRequest or PoolTooSmall."""
-    if wire.WhichOneof("fixed") is not None or wire.source or wire.HasField("drift"):
+    if ask != PoolAsk(size=ask.size):
         raise InvalidRequest("a named pool is made by its size; leave the rest of `pool` out", field="pool")
-    size = pool_size(wire) if wire.WhichOneof("size") is not None else default
+    size = default if ask.size is None else check_pool_size(ask.size)
     if isinstance(size, Full):
         raise InvalidRequest("a pool of all experts needs no examples; give a size below `full`", field="pool.size")
     return _fits(size, model)
-
-
-def pool_size(wire: pb.PoolPolicy) -> PoolSize:
-    size: PoolSize
-    match wire.WhichOneof("size"):
-        case "count":
-            size = Count(wire.count)
-        case "share":
-            size = Share(wire.share)
-        case "mass":
-            size = Mass(wire.mass.mass, wire.mass.cap if wire.mass.HasField("cap") else None)
-        case "counts":
-            size = Counts(tuple(wire.counts.routed))
-        case "bytes":
-            size = Bytes(wire.bytes)
-        case _:
-            size = Full()
-    return check_pool_size(size)
 
 
 def _fits(size: PoolSize, model: ModelInfo) -> PoolSize:
@@ -161,17 +125,6 @@ def _fits(size: PoolSize, model: ModelInfo) -> PoolSize:
             field="pool.size.count",
         )
     return size
-
-
-def _drift(wire: pb.PoolPolicy) -> DriftPolicy | None:
-    if not wire.HasField("drift"):
-        return None
-    if wire.drift.action not in _ACTIONS:
-        raise InvalidRequest(
-            f"pool.drift.action {wire.drift.action} is unknown; use WIDEN or EXACT", field="pool.drift.action"
-        )
-    window = {"window": wire.drift.window} if wire.drift.HasField("window") else {}
-    return check_drift(DriftPolicy(wire.drift.threshold, _ACTIONS[wire.drift.action], **window))
 
 
 MAX_ID_BYTES = 128
@@ -231,14 +184,14 @@ def ask(id_: str, request: pb.GenerateRequest, model: ModelInfo, default_pool: P
         prompt=prompt(request, model),
         sampling=wanted,
         has_max_tokens=request.sampling.HasField("max_tokens"),
-        pool=pool_policy(request.pool, model, default_pool),
+        pool=pool_policy(decode_ask(request.pool), model, default_pool),
     )
 
 
 def route_ask(request: pb.RouteRequest, model: ModelInfo, default_pool: PoolPolicy) -> RouteAsk:
     """Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
     check_model(request.model, model)
-    return RouteAsk(prompt(request, model), pool_policy(request.pool, model, default_pool))
+    return RouteAsk(prompt(request, model), pool_policy(decode_ask(request.pool), model, default_pool))
 
 
 def calibrate_ask(request: pb.CalibrateRequest, model: ModelInfo, default_size: PoolSize) -> CalibrateAsk:
@@ -249,7 +202,7 @@ def calibrate_ask(request: pb.CalibrateRequest, model: ModelInfo, default_size: 
     return CalibrateAsk(
         name=name,
         examples=tuple(_example(each, index, model) for index, each in enumerate(request.examples)),
-        size=calibrated_size(request.pool, model, default_size),
+        size=calibrated_size(decode_ask(request.pool), model, default_size),
         method=request.method or None,
         replaces=request.replace,
     )
@@ -413,7 +366,7 @@ class Intake:
             raise UnknownPool(
                 f"this tenant has no pool {name!r}; make it with Calibrate, or see ListPools", field="pool.name"
             )
-        return named.pool_for(self._model.fingerprint, self._model.facts)
+        return pool_for(named, self._model.fingerprint, self._model.facts)
 
     def _sampling(self, ask: Ask, prompt_tokens: int) -> SamplingParams:
         limit = self._model.token_limit

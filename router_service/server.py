@@ -26,9 +26,10 @@ from pager.observe import tracing
 from pager.observe.logs import request_id, trace_context, traceparent_of
 from pager.observe.metrics import LoopLag
 from pager.types import TokenChunk
-from pager.wire import encode_response
-from router_service import encode, requests
+from pager.wire import encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
+from router_service import requests
 from router_service.access_log import CallRecorder
+from router_service.hints import WorkerHolds
 from router_service.message_bounds import (
     CORE_MESSAGE_BYTES,
     CORE_METADATA_BYTES,
@@ -82,18 +83,18 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
     async def Route(self, wire: pb.RouteRequest, context: Context) -> pb.RouteResponse:  # noqa: N802
         call = _call(wire, context)
         ask = requests.route_ask(wire, self._pipeline.model, self._pipeline.default_pool)
-        return encode.routed(await self._pipeline.route(call, ask))
+        return encode_route_answer(await self._pipeline.route(call, ask))
 
     async def Calibrate(self, wire: pb.CalibrateRequest, context: Context) -> pb.CalibrateResponse:  # noqa: N802
         call = _call(wire, context)
         ask = requests.calibrate_ask(wire, self._pipeline.model, self._pipeline.default_pool.size)
-        return pb.CalibrateResponse(pool=encode.named_pool(await self._pipeline.calibrate(call, ask)))
+        return pb.CalibrateResponse(pool=encode_named_pool(await self._pipeline.calibrate(call, ask)))
 
     async def ListPools(self, wire: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:  # noqa: N802
         listing = await self._pipeline.list_pools(_tenant(context))
         response = pb.ListPoolsResponse(damaged=listing.damaged)
         for named in listing.pools:
-            response.pools.append(encode.named_pool(named))
+            response.pools.append(encode_named_pool(named))
             await asyncio.sleep(0)  # hundreds of large pools take a while; others have their turns in between
         return response
 
@@ -104,15 +105,13 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         return pb.AbortResponse(aborted=await self._pipeline.abort(_tenant(context), wire.request_id))
 
     async def GetModel(self, wire: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
-        return encode.model(self._pipeline.get_model(wire.model), self._pipeline.workers())
+        return encode_model(self._pipeline.get_model(wire.model))
 
     async def GetResidency(  # noqa: N802
         self, wire: pb.GetResidencyRequest, context: Context
     ) -> pb.GetResidencyResponse:
-        model = self._pipeline.model
-        workers = [encode.local_worker(worker, model) for worker in self._pipeline.workers()]
-        for worker_id, holds in (await self._pipeline.remote_workers()).items():
-            workers.append(encode.remote_worker(worker_id, holds, model))
+        facts = self._pipeline.model.facts
+        workers = [encode_worker(worker, facts) for worker in await self._pipeline.residency()]
         return pb.GetResidencyResponse(workers=workers)
 
 
@@ -430,7 +429,7 @@ class RouterServer:
     async def _heartbeat(self) -> None:
         self._watch.beat()
         workers = self._pipeline.cluster.workers()
-        ready = {worker.id: encode.holds(worker) for worker in workers if worker.state == "ready"}
+        ready = {worker.id: WorkerHolds.of(worker) for worker in workers if worker.state == "ready"}
         await self._pipeline.stores.hints.heartbeat(ready)
 
 

@@ -8,24 +8,37 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
 from pager.errors import Cancelled, DeadlineExceeded, DuplicateRequest, InvalidRequest, NotReady, WorkerLost
 from pager.observe.logs import request_id, trace_context
 from pager.observe.tracing import note, span, traceparent, tracestate
-from pager.pools.named import NamedPool, check_name, mean_scores
+from pager.pools.named import check_name, mean_scores
 from pager.pools.pick import pick_pool
-from pager.types import Account, ExpertPool, GenerateRequest, PoolPolicy, PoolSource, RoutingScores, TokenChunk, Usage
+from pager.types import (
+    Account,
+    ExpertPool,
+    GenerateRequest,
+    ModelInfo,
+    NamedPool,
+    PoolListing,
+    PoolPolicy,
+    PoolSource,
+    RouteAnswer,
+    TokenChunk,
+    Usage,
+    WorkerResidency,
+)
 from router_service.access_log import pool_label, tell
 from router_service.admission import Admission, refusing, remaining_s
 from router_service.dispatch import Placement, check_deadline, place
 from router_service.hints import HintStore, WorkerHolds
 from router_service.metrics import RouterMetrics
-from router_service.pools import Listing, PoolStore, name_in_use
-from router_service.ports import ClusterPort, ModelInfo, WorkerPort
+from router_service.pools import PoolStore, name_in_use
+from router_service.ports import ClusterPort
 from router_service.prediction import Prediction, Predictor
 from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model
 from router_service.requests import request_id as check_request_id
@@ -49,18 +62,6 @@ class Call:
         if self.deadline_s is not None and self.deadline_s <= time.monotonic():
             with refusing():
                 raise DeadlineExceeded("the deadline was past when the request arrived; allow more time")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Routed:
-    """What a prompt's routing looks like, and the worker it would go to. None for what is not known or not chosen."""
-
-    num_tokens: int
-    scores: RoutingScores | None
-    expected_recall: float | None
-    pool: ExpertPool | None
-    observed: ExpertPool | None
-    placement: Placement | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +257,7 @@ class Pipeline:
 
     # --- routing and named pools ------------------------------------------------------------------------------------
 
-    async def route(self, call: Call, ask: RouteAsk) -> Routed:
+    async def route(self, call: Call, ask: RouteAsk) -> RouteAnswer:
         """Scores a prompt, and places it, without running it."""
         tenant = call.tenant
         tell(pool=pool_label(ask.pool))
@@ -278,14 +279,18 @@ class Pipeline:
                 placement = self._place(observed or (None if is_left_to_prefill else pool), set())
             except NotReady:
                 placement = None
-        return Routed(
-            num_tokens=len(prompt),
-            scores=scored.scores if scored is not None else None,
-            expected_recall=scored.expected_recall if scored is not None else None,
-            pool=pool,
-            observed=observed,
-            placement=placement,
-        )
+        answer = RouteAnswer("prefill", len(prompt), pool=pool, observed=observed)
+        if scored is not None:
+            answer = replace(
+                answer,
+                source=scored.scores.source,
+                num_tokens=scored.scores.num_tokens,
+                scores=tuple(mean_R.tolist() for mean_R in scored.scores.mean_LR),
+                expected_recall=scored.expected_recall,
+            )
+        if placement is None:
+            return answer
+        return replace(answer, worker=placement.worker_id, missing_bytes=placement.missing_bytes)
 
     async def calibrate(self, call: Call, ask: CalibrateAsk) -> NamedPool:
         """Makes a named pool of the tenant's from examples, and keeps it."""
@@ -309,7 +314,7 @@ class Pipeline:
             await (self.stores.pools.replace if ask.replaces else self.stores.pools.add)(tenant, named)
         return named
 
-    async def list_pools(self, tenant: str) -> Listing:
+    async def list_pools(self, tenant: str) -> PoolListing:
         """The tenant's named pools."""
         return await self.stores.pools.all_of(tenant)
 
@@ -338,14 +343,14 @@ class Pipeline:
     def get_model(self, name: str) -> ModelInfo:
         """The model that is served; an empty name stands for it. Raises UnknownModel for another."""
         check_model(name, self.model)
-        return self.model
+        ready = [worker for worker in self.cluster.workers() if worker.state == "ready"]
+        return replace(self.model, num_slots=max((worker.num_slots for worker in ready), default=0))
 
-    def workers(self) -> Sequence[WorkerPort]:
-        """This router's workers, as last reported."""
-        return self.cluster.workers()
-
-    async def remote_workers(self) -> dict[str, WorkerHolds]:
-        """What other routers report of their workers, by the worker's id."""
-        known = {worker.id for worker in self.cluster.workers()}
-        reported = await self.stores.hints.residency()
-        return {worker_id: holds for worker_id, holds in sorted(reported.items()) if worker_id not in known}
+    async def residency(self) -> list[WorkerResidency]:
+        """What this router's workers hold, as last reported, and what other routers report of theirs."""
+        mine = {worker.id: (worker.state, WorkerHolds.of(worker)) for worker in self.cluster.workers()}
+        found = [WorkerResidency(name, state, **asdict(holds)) for name, (state, holds) in mine.items()]
+        for name, holds in sorted((await self.stores.hints.residency()).items()):
+            if name not in mine:
+                found.append(WorkerResidency(name, "ready", **asdict(holds), is_remote=True))
+        return found

@@ -15,8 +15,8 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from pager import errors
+from pager.wire import DOMAIN, error_facts
 
-DOMAIN = "expert-pager"
 DEFAULT_RETRY_S = 1.0
 MAX_MESSAGE_CHARACTERS = 1000  # status messages travel in headers, which peers bound to 8 KiB
 
@@ -46,6 +46,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.SlotsExhausted: _Code.RESOURCE_EXHAUSTED,
         errors.WorkerLost: _Code.UNAVAILABLE,
         errors.NotReady: _Code.UNAVAILABLE,
+        errors.ServiceUnreachable: _Code.UNAVAILABLE,
         errors.ExpertUnavailable: _Code.DATA_LOSS,
         errors.ExpertReadError: _Code.DATA_LOSS,
         errors.ChecksumMismatch: _Code.DATA_LOSS,
@@ -83,7 +84,9 @@ def to_wire(error: errors.PagerError, request_id: str | None = None) -> WireErro
     QuotaFailure where a bound of admission is reached."""
     code = code_of(error)
     message = error.message[:MAX_MESSAGE_CHARACTERS]
-    about = {"request_id": request_id} if request_id else {}
+    about = {name: str(value) for name, value in error_facts(error).items()}
+    if request_id:
+        about["request_id"] = request_id
     details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=about)]
     pushback: tuple[tuple[str, str | bytes], ...] = ()
     if error.retryable:

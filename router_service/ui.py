@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.headers import Headers
 
 from pager import __version__
-from pager.types import ExpertPool, Full, PagingTotals, PoolPolicy, Usage
-from router_service import encode
+from pager.types import ExpertPool, Full, ModelInfo, PagingTotals, PoolPolicy, Usage
 from router_service.hints import HintStore, WorkerHolds, size_name
-from router_service.ports import ClusterPort, ModelInfo
+from router_service.ports import ClusterPort
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -201,7 +200,7 @@ class Watch:
     async def state(self) -> dict[str, Any]:
         """JSON of at most about 200 kB, for anybody who reaches the port: no tenant and no named pool is named."""
         workers = [
-            _worker(each.id, each.state, encode.holds(each), self._model, each.page_in_bytes_per_s)
+            _worker(each.id, each.state, WorkerHolds.of(each), self._model, each.page_in_bytes_per_s)
             for each in self._cluster.workers()
         ]
         known = {worker["id"] for worker in workers}

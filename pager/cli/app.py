@@ -81,7 +81,8 @@ def main() -> None:
     except PagerError as error:
         if _debug:
             raise
-        print_error(str(error))  # not the message alone: here its user may know the file at fault
+        # Not the message alone: here its user may know the file at fault.
+        print_error(f"{error} [{error.status}]" if error.status else str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

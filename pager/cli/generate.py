@@ -20,7 +20,6 @@ from pager.cli.options import (
     KvMemory,
     NameOption,
     Pool,
-    PoolAsk,
     Prompt,
     PromptFile,
     PromptText,
@@ -28,6 +27,7 @@ from pager.cli.options import (
     TlsCa,
     TlsIdentity,
     TokenIds,
+    pool_ask,
     read_prompt,
 )
 from pager.cli.output import busy, err, out, pool_dict, pool_text, print_json, usage_dict, usage_lines
@@ -35,7 +35,7 @@ from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, 
 from pager.memory.plan import Budgets
 from pager.memory.units import format_bytes
 from pager.sampling import check_sampling
-from pager.types import ExpertPool, SamplingParams, TokenChunk
+from pager.types import ExpertPool, PoolAsk, SamplingParams, TokenChunk
 
 
 def route(
@@ -71,7 +71,7 @@ def route(
         model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype, local_only={"--router": router},
         tls=ClientTls.of(server, tls_ca, tls_identity),
     )  # fmt: skip
-    asked, ask = read_prompt(prompt, prompt_file, token_ids), PoolAsk.of(pool, name=pool_name)
+    asked, ask = read_prompt(prompt, prompt_file, token_ids), pool_ask(pool, name=pool_name)
     if server is not None:
         result = _routed_by_server(place, asked, ask)
     else:
@@ -89,12 +89,11 @@ def route(
 
 def _routed_by_server(place: Place, prompt: Prompt, ask: PoolAsk) -> dict[str, Any]:
     with place.service() as service:
-        reply, chosen = service.route(prompt, ask)
-    means = [list(layer.mean) for layer in reply.scores.layers]
-    expected = reply.expected_recall if reply.HasField("expected_recall") else None
-    result = _result(reply.scores.source, reply.scores.num_tokens, means, chosen, expected)
-    if reply.HasField("placement"):
-        result["placement"] = {"worker": reply.placement.worker, "missing_bytes": reply.placement.missing_bytes}
+        answer = service.route(prompt, ask)
+    scores = list(map(list, answer.scores))
+    result = _result(answer.source, answer.num_tokens, scores, answer.pool, answer.expected_recall)
+    if answer.worker is not None:
+        result["placement"] = {"worker": answer.worker, "missing_bytes": answer.missing_bytes}
     return result
 
 
@@ -179,7 +178,7 @@ def generate(
         local_only={"--expert-memory": expert_memory, "--kv-memory": kv_memory},
         tls=ClientTls.of(server, tls_ca, tls_identity),
     )  # fmt: skip
-    ask = PoolAsk.of(pool, pool_source, pool_digest, pool_name, drift)
+    ask = pool_ask(pool, pool_source, pool_digest, pool_name, drift)
     asked = read_prompt(prompt, prompt_file, token_ids)
     sampling = SamplingParams(
         max_tokens=128 if max_tokens is None else max_tokens,
@@ -208,8 +207,8 @@ def generate(
 def _from_server(
     place: Place, prompt: Prompt, sampling: SamplingParams, has_max_tokens: bool, ask: PoolAsk
 ) -> Iterator[TokenChunk]:
-    with place.service() as service:
-        yield from service.generate(prompt, sampling, ask, has_max_tokens=has_max_tokens)
+    with place.service() as service, service.generate(prompt, sampling, ask, has_max_tokens=has_max_tokens) as answer:
+        yield from answer
 
 
 def _started(chunks: Iterator[TokenChunk]) -> Iterator[TokenChunk]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pager import tokenizing
-from pager.cli.options import PoolAsk, Prompt
+from pager.cli.options import Prompt
 from pager.config import RouterConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
@@ -23,7 +23,7 @@ from pager.lab.selection import METHODS, select
 from pager.memory.plan import Budgets
 from pager.models.open_model import OpenModel
 from pager.pools.drift import check_can_drift
-from pager.pools.named import NamedPool, check_example, check_num_examples, mean_scores
+from pager.pools.named import check_example, check_num_examples, mean_scores, pool_for
 from pager.pools.pick import pick_pool, resolve_size
 from pager.tokenizing import read_tokenizer
 from pager.types import (
@@ -31,6 +31,8 @@ from pager.types import (
     ExpertPool,
     Full,
     GenerateRequest,
+    NamedPool,
+    PoolAsk,
     PoolPolicy,
     PoolSize,
     PoolSource,
@@ -95,7 +97,7 @@ class Local:
             passes = build_passes(opened, RouterConfig(router=router, device=self.device))
             scores = passes.available[passes.chain[0]]().scores(ids)
             if named is not None:
-                return Routed(scores, named.pool_for(opened.checkpoint.fingerprint, opened.facts), None)
+                return Routed(scores, pool_for(named, opened.checkpoint.fingerprint, opened.facts), None)
             if ask.size is None or isinstance(ask.size, Full):
                 return Routed(scores, None, None)
             pool = pick_pool(scores, ask.size, opened.facts)
@@ -151,7 +153,7 @@ class Local:
         """The request's policy, with what a router service would have filled in."""
         if named is not None:
             with self._open() as opened:
-                fixed = named.pool_for(opened.checkpoint.fingerprint, opened.facts)
+                fixed = pool_for(named, opened.checkpoint.fingerprint, opened.facts)
             return PoolPolicy(source=PoolSource.FIXED, fixed=fixed, drift=ask.drift)
         policy = check_can_drift(PoolPolicy(ask.size or Full(), ask.source or PoolSource.PREFILL, drift=ask.drift))
         if policy.source is PoolSource.PREDICTION:

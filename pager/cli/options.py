@@ -12,7 +12,7 @@ import typer
 
 from pager.errors import ConfigError, InvalidRequest, PagerError
 from pager.reading import MAX_PEM_BYTES, check_text, document_of, read_bounded, read_lines, reason_of
-from pager.types import DriftPolicy, PoolSize, PoolSource
+from pager.types import PoolAsk, PoolSource
 
 TlsCa = Annotated[
     Path | None,
@@ -165,38 +165,30 @@ DriftOption = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class PoolAsk:
-    """Which pool to ask for; nothing set means the service's default, and all experts in this process."""
+def pool_ask(
+    size: str | None,
+    source: PoolSource | None = None,
+    digest: str | None = None,
+    name: str | None = None,
+    drift: str | None = None,
+) -> PoolAsk:
+    """Which pool to ask for; nothing set means the service's default, and all experts in this process.
 
-    size: PoolSize | None = None
-    source: PoolSource | None = None
-    digest: str | None = None
-    name: str | None = None
-    drift: DriftPolicy | None = None
+    Raises typer.BadParameter for options that exclude each other, InvalidRequest for values.
+    """
+    from pager.pools.drift import parse_drift
+    from pager.pools.pick import parse_pool_size
 
-    @classmethod
-    def of(
-        cls,
-        size: str | None,
-        source: PoolSource | None = None,
-        digest: str | None = None,
-        name: str | None = None,
-        drift: str | None = None,
-    ) -> PoolAsk:
-        """Raises typer.BadParameter for options that exclude each other, InvalidRequest for values."""
-        from pager.pools.drift import parse_drift
-        from pager.pools.pick import parse_pool_size
-
-        given = {"--pool": size, "--pool-digest": digest, "--pool-name": name}
-        named = [option for option, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise typer.BadParameter(f"{' and '.join(named)} name different pools; give one of them")
-        if source is PoolSource.FIXED:
-            raise typer.BadParameter("a fixed pool is given with --pool-name or --pool-digest")
-        if source is not None and (digest is not None or name is not None):
-            raise typer.BadParameter(f"--pool-source says who chooses a pool, and {named[0]} names one")
-        return cls(None if size is None else parse_pool_size(size), source, digest, name, parse_drift(drift))
+    given = {"--pool": size, "--pool-digest": digest, "--pool-name": name}
+    named = [option for option, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise typer.BadParameter(f"{' and '.join(named)} name different pools; give one of them")
+    if source is PoolSource.FIXED:
+        raise typer.BadParameter("a fixed pool is given with --pool-name or --pool-digest")
+    if source is not None and (digest is not None or name is not None):
+        raise typer.BadParameter(f"--pool-source says who chooses a pool, and {named[0]} names one")
+    size_ = None if size is None else parse_pool_size(size)
+    return PoolAsk(size_, source, digest=digest, name=name, drift=parse_drift(drift))
 
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder, as downloaded or packed.")]

@@ -18,8 +18,8 @@ from pager.memory.machine import resolve_device
 
 if TYPE_CHECKING:
     from pager.cli.local import Local
-    from pager.cli.remote import Service
-    from pager.pools.named import NamedPool
+    from pager.client import Client
+    from pager.types import NamedPool
     from router_service.pools import PoolStore
 
 Model = Annotated[
@@ -88,12 +88,18 @@ class Place:
         assert self.model is not None
         return Local(self.model, resolve_device(self.device), self.dtype)
 
-    def service(self) -> Service:
-        """To be closed, or used as a context."""
-        with serve_extra("--server"):
-            from pager.cli.remote import Service
+    def service(self) -> Client:
+        """A client of the service, to be closed or used as a context. Raises ConfigError."""
+        import grpc
+
+        from pager.client import Client
+
         assert self.server is not None
-        return Service(self.server, self.tenant, self.timeout, self.tls)
+        credentials = None
+        if self.tls is not None:
+            ca, identity = self.tls.read()
+            credentials = grpc.ssl_channel_credentials(ca, identity, identity)
+        return Client(self.server, tenant=self.tenant, timeout_s=self.timeout, credentials=credentials)
 
 
 def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer]]) -> Answer:

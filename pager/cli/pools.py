@@ -15,17 +15,17 @@ from pager.cli.options import (
     Dtype,
     ExpertMemory,
     Pool,
-    PoolAsk,
     TlsCa,
     TlsIdentity,
+    pool_ask,
     read_examples,
 )
 from pager.cli.output import busy, err, out, pool_dict, pool_text, print_json, print_table
 from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, checked_tenant, with_pools
 from pager.errors import UnknownPool
 from pager.memory.plan import Budgets
-from pager.pools.named import NamedPool, check_name, check_num_examples
-from pager.types import Full
+from pager.pools.named import check_name, check_num_examples
+from pager.types import Full, NamedPool
 
 
 def calibrate(
@@ -81,11 +81,11 @@ def calibrate(
     if sample is not None and method != "frequency":
         raise typer.BadParameter("--sample is for --method frequency")
     check_name(name)
-    ask, texts = PoolAsk.of(pool), read_examples(examples)
+    ask, texts = pool_ask(pool), read_examples(examples)
     check_num_examples(len(texts))
     if server is not None:
         with place.service() as service:
-            named = service.calibrate(name, texts, ask, method, replaces=replace)
+            named = service.calibrate(name, texts, ask, method=method, replaces=replace)
     else:
         checked_tenant(tenant)
         _check_kept(pools, tenant, name, replace)
@@ -133,16 +133,15 @@ def list_pools(
     tls = ClientTls.of(server, tls_ca, tls_identity)
     if server is not None:
         with Place(None, server, tenant, timeout, tls=tls).service() as service:
-            found, damaged = service.named_pools()
+            listing = service.list_pools()
     else:
         checked_tenant(tenant)
         listing = with_pools(pools, lambda store: store.all_of(tenant))
-        found, damaged = list(listing.pools), list(listing.damaged)
     if as_json:
-        print_json({"pools": [named_dict(named) for named in found], "damaged": damaged})
+        print_json({"pools": [named_dict(named) for named in listing.pools], "damaged": list(listing.damaged)})
     else:
-        _print(found)
-    for name in damaged:
+        _print(listing.pools)
+    for name in listing.damaged:
         err.print(f"damaged: {name}; calibrate it again with --replace, or delete it", markup=False)
 
 

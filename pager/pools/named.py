@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,36 +13,25 @@ import numpy as np
 from pager.errors import DamagedPool, InvalidRequest, PagerError, PoolOfAnotherModel, PromptTooLong
 from pager.pools.pick import check_pool
 from pager.reading import parse_json
-from pager.types import ExpertPool, RoutingFacts, RoutingScores
+from pager.types import ExpertPool, NamedPool, RoutingFacts, RoutingScores
 
 MAX_EXAMPLES = 100
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_ENCODED_BYTES = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class NamedPool:
-    """`method` is the selection method that made it; `fingerprint` names the only model it can be used with."""
-
-    name: str
-    pool: ExpertPool
-    method: str
-    num_examples: int
-    num_tokens: int
-    fingerprint: str
-
-    def pool_for(self, fingerprint: str, facts: RoutingFacts) -> ExpertPool:
-        """The pool, for a request to the model with this fingerprint. Raises PoolOfAnotherModel, DamagedPool."""
-        if fingerprint != self.fingerprint:
-            raise PoolOfAnotherModel(
-                f"pool {self.name!r} was made for the model with fingerprint {self.fingerprint}, and this one has "
-                f"{fingerprint}; calibrate it again with this model, under another name or with `replace`",
-                field="pool.name",
-            )
-        try:
-            return check_pool(self.pool, facts)
-        except PagerError as error:
-            raise damaged(self.name, error.message) from None
+def pool_for(named: NamedPool, fingerprint: str, facts: RoutingFacts) -> ExpertPool:
+    """The pool, for a request to the model with this fingerprint. Raises PoolOfAnotherModel, DamagedPool."""
+    if fingerprint != named.fingerprint:
+        raise PoolOfAnotherModel(
+            f"pool {named.name!r} was made for the model with fingerprint {named.fingerprint}, and this one has "
+            f"{fingerprint}; calibrate it again with this model, under another name or with `replace`",
+            field="pool.name",
+        )
+    try:
+        return check_pool(named.pool, facts)
+    except PagerError as error:
+        raise damaged(named.name, error.message) from None
 
 
 def check_name(name: str, field: str = "name") -> str:

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 import pager
 from pager.cli.local import Local
-from pager.cli.options import PoolAsk
 from pager.errors import CheckpointError, PagerError
 from pager.memory.plan import Budgets
-from pager.types import SamplingParams
+from pager.types import PoolAsk, SamplingParams
 from tests.library.conftest import MODELS
 
 MakeSmall = Callable[..., Any]
@@ -60,7 +59,7 @@ def config_of(folders: dict[str, Path]) -> Iterator[Callable[[str], dict[str, An
 def generate(folder: Path) -> None:
     local = Local(folder, "cpu", "float32")
     budgets = Budgets(expert_memory="50%")
-    list(local.generate((1, 2, 3), SamplingParams(max_tokens=2), True, PoolAsk.of(None), None, budgets))
+    list(local.generate((1, 2, 3), SamplingParams(max_tokens=2), True, PoolAsk(), None, budgets))
 
 
 def refusal_of(folder: Path) -> PagerError | None:

@@ -5,15 +5,15 @@ import pytest
 
 from pager.errors import DamagedPool, InvalidRequest, PoolOfAnotherModel, PromptTooLong
 from pager.pools.named import (
-    NamedPool,
     check_example,
     check_name,
     check_num_examples,
     decode_named,
     encode_named,
     mean_scores,
+    pool_for,
 )
-from pager.types import ExpertPool, RoutingFacts, RoutingScores
+from pager.types import ExpertPool, NamedPool, RoutingFacts, RoutingScores
 
 FACTS = RoutingFacts(experts_per_layer=(0, 9, 9), shared_per_layer=(0, 1, 1), top_k_per_layer=(0, 2, 2))
 NAMED = NamedPool("law", ExpertPool(((), (0, 3, 7), (1, 2)), 0.5), "fitted", 3, 70, "f")
@@ -26,12 +26,12 @@ def test_it_is_read_as_it_was_written(mass: float | None) -> None:
 
 
 def test_it_is_for_its_model_alone() -> None:
-    assert NAMED.pool_for("f", FACTS) == NAMED.pool
+    assert pool_for(NAMED, "f", FACTS) == NAMED.pool
     with pytest.raises(PoolOfAnotherModel, match=r"with fingerprint f, and this one has g; calibrate it again"):
-        NAMED.pool_for("g", FACTS)
+        pool_for(NAMED, "g", FACTS)
     smaller = RoutingFacts((0, 9, 3), (0, 1, 1), (0, 2, 2))
     with pytest.raises(DamagedPool, match="'law'"):
-        NAMED.pool_for("f", smaller)
+        pool_for(NAMED, "f", smaller)
 
 
 def test_nothing_that_is_cut_short_is_read() -> None:

@@ -23,6 +23,7 @@ from pager.types import (
     FinishReason,
     Full,
     GenerateRequest,
+    ModelInfo,
     PagingTotals,
     PoolPolicy,
     RoutingFacts,
@@ -32,7 +33,7 @@ from pager.types import (
 )
 from router_service.admission import AdmissionLimits
 from router_service.app import Service, StoreChoice, build_service
-from router_service.ports import Encoded, ModelInfo
+from router_service.ports import Encoded
 from router_service.prediction import Passes
 from router_service.server import RouterServer
 from router_service.service import Pipeline

@@ -23,9 +23,9 @@ from grpc_status import rpc_status
 
 from pager.errors import InvalidRequest
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
-from pager.pools.named import NamedPool, encode_named
+from pager.pools.named import encode_named
 from pager.tokenizing import read_tokenizer
-from pager.types import ExpertPool, PoolPolicy, RoutingFacts, RoutingScores
+from pager.types import ExpertPool, NamedPool, PoolPolicy, RoutingFacts, RoutingScores
 from router_service import server
 from router_service.message_bounds import (
     MAX_MESSAGE_BYTES,

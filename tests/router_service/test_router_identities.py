@@ -22,10 +22,9 @@ from pager.cluster.views import WorkerState, WorkerView
 from pager.cluster.worker import Worker, load_engine
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import NotReady
-from pager.types import GenerateRequest, RequestObserver, TokenChunk
+from pager.types import GenerateRequest, ModelInfo, RequestObserver, TokenChunk
 from router_service.admission import AdmissionLimits
 from router_service.metrics import REJECTIONS, STATUSES
-from router_service.ports import ModelInfo
 from router_service.prediction import Passes
 from router_service.tenants import TenantLabels
 

@@ -19,8 +19,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from pager.errors import ConfigError, TooManyPools
-from pager.pools.named import NamedPool
-from pager.types import Count, ExpertPool, PoolPolicy
+from pager.types import Count, ExpertPool, NamedPool, PoolPolicy
 from router_service import pools
 from router_service.admission import AdmissionLimits
 from router_service.pools import FolderPools
@@ -497,7 +496,7 @@ def test_a_pool_that_a_living_router_writes_is_not_cleaned_away(tmp_path, monkey
 # Stores one pool after the other, and prints the name of each that is.
 STORES = """
 import asyncio, itertools, sys
-from pager.pools.named import NamedPool
+from pager.types import NamedPool
 from pager.types import ExpertPool
 from router_service.redis import RedisClient
 from router_service.redis_stores import RedisPools

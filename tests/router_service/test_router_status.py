@@ -8,6 +8,8 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from pager import errors
+from pager.types import ExpertKey
+from pager.wire import decode_status
 from router_service.status import CODES, MAX_MESSAGE_CHARACTERS, code_of, to_wire
 
 ALL_ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.PagerError)]
@@ -63,3 +65,24 @@ def test_a_message_fits_into_headers():
     wire = to_wire(errors.InvalidRequest("x" * 10_000))
     assert len(wire.message) == MAX_MESSAGE_CHARACTERS
     assert status_of(wire).message == wire.message
+
+
+def made(kind):
+    if issubclass(kind, errors.PoolTooLarge):
+        return kind(needed=96, slots=64)
+    if issubclass(kind, errors.ExpertUnavailable):
+        return kind("it is corrupt", ExpertKey(1, 3))
+    return kind("it is so", field="pool.size", retry_after_s=0.25 if kind.retryable else None)
+
+
+@pytest.mark.parametrize("kind", ALL_ERRORS)
+def test_a_client_reads_every_error_as_what_it_was(kind):
+    error = made(kind)
+    found = decode_status(status_of(to_wire(error, "r1")))
+    assert type(found) is kind
+    assert found.__dict__ == error.__dict__ | {"retry_after_s": found.retry_after_s}
+    assert found.retry_after_s == (0.25 if kind.retryable and error.retry_after_s else 1.0 if kind.retryable else None)
+
+
+def test_a_status_without_our_name_is_none_of_ours():
+    assert decode_status(Status(code=13, message="a proxy failed")) is None

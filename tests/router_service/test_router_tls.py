@@ -15,8 +15,8 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from pager.cli.options import ClientTls, PoolAsk
-from pager.cli.remote import Service
+from pager.cli.options import ClientTls
+from pager.cli.place import Place
 from pager.errors import ConfigError, PagerError, PortInUse
 from pager.types import SamplingParams
 from router_service.server import SERVICE_NAME, RouterServer
@@ -95,8 +95,8 @@ async def answer(server: RouterServer, tls: ClientTls | None) -> str:
     """What the command line's own client gets for a prompt."""
 
     def ask() -> str:
-        with Service(f"localhost:{server.port}", "default", 10.0, tls) as client:
-            return "".join(chunk.text for chunk in client.generate("hi", SamplingParams(max_tokens=4), PoolAsk()))
+        with Place(None, f"localhost:{server.port}", "default", 10.0, tls=tls).service() as client:
+            return client.generate("hi", SamplingParams(max_tokens=4)).text()
 
     return await asyncio.to_thread(ask)
 

@@ -18,9 +18,19 @@ from playwright.sync_api import Browser
 from prometheus_client import CollectorRegistry
 
 from pager.observe.metrics import MetricsServer
-from pager.types import Count, Counts, ExpertPool, FinishReason, Full, PagingTotals, PoolPolicy, RoutingFacts, Usage
+from pager.types import (
+    Count,
+    Counts,
+    ExpertPool,
+    FinishReason,
+    Full,
+    ModelInfo,
+    PagingTotals,
+    PoolPolicy,
+    RoutingFacts,
+    Usage,
+)
 from router_service.hints import InProcessHints, WorkerHolds
-from router_service.ports import ModelInfo
 from router_service.ui import KEPT, MAX_POOLS, MAX_WORKERS, NUM_SAMPLES, SAMPLE_S, Page, PoolLog, Watch
 
 HOSTILE = "<img src=x onerror='window.broken=1'>"

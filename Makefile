@@ -43,12 +43,12 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml client/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[serve,otel,eval,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ./client --editable '.[serve,otel,eval,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -160,8 +160,16 @@ docs: $(INSTALLED)
 site: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=protos $(BIN)/mkdocs build --quiet
 
-proto: $(INSTALLED)
-	$(BIN)/python protos/generate.py
+# By a generator of its own, a major version of protobuf behind: see protos/requirements.txt.
+GENERATOR := $(VENV)/generator
+
+proto: $(GENERATOR)
+	$(GENERATOR)/bin/python protos/generate.py
+
+$(GENERATOR): protos/requirements.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check --requirement protos/requirements.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,10 +13,11 @@ COPY deploy/docker/constraints.txt /src/
 RUN /opt/expert-pager/bin/pip install -c /src/constraints.txt --index-url ${TORCH_INDEX} \
     --extra-index-url https://pypi.org/simple torch
 COPY pyproject.toml README.md LICENSE /src/
+COPY client /src/client
 COPY pager /src/pager
 COPY router_service /src/router_service
 COPY protos /src/protos
-RUN /opt/expert-pager/bin/pip install -c /src/constraints.txt '/src[serve,otel]'
+RUN /opt/expert-pager/bin/pip install -c /src/constraints.txt /src/client '/src[serve,otel]'
 COPY --chmod=755 deploy/docker/bin/ /opt/expert-pager/bin/
 
 FROM ${PYTHON} AS runtime

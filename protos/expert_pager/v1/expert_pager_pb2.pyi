@@ -122,7 +122,7 @@ class SamplingParams(_message.Message):
     json_object: bool
     regex: str
     ebnf: str
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., ebnf: _Optional[str] = ...) -> None: ...
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: bool = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., json_schema: _Optional[str] = ..., json_object: bool = ..., regex: _Optional[str] = ..., ebnf: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "usage", "logprobs", "prompt_logprobs")
@@ -344,7 +344,7 @@ class CalibrateRequest(_message.Message):
     pool: PoolPolicy
     method: str
     replace: bool
-    def __init__(self, model: _Optional[str] = ..., name: _Optional[str] = ..., examples: _Optional[_Iterable[_Union[Example, _Mapping]]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ..., method: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., name: _Optional[str] = ..., examples: _Optional[_Iterable[_Union[Example, _Mapping]]] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ..., method: _Optional[str] = ..., replace: bool = ...) -> None: ...
 
 class Example(_message.Message):
     __slots__ = ("text", "token_ids")
@@ -398,7 +398,7 @@ class DeletePoolResponse(_message.Message):
     __slots__ = ("deleted",)
     DELETED_FIELD_NUMBER: _ClassVar[int]
     deleted: bool
-    def __init__(self, deleted: _Optional[bool] = ...) -> None: ...
+    def __init__(self, deleted: bool = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -410,7 +410,7 @@ class AbortResponse(_message.Message):
     __slots__ = ("aborted",)
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     aborted: bool
-    def __init__(self, aborted: _Optional[bool] = ...) -> None: ...
+    def __init__(self, aborted: bool = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("model",)
@@ -498,4 +498,4 @@ class WorkerResidency(_message.Message):
     resident_experts: int
     resident: _containers.RepeatedScalarFieldContainer[bytes]
     remote: bool
-    def __init__(self, worker: _Optional[str] = ..., state: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., slots: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., resident_experts: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., remote: _Optional[bool] = ...) -> None: ...
+    def __init__(self, worker: _Optional[str] = ..., state: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., slots: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., resident_experts: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., remote: bool = ...) -> None: ...

@@ -5,7 +5,7 @@ import warnings
 
 from expert_pager.v1 import expert_pager_pb2 as expert__pager_dot_v1_dot_expert__pager__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.80.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class ExpertPagerStub:
+class ExpertPagerStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -76,7 +76,7 @@ class ExpertPagerStub:
                 _registered_method=True)
 
 
-class ExpertPagerServicer:
+class ExpertPagerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
@@ -186,7 +186,7 @@ def add_ExpertPagerServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ExpertPager:
+class ExpertPager(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod

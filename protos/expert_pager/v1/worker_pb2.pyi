@@ -89,7 +89,7 @@ class Failure(_message.Message):
     error: Error
     refused: bool
     account: Account
-    def __init__(self, ticket: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., refused: _Optional[bool] = ..., account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., refused: bool = ..., account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
 
 class Account(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "bytes_from_disk", "bytes_from_host", "queue_s")
@@ -150,7 +150,7 @@ class Load(_message.Message):
     bytes_from_host: int
     peak_page_in_bytes_per_s: float
     place_s: float
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: _Optional[bool] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., peak_page_in_bytes_per_s: _Optional[float] = ..., place_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: bool = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., peak_page_in_bytes_per_s: _Optional[float] = ..., place_s: _Optional[float] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id", "tenant")
@@ -164,4 +164,4 @@ class AbortReply(_message.Message):
     __slots__ = ("found",)
     FOUND_FIELD_NUMBER: _ClassVar[int]
     found: bool
-    def __init__(self, found: _Optional[bool] = ...) -> None: ...
+    def __init__(self, found: bool = ...) -> None: ...

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from demo.__main__ import service
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 TIMEOUT_S = 300
@@ -35,6 +37,17 @@ def test_offline() -> None:
     exact, pooled = (int(match) for match in re.findall(r"(\d+) misses", shown))
     assert pooled < exact, "a pool needs fewer experts than an exact answer"
     assert shown.count("SELECT TEAM FROM table WHERE") == 2
+
+
+@pytest.mark.ray
+def test_client() -> None:
+    with service(EXAMPLES.parent / "models" / "emo-tiny", "25%") as ready:
+        shown = run(EXAMPLES / "client.py", ready["address"])
+    assert re.search(r"routed experts, [1-9]\d* slots", shown)
+    assert re.search(r"[1-9]\d* experts were loaded, \d+ were paged in", shown)
+    assert re.search(r"pool 'sql' of [1-9]\d* experts, from [1-9]\d* tokens", shown)
+    for prompt in ("SELECT name FROM users WHERE", "SELECT MAX(points) FROM table WHERE", "SELECT"):
+        assert prompt in shown
 
 
 def test_eviction_policy() -> None:

@@ -1,4 +1,4 @@
-"""The whole service in a minute: start it with room for a quarter of the experts, ask it six things, stop it.
+"""Shows the whole service in a minute: starts it with room for a quarter of the experts, sends six prompts, stops it.
 
 `python -m demo [MODEL]`; exit status 0 when everything worked.
 """
@@ -72,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def service(model: Path, expert_memory: str) -> Iterator[dict[str, Any]]:
-    """`expert-pager serve` as a process. Yields its ready line; raises DemoError when it does not start or stop."""
+    """Runs `expert-pager serve` as a process.
+
+    Yields its ready line; raises DemoError when it does not start or stop.
+    """
     command = [sys.executable, "-m", "pager.cli", "serve", str(model), "--expert-memory", expert_memory]
     started_s = time.perf_counter()
     out.print(f"$ expert-pager serve {model} --expert-memory {expert_memory}", style="bold", markup=False)
@@ -111,7 +114,7 @@ def ask_all(address: str, max_tokens: int) -> list[Answer]:
 
 
 def choose_size(model: ModelInfo) -> PoolSize:
-    """An eighth of all experts, as the paper counts; the smallest legal pool of a model too small for that."""
+    """Returns an eighth of all experts, as the paper counts; for a small model the smallest legal pool."""
     facts = model.facts
     routed, shared = max(zip(facts.routed_per_layer, facts.shared_per_layer, strict=True))
     smallest = max(facts.top_k_per_layer)

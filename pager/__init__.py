@@ -65,8 +65,9 @@ _EMO = "transformers.models.emo"
 
 
 class _EmoInTransformers(MetaPathFinder, Loader):
-    """Has transformers find EMO where it looks for its own models, so that `AutoConfig`, `AutoTokenizer` and `pipeline`
-    know it from `import pager` on, in whatever order the two are imported."""
+    """An import hook that lets transformers find EMO among its own models, so that `AutoConfig`, `AutoTokenizer` and
+    `pipeline` know it from `import pager` on, in whatever order the two are imported.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -78,7 +79,7 @@ class _EmoInTransformers(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Of `_EMO`: importing `pager.models` registers EMO with all that it needs."""
+        """Fills the module `_EMO`: importing `pager.models` registers EMO with all that it needs."""
         sys.modules[_EMO] = import_module("pager.models")
 
 

@@ -101,7 +101,7 @@ class DamagedPool(PagerError):
 
 
 class PoolStoreUnavailable(PagerError):
-    """The store of named pools does not answer."""
+    """The store of named pools cannot be reached."""
 
     reason = "POOL_STORE_UNAVAILABLE"
     retryable = True
@@ -133,7 +133,7 @@ class DuplicateRequest(PagerError):
 
 
 class DeadlineExceeded(PagerError):
-    """The deadline is past, or cannot be met."""
+    """The deadline has passed, or cannot be met."""
 
     reason = "DEADLINE_EXCEEDED"
 
@@ -160,7 +160,7 @@ class TenantOverloaded(Overloaded):
 
 
 class SlotsExhausted(Overloaded):
-    """Every expert slot is held or promised, so that not one expert can be brought in."""
+    """Every expert slot is pinned or reserved, so that not one expert can be paged in."""
 
     reason = "SLOTS_EXHAUSTED"
 
@@ -200,11 +200,11 @@ class UnsupportedModel(PagerError, ValueError):
 
 
 class ExpertUnavailable(PagerError, OSError):
-    """An expert's weights can be had from no tier; the one sequence that needs it fails."""
+    """No tier can deliver an expert's weights; the one request that needs it fails."""
 
     reason = "EXPERT_UNAVAILABLE"
 
-    where: str = ""  # file and byte, for who runs the service; not in the message, which reaches clients
+    where: str = ""  # file and byte, for whoever runs the service; not in the message, which reaches clients
 
     def __init__(self, message: str, key: ExpertKey, where: str = "") -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Files whose lock shows that their owner lives, so that what a killed process left behind can be removed.
+"""Files whose lock shows that their owner is alive, so that what a killed process left behind can be removed.
 
 An owner holds a shared lock (flock) on a file for as long as it lives; the kernel drops it with the process, however
 that ends. No process number is compared: numbers are used again, and mean nothing in another container.
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 
 def create_owned(path: Path, mode: int = 0o600) -> int:
-    """Creates a file and locks it: a descriptor, which holds the lock until it is closed.
+    """Creates a file, locks it and returns a descriptor, which holds the lock until it is closed.
 
-    Where the file system has no locks it holds none, and nothing there can be told to be left behind. Raises
+    On a file system without locks nothing is locked, and nothing there can be recognised as left behind. Raises
     FileExistsError, and OSError as `open` does.
     """
     while True:
@@ -34,7 +34,7 @@ def create_owned(path: Path, mode: int = 0o600) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # somebody who cleans up was faster than the lock, and removes it
+        os.close(file)  # a clean-up elsewhere was faster than the lock, and removes the file
 
 
 def remove_abandoned(locks: Iterable[Path], remove: Callable[[Path], object]) -> None:

@@ -28,7 +28,7 @@ MAX_PEM_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 26
 """Of a file of lines: far beyond any context, and far below what a few kilobytes of gzip can become."""
 
-_HANDED_OVER = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # `<(command)` of a shell: somebody writes at its other end
+_HANDED_OVER = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # `<(command)` of a shell: another process writes into it
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
@@ -39,7 +39,7 @@ _KINDS = {
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor for reading. Raises OSError, also for what is no regular file, without waiting for a writer."""
+    """Opens a regular file and returns a descriptor. Raises OSError; never waits for the writer of a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
@@ -49,7 +49,7 @@ def open_regular(path: str | Path) -> int:
 
 
 def read_bounded(path: str | Path, max_bytes: int) -> bytes:
-    """All of a file that has at most `max_bytes`; of the pipes, only what a shell's `<(command)` hands over.
+    """Returns the whole of a file of at most `max_bytes`. Of pipes it takes only those of a shell's `<(command)`.
 
     Raises OSError.
     """
@@ -61,7 +61,7 @@ def read_bounded(path: str | Path, max_bytes: int) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The one value in `data`. Raises ValueError, also for what most readers of JSON let pass.
+    """Returns the one value in `data`. Raises ValueError, also for what most JSON parsers let pass.
 
     That is: a name that occurs twice in an object, NaN and infinities, and arrays or objects nested hundreds deep.
     """
@@ -73,12 +73,12 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def read_json_file(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Raises OSError, ValueError."""
+    """Returns the one value of a JSON file of at most `max_bytes`. Raises OSError, ValueError."""
     return parse_json(read_bounded(path, max_bytes))
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Every line with its number from 1 on, its end included; unzipped where the file's name ends in `.gz`.
+    """Yields every line with its number from 1 on, the line end included; unzipped where the file's name ends in `.gz`.
 
     Raises OSError; EOFError where a gzip file is cut, after its last whole line; ValueError for a line that is too long
     or not UTF-8, or where a gzip file is damaged.
@@ -99,7 +99,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def read_documents(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines, with their line numbers; each has a "text". Empty lines are left out.
+    """Yields the objects of a JSON lines file with their line numbers; each has a "text". Empty lines are skipped.
 
     Raises InvalidRequest, which names file and line.
     """
@@ -114,7 +114,7 @@ def read_documents(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def document_of(line: str, where: str) -> dict[str, Any]:
-    """Raises InvalidRequest for a line that is no JSON object with a "text", or whose text no tokenizer takes."""
+    """Parses one line. Raises InvalidRequest unless it is a JSON object with a "text" that a tokenizer can take."""
     try:
         value = parse_json(line.strip())
     except ValueError as error:
@@ -125,7 +125,7 @@ def document_of(line: str, where: str) -> dict[str, Any]:
 
 
 def check_text(text: str, where: str) -> str:
-    """`text` itself. Raises InvalidRequest for half of a surrogate pair, which is no character."""
+    """Returns `text`. Raises InvalidRequest for half of a surrogate pair, which is not a character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -137,18 +137,18 @@ def check_text(text: str, where: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file could not be read, without the file's name and the number of the error."""
+    """Says why a file could not be read, without the file's name and the number of the error."""
     return str(getattr(error, "strerror", None) or error)
 
 
 def shown(value: object, most: int = 80) -> str:
-    """`value` as a message may have it: what a file says can be longer than anybody reads."""
+    """Returns `value` shortened for a message: what a file contains can be longer than anybody reads."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
 def one_line(error: Exception) -> str:
-    """What an error of another library says, which may be several lines, or the name of a key and nothing else."""
+    """Returns the message of another library's error on one line; it may have several, or be the name of a key only."""
     text = " ".join(str(error).split())
     return text if text and not isinstance(error, LookupError) else repr(error)
 

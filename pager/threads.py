@@ -19,7 +19,7 @@ _live: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDi
 
 
 def call(owner: _T, end: Callable[[_T], None]) -> None:
-    """Has `end(owner)`, which must return in a bounded time, called when the process exits: the last registered first.
+    """Registers `end(owner)` to be called when the process exits; it must return in a bounded time. Last in, first out.
 
     `owner` is held weakly: its threads, while they run, should keep it alive.
     """
@@ -39,7 +39,7 @@ STOP_TIMEOUT_S = 5.0
 
 
 class LoopThread:
-    """Owns the loop and its thread. Every method is for any other thread."""
+    """An event loop and the thread that runs it. Its methods may be called from any other thread."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -47,15 +47,15 @@ class LoopThread:
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
-        """Runs it on the loop and waits."""
+        """Runs the coroutine on the loop and waits for its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Runs it on the loop, after what was given to it before, and waits for nothing. What it raises is logged."""
+        """Schedules the coroutine after those given before, and does not wait. What it raises is logged."""
         asyncio.run_coroutine_threadsafe(coroutine, self.loop).add_done_callback(_log_failure)
 
     def stop(self) -> None:
-        """A loop that is held up is left behind after a while, as the process ends next."""
+        """Stops the loop. One that is blocked is left behind after a while, since the process ends next."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(STOP_TIMEOUT_S)
         if self._thread.is_alive():

@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint: read from its file, and asked for tokens, with errors that a user can act on.
+"""The tokenizer of a checkpoint: read from its file and applied to texts, with errors that a user can act on.
 
 The tokenizers library is written in Rust, and where its authors did not expect a failure (a regular expression that
-gives up, say) it raises a PanicException, which is no Exception: it would end a thread, or a whole command.
+gives up, say) it raises a PanicException, which is not an Exception: it would end a thread, or a whole command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_TOKENIZER_BYTES = 1 << 28
 """Several times the largest vocabularies there are."""
 
 
-_MOST_NORMALIZED = 4  # NFKC makes one byte of four (𝐀 becomes A); what else there is makes more of less
+_MOST_NORMALIZED = 4  # NFKC makes one byte of four (𝐀 becomes A); every other normalisation makes texts longer
 
 
 class TokenizerPanic(Exception):
@@ -29,7 +29,7 @@ class TokenizerPanic(Exception):
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raises TokenizerPanic in the place of a PanicException."""
+    """Turns a PanicException raised in the block into a TokenizerPanic."""
     try:
         yield
     except BaseException as error:
@@ -39,12 +39,12 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """The class has no module that could be imported, so its name is looked at."""
+    """Tells a PanicException by its name, because its class is in no module that could be imported."""
     return type(error).__module__ == "pyo3_runtime"
 
 
 def read_tokenizer(model: Path) -> Tokenizer | None:
-    """That of a checkpoint's folder, None where it has none. Raises CheckpointError for one that cannot be read."""
+    """Reads the tokenizer of a checkpoint's folder; None without one. Raises CheckpointError if it cannot be read."""
     path = model / TOKENIZER_NAME
     if not path.exists():
         return None
@@ -59,7 +59,7 @@ def read_tokenizer(model: Path) -> Tokenizer | None:
 
 
 def longest_token_bytes(tokenizer: Tokenizer) -> int:
-    """The most bytes of text that one token can stand for, rounded up, so that N tokens have at most N times as many.
+    """Returns an upper bound of the bytes of text that one token stands for: N tokens have at most N times as many.
 
     Holds for tokenizers that keep every byte of a text (byte-level ones, and those with byte fallback).
     """
@@ -76,14 +76,14 @@ def longest_token_bytes(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> Encoding:
-    """Raises InvalidRequest for text that the tokenizer fails on."""
+    """Turns a text into tokens. Raises InvalidRequest for text that the tokenizer fails on."""
     return encode_all(tokenizer, [text], add_special_tokens=add_special_tokens, fast=False)[0]
 
 
 def encode_all(
     tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = True, fast: bool = True
 ) -> list[Encoding]:
-    """`fast` leaves the offsets out. Raises InvalidRequest, which says nothing of the texts but their lengths."""
+    """Tokenizes texts; `fast` leaves out the offsets. Raises InvalidRequest, which quotes only the texts' lengths."""
     for text in texts:
         check_text(text, "the text")
     encode_batch = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch

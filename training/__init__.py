@@ -1,1 +1,1 @@
-"""Recipe for small reference models with EMO's objective. `python -m training.train --help` is the way in."""
+"""The recipe for small reference models with EMO's objective. `python -m training.train --help` shows the options."""

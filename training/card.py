@@ -27,7 +27,10 @@ WHAT: dict[PoolMode, str] = {
 
 
 def write_card(run: Path, to: Path, losses: LossTable, corpus: Path | None) -> None:
-    """`to/README.md`. Without a corpus whose README has a table of sources, the card says that none was given."""
+    """Writes `to/README.md`.
+
+    Without a corpus whose README has a table of sources, the card says that none was given.
+    """
     recipe = Recipe.of(run)
     progress = Progress.of(run)
     model = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32).eval()
@@ -60,7 +63,7 @@ def write_card(run: Path, to: Path, losses: LossTable, corpus: Path | None) -> N
 
 
 def licence_table(corpus: Path | None) -> str | None:
-    """Domain, source and licence from the first table of the corpus' README that has these columns."""
+    """Returns domain, source and licence from the first table of the corpus' README that has these columns."""
     path = None if corpus is None else corpus / "README.md"
     if path is None or not path.is_file():
         return None

@@ -1,7 +1,7 @@
-"""From `<domain>.<split>.jsonl.gz` files to packed rows of tokens.
+"""Turns `<domain>.<split>.jsonl.gz` files into packed rows of tokens.
 
 A row is filled with documents up to its last token: no padding. A document longer than a row is cut into pieces, each
-a document of its own. Position ids restart at 0 with every document; they are all that says where one begins.
+a document of its own. Position ids restart at 0 with every document; nothing else marks where one begins.
 Legend: R rows, N tokens in a row.
 """
 
@@ -24,7 +24,7 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
-    """`tokens_RN` with `positions_RN`: 0 where a document starts."""
+    """Rows of tokens: `tokens_RN` with `positions_RN`, which are 0 where a document starts."""
 
     tokens_RN: Ids
     positions_RN: Ids
@@ -42,7 +42,7 @@ class PackedRows:
 
 
 def domains_of(corpus: Path, split: str) -> list[str]:
-    """Raises FileNotFoundError where there is no such split."""
+    """Lists the domains of a split. Raises FileNotFoundError where there is no such split."""
     names = sorted(path.name.split(".")[0] for path in corpus.glob(f"*.{split}.jsonl.gz"))
     if not names:
         raise FileNotFoundError(f"no *.{split}.jsonl.gz in {corpus}")
@@ -56,7 +56,7 @@ def read_texts(corpus: Path, domain: str, split: str) -> Iterator[str]:
 
 
 def train_tokenizer(corpus: Path, vocab_size: int, max_chars_per_domain: int = 2_000_000) -> Tokenizer:
-    """A byte-level BPE over equal amounts of text from every domain; token 0 is EOS and token 1 is padding."""
+    """Trains a byte-level BPE over equal amounts of text from every domain; token 0 is EOS and token 1 is padding."""
 
     def sample() -> Iterator[str]:
         for domain in domains_of(corpus, "train"):
@@ -83,7 +83,7 @@ def train_tokenizer(corpus: Path, vocab_size: int, max_chars_per_domain: int = 2
 def documents(
     corpus: Path, domain: str, split: str, tokenizer: Tokenizer, context: int, rng: np.random.Generator
 ) -> list[Ids]:
-    """All pieces of at most `context` tokens of the domain's documents, shuffled; a document's last ends with EOS."""
+    """Returns the domain's documents in shuffled pieces of at most `context` tokens; the last of each ends with EOS."""
     eos = tokenizer.token_to_id(EOS)
     pieces: list[Ids] = []
     for encoding in tokenizer.encode_batch_fast(list(read_texts(corpus, domain, split)), add_special_tokens=False):
@@ -93,7 +93,10 @@ def documents(
 
 
 def pack(pieces: list[Ids], context: int) -> PackedRows:
-    """Fill rows in order. A piece that crosses a row's end is cut there; its rest is dropped, as is an unfilled row."""
+    """Fills rows in order.
+
+    A piece that crosses a row's end is cut there; its rest is dropped, as is an unfilled row.
+    """
     rows: list[list[Ids]] = [[]]
     room = context
     for piece in pieces:
@@ -110,7 +113,7 @@ def pack(pieces: list[Ids], context: int) -> PackedRows:
 
 
 def balanced(corpus: Path, split: str, tokenizer: Tokenizer, context: int, seed: int) -> PackedRows:
-    """One epoch, domains mixed, in which every domain has the same number of tokens: that of the smallest."""
+    """Mixes the domains of one epoch, each with as many tokens as the smallest."""
     rng = np.random.default_rng(seed)
     by_domain = [documents(corpus, name, split, tokenizer, context, rng) for name in domains_of(corpus, split)]
     share = min(sum(map(len, pieces)) for pieces in by_domain)

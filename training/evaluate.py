@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from pager.models import EmoForCausalLM
 from training import data, fast
-from training.objective import PoolRouter, documents_of, next_token_labels
+from training.objective import PoolGate, documents_of, next_token_labels
 
 EVALUATION_POOL = 31
 """Routed experts a document keeps in the pooled column: 32 of 128 with the shared one."""
@@ -23,9 +23,9 @@ LossTable = dict[str, dict[str, float]]
 def losses_by_domain(
     model: EmoForCausalLM, tokenizer: Tokenizer, corpus: Path, context: int, max_rows: int = 32
 ) -> LossTable:
-    """Nats a token: `{"python": {"full": ..., "pool31": ...}, ..., "mean": ...}`.
+    """Returns losses in nats a token: `{"python": {"full": ..., "pool31": ...}, ..., "mean": ...}`.
 
-    The model's routers must be PoolRouters. The pool is chosen over the whole document, as in training.
+    The model's gates must be PoolGates. The pool is chosen over the whole document, as in training.
     """
     table: LossTable = {}
     for domain in data.domains_of(corpus, "valid"):
@@ -46,7 +46,7 @@ def _loss(model: EmoForCausalLM, tokens_BN: torch.Tensor, positions_BN: torch.Te
     tokens_BN, positions_BN = tokens_BN.to(device), positions_BN.to(device)
     documents = None if pool is None else documents_of(positions_BN, pool)
     for module in model.modules():
-        if isinstance(module, PoolRouter):
+        if isinstance(module, PoolGate):
             module.documents = documents
     hidden_TD = model.model(
         input_ids=tokens_BN, position_ids=positions_BN, use_cache=False, output_router_logits=False

@@ -1,4 +1,4 @@
-"""Export a training run as a model folder in the released format: one tensor an expert, config, tokenizer, card.
+"""Exports a training run as a model folder in the released format: one tensor an expert, config, tokenizer, card.
 
 python -m training.export --run DIR --to DIR --corpus DIR
 """
@@ -20,7 +20,7 @@ from pager.models import EmoForCausalLM
 from training import evaluate
 from training.card import write_card
 from training.data import EOS, PAD
-from training.objective import install_pool_routers
+from training.objective import install_pool_gates
 from training.recipe import Recipe
 from training.run_folder import CHECKPOINT, WEIGHTS_PREFIX
 
@@ -28,7 +28,7 @@ console = Console()
 
 
 def load_trained(run: Path) -> EmoForCausalLM:
-    """The run's model as of its last checkpoint, fp32. Raises FileNotFoundError where none was written."""
+    """Loads the run's model as of its last checkpoint, fp32. Raises FileNotFoundError where none was written."""
     model = EmoForCausalLM(Recipe.of(run).model_config())
     tensors = load_file(run / CHECKPOINT)
     weights = {
@@ -40,7 +40,7 @@ def load_trained(run: Path) -> EmoForCausalLM:
 
 
 def export(run: Path, to: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write `to` such that AutoModelForCausalLM and AutoTokenizer load it with `pager.models` imported."""
+    """Writes `to` such that AutoModelForCausalLM and AutoTokenizer load it with `pager.models` imported."""
     model = load_trained(run).to(dtype)
     model.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id, pad_token_id=1)
     model.save_pretrained(to)
@@ -55,7 +55,10 @@ def export(run: Path, to: Path, dtype: torch.dtype = torch.bfloat16) -> None:
 
 
 def validation_losses(run: Path, corpus: Path | None) -> evaluate.LossTable:
-    """As the run stored them at its end; before that, measured now. Raises SystemExit where neither can be."""
+    """Returns the losses that the run stored at its end, or measures them.
+
+    Raises SystemExit where neither is possible.
+    """
     stored = run / "valid.json"
     if stored.exists():
         table: evaluate.LossTable = json.loads(stored.read_text())
@@ -63,7 +66,7 @@ def validation_losses(run: Path, corpus: Path | None) -> evaluate.LossTable:
     if corpus is None:
         raise SystemExit(f"{run} has no valid.json yet; give --corpus, so that the losses for the card can be measured")
     model = load_trained(run)
-    install_pool_routers(model)
+    install_pool_gates(model)
     tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
     return evaluate.losses_by_domain(model, tokenizer, corpus, Recipe.of(run).train_context)
 
@@ -82,7 +85,7 @@ def main(
         Path | None, typer.Option(help="What the run was trained on; its README's table of sources goes into the card.")
     ] = None,
 ) -> None:
-    """Export the last checkpoint of a run, with a model card made from the run."""
+    """Exports the last checkpoint of a run, with a model card made from the run."""
     export(run, to)
     write_card(run, to, validation_losses(run, corpus), corpus)
     size = sum(file.stat().st_size for file in to.iterdir())

@@ -1,4 +1,6 @@
-"""Training-time kernels for one or two CPU cores. Same results as the model's own code, less memory traffic.
+"""Training-time kernels for one or two CPU cores.
+
+They give the results of the model's own code with less memory traffic.
 
 Legend: T tokens, S token-expert pairs sorted by expert, E experts, D hidden, F intermediate, V vocabulary.
 """
@@ -20,7 +22,7 @@ CACHE_RESIDENT = "cache_resident"
 
 
 class _ExpertByExpert(torch.autograd.Function):
-    """Gate, up, activation and down of one expert at a time, so that its intermediates never leave the CPU's cache."""
+    """Runs gate, up, activation and down one expert at a time, so that intermediates never leave the CPU's cache."""
 
     @staticmethod
     def forward(
@@ -79,7 +81,7 @@ def _groups(counts: list[int]) -> list[tuple[int, slice]]:
 def cache_resident_experts(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """An experts function for transformers' registry; SwiGLU experts only."""
+    """The experts function for transformers' registry; SwiGLU experts only."""
     order_S = top_k_index.flatten().argsort()
     counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
     token_S = order_S // top_k_index.shape[-1]
@@ -88,7 +90,7 @@ def cache_resident_experts(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross entropies of `x @ W.T`, gradients made on the way: the [T, V] logits never exist."""
+    """Sums the cross entropies of `x @ W.T` and makes their gradients on the way: the [T, V] logits never exist."""
 
     CHUNK = 256
 
@@ -121,7 +123,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(x_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Mean next-token loss in nats over the tokens whose label is not −100."""
+    """Returns the mean next-token loss in nats over the tokens whose label is not −100."""
     kept = labels_T != -100
     total: Tensor = _ChunkedCrossEntropy.apply(x_TD[kept], head_VD, labels_T[kept])
     return total / kept.sum()

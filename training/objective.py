@@ -1,4 +1,4 @@
-"""EMO's training objective (arXiv 2605.06663): a router that keeps each document to a pool, and the router's losses.
+"""EMO's training objective (arXiv 2605.06663): a gate that keeps each document to a pool, and the gate's losses.
 
 Legend: T tokens of the batch, M documents, E experts of a layer (shared last), R routed experts, K top-k.
 """
@@ -23,8 +23,8 @@ class Documents:
     pool_sizes_M: Tensor
 
 
-class PoolRouter(EmoTopKRouter):
-    """The model's router, restricted per document while `documents` is set. Remembers its last forward's losses.
+class PoolGate(EmoTopKRouter):
+    """The model's gate, restricted per document while `documents` is set. Remembers its last forward's losses.
 
     A document keeps the routed experts with the largest gate probability summed over all its tokens, the future
     included. The choice has no gradient; the softmax over the chosen experts does.
@@ -44,7 +44,7 @@ class PoolRouter(EmoTopKRouter):
         return logits_TE, weights_TK, index_TK
 
     def pools(self, logits_TE: Tensor, documents: Documents) -> Tensor:
-        """bool [T, E]: the pool of each token's document."""
+        """Returns bool [T, E]: the pool of each token's document."""
         probs_TR = logits_TE[:, : self.num_experts - self.num_shared].softmax(-1)
         scores_MR = probs_TR.new_zeros(len(documents.pool_sizes_M), probs_TR.shape[-1])
         scores_MR.index_add_(0, documents.document_T, probs_TR)
@@ -54,7 +54,10 @@ class PoolRouter(EmoTopKRouter):
         return allowed_ME[documents.document_T]
 
     def _remember_losses(self, logits_TE: Tensor, index_TK: Tensor, allowed_TE: Tensor | None) -> None:
-        """Load balancing over the whole batch, on the pooled routing: 1 when all routed experts get equal shares."""
+        """Keeps the losses.
+
+        Load balancing is over the whole batch, on the pooled routing: 1 when all shares are equal.
+        """
         num_routed = self.num_experts - self.num_shared
         routed_TR = logits_TE[:, :num_routed]
         self.z_loss = routed_TR.logsumexp(-1).square().mean()
@@ -65,13 +68,13 @@ class PoolRouter(EmoTopKRouter):
         self.balance_loss = num_routed * (share_R * routed_TR.softmax(-1).mean(0)).sum()
 
 
-def install_pool_routers(model: EmoForCausalLM) -> list[PoolRouter]:
-    """Replace every layer's router by a PoolRouter with the same weights; returns them in layer order."""
+def install_pool_gates(model: EmoForCausalLM) -> list[PoolGate]:
+    """Replaces every layer's gate by a PoolGate with the same weights; returns them in layer order."""
     routers = []
     for layer_idx, layer in enumerate(model.model.layers):
         block = layer.mlp
         if isinstance(block, EmoSparseMoeBlock):
-            router = PoolRouter(model.config, layer_idx)
+            router = PoolGate(model.config, layer_idx)
             router.weight = block.gate.weight
             block.gate = router
             routers.append(router)
@@ -79,7 +82,10 @@ def install_pool_routers(model: EmoForCausalLM) -> list[PoolRouter]:
 
 
 def documents_of(positions_BN: Tensor, pool_sizes: Tensor | int) -> Documents:
-    """Documents of packed rows. `pool_sizes` is one number for all, or at least as many as there are documents."""
+    """Finds the documents of packed rows.
+
+    `pool_sizes` is one number for all, or at least as many as there are documents.
+    """
     document_T = (positions_BN == 0).flatten().cumsum(0) - 1
     num_documents = int(document_T[-1]) + 1
     if isinstance(pool_sizes, int):
@@ -88,7 +94,7 @@ def documents_of(positions_BN: Tensor, pool_sizes: Tensor | int) -> Documents:
 
 
 def next_token_labels(tokens_BN: Tensor, positions_BN: Tensor) -> Tensor:
-    """Labels [B, N]: the following token of the same document, −100 at a document's last token."""
+    """Returns labels [B, N]: the following token of the same document, −100 at a document's last token."""
     labels_BN = torch.full_like(tokens_BN, -100)
     continues = positions_BN[:, 1:] != 0
     labels_BN[:, :-1][continues] = tokens_BN[:, 1:][continues]

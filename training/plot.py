@@ -1,4 +1,4 @@
-"""Training loss of one or more runs as a picture.
+"""Plots the training loss of one or more runs.
 
 python -m training.plot --run RUN --run RUN-STD --to loss.png
 """
@@ -19,7 +19,7 @@ SMOOTHING = 0.01  # of a run's steps, averaged on both sides
 
 
 def plot_losses(runs: Sequence[Path], to: Path) -> None:
-    """Next-token loss against tokens seen, a curve a run, each point the mean of its neighbours."""
+    """Plots next-token loss against tokens seen, one smoothed curve per run."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for run in runs:
@@ -39,7 +39,7 @@ def plot_losses(runs: Sequence[Path], to: Path) -> None:
 
 
 def read_losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens seen and loss of every step. Steps that were run again after a resumption count once, the last time."""
+    """Returns tokens seen and loss of every step; a step that was run again after a resumption counts once."""
     by_tokens: dict[int, float] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -52,7 +52,7 @@ def main(
     run: Annotated[list[Path], typer.Option(help="Run folder of training.train; several make several curves.")],
     to: Annotated[Path, typer.Option(help="PNG to write.")],
 ) -> None:
-    """Draw the training loss."""
+    """Draws the training loss."""
     plot_losses(run, to)
 
 

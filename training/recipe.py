@@ -1,4 +1,4 @@
-"""What a training run depends on besides its corpus."""
+"""The settings that a training run depends on besides its corpus."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ PoolMode = Literal["document", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Sizes count all experts of a layer, shared ones included; the defaults are what `make train` makes."""
+    """The settings of a run.
+
+    Sizes count all experts of a layer, shared ones included; the defaults are what `make train` makes.
+    """
 
     pool: PoolMode = "document"
     hidden_size: int = 128
@@ -56,7 +59,7 @@ class Recipe:
         )
 
     def settle(self, run: Path) -> None:
-        """Store the recipe in a new run folder; in an old one, refuse to go on with another recipe."""
+        """Stores the recipe in a new run folder; refuses to continue an old one with another recipe."""
         path = run / "recipe.json"
         if not path.exists():
             with whole(path) as partial:
@@ -69,6 +72,6 @@ class Recipe:
 
     @classmethod
     def of(cls, run: Path) -> Recipe:
-        """The recipe stored in a run folder."""
+        """Reads the recipe stored in a run folder."""
         stored: dict[str, object] = json.loads((run / "recipe.json").read_text())
         return cls(**stored)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A run's folder. What is in it appears whole or not at all, so that a run can be ended at any time."""
+"""The folder of a run. Files in it appear whole or not at all, so that a run can be ended at any time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS_PREFIX = "model."
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is, over all its resumptions."""
+    """The progress of a run, over all its resumptions."""
 
     step: int = 0
     tokens: int = 0
@@ -26,18 +26,18 @@ class Progress:
 
     @classmethod
     def of(cls, run: Path) -> Self:
-        """Of the run's checkpoint."""
+        """Reads the progress from the run's checkpoint."""
         with safe_open(run / CHECKPOINT, "numpy") as file:
             return cls(**json.loads(file.metadata()["progress"]))
 
     def metadata(self) -> dict[str, str]:
-        """For the checkpoint: in the same file as the weights, so that both are of the same step."""
+        """Returns metadata for the checkpoint: in the same file as the weights, so that both are of one step."""
         return {"progress": json.dumps(asdict(self))}
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write what `path` becomes when the block has ended well."""
+    """Yields a path to write to, which becomes `path` when the block ends without an error."""
     partial = path.with_name(f"partial-{path.name}")
     yield partial
     partial.replace(path)

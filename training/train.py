@@ -2,10 +2,10 @@
 
     python -m training.train --corpus DIR --out DIR --max-minutes 60
 
-On a GPU where torch finds one. Resumes from the last checkpoint in `--out`; Ctrl-C and SIGTERM end it with one.
-Everything random follows from `--seed` and the step number, so a resumed run sees the same batches and pool sizes as an
-uninterrupted one. With `--max-minutes` the learning rate follows the clock too, so that it reaches zero when the time
-is up.
+Runs on a GPU where torch finds one. Resumes from the last checkpoint in `--out`; Ctrl-C and SIGTERM end it with a
+checkpoint. Everything random follows from `--seed` and the step number, so a resumed run sees the same batches and pool
+sizes as an uninterrupted one. With `--max-minutes` the learning rate follows the clock too, so that it reaches zero
+when the time is up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pager.models import EmoForCausalLM
 from training import data, evaluate, fast
-from training.objective import PoolRouter, documents_of, install_pool_routers, next_token_labels
+from training.objective import PoolGate, documents_of, install_pool_gates, next_token_labels
 from training.recipe import PoolMode, Recipe
 from training.run_folder import CHECKPOINT, WEIGHTS_PREFIX, Progress, whole
 
@@ -37,7 +37,7 @@ console = Console(soft_wrap=True)
 
 
 class Trainer:
-    """Owns the model, the optimizer and the progress of one run directory."""
+    """A training run: owns the model, the optimizer and the progress of one run directory."""
 
     def __init__(self, recipe: Recipe, corpus: Path, out: Path, device: torch.device | str = "cpu") -> None:
         self.recipe, self.corpus, self.out = recipe, corpus, out
@@ -50,7 +50,7 @@ class Trainer:
         self.model = EmoForCausalLM(recipe.model_config())
         fast.install()
         self.model.set_experts_implementation(fast.CACHE_RESIDENT)
-        self.routers: list[PoolRouter] = install_pool_routers(self.model)
+        self.routers: list[PoolGate] = install_pool_gates(self.model)
         self.model.to(self.device)  # drawn on the CPU, so that every device starts alike
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim == 1]
@@ -62,7 +62,7 @@ class Trainer:
         self.progress = Progress()
 
     def run(self, max_tokens: int, max_minutes: float | None, save_minutes: float) -> bool:
-        """Train until `max_tokens` or `max_minutes`, whichever is first; the learning rate reaches zero there.
+        """Trains until `max_tokens` or `max_minutes`, whichever is first; the learning rate reaches zero there.
 
         A SIGINT or SIGTERM ends it after the step it is in, with a checkpoint; returns whether it came to its own end.
         """
@@ -87,7 +87,10 @@ class Trainer:
             return done >= 1
 
     def step(self, tokens_BN: Tensor, positions_BN: Tensor, done: float) -> tuple[float, float, float, float]:
-        """One optimizer step; `done` in [0, 1) sets the learning rate. Returns loss, balance, z and gradient norm."""
+        """Takes one optimizer step; `done` in [0, 1) sets the learning rate.
+
+        Returns loss, balance, z and gradient norm.
+        """
         recipe, step = self.recipe, self.progress.step
         tokens_BN, positions_BN = tokens_BN.to(self.device), positions_BN.to(self.device)
         if recipe.pool == "document":
@@ -112,7 +115,9 @@ class Trainer:
         return loss.item(), balance.item(), z.item(), float(grad_norm)
 
     def _pool_sizes(self, step: int, most_documents: int) -> Tensor:
-        """From `min_pool` to all, every doubling as likely as any other: small pools are those that will be served."""
+        """Draws sizes from `min_pool` to all, every doubling as likely as any other: small pools are those to be
+        served.
+        """
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
         above_all = self.recipe.num_experts - self.recipe.num_shared + 1
         at = torch.rand(most_documents, generator=generator, dtype=torch.float64)
@@ -120,7 +125,7 @@ class Trainer:
         return sizes.to(self.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from the current step on; rows are reshuffled every epoch."""
+        """Yields batches from the current step on; rows are reshuffled every epoch."""
         per_epoch = len(self.rows) // self.recipe.rows_per_step
         while True:
             epoch, index = divmod(self.progress.step, per_epoch)
@@ -132,7 +137,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write the checkpoint; a crash in between leaves the previous one in place."""
+        """Writes the checkpoint; a crash in between leaves the previous one in place."""
         tensors = {f"{WEIGHTS_PREFIX}{name}": value.detach() for name, value in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
@@ -141,7 +146,7 @@ class Trainer:
             save_file(tensors, partial, metadata=self.progress.metadata())
 
     def resume(self) -> bool:
-        """Continue from the checkpoint in the run directory, if there is one."""
+        """Continues from the checkpoint in the run directory, if there is one."""
         path = self.out / CHECKPOINT
         if not path.exists():
             return False
@@ -169,7 +174,7 @@ class Trainer:
 
 @contextmanager
 def _ending_on_signals() -> Iterator[Callable[[], bool]]:
-    """Whether a SIGINT or SIGTERM has come since the block was entered; in it they do nothing else."""
+    """Yields whether a SIGINT or SIGTERM has come since the block was entered; they have no other effect in it."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: received.append(number)) for number in numbers]
@@ -182,7 +187,7 @@ def _ending_on_signals() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _loss_log(path: Path) -> Iterator[Any]:
-    """Appends to the log of earlier resumptions."""
+    """Opens the log of losses, after what earlier resumptions wrote."""
     new = not path.exists()
     with path.open("a", newline="", buffering=1) as file:
         writer = csv.writer(file)
@@ -229,7 +234,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
-    """Train, then print each domain's validation loss with all experts and with document pools of 31 routed experts."""
+    """Trains, then prints each domain's validation loss with all experts and with document pools of 31 experts."""
     if pool not in ("document", "none"):
         raise typer.BadParameter(f"--pool is document or none, not {pool!r}")
     mode: PoolMode = "document" if pool == "document" else "none"

@@ -1,4 +1,4 @@
-"""How much memory this process may use: the device's free memory, or what the host and its control group leave."""
+"""How much memory this process may use: the device's free memory, or what host and control group leave."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan may spend. `memory_bytes` is free on `device`; `host_bytes` is free for a shared-memory host tier.
+    """The memory that a plan may spend.
+
+    `memory_bytes` is free on `device`; `host_bytes` is free for a shared-memory host tier.
 
     On a CPU both come out of the same main memory.
     """
@@ -33,7 +35,7 @@ class Machine:
         return "main memory" if self.is_cpu else f"memory of {self.device}"
 
     def shared_by(self, num_workers: int) -> Machine:
-        """The part of this machine that one of `num_workers` equal workers may plan with.
+        """Returns the part of this machine that one of `num_workers` equal workers may plan with.
 
         Workers that own a GPU each have its memory to themselves; the host tier belongs to all of them already.
         """
@@ -41,7 +43,7 @@ class Machine:
 
     @classmethod
     def detect(cls, device: str = "cpu") -> Machine:
-        """What is free now. Raises ConfigError when `device` is a GPU that is not there."""
+        """Measures what is free now. Raises ConfigError when `device` is a GPU that is not there."""
         free = _free_main_memory()
         shared = min(free, _free_shared_memory())
         kind, _, index = device.partition(":")
@@ -55,7 +57,7 @@ class Machine:
 
 
 def resolve_device(device: object) -> str:
-    """The device's name, from a name or a `torch.device`; "auto" is a GPU where there is one."""
+    """Returns the device's name, from a name or a `torch.device`; "auto" is a GPU where there is one."""
     if device != "auto":
         return str(device)
     import torch  # slow to import, and not needed for a device that is named
@@ -64,7 +66,7 @@ def resolve_device(device: object) -> str:
 
 
 def cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What this process's control group (v1 or v2) and its parents still allow. None without a limit.
+    """Returns what this process's control group (v1 or v2) and its parents still allow; None without a limit.
 
     Page cache counts as free: the kernel gives it back before it kills anybody.
     """
@@ -74,7 +76,7 @@ def cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pr
 
 
 def _memory_groups(root: Path, own: Path) -> list[tuple[Path, str]]:
-    """(mount point of the memory controller, this process's path in it); v2 is the line `0::/path`."""
+    """Yields pairs of the memory controller's mount point and this process's path in it; v2 is the line `0::/path`."""
     try:
         lines = own.read_text().splitlines()
     except OSError:

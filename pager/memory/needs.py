@@ -1,4 +1,4 @@
-"""What a model costs to run, in integers: what the planner shares memory out by. Knows no tensors and no machine."""
+"""What a model needs to run, in bytes: the planner's input. Knows no tensors and no machine."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ _MASK_BYTES = 5  # a pair of query and key: a bool, and the float that torch mak
 
 
 def gathered_tokens(num_rows: int, num_tokens: int) -> int:
-    """The context that is gathered at a time for so many rows, the longest of which has `num_tokens`."""
+    """Returns how much context is gathered at a time for so many rows, the longest of which has `num_tokens`."""
     return max(num_tokens, min(num_rows * num_tokens, GATHER_TOKENS))
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """What a forward takes beside weights and KV, as upper bounds from the model's shapes.
+    """The memory that a forward takes beside weights and KV: upper bounds from the model's shapes.
 
-    `token_bytes` is a token on its way through the layers, `draw_bytes` a row whose next token is drawn. `gather_bytes`
-    is a token of context in the buffers that keys and values are gathered in, which are kept; `context_bytes` what a
-    part of a prompt makes of it. `fixed_bytes` comes once; `kernel_bytes` is what the backend compiles for the shapes
-    it meets, and keeps. With `keeps_step` a decode step has memory of its own, as a CUDA graph does.
+    `token_bytes` is for a token on its way through the layers, `draw_bytes` for a row whose next token is drawn.
+    `gather_bytes` is a token of context in the buffers that keys and values are gathered in, which are kept;
+    `context_bytes` what a part of a prompt makes of it. `fixed_bytes` comes once; `kernel_bytes` is what the backend
+    compiles for the shapes it meets, and keeps. With `keeps_step` a decode step has memory of its own, as a CUDA graph
+    does.
     """
 
     token_bytes: int = 0
@@ -41,7 +42,7 @@ class Workspace:
     keeps_step: bool = False
 
     def forward_bytes(self, num_rows: int, num_tokens: int) -> int:
-        """The most that forwards take at a time: a prompt of `num_tokens`, a step of so many rows as long."""
+        """Returns the most that forwards take at a time: a prompt of `num_tokens`, a step of so many rows as long."""
         chunk = min(num_tokens, PREFILL_CHUNK_TOKENS)
         whole_prompt = num_tokens * self.token_bytes
         later_chunk = chunk * self.token_bytes + num_tokens * (self.context_bytes + chunk * _MASK_BYTES)
@@ -53,7 +54,7 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a model costs in its serving dtype. `expert_bytes` is one expert; the trunk has no shared experts.
+    """The bytes that a model needs in its serving dtype. `expert_bytes` is one expert; the trunk has no shared experts.
 
     `staging_bytes` is what experts pass through on their way into slots, all readers together.
     """
@@ -80,7 +81,7 @@ class Needs:
 
     @property
     def smallest_num_slots(self) -> int:
-        """One token's routed experts of the layer that wants most."""
+        """Returns the routed experts that one token needs in the layer that needs most."""
         return max(self.facts.top_k_per_layer, default=0)
 
     @property
@@ -92,17 +93,17 @@ class Needs:
         return -(-min(SMALLEST_KV_TOKENS, self.context_tokens) // KV_BLOCK_TOKENS)
 
     def longest_tokens(self, num_kv_blocks: int) -> int:
-        """Of a sequence in an engine with so much KV."""
+        """Returns the length of the longest request in an engine with so much KV."""
         return min(self.context_tokens, num_kv_blocks * KV_BLOCK_TOKENS)
 
     def gather_tokens(self, num_kv_blocks: int, max_running: int) -> int:
-        """The context that such an engine gathers at a time. Each sequence has a block of its own."""
+        """Returns the context that such an engine gathers at a time. Each request has a block of its own."""
         return gathered_tokens(min(max_running, num_kv_blocks), self.longest_tokens(num_kv_blocks))
 
     def workspace_bytes(self, num_kv_blocks: int, max_running: int) -> int:
-        """What its forwards take at most, the buffers to gather in included."""
+        """Returns the most that its forwards take, the buffers to gather in included."""
         return self.workspace.forward_bytes(min(max_running, num_kv_blocks), self.longest_tokens(num_kv_blocks))
 
     def kv_cost_bytes(self, num_kv_blocks: int, max_running: int) -> int:
-        """Of so much KV, with the working memory for sequences as long as it allows."""
+        """Returns the cost of so much KV, with the working memory for requests as long as it allows."""
         return num_kv_blocks * self.kv_block_bytes + self.workspace_bytes(num_kv_blocks, max_running)

@@ -17,12 +17,14 @@ DEFAULT_KV_SEQUENCES = 8
 NUM_READERS = 4  # reads of experts that are under way at a time
 NUM_CHECKERS = 2  # threads more than that: what was read is checked while the next is read
 STAGING_BUFFERS = NUM_READERS + NUM_CHECKERS
-LARGEST_HEADROOM = 2 * 2**30  # for what no plan knows: page tables, the interpreter's objects, the neighbours
+LARGEST_HEADROOM = 2 * 2**30  # for what no plan counts: page tables, the interpreter's objects, other processes
 
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """What the operator asked for. Sizes are bytes, "64MiB" or (experts, host) a share of all routed experts' bytes.
+    """The budgets that the operator asked for.
+
+    Sizes are bytes, "64MiB" or (experts, host) a share of all routed experts' bytes.
 
     None leaves the choice to the planner; a `host_memory` of 0 means no host tier.
     """
@@ -36,9 +38,9 @@ class Budgets:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a worker will allocate, in bytes. Nothing is ever allocated beyond it.
+    """The memory that a worker will allocate, in bytes. Nothing is ever allocated beyond it.
 
-    `workspace_bytes` is for the largest forward that `max_running` sequences and the KV allow: the engine runs none
+    `workspace_bytes` is for the largest forward that `max_running` requests and the KV allow: the engine runs none
     larger, and gathers no more than `gather_tokens` of context at a time. `kernel_bytes` is what the backend compiles
     as it goes, and keeps.
     """
@@ -77,14 +79,14 @@ class Plan:
 
     @property
     def device_bytes(self) -> int:
-        """Beside a GPU, staging buffers and host tier are in main memory."""
+        """The bytes on the device. Beside a GPU, staging buffers and host tier are in main memory."""
         weights = self.trunk_bytes + self.resident_bytes + self.slot_bytes
         own = weights + self.kv_bytes + self.workspace_bytes + self.kernel_bytes
         return own + self.staging_bytes if self.machine.is_cpu else own
 
     @property
     def total_bytes(self) -> int:
-        """On the device and in main memory."""
+        """The bytes on the device and in main memory together."""
         return self.device_bytes + self.host_bytes + (0 if self.machine.is_cpu else self.staging_bytes)
 
     @property
@@ -103,7 +105,7 @@ class Plan:
 
 
 def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
-    """Explicit budgets are met or refused; what they leave is shared out between KV, experts and the host tier.
+    """Meets or refuses explicit budgets, and shares out what they leave between KV, experts and the host tier.
 
     Raises BudgetError for a budget too small to run one token or larger than the machine, ConfigError for no size.
     """
@@ -148,7 +150,7 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
 
 
 def describe(plan: Plan) -> list[str]:
-    """What the planner decided, a line each, for people."""
+    """Describes what the planner decided, one line per decision."""
     share = plan.num_slots / plan.num_routed if plan.num_routed else 1.0
     host = f"{plan.host_records} experts, {format_bytes(plan.host_bytes)}" if plan.host_records else "none"
     kernels = f"kernels      {format_bytes(plan.kernel_bytes)} that torch may compile and keep in half precision"
@@ -240,7 +242,7 @@ def _asked_host_records(needs: Needs, budgets: Budgets, machine: Machine) -> int
 
 
 def _default_host_records(needs: Needs, machine: Machine) -> int:
-    """Beside a GPU: as many experts as half of the shared memory holds. On a CPU the tier would hold experts twice."""
+    """Returns as many experts as half of the shared memory holds beside a GPU; on a CPU none, which would be copies."""
     return min(needs.num_routed, machine.host_bytes // 2 // needs.expert_bytes) if needs.expert_bytes else 0
 
 
@@ -251,7 +253,7 @@ def _default_kv_blocks(needs: Needs, budgets: Budgets, limit_bytes: int) -> int:
 
 
 def _most_kv_blocks(needs: Needs, budgets: Budgets, wanted: int, limit_bytes: int) -> int:
-    """As many of the wanted ones as fit with the working memory that they call for; the smallest number at least."""
+    """Returns as many of the wanted blocks as fit with the working memory that they need, but at least the smallest."""
     smallest = needs.smallest_kv_blocks
     beyond = bisect_right(
         range(smallest, wanted + 1), limit_bytes, key=lambda blocks: needs.kv_cost_bytes(blocks, budgets.max_running)

@@ -1,4 +1,4 @@
-"""Byte sizes and shares as people write them. `"64MiB"`, `"1.5GB"`, `268435456`, `"25%"`, `0.25`."""
+"""Byte sizes and shares as people write them: `"64MiB"`, `"1.5GB"`, `268435456`, `"25%"`, `0.25`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*$")
 
 
 def parse_bytes(value: str | int) -> int:
-    """Bytes of `value`. Raises ConfigError for anything but a positive size."""
+    """Returns the bytes of `value`. Raises ConfigError for anything but a positive size."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value <= 0:
             raise ConfigError(f"a size must be positive, not {value}; write bytes or something like '64MiB'")
@@ -37,7 +37,7 @@ def parse_bytes(value: str | int) -> int:
 
 
 def parse_bytes_or_share(value: str | int | float, whole: int) -> int:
-    """Bytes of `value`, where `"25%"` and a float in (0, 1] mean that share of `whole` bytes, rounded down."""
+    """Returns the bytes of `value`; `"25%"` and a float in (0, 1] mean that share of `whole` bytes, rounded down."""
     share: float | None = None
     if isinstance(value, float):
         share = value
@@ -54,7 +54,7 @@ def parse_bytes_or_share(value: str | int | float, whole: int) -> int:
 
 
 def or_percent(value: object) -> str:
-    """The end of a message about `value`, where it is a number that reads like percent: 25, 25.0 or "25"."""
+    """Returns the end of a message about a `value` that reads like percent (25, 25.0 or "25"); else nothing."""
     try:
         number = float(str(value))
     except ValueError:
@@ -63,7 +63,7 @@ def or_percent(value: object) -> str:
 
 
 def format_bytes(size: int) -> str:
-    """`size` in the largest binary unit that keeps a leading digit: 1536 → '1.5 KiB'."""
+    """Formats `size` in the largest binary unit that keeps a leading digit: 1536 → '1.5 KiB'."""
     amount = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(amount) < 1024 or unit == "GiB":
@@ -73,5 +73,5 @@ def format_bytes(size: int) -> str:
 
 
 def format_address(host: str, port: int) -> str:
-    """HOST:PORT, with the brackets that an IPv6 address has to have."""
+    """Formats HOST:PORT, with the brackets that an IPv6 address must have."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

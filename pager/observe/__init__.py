@@ -1,1 +1,1 @@
-"""What a process tells about itself: metrics, traces and logs."""
+"""Metrics, traces and logs of a process."""

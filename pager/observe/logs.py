@@ -1,4 +1,4 @@
-"""How a process of the service logs: text for people, or JSON, an object a line, with the request's and trace's ids.
+"""Logging of the service's processes: text, or one JSON object per line with the ids of request and trace.
 
 No prompt and no answer is ever logged.
 """
@@ -28,18 +28,18 @@ trace_context: ContextVar[str] = ContextVar("trace_context", default="")
 
 
 def configure(kind: str, source: str) -> None:
-    """All that this process logs goes to stderr from here on, as `kind` ("json" or "text"); `source` names it."""
+    """Sends all that this process logs to stderr from here on, as `kind` ("json" or "text"); `source` names it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(source) if kind == "json" else _text_formatter(source))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in OWN:
         logging.getLogger(name).setLevel(logging.INFO)
     if kind == "json":
-        logging.captureWarnings(True)  # else the one thing on stderr that is no object
+        logging.captureWarnings(True)  # otherwise it would be the only text on stderr that is not an object
 
 
 def traceparent_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """The caller's W3C Trace Context, or a new one where it has none that is legal."""
+    """Returns the caller's W3C Trace Context, or a new one if it has none or an illegal one."""
     for key, value in metadata or ():
         if key == TRACEPARENT and isinstance(value, str) and _W3C.match(value):
             return value
@@ -47,18 +47,18 @@ def traceparent_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 
 
 def trace_id_of(context: str | None) -> str:
-    """Of a W3C Trace Context; empty without one."""
+    """Returns the trace id of a W3C Trace Context; empty without one."""
     found = _W3C.match(context or "")
     return found["trace"] if found else ""
 
 
 def facts(**facts: str | int | float | None) -> dict[str, dict[str, Any]]:
-    """`extra=` for a log call: what JSON has as fields of their own."""
+    """Returns `extra=` for a log call: values that JSON logs as fields of their own."""
     return {"facts": {name: value for name, value in facts.items() if value is not None}}
 
 
 class JsonFormatter(logging.Formatter):
-    """One object, on one line. Ids are those of the current call, or given as facts."""
+    """Formats a record as one JSON object on one line. Ids are those of the current call, or given as facts."""
 
     def __init__(self, source: str) -> None:
         super().__init__()

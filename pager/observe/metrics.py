@@ -1,4 +1,4 @@
-"""Metric families and the server that exposes them. The only module that most others need to measure something."""
+"""Descriptions of metrics and the server that exposes them; the one module that imports prometheus_client."""
 
 from __future__ import annotations
 
@@ -55,25 +55,28 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Label names, and every combination of values that a series can have."""
+    """The label names of a metric, and every combination of values that a series can have."""
 
     names: tuple[str, ...] = ()
     series: tuple[tuple[str, ...], ...] = ((),)
 
     def values(self, name: str) -> list[str]:
-        """Those of one label, each once, in their order."""
+        """Returns the values of one label, each once, in order."""
         at = self.names.index(name)
         return list(dict.fromkeys(series[at] for series in self.series))
 
 
 def every(**values: Iterable[str]) -> Labels:
-    """Every combination of the values."""
+    """Returns labels with every combination of the values."""
     return Labels(tuple(values), tuple(itertools.product(*values.values())))
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. `name` is without prefix and `_total`; the series of an info metric are not known beforehand."""
+    """The description of one metric.
+
+    `name` is without prefix and `_total`; an info metric's series are not known beforehand.
+    """
 
     name: str
     kind: Kind
@@ -84,7 +87,7 @@ class Metric:
 
     @property
     def exposed(self) -> str:
-        """As a query names it, without what a histogram appends."""
+        """The metric's name in a query, without what a histogram appends."""
         suffix = {Kind.COUNTER: "_total", Kind.INFO: "_info"}.get(self.kind, "")
         return f"{PREFIX}_{self.name}{suffix}"
 
@@ -101,7 +104,7 @@ class Metric:
 
 
 class Instruments:
-    """The prometheus_client objects of some families in one registry, with every series there from the start."""
+    """The prometheus_client objects of some metrics in one registry; every series exists from the start."""
 
     def __init__(self, families: Sequence[Metric], registry: CollectorRegistry) -> None:
         self._made: dict[str, Counter | Gauge | Histogram] = {}
@@ -147,7 +150,8 @@ class LoopLag:
     """A task that wakes up every `INTERVAL_S` and reports by how much each wake-up was late.
 
     A wake-up is late while something else holds the loop: a callback, another thread that holds the GIL, or other
-    programs that have the processor. Everybody whom the loop serves waited as long. Belongs to the loop that starts it.
+    programs that have the processor. Everything that the loop serves waited as long. A task belongs to the loop that
+    starts it.
     """
 
     def __init__(self, observe: Callable[[float], None], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -156,7 +160,7 @@ class LoopLag:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Must be called on the loop that is watched."""
+        """Starts the task. Must be called on the loop that is watched."""
         self._task = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -173,7 +177,7 @@ class LoopLag:
 
 
 def leave_out_of_collections() -> None:
-    """Takes all objects that there are now out of what is searched for garbage. For a process that has started.
+    """Excludes all objects that exist now from garbage collection. For a process that has finished starting.
 
     Libraries and a model are half a million objects, which a full collection searches in a quarter of a second while
     all threads stand.
@@ -191,10 +195,10 @@ FULL_WAIT_S = 1.0  # how long a connection waits for the place of one that was e
 
 
 class MetricsServer:
-    """Owns the port and the threads that answer on it. Every path that is not mounted is a 404."""
+    """The metrics server: owns the port and the threads that answer on it. A path that is not mounted is a 404."""
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int = 0) -> None:
-        """Port 0 takes a free one. Raises PortInUse, ConfigError."""
+        """Opens the port; 0 takes a free one. Raises PortInUse, ConfigError."""
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._apps: dict[str, WSGIApplication] = {}
         try:
@@ -211,7 +215,7 @@ class MetricsServer:
         self._thread.start()
 
     def mount(self, path: str, app: WSGIApplication) -> None:
-        """Has `app` answer for `path` and everything below it."""
+        """Lets `app` answer for `path` and everything below it."""
         self._apps[path] = app
 
     def close(self) -> None:
@@ -233,7 +237,7 @@ class MetricsServer:
 
 @dataclass(slots=True)
 class _Connection:
-    """One open connection. `is_read` once its request is complete."""
+    """One open connection; `is_read` is True once its request is complete."""
 
     opened_s: float
     is_read: bool = False
@@ -243,7 +247,7 @@ class _Connection:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Owns the open connections. When there are too many, the oldest whose request has not come gives way."""
+    """The WSGI server: owns the open connections. Beyond the bound, the oldest without a request is closed."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -266,7 +270,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Called once by a connection's own thread, at its end."""
+        """Forgets a connection. Called once, by the connection's own thread, at its end."""
         with self._lock:
             ended = self._connections.pop(request, None)
         super().shutdown_request(request)
@@ -274,7 +278,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._permits.release()
 
     def service_actions(self) -> None:
-        """Called twice a second by the thread that accepts. A time-out of the socket would begin anew with a byte."""
+        """Closes what has taken too long, twice a second: a socket's own time-out would begin anew with every byte."""
         now_s = time.monotonic()
         with self._lock:
             for request, connection in self._connections.items():
@@ -293,7 +297,7 @@ class _Server(ThreadingMixIn, WSGIServer):
                 _end(oldest)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes early is no news, and a traceback on standard error is no line of a log."""
+        """Ignores clients that leave early, which need no traceback on standard error."""
         log.debug("a connection to the metrics port failed", exc_info=True)
 
     def server_close(self) -> None:
@@ -313,11 +317,11 @@ class _Handler(WSGIRequestHandler):
         return is_whole
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not logged."""
+        """Logs nothing: scrapes are too frequent."""
 
 
 def _end(request: socket.socket) -> None:
-    """Its thread, which reads or writes, meets the end of the connection."""
+    """Shuts the connection down; the thread that reads or writes it sees its end."""
     try:
         request.shutdown(socket.SHUT_RDWR)
     except OSError as error:

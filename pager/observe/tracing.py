@@ -1,4 +1,4 @@
-"""Optional OpenTelemetry traces: of each call, how its time went. One door to `opentelemetry`, opened by `start` alone.
+"""Optional OpenTelemetry traces of how each call spent its time. Only `start` imports `opentelemetry`.
 
 Nothing is imported, and nothing recorded, unless the standard OTEL_* variables ask for traces. No prompt and no answer
 is ever in a span.
@@ -34,7 +34,7 @@ _tracer: Tracer | None = None
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a request that is over, in unix seconds."""
+    """A finished part of a request; times are in unix seconds."""
 
     name: str
     start_unix_s: float
@@ -43,9 +43,9 @@ class Part:
 
 
 def start(service: str, version: str, env: Mapping[str, str], exporter: SpanExporter | None = None) -> None:
-    """Traces from here on, if `env` names an OTLP endpoint: it decides whether, and the exporter reads the rest.
+    """Starts tracing if `env` names an OTLP endpoint; the exporter reads the other variables itself.
 
-    Again in the same process it changes nothing. Raises ConfigError where traces are asked for and cannot be had.
+    A second call in the same process changes nothing. Raises ConfigError where traces are asked for and cannot be had.
     """
     global _provider, _tracer
     if _tracer is not None or (exporter is None and not is_asked_for(env)):
@@ -64,7 +64,7 @@ def start(service: str, version: str, env: Mapping[str, str], exporter: SpanExpo
 
 
 def stop() -> None:
-    """Sends what is recorded, and ends. Idempotent."""
+    """Sends what is recorded and stops tracing. Idempotent."""
     global _provider, _tracer
     provider, _provider, _tracer = _provider, None, None
     if provider is not None:
@@ -72,7 +72,7 @@ def stop() -> None:
 
 
 def is_asked_for(env: Mapping[str, str]) -> bool:
-    """Raises ConfigError for an exporter other than OTLP."""
+    """Reports whether `env` asks for traces. Raises ConfigError for an exporter other than OTLP."""
     if env.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     kind = env.get("OTEL_TRACES_EXPORTER", "otlp")
@@ -81,11 +81,11 @@ def is_asked_for(env: Mapping[str, str]) -> bool:
     return kind == "otlp" and any(env.get(name) for name in ENDPOINTS)
 
 
-# --- the router's: as they happen -----------------------------------------------------------------------------------
+# --- spans of the router, as they happen ------------------------------------------------------------------------------
 
 
 def call(name: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> AbstractContextManager[Any]:
-    """The span of a gRPC call, under the caller's trace context if its metadata has one."""
+    """Opens the span of a gRPC call, under the caller's trace context if its metadata has one."""
     if _tracer is None:
         return nullcontext()
     from opentelemetry.trace import SpanKind
@@ -98,7 +98,7 @@ def call(name: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> Abstr
 
 
 def span(name: str, **attributes: str | int | float | bool) -> AbstractContextManager[Any]:
-    """A part of the current call. An error that ends it is not recorded: its text can quote what the user wrote."""
+    """Opens a span within the current call. Errors are not recorded: their text can quote what the user wrote."""
     if _tracer is None:
         return nullcontext()
     return _tracer.start_as_current_span(
@@ -107,13 +107,13 @@ def span(name: str, **attributes: str | int | float | bool) -> AbstractContextMa
 
 
 def note(**attributes: str | int | float | bool) -> None:
-    """Adds to the current span."""
+    """Adds attributes to the current span."""
     if _tracer is not None:
         _current().set_attributes(_named(attributes))
 
 
 def end_call(status: str) -> None:
-    """How the current call ended, as a gRPC status code's name."""
+    """Records how the current call ended, as a gRPC status code's name."""
     if _tracer is None:
         return
     from opentelemetry.trace import StatusCode
@@ -125,20 +125,20 @@ def end_call(status: str) -> None:
 
 
 def traceparent() -> str | None:
-    """The current span's W3C Trace Context, for who goes on with the request elsewhere; `tracestate` belongs to it."""
+    """Returns the current span's W3C Trace Context, to be passed on with the request; `tracestate` belongs to it."""
     return _carried().get(TRACEPARENT)
 
 
 def tracestate() -> str | None:
-    """What the caller's tracing had added to its own, unchanged."""
+    """Returns the caller's tracestate, unchanged."""
     return _carried().get(TRACESTATE)
 
 
-# --- the worker's: told when a request has ended ----------------------------------------------------------------------
+# --- spans of the worker, recorded when a request has ended -----------------------------------------------------------
 
 
 def record(traceparent: str | None, parts: Iterable[Part], tracestate: str | None = None) -> None:
-    """Spans of parts that are over, under `traceparent`; none without one."""
+    """Records spans of finished parts under `traceparent`; nothing without one."""
     if _tracer is None or traceparent is None:
         return
     parent = _context({TRACEPARENT: traceparent} | ({TRACESTATE: tracestate} if tracestate else {}))
@@ -178,7 +178,7 @@ def _exporter(env: Mapping[str, str]) -> SpanExporter:
 
 
 def _context(carrier: Mapping[str, str]) -> Any:
-    """The remote parent; an empty context, so a trace of its own, for a header that is none."""
+    """Returns the remote parent's context; an empty one, which begins a new trace, if the header is illegal."""
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

@@ -1,4 +1,4 @@
-"""Everything that a worker measures: its metric families and the recorder behind them."""
+"""All metrics of a worker and the object that records them."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ WORKER_FAMILIES = (*PAGING, *ENGINE, *TIERS, MODEL)
 
 
 class TierBytes(NamedTuple):
-    """One tier now: what its budget is, what is loaded or loading, what of it is in use, what is promised."""
+    """The bytes of one tier now: its budget, what is loaded or loading, what is pinned, and what is reserved."""
 
     capacity: int = 0
     resident: int = 0
@@ -178,7 +178,7 @@ class TierBytes(NamedTuple):
 
 
 class EngineLoad(Protocol):
-    """What is exported of the engine's status."""
+    """The part of the engine's status that is exported."""
 
     @property
     def waiting(self) -> int: ...
@@ -191,13 +191,13 @@ class EngineLoad(Protocol):
 
 
 class TierState(Protocol):
-    """Read at every scrape, in the scraper's thread."""
+    """The state of the tiers, read at every scrape in the scraper's thread."""
 
     def __call__(self) -> dict[str, TierBytes]: ...
 
 
 class WorkerMetrics:
-    """Owns a registry of its own, so that two workers in one process do not meet."""
+    """The metrics of one worker, in a registry of its own: one process may have several workers."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -230,17 +230,17 @@ class WorkerMetrics:
         self._kv_used, self._kv_capacity = made.gauge("kv_used_bytes"), made.gauge("kv_capacity_bytes")
         self._info = made.gauge("model")
 
-    # --- what the worker says once ----------------------------------------------------------------------------------
+    # --- what is set once ----------------------------------------------------------------------------------
 
     def describe_model(self, labels: dict[str, str]) -> None:
-        """Version, model, plan and the like, as labels of `expert_pager_model_info`; "" where one is not given.
+        """Sets version, model, plan and the like as labels of `expert_pager_model_info`; "" where one is not given.
 
         Raises ValueError for a label that the catalogue does not have.
         """
         self._info.labels(**(dict.fromkeys(MODEL.labels.names, "") | labels)).set(1)
 
     def watch_engine(self, status: Callable[[], EngineLoad], kv_block_bytes: int) -> None:
-        """Exports `status()` at every scrape: an engine that idles takes no steps, and tells nobody."""
+        """Exports `status()` at every scrape, because an idle engine takes no steps and reports nothing."""
         self._running.set_function(lambda: status().running)
         self._waiting.set_function(lambda: status().waiting)
         self._kv_used.set_function(lambda: status().kv_blocks_used * kv_block_bytes)

@@ -24,9 +24,9 @@ _FLOOR = 1e-6
 
 
 def recall_features(scores: RoutingScores, pool: ExpertPool) -> np.ndarray:
-    """[F], all of about 1: the length of the prompt, the size of the pool, how clear the scores' cut is in every layer,
-    and the scores themselves, because some kinds of text are told more easily than others. Scores that look ahead are
-    also held against those of the prompt, which are nearer to what its prefill will choose.
+    """Returns [F] features, all of about 1: the length of the prompt, the size of the pool, how clear the scores' cut
+    is in every layer, and the scores themselves, because some kinds of text are told more easily than others. Scores
+    that look ahead are also held against those of the prompt, which are nearer to what its prefill will choose.
     """
     layers = list(zip(scores.mean_LR, pool.experts, strict=True))
     by_layer_L4 = np.array([_layer_features(*layer) for layer in layers])
@@ -42,13 +42,13 @@ def recall_features(scores: RoutingScores, pool: ExpertPool) -> np.ndarray:
 
 
 def num_features(routed_per_layer: Sequence[int], looks_ahead: bool) -> int:
-    """F of `recall_features`."""
+    """Returns F, the number of features of `recall_features`."""
     num_layers = len(routed_per_layer)
     return 15 + 3 * (3 * num_layers + sum(routed_per_layer)) + (1 + num_layers if looks_ahead else 0)
 
 
 def fit_recall(features_NF: np.ndarray, recall_N: np.ndarray, penalty: float) -> np.ndarray:
-    """[F]: ridge regression of what differs from the mean."""
+    """Fits [F] weights by ridge regression of what differs from the mean."""
     mean = float(recall_N.mean())
     gram_FF = features_NF.T @ features_NF + penalty * np.eye(features_NF.shape[1])
     weights_F = np.asarray(np.linalg.solve(gram_FF, features_NF.T @ (recall_N - mean)))
@@ -57,7 +57,7 @@ def fit_recall(features_NF: np.ndarray, recall_N: np.ndarray, penalty: float) ->
 
 
 def pool_like(scores: RoutingScores, pool: ExpertPool) -> ExpertPool:
-    """What the scores pick, of the same sizes as `pool`."""
+    """Returns the pool that the scores pick, with the sizes of `pool`."""
     layers = zip(scores.mean_LR, pool.experts, strict=True)
     return ExpertPool(tuple(pick_layer(mean_R, Count(len(experts)), len(experts), 0) for mean_R, experts in layers))
 
@@ -67,7 +67,9 @@ def expected_recall(weights_F: np.ndarray, scores: RoutingScores, pool: ExpertPo
 
 
 def _layer_features(mean_R: np.ndarray, experts: Sequence[int]) -> tuple[float, float, float, float]:
-    """Share of experts, share of mass, by what factor scores fall across the cut, how far they are from even."""
+    """Returns the share of experts, the share of mass, the factor by which scores fall at the cut, and their
+    unevenness.
+    """
     count, routed = len(experts), len(mean_R)
     if not routed:
         return 0.0, 0.0, 0.0, 0.0
@@ -78,7 +80,7 @@ def _layer_features(mean_R: np.ndarray, experts: Sequence[int]) -> tuple[float, 
 
 
 def _overlap(pool: ExpertPool, other: ExpertPool) -> np.ndarray:
-    """[1 + L]: the share of `pool` that is in `other`, on the whole and by layer."""
+    """Returns [1 + L]: the share of `pool` that is in `other`, in all and by layer."""
     shares = [
         len(set(ours) & set(theirs)) / max(len(ours), 1)
         for ours, theirs in zip(pool.experts, other.experts, strict=True)
@@ -96,7 +98,8 @@ RECALL = "recall."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """From features to outputs: how near the typical points are (a softmax), beside the features themselves, → linear.
+    """A fitted map from features to outputs: linear in the features and in their nearness (a softmax) to typical
+    points.
 
     `keys` [Z, M] and `offsets` [M] make the logits of nearness, `head` [M + Z, O] and `mean` [O] the outputs.
     """
@@ -107,11 +110,11 @@ class Stage:
     mean: np.ndarray
 
     def outputs(self, features_Z: np.ndarray) -> np.ndarray:
-        """[..., O] from [..., Z]."""
+        """Maps features [..., Z] to outputs [..., O]."""
         return np.asarray(self.mean + self.inner(features_Z) @ self.head)
 
     def inner(self, features_Z: np.ndarray) -> np.ndarray:
-        """[..., M + Z]"""
+        """Returns [..., M + Z]: nearness to the typical points, then the features."""
         logits_M = features_Z @ self.keys + self.offsets
         near_M = np.exp(logits_M - logits_M.max(-1, keepdims=True))
         return np.concatenate([near_M / near_M.sum(-1, keepdims=True), features_Z], -1)
@@ -119,7 +122,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PredictorFile:
-    """The fitted maps of one model. Immutable, thread-safe.
+    """The fitted maps of one model, as kept in `router.safetensors`. Immutable, thread-safe.
 
     `routed_per_layer` says how O is cut into layers. `weights` are the tensors by name, in float32: `lexical.tokens`
     [V, Z]; `fitted.trunk_mean` [O] and `fitted.down` [Z + O, Z']; the Stage of either pass; `recall.SOURCE` of every
@@ -133,7 +136,10 @@ class PredictorFile:
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> PredictorFile:
-        """`path` is the file or the model's folder. Raises CheckpointError: missing, damaged, or another model's."""
+        """Reads the file; `path` may be the model's folder.
+
+        Raises CheckpointError if missing, damaged or another model's.
+        """
         file = path / PREDICTOR_NAME if path.is_dir() else path
         again = "make it with `expert-pager fit-router`"
         if not file.is_file():
@@ -145,7 +151,7 @@ class PredictorFile:
         except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:  # a dtype that numpy lacks
             raise CheckpointError(f"{file} cannot be read ({one_line(error)}); {again}") from error
         if header is None:
-            raise CheckpointError(f"{file} is not a fitted router in the format {FORMAT}; {again}")
+            raise CheckpointError(f"{file} is not a file of fitted predictors in the format {FORMAT}; {again}")
         try:
             facts = parse_json(header)
             found, routed = str(facts["fingerprint"]), tuple(int(count) for count in facts["routed_per_layer"])
@@ -157,7 +163,10 @@ class PredictorFile:
         return made
 
     def save(self, path: Path) -> int:
-        """Writes the file whole or not at all; returns its bytes. Raises ConfigError where it cannot be written."""
+        """Writes the file whole or not at all and returns its size in bytes.
+
+        Raises ConfigError where it cannot be written.
+        """
         header = {"fingerprint": self.fingerprint, "routed_per_layer": self.routed_per_layer, "facts": dict(self.facts)}
         tensors = {name: _stored(weight) for name, weight in self.weights.items()}
         partial = path.with_name(f"{path.name}.partial")
@@ -175,14 +184,14 @@ class PredictorFile:
 
     @property
     def stand_ins(self) -> dict[int, np.ndarray]:
-        """[R, D] by layer; empty in a file fitted to scores of the bare trunk."""
+        """Returns the stand-ins [R, D] by layer; none in a file fitted to scores of the bare trunk."""
         layers = range(len(self.routed_per_layer))
         return {layer: self.weights[name] for layer in layers if (name := f"{STAND_IN}{layer}") in self.weights}
 
     def as_scores(
         self, outputs_O: np.ndarray, source: str, num_tokens: int, of_prompt: RoutingScores | None = None
     ) -> RoutingScores:
-        """Probabilities, layer by layer, from outputs that are probabilities up to an error."""
+        """Turns outputs, which are probabilities up to an error, into probabilities by layer."""
         positive_O = np.maximum(outputs_O, FLOOR).astype(np.float64)
         ends = np.cumsum(self.routed_per_layer)
         layers = (positive_O[end - count : end] for end, count in zip(ends, self.routed_per_layer, strict=True))
@@ -190,7 +199,8 @@ class PredictorFile:
         return RoutingScores(mean_LR, source, num_tokens, of_prompt)
 
     def expected_recall(self, scores: RoutingScores, pool: ExpertPool) -> float:
-        """The share of the prefill's pool of `pool`'s sizes that `pool`, picked by `scores`, is expected to hold.
+        """Estimates the share of the prefill's pool of `pool`'s sizes that `pool`, picked by `scores`, is expected to
+        hold.
 
         Raises InvalidRequest for scores from a source that the file knows nothing of.
         """
@@ -212,11 +222,11 @@ class LexicalPredictor:
         self._stage = file.stage("lexical")
 
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:
-        """Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have."""
+        """Scores a prompt. Raises InvalidRequest for an empty one and for token ids outside the vocabulary."""
         return self.file.as_scores(self._stage.outputs(self.features(token_ids)), "lexical", len(token_ids))
 
     def features(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[Z], from sublinear counts of unit length. Raises as `scores` does."""
+        """Returns features [Z], from sublinear counts of unit length. Raises as `scores` does."""
         ids, counts = np.unique(np.asarray(token_ids, dtype=np.int64), return_counts=True)
         vocabulary = len(self._tokens_VZ)
         if not len(ids) or ids[0] < 0 or ids[-1] >= vocabulary:
@@ -243,7 +253,7 @@ class CombinedMap:
 
 
 def _checked(weights: Mapping[str, np.ndarray], routed_per_layer: Sequence[int]) -> Mapping[str, np.ndarray]:
-    """Raises ValueError, KeyError or IndexError unless the tensors are there, finite, and fit together."""
+    """Returns the tensors. Raises ValueError, KeyError or IndexError unless all are there, finite, and fit together."""
     num_outputs = sum(routed_per_layer)
     for name, weight in weights.items():
         if not np.isfinite(weight).all():
@@ -271,5 +281,5 @@ def _checked(weights: Mapping[str, np.ndarray], routed_per_layer: Sequence[int])
 
 
 def _stored(weight: np.ndarray) -> np.ndarray:
-    """Half precision for what is large."""
+    """Returns the weight as it is stored: large ones in half precision."""
     return np.ascontiguousarray(weight, dtype=np.float16 if weight.ndim == 2 else np.float32)

@@ -1,4 +1,4 @@
-"""The predictors that run the trunk: alone, and together with the fitted maps."""
+"""The predictors that run the model's trunk: alone, and together with the fitted maps."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ class TrunkPredictor:
         dtype: torch.dtype | str | None = None,
         stand_ins: Mapping[int, np.ndarray] | None = None,
     ) -> TrunkPredictor:
-        """Raises CheckpointError, UnsupportedModel."""
+        """Loads the trunk of a checkpoint. Raises CheckpointError, UnsupportedModel."""
         opened = OpenModel.open(path, dtype)
         with opened.checkpoint:
             return cls(opened, device, stand_ins)
 
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:
-        """Each routed expert's mean gate probability over the prompt, in one forward without a cache.
+        """Returns each routed expert's mean gate probability over the prompt, in one forward without a cache.
 
         Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have.
         """
@@ -76,7 +76,8 @@ class TrunkPredictor:
 
     @torch.inference_mode()
     def prefix_scores(self, token_ids: Sequence[int], lengths: Sequence[int]) -> tuple[RoutingScores, ...]:
-        """The scores of the first `lengths[i]` tokens as prompts, in one forward: no token looks at a later one.
+        """Returns the scores of the first `lengths[i]` tokens as prompts, in one forward: no token looks at a later
+        one.
 
         Raises as `scores` does.
         """
@@ -129,7 +130,7 @@ class TrunkPredictor:
 
 
 class RoutingOnlyExperts:
-    """What one layer's experts module runs: its shared experts and, where there is one, the stand-in of the others."""
+    """One layer without its routed experts: runs the shared ones and, where there are any, stand-ins for the others."""
 
     def __init__(self, gate_up: Tensor, down: Tensor, vectors_RD: Tensor | None) -> None:
         self._shared = list(zip(gate_up, down, strict=True))
@@ -137,12 +138,12 @@ class RoutingOnlyExperts:
         self._added_TD: Tensor | None = None  # by the stand-in, between gate and experts
 
     def see(self, probs_TR: Tensor) -> None:
-        """What the layer's gate says, right before `run`."""
+        """Takes the gate's probabilities, right before `run`."""
         if self._vectors_RD is not None:
             self._added_TD = probs_TR @ self._vectors_RD
 
     def run(self, module: Any, hidden_TD: Tensor, weights_TK: Tensor) -> Tensor:
-        """[T, D]; nothing where there is neither."""
+        """Returns [T, D]; zeros where there are neither shared experts nor stand-ins."""
         out_TD = torch.zeros_like(hidden_TD) if self._added_TD is None else self._added_TD.to(hidden_TD.dtype)
         self._added_TD = None
         first = weights_TK.shape[1] - len(self._shared)  # shared experts come last among a token's picks
@@ -153,7 +154,7 @@ class RoutingOnlyExperts:
 
 
 def routing_only_experts(module: Any, hidden_TD: Tensor, _: Tensor, weights_TK: Tensor) -> Tensor:
-    """The function registered with transformers."""
+    """Runs a layer's experts; the function that is registered with transformers."""
     instead: RoutingOnlyExperts = module.instead
     return instead.run(module, hidden_TD, weights_TK)
 
@@ -165,19 +166,21 @@ class FittedPredictor:
     """Scores prompts with a model's trunk and its `router.safetensors`. Not thread-safe: one pass at a time."""
 
     def __init__(self, file: PredictorFile, trunk: TrunkPredictor) -> None:
-        """Raises CheckpointError where the two are not of the same model."""
+        """Combines file and trunk. Raises CheckpointError unless both are of the same model."""
         if file.fingerprint != trunk.fingerprint:
             raise CheckpointError(
-                f"the router was fitted to the model {file.fingerprint} and the trunk is of {trunk.fingerprint}; "
+                f"the predictor was fitted to the model {file.fingerprint} and the trunk is of {trunk.fingerprint}; "
                 "fit it again with `expert-pager fit-router`"
             )
         if bool(file.stand_ins) != trunk.has_stand_ins:
-            raise CheckpointError("the trunk must be loaded with the stand-ins of its router file, and only with those")
+            raise CheckpointError(
+                "the trunk must be loaded with the stand-ins of its predictor file, and only with those"
+            )
         self.file = file
         self.trunk = trunk
         self._lexical = LexicalPredictor(file)
         self._map = CombinedMap(file)
 
     def scores(self, token_ids: Sequence[int]) -> RoutingScores:
-        """Raises InvalidRequest for an empty prompt and for token ids that the vocabulary does not have."""
+        """Scores a prompt. Raises InvalidRequest for an empty one and for token ids outside the vocabulary."""
         return self._map.scores(self._lexical.features(token_ids), self.trunk.scores(token_ids))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pager.models import EmoForCausalLM
-from training.objective import Documents, install_pool_routers
+from training.objective import Documents, install_pool_gates
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CHECKPOINT = GOLDEN / "ckpt_emo_tiny"
@@ -131,7 +131,7 @@ def restrict(gate: torch.nn.Module, kept: Sequence[int]) -> None:
 @torch.no_grad()
 def test_document_pools_of_the_training_router(model: EmoForCausalLM, size: int, name: str, boundary: int) -> None:
     pooled = load_file(GOLDEN / "pool_emo_tiny.safetensors")
-    routers = install_pool_routers(model)
+    routers = install_pool_gates(model)
     document_T = (torch.arange(96) >= boundary).long() if boundary else torch.zeros(96, dtype=torch.long)
     documents = Documents(document_T, torch.full((int(document_T[-1]) + 1,), size))
     picks = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from pager.models import EmoForCausalLM
-from training.objective import documents_of, install_pool_routers
+from training.objective import documents_of, install_pool_gates
 
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
 CODE = "class Graph:\n    def __init__(self, nodes):\n        self.nodes = nodes\n\n    def add_edge(self,"
@@ -67,7 +67,7 @@ def test_a_document_pool_of_a_quarter_keeps_most_of_the_model(
     ids = tokenizer(CODE + " a, b):\n        self.edges.append((a, b))\n", return_tensors="pt").input_ids
     full = model(ids, labels=ids).loss
     assert full < 4.5
-    for router in install_pool_routers(model):
+    for router in install_pool_gates(model):
         router.documents = documents_of(torch.arange(ids.shape[1])[None], 31)
     assert (model(ids, labels=ids).loss - full).abs() < 0.5
 

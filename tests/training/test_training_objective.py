@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from pager.models import EmoConfig, EmoForCausalLM
 from training import fast
-from training.objective import PoolRouter, documents_of, install_pool_routers, next_token_labels
+from training.objective import PoolGate, documents_of, install_pool_gates, next_token_labels
 
 TOKENS_BN = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 POSITIONS_BN = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 0, 1, 2, 3, 4]])
@@ -55,7 +55,7 @@ def test_labels_stop_at_a_documents_end() -> None:
 def test_no_document_leaves_its_pool(model: EmoForCausalLM) -> None:
     picks: list[Tensor] = []
     sizes = torch.tensor([3, 5, 8, 4])
-    for router in install_pool_routers(model):
+    for router in install_pool_gates(model):
         router.documents = documents_of(POSITIONS_BN, sizes)
         router.register_forward_hook(lambda gate, args, output: picks.append(output[2]))
     hidden(model)
@@ -75,7 +75,7 @@ def test_packed_documents_do_not_see_each_other(model: EmoForCausalLM) -> None:
 
 def test_balance_loss_is_one_at_balance_and_the_number_of_experts_at_collapse() -> None:
     config = EmoConfig(hidden_size=8, num_attention_heads=1, num_experts=9, num_experts_per_tok=2, num_hidden_layers=1)
-    router = PoolRouter(config, 0)
+    router = PoolGate(config, 0)
     with torch.no_grad():
         router.weight[:8] = 50 * torch.eye(8)
     router(torch.eye(8))
@@ -87,7 +87,7 @@ def test_balance_loss_is_one_at_balance_and_the_number_of_experts_at_collapse() 
 def test_the_pool_choice_passes_gradients_through_the_masked_softmax_only() -> None:
     config = EmoConfig(hidden_size=8, num_attention_heads=1, num_experts=9, num_experts_per_tok=2, num_hidden_layers=1)
     torch.manual_seed(0)
-    router = PoolRouter(config, 0)
+    router = PoolGate(config, 0)
     with torch.no_grad():
         router.weight.normal_()
     router.documents = documents_of(torch.arange(6)[None], 3)

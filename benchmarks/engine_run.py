@@ -107,7 +107,7 @@ class EngineRun:
                 if all_started and len(chunks) == len(prompts):
                     seconds += time.perf_counter() - step_started_s
                     forward_s += self.forward_s - forward_before_s
-                    nbytes += stats().bytes_from_disk - paged_before.bytes_from_disk
+                    nbytes += (stats().paging - paged_before.paging).bytes_from_disk
                     num_timed += len(chunks)
                 started |= {chunk.request_id for chunk in chunks}
                 num_ended += sum(chunk.usage is not None for chunk in chunks)

@@ -81,10 +81,10 @@ def compare(path: Path, residency: str, prompts: Sequence[Tensor], num_new: int,
         format_bytes(plan.slot_bytes),
         f"{difference:.1e}",
         f"{same} of {len(prompts)}",
-        f"{stats.hits + stats.hits_in_flight}",
-        f"{stats.misses}",
+        f"{stats.paging.experts_hit}",
+        f"{stats.paging.experts_missed}",
         f"{stats.hit_rate:.1%}",
-        format_bytes(stats.bytes_from_disk),
+        format_bytes(stats.paging.bytes_from_disk),
         "ok" if ok else "DIFFERS",
     )
 

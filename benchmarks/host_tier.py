@@ -59,9 +59,8 @@ class Paging:
                 for layer in range(len(pool.experts)):
                     lease.wait(layer)
         seconds, cpu_s, after = time.perf_counter() - started_s, time.process_time() - cpu_s, self._pager.stats()
-        from_host = after.bytes_from_host - before.bytes_from_host
-        nbytes = from_host + after.bytes_from_disk - before.bytes_from_disk
-        return Used(seconds, cpu_s, nbytes, from_host / nbytes)
+        paged = after.paging - before.paging
+        return Used(seconds, cpu_s, paged.bytes_paged, paged.bytes_from_host / paged.bytes_paged)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def _serve(model: Path, expert_memory: str, host_memory: str, num_switches: int)
             policy = fixed(pool) if number % 2 else PoolPolicy(Share(POOL))
             engine.answer_all([(prompts[number % len(prompts)][number], policy)], NEW_TOKENS)
         stats = engine.paged.pager.stats()
-        return engine.paged.plan, stats.bytes_from_disk + stats.bytes_from_host
+        return engine.paged.plan, stats.paging.bytes_paged
 
 
 def _row(idle: Peak, peak: Peak, host_memory: str) -> tuple[str, ...]:

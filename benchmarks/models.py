@@ -114,7 +114,7 @@ def library_decode(model: PreTrainedModel) -> Decode:
     def decode(prompts: Sequence[Sequence[int]], num_steps: int) -> Decoded:
         marks: list[int] = []
         stats = model.expert_paging.pager.stats
-        run = decode_by_generate(model, prompts, num_steps, lambda: marks.append(stats().bytes_from_disk))
-        return Decoded(run.num_tokens, run.seconds, stats().bytes_from_disk - marks[0])
+        run = decode_by_generate(model, prompts, num_steps, lambda: marks.append(stats().paging.bytes_from_disk))
+        return Decoded(run.num_tokens, run.seconds, stats().paging.bytes_from_disk - marks[0])
 
     return decode

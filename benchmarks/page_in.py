@@ -63,7 +63,9 @@ class Paging:
         with lease:
             for layer in range(len(pool.experts)):
                 lease.wait(layer)
-        assert self.pager.stats().misses - before.misses == pool.num_experts, "something was resident already"
+        assert (self.pager.stats().paging - before.paging).experts_missed == pool.num_experts, (
+            "something was resident already"
+        )
 
 
 @contextmanager
@@ -121,12 +123,12 @@ def from_host(path: Path, dtype: torch.dtype, num_rounds: int, num_readers: int)
     with open_paging(path, dtype, num_readers, with_host=True) as paging, console.status("page-in from the host tier"):
         for _ in (*paging.pools, *paging.pools):
             paging.page_in()
-        from_disk_before = paging.pager.stats().bytes_from_disk
+        from_disk_before = paging.pager.stats().paging.bytes_from_disk
         num_experts, record = paging.pools[0].num_experts, paging.pager.slots.record_bytes
         with RawCopy(num_experts, record, num_readers) as raw:
             ways = {"paged": paging.page_in, **raw.ways}
             used = alternate({name: partial(_used, lambda: None, run) for name, run in ways.items()}, num_rounds)
-        assert paging.pager.stats().bytes_from_disk == from_disk_before, "the host tier did not hold both pools"
+        assert paging.pager.stats().paging.bytes_from_disk == from_disk_before, "the host tier did not hold both pools"
         best = min(raw.ways, key=lambda name: statistics.median(each.seconds for each in used[name]))
         yield path.name, best, *_cells(num_experts * record, used["paged"], used[best])
 

@@ -26,11 +26,11 @@ from benchmarks.report import RESULTS, Report, Table, conditions, quieten
 from pager.cluster.token_client import AnswerStream, WorkerLink
 from pager.cluster.token_server import TokenServer
 from pager.threads import LoopThread
-from pager.types import FinishReason, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
+from pager.types import FinishReason, GenerateRequest, PagingCounts, PoolPolicy, SamplingParams, TokenChunk, Usage
 
 WARM_UP_STEPS = 20
 TOKEN = "benchmark"
-LAST = Usage("exact", FinishReason.LENGTH, 1, 1, None, 0, 0, 0, 0, 0.0, 0.0, None, 0.0, 0.0, "")
+LAST = Usage("exact", FinishReason.LENGTH, 1, 1, None, PagingCounts(), 0.0, None, 0.0, 0.0, "")
 
 
 @dataclass(frozen=True, slots=True)

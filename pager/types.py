@@ -6,9 +6,11 @@ Shape legend: L layers, E experts of a layer (all of them, shared last), R route
 from __future__ import annotations
 
 import hashlib
+import operator
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import reduce
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -296,13 +298,44 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class PagingTotals:
-    """One worker's paging since it started. A hit is an expert in a device slot, or on its way for somebody else."""
+class PagingCounts:
+    """What paging has cost: for one request, or for one worker since it started. Two of them add up.
+
+    A hit is an expert that was in a device slot already, or being read for another request. Bytes are charged to the
+    request that caused a read, not to those that joined it. `stall_s` is the time that forwards waited for experts.
+    """
 
     experts_hit: int = 0
     experts_missed: int = 0
     bytes_from_disk: int = 0
     bytes_from_host: int = 0
+    stall_s: float = 0.0
+
+    @property
+    def num_lookups(self) -> int:
+        return self.experts_hit + self.experts_missed
+
+    @property
+    def bytes_paged(self) -> int:
+        """The bytes read from either tier."""
+        return self.bytes_from_disk + self.bytes_from_host
+
+    def __add__(self, other: PagingCounts) -> PagingCounts:
+        return PagingCounts(*map(operator.add, _counted(self), _counted(other)))
+
+    def __sub__(self, before: PagingCounts) -> PagingCounts:
+        """What was added since `before`."""
+        return PagingCounts(*map(operator.sub, _counted(self), _counted(before)))
+
+    def split(self, num_parts: int) -> list[PagingCounts]:
+        """Equal parts that add up to these counts; what cannot be divided is in the first."""
+        values = _counted(self)
+        part = PagingCounts(*(each // num_parts if isinstance(each, int) else each / num_parts for each in values))
+        others = [part] * (num_parts - 1)
+        return [reduce(operator.sub, others, self), *others]
+
+
+_counted = operator.attrgetter(*(each.name for each in fields(PagingCounts)))
 
 
 class FinishReason(StrEnum):
@@ -319,8 +352,7 @@ class Account:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    bytes_from_disk: int = 0
-    bytes_from_host: int = 0
+    paging: PagingCounts = PagingCounts()
     queue_s: float | None = None
 
 
@@ -353,11 +385,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     pool: ExpertPool | None
-    bytes_from_disk: int
-    bytes_from_host: int
-    experts_hit: int
-    experts_missed: int
-    stall_s: float
+    paging: PagingCounts
     out_of_pool_mass: float
     predicted_recall: float | None
     queue_s: float
@@ -367,9 +395,27 @@ class Usage:
 
     @property
     def account(self) -> Account:
-        return Account(
-            self.prompt_tokens, self.completion_tokens, self.bytes_from_disk, self.bytes_from_host, self.queue_s
-        )
+        return Account(self.prompt_tokens, self.completion_tokens, self.paging, self.queue_s)
+
+    @property
+    def experts_hit(self) -> int:
+        return self.paging.experts_hit
+
+    @property
+    def experts_missed(self) -> int:
+        return self.paging.experts_missed
+
+    @property
+    def bytes_from_disk(self) -> int:
+        return self.paging.bytes_from_disk
+
+    @property
+    def bytes_from_host(self) -> int:
+        return self.paging.bytes_from_host
+
+    @property
+    def stall_s(self) -> float:
+        return self.paging.stall_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from expert_pager.v1 import expert_pager_pb2 as pb
@@ -39,6 +39,7 @@ from pager.types import (
     Mass,
     ModelInfo,
     NamedPool,
+    PagingCounts,
     PoolAsk,
     PoolListing,
     PoolPolicy,
@@ -69,15 +70,19 @@ _ACTIONS = {DriftAction.WIDEN: pb.DRIFT_ACTION_WIDEN, DriftAction.EXACT: pb.DRIF
 
 Key = TypeVar("Key")
 
+# Attributes of `PagingCounts`, and the fields of every message that carries them. A new one is a line here.
+_PAGING = {
+    "experts_hit": "experts_hit",
+    "experts_missed": "experts_missed",
+    "bytes_from_disk": "bytes_from_disk",
+    "bytes_from_host": "bytes_from_host",
+    "stall_s": "stall_seconds",
+}
+
 # Attributes of `Usage` and the fields of its message that hold the same plain value. A new one is a line here.
 _USAGE = {
     "prompt_tokens": "prompt_tokens",
     "completion_tokens": "completion_tokens",
-    "bytes_from_disk": "bytes_from_disk",
-    "bytes_from_host": "bytes_from_host",
-    "experts_hit": "experts_hit",
-    "experts_missed": "experts_missed",
-    "stall_s": "stall_seconds",
     "out_of_pool_mass": "out_of_pool_mass",
     "predicted_recall": "predicted_recall",
     "queue_s": "queue_seconds",
@@ -427,11 +432,27 @@ def _logprobs(message: pb.GenerateResponse | worker_pb2.Chunk) -> dict[str, Any]
 
 
 def encode_account(account: Account) -> worker_pb2.Account:
-    return worker_pb2.Account(**asdict(account))
+    return worker_pb2.Account(
+        prompt_tokens=account.prompt_tokens,
+        completion_tokens=account.completion_tokens,
+        queue_s=account.queue_s,
+        **encode_paging(account.paging),
+    )
 
 
 def decode_account(message: worker_pb2.Account) -> Account:
-    return Account(**{field.name: optional(message, field.name) for field in fields(Account)})
+    return Account(
+        message.prompt_tokens, message.completion_tokens, decode_paging(message), optional(message, "queue_s")
+    )
+
+
+def encode_paging(counts: PagingCounts) -> dict[str, Any]:
+    """The fields that carry paging counts: those of `Usage`, `Account` and `Load` have the same names."""
+    return {field: getattr(counts, name) for name, field in _PAGING.items()}
+
+
+def decode_paging(message: pb.Usage | worker_pb2.Account | worker_pb2.Load) -> PagingCounts:
+    return PagingCounts(**{name: getattr(message, field) for name, field in _PAGING.items()})
 
 
 def encode_usage(usage: Usage) -> pb.Usage:
@@ -440,6 +461,7 @@ def encode_usage(usage: Usage) -> pb.Usage:
         finish_reason=_FINISH_REASONS[usage.finish_reason],
         pool=None if usage.pool is None else encode_pool(usage.pool),
         drift=None if usage.drift is None else _encode_report(usage.drift),
+        **encode_paging(usage.paging),
         **{field: getattr(usage, name) for name, field in _USAGE.items()},
     )
 
@@ -451,6 +473,7 @@ def decode_usage(message: pb.Usage) -> Usage:
         finish_reason=_key(_FINISH_REASONS, message.finish_reason, "usage.finish_reason"),
         pool=decode_pool(message.pool) if message.HasField("pool") else None,
         drift=_decode_report(message.drift) if message.HasField("drift") else None,
+        paging=decode_paging(message),
         **{name: optional(message, field) for name, field in _USAGE.items()},
     )
 

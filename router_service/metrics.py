@@ -249,8 +249,8 @@ class RouterMetrics:
             self._queue.labels(label).observe(account.queue_s)
         self._prompt_tokens.labels(label).inc(account.prompt_tokens)
         self._generated_tokens.labels(label).inc(account.completion_tokens)
-        self._paged_bytes.labels(label, "disk").inc(account.bytes_from_disk)
-        self._paged_bytes.labels(label, "host").inc(account.bytes_from_host)
+        self._paged_bytes.labels(label, "disk").inc(account.paging.bytes_from_disk)
+        self._paged_bytes.labels(label, "host").inc(account.paging.bytes_from_host)
 
     def predicted(self, predicted: ExpertPool, actual: ExpertPool) -> None:
         """What was predicted, and what the prefill then chose."""

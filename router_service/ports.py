@@ -9,7 +9,7 @@ from typing import Protocol
 from pager.types import (
     ExpertPool,
     GenerateRequest,
-    PagingTotals,
+    PagingCounts,
     RequestObserver,
     RoutingScores,
     TokenChunk,
@@ -52,7 +52,7 @@ class WorkerPort(Protocol):
         """How long one place in its line has been lasting; None where nobody in it has been admitted yet."""
 
     @property
-    def paging(self) -> PagingTotals: ...
+    def paging(self) -> PagingCounts: ...
 
     def missing_bytes(self, pool: ExpertPool) -> int: ...
 

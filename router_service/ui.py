@@ -11,14 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any
 from wsgiref.headers import Headers
 
 from pager import __version__
-from pager.types import ExpertPool, Full, ModelInfo, PagingTotals, PoolPolicy, Usage
+from pager.types import ExpertPool, Full, ModelInfo, PagingCounts, PoolPolicy, Usage
 from router_service.hints import HintStore, WorkerHolds, size_name
 from router_service.ports import ClusterPort
 
@@ -46,9 +46,7 @@ class PoolUse:
 
     live: int = 0
     answers: int = 0
-    experts_hit: int = 0
-    experts_missed: int = 0
-    bytes_paged: int = 0
+    paging: PagingCounts = field(default_factory=PagingCounts)
     mode: str = ""  # of the last answer
 
 
@@ -86,9 +84,7 @@ class PoolLog:
         actual = PoolLabel(label.tenant, label.name, label.size, usage.pool, is_expected=False)
         use = self._use(actual)
         use.answers += 1
-        use.experts_hit += usage.experts_hit
-        use.experts_missed += usage.experts_missed
-        use.bytes_paged += usage.bytes_from_disk + usage.bytes_from_host
+        use.paging += usage.paging
         use.mode = usage.mode
 
     def of_all_tenants(self) -> list[PoolRow]:
@@ -131,9 +127,7 @@ def _sum(uses: list[PoolUse]) -> PoolUse:
     return PoolUse(
         live=sum(use.live for use in uses),
         answers=sum(use.answers for use in uses),
-        experts_hit=sum(use.experts_hit for use in uses),
-        experts_missed=sum(use.experts_missed for use in uses),
-        bytes_paged=sum(use.bytes_paged for use in uses),
+        paging=sum((use.paging for use in uses), PagingCounts()),
         mode=next((use.mode for use in uses if use.mode), ""),
     )
 
@@ -148,7 +142,7 @@ SAMPLE_S = 5.0
 NUM_SAMPLES = 60
 MAX_WORKERS = 32
 MAX_POOLS = 40
-_COUNTS = tuple(each.name for each in fields(PagingTotals))
+_COUNTS = tuple(each.name for each in fields(PagingCounts))
 _SERVING = ("ready", "draining")
 
 
@@ -158,7 +152,7 @@ class Sample:
 
     end_unix_s: float
     seconds: float = 0.0
-    paged: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+    paged: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
 
 
 class Watch:
@@ -179,7 +173,7 @@ class Watch:
         self._pools = pools
         self._clock = clock
         self._last_s = clock()
-        self._last: dict[str, PagingTotals] = {}  # of each worker that serves
+        self._last: dict[str, PagingCounts] = {}  # of each worker that serves
         self._samples: deque[Sample] = deque([Sample(time.time())], NUM_SAMPLES)
 
     def beat(self) -> None:
@@ -255,7 +249,12 @@ def _pool(row: PoolRow, workers: list[dict[str, Any]]) -> dict[str, Any]:
         "experts": pool.num_experts if pool is not None else None,
         "is_expected": row.is_expected,
         "resident": _resident(pool, workers),
-        **asdict(row.use),
+        "live": row.use.live,
+        "answers": row.use.answers,
+        "experts_hit": row.use.paging.experts_hit,
+        "experts_missed": row.use.paging.experts_missed,
+        "bytes_paged": row.use.paging.bytes_paged,
+        "mode": row.use.mode,
     }
 
 

@@ -20,6 +20,7 @@ from pager.errors import (
     WorkerLost,
 )
 from pager.types import (
+    Account,
     Count,
     Counts,
     DriftAction,
@@ -33,6 +34,7 @@ from pager.types import (
     Grammar,
     GrammarKind,
     Mass,
+    PagingCounts,
     PoolPolicy,
     PoolSource,
     SamplingParams,
@@ -93,6 +95,7 @@ requests = st.builds(
     traceparent=st.none() | st.text(min_size=1, max_size=8),
     tracestate=st.none() | st.text(min_size=1, max_size=8),
 )
+paging_counts = st.builds(PagingCounts, counts, counts, counts, counts, finite)
 usages = st.builds(
     Usage,
     mode=st.sampled_from(["exact", "pool", "degraded"]),
@@ -100,11 +103,7 @@ usages = st.builds(
     prompt_tokens=counts,
     completion_tokens=counts,
     pool=st.none() | pools,
-    bytes_from_disk=counts,
-    bytes_from_host=counts,
-    experts_hit=counts,
-    experts_missed=counts,
-    stall_s=finite,
+    paging=paging_counts,
     out_of_pool_mass=finite,
     predicted_recall=st.none() | finite,
     queue_s=finite,
@@ -208,8 +207,37 @@ def test_sampling_parameters_that_are_not_used_cost_no_byte() -> None:
     assert wire.encode_sampling(SamplingParams(max_tokens=1)).ByteSize() == 2
 
 
+@given(st.builds(Account, counts, counts, paging_counts, st.none() | finite))
+def test_an_account_survives(account: Account) -> None:
+    data = wire.encode_account(account).SerializeToString()
+    assert wire.decode_account(pb.Account.FromString(data)) == account
+
+
 def test_no_field_of_a_usage_is_left_out() -> None:
     translated_apart = {"mode", "finish_reason", "pool", "drift"}
     names = {field.name for field in dataclasses.fields(Usage)}
-    assert names == {*wire._USAGE, *translated_apart}
-    assert {*public.Usage.DESCRIPTOR.fields_by_name} == {*wire._USAGE.values(), *translated_apart}
+    assert names == {*wire._USAGE, *translated_apart, "paging"}
+    paged = {*wire._PAGING.values()}
+    assert {*public.Usage.DESCRIPTOR.fields_by_name} == {*wire._USAGE.values(), *paged, *translated_apart}
+
+
+def test_every_message_with_paging_counts_carries_all_of_them() -> None:
+    assert {*wire._PAGING} == {field.name for field in dataclasses.fields(PagingCounts)}
+    for message in (public.Usage, pb.Account, pb.Load):
+        assert {*wire._PAGING.values()} <= {*message.DESCRIPTOR.fields_by_name}, message.DESCRIPTOR.name
+
+
+whole = st.integers(0, 2**60)
+
+
+@given(st.builds(PagingCounts, whole, whole, whole, whole, st.integers(0, 1000).map(float)), st.integers(1, 9))
+def test_parts_of_paging_counts_add_up_to_them(paging: PagingCounts, num_parts: int) -> None:
+    parts = paging.split(num_parts)
+    total = sum(parts, PagingCounts())
+    assert len(parts) == num_parts
+    assert total == replace(paging, stall_s=total.stall_s)
+    assert total.stall_s == pytest.approx(paging.stall_s)
+    for each in parts[1:]:
+        assert each == parts[1]
+        assert parts[0].experts_hit - each.experts_hit in range(num_parts)
+    assert total - parts[0] + parts[0] == replace(total, stall_s=(total - parts[0] + parts[0]).stall_s)

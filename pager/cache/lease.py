@@ -8,9 +8,8 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from pager.cache.ledger import Holding, Ledger
-from pager.cache.stats import PagingUsage
 from pager.errors import ExpertUnavailable, SlotsExhausted
-from pager.types import ExpertKey
+from pager.types import ExpertKey, PagingCounts
 
 
 class Lease:
@@ -115,8 +114,8 @@ class Lease:
         return self._holding.reserved
 
     @property
-    def usage(self) -> PagingUsage:
-        return self._holding.meter.snapshot()
+    def usage(self) -> PagingCounts:
+        return self._holding.meter.counts
 
     def __enter__(self) -> Self:
         return self

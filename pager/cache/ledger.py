@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from pager.cache.device import Transfer
 from pager.cache.index import CacheIndex, SlotPlan
-from pager.cache.stats import Cause, Counts, Lookup, PagerObserver, Regrets, Tier, UsageMeter
+from pager.cache.stats import Cause, Lookup, PagerObserver, Regrets, Tier, UsageMeter, read_from
 from pager.cache.tiers import Fetched, Priority
 from pager.cache.trace import TraceRecorder
 from pager.errors import Cancelled, ExpertUnavailable
-from pager.types import ExpertKey
+from pager.types import ExpertKey, PagingCounts
 
 
 class PrefetchList:
@@ -115,7 +115,10 @@ class Ledger:
         trace: TraceRecorder | None = None,
     ) -> None:
         self.index = index  # read it under `lock`
-        self.counts = Counts()
+        self.counts = PagingCounts()  # since the start, and so are the next three
+        self.num_hits_in_flight = 0
+        self.num_evictions = 0
+        self.num_failed_loads = 0
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         self._transfer = transfer
@@ -269,7 +272,7 @@ class Ledger:
                 self._wait_until(lambda: not self._must_wait(holding, keys))
             finally:
                 stalled_s = time.perf_counter() - started
-                holding.meter.stall_s += stalled_s
+                self._count(holding.meter, PagingCounts(stall_s=stalled_s))
                 self._observer.stalled(stalled_s, holding.cause)
         with self.lock:
             if holding.failed is not None:
@@ -357,10 +360,7 @@ class Ledger:
                 self._observer.uncharged(fetched.source, fetched.nbytes)
             else:
                 load.payer.add_read(fetched.source, fetched.nbytes, now_s - fetched.seconds, now_s)
-            if fetched.source is Tier.HOST:
-                self.counts.bytes_from_host += fetched.nbytes
-            else:
-                self.counts.bytes_from_disk += fetched.nbytes
+            self.counts += read_from(fetched.source, fetched.nbytes)
             for holding in load.waiters:
                 holding.pending.discard(key)
             self._changed.notify_all()
@@ -371,7 +371,7 @@ class Ledger:
             load = self._loads.pop(key)
             self.index.abandon(key)
             self._regrets.lost(key)
-            self.counts.failed_loads += 1
+            self.num_failed_loads += 1
             for holding in load.waiters:
                 del holding.keys[key]
                 holding.pending.discard(key)
@@ -418,7 +418,7 @@ class Ledger:
             wasted = self._regrets.evicted(plan.victims)
             if wasted:
                 self._observer.prefetched(used=0, wasted=wasted)
-            self.counts.evictions += len(plan.victims)
+            self.num_evictions += len(plan.victims)
             self._observer.evicted(cause, len(plan.victims))
 
     def _count_use(self, keys: Sequence[ExpertKey]) -> None:
@@ -437,11 +437,13 @@ class Ledger:
             self.index.abandon(key)
 
     def _count_lookups(self, meter: UsageMeter, *, hits: int, in_flight: int = 0, misses: int = 0) -> None:
-        meter.experts_hit += hits + in_flight
-        meter.experts_missed += misses
-        self.counts.hits += hits
-        self.counts.hits_in_flight += in_flight
-        self.counts.misses += misses
+        self._count(meter, PagingCounts(experts_hit=hits + in_flight, experts_missed=misses))
+        self.num_hits_in_flight += in_flight
         for result, count in ((Lookup.HIT, hits), (Lookup.HIT_IN_FLIGHT, in_flight), (Lookup.MISS, misses)):
             if count:
                 self._observer.lookups(Tier.DEVICE, result, count)
+
+    def _count(self, meter: UsageMeter, counts: PagingCounts) -> None:
+        with self.lock:
+            meter.counts += counts
+            self.counts += counts

@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
@@ -179,7 +179,10 @@ class ExpertPager:
         with ledger.lock:
             index = ledger.index
             return CacheStats(
-                **asdict(ledger.counts),
+                paging=ledger.counts,
+                hits_in_flight=ledger.num_hits_in_flight,
+                evictions=ledger.num_evictions,
+                failed_loads=ledger.num_failed_loads,
                 capacity_bytes=index.num_slots * record,
                 resident_bytes=index.num_resident * record,
                 held_bytes=index.num_held * record,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from pager.types import ExpertKey
+from pager.types import ExpertKey, PagingCounts
 
 
 class Tier(StrEnum):
@@ -33,20 +33,9 @@ class Cause(StrEnum):
     PREFETCH = "prefetch"
 
 
-@dataclass(frozen=True, slots=True)
-class PagingUsage:
-    """What one sequence's paging cost. Bytes are charged to whoever caused a read, not to those who joined it."""
-
-    experts_hit: int = 0  # already in a slot, or being read for somebody else
-    experts_missed: int = 0
-    bytes_from_disk: int = 0
-    bytes_from_host: int = 0
-    stall_s: float = 0.0
-
-
 @dataclass(slots=True)
 class TierReads:
-    """What was read from one tier for one sequence; from the first read's start to the last one's end, monotonic."""
+    """What was read from one tier for one request; from the first read's start to the last one's end, monotonic."""
 
     started_s: float
     ended_s: float = 0.0
@@ -56,13 +45,9 @@ class TierReads:
 
 @dataclass(slots=True)
 class UsageMeter:
-    """A running PagingUsage. A sequence has one and hands it to its lease, its demands and its prefetches."""
+    """The account of one request while it runs: its lease, its demands and its prefetches add to it. Mutable."""
 
-    experts_hit: int = 0
-    experts_missed: int = 0
-    bytes_from_disk: int = 0
-    bytes_from_host: int = 0
-    stall_s: float = 0.0
+    counts: PagingCounts = field(default_factory=PagingCounts)
     reads: dict[Tier, TierReads] = field(default_factory=dict)
     is_closed: bool = False  # what is read from here on is charged to nobody
 
@@ -71,41 +56,21 @@ class UsageMeter:
         reads.started_s, reads.ended_s = min(reads.started_s, started_s), max(reads.ended_s, ended_s)
         reads.num_experts += 1
         reads.num_bytes += nbytes
-        if source is Tier.HOST:
-            self.bytes_from_host += nbytes
-        else:
-            self.bytes_from_disk += nbytes
-
-    def snapshot(self) -> PagingUsage:
-        return PagingUsage(
-            self.experts_hit, self.experts_missed, self.bytes_from_disk, self.bytes_from_host, self.stall_s
-        )
+        self.counts += read_from(source, nbytes)
 
 
-@dataclass(slots=True)
-class Counts:
-    """What the ledger counts, since the start: the first fields of CacheStats."""
-
-    hits: int = 0
-    hits_in_flight: int = 0
-    misses: int = 0
-    evictions: int = 0
-    failed_loads: int = 0
-    bytes_from_disk: int = 0
-    bytes_from_host: int = 0
+def read_from(tier: Tier, nbytes: int) -> PagingCounts:
+    return PagingCounts(bytes_from_host=nbytes) if tier is Tier.HOST else PagingCounts(bytes_from_disk=nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
     """The device tier since the start (counts) and now (bytes)."""
 
-    hits: int
-    hits_in_flight: int
-    misses: int
+    paging: PagingCounts
+    hits_in_flight: int  # of the experts hit, those that were being read for another request
     evictions: int
     failed_loads: int
-    bytes_from_disk: int
-    bytes_from_host: int
     capacity_bytes: int
     resident_bytes: int  # loaded or loading
     held_bytes: int  # of these, what cannot be evicted now
@@ -114,8 +79,8 @@ class CacheStats:
     @property
     def hit_rate(self) -> float:
         """Of all experts asked for, the share that needed no read of its own; 1.0 when none was."""
-        total = self.hits + self.hits_in_flight + self.misses
-        return 1.0 if total == 0 else (self.hits + self.hits_in_flight) / total
+        total = self.paging.num_lookups
+        return self.paging.experts_hit / total if total else 1.0
 
 
 class PagerObserver(Protocol):

@@ -160,7 +160,7 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
 
 
 def usage_lines(usage: Usage, elapsed_s: float) -> list[str]:
-    lookups = usage.experts_hit + usage.experts_missed
+    lookups = usage.paging.num_lookups
     hits = f"{usage.experts_hit / lookups:.1%} of {lookups} expert look-ups" if lookups else "no expert look-ups"
     paged = f"{format_bytes(usage.bytes_from_disk)} from disk, {format_bytes(usage.bytes_from_host)} from host memory"
     return [

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from pager.cache.pager import CacheOptions, CacheStats, ExpertPager
+from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cluster.views import ModelView
 from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
@@ -28,7 +28,7 @@ from pager.memory.plan import Budgets, describe
 from pager.models.open_model import OpenModel
 from pager.observe.worker_metrics import TierBytes
 from pager.tokenizing import read_tokenizer
-from pager.types import ExpertKey, PagingTotals
+from pager.types import ExpertKey
 
 PAGE_IN_POLL_S = 0.02
 
@@ -66,7 +66,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         model=_view(config, paged),
         kv_block_bytes=paged.plan.kv_block_bytes,
         resident=paged.pager.resident_experts,
-        paging=lambda: _paging(paged.pager.stats()),
+        paging=lambda: paged.pager.stats().paging,
         tiers=lambda: _tiers(paged, host),
         page_in=lambda experts, timeout_s: page_in(paged.pager, experts, timeout_s),
         close=paged.close,
@@ -88,10 +88,6 @@ def page_in(pager: ExpertPager, experts: Experts, timeout_s: float) -> None:
     end_s = time.monotonic() + timeout_s
     while pager.prefetch_pending(keys) and time.monotonic() < end_s:
         time.sleep(PAGE_IN_POLL_S)
-
-
-def _paging(stats: CacheStats) -> PagingTotals:
-    return PagingTotals(stats.hits + stats.hits_in_flight, stats.misses, stats.bytes_from_disk, stats.bytes_from_host)
 
 
 def device_of(workers: WorkerConfig) -> str:

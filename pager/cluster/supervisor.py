@@ -15,8 +15,7 @@ from pager.cluster.actors import Launcher, WorkerProcess
 from pager.cluster.token_client import WorkerLink
 from pager.cluster.views import Health, ModelView, WorkerReady, WorkerState, WorkerView
 from pager.errors import PagerError, WorkerLost
-from pager.types import PagingTotals
-from pager.wire import decode_bitmap, optional
+from pager.wire import decode_bitmap, decode_paging, optional
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class WorkerSupervisor:
             place_s=optional(self._load, "place_s"),
             metrics_address=self._metrics_address,
             num_restarts=self._num_restarts,
-            paging=_paging(self._load),
+            paging=decode_paging(self._load),
         )
 
     async def drain(self, timeout_s: float) -> None:
@@ -228,10 +227,6 @@ class WorkerSupervisor:
     def _enter(self, state: WorkerState) -> None:
         self.state = state
         self._on_change()
-
-
-def _paging(load: pb.Load) -> PagingTotals:
-    return PagingTotals(load.experts_hit, load.experts_missed, load.bytes_from_disk, load.bytes_from_host)
 
 
 async def _until_gone(process: WorkerProcess) -> None:

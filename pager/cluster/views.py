@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from pager.types import ExpertPool, PagingTotals, RoutingFacts
+from pager.types import ExpertPool, PagingCounts, RoutingFacts
 
 
 class WorkerState(StrEnum):
@@ -51,7 +51,7 @@ class WorkerView:
     place_s: float | None = None  # how long one place in its line has been lasting; None before an admission
     metrics_address: str | None = None  # of its last process that was ready; None before the first
     num_restarts: int = 0
-    paging: PagingTotals = field(default_factory=PagingTotals)
+    paging: PagingCounts = field(default_factory=PagingCounts)
 
     def missing_bytes(self, pool: ExpertPool) -> int:
         """What would have to be paged in to run `pool` here now."""

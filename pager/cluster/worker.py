@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,8 +35,8 @@ from pager.observe import tracing
 from pager.observe.metrics import LoopLag, MetricsServer, leave_out_of_collections
 from pager.observe.worker_metrics import EngineLoad, TierBytes, WorkerMetrics
 from pager.threads import LoopThread
-from pager.types import PagingTotals, RoutingFacts
-from pager.wire import encode_bitmap
+from pager.types import PagingCounts, RoutingFacts
+from pager.wire import encode_bitmap, encode_paging
 
 if TYPE_CHECKING:
     from pager.cache.host import HostTier
@@ -136,7 +136,7 @@ class LoadedEngine:
     model: ModelView
     kv_block_bytes: int
     resident: Callable[[], Sequence[Sequence[int]]]  # per layer the routed experts in device slots
-    paging: Callable[[], PagingTotals]
+    paging: Callable[[], PagingCounts]
     tiers: Callable[[], dict[str, TierBytes]]
     page_in: Callable[[Experts, float], None]  # returns when they are there, or after so many seconds
     close: Callable[[], None]
@@ -326,7 +326,7 @@ class Worker:
         assert self._loaded is not None, "a load report before the model is there"
         status = self._loaded.engine.status()
         return pb.Load(
-            **asdict(self._loaded.paging()),
+            **encode_paging(self._loaded.paging()),
             waiting=status.waiting,
             running=status.running,
             resident=[encode_bitmap(layer) for layer in self._loaded.resident()],

@@ -20,7 +20,17 @@ from pager.errors import InvalidRequest, PagerError
 from pager.observe import tracing
 from pager.pools.document import DocumentRouting
 from pager.pools.widening import answer_drift, make_change
-from pager.types import Account, AnswerMode, FinishReason, GenerateRequest, PoolPolicy, PoolSource, TokenLogprobs, Usage
+from pager.types import (
+    Account,
+    AnswerMode,
+    FinishReason,
+    GenerateRequest,
+    PagingCounts,
+    PoolPolicy,
+    PoolSource,
+    TokenLogprobs,
+    Usage,
+)
 
 LOGPROBS_A_CHUNK = 1024  # of the prompt: 300 KB with all the alternatives that there may be
 
@@ -172,7 +182,7 @@ class Request:
         assert self.document is not None
         if not make_change(self.document):
             return False
-        self._meter.stall_s += time.monotonic() - self._awaits_slots_since_s
+        self._meter.counts += PagingCounts(stall_s=time.monotonic() - self._awaits_slots_since_s)
         return True
 
     def is_paged_in(self, paged: PagedModel) -> bool:
@@ -217,15 +227,14 @@ class Request:
         return Account(
             prompt_tokens=self.num_prefilled,
             completion_tokens=len(self.output_ids),
-            bytes_from_disk=self._meter.bytes_from_disk,
-            bytes_from_host=self._meter.bytes_from_host,
+            paging=self._meter.counts,
             queue_s=self.admitted_s - self.submitted_s if was_admitted else None,
         )
 
     def usage(self, reason: FinishReason, fingerprint: str) -> Usage:
         """What an answer was that ended with `reason`; asked after `account` and before `release`."""
         assert self.document is not None
-        paging, pool, mode = self._meter.snapshot(), self.document.pool, self._mode()
+        pool, mode = self.document.pool, self._mode()
         out_of_pool_mass = self.document.out_of_pool_mass()  # before the report: it reads what was measured
         monitor = self.document.monitor
         predicted, first = self.request.predicted, self.document.first_pool
@@ -236,11 +245,7 @@ class Request:
             prompt_tokens=len(self.request.prompt_token_ids),
             completion_tokens=len(self.output_ids),
             pool=pool,
-            bytes_from_disk=paging.bytes_from_disk,
-            bytes_from_host=paging.bytes_from_host,
-            experts_hit=paging.experts_hit,
-            experts_missed=paging.experts_missed,
-            stall_s=paging.stall_s,
+            paging=self._meter.counts,
             out_of_pool_mass=out_of_pool_mass,
             predicted_recall=recall,
             queue_s=self.admitted_s - self.submitted_s,

@@ -174,4 +174,4 @@ def _forward(
 
 def _bytes_paged(paged: PagedModel) -> int:
     stats = paged.pager.stats()
-    return stats.bytes_from_disk + stats.bytes_from_host
+    return stats.paging.bytes_paged

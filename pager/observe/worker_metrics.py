@@ -313,8 +313,8 @@ class WorkerMetrics:
     def used(self, account: Account) -> None:
         self._prompt_tokens.inc(account.prompt_tokens)
         self._completion_tokens.inc(account.completion_tokens)
-        self._charged.labels("disk").inc(account.bytes_from_disk)
-        self._charged.labels("host").inc(account.bytes_from_host)
+        self._charged.labels("disk").inc(account.paging.bytes_from_disk)
+        self._charged.labels("host").inc(account.paging.bytes_from_host)
 
     def finished(self, outcome: str) -> None:
         self._requests.labels(outcome if outcome in OUTCOMES else "internal").inc()

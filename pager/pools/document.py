@@ -318,9 +318,11 @@ class StepRouting:
 
         The joint account is closed first: a read that nobody waited for may still be under way.
         """
-        if len(self.documents) > 1 and self.meter.experts_hit + self.meter.experts_missed:
+        if len(self.documents) > 1 and self.meter.counts.num_lookups:
             close_account(self.meter)
-            split_usage(self.meter, [document.meter for document in self.documents])
+            parts = self.meter.counts.split(len(self.documents))
+            for document, part in zip(self.documents, parts, strict=True):
+                document.meter.counts += part
             self.meter = UsageMeter()
 
     def _choose(self, layer: int, logits_TE: Tensor, open_documents: list[int]) -> None:
@@ -347,13 +349,3 @@ class StepRouting:
 
     def _of_tokens(self, mask_NE: Tensor) -> Tensor:
         return mask_NE if self.rows is None else mask_NE[self.rows]
-
-
-def split_usage(total: UsageMeter, meters: Sequence[UsageMeter]) -> None:
-    """Adds `total` to `meters` in equal parts; what can't be divided goes to the first."""
-    for name in ("experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host"):
-        part, rest = divmod(getattr(total, name), len(meters))
-        for number, meter in enumerate(meters):
-            setattr(meter, name, getattr(meter, name) + part + (rest if number == 0 else 0))
-    for meter in meters:
-        meter.stall_s += total.stall_s / len(meters)

@@ -41,8 +41,8 @@ def test_every_expert_comes_once_whatever_the_number_of_slots(make_pager, source
         pager.check_integrity()
     assert sorted(seen) == list(range(8))
     assert [source.reads_of(key) for key in keys(0, *range(8))] == [1] * 8
-    assert (meter.experts_hit, meter.experts_missed) == (min(num_slots, 2), 8 - min(num_slots, 2))
-    assert meter.bytes_from_disk == meter.experts_missed * pager.slots.record_bytes
+    assert (meter.counts.experts_hit, meter.counts.experts_missed) == (min(num_slots, 2), 8 - min(num_slots, 2))
+    assert meter.counts.bytes_from_disk == meter.counts.experts_missed * pager.slots.record_bytes
     assert pager.stats().held_bytes == pager.stats().reserved_bytes == 0
 
 
@@ -143,7 +143,7 @@ def test_a_prefetch_makes_hits_of_misses(make_pager, source):
     pager.prefetch(wanted, meter)
     finish_reads(pager, wanted)
     assert pager.resident_experts() == ((1, 2), (3,), (), ())
-    assert meter.bytes_from_disk == 3 * pager.slots.record_bytes
+    assert meter.counts.bytes_from_disk == 3 * pager.slots.record_bytes
     pager.prefetch(wanted, meter)
     assert not pager.prefetch_pending(wanted)
     with pager.reserve_pool(wanted) as lease:
@@ -221,11 +221,11 @@ def test_with_a_slot_for_every_expert_what_was_loaded_needs_no_demand_again(make
     meter = UsageMeter()
     assert not pager.hit_for_good(0, [1, 2], meter)
     assert not pager.hit_for_good(0, [1], meter)
-    assert (meter.experts_hit, meter.experts_missed) == (0, 0)
+    assert (meter.counts.experts_hit, meter.counts.experts_missed) == (0, 0)
     load(pager, keys(0, 1, 2))
     assert not pager.hit_for_good(0, [1, 2, 3], meter)
     assert pager.hit_for_good(0, [1, 2], meter)
-    assert meter.experts_hit == pager.stats().hits == 2
+    assert meter.counts.experts_hit == pager.stats().paging.experts_hit == 2
     pager.check_integrity()
     pager.close()
     assert not pager.hit_for_good(0, [1, 2], meter)

@@ -70,8 +70,8 @@ def test_an_expert_evicted_from_the_device_comes_back_from_the_host(make_pager, 
         read_through(pager, keys(0, 0, 1))
         read_through(pager, keys(1, 0, 1))
     assert len(source.started) == 4
-    assert pager.stats().bytes_from_host == 8 * pager.slots.record_bytes
-    assert pager.stats().bytes_from_disk == 4 * pager.slots.record_bytes
+    assert pager.stats().paging.bytes_from_host == 8 * pager.slots.record_bytes
+    assert pager.stats().paging.bytes_from_disk == 4 * pager.slots.record_bytes
 
 
 def wait_until_let_go(host: HostTier) -> None:

@@ -126,7 +126,7 @@ def test_an_expert_is_read_once_however_many_leases_want_it(make_pager, source):
     assert [source.reads_of(key) for key in wanted] == [1, 1]
     assert [lease.usage.experts_missed for lease in leases] == [2, 0, 0, 0, 0]
     stats = pager.stats()
-    assert (stats.misses, stats.hits_in_flight, stats.hits) == (2, 8, 0)
+    assert (stats.paging.experts_missed, stats.hits_in_flight, stats.paging.experts_hit) == (2, 8, 8)
     assert [lease.usage.bytes_from_disk > 0 for lease in leases] == [True, False, False, False, False]
 
 
@@ -322,9 +322,9 @@ def test_a_meter_of_the_sequence_collects_what_its_leases_cost(make_pager):
         lease.wait(0)
     with pager.reserve_pool(keys(0, 0, 1), meter) as lease:
         lease.wait(0)
-        assert lease.usage == meter.snapshot()
-    assert (meter.experts_hit, meter.experts_missed) == (1, 2)
-    assert meter.bytes_from_disk == 2 * pager.slots.record_bytes
+        assert lease.usage == meter.counts
+    assert (meter.counts.experts_hit, meter.counts.experts_missed) == (1, 2)
+    assert meter.counts.bytes_from_disk == 2 * pager.slots.record_bytes
 
 
 def test_close_fails_who_waits_for_queued_reads_and_is_idempotent(make_pager, source):

@@ -93,13 +93,13 @@ def test_slots_hold_what_the_files_hold_however_often_they_change(experts, tenso
                     assert torch.equal(slots.down[slot], down)
         pager.check_integrity()
         stats = pager.stats()
-        assert stats.misses == 20
+        assert stats.paging.experts_missed == 20
         if host is None:
-            assert stats.bytes_from_disk == 20 * SHAPE.num_elements * torch.float32.itemsize
+            assert stats.paging.bytes_from_disk == 20 * SHAPE.num_elements * torch.float32.itemsize
         else:
             assert host.num_records >= 10
-            assert stats.bytes_from_disk == 10 * SHAPE.num_elements * torch.float32.itemsize
-            assert stats.bytes_from_host == 10 * slots.record_bytes
+            assert stats.paging.bytes_from_disk == 10 * SHAPE.num_elements * torch.float32.itemsize
+            assert stats.paging.bytes_from_host == 10 * slots.record_bytes
     finally:
         pager.close()
         if host is not None:

@@ -34,7 +34,7 @@ from pager.types import (
     ExpertShape,
     FinishReason,
     GenerateRequest,
-    PagingTotals,
+    PagingCounts,
     PoolPolicy,
     RoutingFacts,
     SamplingParams,
@@ -153,7 +153,7 @@ class StandIn:
         if self.left[request_id] > 0:
             return TokenChunk(request_id, (os.getpid(),), "piece ", tenant=tenant)
         self.forget(request_id)
-        usage = Usage("exact", FinishReason.LENGTH, 1, 1, None, 0, 0, 0, 0, 0.0, 0.0, None, 0.0, 0.0, "f")
+        usage = Usage("exact", FinishReason.LENGTH, 1, 1, None, PagingCounts(), 0.0, None, 0.0, 0.0, "f")
         return TokenChunk(request_id, (os.getpid(),), "end", usage, tenant)
 
     def forget(self, request_id: str) -> None:
@@ -191,7 +191,7 @@ def load_stand_in(config: ServiceConfig, sink: Any, observer: Any, host: HostAcc
         MODEL,
         10,
         resident=lambda: [[1, 3]],
-        paging=lambda: PagingTotals(5, 3, 700, 0),
+        paging=lambda: PagingCounts(5, 3, 700, 0),
         tiers=lambda: {"device": TierBytes(200, 100, 0, 0)},
         page_in=lambda experts, timeout_s: None,
         close=lambda: None,

@@ -23,6 +23,7 @@ from pager.types import (
     ExpertPool,
     FinishReason,
     GenerateRequest,
+    PagingCounts,
     PoolPolicy,
     PoolSource,
     SamplingParams,
@@ -86,7 +87,7 @@ def request(request_id: str, max_tokens: int = 8, tenant: str = "t") -> Generate
 
 
 def chunk(request_id: str, text: str, *, last: bool = False, tenant: str = "t") -> TokenChunk:
-    usage = Usage("exact", FinishReason.STOP, 3, 1, None, 0, 0, 0, 0, 0.0, 0.0, None, 0.0, 0.0, "f") if last else None
+    usage = Usage("exact", FinishReason.STOP, 3, 1, None, PagingCounts(), 0.0, None, 0.0, 0.0, "f") if last else None
     return TokenChunk(request_id, (7,), text, usage, tenant)
 
 
@@ -274,7 +275,7 @@ class Heard:
 
 async def test_what_a_request_has_used_is_told_once_however_it_ends(transport: Transport) -> None:
     link, heard = await transport.link(), {name: Heard() for name in ("whole", "left", "failed", "refused")}
-    used = Account(3, 2, 100, 200, 0.5)
+    used = Account(3, 2, PagingCounts(4, 5, 100, 200, 0.25), 0.5)
     readers = {
         name: asyncio.create_task(collect(link.generate(request(name, 8 if name != "refused" else -1), heard[name])))
         for name in heard
@@ -290,7 +291,7 @@ async def test_what_a_request_has_used_is_told_once_however_it_ends(transport: T
     await asyncio.gather(*readers.values(), return_exceptions=True)
     await eventually(lambda: heard["left"].accounts)
     assert {name: each.accounts for name, each in heard.items()} == {
-        "whole": [Account(3, 1, 0, 0, 0.0)],
+        "whole": [Account(3, 1, PagingCounts(), 0.0)],
         "left": [NOTHING],
         "failed": [used],
         "refused": [],

@@ -56,8 +56,8 @@ def test_a_smaller_budget_reads_more_and_a_full_one_each_expert_once(
         for _ in range(3):
             model(golden.tensors["doc96.input_ids"])
         stats = model.expert_paging.pager.stats()
-        assert stats.bytes_from_disk == stats.misses * 24576
-        read[budget] = stats.misses
+        assert stats.paging.bytes_from_disk == stats.paging.experts_missed * 24576
+        read[budget] = stats.paging.experts_missed
     assert read["100%"] == 4 * (pool_size or 15)
     assert read["100%"] <= read["50%"] <= read["25%"] <= read["12.5%"]
     assert read["12.5%"] > read["100%"]

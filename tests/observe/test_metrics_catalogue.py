@@ -13,7 +13,7 @@ from docs.metrics_catalogue import catalogue
 from pager.errors import ConfigError
 from pager.observe.metrics import Kind, Metric
 from pager.observe.worker_metrics import MODEL_LABELS, WORKER_FAMILIES, TierBytes, WorkerMetrics
-from pager.types import ExpertPool, FinishReason, Usage
+from pager.types import ExpertPool, FinishReason, PagingCounts, Usage
 from router_service.metrics import INFO_LABELS, RouterMetrics, router_families
 from router_service.tenants import MAX_NAMED_TENANTS, TenantLabels, tenant_in
 
@@ -69,7 +69,9 @@ def test_a_router_has_exactly_the_series_of_its_catalogue_whoever_calls() -> Non
     metrics = router_metrics()
     assert scraped(metrics.registry) == declared(router_families(TENANTS))
     pool = ExpertPool(((1, 2), (3,)))
-    usage = Usage("pool", FinishReason.LENGTH, 3, 4, pool, 100, 200, 1, 2, 0.5, 0.1, None, 0.25, 0.5, "fingerprint")
+    usage = Usage(
+        "pool", FinishReason.LENGTH, 3, 4, pool, PagingCounts(1, 2, 100, 200, 0.5), 0.1, None, 0.25, 0.5, "fingerprint"
+    )
     for tenant in ("acme", "stranger", "another"):
         metrics.ended("Generate", "OK", tenant)
         metrics.first_token(tenant, 0.5)

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pager.errors import PortInUse
 from pager.observe.metrics import MAX_CONNECTIONS, MetricsServer
 from pager.observe.worker_metrics import OUTCOMES, TierBytes, WorkerMetrics
-from pager.types import Account, DriftReport, ExpertPool
+from pager.types import Account, DriftReport, ExpertPool, PagingCounts
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     metrics.pool(ExpertPool(((1, 2, 3, 4), (), (5, 6))), 0.125)
     metrics.drift(DriftReport(0.7, widenings=2, experts_added=30))
     metrics.drift(DriftReport(0.7, exact_from=9))
-    metrics.used(Account(10, 20, 30, 40, 0.5))
+    metrics.used(Account(10, 20, PagingCounts(bytes_from_disk=30, bytes_from_host=40), 0.5))
     metrics.finished("stop")
     found = scrape(server)
 

@@ -24,7 +24,7 @@ from pager.types import (
     Full,
     GenerateRequest,
     ModelInfo,
-    PagingTotals,
+    PagingCounts,
     PoolPolicy,
     RoutingFacts,
     RoutingScores,
@@ -95,7 +95,7 @@ class Worker:
     page_in_bytes_per_s: float | None = None
     peak_page_in_bytes_per_s: float | None = None
     place_s: float | None = None
-    paging: PagingTotals = field(default_factory=PagingTotals)
+    paging: PagingCounts = field(default_factory=PagingCounts)
 
     def missing_bytes(self, pool: ExpertPool) -> int:
         held = zip(pool.experts, self.resident, strict=True)
@@ -182,11 +182,7 @@ class InProcessCluster:
             prompt_tokens=len(request.prompt_token_ids),
             completion_tokens=request.sampling.max_tokens,
             pool=pool,
-            bytes_from_disk=5,
-            bytes_from_host=7,
-            experts_hit=11,
-            experts_missed=13,
-            stall_s=0.25,
+            paging=PagingCounts(11, 13, 5, 7, 0.25),
             out_of_pool_mass=0.125,
             predicted_recall=None,
             queue_s=0.5,

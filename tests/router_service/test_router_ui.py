@@ -25,7 +25,7 @@ from pager.types import (
     FinishReason,
     Full,
     ModelInfo,
-    PagingTotals,
+    PagingCounts,
     PoolPolicy,
     RoutingFacts,
     Usage,
@@ -57,11 +57,7 @@ def usage(pool: ExpertPool | None) -> Usage:
         prompt_tokens=3,
         completion_tokens=2,
         pool=pool,
-        bytes_from_disk=1000,
-        bytes_from_host=24,
-        experts_hit=3,
-        experts_missed=1,
-        stall_s=0.0,
+        paging=PagingCounts(experts_hit=3, experts_missed=1, bytes_from_disk=1000, bytes_from_host=24),
         out_of_pool_mass=0.0,
         predicted_recall=None,
         queue_s=0.0,
@@ -100,7 +96,7 @@ def cluster(make_cluster: Any) -> Any:
 
 @pytest.fixture
 def stage(cluster: Any) -> Stage:
-    cluster.change("w0", resident=(0, 0b1000_0001, 1 << 15 | 1 << 3), paging=PagingTotals(10, 10, 500, 0))
+    cluster.change("w0", resident=(0, 0b1000_0001, 1 << 15 | 1 << 3), paging=PagingCounts(10, 10, 500, 0))
     cluster.change("w1", resident=(0, 0b1, 0), state="starting")
     return Stage(cluster)
 
@@ -110,9 +106,9 @@ def stage(cluster: Any) -> Stage:
 
 def test_what_was_paged_between_beats_is_in_the_sample_of_its_time(stage: Stage) -> None:
     stage.beat()  # w0 has paged before: not in these minutes
-    stage.cluster.change("w0", paging=PagingTotals(17, 12, 1500, 64))
+    stage.cluster.change("w0", paging=PagingCounts(17, 12, 1500, 64))
     stage.beat(SAMPLE_S)
-    stage.cluster.change("w0", paging=PagingTotals(18, 12, 1500, 64))
+    stage.cluster.change("w0", paging=PagingCounts(18, 12, 1500, 64))
     stage.beat()
     samples = stage.state()["samples"]
     assert [sample["experts_hit"] for sample in samples] == [7, 1]
@@ -124,13 +120,13 @@ def test_what_was_paged_between_beats_is_in_the_sample_of_its_time(stage: Stage)
 
 def test_a_worker_that_starts_again_counts_from_its_new_start(stage: Stage) -> None:
     stage.beat()
-    stage.cluster.change("w0", paging=PagingTotals(20, 10, 500, 0))
+    stage.cluster.change("w0", paging=PagingCounts(20, 10, 500, 0))
     stage.beat()
     stage.cluster.change("w0", state="dead")
     stage.beat()
-    stage.cluster.change("w0", state="ready", paging=PagingTotals(3, 3, 100, 0))
+    stage.cluster.change("w0", state="ready", paging=PagingCounts(3, 3, 100, 0))
     stage.beat()
-    stage.cluster.change("w0", paging=PagingTotals(4, 3, 100, 0))
+    stage.cluster.change("w0", paging=PagingCounts(4, 3, 100, 0))
     stage.beat()
     assert sum(sample["experts_hit"] for sample in stage.state()["samples"]) == 10 + 1
 

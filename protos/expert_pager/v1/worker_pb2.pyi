@@ -92,18 +92,24 @@ class Failure(_message.Message):
     def __init__(self, ticket: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., refused: bool = ..., account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
 
 class Account(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "bytes_from_disk", "bytes_from_host", "queue_s")
+    __slots__ = ("prompt_tokens", "completion_tokens", "bytes_from_disk", "bytes_from_host", "queue_s", "experts_hit", "experts_missed", "stall_seconds")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FROM_DISK_FIELD_NUMBER: _ClassVar[int]
     BYTES_FROM_HOST_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_HIT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_MISSED_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     bytes_from_disk: int
     bytes_from_host: int
     queue_s: float
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
+    experts_hit: int
+    experts_missed: int
+    stall_seconds: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., queue_s: _Optional[float] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("reason", "message", "field", "retry_after_s", "facts")
@@ -127,7 +133,7 @@ class Error(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., facts: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s", "draining", "experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host", "peak_page_in_bytes_per_s", "place_s")
+    __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s", "draining", "experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host", "peak_page_in_bytes_per_s", "place_s", "stall_seconds")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +145,7 @@ class Load(_message.Message):
     BYTES_FROM_HOST_FIELD_NUMBER: _ClassVar[int]
     PEAK_PAGE_IN_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     PLACE_S_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     running: int
     resident: _containers.RepeatedScalarFieldContainer[bytes]
@@ -150,7 +157,8 @@ class Load(_message.Message):
     bytes_from_host: int
     peak_page_in_bytes_per_s: float
     place_s: float
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: bool = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., peak_page_in_bytes_per_s: _Optional[float] = ..., place_s: _Optional[float] = ...) -> None: ...
+    stall_seconds: float
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: bool = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., peak_page_in_bytes_per_s: _Optional[float] = ..., place_s: _Optional[float] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id", "tenant")

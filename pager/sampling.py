@@ -1,4 +1,4 @@
-"""Which sampling parameters are legal. No torch in here: the router refuses with the same rules as the engine."""
+"""The rules for legal sampling parameters, without torch: router and engine refuse by the same ones."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _check_tokens(params: SamplingParams) -> None:
 
 
 def _check_grammar(params: SamplingParams) -> None:
-    """The text of a grammar is the user's: errors do not repeat it."""
+    """Checks a grammar. Errors do not repeat its text, which is the user's."""
     grammar = params.grammar
     if grammar is None:
         return

@@ -1,7 +1,7 @@
-"""Bounds of what a `config.json` may say, checked before a model is made of it.
+"""Bounds on the values of a `config.json`, checked before a model is made of it.
 
 A size that no model has is the sign of a damaged or hostile file, and would cost minutes or all memory before it fails
-by itself. Fields that are missing have their family's defaults; what a family demands beyond this it checks itself.
+by itself. Missing fields have their family's defaults, and each family checks what it demands beyond this.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ _ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 
 
 def without_choices(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without what says how a model is to be run, not what it is.
+    """Returns `config` without the fields that say how to run the model.
 
-    That is chosen here, and transformers would fetch the code of an implementation that is named by a repository.
+    How to run it is decided here, and transformers would fetch the code of an implementation that is named by a
+    repository.
     """
     return {name: value for name, value in config.items() if name not in _CHOICES}
 
@@ -104,7 +105,10 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_shape(config: Any, experts_per_layer: tuple[int, ...]) -> None:
-    """The same of a config that transformers has completed: what its fields must be to each other."""
+    """Checks how the fields of a config that transformers has completed relate to each other.
+
+    Raises CheckpointError.
+    """
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None and hidden % heads:
@@ -121,7 +125,7 @@ def check_shape(config: Any, experts_per_layer: tuple[int, ...]) -> None:
 
 
 def check_token_ids(ids: Mapping[str, Any]) -> None:
-    """Of a config or a generation config, by name: numbers, lists of such or None. Raises CheckpointError."""
+    """Checks token ids by name: they are numbers, lists of numbers or None. Raises CheckpointError."""
     for name, value in ids.items():
         for token_id in value if isinstance(value, list) else [value]:
             if token_id is not None and (type(token_id) is not int or not -1 <= token_id < 2**31):
@@ -135,7 +139,7 @@ def _check_size(name: str, value: Any, bounds: tuple[int, int]) -> None:
 
 
 def _check_rope(holder: Mapping[str, Any]) -> None:
-    """`holder` is the config itself or its own object for rotary embeddings."""
+    """Checks rotary settings; `holder` is the config or its own object for rotary embeddings."""
     for name in ("rope_theta", "factor"):
         value = holder.get(name, 1)
         if value is not None and (type(value) not in (int, float) or value <= 0):
@@ -147,7 +151,7 @@ def _check_rope(holder: Mapping[str, Any]) -> None:
 
 
 def _floats(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number with a fraction, however deep, with the name of its field."""
+    """Yields every float, however deep, with the name of its field."""
     if isinstance(value, float):
         yield name, value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What paging needs to know of a model family: where its experts are stored and how its gate picks.
+"""The facts that paging needs of each model family: where experts are stored and how the gate picks.
 
 An entry per family; everything else is taken from the transformers model itself.
 Legend: T tokens, E experts of a layer (all of them), R routed experts, K experts a token picks.
@@ -39,7 +39,7 @@ class Family:
 
 
 def family_of(model_type: object) -> Family:
-    """The family that a config names. Raises UnsupportedModel, naming the supported ones."""
+    """Returns the family that a config names. Raises UnsupportedModel, naming the supported ones."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         supported = ", ".join(sorted(FAMILIES))
@@ -48,7 +48,7 @@ def family_of(model_type: object) -> Family:
 
 
 def routed_probabilities(logits_TE: Tensor, num_shared: int) -> Tensor:
-    """fp32 gate probabilities over the routed experts [T, R] (EMO rule 13)."""
+    """Returns fp32 gate probabilities over the routed experts [T, R] (EMO rule 13)."""
     routed = logits_TE.shape[-1] - num_shared
     return torch.softmax(logits_TE[..., :routed].float(), dim=-1)
 

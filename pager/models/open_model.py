@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class OpenModel:
-    """A checkpoint on disk together with what its family says of it; no weights are in memory yet."""
+    """A checkpoint on disk together with the facts of its family; no weights are in memory yet."""
 
     checkpoint: Checkpoint
     config: PretrainedConfig
@@ -40,8 +40,10 @@ class OpenModel:
 
     @classmethod
     def open(cls, path: str | Path, dtype: torch.dtype | str | None = None) -> OpenModel:
-        """Raises CheckpointError for a damaged checkpoint, UnsupportedModel for a family that cannot be paged,
-        ConfigError for the dtype.
+        """Opens a checkpoint.
+
+        Raises CheckpointError for a damaged one, UnsupportedModel for a family that cannot be paged, ConfigError for
+        the dtype.
         """
         checkpoint = Checkpoint.open(path)
         try:
@@ -64,18 +66,18 @@ class OpenModel:
 
     @property
     def trunk_bytes(self) -> int:
-        """Everything but the experts, in the serving dtype."""
+        """The bytes of everything but the experts, in the serving dtype."""
         model = self.build_empty()
         num_elements: int = sum(parameter.numel() for parameter in model.parameters())
         return num_elements * self.dtype.itemsize
 
     def open_experts(self) -> ExpertSource:
-        """The disk tier. Raises CheckpointError when an expert is missing or misshapen."""
+        """Opens the disk tier. Raises CheckpointError when an expert is missing or misshapen."""
         shape = self.family.expert_shape(self.config)
         return open_experts(self.checkpoint, self.family.expert_names, self.facts.experts_per_layer, shape)
 
     def build_empty(self) -> PreTrainedModel:
-        """The model on the meta device, its experts' parameters taken out."""
+        """Builds the model on the meta device, without its experts' parameters."""
         # transformers would make the serving dtype torch's default for a while, and that of every other thread too.
         with torch.device("meta"), _config_errors(self.checkpoint):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.get_default_dtype()).to(self.dtype)
@@ -90,7 +92,7 @@ class OpenModel:
         self.open_experts().close()
 
     def load_trunk(self, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """The model with everything but its experts in memory, one tensor at a time. Raises CheckpointError."""
+        """Loads everything but the experts into memory, one tensor at a time. Raises CheckpointError."""
         model = self.build_empty()
         for name, stored in self._trunk_names(model).items():
             weight = self.checkpoint.read_tensor(stored, self.dtype).to(device)
@@ -108,7 +110,7 @@ class OpenModel:
         return model
 
     def _trunk_names(self, model: PreTrainedModel) -> dict[str, str]:
-        """Each parameter's name in the checkpoint. Raises CheckpointError."""
+        """Maps each parameter to its name in the checkpoint. Raises CheckpointError."""
         names = {}
         for name, parameter in model.named_parameters():
             if model.config.tie_word_embeddings and name == "lm_head.weight":
@@ -138,7 +140,7 @@ class OpenModel:
 
 @contextmanager
 def _config_errors(checkpoint: Checkpoint) -> Iterator[None]:
-    """Raises CheckpointError for whatever transformers does with a config that it cannot make a model of."""
+    """Turns whatever transformers raises for a config that it cannot build into a CheckpointError."""
     path = checkpoint.path / "config.json"
     try:
         yield
@@ -151,7 +153,7 @@ def _config_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def moe_blocks(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:
-    """`(layer, block)` of every sparse layer; a block has a `gate` that returns raw logits first and `experts`."""
+    """Yields `(layer, block)` of sparse layers; a block has a `gate` that returns raw logits first and `experts`."""
     for layer, decoder in enumerate(model.model.layers):
         if hasattr(decoder.mlp, "experts"):
             yield layer, decoder.mlp
@@ -168,7 +170,7 @@ def _own_strides(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 
 
 def _choose_dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
-    """What was asked for; else bfloat16, which is also what a float32 checkpoint is served in unless it says so.
+    """Returns the dtype asked for, else bfloat16, in which float32 checkpoints are served too.
 
     "auto" is what the config says, or else what the first tensor in floating point is stored as.
     """

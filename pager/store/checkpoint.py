@@ -22,7 +22,7 @@ ALGORITHM = "xxh3_128"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """File name → bytes, and tensor name → xxh3_128 of its stored bytes, in hex."""
+    """The recorded checksums: file name → bytes, and tensor name → xxh3_128 of its stored bytes, in hex."""
 
     file_nbytes: Mapping[str, int]
     tensor_checksums: Mapping[str, str]
@@ -49,7 +49,7 @@ class Manifest:
 
 
 def load_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a checkpoint directory, None where there is none. Raises CheckpointError if it is malformed."""
+    """Reads the manifest of a checkpoint directory; None without one. Raises CheckpointError if it is malformed."""
     path = directory / MANIFEST_NAME
     if not path.exists():
         return None
@@ -89,7 +89,7 @@ class WeightFiles:
             file.close()
 
     def with_manifest(self, directory: Path, manifest: Manifest) -> WeightFiles:
-        """The same with the recorded checksums. Raises CheckpointError if the manifest is of other files."""
+        """Returns the files with the recorded checksums. Raises CheckpointError for a manifest of other files."""
         stale = "fetch the files again, or record them anew with `expert-pager verify --record`"
         for name, file in self.files.items():
             recorded = manifest.file_nbytes.get(name)
@@ -117,7 +117,7 @@ def open_weights(directory: Path) -> WeightFiles:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError."""
+    """Reads a file that holds one JSON object. Raises CheckpointError."""
     try:
         value = read_json_file(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where experts are read from: the seam between the disk tier and the cache. D hidden, F expert intermediate."""
+"""The sources that experts are read from: the disk tier as the cache sees it. D hidden, F expert intermediate."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ class Destination(NamedTuple):
 
 
 class ExpertSource(Protocol):
-    """Knows no slots or budgets. Thread-safe."""
+    """The experts of one checkpoint, to be read by key. Knows no slots or budgets. Thread-safe."""
 
     shape: ExpertShape
     stored_dtype: torch.dtype
 
     @property
     def bytes_read(self) -> int:
-        """Grows while bytes arrive, in the middle of a read too. About as many as there were."""
+        """About how many bytes were read so far; it grows in the middle of a read, too."""
         ...
 
     def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
-        """Fills one destination; returns the bytes read. Raises what `read_all` returns."""
+        """Fills one destination and returns the bytes read. Raises what `read_all` returns as an error."""
         ...
 
     def read_all(
         self, destinations: Sequence[Destination], on_most: Callable[[], None] | None = None
     ) -> list[int | ExpertUnavailable]:
-        """Fills all of them; returns for each the bytes read, or why not: then its tensors are undefined.
+        """Fills all destinations; returns for each the bytes read, or an error, and then its tensors are undefined.
 
         Neighbours in a file come in one read. `on_most` may be called when most is read. The error is an
         ExpertReadError, or a ChecksumMismatch where the bytes' checksum is known. A key that the model doesn't have is
@@ -61,25 +61,25 @@ class ExpertSource(Protocol):
     def place_of(self, key: ExpertKey) -> FileRange: ...
 
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
-        """Reads into whole pages of memory in `dtype` leave the page cache out from now on.
+        """Lets reads into whole pages of memory in `dtype` bypass the page cache from now on.
 
-        Returns why they don't; an empty string when they do.
+        Returns why they do not; an empty string when they do.
         """
         ...
 
     def keys_per_layer(self) -> tuple[int, ...]:
-        """Experts of each layer, shared ones included; 0 for a dense layer."""
+        """Returns the number of experts of each layer, shared ones included; 0 for a dense layer."""
         ...
 
     def close(self) -> None:
-        """Frees the descriptors. Only when no read is running."""
+        """Closes the descriptors. To be called only when no read is running."""
         ...
 
 
 def open_experts(
     checkpoint: Checkpoint, names: ExpertNames, experts_per_layer: Sequence[int], shape: ExpertShape
 ) -> ExpertSource:
-    """The experts of a plain or packed checkpoint, checked against what the model's config calls for.
+    """Opens the experts of a plain or packed checkpoint, checked against what the model's config calls for.
 
     The source outlives `checkpoint`. Raises CheckpointError.
     """
@@ -95,7 +95,7 @@ def open_experts(
 
 
 class _StoredExperts:
-    """What plain and packed files have in common: an expert is a few stretches of bytes."""
+    """The common part of plain and packed files: an expert is a few stretches of bytes."""
 
     shape: ExpertShape
     stored_dtype: torch.dtype
@@ -130,7 +130,7 @@ class CheckpointExperts(_StoredExperts):
     def __init__(
         self, checkpoint: Checkpoint, names: ExpertNames, experts_per_layer: Sequence[int], shape: ExpertShape
     ) -> None:
-        """Holds its own descriptors: `checkpoint` may be closed. Raises CheckpointError."""
+        """Opens descriptors of its own, so `checkpoint` may be closed. Raises CheckpointError."""
         self.shape = shape
         self._experts_per_layer = tuple(experts_per_layer)
         self._specs = find_experts(checkpoint, names, self._experts_per_layer, shape)
@@ -146,7 +146,7 @@ class CheckpointExperts(_StoredExperts):
         return sum(file.bytes_read for file in self._files.values())
 
     def place_of(self, key: ExpertKey) -> FileRange:
-        """Of its tensors in the file that the first of them is in."""
+        """Returns the range of the expert's tensors in the file of the first one."""
         specs = sorted(self._specs[key], key=lambda spec: (spec.file, spec.offset))
         last = max(spec.offset + spec.nbytes for spec in specs if spec.file == specs[0].file)
         return FileRange(self._file_numbers[specs[0].file], specs[0].offset, last)
@@ -206,7 +206,7 @@ class PackedExperts(_StoredExperts):
         return ""
 
     def offset_of(self, key: ExpertKey) -> int:
-        """The byte of the file at which the expert begins."""
+        """Returns the byte of the file at which the expert begins."""
         return self._data_start + self._extents[key].offset
 
     def close(self) -> None:
@@ -221,7 +221,7 @@ class PackedExperts(_StoredExperts):
 def find_experts(
     checkpoint: Checkpoint, names: ExpertNames, experts_per_layer: Sequence[int], shape: ExpertShape
 ) -> Mapping[ExpertKey, tuple[TensorSpec, TensorSpec, TensorSpec]]:
-    """Each expert's gate, up and down tensors, in layer order.
+    """Finds each expert's gate, up and down tensors, in layer order.
 
     Raises CheckpointError unless all are there, in the given shape and one floating-point dtype.
     """

@@ -119,7 +119,7 @@ def _plan(
 
 @contextmanager
 def _appearing(out: Path, needed: int) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` at the end; removed if anything goes wrong, an interrupt included."""
+    """Yields a directory to fill, which becomes `out` at the end; any failure or interrupt removes it."""
     partial = out.with_name(f"{out.name}{_PARTIAL}{secrets.token_hex(8)}")
     lock = None
     try:
@@ -150,17 +150,19 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
 
 
 def _check_absent(out: Path) -> None:
-    """Raises ConfigError, also for a link that leads nowhere: a directory cannot take its place."""
+    """Raises ConfigError if `out` exists, even as a broken link, whose place a directory cannot take."""
     if os.path.lexists(out):
         raise ConfigError(f"{out} already exists; choose another directory or remove it")
 
 
 def _begin(out: Path, partial: Path) -> int | None:
-    """Makes `partial` and locks it, so that others see it in use for as long as this process lives.
+    """Makes `partial` and locks it, so that other processes see that it is in use while this one lives.
 
     What a pack into `out` that was killed has left is removed. Raises ConfigError where another process packs there.
     """
-    parent = _try_lock(out.parent)  # for this moment: nobody takes a directory that is not locked yet for one left
+    parent = _try_lock(
+        out.parent
+    )  # for this moment, so that a directory that is not locked yet is not mistaken for one left behind
     try:
         for left in out.parent.glob(f"{glob.escape(out.name + _PARTIAL)}*") if parent is not None else ():
             lock = _try_lock(left)
@@ -177,9 +179,10 @@ def _begin(out: Path, partial: Path) -> int | None:
 
 
 def _try_lock(directory: Path) -> int | None:
-    """A descriptor that holds the directory's lock until it is closed or its process ends.
+    """Locks the directory and returns the descriptor that holds the lock until it or the process ends.
 
-    None where another process has it, or the file system has no such locks: then nothing there can be told to be left.
+    None where another process has it, or the file system has no such locks: then nothing there can be recognised as
+    left behind.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -37,7 +37,7 @@ _NO_CHECKSUM = "0" * 32
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where one expert's bytes lie, counted from the end of the padded header, and their xxh3_128 in hex."""
+    """The place of one expert's bytes, counted from the end of the padded header, and their xxh3_128 in hex."""
 
     offset: int
     nbytes: int
@@ -46,7 +46,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class PackHeader:
-    """What a pack holds. `trunk_checksums` covers every tensor of the trunk file beside it."""
+    """The content of a pack. `trunk_checksums` covers every tensor of the trunk file beside it."""
 
     source_fingerprint: str
     experts_per_layer: tuple[int, ...]
@@ -64,7 +64,7 @@ class PackHeader:
         dtype: torch.dtype,
         trunk_names: Iterable[str],
     ) -> PackHeader:
-        """The header of a pack still to be written: everything but the checksums, and as long as the final one."""
+        """Makes the header of a pack yet to be written: everything but the checksums, and as long as the final one."""
         nbytes = shape.num_elements * dtype.itemsize
         extents = {
             key: Extent(index * align(nbytes), nbytes, _NO_CHECKSUM)
@@ -81,7 +81,7 @@ class PackHeader:
 
     @property
     def fingerprint(self) -> str:
-        """The packed model's id: its source's and its dtype."""
+        """The packed model's id, made of its source's id and its dtype."""
         return hashlib.sha256(f"{self.source_fingerprint}/{DTYPE_NAMES[self.dtype]}".encode()).hexdigest()[:32]
 
     @property
@@ -89,7 +89,7 @@ class PackHeader:
         return sum(align(extent.nbytes) for extent in self.extents.values())
 
     def encode(self) -> bytes:
-        """The header as stored, padded."""
+        """Encodes the header as it is stored, padded."""
         body = {
             "source_fingerprint": self.source_fingerprint,
             "experts_per_layer": self.experts_per_layer,
@@ -109,12 +109,12 @@ def align(nbytes: int) -> int:
 
 
 def all_keys(experts_per_layer: Iterable[int]) -> Iterator[ExpertKey]:
-    """Every expert in layer order."""
+    """Lists every expert in layer order."""
     return (ExpertKey(layer, expert) for layer, count in enumerate(experts_per_layer) for expert in range(count))
 
 
 def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
-    """The header, and the byte at which the extents begin. Raises CheckpointError if the file is damaged or
+    """Reads the header and finds the byte at which the extents begin. Raises CheckpointError if the file is damaged or
     truncated.
     """
     try:
@@ -142,7 +142,7 @@ def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
 
 
 def _decode(encoded: bytes) -> PackHeader:
-    """Raises ValueError, KeyError, TypeError or AttributeError for what is no header, whoever made its checksum."""
+    """Decodes a header. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
     body = parse_json(encoded)
     experts_per_layer, extents = tuple(body["experts_per_layer"]), body["extents"]
     numbers = (*experts_per_layer, body["hidden"], body["intermediate"], *(part for row in extents for part in row[:4]))

@@ -55,14 +55,14 @@ class DataFile:
     _direct_fd: int | None = None  # the same file, past the page cache
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError, also for what is no regular file."""
+        """Opens the file. Raises OSError, also if it is not a regular file."""
         self.path = path
         self.is_direct = False
         self._fd = open_regular(path)
         self.size = os.fstat(self._fd).st_size
 
     def bypass_page_cache(self) -> None:
-        """From now on whole pages go straight from the disk into memory. Raises OSError where the system can't."""
+        """Reads whole pages straight from the disk into memory from now on. Raises OSError where the system cannot."""
         if self._direct_fd is not None:
             return
         if not hasattr(os, "O_DIRECT"):
@@ -71,11 +71,11 @@ class DataFile:
         self.is_direct = True
 
     def expect_scattered_reads(self) -> None:
-        """From now on the page cache reads nothing beside what is asked for. A hint: systems without it ignore it."""
+        """Tells the page cache to read ahead nothing from now on. A hint, which some systems ignore."""
         self._advise("POSIX_FADV_RANDOM", 0, 0)
 
     def will_need(self, offset: int, nbytes: int) -> None:
-        """Has the page cache, where there is one between, begin with all of it at once. A hint as well."""
+        """Tells the page cache, if it is used, to begin reading the whole range at once. A hint as well."""
         if not self.is_direct:
             self._advise("POSIX_FADV_WILLNEED", offset, nbytes)
 
@@ -98,13 +98,13 @@ class DataFile:
         return done
 
     def read(self, nbytes: int, offset: int) -> bytes:
-        """Raises OSError, also on a short read."""
+        """Reads bytes. Raises OSError, also on a short read."""
         buffer = bytearray(nbytes)
         self.read_into([memoryview(buffer)], offset)
         return bytes(buffer)
 
     def duplicate(self) -> DataFile:
-        """The same file, opened again: with a life, and hints, of its own."""
+        """Opens the same file again; closing it and its hints are independent of this one."""
         if self._fd is None:
             raise OSError(errno.EBADF, "the file is closed", str(self.path))
         twin = DataFile.__new__(DataFile)
@@ -133,7 +133,7 @@ class DataFile:
                 os.posix_fadvise(self._fd, offset, nbytes, getattr(os, hint))
 
     def _open_again(self, flags: int = 0) -> int:
-        """By its descriptor, not its path: that may name another file by now."""
+        """Opens a file by its descriptor, not its path, which may name another file by now."""
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | flags)
 
     def _read_some(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -152,7 +152,7 @@ class DataFile:
 
 
 def _first_bytes(buffers: Sequence[memoryview]) -> list[memoryview]:
-    """Of `buffers` the first MOST_BYTES_A_CALL."""
+    """Returns the first MOST_BYTES_A_CALL of `buffers`."""
     some, left = [], MOST_BYTES_A_CALL
     for buffer in buffers:
         some.append(buffer[:left])
@@ -170,7 +170,10 @@ def _is_in_pages(buffers: Sequence[memoryview], offset: int) -> bool:
 
 
 def read_hashed(file: DataFile, buffers: Sequence[memoryview], offset: int, hasher: xxhash.xxh3_128) -> int:
-    """`DataFile.read_into` in pieces of HOT_BYTES, each fed to `hasher` as soon as it is there. Raises OSError."""
+    """Reads as `DataFile.read_into`, in pieces of HOT_BYTES, each fed to `hasher` as soon as it is there.
+
+    Raises OSError.
+    """
     done = 0
     for buffer in buffers:
         for start in range(0, buffer.nbytes, HOT_BYTES):
@@ -181,7 +184,7 @@ def read_hashed(file: DataFile, buffers: Sequence[memoryview], offset: int, hash
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable. Raises ValueError for any other."""
+    """Returns the memory of a contiguous CPU tensor, writable. Raises ValueError for any other."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(
             f"the destination must be a contiguous CPU tensor, not {tensor.device}, strides {tensor.stride()}"
@@ -197,7 +200,7 @@ def read_pieces(
     hasher: xxhash.xxh3_128 | None = None,
     staging: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """The `nbytes` at `offset` as consecutive 1-D tensors of `dtype`.
+    """Yields the `nbytes` at `offset` as consecutive 1-D tensors of `dtype`.
 
     They share a bounded buffer, `staging` where it is given: each is valid until the next. The stored bytes are fed to
     `hasher`. Raises OSError.
@@ -233,7 +236,7 @@ def read_tensor_at(
 
 
 def _own_staging() -> Tensor:
-    """This thread's buffer of STAGING_BYTES, made at its first need: readers convert all the time."""
+    """Returns this thread's buffer of STAGING_BYTES, made when first needed: readers convert all the time."""
     staging: Tensor | None = getattr(_staging, "buffer", None)
     if staging is None or len(staging) < STAGING_BYTES:
         staging = _staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
@@ -241,7 +244,7 @@ def _own_staging() -> Tensor:
 
 
 def cast_into(piece: Tensor, out: Tensor) -> None:
-    """`out.copy_(piece)` of two equally long 1-D tensors, on this thread alone."""
+    """Runs `out.copy_(piece)` of two equally long 1-D tensors, on this thread alone."""
     for start in range(0, piece.numel(), _CAST_ELEMENTS):
         out[start : start + _CAST_ELEMENTS].copy_(piece[start : start + _CAST_ELEMENTS])
 
@@ -256,14 +259,14 @@ _gap = memoryview(bytearray(PAGE_BYTES))  # takes the padding between two stretc
 
 
 class FileRange(NamedTuple):
-    """Where an expert lies. Compares in the order of the bytes; `file` is a number that means nothing else."""
+    """Where an expert lies on disk. Ranges compare in the order of the bytes; `file` only tells files apart."""
 
     file: int
     start: int
     end: int
 
     def is_followed_by(self, other: FileRange) -> bool:
-        """`other` begins where this ends, padding aside."""
+        """Returns whether `other` begins where this ends, padding aside."""
         return self.file == other.file and 0 <= other.start - self.end < PAGE_BYTES
 
 
@@ -322,7 +325,7 @@ def fill(
 
 
 def _batches(stretches: Iterable[Stretch], stored: torch.dtype) -> Iterator[list[Stretch]]:
-    """In the order of the files; one read each where no dtype has to be converted."""
+    """Groups stretches in the order of the files; each batch is one read where no dtype has to be converted."""
     batch: list[Stretch] = []
     for stretch in sorted(stretches, key=lambda each: (each.file.path, each.offset)):
         if batch and not _belongs(stretch, batch, stored):
@@ -345,7 +348,7 @@ def _belongs(stretch: Stretch, batch: Sequence[Stretch], stored: torch.dtype) ->
 
 
 def _read(batch: Sequence[Stretch], stored: torch.dtype, on_most: Callable[[], None] | None) -> list[Stretch]:
-    """Those that don't match their checksum. Raises OSError."""
+    """Reads a batch and returns the stretches that do not match their checksum. Raises OSError."""
     first = batch[0]
     first.file.will_need(first.offset, batch[-1].end - first.offset)
     if any(tensor.dtype != stored for tensor in first.tensors):
@@ -375,7 +378,7 @@ def _side_by_side(batch: Sequence[Stretch]) -> list[memoryview]:
 
 
 def _split(buffers: Sequence[memoryview]) -> tuple[list[memoryview], list[memoryview]]:
-    """The last quarter apart, in whole pages."""
+    """Splits off the last quarter, in whole pages."""
     most = list(buffers)
     rest: list[memoryview] = []
     missing = sum(buffer.nbytes for buffer in buffers) // 4 // PAGE_BYTES * PAGE_BYTES
@@ -405,7 +408,7 @@ def _is_intact(stretch: Stretch) -> bool:
 
 
 def _read_converting(stretch: Stretch, stored: torch.dtype) -> bool:
-    """Whether the bytes match their checksum. Raises OSError."""
+    """Reads one stretch; returns whether its bytes match their checksum. Raises OSError."""
     hasher = None if stretch.checksum is None else xxhash.xxh3_128()
     offset = stretch.offset
     for tensor in stretch.tensors:

@@ -32,7 +32,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, config: dict[str, Any], weights: WeightFiles) -> None:
-        """Takes over the open files of `weights`. Use `open`."""
+        """Takes over the open files of `weights`; callers use `open`."""
         self.path = path
         self.config = config
         self.specs: Mapping[str, TensorSpec] = MappingProxyType(dict(weights.specs))
@@ -59,7 +59,7 @@ class Checkpoint:
 
     @classmethod
     def open_unverified(cls, path: str | Path) -> Checkpoint:
-        """As `open`, but ignores a recorded manifest: for recording anew."""
+        """Opens as `open` does, but ignores a recorded manifest, so that a new one can be recorded."""
         return cls(*_open(path))
 
     @property
@@ -73,7 +73,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A stable hex id of the model: config, names, shapes, dtypes, file sizes and a sample of the contents.
+        """Returns a stable hex id of the model: config, names, shapes, dtypes, file sizes and a sample of the contents.
 
         The sample is a few bytes from each of the smallest tensors: norms and gates come first, and every
         expert of a small model. Cheap, and no substitute for checksums. A packed model's derives from its
@@ -97,7 +97,10 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
     def require(self, name: str, shape: Iterable[int]) -> TensorSpec:
-        """The spec of a tensor that the model needs. Raises CheckpointError if it is missing or of another shape."""
+        """Returns the spec of a tensor that the model needs.
+
+        Raises CheckpointError if it is missing or of another shape.
+        """
         spec = self.specs.get(name)
         expected = tuple(shape)
         if spec is None:
@@ -109,7 +112,7 @@ class Checkpoint:
         return spec
 
     def read_tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A fresh CPU tensor, cast to `dtype` if given. Raises CheckpointError."""
+        """Reads a tensor into new CPU memory, cast to `dtype` if given. Raises CheckpointError."""
         spec = self._spec(name)
         out = torch.empty(spec.shape, dtype=dtype or spec.dtype)
         self.read_into(name, out)
@@ -130,7 +133,7 @@ class Checkpoint:
         return count
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The tensor's elements in order, as short 1-D tensors that share a bounded buffer: each is valid until
+        """Yields the tensor's elements in order, as short 1-D tensors that share a bounded buffer: each is valid until
         the next.
 
         Raises CheckpointError, at the end if the bytes don't match their checksum.
@@ -144,7 +147,7 @@ class Checkpoint:
         _check(spec, hasher)
 
     def duplicate_file(self, name: str) -> DataFile:
-        """A descriptor of the caller's own for one of the safetensors files."""
+        """Opens a descriptor of the caller's own for one of the safetensors files."""
         return self._weights.files[name].duplicate()
 
     def close(self) -> None:

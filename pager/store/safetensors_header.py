@@ -1,4 +1,6 @@
-"""The header of a safetensors file: where each tensor's bytes lie. Ours, because positional reads need the offsets.
+"""The header of a safetensors file: where each tensor's bytes lie.
+
+The project parses it itself, because positional reads need the offsets.
 
 Format: 8 bytes little-endian header length, that much JSON `{name: {dtype, shape, data_offsets}}`, then the
 data, which the tensors cover without gap or overlap.
@@ -53,7 +55,7 @@ class TensorSpec:
 
 
 def read_header(file: DataFile) -> dict[str, TensorSpec]:
-    """Every tensor of the file, in the order of its bytes.
+    """Reads the specs of all tensors of the file, in the order of their bytes.
 
     Raises CheckpointError if the header is malformed, names an unsupported dtype or describes another length of file.
     """
@@ -129,7 +131,7 @@ def _damaged(file: DataFile, why: str) -> CheckpointError:
 def layout(
     file: str, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]
 ) -> tuple[bytes, tuple[TensorSpec, ...]]:
-    """The header of a file to be written, and where in it each tensor's bytes go, in file order.
+    """Returns the header of a file to be written and the offset of each tensor's bytes, in file order.
 
     Larger items come first, so that every tensor is aligned to its own.
     """

@@ -1,4 +1,4 @@
-"""Looks for values that no trained weights have: bytes that were never written are zeros, and have a checksum too."""
+"""Finds values that no trained weights have: bytes that were never written are zeros, and have a checksum too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pager.store.safetensors_header import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class OddItem:
-    """A tensor, expert or file that can be read and matches its checksum, if it has one, and is hardly what it was."""
+    """A tensor, expert or file that is readable and matches its checksum, but whose values suggest damage."""
 
     name: str
     file: str
@@ -26,7 +26,7 @@ class OddItem:
 
 @dataclass(slots=True)
 class ValueRange:
-    """The least and the greatest of some values, which come piece by piece, and whether all were numbers."""
+    """The minimum and maximum of values that come piece by piece, and whether all were numbers."""
 
     least: float = math.inf
     greatest: float = -math.inf
@@ -42,7 +42,7 @@ class ValueRange:
             self.least, self.greatest = min(self.least, least), max(self.greatest, greatest)
 
     def oddity(self, num_dimensions: int) -> str | None:
-        """None where there is none. A vector may well be constant, as the weights of an untrained norm are."""
+        """Says what is odd about the values, or None. A vector may be constant, as an untrained norm's weights are."""
         if self.has_nan:
             return "it holds values that are not a number"
         if self.least == -math.inf or (self.greatest == math.inf and self.least != math.inf):
@@ -53,14 +53,14 @@ class ValueRange:
 
 
 def odd_tensor(spec: TensorSpec, values: ValueRange) -> Iterator[OddItem]:
-    """One, or none. A matrix of one value is none."""
+    """Returns what is odd about a tensor, if anything."""
     num_dimensions = 0 if spec.nbytes == spec.dtype.itemsize else len(spec.shape)
     if reason := values.oddity(num_dimensions):
         yield OddItem(spec.name, spec.file, reason)
 
 
 def holes_of(paths: Iterable[Path]) -> Iterator[OddItem]:
-    """Files with parts that the disk holds nothing for, as a download leaves that was interrupted."""
+    """Finds files with holes, which an interrupted download leaves."""
     for path in paths:
         with suppress(OSError), path.open("rb") as file:  # a file system that does not know says that there is none
             hole = os.lseek(file.fileno(), 0, os.SEEK_HOLE)

@@ -23,7 +23,10 @@ from pager.store.values import OddItem, ValueRange, holes_of, odd_tensor
 
 @dataclass(frozen=True, slots=True)
 class BadItem:
-    """A tensor or packed expert that can't be read or isn't what it was. `offset` is its first byte in the file."""
+    """A tensor or packed expert that cannot be read or does not match its checksum.
+
+    `offset` is its first byte in the file.
+    """
 
     name: str
     file: str
@@ -47,7 +50,7 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What `record` wrote, and what it would rather not have: a checksum of zeros is a checksum."""
+    """What `record` wrote, and which of the recorded values look damaged: zeros have a checksum, too."""
 
     manifest: Manifest
     odd: tuple[OddItem, ...]

@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,10 +41,25 @@ def test_offline() -> None:
     assert shown.count("SELECT TEAM FROM table WHERE") == 2
 
 
+@pytest.fixture(scope="module")
+def ready() -> Iterator[dict[str, Any]]:
+    """A service that the examples call, as its line on standard output describes it."""
+    with service(ROOT / "models" / "emo-tiny", "25%") as facts:
+        yield facts
+
+
 @pytest.mark.ray
-def test_client() -> None:
-    with service(EXAMPLES.parent / "models" / "emo-tiny", "25%") as ready:
-        shown = run(EXAMPLES / "client.py", ready["address"])
+def test_named_pool(ready: dict[str, Any]) -> None:
+    shown = run(EXAMPLES / "named_pool.py", ready["address"], ready["metrics_url"])
+    assert "kept: sql" in shown
+    paged = [int(count) for count in re.findall(r"by the metrics, (\d+) bytes paged", shown)]
+    assert len(paged) == 3
+    assert paged[1:] == [0, 0], "the first request paged the pool in"
+
+
+@pytest.mark.ray
+def test_client(ready: dict[str, Any]) -> None:
+    shown = run(EXAMPLES / "client.py", ready["address"])
     assert re.search(r"routed experts, [1-9]\d* slots", shown)
     assert re.search(r"[1-9]\d* experts were loaded, \d+ were paged in", shown)
     assert re.search(r"pool 'sql' of [1-9]\d* experts, from [1-9]\d* tokens", shown)

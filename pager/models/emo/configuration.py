@@ -12,7 +12,8 @@ from pager.errors import CheckpointError
 
 @strict
 class EmoConfig(PreTrainedConfig):  # type: ignore[misc] # transformers is untyped here
-    """Every field of a released `config.json`, RoPE stored the old way (`rope_theta`, `rope_scaling`) or the new.
+    """A configuration with every field of a released `config.json`, RoPE stored the old way (`rope_theta`,
+    `rope_scaling`) or the new.
 
     `num_experts` and everything derived from it count all experts of a layer, shared ones included; the shared
     experts are the last of the list. Layer `i` may differ from the rest: ask `experts_in_layer(i)`,
@@ -63,11 +64,13 @@ class EmoConfig(PreTrainedConfig):  # type: ignore[misc] # transformers is untyp
         self._check_consistency()
 
     def experts_in_layer(self, layer: int) -> int:
-        """All experts of the layer, shared ones included; 0 means the layer is dense."""
+        """Returns the number of all experts of the layer, shared ones included; 0 means the layer is dense."""
         return self.num_experts if self.num_experts_per_layer is None else self.num_experts_per_layer[layer]
 
     def shared_in_layer(self, layer: int) -> int:
-        """How many experts at the end of the layer's list serve every token; 0 where always-active ones take over."""
+        """Returns how many experts at the end of the layer's list serve every token; 0 where always-active ones take
+        over.
+        """
         if self.always_active_in_layer(layer):
             return 0
         if self.num_shared_experts_per_layer is not None:
@@ -75,7 +78,7 @@ class EmoConfig(PreTrainedConfig):  # type: ignore[misc] # transformers is untyp
         return min(self.num_shared_experts, self.experts_in_layer(layer))
 
     def always_active_in_layer(self, layer: int) -> tuple[int, ...]:
-        """Experts that every token uses with their own share of the common softmax."""
+        """Returns how many experts every token uses with their own share of the common softmax."""
         if not self.experts_in_layer(layer):
             return ()
         if self.always_active_experts_per_layer is not None:

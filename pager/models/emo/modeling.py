@@ -1,4 +1,4 @@
-"""EMO for transformers 5, read top-down: block, router and experts, attention, model, language model.
+"""EMO for transformers 5, read top-down: block, gate and experts, attention, model, language model.
 
 Written after the rules of the paper and checked against outputs of Ai2's reference code (tests/data/golden).
 Legend: B batch, N positions, T = B·N tokens, E experts of a layer (shared last), K top-k, D hidden.
@@ -34,7 +34,7 @@ from pager.models.emo.routing import pick_experts
 
 
 class EmoRMSNorm(nn.Module):
-    """Weight first, cast after: the other order (Llama's) differs in bf16."""
+    """RMS norm that multiplies by the weight before the cast: Llama's order differs in bf16."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -61,7 +61,9 @@ class EmoMLP(nn.Module):
 
 
 class EmoTopKRouter(nn.Module):
-    """`hidden_TD` → `(logits_TE, weights_TK, index_TK)`: weights in the hidden dtype, indices over all E experts."""
+    """The gate: `hidden_TD` → `(logits_TE, weights_TK, index_TK)`: weights in the hidden dtype, indices over all E
+    experts.
+    """
 
     def __init__(self, config: EmoConfig, layer_idx: int) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class EmoTopKRouter(nn.Module):
         return logits_TE, weights_TK.to(hidden_TD.dtype), index_TK
 
     def pick(self, logits_TE: Tensor, allowed_TE: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`pick_experts` with this layer's settings."""
+        """Runs `pick_experts` with this layer's settings."""
         return pick_experts(
             logits_TE,
             top_k=self.top_k,
@@ -125,7 +127,10 @@ class EmoSparseMoeBlock(nn.Module):
 
 
 class EmoRotaryEmbedding(nn.Module):
-    """cos and sin of every position, always fp32. Its buffers have the names that transformers restores on loading."""
+    """Computes cos and sin of every position, always in fp32.
+
+    Its buffers have the names that transformers restores on loading.
+    """
 
     def __init__(self, config: EmoConfig) -> None:
         super().__init__()
@@ -154,7 +159,7 @@ class EmoRotaryEmbedding(nn.Module):
 
 
 def rotate(x_BHND: Tensor, cos_BND: Tensor, sin_BND: Tensor) -> Tensor:
-    """Rotate-half in fp32, cast back to the input's dtype."""
+    """Rotates halves in fp32 and casts back to the input's dtype."""
     x = x_BHND.float()
     first, second = x.chunk(2, dim=-1)
     rotated = x * cos_BND.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BND.unsqueeze(1)

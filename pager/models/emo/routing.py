@@ -21,7 +21,7 @@ def pick_experts(
     norm_topk_prob: bool = False,
     allowed_TE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pick each token's experts and weigh them: `(weights_TK fp32, index_TK)`, indices over all E experts.
+    """Picks each token's experts and weighs them: `(weights_TK fp32, index_TK)`, indices over all E experts.
 
     The last `num_shared` experts serve every token, weighed by a softmax of their own; the other K − num_shared
     come from a softmax over the routed columns. `always_active` experts take precedence over `num_shared`: one
@@ -60,7 +60,7 @@ def _pick_beside_always_active(scores_TE: Tensor, top_k: int, always_active: Seq
 
 
 def _scores(logits_TE: Tensor, allowed_TE: Tensor | None, always_active: Sequence[int] = ()) -> Tensor:
-    """In fp32, minus infinity where an expert is not allowed."""
+    """Returns fp32 scores, minus infinity where an expert is not allowed."""
     if allowed_TE is None:
         return logits_TE.float()
     if always_active:

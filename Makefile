@@ -48,7 +48,7 @@ $(INSTALLED): pyproject.toml client/pyproject.toml
 		{ echo "$(PYTHON) is older than 3.11; run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ./client --editable '.[serve,otel,eval,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ./client --editable '.[serve,otel,lab,bench,dev]'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -22,7 +22,8 @@ from rich.console import Console
 
 from benchmarks.evidence_claims import all_claims
 from benchmarks.evidence_drift import drift_claims, drift_section, measure_drift
-from benchmarks.evidence_measure import Measured, Scale, measure, measure_main, measure_side
+from benchmarks.evidence_facts import Scale
+from benchmarks.evidence_measure import Measured, measure, measure_main, measure_side
 from benchmarks.evidence_page import page
 from pager.lab.plots import plot_domains, plot_paging, plot_rises
 from pager.lab.report import to_dict

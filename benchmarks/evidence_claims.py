@@ -1,4 +1,4 @@
-"""What the project promises of its reference models, each promise with what was measured."""
+"""The promises of the project about its reference models, each with what was measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.evidence_measure import MAIN_PERCENTS, PASSES, Measured
+from benchmarks.evidence_facts import MAIN_PERCENTS, PASSES
+from benchmarks.evidence_measure import Measured
 from pager.lab.report import Evaluation, Interval
 
 LEAST_RISE = 1e-3  # nats: what is less counts as this much when another is held against it
@@ -15,7 +16,10 @@ LEAST_RISE = 1e-3  # nats: what is less counts as this much when another is held
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`unit` is how figures are written; `bound` is the most, or with `at_least` the least, that may be measured."""
+    """A promise and its figure.
+
+    `unit` is how figures are written; `bound` is the most, or with `at_least` the least, that may be measured.
+    """
 
     at: str
     says: str
@@ -26,7 +30,7 @@ class Claim:
 
     @property
     def short_by(self) -> float | None:
-        """How much is missing; 0 or less where the promise holds."""
+        """The amount that is missing; 0 or less where the promise holds."""
         if self.measured is None:
             return None
         return self.bound - self.measured.mean if self.at_least else self.measured.mean - self.bound

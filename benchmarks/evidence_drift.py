@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
 from benchmarks.evidence_claims import Claim
-from benchmarks.evidence_measure import Scale
-from pager.engine.paged_model import load_paged_model
-from pager.lab.corpus import Cut, Text, digest_of, read_texts
-from pager.lab.drift import ChangingText, Reading, changing_texts, read
+from benchmarks.evidence_facts import Facts, Scale
+from pager.engine.paged_model import PagedModel, load_paged_model
+from pager.errors import InvalidRequest
+from pager.lab.corpus import Cut, Text, digest_of, domains_of, read_texts
 from pager.lab.report import Bootstrap, Interval, table
 from pager.memory.plan import Budgets
 from pager.memory.units import format_bytes
-from pager.types import DriftAction, DriftPolicy, PoolPolicy, Share
+from pager.pools.document import DocumentRouting
+from pager.pools.widening import answer_drift
+from pager.types import DriftAction, DriftPolicy, DriftReport, PoolPolicy, Share
 
 POOL = Share(0.25)
 BUDGET = "50%"
 TOKENS = 256
 WINDOW = 16
+CHUNK_TOKENS = 4
 QUIET_SHARE = 0.9  # of unchanging training documents, those whose drift stays below the threshold
 EAGER = DriftPolicy(0.58, window=4)
-"""Takes almost any text for one that drifts: what is saved is what little such a text does not want at all."""
+"""A policy that takes almost any text for one that drifts: all that it saves are experts that no text wants."""
 ACTIONS = ("exact", "pool", "widened", "widened soon", "exact after drift")
-Facts = dict[str, Any]
 
 
 def measure_drift(model: Path, corpus: Path, folder: Path, scale: Scale, per_domain: int = 2) -> Facts:
-    """Kept in `folder`; measured once under the same conditions."""
+    """Measures what drift costs, once under the same conditions; the result is kept in `folder`."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     cut = Cut(64, TOKENS)
     asked = _long(read_texts([str(corpus / "*.valid.jsonl*")], tokenizer, cut, max_documents=4 * per_domain))
@@ -88,7 +93,7 @@ def drift_claims(facts: Facts) -> list[Claim]:
 
 
 def drift_section(facts: Facts) -> str:
-    """Markdown."""
+    """The section of docs/evidence.md in Markdown."""
     rows = []
     for where in ("in the prompt", "in the answer"):
         for action in ACTIONS:
@@ -160,3 +165,109 @@ def _few(texts: Sequence[Text], per_domain: int) -> list[Text]:
         for domain in dict.fromkeys(text.domain for text in texts)
         for text in [each for each in texts if each.domain == domain][:per_domain]
     ]
+
+
+# --- reading texts that change their domain -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChangingText:
+    """A text of one domain up to `changes_at` and of another from there on; its first tokens choose the pool."""
+
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    changes_at: int
+    domains: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One text read under one policy. Nats are added up over the predictions of the tokens after the prompt."""
+
+    nats: np.ndarray  # [tokens after the prompt]
+    num_unchanged: int  # of them, those before the change
+    bytes_paged: int
+    pool_experts: int | None  # in all layers, at the end; None without a pool
+    report: DriftReport | None
+
+    @property
+    def loss(self) -> float:
+        """The mean nats a token after the prompt."""
+        return float(self.nats.mean())
+
+    @property
+    def loss_after_change(self) -> float:
+        return float(self.nats[self.num_unchanged :].mean())
+
+
+def changing_texts(
+    texts: Sequence[Text], num_tokens: int, *, prompt_tokens: int = 64, in_prompt: bool = False, step: int = 1
+) -> list[ChangingText]:
+    """Makes a text of every document that is long enough: it goes on as one of the domain `step` further.
+
+    The halves have `num_tokens / 2` each; with `in_prompt` the change comes in the middle of the prompt instead.
+    Raises InvalidRequest where no two domains have documents that long.
+    """
+    changes_at = prompt_tokens // 2 if in_prompt else num_tokens // 2
+    rest = num_tokens - changes_at
+    domains = domains_of(texts)
+    enough = {
+        domain: [text for text in texts if text.domain == domain and len(text.token_ids) >= max(changes_at, rest)]
+        for domain in domains
+    }
+    domains = [domain for domain in domains if enough[domain]]
+    if len(domains) < 2:
+        raise InvalidRequest(f"fewer than two domains have documents of {max(changes_at, rest)} tokens")
+    pairs = []
+    for place, domain in enumerate(domains):
+        other = domains[(place + step) % len(domains)]
+        if other == domain:
+            continue
+        for number, first in enumerate(enough[domain]):
+            second = enough[other][number % len(enough[other])]
+            ids = (*first.token_ids[:changes_at], *second.token_ids[:rest])
+            pairs.append(ChangingText(ids, prompt_tokens, changes_at, (domain, other)))
+    return pairs
+
+
+def read(
+    paged: PagedModel, texts: Sequence[ChangingText], policy: PoolPolicy, *, chunk_tokens: int = CHUNK_TOKENS
+) -> list[Reading]:
+    """Reads the texts one after the other, paging on demand; the cache of experts goes on from text to text.
+
+    Raises what `PagedModel.document` raises.
+    """
+    return [_read(paged, text, paged.document(policy), chunk_tokens) for text in texts]
+
+
+@torch.inference_mode()
+def _read(paged: PagedModel, text: ChangingText, document: DocumentRouting, chunk_tokens: int) -> Reading:
+    cache = DynamicCache(config=paged.model.config)
+    before, prompt = _bytes_paged(paged), text.prompt_tokens
+    ids = torch.tensor([text.token_ids], device=paged.device)
+    next_V, nats = _forward(paged, document, cache, ids[:, :prompt], prefill=True)[-1], []
+    for chunk in ids[:, prompt:].split(chunk_tokens, dim=1):
+        logits_SV = _forward(paged, document, cache, chunk)
+        nats.append(cross_entropy(torch.cat([next_V[None], logits_SV[:-1]]), chunk[0], reduction="none"))
+        next_V = logits_SV[-1]
+        answer_drift(document)
+    return Reading(
+        nats=torch.cat(nats).double().cpu().numpy(),
+        num_unchanged=max(0, text.changes_at - prompt),
+        bytes_paged=_bytes_paged(paged) - before,
+        pool_experts=document.pool.num_experts if document.pool is not None else None,
+        report=document.monitor.report() if document.monitor is not None else None,
+    )
+
+
+def _forward(
+    paged: PagedModel, document: DocumentRouting, cache: DynamicCache, ids_1S: Tensor, *, prefill: bool = False
+) -> Tensor:
+    """The logits of a chunk: [S, V]."""
+    with paged.step([document], prefill=prefill):
+        logits_1SV: Tensor = paged.model(input_ids=ids_1S, past_key_values=cache, use_cache=True).logits
+    return logits_1SV[0].float()
+
+
+def _bytes_paged(paged: PagedModel) -> int:
+    return paged.pager.stats().paging.bytes_paged

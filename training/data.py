@@ -7,8 +7,6 @@ Legend: R rows, N tokens in a row.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pager.lab.corpus import documents_of
 
 EOS = "<|endoftext|>"
 PAD = "<|padding|>"
@@ -50,9 +50,8 @@ def domains_of(corpus: Path, split: str) -> list[str]:
 
 
 def read_texts(corpus: Path, domain: str, split: str) -> Iterator[str]:
-    with gzip.open(corpus / f"{domain}.{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)["text"]
+    """The texts of a domain. Raises InvalidRequest, which names file and line."""
+    return (document.text for document in documents_of(corpus / f"{domain}.{split}.jsonl.gz"))
 
 
 def train_tokenizer(corpus: Path, vocab_size: int, max_chars_per_domain: int = 2_000_000) -> Tokenizer:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import config, evaluate, files, fit_router, generate, inspect, pools, replay, serve
+from pager.cli import checkpoint, generate, lab, pools, serve
 from pager.cli.output import print_error
 from pager.cli.pools import pools_app
 from pager.errors import PagerError
@@ -26,18 +26,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.serve)
-app.command("config", context_settings=config.PASS_ON)(config.config)
+app.command("config", context_settings=serve.PASS_ON)(serve.check_config)
 app.command("generate")(generate.generate)
 app.command("route")(generate.route)
 app.command("calibrate")(pools.calibrate)
 app.add_typer(pools_app, name="pools")
-app.command("inspect")(inspect.inspect)
-app.command("fit-router")(fit_router.fit_router)
-app.command("clusters")(evaluate.clusters)
-app.command("eval")(evaluate.evaluate)
-app.command("pack")(files.pack)
-app.command("verify")(files.verify)
-app.command("replay")(replay.replay)
+app.command("inspect")(checkpoint.inspect)
+app.command("fit-router")(lab.fit_router)
+app.command("clusters")(lab.clusters)
+app.command("eval")(lab.evaluate)
+app.command("pack")(checkpoint.pack)
+app.command("verify")(checkpoint.verify)
+app.command("replay")(lab.replay)
 
 _debug = False
 
@@ -60,7 +60,7 @@ def options(
 
 
 def main() -> None:
-    """Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted."""
+    """Runs a command. Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted."""
     # Everything is read from local files; libraries that would look further, or chat on stderr, are told not to.
     for name, value in (
         ("HF_HUB_OFFLINE", "1"),

@@ -18,8 +18,8 @@ from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
 from pager.engine.paged_model import load_paged_model
 from pager.errors import InvalidRequest
-from pager.lab.probe import PagedProbe
-from pager.lab.selection import METHODS, select
+from pager.lab.methods import current_name, method_of, select
+from pager.lab.recording import Probe
 from pager.memory.plan import Budgets
 from pager.models.open_model import OpenModel
 from pager.pools.drift import check_can_drift
@@ -119,8 +119,9 @@ class Local:
         check_num_examples(len(examples))
         if isinstance(size, Full):
             raise InvalidRequest("a pool of all experts needs no examples; give a size below `full` with --pool")
-        if method is not None and method not in METHODS:
-            raise InvalidRequest(f"{method!r} is not a selection method; known are {', '.join(METHODS)}")
+        if method is not None:
+            method = current_name(method)
+            method_of(method)
         tokenizer = read_tokenizer(self.model)
         with self._open() as opened:
             token_ids = [encode(tokenizer, text) for text in examples]
@@ -145,7 +146,7 @@ class Local:
     ) -> ExpertPool:
         paged = load_paged_model(self.model, device=self.device, dtype=self.dtype, budgets=budgets)
         try:
-            return select(method, PagedProbe(paged, sample=sample), examples, size)
+            return select(method, Probe(paged, sample=sample), examples, size)
         finally:
             paged.close()
 

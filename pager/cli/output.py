@@ -1,4 +1,4 @@
-"""What the commands write, and the extras that some of them need."""
+"""How the commands print, and the check for the extras that some of them need."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from pager.memory.units import format_bytes
 from pager.types import DriftReport, ExpertPool, Usage
 
 _SERVE = ("ray", "grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "redis", "expert_pager")
-_EVAL = ("sklearn", "scipy", "matplotlib")
+_LAB = ("sklearn", "scipy", "matplotlib")
 
 
 @contextmanager
 def serve_extra(purpose: str) -> Iterator[None]:
-    """Around imports. Raises ConfigError, saying what to install, when a package of the `serve` extra is missing."""
+    """Goes around imports: ConfigError, with what to install, where a package of the `serve` extra is missing."""
     with _extra(purpose, "serve", _SERVE):
         yield
 
 
 @contextmanager
-def eval_extra(purpose: str) -> Iterator[None]:
-    """The same for the `eval` extra."""
-    with _extra(purpose, "eval", _EVAL):
+def lab_extra(purpose: str) -> Iterator[None]:
+    """Goes around imports in the same way for the `lab` extra."""
+    with _extra(purpose, "lab", _LAB):
         yield
 
 
@@ -64,7 +64,7 @@ def print_error(message: str) -> None:
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """One document. JSON has no infinities, so a number that is none is null."""
+    """Prints one JSON document. JSON has no infinities; where a number is none, it is null."""
     print(json.dumps(_finite(value), indent=indent, allow_nan=False), flush=True)
 
 
@@ -77,14 +77,14 @@ def _finite(value: Any) -> Any:
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Names and values in two columns."""
+    """Prints names and values in two columns."""
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         out.print(f"{name:<{width}}  {value}", markup=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column is text, the others are figures."""
+    """Prints a table whose first column is text, the others figures."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -95,7 +95,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 @contextmanager
 def bytes_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, driven by (bytes done, bytes in all). Silent where stderr is no terminal."""
+    """Shows a progress bar on stderr, driven by (bytes done, bytes in all). Silent where stderr is no terminal."""
     columns = (
         TextColumn(what),
         BarColumn(),
@@ -110,7 +110,7 @@ def bytes_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def steps_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, driven by a call after each of `total` steps. Silent where stderr is no terminal."""
+    """Shows a progress bar on stderr, driven by a call after each of `total` steps. Silent without a terminal."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=total)
@@ -119,7 +119,7 @@ def steps_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """A spinner on stderr while something without a measure goes on."""
+    """Shows a spinner on stderr while something without a measure goes on."""
     if not err.is_terminal:
         yield
         return

@@ -18,7 +18,6 @@ from pager.cli.options import (
     TlsCa,
     TlsIdentity,
     pool_ask,
-    read_examples,
 )
 from pager.cli.output import busy, err, out, pool_dict, pool_text, print_json, print_table
 from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, checked_tenant, with_pools
@@ -80,6 +79,8 @@ def calibrate(
     )  # fmt: skip
     if sample is not None and method != "frequency":
         raise typer.BadParameter("--sample is for --method frequency")
+    from pager.lab.corpus import read_examples
+
     check_name(name)
     ask, texts = pool_ask(pool), read_examples(examples)
     check_num_examples(len(texts))

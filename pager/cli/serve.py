@@ -1,4 +1,4 @@
-"""`expert-pager serve`: the service, until it is told to stop."""
+"""The commands of the service: `expert-pager serve`, and `config`, which checks its settings and starts nothing."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pager.cli.options import Dtype, ExpertMemory, HostMemory, KvMemory
-from pager.cli.output import busy, err, print_json, serve_extra
-from pager.config import load_config
+from pager.cli.output import busy, err, print_error, print_json, serve_extra
+from pager.config import SCHEMA, Reading, config_of, load_config, read_config, shown
 from pager.errors import PagerError
 from pager.observe import logs
+from pager.pools.drift import parse_drift
+from pager.pools.pick import parse_pool_size
 
 if TYPE_CHECKING:
     from router_service.app import Ready
 
 log = logging.getLogger("expert_pager.router")
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+SECRETS = {"REDIS_URL": "a secret, not shown", "REDIS_URL_FILE": None}  # None: a path, which is none
+_FILES = ("router.tls_cert", "router.tls_key", "router.tls_client_ca")
 
 # Parameters of `serve` by the setting that they override.
 SETTINGS = {
@@ -124,7 +131,7 @@ def serve(
 
 
 def given(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What was given on the command line, by setting, and how each setting is called there."""
+    """The values given on the command line by setting, and the name of each setting there."""
     overrides = {key: parameters[name] for key, name in SETTINGS.items()}
     return overrides, {key: "MODEL" if name == "model" else _flag(name) for key, name in SETTINGS.items()}
 
@@ -145,3 +152,100 @@ def _announce(ready: Ready, as_json: bool, log_format: str) -> None:
     else:
         workers = "1 worker" if ready.num_workers == 1 else f"{ready.num_workers} workers"
         print(f"ready: {ready.model.name} on {ready.address}, {workers}, metrics at {ready.metrics_url}", flush=True)
+
+
+def check_config(
+    context: typer.Context,
+    check: Annotated[bool, typer.Option("--check", help="Say all that is wrong; the default.")] = False,
+    show: Annotated[bool, typer.Option("--print", help="Print what is in force, and where it comes from.")] = False,
+) -> None:
+    """Check or print the settings of `serve`, whose arguments and options it takes. Starts nothing.
+
+    Defaults are overridden by the file, the file by the environment, and both by the command line. Exit status 1 when
+    something is wrong. What is printed is a configuration file.
+
+    Examples:
+
+    `expert-pager config --check --config service.toml`
+
+    `expert-pager config --print ./model --workers 2`
+    """
+    parsed = _parsed(context)
+    overrides, flags = given(parsed)
+    reading = read_config(parsed["config"], os.environ, overrides, flags)
+    problems = [*reading.problems, *_beyond_the_schema(reading, os.environ)]
+    if show:
+        for line in _in_force(reading, os.environ):
+            print(line)
+    for problem in problems:
+        print_error(problem)
+    if problems:
+        raise typer.Exit(1)
+    if check or not show:
+        print("the configuration is good")
+
+
+def _parsed(context: typer.Context) -> dict[str, Any]:
+    """The rest of the command line, as `serve` reads it. Ends the program for wrong usage, as `serve` would."""
+    assert context.parent is not None, "a command of expert-pager"
+    group: Any = context.parent.command
+    command = group.get_command(context.parent, "serve")
+    parsed: dict[str, Any] = command.make_context(context.info_name, list(context.args), parent=context.parent).params
+    return parsed
+
+
+def _beyond_the_schema(reading: Reading, env: Mapping[str, str]) -> Iterator[str]:
+    """Yields the problems that would fail a start and can be seen without one."""
+    settings = config_of(reading)
+    if settings.model.path and not (Path(settings.model.path) / "config.json").is_file():
+        yield _said(reading, "model.path", "is no checkpoint folder: it has no config.json")
+    for key in _FILES:
+        value = reading.value(key)
+        if value is not None and not os.access(value, os.R_OK):
+            yield _said(reading, key, "is not a file that can be read")
+    for key, parse in (("pools.default_size", parse_pool_size), ("pools.default_drift", parse_drift)):
+        try:
+            parse(reading.value(key))
+        except PagerError as error:
+            yield _said(reading, key, f"is wrong: {error.message}")
+    if settings.workers.count == 0 and settings.cluster.joined is None:
+        yield _said(reading, "workers.count", "uses the workers of another router: set cluster.ray_address too")
+    ports = {"router.port": settings.router.port, "router.metrics_port": settings.router.metrics_port}
+    if settings.router.health_port is not None:
+        ports["router.health_port"] = settings.router.health_port
+    taken = [port for port in ports.values() if port]
+    for port in sorted({port for port in taken if taken.count(port) > 1}):
+        yield f"{' and '.join(key for key in ports if ports[key] == port)} are both {port}; choose another for one"
+    secret = env.get("REDIS_URL_FILE")
+    if secret and not os.access(secret, os.R_OK):
+        yield f"REDIS_URL_FILE is {secret!r}, which is not a file that can be read"
+
+
+def _said(reading: Reading, key: str, what: str) -> str:
+    setting = reading.settings[key]
+    return f"{key} {shown(setting.value)} (from {setting.origin}) {what}"
+
+
+def _in_force(reading: Reading, env: Mapping[str, str]) -> Iterator[str]:
+    settings = config_of(reading)
+    for section in fields(settings):
+        yield f"[{section.name}]"
+        for each in fields(getattr(settings, section.name)):
+            key, value = f"{section.name}.{each.name}", getattr(getattr(settings, section.name), each.name)
+            origin = reading.settings[key].origin if key in reading.settings else "default"
+            line = f"# {each.name} is not set" if value is None else f"{each.name} = {_toml(value)}"
+            yield f"{line:<40}  # {origin}" if value is not None else line
+        yield ""
+    for variable, instead in SECRETS.items():
+        if env.get(variable):
+            yield f"# {variable} is set in the environment ({instead or env[variable]})"
+    yield f"# {len(SCHEMA.fields)} settings; what is not set is decided by the planner, the machine or the checkpoint"
+
+
+def _toml(value: Any) -> str:
+    """A value in TOML. A text of several lines is the content of a file, not its name: maybe a secret."""
+    if not isinstance(value, str):
+        return str(value)
+    if len(value.splitlines()) > 1:
+        return '"a text of several lines, not shown"'
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -20,12 +20,12 @@ from pager.lab.clusters import (
     COMPONENTS,
     LayerCoverage,
     TokenClusters,
+    TracedDocument,
     cluster_tokens,
     concentration,
     counts_of,
     coverage,
 )
-from pager.lab.traces import TracedDocument
 from pager.types import RoutingFacts
 
 TYPICAL_TOKENS = 24
@@ -60,7 +60,7 @@ class ModelReport:
 def make_report(
     name: str, facts: RoutingFacts, documents: Sequence[TracedDocument], num_clusters: int, seed: int
 ) -> ModelReport:
-    """Raises InvalidRequest for fewer tokens than clusters."""
+    """Groups the tokens of traced documents. Raises InvalidRequest for fewer tokens than clusters."""
     domains = tuple(sorted({document.domain for document in documents}))
     domain_N = np.array([domains.index(document.domain) for document in documents])
     domain_T = domain_N.repeat([len(document.pieces) for document in documents])
@@ -108,7 +108,7 @@ def summary(report: ModelReport) -> dict[str, Any]:
 
 
 def model_payload(report: ModelReport, shown: Sequence[int]) -> dict[str, Any]:
-    """JSON for the page: everything counted over all documents, texts of the documents `shown` only."""
+    """One model as JSON for the page: counts over all documents, texts of the documents `shown` only."""
     return {
         "name": report.name,
         "tokens": report.num_tokens,
@@ -120,7 +120,7 @@ def model_payload(report: ModelReport, shown: Sequence[int]) -> dict[str, Any]:
 
 
 def _shown_documents(report: ModelReport, shown: Sequence[int]) -> dict[str, Any]:
-    """Pieces are renumbered: the page gets only those that it shows."""
+    """The documents that the page shows, their pieces renumbered: the page gets no others."""
     number_of: dict[int, int] = {}
     starts = np.cumsum([0, *(len(document.pieces) for document in report.documents)])
     documents = []
@@ -161,7 +161,7 @@ def _cluster_payload(
 
 
 def _typical(report: ModelReport, mine_T: np.ndarray, common_W: np.ndarray) -> list[tuple[int, int, int]]:
-    """(piece, times here, times anywhere): what adds most to the divergence of this cluster's text from all text."""
+    """The pieces that set a cluster's text apart from all text most: (piece, times here, times anywhere)."""
     here_W = np.bincount(report.piece_T[mine_T], minlength=len(common_W))
     share_W = here_W / max(1, len(mine_T))
     gain_W = share_W * np.log(np.maximum(share_W, 1e-12) / (common_W / common_W.sum()))
@@ -171,7 +171,7 @@ def _typical(report: ModelReport, mine_T: np.ndarray, common_W: np.ndarray) -> l
 
 
 def _examples(report: ModelReport, mine_T: np.ndarray, shown: Sequence[int], starts: np.ndarray) -> list[list[int]]:
-    """[document as shown, token]: nearest to the centre first, a few at most of one document or one piece of text."""
+    """A cluster's tokens, nearest to its centre first, as [document as shown, token]: few of a document or a piece."""
     place_of = {document: place for place, document in enumerate(shown)}
     found: list[list[int]] = []
     documents: Counter[int] = Counter()
@@ -192,7 +192,7 @@ def _examples(report: ModelReport, mine_T: np.ndarray, shown: Sequence[int], sta
 
 
 def _coverage_payload(layer: LayerCoverage) -> dict[str, Any]:
-    """Shares of documents in percent, of gate probability in hundredths of a percent."""
+    """One layer as JSON: shares of documents in percent, of gate probability in hundredths of a percent."""
     return {
         "layer": layer.layer,
         "pool": layer.pool,
@@ -204,7 +204,7 @@ def _coverage_payload(layer: LayerCoverage) -> dict[str, Any]:
 
 
 def _figure(value: float) -> float | None:
-    """JSON has no NaN."""
+    """A rounded number, or None for NaN, which JSON does not have."""
     return None if np.isnan(value) else round(value, 4)
 
 
@@ -326,7 +326,7 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """For the page's own content security policy: no other script or style runs in it."""
+    """The hash by which the page's content security policy admits its own script and style, and no other."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 

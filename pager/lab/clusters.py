@@ -1,61 +1,29 @@
-"""Clusters of tokens by how a model routes them, and whether experts follow domains."""
+"""How a model routes the tokens of documents: traces, clusters of tokens, and whether experts follow domains.
+
+Legend: T tokens, L layers, R routed experts of a layer, C columns: the routed experts of all layers side by side,
+K clusters, D domains, N documents, P components.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from pathlib import Path
 
 import numpy as np
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.decomposition import PCA
+from tokenizers import Tokenizer
+from torch import Tensor
 
+from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
+from pager.lab.corpus import Document, tokenizer_of
+from pager.lab.recording import Ids, recording, run_document
+from pager.memory.plan import Budgets
+from pager.tokenizing import encode
 from pager.types import RoutingFacts
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """What two documents' pools have in common over what they have together: means over pairs, domains alike."""
-
-    same_domain: float
-    cross_domain: float
-
-    @property
-    def times(self) -> float:
-        return self.same_domain / max(self.cross_domain, 1e-12)
-
-
-def nearest_centroid(
-    known_NE: np.ndarray, known_domains: Sequence[str], asked_NE: np.ndarray, asked_domains: Sequence[str]
-) -> np.ndarray:
-    """bool [N]: was the nearest domain the right one? A domain is the mean of its known documents.
-
-    The distance is Hellinger's, the natural one between probabilities: between their square roots.
-    """
-    names = sorted(set(known_domains))
-    of_known = np.asarray(known_domains)
-    centroids = np.sqrt(np.stack([known_NE[of_known == name].mean(0) for name in names]))
-    distances = ((np.sqrt(asked_NE)[:, None] - centroids[None]) ** 2).sum(-1)
-    nearest = np.asarray(names)[distances.argmin(1)]
-    return np.asarray(nearest == np.asarray(asked_domains))
-
-
-def pool_overlap(inside_NE: np.ndarray, domains: Sequence[str]) -> Overlap:
-    """Of all pairs of different documents. Needs two documents of every domain, and two domains."""
-    pools = inside_NE.astype(np.float32)
-    shared = pools @ pools.T
-    sizes = pools.sum(1)
-    jaccard = shared / np.maximum(sizes[:, None] + sizes[None] - shared, 1)
-    of_document = np.asarray(domains)
-    members = [np.flatnonzero(of_document == name) for name in sorted(set(domains))]
-    same, cross = [], []
-    for number, mine in enumerate(members):
-        block = jaccard[np.ix_(mine, mine)]
-        same.append((block.sum() - np.trace(block)) / (len(mine) * (len(mine) - 1)))
-        cross += [jaccard[np.ix_(mine, other)].mean() for other in members[number + 1 :]]
-    return Overlap(float(np.mean(same)), float(np.mean(cross)))
-
 
 COMPONENTS = 64
 MAX_FITTED = 40_000
@@ -64,7 +32,7 @@ MAX_FAMILIES = 8
 
 @dataclass(frozen=True, slots=True)
 class TokenClusters:
-    """Clusters are numbered by size, the largest 0.
+    """The clusters of tokens, numbered by size, the largest 0.
 
     `label_T` is each token's cluster, `closeness_T` its cosine to that cluster's centre, `family_K` groups clusters
     whose centres are near, `explained` is the share of variance that the kept components hold, and `num_fitted` says
@@ -83,7 +51,7 @@ class TokenClusters:
 
 
 def cluster_tokens(probs_TC: np.ndarray, num_clusters: int, seed: int) -> TokenClusters:
-    """PCA, then spherical k-means: rows of length one, centres too. The same for the same seed.
+    """Groups tokens by PCA and spherical k-means: rows and centres of length one. The same for the same seed.
 
     Raises InvalidRequest for fewer tokens than clusters.
     """
@@ -120,7 +88,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def _families(centres_KP: np.ndarray) -> np.ndarray:
-    """[K]: which centres are near one another. Families are numbered in the order of their largest clusters."""
+    """The family of each cluster, [K]: their centres are near one another. Numbered by their largest clusters."""
     if len(centres_KP) < 2:
         return np.zeros(len(centres_KP), dtype=int)
     grouping = AgglomerativeClustering(min(MAX_FAMILIES, len(centres_KP)), linkage="ward")
@@ -131,7 +99,7 @@ def _families(centres_KP: np.ndarray) -> np.ndarray:
 
 
 def counts_of(label_T: np.ndarray, kind_T: np.ndarray, num_clusters: int, num_kinds: int) -> np.ndarray:
-    """[K, kinds] int64: how many of a cluster's tokens are of each kind (a domain, a piece of text)."""
+    """The number of a cluster's tokens of each kind (a domain, a piece of text): [K, kinds] int64."""
     counts = np.bincount(label_T * num_kinds + kind_T, minlength=num_clusters * num_kinds)
     return counts.reshape(num_clusters, num_kinds)
 
@@ -144,7 +112,7 @@ def concentration(count_KX: np.ndarray, largest: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LayerCoverage:
-    """One layer. Rows are domains, columns its routed experts.
+    """The experts of one layer by domain. Rows are domains, columns its routed experts.
 
     `held_DR`: the share of a domain's documents whose pool holds the expert. `mass_DR`: the expert's share of the
     gate probability over the domain's tokens. `overlap_same` and `overlap_other`: of two documents' pools, the share
@@ -162,7 +130,7 @@ class LayerCoverage:
 def coverage(
     probs_NTC: Sequence[np.ndarray], domain_N: np.ndarray, num_domains: int, facts: RoutingFacts, share: float = 0.125
 ) -> tuple[LayerCoverage, ...]:
-    """Every sparse layer. A document's pool: its experts of the largest gate probability over its tokens.
+    """The coverage of every sparse layer. A document's pool is its experts of the largest gate probability.
 
     `share` is of all experts of a layer, shared ones included, but a pool never has fewer than a token picks. The
     probabilities are of an unrestricted forward in every layer.
@@ -201,3 +169,77 @@ def _layer_coverage(
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
+
+
+# --- documents, traced ------------------------------------------------------------------------------------------------
+
+
+LENGTH_STEP = 64
+"""Documents are padded to a multiple of this: half precision on a CPU compiles and keeps kernels for every length."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracedDocument:
+    """A document's first tokens and how they are routed.
+
+    `pieces` joined are its text to there; `probs_TC` is float32, each layer sums to 1.
+    """
+
+    domain: str
+    name: str
+    pieces: tuple[str, ...]
+    probs_TC: np.ndarray
+
+
+class GateTracer:
+    """Runs documents through a model with all its experts and keeps the gates' probabilities. One at a time."""
+
+    def __init__(self, paged: PagedModel, tokenizer: Tokenizer) -> None:
+        self._paged = paged
+        self._tokenizer = tokenizer
+        self.max_tokens = int(paged.config.max_position_embeddings)
+
+    def trace(self, document: Document, max_tokens: int) -> TracedDocument:
+        """Traces the first tokens, as many as the model's context holds. Raises InvalidRequest, ExpertUnavailable."""
+        encoding = encode(self._tokenizer, document.text, add_special_tokens=False)
+        ids = tuple(encoding.ids[: min(max_tokens, self.max_tokens)])
+        if not ids:
+            raise InvalidRequest(f"document {document.name!r} of {document.domain} has no tokens; leave it out")
+        pieces = tuple(text_pieces(document.text, encoding.offsets[: len(ids)]))
+        return TracedDocument(document.domain, document.name, pieces, self.probabilities(ids))
+
+    def probabilities(self, token_ids: Ids) -> np.ndarray:
+        """The gates' probabilities over the routed experts, the layers side by side: [T, C] float32."""
+        probs_LTR: dict[int, np.ndarray] = {}
+
+        def keep(layer: int, probs_TR: Tensor, _: Tensor) -> None:
+            probs_LTR[layer] = probs_TR[: len(token_ids)].cpu().numpy()
+
+        # No token of the text looks at the padding behind it.
+        num_padding = min(-len(token_ids) % LENGTH_STEP, self.max_tokens - len(token_ids))
+        with recording(self._paged, keep):
+            run_document(self._paged, token_ids, num_padding=num_padding)
+        return np.concatenate([probs_LTR[layer] for layer in sorted(probs_LTR)], axis=1)
+
+
+def trace_documents(
+    model: Path, documents: Sequence[Document], max_tokens: int, *, device: str, dtype: str | None, budgets: Budgets
+) -> tuple[RoutingFacts, list[TracedDocument]]:
+    """Loads a checkpoint and traces each document: its facts and the traces. Raises PagerError."""
+    tokenizer = tokenizer_of(model)
+    paged = load_paged_model(model, device=device, dtype=dtype, budgets=budgets)
+    try:
+        tracer = GateTracer(paged, tokenizer)
+        return paged.facts, [tracer.trace(document, max_tokens) for document in documents]
+    finally:
+        paged.close()
+
+
+def text_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """Yields the text between the ends of neighbouring tokens: joined, it is the text again.
+
+    A token may be a part of a character; the character then belongs to its first token, and the others are empty.
+    """
+    starts = accumulate((end for _, end in offsets), max, initial=0)
+    for start, (_, end) in zip(starts, offsets, strict=False):
+        yield text[start : max(start, end)]

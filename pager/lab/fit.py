@@ -1,91 +1,72 @@
-"""Fits `router.safetensors` in closed form: ridge regressions around typical points. Numpy only."""
+"""Fits `router.safetensors` in closed form, from documents that a model has read.
+
+First what a model says of documents, then the fit: ridge regressions around typical points, in numpy only.
+Legend: T tokens, K experts a token picks, R routed experts of a layer, O those of all layers side by side, D hidden,
+N prompts, I inputs, Z features, M typical points, C columns of tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
+from pager.lab.recording import Ids, mean_probabilities, recording, run_document
 from pager.predict.fitted import PENALTIES, STAND_IN, PredictorFile, Stage, fit_recall, pool_like, recall_features
-from pager.types import ExpertPool, RoutingScores
+from pager.predict.trunk import TrunkPredictor
+from pager.types import ExpertPool, PoolPolicy, PoolSize, RoutingFacts, RoutingScores, Share
 
-MAX_COLUMNS = 8192
-MIN_PROMPTS = 2  # that a token must occur in, to be a column
-MAX_SAMPLE = 4096  # rows that typical points are sought among
-ROUNDS = 12
+PENALTY = 1.0
+PROMPT_LENGTHS = (16, 32, 64, 128, 256)
+POOL_SIZES = (Share(0.125), Share(0.25), Share(0.5))
+MIN_TOKENS = 32
+STAND_IN_DOCUMENTS = 320  # of those to be read: some 100,000 tokens for a vector an expert
 
-
-def common_tokens(prompts: Sequence[np.ndarray], vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """`(columns [C], weights [C])`: the most widespread tokens, and how much more a rare one says."""
-    spread_V = np.zeros(vocabulary, np.int64)
-    for ids in prompts:
-        spread_V[np.unique(ids)] += 1
-    order_V = np.argsort(-spread_V, kind="stable")[:MAX_COLUMNS]
-    columns_C = order_V[spread_V[order_V] >= MIN_PROMPTS]
-    weights_C = np.sqrt(np.maximum(np.log((len(prompts) + 1) / (spread_V[columns_C] + 0.5)), 0.05))
-    return columns_C, weights_C.astype(np.float32)
+StandIns = dict[int, np.ndarray]  # [R, D] float32 by sparse layer
+Steps = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+"""Shows progress: called with a name and a number of steps, it gives a context whose value is called after each."""
 
 
-def sublinear_counts(prompts: Sequence[np.ndarray], columns_C: np.ndarray, vocabulary: int) -> np.ndarray:
-    """[N, C]: log(1 + count), a prompt's vector of length 1 over all its tokens, columns or not."""
-    column_V = np.full(vocabulary, -1)
-    column_V[columns_C] = np.arange(len(columns_C))
-    rows_NC = np.zeros((len(prompts), len(columns_C)), np.float32)
-    for row, ids in enumerate(prompts):
-        found, counts = np.unique(ids, return_counts=True)
-        weights = np.log1p(counts)
-        known = column_V[found] >= 0
-        rows_NC[row, column_V[found[known]]] = weights[known] / np.sqrt(weights @ weights)
-    return rows_NC
+def fit_checkpoint(model: Path, paged: PagedModel, documents: Sequence[Ids], seed: int, steps: Steps) -> Fit:
+    """Fits the routing-only passes of `paged`, which was loaded from `model`.
+
+    The documents should be in random order. Raises InvalidRequest for too few.
+    """
+    stand_ins = _fit_stand_ins(paged, documents, seed, steps)
+    trunk = TrunkPredictor.load(model, device=str(paged.device), dtype=paged.dtype, stand_ins=stand_ins)
+    reader = DocumentReader(paged, trunk, seed=seed)
+    readings = []
+    with steps("reading documents", len(documents)) as advance:
+        for ids in documents:
+            reading = reader.read(ids)
+            if reading is not None:
+                readings.append(reading)
+            advance()
+    vocabulary, routed = int(paged.config.vocab_size), paged.facts.routed_per_layer
+    return fit_router(readings, vocabulary, routed, paged.fingerprint, stand_ins=stand_ins)
 
 
-def ridge(inputs_NI: np.ndarray, outputs_NO: np.ndarray, penalty: float) -> np.ndarray:
-    """[I, O]: the least-squares map with `penalty` in units of the inputs' mean squared norm."""
-    num_rows, num_inputs = inputs_NI.shape
-    strength = np.float32(max(penalty * float((inputs_NI**2).sum(dtype=np.float64)) / num_rows, 1e-12))
-    if num_rows <= num_inputs:
-        gram_NN = inputs_NI @ inputs_NI.T
-        gram_NN[np.diag_indices(num_rows)] += strength
-        return np.asarray(inputs_NI.T @ np.linalg.solve(gram_NN, outputs_NO))
-    gram_II = inputs_NI.T @ inputs_NI
-    gram_II[np.diag_indices(num_inputs)] += strength
-    return np.asarray(np.linalg.solve(gram_II, inputs_NI.T @ outputs_NO))
-
-
-def ridge_of_sums(gram_II: np.ndarray, cross_IO: np.ndarray, num_rows: int, penalty: float) -> np.ndarray:
-    """[I, O] float32: `ridge` from `inputs.T @ inputs` and `inputs.T @ outputs`, for rows too many to keep."""
-    strength = max(penalty * float(np.trace(gram_II)) / num_rows, 1e-12)
-    return np.asarray(np.linalg.solve(gram_II + strength * np.eye(len(gram_II)), cross_IO), np.float32)
-
-
-def main_directions(rows_NO: np.ndarray, count: int) -> np.ndarray:
-    """[O, Z]: orthonormal, largest first; as many as the rows can tell apart, at most `count`."""
-    values_O, vectors_OO = np.linalg.eigh(rows_NO.T @ rows_NO)
-    count = max(1, min(count, int((values_O > 1e-6 * values_O[-1]).sum())))
-    basis_OZ = vectors_OO[:, ::-1][:, :count]
-    # A direction's sign is arbitrary; pin it, so that it does not depend on the library.
-    return np.asarray(basis_OZ * np.where(basis_OZ[np.abs(basis_OZ).argmax(0), np.arange(count)] < 0, -1, 1))
-
-
-def typical_points(rows_NZ: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """[M, Z]: k-means of a sample of the rows."""
+def _fit_stand_ins(paged: PagedModel, documents: Sequence[Ids], seed: int, steps: Steps) -> StandIns:
+    sizes = sizes_of_pools(paged.facts)
     random = np.random.default_rng(seed)
-    sample_NZ = rows_NZ[random.permutation(len(rows_NZ))[:MAX_SAMPLE]]
-    points_MZ = sample_NZ[: max(1, min(count, len(sample_NZ)))].copy()
-    for _ in range(ROUNDS):
-        nearest_N = ((points_MZ**2).sum(1) - 2 * sample_NZ @ points_MZ.T).argmin(1)
-        counts_M = np.bincount(nearest_N, minlength=len(points_MZ))
-        sums_MZ = np.zeros_like(points_MZ)
-        np.add.at(sums_MZ, nearest_N, sample_NZ)
-        points_MZ = np.where(counts_M[:, None] > 0, sums_MZ / np.maximum(counts_M, 1)[:, None], points_MZ)
-    return np.asarray(points_MZ, np.float32)
+    fit = StandInFit(paged)
+    chosen = [ids for ids in documents if ids][:STAND_IN_DOCUMENTS]
+    with steps("finding stand-ins", len(chosen)) as advance:
+        for ids in chosen:
+            fit.add(ids, sizes[int(random.integers(len(sizes)))])
+            advance()
+    return fit.fit()
 
 
-MIN_DOCUMENTS = 8
-JUDGED_SHARE = 8  # of experts, in the pools by which passes are judged
-FOLDS = 3
+# --- what a model says of documents -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,9 +84,167 @@ class DocumentReading:
     prefill_pools: tuple[tuple[int, ExpertPool], ...]
 
 
+class StandInFit:
+    """The stand-ins for routed experts: adds up documents, then fits. Owned by the model's thread."""
+
+    def __init__(self, paged: PagedModel) -> None:
+        self._paged = paged
+        self._probs_TR = torch.empty(0)  # of the layer whose experts come next
+        self._num_tokens = 0
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # probs.T @ probs [R, R], probs.T @ added [R, D], float64
+
+    def add(self, token_ids: Ids, size: PoolSize) -> None:
+        """Runs a document under the pool of that size that it chooses for itself."""
+        with recording(self._paged, self._keep_probabilities, self._sum_up):
+            run_document(self._paged, token_ids, PoolPolicy(size=size))
+        self._num_tokens += len(token_ids)
+
+    def fit(self) -> StandIns:
+        """The vector of each routed expert, from all documents added so far."""
+        fitted = {}
+        for layer, (gram_RR, cross_RD) in self._sums.items():
+            fitted[layer] = ridge_of_sums(gram_RR.numpy(), cross_RD.numpy(), self._num_tokens, PENALTY)
+        return fitted
+
+    def _keep_probabilities(self, _: int, probs_TR: Tensor, __: Tensor) -> None:
+        self._probs_TR = probs_TR
+
+    def _sum_up(self, layer: int, experts: Any, inputs: tuple[Tensor, ...], moe_TD: Tensor) -> None:
+        hidden_TD, index_TK, weights_TK = inputs
+        added_TD = moe_TD.float()
+        num_shared = self._paged.facts.shared_per_layer[layer]
+        if num_shared:  # last among a token's picks; past the hook
+            shared = slice(index_TK.shape[1] - num_shared, None)
+            added_TD = added_TD - experts.forward(hidden_TD, index_TK[:, shared], weights_TK[:, shared]).float()
+        probs_RT = self._probs_TR.double().T
+        gram_RR, cross_RD = (probs_RT @ probs_RT.T).cpu(), (probs_RT @ added_TD.double()).cpu()
+        if layer in self._sums:
+            self._sums[layer][0].add_(gram_RR)
+            self._sums[layer][1].add_(cross_RD)
+        else:
+            self._sums[layer] = (gram_RR, cross_RD)
+
+
+class DocumentReader:
+    """Runs documents through a model with all experts and through its trunk, and prompts of them under prefills' pools.
+
+    Owned by one thread.
+    """
+
+    def __init__(self, paged: PagedModel, trunk: TrunkPredictor, *, seed: int) -> None:
+        self._paged = paged
+        self._trunk = trunk
+        self._random = np.random.default_rng(seed)
+        self._sizes = sizes_of_pools(paged.facts)
+
+    def read(self, token_ids: Ids) -> DocumentReading | None:
+        """Reads a document; None for one that is too short to learn from."""
+        ids = tuple(token_ids)
+        if len(ids) < MIN_TOKENS:
+            return None
+        lengths = [length for length in PROMPT_LENGTHS if 2 * length <= len(ids)]
+        trunk = self._trunk.prefix_scores(ids[: lengths[-1]], lengths)
+        prompts = [int(self._random.integers(len(lengths))) for _ in self._sizes]
+        pools = [self._prefill_pool(ids[: lengths[n]], size) for n, size in zip(prompts, self._sizes, strict=True)]
+        return DocumentReading(
+            ids, np.concatenate(mean_probabilities(self._paged, [ids])), trunk, tuple(zip(prompts, pools, strict=True))
+        )
+
+    def _prefill_pool(self, ids: Ids, size: PoolSize) -> ExpertPool:
+        pool = run_document(self._paged, ids, PoolPolicy(size=size)).pool
+        assert pool is not None
+        return pool
+
+
+def sizes_of_pools(facts: RoutingFacts) -> list[Share]:
+    """The sizes to learn from: those of POOL_SIZES that hold a token's picks."""
+    top_k, experts = max(facts.top_k_per_layer), max(facts.experts_per_layer)
+    return [size for size in POOL_SIZES if size.share * experts - 1 >= top_k] or [POOL_SIZES[-1]]
+
+
+# --- the fit ----------------------------------------------------------------------------------------------------------
+
+
+MAX_COLUMNS = 8192
+MIN_PROMPTS = 2  # that a token must occur in, to be a column
+MAX_SAMPLE = 4096  # rows that typical points are sought among
+ROUNDS = 12
+
+
+def common_tokens(prompts: Sequence[np.ndarray], vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most widespread tokens and the weight of each, a rarer one's larger: `(columns [C], weights [C])`."""
+    spread_V = np.zeros(vocabulary, np.int64)
+    for ids in prompts:
+        spread_V[np.unique(ids)] += 1
+    order_V = np.argsort(-spread_V, kind="stable")[:MAX_COLUMNS]
+    columns_C = order_V[spread_V[order_V] >= MIN_PROMPTS]
+    weights_C = np.sqrt(np.maximum(np.log((len(prompts) + 1) / (spread_V[columns_C] + 0.5)), 0.05))
+    return columns_C, weights_C.astype(np.float32)
+
+
+def sublinear_counts(prompts: Sequence[np.ndarray], columns_C: np.ndarray, vocabulary: int) -> np.ndarray:
+    """The token counts of prompts as log(1 + count), each vector of length 1 over all tokens of its prompt: [N, C]."""
+    column_V = np.full(vocabulary, -1)
+    column_V[columns_C] = np.arange(len(columns_C))
+    rows_NC = np.zeros((len(prompts), len(columns_C)), np.float32)
+    for row, ids in enumerate(prompts):
+        found, counts = np.unique(ids, return_counts=True)
+        weights = np.log1p(counts)
+        known = column_V[found] >= 0
+        rows_NC[row, column_V[found[known]]] = weights[known] / np.sqrt(weights @ weights)
+    return rows_NC
+
+
+def ridge(inputs_NI: np.ndarray, outputs_NO: np.ndarray, penalty: float) -> np.ndarray:
+    """The least-squares map [I, O], with `penalty` in units of the inputs' mean squared norm."""
+    num_rows, num_inputs = inputs_NI.shape
+    strength = np.float32(max(penalty * float((inputs_NI**2).sum(dtype=np.float64)) / num_rows, 1e-12))
+    if num_rows <= num_inputs:
+        gram_NN = inputs_NI @ inputs_NI.T
+        gram_NN[np.diag_indices(num_rows)] += strength
+        return np.asarray(inputs_NI.T @ np.linalg.solve(gram_NN, outputs_NO))
+    gram_II = inputs_NI.T @ inputs_NI
+    gram_II[np.diag_indices(num_inputs)] += strength
+    return np.asarray(np.linalg.solve(gram_II, inputs_NI.T @ outputs_NO))
+
+
+def ridge_of_sums(gram_II: np.ndarray, cross_IO: np.ndarray, num_rows: int, penalty: float) -> np.ndarray:
+    """The map of `ridge` from `inputs.T @ inputs` and `inputs.T @ outputs`, for more rows than fit: [I, O] float32."""
+    strength = max(penalty * float(np.trace(gram_II)) / num_rows, 1e-12)
+    return np.asarray(np.linalg.solve(gram_II + strength * np.eye(len(gram_II)), cross_IO), np.float32)
+
+
+def main_directions(rows_NO: np.ndarray, count: int) -> np.ndarray:
+    """The orthonormal main directions, largest first, as many as the rows can tell apart, at most `count`: [O, Z]."""
+    values_O, vectors_OO = np.linalg.eigh(rows_NO.T @ rows_NO)
+    count = max(1, min(count, int((values_O > 1e-6 * values_O[-1]).sum())))
+    basis_OZ = vectors_OO[:, ::-1][:, :count]
+    # A direction's sign is arbitrary; pin it, so that it does not depend on the library.
+    return np.asarray(basis_OZ * np.where(basis_OZ[np.abs(basis_OZ).argmax(0), np.arange(count)] < 0, -1, 1))
+
+
+def typical_points(rows_NZ: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The centres of k-means over a sample of the rows: [M, Z]."""
+    random = np.random.default_rng(seed)
+    sample_NZ = rows_NZ[random.permutation(len(rows_NZ))[:MAX_SAMPLE]]
+    points_MZ = sample_NZ[: max(1, min(count, len(sample_NZ)))].copy()
+    for _ in range(ROUNDS):
+        nearest_N = ((points_MZ**2).sum(1) - 2 * sample_NZ @ points_MZ.T).argmin(1)
+        counts_M = np.bincount(nearest_N, minlength=len(points_MZ))
+        sums_MZ = np.zeros_like(points_MZ)
+        np.add.at(sums_MZ, nearest_N, sample_NZ)
+        points_MZ = np.where(counts_M[:, None] > 0, sums_MZ / np.maximum(counts_M, 1)[:, None], points_MZ)
+    return np.asarray(points_MZ, np.float32)
+
+
+MIN_DOCUMENTS = 8
+JUDGED_SHARE = 8  # of experts, in the pools by which passes are judged
+FOLDS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class FitOptions:
-    """Features and typical points of both passes; ridge penalties in units of the inputs' mean squared norm."""
+    """The numbers of features and typical points; ridge penalties in units of the inputs' mean squared norm."""
 
     lexical_features: int = 48
     lexical_points: int = 128
@@ -118,7 +257,7 @@ class FitOptions:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The file, and how its passes did on documents that their maps had not seen, by source.
+    """The file, and how well its passes did on documents that their maps had not seen, by source.
 
     `recall` of prefills' pools; `recall_error`, the mean absolute error of its estimates; `mass`, how much of a
     document's gate mass a pool of an eighth of the experts holds, over what the best such pool does.
@@ -139,7 +278,7 @@ def fit_router(
     stand_ins: Mapping[int, np.ndarray] | None = None,
     options: FitOptions | None = None,
 ) -> Fit:
-    """The readings should be in random order: folds of them take turns. Raises InvalidRequest for too few.
+    """Fits the file. The readings should be in random order, as folds of them take turns. Raises InvalidRequest.
 
     `stand_ins` are those of the trunk that made the readings; the file takes them along.
     """
@@ -194,7 +333,7 @@ class _Fitter:
         return self._judge(file, {"lexical": unseen_lexical_NO, "fitted": unseen_fitted_NO})
 
     def _features(self, inputs_NI: np.ndarray, count: int, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        """`(down [I, Z], features [N, Z])`: what ridge regression keeps of the inputs; each prompt's as if unseen."""
+        """What ridge regression keeps of the inputs, each prompt's as if unseen: `(down [I, Z], features [N, Z])`."""
         wanted_NO = self._wanted_NO - self._mean_O
         map_IO = ridge(inputs_NI, wanted_NO, penalty)
         basis_OZ = main_directions(inputs_NI @ map_IO, count)
@@ -231,11 +370,11 @@ class _Fitter:
         return Stage(keys, offsets, (head_IO / scale_I[:, None]).astype(np.float32), self._mean_O)
 
     def _turns(self) -> list[np.ndarray]:
-        """For each fold, which prompts are of other documents."""
+        """The prompts of other documents, for each fold."""
         return [self._fold_N != fold for fold in range(FOLDS)]
 
     def _judge(self, file: PredictorFile, unseen: dict[str, np.ndarray]) -> Fit:
-        """Fits the estimates of recall, and says what the passes are worth."""
+        """Fits the estimates of recall, and measures the passes."""
         predictions: dict[str, list[RoutingScores]] = {"trunk": self._trunk}
         for source, outputs_NO in unseen.items():
             rows = zip(outputs_NO, self._trunk, strict=True)
@@ -252,7 +391,7 @@ class _Fitter:
         return Fit(made, recall, error, mass)
 
     def _estimate(self, scores_N: Sequence[RoutingScores]) -> tuple[np.ndarray, float, float]:
-        """`(weights [F], mean recall, mean absolute error of its estimates)`; the error is of folds taking turns."""
+        """Fits an estimate: `(weights [F], mean recall, mean absolute error)`, the error of folds that take turns."""
         pairs = [(scores_N[row], chosen) for document in self._prefill_pools for row, chosen in document]
         pools = [pool_like(scores, chosen) for scores, chosen in pairs]
         features_NF = np.stack([recall_features(scores, pool) for (scores, _), pool in zip(pairs, pools, strict=True)])

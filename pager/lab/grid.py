@@ -13,8 +13,9 @@ import numpy as np
 
 from pager.errors import ConfigError, PoolTooSmall
 from pager.lab.corpus import Text, digest_of
-from pager.lab.forwards import Layers, Outcome
+from pager.lab.forwards import Outcome
 from pager.lab.methods import FULL, choose, size_of
+from pager.lab.recording import Layers
 from pager.lab.subject import Subject
 from pager.types import ExpertPool
 
@@ -31,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FullCell(Cell):
-    """With all experts; `best_P` holds every document's predictions, one document after the other."""
+    """The cell with all experts; `best_P` holds every document's predictions, one document after the other."""
 
     best_P: np.ndarray
     prompt_means_NE: np.ndarray
@@ -52,7 +53,7 @@ class CellStore:
                 raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
 
     def load(self, name: str) -> Cell | None:
-        """None where there is none, or where it was made under other conditions."""
+        """Reads a cell; None where there is none, or where it was made under other conditions."""
         path = self._path(name)
         if path is None or not path.is_file():
             return None
@@ -65,7 +66,7 @@ class CellStore:
             return None  # it is made again, and written over
 
     def save(self, name: str, cell: Cell) -> None:
-        """Whole or not at all."""
+        """Writes a cell, whole or not at all."""
         path = self._path(name)
         if path is None:
             return
@@ -96,7 +97,7 @@ def _one_cell(stored: dict[str, np.ndarray]) -> Cell:
 
 
 def pack_pools(pools: list[ExpertPool], routed_per_layer: tuple[int, ...]) -> np.ndarray:
-    """bool [N, E]."""
+    """Pools as bits, one row each: bool [N, E]."""
     inside_NE = np.zeros((len(pools), sum(routed_per_layer)), bool)
     starts = np.cumsum([0, *routed_per_layer])
     for row, pool in enumerate(pools):
@@ -115,7 +116,7 @@ def unpack_pools(inside_NE: np.ndarray, routed_per_layer: tuple[int, ...]) -> li
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What came out. `cells` by (method, percent of the experts); `left_out` says which were not to be had, and why."""
+    """The measured cells by (method, percent of the experts), and those that could not be measured, with the reason."""
 
     full: FullCell
     cells: Mapping[tuple[str, float], Cell]
@@ -130,7 +131,10 @@ def run_grid(
     *,
     done: Callable[[str], None] = lambda _: None,
 ) -> Grid:
-    """`done` hears of each cell, by name. Raises InvalidRequest, ExpertUnavailable."""
+    """Measures every cell that `store` does not have. `done` is called with each cell's name.
+
+    Raises InvalidRequest, ExpertUnavailable.
+    """
     full = store.load(FULL)
     if not isinstance(full, FullCell):
         full = _full_cell(subject)
@@ -155,7 +159,7 @@ def run_grid(
 
 
 def conditions_of(subject: Subject, calibration: Sequence[Text]) -> str:
-    """Names all that a cell depends on beside its method and size."""
+    """A digest of all that a cell depends on beside its method and size."""
     router = "none" if subject.predictor_file is None else _digest_of_weights(subject.predictor_file.weights)
     parts = (
         "expert-pager cell 1",
@@ -170,7 +174,7 @@ def conditions_of(subject: Subject, calibration: Sequence[Text]) -> str:
 
 
 def predicted_tokens(texts: Sequence[Text], prompt_tokens: int) -> np.ndarray:
-    """[N]: how many tokens of each document are predicted."""
+    """The number of tokens of each document that are predicted: [N]."""
     return np.array([len(text.token_ids) - prompt_tokens for text in texts])
 
 

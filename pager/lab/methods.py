@@ -1,21 +1,31 @@
-"""From a method's name and a size to one pool a document. What is known of each document is its prompt, unless said."""
+"""The selection methods: every way to choose a pool, by name.
+
+A method chooses from example texts (`select`, as `expert-pager calibrate` does), for each document of an evaluation
+(`choose`), or both. What is known of a document is its prompt, unless the method says otherwise. Rules 17 to 20 of EMO
+name the paper's methods.
+Legend: L layers, R routed experts of a layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from pager.errors import InvalidRequest
-from pager.lab.selection import RENAMED, random_layers, select
-from pager.lab.subject import Subject, pools_of_examples
+from pager.lab.recording import Examples, Layers, Probe
+from pager.lab.subject import Subject
 from pager.pools.named import mean_scores
-from pager.pools.pick import largest_counts, pick_pool, share_out
-from pager.types import ExpertPool, PoolPolicy, PoolSize, PoolSource, RoutingScores, Share
+from pager.pools.pick import largest_counts, pick_layer, pick_pool, resolve_size, share_out
+from pager.types import Bytes, ExpertPool, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores, Share
 
 FULL = "full"
 BY_LAYER = "+layers"
 """Behind a method's name: the same bytes in all, shared out over the layers."""
+RENAMED = {"fused": "prefill"}
+"""Names of earlier versions, which are still read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +36,136 @@ class Choice:
     voters: int | None = None
 
 
+Choose = Callable[[Subject, PoolSize], Choice]
+OfDocuments = Callable[[Subject], list[RoutingScores]]
+OfExamples = Callable[[Probe, Examples, PoolSize, int], Layers]
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
-    """`says` completes "chosen by ..." in a report."""
+    """One way to choose a pool.
 
-    choose: Callable[[Subject, PoolSize], Choice]
+    `says` completes "chosen by ..." in a report. `examples` scores the experts for some examples, and `documents` for
+    each document of an evaluation, at every size. `choose` chooses for each document of an evaluation where that is
+    more than taking the best of `documents`. `shared_out_by` is the method whose scores share experts out over layers,
+    where it is another one. `needs`: maps fitted to the checkpoint, or other documents of the domain.
+    """
+
     says: str
-    needs: Literal["router", "others"] | None = None  # maps fitted to the checkpoint, other documents of the domain
+    examples: OfExamples | None = None
+    documents: OfDocuments | None = None
+    choose: Choose | None = None
+    needs: Literal["router", "others"] | None = None
+    shared_out_by: str | None = None
+    is_mass: bool = True  # its scores are gate probabilities
+    is_layer_by_layer: bool = False  # a layer's scores depend on what the layers below it chose
+
+
+def current_name(name: str) -> str:
+    """`name`, or what it is called today, with what stands behind it."""
+    base = name.removesuffix(BY_LAYER)
+    return RENAMED.get(base, base) + name[len(base) :]
+
+
+# --- from examples ----------------------------------------------------------------------------------------------------
+
+
+def select(method: str, probe: Probe, examples: Examples, size: PoolSize, *, seed: int = 0) -> ExpertPool:
+    """The pool of `size` that `method` chooses from one or more examples, as token ids. Only `random` has a seed.
+
+    Raises InvalidRequest for an unknown method and for examples that the method cannot use, PoolTooSmall.
+    """
+    chosen = method_of(method)
+    if chosen.is_layer_by_layer and isinstance(size, Bytes):
+        # Bytes are shared out before the first layer can choose, by the probabilities with all experts.
+        size = resolve_size(size, RoutingScores(probe.mean_probabilities(examples), "mean", 1), probe.facts)
+    pool = pick_pool(score(method, probe, examples, size, seed=seed), size, probe.facts)
+    return pool if chosen.is_mass else replace(pool, covered_mass=None)
+
+
+def score(method: str, probe: Probe, examples: Examples, size: PoolSize, *, seed: int = 0) -> RoutingScores:
+    """The scores behind `select`. Those of `prefill` and `greedy` hold for this size alone, which is not in bytes."""
+    of_examples = method_of(method).examples
+    assert of_examples is not None
+    if not examples or not all(examples):
+        what = "one of them is empty" if examples else "there are none"
+        raise InvalidRequest(
+            f"a pool is made from examples, and {what}; give at least one token each", field="examples"
+        )
+    layers = of_examples(probe, examples, size, seed)
+    return RoutingScores(layers, source=current_name(method), num_tokens=sum(map(len, examples)))
+
+
+def method_of(name: str) -> Method:
+    """The method that chooses from examples under this name. Raises InvalidRequest where there is none."""
+    name = current_name(name)
+    if name not in FROM_EXAMPLES:
+        known = ", ".join(FROM_EXAMPLES)
+        raise InvalidRequest(f"{name!r} is not a selection method; known are {known}", field="method")
+    return METHODS[name]
+
+
+def _mean(probe: Probe, examples: Examples, _: PoolSize, __: int) -> Layers:
+    return probe.mean_probabilities(examples)
+
+
+def _greedy(probe: Probe, examples: Examples, size: PoolSize, _: int) -> Layers:
+    """Layer by layer, each measured with the layers below pruned to what they chose from all the examples together."""
+    facts, counts = probe.facts, largest_counts(size, probe.facts)
+    means: list[np.ndarray] = []
+    chosen: list[tuple[int, ...]] = []
+    for layer, routed in enumerate(facts.routed_per_layer):
+        means.append(probe.layer_probabilities(examples, chosen) if routed else np.zeros(0))
+        chosen.append(pick_layer(means[-1], size, counts[layer], facts.top_k_per_layer[layer]))
+    return tuple(means)
+
+
+def _prefill(probe: Probe, examples: Examples, size: PoolSize, _: int) -> Layers:
+    """What each example would choose for itself as a prompt, averaged: of one example, the pool of that request."""
+    return _average([probe.prefill_probabilities(example, size) for example in examples], examples)
+
+
+def _predicted(source: str) -> OfExamples:
+    def predict(probe: Probe, examples: Examples, _: PoolSize, __: int) -> Layers:
+        return _average([probe.predicted(source, example).mean_LR for example in examples], examples)
+
+    return predict
+
+
+def random_layers(facts: RoutingFacts, seed: int) -> Layers:
+    """Scores whose order is a shuffle of each layer's experts: a larger pool holds the smaller ones of the same seed.
+
+    Numpy's legacy generator draws the same numbers in every version, and those of `torch.randperm` after
+    `torch.manual_seed(seed)`, which the reference implementation used.
+    """
+    draw = np.random.RandomState(seed)
+    layers = []
+    for routed in facts.routed_per_layer:
+        order = list(range(routed))
+        for place in range(routed - 1):
+            other = place + int(draw.randint(0, 2**32, dtype=np.uint32)) % (routed - place)
+            order[place], order[other] = order[other], order[place]
+        scores_R = np.empty(routed)
+        scores_R[order] = np.arange(routed, 0, -1.0)
+        layers.append(scores_R / max(scores_R.sum(), 1.0))
+    return tuple(layers)
+
+
+def _average(layers_of: Sequence[Layers], examples: Examples) -> Layers:
+    """The mean over all tokens, from each example's own."""
+    weights = np.array([len(example) for example in examples], dtype=np.float64)
+    weights /= weights.sum()
+    return tuple(np.tensordot(weights, np.stack(layer), axes=1) for layer in zip(*layers_of, strict=True))
+
+
+# --- for the documents of an evaluation -------------------------------------------------------------------------------
 
 
 def methods_for(subject: Subject, names: Sequence[str] | None) -> list[str]:
     """`names`, checked; None: all that this checkpoint and these documents allow. Raises InvalidRequest."""
     if names is None:
         return [name for name in METHODS if _obstacle(subject, name) is None]
-    names = [_renamed(name) for name in names]
+    names = [current_name(name) for name in names]
     for name in names:
         base = name.removesuffix(BY_LAYER)
         if base not in METHODS:
@@ -47,28 +173,25 @@ def methods_for(subject: Subject, names: Sequence[str] | None) -> list[str]:
                 f"{name!r} is not a method; known are {', '.join(METHODS)}, and with {BY_LAYER} behind it any "
                 "that has scores"
             )
-        if name.endswith(BY_LAYER) and base not in SCORES and base != "prefill":
+        if name.endswith(BY_LAYER) and _sharing(base) is None:
             raise InvalidRequest(f"{base!r} has no scores of its own to share experts out over layers by")
         if (obstacle := _obstacle(subject, base)) is not None:
             raise InvalidRequest(f"method {name!r} {obstacle}")
     return names
 
 
-def _renamed(name: str) -> str:
-    base = name.removesuffix(BY_LAYER)
-    return RENAMED.get(base, base) + name[len(base) :]
-
-
 def choose(subject: Subject, name: str, size: PoolSize) -> Choice:
-    """Raises PoolTooSmall for a size below what a gate picks for one token."""
-    largest_counts(size, subject.facts)
+    """A policy for each document. Raises PoolTooSmall for a size below what a gate picks for one token."""
+    counts = largest_counts(size, subject.facts)
     base = name.removesuffix(BY_LAYER)
+    method = METHODS[base]
     if base == name:
-        return METHODS[name].choose(subject, size)
-    total = sum(largest_counts(size, subject.facts))
-    by_document = SCORES["trunk" if base == "prefill" else base](subject)
-    sizes = [share_out(scores, total, subject.facts) for scores in by_document]
-    if base == "prefill":
+        return method.choose(subject, size) if method.choose is not None else _best(method, subject, size)
+    sharing = _sharing(base)
+    assert sharing is not None, "checked by methods_for"
+    by_document = sharing(subject)
+    sizes = [share_out(scores, sum(counts), subject.facts) for scores in by_document]
+    if method.documents is None:
         return Choice([PoolPolicy(size) for size in sizes])
     pairs = zip(by_document, sizes, strict=True)
     return Choice([_fixed(pick_pool(scores, size, subject.facts)) for scores, size in pairs])
@@ -79,6 +202,12 @@ def size_of(percent: float) -> PoolSize:
     return Share(percent / 100)
 
 
+def _sharing(base: str) -> OfDocuments | None:
+    """The scores that share experts out over layers for a method."""
+    method = METHODS[base]
+    return METHODS[method.shared_out_by].documents if method.shared_out_by else method.documents
+
+
 def _obstacle(subject: Subject, name: str) -> str | None:
     method = METHODS[name]
     if method.needs == "router" and subject.predictor_file is None:
@@ -86,6 +215,11 @@ def _obstacle(subject: Subject, name: str) -> str | None:
     if method.needs == "others" and not subject.is_calibrated:
         return "chooses from other documents of each domain; give --calibration"
     return None
+
+
+def _best(method: Method, subject: Subject, size: PoolSize) -> Choice:
+    assert method.documents is not None
+    return Choice([_fixed(pick_pool(scores, size, subject.facts)) for scores in method.documents(subject)])
 
 
 def _fixed(pool: ExpertPool) -> PoolPolicy:
@@ -101,15 +235,32 @@ def _from_whole(subject: Subject, size: PoolSize) -> Choice:
 
 
 def _one_example(subject: Subject, size: PoolSize) -> Choice:
-    pools = pools_of_examples(subject, subject.one_example_each(), size)
-    return Choice([_fixed(pool) for pool in pools])
+    """The pool of one other document, layer by layer over all of it; examples that occur often run once."""
+    examples = subject.one_example_each()
+    distinct = list(dict.fromkeys(examples))
+    pools = dict(zip(distinct, subject.forwards.pools(distinct, size), strict=True))
+    return Choice([_fixed(pools[example]) for example in examples])
 
 
 def _named(subject: Subject, size: PoolSize) -> Choice:
-    """What `expert-pager calibrate` makes of one example, where it is not told how."""
+    """What `expert-pager calibrate` makes of one example where no method is given."""
     examples, score = subject.one_example_each(), subject.router("fitted")
     pools = {ids: pick_pool(score(ids), size, subject.facts) for ids in dict.fromkeys(examples)}
     return Choice([_fixed(pools[ids]) for ids in examples])
+
+
+def _greedy_of_domain(subject: Subject, size: PoolSize) -> Choice:
+    pools = {domain: select("greedy", subject.probe, subject.few(domain), size) for domain in subject.domains}
+    return Choice([_fixed(pools[text.domain]) for text in subject.texts])
+
+
+def _frequency(subject: Subject, size: PoolSize) -> Choice:
+    pool = select("frequency", subject.probe, subject.prompts[:1], size)
+    return Choice([_fixed(pool)] * len(subject.texts))
+
+
+def _predicted_of_prompt(source: str) -> OfDocuments:
+    return lambda subject: list(subject.predicted(source))
 
 
 def _mean_of_prompt(subject: Subject) -> list[RoutingScores]:
@@ -121,60 +272,58 @@ def _mean_of_domain(subject: Subject) -> list[RoutingScores]:
     return [of_domain[text.domain] for text in subject.texts]
 
 
+def _easy_ep_of_domain(subject: Subject) -> list[RoutingScores]:
+    return [subject.easy_ep[text.domain] for text in subject.texts]
+
+
 def _random(subject: Subject) -> list[RoutingScores]:
     seeds = range(subject.seed, subject.seed + len(subject.texts))
     return [RoutingScores(random_layers(subject.facts, seed), "random", 1) for seed in seeds]
 
 
-def _predicted(source: str) -> Callable[[Subject], list[RoutingScores]]:
-    return lambda subject: list(subject.predicted(source))
-
-
-def _by_scores(name: str) -> Callable[[Subject, PoolSize], Choice]:
-    def choose(subject: Subject, size: PoolSize) -> Choice:
-        return Choice([_fixed(pick_pool(scores, size, subject.facts)) for scores in SCORES[name](subject)])
-
-    return choose
-
-
-def _easy_ep_of_domain(subject: Subject) -> list[RoutingScores]:
-    return [subject.easy_ep[text.domain] for text in subject.texts]
-
-
-def _greedy(subject: Subject, size: PoolSize) -> Choice:
-    pools = {domain: select("greedy", subject.probe, subject.few(domain), size) for domain in subject.domains}
-    return Choice([_fixed(pools[text.domain]) for text in subject.texts])
-
-
-def _frequency(subject: Subject, size: PoolSize) -> Choice:
-    pool = select("frequency", subject.probe, subject.prompts[:1], size)
-    return Choice([_fixed(pool)] * len(subject.texts))
-
-
-SCORES: dict[str, Callable[[Subject], list[RoutingScores]]] = {
-    "trunk": _predicted("trunk"),
-    "lexical": _predicted("lexical"),
-    "fitted": _predicted("fitted"),
-    "mean": _mean_of_prompt,
-    "easy-ep": _easy_ep_of_domain,
-    "calibrated": _mean_of_domain,
-    "random": _random,
-}
-
 METHODS: dict[str, Method] = {
-    "prefill": Method(_from_prompt, "the prompt's prefill, layer by layer, as the worker does it"),
-    "trunk": Method(_by_scores("trunk"), "the routing-only pass over the prompt"),
-    "lexical": Method(_by_scores("lexical"), "the prompt's token counts alone", needs="router"),
-    "fitted": Method(_by_scores("fitted"), "the routing-only pass and the token counts, fitted", needs="router"),
-    "mean": Method(_by_scores("mean"), "the mean gate probability over the prompt, with all experts"),
-    "one-example": Method(_one_example, "one other document of the domain, layer by layer"),
-    "named": Method(_named, "one other document of the domain, fitted, as a named pool is", needs="router"),
-    "greedy": Method(_greedy, "five other documents of the domain, layer by layer", needs="others"),
-    "easy-ep": Method(_by_scores("easy-ep"), "five other documents of the domain, EASY-EP", needs="others"),
-    "calibrated": Method(
-        _by_scores("calibrated"), "the mean gate probability over many other documents of the domain", needs="others"
+    "prefill": Method(
+        "the prompt's prefill, layer by layer, as the worker does it",
+        examples=_prefill, choose=_from_prompt, shared_out_by="trunk", is_layer_by_layer=True,
     ),
-    "frequency": Method(_frequency, "how often experts are picked in all domains' documents", needs="others"),
-    "random": Method(_by_scores("random"), "a draw for every document"),
-    "future": Method(_from_whole, "the whole document, what is to be predicted included"),
-}
+    "trunk": Method(
+        "the routing-only pass over the prompt", examples=_predicted("trunk"), documents=_predicted_of_prompt("trunk")
+    ),
+    "lexical": Method(
+        "the prompt's token counts alone",
+        examples=_predicted("lexical"), documents=_predicted_of_prompt("lexical"), needs="router",
+    ),
+    "fitted": Method(
+        "the routing-only pass and the token counts, fitted",
+        examples=_predicted("fitted"), documents=_predicted_of_prompt("fitted"), needs="router",
+    ),
+    "mean": Method(
+        "the mean gate probability over the prompt, with all experts", examples=_mean, documents=_mean_of_prompt
+    ),
+    "one-example": Method("one other document of the domain, layer by layer", choose=_one_example),
+    "named": Method("one other document of the domain, fitted, as a named pool is", choose=_named, needs="router"),
+    "greedy": Method(
+        "five other documents of the domain, layer by layer",
+        examples=_greedy, choose=_greedy_of_domain, needs="others", is_layer_by_layer=True,
+    ),
+    "easy-ep": Method(
+        "five other documents of the domain, EASY-EP",
+        examples=lambda probe, examples, _, __: probe.easy_ep(examples),
+        documents=_easy_ep_of_domain, needs="others", is_mass=False,
+    ),
+    "calibrated": Method(
+        "the mean gate probability over many other documents of the domain", documents=_mean_of_domain, needs="others"
+    ),
+    "frequency": Method(
+        "how often experts are picked in all domains' documents",
+        examples=lambda probe, _, __, ___: probe.frequency(), choose=_frequency, needs="others", is_mass=False,
+    ),
+    "random": Method(
+        "a draw for every document",
+        examples=lambda probe, _, __, seed: random_layers(probe.facts, seed), documents=_random, is_mass=False,
+    ),
+    "future": Method("the whole document, what is to be predicted included", choose=_from_whole),
+}  # fmt: skip
+
+FROM_EXAMPLES = tuple(name for name, method in METHODS.items() if method.examples is not None)
+"""The methods that choose from examples."""

@@ -18,7 +18,7 @@ SMALLEST_RISE = 1e-3  # nats; what is below is drawn there, on a logarithmic axi
 
 
 def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """PNGs: rise against size, rise against bytes read, rise by domain. Nothing where there is only the full model."""
+    """Draws PNGs: rise against size, against bytes read, and by domain. Nothing where there is the full model only."""
     if not evaluation.figures:
         return []
     return [
@@ -29,7 +29,7 @@ def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 
 def plot_rises(panels: Sequence[tuple[str, Sequence[Figures]]], path: Path) -> Path:
-    """A panel a model: rise of the loss against the share of experts kept, a line a method, with intervals."""
+    """Draws a panel a model: rise of the loss against the share of experts kept, a line a method, with intervals."""
     figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (name, figures) in zip(all_axes, panels, strict=True):
@@ -50,7 +50,7 @@ def plot_rises(panels: Sequence[tuple[str, Sequence[Figures]]], path: Path) -> P
 
 
 def plot_paging(name: str, figures: Sequence[Figures], path: Path) -> Path:
-    """What a document costs in bytes read against what it costs in loss: down and left is better."""
+    """Draws the loss of a document against its bytes read: down and left is better."""
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
     for style, (method, found) in zip(_styles(), _by_method(figures).items(), strict=False):
@@ -62,7 +62,7 @@ def plot_paging(name: str, figures: Sequence[Figures], path: Path) -> Path:
 
 
 def plot_domains(evaluation: Evaluation, path: Path) -> Path:
-    """Heat map: rise by domain, a column a method and size."""
+    """Draws a heat map of the rise by domain, a column a method and size."""
     domains, columns = evaluation.bootstrap.domains, evaluation.figures
     rises = np.array([[each.domains[domain].rise.mean for each in columns] for domain in domains])
     figure = Figure(figsize=(2 + 0.42 * len(columns), 1.8 + 0.3 * len(domains)), layout="constrained")
@@ -78,7 +78,7 @@ def plot_domains(evaluation: Evaluation, path: Path) -> Path:
 
 
 def _by_method(figures: Sequence[Figures]) -> dict[str, list[Figures]]:
-    """Of each method its sizes, ascending."""
+    """The figures of each method, by ascending size."""
     return {
         method: sorted((each for each in figures if each.method == method), key=lambda each: each.percent)
         for method in dict.fromkeys(each.method for each in figures)
@@ -86,7 +86,7 @@ def _by_method(figures: Sequence[Figures]) -> dict[str, list[Figures]]:
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    """Endless; neighbours differ in colour and marker."""
+    """Line styles without end; neighbours differ in colour and marker."""
     colours = mpl.colormaps["tab10"]
     for number in itertools.count():
         yield {"color": colours(number % 10), "marker": "os^vD<>pPX"[number % 10], "linestyle": "-:"[number // 10 % 2]}

@@ -16,16 +16,17 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pager.cache.policy import POLICIES, EvictionPolicy, make_policy
 from pager.cache.trace import Access, Trace
 from pager.errors import ConfigError
+from pager.memory.units import format_bytes, parse_bytes_or_share
 from pager.observe.metrics import Instruments, Kind, Labels, Metric
 from pager.types import ExpertKey
 
 OPTIMUM = "optimum"
-"""Belady's rule: evict what is needed last. Nothing that does not know the future does better (without pins)."""
+"""Belady's rule: evict what is needed last. Without pins, no policy misses less."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """Experts, not bytes. `num_slots` is the budget; every miss is a read that somebody waits for."""
+    """What a policy hit and missed, in experts. `num_slots` is the budget; every miss is a read that is waited for."""
 
     policy: str
     num_slots: int
@@ -38,14 +39,14 @@ class ReplayResult:
 
 
 def replay(trace: Trace, policy: str, num_slots: int) -> ReplayResult:
-    """`policy` is a name of `POLICIES`, or OPTIMUM. Raises ConfigError for any other."""
+    """Replays a trace. `policy` is a name of `POLICIES`, or OPTIMUM; ConfigError for any other."""
     order = Optimum(trace.accesses) if policy == OPTIMUM else make_policy(policy)
     hits, misses = _Cache(num_slots, order).run(trace.accesses)
     return ReplayResult(policy, num_slots, hits, misses)
 
 
 def replay_all(trace: Trace, num_slots: int) -> list[ReplayResult]:
-    """Every policy, the fewest misses first, the optimum at the end."""
+    """The results of every policy, the fewest misses first, the optimum at the end."""
     results = sorted((replay(trace, name, num_slots) for name in POLICIES), key=lambda result: result.misses)
     return [*results, replay(trace, OPTIMUM, num_slots)]
 
@@ -86,7 +87,7 @@ class _Cache:
         self._pins[key] = (pins or 0) + 1
 
     def _make_room(self, num_wanted: int) -> int:
-        """How many of `num_wanted` slots there are, after evicting for them."""
+        """Evicts for `num_wanted` slots and returns how many of them there are."""
         num_free = self._num_slots - len(self._pins)
         for victim in list(islice(self._policy.victims(), max(0, num_wanted - num_free))):
             self._policy.remove(victim)
@@ -103,7 +104,7 @@ class _Cache:
 
 
 class Optimum:
-    """An eviction policy that was told all accesses beforehand."""
+    """An eviction policy that knows all accesses beforehand."""
 
     def __init__(self, accesses: Sequence[Access]) -> None:
         self._uses: defaultdict[ExpertKey, deque[int]] = defaultdict(deque)
@@ -132,6 +133,27 @@ class Optimum:
         return self._uses[key][0] if self._uses[key] else math.inf
 
 
+@dataclass(frozen=True, slots=True)
+class BudgetResults:
+    """A trace under one budget, which is written as the user wrote it. The optimum is the last result."""
+
+    budget: str
+    num_slots: int
+    results: list[ReplayResult]
+
+
+def replay_budgets(trace: Trace, budgets: Sequence[str]) -> list[BudgetResults]:
+    """Replays every policy under every budget, in bytes or as a share of all routed experts. Raises ConfigError."""
+    expert_bytes, num_experts = trace.header.expert_bytes, trace.header.num_experts
+    found = []
+    for budget in budgets:
+        num_slots = min(parse_bytes_or_share(budget, num_experts * expert_bytes) // expert_bytes, num_experts)
+        if num_slots < 1:
+            raise ConfigError(f"budget {budget!r} holds no expert of {format_bytes(expert_bytes)}")
+        found.append(BudgetResults(budget, num_slots, replay_all(trace, num_slots)))
+    return found
+
+
 _BY_POLICY = Labels(("policy", "budget"), ())
 
 REPLAY_FAMILIES = (
@@ -156,7 +178,7 @@ REPLAY_FAMILIES = (
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """One budget under one policy. `more_missed_bytes` is with a gibibyte more."""
+    """The metrics of one budget under one policy. `more_missed_bytes` is with a gibibyte more."""
 
     policy: str
     budget: str
@@ -164,6 +186,23 @@ class CurvePoint:
     hit_rate: float
     missed_bytes: int
     more_missed_bytes: int
+
+
+def curve(trace: Trace, tables: Sequence[BudgetResults]) -> Iterator[CurvePoint]:
+    """Replays every budget once more, with a gibibyte added and at most room for all experts."""
+    expert_bytes, num_experts = trace.header.expert_bytes, trace.header.num_experts
+    for table in tables:
+        more = min(num_experts, table.num_slots + 2**30 // expert_bytes)
+        fewer_misses = {result.policy: result.misses for result in replay_all(trace, more)}
+        for result in table.results:
+            yield CurvePoint(
+                result.policy,
+                table.budget,
+                table.num_slots * expert_bytes,
+                result.hit_rate,
+                result.misses * expert_bytes,
+                fewer_misses[result.policy] * expert_bytes,
+            )
 
 
 def write_curve(points: Iterable[CurvePoint], path: Path) -> None:
@@ -182,7 +221,7 @@ def write_curve(points: Iterable[CurvePoint], path: Path) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as file:
             file.write(generate_latest(registry))
-            os.fchmod(file.fileno(), 0o644)  # who collects it is somebody else
+            os.fchmod(file.fileno(), 0o644)  # its collector runs as another user
         os.replace(temporary, path)
     except OSError as error:
         raise ConfigError(f"the curve cannot be written to {path}: {error.strerror}") from None

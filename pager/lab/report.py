@@ -1,19 +1,22 @@
-"""From cells to figures with intervals: one JSON object, and Markdown tables."""
+"""An evaluation: from a checkpoint to figures with intervals, as one JSON object, Markdown tables and plots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from pager.cache.index import CacheIndex
 from pager.cache.policy import make_policy
-from pager.lab.corpus import digest_of
-from pager.lab.grid import Cell, Grid, predicted_tokens, unpack_pools
-from pager.lab.methods import BY_LAYER, FULL, METHODS
-from pager.lab.subject import Subject
+from pager.lab.corpus import Text, digest_of
+from pager.lab.grid import Cell, CellStore, Grid, conditions_of, predicted_tokens, run_grid, unpack_pools
+from pager.lab.methods import BY_LAYER, FULL, METHODS, methods_for
+from pager.lab.subject import Ask, Subject, open_subject
 from pager.memory.units import format_bytes
 from pager.types import ExpertPool
 
@@ -36,10 +39,10 @@ class Interval:
 
 
 class Bootstrap:
-    """Every quantity sees the same resamples, so that differences and quotients of two are paired by document."""
+    """Resamples of the documents, the same for every quantity: differences and quotients are paired by document."""
 
     def __init__(self, domains: Sequence[str], *, resamples: int = 1000, seed: int = 0) -> None:
-        """`domains` [N]: each document's."""
+        """`domains` [N] names each document's domain."""
         random = np.random.default_rng(seed)
         of_document = np.asarray(domains)
         self.domains = sorted(set(domains))
@@ -50,7 +53,7 @@ class Bootstrap:
         }
 
     def of_domain(self, domain: str, values_N: np.ndarray, weights_N: np.ndarray) -> Interval:
-        """Sum of the values over sum of the weights, of this domain's documents."""
+        """The sum of the values over the sum of the weights, of this domain's documents."""
         return Interval.of(*self._ratio(domain, values_N, weights_N))
 
     def mean_over_domains(self, values_N: np.ndarray, weights_N: np.ndarray) -> Interval:
@@ -70,7 +73,7 @@ class Bootstrap:
 
 
 def experts_read(pools: Sequence[ExpertPool], num_slots: int, policy: str = "lru") -> list[int]:
-    """For each pool, one after the other and each let go of before the next, how many experts were not there yet.
+    """The number of experts that each pool finds missing, when each is released before the next is taken.
 
     `num_slots` holds the largest pool. Starts empty.
     """
@@ -103,7 +106,7 @@ class DomainFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One method at one size. Losses and rises in nats a token, means over domains of means over their tokens.
+    """The figures of one method at one size, means over domains of means over their tokens, in nats a token.
 
     `rise` is the loss minus the full model's on the same documents. `bytes_paged` a document: what a cache of the
     largest pool's size reads when the documents come in a shuffled order.
@@ -138,7 +141,7 @@ class Evaluation:
         return next((each for each in self.figures if (each.method, each.percent) == (method, percent)), None)
 
     def rise_replicates(self, method: str, percent: float) -> tuple[float, np.ndarray]:
-        """The rise and its resamples, to be set against another's."""
+        """The rise and its resamples, to be compared with another's."""
         cell = self.grid.cells[method, percent]
         return self.bootstrap.replicates(cell.nats_N - self.grid.full.nats_N, self.tokens_N)
 
@@ -172,7 +175,7 @@ class Evaluation:
         )
 
     def _memory(self, cell: Cell) -> tuple[float, float, float]:
-        """Routed experts kept, bytes of experts resident, bytes paged: means a document."""
+        """The routed experts kept, bytes of experts resident and bytes paged: means a document."""
         plan, facts = self.subject.paged.plan, self.subject.facts
         routed = sum(facts.routed_per_layer)
         order = np.random.default_rng(self.seed).permutation(len(self.tokens_N))
@@ -186,7 +189,7 @@ class Evaluation:
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """What the JSON file holds."""
+    """The content of the JSON file."""
     subject = evaluation.subject
     plan = subject.paged.plan
     texts = subject.texts
@@ -224,7 +227,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def to_markdown(evaluation: Evaluation) -> str:
-    """Rises by method and size; then agreement and memory; then losses by domain."""
+    """The report in Markdown: rises by method and size, agreement and memory, losses by domain."""
     return (
         "\n\n".join(
             [
@@ -242,7 +245,7 @@ def to_markdown(evaluation: Evaluation) -> str:
 
 
 def rise_table(evaluations: Sequence[Evaluation]) -> str:
-    """Rise of the loss in nats a token with its 95 % interval, a row a method, a column a size."""
+    """A table of the rise of the loss in nats a token with its 95 % interval, a row a method, a column a size."""
     rows = []
     for evaluation in evaluations:
         for method in _methods(evaluation):
@@ -253,7 +256,7 @@ def rise_table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """A table in Markdown, its first column text and the others figures."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -343,3 +346,47 @@ def _figures_dict(figures: Figures) -> dict[str, Any]:
             for domain, each in figures.domains.items()
         },
     }
+
+
+# --- from a checkpoint to its report --------------------------------------------------------------------------------
+
+
+def evaluate(
+    ask: Ask, tokenizer: Tokenizer, cells: Path | None = None, *, done: Callable[[str, int], None] = lambda *_: None
+) -> Evaluation:
+    """Opens the model and measures it. `cells` is a folder that keeps results for another try.
+
+    `done` is called with each cell's name and the number of cells.
+
+    Raises InvalidRequest, CheckpointError, BudgetError, ExpertUnavailable.
+    """
+    with open_subject(ask, tokenizer) as (subject, calibration):
+        return evaluate_subject(ask, subject, calibration, cells, done=done)
+
+
+def evaluate_subject(
+    ask: Ask,
+    subject: Subject,
+    calibration: Sequence[Text],
+    cells: Path | None = None,
+    *,
+    done: Callable[[str, int], None] = lambda *_: None,
+) -> Evaluation:
+    """Measures a subject that is open already."""
+    methods = methods_for(subject, ask.methods)
+    store = CellStore(cells, conditions_of(subject, calibration))
+    total = 1 + len(methods) * sum(percent < 100 for percent in ask.percents)
+    grid = run_grid(subject, methods, ask.percents, store, done=lambda name: done(name, total))
+    return Evaluation(ask.model.resolve().name, subject, grid, resamples=ask.resamples, seed=ask.seed)
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Writes `evaluation.json`, `evaluation.md` and plots into a folder that exists."""
+    from pager.lab.plots import write_plots
+
+    written = [folder / "evaluation.json", folder / "evaluation.md"]
+    written[0].write_text(json.dumps(to_dict(evaluation), indent=1) + "\n", encoding="utf-8")
+    plots = write_plots(evaluation, folder)
+    pictures = "\n".join(f"![{path.stem}]({path.name})" for path in plots)
+    written[1].write_text(f"{to_markdown(evaluation)}\n{pictures}\n", encoding="utf-8")
+    return [*written, *plots]

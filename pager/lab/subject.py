@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 
-import numpy as np
+from tokenizers import Tokenizer
 
-from pager.engine.paged_model import PagedModel
+from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
-from pager.lab.corpus import Cut, Text, domains_of
-from pager.lab.forwards import Forwards, GateMeans, Outcome
-from pager.lab.probe import PagedProbe
-from pager.lab.selection import score
+from pager.lab.corpus import Cut, Text, domains_of, read_texts
+from pager.lab.forwards import Forwards, GateMeans, Outcome, experts_in_bulk
+from pager.lab.recording import Probe
+from pager.memory.plan import Budgets
 from pager.models.open_model import OpenModel
-from pager.pools.pick import pick_pool
 from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
 from pager.predict.trunk import FittedPredictor, TrunkPredictor
-from pager.types import ExpertPool, Full, PoolSize, RoutingScores
+from pager.types import RoutingScores
 
 FEW_EXAMPLES = 5  # of a domain, for the methods that the paper gives one to five
 SAMPLE_PER_DOMAIN = 20  # documents that the global frequency is counted over
 OTHERS_PER_DOMAIN = 16  # documents that take turns to be the one example of their domain
+PERCENTS = (50.0, 25.0, 12.5, 6.25)
+
+
+def parse_percents(text: str) -> tuple[float, ...]:
+    """Pool sizes in percent of a layer's experts, from "25,12.5%". Raises InvalidRequest."""
+    try:
+        percents = tuple(float(part) for part in text.replace("%", "").split(","))
+    except ValueError:
+        percents = ()
+    if not percents or not all(0 < percent <= 100 for percent in percents):
+        raise InvalidRequest(f"--sizes {text!r} is not a list of percentages above 0 and up to 100, like 25,12.5")
+    return percents
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """An evaluation to be made: of which model, on which documents, how. `methods` None: all that are to be had."""
+
+    model: Path
+    documents: tuple[str, ...]
+    calibration: tuple[str, ...] = ()
+    methods: tuple[str, ...] | None = None
+    percents: tuple[float, ...] = PERCENTS
+    cut: Cut = field(default_factory=Cut)
+    max_documents: int | None = None
+    calibration_documents: int = 160
+    expert_memory: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    resamples: int = 1000
 
 
 class Subject:
-    """Mutable only in what it remembers. `calibration` are other documents, by domain; empty where none were given."""
+    """The model and its texts. What was computed once is remembered; nothing else of it changes."""
 
     def __init__(
         self,
@@ -40,6 +70,7 @@ class Subject:
         calibration: Sequence[Text] = (),
         seed: int = 0,
     ) -> None:
+        """`calibration` are other documents of the same domains; empty where none were given."""
         self.path = path
         self.paged = paged
         self.facts = paged.facts
@@ -56,7 +87,7 @@ class Subject:
         self._predicted: dict[str, list[RoutingScores]] = {}
 
     def calibration(self, domain: str) -> Sequence[tuple[int, ...]]:
-        """Other documents of a domain. Raises InvalidRequest where there are none."""
+        """The other documents of a domain. Raises InvalidRequest where there are none."""
         found = self._calibration.get(domain, [])
         if not found:
             given = "no calibration documents were given" if not self._calibration else f"none are of {domain!r}"
@@ -77,7 +108,7 @@ class Subject:
 
     @cached_property
     def full(self) -> tuple[list[Outcome], list[GateMeans]]:
-        """Every text with all experts."""
+        """The outcome of every text with all experts, and what the gates wanted."""
         return self.forwards.full(self.ids)
 
     @cached_property
@@ -86,29 +117,36 @@ class Subject:
         return {domain: self._mean_scores(self.calibration(domain)) for domain in self.domains}
 
     @cached_property
-    def probe(self) -> PagedProbe:
-        """For the methods that need more than scores. `frequency` counts over all domains' calibration documents."""
+    def probe(self) -> Probe:
+        """The probe of the methods that need more than scores.
+
+        `frequency` counts over all domains' calibration documents.
+        """
         sample = [ids for domain in self.domains for ids in self.calibration(domain)[:SAMPLE_PER_DOMAIN]]
-        return PagedProbe(self.paged, sample=sample)
+        return Probe(self.paged, sample=sample)
 
     @cached_property
     def easy_ep(self) -> Mapping[str, RoutingScores]:
         """EASY-EP's scores of a few examples of each domain, good for every size."""
-        return {domain: score("easy-ep", self.probe, self.few(domain), Full()) for domain in self.domains}
+        examples = {domain: self.few(domain) for domain in self.domains}
+        return {
+            domain: RoutingScores(self.probe.easy_ep(few), "easy-ep", sum(map(len, few)))
+            for domain, few in examples.items()
+        }
 
     def few(self, domain: str) -> Sequence[tuple[int, ...]]:
-        """As many examples as the paper gives a method."""
+        """As many examples of a domain as the paper gives a method."""
         return self.calibration(domain)[:FEW_EXAMPLES]
 
     def predicted(self, source: str) -> Sequence[RoutingScores]:
-        """What a routing-only pass says of each prompt. Raises InvalidRequest where the checkpoint has none fitted."""
+        """The scores that a routing-only pass gives each prompt. Raises InvalidRequest as `router` does."""
         if source not in self._predicted:
             score = self.router(source)
             self._predicted[source] = [score(prompt) for prompt in self.prompts]
         return self._predicted[source]
 
     def router(self, source: str) -> Callable[[Sequence[int]], RoutingScores]:
-        """The pass itself. Raises InvalidRequest."""
+        """The routing-only pass of this name. Raises InvalidRequest where the checkpoint has none fitted."""
         if source == "trunk":
             return self._trunk.scores
         if self.predictor_file is None:
@@ -120,7 +158,7 @@ class Subject:
         return FittedPredictor(self.predictor_file, self._trunk).scores
 
     def one_example_each(self) -> list[tuple[int, ...]]:
-        """For every text one other document of its domain: of the calibration where given, else of the texts."""
+        """One other document of its domain for every text: of the calibration where given, else of the texts."""
         turns = dict.fromkeys(self.domains, 0)
         return [self._another(text, turns) for text in self.texts]
 
@@ -147,37 +185,23 @@ class Subject:
         return [RoutingScores(mean.whole_LR, "mean", len(ids)) for mean, ids in zip(means, texts, strict=True)]
 
 
-def pools_of_examples(subject: Subject, examples: Sequence[tuple[int, ...]], size: PoolSize) -> list[ExpertPool]:
-    """The pool of each example, layer by layer over all of it; examples that occur often run once."""
-    distinct = list(dict.fromkeys(examples))
-    pools = dict(zip(distinct, subject.forwards.pools(distinct, size), strict=True))
-    return [pools[example] for example in examples]
+@contextmanager
+def open_subject(ask: Ask, tokenizer: Tokenizer) -> Iterator[tuple[Subject, list[Text]]]:
+    """Opens the model with its texts and the calibration texts, and closes it at the end.
 
-
-def recalls(predicted: Sequence[ExpertPool], chosen: Sequence[ExpertPool]) -> np.ndarray:
-    """[N]: the share of each document's own prefill's pool that was predicted."""
-    return np.array([mine.recall_of(actual) for mine, actual in zip(predicted, chosen, strict=True)])
-
-
-def estimate_errors(subject: Subject, source: str, size: PoolSize, chosen: Sequence[ExpertPool]) -> np.ndarray:
-    """[N]: how far the recall that `source` expects of its pool lies from what it is. The checkpoint has its maps."""
-    assert subject.predictor_file is not None
-    errors = []
-    for scores, actual in zip(subject.predicted(source), chosen, strict=True):
-        pool = pick_pool(scores, size, subject.facts)
-        errors.append(abs(subject.predictor_file.expected_recall(scores, pool) - pool.recall_of(actual)))
-    return np.array(errors)
-
-
-def seconds_a_prompt(
-    score: Callable[[Sequence[int]], RoutingScores], prompt: Sequence[int], *, repeats: int = 200
-) -> float:
-    """Median time of one pass over a prompt, warm."""
-    for _ in range(5):
-        score(prompt)
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        score(prompt)
-        times.append(time.perf_counter() - started)
-    return median(times)
+    Experts that do not fit into memory are paged. Raises InvalidRequest, CheckpointError, BudgetError.
+    """
+    budgets = Budgets(expert_memory=ask.expert_memory)
+    paged = load_paged_model(ask.model, device=ask.device, dtype=ask.dtype, budgets=budgets)
+    try:
+        cut = ask.cut.check(int(paged.config.max_position_embeddings))
+        texts = read_texts(ask.documents, tokenizer, cut, max_documents=ask.max_documents, seed=ask.seed)
+        calibration: list[Text] = []
+        if ask.calibration:
+            calibration = read_texts(
+                ask.calibration, tokenizer, cut, max_documents=ask.calibration_documents, seed=ask.seed
+            )
+        with experts_in_bulk(paged):
+            yield Subject(ask.model, paged, texts, cut, calibration=calibration, seed=ask.seed), calibration
+    finally:
+        paged.close()

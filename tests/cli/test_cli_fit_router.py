@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pager.cli.fit_router import sample_texts
+from pager.lab.corpus import sample_texts
 from pager.models.open_model import OpenModel
 from pager.predict.fitted import LexicalPredictor, PredictorFile
 
@@ -80,12 +80,13 @@ def test_every_file_gives_as_many_documents(tmp_path: Path) -> None:
         files.append(tmp_path / f"{name}.jsonl.gz")
         with gzip.open(files[-1], "wt") as lines:
             lines.writelines(json.dumps({"text": f"{name} {number}"}) + "\n\n" for number in range(count))
-    texts = sample_texts(files, 30, seed=1)
+    patterns = [str(file) for file in files]
+    texts = sample_texts(patterns, 30, seed=1)
     kinds = [text.split()[0] for text in texts]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"many": 10, "few": 3, "some": 10}
     assert len(set(texts)) == 23
-    assert texts == sample_texts(files, 30, seed=1)
-    assert texts != sample_texts(files, 30, seed=2)
+    assert texts == sample_texts(patterns, 30, seed=1)
+    assert texts != sample_texts(patterns, 30, seed=2)
     assert kinds != sorted(kinds), "kinds are mixed, so that a fold of documents holds all of them"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pager.cli.replay import replay
+from pager.cli.lab import replay
 from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]

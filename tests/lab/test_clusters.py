@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from pager.errors import InvalidRequest
-from pager.lab.clusters import cluster_tokens, concentration, counts_of, coverage, unit_rows
+from pager.lab.clusters import cluster_tokens, concentration, counts_of, coverage, text_pieces, unit_rows
 from pager.lab.corpus import Document, sample_documents
-from pager.lab.traces import text_pieces
 from pager.types import RoutingFacts
 
 FACTS = RoutingFacts(experts_per_layer=(9, 0, 17), shared_per_layer=(1, 0, 1), top_k_per_layer=(2, 0, 3))

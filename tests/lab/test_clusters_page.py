@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Locator, Page
 import pager.lab.cluster_page as cluster_page
 from pager.errors import InvalidRequest
 from pager.lab.cluster_page import ModelReport, build_page, embed_json, make_report
-from pager.lab.traces import TracedDocument
+from pager.lab.clusters import TracedDocument
 from pager.types import RoutingFacts
 
 FACTS = RoutingFacts(experts_per_layer=(17, 0, 17), shared_per_layer=(1, 0, 1), top_k_per_layer=(3, 0, 3))

@@ -13,8 +13,8 @@ from tokenizers.models import BPE
 
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
+from pager.lab.clusters import GateTracer
 from pager.lab.corpus import Document
-from pager.lab.traces import GateTracer
 from pager.memory.plan import Budgets
 from pager.models import EmoForCausalLM
 
@@ -42,9 +42,10 @@ def test_probabilities_are_those_of_the_unpaged_model(load: Callable[[str], Page
         logits = plain(ids, output_router_logits=True).router_logits
     shared = plain.config.num_shared_experts
     expected = torch.cat([layer.reshape(70, -1)[:, :-shared].softmax(-1) for layer in logits], 1).numpy()
-    tracer = GateTracer(load(expert_memory), Tokenizer(BPE()))
+    paged = load(expert_memory)
+    tracer = GateTracer(paged, Tokenizer(BPE()))
     found = tracer.probabilities(ids[0].tolist())
-    assert found.shape == (70, sum(tracer.routed_per_layer))
+    assert found.shape == (70, sum(paged.facts.routed_per_layer))
     assert np.abs(found - expected).max() < 1e-5
     again = tracer.probabilities(ids[0, :7].tolist())  # a shorter one leaves nothing of the longer
     assert np.abs(again - expected[:7]).max() < 1e-5

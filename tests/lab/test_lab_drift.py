@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from benchmarks.evidence_drift import ChangingText, changing_texts, read
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
 from pager.lab.corpus import Text
-from pager.lab.drift import ChangingText, changing_texts, read
 from pager.memory.plan import Budgets
 from pager.types import Count, DriftAction, DriftPolicy, PoolPolicy
 

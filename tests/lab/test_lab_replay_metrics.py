@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pager.cli.replay import replay
+from pager.cli.lab import replay
 from pager.errors import ConfigError
 
 EXPERT_BYTES = 2**29  # half of what one more gibibyte is

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from pager.cli.evaluate import parse_sizes
 from pager.errors import InvalidRequest
 from pager.lab import grid as grid_module
 from pager.lab.corpus import Cut, digest_of, read_texts
-from pager.lab.report import SCHEMA, to_dict, to_markdown
-from pager.lab.run import Ask, evaluate, write_report
+from pager.lab.report import SCHEMA, evaluate, to_dict, to_markdown, write_report
+from pager.lab.subject import Ask, parse_percents
 
 CUT = Cut(prompt_tokens=10, context_tokens=48)
 METHODS = (
@@ -182,6 +181,6 @@ def test_the_command_prints_a_table_and_writes_a_folder(ask: Ask, tmp_path: Path
 
 @pytest.mark.parametrize("text", ["0", "120", "", "a,b", "50,-1"])
 def test_sizes_are_percentages(text: str) -> None:
-    assert parse_sizes("100,50%,6.25") == (100.0, 50.0, 6.25)
+    assert parse_percents("100,50%,6.25") == (100.0, 50.0, 6.25)
     with pytest.raises(InvalidRequest, match="not a list of percentages"):
-        parse_sizes(text)
+        parse_percents(text)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest, PoolTooSmall
-from pager.lab.probe import PagedProbe
-from pager.lab.selection import METHODS, random_layers, score, select
+from pager.lab.methods import FROM_EXAMPLES, random_layers, score, select
+from pager.lab.recording import Probe
 from pager.memory.plan import Budgets
 from pager.pools.pick import check_pool, pick_pool
 from pager.predict.trunk import TrunkPredictor
@@ -78,7 +78,7 @@ def test_sets_and_logits_are_the_recorded_ones(
 ) -> None:
     facts, tensors = recorded
     paged = load(expert_memory=expert_memory)
-    pool = select(method, PagedProbe(paged), facts["calib"], Count(keep - 1))
+    pool = select(method, Probe(paged), facts["calib"], Count(keep - 1))
     kept = facts[f"{RECORDED[method]}{keep}.experts_kept_per_layer"]
     assert [[*experts, 15] for experts in pool.experts] == kept
     document = paged.document(PoolPolicy(source=PoolSource.FIXED, fixed=pool))
@@ -90,7 +90,7 @@ def test_sets_and_logits_are_the_recorded_ones(
 @pytest.mark.parametrize("keep", [4, 8])
 def test_greedy_scores_are_the_recorded_ones(load: Callable[..., PagedModel], recorded: Any, keep: int) -> None:
     facts, tensors = recorded
-    scores = score("greedy", PagedProbe(load()), facts["calib"], Count(keep - 1))
+    scores = score("greedy", Probe(load()), facts["calib"], Count(keep - 1))
     for layer, mean_R in enumerate(scores.mean_LR):
         np.testing.assert_allclose(mean_R, tensors[f"greedy{keep}.avg_probs.{layer}"][:15].double(), atol=1e-6)
     assert (scores.source, scores.num_tokens) == ("greedy", sum(map(len, facts["calib"])))
@@ -98,7 +98,7 @@ def test_greedy_scores_are_the_recorded_ones(load: Callable[..., PagedModel], re
 
 def test_easy_ep_scores_are_the_recorded_ones(load: Callable[..., PagedModel], recorded: Any) -> None:
     facts, tensors = recorded
-    scores = score("easy-ep", PagedProbe(load()), facts["calib"], Count(3))
+    scores = score("easy-ep", Probe(load()), facts["calib"], Count(3))
     for layer, score_R in enumerate(scores.mean_LR):
         np.testing.assert_allclose(score_R, tensors[f"easy_ep.scores.{layer}"][:15], rtol=1e-4)
 
@@ -109,15 +109,15 @@ def test_prefill_is_the_pool_that_a_request_with_this_prompt_chooses(load: Calla
         document = paged.document(PoolPolicy(size))
         with torch.inference_mode(), paged.step([document], prefill=True):
             paged.model(torch.tensor(EXAMPLES[:1]), use_cache=False)
-        pool = select("prefill", PagedProbe(paged), EXAMPLES[:1], size)
-        assert select("fused", PagedProbe(paged), EXAMPLES[:1], size) == pool, "by its earlier name"
+        pool = select("prefill", Probe(paged), EXAMPLES[:1], size)
+        assert select("fused", Probe(paged), EXAMPLES[:1], size) == pool, "by its earlier name"
         assert document.pool is not None
         assert pool.experts == document.pool.experts
         assert pool.covered_mass == pytest.approx(document.pool.covered_mass)
 
 
 def test_greedy_on_one_example_is_the_prefill(load: Callable[..., PagedModel]) -> None:
-    probe = PagedProbe(load(expert_memory="25%"))
+    probe = Probe(load(expert_memory="25%"))
     prefill, greedy = (score(method, probe, EXAMPLES[:1], Count(5)) for method in ("prefill", "greedy"))
     for prefill_R, greedy_R in zip(prefill.mean_LR, greedy.mean_LR, strict=True):
         np.testing.assert_allclose(prefill_R, greedy_R, atol=1e-6)
@@ -146,13 +146,13 @@ def test_scores_of_every_family_are_those_of_its_plain_model(
     family, config = VARIANTS[variant]
     made = small(family, **config)
     examples = [made.prompt(1, length, seed=length)[0].tolist() for length in (20, 3, 9)]
-    probe = PagedProbe(load(made.path, "50%"), sample=examples, predictors=all_predictors(made.path))
+    probe = Probe(load(made.path, "50%"), sample=examples, predictors=all_predictors(made.path))
     expected = by_hand(made.plain, examples, probe.facts)
     for method, rtol in (("mean", 1e-4), ("frequency", 1e-9), ("easy-ep", 1e-3)):
         scores = score(method, probe, examples, Count(4))
         for layer_R, expected_R in zip(scores.mean_LR, expected[method], strict=True):
             np.testing.assert_allclose(layer_R, expected_R, rtol=rtol, atol=1e-6)
-    for method in METHODS:
+    for method in FROM_EXAMPLES:
         pool = check_pool(select(method, probe, examples, Count(4)), probe.facts)
         assert [len(experts) for experts in pool.experts] == [min(4, num) for num in probe.facts.routed_per_layer]
 
@@ -199,8 +199,8 @@ def by_hand(plain: PreTrainedModel, examples: list[list[int]], facts: RoutingFac
 
 def test_every_method_names_the_same_pool_whatever_the_budget(load: Callable[..., PagedModel]) -> None:
     predictors = all_predictors()
-    probes = [PagedProbe(load(expert_memory=memory), predictors=predictors, sample=SAMPLE) for memory in ("100%", "7%")]
-    for method in METHODS:
+    probes = [Probe(load(expert_memory=memory), predictors=predictors, sample=SAMPLE) for memory in ("100%", "7%")]
+    for method in FROM_EXAMPLES:
         pools = [select(method, probe, EXAMPLES, Count(5)) for probe in probes]
         assert pools[0].experts == pools[1].experts, method
 
@@ -210,8 +210,8 @@ SIZES: list[PoolSize] = [Full(), Share(0.5), Mass(0.7), Mass(0.99, 4), Counts((3
 
 @pytest.mark.parametrize("size", SIZES, ids=repr)
 def test_every_method_takes_every_size(load: Callable[..., PagedModel], size: PoolSize) -> None:
-    probe = PagedProbe(load(), predictors=all_predictors(), sample=SAMPLE)
-    for method in METHODS:
+    probe = Probe(load(), predictors=all_predictors(), sample=SAMPLE)
+    for method in FROM_EXAMPLES:
         pool = check_pool(select(method, probe, EXAMPLES, size), probe.facts)
         if isinstance(size, Bytes):
             assert pool.num_experts == 24
@@ -223,13 +223,13 @@ def test_every_method_takes_every_size(load: Callable[..., PagedModel], size: Po
 
 
 def test_greedy_runs_with_the_counts_that_its_bytes_are_shared_out_to(load: Callable[..., PagedModel]) -> None:
-    probe = PagedProbe(load())
+    probe = Probe(load())
     pool = select("greedy", probe, EXAMPLES, Bytes(24 * 24576))
     assert pool == select("greedy", probe, EXAMPLES, Counts(tuple(map(len, pool.experts))))
 
 
 def test_examples_count_by_their_tokens(load: Callable[..., PagedModel]) -> None:
-    probe = PagedProbe(load(), predictors=all_predictors())
+    probe = Probe(load(), predictors=all_predictors())
     for method in ("trunk", "prefill", "mean"):
         together = score(method, probe, EXAMPLES, Full()).mean_LR
         each = [score(method, probe, [example], Full()).mean_LR for example in EXAMPLES]
@@ -245,7 +245,7 @@ def test_routers_that_can_not_tell_experts_apart_give_the_lower_ids(
     for layer in made.plain.model.layers:
         layer.mlp.gate.weight.data.zero_()
     made.plain.save_pretrained(made.path)
-    probe = PagedProbe(load(made.path), predictors=all_predictors(made.path))
+    probe = Probe(load(made.path), predictors=all_predictors(made.path))
     for method in ("mean", "greedy", "prefill", "trunk"):
         assert select(method, probe, [[1, 2, 3]], Count(4)).experts == ((0, 1, 2, 3),) * 3
         assert select(method, probe, [[1, 2, 3]], Bytes(10 * probe.facts.expert_bytes)).experts == (
@@ -254,14 +254,14 @@ def test_routers_that_can_not_tell_experts_apart_give_the_lower_ids(
 
 
 def test_frequency_is_of_the_sample_and_not_of_the_examples(load: Callable[..., PagedModel]) -> None:
-    probe = PagedProbe(load(), sample=SAMPLE)
+    probe = Probe(load(), sample=SAMPLE)
     pools = {select("frequency", probe, [example], Count(4)).experts for example in EXAMPLES}
     assert len(pools) == 1
     assert select("mean", probe, SAMPLE, Count(4)).experts not in pools
 
 
 def test_random_pools_of_one_seed_grow_and_those_of_another_differ(load: Callable[..., PagedModel]) -> None:
-    probe = PagedProbe(load())
+    probe = Probe(load())
     four, eight = (select("random", probe, [[1]], Count(count)) for count in (4, 8))
     assert set(four.keys()) < set(eight.keys())
     assert select("random", probe, EXAMPLES, Count(4)) == four
@@ -284,8 +284,8 @@ def test_the_model_answers_as_before(load: Callable[..., PagedModel]) -> None:
 
     logits()  # what is in slots already runs in another kernel than what is being paged in
     before = logits()
-    probe = PagedProbe(paged, predictors=all_predictors(), sample=SAMPLE)
-    for method in METHODS:
+    probe = Probe(paged, predictors=all_predictors(), sample=SAMPLE)
+    for method in FROM_EXAMPLES:
         select(method, probe, EXAMPLES, Count(4))
     assert torch.equal(logits(), before)
     assert paged.open_step is None
@@ -312,7 +312,7 @@ BAD: dict[str, tuple[str, list[list[int]], PoolSize, type[Exception], str]] = {
 def test_what_can_not_be_done_is_said(load: Callable[..., PagedModel], case: str) -> None:
     method, examples, size, error, message = BAD[case]
     with pytest.raises(error, match=message):
-        select(method, PagedProbe(load()), examples, size)
+        select(method, Probe(load()), examples, size)
 
 
 def test_a_prefill_can_not_share_bytes_out_but_takes_counts(load: Callable[..., PagedModel]) -> None:

@@ -1,14 +1,17 @@
-"""`expert-pager inspect`: what a checkpoint holds, and what a budget would buy."""
+"""The commands on a checkpoint's files: `expert-pager inspect`, `pack` and `verify`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, HostMemory, KvMemory, ModelPath
-from pager.cli.output import out, print_facts, print_json, print_table
-from pager.errors import PoolTooSmall
+from pager.cli.output import bytes_progress, err, out, print_facts, print_json, print_table
+from pager.errors import ConfigError, PoolTooSmall
 from pager.memory.machine import resolve_device
 from pager.memory.needs import Needs
 from pager.memory.plan import Budgets, Machine, Plan, describe
@@ -17,7 +20,9 @@ from pager.memory.units import format_bytes
 
 if TYPE_CHECKING:
     from pager.models.open_model import OpenModel
+    from pager.store.values import OddItem
 
+MOST_WARNINGS = 10
 POOL_SIZES = ("12.5%", "25%", "50%", "full")
 
 
@@ -49,7 +54,7 @@ def inspect(
     found = OpenModel.open(model, dtype)
     with found.checkpoint:
         needs = needs_of(found, resolved)
-        facts = _facts(found, needs)
+        facts = _facts_of(found, needs)
     made = None
     if plan or any(budget is not None for budget in (expert_memory, host_memory, kv_memory)):
         budgets = Budgets(expert_memory, host_memory, kv_memory, max_running)
@@ -68,7 +73,7 @@ def inspect(
             out.print(line, markup=False)
 
 
-def _facts(found: OpenModel, needs: Needs) -> dict[str, Any]:
+def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
     facts, checkpoint = found.facts, found.checkpoint
     pack_bytes = checkpoint.pack.extents_nbytes if checkpoint.pack else 0
     return {
@@ -125,7 +130,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _range(counts: list[int]) -> str:
-    """'32', or '8 to 32' where layers differ; dense layers don't count."""
+    """A count of experts: '32', or '8 to 32' where layers differ; dense layers do not count."""
     sparse = [count for count in counts if count] or [0]
     return str(sparse[0]) if min(sparse) == max(sparse) else f"{min(sparse)} to {max(sparse)}"
 
@@ -154,3 +159,117 @@ def _print_pools(pools: list[dict[str, Any]], made: Plan | None) -> None:
         row = [pool["size"], _range(pool["routed_per_layer"]), str(pool["slots"]), format_bytes(pool["bytes"])]
         rows.append(row + ([str(pool["fit_at_once"])] if made else []))
     print_table("pools", columns, rows)
+
+
+def pack(
+    model: ModelPath,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to create; must not exist.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Store in float32, bfloat16 or float16. Default: as stored.", metavar="NAME"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a checkpoint so that an expert is one read.
+
+    Every expert becomes one contiguous, aligned, checksummed extent. The folder appears whole or not at all, and can be
+    used wherever the original can. What `expert-pager fit-router` left beside the original goes along.
+
+    Example: `expert-pager pack ./Emo_1b14b_1T ./emo-packed --dtype bfloat16`
+    """
+    from pager.models.open_model import DTYPES, OpenModel
+    from pager.predict.fitted import PREDICTOR_NAME, PredictorFile
+    from pager.store.pack import pack as write_pack
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    source = OpenModel.open(model)
+    with source.checkpoint as checkpoint, bytes_progress("packing") as progress:
+        # Read first, so that another model's is refused before the work begins.
+        router = PredictorFile.load(model, checkpoint.fingerprint) if (model / PREDICTOR_NAME).is_file() else None
+        odd = write_pack(
+            model,
+            output,
+            names=source.family.expert_names,
+            experts_per_layer=source.facts.experts_per_layer,
+            shape=source.family.expert_shape(source.config),
+            dtype=DTYPES[dtype] if dtype else None,
+            progress=progress,
+        )
+    if router is not None:  # the same weights under another fingerprint
+        with OpenModel.open(output).checkpoint as packed:
+            replace(router, fingerprint=packed.fingerprint).save(output / PREDICTOR_NAME)
+    num_experts = sum(source.facts.experts_per_layer)
+    nbytes = sum(path.stat().st_size for path in output.iterdir())
+    _warn_of(odd)
+    if as_json:
+        print_json({"path": str(output), "num_experts": num_experts, "bytes": nbytes, "odd": _odd_dicts(odd)})
+    else:
+        out.print(f"packed {num_experts} experts into {output} ({format_bytes(nbytes)})", markup=False)
+
+
+def verify(
+    model: ModelPath,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the checksums of a plain checkpoint that you trust.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a checkpoint against its checksum.
+
+    A packed checkpoint carries its checksums. For a plain one, `--record` writes them once into `checksums.json` beside
+    it; from then on they are checked here, and whenever a weight is read. Exit status 1 when anything is damaged.
+    Matrices that hold one value only, or values that are no numbers, are a warning: zeros have a checksum as well.
+
+    Example: `expert-pager verify --record ./model && expert-pager verify ./model`
+    """
+    from pager.store.verify import record as record_checksums
+    from pager.store.verify import verify as verify_checksums
+
+    if record:
+        with bytes_progress("recording") as progress:
+            recorded = record_checksums(model, progress)
+        num_tensors = len(recorded.manifest.tensor_checksums)
+        _warn_of(recorded.odd)
+        if as_json:
+            print_json({"path": str(model), "recorded": num_tensors, "odd": _odd_dicts(recorded.odd)})
+        else:
+            out.print(f"recorded the checksums of {num_tensors} tensors in {model}", markup=False)
+        return
+    with bytes_progress("verifying") as progress:
+        report = verify_checksums(model, progress)
+    _warn_of(report.odd)
+    if as_json:
+        bad = [
+            {"name": item.name, "file": item.file, "offset": item.offset, "reason": item.reason} for item in report.bad
+        ]
+        print_json(
+            {
+                "path": str(report.path), "ok": report.ok, "packed": report.packed, "checked": report.num_checked,
+                "bytes": report.nbytes_checked, "bad": bad, "odd": _odd_dicts(report.odd),
+            }
+        )  # fmt: skip
+    else:
+        for item in report.bad:
+            err.print(f"bad: {item.name} at byte {item.offset} of {item.file}: {item.reason}", markup=False)
+        verdict = "all sound" if report.ok else f"{len(report.bad)} damaged; fetch or pack it again"
+        checked = f"{report.num_checked} items, {format_bytes(report.nbytes_checked)}"
+        (out if report.ok else err).print(f"checked {checked}: {verdict}", markup=False)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _warn_of(odd: Sequence[OddItem]) -> None:
+    """Warns of matrices that no checksum can find: bytes that were never written have one too."""
+    for item in odd[:MOST_WARNINGS]:
+        err.print(f"warning: {item.name} in {item.file}: {item.reason}", markup=False)
+    if len(odd) > MOST_WARNINGS:
+        err.print(f"warning: {len(odd) - MOST_WARNINGS} more like these; --json lists them all", markup=False)
+    if odd:
+        err.print(
+            "warning: no trained weights are like this; fetch the files again, or record what you trust", markup=False
+        )
+
+
+def _odd_dicts(odd: Sequence[OddItem]) -> list[dict[str, str]]:
+    return [{"name": item.name, "file": item.file, "reason": item.reason} for item in odd]

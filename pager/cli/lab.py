@@ -1,0 +1,345 @@
+"""The commands of the lab: `expert-pager eval`, `clusters`, `fit-router` and `replay`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath
+from pager.cli.output import busy, err, lab_extra, out, print_json, print_table, steps_progress
+from pager.errors import InvalidRequest, PagerError
+from pager.memory.machine import resolve_device
+from pager.memory.plan import Budgets
+from pager.memory.units import format_bytes
+
+if TYPE_CHECKING:
+    from pager.cache.trace import Trace
+    from pager.lab.fit import Fit
+    from pager.lab.replay import BudgetResults
+    from pager.lab.report import Evaluation, Figures
+    from pager.lab.subject import Ask
+
+Documents = Annotated[
+    list[str],
+    typer.Option(
+        help="Files of JSON lines with a text each, a file a domain (its name up to the first dot), .gz or not; a "
+        "quoted pattern, or several.",
+        metavar="GLOB",
+    ),
+]
+Calibration = Annotated[
+    list[str],
+    typer.Option(help="Other documents of the same domains, for the methods that choose from such.", metavar="GLOB"),
+]
+
+
+def evaluate(
+    model: ModelPath,
+    documents: Documents,
+    calibration: Calibration = [],  # noqa: B006 - typer reads it
+    methods: Annotated[str | None, typer.Option(help="Names with commas between. Default: all there are.")] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Percent of a layer's experts, shared ones included.")
+    ] = "100,50,25,12.5,6.25",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens that the pool is chosen from.", min=1)] = 64,
+    context_tokens: Annotated[int, typer.Option(help="Documents are cut to so many tokens.", min=2)] = 512,
+    max_documents: Annotated[int | None, typer.Option(help="Of each domain. Default: all.", min=1)] = None,
+    calibration_documents: Annotated[int, typer.Option(help="Of each domain.", min=1)] = 160,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for JSON, Markdown and plots; goes on where it was stopped.")
+    ] = None,
+    expert_memory: ExpertMemory = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME")] = "float32",
+    seed: Annotated[int, typer.Option(help="Draws documents, resamples and random pools.", min=0)] = 0,
+    resamples: Annotated[int, typer.Option(help="Of the documents, for the intervals.", min=10)] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a pool chosen from a prompt costs: loss and agreement with the full model on what comes after.
+
+    Runs on any checkpoint that can be paged; experts that do not fit into memory are paged. Intervals are bootstrapped
+    over documents.
+
+    Examples:
+
+    `expert-pager eval ./model --documents 'corpus/*.valid.jsonl.gz' --out report`
+
+    `expert-pager eval ./model --documents 'mine/*.jsonl' --methods prefill,trunk --sizes 25,12.5 --max-documents 20`
+    """
+    with lab_extra("eval"), busy("loading"):
+        import matplotlib as _  # noqa: F401 - so that a missing one is reported before the work, not after it
+
+        from pager.lab.corpus import Cut
+        from pager.lab.subject import Ask, parse_percents
+
+    ask = Ask(
+        model,
+        tuple(documents),
+        tuple(calibration),
+        tuple(name.strip() for name in methods.split(",")) if methods else None,
+        parse_percents(sizes),
+        Cut(prompt_tokens, context_tokens),
+        max_documents,
+        calibration_documents,
+        expert_memory,
+        resolve_device(device),
+        dtype,
+        seed,
+        resamples,
+    )
+    _run(ask, out_folder, as_json)
+
+
+def _run(ask: Ask, folder: Path | None, as_json: bool) -> None:
+    from pager.lab.corpus import tokenizer_of
+    from pager.lab.report import evaluate, to_dict, write_report
+
+    tokenizer = tokenizer_of(ask.model)
+    finished = 0
+
+    def done(name: str, total: int) -> None:
+        nonlocal finished
+        finished += 1
+        err.print(f"{finished}/{total} {name}", markup=False)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        evaluation = evaluate(ask, tokenizer, (folder or Path(scratch)) / "cells", done=done)
+    written = write_report(evaluation, folder) if folder is not None else []
+    if as_json:
+        print_json(to_dict(evaluation))
+        return
+    _print_evaluation(evaluation)
+    for path in written:
+        out.print(str(path), markup=False)
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    def row(figures: Figures) -> tuple[str, ...]:
+        rise = figures.rise
+        return (
+            f"{figures.method} {figures.percent:g} %",
+            f"{figures.loss.mean:.3f}",
+            f"{rise.mean:.3f} ({rise.low:.3f} to {rise.high:.3f})",
+            f"{figures.agreement.mean:.1%}",
+            format_bytes(round(figures.bytes_resident)),
+            format_bytes(round(figures.bytes_paged)),
+        )
+
+    print_table(
+        f"{evaluation.name}: after prompts of {evaluation.subject.cut.prompt_tokens} tokens",
+        ("method", "loss", "rise (95 %)", "agrees", "resident", "paged a document"),
+        [row(figures) for figures in (evaluation.full, *evaluation.figures)],
+    )
+    for (method, percent), why in evaluation.grid.left_out.items():
+        err.print(f"left out {method} at {percent:g} %: {why}", markup=False)
+
+
+Compare = Annotated[
+    Path | None, typer.Option(help="A second checkpoint, shown beside the first.", metavar="MODEL", show_default=False)
+]
+
+
+def clusters(
+    model: ModelPath,
+    documents: Documents,
+    compare: Compare = None,
+    out_file: Annotated[Path, typer.Option("--out", help="The page to write.", metavar="FILE")] = Path("clusters.html"),
+    num_clusters: Annotated[int, typer.Option("--clusters", help="Groups of tokens.", min=2, max=128)] = 32,
+    max_documents: Annotated[int, typer.Option(help="Documents of each domain.", min=1)] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each document, from its start.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Draws the documents and starts the clustering.", min=0)] = 0,
+    expert_memory: ExpertMemory = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Group the tokens of documents by how they are routed, and write one HTML page to explore them.
+
+    The page needs nothing but itself. It shows clusters with their tokens in context, documents coloured by cluster,
+    and which experts each domain uses. Experts that do not fit into memory are paged.
+
+    Examples:
+
+    `expert-pager clusters ./model --documents 'corpus/*.valid.jsonl.gz'`
+
+    `expert-pager clusters ./emo --compare ./stdmoe --documents 'corpus/*.jsonl' --max-documents 20 --out page.html`
+    """
+    with lab_extra("clusters"), busy("loading"):
+        from pager.lab.cluster_page import build_page, make_report, summary
+        from pager.lab.clusters import trace_documents
+        from pager.lab.corpus import sample_documents
+
+    if not out_file.parent.is_dir():
+        raise InvalidRequest(f"{out_file.parent} is not a directory; make it, or choose another --out")
+    sampled = sample_documents(documents, max_documents, seed)
+    budgets, resolved = Budgets(expert_memory=expert_memory), resolve_device(device)
+    reports = []
+    for path in [model] if compare is None else [model, compare]:
+        with busy(f"running {len(sampled)} documents through {path.name}"):
+            facts, traced = trace_documents(path, sampled, max_tokens, device=resolved, dtype=dtype, budgets=budgets)
+        with busy(f"grouping the tokens of {path.name}"):
+            reports.append(make_report(path.resolve().name, facts, traced, num_clusters, seed))
+    page = build_page(reports, seed, max_tokens)
+    try:
+        out_file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise PagerError(f"{out_file} cannot be written: {error.strerror}") from None
+    if as_json:
+        print_json({"page": str(out_file), "models": [summary(report) for report in reports]})
+        return
+    for report in reports:
+        out.print(
+            f"{report.name}: {report.num_tokens} tokens, {report.domain_share:.0%} of them in the main domain of their "
+            f"cluster, {report.word_share:.0%} among its ten commonest tokens",
+            markup=False,
+        )
+    out.print(f"{out_file}: {format_bytes(len(page.encode()))}, open it in a browser", markup=False)
+
+
+def fit_router(
+    model: ModelPath,
+    documents: Annotated[
+        list[str],
+        typer.Option(
+            help='JSON lines with a "text" each, .gz or not; a file or a pattern, repeatable. As many documents are '
+            "taken from each file.",
+            metavar="FILE",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write. Default: router.safetensors in the model's folder.")
+    ] = None,
+    max_documents: Annotated[int, typer.Option(help="Documents to read at most, all files together.", min=8)] = 2560,
+    max_tokens: Annotated[int, typer.Option(help="A document's tokens that are read at most.", min=32)] = 512,
+    seed: Annotated[int, typer.Option(help="Which documents are taken, and pool sizes drawn.")] = 0,
+    expert_memory: ExpertMemory = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the routing-only passes `lexical` and `fitted` to documents of the kinds that will be asked for.
+
+    A few hundred to a few thousand documents, minutes; no gradients. Writes a small file beside the checkpoint, which
+    `--router lexical` and `--router fitted` use.
+
+    Example: `expert-pager fit-router ./model --documents 'corpus/*.train.jsonl.gz'`
+    """
+    from pager.engine.paged_model import load_paged_model
+    from pager.lab.corpus import sample_texts, tokenizer_of
+    from pager.lab.fit import fit_checkpoint
+    from pager.predict.fitted import PREDICTOR_NAME
+    from pager.tokenizing import encode
+
+    texts = sample_texts(documents, max_documents, seed)
+    tokenizer = tokenizer_of(model)
+    with busy("loading"):
+        paged = load_paged_model(
+            model, device=resolve_device(device), dtype=dtype, budgets=Budgets(expert_memory=expert_memory)
+        )
+    try:
+        token_ids = [encode(tokenizer, text, add_special_tokens=False).ids[:max_tokens] for text in texts]
+        fitted = fit_checkpoint(model, paged, token_ids, seed, steps_progress)
+    finally:
+        paged.close()
+    path = output or model / PREDICTOR_NAME
+    nbytes = fitted.file.save(path)
+    _report_fit(fitted, path, nbytes, as_json)
+
+
+def _report_fit(fitted: Fit, path: Path, nbytes: int, as_json: bool) -> None:
+    num_documents = int(fitted.file.facts["documents"])
+    if as_json:
+        print_json(
+            {
+                "path": str(path),
+                "bytes": nbytes,
+                "documents": num_documents,
+                "unseen_recall": fitted.recall,
+                "recall_error": fitted.recall_error,
+                "unseen_mass": fitted.mass,
+            }
+        )
+        return
+    out.print(f"fitted to {num_documents} documents: {path} ({format_bytes(nbytes)})", markup=False)
+    out.print("on documents that the maps had not seen:")
+    for source, recall in fitted.recall.items():
+        out.print(
+            f"{source:<8} {fitted.mass[source]:.3f} of what the best eighth of the experts covers; recall of the "
+            f"prefill's pool {recall:.2f}, estimated within {fitted.recall_error[source]:.3f}",
+            markup=False,
+        )
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="File in the folder of `serve --trace`.")],
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Comma-separated: bytes ('64MiB') or shares of all routed experts ('25%').")
+    ] = "12.5%,25%,50%,75%",
+    prometheus: Annotated[
+        Path | None,
+        typer.Option(
+            "--prometheus", metavar="FILE", help="Also write the curve as metrics, with what 1 GiB more buys."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a recorded run would have read with another eviction policy or another budget.
+
+    The optimum is Belady's rule, which knows the future. Record a trace under a budget that holds all experts: what was
+    held, and for how long, then depends on the requests alone.
+
+    Example: `expert-pager replay trace.jsonl.gz --budgets 25%,50%`
+    """
+    from pager.cache.trace import read_trace
+    from pager.lab.replay import curve, replay_budgets, write_curve
+
+    recorded = read_trace(trace)
+    if recorded.is_cut:
+        err.print(f"{trace} is cut: it is replayed up to where it is whole", markup=False)
+    if recorded.num_lost:
+        err.print(f"{recorded.num_lost} events of {trace} were lost while it was recorded", markup=False)
+    tables = replay_budgets(recorded, [budget.strip() for budget in budgets.split(",")])
+    if prometheus is not None:
+        write_curve(curve(recorded, tables), prometheus)
+    if as_json:
+        print_json(_replay_dict(trace, recorded, tables))
+    else:
+        _print_replay(recorded, tables)
+
+
+def _replay_dict(path: Path, trace: Trace, tables: Sequence[BudgetResults]) -> dict[str, object]:
+    rows = [
+        {
+            "budget": table.budget, "slots": table.num_slots, "policy": result.policy, "hits": result.hits,
+            "misses": result.misses, "bytes": result.misses * trace.header.expert_bytes,
+        }
+        for table in tables
+        for result in table.results
+    ]  # fmt: skip
+    facts = {"lost_events": trace.num_lost, "cut": trace.is_cut}
+    return {"trace": str(path), "model_fingerprint": trace.header.fingerprint, **facts, "results": rows}
+
+
+def _print_replay(trace: Trace, tables: Sequence[BudgetResults]) -> None:
+    header = trace.header
+    for table in tables:
+        best = table.results[-1].misses
+        budget_bytes = format_bytes(table.num_slots * header.expert_bytes)
+        print_table(
+            f"{table.budget}: {table.num_slots} of {header.num_experts} experts, {budget_bytes}",
+            ("policy", "hits", "bytes waited for", "over the optimum"),
+            [
+                (
+                    result.policy,
+                    f"{result.hit_rate:.1%}",
+                    format_bytes(result.misses * header.expert_bytes),
+                    f"{result.misses / best - 1:+.1%}" if best else "-",
+                )
+                for result in table.results
+            ],
+        )
+    out.print(f"{len(trace.accesses)} events of model {header.fingerprint[:16]}", markup=False)

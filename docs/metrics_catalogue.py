@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from pager.lab.replay import REPLAY_FAMILIES
@@ -14,7 +15,7 @@ _INTRO = """\
 # Metrics
 
 Made by `make docs` from the code; a test compares. Workers and routers answer on `/metrics` of their own ports
-(`workers.metrics_port`, `router.metrics_port`), and also say how their process is (`process_*`, `python_info`).
+(`workers.metrics_port`, `router.metrics_port`), and also report on their process (`process_*`, `python_info`).
 
 Every series is there from the start, at zero. No request, prompt or expert id is ever a label. `tenant` has the
 names that `router.metric_tenants` lists, and `other` for everybody else. `model` and `version` are labels of the two
@@ -24,7 +25,7 @@ all workers of a node, each of which reports the same bytes: take the maximum, n
 Alerts and what to do about them: `docs/runbook.md`. Dashboards and rules: `deploy/monitoring`.
 """
 _IDENTITIES = """\
-Counters agree with each other. What follows holds whenever nothing is in flight, after answers, failures, refusals and
+Counters agree with each other. The following holds whenever nothing is in flight, after answers, failures, refusals and
 cancellations alike, over any time in which no worker and no router was lost: a process takes its counts with it. A test
 holds it after a storm of all of these. Names are without their prefix and `_total`, and stand for sums over all labels
 that are not named, and over all routers and workers.
@@ -48,21 +49,26 @@ that are not named, and over all routers and workers.
   `uncharged_bytes`.
 """
 _REPLAY = """\
-Of no process, but of a file: `expert-pager replay TRACE --prometheus FILE` writes what a recorded trace
-(`workers.trace`) would have cost with other budgets and policies. Put it where node-exporter's textfile collector
-looks, or push it; the dashboard *Capacity* shows it. Only what was replayed is there.
+These come from a file, not a process: `expert-pager replay TRACE --prometheus FILE` writes what a recorded trace
+(`workers.trace`) would have cost with other budgets and eviction policies. Put it where node-exporter's textfile collector
+looks, or push it; the dashboard *Capacity* shows it. The file has only what was replayed.
 
 """
 _HEADER = "| name | type | unit | labels | meaning | the question it answers |\n|---|---|---|---|---|---|"
 _MOST_VALUES = 6
 
 
+def _unwrapped(text: str) -> str:
+    """Returns Markdown with one line per paragraph and per item of a list."""
+    return re.sub(r"(?<!\n)\n *(?=[^\n|#-])", " ", text)
+
+
 def catalogue() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     router = router_families(("those configured", OTHER_TENANTS))
-    parts = (("Worker", "", WORKER_FAMILIES), ("Router", "", router), ("Replay", _REPLAY, REPLAY_FAMILIES))
+    parts = (("Worker", "", WORKER_FAMILIES), ("Router", "", router), ("Replay", _unwrapped(_REPLAY), REPLAY_FAMILIES))
     tables = "".join(f"\n## {title}\n\n{text}{_table(families)}\n" for title, text, families in parts)
-    return f"{_INTRO}{tables}\n## Identities between counters\n\n{_IDENTITIES}"
+    return f"{_unwrapped(_INTRO)}{tables}\n## Identities between counters\n\n{_unwrapped(_IDENTITIES)}"
 
 
 def _table(families: Iterable[Metric]) -> str:

@@ -37,7 +37,10 @@ def router_families(tenants: Sequence[str]) -> tuple[Metric, ...]:
 
 def _calls() -> tuple[Metric, ...]:
     return (
-        Metric("router_calls", _COUNTER, "Calls that arrived, by method.", "What is asked?", every(method=METHODS)),
+        Metric(
+            "router_calls", _COUNTER, "Calls that arrived, by method.",
+            "Which methods are called?", every(method=METHODS),
+        ),
         Metric(
             "router_requests", _COUNTER, "Calls that ended, by method and gRPC status code.",
             "Which calls fail, and how?", every(method=METHODS, code=STATUSES),
@@ -45,15 +48,15 @@ def _calls() -> tuple[Metric, ...]:
         Metric("router_requests_in_flight", _GAUGE, "Admitted requests that have not ended.", "How busy is it?"),
         Metric(
             "router_tokens_in_flight", _GAUGE, "Prompt plus max_tokens of the admitted requests.",
-            "How much work is promised?",
+            "How much work is admitted?",
         ),
         Metric(
-            "router_in_flight_bytes", _GAUGE, "Of the messages of admitted requests.",
+            "router_in_flight_bytes", _GAUGE, "Bytes of the messages of admitted requests.",
             "How much memory do requests take?",
         ),
         Metric(
             "router_admission_rejections", _COUNTER,
-            "Calls turned away before any work, by a router or a worker, by reason.",
+            "Calls refused before any work, by a router or a worker, by reason.",
             "What is refused, and why?", every(reason=REJECTIONS),
         ),
         Metric(
@@ -63,8 +66,8 @@ def _calls() -> tuple[Metric, ...]:
             "Does gRPC refuse calls that nobody else counts?", every(reason=DROPS),
         ),
         Metric(
-            "router_loop_lag_seconds", _HISTOGRAM, "By how much a task of the event loop woke up too late.",
-            "Does something keep everybody waiting?", buckets=metrics.LOOP_LAG_S,
+            "router_loop_lag_seconds", _HISTOGRAM, "How late a task of the event loop woke up.",
+            "Does something block all calls?", buckets=metrics.LOOP_LAG_S,
         ),
     )  # fmt: skip
 
@@ -73,15 +76,15 @@ def _answers(by_tenant: Labels, tenants: Sequence[str]) -> tuple[Metric, ...]:
     return (
         Metric(
             "router_answers", _COUNTER, "Calls of Generate that ended, by gRPC status code.",
-            "Who gets answers, and who errors?", every(tenant=tenants, code=STATUSES),
+            "Which tenants get answers, and which get errors?", every(tenant=tenants, code=STATUSES),
         ),
         Metric(
-            "router_time_to_first_token_seconds", _HISTOGRAM, "From the call's arrival to its first token.",
-            "How long do people wait?", by_tenant, metrics.FIRST_TOKEN_S,
+            "router_time_to_first_token_seconds", _HISTOGRAM, "Time from a call's arrival to its first token.",
+            "How long do users wait?", by_tenant, metrics.FIRST_TOKEN_S,
         ),
         Metric(
             "router_time_per_output_token_seconds", _HISTOGRAM, "Mean gap between the tokens of an answer.",
-            "How fast can people read?", by_tenant, metrics.OUTPUT_TOKEN_S,
+            "How fast are tokens delivered?", by_tenant, metrics.OUTPUT_TOKEN_S,
         ),
         Metric(
             "router_queue_seconds", _HISTOGRAM,
@@ -90,11 +93,11 @@ def _answers(by_tenant: Labels, tenants: Sequence[str]) -> tuple[Metric, ...]:
         ),
         Metric(
             "router_prompt_tokens", _COUNTER, "Prompt tokens that workers have run, however answers ended.",
-            "Who sends what?", by_tenant,
+            "Which tenants send how much?", by_tenant,
         ),
         Metric(
             "router_generated_tokens", _COUNTER, "Tokens that workers have generated, however answers ended.",
-            "Who gets what?", by_tenant,
+            "Which tenants get how much?", by_tenant,
         ),
         Metric(
             "router_paged_bytes", _COUNTER,
@@ -108,11 +111,11 @@ def _pools() -> tuple[Metric, ...]:
     escalations = tuple((was, is_) for at, was in enumerate(PASSES) for is_ in PASSES[at + 1 :])
     return (
         Metric(
-            "router_route_seconds", _HISTOGRAM, "Time to predict a pool, by what predicted it.",
-            "What does routing cost?", every(source=SOURCES), metrics.ROUTE_S,
+            "router_route_seconds", _HISTOGRAM, "Time to predict a pool, by source.",
+            "What does prediction cost?", every(source=SOURCES), metrics.ROUTE_S,
         ),
         Metric(
-            "router_recall_ratio", _HISTOGRAM, "Share of the prefill's pool that was predicted, by what predicted it.",
+            "router_recall_ratio", _HISTOGRAM, "Share of the prefill's pool that had been predicted, by source.",
             "How good is each source?", every(source=SOURCES), metrics.RATIO,
         ),
         Metric(
@@ -121,12 +124,12 @@ def _pools() -> tuple[Metric, ...]:
             "How far are predicted pools from actual ones, in experts?", every(result=("right", "missing", "surplus")),
         ),
         Metric(
-            "router_escalations", _COUNTER, "Prompts for which a source was expected to recall too little.",
-            "Is the cheap pass good enough?", Labels(("from", "to"), escalations),
+            "router_escalations", _COUNTER, "Prompts passed on because a predictor's expected recall was too low.",
+            "Is the cheap predictor good enough?", Labels(("from", "to"), escalations),
         ),
         Metric(
-            "router_hint_lookups", _COUNTER, "Look-ups of an observed pool by prompt prefix.",
-            "Are prompts alike?", every(result=("hit", "miss")),
+            "router_hint_lookups", _COUNTER, "Lookups of an observed pool by prompt prefix.",
+            "Do prompts repeat?", every(result=("hit", "miss")),
         ),
     )  # fmt: skip
 
@@ -134,15 +137,15 @@ def _pools() -> tuple[Metric, ...]:
 def _surroundings() -> tuple[Metric, ...]:
     return (
         Metric(
-            "router_sent", _COUNTER, "Requests sent to workers; one that is placed again counts again.",
-            "What do workers get from this router?",
+            "router_sent", _COUNTER, "Requests sent to workers; a request that is placed again counts again.",
+            "How many requests does this router send?",
         ),
         Metric(
             "router_replacements", _COUNTER, "Requests placed again because their worker was lost.",
             "What do lost workers cost?",
         ),
         Metric(
-            "router_redis_degraded", _GAUGE, "1 while Redis is configured and does not answer, or takes no writes.",
+            "router_redis_degraded", _GAUGE, "1 while Redis is configured but does not answer or accepts no writes.",
             "Are hints and named pools shared?",
         ),
         Metric(
@@ -153,13 +156,16 @@ def _surroundings() -> tuple[Metric, ...]:
             "router_ray_lost", _COUNTER, "Daemons that the embedded Ray has lost; the router drains and exits then.",
             "Why does this router start again?", every(daemon=RAY_DAEMONS),
         ),
-        Metric("router_workers", _GAUGE, "Workers by state.", "Who can answer?", every(state=WORKER_STATES)),
         Metric(
-            "router_worker_restarts", _COUNTER, "Times that a worker was started again, as this router saw it.",
-            "Does a worker keep dying?",
+            "router_workers", _GAUGE, "Workers by state.",
+            "How many workers can answer?", every(state=WORKER_STATES),
         ),
         Metric(
-            "router", Kind.INFO, "What this router serves.",
+            "router_worker_restarts", _COUNTER, "Times that a worker was started again, as this router saw it.",
+            "Does a worker keep failing?",
+        ),
+        Metric(
+            "router", Kind.INFO, "The model that this router serves, and its version.",
             "Which version and model run here?", Labels(INFO_LABELS, ()),
         ),
     )  # fmt: skip

@@ -158,20 +158,20 @@ _BY_POLICY = Labels(("policy", "budget"), ())
 
 REPLAY_FAMILIES = (
     Metric(
-        "replay_capacity_bytes", Kind.GAUGE, "What a budget is in bytes.", "Where on the curve is a worker?",
+        "replay_capacity_bytes", Kind.GAUGE, "Size of a budget in bytes.", "Where on the curve is a worker?",
         Labels(("budget",), ()),
     ),
     Metric(
-        "replay_hits_ratio", Kind.GAUGE, "Share of the trace's accesses that would have hit.",
+        "replay_hits_ratio", Kind.GAUGE, "Hit rate of the trace's accesses under the budget.",
         "Which budget is enough?", _BY_POLICY,
     ),
     Metric(
-        "replay_missed_bytes", Kind.GAUGE, "Bytes that the trace would have waited for.",
-        "What would another budget or policy have read?", _BY_POLICY,
+        "replay_missed_bytes", Kind.GAUGE, "Bytes that the trace's requests would have waited for.",
+        "What would another budget or eviction policy read?", _BY_POLICY,
     ),
     Metric(
-        "replay_more_missed_bytes", Kind.GAUGE, "The same with a gibibyte more than the budget.",
-        "What would another gibibyte of experts buy?", _BY_POLICY,
+        "replay_more_missed_bytes", Kind.GAUGE, "Bytes waited for with one gibibyte more than the budget.",
+        "What does one more GiB save?", _BY_POLICY,
     ),
 )  # fmt: skip
 

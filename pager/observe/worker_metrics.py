@@ -30,36 +30,37 @@ _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 PAGING = (
     Metric(
-        "lookups", _COUNTER, "Experts asked for, by tier and what was met there.",
-        "Which share of experts is there already, tier by tier?",
+        "lookups", _COUNTER, "Lookups of experts, by tier and result.",
+        "What is the hit rate of each tier?",
         every(tier=CACHE_TIERS, result=("hit", "hit_in_flight", "miss")),
     ),
     Metric(
-        "transfer_bytes", _COUNTER, "Bytes of experts moved.", "What does paging take of disk and bus?",
+        "transfer_bytes", _COUNTER, "Bytes of experts transferred between tiers.",
+        "How much bandwidth does paging use?",
         Labels(("source", "destination"), (("disk", "host"), ("disk", "device"), ("host", "device"))),
     ),
     Metric(
-        "charged_bytes", _COUNTER, "Bytes of experts read for requests that ended, by where from.",
+        "charged_bytes", _COUNTER, "Bytes of experts read for requests that ended, by tier.",
         "What do requests cost in paging?", every(source=("disk", "host")),
     ),
     Metric(
         "uncharged_bytes", _COUNTER, "Bytes of experts read at the start, or for a request that had ended.",
-        "What is read that nobody used?", every(source=("disk", "host")),
+        "What is read for no request?", every(source=("disk", "host")),
     ),
     Metric(
-        "page_in_seconds", _HISTOGRAM, "One expert's way into a slot.", "Are disk and bus as fast as they should be?",
+        "page_in_seconds", _HISTOGRAM, "Time to page in one expert.", "Are disk and bus as fast as they should be?",
         every(source=("disk", "host")), metrics.PAGE_IN_S,
     ),
     Metric(
-        "page_ins", _COUNTER, "Experts that were given a slot to be read into, by what wanted them.",
+        "page_ins", _COUNTER, "Experts paged in, by cause.",
         "Who causes reads: pools, exact forwards or prefetches?", every(cause=CAUSES),
     ),
     Metric(
-        "paged_again", _COUNTER, "Of the page-ins, those of experts evicted less than a minute before.",
+        "paged_again", _COUNTER, "Page-ins of experts that were evicted less than a minute before.",
         "Does the cache thrash?", every(cause=CAUSES),
     ),
     Metric(
-        "evictions", _COUNTER, "Experts evicted, by what needed the slot.", "Who drives experts out?",
+        "evictions", _COUNTER, "Experts evicted, by the cause that needed the slot.", "What causes evictions?",
         every(cause=CAUSES),
     ),
     Metric(
@@ -67,7 +68,7 @@ PAGING = (
         "How much of prefetching is wasted?", every(result=("used", "wasted")),
     ),
     Metric(
-        "stall_seconds", _HISTOGRAM, "Waits of a forward for experts.", "How long do forwards stand, and for what?",
+        "stall_seconds", _HISTOGRAM, "Time that a forward waited for experts.", "How long do forwards wait, and why?",
         every(cause=CAUSES), metrics.STALL_S,
     ),
     Metric(
@@ -81,81 +82,90 @@ PAGING = (
 )  # fmt: skip
 
 ENGINE = (
-    Metric("requests_received", _COUNTER, "Requests that routers have sent.", "How much is asked of the worker?"),
+    Metric("requests_received", _COUNTER, "Requests received from routers.", "How many requests does the worker get?"),
     Metric(
-        "requests_refused", _COUNTER, "Of the requests received, those that were not taken, by error.",
-        "What does the worker turn away?", every(reason=sorted(REASONS)),
+        "requests_refused", _COUNTER, "Received requests that were refused, by error.",
+        "What does the worker refuse?", every(reason=sorted(REASONS)),
     ),
     Metric(
-        "requests", _COUNTER, "Of the requests taken, those that ended, by finish reason or error.",
+        "requests", _COUNTER, "Accepted requests that ended, by finish reason or error.",
         "How do answers end?", every(outcome=sorted(OUTCOMES)),
     ),
     Metric(
-        "prompt_tokens", _COUNTER, "Prompt tokens that were run for requests that ended, however.", "How much is read?",
+        "prompt_tokens", _COUNTER, "Prompt tokens run for requests that ended, whatever the outcome.",
+        "How many prompt tokens are processed?",
     ),
     Metric(
-        "completion_tokens", _COUNTER, "Tokens generated for requests that ended, however.", "How much is written?",
+        "completion_tokens", _COUNTER, "Tokens generated for requests that ended, whatever the outcome.",
+        "How many tokens are generated?",
     ),
     Metric(
-        "queue_seconds", _HISTOGRAM, "Wait for KV and slots before admission.", "Is memory too little for the load?",
+        "queue_seconds", _HISTOGRAM, "Time that a request waited for KV memory and slots.",
+        "Is memory too little for the load?",
         buckets=metrics.FIRST_TOKEN_S,
     ),
     Metric(
-        "time_to_first_token_seconds", _HISTOGRAM, "From submission to the first token.",
-        "How long do answers take to begin, without the router's part?", buckets=metrics.FIRST_TOKEN_S,
+        "time_to_first_token_seconds", _HISTOGRAM, "Time from a request's arrival at the worker to its first token.",
+        "How late is the first token, without the router's part?", buckets=metrics.FIRST_TOKEN_S,
     ),
     Metric(
-        "time_per_output_token_seconds", _HISTOGRAM, "Mean gap between an answer's tokens.", "How fast is an answer?",
+        "time_per_output_token_seconds", _HISTOGRAM, "Mean gap between the tokens of an answer.",
+        "How fast is an answer?",
         buckets=metrics.OUTPUT_TOKEN_S,
     ),
     Metric(
-        "step_seconds", _HISTOGRAM, "One engine step.", "How long may a token of everybody take?",
+        "step_seconds", _HISTOGRAM, "Duration of one engine step.",
+        "How long does one token of every running request take?",
         buckets=metrics.STEP_S,
     ),
     Metric(
-        "forward_seconds", _HISTOGRAM, "The model's forwards in one step.", "Which part of a step is computing?",
+        "forward_seconds", _HISTOGRAM, "Time of the model's forwards in one step.", "How much of a step is computing?",
         buckets=metrics.STEP_S,
     ),
     Metric(
-        "step_tokens", _COUNTER, "Tokens of prompts and answers that forwards have run to an end.",
-        "What does the worker get through?",
+        "step_tokens", _COUNTER, "Tokens of prompts and answers in completed forwards.",
+        "What is the worker's throughput?",
     ),
     Metric(
-        "pool_experts", _HISTOGRAM, "Routed experts a layer in an answer's pool, mean.", "How large are pools?",
+        "pool_experts", _HISTOGRAM, "Mean number of routed experts per layer in an answer's pool.",
+        "How large are pools?",
         buckets=metrics.POOL_EXPERTS,
     ),
     Metric(
-        "out_of_pool_mass_ratio", _HISTOGRAM, "Gate mass outside the pool while decoding.",
-        "Do pools hold what answers want?", buckets=metrics.RATIO,
+        "out_of_pool_mass_ratio", _HISTOGRAM, "Mean gate probability outside the pool while decoding.",
+        "Do pools fit their answers?", buckets=metrics.RATIO,
     ),
     Metric(
-        "predicted_recall_ratio", _HISTOGRAM, "Share of the prefill's pool that was predicted.",
+        "predicted_recall_ratio", _HISTOGRAM, "Share of the prefill's pool that had been predicted.",
         "How far is the predicted pool from the actual one?", buckets=metrics.RATIO,
     ),
     Metric("drift_widenings", _COUNTER, "Times that an answer's pool was widened.", "Do answers leave their pools?"),
     Metric("drift_experts", _COUNTER, "Experts that were added to pools by widening them.", "What does widening cost?"),
     Metric("drift_exact", _COUNTER, "Answers that went on with all experts.", "How often is a pool given up?"),
-    Metric("requests_running", _GAUGE, "Requests that hold KV and slots.", "How many answers are written at a time?"),
-    Metric("requests_waiting", _GAUGE, "Requests in line.", "Is another worker needed?"),
+    Metric("requests_running", _GAUGE, "Requests that hold KV memory and slots.", "How many requests run at once?"),
+    Metric("requests_waiting", _GAUGE, "Requests in the queue.", "Is another worker needed?"),
     Metric(
-        "loop_lag_seconds", _HISTOGRAM, "By how much a task of the token stream's event loop woke up too late.",
-        "Does something keep the streams of all answers waiting?", buckets=metrics.LOOP_LAG_S,
+        "loop_lag_seconds", _HISTOGRAM, "How late a task of the token stream's event loop woke up.",
+        "Does something block the streams of all answers?", buckets=metrics.LOOP_LAG_S,
     ),
-    Metric("kv_used_bytes", _GAUGE, "KV cache reserved by running requests.", "Is KV the bottleneck?"),
-    Metric("kv_capacity_bytes", _GAUGE, "KV cache as planned.", "What is KV's budget?"),
+    Metric("kv_used_bytes", _GAUGE, "KV memory reserved by running requests.", "Is KV the bottleneck?"),
+    Metric("kv_capacity_bytes", _GAUGE, "KV memory of the plan.", "What is the budget of KV memory?"),
 )  # fmt: skip
 
 # Read at every scrape. The host tier belongs to all workers of a node: each reports the same bytes, so take the
 # maximum, not the sum.
 TIERS = (
-    Metric("capacity_bytes", _GAUGE, "The tier's budget.", "What may the tier hold?", every(tier=CACHE_TIERS)),
-    Metric("resident_bytes", _GAUGE, "Loaded or loading.", "What does the tier hold?", every(tier=CACHE_TIERS)),
+    Metric("capacity_bytes", _GAUGE, "Budget of the tier.", "How much may the tier hold?", every(tier=CACHE_TIERS)),
     Metric(
-        "pinned_bytes", _GAUGE, "Of the resident bytes, what cannot be evicted now.", "What is in use?",
+        "resident_bytes", _GAUGE, "Bytes of experts that are loaded or being read.",
+        "How much does the tier hold?", every(tier=CACHE_TIERS),
+    ),
+    Metric(
+        "pinned_bytes", _GAUGE, "Bytes of loaded experts that are pinned and cannot be evicted.", "What is in use?",
         every(tier=CACHE_TIERS),
     ),
     Metric(
-        "reserved_bytes", _GAUGE, "Promised to requests and not bound yet.", "What is spoken for?",
+        "reserved_bytes", _GAUGE, "Bytes of slots that are reserved and not bound yet.", "How much is reserved?",
         every(tier=("device",)),
     ),
 )  # fmt: skip

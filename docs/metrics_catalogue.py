@@ -50,8 +50,8 @@ that are not named, and over all routers and workers.
 """
 _REPLAY = """\
 These come from a file, not a process: `expert-pager replay TRACE --prometheus FILE` writes what a recorded trace
-(`workers.trace`) would have cost with other budgets and eviction policies. Put it where node-exporter's textfile collector
-looks, or push it; the dashboard *Capacity* shows it. The file has only what was replayed.
+(`workers.trace`) would have cost with other budgets and eviction policies. Put it where the textfile
+collector of node-exporter looks, or push it; the dashboard *Capacity* shows it. The file has only what was replayed.
 
 """
 _HEADER = "| name | type | unit | labels | meaning | the question it answers |\n|---|---|---|---|---|---|"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Generator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -143,7 +143,7 @@ class _Wave(NamedTuple):
 
 def demand_waves(
     ledger: Ledger, holding: Holding, keys: Sequence[ExpertKey], always_resident: Sequence[ExpertKey]
-) -> Iterator[tuple[int, ...]]:
+) -> Generator[tuple[int, ...], None, None]:
     """Yields every expert once, in waves that stay pinned until the next one is asked for; the holding ends empty.
 
     Loaded experts come first, always-resident ones with them, then those in flight, then the missing ones. While a

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -140,7 +140,7 @@ class ExpertPager:
 
     def demand(
         self, layer: int, experts: Sequence[int], usage: UsageMeter | None = None, *, lease: Lease | None = None
-    ) -> Iterator[tuple[int, ...]]:
+    ) -> Generator[tuple[int, ...], None, None]:
         """Yields waves: disjoint subsets of `experts`, together all of them, each in its slots until the next step.
 
         Every missing expert is read once; the next wave is read while the current one is computed. Uses the unbound

@@ -241,7 +241,7 @@ class LayerExperts:
             return run_slots(module, hidden_TD, slot_of_E.take(index_TK), weights_TK)
         outputs: PairOutputs | None = None
         waves = self.pager.demand(self.layer, wanted, usage=step.meter, lease=step.documents[0].lease)
-        with closing(waves):  # type: ignore[type-var]  # a generator
+        with closing(waves):
             for wave in waves:
                 if outputs is None and len(wave) == len(wanted):
                     return run_slots(module, hidden_TD, slot_of_E.take(index_TK), weights_TK)

@@ -104,6 +104,7 @@ def source() -> GatedSource:
 
 
 MakePager = Callable[..., ExpertPager]
+CheckWeights = Callable[[ExpertPager, list[ExpertKey]], None]
 
 
 @pytest.fixture
@@ -143,6 +144,6 @@ def _check_weights(pager: ExpertPager, keys: list[ExpertKey]) -> None:
 
 
 @pytest.fixture
-def check_weights() -> Callable[[ExpertPager, list[ExpertKey]], None]:
+def check_weights() -> CheckWeights:
     """Asserts that these experts' weights are where the map says."""
     return _check_weights

@@ -11,6 +11,7 @@ from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
 from pager.types import ExpertKey
+from tests.cache.conftest import GatedSource
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -18,7 +19,9 @@ NUM_LAYERS, NUM_EXPERTS = 4, 8
 
 
 @pytest.mark.parametrize("with_host", [False, True])
-def test_a_slot_is_overwritten_after_its_last_reader_and_read_after_its_copy(source, with_host):
+def test_a_slot_is_overwritten_after_its_last_reader_and_read_after_its_copy(
+    source: GatedSource, with_host: bool
+) -> None:
     """The kernels are kept late and the leases released at once, so that only events keep old and new weights apart."""
     host = HostTier.create(1 << 16, source.shape, torch.float32) if with_host else None
     slots = DeviceSlots(4, source.shape, torch.float32, "cuda", num_layers=NUM_LAYERS, max_experts=NUM_EXPERTS)

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import product
+from typing import Any
 
 import pytest
 
 from pager.cache import lease
+from pager.cache.pager import ExpertPager
 from pager.cache.stats import UsageMeter
 from pager.errors import ChecksumMismatch, SlotsExhausted
 from pager.types import ExpertKey
+from tests.cache.conftest import CheckWeights, GatedSource, MakePager
+from tests.support.values import some
 
 
 def keys(layer: int, *experts: int) -> list[ExpertKey]:
     return [ExpertKey(layer, expert) for expert in experts]
 
 
-def finish_reads(pager, wanted) -> None:
+def finish_reads(pager: ExpertPager, wanted: Sequence[ExpertKey]) -> None:
     while pager.prefetch_pending(wanted):
         pass
 
 
-def load(pager, wanted) -> None:
-    with pager.reserve_pool(wanted) as lease:
+def load(pager: ExpertPager, wanted: Sequence[ExpertKey]) -> None:
+    with some(pager.reserve_pool(wanted)) as lease:
         for layer in {key.layer for key in wanted}:
             lease.wait(layer)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 8])
-def test_every_expert_comes_once_whatever_the_number_of_slots(make_pager, source, check_weights, num_slots):
+def test_every_expert_comes_once_whatever_the_number_of_slots(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights, num_slots: int
+) -> None:
     pager = make_pager(num_slots)
     load(pager, keys(0, *range(min(num_slots, 2))))
     meter = UsageMeter()
@@ -46,7 +53,7 @@ def test_every_expert_comes_once_whatever_the_number_of_slots(make_pager, source
     assert pager.stats().held_bytes == pager.stats().reserved_bytes == 0
 
 
-def test_hits_come_first_and_the_missing_ones_are_read_meanwhile(make_pager, source):
+def test_hits_come_first_and_the_missing_ones_are_read_meanwhile(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(6)
     load(pager, keys(0, 4, 6))
     with closing(pager.demand(0, [1, 4, 2, 6])) as waves:
@@ -58,7 +65,7 @@ def test_hits_come_first_and_the_missing_ones_are_read_meanwhile(make_pager, sou
         assert next(waves, None) is None
 
 
-def test_while_one_half_is_computed_the_other_half_is_read(make_pager, source):
+def test_while_one_half_is_computed_the_other_half_is_read(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(4)
     with closing(pager.demand(0, range(8))) as waves:
         assert next(waves) == (0, 1)
@@ -69,7 +76,7 @@ def test_while_one_half_is_computed_the_other_half_is_read(make_pager, source):
         assert [next(waves), next(waves)] == [(4, 5), (6, 7)]
 
 
-def test_always_resident_experts_are_in_the_first_wave(make_pager, source):
+def test_always_resident_experts_are_in_the_first_wave(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(4, resident=(ExpertKey(0, 7),))
     assert list(pager.demand(0, [7])) == [(7,)]
     assert list(pager.demand(0, [0, 7, 1])) == [(7,), (0, 1)]
@@ -77,11 +84,11 @@ def test_always_resident_experts_are_in_the_first_wave(make_pager, source):
     assert list(pager.demand(0, [])) == []
 
 
-def test_waves_are_the_same_however_fast_reads_are(make_pager, monkeypatch):
+def test_waves_are_the_same_however_fast_reads_are(make_pager: MakePager, monkeypatch: pytest.MonkeyPatch) -> None:
     pager = make_pager(4, resident=(ExpertKey(0, 7),))
     bind_some = lease._bind_some
 
-    def bind_and_let_read(*args):
+    def bind_and_let_read(*args: Any) -> Any:
         wave = bind_some(*args)
         finish_reads(pager, keys(0, *range(8)))
         return wave
@@ -91,9 +98,9 @@ def test_waves_are_the_same_however_fast_reads_are(make_pager, monkeypatch):
     assert list(pager.demand(0, [0, 7, 1])) == [(7, 0, 1)]
 
 
-def test_a_lease_lends_its_reservation_to_an_exact_forward(make_pager):
+def test_a_lease_lends_its_reservation_to_an_exact_forward(make_pager: MakePager) -> None:
     pager = make_pager(4)
-    with pager.reserve(2) as lease, pager.reserve(2):
+    with some(pager.reserve(2)) as lease, some(pager.reserve(2)):
         with pytest.raises(SlotsExhausted), closing(pager.demand(0, range(4))) as waves:
             next(waves)
         for layer in range(3):
@@ -102,9 +109,9 @@ def test_a_lease_lends_its_reservation_to_an_exact_forward(make_pager):
             pager.check_integrity()
 
 
-def test_leaving_early_gives_everything_back(make_pager, source):
+def test_leaving_early_gives_everything_back(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(4)
-    with pager.reserve(2) as lease:
+    with some(pager.reserve(2)) as lease:
         with closing(pager.demand(0, range(8), lease=lease)) as waves:
             next(waves)
         assert lease.num_reserved == 2
@@ -113,7 +120,7 @@ def test_leaving_early_gives_everything_back(make_pager, source):
         lease.wait(1)
 
 
-def test_a_failed_read_ends_the_forward_and_holds_nothing(make_pager, source):
+def test_a_failed_read_ends_the_forward_and_holds_nothing(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(4)
     source.bad.add(ExpertKey(0, 3))
     waves = pager.demand(0, range(8))
@@ -125,7 +132,9 @@ def test_a_failed_read_ends_the_forward_and_holds_nothing(make_pager, source):
     assert sorted(wave for waves in pager.demand(1, range(4)) for wave in waves) == [0, 1, 2, 3]
 
 
-def test_an_exact_forward_waits_out_a_prefetch_that_holds_the_only_slot(make_pager, source):
+def test_an_exact_forward_waits_out_a_prefetch_that_holds_the_only_slot(
+    make_pager: MakePager, source: GatedSource
+) -> None:
     pager = make_pager(1, num_readers=2)
     source.hold(ExpertKey(0, 0))
     pager.prefetch(keys(0, 0))
@@ -136,7 +145,7 @@ def test_an_exact_forward_waits_out_a_prefetch_that_holds_the_only_slot(make_pag
     assert list(waves) == [(5,)]
 
 
-def test_a_prefetch_makes_hits_of_misses(make_pager, source):
+def test_a_prefetch_makes_hits_of_misses(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(6)
     meter = UsageMeter()
     wanted = [*keys(0, 1, 2), *keys(1, 3)]
@@ -146,19 +155,21 @@ def test_a_prefetch_makes_hits_of_misses(make_pager, source):
     assert meter.counts.bytes_from_disk == 3 * pager.slots.record_bytes
     pager.prefetch(wanted, meter)
     assert not pager.prefetch_pending(wanted)
-    with pager.reserve_pool(wanted) as lease:
+    with some(pager.reserve_pool(wanted)) as lease:
         assert lease.ready()
         assert lease.usage.experts_hit == 3
     assert len(source.started) == 3
 
 
-def test_a_lease_joins_a_prefetch_in_flight_and_takes_over_a_queued_one(make_pager, source):
+def test_a_lease_joins_a_prefetch_in_flight_and_takes_over_a_queued_one(
+    make_pager: MakePager, source: GatedSource
+) -> None:
     pager = make_pager(6, num_readers=1)
     wanted = keys(0, 0, 1)
     source.hold(*wanted)
     pager.prefetch(wanted)
     source.wait_until_started(wanted[0])
-    with pager.reserve_pool(wanted) as lease:
+    with some(pager.reserve_pool(wanted)) as lease:
         assert (lease.usage.experts_hit, lease.usage.experts_missed) == (1, 1)
         source.let_through()
         lease.wait(0)
@@ -166,7 +177,9 @@ def test_a_lease_joins_a_prefetch_in_flight_and_takes_over_a_queued_one(make_pag
     assert source.started == wanted
 
 
-def test_a_prefetch_evicts_what_was_let_go_of_and_nothing_that_a_prefetch_brought(make_pager, source):
+def test_a_prefetch_evicts_what_was_let_go_of_and_nothing_that_a_prefetch_brought(
+    make_pager: MakePager, source: GatedSource
+) -> None:
     pager = make_pager(4, num_readers=1, policy="lru")
     load(pager, keys(3, 0, 1))
     first, second = keys(0, 0, 1, 2), keys(1, 0, 1)
@@ -179,10 +192,10 @@ def test_a_prefetch_evicts_what_was_let_go_of_and_nothing_that_a_prefetch_brough
     assert pager.resident_experts() == ((1, 2), (0,), (0,), ())
 
 
-def test_a_prefetch_takes_no_promised_slot(make_pager, source):
+def test_a_prefetch_takes_no_promised_slot(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(4, num_readers=1)
     load(pager, keys(3, 0, 1))
-    with pager.reserve(4) as lease:
+    with some(pager.reserve(4)) as lease:
         pager.prefetch(keys(0, 0))
         finish_reads(pager, keys(0, 0))
         assert pager.resident_experts() == ((), (), (), (0, 1))
@@ -190,7 +203,7 @@ def test_a_prefetch_takes_no_promised_slot(make_pager, source):
         lease.wait(1)
 
 
-def test_protection_from_other_prefetches_lapses(make_pager):
+def test_protection_from_other_prefetches_lapses(make_pager: MakePager) -> None:
     pager = make_pager(2, num_readers=1)
     abandoned = keys(0, 0, 1)
     pager.prefetch(abandoned)
@@ -205,18 +218,20 @@ def test_protection_from_other_prefetches_lapses(make_pager):
     assert pager.resident_experts()[0] == ()
 
 
-def test_a_failed_prefetch_fails_nobody(make_pager, source):
+def test_a_failed_prefetch_fails_nobody(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(2, retry_after_s=0.0)
     source.bad.add(ExpertKey(0, 0))
     pager.prefetch(keys(0, 0))
     finish_reads(pager, keys(0, 0))
     source.bad.clear()
-    with pager.reserve_pool(keys(0, 0)) as lease:
+    with some(pager.reserve_pool(keys(0, 0))) as lease:
         lease.wait(0)
     assert pager.stats().failed_loads == 1
 
 
-def test_with_a_slot_for_every_expert_what_was_loaded_needs_no_demand_again(make_pager, source):
+def test_with_a_slot_for_every_expert_what_was_loaded_needs_no_demand_again(
+    make_pager: MakePager, source: GatedSource
+) -> None:
     pager = make_pager(4 * 8)
     meter = UsageMeter()
     assert not pager.hit_for_good(0, [1, 2], meter)
@@ -231,7 +246,7 @@ def test_with_a_slot_for_every_expert_what_was_loaded_needs_no_demand_again(make
     assert not pager.hit_for_good(0, [1, 2], meter)
 
 
-def test_where_experts_may_be_evicted_a_hit_is_never_for_good(make_pager):
+def test_where_experts_may_be_evicted_a_hit_is_never_for_good(make_pager: MakePager) -> None:
     pager = make_pager(4 * 8 - 1)
     load(pager, keys(0, 1, 2))
     assert not pager.hit_for_good(0, [1, 2])

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ import pytest
 import torch
 
 from pager.cache.host import HostIndex, HostState, HostTier, record_bytes
+from pager.cache.pager import ExpertPager
 from pager.errors import BudgetError, ChecksumMismatch, ConfigError
 from pager.types import ExpertKey, ExpertShape
+from tests.cache.conftest import CheckWeights, GatedSource, MakePager
+from tests.support.values import some
 
 SHAPE = ExpertShape(hidden=4, intermediate=2)  # what the source of conftest serves
 RECORD_BYTES = 3 * 4 * 2 * 4
@@ -42,18 +45,20 @@ def host() -> Iterator[HostTier]:
     assert not tier.path.exists()
 
 
-def read_through(pager, wanted) -> None:
-    with pager.reserve_pool(wanted) as lease:
+def read_through(pager: ExpertPager, wanted: Sequence[ExpertKey]) -> None:
+    with some(pager.reserve_pool(wanted)) as lease:
         for layer in {key.layer for key in wanted}:
             lease.wait(layer)
 
 
-def test_what_one_worker_read_from_disk_another_finds_in_the_host_tier(make_pager, source, host, check_weights):
+def test_what_one_worker_read_from_disk_another_finds_in_the_host_tier(
+    make_pager: MakePager, source: GatedSource, host: HostTier, check_weights: CheckWeights
+) -> None:
     first = make_pager(4, host=host)
     read_through(first, keys(0, 0, 1, 2))
     neighbour = HostTier.attach(host.name, host.num_records, SHAPE, torch.float32)
     second = make_pager(4, host=neighbour)
-    with second.reserve_pool(keys(0, 0, 1, 2, 3)) as lease:
+    with some(second.reserve_pool(keys(0, 0, 1, 2, 3))) as lease:
         lease.wait(0)
         check_weights(second, keys(0, 0, 1, 2, 3))
         record = second.slots.record_bytes
@@ -64,7 +69,9 @@ def test_what_one_worker_read_from_disk_another_finds_in_the_host_tier(make_page
     assert host.path.exists()
 
 
-def test_an_expert_evicted_from_the_device_comes_back_from_the_host(make_pager, source, host):
+def test_an_expert_evicted_from_the_device_comes_back_from_the_host(
+    make_pager: MakePager, source: GatedSource, host: HostTier
+) -> None:
     pager = make_pager(2, host=host)
     for _ in range(3):
         read_through(pager, keys(0, 0, 1))
@@ -82,7 +89,9 @@ def wait_until_let_go(host: HostTier) -> None:
         time.sleep(0.005)
 
 
-def test_a_full_host_tier_evicts_and_the_disk_serves_when_it_can_not(make_pager, source, host):
+def test_a_full_host_tier_evicts_and_the_disk_serves_when_it_can_not(
+    make_pager: MakePager, source: GatedSource, host: HostTier
+) -> None:
     pager = make_pager(8, host=host)
     for layer in range(2):
         read_through(pager, keys(layer, *range(8)))
@@ -100,20 +109,22 @@ def test_a_full_host_tier_evicts_and_the_disk_serves_when_it_can_not(make_pager,
     assert source.reads_of(ExpertKey(2, 0)) == source.reads_of(ExpertKey(3, 0)) == 1
 
 
-def test_an_expert_whose_disk_copy_went_bad_is_served_from_the_host(make_pager, source, host, check_weights):
+def test_an_expert_whose_disk_copy_went_bad_is_served_from_the_host(
+    make_pager: MakePager, source: GatedSource, host: HostTier, check_weights: CheckWeights
+) -> None:
     pager = make_pager(1, host=host)
     read_through(pager, keys(0, 0))
     read_through(pager, keys(0, 1))
     source.bad.update(keys(0, 0))
-    with pager.reserve_pool(keys(0, 0)) as lease:
+    with some(pager.reserve_pool(keys(0, 0))) as lease:
         lease.wait(0)
         check_weights(pager, keys(0, 0))
 
 
-def test_a_claim_that_fails_is_given_up(make_pager, source, host):
+def test_a_claim_that_fails_is_given_up(make_pager: MakePager, source: GatedSource, host: HostTier) -> None:
     pager = make_pager(2, host=host, retry_after_s=0.0)
     source.bad.update(keys(0, 0))
-    with pager.reserve_pool(keys(0, 0)) as lease, pytest.raises(ChecksumMismatch):
+    with some(pager.reserve_pool(keys(0, 0))) as lease, pytest.raises(ChecksumMismatch):
         lease.wait(0)
     assert host.index.num_resident == 0
     source.bad.clear()
@@ -121,7 +132,7 @@ def test_a_claim_that_fails_is_given_up(make_pager, source, host):
     assert host.index.num_resident == 1
 
 
-def test_what_an_owner_held_when_it_left_is_void(host):
+def test_what_an_owner_held_when_it_left_is_void(host: HostTier) -> None:
     leaver, other = (HostIndex(host.name, host.num_records) for _ in range(2))
     read, *_ = leaver.lookup_or_claim(keys(0, *range(6)))
     leaver.publish([read])
@@ -135,7 +146,7 @@ def test_what_an_owner_held_when_it_left_is_void(host):
     other.close()
 
 
-def test_the_record_let_go_of_longest_ago_is_evicted_and_free_ones_before_it(host):
+def test_the_record_let_go_of_longest_ago_is_evicted_and_free_ones_before_it(host: HostTier) -> None:
     index = host.index
     grants = index.lookup_or_claim(keys(0, *range(5)))
     index.publish(grants)
@@ -154,7 +165,9 @@ def test_the_record_let_go_of_longest_ago_is_evicted_and_free_ones_before_it(hos
     index.check_integrity()
 
 
-def test_a_look_up_does_without_the_tier_while_somebody_is_stopped_in_the_middle_of_a_change(host, monkeypatch):
+def test_a_look_up_does_without_the_tier_while_somebody_is_stopped_in_the_middle_of_a_change(
+    host: HostTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pager.cache.host_index.LOCK_TIMEOUT_S", 0.05)
     stopped = HostIndex(host.name, host.num_records)
     with stopped._locked():
@@ -163,7 +176,7 @@ def test_a_look_up_does_without_the_tier_while_somebody_is_stopped_in_the_middle
     stopped.close()
 
 
-def test_the_segment_stays_within_its_budget_and_is_private(host):
+def test_the_segment_stays_within_its_budget_and_is_private(host: HostTier) -> None:
     assert host.num_records == 6
     assert host.nbytes == budget_for(6)
     status = os.stat(host.path)
@@ -175,7 +188,7 @@ def test_the_segment_stays_within_its_budget_and_is_private(host):
     assert smaller.num_records == 5
 
 
-def test_a_tier_for_all_experts_reads_each_from_disk_once(make_pager, source):
+def test_a_tier_for_all_experts_reads_each_from_disk_once(make_pager: MakePager, source: GatedSource) -> None:
     """In a circle, as an exact forward does: with one record too few LRU would never hit."""
     everything = [ExpertKey(layer, expert) for layer in range(2) for expert in range(8)]
     host = HostTier.create(budget_for(len(everything)), SHAPE, torch.float32)
@@ -189,7 +202,7 @@ def test_a_tier_for_all_experts_reads_each_from_disk_once(make_pager, source):
     host.close()
 
 
-def test_bad_budgets_and_names_are_refused(host):
+def test_bad_budgets_and_names_are_refused(host: HostTier) -> None:
     with pytest.raises(BudgetError, match="holds no expert"):
         HostTier.create(RECORD_BYTES - 1, SHAPE, torch.float32)
     with pytest.raises(BudgetError, match="shared memory"):
@@ -264,7 +277,7 @@ def worker(host: HostTier, what_it_does: str, *more: object) -> subprocess.Compl
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_two_processes_share_one_segment(host):
+def test_two_processes_share_one_segment(host: HostTier) -> None:
     first, second = worker(host, READS), worker(host, READS)
     assert (first.returncode, first.stdout.split()) == (0, ["4", "0"]), first.stderr
     assert (second.returncode, second.stdout.split()) == (0, ["0", "4"]), second.stderr
@@ -275,7 +288,7 @@ def test_two_processes_share_one_segment(host):
     host.unpin([grant])
 
 
-def test_a_look_up_takes_back_what_a_killed_process_held(host):
+def test_a_look_up_takes_back_what_a_killed_process_held(host: HostTier) -> None:
     """Nobody else does: there is no control actor here."""
     assert worker(host, READS).returncode == 0
     killed = worker(host, DIES)
@@ -337,7 +350,7 @@ def fill(host: HostTier, wanted: list[ExpertKey]) -> None:
         host.unpin([grant])
 
 
-def test_a_process_killed_between_any_two_stores_leaves_nothing_that_it_held(host):
+def test_a_process_killed_between_any_two_stores_leaves_nothing_that_it_held(host: HostTier) -> None:
     """And every record that is complete has the bytes of its expert."""
     for number in range(100):
         fill(host, keys(0, *range(4)))

@@ -13,15 +13,19 @@ from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import UsageMeter
 from pager.errors import Cancelled, ChecksumMismatch, ConfigError, ExpertUnavailable, PoolTooLarge
 from pager.types import ExpertKey
+from tests.cache.conftest import CheckWeights, GatedSource, MakePager
+from tests.support.values import some
 
 
 def keys(layer: int, *experts: int) -> list[ExpertKey]:
     return [ExpertKey(layer, expert) for expert in experts]
 
 
-def test_a_lease_brings_its_experts_into_slots(make_pager, source, check_weights):
+def test_a_lease_brings_its_experts_into_slots(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights
+) -> None:
     pager = make_pager(6)
-    with pager.reserve(4) as lease:
+    with some(pager.reserve(4)) as lease:
         lease.bind(0, [3, 1])
         lease.bind(2, [7])
         lease.wait(0)
@@ -40,31 +44,33 @@ def test_a_lease_brings_its_experts_into_slots(make_pager, source, check_weights
     assert pager.resident_experts() == ((1, 3), (), (7,), ())
 
 
-def test_always_resident_experts_have_their_own_slots_and_cost_nothing(make_pager, check_weights):
+def test_always_resident_experts_have_their_own_slots_and_cost_nothing(
+    make_pager: MakePager, check_weights: CheckWeights
+) -> None:
     shared = (ExpertKey(0, 7), ExpertKey(1, 7))
     pager = make_pager(2, resident=shared)
     assert pager.num_slots == 2
     check_weights(pager, list(shared))
-    with pager.reserve_pool([*keys(0, 1, 7), *keys(1, 7)]) as lease:
+    with some(pager.reserve_pool([*keys(0, 1, 7), *keys(1, 7)])) as lease:
         lease.wait(0)
         assert (lease.num_bound, lease.usage.experts_hit, lease.usage.experts_missed) == (1, 0, 1)
-    with pager.reserve_pool([*keys(2, 0, 1)]) as lease:
+    with some(pager.reserve_pool([*keys(2, 0, 1)])) as lease:
         lease.wait(2)
         check_weights(pager, list(shared))
 
 
-def test_reservations_are_all_or_nothing(make_pager):
+def test_reservations_are_all_or_nothing(make_pager: MakePager) -> None:
     pager = make_pager(4)
-    with pager.reserve(3):
+    with some(pager.reserve(3)):
         assert pager.reserve(2) is None
         assert pager.reserve_pool(keys(0, 0, 1)) is None
-        with pager.reserve(1):
+        with some(pager.reserve(1)):
             assert pager.reserve(1) is None
-    with pager.reserve(4):
+    with some(pager.reserve(4)):
         pass
 
 
-def test_a_pool_that_never_fits_is_refused(make_pager):
+def test_a_pool_that_never_fits_is_refused(make_pager: MakePager) -> None:
     pager = make_pager(4)
     with pytest.raises(PoolTooLarge) as refused:
         pager.reserve(5)
@@ -73,9 +79,9 @@ def test_a_pool_that_never_fits_is_refused(make_pager):
         pager.reserve_pool(keys(0, 0, 1, 2, 3, 4))
 
 
-def test_binding_beyond_the_reservation_is_refused(make_pager):
+def test_binding_beyond_the_reservation_is_refused(make_pager: MakePager) -> None:
     pager = make_pager(4)
-    with pager.reserve(1) as lease:
+    with some(pager.reserve(1)) as lease:
         lease.bind(0, [1])
         lease.bind(0, [1, 1])  # held already
         with pytest.raises(ValueError, match="exceed the lease"):
@@ -83,11 +89,13 @@ def test_binding_beyond_the_reservation_is_refused(make_pager):
         lease.wait(0)
 
 
-def test_overlapping_pools_fit_where_disjoint_ones_do_not(make_pager, source, check_weights):
+def test_overlapping_pools_fit_where_disjoint_ones_do_not(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights
+) -> None:
     pager = make_pager(6)
-    with pager.reserve_pool(keys(0, 0, 1, 2, 3)) as first:
+    with some(pager.reserve_pool(keys(0, 0, 1, 2, 3))) as first:
         assert pager.reserve_pool(keys(1, 0, 1, 2, 3)) is None
-        with pager.reserve_pool(keys(0, 2, 3, 4, 5)) as second:
+        with some(pager.reserve_pool(keys(0, 2, 3, 4, 5))) as second:
             first.wait(0)
             second.wait(0)
             first.release()
@@ -97,27 +105,27 @@ def test_overlapping_pools_fit_where_disjoint_ones_do_not(make_pager, source, ch
     assert sorted(source.started) == keys(0, 0, 1, 2, 3, 4, 5)
 
 
-def test_lru_evicts_the_experts_of_the_lease_released_first(make_pager):
+def test_lru_evicts_the_experts_of_the_lease_released_first(make_pager: MakePager) -> None:
     pager = make_pager(4, policy="lru")
-    first, second = pager.reserve_pool(keys(0, 0, 1)), pager.reserve_pool(keys(1, 0, 1))
+    first, second = some(pager.reserve_pool(keys(0, 0, 1))), some(pager.reserve_pool(keys(1, 0, 1)))
     first.wait(0)
     second.wait(1)
     second.release()
     first.release()
-    with pager.reserve_pool(keys(2, 0)) as lease:
+    with some(pager.reserve_pool(keys(2, 0))) as lease:
         lease.wait(2)
         assert pager.resident_experts() == ((0, 1), (1,), (0,), ())
-    with pager.reserve_pool([*keys(1, 1), *keys(2, 5, 6)]) as lease:
+    with some(pager.reserve_pool([*keys(1, 1), *keys(2, 5, 6)])) as lease:
         lease.wait(2)
         assert pager.resident_experts() == ((), (1,), (0, 5, 6), ())
     assert pager.stats().evictions == 3
 
 
-def test_an_expert_is_read_once_however_many_leases_want_it(make_pager, source):
+def test_an_expert_is_read_once_however_many_leases_want_it(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(6)
     wanted = keys(0, 0, 1)
     source.hold(*wanted)
-    leases = [pager.reserve_pool(wanted) for _ in range(5)]
+    leases = [some(pager.reserve_pool(wanted)) for _ in range(5)]
     source.wait_until_started(wanted[0])
     assert not any(lease.ready() for lease in leases)
     source.let_through()
@@ -130,10 +138,12 @@ def test_an_expert_is_read_once_however_many_leases_want_it(make_pager, source):
     assert [lease.usage.bytes_from_disk > 0 for lease in leases] == [True, False, False, False, False]
 
 
-def test_layer_0_can_run_while_layer_1_is_on_the_wire(make_pager, source, check_weights):
+def test_layer_0_can_run_while_layer_1_is_on_the_wire(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights
+) -> None:
     pager = make_pager(4, num_readers=1)
     source.hold(*keys(1, 0, 1))
-    with pager.reserve_pool([*keys(1, 0, 1), *keys(0, 0, 1)]) as lease:
+    with some(pager.reserve_pool([*keys(1, 0, 1), *keys(0, 0, 1)])) as lease:
         lease.wait(0)
         check_weights(pager, keys(0, 0, 1))
         assert not lease.ready()
@@ -142,14 +152,14 @@ def test_layer_0_can_run_while_layer_1_is_on_the_wire(make_pager, source, check_
         check_weights(pager, [*keys(0, 0, 1), *keys(1, 0, 1)])
 
 
-def test_reads_start_in_the_order_of_leases_and_then_of_layers(make_pager, source):
+def test_reads_start_in_the_order_of_leases_and_then_of_layers(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(8, num_readers=1)
     blocker = ExpertKey(3, 7)
     source.hold(blocker)
-    with pager.reserve_pool([blocker]) as lease:
+    with some(pager.reserve_pool([blocker])) as lease:
         source.wait_until_started(blocker)
         pager.prefetch(keys(0, 6))
-        with pager.reserve(3) as first, pager.reserve_pool(keys(0, 5)) as second:
+        with some(pager.reserve(3)) as first, some(pager.reserve_pool(keys(0, 5))) as second:
             first.bind(2, [1])
             first.bind(1, [4, 3])
             source.let_through()
@@ -161,13 +171,15 @@ def test_reads_start_in_the_order_of_leases_and_then_of_layers(make_pager, sourc
     assert source.started == [blocker, *keys(1, 3, 4), *keys(2, 1), *keys(0, 5), *keys(0, 6)]
 
 
-def test_a_failed_read_fails_those_who_bound_it_and_nobody_else(make_pager, source, check_weights):
+def test_a_failed_read_fails_those_who_bound_it_and_nobody_else(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights
+) -> None:
     pager = make_pager(6)
     source.bad.add(ExpertKey(0, 1))
     with (
-        pager.reserve_pool(keys(0, 0, 1)) as broken,
-        pager.reserve_pool(keys(0, 1)) as broken_too,
-        pager.reserve_pool(keys(0, 0, 2)) as fine,
+        some(pager.reserve_pool(keys(0, 0, 1))) as broken,
+        some(pager.reserve_pool(keys(0, 1))) as broken_too,
+        some(pager.reserve_pool(keys(0, 0, 2))) as fine,
     ):
         for lease in (broken, broken_too):
             with pytest.raises(ExpertUnavailable) as failure:
@@ -182,44 +194,48 @@ def test_a_failed_read_fails_those_who_bound_it_and_nobody_else(make_pager, sour
     assert pager.stats().failed_loads >= 1
 
 
-def test_a_bad_expert_is_quarantined_until_its_time_has_come(make_pager, source, check_weights):
+def test_a_bad_expert_is_quarantined_until_its_time_has_come(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights
+) -> None:
     pager = make_pager(2, retry_after_s=3600.0)
     bad = ExpertKey(0, 1)
     source.bad.add(bad)
-    with pager.reserve_pool([bad]) as lease, pytest.raises(ChecksumMismatch):
+    with some(pager.reserve_pool([bad])) as lease, pytest.raises(ChecksumMismatch):
         lease.wait(0)
     source.bad.clear()
-    with pager.reserve_pool([bad]) as lease, pytest.raises(ExpertUnavailable, match="not tried again") as refused:
+    with some(pager.reserve_pool([bad])) as lease, pytest.raises(ExpertUnavailable, match="not tried again") as refused:
         lease.wait(0)
-    assert refused.value.retry_after_s > 3000
+    assert some(refused.value.retry_after_s) > 3000
     assert source.reads_of(bad) == 1
 
     forgiving = make_pager(2, retry_after_s=0.0)
     source.bad.add(bad)
-    with forgiving.reserve_pool([bad]) as lease, pytest.raises(ChecksumMismatch):
+    with some(forgiving.reserve_pool([bad])) as lease, pytest.raises(ChecksumMismatch):
         lease.wait(0)
     source.bad.clear()
-    with forgiving.reserve_pool([bad]) as lease:
+    with some(forgiving.reserve_pool([bad])) as lease:
         lease.wait(0)
         check_weights(forgiving, [bad])
 
 
-def test_a_reader_survives_an_error_that_nobody_foresaw(make_pager, source, check_weights):
+def test_a_reader_survives_an_error_that_nobody_foresaw(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights
+) -> None:
     pager = make_pager(2, num_readers=1)
     source.crash.add(ExpertKey(0, 1))
-    with pager.reserve_pool(keys(0, 1)) as lease, pytest.raises(ExpertUnavailable, match="itself is broken"):
+    with some(pager.reserve_pool(keys(0, 1))) as lease, pytest.raises(ExpertUnavailable, match="itself is broken"):
         lease.wait(0)
-    with pager.reserve_pool(keys(0, 2)) as lease:
+    with some(pager.reserve_pool(keys(0, 2))) as lease:
         lease.wait(0)
         check_weights(pager, keys(0, 2))
 
 
-def test_release_cancels_queued_reads_and_lets_running_ones_finish(make_pager, source):
+def test_release_cancels_queued_reads_and_lets_running_ones_finish(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(4, num_readers=1)
     running, shared, queued = keys(0, 0, 1, 2)
     source.hold(running)
-    lease = pager.reserve_pool([running, shared, queued])
-    other = pager.reserve_pool([shared])
+    lease = some(pager.reserve_pool([running, shared, queued]))
+    other = some(pager.reserve_pool([shared]))
     source.wait_until_started(running)
     lease.release()
     lease.release()
@@ -233,10 +249,10 @@ def test_release_cancels_queued_reads_and_lets_running_ones_finish(make_pager, s
     assert pager.stats().held_bytes == 0
 
 
-def test_release_from_another_thread_wakes_the_one_that_waits(make_pager, source):
+def test_release_from_another_thread_wakes_the_one_that_waits(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(4)
     source.hold(*keys(0, 0))
-    lease = pager.reserve_pool(keys(0, 0))
+    lease = some(pager.reserve_pool(keys(0, 0)))
     source.wait_until_started(ExpertKey(0, 0))
     threading.Timer(0.05, lease.release).start()
     with pytest.raises(Cancelled):
@@ -245,9 +261,9 @@ def test_release_from_another_thread_wakes_the_one_that_waits(make_pager, source
         lease.bind(0, [0])
 
 
-def test_a_lease_becomes_larger_all_or_nothing(make_pager, check_weights):
+def test_a_lease_becomes_larger_all_or_nothing(make_pager: MakePager, check_weights: CheckWeights) -> None:
     pager = make_pager(5)
-    with pager.reserve_pool(keys(0, 0)) as lease, pager.reserve(1):
+    with some(pager.reserve_pool(keys(0, 0))) as lease, some(pager.reserve(1)):
         assert lease.capacity == 5
         assert not lease.become([*keys(0, 0, 1), *keys(1, 0, 1, 2)])
         assert not lease.become(keys(0, 0, 1), 3)
@@ -262,14 +278,14 @@ def test_a_lease_becomes_larger_all_or_nothing(make_pager, check_weights):
         assert lease.become(keys(1, 0))
         assert (lease.num_bound, lease.num_reserved) == (1, 0)
         pager.check_integrity()
-        with pager.reserve(3):
+        with some(pager.reserve(3)):
             assert pager.reserve(1) is None
     assert (pager.stats().held_bytes, pager.stats().reserved_bytes) == (0, 0)
 
 
-def test_a_lease_trades_its_experts_for_a_reservation_all_or_nothing(make_pager):
+def test_a_lease_trades_its_experts_for_a_reservation_all_or_nothing(make_pager: MakePager) -> None:
     pager = make_pager(4)
-    with pager.reserve_pool(keys(0, 0, 1, 2)) as lease, pager.reserve_pool(keys(0, 1, 2, 3)) as other:
+    with some(pager.reserve_pool(keys(0, 0, 1, 2))) as lease, some(pager.reserve_pool(keys(0, 1, 2, 3))) as other:
         lease.wait(0)
         other.wait(0)
         assert not lease.become((), 2), "the other keeps two of its three, and no slot is free"
@@ -283,13 +299,13 @@ def test_a_lease_trades_its_experts_for_a_reservation_all_or_nothing(make_pager)
     assert (pager.stats().held_bytes, pager.stats().reserved_bytes) == (0, 0)
 
 
-def test_what_a_trade_does_not_need_is_given_back(make_pager):
+def test_what_a_trade_does_not_need_is_given_back(make_pager: MakePager) -> None:
     pager = make_pager(6)
-    with pager.reserve_pool(keys(0, 0, 1, 2)) as lease:
+    with some(pager.reserve_pool(keys(0, 0, 1, 2))) as lease:
         lease.wait(0)
         assert lease.become((), 2)
         assert (lease.num_bound, lease.num_reserved) == (0, 2)
-        with pager.reserve(4):
+        with some(pager.reserve(4)):
             assert pager.reserve(1) is None
             assert not lease.become((), 3)
         assert lease.become((), 3)
@@ -299,12 +315,14 @@ def test_what_a_trade_does_not_need_is_given_back(make_pager):
         pager.check_integrity()
 
 
-def test_a_lease_that_let_go_gets_its_experts_back_when_there_is_room(make_pager, source, check_weights):
+def test_a_lease_that_let_go_gets_its_experts_back_when_there_is_room(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights
+) -> None:
     pager = make_pager(4)
-    with pager.reserve_pool(keys(0, 0, 1)) as lease:
+    with some(pager.reserve_pool(keys(0, 0, 1))) as lease:
         lease.wait(0)
         assert lease.become(())
-        with pager.reserve_pool(keys(1, 0, 1, 2)) as other:
+        with some(pager.reserve_pool(keys(1, 0, 1, 2))) as other:
             other.wait(1)
             assert not lease.become(keys(0, 0, 1))
             pager.check_integrity()
@@ -315,22 +333,22 @@ def test_a_lease_that_let_go_gets_its_experts_back_when_there_is_room(make_pager
     assert max(source.reads_of(key) for key in keys(0, 0, 1)) == 2, "one had to make room"
 
 
-def test_a_meter_of_the_sequence_collects_what_its_leases_cost(make_pager):
+def test_a_meter_of_the_sequence_collects_what_its_leases_cost(make_pager: MakePager) -> None:
     pager = make_pager(4)
     meter = UsageMeter()
-    with pager.reserve_pool(keys(0, 0), meter) as lease:
+    with some(pager.reserve_pool(keys(0, 0), meter)) as lease:
         lease.wait(0)
-    with pager.reserve_pool(keys(0, 0, 1), meter) as lease:
+    with some(pager.reserve_pool(keys(0, 0, 1), meter)) as lease:
         lease.wait(0)
         assert lease.usage == meter.counts
     assert (meter.counts.experts_hit, meter.counts.experts_missed) == (1, 2)
     assert meter.counts.bytes_from_disk == 2 * pager.slots.record_bytes
 
 
-def test_close_fails_who_waits_for_queued_reads_and_is_idempotent(make_pager, source):
+def test_close_fails_who_waits_for_queued_reads_and_is_idempotent(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(4, num_readers=1)
     source.hold(ExpertKey(0, 0))
-    lease = pager.reserve_pool(keys(0, 0, 1))
+    lease = some(pager.reserve_pool(keys(0, 0, 1)))
     source.wait_until_started(ExpertKey(0, 0))
     closing = threading.Thread(target=pager.close)
     closing.start()
@@ -345,12 +363,12 @@ def test_close_fails_who_waits_for_queued_reads_and_is_idempotent(make_pager, so
         pager.reserve(1)
 
 
-def test_a_forgotten_pager_ends_its_threads_and_frees_its_slots(make_pager, source):
+def test_a_forgotten_pager_ends_its_threads_and_frees_its_slots(make_pager: MakePager, source: GatedSource) -> None:
     slots = DeviceSlots(2, source.shape, source.stored_dtype, "cpu", num_layers=4, max_experts=8)
     slab = weakref.ref(slots)
     before = set(threading.enumerate())
     pager = ExpertPager(source, slots, options=CacheOptions(num_readers=2))
-    lease = pager.reserve_pool(keys(0, 0))
+    lease = some(pager.reserve_pool(keys(0, 0)))
     del pager, slots
     lease.wait(0)  # a lease keeps its pager going
     threads = {thread for thread in set(threading.enumerate()) - before if "expert-reader" in thread.name}
@@ -364,7 +382,7 @@ def test_a_forgotten_pager_ends_its_threads_and_frees_its_slots(make_pager, sour
     assert slab() is None
 
 
-def test_resident_experts_must_match_the_pinned_slots(make_pager, source):
+def test_resident_experts_must_match_the_pinned_slots(make_pager: MakePager, source: GatedSource) -> None:
     slots = DeviceSlots(2, source.shape, source.stored_dtype, "cpu", num_layers=4, max_experts=8, num_pinned=1)
     with pytest.raises(ValueError, match="0 resident experts for 1 pinned"):
         ExpertPager(source, slots)

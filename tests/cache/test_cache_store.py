@@ -7,6 +7,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from pager.store.pack import pack
 from pager.store.pack_format import PACK_NAME
 from pager.store.safetensors import Checkpoint
 from pager.types import ExpertKey, ExpertShape
+from tests.support.values import some
 
 SHAPE = ExpertShape(hidden=48, intermediate=20)
 EXPERTS_PER_LAYER = (6, 0, 6)
@@ -79,7 +81,9 @@ RESIDENT = (ExpertKey(0, 5), ExpertKey(2, 5))
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_host", [False, True])
-def test_slots_hold_what_the_files_hold_however_often_they_change(experts, tensors, dtype, with_host):
+def test_slots_hold_what_the_files_hold_however_often_they_change(
+    experts: ExpertSource, tensors: dict[str, Tensor], dtype: torch.dtype, with_host: bool
+) -> None:
     host = HostTier.create(1 << 17, SHAPE, dtype) if with_host else None
     slots = make_slots(3, dtype)
     pager = ExpertPager(experts, slots, resident=RESIDENT, host=host)
@@ -120,13 +124,15 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("with_host", [False, True])
-def test_neighbours_of_a_layer_are_read_together(experts, tensors, reads, with_host):
+def test_neighbours_of_a_layer_are_read_together(
+    experts: ExpertSource, tensors: dict[str, Tensor], reads: list[int], with_host: bool
+) -> None:
     """Into slots that are anywhere, or into records: one read a layer for a single thread, and never across layers."""
     host = HostTier.create(1 << 17, SHAPE, torch.float32) if with_host else None
     slots = make_slots(10, torch.float32)
     pager = ExpertPager(experts, slots, resident=RESIDENT, host=host, options=CacheOptions(num_readers=1))
     reads.clear()
-    with pager.reserve_pool([*ALL_KEYS[3:5], *ALL_KEYS[:2], *ALL_KEYS[6:9]]) as lease:
+    with some(pager.reserve_pool([*ALL_KEYS[3:5], *ALL_KEYS[:2], *ALL_KEYS[6:9]])) as lease:
         for layer in (0, 2):
             lease.wait(layer)
         for key in (*ALL_KEYS[:2], *ALL_KEYS[3:5], *ALL_KEYS[6:9]):
@@ -144,16 +150,16 @@ def test_neighbours_of_a_layer_are_read_together(experts, tensors, reads, with_h
         host.close()
 
 
-def test_threads_share_a_layer_out(experts, reads):
+def test_threads_share_a_layer_out(experts: ExpertSource, reads: list[int]) -> None:
     pager = ExpertPager(experts, make_slots(10, torch.float32), resident=RESIDENT, options=CacheOptions(num_readers=4))
     reads.clear()
-    with pager.reserve_pool(ALL_KEYS[:5]) as lease:
+    with some(pager.reserve_pool(ALL_KEYS[:5])) as lease:
         lease.wait(0)
     assert len(reads) >= 3, "no thread takes more than its share of five"
     pager.close()
 
 
-def test_of_a_run_through_the_host_tier_only_the_damaged_expert_fails(packed):
+def test_of_a_run_through_the_host_tier_only_the_damaged_expert_fails(packed: Path) -> None:
     source = PackedExperts(packed / PACK_NAME)
     damage(packed, source, ExpertKey(2, 1))
     host = HostTier.create(1 << 17, SHAPE, torch.float32)
@@ -161,12 +167,12 @@ def test_of_a_run_through_the_host_tier_only_the_damaged_expert_fails(packed):
         source, make_slots(4, torch.float32), resident=RESIDENT, host=host, options=CacheOptions(num_readers=1)
     )
     wanted = [ExpertKey(2, expert) for expert in range(3)]
-    with pager.reserve_pool(wanted) as lease, pytest.raises(ChecksumMismatch):
+    with some(pager.reserve_pool(wanted)) as lease, pytest.raises(ChecksumMismatch):
         lease.wait(2)
-    with pager.reserve_pool([wanted[0], wanted[2]]) as lease:
+    with some(pager.reserve_pool([wanted[0], wanted[2]])) as lease:
         lease.wait(2)
     assert (host.index.num_resident, host.index.num_pinned) == (2, 0)
-    with pager.reserve_pool(wanted) as lease, pytest.raises(ExpertUnavailable, match="not tried again"):
+    with some(pager.reserve_pool(wanted)) as lease, pytest.raises(ExpertUnavailable, match="not tried again"):
         lease.wait(2)
     host.index.check_integrity()
     pager.check_integrity()
@@ -179,7 +185,9 @@ PAGES = ExpertShape(hidden=64, intermediate=32)  # in fp32 its matrices are whol
 
 
 @pytest.mark.parametrize("with_host", [False, True])
-def test_past_the_page_cache_into_slots_and_records(tmp_path, with_host, caplog):
+def test_past_the_page_cache_into_slots_and_records(
+    tmp_path: Path, with_host: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     source, tensors = paged_by_pages(tmp_path)
     host = HostTier.create(16 * PAGES.num_elements * 4, PAGES, torch.float32) if with_host else None
     slots = DeviceSlots(3, PAGES, torch.float32, "cpu", num_layers=1, max_experts=6)
@@ -219,7 +227,9 @@ def paged_by_pages(tmp_path: Path) -> tuple[ExpertSource, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("asked", [None, False])
-def test_experts_that_fit_into_free_memory_come_through_the_page_cache(experts, asked, caplog):
+def test_experts_that_fit_into_free_memory_come_through_the_page_cache(
+    experts: ExpertSource, asked: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, logger="pager.cache.pager"):
         ExpertPager(
             experts, make_slots(3, torch.float32), resident=RESIDENT, options=CacheOptions(bypass_page_cache=asked)
@@ -227,14 +237,14 @@ def test_experts_that_fit_into_free_memory_come_through_the_page_cache(experts, 
     assert "through the page cache" in caplog.text
 
 
-def test_when_the_page_cache_is_of_no_use():
-    fits = {"experts_bytes": 30, "slots_bytes": 10, "has_host_tier": False}
-    assert why_bypass(**fits, free_bytes=40) == ""
-    assert "30 B of experts and 10 B of slots do not fit" in why_bypass(**fits, free_bytes=39)
-    assert "host tier" in why_bypass(**{**fits, "has_host_tier": True}, free_bytes=1000)
+def test_when_the_page_cache_is_of_no_use() -> None:
+    fits = partial(why_bypass, experts_bytes=30, slots_bytes=10, has_host_tier=False)
+    assert fits(free_bytes=40) == ""
+    assert "30 B of experts and 10 B of slots do not fit" in fits(free_bytes=39)
+    assert "host tier" in fits(has_host_tier=True, free_bytes=1000)
 
 
-def test_slots_are_pages_of_their_own():
+def test_slots_are_pages_of_their_own() -> None:
     slots = make_slots(3, torch.bfloat16)
     assert slots.gate_up.data_ptr() % 4096 == slots.down.data_ptr() % 4096 == 0
     assert slots.gate_up.nbytes + slots.down.nbytes == slots.nbytes
@@ -249,14 +259,14 @@ def damage(packed: Path, source: PackedExperts, key: ExpertKey) -> None:
         file.write(bytes([byte ^ 0x40]))
 
 
-def test_a_flipped_byte_fails_the_request_that_needs_the_expert_and_no_other(packed):
+def test_a_flipped_byte_fails_the_request_that_needs_the_expert_and_no_other(packed: Path) -> None:
     source = PackedExperts(packed / PACK_NAME)
     damaged = ExpertKey(2, 1)
     damage(packed, source, damaged)
     pager = ExpertPager(source, make_slots(4, torch.float32), resident=RESIDENT)
     with (
-        pager.reserve_pool([ExpertKey(2, 0), damaged]) as broken,
-        pager.reserve_pool([ExpertKey(2, 0), ExpertKey(2, 2)]) as fine,
+        some(pager.reserve_pool([ExpertKey(2, 0), damaged])) as broken,
+        some(pager.reserve_pool([ExpertKey(2, 0), ExpertKey(2, 2)])) as fine,
     ):
         with pytest.raises(ChecksumMismatch) as failure:
             broken.wait(2)
@@ -267,7 +277,7 @@ def test_a_flipped_byte_fails_the_request_that_needs_the_expert_and_no_other(pac
     source.close()
 
 
-def test_a_kernel_without_large_pages_has_slots_too(monkeypatch):
+def test_a_kernel_without_large_pages_has_slots_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)
     slots = make_slots(2, torch.float32)
     assert slots.gate_up.fill_(1.0).sum() == slots.gate_up.numel()

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from contextlib import closing
 
 import pytest
 
-from pager.cache.pager import ExpertPager
+from pager.cache.pager import ExpertPager, Lease
 from pager.errors import Cancelled, ExpertUnavailable
 from pager.types import ExpertKey
+from tests.cache.conftest import CheckWeights, GatedSource, MakePager
+from tests.support.values import some
 
 NUM_SLOTS = 12
 
@@ -25,13 +28,13 @@ def random_pool(chance: random.Random) -> list[ExpertKey]:
 class Traffic:
     """Sequences on one engine thread, prefetches and releases from others, and a watcher of the books."""
 
-    def __init__(self, pager: ExpertPager, source, check_weights) -> None:
+    def __init__(self, pager: ExpertPager, source: GatedSource, check_weights: CheckWeights) -> None:
         self.pager, self.source, self.check_weights = pager, source, check_weights
         self.failures: list[BaseException] = []
         self.done = threading.Event()
         self.num_failed = self.num_served = 0
 
-    def guarded(self, work) -> None:
+    def guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as error:
@@ -51,7 +54,7 @@ class Traffic:
         for lease in leases:
             self.serve(lease)
 
-    def fused(self, chance: random.Random):
+    def fused(self, chance: random.Random) -> Lease | None:
         lease = self.pager.reserve(8)
         if lease is not None:
             for layer in range(4):
@@ -59,7 +62,7 @@ class Traffic:
             lease.shrink()
         return lease
 
-    def serve(self, lease) -> None:
+    def serve(self, lease: Lease) -> None:
         releaser = threading.Thread(target=lease.release)
         try:
             for layer in range(4):
@@ -96,7 +99,7 @@ class Traffic:
             assert stats.resident_bytes <= stats.capacity_bytes
 
 
-def test_traffic_from_many_threads(make_pager, source, check_weights):
+def test_traffic_from_many_threads(make_pager: MakePager, source: GatedSource, check_weights: CheckWeights) -> None:
     source.side_by_side = True
     pager = make_pager(NUM_SLOTS, num_readers=4, retry_after_s=0.0)
     traffic = Traffic(pager, source, check_weights)
@@ -119,7 +122,7 @@ def test_traffic_from_many_threads(make_pager, source, check_weights):
     assert pager.stats().held_bytes == pager.stats().reserved_bytes == 0
 
 
-def test_the_slab_is_all_there_ever_is(make_pager):
+def test_the_slab_is_all_there_ever_is(make_pager: MakePager) -> None:
     """Pools change; the tensors stay the same memory of the same size."""
     pager = make_pager(5)
     slots = pager.slots
@@ -127,22 +130,22 @@ def test_the_slab_is_all_there_ever_is(make_pager):
     assert slots.gate_up.nbytes + slots.down.nbytes == slots.nbytes == 5 * slots.record_bytes
     chance = random.Random(2)
     for _ in range(50):
-        with pager.reserve_pool(random_pool(chance)[:5]) as lease:
+        with some(pager.reserve_pool(random_pool(chance)[:5])) as lease:
             for layer in range(4):
                 lease.wait(layer)
     assert (slots.gate_up.data_ptr(), slots.down.data_ptr()) == before
 
 
-def test_cancelled_while_binding_on_another_thread(make_pager, source):
+def test_cancelled_while_binding_on_another_thread(make_pager: MakePager, source: GatedSource) -> None:
     pager = make_pager(8)
     source.hold(ExpertKey(0, 0))
-    lease = pager.reserve(8)
+    lease = some(pager.reserve(8))
     lease.bind(0, [0])
     source.wait_until_started(ExpertKey(0, 0))
     lease.release()
     with pytest.raises(Cancelled):
         lease.bind(1, [0])
-    with pager.reserve_pool([ExpertKey(0, 0)]) as again:  # joins the read that the first lease left behind
+    with some(pager.reserve_pool([ExpertKey(0, 0)])) as again:  # joins the read that the first lease left behind
         source.let_through()
         again.wait(0)
     assert source.reads_of(ExpertKey(0, 0)) == 1

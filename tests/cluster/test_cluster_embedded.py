@@ -155,7 +155,7 @@ SECRETS = {
 }
 
 
-def test_secrets_are_known_by_name_or_value_and_what_workers_need_is_none():
+def test_secrets_are_known_by_name_or_value_and_what_workers_need_is_none() -> None:
     needed = {
         "PATH": "/bin",
         "TOKENIZERS_PARALLELISM": "false",
@@ -168,7 +168,9 @@ def test_secrets_are_known_by_name_or_value_and_what_workers_need_is_none():
     assert secrets_in(SECRETS | needed) == list(SECRETS)
 
 
-def test_its_processes_get_no_secrets_and_its_folder_is_private_and_goes_with_it(start):
+def test_its_processes_get_no_secrets_and_its_folder_is_private_and_goes_with_it(
+    start: Callable[..., Embedded],
+) -> None:
     ray = start(**SECRETS)
     for process in ray.processes():
         with suppress(psutil.NoSuchProcess):
@@ -181,7 +183,9 @@ def test_its_processes_get_no_secrets_and_its_folder_is_private_and_goes_with_it
     assert not ray.folder.exists()
 
 
-def test_calls_leave_nothing_in_the_gcs_a_full_machine_kills_no_worker_and_a_dead_one_keeps_no_file_open(start):
+def test_calls_leave_nothing_in_the_gcs_a_full_machine_kills_no_worker_and_a_dead_one_keeps_no_file_open(
+    start: Callable[..., Embedded],
+) -> None:
     """With a record of each call the GCS grows by 1 KiB a call."""
     ray = start(RAY_memory_usage_threshold="0.01")  # to Ray the machine is full
     gcs = psutil.Process(ray.daemons["gcs_server"])
@@ -203,7 +207,9 @@ def test_calls_leave_nothing_in_the_gcs_a_full_machine_kills_no_worker_and_a_dea
     ray.end()
 
 
-def test_what_a_killed_process_left_is_removed_at_the_next_start_and_what_others_have_is_not(start):
+def test_what_a_killed_process_left_is_removed_at_the_next_start_and_what_others_have_is_not(
+    start: Callable[..., Embedded],
+) -> None:
     killed, living = start(), start()
     killed.kill()
     assert killed.folder.is_dir()
@@ -222,7 +228,9 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start_and_what_others
         foreign.rmdir()
 
 
-def test_of_two_clusters_on_a_machine_the_one_that_is_named_is_joined_and_an_unnamed_one_never(start):
+def test_of_two_clusters_on_a_machine_the_one_that_is_named_is_joined_and_an_unnamed_one_never(
+    start: Callable[..., Embedded],
+) -> None:
     first, second = start(), start()
     ways = {
         first.address: first.address,
@@ -263,13 +271,17 @@ def test_of_two_clusters_on_a_machine_the_one_that_is_named_is_joined_and_an_unn
         ),
     ],
 )
-def test_auto_names_the_only_cluster_of_the_machine_or_none(monkeypatch, found, message):
+def test_auto_names_the_only_cluster_of_the_machine_or_none(
+    monkeypatch: pytest.MonkeyPatch, found: list[object] | list[str], message: str
+) -> None:
     monkeypatch.setattr(services, "_find_address_from_flag", lambda flag: set(found))
     with pytest.raises(ConfigError, match=message):
         find_cluster("auto")
 
 
-def test_a_service_of_another_kind_is_no_cluster_and_neither_is_one_that_says_nothing(monkeypatch):
+def test_a_service_of_another_kind_is_no_cluster_and_neither_is_one_that_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

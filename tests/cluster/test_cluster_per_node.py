@@ -58,7 +58,7 @@ def node_for_one(ray_runtime: None) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("node_for_one")
-async def test_a_worker_starts_where_a_node_takes_it_and_the_next_one_waits():
+async def test_a_worker_starts_where_a_node_takes_it_and_the_next_one_waits() -> None:
     port = free_ports(1)
     cluster = await Cluster.connect(config(count=2, per_node=1, metrics_port=port))
     try:
@@ -74,7 +74,7 @@ async def test_a_worker_starts_where_a_node_takes_it_and_the_next_one_waits():
 
 
 @pytest.mark.usefixtures("node_for_one")
-def test_gpus_may_come_later_where_nodes_do():
+def test_gpus_may_come_later_where_nodes_do() -> None:
     session = RaySession("127.0.0.1", owns_ray=False, folder=None)
     assert OwnWorkers(config(count=2, per_node=1, device="cuda"), session, load_engine).names() == [
         "worker-0",
@@ -82,7 +82,7 @@ def test_gpus_may_come_later_where_nodes_do():
     ]
 
 
-def test_workers_of_a_node_take_the_metrics_ports_that_are_free():
+def test_workers_of_a_node_take_the_metrics_ports_that_are_free() -> None:
     first = free_ports(2)
     workers = [
         Worker(index, config(count=8, per_node=2, metrics_port=first), "127.0.0.1", load_engine) for index in (3, 6, 7)
@@ -97,5 +97,5 @@ def test_workers_of_a_node_take_the_metrics_ports_that_are_free():
 @pytest.mark.parametrize(
     ("count", "per_node", "sharing"), [(1, None, 1), (4, None, 4), (4, 1, 1), (4, 2, 2), (0, None, 1)]
 )
-def test_a_node_is_divided_among_those_on_it(count, per_node, sharing):
+def test_a_node_is_divided_among_those_on_it(count: int, per_node: int | None, sharing: int) -> None:
     assert WorkerConfig(count=count, per_node=per_node).sharing_a_node == sharing

@@ -102,7 +102,7 @@ class Load:
 
 
 @pytest.mark.usefixtures("pods")
-async def test_a_pods_end_loses_no_token_and_its_worker_starts_elsewhere():
+async def test_a_pods_end_loses_no_token_and_its_worker_starts_elsewhere() -> None:
     cluster = await Cluster.connect(CONFIG)
     try:
         (pid,) = worker_pids()

@@ -18,6 +18,7 @@ import pytest
 import ray.scripts.scripts
 from click.testing import CliRunner
 
+from tests.deploy.conftest import Render
 from tests.support.waiting import until
 
 BIN = Path(__file__).parents[2] / "deploy" / "docker" / "bin"
@@ -35,7 +36,9 @@ def quoted(text: str) -> str:
 
 
 @pytest.mark.parametrize(("script", "group"), [("expert-pager-head", "head"), ("expert-pager-worker", "workers")])
-def test_ray_is_started_with_the_same_parameters_by_script_and_by_operator(render, script, group):
+def test_ray_is_started_with_the_same_parameters_by_script_and_by_operator(
+    render: Render, script: str, group: str
+) -> None:
     (cluster,) = render("monitoring").of_kind("RayCluster")
     spec = cluster["spec"]
     params = dict((spec["headGroupSpec"] if group == "head" else spec["workerGroupSpecs"][0])["rayStartParams"])
@@ -48,7 +51,7 @@ def test_ray_is_started_with_the_same_parameters_by_script_and_by_operator(rende
     assert by_script == params
 
 
-def test_a_router_offers_its_cluster_nothing():
+def test_a_router_offers_its_cluster_nothing() -> None:
     router = flags("expert-pager-router")
     assert (router["num-cpus"], router["num-gpus"]) == ("0", "0")
     assert "resources" not in router
@@ -89,7 +92,7 @@ def drain(folder: Path, limit_s: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, env=os.environ | {"POD_IP": "127.0.0.77", "PATH": path})
 
 
-def test_a_worker_is_told_to_end_and_waited_for_when_its_node_is_closed(tmp_path):
+def test_a_worker_is_told_to_end_and_waited_for_when_its_node_is_closed(tmp_path: Path) -> None:
     with node(tmp_path / "here", "127.0.0.77") as here, node(tmp_path / "there", "127.0.0.78") as there:
         waiting = drain(tmp_path, 600)
         until((here / "told").exists)
@@ -102,13 +105,13 @@ def test_a_worker_is_told_to_end_and_waited_for_when_its_node_is_closed(tmp_path
         assert not (there / "told").exists()
 
 
-def test_a_pods_end_does_not_wait_longer_than_it_was_told_nor_for_nothing(tmp_path):
+def test_a_pods_end_does_not_wait_longer_than_it_was_told_nor_for_nothing(tmp_path: Path) -> None:
     with node(tmp_path / "here", "127.0.0.77"):
         assert drain(tmp_path, 0.1).wait(timeout=60) == 0
     assert drain(tmp_path, 600).wait(timeout=60) == 0
 
 
-def test_the_command_that_closes_a_node_is_one_that_ray_has():
+def test_the_command_that_closes_a_node_is_one_that_ray_has() -> None:
     usage = CliRunner().invoke(ray.scripts.scripts.drain_node, ["--help"]).output
     script = (BIN / "expert-pager-worker-drain").read_text()
     options = set(re.findall(r'"(--[a-z-]+)=', script))

@@ -8,24 +8,25 @@ from pathlib import Path
 import typer
 
 from pager.cli.app import app
+from tests.deploy.conftest import Render, Rendered
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "deploy.md").read_text()
 
 
-def test_every_overlay_is_in_the_table():
+def test_every_overlay_is_in_the_table() -> None:
     rows = set(re.findall(r"^\| `([\w-]+)` \| .* \| .*\|$", TEXT, re.M))
     assert {path.name for path in (ROOT / "deploy" / "k8s" / "overlays").iterdir()} <= rows
 
 
-def test_every_path_is_there():
+def test_every_path_is_there() -> None:
     paths = re.findall(r"(?:deploy|docs)/[\w./-]*\w", TEXT)
     assert paths
     for path in paths:
         assert (ROOT / path).exists(), path
 
 
-def test_the_secret_has_every_file_that_a_pod_reads(manifests):
+def test_the_secret_has_every_file_that_a_pod_reads(manifests: Rendered) -> None:
     made = set(re.findall(r"--from-file=([\w.-]+)", TEXT))
     read = set()
     for pod in manifests.workloads():
@@ -38,7 +39,7 @@ def test_the_secret_has_every_file_that_a_pod_reads(manifests):
     assert read <= made
 
 
-def test_numbers_are_those_of_the_manifests(render):
+def test_numbers_are_those_of_the_manifests(render: Render) -> None:
     router = render("gpu").workload("expert-pager-router")
     assert f"grace period is {router.spec['terminationGracePeriodSeconds']} s" in TEXT
     assert f"goes on for {router.main['lifecycle']['preStop']['exec']['command'][1]} s (preStop)" in TEXT
@@ -48,7 +49,7 @@ def test_numbers_are_those_of_the_manifests(render):
     assert storage["storage"] in TEXT
 
 
-def test_every_link_leads_somewhere():
+def test_every_link_leads_somewhere() -> None:
     headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", TEXT, re.M)}
     links = re.findall(r"\]\(([^)]+)\)", TEXT)
     assert links
@@ -65,12 +66,12 @@ def commands() -> list[str]:
     return [line.strip() for line in blocks.splitlines() if line and not re.match(r" *[A-Z_]+=", line)]
 
 
-def test_every_program_is_one_that_the_reader_was_told_to_have():
+def test_every_program_is_one_that_the_reader_was_told_to_have() -> None:
     programs = {line.split()[0] for line in commands()}
     assert programs <= {"docker", "kubectl", "kind", "openssl", "printf", "umask", "cd", ".venv/bin/expert-pager"}
 
 
-def test_our_own_commands_have_the_options_that_are_used():
+def test_our_own_commands_have_the_options_that_are_used() -> None:
     subcommands = typer.main.get_command(app).commands
     used = [line for line in commands() if re.search(r"expert-pager (generate|replay)", line)]
     assert len(used) >= 3

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.deploy.conftest import Rendered
+
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy" / "docker"
 K8S = ROOT / "deploy" / "k8s"
@@ -24,7 +26,7 @@ DIGEST = re.compile(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}")
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
-def test_a_base_is_pinned_and_the_image_runs_as_somebody(name):
+def test_a_base_is_pinned_and_the_image_runs_as_somebody(name: str) -> None:
     lines = [line.strip() for line in (DOCKER / name).read_text().splitlines() if not line.startswith("#")]
     (python,) = [line.removeprefix("ARG PYTHON=") for line in lines if line.startswith("ARG PYTHON=")]
     assert DIGEST.fullmatch(python)
@@ -42,7 +44,7 @@ def test_a_base_is_pinned_and_the_image_runs_as_somebody(name):
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
-def test_what_is_installed_is_pinned(name):
+def test_what_is_installed_is_pinned(name: str) -> None:
     text = (DOCKER / name).read_text().replace("\\\n", " ")
     for command in re.findall(r"pip install .*", text):
         assert "-c /src/constraints.txt" in command
@@ -50,14 +52,14 @@ def test_what_is_installed_is_pinned(name):
         assert all("=" in package for package in packages.split())
 
 
-def test_ray_kills_no_worker_because_the_node_is_full():
+def test_ray_kills_no_worker_because_the_node_is_full() -> None:
     for name in DOCKERFILES:
         _, _, runtime = (DOCKER / name).read_text().partition(" AS runtime\n")
         set_there = [word for line in runtime.splitlines() if line.startswith("ENV ") for word in line.split()]
         assert "RAY_memory_monitor_refresh_ms=0" in set_there
 
 
-def test_the_constraints_are_what_the_project_asks_for():
+def test_the_constraints_are_what_the_project_asks_for() -> None:
     lines = (DOCKER / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = ("serve", "otel")
@@ -70,7 +72,7 @@ def test_the_constraints_are_what_the_project_asks_for():
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
-def test_a_login_shell_finds_the_programs_too(name, tmp_path):
+def test_a_login_shell_finds_the_programs_too(name: str, tmp_path: Path) -> None:
     """KubeRay before 1.4 starts Ray by one, and Debian's /etc/profile sets PATH anew before it reads profile.d."""
     (line,) = re.findall(r"echo '(.+)' > /etc/profile.d/", (DOCKER / name).read_text())
     (tmp_path / "profile.sh").write_text(f"{line}\n")
@@ -79,7 +81,7 @@ def test_a_login_shell_finds_the_programs_too(name, tmp_path):
     assert said == "/opt/expert-pager/bin:/usr/bin:/bin\n"
 
 
-def test_what_the_build_copies_is_let_through():
+def test_what_the_build_copies_is_let_through() -> None:
     let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for name in DOCKERFILES:
         for sources in re.findall(r"^COPY (?!--from)(?:--\S+ )?(.+) \S+$", (DOCKER / name).read_text(), re.M):
@@ -88,7 +90,7 @@ def test_what_the_build_copies_is_let_through():
                 assert (ROOT / source).exists()
 
 
-def test_images_and_source_are_set_in_one_place_each():
+def test_images_and_source_are_set_in_one_place_each() -> None:
     tags = [path for path in K8S.rglob("*.yaml") if re.search(r"^images:", path.read_text(), re.M)]
     assert {path.relative_to(K8S).parent.as_posix() for path in tags} == {"site", "overlays/cpu-dev"}
     for path in K8S.rglob("*.yaml"):
@@ -96,13 +98,13 @@ def test_images_and_source_are_set_in_one_place_each():
             assert image in ("expert-pager-router", "expert-pager-worker") or DIGEST.fullmatch(image), path
 
 
-def test_every_rendered_image_has_a_tag(manifests):
+def test_every_rendered_image_has_a_tag(manifests: Rendered) -> None:
     for pod in manifests.workloads():
         for container in pod.containers:
             assert re.search(r":\d+\.\d+\.\d+", container["image"]), container["image"]
 
 
-def test_every_command_of_a_pod_is_in_the_images(manifests):
+def test_every_command_of_a_pod_is_in_the_images(manifests: Rendered) -> None:
     ours = {path.name for path in (DOCKER / "bin").iterdir()}
     for pod in manifests.workloads():
         for container in pod.containers:
@@ -112,7 +114,7 @@ def test_every_command_of_a_pod_is_in_the_images(manifests):
             assert set(words) <= ours | {"sleep", "redis-server"}
 
 
-def test_scripts_can_be_run():
+def test_scripts_can_be_run() -> None:
     for path in (DOCKER / "bin").iterdir():
         assert os.access(path, os.X_OK), path
         if path.read_text().startswith("#!/bin/sh"):
@@ -137,7 +139,9 @@ def prepare(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def test_a_model_is_packed_and_verified_once_by_however_many_pods(prepare, tmp_path):
+def test_a_model_is_packed_and_verified_once_by_however_many_pods(
+    prepare: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(lambda pod: prepare(pod, str(CHECKPOINT)), ("one", "two")))
     assert [each.returncode for each in done] == [0, 0], done
@@ -148,7 +152,9 @@ def test_a_model_is_packed_and_verified_once_by_however_many_pods(prepare, tmp_p
     assert "is there already" in prepare("one", str(CHECKPOINT)).stdout  # a container that starts again
 
 
-def test_a_source_that_is_damaged_leaves_nothing_that_would_be_served(prepare, tmp_path):
+def test_a_source_that_is_damaged_leaves_nothing_that_would_be_served(
+    prepare: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(CHECKPOINT, damaged)
     weights = next(damaged.glob("*.safetensors"))
@@ -161,7 +167,9 @@ def test_a_source_that_is_damaged_leaves_nothing_that_would_be_served(prepare, t
 
 
 @pytest.mark.parametrize("source", ["", "emo-tiny", "hf:allenai/Emo", "hf:allenai/Emo@main"])
-def test_a_source_that_names_no_one_model_is_refused(prepare, source):
+def test_a_source_that_names_no_one_model_is_refused(
+    prepare: Callable[..., subprocess.CompletedProcess[str]], source: str
+) -> None:
     done = prepare("one", source)
     assert done.returncode != 0
     assert "hf:ORGANISATION/NAME@REVISION" in done.stderr

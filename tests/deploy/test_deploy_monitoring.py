@@ -15,6 +15,7 @@ import yaml
 from pager.observe.tracing import is_asked_for
 from pager.observe.worker_metrics import WORKER_FAMILIES
 from router_service.metrics import router_families
+from tests.deploy.conftest import Render
 from tests.support.processes import free_port
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
@@ -34,7 +35,7 @@ def expressions(manifests) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("overlay", ["production", "autoscale"])
-def test_expressions_ask_for_metrics_that_are_exported(render, overlay):
+def test_expressions_ask_for_metrics_that_are_exported(render: Render, overlay: str) -> None:
     known = exported()
     asked = [name for text in expressions(render(overlay)) for name in re.findall(r"(?<![\w:])expert_pager_\w+", text)]
     assert asked
@@ -42,7 +43,7 @@ def test_expressions_ask_for_metrics_that_are_exported(render, overlay):
 
 
 @pytest.mark.parametrize("overlay", ["monitoring", "production", "autoscale"])
-def test_rules_and_dashboards_are_shipped(render, overlay):
+def test_rules_and_dashboards_are_shipped(render: Render, overlay: str) -> None:
     (rules,) = render(overlay).of_kind("PrometheusRule")
     assert rules["spec"] == yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
     shipped = render(overlay).one("ConfigMap", "expert-pager-dashboards")
@@ -50,7 +51,9 @@ def test_rules_and_dashboards_are_shipped(render, overlay):
     assert shipped["data"] == {path.name: path.read_text() for path in (MONITORING / "dashboards").glob("*.json")}
 
 
-def test_a_real_redis_takes_the_file_and_keeps_what_has_no_expiry(render, redis_server, tmp_path):
+def test_a_real_redis_takes_the_file_and_keeps_what_has_no_expiry(
+    render: Render, redis_server: Path, tmp_path: Path
+) -> None:
     text = render("ha").one("ConfigMap", "expert-pager-redis")["data"]["redis.conf"]
     (tmp_path / "redis-auth.conf").write_text("requirepass sesame\n")
     text = text.replace("/run/secrets/redis", str(tmp_path)).replace("/data", str(tmp_path))
@@ -81,7 +84,7 @@ def await_answer(client: redis.Redis) -> None:
     raise AssertionError("redis-server does not answer")
 
 
-def test_whoever_traces_knows_the_collector_and_may_reach_it(render):
+def test_whoever_traces_knows_the_collector_and_may_reach_it(render: Render) -> None:
     manifests = render("traces")
     settings = manifests.one("ConfigMap", "expert-pager-traces")
     port = int(settings["data"]["OTEL_EXPORTER_OTLP_ENDPOINT"].rpartition(":")[2])

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.conftest import Render, Rendered
+
 MEMBERS = {"expert-pager-router", "expert-pager-head", "expert-pager-worker"}
 SCALERS = ("HorizontalPodAutoscaler", "ScaledObject")
 
@@ -30,14 +32,14 @@ def policy(manifests: Any, name: str) -> dict[str, Any]:
     return manifests.one("NetworkPolicy", name)["spec"]
 
 
-def test_everything_is_in_one_namespace_and_has_its_label(manifests):
+def test_everything_is_in_one_namespace_and_has_its_label(manifests: Rendered) -> None:
     for each in manifests.objects:
         assert each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "expert-pager"
         if each["kind"] != "Namespace":
             assert each["metadata"]["namespace"] == "expert-pager", each["metadata"]["name"]
 
 
-def test_no_pod_may_talk_unless_a_policy_says_so(manifests):
+def test_no_pod_may_talk_unless_a_policy_says_so(manifests: Rendered) -> None:
     deny = policy(manifests, "expert-pager-default-deny")
     assert selected(manifests, deny["podSelector"]) == {pod.name for pod in manifests.workloads()}
     assert set(deny["policyTypes"]) == {"Ingress", "Egress"}
@@ -45,7 +47,7 @@ def test_no_pod_may_talk_unless_a_policy_says_so(manifests):
     assert "egress" not in deny
 
 
-def test_members_of_the_ray_cluster_reach_each_other_and_nobody_else_reaches_them(manifests):
+def test_members_of_the_ray_cluster_reach_each_other_and_nobody_else_reaches_them(manifests: Rendered) -> None:
     ray = policy(manifests, "expert-pager-ray")
     members = selected(manifests, ray["podSelector"])
     assert members >= MEMBERS
@@ -60,7 +62,7 @@ def test_members_of_the_ray_cluster_reach_each_other_and_nobody_else_reaches_the
                 assert rule["ports"], each["metadata"]["name"]
 
 
-def test_clients_reach_routers_on_the_service_port_alone(manifests):
+def test_clients_reach_routers_on_the_service_port_alone(manifests: Rendered) -> None:
     clients = policy(manifests, "expert-pager-clients")
     assert selected(manifests, clients["podSelector"]) == {"expert-pager-router"}
     (rule,) = clients["ingress"]
@@ -68,7 +70,7 @@ def test_clients_reach_routers_on_the_service_port_alone(manifests):
     assert [port["port"] for port in rule["ports"]] == [service_port["port"]]
 
 
-def test_services_select_pods_that_have_the_port(manifests):
+def test_services_select_pods_that_have_the_port(manifests: Rendered) -> None:
     for service in manifests.of_kind("Service"):
         pods = [
             pod for pod in manifests.workloads() if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)
@@ -85,13 +87,13 @@ def test_services_select_pods_that_have_the_port(manifests):
         assert address == f"{cluster['metadata']['name']}-head-svc:6379"
 
 
-def test_controllers_select_their_own_pods_and_no_others(manifests):
+def test_controllers_select_their_own_pods_and_no_others(manifests: Rendered) -> None:
     for each in manifests.objects:
         if each["kind"] in ("Deployment", "StatefulSet"):
             assert selected(manifests, each["spec"]["selector"]) == {each["metadata"]["name"]}
 
 
-def test_budgets_leave_something_and_let_nodes_be_drained(manifests):
+def test_budgets_leave_something_and_let_nodes_be_drained(manifests: Rendered) -> None:
     controllers = [*manifests.of_kind("Deployment"), *manifests.of_kind("StatefulSet")]
     replicas = {each["metadata"]["name"]: each["spec"]["replicas"] for each in controllers}
     for cluster in manifests.of_kind("RayCluster"):
@@ -102,7 +104,7 @@ def test_budgets_leave_something_and_let_nodes_be_drained(manifests):
         assert 1 <= budget["spec"]["minAvailable"] < replicas[name], name
 
 
-def test_scalers_scale_what_is_there_and_no_further_than_the_settings(manifests):
+def test_scalers_scale_what_is_there_and_no_further_than_the_settings(manifests: Rendered) -> None:
     for each in (scaler for kind in SCALERS for scaler in manifests.of_kind(kind)):
         target = each["spec"]["scaleTargetRef"]
         found = manifests.one(target["kind"], target["name"])
@@ -112,7 +114,7 @@ def test_scalers_scale_what_is_there_and_no_further_than_the_settings(manifests)
             assert each["spec"]["maxReplicaCount"] == int(re.search(r"^count = (\d+)", text, re.M)[1])
 
 
-def test_there_is_one_router_that_owns_the_workers(manifests):
+def test_there_is_one_router_that_owns_the_workers(manifests: Rendered) -> None:
     owners = []
     for name in ("expert-pager-router", "expert-pager-keeper"):
         for each in manifests.of_kind("Deployment"):
@@ -126,7 +128,7 @@ def test_there_is_one_router_that_owns_the_workers(manifests):
     assert len(owners) == 1
 
 
-def test_two_routers_share_a_redis(render):
+def test_two_routers_share_a_redis(render: Render) -> None:
     manifests = render("ha")
     assert manifests.one("Deployment", "expert-pager-router")["spec"]["replicas"] == 2
     to_redis = policy(manifests, "expert-pager-to-redis")
@@ -140,7 +142,7 @@ def test_two_routers_share_a_redis(render):
 
 
 @pytest.mark.parametrize("overlay", ["monitoring", "production", "autoscale"])
-def test_prometheus_is_let_in_where_it_scrapes(render, overlay):
+def test_prometheus_is_let_in_where_it_scrapes(render: Render, overlay: str) -> None:
     manifests = render(overlay)
     (monitor,) = manifests.of_kind("PodMonitor")
     scraped = selected(manifests, monitor["spec"]["selector"])
@@ -158,7 +160,7 @@ def test_prometheus_is_let_in_where_it_scrapes(render, overlay):
 
 
 @pytest.mark.parametrize("overlay", ["tls", "production"])
-def test_tls_is_for_clients_and_not_for_probes(render, overlay):
+def test_tls_is_for_clients_and_not_for_probes(render: Render, overlay: str) -> None:
     manifests = render(overlay)
     for name in {"expert-pager-router", "expert-pager-keeper"} & {pod.name for pod in manifests.workloads()}:
         pod = manifests.workload(name)

@@ -11,6 +11,7 @@ import pytest
 
 from pager.config import ServiceConfig, load_config
 from pager.memory.units import parse_bytes
+from tests.deploy.conftest import Render, Rendered
 
 SECRET_FOLDERS = ("/run/secrets/expert-pager", "/run/secrets/redis", "/run/tls")
 UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
@@ -36,7 +37,7 @@ def pods(manifests: Any) -> list[Any]:
     return found
 
 
-def test_no_container_has_more_rights_than_it_needs(manifests):
+def test_no_container_has_more_rights_than_it_needs(manifests: Rendered) -> None:
     for pod in pods(manifests):
         context = pod.spec["securityContext"]
         assert context["runAsNonRoot"] is True
@@ -55,7 +56,7 @@ def test_no_container_has_more_rights_than_it_needs(manifests):
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
-def test_no_pod_has_a_token_of_the_api_server_or_links_of_services(manifests):
+def test_no_pod_has_a_token_of_the_api_server_or_links_of_services(manifests: Rendered) -> None:
     for pod in pods(manifests):
         assert pod.spec["automountServiceAccountToken"] is False
         assert pod.spec["enableServiceLinks"] is False
@@ -63,7 +64,7 @@ def test_no_pod_has_a_token_of_the_api_server_or_links_of_services(manifests):
         assert account["automountServiceAccountToken"] is False
 
 
-def test_what_is_written_to_is_a_volume(manifests):
+def test_what_is_written_to_is_a_volume(manifests: Rendered) -> None:
     for pod in pods(manifests):
         for container in pod.containers:
             mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
@@ -78,7 +79,7 @@ def test_what_is_written_to_is_a_volume(manifests):
         assert all("sizeLimit" in each["emptyDir"] for each in pod.spec["volumes"] if "emptyDir" in each)
 
 
-def test_the_model_is_read_only_once_it_is_prepared(manifests):
+def test_the_model_is_read_only_once_it_is_prepared(manifests: Rendered) -> None:
     for name in ("expert-pager-router", "expert-pager-worker"):
         pod = manifests.workload(name)
         (init,) = pod.spec["initContainers"]
@@ -95,7 +96,7 @@ def test_the_model_is_read_only_once_it_is_prepared(manifests):
         assert config["data"]["MODEL_SOURCE"]
 
 
-def test_the_three_probes_ask_different_questions(manifests):
+def test_the_three_probes_ask_different_questions(manifests: Rendered) -> None:
     for pod in pods(manifests):
         asked = [
             {key: pod.main[probe][key] for key in ("grpc", "tcpSocket", "httpGet", "exec") if key in pod.main[probe]}
@@ -107,7 +108,7 @@ def test_the_three_probes_ask_different_questions(manifests):
         assert len({json.dumps(question, sort_keys=True) for question in asked}) == len(asked), pod.name
 
 
-def test_liveness_asks_neither_for_workers_nor_for_weights(manifests, tmp_path):
+def test_liveness_asks_neither_for_workers_nor_for_weights(manifests: Rendered, tmp_path: Path) -> None:
     router = settings(manifests, tmp_path).router
     for pod in pods(manifests):
         if pod.name in ("expert-pager-router", "expert-pager-keeper"):
@@ -122,7 +123,7 @@ def test_liveness_asks_neither_for_workers_nor_for_weights(manifests, tmp_path):
         assert alive["periodSeconds"] * alive["failureThreshold"] >= 60
 
 
-def test_ports_are_those_of_the_settings(manifests, tmp_path):
+def test_ports_are_those_of_the_settings(manifests: Rendered, tmp_path: Path) -> None:
     config = settings(manifests, tmp_path)
     assert config.router.host == "0.0.0.0"
     assert config.workers.per_node == 1  # so that a worker's metrics port is its pod's
@@ -135,7 +136,7 @@ def test_ports_are_those_of_the_settings(manifests, tmp_path):
     assert worker.main["readinessProbe"]["httpGet"] == {"path": "/metrics", "port": "metrics"}
 
 
-def test_shared_memory_holds_the_host_tier_and_memory_holds_both(manifests, tmp_path):
+def test_shared_memory_holds_the_host_tier_and_memory_holds_both(manifests: Rendered, tmp_path: Path) -> None:
     config = settings(manifests, tmp_path)
     pod = manifests.workload("expert-pager-worker")
     (mount,) = [each for each in pod.main["volumeMounts"] if each["mountPath"] == "/dev/shm"]
@@ -150,14 +151,14 @@ def test_shared_memory_holds_the_host_tier_and_memory_holds_both(manifests, tmp_
     assert int(resources["limits"]["cpu"]) == config.workers.num_threads
 
 
-def test_every_container_says_what_it_needs(manifests):
+def test_every_container_says_what_it_needs(manifests: Rendered) -> None:
     for pod in pods(manifests):
         for container in pod.containers:
             for kind in ("requests", "limits"):
                 assert {"cpu", "memory"} <= container["resources"][kind].keys(), (pod.name, container["name"])
 
 
-def test_the_grace_period_has_room_for_pre_stop_and_drain(manifests, tmp_path):
+def test_the_grace_period_has_room_for_pre_stop_and_drain(manifests: Rendered, tmp_path: Path) -> None:
     config = settings(manifests, tmp_path)
     drain_s = config.router.drain_s
     for pod in pods(manifests):
@@ -171,7 +172,7 @@ def test_the_grace_period_has_room_for_pre_stop_and_drain(manifests, tmp_path):
     assert config.workers.drain_s >= drain_s  # what a router would let a request take
 
 
-def test_secrets_are_files_and_nothing_else(manifests):
+def test_secrets_are_files_and_nothing_else(manifests: Rendered) -> None:
     for pod in pods(manifests):
         for container in pod.containers:
             for variable in container.get("env", ()):
@@ -193,7 +194,7 @@ def test_secrets_are_files_and_nothing_else(manifests):
         assert not re.search(r"requirepass|redis://|token =", json.dumps(config["data"]))
 
 
-def test_every_member_of_the_ray_cluster_asks_for_the_token(manifests):
+def test_every_member_of_the_ray_cluster_asks_for_the_token(manifests: Rendered) -> None:
     for pod in pods(manifests):
         if pod.labels.get("expert-pager/ray") != "member":
             continue
@@ -203,7 +204,7 @@ def test_every_member_of_the_ray_cluster_asks_for_the_token(manifests):
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "production"])
-def test_a_ray_cluster_offers_a_worker_a_pod_and_nothing_else(render, overlay, tmp_path):
+def test_a_ray_cluster_offers_a_worker_a_pod_and_nothing_else(render: Render, overlay: str, tmp_path: Path) -> None:
     manifests = render(overlay)
     config = settings(manifests, tmp_path)
     (cluster,) = manifests.of_kind("RayCluster")

@@ -14,6 +14,8 @@ import yaml
 from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
+from tests.deploy.conftest import Render, Rendered
+
 SCHEMAS = Path(__file__).parents[2] / "deploy" / "k8s" / "schemas"
 KUBERNETES = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / "v1.34.0-local-strict"
 OWN_KINDS = {"RayCluster", "PodMonitor", "PrometheusRule", "ScaledObject"}
@@ -41,12 +43,12 @@ def check(each: dict[str, Any]) -> None:
     validator(each["kind"], each["apiVersion"]).validate(each)
 
 
-def test_every_object_is_what_its_schema_says(manifests):
+def test_every_object_is_what_its_schema_says(manifests: Rendered) -> None:
     for each in manifests.objects:
         check(each)
 
 
-def test_the_overlays_have_every_kind_that_has_a_schema_here(render):
+def test_the_overlays_have_every_kind_that_has_a_schema_here(render: Render) -> None:
     kinds = {each["kind"] for name in ("production", "autoscale") for each in render(name).objects}
     assert kinds >= OWN_KINDS
     assert {path.stem for path in SCHEMAS.glob("*.json")} == {kind.lower() for kind in OWN_KINDS}
@@ -65,7 +67,9 @@ def test_the_overlays_have_every_kind_that_has_a_schema_here(render):
         ("gpu", "Deployment", ("spec", "template", "spec", "containers", 0)),
     ],
 )
-def test_a_field_that_nobody_knows_is_refused(render, overlay, kind, path):
+def test_a_field_that_nobody_knows_is_refused(
+    render: Render, overlay: str, kind: str, path: tuple[str, ...] | tuple[int | str, ...]
+) -> None:
     each = json.loads(json.dumps(next(iter(render(overlay).of_kind(kind)))))
     place = each
     for step in path:
@@ -75,7 +79,7 @@ def test_a_field_that_nobody_knows_is_refused(render, overlay, kind, path):
         check(each)
 
 
-def test_the_pod_that_copies_a_model_is_one_that_the_namespace_admits(render):
+def test_the_pod_that_copies_a_model_is_one_that_the_namespace_admits(render: Render) -> None:
     (pod,) = yaml.safe_load_all((SCHEMAS.parent / "copy-model.yaml").read_text())
     check(pod)
     manifests = render("gpu")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -39,7 +41,9 @@ def foreign_services() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("authority")
-def test_the_command_line_speaks_tls_with_a_service_on_ipv6_whatever_has_the_usual_ports(serve, run, tmp_path):
+def test_the_command_line_speaks_tls_with_a_service_on_ipv6_whatever_has_the_usual_ports(
+    serve: Callable[..., Any], run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     health_port = free_port()
     env = {f"EXPERT_PAGER_ROUTER_TLS_{key}": str(tmp_path / name)
            for key, name in (("CERT", "tls.crt"), ("KEY", "tls.key"), ("CLIENT_CA", "ca.crt"))}  # fmt: skip
@@ -64,7 +68,9 @@ def test_the_command_line_speaks_tls_with_a_service_on_ipv6_whatever_has_the_usu
 
 
 @pytest.mark.usefixtures("authority")
-def test_a_key_that_is_not_there_is_named_at_once(run, tmp_path):
+def test_a_key_that_is_not_there_is_named_at_once(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     done = run(
         "serve", GOLDEN, "--port", 0, "--metrics-port", 0,
         EXPERT_PAGER_ROUTER_TLS_CERT=str(tmp_path / "tls.crt"), EXPERT_PAGER_ROUTER_TLS_KEY=str(tmp_path / "absent"),
@@ -82,7 +88,9 @@ def test_a_key_that_is_not_there_is_named_at_once(run, tmp_path):
         (("--server", "localhost:1", "--tls-ca", "absent.crt"), "cannot be read"),
     ],
 )
-def test_options_that_can_take_no_effect_are_refused(run, options, message):
+def test_options_that_can_take_no_effect_are_refused(
+    run: Callable[..., subprocess.CompletedProcess[str]], options, message: str
+) -> None:
     done = run("generate", "--token-ids", "1", *options)
     assert done.returncode != 0
     assert message in " ".join(done.stderr.replace("│", " ").split())

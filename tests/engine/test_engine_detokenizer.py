@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from pager.engine.detokenizer import Detokenizer, StopMatcher, TokenTexts
+from tests.support.values import some
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["\u2581", "\u2581the", "\u2581pri", "ce", "\u2581\u2581", "a", ".", "\u20ac", "\ufffd", "\u2581\ufffd"]
@@ -177,7 +178,11 @@ SPELL: dict[str, Callable[[bytes], list[str]]] = {"byte_level": byte_letters, **
 
 
 def spelled(kind: str, data: bytes) -> list[int]:
-    return [KINDS[kind].token_to_id(token) for token in SPELL[kind](data)]
+    return [id_of(kind, token) for token in SPELL[kind](data)]
+
+
+def id_of(kind: str, token: str) -> int:
+    return some(KINDS[kind].token_to_id(token))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,9 +199,9 @@ def test_byte_tokens_that_add_up_read_as_decode_has_them(kind: str, data: st.Dat
     """So that the rule for broken runs is all that differs from `Tokenizer.decode`."""
     text = data.draw(st.text("a\u00e9\u20ac\U0001d11e\ufffd \n", max_size=6))
     lone = data.draw(st.lists(st.integers(0x80, 0xFF).map(lambda byte: bytes([byte])), max_size=3))
-    ids = [KINDS[kind].token_to_id("ce"), *spelled(kind, text.encode()), KINDS[kind].token_to_id("ce")]
+    ids = [id_of(kind, "ce"), *spelled(kind, text.encode()), id_of(kind, "ce")]
     for byte in lone:
-        ids += [*spelled(kind, byte), KINDS[kind].token_to_id("a")]
+        ids += [*spelled(kind, byte), id_of(kind, "a")]
     assert "".join(pieces_of(kind, ids)) == KINDS[kind].decode(ids)
     assert "".join(pieces_of(kind, ids)).startswith(f"ce{text}ce")
 
@@ -217,8 +222,8 @@ def test_bytes_that_can_become_no_character_are_shown_as_soon_as_that_is_known(k
     *_, last = pieces_of(kind, spelled(kind, broken), before)
     begun = kind == "byte_level" and broken.endswith(b"\xe2")
     assert last == ("\ufffd" if begun else "")
-    joined = "".join(pieces_of(kind, spelled(kind, broken), [KINDS[kind].token_to_id("a")]))
-    assert joined == KINDS[kind].decode([KINDS[kind].token_to_id("a"), *spelled(kind, broken)])[1:]
+    joined = "".join(pieces_of(kind, spelled(kind, broken), [id_of(kind, "a")]))
+    assert joined == KINDS[kind].decode([id_of(kind, "a"), *spelled(kind, broken)])[1:]
 
 
 @pytest.mark.parametrize("kind", SPELL)
@@ -236,14 +241,14 @@ def test_a_character_that_the_prompt_began_is_shown_whole_and_nothing_else_of_th
     assert pieces_of(kind, rest, prompt=begun) == ["\u20ac", " ", "b", ""]
     wrong = "b" if kind == "byte_level" else "\ufffd"  # where bytes are tokens of their own, the run is broken
     assert pieces_of(kind, spelled(kind, b"b"), prompt=begun) == [wrong, ""]
-    word = KINDS[kind].token_to_id("<added>")
+    word = id_of(kind, "<added>")
     assert pieces_of(kind, [word], prompt=begun) == ["<added>", ""]
     assert pieces_of(kind, [], prompt=begun) == [""]
 
 
 def test_a_token_of_the_prompt_that_ends_within_a_character_is_not_repeated() -> None:
     """Byte-level vocabularies have tokens of a space and the first byte of a character."""
-    space_and_first = KINDS["byte_level"].token_to_id("\u0120\u00e2")
+    space_and_first = id_of("byte_level", "\u0120\u00e2")
     rest = spelled("byte_level", "\u20ac".encode()[1:])
     assert "".join(pieces_of("byte_level", rest, prompt=[space_and_first])) == "\u20ac"
     assert "".join(pieces_of("byte_level", [space_and_first, *rest])) == " \u20ac"
@@ -275,7 +280,7 @@ def test_the_work_for_a_token_does_not_grow(kind: str, data: bytes) -> None:
 
 def test_special_tokens_and_ids_without_a_token_have_no_text_and_part_no_character() -> None:
     for kind in SPELL:
-        end = KINDS[kind].token_to_id("<end>")
+        end = id_of(kind, "<end>")
         first, *rest = spelled(kind, "\u20ac".encode())
         assert pieces_of(kind, [first, end, 10**6, *rest]) == ["", "", "", "", "\u20ac", ""], kind
 

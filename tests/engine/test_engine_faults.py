@@ -12,9 +12,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 
 from pager.engine import engine as engine_module
 from pager.engine.interface import EngineObserver
+from pager.engine.kv import BlockPool
+from pager.engine.paged_model import PagedModel
 from pager.engine.request import Request, record_spans
 from pager.errors import Cancelled, PagerError
-from pager.types import Count, DriftAction, DriftPolicy, PoolPolicy
+from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, PoolPolicy
+from tests.engine.conftest import Driver
 
 WIDEN = DriftPolicy(0.3, DriftAction.WIDEN, window=4)
 NEVER = DriftPolicy(0.999, window=4)  # measured as the others are; what is done about it depends on the room there is
@@ -60,8 +63,8 @@ class Place:
             return
         acquire = sequence.acquire
 
-        def acquire_and_break(*args: Any) -> bool:
-            taken = acquire(*args)
+        def acquire_and_break(paged: PagedModel, blocks: BlockPool) -> bool:
+            taken = acquire(paged, blocks)
             if taken:
                 self._break(sequence, raiser, once)
             return taken
@@ -103,7 +106,9 @@ SHARED = ("pool in a shared step", "row of a batch", "fifth number of the sample
 
 
 @pytest.fixture
-def submit_all(random_prompt, random_pool) -> Callable[[Any], list[str]]:
+def submit_all(
+    random_prompt: Callable[[int, int], list[int]], random_pool: Callable[..., ExpertPool]
+) -> Callable[[Any], list[str]]:
     """Requests of every kind; the third, which the faults are put into, meets every place above."""
 
     def submit(driver: Any) -> list[str]:
@@ -130,13 +135,17 @@ VICTIM = "r2"
 
 
 def sequence_of(driver: Any, request_id: str) -> Request:
+    sequence: Request
     (sequence,) = (each for each in driver.engine._inbox.live() if each.request.id == request_id)
     return sequence
 
 
-def answers(driver: Any, ids: list[str]) -> dict[str, object]:
+Answers = dict[str, tuple[list[int], str, tuple[object, ...]]]
+
+
+def answers(driver: Driver, ids: list[str]) -> Answers:
     """What clients get, but for times and what was in the slots already."""
-    told = {}
+    told: Answers = {}
     for request_id in ids:
         usage = driver.usage(request_id)
         peak = usage.drift and round(usage.drift.peak_mass, 5)
@@ -146,13 +155,15 @@ def answers(driver: Any, ids: list[str]) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, object]:
+def expected() -> Answers:
     """Filled by the first test: the same requests, undisturbed."""
     return {}
 
 
 @pytest.fixture
-def undisturbed(make_driver, submit_all, expected) -> dict[str, object]:
+def undisturbed(
+    make_driver: Callable[..., Driver], submit_all: Callable[[Any], list[str]], expected: Answers
+) -> Answers:
     if not expected:
         driver = make_driver()
         ids = submit_all(driver)
@@ -161,11 +172,11 @@ def undisturbed(make_driver, submit_all, expected) -> dict[str, object]:
     return expected
 
 
-def check_only_the_victim_failed(driver: Any, ids: list[str], undisturbed: dict[str, object]) -> PagerError:
+def check_only_the_victim_failed(driver: Any, ids: list[str], undisturbed: Answers) -> PagerError:
     assert list(driver.failures) == [VICTIM]
     others = [request_id for request_id in ids if request_id != VICTIM]
     assert answers(driver, others) == {request_id: undisturbed[request_id] for request_id in others}
-    tokens, *_ = undisturbed[VICTIM]  # type: ignore[misc]
+    tokens, *_ = undisturbed[VICTIM]
     assert driver.tokens(VICTIM) == tokens[: len(driver.tokens(VICTIM))]
     driver.assert_nothing_held()
     driver.engine._blocks.check_integrity()
@@ -176,7 +187,11 @@ def check_only_the_victim_failed(driver: Any, ids: list[str], undisturbed: dict[
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("raiser", [fail, panic, end])
 def test_a_fault_fails_the_request_that_it_belongs_to_and_no_other(
-    make_driver, submit_all, undisturbed, place: str, raiser: Callable[..., Any]
+    make_driver: Callable[..., Driver],
+    submit_all: Callable[[Any], list[str]],
+    undisturbed: Answers,
+    place: str,
+    raiser: Callable[..., Any],
 ) -> None:
     driver = make_driver()
     ids = submit_all(driver)
@@ -190,7 +205,11 @@ def test_a_fault_fails_the_request_that_it_belongs_to_and_no_other(
 
 @pytest.mark.parametrize("place", SHARED)
 def test_a_shared_step_that_fails_once_is_run_again_and_changes_no_answer(
-    make_driver, submit_all, undisturbed, caplog, place: str
+    make_driver: Callable[..., Driver],
+    submit_all: Callable[[Any], list[str]],
+    undisturbed: Answers,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
 ) -> None:
     """Numbers that were drawn and mass that was measured for it count once."""
     driver = make_driver()
@@ -202,7 +221,12 @@ def test_a_shared_step_that_fails_once_is_run_again_and_changes_no_answer(
     driver.assert_nothing_held()
 
 
-def test_spans_that_fail_do_so_for_their_request(make_driver, submit_all, undisturbed, monkeypatch) -> None:
+def test_spans_that_fail_do_so_for_their_request(
+    make_driver: Callable[..., Driver],
+    submit_all: Callable[[Any], list[str]],
+    undisturbed: Answers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def record(sequence: Request, outcome: str) -> None:
         fail() if sequence.request.id == VICTIM else record_spans(sequence, outcome)
 
@@ -226,7 +250,10 @@ class BrokenObserver(EngineObserver):
 
 @pytest.mark.parametrize("name", ["queued", "first_token"])
 def test_an_observer_that_fails_does_so_for_the_request_that_it_hears_of(
-    make_driver, submit_all, undisturbed, name: str
+    make_driver: Callable[..., Driver],
+    submit_all: Callable[[Any], list[str]],
+    undisturbed: Answers,
+    name: str,
 ) -> None:
     observer = BrokenObserver(name)
     driver = make_driver(observer=observer)
@@ -238,7 +265,11 @@ def test_an_observer_that_fails_does_so_for_the_request_that_it_hears_of(
 
 @pytest.mark.parametrize("name", ["stepped", "load", "used", "output_token", "finished"])
 def test_an_observer_that_fails_when_nothing_is_left_to_fail_harms_nobody(
-    make_driver, submit_all, undisturbed, name: str, caplog
+    make_driver: Callable[..., Driver],
+    submit_all: Callable[[Any], list[str]],
+    undisturbed: Answers,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     driver = make_driver(observer=BrokenObserver(name))
     ids = submit_all(driver)
@@ -248,7 +279,12 @@ def test_an_observer_that_fails_when_nothing_is_left_to_fail_harms_nobody(
     driver.assert_nothing_held()
 
 
-def test_what_cannot_be_given_back_costs_nobody_an_answer(make_driver, submit_all, undisturbed, caplog) -> None:
+def test_what_cannot_be_given_back_costs_nobody_an_answer(
+    make_driver: Callable[..., Driver],
+    submit_all: Callable[[Any], list[str]],
+    undisturbed: Answers,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     driver = make_driver()
     ids = submit_all(driver)
     Place("release").put(sequence_of(driver, VICTIM), fail)
@@ -261,7 +297,9 @@ def test_what_cannot_be_given_back_costs_nobody_an_answer(make_driver, submit_al
     assert len(driver.tokens(works)) == 3
 
 
-def test_blocks_that_cannot_be_given_back_keep_no_lease(make_driver, random_prompt, monkeypatch) -> None:
+def test_blocks_that_cannot_be_given_back_keep_no_lease(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     driver = make_driver()
     request = driver.submit(random_prompt(1, 8), PoolPolicy(Count(3)), max_tokens=3)
     driver.engine.step()
@@ -271,7 +309,9 @@ def test_blocks_that_cannot_be_given_back_keep_no_lease(make_driver, random_prom
     assert driver.paged.pager.stats().held_bytes == 0
 
 
-def test_a_fault_while_a_request_is_failed_leaves_its_failure_as_it_is(make_driver, submit_all, monkeypatch) -> None:
+def test_a_fault_while_a_request_is_failed_leaves_its_failure_as_it_is(
+    make_driver: Callable[..., Driver], submit_all: Callable[[Any], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its spans and its release fail, too."""
     monkeypatch.setattr(engine_module, "record_spans", panic)
     driver = make_driver()
@@ -283,7 +323,9 @@ def test_a_fault_while_a_request_is_failed_leaves_its_failure_as_it_is(make_driv
     assert len(driver.engine._inbox) == 5
 
 
-def test_bytes_that_do_not_add_up_are_text_like_any_other(make_driver, random_prompt) -> None:
+def test_bytes_that_do_not_add_up_are_text_like_any_other(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     """With byte fallback, at a temperature at which everything is drawn, beside greedy requests of others."""
     alphabet = {f"<0x{byte:02X}>": byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(alphabet, [], byte_fallback=True))

@@ -49,7 +49,7 @@ class OpGraph(TorchDispatchMode):
     """The operations of a step. As with a CUDA graph, recording them leaves everything as it was."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._ops: list[tuple[Any, Any, Any, Any]] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -193,7 +193,7 @@ def test_a_replayed_step_is_its_replay_and_nothing_else(
     while capture.num_captured == 0:
         driver.engine.step()
     seen: list[Any] = []
-    with Seen():
+    with Seen():  # type: ignore[no-untyped-call]
         for _ in range(30):
             driver.engine.step()
         assert capture.num_replayed == 31
@@ -341,7 +341,7 @@ def test_the_step_asks_the_device_for_nothing(
     # Numbers of the host would be copied to a GPU; on the meta device there is nothing to copy.
     monkeypatch.setattr(torch, "tensor", None)
     for _ in range(2):
-        with paged.step(documents) as routing, OneDevice() as mode:
+        with paged.step(documents) as routing, OneDevice() as mode:  # type: ignore[no-untyped-call]
             assert routing.is_steady
             token_B = device_step(runner, batch, sampler, runner.padded_context(batch))
         with pytest.raises(RuntimeError):

@@ -6,8 +6,10 @@ import itertools
 import random
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from pager.errors import (
     PromptTooLong,
 )
 from pager.models.open_model import OpenModel
+from pager.store.expert_source import PackedExperts
 from pager.store.pack import pack
 from pager.types import (
     Count,
@@ -41,6 +44,7 @@ from pager.types import (
     Share,
     TokenChunk,
 )
+from tests.engine.conftest import Driver
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 ALL_EXPERTS = ExpertPool((tuple(range(15)),) * 4)
@@ -48,7 +52,7 @@ ALL_EXPERTS = ExpertPool((tuple(range(15)),) * 4)
 
 @pytest.mark.parametrize("pool", [PoolPolicy(), PoolPolicy(Count(4))])
 def test_cancellation_frees_kv_and_slots_before_the_next_step_and_leaves_the_others_alone(
-    make_driver, random_prompt, pool: PoolPolicy
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], pool: PoolPolicy
 ) -> None:
     driver = make_driver(40)
     # Long enough that it runs yet when the other is cancelled, however long that waits for reads meanwhile.
@@ -73,7 +77,9 @@ def test_cancellation_frees_kv_and_slots_before_the_next_step_and_leaves_the_oth
     driver.assert_nothing_held()
 
 
-def test_waiting_requests_can_be_cancelled_by_their_tenant_only(make_driver, random_prompt) -> None:
+def test_waiting_requests_can_be_cancelled_by_their_tenant_only(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver(12)
     driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=20)
     waiting = driver.submit(random_prompt(2, 20), PoolPolicy(Count(3)), max_tokens=20, tenant="mine")
@@ -87,7 +93,9 @@ def test_waiting_requests_can_be_cancelled_by_their_tenant_only(make_driver, ran
     driver.assert_nothing_held()
 
 
-def test_a_deadline_ends_running_and_waiting_requests(make_driver, random_prompt) -> None:
+def test_a_deadline_ends_running_and_waiting_requests(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver(12)
     deadline = time.monotonic() + 2  # they have to be submitted before
     running = driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=200, deadline_s=deadline)
@@ -103,7 +111,12 @@ def test_a_deadline_ends_running_and_waiting_requests(make_driver, random_prompt
 
 
 @pytest.mark.parametrize("jump_s", [-86_400, 86_400])
-def test_a_clock_that_is_set_moves_no_deadline(make_driver, random_prompt, monkeypatch, jump_s: int) -> None:
+def test_a_clock_that_is_set_moves_no_deadline(
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    jump_s: int,
+) -> None:
     driver = make_driver(24)
     before = driver.submit(random_prompt(1, 20), PoolPolicy(Count(3)), max_tokens=8, deadline_s=time.monotonic() + 600)
     driver.engine.step()
@@ -119,7 +132,9 @@ def test_a_clock_that_is_set_moves_no_deadline(make_driver, random_prompt, monke
     driver.assert_nothing_held()
 
 
-def test_a_request_that_fits_passes_one_that_does_not_but_only_so_often(make_driver, random_prompt) -> None:
+def test_a_request_that_fits_passes_one_that_does_not_but_only_so_often(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     # The big one needs all slots; small ones come and go before it, two at a time.
     driver = make_driver(24, max_overtakes=3)
     small = PoolPolicy(Count(3))
@@ -143,6 +158,7 @@ def broken_copy(directory: Path, key: ExpertKey) -> Path:
     counts = opened.facts.experts_per_layer
     pack(CHECKPOINT, packed, names=opened.family.expert_names, experts_per_layer=counts, shape=shape)
     source = OpenModel.open(packed, torch.float32).open_experts()
+    assert isinstance(source, PackedExperts)
     offset = source.offset_of(key) + 1000
     source.close()
     with (packed / "experts.pack").open("r+b") as file:
@@ -154,7 +170,10 @@ def broken_copy(directory: Path, key: ExpertKey) -> Path:
 
 
 def test_a_damaged_expert_fails_the_sequence_whose_pool_has_it_and_no_other(
-    make_driver, random_prompt, random_pool, tmp_path
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+    tmp_path: Path,
 ) -> None:
     pools = [random_pool(seed) for seed in range(4)]
     broken = ExpertKey(1, next(iter(set(pools[2].experts[1]) - {e for n in (0, 1, 3) for e in pools[n].experts[1]})))
@@ -174,7 +193,7 @@ def test_a_damaged_expert_fails_the_sequence_whose_pool_has_it_and_no_other(
 
 
 def test_an_expert_that_turns_out_damaged_while_decoding_fails_only_who_needs_it(
-    make_driver, random_prompt, tmp_path
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], tmp_path: Path
 ) -> None:
     # Of these three, only the second wants this expert, for its fifth token, in a forward that all three share.
     answers = []
@@ -212,7 +231,7 @@ def test_an_expert_that_turns_out_damaged_while_decoding_fails_only_who_needs_it
     ],
 )
 def test_what_can_not_be_served_is_refused_at_once_and_the_next_request_works(
-    make_driver, options: dict[str, object], error: type[PagerError], field: str
+    make_driver: Callable[..., Driver], options: dict[str, Any], error: type[PagerError], field: str
 ) -> None:
     driver = make_driver(48)
     with pytest.raises(error) as caught:
@@ -224,7 +243,7 @@ def test_what_can_not_be_served_is_refused_at_once_and_the_next_request_works(
     driver.assert_nothing_held()
 
 
-def test_a_request_beyond_kv_memory_is_refused(make_driver) -> None:
+def test_a_request_beyond_kv_memory_is_refused(make_driver: Callable[..., Driver]) -> None:
     driver = make_driver(48, kv_memory="256KiB")  # the smallest that the planner allows: 256 tokens
     whole = driver.submit([1], max_tokens=255)
     driver.finish()
@@ -232,7 +251,7 @@ def test_a_request_beyond_kv_memory_is_refused(make_driver) -> None:
     driver.assert_nothing_held()
 
 
-def test_ids_in_use_and_full_lines_are_refused_and_free_again_afterwards(make_driver) -> None:
+def test_ids_in_use_and_full_lines_are_refused_and_free_again_afterwards(make_driver: Callable[..., Driver]) -> None:
     driver = make_driver(max_running=1, max_waiting=1)
     driver.submit([1], max_tokens=2, id="a")
     with pytest.raises(DuplicateRequest, match="'a'"):
@@ -248,7 +267,9 @@ def test_ids_in_use_and_full_lines_are_refused_and_free_again_afterwards(make_dr
     assert len(driver.tokens("a")) == 4
 
 
-def test_a_deadline_that_the_line_can_not_meet_is_refused_and_others_are_not(make_driver, random_prompt) -> None:
+def test_a_deadline_that_the_line_can_not_meet_is_refused_and_others_are_not(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver(max_running=1, max_waiting=100)
     for number in range(40):
         driver.submit(random_prompt(number, 8), max_tokens=8)
@@ -268,7 +289,7 @@ def test_a_deadline_that_the_line_can_not_meet_is_refused_and_others_are_not(mak
     driver.finish()
 
 
-def test_an_id_is_its_tenants_own(make_driver) -> None:
+def test_an_id_is_its_tenants_own(make_driver: Callable[..., Driver]) -> None:
     driver = make_driver()
     events: list[StreamEvent] = []
     driver.engine._sink = events.extend
@@ -283,7 +304,7 @@ def test_an_id_is_its_tenants_own(make_driver) -> None:
 
 
 def test_a_forward_that_breaks_is_run_for_each_alone_and_fails_those_that_it_breaks_for(
-    make_driver, random_prompt
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
 ) -> None:
     driver = make_driver(60)
     breaks_with: list[int] = []
@@ -308,7 +329,9 @@ def test_a_forward_that_breaks_is_run_for_each_alone_and_fails_those_that_it_bre
     driver.assert_nothing_held()
 
 
-def test_a_sequence_whose_logits_are_not_finite_fails_alone(make_driver, random_prompt) -> None:
+def test_a_sequence_whose_logits_are_not_finite_fails_alone(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver(60)
     expected = driver.submit(random_prompt(1, 8), PoolPolicy(Count(3)), max_tokens=12)
     driver.finish()
@@ -331,7 +354,11 @@ def test_a_sequence_whose_logits_are_not_finite_fails_alone(make_driver, random_
     driver.assert_nothing_held()
 
 
-def test_nothing_is_left_after_two_hundred_requests_of_all_kinds(make_driver, random_prompt, random_pool) -> None:
+def test_nothing_is_left_after_two_hundred_requests_of_all_kinds(
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+) -> None:
     driver = make_driver(36, max_running=6, max_waiting=300)
     chance = random.Random(0)
     ids = []
@@ -364,7 +391,9 @@ def test_nothing_is_left_after_two_hundred_requests_of_all_kinds(make_driver, ra
     assert not driver.paged.pager.prefetch_pending(ALL_EXPERTS.keys())
 
 
-def test_a_thread_serves_many_submitters_and_drains_before_it_stops(make_driver, random_prompt) -> None:
+def test_a_thread_serves_many_submitters_and_drains_before_it_stops(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver(48)
     threading.Thread(target=driver.engine.run, daemon=True).start()
 
@@ -385,7 +414,9 @@ def test_a_thread_serves_many_submitters_and_drains_before_it_stops(make_driver,
     driver.assert_nothing_held()
 
 
-def test_stopping_without_patience_fails_what_is_in_flight(make_driver, random_prompt) -> None:
+def test_stopping_without_patience_fails_what_is_in_flight(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     """Some run and some wait: a forward is held up until the engine is to stop."""
     driver = make_driver(48)
     num_forwards, started = itertools.count(), threading.Event()
@@ -405,11 +436,13 @@ def test_stopping_without_patience_fails_what_is_in_flight(make_driver, random_p
     driver.assert_nothing_held()
 
 
-def test_a_sink_that_fails_does_not_stop_the_engine(make_driver, random_prompt, caplog) -> None:
+def test_a_sink_that_fails_does_not_stop_the_engine(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
     driver = make_driver()
     good_sink, fails = driver.engine._sink, [True]
 
-    def sink(events: list[object]) -> None:
+    def sink(events: list[StreamEvent]) -> None:
         if fails.pop() if fails else False:
             raise OSError("the reader is gone")
         good_sink(events)
@@ -424,18 +457,22 @@ def test_a_sink_that_fails_does_not_stop_the_engine(make_driver, random_prompt, 
 
 class Recorder(EngineObserver):
     def __init__(self) -> None:
-        self.facts: list[tuple[str, tuple[object, ...]]] = []
+        self.facts: list[tuple[str, tuple[Any, ...]]] = []
 
-    def __getattribute__(self, name: str):
+    def __getattribute__(self, name: str) -> Any:
         if name in ("facts", "of"):
             return object.__getattribute__(self, name)
         return lambda *values: self.facts.append((name, values))
 
-    def of(self, name: str) -> list[tuple[object, ...]]:
+    def of(self, name: str) -> list[tuple[Any, ...]]:
         return [values for each, values in self.facts if each == name]
 
 
-def test_the_observer_is_told_of_every_request_once(make_driver, random_prompt, random_pool) -> None:
+def test_the_observer_is_told_of_every_request_once(
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+) -> None:
     recorder = Recorder()
     driver = make_driver(48, observer=recorder)
     driver.submit(random_prompt(1, 10), PoolPolicy(Count(3)), max_tokens=5, predicted=random_pool(1))

@@ -104,7 +104,7 @@ def plain() -> PreTrainedModel:
     return model
 
 
-OPTIONS = [
+OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"repetition_penalty": 1.4}, {"repetition_penalty": 1.4}),
     ({"logit_bias": ((7, 4.0), (9, -100.0))}, {"sequence_bias": [[[7], 4.0], [[9], -100.0]]}),
     (

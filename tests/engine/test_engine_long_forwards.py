@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from pager.cluster.views import Health
 from pager.engine.runner import Check, ModelRunner
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.store.reads import DataFile
-from pager.types import Count, Full, PoolPolicy
+from pager.types import Count, ExpertPool, Full, PoolPolicy
+from tests.engine.conftest import Driver
 from tests.support.waiting import until
 
 EMO_TINY = Path(__file__).parents[2] / "models" / "emo-tiny"
@@ -88,8 +90,8 @@ def shut_down(driver: Any, _: str) -> None:
     ("end", "error"), [(cancel, Cancelled), (run_out_of_time, DeadlineExceeded), (shut_down, NotReady)]
 )
 def test_a_prefill_that_waits_for_reads_is_left_when_nobody_waits_for_it(
-    make_driver,
-    random_prompt,
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
     disk: Disk,
     policy: PoolPolicy,
     num_slots: int,
@@ -122,7 +124,11 @@ def test_a_prefill_that_waits_for_reads_is_left_when_nobody_waits_for_it(
 
 @pytest.mark.parametrize(("policy", "num_slots"), KINDS)
 def test_a_prefill_is_left_within_one_layer(
-    make_driver, random_prompt, policy: PoolPolicy, num_slots: int, monkeypatch: pytest.MonkeyPatch
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    policy: PoolPolicy,
+    num_slots: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver, begin = make_driver(num_slots), ModelRunner._begin_layer
     first = driver.submit(random_prompt(1, 40), policy, max_tokens=1)
@@ -148,7 +154,7 @@ def test_a_prefill_is_left_within_one_layer(
 
 
 def test_an_exact_step_is_left_when_none_of_its_sequences_goes_on(
-    make_driver, random_prompt, monkeypatch: pytest.MonkeyPatch
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver, begin = make_driver(60), ModelRunner._begin_layer
     alone = driver.submit(random_prompt(3, 12), EXACT, max_tokens=8)
@@ -181,7 +187,12 @@ def test_an_exact_step_is_left_when_none_of_its_sequences_goes_on(
     driver.assert_nothing_held()
 
 
-def test_others_end_while_a_prefill_waits_for_reads(make_driver, random_prompt, random_pool, disk: Disk) -> None:
+def test_others_end_while_a_prefill_waits_for_reads(
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+    disk: Disk,
+) -> None:
     driver = make_driver(60)
     stream = driver.submit(random_prompt(1, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=240)
     while len(driver.tokens(stream)) < 2:
@@ -212,13 +223,22 @@ class NeverLaunched:
     async def launch(self, name: str) -> Any:
         await asyncio.Event().wait()
 
+    async def load(self, process: Any) -> Any:
+        raise AssertionError("nothing was launched")
+
+    async def drain(self, process: Any, timeout_s: float) -> None:
+        """There is none."""
+
     async def end(self, process: Any, *, gracefully: bool) -> None:
         """There is none."""
 
 
 @pytest.mark.parametrize("policy", [PoolPolicy(Count(100)), EXACT], ids=["pool", "exact"])
 def test_a_prefill_from_a_slow_disk_is_no_hanging_step(
-    make_driver, random_prompt, policy: PoolPolicy, monkeypatch: pytest.MonkeyPatch
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    policy: PoolPolicy,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A small model at 10 MB/s takes as long as one five times as large at 50: longer than a step may stand still."""
     step_timeout_s, bytes_per_s = 1.5, 1e7
@@ -267,7 +287,7 @@ def test_a_prefill_from_a_slow_disk_is_no_hanging_step(
 
 
 def test_a_step_shows_progress_while_bytes_arrive_and_none_while_nothing_does(
-    make_driver, random_prompt, monkeypatch: pytest.MonkeyPatch
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver, read_some = make_driver(60), DataFile._read_some
     turns, begun = threading.Semaphore(0), threading.Event()
@@ -281,11 +301,15 @@ def test_a_step_shows_progress_while_bytes_arrive_and_none_while_nothing_does(
     request = driver.submit(random_prompt(1, 40), POOL, max_tokens=1)
     driver.engine.start()
     assert begun.wait(60)
+
+    def grows(progress: int) -> bool:
+        return driver.engine.status().progress > progress
+
     for _ in range(12):  # of 24576 bytes of an expert
         before = driver.engine.status()
         assert before.is_stepping
         turns.release()
-        until(lambda before=before: driver.engine.status().progress > before.progress, what="1000 bytes are progress")
+        until(partial(grows, before.progress), what="1000 bytes are progress")
     still = driver.engine.status().progress
     time.sleep(0.2)
     assert driver.engine.status().progress == still, "nothing is none"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pager.store.expert_source import CheckpointExperts, Destination
-from pager.types import Count, Full, PoolPolicy
+from pager.types import Count, ExpertPool, Full, PoolPolicy
+from tests.engine.conftest import Driver
 
 EXACT, POOL = PoolPolicy(Full()), PoolPolicy(Count(4))
 
@@ -60,12 +61,16 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
 
 @pytest.mark.parametrize("policy", [POOL, EXACT], ids=["pool", "exact"])
 def test_streams_go_on_while_a_prompt_waits_for_its_experts(
-    make_driver, random_prompt, random_pool, disk: SlowDisk, policy: PoolPolicy
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+    disk: SlowDisk,
+    policy: PoolPolicy,
 ) -> None:
     alone = make_driver(60)
     expected = []
-    for pool, prompt in ((PoolPolicy(fixed=random_pool(3, 3)), random_prompt(1, 12)), (policy, random_prompt(2, 40))):
-        expected.append(alone.submit(prompt, pool, max_tokens=150 if len(prompt) == 12 else 8))
+    for pool, text in ((PoolPolicy(fixed=random_pool(3, 3)), random_prompt(1, 12)), (policy, random_prompt(2, 40))):
+        expected.append(alone.submit(text, pool, max_tokens=150 if len(text) == 12 else 8))
         alone.finish()
 
     driver = make_driver(44)
@@ -87,7 +92,10 @@ def test_streams_go_on_while_a_prompt_waits_for_its_experts(
 
 
 def test_pools_decode_while_an_exact_answer_waits_for_its_experts(
-    make_driver, random_prompt, random_pool, disk: SlowDisk
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+    disk: SlowDisk,
 ) -> None:
     driver = make_driver(24)
     alone = driver.submit(random_prompt(1, 12), EXACT, max_tokens=20)
@@ -113,7 +121,10 @@ def test_pools_decode_while_an_exact_answer_waits_for_its_experts(
 
 
 def test_a_stream_that_ends_meanwhile_gives_its_slots_back(
-    make_driver, random_prompt, random_pool, disk: SlowDisk
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+    disk: SlowDisk,
 ) -> None:
     driver = make_driver(60)
     stream = driver.submit(random_prompt(1, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=5)
@@ -129,7 +140,11 @@ def test_a_stream_that_ends_meanwhile_gives_its_slots_back(
 
 
 def test_a_prompt_that_fails_while_it_waits_leaves_the_streams_alone(
-    make_driver, random_prompt, random_pool, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+    disk: SlowDisk,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver = make_driver(60)
     stream = driver.submit(random_prompt(1, 12), PoolPolicy(fixed=random_pool(3, 3)), max_tokens=60)

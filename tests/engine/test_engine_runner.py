@@ -1,6 +1,7 @@
 """The runner over KV blocks against transformers' own generate, on small random models of every family."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,15 @@ ROPE: dict[str, dict[str, Any]] = {
 def small_model(family: str, rope_type: str = "default") -> PreTrainedModel:
     torch.manual_seed(0)
     rope = {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE[rope_type]}}
-    model: PreTrainedModel = {
+    makers: dict[str, Callable[[], PreTrainedModel]] = {
         "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SMALL, **rope, num_experts=8)),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, **rope, num_local_experts=8, head_dim=8)),
         "qwen3_moe": lambda: Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**SMALL, **rope, num_experts=8, moe_intermediate_size=16, head_dim=8)
         ),
         "emo": lambda: EmoForCausalLM(EmoConfig(**SMALL, **rope, num_experts=8)),
-    }[family]().eval()
+    }
+    model = makers[family]().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -87,7 +89,7 @@ def small_model(family: str, rope_type: str = "default") -> PreTrainedModel:
 
 def generate(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
     output = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
-    return output[0, len(prompt) :].tolist()
+    return list(map(int, output[0, len(prompt) :]))
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "emo"])

@@ -34,7 +34,8 @@ def warped_probabilities(logits_V: torch.Tensor, params: SamplingParams) -> torc
         warpers.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         warpers.append(MinPLogitsWarper(params.min_p))
-    return warpers(torch.zeros(1, 1, dtype=torch.long), logits_V[None])[0].softmax(dim=-1)
+    warped: torch.Tensor = warpers(torch.zeros(1, 1, dtype=torch.long), logits_V[None])[0]
+    return warped.softmax(dim=-1)
 
 
 @pytest.mark.parametrize(

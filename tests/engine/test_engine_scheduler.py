@@ -52,7 +52,8 @@ def test_none_starves(sizes: list[int], max_overtakes: int, arrivals_a_step: int
     line: WaitingLine[int] = WaitingLine(max_overtakes)
     running: dict[int, int] = {}  # item → the step at which it ends
     passed = dict.fromkeys(range(len(sizes)), 0)
-    arrived, step, admitted = 0, 0, []
+    arrived, step = 0, 0
+    admitted: list[int] = []
     while len(admitted) < len(sizes):
         for _ in range(arrivals_a_step):
             if arrived < len(sizes):

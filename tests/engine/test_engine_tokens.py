@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from pager.engine.interface import EngineLimits
-from pager.types import Count, FinishReason, Mass, PoolPolicy, PoolSource
+from pager.types import Count, ExpertPool, FinishReason, Mass, PoolPolicy, PoolSource
+from tests.engine.conftest import Driver
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 RECORDED = load_file(GOLDEN / "emo_tiny.safetensors")
@@ -19,7 +21,9 @@ PROMPTS = ("prompt0", "prompt1", "prompt2", "doc96")
 
 
 @pytest.mark.parametrize("num_slots", [60, 15, 3])
-def test_exact_prompts_batched_together_give_the_recorded_greedy_tokens(make_driver, num_slots: int) -> None:
+def test_exact_prompts_batched_together_give_the_recorded_greedy_tokens(
+    make_driver: Callable[..., Driver], num_slots: int
+) -> None:
     driver = make_driver(num_slots)
     ids = {name: driver.submit(RECORDED[f"{name}.input_ids"][0].tolist(), max_tokens=32) for name in PROMPTS}
     driver.finish()
@@ -31,7 +35,7 @@ def test_exact_prompts_batched_together_give_the_recorded_greedy_tokens(make_dri
 
 @pytest.mark.parametrize("count", [4, 8])
 def test_a_pool_chosen_at_prefill_and_frozen_gives_the_recorded_tokens_among_others(
-    make_driver, random_prompt, count: int
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], count: int
 ) -> None:
     driver = make_driver(60)
     driver.submit(random_prompt(1, 30), PoolPolicy(Count(3)), max_tokens=40)
@@ -50,7 +54,9 @@ def test_a_pool_chosen_at_prefill_and_frozen_gives_the_recorded_tokens_among_oth
 
 
 def test_sixteen_pools_in_slots_for_four_give_each_the_tokens_it_gets_alone(
-    make_driver, random_prompt, random_pool
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
 ) -> None:
     policies = [
         PoolPolicy(Count(3), PoolSource.FIXED, random_pool(seed)) if seed % 2 else PoolPolicy(Count(3))
@@ -76,7 +82,11 @@ def test_sixteen_pools_in_slots_for_four_give_each_the_tokens_it_gets_alone(
     together.assert_nothing_held()
 
 
-def test_chunks_of_a_prompt_with_a_known_pool_give_the_same_tokens(make_driver, random_prompt, random_pool) -> None:
+def test_chunks_of_a_prompt_with_a_known_pool_give_the_same_tokens(
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+) -> None:
     policy = PoolPolicy(Count(4), PoolSource.FIXED, random_pool(3, 4))
     prompt = random_prompt(7, 90)
     answers = []
@@ -89,7 +99,9 @@ def test_chunks_of_a_prompt_with_a_known_pool_give_the_same_tokens(make_driver, 
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_a_decode_step_is_exactly_one_forward_for_all_pools(make_driver, random_prompt) -> None:
+def test_a_decode_step_is_exactly_one_forward_for_all_pools(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver(60)
     for seed in range(5):  # with all experts there no prefill waits, or others would decode meanwhile
         driver.submit(random_prompt(seed, 10), PoolPolicy(Count(3)), max_tokens=1)
@@ -115,7 +127,9 @@ def test_a_decode_step_is_exactly_one_forward_for_all_pools(make_driver, random_
 
 
 @pytest.mark.parametrize("restrict", [{}, {"top_p": 0.9}, {"top_k": 20}])
-def test_a_seed_gives_the_same_answer_in_any_company(make_driver, random_prompt, restrict: dict[str, float]) -> None:
+def test_a_seed_gives_the_same_answer_in_any_company(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], restrict: dict[str, float]
+) -> None:
     options = {"temperature": 1.0, "seed": 1234, "max_tokens": 16, **restrict}
     driver = make_driver()
     alone = driver.submit(random_prompt(5, 12), PoolPolicy(Count(4)), **options)
@@ -129,7 +143,9 @@ def test_a_seed_gives_the_same_answer_in_any_company(make_driver, random_prompt,
     assert driver.tokens(other) != driver.tokens(alone)
 
 
-def test_a_stop_string_across_tokens_ends_the_answer_before_it(make_driver, random_prompt) -> None:
+def test_a_stop_string_across_tokens_ends_the_answer_before_it(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver()
     prompt = random_prompt(11, 20)
     whole = driver.submit(prompt, max_tokens=24)
@@ -148,7 +164,9 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(make_driver, rand
     assert driver.usage(neighbour).finish_reason is FinishReason.LENGTH
 
 
-def test_the_end_of_sequence_token_ends_an_answer_unless_it_is_ignored(make_driver, random_prompt) -> None:
+def test_the_end_of_sequence_token_ends_an_answer_unless_it_is_ignored(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver()
     prompt = random_prompt(12, 20)
     free = driver.submit(prompt, max_tokens=10)
@@ -165,7 +183,11 @@ def test_the_end_of_sequence_token_ends_an_answer_unless_it_is_ignored(make_driv
     assert other.tokens(ignored) == tokens
 
 
-def test_a_prediction_can_be_the_pool_and_is_judged_otherwise(make_driver, random_prompt, random_pool) -> None:
+def test_a_prediction_can_be_the_pool_and_is_judged_otherwise(
+    make_driver: Callable[..., Driver],
+    random_prompt: Callable[[int, int], list[int]],
+    random_pool: Callable[..., ExpertPool],
+) -> None:
     driver = make_driver()
     prompt = random_prompt(13, 30)
     predicted = random_pool(5, 4)
@@ -180,7 +202,9 @@ def test_a_prediction_can_be_the_pool_and_is_judged_otherwise(make_driver, rando
     assert torch.isfinite(torch.tensor(driver.usage(judged).time_to_first_token_s))
 
 
-def test_a_mass_that_the_cap_does_not_allow_is_called_degraded(make_driver, random_prompt) -> None:
+def test_a_mass_that_the_cap_does_not_allow_is_called_degraded(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
     driver = make_driver()
     prompt = random_prompt(14, 30)
     capped = driver.submit(prompt, PoolPolicy(Mass(0.99, cap=4)), max_tokens=4)
@@ -192,7 +216,7 @@ def test_a_mass_that_the_cap_does_not_allow_is_called_degraded(make_driver, rand
 
 @pytest.mark.parametrize("num_slots", [60, 30])
 def test_exact_requests_go_on_while_pools_are_promised_all_the_other_slots(
-    make_driver, random_prompt, num_slots: int
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], num_slots: int
 ) -> None:
     driver = make_driver(num_slots)
     prompts = [random_prompt(seed, 6) for seed in range(7)]

@@ -126,7 +126,8 @@ def masked_by_hand() -> Callable[[Path, list[int], ExpertPool], Tensor]:
                 logits.index_fill(1, torch.tensor(outside), -1e9)
             )
         with torch.no_grad():
-            return plain(torch.tensor([text])).logits[0]
+            logits: Tensor = plain(torch.tensor([text])).logits[0]
+        return logits
 
     return run
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pager.lab import grid as grid_module
 from pager.lab.corpus import Cut, digest_of, read_texts
 from pager.lab.report import SCHEMA, evaluate, to_dict, to_markdown, write_report
 from pager.lab.subject import Ask, parse_percents
+from tests.support.values import some
 
 CUT = Cut(prompt_tokens=10, context_tokens=48)
 METHODS = (
@@ -124,7 +126,12 @@ def test_what_was_computed_is_not_computed_again(ask: Ask, tmp_path: Path, monke
     (tmp_path / "trunk-50.npz").write_bytes(b"torn")
     computed: list[str] = []
     compute = grid_module._cell
-    monkeypatch.setattr(grid_module, "_cell", lambda *args: computed.append(args[1]) or compute(*args))
+
+    def recorded(*args: Any) -> Any:
+        computed.append(args[1])
+        return compute(*args)
+
+    monkeypatch.setattr(grid_module, "_cell", recorded)
     second = evaluate(few, tokenizer_of(ask), tmp_path)
     assert computed == ["trunk"]
     assert to_dict(first) == to_dict(second)
@@ -145,8 +152,8 @@ def test_shared_out_over_layers_the_bytes_are_the_same(ask: Ask) -> None:
     evaluation = evaluate(replace(ask, methods=("trunk", "trunk+layers", "fused+layers")), tokenizer_of(ask))
     assert evaluation.figures[-1].method == "prefill+layers"  # "fused" was its name
     assert [each.experts_kept for each in evaluation.figures] == [14, 14, 14]
-    inside = [evaluation.grid.cells[name, 50.0].inside_NE for name in ("trunk", "trunk+layers")]
-    assert not np.array_equal(*inside)
+    one, other = (some(evaluation.grid.cells[name, 50.0].inside_NE) for name in ("trunk", "trunk+layers"))
+    assert not np.array_equal(one, other)
 
 
 def test_sizes_below_a_token_s_picks_are_left_out_and_said(ask: Ask) -> None:

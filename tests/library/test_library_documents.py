@@ -17,7 +17,7 @@ Load = Callable[..., PreTrainedModel]
 MakeSmall = Callable[..., Any]
 MaskedGates = Callable[..., Any]
 
-TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}
 PAD = 63
 
 
@@ -269,12 +269,14 @@ class TestForward:
 
 def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     common = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "attention_mask": torch.ones_like(ids)}
-    return model.generate(ids, **{**common, **options})
+    output: Tensor = model.generate(ids, **{**common, **options})
+    return output
 
 
 def seeded(model: PreTrainedModel, ids: Tensor, options: dict[str, Any]) -> Tensor:
     torch.manual_seed(5)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, **options)
+    output: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, **options)
+    return output
 
 
 def same_outputs(output: Any, expected: Any) -> None:

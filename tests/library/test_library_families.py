@@ -14,7 +14,7 @@ Load = Callable[..., PreTrainedModel]
 MakeSmall = Callable[..., Any]
 MaskedGates = Callable[..., Any]
 
-TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"norm_topk_prob": False}),
@@ -83,8 +83,7 @@ def test_pooled_equals_a_masked_plain_model(
 ) -> None:
     family, config = VARIANTS[variant]
     made = small(family, **config)
-    budget = smallest(made) if budget == "smallest" else budget
-    model = load(made.path, expert_memory=budget, pool_size=4)
+    model = load(made.path, expert_memory=smallest(made) if budget == "smallest" else budget, pool_size=4)
     prompt, rest = made.prompt(num_tokens=20), made.prompt(num_tokens=8, seed=2)
     cache, plain_cache = DynamicCache(config=model.config), DynamicCache(config=made.plain.config)
     with masked_gates(made.plain, num_routed=4, num_rows=2) as pools:

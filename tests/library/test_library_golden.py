@@ -11,7 +11,7 @@ from pager.types import Count, PoolPolicy
 
 Load = Callable[..., PreTrainedModel]
 
-TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}
 EXPERT_BYTES = 3 * 64 * 32 * 4
 SMALLEST = 3 * EXPERT_BYTES  # one token's routed experts of one layer
 BUDGETS = ["100%", "50%", "25%", "12.5%", SMALLEST]
@@ -121,8 +121,8 @@ def test_a_pool_of_all_experts_restricts_nothing(golden: Any, load: Load) -> Non
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[list[int]]:
     mask = torch.ones_like(ids) if mask is None else mask
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False, eos_token_id=-1)
-    return output[:, ids.shape[1] :].tolist()
+    output: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False, eos_token_id=-1)
+    return [list(map(int, row)) for row in output[:, ids.shape[1] :]]
 
 
 def pools_of(golden: Any, name: str) -> tuple[tuple[int, ...], ...]:

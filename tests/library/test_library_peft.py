@@ -20,7 +20,7 @@ MakeSmall = Callable[..., Any]
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
 GATE = {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}
 

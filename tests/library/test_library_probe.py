@@ -280,7 +280,8 @@ def test_the_model_answers_as_before(load: Callable[..., PagedModel]) -> None:
 
     def logits() -> Tensor:
         with torch.inference_mode(), paged.step([paged.document(PoolPolicy())], prefill=True):
-            return paged.model(inputs, use_cache=False).logits
+            found: Tensor = paged.model(inputs, use_cache=False).logits
+        return found
 
     logits()  # what is in slots already runs in another kernel than what is being paged in
     before = logits()

@@ -50,7 +50,7 @@ class Call:
             mask[row, width - length :] = 1
         options = {"num_beams": self.num_beams, "use_cache": self.use_cache, "max_new_tokens": NEW_TOKENS}
         output = model.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=-1, **options)
-        return output[:, width:].tolist()
+        return [list(map(int, row)) for row in output[:, width:]]
 
 
 CALLS = {
@@ -177,7 +177,7 @@ def test_a_forward_within_a_forward_has_documents_of_its_own(small: MakeSmall, l
     model = load(made.path, **OPTIONS[options])
     outer, inner = made.prompt(1, 20, seed=1), made.prompt(2, 7, seed=2)
     expected = model(outer).logits, model(inner).logits
-    found = []
+    found: list[Tensor] = []
 
     def hook(*_: Any) -> None:
         handle.remove()

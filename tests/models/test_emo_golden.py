@@ -25,7 +25,9 @@ LAYERS = range(4)
 
 @pytest.fixture
 def model() -> EmoForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    model: EmoForCausalLM = EmoForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,15 @@ def test_document(model: EmoForCausalLM, golden: dict[str, Tensor], experts: str
         assert_near(out.hidden_states[layer], golden[f"doc96.hidden.{layer}"])
 
 
+def mlp_of(model: EmoForCausalLM, layer: int) -> Any:
+    return model.model.layers[layer].mlp
+
+
 @torch.no_grad()
 def test_picks_and_moe_outputs(model: EmoForCausalLM, golden: dict[str, Tensor]) -> None:
     for layer in LAYERS:
         mlp_in_TD = golden[f"doc96.mlp_in.{layer}"]
-        block = model.model.layers[layer].mlp
+        block = mlp_of(model, layer)
         _, weights_TK, index_TK = block.gate(mlp_in_TD)
         assert torch.equal(index_TK, golden[f"doc96.topk_idx.{layer}"])
         assert_near(weights_TK, golden[f"doc96.topk_w.{layer}"])
@@ -68,7 +74,7 @@ def test_picks_and_moe_outputs(model: EmoForCausalLM, golden: dict[str, Tensor])
 
 
 def test_the_shared_expert_weighs_exactly_one(model: EmoForCausalLM, golden: dict[str, Tensor]) -> None:
-    _, weights_TK, index_TK = model.model.layers[0].mlp.gate(golden["doc96.mlp_in.0"])
+    _, weights_TK, index_TK = mlp_of(model, 0).gate(golden["doc96.mlp_in.0"])
     assert (index_TK == 15).sum(-1).eq(1).all()
     assert weights_TK[index_TK == 15].eq(1.0).all()
 
@@ -98,7 +104,7 @@ def test_greedy_tokens_of_a_left_padded_batch(model: EmoForCausalLM, golden: dic
 
 def greedy(model: EmoForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     model.generation_config.eos_token_id = None
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False, pad_token_id=255)
+    out: Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False, pad_token_id=255)
     return out[:, ids.shape[1] :]
 
 
@@ -108,7 +114,7 @@ def test_masking_to_a_kept_set_equals_pruning(model: EmoForCausalLM, selection: 
     pruned = load_file(GOLDEN / "prune_emo_tiny.safetensors")
     kept = json.loads((GOLDEN / "prune_emo_tiny.json").read_text())[f"{selection}.experts_kept_per_layer"]
     for layer in LAYERS:
-        restrict(model.model.layers[layer].mlp.gate, kept[layer])
+        restrict(mlp_of(model, layer).gate, kept[layer])
     out = model(pruned["doc96.input_ids"], output_router_logits=True)
     assert_near(out.logits, pruned[f"{selection}.logits"])
     for layer in LAYERS:
@@ -158,7 +164,7 @@ def test_saving_writes_the_released_tensors(model: EmoForCausalLM, tmp_path: Pat
 
 @torch.no_grad()
 def test_bf16_stays_near_fp32(model: EmoForCausalLM, golden: dict[str, Tensor]) -> None:
-    half = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
+    half = EmoForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
     assert half.dtype == torch.bfloat16
     block, x = half.model.layers[0].mlp, golden["doc96.mlp_in.0"].bfloat16()
     _, weights_TK, index_TK = block.gate(x)

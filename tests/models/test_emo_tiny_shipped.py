@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pager.models import EmoForCausalLM
 from training.objective import documents_of, install_pool_gates
@@ -23,7 +23,9 @@ SYMBOLS = set("(){}[]_=<>:;&*")
 
 @pytest.fixture(scope="module")
 def model() -> EmoForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model: EmoForCausalLM = EmoForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_text_follows_its_prompt(model: EmoForCausalLM, tokenizer: PreTrainedTok
 def test_a_document_pool_of_a_quarter_keeps_most_of_the_model(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model = EmoForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     ids = tokenizer(CODE + " a, b):\n        self.edges.append((a, b))\n", return_tensors="pt").input_ids
     full = model(ids, labels=ids).loss
     assert full < 4.5

@@ -179,13 +179,15 @@ def linear(layer: dict[str, Array], name: str, x: Array) -> Array:
 
 
 def rms_norm(x: Array, weight: Array) -> Array:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+    scaled: Array = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
+    return scaled
 
 
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max())
-    return e / e.sum()
+    shares: Array = e / e.sum()
+    return shares
 
 
 def best(probs: Array) -> list[int]:
-    return np.argsort(-probs).tolist()
+    return list(map(int, np.argsort(-probs)))

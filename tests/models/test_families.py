@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ def test_the_shape_of_an_expert() -> None:
     assert FAMILIES["qwen3_moe"].expert_shape(qwen3) == ExpertShape(32, 12)
 
 
-GATES = {
+GATES: dict[str, Callable[[], torch.nn.Module]] = {
     "olmoe": lambda: OlmoeTopKRouter(OlmoeConfig(hidden_size=32, num_experts=10, num_experts_per_tok=3)),
     "olmoe-renormalised": lambda: OlmoeTopKRouter(
         OlmoeConfig(hidden_size=32, num_experts=10, num_experts_per_tok=3, norm_topk_prob=True)
@@ -160,6 +161,6 @@ def test_router_probabilities_leave_shared_experts_out() -> None:
 def gate_and_hidden(name: str, dtype: torch.dtype) -> tuple[Any, Any, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     gate = GATES[name]().to(dtype)
-    torch.nn.init.normal_(gate.weight, generator=generator)
+    torch.nn.init.normal_(gate.get_parameter("weight"), generator=generator)
     hidden = torch.randn(20, 32, generator=generator).to(dtype)
     return gate.requires_grad_(False), FAMILIES[name.split("-")[0]], hidden

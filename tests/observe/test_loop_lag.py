@@ -41,7 +41,7 @@ async def test_work_that_lets_others_run_is_no_lag() -> None:
 
 
 def test_what_a_process_started_with_makes_no_collection_long() -> None:
-    started_with = [[] for _ in range(500_000)]
+    started_with: list[list[int]] = [[] for _ in range(500_000)]
     before_s = collection_s()
     leave_out_of_collections()
     try:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,8 +48,8 @@ class Model:
             return open_experts(checkpoint, self.names, self.experts_per_layer, self.shape)
 
     def pack(self, source: Path, out: Path, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Path:
-        kwargs = {"names": self.names, "experts_per_layer": self.experts_per_layer, "shape": self.shape}
-        pack(source, out, **kwargs, dtype=dtype, progress=progress)
+        layout = (self.names, self.experts_per_layer, self.shape)
+        pack(source, out, names=layout[0], experts_per_layer=layout[1], shape=layout[2], dtype=dtype, progress=progress)
         return out
 
 
@@ -84,7 +82,7 @@ def save(tmp_path: Path) -> Save:
         if shards == 1:
             save_file(model.tensors, path / "model.safetensors")
             return path
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard in range(shards):
             file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
             part = dict(list(model.tensors.items())[shard::shards])
@@ -109,31 +107,3 @@ def sharded(model: Model, save: Save) -> Path:
 @pytest.fixture
 def packed(model: Model, sharded: Path, tmp_path: Path) -> Path:
     return model.pack(sharded, tmp_path / "packed")
-
-
-@pytest.fixture
-def open_files() -> Callable[[Path], list[str]]:
-    """`open_files(path)`: of this process's open files, those at or below `path`; what others have open is not ours."""
-
-    def open_files(path: Path) -> list[str]:
-        found = []
-        for descriptor in os.listdir("/proc/self/fd"):
-            with suppress(FileNotFoundError):
-                found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        return [file for file in found if Path(file).is_relative_to(path)]
-
-    return open_files
-
-
-@pytest.fixture
-def flip() -> Callable[[Path, int], None]:
-    """Inverts one byte of a file in place."""
-
-    def flip(path: Path, offset: int) -> None:
-        with path.open("r+b") as stream:
-            stream.seek(offset)
-            byte = stream.read(1)[0]
-            stream.seek(offset)
-            stream.write(bytes([byte ^ 0xFF]))
-
-    return flip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from pager.store.expert_source import PackedExperts
 from pager.store.safetensors import Checkpoint
 from pager.store.verify import record
 from pager.types import ExpertKey, ExpertShape
+from tests.store.conftest import Model, Save
+from tests.support.files import flip, open_files
 
 
 @pytest.fixture(params=["plain", "recorded", "packed"])
-def stored(request, sharded, model, tmp_path) -> Path:
+def stored(request: pytest.FixtureRequest, sharded: Path, model: Model, tmp_path: Path) -> Path:
     if request.param == "packed":
         return model.pack(sharded, tmp_path / "packed")
     if request.param == "recorded":
@@ -26,7 +29,7 @@ def stored(request, sharded, model, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_expert_is_its_tensors_cast(stored, model, dtype):
+def test_an_expert_is_its_tensors_cast(stored: Path, model: Model, dtype: torch.dtype) -> None:
     source = model.open_experts(stored)
     assert source.keys_per_layer() == (4, 0, 3)
     assert source.stored_dtype == torch.float32
@@ -40,7 +43,7 @@ def test_an_expert_is_its_tensors_cast(stored, model, dtype):
     source.close()
 
 
-def test_eight_threads_read_what_one_reads(stored, model):
+def test_eight_threads_read_what_one_reads(stored: Path, model: Model) -> None:
     source = model.open_experts(stored)
 
     def read(index: int) -> bool:
@@ -57,7 +60,7 @@ def test_eight_threads_read_what_one_reads(stored, model):
     source.close()
 
 
-def test_nothing_is_mapped_and_close_frees_the_descriptors(stored, model, open_files):
+def test_nothing_is_mapped_and_close_frees_the_descriptors(stored: Path, model: Model) -> None:
     source = model.open_experts(stored)
     assert open_files(stored)
     source.read(model.keys[0], *model.blank(torch.float32))
@@ -68,7 +71,7 @@ def test_nothing_is_mapped_and_close_frees_the_descriptors(stored, model, open_f
         source.read(model.keys[0], *model.blank(torch.float32))
 
 
-def test_destinations_of_another_shape_and_unknown_keys_are_misuse(stored, model):
+def test_destinations_of_another_shape_and_unknown_keys_are_misuse(stored: Path, model: Model) -> None:
     source = model.open_experts(stored)
     gate_up, down = model.blank(torch.float32)
     with pytest.raises(ValueError, match="shapes"):
@@ -78,10 +81,15 @@ def test_destinations_of_another_shape_and_unknown_keys_are_misuse(stored, model
     source.close()
 
 
-def test_a_packed_expert_is_one_read(packed, model, monkeypatch):
+def test_a_packed_expert_is_one_read(packed: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     source = PackedExperts(packed / "experts.pack")
-    real, calls = os.preadv, []
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: calls.append(offset) or real(fd, buffers, offset))
+    real, calls = os.preadv, list[int]()
+
+    def recorded(fd: int, buffers: Any, offset: int) -> int:
+        calls.append(offset)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", recorded)
     source.read(model.keys[2], *model.blank(torch.float32))
     assert calls == [source.offset_of(model.keys[2])]
     assert calls[0] % 4096 == 0
@@ -89,7 +97,7 @@ def test_a_packed_expert_is_one_read(packed, model, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_flipped_byte_fails_that_expert_alone(packed, model, flip, dtype):
+def test_a_flipped_byte_fails_that_expert_alone(packed: Path, model: Model, dtype: torch.dtype) -> None:
     source = PackedExperts(packed / "experts.pack")
     flip(packed / "experts.pack", source.offset_of(ExpertKey(2, 1)) + 5000)
     with pytest.raises(ChecksumMismatch, match=r"expert 1 of layer 2 .*byte \d+ of .*experts\.pack") as caught:
@@ -103,7 +111,9 @@ def test_a_flipped_byte_fails_that_expert_alone(packed, model, flip, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_flipped_byte_in_a_recorded_checkpoint_fails_that_expert(sharded, model, flip, dtype):
+def test_a_flipped_byte_in_a_recorded_checkpoint_fails_that_expert(
+    sharded: Path, model: Model, dtype: torch.dtype
+) -> None:
     record(sharded)
     source = model.open_experts(sharded)
     with Checkpoint.open(sharded) as checkpoint:
@@ -117,7 +127,9 @@ def test_a_flipped_byte_in_a_recorded_checkpoint_fails_that_expert(sharded, mode
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_file_cut_off_while_serving_is_a_read_error_of_that_expert(stored, model, dtype):
+def test_a_file_cut_off_while_serving_is_a_read_error_of_that_expert(
+    stored: Path, model: Model, dtype: torch.dtype
+) -> None:
     source = model.open_experts(stored)
     for file in [*stored.glob("*.safetensors"), *stored.glob("*.pack")]:
         os.truncate(file, 4000)
@@ -130,7 +142,7 @@ def test_a_file_cut_off_while_serving_is_a_read_error_of_that_expert(stored, mod
 # What is refused when opening
 
 
-def test_missing_expert_tensors_are_counted_and_the_first_is_named(model, save):
+def test_missing_expert_tensors_are_counted_and_the_first_is_named(model: Model, save: Save) -> None:
     gone = [*model.names(ExpertKey(0, 2)), *model.names(ExpertKey(2, 2))[1:]]
     for name in gone:
         del model.tensors[name]
@@ -138,33 +150,33 @@ def test_missing_expert_tensors_are_counted_and_the_first_is_named(model, save):
         model.open_experts(save(model, 1))
 
 
-def test_an_expert_of_another_shape_is_named(model, save):
+def test_an_expert_of_another_shape_is_named(model: Model, save: Save) -> None:
     name = model.names(ExpertKey(2, 0))[1]
     model.tensors[name] = torch.zeros(20, 47)
     with pytest.raises(CheckpointError, match=rf"{name}.*\(20, 47\).*\(20, 48\)"):
         model.open_experts(save(model, 3))
 
 
-def test_mixed_dtypes_are_refused_by_name(model, save):
+def test_mixed_dtypes_are_refused_by_name(model: Model, save: Save) -> None:
     name = model.names(ExpertKey(2, 0))[2]
     model.tensors[name] = model.tensors[name].bfloat16()
     with pytest.raises(CheckpointError, match=f"two dtypes.*{name}.*bfloat16"):
         model.open_experts(save(model, 3))
 
 
-def test_integer_experts_are_refused(model, save):
+def test_integer_experts_are_refused(model: Model, save: Save) -> None:
     model.tensors = {name: tensor.to(torch.int8) for name, tensor in model.tensors.items()}
     with pytest.raises(CheckpointError, match="floating point"):
         model.open_experts(save(model, 1))
 
 
-def test_a_model_without_experts_is_refused(model, sharded):
+def test_a_model_without_experts_is_refused(model: Model, sharded: Path) -> None:
     model.experts_per_layer = (0, 0, 0)
     with pytest.raises(CheckpointError, match="nothing to page"):
         model.open_experts(sharded)
 
 
-def test_a_pack_of_another_model_is_refused(packed, model):
+def test_a_pack_of_another_model_is_refused(packed: Path, model: Model) -> None:
     model.shape = ExpertShape(hidden=48, intermediate=24)
     with pytest.raises(CheckpointError, match=r"intermediate=20.*intermediate=24"):
         model.open_experts(packed)

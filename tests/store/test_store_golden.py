@@ -11,11 +11,12 @@ from pager.store.pack import pack
 from pager.store.safetensors import Checkpoint
 from pager.store.verify import verify
 from pager.types import ExpertShape
+from tests.store.conftest import Model
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 
 
-def test_the_golden_checkpoint_survives_packing(model, tmp_path):
+def test_the_golden_checkpoint_survives_packing(model: Model, tmp_path: Path) -> None:
     with Checkpoint.open(GOLDEN) as checkpoint:
         config = checkpoint.config
     shape = ExpertShape(config["hidden_size"], config["intermediate_size"])

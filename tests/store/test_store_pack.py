@@ -10,22 +10,27 @@ import signal
 import struct
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import xxhash
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk
 from pager.store import pack as pack_module
 from pager.store.expert_source import PackedExperts
+from pager.store.reads import raw_bytes
 from pager.store.safetensors import Checkpoint
 from pager.store.verify import record, verify
 from pager.types import ExpertKey
+from tests.store.conftest import Model, Save
+from tests.support.files import flip, open_files
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
-def test_a_pack_holds_the_source_cast(plain, model, tmp_path, dtype):
+def test_a_pack_holds_the_source_cast(plain: Path, model: Model, tmp_path: Path, dtype: torch.dtype | None) -> None:
     packed = model.pack(plain, tmp_path / "packed", dtype)
     wanted = dtype or torch.float32
     source = model.open_experts(packed)
@@ -46,14 +51,14 @@ def test_a_pack_holds_the_source_cast(plain, model, tmp_path, dtype):
     assert verify(packed).ok
 
 
-def test_the_trunk_is_a_safetensors_file_that_others_read(packed, model):
+def test_the_trunk_is_a_safetensors_file_that_others_read(packed: Path, model: Model) -> None:
     loaded = load_file(packed / "trunk.safetensors")
     assert loaded.keys() == {name for name in model.tensors if ".experts." not in name}
     for name, tensor in loaded.items():
         assert torch.equal(tensor, model.tensors[name])
 
 
-def test_a_pack_is_self_contained(sharded, model, tmp_path):
+def test_a_pack_is_self_contained(sharded: Path, model: Model, tmp_path: Path) -> None:
     (sharded / "notes.txt").write_text("stays behind")
     packed = model.pack(sharded, tmp_path / "deep" / "packed", torch.bfloat16)
     assert sorted(path.name for path in packed.iterdir()) == [
@@ -64,14 +69,14 @@ def test_a_pack_is_self_contained(sharded, model, tmp_path):
     assert verify(packed).ok
 
 
-def test_progress_counts_bytes_up_to_the_whole(sharded, model, tmp_path):
+def test_progress_counts_bytes_up_to_the_whole(sharded: Path, model: Model, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     model.pack(sharded, tmp_path / "packed", progress=lambda done, total: calls.append((done, total)))
     assert calls == sorted(calls)
     assert calls[-1] == (sum(tensor.nbytes for tensor in model.tensors.values()),) * 2
 
 
-def test_the_fingerprint_is_the_source_s_and_the_dtype(sharded, model, tmp_path):
+def test_the_fingerprint_is_the_source_s_and_the_dtype(sharded: Path, model: Model, tmp_path: Path) -> None:
     def fingerprint(path: Path) -> str:
         with Checkpoint.open(path) as checkpoint:
             return checkpoint.fingerprint
@@ -84,14 +89,14 @@ def test_the_fingerprint_is_the_source_s_and_the_dtype(sharded, model, tmp_path)
 # What is refused, and what is left behind
 
 
-def test_an_existing_directory_is_left_alone(sharded, model, tmp_path):
+def test_an_existing_directory_is_left_alone(sharded: Path, model: Model, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="already exists"):
         model.pack(sharded, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_a_killed_pack_left_is_removed_when_it_is_tried_again(sharded, model, tmp_path):
+def test_what_a_killed_pack_left_is_removed_when_it_is_tried_again(sharded: Path, model: Model, tmp_path: Path) -> None:
     """Also by a process of the same number, as every job in a container has."""
     for name in (f"out.partial-{os.getpid()}", "out.partial-0123456789abcdef"):
         (tmp_path / name).mkdir()
@@ -102,8 +107,8 @@ def test_what_a_killed_pack_left_is_removed_when_it_is_tried_again(sharded, mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out2.partial-1", sharded.name]
 
 
-def test_a_directory_that_another_pack_fills_is_left_alone(sharded, model, tmp_path):
-    refusals = []
+def test_a_directory_that_another_pack_fills_is_left_alone(sharded: Path, model: Model, tmp_path: Path) -> None:
+    refusals: list[ConfigError] = []
 
     def pack_too(done: int, total: int) -> None:
         if not refusals:
@@ -118,7 +123,9 @@ def test_a_directory_that_another_pack_fills_is_left_alone(sharded, model, tmp_p
 
 
 @pytest.mark.parametrize("at", [0.0, 0.05, 0.5, 1.0, "the first sync", "the last sync", "its end"])
-def test_a_pack_that_is_killed_is_tried_again_and_is_whole(sharded, model, tmp_path, at):
+def test_a_pack_that_is_killed_is_tried_again_and_is_whole(
+    sharded: Path, model: Model, tmp_path: Path, at: float | str
+) -> None:
     """At a share of its bytes, at a sync of a file or directory, or when all is done but the last sync."""
 
     def kill() -> None:
@@ -128,7 +135,7 @@ def test_a_pack_that_is_killed_is_tried_again_and_is_whole(sharded, model, tmp_p
         if isinstance(at, float) and done >= at * total:
             kill()
 
-    def sync(descriptor: int) -> None:
+    def sync(descriptor: Any) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if (
             at == "the first sync"
@@ -140,7 +147,8 @@ def test_a_pack_that_is_killed_is_tried_again_and_is_whole(sharded, model, tmp_p
 
     pid = os.fork()
     if pid == 0:
-        real, os.fsync = os.fsync, sync
+        real = os.fsync
+        os.fsync = sync  # type: ignore[assignment]
         try:
             model.pack(sharded, tmp_path / "out", progress=advance)
         finally:
@@ -157,7 +165,7 @@ def test_a_pack_that_is_killed_is_tried_again_and_is_whole(sharded, model, tmp_p
     assert verify(tmp_path / "out").ok
 
 
-def test_a_link_that_leads_nowhere_is_refused_before_the_work(sharded, model, tmp_path):
+def test_a_link_that_leads_nowhere_is_refused_before_the_work(sharded: Path, model: Model, tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "nowhere" / "out")
     with pytest.raises(ConfigError, match="already exists"):
         model.pack(sharded, tmp_path / "out", progress=lambda done, total: pytest.fail("it has begun"))
@@ -166,17 +174,19 @@ def test_a_link_that_leads_nowhere_is_refused_before_the_work(sharded, model, tm
     assert not list(tmp_path.glob("**/*.partial-*"))
 
 
-def test_a_pack_is_not_packed_again(packed, model, tmp_path):
+def test_a_pack_is_not_packed_again(packed: Path, model: Model, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="packed already"):
         model.pack(packed, tmp_path / "again")
 
 
-def test_an_unusable_dtype_is_refused(sharded, model, tmp_path):
+def test_an_unusable_dtype_is_refused(sharded: Path, model: Model, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="float8"):
         model.pack(sharded, tmp_path / "out", torch.float8_e4m3fn)
 
 
-def test_too_little_space_is_told_before_anything_is_written(sharded, model, tmp_path, monkeypatch):
+def test_too_little_space_is_told_before_anything_is_written(
+    sharded: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1024, 1024))
     with pytest.raises(InsufficientDisk, match=r"needs \d+\.\d KiB and 1\.0 KiB are free"):
@@ -184,7 +194,9 @@ def test_too_little_space_is_told_before_anything_is_written(sharded, model, tmp
     assert [path.name for path in tmp_path.iterdir()] == [sharded.name]
 
 
-def test_a_disk_that_runs_full_on_the_way_leaves_nothing(sharded, model, tmp_path, monkeypatch):
+def test_a_disk_that_runs_full_on_the_way_leaves_nothing(
+    sharded: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -195,7 +207,7 @@ def test_a_disk_that_runs_full_on_the_way_leaves_nothing(sharded, model, tmp_pat
 
 
 @pytest.mark.parametrize("at", [0.05, 0.5, 1.0])
-def test_an_interrupt_leaves_nothing(sharded, model, tmp_path, at):
+def test_an_interrupt_leaves_nothing(sharded: Path, model: Model, tmp_path: Path, at: float) -> None:
     def interrupt(done: int, total: int) -> None:
         if done >= at * total:
             raise KeyboardInterrupt
@@ -207,7 +219,7 @@ def test_an_interrupt_leaves_nothing(sharded, model, tmp_path, at):
     assert verify(tmp_path / "out").ok
 
 
-def test_a_damaged_source_is_not_packed(sharded, model, tmp_path, flip):
+def test_a_damaged_source_is_not_packed(sharded: Path, model: Model, tmp_path: Path) -> None:
     record(sharded)
     with Checkpoint.open(sharded) as checkpoint:
         spec = checkpoint.specs[model.names(ExpertKey(2, 2))[0]]
@@ -217,19 +229,25 @@ def test_a_damaged_source_is_not_packed(sharded, model, tmp_path, flip):
     assert [path.name for path in tmp_path.iterdir()] == [sharded.name]
 
 
-def test_packing_does_not_grow_with_the_model(sharded, model, tmp_path, monkeypatch):
-    largest = []
-    real = pack_module.raw_bytes
-    monkeypatch.setattr(pack_module, "raw_bytes", lambda tensor: largest.append(tensor.nbytes) or real(tensor))
+def test_packing_does_not_grow_with_the_model(
+    sharded: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def measured(tensor: Tensor) -> memoryview:
+        sizes.append(tensor.nbytes)
+        return raw_bytes(tensor)
+
+    monkeypatch.setattr(pack_module, "raw_bytes", measured)
     monkeypatch.setattr("pager.store.reads.STAGING_BYTES", 512)
     model.pack(sharded, tmp_path / "out")
-    assert max(largest) == 512
+    assert max(sizes) == 512
 
 
 # A damaged pack
 
 
-def test_a_refused_pack_leaves_no_descriptor_open(packed, flip, open_files):
+def test_a_refused_pack_leaves_no_descriptor_open(packed: Path) -> None:
     flip(packed / "experts.pack", 100)
     with pytest.raises(CheckpointError) as caught:
         PackedExperts(packed / "experts.pack")
@@ -256,7 +274,19 @@ def test_a_refused_pack_leaves_no_descriptor_open(packed, flip, open_files):
         {"trunk": {}},
     ],
 )
-def test_a_header_whose_checksum_is_right_and_whose_facts_are_not_is_refused_at_once(packed, model, change):
+def test_a_header_whose_checksum_is_right_and_whose_facts_are_not_is_refused_at_once(
+    packed: Path,
+    model: Model,
+    change: dict[str, list[int]]
+    | dict[str, int]
+    | dict[str, str]
+    | dict[str, None]
+    | dict[str, list[str]]
+    | dict[str, list[object]]
+    | dict[str, list[list[int]]]
+    | dict[str, dict[str, int]]
+    | dict[str, dict[str, Any]],
+) -> None:
     path = packed / "experts.pack"
     content = path.read_bytes()
     prefix = struct.Struct("<8sIQ16s")
@@ -268,7 +298,7 @@ def test_a_header_whose_checksum_is_right_and_whose_facts_are_not_is_refused_at_
         model.open_experts(packed)
 
 
-def test_a_damaged_header_is_refused_wherever_it_is_hit(packed, flip):
+def test_a_damaged_header_is_refused_wherever_it_is_hit(packed: Path) -> None:
     pack = packed / "experts.pack"
     for offset, why in [(0, "does not begin"), (8, "version"), (12, "header"), (20, "checksum"), (300, "checksum")]:
         flip(pack, offset)
@@ -281,7 +311,7 @@ def test_a_damaged_header_is_refused_wherever_it_is_hit(packed, flip):
 
 
 @pytest.mark.parametrize("keep", [0, 30, 1000, -4096])
-def test_a_truncated_pack_is_refused(packed, keep):
+def test_a_truncated_pack_is_refused(packed: Path, keep: int) -> None:
     pack = packed / "experts.pack"
     os.truncate(pack, keep if keep >= 0 else pack.stat().st_size + keep)
     with pytest.raises(CheckpointError, match=r"experts\.pack"):
@@ -289,13 +319,15 @@ def test_a_truncated_pack_is_refused(packed, keep):
 
 
 @pytest.mark.parametrize("name", ["experts.pack", "trunk.safetensors", "config.json"])
-def test_half_a_packed_directory_is_refused(packed, name):
+def test_half_a_packed_directory_is_refused(packed: Path, name: str) -> None:
     (packed / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}.*No such file"):
         Checkpoint.open(packed)
 
 
-def test_a_trunk_of_another_model_is_refused(packed, sharded, model, save, tmp_path):
+def test_a_trunk_of_another_model_is_refused(
+    packed: Path, sharded: Path, model: Model, save: Save, tmp_path: Path
+) -> None:
     model.tensors["model.extra"] = torch.zeros(3)
     other = model.pack(save(model, 1), tmp_path / "other")
     shutil.copy(other / "trunk.safetensors", packed / "trunk.safetensors")
@@ -303,7 +335,7 @@ def test_a_trunk_of_another_model_is_refused(packed, sharded, model, save, tmp_p
         Checkpoint.open(packed)
 
 
-def test_a_flipped_byte_in_the_trunk_is_found_on_reading(packed, flip):
+def test_a_flipped_byte_in_the_trunk_is_found_on_reading(packed: Path) -> None:
     with Checkpoint.open(packed) as checkpoint:
         spec = checkpoint.specs["model.embed_tokens.weight"]
         flip(packed / spec.file, spec.offset + 17)

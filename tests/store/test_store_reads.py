@@ -21,6 +21,8 @@ from pager.store.expert_source import Destination, ExpertSource
 from pager.store.reads import HOT_BYTES, LARGE_BYTES, MOST_BYTES, PAGE_BYTES, DataFile, Stretch, fill, raw_bytes
 from pager.store.verify import record
 from pager.types import ExpertKey, ExpertShape
+from tests.store.conftest import Model, Save
+from tests.support.files import flip
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.fixture
-def whole_pages(model) -> None:
+def whole_pages(model: Model) -> None:
     """Experts whose matrices are whole pages: fp32, 3 * 4 KiB each."""
     model.shape = ExpertShape(hidden=64, intermediate=16)
     generator = torch.Generator().manual_seed(1)
@@ -64,18 +66,18 @@ def go_direct(bypass: Callable[..., str | None], *args: object) -> None:
     assert reason == ""
 
 
-def destinations(model, keys: list[ExpertKey], *, aligned: bool = False) -> list[Destination]:
+def destinations(model: Model, keys: list[ExpertKey], *, aligned: bool = False) -> list[Destination]:
     pairs = ((key, model.blank(torch.float32)) for key in keys)
     return [Destination(key, *(map(page_aligned, pair) if aligned else pair)) for key, pair in pairs]
 
 
-def read_all(source: ExpertSource, model, keys: list[ExpertKey], *, aligned: bool = False) -> list[Destination]:
+def read_all(source: ExpertSource, model: Model, keys: list[ExpertKey], *, aligned: bool = False) -> list[Destination]:
     wanted = destinations(model, keys, aligned=aligned)
     assert source.read_all(wanted) == [model.shape.num_elements * 4] * len(keys)
     return wanted
 
 
-def check(model, found: list[Destination]) -> None:
+def check(model: Model, found: list[Destination]) -> None:
     for key, gate_up, down in found:
         expected_gate_up, expected_down = model.expert(key)
         assert torch.equal(gate_up, expected_gate_up)
@@ -86,7 +88,9 @@ def layer(number: int, *experts: int) -> list[ExpertKey]:
     return [ExpertKey(number, expert) for expert in experts]
 
 
-def test_neighbours_in_a_pack_come_in_one_read_and_others_do_not(packed, model, reads):
+def test_neighbours_in_a_pack_come_in_one_read_and_others_do_not(
+    packed: Path, model: Model, reads: list[tuple[int, int]]
+) -> None:
     source = model.open_experts(packed)
     reads.clear()
     found = read_all(source, model, [*layer(0, 3, 0, 1), *layer(2, 2)])
@@ -103,7 +107,9 @@ def test_neighbours_in_a_pack_come_in_one_read_and_others_do_not(packed, model, 
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_neighbours_in_a_plain_checkpoint_come_in_one_read(save, model, reads, recorded):
+def test_neighbours_in_a_plain_checkpoint_come_in_one_read(
+    save: Save, model: Model, reads: list[tuple[int, int]], recorded: bool
+) -> None:
     path = save(model, 1)
     if recorded:
         record(path)
@@ -116,7 +122,7 @@ def test_neighbours_in_a_plain_checkpoint_come_in_one_read(save, model, reads, r
     source.close()
 
 
-def test_an_expert_in_three_files_takes_three_reads(sharded, model, reads):
+def test_an_expert_in_three_files_takes_three_reads(sharded: Path, model: Model, reads: list[tuple[int, int]]) -> None:
     source = model.open_experts(sharded)
     reads.clear()
     check(model, read_all(source, model, layer(2, 1)))
@@ -124,7 +130,7 @@ def test_an_expert_in_three_files_takes_three_reads(sharded, model, reads):
     source.close()
 
 
-def test_of_neighbours_read_together_only_the_damaged_one_fails(packed, model, flip):
+def test_of_neighbours_read_together_only_the_damaged_one_fails(packed: Path, model: Model) -> None:
     source = model.open_experts(packed)
     flip(packed / "experts.pack", source.place_of(ExpertKey(0, 1)).end - 1)
     wanted = destinations(model, layer(0, 0, 1, 2))
@@ -136,7 +142,7 @@ def test_of_neighbours_read_together_only_the_damaged_one_fails(packed, model, f
     source.close()
 
 
-def test_of_neighbours_read_together_only_the_one_that_is_cut_off_fails(packed, model):
+def test_of_neighbours_read_together_only_the_one_that_is_cut_off_fails(packed: Path, model: Model) -> None:
     source = model.open_experts(packed)
     os.truncate(packed / "experts.pack", source.place_of(ExpertKey(2, 2)).start + 1)
     wanted = destinations(model, layer(2, 0, 1, 2))
@@ -167,7 +173,9 @@ def stretches(file: DataFile, *nbytes: int, checksum: str | None = None) -> list
     return found
 
 
-def test_what_is_checked_comes_in_pieces_that_the_processor_still_holds(big_file, reads):
+def test_what_is_checked_comes_in_pieces_that_the_processor_still_holds(
+    big_file: DataFile, reads: list[tuple[int, int]]
+) -> None:
     """Each piece is hashed before the next is read; what has no checksum comes in one."""
     long, short = int(1.5 * HOT_BYTES), HOT_BYTES // 4
     failures = fill(stretches(big_file, long, short, short, checksum="no such"), torch.uint8)
@@ -180,7 +188,7 @@ def test_what_is_checked_comes_in_pieces_that_the_processor_still_holds(big_file
     assert raw_bytes(unchecked[2].tensors[0]) == big_file.read(short, long + short)
 
 
-def test_no_read_is_longer_than_the_bound(big_file, reads):
+def test_no_read_is_longer_than_the_bound(big_file: DataFile, reads: list[tuple[int, int]]) -> None:
     assert fill(stretches(big_file, MOST_BYTES // 2, MOST_BYTES // 2, HOT_BYTES), torch.uint8) == []
     assert [count for _, count in reads] == [MOST_BYTES, HOT_BYTES]
 
@@ -189,7 +197,9 @@ def test_no_read_is_longer_than_the_bound(big_file, reads):
 
 
 @pytest.mark.usefixtures("whole_pages")
-def test_a_direct_read_gives_the_same_bytes_in_one_read(save, model, tmp_path, reads):
+def test_a_direct_read_gives_the_same_bytes_in_one_read(
+    save: Save, model: Model, tmp_path: Path, reads: list[tuple[int, int]]
+) -> None:
     source = model.open_experts(model.pack(save(model, 1), tmp_path / "packed"))
     go_direct(source.bypass_page_cache, torch.float32)
     for keys, num_reads in ((layer(0, 0), 1), (layer(0, 1, 2, 3), 1), (layer(2, 0, 2), 2)):
@@ -201,7 +211,7 @@ def test_a_direct_read_gives_the_same_bytes_in_one_read(save, model, tmp_path, r
 
 
 @pytest.mark.usefixtures("whole_pages")
-def test_a_flipped_byte_is_caught_past_the_page_cache(save, model, tmp_path, flip):
+def test_a_flipped_byte_is_caught_past_the_page_cache(save: Save, model: Model, tmp_path: Path) -> None:
     packed = model.pack(save(model, 1), tmp_path / "packed")
     source = model.open_experts(packed)
     go_direct(source.bypass_page_cache, torch.float32)
@@ -214,7 +224,7 @@ def test_a_flipped_byte_is_caught_past_the_page_cache(save, model, tmp_path, fli
 
 
 @pytest.mark.usefixtures("whole_pages")
-def test_the_page_cache_is_really_left_out(tmp_path, model, save):
+def test_the_page_cache_is_really_left_out(tmp_path: Path, model: Model, save: Save) -> None:
     packed = model.pack(save(model, 1), tmp_path / "packed") / "experts.pack"
     source = model.open_experts(packed.parent)
     go_direct(source.bypass_page_cache, torch.float32)
@@ -230,7 +240,7 @@ def test_the_page_cache_is_really_left_out(tmp_path, model, save):
     source.close()
 
 
-def test_why_a_read_can_not_be_direct_is_said(packed, save, model, tmp_path):
+def test_why_a_read_can_not_be_direct_is_said(packed: Path, save: Save, model: Model, tmp_path: Path) -> None:
     plain = model.open_experts(save(model, 1))
     assert "pack the model" in plain.bypass_page_cache(torch.float32)
     small = model.open_experts(packed)
@@ -240,7 +250,7 @@ def test_why_a_read_can_not_be_direct_is_said(packed, save, model, tmp_path):
     small.close()
 
 
-def test_a_file_system_that_refuses_says_so():
+def test_a_file_system_that_refuses_says_so() -> None:
     file = DataFile(Path("/proc/self/status"))
     with pytest.raises(OSError, match="Invalid argument"):
         file.bypass_page_cache()
@@ -248,7 +258,9 @@ def test_a_file_system_that_refuses_says_so():
     file.close()
 
 
-def test_a_refusal_at_the_read_falls_back_for_good(tmp_path, monkeypatch, caplog):
+def test_a_refusal_at_the_read_falls_back_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As on a file system whose blocks are larger than a page."""
     content = bytes(range(256)) * (2 * PAGE_BYTES // 256)
     (tmp_path / "file").write_bytes(content)
@@ -271,7 +283,7 @@ def test_a_refusal_at_the_read_falls_back_for_good(tmp_path, monkeypatch, caplog
     file.close()
 
 
-def test_nothing_is_read_beside_what_was_asked_for(tmp_path):
+def test_nothing_is_read_beside_what_was_asked_for(tmp_path: Path) -> None:
     (path := tmp_path / "file").write_bytes(os.urandom(8 << 20))
     try:
         drop([path])
@@ -296,7 +308,7 @@ def test_nothing_is_read_beside_what_was_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("is_checked", [False, True])
-def test_it_says_when_most_of_a_large_read_is_there(tmp_path, is_checked):
+def test_it_says_when_most_of_a_large_read_is_there(tmp_path: Path, is_checked: bool) -> None:
     nbytes = LARGE_BYTES + PAGE_BYTES
     (path := tmp_path / "file").write_bytes(content := os.urandom(2 * PAGE_BYTES + nbytes))
     file = DataFile(path)
@@ -315,7 +327,7 @@ def test_it_says_when_most_of_a_large_read_is_there(tmp_path, is_checked):
     file.close()
 
 
-def test_a_duplicate_outlives_its_file(tmp_path, monkeypatch):
+def test_a_duplicate_outlives_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path := tmp_path / "file").write_bytes(b"experts")
 
     def no_proc(file: DataFile, flags: int = 0) -> int:

@@ -65,7 +65,7 @@ def worker_pids(owner: int | None = None) -> list[int]:
 def has_ended(pid: int) -> bool:
     """Whether a process has ended; one that its parent has not waited for yet has ended, too."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     return True
 
 

@@ -36,7 +36,8 @@ def model() -> EmoForCausalLM:
 
 def hidden(model: EmoForCausalLM) -> Tensor:
     out = model.model(input_ids=TOKENS_BN, position_ids=POSITIONS_BN, use_cache=False, output_router_logits=False)
-    return out.last_hidden_state
+    states: Tensor = out.last_hidden_state
+    return states
 
 
 def test_a_document_starts_where_positions_restart() -> None:

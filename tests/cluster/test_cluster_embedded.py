@@ -113,7 +113,7 @@ class Embedded:
         return dict(json.loads(line))
 
     def processes(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return list(psutil.Process(self.process.pid).children(recursive=True))
 
     def kill(self) -> None:
         """SIGKILL, and returns when Ray's processes have followed."""

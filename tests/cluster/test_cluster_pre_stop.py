@@ -71,7 +71,7 @@ def address_of(pid: int) -> str:
     """Of the node whose raylet is the process's parent."""
     words = psutil.Process(pid).parent().cmdline()
     (address,) = [word.partition("=")[2] for word in words if word.startswith("--node_ip_address=")]
-    return address
+    return str(address)
 
 
 class Load:

@@ -546,7 +546,7 @@ async def test_a_launch_that_is_given_up_while_its_name_is_taken_ends(tmp_path: 
 async def test_a_worker_that_does_not_say_where_it_is_makes_room_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create, unreachable = OwnWorkers._create, []
+    create, unreachable = OwnWorkers._create, list[Any]()
 
     async def fail() -> None:
         raise ray.exceptions.ActorUnavailableError("not now", None)

@@ -178,7 +178,7 @@ async def call(transport: Transport, message: bytes, *, token: str, compression:
     """Abort with any bytes as its message: the status it ends with."""
     options = [("grpc.max_send_message_length", -1)]
     async with grpc.aio.insecure_channel(transport.address, options, compression=compression) as channel:
-        abort = channel.unary_unary(f"/{pb.DESCRIPTOR.services_by_name['Worker'].full_name}/Abort")
+        abort = channel.unary_unary(f"/{pb.DESCRIPTOR.services_by_name['Worker'].full_name}/Abort", None, None)
         try:
             await abort(message, metadata=((TOKEN_HEADER, token),), timeout=60)
         except grpc.aio.AioRpcError as error:

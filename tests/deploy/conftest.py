@@ -28,11 +28,11 @@ class Workload:
 
     @property
     def spec(self) -> Object:
-        return self.template["spec"]
+        return dict(self.template["spec"])
 
     @property
     def labels(self) -> dict[str, str]:
-        return self.template["metadata"]["labels"]
+        return dict(self.template["metadata"]["labels"])
 
     @property
     def containers(self) -> list[Object]:
@@ -40,7 +40,7 @@ class Workload:
 
     @property
     def main(self) -> Object:
-        return self.spec["containers"][0]
+        return dict(self.spec["containers"][0])
 
     def volume(self, name: str) -> Object:
         return next(volume for volume in self.spec["volumes"] if volume["name"] == name)
@@ -82,7 +82,7 @@ class Rendered:
 
 @cache
 def rendered(kubectl: Path, overlay: str) -> Rendered:
-    command = [kubectl, "kustomize", str(K8S / "overlays" / overlay)]
+    command = [str(kubectl), "kustomize", str(K8S / "overlays" / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Rendered(overlay, tuple(yaml.safe_load_all(done.stdout)))

@@ -87,7 +87,7 @@ def node(folder: Path, address: str) -> Iterator[Path]:
 def drain(folder: Path, limit_s: float) -> subprocess.Popen[bytes]:
     (folder / "ray").write_text(f'#!/bin/sh\n[ -e here/told ] || echo "$@" > {folder}/said\n')
     (folder / "ray").chmod(0o755)
-    command = [sys.executable, BIN / "expert-pager-worker-drain", str(limit_s)]
+    command = [sys.executable, str(BIN / "expert-pager-worker-drain"), str(limit_s)]
     path = os.pathsep.join([str(folder), os.environ["PATH"]])
     return subprocess.Popen(command, cwd=folder, env=os.environ | {"POD_IP": "127.0.0.77", "PATH": path})
 

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import typer
+from typer.core import TyperGroup
 
 from pager.cli.app import app
 from tests.deploy.conftest import Render, Rendered
+from tests.support.values import some
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "deploy.md").read_text()
@@ -72,10 +74,12 @@ def test_every_program_is_one_that_the_reader_was_told_to_have() -> None:
 
 
 def test_our_own_commands_have_the_options_that_are_used() -> None:
-    subcommands = typer.main.get_command(app).commands
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    subcommands = group.commands
     used = [line for line in commands() if re.search(r"expert-pager (generate|replay)", line)]
     assert len(used) >= 3
     for line in used:
-        name, rest = re.search(r"expert-pager (generate|replay) (.*)", line).groups()
+        name, rest = some(re.search(r"expert-pager (generate|replay) (.*)", line)).groups()
         options = {option for parameter in subcommands[name].params for option in parameter.opts}
         assert set(re.findall(r"(?<= )--[a-z-]+", rest)) <= options, line

@@ -15,7 +15,7 @@ import yaml
 from pager.observe.tracing import is_asked_for
 from pager.observe.worker_metrics import WORKER_FAMILIES
 from router_service.metrics import router_families
-from tests.deploy.conftest import Render
+from tests.deploy.conftest import Render, Rendered
 from tests.support.processes import free_port
 
 MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
@@ -26,7 +26,7 @@ def exported() -> set[str]:
     return {name for family in (*WORKER_FAMILIES, *router_families(("other",))) for name in family.samples}
 
 
-def expressions(manifests) -> Iterator[str]:
+def expressions(manifests: Rendered) -> Iterator[str]:
     for rules in manifests.of_kind("PrometheusRule"):
         for group in rules["spec"]["groups"]:
             yield from (rule["expr"] for rule in group["rules"])
@@ -59,7 +59,7 @@ def test_a_real_redis_takes_the_file_and_keeps_what_has_no_expiry(
     text = text.replace("/run/secrets/redis", str(tmp_path)).replace("/data", str(tmp_path))
     (tmp_path / "redis.conf").write_text(text)
     port = free_port()
-    command = [redis_server, str(tmp_path / "redis.conf"), "--port", str(port), "--bind", "127.0.0.1"]
+    command = [str(redis_server), str(tmp_path / "redis.conf"), "--port", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         with redis.Redis(port=port, password="sesame") as client:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.conftest import Render, Rendered
+from tests.support.values import some
 
 MEMBERS = {"expert-pager-router", "expert-pager-head", "expert-pager-worker"}
 SCALERS = ("HorizontalPodAutoscaler", "ScaledObject")
@@ -29,7 +30,7 @@ def selected(manifests: Any, selector: dict[str, Any]) -> set[str]:
 
 
 def policy(manifests: Any, name: str) -> dict[str, Any]:
-    return manifests.one("NetworkPolicy", name)["spec"]
+    return dict(manifests.one("NetworkPolicy", name)["spec"])
 
 
 def test_everything_is_in_one_namespace_and_has_its_label(manifests: Rendered) -> None:
@@ -111,7 +112,7 @@ def test_scalers_scale_what_is_there_and_no_further_than_the_settings(manifests:
         assert found["apiVersion"] == target["apiVersion"]
         if each["kind"] == "ScaledObject":
             text = manifests.one("ConfigMap", "expert-pager-config")["data"]["service.toml"]
-            assert each["spec"]["maxReplicaCount"] == int(re.search(r"^count = (\d+)", text, re.M)[1])
+            assert each["spec"]["maxReplicaCount"] == int(some(re.search(r"^count = (\d+)", text, re.M))[1])
 
 
 def test_there_is_one_router_that_owns_the_workers(manifests: Rendered) -> None:

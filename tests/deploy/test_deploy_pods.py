@@ -12,6 +12,7 @@ import pytest
 from pager.config import ServiceConfig, load_config
 from pager.memory.units import parse_bytes
 from tests.deploy.conftest import Render, Rendered
+from tests.support.values import some
 
 SECRET_FOLDERS = ("/run/secrets/expert-pager", "/run/secrets/redis", "/run/tls")
 UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30}
@@ -21,7 +22,7 @@ CLOSE_S = 20  # of a service after its drain: workers, Ray
 
 
 def nbytes(quantity: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)(\w*)", quantity).groups()
+    number, unit = some(re.fullmatch(r"(\d+)(\w*)", quantity)).groups()
     return int(number) * UNITS[unit]
 
 
@@ -143,7 +144,7 @@ def test_shared_memory_holds_the_host_tier_and_memory_holds_both(manifests: Rend
     shared = pod.volume(mount["name"])["emptyDir"]
     assert shared["medium"] == "Memory"
     object_store = 83886080
-    assert nbytes(shared["sizeLimit"]) >= parse_bytes(config.workers.host_memory) + object_store
+    assert nbytes(shared["sizeLimit"]) >= parse_bytes(str(config.workers.host_memory)) + object_store
     resources = pod.main["resources"]
     kv_memory = parse_bytes(config.workers.kv_memory) if config.workers.kv_memory else 0
     assert nbytes(resources["limits"]["memory"]) >= nbytes(shared["sizeLimit"]) + kv_memory + 2**30

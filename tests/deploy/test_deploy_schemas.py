@@ -22,7 +22,7 @@ OWN_KINDS = {"RayCluster", "PodMonitor", "PrometheusRule", "ScaledObject"}
 
 
 @cache
-def kubernetes() -> Registry:
+def kubernetes() -> Any:
     definitions = json.loads((KUBERNETES / "_definitions.json").read_bytes())
     return Registry().with_resource(definitions["$id"], DRAFT202012.create_resource(definitions))
 

@@ -37,6 +37,7 @@ MODEL = EMO_TINY
 SERVICE_NAME = "expert_pager.v1.ExpertPager"
 START_TIMEOUT_S = 120  # the machine may be busy; how long a start takes is printed, and asserted in one place
 SERVING = health_pb2.HealthCheckResponse.SERVING
+NUM_CORES = psutil.cpu_count() or 1
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -191,7 +192,7 @@ class Service:
         return worker_pids(self.process.pid)
 
     def processes(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return list(psutil.Process(self.process.pid).children(recursive=True))
 
     def command_lines(self) -> str:
         """Of all its processes; some of Ray's come and go."""
@@ -264,7 +265,7 @@ def scrape(address: str) -> Metrics:
 def busy_s() -> float:
     """Seconds that the machine's cores have worked for anybody, or been lent to other machines, each on average."""
     times = psutil.cpu_times()
-    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal) / psutil.cpu_count()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal) / NUM_CORES
 
 
 def worked_s(process: psutil.Process) -> float:
@@ -274,7 +275,7 @@ def worked_s(process: psutil.Process) -> float:
         with contextlib.suppress(psutil.Error):
             times = each.cpu_times()
             found += times.user + times.system + times.children_user + times.children_system
-    return found / psutil.cpu_count()
+    return found / NUM_CORES
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -382,7 +383,7 @@ def reference() -> Iterator[Callable[..., list[int]]]:
             loaded[pool_size].generation_config.eos_token_id = None
         inputs = torch.tensor([list(prompt_ids)])
         output = loaded[pool_size].generate(inputs, max_new_tokens=max_tokens, do_sample=False)
-        return output[0, inputs.shape[1] :].tolist()
+        return list(map(int, output[0, inputs.shape[1] :]))
 
     yield generate
     for model in loaded.values():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -24,7 +25,7 @@ class Bad:
     reason: str = "INVALID_ARGUMENT"
     code: grpc.StatusCode = INVALID
     prompt: str | bytes | list[int] = PROMPT
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def sampling(name: str, value: Any, shown: str | None = None) -> Bad:

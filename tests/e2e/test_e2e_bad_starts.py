@@ -83,7 +83,9 @@ def outcomes(
     folder = tmp_path_factory.mktemp("bad")
 
     def start(name: str) -> subprocess.CompletedProcess[str]:
-        path, options, env = GOLDEN, {}, {}
+        path = GOLDEN
+        options: dict[str, object] = {}
+        env: dict[str, str] = {}
         if name in DAMAGES:
             path = Path(shutil.copytree(GOLDEN, folder / name.replace(" ", "-")))
             DAMAGES[name][0](path)

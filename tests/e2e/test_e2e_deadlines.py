@@ -31,7 +31,7 @@ def test_a_deadline_within_the_queue_is_refused_at_once(idle_service: Any) -> No
             try:
                 service.generate(PROMPT, pool=service.random_pool(7, most), max_tokens=2, timeout=1.5)
             except grpc.RpcError as error:
-                if "requests are in line" in error.details():
+                if "requests are in line" in str(error.details()):
                     return error
         raise AssertionError("no request was refused for its deadline")
 

@@ -19,6 +19,7 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.runner import DecodeBatch, ModelRunner, RowStart
 from pager.memory.plan import Budgets
 from pager.types import ExpertPool, PoolPolicy, PoolSource
+from tests.support.values import some
 
 NUM_SEQUENCES, NUM_TOGETHER, PROMPT, FORCED = 16, 4, 24, 16
 # Logits here reach 16, where neighbouring bf16 numbers are 1/16 apart. On an AVX-512 CPU no difference was seen at all.
@@ -56,7 +57,7 @@ def forced_logits(paged: PagedModel, sequences: list[int]) -> torch.Tensor:
             assert lease is not None
             held.callback(lease.release)
             documents.append(paged.document(policy_of(sequence), lease=lease))
-            tables.append(blocks.allocate(PROMPT + FORCED))
+            tables.append(some(blocks.allocate(PROMPT + FORCED)))
             with paged.step([documents[-1]], prefill=True):
                 runner.prefill(tokens_of(sequence)[:PROMPT], tables[-1])
         forced_BT = torch.tensor([tokens_of(sequence)[PROMPT:] for sequence in sequences])

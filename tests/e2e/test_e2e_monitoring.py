@@ -22,6 +22,7 @@ import yaml
 
 from pager.cli.lab import replay
 from tests.support.processes import free_port
+from tests.support.values import some
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "deploy" / "monitoring"
@@ -228,7 +229,7 @@ def test_variables_have_values(prometheus: Prometheus, until: Callable[..., None
         variables = json.loads(path.read_text())["templating"]["list"]
         assert [each["name"] for each in variables] == ["datasource", "model", "worker", "tenant"]
         for variable in variables[1:]:
-            metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["definition"]).groups()
+            metric, label = some(re.fullmatch(r"label_values\((.*), (\w+)\)", variable["definition"])).groups()
             for name, value in GRAFANA.items():
                 metric = metric.replace(name, value)
             until(functools.partial(has_values, metric, label))

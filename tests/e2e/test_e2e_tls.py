@@ -89,7 +89,7 @@ def test_a_key_that_is_not_there_is_named_at_once(
     ],
 )
 def test_options_that_can_take_no_effect_are_refused(
-    run: Callable[..., subprocess.CompletedProcess[str]], options, message: str
+    run: Callable[..., subprocess.CompletedProcess[str]], options: tuple[object, ...], message: str
 ) -> None:
     done = run("generate", "--token-ids", "1", *options)
     assert done.returncode != 0

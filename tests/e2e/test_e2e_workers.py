@@ -85,7 +85,7 @@ def num_descriptors(pid: int, redis_port: int) -> int:
     """Without the pooled connections to Redis: there are as many as there were calls at one time, whoever dies."""
     process = psutil.Process(pid)
     pooled = [each for each in process.net_connections("tcp") if each.raddr and each.raddr.port == redis_port]
-    return process.num_fds() - len(pooled)
+    return int(process.num_fds()) - len(pooled)
 
 
 def kill_mid_stream(service: Any, calls: list[Any]) -> list[Any]:
@@ -158,7 +158,7 @@ class Redis:
         settings = f"port {self.port}\nbind 127.0.0.1\nsave ''\nrequirepass {PASSWORD}\ndir {self._folder}\n"
         (self._folder / "redis.conf").write_text(settings)
         with (self._folder / "redis.log").open("ab") as log:
-            command = [self._program, str(self._folder / "redis.conf")]
+            command = [str(self._program), str(self._folder / "redis.conf")]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def kill(self) -> None:
@@ -350,7 +350,7 @@ def test_requests_go_on_without_redis_and_a_metric_says_so(
     routers: Routers, redis: Redis, until: Callable[..., None]
 ) -> None:
     def degraded(router: Any) -> float:
-        return router.metrics("router").total("expert_pager_router_redis_degraded")
+        return float(router.metrics("router").total("expert_pager_router_redis_degraded"))
 
     both = (routers.first, routers.second)
     assert [degraded(router) for router in both] == [0, 0]

@@ -17,10 +17,12 @@ TRAIN_ARGS ?=
 EVIDENCE_ARGS ?=
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+COVERAGE ?=
 
 BIN := $(VENV)/bin
 # One thread for the tests' own models: they are small, and workers that run beside them want the other core.
-RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# COVERAGE=1 reports at the end which lines of pager and router_service the tests' own process ran.
+RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
@@ -31,6 +33,7 @@ help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
 	@echo "make test    run all tests, then the model-level ones on transformers $(OLDEST_TRANSFORMERS)"
 	@echo "make test-fast  the tests that start no service and no program, two minutes at most"
+	@echo "make test COVERAGE=1, make test-fast COVERAGE=1  the same, and how much of the code they ran"
 	@echo "make check   ruff, mypy, import-linter, the documentation site"
 	@echo "make site    build the documentation into build/site; make docs writes docs/metrics.md and docs/service.example.toml again"
 	@echo "make bench   measure on this machine, 30 minutes; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"

@@ -84,7 +84,7 @@ def outcomes(
 
     def start(name: str) -> subprocess.CompletedProcess[str]:
         path = GOLDEN
-        options: dict[str, object] = {}
+        options: dict[str, str] = {}
         env: dict[str, str] = {}
         if name in DAMAGES:
             path = Path(shutil.copytree(GOLDEN, folder / name.replace(" ", "-")))

@@ -40,7 +40,8 @@ EXPERTS = "model.layers.{}.mlp.experts"
 
 def stack_experts(checkpoint: Path, folder: Path) -> None:
     """Each layer's experts as transformers has them in memory, gate_up [E, 2F, D] and down [E, D, F]: a folder a layer
-    in accelerate's format, which is raw, so that it can be mapped too. Holds one tensor at a time."""
+    in accelerate's format, which is raw, so that it can be mapped too. Holds one tensor at a time.
+    """
     files = {name: path for path in sorted(checkpoint.glob("*.safetensors")) for name in _names(path)}
     config = json.loads((checkpoint / "config.json").read_text())
 

@@ -274,7 +274,8 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """The worker processes. Budgets are per worker, except `host_memory`, which all workers of a node share; a budget
-    that is not set is chosen by the planner from what the machine has."""
+    that is not set is chosen by the planner from what the machine has.
+    """
 
     count: int = _key(
         1, "Worker processes to start. 0 uses those that another router started, and needs cluster.ray_address.",

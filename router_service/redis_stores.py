@@ -280,7 +280,8 @@ Way = Callable[[Callable[[], Awaitable[PoolAnswer]]], Awaitable[PoolAnswer]]
 
 class SharedPools:
     """A PoolStore. Redis is asked every time, so that no router goes on with a pool that another one deleted or
-    replaced; while it is away, a pool that was used here before can still be used."""
+    replaced; while it is away, a pool that was used here before can still be used.
+    """
 
     def __init__(self, shared: RedisPools, breaker: StoreBreaker) -> None:
         self._shared = shared

@@ -81,7 +81,8 @@ def code_of(error: errors.PagerError) -> grpc.StatusCode:
 
 def to_wire(error: errors.PagerError, request_id: str | None = None) -> WireError:
     """ErrorInfo always; RetryInfo and push-back header where retrying helps, BadRequest where a field is at fault,
-    QuotaFailure where a bound of admission is reached."""
+    QuotaFailure where a bound of admission is reached.
+    """
     code = code_of(error)
     message = error.message[:MAX_MESSAGE_CHARACTERS]
     about = {name: str(value) for name, value in error_facts(error).items()}

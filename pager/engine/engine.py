@@ -91,10 +91,10 @@ class Engine:
     # From any thread.
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queues the request; its chunks, or one Failure, go to the sink. Raises what can be known at once:
+        """Queues the request; its chunks, or one Failure, go to the sink. Raises what can be known at once.
 
-        InvalidRequest, PromptTooLong, PoolTooSmall, PoolTooLarge, UnsupportedModel, DeadlineExceeded, DuplicateRequest,
-        Overloaded, NotReady.
+        That is InvalidRequest, PromptTooLong, PoolTooSmall, PoolTooLarge, UnsupportedModel, DeadlineExceeded,
+        DuplicateRequest, Overloaded, NotReady.
         """
         self._bounds.check(request)
         now_s, deadline_s = time.monotonic(), math.inf
@@ -159,7 +159,8 @@ class Engine:
     def run(self) -> None:
         """Steps until `stop`; once. On the thread that loaded the model: torch computes with a team of threads for each
         thread that calls it, and where those are more than the processors, all of them sleep between two operations
-        when they should spin, which halves the speed of a small model."""
+        when they should spin, which halves the speed of a small model.
+        """
         with self._stepping:
             threads.call(self, Engine._leave)
             while not self._inbox.is_halted:

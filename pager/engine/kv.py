@@ -112,7 +112,8 @@ def blocks_for(num_tokens: int) -> int:
 
 def token_slots(tables: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """[B, max blocks * BLOCK_TOKENS] int64: the token slot of each position of each block table. What lies beyond a
-    table's end repeats its first block."""
+    table's end repeats its first block.
+    """
     width = max(map(len, tables))
     padded = torch.tensor([[*table, *[table[0]] * (width - len(table))] for table in tables])
     slots = padded[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)

@@ -38,7 +38,8 @@ EXAMPLES_A_PIECE = 2
 @dataclass(frozen=True, slots=True)
 class ModelReport:
     """One model's view of the documents. `domain_share`: tokens in the main domain of their cluster; `word_share`:
-    tokens among the ten commonest of their cluster; both shares of all tokens, 0 to 1."""
+    tokens among the ten commonest of their cluster; both shares of all tokens, 0 to 1.
+    """
 
     name: str
     facts: RoutingFacts

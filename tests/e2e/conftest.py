@@ -345,7 +345,7 @@ def until_fixture() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def serve(ray_runtime: None) -> Callable[..., Any]:
-    """`with serve(folder, *arguments, **environment) as service:`"""
+    """Starts a service: `with serve(folder, *arguments, **environment) as service:`."""
     return serving
 
 

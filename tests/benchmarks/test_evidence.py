@@ -63,6 +63,7 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_a_page_is_made_of_what_was_measured(corpus: Path, two_models: list[Path], tmp_path: Path) -> None:
     emo, std = two_models
     found = [
@@ -91,6 +92,7 @@ def test_a_page_is_made_of_what_was_measured(corpus: Path, two_models: list[Path
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_drift_is_measured_where_the_domain_changes(corpus: Path, two_models: list[Path], tmp_path: Path) -> None:
     facts = measure_drift(two_models[0], corpus, tmp_path, SCALE, per_domain=1)
     assert measure_drift(two_models[0], corpus, tmp_path, SCALE, per_domain=1) == facts

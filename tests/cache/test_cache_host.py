@@ -277,6 +277,7 @@ def worker(host: HostTier, what_it_does: str, *more: object) -> subprocess.Compl
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_segment(host: HostTier) -> None:
     first, second = worker(host, READS), worker(host, READS)
     assert (first.returncode, first.stdout.split()) == (0, ["4", "0"]), first.stderr
@@ -288,6 +289,7 @@ def test_two_processes_share_one_segment(host: HostTier) -> None:
     host.unpin([grant])
 
 
+@pytest.mark.slow
 def test_a_look_up_takes_back_what_a_killed_process_held(host: HostTier) -> None:
     """Nobody else does: there is no control actor here."""
     assert worker(host, READS).returncode == 0

@@ -151,6 +151,7 @@ def test_cancelled_while_binding_on_another_thread(make_pager: MakePager, source
     assert source.reads_of(ExpertKey(0, 0)) == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_exits_in_the_middle_of_a_read_is_not_aborted() -> None:
     program = """
         import threading

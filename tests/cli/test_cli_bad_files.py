@@ -81,13 +81,13 @@ def test_a_tokenizer_that_gives_up(
     assert "stack backtrace" not in result.stderr
 
 
-def test_a_folder_whose_name_is_no_text(process: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_no_text(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     model = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
     shutil.copytree(checkpoint, model)
     for arguments in (("inspect", model), ("verify", "--record", model), ("verify", model)):
-        result = process(*arguments)
+        result = run(*arguments)
         assert result.returncode == 0, result.stderr
-        assert "caf\\udce9" in process("inspect", model).stdout
+    assert "caf\\udce9" in run("inspect", model).stdout
 
 
 def test_a_trace_that_is_cut_or_has_a_hole_is_replayed_and_said(run: Run, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def test_help_teaches_with_examples(process: Run, run: Run) -> None:
         assert f"expert-pager {name}" in run(name, "--help").stdout.replace("Usage: expert-pager", "")
 
 
-def test_inspect_says_what_a_checkpoint_holds(process: Run, checkpoint: Path) -> None:
-    done = process("inspect", checkpoint, "--dtype", "auto", "--json")
+def test_inspect_says_what_a_checkpoint_holds(run: Run, checkpoint: Path) -> None:
+    done = run("inspect", checkpoint, "--dtype", "auto", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["family"] == "emo"
@@ -60,8 +60,8 @@ def test_a_budget_that_can_not_be_is_one_line(run: Run, checkpoint: Path, budget
     assert message in done.stderr
 
 
-def test_a_folder_without_a_model_is_one_line(process: Run, tmp_path: Path) -> None:
-    done = process("inspect", tmp_path)
+def test_a_folder_without_a_model_is_one_line(run: Run, tmp_path: Path) -> None:
+    done = run("inspect", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "config.json" in done.stderr
 
@@ -82,19 +82,19 @@ def test_wrong_usage_is_status_2(run: Run, checkpoint: Path) -> None:
     assert run("no-such-command").returncode == 2
 
 
-def test_pack_then_verify_then_a_flipped_byte(process: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_pack_then_verify_then_a_flipped_byte(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
-    done = process("pack", checkpoint, packed, "--dtype", "bfloat16", "--json")
+    done = run("pack", checkpoint, packed, "--dtype", "bfloat16", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_experts"] == 27
-    assert json.loads(process("inspect", packed, "--json").stdout)["packed"] is True
-    assert json.loads(process("verify", packed, "--json").stdout)["ok"] is True
+    assert json.loads(run("inspect", packed, "--json").stdout)["packed"] is True
+    assert json.loads(run("verify", packed, "--json").stdout)["ok"] is True
 
     file = packed / "experts.pack"
     data = bytearray(file.read_bytes())
     data[-4096] ^= 1  # the first byte of the last extent
     file.write_bytes(data)
-    damaged = process("verify", packed)
+    damaged = run("verify", packed)
     assert damaged.returncode == 1
     assert "bad: layer 2 expert 8" in damaged.stderr
     assert "Traceback" not in damaged.stderr

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 WITHOUT_SERVE_EXTRA = """
@@ -72,6 +74,7 @@ def test_bad_requests_are_one_line(run: Run, checkpoint: Path) -> None:
             assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_it_runs_where_only_the_library_is_installed(checkpoint: Path) -> None:
     arguments = ["generate", "hi", "--model", str(checkpoint), "--max-tokens", "1"]
     done = _without_serve_extra(*arguments)

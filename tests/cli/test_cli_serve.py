@@ -196,6 +196,7 @@ def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint:
         assert message in done.stderr
 
 
+@pytest.mark.usefixtures("ray_runtime")
 def test_interrupting_serve_is_clean(checkpoint: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with serving(checkpoint, log, "--expert-memory", "50%") as (process, _):

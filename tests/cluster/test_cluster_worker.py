@@ -58,6 +58,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_loading_reading_and_stepping_share_one_team_of_threads() -> None:
     """A second team would be more threads than processors, and OpenMP's then sleep between any two operations."""

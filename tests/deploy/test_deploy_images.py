@@ -139,6 +139,7 @@ def prepare(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.mark.slow
 def test_a_model_is_packed_and_verified_once_by_however_many_pods(
     prepare: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_model_is_packed_and_verified_once_by_however_many_pods(
     assert "is there already" in prepare("one", str(CHECKPOINT)).stdout  # a container that starts again
 
 
+@pytest.mark.slow
 def test_a_source_that_is_damaged_leaves_nothing_that_would_be_served(
     prepare: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def test_a_prediction_is_measured_against_what_the_prompt_chose(
     assert driver.usage(second).predicted_recall == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_slots", [60, 30, LAYERS * POOL + 8, LAYERS * POOL])
 @pytest.mark.parametrize("seed", range(3))
 def test_company_changes_nothing(

@@ -70,6 +70,7 @@ def fit(paged: PagedModel, readings: list[DocumentReading], stand_ins: StandIns)
     return fit_router(readings, vocabulary, routed, paged.fingerprint, stand_ins=stand_ins)
 
 
+@pytest.mark.slow
 def test_what_a_document_wanted_is_the_mean_of_its_router_probabilities(
     readings: list[DocumentReading], documents: list[tuple[int, ...]]
 ) -> None:
@@ -121,6 +122,7 @@ def test_reading_again_finds_the_same(
     assert [(prompt, pool.experts) for prompt, pool in again.prefill_pools] == expected
 
 
+@pytest.mark.slow
 def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(
     fit: Fit, trunk: TrunkPredictor, readings: list[DocumentReading]
 ) -> None:

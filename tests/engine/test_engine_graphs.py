@@ -137,6 +137,7 @@ def run_story(driver: Any, random_prompt: Any, random_pool: Any) -> list[tuple[l
     return [(driver.tokens(each), driver.usage(each).out_of_pool_mass) for each in ids]
 
 
+@pytest.mark.slow
 def test_replayed_steps_say_what_eager_ones_say(
     make_driver: Any, random_prompt: Any, random_pool: Any, request: pytest.FixtureRequest
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_replayed_step_is_its_replay_and_nothing_else(
         assert len(set(seen)) > 20, "what runs eagerly is seen"
 
 
+@pytest.mark.slow
 def test_a_step_leaves_no_memory_behind(make_driver: Any, random_prompt: Any, random_pool: Any) -> None:
     driver = make_driver(60)
     page_in(driver, random_prompt, [random_pool(number) for number in (1, 2)])

@@ -354,6 +354,7 @@ def test_a_sequence_whose_logits_are_not_finite_fails_alone(
     driver.assert_nothing_held()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_after_two_hundred_requests_of_all_kinds(
     make_driver: Callable[..., Driver],
     random_prompt: Callable[[int, int], list[int]],

@@ -53,6 +53,7 @@ def test_a_pool_chosen_at_prefill_and_frozen_gives_the_recorded_tokens_among_oth
     driver.assert_nothing_held()
 
 
+@pytest.mark.slow
 def test_sixteen_pools_in_slots_for_four_give_each_the_tokens_it_gets_alone(
     make_driver: Callable[..., Driver],
     random_prompt: Callable[[int, int], list[int]],

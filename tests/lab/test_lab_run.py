@@ -177,6 +177,7 @@ def test_methods_that_can_not_be_had_are_refused(ask: Ask, methods: tuple[str, .
         evaluate(replace(ask, methods=methods, calibration=calibration), tokenizer_of(ask))
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_a_folder(ask: Ask, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pager.cli", "eval", str(ask.model), "--documents", ask.documents[0]]
     options = ["--sizes", "50", "--methods", "prefill,random", "--prompt-tokens", "10", "--context-tokens", "48"]

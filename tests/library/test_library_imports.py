@@ -5,6 +5,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 PROGRAM = """
 import sys
 
@@ -25,11 +27,13 @@ print(model.generate(ids, **options)[:, ids.shape[1] :].tolist())
 """
 
 
+@pytest.mark.slow
 def test_exact_generation_without_ray_grpc_or_redis(golden: Any) -> None:
     tokens = run(golden, "null", golden.tensors["prompt1.input_ids"])
     assert tokens == golden.tensors["prompt1.gen32"].tolist()
 
 
+@pytest.mark.slow
 def test_pooled_generation_without_ray_grpc_or_redis(golden_pools: Any) -> None:
     tokens = run(golden_pools, "4", golden_pools.tensors["input_ids"][:, :64])
     assert tokens == golden_pools.tensors["pool4_prompt64.gen32"].tolist()

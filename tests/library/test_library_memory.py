@@ -134,6 +134,7 @@ def measured(large: Path, run: str) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
+@pytest.mark.slow
 class TestMeasured:
     """Whole, the experts take 288 MiB in float32 and 144 in bfloat16."""
 

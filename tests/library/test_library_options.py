@@ -251,6 +251,7 @@ print(whole[0]["generated_text"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["pager first", "transformers first"])
 def test_transformers_know_emo_from_the_import_on(order: str) -> None:
     command = [sys.executable, "-W", "error::FutureWarning", "-c", REGISTERED, str(EMO), order]

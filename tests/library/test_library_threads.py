@@ -279,6 +279,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_without_assertions_too(small: MakeSmall) -> None:
     command = [sys.executable, "-O", "-c", OPTIMISED, str(small("emo").path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)

@@ -141,6 +141,7 @@ def test_a_run_ended_while_it_writes_a_file_begins_again(
     assert Trainer(RECIPE, corpus, tmp_path).run(STEP_TOKENS, None, save_minutes=60)
 
 
+@pytest.mark.slow
 def test_a_corpus_without_documents_is_said_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.train", "--corpus", str(tmp_path), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

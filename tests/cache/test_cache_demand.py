@@ -15,6 +15,7 @@ from pager.cache.stats import UsageMeter
 from pager.errors import ChecksumMismatch, SlotsExhausted
 from pager.types import ExpertKey
 from tests.cache.conftest import CheckWeights, GatedSource, MakePager
+from tests.support.experts import load
 from tests.support.values import some
 
 
@@ -25,12 +26,6 @@ def keys(layer: int, *experts: int) -> list[ExpertKey]:
 def finish_reads(pager: ExpertPager, wanted: Sequence[ExpertKey]) -> None:
     while pager.prefetch_pending(wanted):
         pass
-
-
-def load(pager: ExpertPager, wanted: Sequence[ExpertKey]) -> None:
-    with some(pager.reserve_pool(wanted)) as lease:
-        for layer in {key.layer for key in wanted}:
-            lease.wait(layer)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 8])

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from pager.cache.host import HostIndex, HostState, HostTier, record_bytes
-from pager.cache.pager import ExpertPager
 from pager.errors import BudgetError, ChecksumMismatch, ConfigError
 from pager.types import ExpertKey, ExpertShape
 from tests.cache.conftest import CheckWeights, GatedSource, MakePager
+from tests.support.experts import arrange, load
 from tests.support.values import some
 
 SHAPE = ExpertShape(hidden=4, intermediate=2)  # what the source of conftest serves
@@ -45,17 +45,11 @@ def host() -> Iterator[HostTier]:
     assert not tier.path.exists()
 
 
-def read_through(pager: ExpertPager, wanted: Sequence[ExpertKey]) -> None:
-    with some(pager.reserve_pool(wanted)) as lease:
-        for layer in {key.layer for key in wanted}:
-            lease.wait(layer)
-
-
 def test_what_one_worker_read_from_disk_another_finds_in_the_host_tier(
     make_pager: MakePager, source: GatedSource, host: HostTier, check_weights: CheckWeights
 ) -> None:
     first = make_pager(4, host=host)
-    read_through(first, keys(0, 0, 1, 2))
+    load(first, keys(0, 0, 1, 2))
     neighbour = HostTier.attach(host.name, host.num_records, SHAPE, torch.float32)
     second = make_pager(4, host=neighbour)
     with some(second.reserve_pool(keys(0, 0, 1, 2, 3))) as lease:
@@ -74,8 +68,8 @@ def test_an_expert_evicted_from_the_device_comes_back_from_the_host(
 ) -> None:
     pager = make_pager(2, host=host)
     for _ in range(3):
-        read_through(pager, keys(0, 0, 1))
-        read_through(pager, keys(1, 0, 1))
+        load(pager, keys(0, 0, 1))
+        load(pager, keys(1, 0, 1))
     assert len(source.started) == 4
     assert pager.stats().paging.bytes_from_host == 8 * pager.slots.record_bytes
     assert pager.stats().paging.bytes_from_disk == 4 * pager.slots.record_bytes
@@ -94,7 +88,7 @@ def test_a_full_host_tier_evicts_and_the_disk_serves_when_it_can_not(
 ) -> None:
     pager = make_pager(8, host=host)
     for layer in range(2):
-        read_through(pager, keys(layer, *range(8)))
+        load(pager, keys(layer, *range(8)))
     wait_until_let_go(host)
     assert host.index.num_resident == 6
     host.index.check_integrity()
@@ -103,8 +97,8 @@ def test_a_full_host_tier_evicts_and_the_disk_serves_when_it_can_not(
     assert {grant.state for grant in pinned} == {HostState.CLAIMED}
     assert host.acquire(keys(2, 0))[0].state is HostState.FULL
     assert host.acquire(keys(3, 0))[0].state is HostState.BUSY
-    read_through(pager, keys(2, 0))  # full
-    read_through(pager, keys(3, 0))  # being filled by somebody else
+    load(pager, keys(2, 0))  # full
+    load(pager, keys(3, 0))  # being filled by somebody else
     somebody.close()
     assert source.reads_of(ExpertKey(2, 0)) == source.reads_of(ExpertKey(3, 0)) == 1
 
@@ -113,8 +107,7 @@ def test_an_expert_whose_disk_copy_went_bad_is_served_from_the_host(
     make_pager: MakePager, source: GatedSource, host: HostTier, check_weights: CheckWeights
 ) -> None:
     pager = make_pager(1, host=host)
-    read_through(pager, keys(0, 0))
-    read_through(pager, keys(0, 1))
+    arrange(pager, device=keys(0, 1), host=keys(0, 0))
     source.bad.update(keys(0, 0))
     with some(pager.reserve_pool(keys(0, 0))) as lease:
         lease.wait(0)
@@ -128,7 +121,7 @@ def test_a_claim_that_fails_is_given_up(make_pager: MakePager, source: GatedSour
         lease.wait(0)
     assert host.index.num_resident == 0
     source.bad.clear()
-    read_through(pager, keys(0, 0))
+    load(pager, keys(0, 0))
     assert host.index.num_resident == 1
 
 
@@ -195,7 +188,7 @@ def test_a_tier_for_all_experts_reads_each_from_disk_once(make_pager: MakePager,
     pager = make_pager(2, host=host)
     for _ in range(3):
         for key in everything:
-            read_through(pager, [key])
+            load(pager, [key])
     assert sorted(source.started) == everything
     wait_until_let_go(host)
     pager.close()

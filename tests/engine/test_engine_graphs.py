@@ -37,6 +37,7 @@ from pager.engine.sampler import Draw, Sampler
 from pager.models.emo import EmoConfig, EmoForCausalLM
 from pager.models.open_model import moe_blocks
 from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, SamplingParams
+from tests.support.experts import load_pools
 
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.8, "seed": 5}
 
@@ -113,13 +114,6 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> OpCapture:
     return made
 
 
-def page_in(driver: Any, random_prompt: Any, pools: list[ExpertPool]) -> None:
-    """These pools' experts are in slots: nobody who comes with one joins the others later than the next."""
-    for pool in pools:
-        driver.submit(random_prompt(0, 4), PoolPolicy(fixed=pool), max_tokens=1)
-        driver.finish()
-
-
 def run_story(driver: Any, random_prompt: Any, random_pool: Any) -> list[tuple[list[int], float | None]]:
     """Rows with different pools that join and leave, and contexts that grow from 50 tokens to 200."""
     ids = [
@@ -188,7 +182,7 @@ def test_a_replayed_step_is_its_replay_and_nothing_else(
             return op(*args, **(kwargs or {}))
 
     driver = make_driver(60)
-    page_in(driver, random_prompt, [random_pool(number) for number in (1, 2, 3)])
+    load_pools(driver.paged.pager, *(random_pool(number) for number in (1, 2, 3)))
     for number in (1, 2):
         driver.submit(random_prompt(number, 4), PoolPolicy(fixed=random_pool(number)), max_tokens=50)
     while capture.num_captured == 0:
@@ -209,7 +203,7 @@ def test_a_replayed_step_is_its_replay_and_nothing_else(
 @pytest.mark.slow
 def test_a_step_leaves_no_memory_behind(make_driver: Any, random_prompt: Any, random_pool: Any) -> None:
     driver = make_driver(60)
-    page_in(driver, random_prompt, [random_pool(number) for number in (1, 2)])
+    load_pools(driver.paged.pager, *(random_pool(number) for number in (1, 2)))
     for number in (1, 2):
         driver.submit(random_prompt(number, 4), PoolPolicy(fixed=random_pool(number)), max_tokens=50, **SAMPLED)
     for _ in range(6):

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
-from google.rpc.error_details_pb2 import ErrorInfo, QuotaFailure
-from google.rpc.status_pb2 import Status
+from google.rpc.error_details_pb2 import QuotaFailure
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pager.errors import NotReady, Overloaded, PagerError, PromptTooLong, TenantOverloaded
 from router_service.admission import Admission, AdmissionLimits, Ticket
+from tests.support.calls import details, failure, reason, rest, trailer
 
 LIMITS = AdmissionLimits(3, 100, max_requests_per_tenant=2, max_tokens_per_tenant=60, max_bytes=100)
 
@@ -24,7 +26,7 @@ class Clock:
         return self.now_s
 
 
-def test_requests_are_bounded_in_all_and_per_tenant():
+def test_requests_are_bounded_in_all_and_per_tenant() -> None:
     admission = Admission(LIMITS)
     first, _second = admission.enter("a"), admission.enter("a")
     with pytest.raises(TenantOverloaded, match="'a'"):
@@ -37,7 +39,7 @@ def test_requests_are_bounded_in_all_and_per_tenant():
     admission.enter("c")
 
 
-def test_tokens_are_bounded_in_all_and_per_tenant():
+def test_tokens_are_bounded_in_all_and_per_tenant() -> None:
     admission = Admission(LIMITS)
     with admission.enter("a") as a, admission.enter("a") as another, admission.enter("b") as b:
         a.charge(60)
@@ -49,7 +51,7 @@ def test_tokens_are_bounded_in_all_and_per_tenant():
     assert admission.num_tokens == 0
 
 
-def test_bytes_are_bounded_in_all_and_per_tenant():
+def test_bytes_are_bounded_in_all_and_per_tenant() -> None:
     admission = Admission(AdmissionLimits(max_bytes=110, max_bytes_per_tenant=60))
     with admission.enter("a", 45), admission.enter("b", 45):
         with pytest.raises(TenantOverloaded, match="45 of its 60 bytes"):
@@ -64,13 +66,13 @@ def test_bytes_are_bounded_in_all_and_per_tenant():
     admission.check_integrity()
 
 
-def test_what_never_fits_is_not_worth_a_retry():
+def test_what_never_fits_is_not_worth_a_retry() -> None:
     with Admission(LIMITS).enter("a") as ticket, pytest.raises(PromptTooLong) as caught:
         ticket.charge(61)
     assert not caught.value.retryable
 
 
-def test_a_refused_charge_holds_nothing():
+def test_a_refused_charge_holds_nothing() -> None:
     admission = Admission(LIMITS)
     with pytest.raises(PromptTooLong), admission.enter("a") as ticket:
         ticket.charge(1000)
@@ -78,7 +80,7 @@ def test_a_refused_charge_holds_nothing():
     admission.check_integrity()
 
 
-def test_the_retry_delay_follows_how_long_requests_last():
+def test_the_retry_delay_follows_how_long_requests_last() -> None:
     clock = Clock()
     admission = Admission(LIMITS, clock)
     assert admission.retry_after_s() == 1.0
@@ -90,7 +92,7 @@ def test_the_retry_delay_follows_how_long_requests_last():
     assert admission.retry_after_s() == 4.0
 
 
-def test_closed_admission_lets_go_but_not_in():
+def test_closed_admission_lets_go_but_not_in() -> None:
     admission = Admission(LIMITS)
     with admission.enter("a"):
         admission.close()
@@ -139,17 +141,15 @@ TestAnyOrder = AnyOrder.TestCase
 # --- over the wire --------------------------------------------------------------------------------------------------
 
 
-def request(**fields) -> pb.GenerateRequest:
+def request(**fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(text=b"abc", sampling=pb.SamplingParams(max_tokens=4), **fields)
 
 
-async def refusal(call) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call.read()
-    return caught.value
+async def refusal(call: Any) -> grpc.aio.AioRpcError:
+    return await failure(call.read())
 
 
-async def test_beyond_the_bound_requests_are_refused_at_once_and_admitted_again(serve):
+async def test_beyond_the_bound_requests_are_refused_at_once_and_admitted_again(serve: Callable[..., Any]) -> None:
     async with serve(limits=AdmissionLimits(max_requests=3, max_requests_per_tenant=2)) as service:
         service.cluster.hold[1] = asyncio.Event()
         acme = (("x-tenant-id", "acme"),)
@@ -158,7 +158,7 @@ async def test_beyond_the_bound_requests_are_refused_at_once_and_admitted_again(
             await call.read()
         error = await refusal(service.stub.Generate(request(), metadata=acme))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+        assert int(trailer(error, "grpc-retry-pushback-ms") or 0) > 0
         other = service.stub.Generate(request())
         await other.read()
         error = await refusal(service.stub.Generate(request()))
@@ -168,22 +168,21 @@ async def test_beyond_the_bound_requests_are_refused_at_once_and_admitted_again(
         assert service.metric("admission_rejections_total", reason="OVERLOADED") == 1
         service.cluster.hold[1].set()
         for call in (*running, other):
-            while await call.read() is not grpc.aio.EOF:
-                pass
+            await rest(call)
         assert (await service.stub.Generate(request(), metadata=acme).read()).text == "a"
 
 
-async def test_tokens_in_flight_are_bounded(serve):
+async def test_tokens_in_flight_are_bounded(serve: Callable[..., Any]) -> None:
     async with serve(limits=AdmissionLimits(max_tokens=10)) as service:
         service.cluster.hold[1] = asyncio.Event()
         running = service.stub.Generate(request())
         await running.read()
         error = await refusal(service.stub.Generate(request()))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "7 of 10" in error.details()
+        assert "7 of 10" in str(error.details())
 
 
-async def test_a_tenants_bytes_in_flight_are_bounded_and_others_go_on(serve):
+async def test_a_tenants_bytes_in_flight_are_bounded_and_others_go_on(serve: Callable[..., Any]) -> None:
     async with serve(limits=AdmissionLimits(max_bytes=200, max_bytes_per_tenant=100)) as service:
         service.cluster.hold[1] = asyncio.Event()
         acme = (("x-tenant-id", "acme"),)
@@ -193,17 +192,13 @@ async def test_a_tenants_bytes_in_flight_are_bounded_and_others_go_on(serve):
         assert service.metric("in_flight_bytes") == wire.ByteSize()
         error = await refusal(service.stub.Generate(request(request_id="j" * 70), metadata=acme))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
-        info, quota = ErrorInfo(), QuotaFailure()
-        status.details[0].Unpack(info)
-        status.details[-1].Unpack(quota)
-        assert info.reason == "TENANT_OVERLOADED"
+        quota = details(error)[QuotaFailure]
+        assert reason(error) == "TENANT_OVERLOADED"
         assert quota.violations[0].subject == "tenant"
         assert "bytes" in quota.violations[0].description
         other = service.stub.Generate(request(request_id="j" * 70))
         await other.read()
         service.cluster.hold[1].set()
         for call in (running, other):
-            while await call.read() is not grpc.aio.EOF:
-                pass
+            await rest(call)
         assert service.metric("in_flight_bytes") == 0

@@ -32,7 +32,8 @@ from pager.errors import (
     WorkerLost,
 )
 from pager.observe.metrics import MetricsServer
-from pager.types import PoolSource
+from pager.types import ModelInfo, PoolSource, RoutingFacts
+from tests.router_service.conftest import InProcessCluster, Running, Worker
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
@@ -69,7 +70,7 @@ async def until(holds: Callable[[], Any]) -> None:
 # --- answers --------------------------------------------------------------------------------------------------------
 
 
-async def test_an_answer_comes_chunk_by_chunk_and_ends_with_its_usage(service, call):
+async def test_an_answer_comes_chunk_by_chunk_and_ends_with_its_usage(service: Running, call: Any) -> None:
     def use(client: Client) -> Any:
         answer = client.generate("hi", SamplingParams(max_tokens=3), Count(4))
         return list(answer), answer.usage
@@ -82,14 +83,14 @@ async def test_an_answer_comes_chunk_by_chunk_and_ends_with_its_usage(service, c
     assert (request.tenant, request.pool.size) == ("acme", Count(4))
 
 
-async def test_the_service_chooses_a_length_where_none_is_given(service, client):
+async def test_the_service_chooses_a_length_where_none_is_given(service: Running, client: Any) -> None:
     assert len(await client.generate("hi").text()) == 46  # what is left of its 48
     assert len(await client.generate("hi", SamplingParams(top_k=1), has_max_tokens=False).text()) == 46
     with pytest.raises(PromptTooLong):
         await client.generate("hi", SamplingParams(max_tokens=128)).text()
 
 
-async def test_everything_that_is_asked_arrives(service, client):
+async def test_everything_that_is_asked_arrives(service: Running, client: Any) -> None:
     fixed = ExpertPool(((), (1, 3), (0, 7)))
     drift = DriftPolicy(0.25, window=8)
     sampling = SamplingParams(max_tokens=1, temperature=0.5, top_p=0.75, top_k=3, seed=9, stop=("x",), ignore_eos=True)
@@ -99,13 +100,13 @@ async def test_everything_that_is_asked_arrives(service, client):
     assert (request.pool.fixed, request.pool.source, request.pool.drift) == (fixed, PoolSource.FIXED, drift)
 
 
-async def test_log_probabilities_are_asked_for_and_arrive(service, client):
+async def test_log_probabilities_are_asked_for_and_arrive(service: Running, client: Any) -> None:
     await client.generate("hi", SamplingParams(max_tokens=1, logprobs=2, logit_bias=((5, 1.5),))).text()
     [(_, request)] = service.cluster.received
     assert (request.sampling.logprobs, request.sampling.logit_bias) == (2, ((5, 1.5),))
 
 
-async def test_leaving_the_block_ends_the_request(service, client):
+async def test_leaving_the_block_ends_the_request(service: Running, client: Any) -> None:
     service.cluster.hold[1] = asyncio.Event()
     async with client.generate("hi", TWO) as answer:
         assert (await anext(aiter(answer))).text == "h"
@@ -114,7 +115,7 @@ async def test_leaving_the_block_ends_the_request(service, client):
         await answer.text()
 
 
-async def test_a_request_is_aborted_by_its_id(service, client, call):
+async def test_a_request_is_aborted_by_its_id(service: Running, client: Any, call: Any) -> None:
     service.cluster.hold[1] = asyncio.Event()
     answer = client.generate("hi", TWO)
     assert (await anext(aiter(answer))).text == "h"
@@ -125,13 +126,13 @@ async def test_a_request_is_aborted_by_its_id(service, client, call):
 # --- the other methods ----------------------------------------------------------------------------------------------
 
 
-async def test_the_model_is_read_with_its_facts(client, model, facts):
+async def test_the_model_is_read_with_its_facts(client: Any, model: ModelInfo, facts: RoutingFacts) -> None:
     found = await client.model()
     assert found.facts.routed_per_layer == facts.routed_per_layer
     assert (found.name, found.token_limit, found.num_slots) == (model.name, model.token_limit, 16)
 
 
-async def test_residency_has_a_mask_a_layer(service, client, call):
+async def test_residency_has_a_mask_a_layer(service: Running, client: Any, call: Any) -> None:
     service.cluster.change("w1", resident=(0, 0b101, 0b10000000), state="draining", waiting=3)
     first, second = await client.residency()
     assert (first.worker, first.state, first.num_resident) == ("w0", "ready", 0)
@@ -139,7 +140,7 @@ async def test_residency_has_a_mask_a_layer(service, client, call):
     assert await call(lambda client: client.residency()) == (first, second)
 
 
-async def test_a_route_has_scores_a_pool_and_a_place(client, call, facts):
+async def test_a_route_has_scores_a_pool_and_a_place(client: Any, call: Any, facts: RoutingFacts) -> None:
     answer = await client.route("hi", Count(4))
     assert (answer.source, answer.num_tokens, answer.worker) == ("trunk", 2, "w0")
     assert tuple(map(len, answer.scores)) == facts.routed_per_layer
@@ -147,7 +148,7 @@ async def test_a_route_has_scores_a_pool_and_a_place(client, call, facts):
     assert await call(lambda client: client.route([104, 105], Count(4))) == answer
 
 
-async def test_a_named_pool_is_made_used_listed_and_deleted(service, client, call):
+async def test_a_named_pool_is_made_used_listed_and_deleted(service: Running, client: Any, call: Any) -> None:
     named = await client.calibrate("law", ["hello", [1, 2, 3]], Count(4))
     assert (named.name, named.num_examples, named.num_tokens) == ("law", 2, 8)
     with pytest.raises(PoolNameInUse):
@@ -163,7 +164,7 @@ async def test_a_named_pool_is_made_used_listed_and_deleted(service, client, cal
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-async def test_an_error_is_of_its_class_with_what_it_says(service, client, call):
+async def test_an_error_is_of_its_class_with_what_it_says(service: Running, client: Any, call: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"top_p = 7") as caught:
         await call(lambda client: client.generate("hi", SamplingParams(top_p=7.0)).text())
     assert (caught.value.field, caught.value.status) == ("sampling.top_p", "INVALID_ARGUMENT")
@@ -176,14 +177,14 @@ async def test_an_error_is_of_its_class_with_what_it_says(service, client, call)
     assert (lost.value.retry_after_s, lost.value.retryable) == (0.5, True)
 
 
-async def test_a_deadline_that_passes_is_one(service, client):
+async def test_a_deadline_that_passes_is_one(service: Running, client: Any) -> None:
     service.cluster.hold[0] = asyncio.Event()
     with pytest.raises(DeadlineExceeded):
         await client.generate("hi", TWO, timeout_s=0.2).text()
 
 
 @pytest.mark.parametrize("prompt", [[-1], [2**32], ["1"], "\ud800"], ids=repr)
-async def test_what_no_message_can_hold_is_refused(client, prompt):
+async def test_what_no_message_can_hold_is_refused(client: Any, prompt: list[int] | list[str] | str) -> None:
     with pytest.raises(InvalidRequest, match="cannot hold"):
         await client.generate(prompt).text()
     with pytest.raises(InvalidRequest, match="cannot hold"):
@@ -193,7 +194,9 @@ async def test_what_no_message_can_hold_is_refused(client, prompt):
 # --- readiness ------------------------------------------------------------------------------------------------------
 
 
-async def test_waiting_ends_when_a_worker_is_ready(serve, make_cluster, make_worker):
+async def test_waiting_ends_when_a_worker_is_ready(
+    serve: Callable[..., Any], make_cluster: type[InProcessCluster], make_worker: type[Worker]
+) -> None:
     cluster = make_cluster({"w0": make_worker("w0", state="starting")})
     async with serve(cluster) as service:
         address = f"127.0.0.1:{service.server.port}"

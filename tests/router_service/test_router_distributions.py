@@ -65,7 +65,7 @@ def names(wheel: Path) -> set[str]:
     return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
-def test_no_file_is_in_two_distributions_and_none_is_left_out(wheels):
+def test_no_file_is_in_two_distributions_and_none_is_left_out(wheels: dict[str, Path]) -> None:
     client, main = names(wheels[CLIENT]), names(wheels[MAIN])
     assert not client & main
     expected = set()
@@ -78,7 +78,7 @@ def test_no_file_is_in_two_distributions_and_none_is_left_out(wheels):
     }
 
 
-def test_both_have_one_version_and_licence(wheels):
+def test_both_have_one_version_and_licence(wheels: dict[str, Path]) -> None:
     for name, wheel in wheels.items():
         assert wheel.name.startswith(f"{name}-{pager.__version__}-")
         with zipfile.ZipFile(wheel) as archive:
@@ -86,13 +86,15 @@ def test_both_have_one_version_and_licence(wheels):
         assert licence == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_library_asks_for_the_client_of_its_own_version():
+def test_the_library_asks_for_the_client_of_its_own_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"expert-pager-client=={pager.__version__}" in project["dependencies"]
 
 
 @pytest.mark.parametrize("protobuf", ["protobuf==6.*", "protobuf==7.*"])
-async def test_the_client_alone_asks_a_service(wheels, service: Any, tmp_path: Path, protobuf: str):
+async def test_the_client_alone_asks_a_service(
+    wheels: dict[str, Path], service: Any, tmp_path: Path, protobuf: str
+) -> None:
     def installed() -> Path:
         venv.create(tmp_path / "venv", with_pip=True)
         python = tmp_path / "venv" / "bin" / "python"

@@ -1,56 +1,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any, cast
 
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
-from grpc_status import rpc_status
+
+from pager.errors import PagerError
+from pager.types import Mass
+from tests.router_service.conftest import Running
+from tests.support.calls import details, failure, rest, trailer
 
 
-async def answer(stub, request, **call):
+async def answer(stub: Any, request: pb.GenerateRequest, **call: Any) -> list[pb.GenerateResponse]:
     return [message async for message in stub.Generate(request, **call)]
 
 
-def text_request(text: str = "abc", *, max_tokens: int = 4, **fields) -> pb.GenerateRequest:
+def text_request(text: str = "abc", *, max_tokens: int = 4, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(text=text.encode(), sampling=pb.SamplingParams(max_tokens=max_tokens), **fields)
 
 
-async def rest(call) -> list[pb.GenerateResponse]:
-    """What is left of a stream that was begun with `read`."""
-    messages = []
-    while (message := await call.read()) is not grpc.aio.EOF:
-        messages.append(message)
-    return messages
-
-
-async def failure(call) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value
-
-
-def details(error: grpc.aio.AioRpcError) -> dict[type, object]:
-    found = {}
-    status = rpc_status.from_call(_Ended(error))
-    for packed in status.details:
-        for kind in (ErrorInfo, RetryInfo, BadRequest):
-            if packed.Is(kind.DESCRIPTOR):
-                found[kind] = kind()
-                packed.Unpack(found[kind])
-    return found
-
-
-class _Ended:
-    """What `rpc_status.from_call` reads of a call."""
-
-    def __init__(self, error):
-        self.trailing_metadata = lambda: tuple(error.trailing_metadata())
-        self.code, self.details = error.code, error.details
-
-
-async def test_an_answer_streams_and_ends_with_its_usage(service):
+async def test_an_answer_streams_and_ends_with_its_usage(service: Running) -> None:
     messages = await answer(service.stub, text_request(request_id="r1", pool=pb.PoolPolicy(count=3)))
     assert "".join(message.text for message in messages) == "abca"
     assert [list(message.token_ids) for message in messages] == [[97], [98], [99], [97]]
@@ -70,7 +43,7 @@ async def test_an_answer_streams_and_ends_with_its_usage(service):
     assert usage.predicted_recall == pytest.approx(2 / 3)
 
 
-async def test_the_worker_gets_the_request_with_its_prediction(service):
+async def test_the_worker_gets_the_request_with_its_prediction(service: Running) -> None:
     messages = await answer(
         service.stub,
         pb.GenerateRequest(
@@ -88,7 +61,7 @@ async def test_the_worker_gets_the_request_with_its_prediction(service):
     assert request.prompt_token_ids == (5, 6)
     assert (request.sampling.temperature, request.sampling.top_p, request.sampling.top_k) == (0.5, 0.9, 7)
     assert (request.sampling.seed, request.sampling.stop, request.sampling.ignore_eos) == (3, ("x",), True)
-    assert (request.pool.size.mass, request.pool.size.cap, request.pool.source) == (0.5, 4, "prediction")
+    assert (request.pool.size, request.pool.source) == (Mass(0.5, 4), "prediction")
     assert request.predicted is not None
     assert request.deadline_s is not None
     assert messages[-1].usage.HasField("pool")
@@ -97,7 +70,7 @@ async def test_the_worker_gets_the_request_with_its_prediction(service):
     assert service.metric("hint_lookups_total", result="miss") == 0
 
 
-async def test_all_experts_need_no_prediction(service):
+async def test_all_experts_need_no_prediction(service: Running) -> None:
     messages = await answer(service.stub, text_request())
     assert messages[-1].usage.mode == pb.ANSWER_MODE_EXACT
     assert not messages[-1].usage.HasField("pool")
@@ -105,7 +78,7 @@ async def test_all_experts_need_no_prediction(service):
     assert service.cluster.received[0][1].deadline_s is None
 
 
-async def test_an_observed_pool_replaces_the_pass(service):
+async def test_an_observed_pool_replaces_the_pass(service: Running) -> None:
     first = await answer(service.stub, text_request(pool=pb.PoolPolicy(count=3)))
     second = await answer(service.stub, text_request(pool=pb.PoolPolicy(count=3)))
     assert service.scorer.num_calls == 1
@@ -119,7 +92,7 @@ async def test_an_observed_pool_replaces_the_pass(service):
     assert service.scorer.num_calls == 3
 
 
-async def test_a_pool_can_be_asked_for_again_by_its_digest(service):
+async def test_a_pool_can_be_asked_for_again_by_its_digest(service: Running) -> None:
     first = await answer(service.stub, text_request(pool=pb.PoolPolicy(count=3)))
     pool = first[-1].usage.pool
     again = await answer(service.stub, text_request("xyz", pool=pb.PoolPolicy(digest=pool.digest)))
@@ -189,7 +162,11 @@ BAD_REQUESTS = {
         "INVALID_ARGUMENT",
         "pool.source",
     ),
-    "unknown source": (text_request(pool=pb.PoolPolicy(source=9, count=3)), "INVALID_ARGUMENT", "pool.source"),
+    "unknown source": (
+        text_request(pool=pb.PoolPolicy(source=cast(pb.PoolSource, 9), count=3)),
+        "INVALID_ARGUMENT",
+        "pool.source",
+    ),
     "fixed without a pool": (
         text_request(pool=pb.PoolPolicy(source=pb.POOL_SOURCE_FIXED)),
         "INVALID_ARGUMENT",
@@ -211,7 +188,7 @@ BAD_REQUESTS = {
 
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)
-async def test_bad_input_is_refused_with_its_field_and_the_next_request_works(service, name):
+async def test_bad_input_is_refused_with_its_field_and_the_next_request_works(service: Running, name: str) -> None:
     request, reason, field = BAD_REQUESTS[name]
     error = await failure(service.stub.Generate(request).read())
     expected = grpc.StatusCode.NOT_FOUND if reason == "UNKNOWN_MODEL" else grpc.StatusCode.INVALID_ARGUMENT
@@ -228,15 +205,15 @@ async def test_bad_input_is_refused_with_its_field_and_the_next_request_works(se
 @pytest.mark.parametrize(
     "layers", [[[], [0, 1], [0, 1, 8]], [[], [0, 0, 1], [0, 1]], [[0], [0, 1], [0, 1]], [[], [3], [0, 1]], [[], [1, 2]]]
 )
-async def test_a_fixed_pool_has_to_fit_the_model(service, layers):
+async def test_a_fixed_pool_has_to_fit_the_model(service: Running, layers: list[list[int]]) -> None:
     pool = pb.FixedPool(layers=[pb.LayerExperts(experts=layer) for layer in layers])
     error = await failure(service.stub.Generate(text_request(pool=pb.PoolPolicy(experts=pool))).read())
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert details(error)[BadRequest].field_violations[0].field == "pool.fixed"
 
 
-async def test_bytes_that_are_no_message_are_the_callers_fault(service):
-    call = service.channel.unary_stream("/expert_pager.v1.ExpertPager/Generate")
+async def test_bytes_that_are_no_message_are_the_callers_fault(service: Running) -> None:
+    call = service.channel.unary_stream("/expert_pager.v1.ExpertPager/Generate", None, None)
     error = await failure(call(b"\xff\xff\xff").read())
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert details(error)[ErrorInfo].reason == "INVALID_ARGUMENT"
@@ -245,18 +222,18 @@ async def test_bytes_that_are_no_message_are_the_callers_fault(service):
 @pytest.mark.parametrize(
     "metadata", [(("x-tenant-id", "a b"),), (("x-tenant-id", "a" * 65),), (("x-tenant-id", "a"),) * 2]
 )
-async def test_a_tenant_has_one_plain_name(service, metadata):
+async def test_a_tenant_has_one_plain_name(service: Running, metadata: tuple[tuple[str, ...], ...]) -> None:
     error = await failure(service.stub.Generate(text_request(), metadata=metadata).read())
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert details(error)[BadRequest].field_violations[0].field == "x-tenant-id"
 
 
-async def test_without_max_tokens_an_answer_takes_what_is_left(service):
+async def test_without_max_tokens_an_answer_takes_what_is_left(service: Running) -> None:
     messages = await answer(service.stub, pb.GenerateRequest(text=b"a" * 40))
     assert messages[-1].usage.completion_tokens == 8
 
 
-async def test_an_id_in_use_is_refused_and_free_again_afterwards(service):
+async def test_an_id_in_use_is_refused_and_free_again_afterwards(service: Running) -> None:
     service.cluster.hold[1] = asyncio.Event()
     first = service.stub.Generate(text_request(request_id="same"))
     await first.read()
@@ -267,7 +244,7 @@ async def test_an_id_in_use_is_refused_and_free_again_afterwards(service):
     assert len(await answer(service.stub, text_request(request_id="same"))) == 4
 
 
-async def test_an_id_that_another_tenant_uses_tells_nothing_and_is_free(service):
+async def test_an_id_that_another_tenant_uses_tells_nothing_and_is_free(service: Running) -> None:
     service.cluster.hold[1] = asyncio.Event()
     victims = service.stub.Generate(text_request(request_id="same"), metadata=(("x-tenant-id", "victim"),))
     await victims.read()
@@ -282,21 +259,23 @@ async def test_an_id_that_another_tenant_uses_tells_nothing_and_is_free(service)
     assert [request.tenant for _, request in service.cluster.received] == ["victim", "spy"]
 
 
-async def test_the_unexpected_is_internal_and_tells_nothing(service, caplog):
+async def test_the_unexpected_is_internal_and_tells_nothing(service: Running, caplog: pytest.LogCaptureFixture) -> None:
     service.cluster.fail = {"w0": [(0, ValueError("secret prompt"))], "w1": [(0, ValueError("secret prompt"))]}
     error = await failure(service.stub.Generate(text_request(request_id="r7")).read())
     assert error.code() is grpc.StatusCode.INTERNAL
-    assert "secret" not in error.details()
+    assert "secret" not in str(error.details())
     assert details(error)[ErrorInfo].metadata["request_id"] == "r7"
     assert "r7" in caplog.text
     assert "ValueError" in caplog.text
     assert "secret" not in caplog.text
 
 
-async def test_who_is_placed_while_another_waits_for_a_store_sees_where_that_one_goes(service, monkeypatch):
-    asked, answered = [], asyncio.Event()
+async def test_who_is_placed_while_another_waits_for_a_store_sees_where_that_one_goes(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = list[str](), asyncio.Event()
 
-    async def is_aborted(id_, tenant):
+    async def is_aborted(id_: str, tenant: str) -> bool:
         asked.append(id_)
         if len(asked) == 2:
             answered.set()
@@ -308,21 +287,25 @@ async def test_who_is_placed_while_another_waits_for_a_store_sees_where_that_one
     assert sorted(worker for worker, _ in service.cluster.received) == ["w0", "w1"]
 
 
-async def test_a_worker_lost_before_the_first_chunk_is_replaced(service, lost):
+async def test_a_worker_lost_before_the_first_chunk_is_replaced(
+    service: Running, lost: Callable[[], PagerError]
+) -> None:
     service.cluster.fail = {"w0": [(0, lost())]}
     assert len(await answer(service.stub, text_request())) == 4
     assert [worker for worker, _ in service.cluster.received] == ["w0", "w1"]
     assert service.metric("replacements_total") == 1
 
 
-async def test_a_worker_lost_twice_is_unavailable(service, lost):
+async def test_a_worker_lost_twice_is_unavailable(service: Running, lost: Callable[[], PagerError]) -> None:
     service.cluster.fail = {"w0": [(0, lost())], "w1": [(0, lost())]}
     error = await failure(service.stub.Generate(text_request()).read())
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert len(service.cluster.received) == 2
 
 
-async def test_a_worker_lost_mid_stream_is_unavailable_with_retry_info(service, lost):
+async def test_a_worker_lost_mid_stream_is_unavailable_with_retry_info(
+    service: Running, lost: Callable[[], PagerError]
+) -> None:
     service.cluster.fail = {"w0": [(2, lost())]}
     call = service.stub.Generate(text_request())
     assert (await call.read()).text == "a"
@@ -330,11 +313,11 @@ async def test_a_worker_lost_mid_stream_is_unavailable_with_retry_info(service, 
     error = await failure(call.read())
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert details(error)[RetryInfo].retry_delay.ToMilliseconds() == 500
-    assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "500"
+    assert trailer(error, "grpc-retry-pushback-ms") == "500"
     assert len(await answer(service.stub, text_request())) == 4
 
 
-async def test_a_stream_that_just_stops_counts_as_a_lost_worker(service):
+async def test_a_stream_that_just_stops_counts_as_a_lost_worker(service: Running) -> None:
     service.cluster.fail = {"w0": [(2, None)]}
     error = await failure(rest(service.stub.Generate(text_request())))
     assert error.code() is grpc.StatusCode.UNAVAILABLE

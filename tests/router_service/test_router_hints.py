@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, Share
+from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share
 from router_service.hints import (
     MAX_ENCODED_BYTES,
     InProcessHints,
@@ -23,7 +24,7 @@ POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
 HOLDS = WorkerHolds(waiting=1, running=2, num_slots=16, expert_bytes=1000, resident=(0, 0b101, 0xFF))
 
 
-def test_a_long_prompt_has_a_key_for_its_largest_half_too():
+def test_a_long_prompt_has_a_key_for_its_largest_half_too() -> None:
     tokens = list(range(100))
     keys = prefix_keys("f", Count(3), "t", tokens)
     assert len(keys) == 2
@@ -33,9 +34,9 @@ def test_a_long_prompt_has_a_key_for_its_largest_half_too():
     assert len(prefix_keys("f", Count(3), "t", tokens[:32])) == 1
 
 
-def test_keys_differ_in_everything_a_pool_depends_on():
-    sizes = [Full(), Count(3), Count(4), Share(0.25), Mass(0.25), Mass(0.25, 3), Counts((3,)), Bytes(3)]
-    asked = [("f", size, "t", [1, 2]) for size in sizes]
+def test_keys_differ_in_everything_a_pool_depends_on() -> None:
+    sizes: list[PoolSize] = [Full(), Count(3), Count(4), Share(0.25), Mass(0.25), Mass(0.25, 3), Counts((3,)), Bytes(3)]
+    asked: list[tuple[str, PoolSize, str, list[int]]] = [("f", size, "t", [1, 2]) for size in sizes]
     asked += [("g", Count(3), "t", [1, 2]), ("f", Count(3), "u", [1, 2]), ("f", Count(3), "t", [2, 1])]
     asked += [("f", Count(3), "t", [1]), ("f", Count(3), "t", [1, 2, 0])]
     keys = [prefix_keys(*each)[0] for each in asked]
@@ -43,7 +44,7 @@ def test_keys_differ_in_everything_a_pool_depends_on():
     assert pool_key("f", "t", POOL.digest) != pool_key("f", "u", POOL.digest)
 
 
-def test_pools_and_holdings_survive_the_way(facts):
+def test_pools_and_holdings_survive_the_way(facts: RoutingFacts) -> None:
     assert decode_pool(encode_pool(POOL), facts) == POOL
     assert decode_holds(encode_holds(HOLDS), facts) == HOLDS
 
@@ -71,12 +72,12 @@ BROKEN_POOLS = {
 
 
 @pytest.mark.parametrize("name", BROKEN_POOLS)
-def test_a_value_that_is_no_pool_of_this_model_is_a_miss(name, facts):
+def test_a_value_that_is_no_pool_of_this_model_is_a_miss(name: str, facts: RoutingFacts) -> None:
     assert decode_pool(BROKEN_POOLS[name], facts) is None
 
 
 @given(data=st.binary(max_size=200))
-def test_no_bytes_break_the_decoders(facts, data):
+def test_no_bytes_break_the_decoders(facts: RoutingFacts, data: bytes) -> None:
     assert decode_pool(data, facts) is None
     assert decode_holds(data, facts) is None
 
@@ -93,11 +94,11 @@ def test_no_bytes_break_the_decoders(facts, data):
         {"v": 1, "load": [0, 2**70], "slots": [1, 1], "resident": ["0", "0", "0"]},
     ],
 )
-def test_a_value_that_is_no_holding_is_a_miss(value, facts):
+def test_a_value_that_is_no_holding_is_a_miss(value: dict[str, Any], facts: RoutingFacts) -> None:
     assert decode_holds(json.dumps(value).encode(), facts) is None
 
 
-async def test_the_least_recently_used_pool_goes_first():
+async def test_the_least_recently_used_pool_goes_first() -> None:
     hints = InProcessHints(max_pools=2)
     await hints.remember_pool(["a"], POOL)
     await hints.remember_pool(["b"], POOL)
@@ -108,7 +109,7 @@ async def test_the_least_recently_used_pool_goes_first():
     assert hints.num_pools == 2
 
 
-async def test_claims_are_exclusive_and_aborts_stay_within_a_tenant():
+async def test_claims_are_exclusive_and_aborts_stay_within_a_tenant() -> None:
     hints = InProcessHints()
     assert await hints.claim("r", "t")
     assert not await hints.claim("r", "t")

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import worker_pb2
-from google.rpc.error_details_pb2 import ErrorInfo
-from grpc_status import rpc_status
 
 from pager.cluster.token_client import WorkerLink
 from pager.cluster.views import WorkerState, WorkerView
@@ -27,6 +25,7 @@ from router_service.admission import AdmissionLimits
 from router_service.metrics import REJECTIONS, STATUSES
 from router_service.prediction import Passes
 from router_service.tenants import TenantLabels
+from tests.support.calls import reason, trailer
 
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
 TENANTS = ("acme", "initech", "other")
@@ -46,8 +45,9 @@ class OneWorker:
         self.link = WorkerLink(ready.address, ready.token, buffer_chunks=64, on_load=self.loads.append)
 
     def workers(self) -> tuple[WorkerView, ...]:
-        slots = {"num_slots": self.model.num_slots, "expert_bytes": self.model.expert_bytes}
-        return (WorkerView("worker-0", WorkerState.READY, self.loads[-1].waiting, self.loads[-1].running, **slots),)
+        load, model = self.loads[-1], self.model
+        view = WorkerView("worker-0", WorkerState.READY, load.waiting, load.running)
+        return (replace(view, num_slots=model.num_slots, expert_bytes=model.expert_bytes),)
 
     async def generate(
         self, worker_id: str, request: GenerateRequest, observer: RequestObserver
@@ -164,18 +164,11 @@ class Client:
                     abort = pb.AbortRequest(request_id=message.request_id)
                     await self._service.stub.Abort(abort, metadata=(("x-tenant-id", tenant),))
         except grpc.aio.AioRpcError as error:
-            status = rpc_status.from_call(error)
-            if status is not None:
-                self.refused[self._reason(status)] += 1
+            if trailer(error, "grpc-status-details-bin") is not None:
+                self.refused[reason(error)] += 1
         except asyncio.CancelledError:
             pass  # its own doing
         self.codes[(await call.code()).name] += 1
-
-    @staticmethod
-    def _reason(status: Any) -> str:
-        info = ErrorInfo()
-        assert status.details[0].Unpack(info)
-        return info.reason
 
 
 async def settled(service: Any, worker: Worker) -> Counted:

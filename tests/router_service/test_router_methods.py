@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import urllib.request
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -12,9 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from pager.errors import ConfigError
 from pager.observe.metrics import MetricsServer
 from pager.types import Count, Full, PoolPolicy, PoolSource
+from tests.router_service.conftest import Running
 
 
-async def test_route_gives_scores_pool_and_place_and_generates_nothing(service):
+async def test_route_gives_scores_pool_and_place_and_generates_nothing(service: Running) -> None:
     service.cluster.change("w1", resident=(0, 0xFF, 0xFF))
     reply = await service.stub.Route(pb.RouteRequest(token_ids=pb.TokenIds(ids=[0, 5]), pool=pb.PoolPolicy(count=2)))
     assert reply.scores.source == "trunk"
@@ -28,7 +31,7 @@ async def test_route_gives_scores_pool_and_place_and_generates_nothing(service):
     assert service.pipeline.admission.num_requests == 0
 
 
-async def test_route_tells_what_a_prefill_chose_before(service):
+async def test_route_tells_what_a_prefill_chose_before(service: Running) -> None:
     prompt = pb.TokenIds(ids=[0, 5])
     wire = pb.GenerateRequest(token_ids=prompt, pool=pb.PoolPolicy(count=2), sampling=pb.SamplingParams(max_tokens=2))
     messages = [message async for message in service.stub.Generate(wire)]
@@ -36,7 +39,7 @@ async def test_route_tells_what_a_prefill_chose_before(service):
     assert reply.observed.digest == messages[-1].usage.pool.digest != reply.pool.digest
 
 
-async def test_a_routed_pool_can_be_generated_with(service):
+async def test_a_routed_pool_can_be_generated_with(service: Running) -> None:
     reply = await service.stub.Route(pb.RouteRequest(text=b"abc", pool=pb.PoolPolicy(count=2)))
     fixed = pb.PoolPolicy(experts=pb.FixedPool(layers=reply.pool.layers))
     for pool in (fixed, pb.PoolPolicy(digest=reply.pool.digest)):
@@ -45,7 +48,7 @@ async def test_a_routed_pool_can_be_generated_with(service):
         assert messages[-1].usage.pool.digest == reply.pool.digest
 
 
-async def test_route_without_a_ready_worker_still_answers(service):
+async def test_route_without_a_ready_worker_still_answers(service: Running) -> None:
     for worker_id in ("w0", "w1"):
         service.cluster.change(worker_id, state="starting", resident=())
     reply = await service.stub.Route(pb.RouteRequest(text=b"abc"))
@@ -53,7 +56,7 @@ async def test_route_without_a_ready_worker_still_answers(service):
     assert not reply.HasField("pool")
 
 
-async def test_route_refuses_what_generate_refuses(service):
+async def test_route_refuses_what_generate_refuses(service: Running) -> None:
     for wire in (
         pb.RouteRequest(),
         pb.RouteRequest(text=b"\xff"),
@@ -64,7 +67,7 @@ async def test_route_refuses_what_generate_refuses(service):
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_the_default_pool_is_the_services(serve):
+async def test_the_default_pool_is_the_services(serve: Callable[..., Any]) -> None:
     async with serve(default_pool=PoolPolicy(Count(4), PoolSource.PREDICTION)) as service:
         wire = pb.GenerateRequest(text=b"abc", sampling=pb.SamplingParams(max_tokens=2))
         [_ async for _ in service.stub.Generate(wire)]
@@ -74,7 +77,7 @@ async def test_the_default_pool_is_the_services(serve):
             pass
 
 
-async def test_get_model_says_what_a_client_has_to_know(service):
+async def test_get_model_says_what_a_client_has_to_know(service: Running) -> None:
     reply = await service.stub.GetModel(pb.GetModelRequest(model="tiny"))
     assert (reply.name, reply.fingerprint) == ("tiny", "f" * 16)
     assert (reply.context_length, reply.kv_token_limit, reply.vocab_size) == (64, 48, 256)
@@ -91,7 +94,7 @@ async def test_get_model_says_what_a_client_has_to_know(service):
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_residency_is_a_bitmap_a_layer(service):
+async def test_residency_is_a_bitmap_a_layer(service: Running) -> None:
     service.cluster.change("w0", resident=(0, 0b1000_0001, 0b10), waiting=1, running=2)
     service.cluster.change("w1", state="starting", resident=())
     reply = await service.stub.GetResidency(pb.GetResidencyRequest())
@@ -102,7 +105,7 @@ async def test_residency_is_a_bitmap_a_layer(service):
     assert (starting.state, list(starting.resident)) == ("starting", [b"", b"\x00", b"\x00"])
 
 
-async def test_the_metrics_can_be_scraped_and_name_no_one(service):
+async def test_the_metrics_can_be_scraped_and_name_no_one(service: Running) -> None:
     server = MetricsServer(service.pipeline.metrics.registry, "127.0.0.1")
     wire = pb.GenerateRequest(
         request_id="secret-id", text=b"abc", sampling=pb.SamplingParams(max_tokens=3), pool=pb.PoolPolicy(count=3)

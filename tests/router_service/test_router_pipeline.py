@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from pager.types import Count, PoolPolicy, PoolSource, SamplingParams, TokenChun
 from router_service.admission import AdmissionLimits
 from router_service.requests import Ask, CalibrateAsk, PoolByName, RouteAsk
 from router_service.service import Call
+from tests.router_service.conftest import Running
 
 CALL = Call("acme", num_bytes=10)
 
@@ -35,7 +39,7 @@ class Client:
             await self._go.wait()
 
 
-async def test_an_answer_is_sent_in_chunks_and_leaves_nothing_behind(service):
+async def test_an_answer_is_sent_in_chunks_and_leaves_nothing_behind(service: Running) -> None:
     client = Client()
     await service.pipeline.generate(CALL, ask(), client.send)
     assert "".join(chunk.text for chunk in client.chunks) == "abc"
@@ -46,7 +50,7 @@ async def test_an_answer_is_sent_in_chunks_and_leaves_nothing_behind(service):
     await service.pipeline.generate(CALL, ask(), client.send)  # the id is free again
 
 
-async def test_a_client_that_takes_nothing_ends_its_request_at_the_worker(service):
+async def test_a_client_that_takes_nothing_ends_its_request_at_the_worker(service: Running) -> None:
     async def refuse(chunk: TokenChunk) -> None:
         raise SlowReader("it does not read")
 
@@ -56,7 +60,7 @@ async def test_a_client_that_takes_nothing_ends_its_request_at_the_worker(servic
     assert service.pipeline.admission.num_requests == 0
 
 
-async def test_leaving_and_aborting_end_a_request(service):
+async def test_leaving_and_aborting_end_a_request(service: Running) -> None:
     for leaves in (True, False):
         client = Client(asyncio.Event())
         running = asyncio.create_task(service.pipeline.generate(CALL, ask(), client.send))
@@ -76,7 +80,7 @@ async def test_leaving_and_aborting_end_a_request(service):
         assert service.pipeline.admission.num_requests == 0
 
 
-async def test_what_is_turned_away_says_that_nothing_was_done_for_it(serve):
+async def test_what_is_turned_away_says_that_nothing_was_done_for_it(serve: Callable[..., Any]) -> None:
     client = Client(asyncio.Event())
     async with serve(limits=AdmissionLimits(max_requests=1)) as service:
         running = asyncio.create_task(service.pipeline.generate(CALL, ask(), client.send))
@@ -90,7 +94,7 @@ async def test_what_is_turned_away_says_that_nothing_was_done_for_it(serve):
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_named_pools_and_routes_are_plain_values(service):
+async def test_named_pools_and_routes_are_plain_values(service: Running) -> None:
     pipeline = service.pipeline
     named = await pipeline.calibrate(CALL, CalibrateAsk("law", ("abc", "bcd"), Count(3), None, False))
     assert (named.name, named.method, named.num_examples) == ("law", "trunk", 2)
@@ -99,7 +103,7 @@ async def test_named_pools_and_routes_are_plain_values(service):
     routed = await pipeline.route(CALL, RouteAsk("abc", PoolByName("law")))
     assert (routed.pool, routed.num_tokens) == (named.pool, 3)
     assert routed.scores is not None
-    assert routed.placement is not None
+    assert routed.worker is not None
     client = Client()
     await pipeline.generate(CALL, ask(pool=PoolByName("law")), client.send)
     request = service.cluster.received[-1][1]
@@ -110,9 +114,10 @@ async def test_named_pools_and_routes_are_plain_values(service):
         await pipeline.generate(CALL, ask(pool=PoolByName("law")), client.send)
 
 
-async def test_the_model_and_what_workers_hold_can_be_looked_at(service):
-    assert service.pipeline.get_model("") == service.pipeline.get_model("tiny") == service.pipeline.model
+async def test_the_model_and_what_workers_hold_can_be_looked_at(service: Running) -> None:
+    found = service.pipeline.get_model("")
+    assert found == service.pipeline.get_model("tiny") == replace(service.pipeline.model, num_slots=16)
     with pytest.raises(UnknownModel):
         service.pipeline.get_model("another")
-    assert [worker.id for worker in service.pipeline.workers()] == ["w0", "w1"]
-    assert await service.pipeline.remote_workers() == {}
+    held = await service.pipeline.residency()
+    assert [(worker.worker, worker.is_remote) for worker in held] == [("w0", False), ("w1", False)]

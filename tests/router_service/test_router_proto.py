@@ -23,7 +23,7 @@ def generated(root: Path) -> dict[str, str]:
     }
 
 
-def test_generated_code_is_up_to_date(tmp_path):
+def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
     subprocess.run([sys.executable, PROTOS / "generate.py", tmp_path], check=True)
     fresh, checked_in = generated(tmp_path), generated(PROTOS)
     assert len(fresh) >= 6
@@ -32,7 +32,7 @@ def test_generated_code_is_up_to_date(tmp_path):
         assert checked_in[name] == text, f"{name} is stale; run `make proto`"
 
 
-def test_generated_code_loads_with_this_and_the_next_major_version_of_protobuf():
+def test_generated_code_loads_with_this_and_the_next_major_version_of_protobuf() -> None:
     """Protobuf runs what it generated itself and what its previous major version generated, nothing newer."""
     for path in PROTOS.glob("expert_pager/**/*_pb2.py"):
         found = re.search(r"# Protobuf Python Version: (\d+)\.", path.read_text(encoding="utf-8"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,17 +15,20 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from pager.errors import ConfigError
-from pager.types import ExpertPool
+from pager.types import ExpertPool, RoutingFacts
 from router_service.hints import InProcessHints, WorkerHolds, encode_pool
 from router_service.redis import Breaker, RedisUnavailableError, StoreBreaker, redis_url
 from router_service.redis_stores import RedisHints, SharedHints
+from tests.router_service.conftest import InProcessCluster, Running, Worker
+from tests.support.calls import rest
+from tests.support.processes import RedisProcess
 
 POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
 HOLDS = WorkerHolds(1, 2, 16, 1000, (0, 0b101, 0xFF))
 
 
 @pytest.fixture
-async def pair(redis, facts):
+async def pair(redis: RedisProcess, facts: RoutingFacts) -> AsyncIterator[list[RedisHints]]:
     """Two routers' stores in one Redis."""
     stores = [RedisHints(redis.url, facts, "f") for _ in range(2)]
     yield stores
@@ -31,11 +37,11 @@ async def pair(redis, facts):
 
 
 @pytest.fixture
-def client(redis_client):
+def client(redis_client: Redis) -> Redis:
     return redis_client
 
 
-async def test_routers_share_pools(pair, client):
+async def test_routers_share_pools(pair: list[RedisHints], client: Redis) -> None:
     a, b = pair
     await a.remember_pool(["whole", "half"], POOL)
     assert await b.find_pool(["other", "half"]) == POOL
@@ -44,7 +50,9 @@ async def test_routers_share_pools(pair, client):
 
 
 @pytest.mark.parametrize("value", [b"\x00\xff", b"{}", b"x" * 500_000, encode_pool(ExpertPool(((0,), (1,))))])
-async def test_a_foreign_value_is_a_miss_and_the_next_key_counts(pair, client, value):
+async def test_a_foreign_value_is_a_miss_and_the_next_key_counts(
+    pair: list[RedisHints], client: Redis, value: bytes
+) -> None:
     a, _ = pair
     await a.remember_pool(["good", "bad"], POOL)
     [bad] = await client.keys("*:bad")
@@ -53,7 +61,7 @@ async def test_a_foreign_value_is_a_miss_and_the_next_key_counts(pair, client, v
     assert await a.find_pool(["bad", "good"]) == POOL
 
 
-async def test_a_value_of_another_type_is_no_answer(pair, client):
+async def test_a_value_of_another_type_is_no_answer(pair: list[RedisHints], client: Redis) -> None:
     a, _ = pair
     await a.remember_pool(["k"], POOL)
     [key] = await client.keys("*:k")
@@ -62,7 +70,7 @@ async def test_a_value_of_another_type_is_no_answer(pair, client):
     assert await a.find_pool(["k"]) is None
 
 
-async def test_a_claim_holds_at_every_router_until_its_owner_releases_it(pair):
+async def test_a_claim_holds_at_every_router_until_its_owner_releases_it(pair: list[RedisHints]) -> None:
     a, b = pair
     assert await a.claim("r", "t")
     assert not await b.claim("r", "t")
@@ -72,7 +80,7 @@ async def test_a_claim_holds_at_every_router_until_its_owner_releases_it(pair):
     assert await b.claim("r", "t")
 
 
-async def test_an_abort_crosses_routers_but_not_tenants(pair):
+async def test_an_abort_crosses_routers_but_not_tenants(pair: list[RedisHints]) -> None:
     a, b = pair
     await a.claim("r", "t")
     assert not await b.mark_aborted("r", "tt")
@@ -85,7 +93,7 @@ async def test_an_abort_crosses_routers_but_not_tenants(pair):
     assert not await b.mark_aborted("r", "t")
 
 
-async def test_an_id_is_its_tenants_own_at_every_router(pair):
+async def test_an_id_is_its_tenants_own_at_every_router(pair: list[RedisHints]) -> None:
     a, b = pair
     assert await a.claim("r", "t")
     assert await b.claim("r", "u")
@@ -97,7 +105,9 @@ async def test_an_id_is_its_tenants_own_at_every_router(pair):
     assert await a.claim("r", "u")
 
 
-async def test_a_heartbeat_brings_lost_claims_back_and_tells_who_holds_what(pair, client):
+async def test_a_heartbeat_brings_lost_claims_back_and_tells_who_holds_what(
+    pair: list[RedisHints], client: Redis
+) -> None:
     a, b = pair
     await a.claim("r", "t")
     await client.flushdb()
@@ -106,7 +116,7 @@ async def test_a_heartbeat_brings_lost_claims_back_and_tells_who_holds_what(pair
     assert await b.residency() == {"w0": HOLDS}
 
 
-async def test_models_do_not_meet(redis, facts, pair):
+async def test_models_do_not_meet(redis: RedisProcess, facts: RoutingFacts, pair: list[RedisHints]) -> None:
     other = RedisHints(redis.url, facts, "g")
     await pair[0].remember_pool(["k"], POOL)
     await pair[0].claim("r", "t")
@@ -115,7 +125,7 @@ async def test_models_do_not_meet(redis, facts, pair):
     await other.close()
 
 
-async def test_a_dead_redis_is_named_without_its_url(redis, facts):
+async def test_a_dead_redis_is_named_without_its_url(redis: RedisProcess, facts: RoutingFacts) -> None:
     store = RedisHints(redis.url.replace("//", "//:s3cret@"), facts, "f")
     redis.kill()
     with pytest.raises(RedisUnavailableError) as caught:
@@ -134,7 +144,7 @@ class Clock:
         return self.now_s
 
 
-def test_the_breaker_pauses_longer_after_every_failure():
+def test_the_breaker_pauses_longer_after_every_failure() -> None:
     clock = Clock()
     breaker = Breaker(clock=clock, jitter=lambda: 1.0)
     pauses = []
@@ -150,8 +160,10 @@ def test_the_breaker_pauses_longer_after_every_failure():
     assert not breaker.is_degraded
 
 
-async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_back(redis_at, facts):
-    redis, clock, degraded = redis_at(), Clock(), []
+async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_back(
+    redis_at: Callable[..., RedisProcess], facts: RoutingFacts
+) -> None:
+    redis, clock, degraded = redis_at(), Clock(), list[bool]()
     breaker = StoreBreaker(degraded.append, clock=clock, jitter=lambda: 1.0)
     hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
     await hints.remember_pool(["k"], POOL)
@@ -210,13 +222,15 @@ class Address:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def replicate(redis, primary) -> None:
+async def replicate(redis: RedisProcess, primary: RedisProcess | None) -> None:
     """Has `redis` follow `primary`, read-only; None makes it a primary again."""
     async with Redis.from_url(redis.url) as client:
-        await client.execute_command("REPLICAOF", *(("127.0.0.1", primary.port) if primary else ("NO", "ONE")))
+        await client.execute_command("REPLICAOF", *(("127.0.0.1", primary.port) if primary else ("NO", "ONE")))  # type: ignore[no-untyped-call]
 
 
-async def test_after_a_failover_the_next_command_goes_to_the_new_primary(redis_at, facts):
+async def test_after_a_failover_the_next_command_goes_to_the_new_primary(
+    redis_at: Callable[..., RedisProcess], facts: RoutingFacts
+) -> None:
     old, new = redis_at(), redis_at()
     address = Address(old.port)
     store = RedisHints(await address.open(), facts, "f")
@@ -233,8 +247,10 @@ async def test_after_a_failover_the_next_command_goes_to_the_new_primary(redis_a
     await address.close()
 
 
-async def test_a_redis_that_takes_no_writes_goes_on_to_answer_reads_and_counts_as_degraded(redis, redis_at, facts):
-    clock, degraded, reasons = Clock(), [], []
+async def test_a_redis_that_takes_no_writes_goes_on_to_answer_reads_and_counts_as_degraded(
+    redis: RedisProcess, redis_at: Callable[..., RedisProcess], facts: RoutingFacts
+) -> None:
+    clock, degraded, reasons = Clock(), list[bool](), list[str]()
     breaker = StoreBreaker(degraded.append, reasons.append, clock, jitter=lambda: 1.0)
     hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
     await replicate(redis, redis_at())
@@ -256,7 +272,7 @@ async def test_a_redis_that_takes_no_writes_goes_on_to_answer_reads_and_counts_a
     await hints.close()
 
 
-async def test_a_full_redis_says_so(redis, redis_client, facts):
+async def test_a_full_redis_says_so(redis: RedisProcess, redis_client: Redis, facts: RoutingFacts) -> None:
     store = RedisHints(redis.url, facts, "f")
     await store.remember_pool(["k"], POOL)
     await redis_client.config_set("maxmemory-policy", "noeviction")
@@ -273,7 +289,9 @@ async def test_a_full_redis_says_so(redis, redis_client, facts):
     await store.close()
 
 
-async def test_a_redis_that_runs_a_script_for_ever_is_left_alone_and_asked_again(redis, redis_client, facts):
+async def test_a_redis_that_runs_a_script_for_ever_is_left_alone_and_asked_again(
+    redis: RedisProcess, redis_client: Redis, facts: RoutingFacts
+) -> None:
     await redis_client.config_set("busy-reply-threshold", 1)
     breaker = StoreBreaker(clock=(clock := Clock()), jitter=lambda: 1.0)
     hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
@@ -292,7 +310,7 @@ async def test_a_redis_that_runs_a_script_for_ever_is_left_alone_and_asked_again
     await hints.close()
 
 
-async def test_a_node_of_a_redis_cluster_is_named(redis_at, facts):
+async def test_a_node_of_a_redis_cluster_is_named(redis_at: Callable[..., RedisProcess], facts: RoutingFacts) -> None:
     with socket.socket() as probe:  # by itself it takes 10,000 more than its port, which may be no port at all
         probe.bind(("127.0.0.1", 0))
         bus_port = probe.getsockname()[1]
@@ -304,7 +322,9 @@ async def test_a_node_of_a_redis_cluster_is_named(redis_at, facts):
     await store.close()
 
 
-async def test_a_refused_write_is_counted_by_its_reason_and_named_to_whom_it_concerns(serve, redis, redis_client):
+async def test_a_refused_write_is_counted_by_its_reason_and_named_to_whom_it_concerns(
+    serve: Callable[..., Any], redis: RedisProcess, redis_client: Redis
+) -> None:
     async with serve(redis_url=redis.url) as service:
         await answer(service, request())
         await redis_client.config_set("maxmemory-policy", "noeviction")
@@ -321,18 +341,18 @@ async def test_a_refused_write_is_counted_by_its_reason_and_named_to_whom_it_con
 # --- the service ----------------------------------------------------------------------------------------------------
 
 
-def request(request_id: str = "", **fields) -> pb.GenerateRequest:
+def request(request_id: str = "", **fields: Any) -> pb.GenerateRequest:
     sampling = pb.SamplingParams(max_tokens=3)
     return pb.GenerateRequest(
         request_id=request_id, text=b"abc", sampling=sampling, pool=pb.PoolPolicy(count=3), **fields
     )
 
 
-async def answer(service, wire: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+async def answer(service: Running, wire: pb.GenerateRequest) -> list[pb.GenerateResponse]:
     return [message async for message in service.stub.Generate(wire)]
 
 
-async def test_two_routers_share_what_they_learn(serve, redis):
+async def test_two_routers_share_what_they_learn(serve: Callable[..., Any], redis: RedisProcess) -> None:
     async with serve(redis_url=redis.url) as one, serve(redis_url=redis.url) as two:
         await answer(one, request())
         await answer(two, request())
@@ -346,7 +366,9 @@ async def test_two_routers_share_what_they_learn(serve, redis):
         running.cancel()
 
 
-async def test_an_abort_through_another_router_reaches_a_request_on_its_way(serve, redis):
+async def test_an_abort_through_another_router_reaches_a_request_on_its_way(
+    serve: Callable[..., Any], redis: RedisProcess
+) -> None:
     async with serve(redis_url=redis.url) as one, serve(redis_url=redis.url) as two:
         one.cluster.hold[0], one.cluster.reached[0] = asyncio.Event(), asyncio.Event()
         call = one.stub.Generate(request("early"))
@@ -359,7 +381,9 @@ async def test_an_abort_through_another_router_reaches_a_request_on_its_way(serv
         assert caught.value.code() is grpc.StatusCode.CANCELLED
 
 
-async def test_a_router_shows_workers_that_only_another_one_reaches(serve, redis, make_cluster, make_worker):
+async def test_a_router_shows_workers_that_only_another_one_reaches(
+    serve: Callable[..., Any], redis: RedisProcess, make_cluster: type[InProcessCluster], make_worker: type[Worker]
+) -> None:
     far = make_cluster(views={"far": make_worker("far", resident=(0, 1, 2), running=3)})
     async with serve(far, redis_url=redis.url), serve(redis_url=redis.url) as near:
         workers = {}
@@ -371,7 +395,7 @@ async def test_a_router_shows_workers_that_only_another_one_reaches(serve, redis
         assert not workers["w0"].remote
 
 
-async def test_requests_go_on_when_redis_dies_mid_stream(serve, redis):
+async def test_requests_go_on_when_redis_dies_mid_stream(serve: Callable[..., Any], redis: RedisProcess) -> None:
     async with serve(redis_url=redis.url) as service:
         await answer(service, request())
         assert service.metric("redis_degraded") == 0
@@ -381,13 +405,15 @@ async def test_requests_go_on_when_redis_dies_mid_stream(serve, redis):
         redis.kill()
         service.cluster.hold[1].set()
         assert [(await running.read()).text for _ in range(2)] == ["b", "c"]
-        assert await running.read() is grpc.aio.EOF
+        assert await rest(running) == []
         assert service.metric("redis_degraded") == 1
         assert len(await answer(service, request("mid"))) == 3
         assert service.scorer.num_calls == 1  # what it had learnt is still here
 
 
-async def test_a_request_that_ends_with_the_service_gives_its_id_back(serve, redis, redis_client, monkeypatch):
+async def test_a_request_that_ends_with_the_service_gives_its_id_back(
+    serve: Callable[..., Any], redis: RedisProcess, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with serve(redis_url=redis.url) as service:
         release = service.pipeline.stores.hints.release
 
@@ -403,13 +429,13 @@ async def test_a_request_that_ends_with_the_service_gives_its_id_back(serve, red
     assert await redis_client.keys("*:claim:default:held") == []
 
 
-async def test_a_service_starts_without_its_redis(serve):
+async def test_a_service_starts_without_its_redis(serve: Callable[..., Any]) -> None:
     async with serve(redis_url="redis://127.0.0.1:1/0") as service:
         assert len(await answer(service, request())) == 3
         assert service.metric("redis_degraded") == 1
 
 
-def test_the_url_comes_from_the_environment_or_a_file(tmp_path):
+def test_the_url_comes_from_the_environment_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "redis-url"
     path.write_text("redis://:secret@host:1/0\n")
     assert redis_url({}) is None
@@ -424,7 +450,7 @@ def test_the_url_comes_from_the_environment_or_a_file(tmp_path):
     assert "secret" not in str(caught.value)
 
 
-def test_a_url_that_can_not_be_parsed_is_refused_without_quoting_it():
+def test_a_url_that_can_not_be_parsed_is_refused_without_quoting_it() -> None:
     with pytest.raises(ConfigError, match="cannot be parsed") as caught:
         redis_url({"REDIS_URL": "redis://:secret@host:port/0"})
     assert "secret" not in str(caught.value)

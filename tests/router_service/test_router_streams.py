@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
-from google.rpc.status_pb2 import Status
+from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pager.errors import DeadlineExceeded, NotReady, PagerError, PortInUse, SlowReader
+from pager.types import ModelInfo
 from router_service.server import SERVICE_NAME
+from tests.router_service.conftest import InProcessCluster, Running
+from tests.support.calls import details, failure, reason, rest, trailer
 from tests.support.waiting import eventually
 
 
-def request(request_id: str = "", *, max_tokens: int = 4, **fields) -> pb.GenerateRequest:
+def request(request_id: str = "", *, max_tokens: int = 4, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         request_id=request_id, text=b"abc", sampling=pb.SamplingParams(max_tokens=max_tokens), **fields
     )
 
 
-async def failure(call) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value
-
-
-def reason(error: grpc.aio.AioRpcError) -> str:
-    status = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
-    info = ErrorInfo()
-    assert status.details[0].Unpack(info)
-    return info.reason
-
-
-def is_idle(service) -> bool:
+def is_idle(service: Running) -> bool:
     return service.pipeline.admission.num_requests == 0 and service.pipeline.admission.num_tokens == 0
 
 
-async def test_a_client_that_goes_away_cancels_on_the_worker(service):
+async def test_a_client_that_goes_away_cancels_on_the_worker(service: Running) -> None:
     service.cluster.hold[2] = asyncio.Event()
     call = service.stub.Generate(request("gone"))
     await call.read()
@@ -52,7 +43,7 @@ async def test_a_client_that_goes_away_cancels_on_the_worker(service):
     assert (await again.read()).text == "a"
 
 
-async def test_the_deadline_reaches_the_worker_and_ends_the_call(service):
+async def test_the_deadline_reaches_the_worker_and_ends_the_call(service: Running) -> None:
     service.cluster.hold[1] = asyncio.Event()
     call = service.stub.Generate(request("late"), timeout=4)  # enough for the first chunk, wherever it runs
     assert (await call.read()).text == "a"
@@ -63,13 +54,13 @@ async def test_the_deadline_reaches_the_worker_and_ends_the_call(service):
     assert service.cluster.received[0][1].deadline_s is not None
 
 
-async def test_a_deadline_that_paging_can_not_meet_is_refused_at_once(service):
+async def test_a_deadline_that_paging_can_not_meet_is_refused_at_once(service: Running) -> None:
     for worker_id in ("w0", "w1"):
         service.cluster.change(worker_id, expert_bytes=10**9, peak_page_in_bytes_per_s=1e6)
     predicted = pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_PREDICTION)
     error = await failure(service.stub.Generate(request(pool=predicted), timeout=60).read())
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "paging its experts" in error.details()
+    assert "paging its experts" in str(error.details())
     assert service.cluster.received == []
     assert service.metric("admission_rejections_total", reason="DEADLINE_EXCEEDED") == 1
     # Without a deadline it may take as long as it takes, and a pool that the prefill is to choose is not known.
@@ -77,7 +68,7 @@ async def test_a_deadline_that_paging_can_not_meet_is_refused_at_once(service):
     assert (await service.stub.Generate(request(pool=pb.PoolPolicy(count=3)), timeout=60).read()).text == "a"
 
 
-async def test_a_line_that_was_reported_short_makes_no_estimate_of_a_long_one(service):
+async def test_a_line_that_was_reported_short_makes_no_estimate_of_a_long_one(service: Running) -> None:
     """A request that waited 0.5 s was placed when the last report said one was waiting; 200 more were not in it yet."""
     service.cluster.change("w1", state="dead")
     service.cluster.change("w0", waiting=1)
@@ -86,7 +77,7 @@ async def test_a_line_that_was_reported_short_makes_no_estimate_of_a_long_one(se
     assert (await service.stub.Generate(request(), timeout=60).read()).text == "a"
 
 
-async def test_who_is_refused_by_the_worker_is_counted_as_refused(service):
+async def test_who_is_refused_by_the_worker_is_counted_as_refused(service: Running) -> None:
     refused = DeadlineExceeded("200 requests are in line")
     refused.is_refusal = True
     late = DeadlineExceeded("the deadline passed after 1 of at most 3 tokens")
@@ -98,7 +89,7 @@ async def test_who_is_refused_by_the_worker_is_counted_as_refused(service):
         assert service.metric("admission_rejections_total", reason="DEADLINE_EXCEEDED") == num_refused
 
 
-async def test_an_abort_ends_the_tenants_own_request_only(service):
+async def test_an_abort_ends_the_tenants_own_request_only(service: Running) -> None:
     service.cluster.hold[1] = asyncio.Event()
     call = service.stub.Generate(request("mine"), metadata=(("x-tenant-id", "acme"),))
     await call.read()
@@ -114,7 +105,7 @@ async def test_an_abort_ends_the_tenants_own_request_only(service):
     assert not never.aborted
 
 
-async def test_an_abort_on_the_way_to_the_worker_is_not_lost(service):
+async def test_an_abort_on_the_way_to_the_worker_is_not_lost(service: Running) -> None:
     """The worker has nothing to abort yet; the request finds the mark when its first chunk arrives."""
     service.cluster.hold[0], service.cluster.reached[0] = asyncio.Event(), asyncio.Event()
     call = service.stub.Generate(request("early"))
@@ -128,7 +119,7 @@ async def test_an_abort_on_the_way_to_the_worker_is_not_lost(service):
     assert service.cluster.cancelled == ["early"]
 
 
-async def test_a_full_buffer_ends_the_stream_without_an_invitation_to_retry(service):
+async def test_a_full_buffer_ends_the_stream_without_an_invitation_to_retry(service: Running) -> None:
     service.cluster.fail = {"w0": [(2, SlowReader("256 chunks unread"))]}
     call = service.stub.Generate(request())
     await call.read()
@@ -136,10 +127,12 @@ async def test_a_full_buffer_ends_the_stream_without_an_invitation_to_retry(serv
     error = await failure(call.read())
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert reason(error) == "SLOW_READER"
-    assert "grpc-retry-pushback-ms" not in dict(error.trailing_metadata())
+    assert trailer(error, "grpc-retry-pushback-ms") is None
 
 
-async def test_a_client_that_reads_nothing_gives_up_its_place(serve, make_cluster, model):
+async def test_a_client_that_reads_nothing_gives_up_its_place(
+    serve: Callable[..., Any], make_cluster: type[InProcessCluster], model: ModelInfo
+) -> None:
     # 120 MB in all: gRPC's windows and the sockets' buffers grow with the speed of a connection, to 20 MB and more.
     cluster = make_cluster(pad="x" * 3_000_000)
     async with serve(cluster, write_timeout_s=2.0) as service:
@@ -149,17 +142,12 @@ async def test_a_client_that_reads_nothing_gives_up_its_place(serve, make_cluste
         await eventually(lambda: is_idle(service))
         cluster.pad = ""
         assert (await service.stub.Generate(request("stuck")).read()).text == "a"
-        error = await failure(_read_all(call))
+        error = await failure(rest(call))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert reason(error) == "SLOW_READER"
 
 
-async def _read_all(call) -> None:
-    while await call.read() is not grpc.aio.EOF:
-        pass
-
-
-async def test_draining_finishes_what_runs_and_refuses_the_rest(service):
+async def test_draining_finishes_what_runs_and_refuses_the_rest(service: Running) -> None:
     health = health_pb2_grpc.HealthStub(service.channel)
     service.cluster.hold[1] = asyncio.Event()
     running = service.stub.Generate(request())
@@ -178,7 +166,7 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(service):
     assert await drained
 
 
-async def test_a_drain_has_an_end(service):
+async def test_a_drain_has_an_end(service: Running) -> None:
     service.cluster.hold[1] = asyncio.Event()
     call = service.stub.Generate(request())
     await call.read()
@@ -189,7 +177,7 @@ async def test_a_drain_has_an_end(service):
     assert service.pipeline.admission.num_requests == 0
 
 
-async def test_a_worker_that_drains_gets_nothing_and_what_it_refused_goes_elsewhere(service):
+async def test_a_worker_that_drains_gets_nothing_and_what_it_refused_goes_elsewhere(service: Running) -> None:
     service.cluster.fail["w0"] = [(0, NotReady("this worker is shutting down", retry_after_s=1.0))]
     assert [chunk.text async for chunk in service.stub.Generate(request())] == ["a", "b", "c", "a"]
     assert [worker for worker, _ in service.cluster.received] == ["w0", "w1"]
@@ -200,11 +188,11 @@ async def test_a_worker_that_drains_gets_nothing_and_what_it_refused_goes_elsewh
     assert service.metric("replacements_total") == 1
 
 
-async def test_readiness_follows_the_workers(service):
+async def test_readiness_follows_the_workers(service: Running) -> None:
     health = health_pb2_grpc.HealthStub(service.channel)
 
     async def status(name: str) -> int:
-        return (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
+        return int((await health.Check(health_pb2.HealthCheckRequest(service=name))).status)
 
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     assert await status("") == await status(SERVICE_NAME) == serving
@@ -215,8 +203,7 @@ async def test_readiness_follows_the_workers(service):
     assert await status("") == serving
     error = await failure(service.stub.Generate(request()).read())
     assert error.code() is grpc.StatusCode.UNAVAILABLE
-    status_details = Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
-    assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in status_details.details)
+    assert RetryInfo in details(error)
     service.cluster.change("w1", state="ready")
     while await status(SERVICE_NAME) != serving:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
@@ -224,7 +211,7 @@ async def test_readiness_follows_the_workers(service):
     assert service.metric("workers", state="hung") == 1
 
 
-async def test_reflection_names_the_services(service):
+async def test_reflection_names_the_services(service: Running) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(service.channel)
     call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     answer = await call.read()
@@ -232,12 +219,12 @@ async def test_reflection_names_the_services(service):
     assert {SERVICE_NAME, "grpc.health.v1.Health"} <= names
 
 
-async def test_a_second_server_does_not_take_the_port(service):
+async def test_a_second_server_does_not_take_the_port(service: Running) -> None:
     second = service.another_server()
     with pytest.raises(PortInUse, match=str(service.server.port)):
         await second.start("127.0.0.1", service.server.port)
 
 
-async def test_an_address_that_is_not_ours_is_a_config_error(service):
+async def test_an_address_that_is_not_ours_is_a_config_error(service: Running) -> None:
     with pytest.raises(PagerError, match="cannot listen on"):
         await service.another_server().start("203.0.113.1", 0)

@@ -7,6 +7,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -21,6 +22,7 @@ from pager.errors import ConfigError, PagerError, PortInUse
 from pager.types import SamplingParams
 from router_service.server import SERVICE_NAME, RouterServer
 from router_service.tls import TlsFiles
+from tests.router_service.conftest import Running
 
 BEGINNING = "-----BEGIN CERTIFICATE-----\nMIIB"
 
@@ -77,12 +79,14 @@ class Volume:
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path: Path) -> Files:
     return Files(tmp_path / "ours")
 
 
 @asynccontextmanager
-async def listening(service, tls: TlsFiles | None, health_port: int | None = None) -> AsyncIterator[RouterServer]:
+async def listening(
+    service: Running, tls: TlsFiles | None, health_port: int | None = None
+) -> AsyncIterator[RouterServer]:
     server = service.another_server()
     await server.start("127.0.0.1", 0, tls, health_port)
     try:
@@ -105,12 +109,12 @@ async def shown_certificate(server: RouterServer) -> bytes:
     return (await asyncio.to_thread(ssl.get_server_certificate, ("localhost", server.port))).encode()
 
 
-async def test_who_trusts_the_authority_is_answered(service, files):
+async def test_who_trusts_the_authority_is_answered(service: Running, files: Files) -> None:
     async with listening(service, files.server) as server:
         assert await answer(server, ClientTls(files.ca)) == "hihi"
 
 
-async def test_nobody_else_is_answered(service, files, tmp_path):
+async def test_nobody_else_is_answered(service: Running, files: Files, tmp_path: Path) -> None:
     others = Files(tmp_path / "theirs")
     async with listening(service, files.server) as server:
         for tls in (None, ClientTls(others.ca)):
@@ -118,7 +122,9 @@ async def test_nobody_else_is_answered(service, files, tmp_path):
                 await answer(server, tls)
 
 
-async def test_with_a_client_authority_a_client_needs_an_identity_that_it_signed(service, files, tmp_path):
+async def test_with_a_client_authority_a_client_needs_an_identity_that_it_signed(
+    service: Running, files: Files, tmp_path: Path
+) -> None:
     tls = TlsFiles(files.server.cert, files.server.key, files.ca)
     strangers = Files(tmp_path / "theirs").identity()
     async with listening(service, tls) as server:
@@ -128,7 +134,7 @@ async def test_with_a_client_authority_a_client_needs_an_identity_that_it_signed
                 await answer(server, ClientTls(files.ca, identity))
 
 
-async def test_a_renewed_certificate_is_shown_without_a_restart(service, files):
+async def test_a_renewed_certificate_is_shown_without_a_restart(service: Running, files: Files) -> None:
     async with listening(service, files.server) as server:
         before = await shown_certificate(server)
         renewed = files.renew()
@@ -136,13 +142,15 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(service, files):
         assert (await shown_certificate(server)).split() == renewed.split()
 
 
-async def test_a_renewal_that_is_not_complete_changes_nothing(service, files):
+async def test_a_renewal_that_is_not_complete_changes_nothing(service: Running, files: Files) -> None:
     async with listening(service, files.server) as server:
         files.server.key.unlink()
         assert await answer(server, ClientTls(files.ca)) == "hihi"
 
 
-async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(service, files, tmp_path, caplog):
+async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(
+    service: Running, files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """New connections all the while, and an answer that is open from before the first renewal until after the last."""
     caplog.set_level("INFO", "router_service.tls")
     failures: list[str] = []
@@ -172,7 +180,8 @@ async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(service
         trust = grpc.ssl_channel_credentials(files.ca.read_bytes())
         async with grpc.aio.secure_channel(f"localhost:{server.port}", trust) as channel:
             request = pb.GenerateRequest(text=b"abc", sampling=pb.SamplingParams(max_tokens=2))
-            call = pb_grpc.ExpertPagerStub(channel).Generate(request, timeout=300)
+            stub: Any = pb_grpc.ExpertPagerStub(channel)
+            call = stub.Generate(request, timeout=300)
             assert (await call.read()).text == "a"
             load = [asyncio.create_task(connect_again_and_again(server)) for _ in range(3)]
             await serve_some()
@@ -205,7 +214,7 @@ async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(service
     assert 3 <= said.count("WARNING") <= 11
 
 
-async def test_the_health_port_answers_in_plain_text_and_has_nothing_but_health(service, files):
+async def test_the_health_port_answers_in_plain_text_and_has_nothing_but_health(service: Running, files: Files) -> None:
     async with (
         listening(service, files.server, health_port=0) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.health_port}") as channel,
@@ -215,14 +224,14 @@ async def test_the_health_port_answers_in_plain_text_and_has_nothing_but_health(
             reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary(f"/{SERVICE_NAME}/Status")(b"")
+            await channel.unary_unary(f"/{SERVICE_NAME}/Status", None, None)(b"")
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
         await server.drain(0)
         reply = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
         assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def test_a_health_port_in_use_is_named(service):
+async def test_a_health_port_in_use_is_named(service: Running) -> None:
     with pytest.raises(PortInUse, match=r"router\.health_port"):
         await service.another_server().start("127.0.0.1", 0, None, service.server.port)
 
@@ -237,14 +246,14 @@ async def test_a_health_port_in_use_is_named(service):
         ("ca.crt", BEGINNING, r"router\.tls_client_ca .* holds no certificate"),
     ],
 )
-def test_a_wrong_file_is_refused_by_name(files, name, text, message):
+def test_a_wrong_file_is_refused_by_name(files: Files, name: str, text: str | None, message: str) -> None:
     path = files.folder / name
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         TlsFiles(files.server.cert, files.server.key, files.ca).credentials()
 
 
-def test_a_key_of_another_certificate_is_said_to_be_that_and_not_a_port_in_use(files):
+def test_a_key_of_another_certificate_is_said_to_be_that_and_not_a_port_in_use(files: Files) -> None:
     key = files.server.key.read_bytes()
     files.renew()
     files.server.key.write_bytes(key)

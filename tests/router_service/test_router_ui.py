@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from playwright.sync_api import Browser
@@ -32,6 +31,7 @@ from pager.types import (
 )
 from router_service.hints import InProcessHints, WorkerHolds
 from router_service.ui import KEPT, MAX_POOLS, MAX_WORKERS, NUM_SAMPLES, SAMPLE_S, Page, PoolLog, Watch
+from tests.support.calls import rest
 
 HOSTILE = "<img src=x onerror='window.broken=1'>"
 FACTS = RoutingFacts(experts_per_layer=(0, 9, 17), shared_per_layer=(0, 1, 1), top_k_per_layer=(0, 2, 2))
@@ -230,8 +230,7 @@ async def test_requests_are_followed(service: Any) -> None:
     (row,) = (await service.watch.state())["pools"]
     assert (row["tenants"], row["live"], row["answers"], row["is_expected"]) == (1, 1, 0, True)
     event.set()
-    while (message := await call.read()) is not grpc.aio.EOF:
-        last = message
+    *_, last = await rest(call)
     (row,) = (await service.watch.state())["pools"]
     assert (row["tenants"], row["live"], row["answers"]) == (1, 0, 1)
     assert row["digest"] == last.usage.pool.digest

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.evidence import CONTROL_METHODS, _draw, _store
 from benchmarks.evidence_claims import Claim, all_claims
 from benchmarks.evidence_drift import ACTIONS, drift_claims, drift_section, measure_drift
-from benchmarks.evidence_measure import Scale, measure
+from benchmarks.evidence_facts import Scale
+from benchmarks.evidence_measure import measure
 from benchmarks.evidence_page import page
 from pager.lab.report import Interval
 from pager.models import EmoConfig, EmoForCausalLM

@@ -77,6 +77,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert difference.mean() <= MEAN_DIFFERENCE
 
 
+@pytest.mark.slow
 def test_logits_in_company_are_those_of_the_sequence_alone(paged: PagedModel) -> None:
     everybody = range(NUM_SEQUENCES)
     groups = [list(everybody[first : first + NUM_TOGETHER]) for first in everybody[::NUM_TOGETHER]]

@@ -83,6 +83,7 @@ def test_what_a_document_wanted_is_the_mean_of_its_router_probabilities(
     np.testing.assert_allclose(readings[0].wanted_O, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_trunks_scores_are_those_of_the_starts_of_documents(
     readings: list[DocumentReading], trunk: TrunkPredictor, documents: list[tuple[int, ...]]
 ) -> None:
@@ -169,6 +170,7 @@ def test_stand_ins_are_the_least_squares_answer(paged: PagedModel, documents: li
     np.testing.assert_allclose(fit.fit()[2], expected_RD.numpy(), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_stand_ins_bring_the_trunk_nearer_to_the_prefill(
     fit: Fit, trunk: TrunkPredictor, paged: PagedModel, documents: list[tuple[int, ...]]
 ) -> None:

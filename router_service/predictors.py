@@ -31,7 +31,7 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
     if name in ("lexical", "fitted") and not path.exists():
         raise ConfigError(
             f"router.router is {name!r}, which needs {path}, which is not there; make it with `expert-pager fit-router "
-            f"{opened.checkpoint.path} --documents FILE`, or serve with --router trunk"
+            f"{opened.checkpoint.path} --documents FILE`, or serve with --predictor trunk"
         )
     if config.min_recall is not None and (name == "prefill" or not path.exists()):
         what = (

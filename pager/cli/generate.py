@@ -46,7 +46,9 @@ def route(
     pool_name: NameOption = None,
     router: Annotated[
         str | None,
-        typer.Option(help="The pass, with --model: lexical, trunk, or fitted (default where it was fitted)."),
+        typer.Option(
+            "--predictor", "--router", help="With --model: lexical, trunk, or fitted (default where it was fitted)."
+        ),
     ] = None,
     prompt_file: PromptFile = None,
     token_ids: TokenIds = None,
@@ -59,7 +61,7 @@ def route(
     tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict a prompt's expert pool with the routing-only pass. No routed expert is loaded, nothing is generated.
+    """Predict a prompt's expert pool. No routed expert is loaded, nothing is generated.
 
     Examples:
 
@@ -68,7 +70,7 @@ def route(
     `expert-pager route "Whereas the parties agree" --server localhost:50051 --pool mass:0.9 --json`
     """
     place = Place.of(
-        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype, local_only={"--router": router},
+        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype, local_only={"--predictor": router},
         tls=ClientTls.of(server, tls_ca, tls_identity),
     )  # fmt: skip
     asked, ask = read_prompt(prompt, prompt_file, token_ids), pool_ask(pool, name=pool_name)

@@ -224,7 +224,7 @@ def fit_router(
     """Fit the routing-only passes `lexical` and `fitted` to documents of the kinds that will be asked for.
 
     A few hundred to a few thousand documents, minutes; no gradients. Writes a small file beside the checkpoint, which
-    `--router lexical` and `--router fitted` use.
+    `--predictor lexical` and `--predictor fitted` use.
 
     Example: `expert-pager fit-router ./model --documents 'corpus/*.train.jsonl.gz'`
     """

@@ -91,7 +91,7 @@ class Local:
         """What a routing-only pass says of the prompt, and the pool that `ask` makes of it."""
         ids = encode(read_tokenizer(self.model), prompt)
         if router not in ("auto", "lexical", "trunk", "fitted"):
-            raise InvalidRequest(f"the router is one of lexical, trunk and fitted, not {router!r}")
+            raise InvalidRequest(f"the predictor is one of lexical, trunk and fitted, not {router!r}")
         with self._open() as opened:
             _check_ids(ids, opened)
             passes = build_passes(opened, RouterConfig(router=router, device=self.device))
@@ -151,7 +151,7 @@ class Local:
             paged.close()
 
     def _policy(self, ids: tuple[int, ...], ask: PoolAsk, named: NamedPool | None) -> PoolPolicy:
-        """The request's policy, with what a router service would have filled in."""
+        """The request's policy, with what the service would have filled in."""
         if named is not None:
             with self._open() as opened:
                 fixed = pool_for(named, opened.checkpoint.fingerprint, opened.facts)

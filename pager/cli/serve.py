@@ -73,8 +73,10 @@ def serve(
     router: Annotated[
         str | None,
         typer.Option(
-            help="Routing-only pass: lexical, trunk, fitted, prefill (no predictor; the worker's prefill alone). "
-            "Default: fitted where `fit-router` was run, else trunk."
+            "--predictor",
+            "--router",
+            help="What predicts pools: lexical, trunk, fitted, prefill (no predictor; the worker's prefill alone). "
+            "Default: fitted where `fit-router` was run, else trunk.",
         ),
     ] = None,
     pools: Annotated[

@@ -186,9 +186,9 @@ def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint:
         (checkpoint, "--expert-memory", "900TiB"): "found in main memory",
         (checkpoint, "--expert-memory", "25%", "--pool", "4"): "needs 12 expert slots and this worker has 6",
         (checkpoint, "--pool", "1"): "smaller than the 2",
-        (checkpoint, "--router", "fitted"): "make it with `expert-pager fit-router",
+        (checkpoint, "--predictor", "fitted"): "make it with `expert-pager fit-router",
         (checkpoint, "--router", "best"): "one of auto, lexical, trunk, fitted, prefill, not 'best'",
-        (checkpoint, "--router", "prefill", "--pool", "32KiB"): "can take no effect",
+        (checkpoint, "--predictor", "prefill", "--pool", "32KiB"): "can take no effect",
         (checkpoint, "--pools", checkpoint / "config.json"): "cannot be written",
     }.items():
         done = run("serve", *arguments, "--device", "cpu", "--port", 0, "--metrics-port", 0)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", *(
-    f"docs/{name}.md" for name in ("architecture", "concepts", "contributing", "deploy", "index", "runbook", "tutorial")
+    f"docs/{name}.md" for name in ("architecture", "concepts", "contributing", "deploy", "examples", "index", "runbook", "tutorial")
 ))  # fmt: skip
 FOLDERS = "pager|router_service|protos|tests|docs|deploy|benchmarks|training|demo|examples|models"
 PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]*\w/?)`")

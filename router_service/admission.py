@@ -1,4 +1,4 @@
-"""Admission: bounds on what is in flight, and what is refused for want of room or time."""
+"""Admission: the bounds on what is in flight, and refusals for want of room or time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.05, 10.0
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """Tokens are prompt plus max_tokens of everything in flight, bytes those of the messages that it came in."""
+    """The bounds. Tokens count prompt plus max_tokens of all requests in flight, bytes count their messages."""
 
     max_requests: int = 256
     max_tokens: int = 1 << 20
@@ -29,17 +29,17 @@ class AdmissionLimits:
 
     @property
     def most_tokens(self) -> int:
-        """Of one request."""
+        """The bound for one request."""
         return min(self.max_tokens, self.max_tokens_per_tenant)
 
     @property
     def most_bytes(self) -> int:
-        """Of one request."""
+        """The bound for one request."""
         return min(self.max_bytes, self.max_bytes_per_tenant)
 
 
 class Admission:
-    """Owns the counts of what is in flight. A ticket is held for as long as its request lives.
+    """The counts of what is in flight. A ticket is held from a request's admission to its end.
 
     `num_requests`, `num_tokens` and `num_bytes` are read by others, from any thread.
     """
@@ -57,11 +57,14 @@ class Admission:
         self._mean_held_s: float | None = None
 
     def close(self) -> None:
-        """From now on every request is refused with NotReady; those in flight go on."""
+        """Refuses every request from now on with NotReady; those in flight go on."""
         self._is_closed = True
 
     def enter(self, tenant: str, num_bytes: int = 0) -> Ticket:
-        """`num_bytes`: of the request's message. Raises NotReady, Overloaded, TenantOverloaded or PromptTooLong."""
+        """Admits a request whose message has `num_bytes`.
+
+        Raises NotReady, Overloaded, TenantOverloaded or PromptTooLong.
+        """
         with refusing():
             self._check(tenant, num_bytes)
         self._requests[tenant] += 1
@@ -71,7 +74,7 @@ class Admission:
         return Ticket(self, tenant, self._clock(), num_bytes)
 
     def retry_after_s(self) -> float:
-        """About when the next request in flight ends, from how long they have been lasting."""
+        """Estimates when the next request in flight ends, from how long they have been lasting."""
         if self._mean_held_s is None:
             return 1.0
         return min(max(self._mean_held_s / max(1, self.num_requests), _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
@@ -183,7 +186,7 @@ class Ticket:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What is raised in here for want of room or time turns the call away before anything was done for it."""
+    """Marks errors raised in the block for want of room or time as refusals: nothing was done for the call."""
     try:
         yield
     except (Overloaded, NotReady, DeadlineExceeded) as error:
@@ -192,5 +195,5 @@ def refusing() -> Iterator[None]:
 
 
 def remaining_s(deadline_s: float | None) -> float | None:
-    """Seconds until a deadline on the monotonic clock; None without one."""
+    """Returns the seconds until a deadline on the monotonic clock; None without one."""
     return None if deadline_s is None else deadline_s - time.monotonic()

@@ -1,4 +1,4 @@
-"""What a message may weigh, field by field: checked on its bytes, before they are parsed.
+"""Bounds on the size of a message, field by field, checked on its bytes before they are parsed.
 
 Parsing and converting cost time in proportion to bytes, on the event loop. Here a message is walked over at its top
 level only, which costs as much for 8 MiB of text as for a word.
@@ -40,17 +40,20 @@ Refusal = Callable[[int], PagerError]
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """All bytes of one field together, and the error for more."""
+    """A bound on all bytes of one field together, and the error for more."""
 
     num_bytes: int
     refusal: Refusal
 
 
 class MessageBounds:
-    """The bounds of one service, worked out once: what fits a model depends on its tokens, layers and experts."""
+    """The bounds of one service, computed once: what fits a model depends on its tokens, layers and experts."""
 
     def __init__(self, model: ModelInfo, longest_token_bytes: int, max_tokens: int) -> None:
-        """`max_tokens`: what admission takes of one tenant at once, which bounds the examples of a pool."""
+        """Computes the bounds.
+
+        `max_tokens` is admission's bound for one tenant, which bounds the examples of a pool.
+        """
         text = _text_bound(model, longest_token_bytes)
         ids = _ids_bound(model)
         sampling, pool = _bound("sampling", _MAX_SAMPLING_BYTES), _bound("pool", _pool_bytes(model))
@@ -66,7 +69,10 @@ class MessageBounds:
         self._examples = pb.CalibrateRequest.DESCRIPTOR.fields_by_name["examples"].number
 
     def check(self, method: str, data: bytes) -> None:
-        """Raises InvalidRequest or PromptTooLong for the first field that is more than any legal request has."""
+        """Checks a message.
+
+        Raises InvalidRequest or PromptTooLong for the first field larger than in any legal request.
+        """
         if len(data) > MAX_MESSAGE_BYTES:
             raise InvalidRequest(
                 f"the message has {len(data)} bytes and the service takes {MAX_MESSAGE_BYTES}; send less"
@@ -125,7 +131,7 @@ def unzipped(data: bytes) -> bytes:
 
 
 def check_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
-    """Raises InvalidRequest for more than `MAX_METADATA_BYTES`."""
+    """Checks the size of metadata. Raises InvalidRequest for more than `MAX_METADATA_BYTES`."""
     num_bytes = sum(len(key) + len(value) for key, value in metadata or ())
     if num_bytes > MAX_METADATA_BYTES:
         raise InvalidRequest(
@@ -200,7 +206,7 @@ def _numbered(kind: type[Message], bounds: Mapping[str, Bound]) -> Mapping[int, 
 
 
 def field_of(data: bytes, number: int, most_bytes: int) -> bytes:
-    """The first field of that number in a message that is not parsed; empty without one of at most so many bytes.
+    """Returns the first field of that number in an unparsed message; empty without one of at most so many bytes.
 
     Raises InvalidRequest.
     """
@@ -210,7 +216,7 @@ def field_of(data: bytes, number: int, most_bytes: int) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Number of every field at the top level, and where what it holds begins and ends. Raises InvalidRequest."""
+    """Yields number, start and end of every field at the top level. Raises InvalidRequest."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -233,7 +239,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number and where the next one begins."""
+    """Decodes a number; returns it and where the next one begins."""
     value = 0
     for shift, byte in zip(range(0, 70, 7), data[at : at + 10], strict=False):
         value |= (byte & 127) << shift

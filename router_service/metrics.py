@@ -1,4 +1,4 @@
-"""What the router measures: its metric families and the recorder behind them."""
+"""All metrics of a router and the object that records them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 
 def router_families(tenants: Sequence[str]) -> tuple[Metric, ...]:
-    """`tenants` are the values that the label `tenant` can have."""
+    """Returns the router's metrics; `tenants` are the values that the label `tenant` can have."""
     return (*_calls(), *_answers(every(tenant=tenants), tenants), *_pools(), *_surroundings())
 
 
@@ -172,7 +172,7 @@ def _surroundings() -> tuple[Metric, ...]:
 
 
 class RouterMetrics:
-    """Owns a registry of its own, so that two routers in one process do not meet."""
+    """The metrics of one router, in a registry of its own: one process may have several routers."""
 
     def __init__(self, tenants: TenantLabels | None = None) -> None:
         self.registry = registry = CollectorRegistry()
@@ -206,36 +206,36 @@ class RouterMetrics:
         self._info = made.gauge("router")
 
     def describe(self, **labels: str) -> None:
-        """Version, model and default pool, as labels of `expert_pager_router_info`."""
+        """Sets version, model and default pool as labels of `expert_pager_router_info`."""
         self._info.labels(*(labels[name] for name in INFO_LABELS)).set(1)
 
     def watch_admission(self, admission: Admission) -> None:
-        """Reads what is in flight whenever it is scraped."""
+        """Exports what is in flight at every scrape."""
         self._requests_in_flight.set_function(lambda: admission.num_requests)
         self._tokens_in_flight.set_function(lambda: admission.num_tokens)
         self._bytes_in_flight.set_function(lambda: admission.num_bytes)
 
     def escalated(self, was: str, is_: str) -> None:
-        """A prompt went on to a better source."""
+        """Counts a prompt that went on to a better source."""
         self._escalations.labels(was, is_).inc()
 
     def began(self, method: str) -> None:
-        """A call arrived."""
+        """Counts a call that arrived."""
         self._calls.labels(method).inc()
 
     def ended(self, method: str, code: str, tenant: str) -> None:
-        """A call ended with this gRPC status."""
+        """Counts a call that ended with this gRPC status."""
         self.requests.labels(method, code).inc()
         if method == "Generate":
             self._answers.labels(self._tenants.of(tenant), code).inc()
 
     def refused(self, reason: str) -> None:
-        """A call was turned away before anything was done for it; for what it asks wrongly it is a failure instead."""
+        """Counts a call that was refused before any work; a call with an illegal request is a failure instead."""
         if reason in REJECTIONS:
             self._rejections.labels(reason).inc()
 
     def dropped(self, reason: str, count: int = 1) -> None:
-        """Calls that came to no method."""
+        """Counts calls that came to no method."""
         self._dropped.labels(reason).inc(count)
 
     def loop_lag(self, seconds: float) -> None:
@@ -245,11 +245,11 @@ class RouterMetrics:
         self._first_token.labels(self._tenants.of(tenant)).observe(seconds)
 
     def output_token(self, tenant: str, seconds: float) -> None:
-        """The mean gap between the tokens of an answer, once an answer of several."""
+        """Records the mean gap between an answer's tokens, once for each answer of several."""
         self._output_token.labels(self._tenants.of(tenant)).observe(seconds)
 
     def settled(self, tenant: str, account: Account) -> None:
-        """What a request has used at a worker that is done with it."""
+        """Records what a request has used at a worker, at its end there."""
         label = self._tenants.of(tenant)
         if account.queue_s is not None:
             self._queue.labels(label).observe(account.queue_s)
@@ -259,13 +259,13 @@ class RouterMetrics:
         self._paged_bytes.labels(label, "host").inc(account.paging.bytes_from_host)
 
     def predicted(self, predicted: ExpertPool, actual: ExpertPool) -> None:
-        """What was predicted, and what the prefill then chose."""
+        """Records how the prediction compares with what the prefill chose."""
         layers = list(zip(map(set, predicted.experts), map(set, actual.experts), strict=True))
         self._predicted_experts.labels("right").inc(sum(len(guess & chosen) for guess, chosen in layers))
         self._predicted_experts.labels("missing").inc(sum(len(chosen - guess) for guess, chosen in layers))
         self._predicted_experts.labels("surplus").inc(sum(len(guess - chosen) for guess, chosen in layers))
 
     def restarted(self, worker: str, num_restarts: int) -> None:
-        """How often a worker has been started again until now."""
+        """Sets how often a worker has been started again until now."""
         self._worker_restarts.inc(max(0, num_restarts - self._restarts_seen.get(worker, 0)))
         self._restarts_seen[worker] = num_restarts

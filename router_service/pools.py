@@ -1,4 +1,4 @@
-"""Where named pools live: one protocol, in this process and in a folder."""
+"""Stores of named pools: the protocol, and the stores in this process and in a folder."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ MAX_POOLS = 16_384  # of all tenants
 
 
 class PoolStore(Protocol):
-    """Pools by tenant and name. Every method raises PoolStoreUnavailable when the store cannot be reached."""
+    """A store of pools by tenant and name.
+
+    Every method raises PoolStoreUnavailable when the store cannot be reached.
+    """
 
     async def find(self, tenant: str, name: str) -> NamedPool | None:
-        """Raises DamagedPool."""
+        """Returns the pool of that name. Raises DamagedPool."""
 
     async def add(self, tenant: str, named: NamedPool) -> None:
-        """Raises PoolNameInUse or TooManyPools. Of two at a time under one name, one is refused."""
+        """Adds a pool; of two at a time under one name, one is refused. Raises PoolNameInUse or TooManyPools."""
 
     async def replace(self, tenant: str, named: NamedPool) -> None:
-        """Adds it, or takes the place of the one of that name. Raises TooManyPools."""
+        """Adds a pool or replaces the one of that name. Raises TooManyPools."""
 
     async def delete(self, tenant: str, name: str) -> bool:
-        """False when there was none."""
+        """Deletes a pool; False when there was none."""
 
     async def all_of(self, tenant: str) -> PoolListing: ...
 
@@ -45,7 +48,7 @@ class PoolStore(Protocol):
 
 
 class MemoryPools:
-    """For as long as this process lives."""
+    """A store that lasts as long as this process."""
 
     def __init__(self) -> None:
         self._pools: dict[str, dict[str, NamedPool]] = {}
@@ -79,7 +82,7 @@ class MemoryPools:
 
 
 async def listing_of(stored: Iterable[tuple[str, bytes]]) -> PoolListing:
-    """Name and bytes of each pool, decoded one by one: hundreds of large ones take a while."""
+    """Decodes pools one by one, since hundreds of large ones take a while."""
     pools, damaged = [], []
     for name, data in stored:
         try:
@@ -95,7 +98,7 @@ def name_in_use(name: str) -> PoolNameInUse:
 
 
 def check_room(num_of_tenant: int, num_of_all: int) -> None:
-    """Checks before one more is added. Raises TooManyPools."""
+    """Checks whether one more pool may be added. Raises TooManyPools."""
     if num_of_tenant >= MAX_POOLS_OF_TENANT:
         raise TooManyPools(f"this tenant has its {MAX_POOLS_OF_TENANT} named pools; delete one that is not needed")
     if num_of_tenant >= MAX_POOLS - num_of_all:
@@ -112,14 +115,14 @@ _PART = ".part-"
 
 
 class FolderPools:
-    """`TENANT@NAME.json`: neither part can hold an @, so no name leaves the folder. Several processes may share it.
+    """A store of files `TENANT@NAME.json`: neither part can hold an @, so no name leaves the folder.
 
-    A file appears whole or not at all: it is written under another name, which is removed when a store is opened and
-    its process is gone.
+    Several processes may share it. A file appears whole or not at all: it is written under another name, which is
+    removed when a store is opened and its process is gone.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Makes the folder where it is missing. Raises ConfigError."""
+        """Opens the folder and makes it if it is missing. Raises ConfigError."""
         self._folder = folder
         self._writing = threading.Lock()
         try:
@@ -159,7 +162,7 @@ class FolderPools:
         return await listing_of(stored)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file stays open."""
 
     def _path(self, tenant: str, name: str) -> Path:
         return self._folder / f"{tenant}@{name}{_SUFFIX}"
@@ -213,7 +216,7 @@ def _read(path: Path) -> bytes | None:
 
 @contextlib.contextmanager
 def _translated(what: str) -> Iterator[None]:
-    """Paths are for the log, not for clients."""
+    """Turns errors of files into errors without paths, which are for the log and not for clients."""
     try:
         yield
     except OSError as error:

@@ -57,12 +57,12 @@ class RedisUnavailableError(Exception):
 
     @property
     def still_reads(self) -> bool:
-        """Only writes are refused; what is there can be read."""
+        """True when only writes are refused and reads still work."""
         return self.reason in ("readonly", "full")
 
 
 def redis_url(env: Mapping[str, str]) -> str | None:
-    """From REDIS_URL, or the file that REDIS_URL_FILE names.
+    """Reads the URL from REDIS_URL, or from the file that REDIS_URL_FILE names.
 
     Raises ConfigError, which never quotes the URL: it holds a password.
     """
@@ -104,7 +104,7 @@ class RedisClient:
 
     @asynccontextmanager
     async def commands(self) -> AsyncIterator[Any]:
-        """The client, for as long as the block takes."""
+        """Yields the client for the duration of the block."""
         try:
             yield self._redis
         except (RedisError, OSError, TimeoutError) as error:
@@ -141,7 +141,7 @@ Answer = TypeVar("Answer")
 
 
 class Breaker:
-    """Owns whether the store behind it is asked: after a failure not for a while, after more failures for longer."""
+    """A circuit breaker: after a failure the store is left alone for a while, after more failures for longer."""
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, jitter: Callable[[], float] = random.random
@@ -157,7 +157,7 @@ class Breaker:
 
     @property
     def pause_s(self) -> float:
-        """How long the store is left alone from now."""
+        """Returns how long the store is left alone from now on."""
         return max(0.0, self._asks_again_s - self._clock())
 
     def allows(self) -> bool:
@@ -174,7 +174,7 @@ class Breaker:
 
 
 class Paused(RedisUnavailableError):
-    """The store failed a moment ago and is left alone for now."""
+    """Raised while the store is left alone after a failure."""
 
 
 class StoreBreaker:
@@ -206,15 +206,15 @@ class StoreBreaker:
 
     @property
     def pause_s(self) -> float:
-        """How long the store is left alone from now by those that have to leave it alone longest."""
+        """Returns how long the store is left alone from now on, by the longer of the two breakers."""
         return max(self._reads.pause_s, self._writes.pause_s)
 
     async def read(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
-        """The answer to a question that changes nothing. Raises RedisUnavailableError."""
+        """Runs a command that changes nothing and returns its answer. Raises RedisUnavailableError."""
         return await self._ask(question, [self._reads])
 
     async def write(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
-        """The answer to a command that changes something. Raises RedisUnavailableError."""
+        """Runs a command that changes something and returns its answer. Raises RedisUnavailableError."""
         return await self._ask(question, [self._writes, self._reads])
 
     async def _ask(self, question: Callable[[], Awaitable[Answer]], concerned: list[Breaker]) -> Answer:

@@ -41,7 +41,7 @@ _DIGEST = re.compile(r"[0-9a-f]{24}")
 
 @dataclass(frozen=True, slots=True)
 class PoolByDigest:
-    """A pool by the digest it was given out under."""
+    """A pool named by its digest, which this tenant was given before."""
 
     digest: str
     drift: DriftPolicy | None = None
@@ -49,14 +49,17 @@ class PoolByDigest:
 
 @dataclass(frozen=True, slots=True)
 class PoolByName:
-    """A pool by the name its tenant gave it."""
+    """A pool named by the name that its tenant gave it."""
 
     name: str
     drift: DriftPolicy | None = None
 
 
 def pool_policy(ask: PoolAsk, model: ModelInfo, default: PoolPolicy) -> PoolPolicy | PoolByDigest | PoolByName:
-    """The policy that a caller asks for, with the defaults of the service. Raises InvalidRequest or PoolTooSmall."""
+    """Returns the policy that a caller asks for, with the defaults of the service.
+
+    Raises InvalidRequest or PoolTooSmall.
+    """
     if ask.fixed is not None or ask.digest is not None or ask.name is not None:
         return _fixed(ask, model)
     if ask.source is PoolSource.FIXED:
@@ -90,7 +93,7 @@ def fixed_pool(pool: ExpertPool, drift: DriftPolicy | None = None) -> PoolPolicy
 
 
 def chosen_pool(size: PoolSize, source: PoolSource, drift: DriftPolicy | None, model: ModelInfo) -> PoolPolicy:
-    """A policy whose pool is chosen from the prompt. Raises InvalidRequest or PoolTooSmall."""
+    """Returns a policy whose pool is chosen from the prompt. Raises InvalidRequest or PoolTooSmall."""
     if isinstance(size, Full) and source is PoolSource.PREDICTION:
         raise InvalidRequest(
             "a request for all experts has nothing to predict; give a size, or the source PREFILL", field="pool.source"
@@ -99,7 +102,7 @@ def chosen_pool(size: PoolSize, source: PoolSource, drift: DriftPolicy | None, m
 
 
 def calibrated_size(ask: PoolAsk, model: ModelInfo, default: PoolSize) -> PoolSize:
-    """The size of a pool to be made from examples. Raises InvalidRequest or PoolTooSmall."""
+    """Returns the size of a pool to be made from examples. Raises InvalidRequest or PoolTooSmall."""
     if ask != PoolAsk(size=ask.size):
         raise InvalidRequest("a named pool is made by its size; leave the rest of `pool` out", field="pool")
     size = default if ask.size is None else check_pool_size(ask.size)
@@ -135,7 +138,7 @@ Prompt = str | Sequence[int]  # ids as they came, of a number that fits, and not
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a Generate call asks. `max_tokens` None: as many as there is room for, up to the default."""
+    """The checked content of a Generate call. `max_tokens` None: as many as there is room for, up to the default."""
 
     id: str
     prompt: Prompt
@@ -146,7 +149,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class RouteAsk:
-    """What a Route call asks."""
+    """The checked content of a Route call."""
 
     prompt: Prompt
     pool: PoolPolicy | PoolByDigest | PoolByName
@@ -154,7 +157,7 @@ class RouteAsk:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateAsk:
-    """What a Calibrate call asks. `method` None: the best pass that the service has."""
+    """The checked content of a Calibrate call. `method` None: the best predictor that the service has."""
 
     name: str
     examples: tuple[Prompt, ...]
@@ -164,12 +167,12 @@ class CalibrateAsk:
 
 
 def id_of(request: pb.GenerateRequest) -> str:
-    """The request's id, or a new one where it has none. Raises InvalidRequest."""
+    """Returns the request's id, or a new one if it has none. Raises InvalidRequest."""
     return request_id(request.request_id) if request.request_id else uuid.uuid4().hex
 
 
 def id_in(data: bytes) -> str:
-    """The id in a GenerateRequest that may be refused before it is parsed; empty without a legal one."""
+    """Returns the id in an unparsed GenerateRequest, which may be refused later; empty without a legal one."""
     with suppress(InvalidRequest, UnicodeDecodeError):
         return request_id(field_of(data, pb.GenerateRequest.REQUEST_ID_FIELD_NUMBER, MAX_ID_BYTES).decode())
     return ""
@@ -209,7 +212,7 @@ def calibrate_ask(request: pb.CalibrateRequest, model: ModelInfo, default_size: 
 
 
 def tenant(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """The one `x-tenant-id`, or "default"."""
+    """Returns the one `x-tenant-id`, or "default"."""
     values = [value for key, value in metadata or () if key == TENANT_KEY]
     if not values:
         return DEFAULT_TENANT
@@ -271,7 +274,7 @@ def _example(request: pb.Example, index: int, model: ModelInfo) -> Prompt:
 
 
 def check_prompt_length(num_tokens: int, model: ModelInfo, field: str) -> None:
-    """At least one token, and one fewer than fit. Raises InvalidRequest or PromptTooLong."""
+    """Checks that a prompt has a token and leaves room for another one. Raises InvalidRequest or PromptTooLong."""
     if not num_tokens:
         raise InvalidRequest("the prompt is empty; give at least one token", field=field)
     if num_tokens >= model.token_limit:
@@ -283,7 +286,7 @@ def check_prompt_length(num_tokens: int, model: ModelInfo, field: str) -> None:
 
 
 def prompt_ids(ids: Sequence[int], model: ModelInfo, field: str) -> tuple[int, ...]:
-    """A prompt of legal length as it goes to a worker. Raises InvalidRequest."""
+    """Returns a prompt of legal length as it goes to a worker. Raises InvalidRequest."""
     return in_vocabulary(tuple(ids), model, field)
 
 
@@ -306,7 +309,7 @@ def sampling(wire: pb.SamplingParams, model: ModelInfo) -> SamplingParams:
 
 
 class Intake:
-    """Knows no grpc. Raises PagerErrors that name the field at fault."""
+    """The checks that need the tokenizer or the stores. Raises PagerErrors that name the field at fault."""
 
     def __init__(self, model: ModelInfo, predictor: Predictor, pools: PoolStore) -> None:
         self._model = model
@@ -332,7 +335,7 @@ class Intake:
         return prompt_ids(encoded.ids, self._model, "text")
 
     async def example(self, tenant: str, example: Prompt, index: int) -> tuple[int, ...]:
-        """One of the texts that a named pool is made from."""
+        """Returns the token ids of one example of a named pool."""
         ids: Sequence[int]
         if isinstance(example, str):
             encoded = await self._predictor.encode(tenant, example, self._model.context_length)
@@ -344,7 +347,7 @@ class Intake:
         return in_vocabulary(tuple(ids), self._model, f"examples[{index}]")
 
     async def policy(self, pool: PoolPolicy | PoolByDigest | PoolByName, tenant: str) -> PoolPolicy:
-        """The policy itself, or that of the pool which this tenant named."""
+        """Returns the policy, or that of the pool which this tenant named."""
         match pool:
             case PoolByDigest(digest, drift):
                 return fixed_pool(await self._by_digest(digest, tenant), drift)

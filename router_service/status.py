@@ -67,7 +67,7 @@ QUOTAS: Mapping[type[errors.PagerError], str] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class WireError:
-    """What `context.abort` takes."""
+    """The arguments of `context.abort`."""
 
     code: grpc.StatusCode
     message: str
@@ -75,13 +75,13 @@ class WireError:
 
 
 def code_of(error: errors.PagerError) -> grpc.StatusCode:
-    """The code of the nearest class in the table."""
+    """Returns the code of the nearest class in the table."""
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
 
 def to_wire(error: errors.PagerError, request_id: str | None = None) -> WireError:
-    """ErrorInfo always; RetryInfo and push-back header where retrying helps, BadRequest where a field is at fault,
-    QuotaFailure where a bound of admission is reached.
+    """Returns the status with its details: ErrorInfo always; RetryInfo and push-back header where retrying helps,
+    BadRequest where a field is at fault, QuotaFailure where a bound of admission is reached.
     """
     code = code_of(error)
     message = error.message[:MAX_MESSAGE_CHARACTERS]

@@ -1,4 +1,4 @@
-"""What a tenant may be called, and which tenants metrics name."""
+"""The legal names of tenants, and the tenants that metrics name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def check_tenant(value: str) -> str:
-    """`value` itself. Raises InvalidRequest."""
+    """Returns `value` if it is a legal name. Raises InvalidRequest."""
     if not _TENANT.fullmatch(value):
         raise bad_tenant()
     return value
@@ -38,7 +38,7 @@ class TenantLabels:
 
     @classmethod
     def parse(cls, text: str) -> TenantLabels:
-        """Of names between commas. Raises ConfigError."""
+        """Parses names separated by commas. Raises ConfigError."""
         named = [name.strip() for name in text.split(",") if name.strip()]
         for name in named:
             if not _TENANT.fullmatch(name) or name == OTHER_TENANTS:
@@ -61,11 +61,11 @@ class TenantLabels:
 
 
 def tenant_or_invalid(value: str) -> str:
-    """What a log line says of a tenant that named itself."""
+    """Returns a tenant's name as log lines have it: tenants name themselves."""
     return value if _TENANT.fullmatch(value) else "(invalid)"
 
 
 def tenant_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """Who says to be calling, unchecked: for metrics, that know their tenants anyway."""
+    """Returns the caller's tenant, unchecked; for metrics, which have a fixed list of tenants."""
     values = [value for key, value in metadata or () if key == TENANT_KEY and isinstance(value, str)]
     return values[0] if values else DEFAULT_TENANT

@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM files. With `client_ca`, clients must show a certificate that it has signed."""
+    """The PEM files of a service. With `client_ca`, clients must show a certificate that it has signed."""
 
     cert: Path
     key: Path
     client_ca: Path | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Raises ConfigError when a file cannot be read or is not PEM, or the key is not the certificate's."""
+        """Returns gRPC's credentials. Raises ConfigError for files that cannot be read, are not PEM or do not match."""
         pems = self.read()
         return grpc.dynamic_ssl_server_credentials(
             pems.configuration(),
@@ -37,7 +37,7 @@ class TlsFiles:
         )
 
     def read(self) -> _Pems:
-        """What the files hold, which fits together. Raises ConfigError."""
+        """Reads the files and checks that they fit together. Raises ConfigError."""
         roots = _pem(self.client_ca, "router.tls_client_ca") if self.client_ca else None
         pems = _Pems(_pem(self.key, "router.tls_key"), _pem(self.cert, "router.tls_cert"), roots)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -62,7 +62,7 @@ class TlsFiles:
 
 
 class _Pems(NamedTuple):
-    """The text of the files."""
+    """The contents of the files."""
 
     key: bytes
     cert: bytes
@@ -73,7 +73,7 @@ class _Pems(NamedTuple):
 
 
 class _Renewal:
-    """Called by gRPC at every handshake; owns what is in use, and what was last said of files that cannot be."""
+    """The callback of gRPC at every handshake: owns the files in use and the last report of unusable ones."""
 
     def __init__(self, files: TlsFiles, used: _Pems) -> None:
         self._files = files
@@ -81,7 +81,7 @@ class _Renewal:
         self._complaint = ""
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        """None keeps what is in use."""
+        """Returns the files' new content, or None to keep what is in use."""
         try:
             found = self._files.read()
         except ConfigError as error:  # halfway through its renewal, perhaps
@@ -109,7 +109,7 @@ def _pem(path: Path, key: str) -> bytes:
 
 @contextmanager
 def _as_file(text: bytes) -> Iterator[str]:
-    """The name of a file in memory, for what reads from files alone: those on disk may be others by now."""
+    """Yields the path of a file in memory with this content: the file on disk may have changed by now."""
     file = os.memfd_create("pem")
     try:
         os.write(file, text)

@@ -71,7 +71,7 @@ def without_choices(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError, which names the field, its value and what is possible."""
+    """Checks the fields of a config. Raises CheckpointError, which names the field, its value and what is possible."""
     for name, number in _floats(config):
         if not math.isfinite(number):
             raise _refused(name, number, "a finite number")

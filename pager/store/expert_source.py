@@ -169,7 +169,7 @@ class PackedExperts(_StoredExperts):
     """The experts of a pack: one extent each, its checksum verified every time."""
 
     def __init__(self, pack_path: str | Path) -> None:
-        """Raises CheckpointError."""
+        """Opens the pack. Raises CheckpointError."""
         path = Path(pack_path)
         try:
             self._file = DataFile(path)

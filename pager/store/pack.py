@@ -150,7 +150,10 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
 
 
 def _check_absent(out: Path) -> None:
-    """Raises ConfigError if `out` exists, even as a broken link, whose place a directory cannot take."""
+    """Checks that `out` is free.
+
+    Raises ConfigError if it exists, even as a broken link, whose place a directory cannot take.
+    """
     if os.path.lexists(out):
         raise ConfigError(f"{out} already exists; choose another directory or remove it")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -25,3 +26,37 @@ def test_cannot_is_one_word(name: str) -> None:
         lines = (text.count("\n", 0, match.start()) + 1 for match in TWO_WORDS.finditer(text))
         found += [f"{file.relative_to(ROOT)}:{line}" for line in lines]
     assert not found, f'"can not" reads "cannot": {", ".join(found)}'
+
+
+# Words of the glossary that have been called otherwise: the gate a router, the prefill's choice fused.
+WRONG_WORDS = re.compile(r"\brouter(?:'s)? (?:probabilit|mass\b|logits\b)|\bfused\b", re.IGNORECASE)
+RENAMED = re.compile(r'"fused": "prefill"')  # settings and methods read the earlier name
+
+
+def test_the_gate_is_no_router_and_the_prefill_is_not_fused() -> None:
+    files = [*(ROOT / "pager").rglob("*.py"), *(ROOT / "router_service").rglob("*.py"), *(ROOT / "docs").glob("*.md")]
+    files += [ROOT / "README.md", ROOT / "protos/expert_pager/v1/expert_pager.proto"]
+    found = [
+        f"{file.relative_to(ROOT)}: {match.group()}"
+        for file in files
+        if file.name != "log.md"
+        for match in WRONG_WORDS.finditer(RENAMED.sub("", file.read_text(encoding="utf-8")))
+    ]
+    assert not found, "docs/concepts.md has other words for " + ", ".join(found)
+
+
+PLAIN = ("pager/memory", "pager/models", "pager/observe", "pager/predict", "pager/store", "training", "demo")
+# What begins so is a fragment that makes sense only with the name above it, or says only what is raised.
+FRAGMENT = re.compile(r"(?:Of|Whether|Raises|As|With|Without|From|That of|For)\b")
+
+
+def test_docstrings_begin_with_what_a_thing_is_or_does() -> None:
+    found = []
+    for folder in PLAIN:
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    text = ast.get_docstring(node) or ""
+                    if FRAGMENT.match(text):
+                        found.append(f"{file.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert not found, "\n".join(found)

@@ -42,12 +42,8 @@ class Answer:
 
     @property
     def hit_rate(self) -> float:
-        lookups = self.usage.experts_hit + self.usage.experts_missed
-        return self.usage.experts_hit / lookups if lookups else 1.0
-
-    @property
-    def bytes_paged(self) -> int:
-        return self.usage.bytes_from_disk + self.usage.bytes_from_host
+        paging = self.usage.paging
+        return paging.experts_hit / paging.num_lookups if paging.num_lookups else 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,9 +130,10 @@ def ask(client: Client, domain: str, prompt: str, size: PoolSize, max_tokens: in
     if usage is None or usage.pool is None:
         raise DemoError(f"the stream of the {domain} prompt ended without its usage")
     answer = Answer(domain, usage, usage.pool, time.perf_counter() - started_s)
+    paged = format_bytes(usage.paging.bytes_paged)
     out.print(
         f"\n[pool {answer.pool.digest}: {answer.pool.num_experts} experts; {answer.hit_rate:.0%} were there already; "
-        f"paged {format_bytes(answer.bytes_paged)}; {usage.completion_tokens} tokens in {answer.seconds:.2f} s]",
+        f"paged {paged}; {usage.completion_tokens} tokens in {answer.seconds:.2f} s]",
         style="green", markup=False,
     )  # fmt: skip
     return answer
@@ -151,7 +148,7 @@ def print_summary(answers: Sequence[Answer]) -> None:
             f"{answer.pool.covered_mass or 0.0:.0%}",
             f"{answer.hit_rate:.0%}",
             f"{answer.usage.predicted_recall or 0.0:.0%}",
-            format_bytes(answer.bytes_paged),
+            format_bytes(answer.usage.paging.bytes_paged),
             f"{answer.usage.time_to_first_token_s * 1000:.0f} ms",
             str(answer.usage.completion_tokens),
         )

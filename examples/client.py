@@ -31,7 +31,7 @@ def main(address: str = "localhost:50051") -> None:
                 print(chunk.text, end="", flush=True)
         usage = answer.usage
         assert usage is not None, "the last chunk brings it"
-        print(f"\n{usage.experts_hit} experts were loaded, {usage.experts_missed} were paged in")
+        print(f"\n{usage.paging.experts_hit} experts were loaded, {usage.paging.experts_missed} were paged in")
 
         named = client.calibrate("sql", EXAMPLES, Share(0.125), replaces=True)
         print(f"pool {named.name!r} of {named.pool.num_experts} experts, from {named.num_tokens} tokens")

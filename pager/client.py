@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.status_pb2 import Status
 
 from pager import wire
-from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError, ServiceUnreachable
+from pager.errors import Cancelled, DeadlineExceeded, InvalidRequest, NotReady, PagerError, ServiceUnreachable
 from pager.types import (
     ModelInfo,
     NamedPool,
@@ -88,6 +88,8 @@ class _Client:
     """What both clients share: the address, the metadata and how errors are read."""
 
     def __init__(self, address: str, tenant: str, timeout_s: float | None) -> None:
+        if not tenant.isascii() or not tenant.isprintable():
+            raise InvalidRequest(f"tenant {tenant[:80]!r} has characters beyond A-Z a-z 0-9 . _ -", field="x-tenant-id")
         self.address = address
         self.timeout_s = timeout_s
         self._metadata = (("x-tenant-id", tenant),)
@@ -425,7 +427,10 @@ def _not_ready(address: str, timeout_s: float) -> NotReady:
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
-_OF_GRPC = {grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded, grpc.StatusCode.CANCELLED: Cancelled}
+_OF_GRPC: dict[grpc.StatusCode, tuple[type[PagerError], str]] = {
+    grpc.StatusCode.DEADLINE_EXCEEDED: (DeadlineExceeded, "the answer was not complete in time; allow more time"),
+    grpc.StatusCode.CANCELLED: (Cancelled, "the request was cancelled here, or its connection was closed"),
+}
 
 
 def _translated(error: Any, address: str) -> PagerError:
@@ -441,7 +446,9 @@ def _translated(error: Any, address: str) -> PagerError:
         return PagerError(
             f"what answers at {address} is no expert-pager service, or one of another version ({details})"
         )
-    found = found or _OF_GRPC.get(code, PagerError)(details)
+    if found is None:
+        kind, message = _OF_GRPC.get(code, (PagerError, details))
+        found = kind(message)
     found.status = code.name
     return found
 

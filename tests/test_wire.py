@@ -1,8 +1,10 @@
 """What a worker and a router tell each other survives the wire, field by field."""
 
 import dataclasses
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as public
@@ -241,3 +243,15 @@ def test_parts_of_paging_counts_add_up_to_them(paging: PagingCounts, num_parts: 
         assert each == parts[1]
         assert parts[0].experts_hit - each.experts_hit in range(num_parts)
     assert total - parts[0] + parts[0] == replace(total, stall_s=(total - parts[0] + parts[0]).stall_s)
+
+
+def test_the_documented_field_of_a_usage_is_the_next_one() -> None:
+    """The diff in docs/contributing.md shows how a field is added: to the message, the value and the table."""
+    text = (Path(__file__).parents[1] / "docs" / "contributing.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"## A new field of `Usage`.*?```diff\n(.*?)```", text, re.DOTALL)
+    (field,) = re.findall(r"@@ message Usage\n\+  uint32 (\w+) = (\d+);", diff)
+    known = public.Usage.DESCRIPTOR.fields_by_number
+    assert field[0] not in public.Usage.DESCRIPTOR.fields_by_name
+    assert int(field[1]) == max(known) + 1
+    assert f"@@ class Usage\n+    {field[0]}: int = 0" in diff
+    assert f'@@ _USAGE\n+    "{field[0]}": "{field[0]}",' in diff

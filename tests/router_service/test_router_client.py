@@ -179,8 +179,14 @@ async def test_an_error_is_of_its_class_with_what_it_says(service: Running, clie
 
 async def test_a_deadline_that_passes_is_one(service: Running, client: Any) -> None:
     service.cluster.hold[0] = asyncio.Event()
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match="allow more time"):
         await client.generate("hi", TWO, timeout_s=0.2).text()
+
+
+@pytest.mark.parametrize("tenant", ["jörg", "a\nb"])
+def test_a_tenant_that_no_header_can_hold_is_refused(tenant):
+    with pytest.raises(InvalidRequest, match="has characters beyond"):
+        Client("localhost:1", tenant=tenant)
 
 
 @pytest.mark.parametrize("prompt", [[-1], [2**32], ["1"], "\ud800"], ids=repr)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from benchmarks.evidence_facts import MAIN_PERCENTS, Facts, Scale, console, measure_facts
 from pager.lab.methods import BY_LAYER, methods_for
 from pager.lab.report import Evaluation, evaluate_subject
-from pager.lab.subject import Ask, Subject, open_subject
+from pager.lab.subject import EvaluationAsk, Subject, open_subject
 
 SIDE_PERCENTS = (50.0, 6.25)
 LAYERED = ("prefill", "prefill+layers", "trunk", "trunk+layers", "fitted", "fitted+layers")
@@ -62,8 +62,8 @@ def measure_side(
         )
 
 
-def _ask(model: Path, corpus: Path, scale: Scale) -> Ask:
-    return Ask(
+def _ask(model: Path, corpus: Path, scale: Scale) -> EvaluationAsk:
+    return EvaluationAsk(
         model,
         (str(corpus / "*.valid.jsonl*"),),
         (str(corpus / "*.train.jsonl*"),),

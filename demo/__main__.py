@@ -34,7 +34,7 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AnswerCost:
     domain: str
     usage: Usage
     pool: ExpertPool
@@ -103,7 +103,7 @@ def service(model: Path, expert_memory: str) -> Iterator[dict[str, Any]]:
             process.communicate()
 
 
-def ask_all(address: str, max_tokens: int) -> list[Answer]:
+def ask_all(address: str, max_tokens: int) -> list[AnswerCost]:
     with Client(address, timeout_s=120) as client:
         size = choose_size(client.model())
         return [ask(client, domain, prompt, size, max_tokens) for domain, prompt in PROMPTS]
@@ -117,7 +117,7 @@ def choose_size(model: ModelInfo) -> PoolSize:
     return Share(0.125) if (routed + shared) // 8 - shared >= smallest else Count(smallest)
 
 
-def ask(client: Client, domain: str, prompt: str, size: PoolSize, max_tokens: int) -> Answer:
+def ask(client: Client, domain: str, prompt: str, size: PoolSize, max_tokens: int) -> AnswerCost:
     """Sends one prompt and prints its answer as it comes."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.95, seed=1)
     out.print(f"\n{domain}", style="bold cyan")
@@ -129,7 +129,7 @@ def ask(client: Client, domain: str, prompt: str, size: PoolSize, max_tokens: in
     usage = chunks.usage
     if usage is None or usage.pool is None:
         raise DemoError(f"the stream of the {domain} prompt ended without its usage")
-    answer = Answer(domain, usage, usage.pool, time.perf_counter() - started_s)
+    answer = AnswerCost(domain, usage, usage.pool, time.perf_counter() - started_s)
     paged = format_bytes(usage.paging.bytes_paged)
     out.print(
         f"\n[pool {answer.pool.digest}: {answer.pool.num_experts} experts; {answer.hit_rate:.0%} were there already; "
@@ -139,7 +139,7 @@ def ask(client: Client, domain: str, prompt: str, size: PoolSize, max_tokens: in
     return answer
 
 
-def print_summary(answers: Sequence[Answer]) -> None:
+def print_summary(answers: Sequence[AnswerCost]) -> None:
     rows = [
         (
             answer.domain,

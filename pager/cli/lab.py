@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pager.lab.fit import Fit
     from pager.lab.replay import BudgetResults
     from pager.lab.report import Evaluation, Figures
-    from pager.lab.subject import Ask
+    from pager.lab.subject import EvaluationAsk
 
 Documents = Annotated[
     list[str],
@@ -74,9 +74,9 @@ def evaluate(
         import matplotlib as _  # noqa: F401 - so that a missing one is reported before the work, not after it
 
         from pager.lab.corpus import Cut
-        from pager.lab.subject import Ask, parse_percents
+        from pager.lab.subject import EvaluationAsk, parse_percents
 
-    ask = Ask(
+    ask = EvaluationAsk(
         model,
         tuple(documents),
         tuple(calibration),
@@ -94,7 +94,7 @@ def evaluate(
     _run(ask, out_folder, as_json)
 
 
-def _run(ask: Ask, folder: Path | None, as_json: bool) -> None:
+def _run(ask: EvaluationAsk, folder: Path | None, as_json: bool) -> None:
     from pager.lab.corpus import tokenizer_of
     from pager.lab.report import evaluate, to_dict, write_report
 

@@ -28,7 +28,7 @@ HEAD_TOKENS = 512  # logits of so many tokens exist at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class PooledOutcome:
     """One document under one pool: the predictions of the tokens after its prompt."""
 
     nats: float  # added up
@@ -55,13 +55,13 @@ class Forwards:
 
     def outcomes(
         self, texts: Sequence[Ids], policies: Sequence[PoolPolicy], *, voters: int | None = None
-    ) -> list[Outcome]:
+    ) -> list[PooledOutcome]:
         """Runs each text under its policy. Pools left open are chosen layer by layer by the first `voters` tokens.
 
         `voters` None: by the prompt, as a request's prefill does; a causal model sees nothing later, so that one
         forward over the whole text is the prefill and what follows it.
         """
-        outcomes: list[Outcome | None] = [None] * len(texts)
+        outcomes: list[PooledOutcome | None] = [None] * len(texts)
         for rows, hidden_BSD, routings in self._run(texts, policies, voters or self.prompt_tokens):
             for row, hidden_SD, routing in zip(rows, hidden_BSD, routings, strict=True):
                 outcomes[row] = self._predict(hidden_SD, texts[row], routing.pool)
@@ -77,7 +77,7 @@ class Forwards:
                 pools[row] = routing.pool
         return [pools[row] for row in range(len(texts))]
 
-    def full(self, texts: Sequence[Ids]) -> tuple[list[Outcome], list[GateMeans]]:
+    def full(self, texts: Sequence[Ids]) -> tuple[list[PooledOutcome], list[GateMeans]]:
         """The outcomes with all experts, and what the gates wanted."""
         with self._recording(texts) as means:
             outcomes = self.outcomes(texts, [EVERY_EXPERT] * len(texts))
@@ -110,7 +110,7 @@ class Forwards:
             yield rows, hidden_BSD, routings
 
     @torch.inference_mode()
-    def _predict(self, hidden_SD: Tensor, text: Ids, pool: ExpertPool | None) -> Outcome:
+    def _predict(self, hidden_SD: Tensor, text: Ids, pool: ExpertPool | None) -> PooledOutcome:
         head = self.paged.model.get_output_embeddings()
         hidden_PD = hidden_SD[self.prompt_tokens - 1 : len(text) - 1]
         label_P = torch.tensor(text[self.prompt_tokens :], device=hidden_PD.device)
@@ -119,7 +119,7 @@ class Forwards:
             logits_PV = head(hidden).float()
             nats += float((logits_PV.logsumexp(-1) - logits_PV.gather(-1, label[:, None])[:, 0]).double().sum())
             best.append(logits_PV.argmax(-1).int().cpu().numpy())
-        return Outcome(nats, np.concatenate(best), pool)
+        return PooledOutcome(nats, np.concatenate(best), pool)
 
     @contextmanager
     def _recording(self, texts: Sequence[Ids]) -> Iterator[list[GateMeans]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pager.errors import ConfigError, PoolTooSmall
 from pager.lab.corpus import Text, digest_of
-from pager.lab.forwards import Outcome
+from pager.lab.forwards import PooledOutcome
 from pager.lab.methods import FULL, choose, size_of
 from pager.lab.recording import Layers
 from pager.lab.subject import Subject
@@ -206,7 +206,7 @@ def _cell(subject: Subject, method: str, percent: float, full: FullCell) -> Cell
     )
 
 
-def _agreed(outcomes: Sequence[Outcome], best_P: np.ndarray) -> np.ndarray:
+def _agreed(outcomes: Sequence[PooledOutcome], best_P: np.ndarray) -> np.ndarray:
     ends = np.cumsum([len(outcome.best_P) for outcome in outcomes])
     same_P = np.concatenate([outcome.best_P for outcome in outcomes]) == best_P
     return np.array([int(part.sum()) for part in np.split(same_P, ends[:-1])])

@@ -16,7 +16,7 @@ from pager.cache.policy import make_policy
 from pager.lab.corpus import Text, digest_of
 from pager.lab.grid import Cell, CellStore, Grid, conditions_of, predicted_tokens, run_grid, unpack_pools
 from pager.lab.methods import BY_LAYER, FULL, METHODS, methods_for
-from pager.lab.subject import Ask, Subject, open_subject
+from pager.lab.subject import EvaluationAsk, Subject, open_subject
 from pager.memory.units import format_bytes
 from pager.types import ExpertPool
 
@@ -352,7 +352,11 @@ def _figures_dict(figures: Figures) -> dict[str, Any]:
 
 
 def evaluate(
-    ask: Ask, tokenizer: Tokenizer, cells: Path | None = None, *, done: Callable[[str, int], None] = lambda *_: None
+    ask: EvaluationAsk,
+    tokenizer: Tokenizer,
+    cells: Path | None = None,
+    *,
+    done: Callable[[str, int], None] = lambda *_: None,
 ) -> Evaluation:
     """Opens the model and measures it. `cells` is a folder that keeps results for another try.
 
@@ -365,7 +369,7 @@ def evaluate(
 
 
 def evaluate_subject(
-    ask: Ask,
+    ask: EvaluationAsk,
     subject: Subject,
     calibration: Sequence[Text],
     cells: Path | None = None,

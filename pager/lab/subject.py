@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
 from pager.lab.corpus import Cut, Text, domains_of, read_texts
-from pager.lab.forwards import Forwards, GateMeans, Outcome, experts_in_bulk
+from pager.lab.forwards import Forwards, GateMeans, PooledOutcome, experts_in_bulk
 from pager.lab.recording import Probe
 from pager.memory.plan import Budgets
 from pager.models.open_model import OpenModel
@@ -39,7 +39,7 @@ def parse_percents(text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class EvaluationAsk:
     """An evaluation to be made: of which model, on which documents, how. `methods` None: all that are to be had."""
 
     model: Path
@@ -107,7 +107,7 @@ class Subject:
         return PredictorFile.load(self.path, self.paged.fingerprint) if present else None
 
     @cached_property
-    def full(self) -> tuple[list[Outcome], list[GateMeans]]:
+    def full(self) -> tuple[list[PooledOutcome], list[GateMeans]]:
         """The outcome of every text with all experts, and what the gates wanted."""
         return self.forwards.full(self.ids)
 
@@ -186,7 +186,7 @@ class Subject:
 
 
 @contextmanager
-def open_subject(ask: Ask, tokenizer: Tokenizer) -> Iterator[tuple[Subject, list[Text]]]:
+def open_subject(ask: EvaluationAsk, tokenizer: Tokenizer) -> Iterator[tuple[Subject, list[Text]]]:
     """Opens the model with its texts and the calibration texts, and closes it at the end.
 
     Experts that do not fit into memory are paged. Raises InvalidRequest, CheckpointError, BudgetError.

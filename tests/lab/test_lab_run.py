@@ -18,7 +18,7 @@ from pager.errors import InvalidRequest
 from pager.lab import grid as grid_module
 from pager.lab.corpus import Cut, digest_of, read_texts
 from pager.lab.report import SCHEMA, evaluate, to_dict, to_markdown, write_report
-from pager.lab.subject import Ask, parse_percents
+from pager.lab.subject import EvaluationAsk, parse_percents
 from tests.support.values import some
 
 CUT = Cut(prompt_tokens=10, context_tokens=48)
@@ -37,8 +37,8 @@ METHODS = (
 
 
 @pytest.fixture
-def ask(checkpoint: Callable[[str], Path], corpus: Path) -> Ask:
-    return Ask(
+def ask(checkpoint: Callable[[str], Path], corpus: Path) -> EvaluationAsk:
+    return EvaluationAsk(
         checkpoint("emo"),
         (str(corpus / "*.valid.jsonl*"),),
         (str(corpus / "*.train.jsonl*"),),
@@ -49,11 +49,11 @@ def ask(checkpoint: Callable[[str], Path], corpus: Path) -> Ask:
     )
 
 
-def tokenizer_of(ask: Ask) -> Tokenizer:
+def tokenizer_of(ask: EvaluationAsk) -> Tokenizer:
     return Tokenizer.from_file(str(ask.model / "tokenizer.json"))
 
 
-def test_texts_are_long_enough_cut_and_named_by_file(corpus: Path, ask: Ask) -> None:
+def test_texts_are_long_enough_cut_and_named_by_file(corpus: Path, ask: EvaluationAsk) -> None:
     texts = read_texts(ask.documents, tokenizer_of(ask), CUT)
     assert [text.domain for text in texts] == ["digits"] * 6 + ["letters"] * 6
     assert [len(text.token_ids) for text in texts[:6]] == [20, 28, 33, 40, 48, 48]
@@ -83,7 +83,7 @@ def test_what_needs_a_fitted_router_is_measured_on_the_shipped_model(tmp_path: P
         (tmp_path / f"{kind}.valid.jsonl").write_text("\n".join(lines))
     names = ("lexical", "fitted", "named", "random")
     model, documents = Path(__file__).parents[2] / "models" / "emo-tiny", (str(tmp_path / "*.valid.jsonl"),)
-    ask = Ask(model, documents, methods=names, percents=(12.5,), cut=Cut(32, 128), resamples=50)
+    ask = EvaluationAsk(model, documents, methods=names, percents=(12.5,), cut=Cut(32, 128), resamples=50)
     evaluation = evaluate(ask, tokenizer_of(ask), tmp_path / "cells")
     rises = {each.method: each.rise.mean for each in evaluation.figures}
     assert tuple(rises) == names
@@ -91,7 +91,7 @@ def test_what_needs_a_fitted_router_is_measured_on_the_shipped_model(tmp_path: P
     assert len(set(rises.values())) == len(names)
 
 
-def test_every_method_is_measured(ask: Ask, tmp_path: Path) -> None:
+def test_every_method_is_measured(ask: EvaluationAsk, tmp_path: Path) -> None:
     evaluation = evaluate(ask, tokenizer_of(ask), tmp_path / "cells")
     assert [(each.method, each.percent) for each in evaluation.figures] == [(name, 50.0) for name in METHODS]
     future, random = evaluation.find("future", 50.0), evaluation.find("random", 50.0)
@@ -120,7 +120,9 @@ def test_every_method_is_measured(ask: Ask, tmp_path: Path) -> None:
     assert "| prefill | " in to_markdown(evaluation)
 
 
-def test_what_was_computed_is_not_computed_again(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_computed_is_not_computed_again(
+    ask: EvaluationAsk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = replace(ask, methods=("prefill", "trunk"))
     first = evaluate(few, tokenizer_of(ask), tmp_path)
     (tmp_path / "trunk-50.npz").write_bytes(b"torn")
@@ -139,7 +141,7 @@ def test_what_was_computed_is_not_computed_again(ask: Ask, tmp_path: Path, monke
     assert computed == ["trunk", "prefill", "trunk"]
 
 
-def test_any_budget_gives_the_same_report(ask: Ask) -> None:
+def test_any_budget_gives_the_same_report(ask: EvaluationAsk) -> None:
     few = replace(ask, methods=("prefill", "mean"))
     roomy = evaluate(few, tokenizer_of(ask))
     tight = evaluate(replace(few, expert_memory="20%"), tokenizer_of(ask))
@@ -148,7 +150,7 @@ def test_any_budget_gives_the_same_report(ask: Ask) -> None:
         assert one.bytes_paged == other.bytes_paged
 
 
-def test_shared_out_over_layers_the_bytes_are_the_same(ask: Ask) -> None:
+def test_shared_out_over_layers_the_bytes_are_the_same(ask: EvaluationAsk) -> None:
     evaluation = evaluate(replace(ask, methods=("trunk", "trunk+layers", "fused+layers")), tokenizer_of(ask))
     assert evaluation.figures[-1].method == "prefill+layers"  # "fused" was its name
     assert [each.experts_kept for each in evaluation.figures] == [14, 14, 14]
@@ -156,7 +158,7 @@ def test_shared_out_over_layers_the_bytes_are_the_same(ask: Ask) -> None:
     assert not np.array_equal(one, other)
 
 
-def test_sizes_below_a_token_s_picks_are_left_out_and_said(ask: Ask) -> None:
+def test_sizes_below_a_token_s_picks_are_left_out_and_said(ask: EvaluationAsk) -> None:
     evaluation = evaluate(replace(ask, methods=("trunk",), percents=(50.0, 6.25)), tokenizer_of(ask))
     assert [each.percent for each in evaluation.figures] == [50.0]
     assert "smaller than the 2 that its gate picks" in evaluation.grid.left_out["trunk", 6.25]
@@ -171,14 +173,14 @@ def test_sizes_below_a_token_s_picks_are_left_out_and_said(ask: Ask) -> None:
         (("greedy+layers",), "no scores of its own"),
     ],
 )
-def test_methods_that_can_not_be_had_are_refused(ask: Ask, methods: tuple[str, ...], message: str) -> None:
+def test_methods_that_can_not_be_had_are_refused(ask: EvaluationAsk, methods: tuple[str, ...], message: str) -> None:
     calibration = () if methods == ("calibrated",) else ask.calibration
     with pytest.raises(InvalidRequest, match=message):
         evaluate(replace(ask, methods=methods, calibration=calibration), tokenizer_of(ask))
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table_and_writes_a_folder(ask: Ask, tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_writes_a_folder(ask: EvaluationAsk, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pager.cli", "eval", str(ask.model), "--documents", ask.documents[0]]
     options = ["--sizes", "50", "--methods", "prefill,random", "--prompt-tokens", "10", "--context-tokens", "48"]
     done = subprocess.run([*command, *options, "--out", str(tmp_path)], capture_output=True, text=True, check=False)

@@ -35,7 +35,7 @@ def main(address: str = "localhost:50051", metrics_url: str = "http://localhost:
             assert usage is not None, "the last chunk brings it"
             print(f"\n{prompt}{text}")
             print(
-                f"{usage.experts_hit} experts hit, {usage.experts_missed} missed; "
+                f"{usage.paging.experts_hit} experts hit, {usage.paging.experts_missed} missed; "
                 f"by the metrics, {paged_bytes(metrics_url) - before} bytes paged"
             )
 

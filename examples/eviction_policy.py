@@ -100,7 +100,9 @@ def main(model: str | Path = MODEL) -> None:
         for token_ids in [*prompts, *reversed(prompts)]:
             paged(input_ids=torch.tensor([token_ids]), use_cache=False)
         stats = paged.expert_paging.pager.stats()
-    print(f"  {stats.misses} misses, {stats.evictions} evictions, {format_bytes(stats.bytes_from_disk)} read")
+    paging = stats.paging
+    read = format_bytes(paging.bytes_from_disk)
+    print(f"  {paging.experts_missed} misses, {stats.evictions} evictions, {read} read")
 
 
 if __name__ == "__main__":

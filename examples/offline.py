@@ -27,8 +27,8 @@ def main(model: str | Path = MODEL) -> None:
             stats = paged.expert_paging.pager.stats()
         print(f"{title}\n{tokenizer.decode(output[0])}")
         print(
-            f"paged {format_bytes(stats.bytes_from_disk)} into {format_bytes(stats.capacity_bytes)} of slots: "
-            f"{stats.hits + stats.hits_in_flight} hits, {stats.misses} misses\n"
+            f"paged {format_bytes(stats.paging.bytes_from_disk)} into {format_bytes(stats.capacity_bytes)} of slots: "
+            f"{stats.paging.experts_hit} hits, {stats.paging.experts_missed} misses\n"
         )
 
 

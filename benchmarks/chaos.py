@@ -469,7 +469,17 @@ def _service(model: Path, folder: Path) -> Iterator[Service]:
     redis = RedisServer(folder)
     options = ["--workers", str(NUM_WORKERS), "--expert-memory", "25%", "--host-memory", "50%", "--port", "0"]
     options += ["--dtype", "float32"]  # where company cannot round a token to another one
-    options += ["--metrics-port", "0", "--json", "--trace", str(traces), "--file-sd", str(folder / "targets.json")]
+    options += [
+        "--http-port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--json",
+        "--trace",
+        str(traces),
+        "--file-sd",
+        str(folder / "targets.json"),
+    ]
     command = [sys.executable, "-m", "pager.cli", "serve", str(model), *options]
     env = os.environ | {"REDIS_URL": f"redis://127.0.0.1:{redis.port}/0", "EXPERT_PAGER_CLUSTER_NAMESPACE": NAMESPACE}
     with (folder / "log").open("w") as log:

@@ -148,7 +148,19 @@ def measure(model: Path, seconds: float, folder: Path, env: dict[str, str]) -> L
 
 @contextmanager
 def service(model: Path, folder: Path, env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    options = ["--workers", str(NUM_WORKERS), "--expert-memory", "25%", "--port", "0", "--metrics-port", "0", "--json"]
+    options = [
+        "--workers",
+        str(NUM_WORKERS),
+        "--expert-memory",
+        "25%",
+        "--port",
+        "0",
+        "--http-port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--json",
+    ]
     command = [sys.executable, "-m", "pager.cli", "serve", str(model), *options]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | env)

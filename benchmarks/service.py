@@ -184,7 +184,20 @@ def service(model: Path, folder: Path, max_running: int, threads: int | None) ->
     if threads is not None:
         options["WORKERS_NUM_THREADS"] = str(threads)
     env = os.environ | {f"EXPERT_PAGER_{name}": value for name, value in options.items()}
-    command = [sys.executable, "-m", "pager.cli", "serve", str(model), "--port", "0", "--metrics-port", "0", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "pager.cli",
+        "serve",
+        str(model),
+        "--port",
+        "0",
+        "--http-port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--json",
+    ]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
     try:

@@ -76,7 +76,7 @@ def service(model: Path, expert_memory: str) -> Iterator[dict[str, Any]]:
     started_s = time.perf_counter()
     out.print(f"$ expert-pager serve {model} --expert-memory {expert_memory}", style="bold", markup=False)
     with tempfile.TemporaryFile("w+") as log:
-        options = ["--port", "0", "--metrics-port", "0", "--json"]
+        options = ["--port", "0", "--http-port", "0", "--metrics-port", "0", "--json"]
         process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None

@@ -258,6 +258,11 @@ class ModelConfig:
     name: str | None = _key(
         None, "What clients call the model. Not set: the name of the checkpoint's folder.", example="emo-tiny"
     )
+    chat_template: str | None = _key(
+        None,
+        "File with the chat template (Jinja) of the HTTP API. Not set: the checkpoint's own.",
+        example="chat.jinja",
+    )
     dtype: str | None = _key(
         None,
         "Number format in which weights are served; auto takes what the checkpoint says. Not set: bfloat16, half the "
@@ -359,6 +364,7 @@ class RouterConfig:
         "127.0.0.1", "Address to listen on. The default is this machine alone, because the service has no API keys."
     )
     port: int = _key(50051, "Port of gRPC; 0 takes a free one.", PORT)
+    http_port: int = _key(8080, "Port of the HTTP API (OpenAI's and Anthropic's methods), 0 takes a free one.", PORT)
     metrics_port: int = _key(9464, "Port of /metrics and /ui; 0 takes a free one.", PORT)
     metric_tenants: str = _key(
         "", "Tenants that metrics name, with commas between (acme, initech). All others count as `other`."

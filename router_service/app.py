@@ -36,7 +36,10 @@ from pager.pools.pick import largest_counts, parse_pool_size
 from pager.tokenizing import read_tokenizer
 from pager.types import Full, ModelInfo, PoolPolicy, PoolSize, PoolSource
 from router_service.admission import Admission, AdmissionLimits
+from router_service.api import Api, metrics_route
+from router_service.chat import ChatTemplate, TokenTexts
 from router_service.hints import InProcessHints
+from router_service.http import HttpServer
 from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
 from router_service.ports import ClusterPort, Encoder
@@ -144,6 +147,7 @@ class Ready:
     """What is served, and where."""
 
     address: str
+    http_url: str
     metrics_url: str
     model: ModelView
     num_workers: int
@@ -222,6 +226,7 @@ async def _start(
     )
     stores = StoreChoice(read_redis_url(env), Path(pools.path) if pools.path else None)
     _check_port_free(router.host, router.port, "router.port")
+    _check_port_free(router.host, router.http_port, "router.http_port")
     _check_port_free(router.host, router.metrics_port, "router.metrics_port")
     if router.health_port is not None:
         _check_port_free(router.host, router.health_port, "router.health_port")
@@ -239,6 +244,7 @@ async def _start(
     check_choices(passes, default_pool, stores)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several texts at a time, each in a thread of the router
     tokenizer = read_tokenizer(Path(config.model.path))
+    template = ChatTemplate.read(Path(config.model.path), _path(config.model.chat_template))
     _check_budgets(opened, config, default_pool.size)
     # While Ray starts and the workers load.
     loading = asyncio.create_task(asyncio.to_thread(load_first, passes))
@@ -261,15 +267,30 @@ async def _start(
     cluster.ray_lost.add_done_callback(lambda lost: metrics.ray_lost.labels(lost.result()).inc())
     metrics_server = MetricsServer(metrics.registry, router.host, router.metrics_port)
     stack.callback(metrics_server.close)
-    metrics_server.mount("/ui", Page(service.watch, asyncio.get_running_loop()))
+    page = Page(service.watch, asyncio.get_running_loop())
+    metrics_server.mount("/ui", page)
     cluster.publish_router_metrics(metrics_server.address)
     server = RouterServer(service.pipeline, service.bounds, service.watch, router.write_timeout_s)
     stack.push_async_callback(server.stop)
+    texts = None if tokenizer is None else TokenTexts(tokenizer)
+    api = Api(service.pipeline, texts, template, router.write_timeout_s)
+    http_server = HttpServer(api.app(*page.routes(), metrics_route(metrics.registry)))
+    stack.push_async_callback(http_server.stop)
     leave_out_of_collections()
     await server.start(router.host, router.port, tls, router.health_port)
-    metrics_url = f"http://{metrics_server.address}/metrics"
-    ready = Ready(format_address(router.host, server.port), metrics_url, cluster.model(), len(cluster.workers()))
+    await http_server.start(router.host, router.http_port, tls)
+    ready = Ready(
+        address=format_address(router.host, server.port),
+        http_url=f"{'http' if tls is None else 'https'}://{http_server.address}",
+        metrics_url=f"http://{metrics_server.address}/metrics",
+        model=cluster.model(),
+        num_workers=len(cluster.workers()),
+    )
     return server, cluster, ready
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
 
 
 def _limits(router: RouterConfig) -> AdmissionLimits:

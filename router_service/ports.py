@@ -103,5 +103,5 @@ class Encoder(Protocol):
     def longest_token_bytes(self) -> int:
         """The most bytes of text that one token can stand for."""
 
-    def encode(self, text: str, most: int, /) -> Encoded:
+    def encode(self, text: str, most: int, /, *, add_special_tokens: bool = True) -> Encoded:
         """The ids of at most `most` tokens. Must let other threads run meanwhile. Raises InvalidRequest."""

@@ -133,10 +133,10 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self.longest_token_bytes = 1 if tokenizer is None else longest_token_bytes(tokenizer)
 
-    def encode(self, text: str, most: int, /) -> Encoded:
+    def encode(self, text: str, most: int, /, *, add_special_tokens: bool = True) -> Encoded:
         if self._tokenizer is None:
             raise InvalidRequest("this model has no tokenizer; give the prompt as `token_ids`", field="text")
-        encoding = encode_all(self._tokenizer, [text])[0]
+        encoding = encode_all(self._tokenizer, [text], add_special_tokens=add_special_tokens)[0]
         # A list of millions of ids takes the GIL for tens of milliseconds to make, and nobody would read it.
         return Encoded(len(encoding), encoding.ids if len(encoding) <= most else ())
 
@@ -160,9 +160,9 @@ class Scoring:
         """The passes, from the least to the best."""
         return tuple(self._available)
 
-    async def encode(self, tenant: str, text: str, most: int) -> Encoded:
-        """The ids of at most `most` tokens. Raises InvalidRequest."""
-        return await self._tokenizer.run(tenant, lambda: self._encoder.encode(text, most))
+    async def encode(self, tenant: str, text: str, most: int, **options: bool) -> Encoded:
+        """The ids of at most `most` tokens; `options` are the encoder's. Raises InvalidRequest."""
+        return await self._tokenizer.run(tenant, lambda: self._encoder.encode(text, most, **options))
 
     async def scores(self, tenant: str, name: str, token_ids: Sequence[int]) -> RoutingScores:
         return await self._passes.run(tenant, lambda: self._pass(name).scores(token_ids))
@@ -274,9 +274,9 @@ class Predictor:
         """The passes that can score an example, from the least to the best."""
         return self._chain.scoring.methods
 
-    async def encode(self, tenant: str, text: str, most: int) -> Encoded:
-        """The ids of at most `most` tokens. Raises InvalidRequest."""
-        return await self._chain.scoring.encode(tenant, text, most)
+    async def encode(self, tenant: str, text: str, most: int, **options: bool) -> Encoded:
+        """The ids of at most `most` tokens; `options` are the encoder's. Raises InvalidRequest."""
+        return await self._chain.scoring.encode(tenant, text, most, **options)
 
     async def scores(self, tenant: str, method: str, token_ids: Sequence[int]) -> RoutingScores:
         """The scores of one pass, which is one of `methods`."""

@@ -168,7 +168,12 @@ class CalibrateAsk:
 
 def id_of(request: pb.GenerateRequest) -> str:
     """Returns the request's id, or a new one if it has none. Raises InvalidRequest."""
-    return request_id(request.request_id) if request.request_id else uuid.uuid4().hex
+    return request_id(request.request_id) if request.request_id else new_id()
+
+
+def new_id() -> str:
+    """An id for a request that brings none."""
+    return uuid.uuid4().hex
 
 
 def id_in(data: bytes) -> str:
@@ -308,6 +313,11 @@ def sampling(wire: pb.SamplingParams, model: ModelInfo) -> SamplingParams:
     return params
 
 
+def no_such_pool(name: str) -> UnknownPool:
+    """The error for a name that the tenant has given no pool."""
+    return UnknownPool(f"this tenant has no pool {name!r}; make it with Calibrate, or see ListPools", field="pool.name")
+
+
 class Intake:
     """The checks that need the tokenizer or the stores. Raises PagerErrors that name the field at fault."""
 
@@ -330,7 +340,11 @@ class Intake:
     async def prompt(self, tenant: str, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt_ids(prompt, self._model, "token_ids")
-        encoded = await self._predictor.encode(tenant, prompt, self._model.token_limit)
+        return await self.encoded(tenant, prompt)
+
+    async def encoded(self, tenant: str, text: str, **options: bool) -> tuple[int, ...]:
+        """The tokens of a prompt of legal length; `options` are the encoder's. Raises InvalidRequest, PromptTooLong."""
+        encoded = await self._predictor.encode(tenant, text, self._model.token_limit, **options)
         check_prompt_length(encoded.num_tokens, self._model, "text")
         return prompt_ids(encoded.ids, self._model, "text")
 
@@ -366,9 +380,7 @@ class Intake:
     async def _by_name(self, name: str, tenant: str) -> ExpertPool:
         named = await self._pools.find(tenant, name)
         if named is None:
-            raise UnknownPool(
-                f"this tenant has no pool {name!r}; make it with Calibrate, or see ListPools", field="pool.name"
-            )
+            raise no_such_pool(name)
         return pool_for(named, self._model.fingerprint, self._model.facts)
 
     def _sampling(self, ask: Ask, prompt_tokens: int) -> SamplingParams:

@@ -40,7 +40,7 @@ from router_service.metrics import RouterMetrics
 from router_service.pools import PoolStore, name_in_use
 from router_service.ports import ClusterPort
 from router_service.prediction import Prediction, Predictor
-from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model
+from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model, no_such_pool
 from router_service.requests import request_id as check_request_id
 from router_service.ui import PoolLog
 
@@ -337,6 +337,20 @@ class Pipeline:
                 f"method {asked[:60]!r} cannot be had here; known are {', '.join(known)}", field="method"
             )
         return asked
+
+    async def get_pool(self, tenant: str, name: str) -> NamedPool:
+        """The tenant's pool of this name. Raises UnknownPool."""
+        found = await self.stores.pools.find(tenant, check_name(name))
+        if found is None:
+            raise no_such_pool(name)
+        return found
+
+    async def tokenize(self, call: Call, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The tokens of a text that is short enough to be a prompt. Raises InvalidRequest or PromptTooLong."""
+        if not text:
+            raise InvalidRequest("the text is empty; give at least one token", field="prompt")
+        with self.admission.enter(call.tenant, call.num_bytes):
+            return await self._intake.encoded(call.tenant, text, add_special_tokens=add_special_tokens)
 
     # --- what is served ---------------------------------------------------------------------------------------------
 

@@ -36,6 +36,22 @@ class TlsFiles:
             require_client_authentication=self.client_ca is not None,
         )
 
+    def context(self) -> ssl.SSLContext:
+        """A context for HTTP. Raises ConfigError as `credentials` does."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_alpn_protocols(["http/1.1"])
+        self.load_into(context, self.read())
+        return context
+
+    def load_into(self, context: ssl.SSLContext, pems: _Pems) -> None:
+        """Handshakes that begin from now on have these."""
+        with _as_file(pems.cert) as cert, _as_file(pems.key) as key:
+            context.load_cert_chain(cert, key, password="")
+        if pems.roots is not None:
+            with _as_file(pems.roots) as roots:
+                context.load_verify_locations(roots)
+            context.verify_mode = ssl.CERT_REQUIRED
+
     def read(self) -> _Pems:
         """Reads the files and checks that they fit together. Raises ConfigError."""
         roots = _pem(self.client_ca, "router.tls_client_ca") if self.client_ca else None

@@ -17,6 +17,10 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 from wsgiref.headers import Headers
 
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
 from pager import __version__
 from pager.types import ExpertPool, Full, ModelInfo, PagingCounts, PoolPolicy, Usage
 from router_service.hints import HintStore, WorkerHolds, size_name
@@ -298,6 +302,16 @@ class Page:
             f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; connect-src 'self'; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
+
+    def routes(self) -> list[BaseRoute]:
+        """The page as routes of an ASGI application."""
+
+        async def answer(request: Request) -> Response:
+            status, kind, body = await asyncio.to_thread(self._answer, request.method, request.url.path)
+            headers = {**dict(_SAFE), "Content-Security-Policy": self._policy}
+            return Response(body, int(status[:3]), headers, kind)
+
+        return [Route(path, answer, methods=["GET"]) for path in ("/ui", "/ui/", "/ui/state.json")]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """As a WSGI application, mounted at `/ui`."""

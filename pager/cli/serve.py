@@ -47,6 +47,8 @@ SETTINGS = {
     "router.router": "router",
     "router.host": "host",
     "router.port": "port",
+    "router.http_port": "http_port",
+    "model.chat_template": "chat_template",
     "router.metrics_port": "metrics_port",
     "cluster.ray_address": "ray_address",
     "cluster.file_sd": "file_sd",
@@ -84,6 +86,13 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port, 0 for a free one. Default: 50051.", metavar="N")] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="Chat template (Jinja) of the HTTP API. Default: the checkpoint's own.", metavar="FILE"),
+    ] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Port of the HTTP API, 0 for a free one. Default: 8080.", metavar="N")
+    ] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="Port of /metrics, 0 for a free one. Default: 9464.", metavar="N")
     ] = None,
@@ -149,11 +158,16 @@ def _announce(ready: Ready, as_json: bool, log_format: str) -> None:
         else:
             err.print(line, style="dim", markup=False)
     if as_json or log_format == "json":
-        facts = {"address": ready.address, "metrics_url": ready.metrics_url, "model": ready.model.name}
+        facts = {"address": ready.address, "http_url": ready.http_url}
+        facts |= {"metrics_url": ready.metrics_url, "model": ready.model.name}
         print_json({**facts, "workers": ready.num_workers, "plan": ready.model.plan}, indent=None)
     else:
         workers = "1 worker" if ready.num_workers == 1 else f"{ready.num_workers} workers"
-        print(f"ready: {ready.model.name} on {ready.address}, {workers}, metrics at {ready.metrics_url}", flush=True)
+        print(
+            f"ready: {ready.model.name} on {ready.address} and {ready.http_url}, {workers}, "
+            f"metrics at {ready.metrics_url}",
+            flush=True,
+        )
 
 
 def check_config(

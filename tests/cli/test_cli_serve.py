@@ -29,7 +29,19 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @contextmanager
 def serving(checkpoint: Path, log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """The process and what its ready line says. Killed if it is still there at the end."""
-    arguments = [str(checkpoint), "--port", "0", "--metrics-port", "0", "--device", "cpu", "--json", *options]
+    arguments = [
+        str(checkpoint),
+        "--port",
+        "0",
+        "--http-port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--device",
+        "cpu",
+        "--json",
+        *options,
+    ]
     path = os.pathsep.join([str(ROOT), str(ROOT / "protos")])
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -157,7 +169,7 @@ def test_refusals_are_one_line_and_the_next_request_works(run: Run, service: dic
 def test_a_port_that_another_program_has_is_named_before_ray_starts(checkpoint: Path, key: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        ports = {"router.port": 0, "router.metrics_port": 0}
+        ports = {"router.port": 0, "router.http_port": 0, "router.metrics_port": 0}
         if key == "the second worker's":
             key, ports = "workers.metrics_port", ports | {"workers.metrics_port": port - 1, "workers.count": 2}
         else:
@@ -172,7 +184,7 @@ def test_a_port_that_another_program_has_is_named_before_ray_starts(checkpoint: 
 def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = process("serve", checkpoint, "--port", port, "--metrics-port", 0)
+        done = process("serve", checkpoint, "--port", port, "--http-port", 0, "--metrics-port", 0)
         assert (done.returncode, done.stderr.count("error:")) == (1, 1), done.stderr
         assert f"port {port} on 127.0.0.1 is in use" in done.stderr
     config = tmp_path / "service.toml"
@@ -191,7 +203,7 @@ def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint:
         (checkpoint, "--predictor", "prefill", "--pool", "32KiB"): "can take no effect",
         (checkpoint, "--pools", checkpoint / "config.json"): "cannot be written",
     }.items():
-        done = run("serve", *arguments, "--device", "cpu", "--port", 0, "--metrics-port", 0)
+        done = run("serve", *arguments, "--device", "cpu", "--port", 0, "--http-port", 0, "--metrics-port", 0)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert message in done.stderr
 

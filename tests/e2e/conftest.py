@@ -287,7 +287,7 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
 def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
     """`expert-pager serve ARGUMENTS` on free ports. Ended, with all that it has started, if the test did not do it."""
     folder.mkdir(parents=True, exist_ok=True)
-    ports = ("--port", 0, "--metrics-port", 0, "--file-sd", folder / "targets.json", "--json")
+    ports = ("--port", 0, "--http-port", 0, "--metrics-port", 0, "--file-sd", folder / "targets.json", "--json")
     namespace = env.setdefault("EXPERT_PAGER_CLUSTER_NAMESPACE", f"e2e-{os.getpid()}-{folder.name}")
     started_s, busy_before_s = time.monotonic(), busy_s()
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:

@@ -92,7 +92,7 @@ def outcomes(
         else:
             options, env, _ = SETTINGS[name]
         pairs = [word for pair in options.items() for word in pair]
-        return run("serve", path, "--port", 0, "--metrics-port", 0, "--device", "cpu", *pairs, **env)
+        return run("serve", path, "--port", 0, "--http-port", 0, "--metrics-port", 0, "--device", "cpu", *pairs, **env)
 
     names = [*DAMAGES, *SETTINGS]
     with ThreadPoolExecutor(2) as threads:

@@ -171,7 +171,7 @@ def test_a_service_that_loses_a_daemon_of_its_ray_drains_and_exits_to_be_started
 def test_a_daemon_of_ray_that_is_lost_while_workers_start_ends_the_start(
     model: Path, launch: Callable[..., psutil.Popen], until: Callable[..., None]
 ) -> None:
-    options = ("--expert-memory", "25%", "--device", "cpu", "--port", 0, "--metrics-port", 0)
+    options = ("--expert-memory", "25%", "--device", "cpu", "--port", 0, "--http-port", 0, "--metrics-port", 0)
     process = launch("serve", model, *options, EXPERT_PAGER_CLUSTER_NAMESPACE=f"e2e-{os.getpid()}-lost")
     try:
         until(lambda: any("ray::WorkerActor" in " ".join(each.cmdline()) for each in process.children(True)), 120)

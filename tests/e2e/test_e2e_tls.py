@@ -72,7 +72,7 @@ def test_a_key_that_is_not_there_is_named_at_once(
     run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     done = run(
-        "serve", GOLDEN, "--port", 0, "--metrics-port", 0,
+        "serve", GOLDEN, "--port", 0, "--http-port", 0, "--metrics-port", 0,
         EXPERT_PAGER_ROUTER_TLS_CERT=str(tmp_path / "tls.crt"), EXPERT_PAGER_ROUTER_TLS_KEY=str(tmp_path / "absent"),
     )  # fmt: skip
     assert done.returncode == 1

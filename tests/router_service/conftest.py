@@ -57,7 +57,7 @@ MODEL = ModelInfo(
 class ByteTokenizer:
     longest_token_bytes = 1
 
-    def encode(self, text: str, most: int, /) -> Encoded:
+    def encode(self, text: str, most: int, /, *, add_special_tokens: bool = True) -> Encoded:
         ids = list(text.encode())
         return Encoded(len(ids), ids if len(ids) <= most else ())
 

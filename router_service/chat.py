@@ -1,0 +1,205 @@
+"""Texts of the HTTP front: chat templates, tool calls, and what single tokens look like.
+
+Templates are rendered by transformers (a sandboxed Jinja), with the special tokens that the tokenizer's settings name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders
+
+from pager.errors import CheckpointError, ConfigError, InvalidRequest
+from pager.reading import parse_json, read_bounded, reason_of
+
+TEMPLATE_NAME = "chat_template.jinja"
+SETTINGS_NAME = "tokenizer_config.json"
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_RENDERED_CHARACTERS = 8 * 2**20
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function that an answer asks for; `arguments` is JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """The template of a model, and the names that it may use beside the messages."""
+
+    source: str
+    names: Mapping[str, str]
+
+    @classmethod
+    def read(cls, model: Path, file: Path | None = None) -> ChatTemplate | None:
+        """The template in `file`, else the model's own; None where it has none.
+
+        Raises ConfigError for a `file` that cannot be read, CheckpointError for damaged settings of the model.
+        """
+        settings: dict[str, Any] = {}
+        path = model / SETTINGS_NAME
+        try:
+            if path.exists():
+                settings = parse_json(read_bounded(path, MAX_TEMPLATE_BYTES).decode())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; fetch it again") from None
+        source = settings.get("chat_template")
+        if isinstance(source, list):  # several by name
+            source = next((each.get("template") for each in source if each.get("name") == "default"), None)
+        chosen = file or (model / TEMPLATE_NAME if (model / TEMPLATE_NAME).exists() else None)
+        if chosen is not None:
+            try:
+                source = read_bounded(chosen, MAX_TEMPLATE_BYTES).decode()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"the chat template {chosen} cannot be read: {reason_of(error)}") from None
+        if not isinstance(source, str):
+            return None
+        return cls(source, {name: token for name in _SPECIAL if (token := _content(settings.get(name)))})
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """The prompt that the messages make, up to where the assistant's answer begins. Raises InvalidRequest."""
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered, _ = render_jinja_template(
+                [[dict(message) for message in messages]],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                chat_template=self.source,
+                add_generation_prompt=True,
+                **self.names,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            # A template refuses what it does not know (a role, an order) by an exception whose text is its author's.
+            reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
+            raise InvalidRequest(
+                f"the model's chat template does not take these messages: {reason[:200]}", field="messages"
+            ) from None
+        text = str(rendered[0])
+        if len(text) > MAX_RENDERED_CHARACTERS:
+            raise InvalidRequest(f"the messages become {len(text)} characters; send less", field="messages")
+        return text
+
+
+def _content(token: Any) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+# --- tool calls -----------------------------------------------------------------------------------------------------
+
+
+_TAGGED = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+def _tagged_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """Hermes' and Qwen's way: JSON with `name` and `arguments` between <tool_call> tags."""
+    calls = []
+    for found in _TAGGED.finditer(text):
+        call = _call_in(found[1])
+        if call is None:
+            return text, []
+        calls.append(call)
+    return _TAGGED.sub("", text).strip() if calls else text, calls
+
+
+def _call_in(text: str) -> ToolCall | None:
+    try:
+        call = json.loads(text)
+        name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return ToolCall(new_call_id(), str(name), arguments if isinstance(arguments, str) else json.dumps(arguments))
+
+
+def new_call_id() -> str:
+    """An id for a call of a tool."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+PARSERS: Mapping[str, Callable[[str], tuple[str, list[ToolCall]]]] = {"<tool_call>": _tagged_calls}
+"""By what a chat template has in it: from an answer's text to the text beside its calls, and the calls."""
+
+
+def tool_parser(template: ChatTemplate) -> Callable[[str], tuple[str, list[ToolCall]]] | None:
+    """The parser for answers of a model with this template; None where no known one fits."""
+    return next((parser for mark, parser in PARSERS.items() if mark in template.source), None)
+
+
+def forced_call_schema(tools: Sequence[Mapping[str, Any]], name: str | None) -> str:
+    """JSON schema of an answer that must call the tool of that name, or any of them. Raises InvalidRequest."""
+    functions = [tool["function"] for tool in tools]
+    chosen = [each for each in functions if name is None or each["name"] == name]
+    if not chosen:
+        raise InvalidRequest(f"tool_choice names {str(name)[:64]!r}, which is not among `tools`", field="tool_choice")
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": each["name"]},
+                "arguments": each.get("parameters") or {"type": "object", "properties": {}},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for each in chosen
+    ]
+    return json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
+
+
+def forced_call(text: str) -> ToolCall | None:
+    """The call in an answer that `forced_call_schema` has shaped; None for one that was cut short."""
+    return _call_in(text)
+
+
+# --- single tokens --------------------------------------------------------------------------------------------------
+
+
+class TokenTexts:
+    """What single tokens look like. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        self.of = lru_cache(maxsize=1 << 16)(self._of)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens in a row, special ones included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def _of(self, token_id: int) -> tuple[str, bytes]:
+        """The text of one token, and its bytes; a part of a character is named by its bytes, as in OpenAI's answers."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return "", b""
+        if self._is_byte_level and token not in self._added:
+            data = bytes(_byte_of()[character] for character in token if character in _byte_of())
+        elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            data = bytes([int(token[3:5], 16)])
+        else:
+            data = token.replace("▁", " ").encode()
+        try:
+            return data.decode(), data
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
+
+
+@lru_cache(maxsize=1)
+def _byte_of() -> dict[str, int]:
+    """The bytes that the characters of byte-level tokens stand for: printable ones for themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

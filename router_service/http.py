@@ -1,0 +1,420 @@
+"""The HTTP front: one ASGI application beside the gRPC server, on the router's own event loop.
+
+It calls the pipeline as the gRPC methods do. What is OpenAI's or Anthropic's in it lies in modules of these names; here
+are the server, the life of one exchange (bounds, errors, events, a client that goes or does not read), and the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import grpc
+import uvicorn
+from pydantic_core import from_json
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from pager.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    PagerError,
+    PortInUse,
+    SlowReader,
+)
+from pager.memory.units import format_address
+from pager.observe import tracing
+from pager.observe.logs import request_id, trace_context, traceparent_of
+from pager.types import TokenChunk
+from router_service import requests
+from router_service.access_log import CallRecorder
+from router_service.message_bounds import MAX_METADATA_BYTES
+from router_service.requests import Ask
+from router_service.service import Call, Pipeline
+from router_service.status import DEFAULT_RETRY_S, code_of
+from router_service.tenants import tenant_in
+from router_service.tls import TlsFiles
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 2 * 2**20  # whose JSON takes the event loop less than 50 ms
+MAX_DISCARDED_BYTES = 32 * 2**20
+DISCARD_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+HEAD_TIMEOUT_S = 20.0  # from a connection's first byte of a request to the end of its headers
+KEEP_ALIVE_S = 75
+MAX_CONNECTIONS = 4096
+REQUEST_ID = "x-request-id"
+CLIENT_CLOSED = 499  # as proxies write it: nobody is there to read it
+
+_Code = grpc.StatusCode
+_STATUS: Mapping[grpc.StatusCode, int] = {
+    _Code.INVALID_ARGUMENT: 400,
+    _Code.FAILED_PRECONDITION: 400,
+    _Code.UNAUTHENTICATED: 401,
+    _Code.PERMISSION_DENIED: 403,
+    _Code.NOT_FOUND: 404,
+    _Code.UNIMPLEMENTED: 404,
+    _Code.ALREADY_EXISTS: 409,
+    _Code.RESOURCE_EXHAUSTED: 429,
+    _Code.CANCELLED: CLIENT_CLOSED,
+    _Code.INTERNAL: 500,
+    _Code.DATA_LOSS: 500,
+    _Code.UNAVAILABLE: 503,
+    _Code.DEADLINE_EXCEEDED: 504,
+}
+
+
+class BodyTooLarge(InvalidRequest):
+    """The body has more bytes than any that is taken."""
+
+
+def status_of(error: PagerError) -> int:
+    """The HTTP status of an error: that of its gRPC code, but for a body that is too large."""
+    return 413 if isinstance(error, BodyTooLarge) else _STATUS[code_of(error)]
+
+
+ErrorBody = Callable[[PagerError, int], dict[str, Any]]
+
+
+class Exchange:
+    """One request and its answer: JSON, or a stream of events that begins with the first one."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, write_timeout_s: float) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._write_timeout_s = write_timeout_s
+        self._writing = asyncio.Lock()
+        self.has_begun = False
+        self.headers: dict[str, str] = {}
+        self.num_bytes = 0
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The request's headers, as gRPC's metadata are written."""
+        return tuple(
+            (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in self._scope["headers"]
+        )
+
+    def path_parameter(self, name: str) -> str:
+        """A part of the path, by its name in the route."""
+        return str(self._scope["path_params"][name])
+
+    async def json(self) -> Any:
+        """The body. Raises InvalidRequest, BodyTooLarge or DeadlineExceeded."""
+        kind = Request(self._scope).headers.get("content-type", "")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            raise InvalidRequest(f"the content type is {kind[:60]!r}; send application/json", field="content-type")
+        data = await self._body()
+        self.num_bytes = len(data)
+        try:
+            return from_json(data, allow_inf_nan=False)
+        except ValueError as error:
+            raise InvalidRequest(f"the body is not JSON: {str(error)[:120]}") from None
+
+    async def _body(self) -> bytes:
+        length = Request(self._scope).headers.get("content-length", "")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            await self._discard()
+            raise _too_large()
+        parts, num_bytes = [], 0
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise Cancelled("the client has gone")
+                    parts.append(message.get("body", b""))
+                    num_bytes += len(parts[-1])
+                    if num_bytes > MAX_BODY_BYTES:
+                        await self._discard()
+                        raise _too_large()
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the body did not come whole within {READ_TIMEOUT_S:g} s; send less") from None
+
+    async def _discard(self) -> None:
+        """Reads on for a while, since many clients look for an answer only when they have sent everything."""
+        num_bytes = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_TIMEOUT_S):
+                while num_bytes < MAX_DISCARDED_BYTES:
+                    message = await self._receive()
+                    num_bytes += len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
+
+    async def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+        """The whole answer at once."""
+        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        await self._begin(status, "application/json", {"content-length": str(len(data)), **(headers or {})})
+        await self._write(data, more=False)
+
+    async def event(self, data: Any, name: str | None = None) -> None:
+        """The next event of a stream. Raises SlowReader for a client that reads nothing."""
+        async with self._writing:
+            if not self.has_begun:
+                await self._begin(200, "text/event-stream", {"cache-control": "no-cache", "x-accel-buffering": "no"})
+            text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+            prefix = "" if name is None else f"event: {name}\n"
+            await self._write(f"{prefix}data: {text}\n\n".encode("utf-8", "replace"), more=True)
+
+    async def end(self) -> None:
+        """The stream is over."""
+        await self._write(b"", more=False)
+
+    async def gone(self) -> None:
+        """Returns when the client has left."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _begin(self, status: int, kind: str, headers: Mapping[str, str]) -> None:
+        self.has_begun = True
+        all_headers = {"content-type": kind, **headers, **self.headers}
+        encoded = [(name.encode(), value.encode("latin-1", "replace")) for name, value in all_headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+    async def _write(self, data: bytes, more: bool) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise SlowReader(f"the client read nothing for {self._write_timeout_s:g} s; read faster") from None
+
+
+def _too_large() -> BodyTooLarge:
+    return BodyTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes; send less, or call the service by gRPC")
+
+
+Handler = Callable[[Exchange, str], Awaitable[None]]
+"""Answers one exchange for one tenant."""
+
+
+class Endpoint:
+    """An ASGI application for one route: the boundary where errors become answers, whatever is thrown below it."""
+
+    def __init__(
+        self, method: str, handler: Handler, error_body: ErrorBody, recorder: CallRecorder, write_timeout_s: float
+    ) -> None:
+        self._method = method
+        self._handler = handler
+        self._error_body = error_body
+        self._recorder = recorder
+        self._write_timeout_s = write_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self._write_timeout_s)
+        metadata = exchange.metadata
+        with tracing.call(f"http/{self._method}", metadata):
+            trace_context.set(tracing.traceparent() or traceparent_of(metadata))
+            with self._recorder.call(self._method, tenant_in(metadata)) as outcome:
+                self._name(exchange, metadata)
+                await self._handler(exchange, requests.tenant(metadata))
+            if outcome.error is not None:
+                with suppress(SlowReader, OSError):  # it is recorded, and there is nobody to tell
+                    await self._fail(exchange, outcome.error)
+
+    @staticmethod
+    def _name(exchange: Exchange, metadata: Sequence[tuple[str, str]]) -> None:
+        """Takes the request's id from its headers, and sends it back. Raises InvalidRequest."""
+        given = next((value for name, value in metadata if name == REQUEST_ID), "")
+        id_ = requests.request_id(given) if given else requests.new_id()
+        request_id.set(id_)
+        exchange.headers[REQUEST_ID] = id_
+
+    async def _fail(self, exchange: Exchange, error: PagerError) -> None:
+        status = status_of(error)
+        body = self._error_body(error, status)
+        if exchange.has_begun:  # of a stream: its last event
+            await exchange.event(body)
+            await exchange.end()
+            return
+        headers = {}
+        if error.retryable:
+            headers["retry-after"] = str(max(1, round(error.retry_after_s or DEFAULT_RETRY_S)))
+        await exchange.answer(status, body, headers)
+
+
+async def until_gone(exchange: Exchange, work: Awaitable[None]) -> None:
+    """Does `work`, and gives it up when the client leaves. Raises Cancelled then."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(exchange.gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client has gone")
+        working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def run_all(
+    pipeline: Pipeline, call: Call, asks: Sequence[Ask], seen: Callable[[int, TokenChunk], Awaitable[None]]
+) -> None:
+    """Runs all answers of a call at once; `seen` gets their chunks with the number of their ask.
+
+    The first that fails ends the others, and is what is raised.
+    """
+
+    async def one(index: int, ask: Ask) -> None:
+        await pipeline.generate(call, ask, lambda chunk: seen(index, chunk))
+
+    if len(asks) == 1:
+        await one(0, asks[0])
+        return
+    tasks = [asyncio.create_task(one(index, ask)) for index, ask in enumerate(asks)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def new_call(exchange: Exchange, tenant: str) -> Call:
+    """The call of an exchange whose body has been read."""
+    return Call(tenant, exchange.num_bytes)
+
+
+# --- the server -----------------------------------------------------------------------------------------------------
+
+
+class _Protocol(H11Protocol):
+    """Ends a connection that does not send a whole head in time, which uvicorn would keep for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._check_head)
+
+    def _check_head(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """A server inside of a process that has its own way with signals."""
+
+    def capture_signals(self) -> Any:
+        return nullcontext()
+
+
+class HttpServer:
+    """Owns the listening port of the HTTP front."""
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+        self._server: _Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self.port = 0
+        self.address = ""
+
+    async def start(self, host: str, port: int, tls: TlsFiles | None = None) -> None:
+        """Listens; port 0 takes a free one, found in `self.port`. Raises PortInUse or ConfigError."""
+        config = uvicorn.Config(
+            self._app,
+            host=host,
+            port=port,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            limit_concurrency=MAX_CONNECTIONS,
+            h11_max_incomplete_event_size=MAX_METADATA_BYTES,
+            backlog=1024,
+        )
+        config.load()
+        if tls is not None:
+            config.ssl = tls.context()
+            self._renewing = asyncio.create_task(_renew(tls, config.ssl))
+        self._server = _Server(config)
+        bound = _bind(host, port)
+        self.port = bound.getsockname()[1]
+        self.address = format_address(host, self.port)
+        self._serving = asyncio.create_task(self._server.serve([bound]))
+        while not self._server.started and not self._serving.done():  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.005)
+        if self._serving.done():
+            self._serving.result()
+
+    async def stop(self, grace_s: float = 0.5) -> None:
+        """Takes no more requests, gives those in flight `grace_s`, and closes. Idempotent."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+        if self._server is None or self._serving is None:
+            return
+        self._server.config.timeout_graceful_shutdown = max(1, round(grace_s))
+        self._server.should_exit = True
+        await asyncio.gather(self._serving, return_exceptions=True)
+
+
+RENEW_EVERY_S = 2.0
+
+
+async def _renew(tls: TlsFiles, context: ssl.SSLContext) -> None:
+    """Has new handshakes take the files as they are now; what cannot be used is passed over until it can."""
+    used, complaint = tls.read(), ""
+    while True:
+        await asyncio.sleep(RENEW_EVERY_S)
+        try:
+            found = await asyncio.to_thread(tls.read)
+        except ConfigError as error:
+            if error.message != complaint:
+                log.warning("%s; HTTP goes on with the certificate as it was", error)
+            complaint = error.message
+            continue
+        complaint = ""
+        if found != used:
+            tls.load_into(context, found)
+            used = found
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} on {host} is in use; choose another (router.http_port)") from None
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    return bound
+
+
+def not_found(paths: Iterable[str]) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
+    """Answers for paths and methods that there are none of."""
+    known = ", ".join(sorted(paths))
+
+    async def handler(request: Request, error: Exception) -> JSONResponse:
+        status = error.status_code if isinstance(error, HTTPException) else 404
+        what = "this method" if status == 405 else "this path"
+        message = f"there is nothing at {what} here; there is {known}"
+        return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": status}}, status)
+
+    return handler

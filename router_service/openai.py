@@ -1,0 +1,828 @@
+"""OpenAI's requests and answers: which fields are taken, what they ask of the pipeline, and what goes back.
+
+Every field is taken, taken at the one value that changes nothing, or refused by its name; `docs/http.md` has the table,
+made from these classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pager.errors import InvalidRequest
+from pager.pools.drift import parse_drift
+from pager.pools.pick import parse_pool_size
+from pager.sampling import check_sampling, check_vocabulary
+from pager.types import (
+    FinishReason,
+    Grammar,
+    GrammarKind,
+    ModelInfo,
+    PoolPolicy,
+    SamplingParams,
+    TokenChunk,
+    TokenLogprobs,
+    Usage,
+)
+from router_service.chat import ChatTemplate, TokenTexts, forced_call_schema
+from router_service.requests import PoolByName, check_model, chosen_pool
+
+MAX_CHOICES = 32
+COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is absent, as OpenAI's
+MAX_TOP_LOGPROBS = 20
+_ROLES = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Strict(BaseModel):
+    """A JSON object in which every key is known. `NEUTRAL` keys have one value each that changes nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    REFUSED: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def read(cls, body: Any) -> Self:
+        """Raises InvalidRequest, which names the field and never quotes what a message says."""
+        if not isinstance(body, dict):
+            raise InvalidRequest("the body is not a JSON object")
+        kept = {}
+        for name, value in body.items():
+            if name in cls.REFUSED and value is not None:
+                raise InvalidRequest(f"`{name}` is not supported: {cls.REFUSED[name]}", field=name)
+            if name in cls.NEUTRAL and value is not None and value not in cls.NEUTRAL[name]:
+                known = " or ".join(json.dumps(each) for each in cls.NEUTRAL[name])
+                raise InvalidRequest(f"`{name}` can only be {known} here; leave it out", field=name)
+            if name not in cls.REFUSED and name not in cls.NEUTRAL:
+                kept[name] = value
+        try:
+            return cls.model_validate(kept)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            message = "is not a field of this request" if first["type"] == "extra_forbidden" else first["msg"]
+            raise InvalidRequest(f"`{where[:200]}`: {message}", field=where[:200]) from None
+
+
+class StreamOptions(Strict):
+    """What a stream has beside its chunks."""
+
+    include_usage: bool = False
+
+    NEUTRAL: ClassVar = {"include_obfuscation": (False,)}
+
+
+class JsonSchema(Strict):
+    """A schema that an answer has to satisfy."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Grammar(GrammarKind.JSON_OBJECT)
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            raise InvalidRequest("`response_format.json_schema.schema` is missing", field="response_format")
+        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(self.json_schema.schema_))
+
+
+class Function(Strict):
+    """A function that an answer may ask to be called."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    """The one tool that an answer must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class Sampled(Strict):
+    """The fields that completions and chat share."""
+
+    model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
+    temperature: float | None = Field(default=None, description="1 by default, as OpenAI's; 0 is greedy")
+    top_p: float | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description=f"at most {MAX_CHOICES}; answers run at once")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = Field(default=None, description="answer i of several has seed + i")
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = Field(default=None, description="a digest of it is in the access log")
+    response_format: ResponseFormat | None = None
+    pool: str | int | float | None = Field(default=None, description="the pool's size, as `--pool` of the command line")
+    drift: str | float | None = Field(default=None, description="as `--drift` of the command line")
+    top_k: int | None = Field(default=None, description="as vLLM's")
+    min_p: float | None = Field(default=None, description="as vLLM's")
+    min_tokens: int | None = Field(default=None, description="as vLLM's")
+    repetition_penalty: float | None = Field(default=None, description="as vLLM's")
+    stop_token_ids: list[int] | None = Field(default=None, description="as vLLM's")
+    ignore_eos: bool | None = Field(default=None, description="as vLLM's")
+    guided_json: dict[str, Any] | str | None = Field(default=None, description="as vLLM's")
+    guided_regex: str | None = Field(default=None, description="as vLLM's")
+    guided_grammar: str | None = Field(default=None, description="GBNF; as vLLM's")
+
+    def sampling(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
+        """Raises InvalidRequest for grammars that exclude each other and for biases of what is no token id."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given: dict[str, Any] = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": max(0, self.top_k) if self.top_k is not None else None,  # -1 is off for vLLM
+            "seed": self.seed,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "min_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos,
+        }
+        return SamplingParams(
+            **{name: value for name, value in given.items() if value is not None},
+            max_tokens=max_tokens,
+            stop=stop,
+            logit_bias=_biases(self.logit_bias or {}),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            grammar=self.grammar(),
+        )
+
+    def grammar(self) -> Grammar | None:
+        """The one grammar of the answer. Raises InvalidRequest for more than one."""
+        found = []
+        if self.response_format is not None and (grammar := self.response_format.grammar) is not None:
+            found.append(grammar)
+        if self.guided_json is not None:
+            schema = self.guided_json if isinstance(self.guided_json, str) else json.dumps(self.guided_json)
+            found.append(Grammar(GrammarKind.JSON_SCHEMA, schema))
+        if self.guided_regex is not None:
+            found.append(Grammar(GrammarKind.REGEX, self.guided_regex))
+        if self.guided_grammar is not None:
+            found.append(Grammar(GrammarKind.EBNF, self.guided_grammar))
+        if len(found) > 1:
+            raise InvalidRequest("an answer has one form; give one of response_format and guided_*", field="guided")
+        return found[0] if found else None
+
+    @property
+    def user_digest(self) -> str | None:
+        return None if self.user is None else digest(self.user)
+
+
+def digest(name: str) -> str:
+    """What stands for a user's name in logs."""
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple((int(token), bias) for token, bias in given.items())
+    except ValueError:
+        raise InvalidRequest("the keys of `logit_bias` are token ids", field="logit_bias") from None
+
+
+Prompts = str | list[str] | list[int] | list[list[int]]
+
+
+class CompletionRequest(Sampled):
+    """/v1/completions."""
+
+    prompt: Prompts = Field(description="a text, token ids, or several of either", union_mode="left_to_right")
+    max_tokens: int | None = Field(default=None, ge=0, description=f"{COMPLETION_TOKENS} by default; 0 with `echo`")
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+
+    REFUSED: ClassVar = {"suffix": "the model fills nothing in"}
+
+    @property
+    def has_max_tokens(self) -> bool:
+        return self.max_tokens is not None
+
+    def sampling_of(self, token_limit: int) -> SamplingParams:
+        """With log-probabilities where answers are shown with them, or chosen by them."""
+        limit = min(COMPLETION_TOKENS, token_limit) if self.max_tokens is None else max(1, self.max_tokens)
+        is_ranked = self.best_of is not None and self.best_of > (self.n or 1)
+        logprobs = 0 if self.logprobs is None and is_ranked else self.logprobs
+        return self.sampling(limit, logprobs, self.logprobs if self.echo else None)
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt by itself. Raises InvalidRequest for none."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise InvalidRequest("`prompt` is empty; give at least one token", field="prompt")
+        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
+
+
+class TextPart(Strict):
+    """A part of a message; text is the only kind."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+    NEUTRAL: ClassVar = {"annotations": ([],), "cache_control": ()}
+
+
+class CalledFunction(Strict):
+    name: str
+    arguments: str
+
+
+class CalledTool(Strict):
+    """A call that an earlier answer asked for."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: _ROLES
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+
+    NEUTRAL: ClassVar = {"refusal": (), "annotations": ([],), "function_call": (), "audio": ()}
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates read it: plain text, and arguments of calls as objects."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        made: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content or "",
+        }
+        if self.name is not None:
+            made["name"] = self.name
+        if self.tool_call_id is not None:
+            made["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            made["tool_calls"] = [_called(call) for call in self.tool_calls]
+        return made
+
+
+def _called(call: CalledTool) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError:
+        raise InvalidRequest("`messages`: the arguments of a tool call are not JSON", field="messages") from None
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+class ChatRequest(Sampled):
+    """/v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1, description="as max_completion_tokens")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="what fits, by default")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+
+    NEUTRAL: ClassVar = {
+        "parallel_tool_calls": (True,),
+        "store": (False,),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+        "modalities": (["text"],),
+        "verbosity": ("medium",),
+    }
+    REFUSED: ClassVar = {
+        "audio": "answers are text",
+        "prediction": "nothing is drafted",
+        "reasoning_effort": "the models served here have no such switch",
+        "web_search_options": "nothing is searched",
+        "functions": "use `tools`",
+        "function_call": "use `tool_choice`",
+        "prompt_cache_key": "prefixes are recognised by themselves",
+        "safety_identifier": "use `user`",
+    }
+
+    @property
+    def has_max_tokens(self) -> bool:
+        return self.max_completion_tokens is not None or self.max_tokens is not None
+
+    def sampling_of(self, token_limit: int) -> SamplingParams:
+        """Raises InvalidRequest for alternatives without log-probabilities."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs`", field="top_logprobs")
+        limit = self.max_completion_tokens or self.max_tokens or token_limit
+        return self.sampling(limit, (self.top_logprobs or 0) if self.logprobs else None)
+
+    @property
+    def is_tool_forced(self) -> bool:
+        return isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required"
+
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools that the template is given. Raises InvalidRequest for a choice without tools."""
+        if not self.tools:
+            if self.is_tool_forced or self.tool_choice == "auto":
+                raise InvalidRequest("`tool_choice` needs `tools`", field="tool_choice")
+            return []
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    def grammar(self) -> Grammar | None:
+        if not self.is_tool_forced:
+            return super().grammar()
+        if super().grammar() is not None:
+            raise InvalidRequest("a forced tool call has its own form; leave response_format out", field="tool_choice")
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        return Grammar(GrammarKind.JSON_SCHEMA, forced_call_schema(self.shown_tools(), name))
+
+    def prompt(self, template: ChatTemplate | None) -> str:
+        """Raises InvalidRequest where the model has no template, or the template refuses the messages."""
+        if template is None:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions, or serve it with --chat-template FILE",
+                field="messages",
+            )
+        return template.render([message.for_template() for message in self.messages], self.shown_tools())
+
+
+class TextFormat(Strict):
+    """The form of an answer, as /v1/responses has it."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Strict):
+    format: TextFormat | None = None
+
+    NEUTRAL: ClassVar = {"verbosity": ("medium",)}
+
+
+class ResponseTool(Strict):
+    """A function, as /v1/responses has it."""
+
+    type: Literal["function"]
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseToolChoice(Strict):
+    type: Literal["function"]
+    name: str
+
+
+class InputItem(Strict):
+    """A message, a call, or what a tool has answered."""
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[TextPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | None = None
+
+    NEUTRAL: ClassVar = {"status": ("completed",)}
+
+    def for_template(self) -> dict[str, Any]:
+        """The item as chat templates read it."""
+        if self.type == "function_call":
+            function = CalledFunction(name=self.name or "", arguments=self.arguments or "{}")
+            return {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [_called(CalledTool(id=self.call_id or "", function=function))],
+            }
+        if self.type == "function_call_output":
+            return {"role": "tool", "tool_call_id": self.call_id or "", "content": self.output or ""}
+        if self.role is None:
+            raise InvalidRequest("`input`: a message without a role", field="input")
+        return Message(role=self.role, content=self.content).for_template()
+
+
+class ResponsesRequest(Strict):
+    """/v1/responses, without anything that is kept between two calls."""
+
+    model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
+    input: str | list[InputItem]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, description="what fits, by default")
+    temperature: float | None = Field(default=None, description="1 by default, as OpenAI's; 0 is greedy")
+    top_p: float | None = None
+    text: TextOptions | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    stream: bool | None = None
+    store: bool | None = Field(default=None, description="nothing is stored, whichever it is")
+    user: str | None = Field(default=None, description="a digest of it is in the access log")
+    pool: str | int | float | None = Field(default=None, description="the pool's size, as `--pool` of the command line")
+    drift: str | float | None = Field(default=None, description="as `--drift` of the command line")
+
+    NEUTRAL: ClassVar = {
+        "background": (False,),
+        "include": ([],),
+        "metadata": ({},),
+        "parallel_tool_calls": (True,),
+        "service_tier": ("auto", "default"),
+        "truncation": ("disabled",),
+        "top_logprobs": (0,),
+        "stream_options": ({"include_obfuscation": False},),
+    }
+    REFUSED: ClassVar = {
+        "previous_response_id": "nothing is stored; send the whole conversation as `input`",
+        "conversation": "nothing is stored; send the whole conversation as `input`",
+        "prompt": "there are no stored prompts; send `input`",
+        "reasoning": "the models served here have no such switch",
+        "max_tool_calls": "tools are called by the client",
+        "prompt_cache_key": "prefixes are recognised by themselves",
+        "safety_identifier": "use `user`",
+    }
+
+    @property
+    def has_max_tokens(self) -> bool:
+        return self.max_output_tokens is not None
+
+    @property
+    def user_digest(self) -> str | None:
+        return None if self.user is None else digest(self.user)
+
+    @property
+    def is_tool_forced(self) -> bool:
+        return isinstance(self.tool_choice, ResponseToolChoice) or self.tool_choice == "required"
+
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools that the template is given. Raises InvalidRequest for a choice without tools."""
+        if not self.tools:
+            if self.is_tool_forced or self.tool_choice == "auto":
+                raise InvalidRequest("`tool_choice` needs `tools`", field="tool_choice")
+            return []
+        if self.tool_choice == "none":
+            return []
+        return [
+            {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
+            for tool in self.tools
+        ]
+
+    def sampling_of(self, token_limit: int) -> SamplingParams:
+        given: dict[str, Any] = {} if self.top_p is None else {"top_p": self.top_p}
+        return SamplingParams(
+            **given,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            max_tokens=self.max_output_tokens or token_limit,
+            grammar=self._grammar(),
+        )
+
+    def _grammar(self) -> Grammar | None:
+        if self.is_tool_forced:
+            name = self.tool_choice.name if isinstance(self.tool_choice, ResponseToolChoice) else None
+            return Grammar(GrammarKind.JSON_SCHEMA, forced_call_schema(self.shown_tools(), name))
+        wanted = None if self.text is None else self.text.format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return Grammar(GrammarKind.JSON_OBJECT)
+        if wanted.schema_ is None:
+            raise InvalidRequest("`text.format.schema` is missing", field="text")
+        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(wanted.schema_))
+
+    def prompt(self, template: ChatTemplate | None) -> str:
+        """Raises InvalidRequest where the model has no template, or the template refuses the messages."""
+        if template is None:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions, or serve it with --chat-template FILE",
+                field="input",
+            )
+        messages = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else None
+        return template.render(
+            messages + (items if items is not None else [item.for_template() for item in self.input]),  # type: ignore[union-attr]
+            self.shown_tools(),
+        )
+
+
+class TokenizeRequest(Strict):
+    """/tokenize."""
+
+    model: str = ""
+    prompt: str
+    add_special_tokens: bool = True
+
+    NEUTRAL: ClassVar = {"return_token_strs": (False,)}
+
+
+class DetokenizeRequest(Strict):
+    """/detokenize."""
+
+    model: str = ""
+    tokens: list[int]
+
+
+# --- what is asked of the pipeline ----------------------------------------------------------------------------------
+
+
+def model_and_pool(
+    name: str, size: str | int | float | None, drift: str | float | None, model: ModelInfo, default: PoolPolicy
+) -> PoolPolicy | PoolByName:
+    """The pool that `model`, `pool` and `drift` of a request ask for. Raises InvalidRequest or UnknownModel."""
+    model_name, colon, pool_name = name.partition(":")
+    check_model(model_name, model)
+    asked_drift = parse_drift(None if drift is None else str(drift))
+    if colon:
+        if size is not None:
+            raise InvalidRequest("`model` names a pool, which has the size it has; leave `pool` out", field="pool")
+        return PoolByName(pool_name, asked_drift)
+    if size is None:
+        return chosen_pool(default.size, default.source, asked_drift or default.drift, model)
+    parsed = parse_pool_size(size)
+    return chosen_pool(parsed, default.source, asked_drift or default.drift, model)
+
+
+def checked(params: SamplingParams, model: ModelInfo) -> SamplingParams:
+    """Raises InvalidRequest, with the field as a request of OpenAI's calls it."""
+    try:
+        check_sampling(params)
+        check_vocabulary(params, model.vocab_size)
+    except InvalidRequest as error:
+        name = (error.field or "").removeprefix("sampling.")
+        raise InvalidRequest(error.message.replace("sampling.", "", 1), field=name) from None
+    return params
+
+
+def new_id(kind: str) -> str:
+    """An id for an answer, as OpenAI's begin."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+# --- what goes back -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer, as it has come so far. Owned by the call that it is for."""
+
+    index: int
+    prompt: int  # which of several
+    prompt_ids: Sequence[int] = ()
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    usage: Usage | None = None
+
+    def add(self, chunk: TokenChunk) -> None:
+        """The next chunk of the answer has come."""
+        self.texts.append(chunk.text)
+        self.token_ids.extend(chunk.token_ids)
+        self.logprobs.extend(chunk.logprobs)
+        self.prompt_logprobs.extend(chunk.prompt_logprobs)
+        self.usage = chunk.usage or self.usage
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return None if self.usage is None else finish_reason(self.usage)
+
+    @property
+    def mean_logprob(self) -> float:
+        return sum(each.logprob for each in self.logprobs) / max(1, len(self.logprobs))
+
+
+def finish_reason(usage: Usage) -> str:
+    return "length" if usage.finish_reason is FinishReason.LENGTH else "stop"
+
+
+def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Tokens as OpenAI counts them (a prompt once, however many answers it has), and what was paged."""
+    ended = [(choice.prompt, choice.usage) for choice in choices if choice.usage is not None]
+    prompts = {prompt: usage.prompt_tokens for prompt, usage in ended}
+    prompt_tokens, completion_tokens = sum(prompts.values()), sum(usage.completion_tokens for _, usage in ended)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "expert_pager": paged([usage for _, usage in ended]),
+    }
+
+
+def paged(usages: Sequence[Usage]) -> dict[str, Any] | None:
+    """What was paged for answers; the pool and the mode are the first one's. None without one."""
+    if not usages:
+        return None
+    first = usages[0]
+    return {
+        "mode": first.mode,
+        "pool": None if first.pool is None else first.pool.digest,
+        "pool_experts": None if first.pool is None else first.pool.num_experts,
+        "experts_hit": sum(usage.experts_hit for usage in usages),
+        "experts_missed": sum(usage.experts_missed for usage in usages),
+        "bytes_from_disk": sum(usage.bytes_from_disk for usage in usages),
+        "bytes_from_host": sum(usage.bytes_from_host for usage in usages),
+        "out_of_pool_mass": first.out_of_pool_mass,
+        "stall_seconds": sum(usage.stall_s for usage in usages),
+        "queue_seconds": first.queue_s,
+        "time_to_first_token_seconds": first.time_to_first_token_s,
+    }
+
+
+def head(kind: str, id_: str, model: str) -> dict[str, Any]:
+    """What every object of an answer begins with."""
+    return {"id": id_, "object": kind, "created": int(time.time()), "model": model}
+
+
+def completion_logprobs(
+    texts: TokenTexts, logprobs: Sequence[TokenLogprobs], first: int | None = None, offset: int = 0
+) -> dict[str, Any]:
+    """`first` is the id of a prompt's first token, of which there is no probability."""
+    tokens: list[str] = [] if first is None else [texts.of(first)[0]]
+    values: list[float | None] = [None] * len(tokens)
+    tops: list[dict[str, float] | None] = [None] * len(tokens)
+    for each in logprobs:
+        tokens.append(texts.of(each.token_id)[0])
+        values.append(each.logprob)
+        top = {texts.of(id_)[0]: value for id_, value in zip(each.top_ids, each.top_logprobs, strict=True)}
+        tops.append(top | {tokens[-1]: each.logprob})
+    offsets = [offset]
+    for token in tokens[:-1]:
+        offsets.append(offsets[-1] + len(token))
+    return {
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": tops,
+        "text_offset": offsets[: len(tokens)],
+    }
+
+
+def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """The log-probabilities of an answer's tokens, as chat completions have them."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = texts.of(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(data)}
+
+    return {
+        "content": [
+            {
+                **entry(each.token_id, each.logprob),
+                "top_logprobs": [entry(*pair) for pair in zip(each.top_ids, each.top_logprobs, strict=True)],
+            }
+            for each in logprobs
+        ],
+        "refusal": None,
+    }
+
+
+# --- /v1/responses --------------------------------------------------------------------------------------------------
+
+
+def response(
+    asked: ResponsesRequest, id_: str, choice: Choice, text: str, calls: Sequence[Mapping[str, Any]], reason: str
+) -> dict[str, Any]:
+    """The whole object, of an answer that has ended or has just begun."""
+    usage = choice.usage
+    status = "in_progress" if usage is None else "incomplete" if reason == "length" else "completed"
+    output: list[dict[str, Any]] = []
+    if text or not calls:
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        output.append({"type": "message", "id": f"msg_{id_}", "status": status, "role": "assistant", "content": [part]})
+    for call in calls:
+        function = call["function"]
+        output.append(
+            {"type": "function_call", "id": f"fc_{call['id']}", "call_id": call["id"], "status": status, **function}
+        )
+    body: dict[str, Any] = {
+        "id": id_,
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": asked.model,
+        "status": status,
+        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "error": None,
+        "instructions": asked.instructions,
+        "output": [] if usage is None else output,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto" if asked.tool_choice is None else asked.model_dump()["tool_choice"],
+        "tools": [] if asked.tools is None else [tool.model_dump() for tool in asked.tools],
+        "temperature": 1.0 if asked.temperature is None else asked.temperature,
+        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+        "metadata": {},
+        "store": False,
+    }
+    if usage is not None:
+        total = usage.prompt_tokens + usage.completion_tokens
+        body["usage"] = {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": total,
+            "expert_pager": paged([usage]),
+        }
+    return body
+
+
+Event = tuple[str, dict[str, Any]]
+
+
+class ResponseEvents:
+    """The events of a streamed response, numbered as they come."""
+
+    def __init__(self, id_: str, snapshot: Callable[[], dict[str, Any]]) -> None:
+        self._snapshot = snapshot
+        self._item_id = f"msg_{id_}"
+        self._number = 0
+
+    def begin(self) -> list[Event]:
+        """Before the first text."""
+        item = {"type": "message", "id": self._item_id, "status": "in_progress", "role": "assistant", "content": []}
+        return [
+            self._event("response.created", response=self._snapshot()),
+            self._event("response.in_progress", response=self._snapshot()),
+            self._event("response.output_item.added", output_index=0, item=item),
+            self._event("response.content_part.added", **self._place, part=_part("")),
+        ]
+
+    def delta(self, text: str) -> Event:
+        """Text has come."""
+        return self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])
+
+    def end(self, text: str) -> list[Event]:
+        """The answer is whole."""
+        whole = self._snapshot()
+        item = {
+            "type": "message",
+            "id": self._item_id,
+            "status": "completed",
+            "role": "assistant",
+            "content": [_part(text)],
+        }
+        calls = [each for each in whole["output"] if each["type"] == "function_call"]
+        events = [
+            self._event("response.output_text.done", **self._place, text=text, logprobs=[]),
+            self._event("response.content_part.done", **self._place, part=_part(text)),
+            self._event("response.output_item.done", output_index=0, item=item),
+        ]
+        for index, call in enumerate(calls, 1):
+            events.append(self._event("response.output_item.added", output_index=index, item=call))
+            events.append(self._event("response.output_item.done", output_index=index, item=call))
+        name = "response.incomplete" if whole["status"] == "incomplete" else "response.completed"
+        return [*events, self._event(name, response=whole)]
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+
+    def _event(self, name: str, **fields: Any) -> Event:
+        self._number += 1
+        return name, {"type": name, "sequence_number": self._number - 1, **fields}
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

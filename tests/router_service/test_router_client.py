@@ -184,7 +184,7 @@ async def test_a_deadline_that_passes_is_one(service: Running, client: Any) -> N
 
 
 @pytest.mark.parametrize("tenant", ["jörg", "a\nb"])
-def test_a_tenant_that_no_header_can_hold_is_refused(tenant):
+def test_a_tenant_that_no_header_can_hold_is_refused(tenant: str) -> None:
     with pytest.raises(InvalidRequest, match="has characters beyond"):
         Client("localhost:1", tenant=tenant)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from pager.errors import InvalidRequest
+from pager.reading import parse_json
 from pager.types import GrammarKind, SamplingParams
 
 MAX_TEMPERATURE = 100.0
@@ -128,6 +131,75 @@ def _check_grammar(params: SamplingParams) -> None:
             f"sampling.{name} and ignore_eos exclude each other: an answer ends when its grammar is complete",
             field="sampling.ignore_eos",
         )
+    if grammar.kind is GrammarKind.JSON_SCHEMA:
+        _check_schema(grammar.text)
+
+
+# What a schema may say that an answer is not held to: it would be ignored.
+_NOT_HELD_TO = {
+    *("allOf", "contains", "dependencies", "dependentRequired", "dependentSchemas", "else", "if", "maxContains"),
+    *("minContains", "multipleOf", "not", "oneOf", "patternProperties", "propertyNames", "then", "uniqueItems"),
+    "$dynamicRef",
+}
+# Each replaces everything beside it that would restrict the value further.
+_ALONE: dict[str, set[str]] = {
+    "$ref": set(),
+    "anyOf": set(),
+    "const": {"type"},
+    "enum": {"type"},
+    "pattern": {"type"},
+}
+_ANNOTATIONS = {
+    *("$anchor", "$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description"),
+    *("discriminator", "examples", "format", "readOnly", "title", "writeOnly"),
+}
+_DATA = ("const", "default", "enum", "examples", "required", "type")
+_NAMED_SCHEMAS = ("$defs", "definitions", "properties")
+
+
+def _check_schema(text: str) -> None:
+    """Raises InvalidRequest for a text that is no JSON schema, and for rules that an answer would not be held to."""
+    try:
+        schema = parse_json(text)
+    except ValueError as error:
+        raise _bad_schema(f"is no JSON ({error})") from None
+    if not isinstance(schema, dict | bool):
+        raise _bad_schema("is a JSON object, or true")
+    for each in _subschemas(schema):
+        ignored = sorted(_NOT_HELD_TO & each.keys())
+        if ignored:
+            raise _bad_schema(f"uses {ignored[0]!r}, which answers cannot be held to; leave it out")
+        for name, beside in _ALONE.items():
+            others = sorted(each.keys() - {name} - beside - _ANNOTATIONS)
+            if name in each and others:
+                raise _bad_schema(
+                    f"has {others[0]!r} beside {name!r}, which answers cannot be held to; give one of them"
+                )
+        required, properties = each.get("required"), each.get("properties")
+        if isinstance(required, list):
+            absent = sorted(set(map(str, required)) - set(properties if isinstance(properties, dict) else ()))
+            if absent:
+                raise _bad_schema(f"requires {absent[0]!r}, which is not among its properties; describe it there")
+
+
+def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every schema within a schema, and the schema itself."""
+    left = [schema]
+    while left:
+        each = left.pop()
+        if isinstance(each, list):
+            left += each
+        elif isinstance(each, dict):
+            yield each
+            for name, value in each.items():
+                if name in _NAMED_SCHEMAS and isinstance(value, dict):
+                    left += value.values()
+                elif name not in _DATA:
+                    left.append(value)
+
+
+def _bad_schema(what: str) -> InvalidRequest:
+    return InvalidRequest(f"sampling.json_schema {what}", field="sampling.json_schema")
 
 
 def _refusal(name: str, value: object, rule: str) -> InvalidRequest:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,8 +36,9 @@ from pager.cli.output import busy, err, out, pool_dict, pool_text, print_json, u
 from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, find_named
 from pager.memory.plan import Budgets
 from pager.memory.units import format_bytes
-from pager.sampling import check_sampling
-from pager.types import ExpertPool, PoolAsk, SamplingParams, TokenChunk
+from pager.reading import read_bounded, reason_of
+from pager.sampling import MAX_GRAMMAR_BYTES, check_sampling
+from pager.types import ExpertPool, Grammar, GrammarKind, PoolAsk, SamplingParams, TokenChunk, TokenLogprobs
 
 
 def route(
@@ -150,6 +153,19 @@ def generate(
         list[str] | None, typer.Option(help="End before this text. May be repeated.", metavar="TEXT")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    min_p: Annotated[
+        float, typer.Option(help="Draw from tokens with at least this share of the likeliest one's probability.")
+    ] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted for tokens that the answer has.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same for each time that it has them.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: fewer tokens of prompt and answer again.")] = 1.0,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Show log-probabilities, with so many alternatives (0 to 20).", metavar="N")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="Hold the answer to the JSON schema in this file.", metavar="FILE")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Hold the answer to this expression.", metavar="REGEX")] = None,
     prompt_file: PromptFile = None,
     token_ids: TokenIds = None,
     expert_memory: ExpertMemory = None,
@@ -174,6 +190,8 @@ def generate(
     `git diff | expert-pager generate --prompt-file - --model ./model --json`
 
     `expert-pager generate "The parties agree" --server localhost:50051 --pool-name law --drift 0.3`
+
+    `expert-pager generate "A customer record: " --model ./model --json-schema customer.schema.json`
     """
     place = Place.of(
         model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype,
@@ -190,6 +208,12 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logprobs=logprobs,
+        grammar=_grammar(json_schema, regex),
     )
     check_sampling(sampling)
     has_max_tokens = max_tokens is not None
@@ -204,6 +228,19 @@ def generate(
             local = place.local()
         chunks = _started(local.generate(asked, sampling, has_max_tokens, ask, named, budgets))
     _show(chunks, as_json)
+
+
+def _grammar(json_schema: Path | None, regex: str | None) -> Grammar | None:
+    if json_schema is not None and regex is not None:
+        raise typer.BadParameter("--json-schema and --regex exclude each other; give one of them")
+    if regex is not None:
+        return Grammar(GrammarKind.REGEX, regex)
+    if json_schema is None:
+        return None
+    try:
+        return Grammar(GrammarKind.JSON_SCHEMA, read_bounded(json_schema, MAX_GRAMMAR_BYTES).decode())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{json_schema} cannot be read: {reason_of(error)}") from None
 
 
 def _from_server(
@@ -223,21 +260,28 @@ def _started(chunks: Iterator[TokenChunk]) -> Iterator[TokenChunk]:
 def _show(chunks: Iterator[TokenChunk], as_json: bool) -> None:
     text: list[str] = []
     ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     usage = None
     first_s = None
     for chunk in chunks:
-        first_s = first_s or time.perf_counter()
+        if chunk.token_ids:
+            first_s = first_s or time.perf_counter()
         text.append(chunk.text)
         ids += chunk.token_ids
+        logprobs += chunk.logprobs
         usage = chunk.usage or usage
         if not as_json:
             print(chunk.text, end="", flush=True)
     if as_json:
-        print_json({"text": "".join(text), "token_ids": ids, "usage": usage and usage_dict(usage)})
+        reported = {"logprobs": [asdict(token) for token in logprobs]} if logprobs else {}
+        print_json({"text": "".join(text), "token_ids": ids, **reported, "usage": usage and usage_dict(usage)})
         return
     if ids and not any(text):
         print(json.dumps(ids), end="")  # a checkpoint without a tokenizer
     print(flush=True)
+    for token in logprobs:
+        top = " ".join(f"{id_}:{logprob:.3f}" for id_, logprob in zip(token.top_ids, token.top_logprobs, strict=True))
+        err.print(f"token {token.token_id:>6}  log-probability {token.logprob:.3f}  {top}", style="dim", markup=False)
     if usage and first_s:
         for line in usage_lines(usage, usage.time_to_first_token_s + time.perf_counter() - first_s):
             err.print(line, style="dim", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -195,7 +196,8 @@ def _silent() -> Tokenizer:
 
 def _until_last(engine: Engine, events: deque[StreamEvent]) -> Iterator[TokenChunk]:
     while True:
-        engine.step()
+        if not engine.step():
+            time.sleep(0.001)  # a grammar is being compiled
         while events:
             event = events.popleft()
             if isinstance(event, Failure):

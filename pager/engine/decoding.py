@@ -16,8 +16,8 @@ from pager.engine.interface import failure_of
 from pager.engine.paged_model import PagedModel
 from pager.engine.request import Request
 from pager.engine.runner import Check, DecodeBatch, GroupGraph, ModelRunner, Recorder, Step, capture_on
-from pager.engine.sampler import NOT_FINITE, Sampler
-from pager.errors import ENDS_THE_PROCESS, Cancelled, NotReady, PagerError
+from pager.engine.sampler import NOT_FINITE, NOTHING_ALLOWED, Sampler
+from pager.errors import ENDS_THE_PROCESS, Cancelled, InvalidRequest, NotReady, PagerError
 from pager.pools.document import DocumentRouting, StepRouting
 from pager.types import TokenLogprobs
 
@@ -208,13 +208,20 @@ def _outcomes(sampler: Sampler, token_ids: list[int], logits_BV: torch.Tensor | 
     """`logits_BV` None: of a step whose sampler reports nothing."""
     logprobs = {} if logits_BV is None else sampler.logprobs(logits_BV, token_ids)
     return [
-        _no_distribution() if token_id == NOT_FINITE else Token(token_id, logprobs.get(row))
+        Token(token_id, logprobs.get(row)) if token_id >= 0 else _no_token(token_id)
         for row, token_id in enumerate(token_ids)
     ]
 
 
-def _no_distribution() -> PagerError:
-    return PagerError("the model gave a logit that is not a finite number; the checkpoint may be damaged")
+def _no_token(why: int) -> PagerError:
+    if why == NOT_FINITE:
+        return PagerError("the model gave a logit that is not a finite number; the checkpoint may be damaged")
+    assert why == NOTHING_ALLOWED
+    return InvalidRequest(
+        "no token may come next: what the grammar allows, min_tokens forbids, or the vocabulary does not have; change "
+        "one of them",
+        field="sampling",
+    )
 
 
 def _document(sequence: Request) -> DocumentRouting:

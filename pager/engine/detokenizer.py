@@ -20,7 +20,7 @@ class TokenTexts:
     """What the tokens of one tokenizer read as. Immutable; all sequences of an engine share it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._decoder = tokenizer.decoder
         self._special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
         self._bytes: dict[int | None, int] = {}
@@ -30,7 +30,7 @@ class TokenTexts:
 
     def token(self, token_id: int) -> str | None:
         """The token as its tokenizer writes it; None for one without text: a special one, or an id without a token."""
-        token = self._tokenizer.id_to_token(token_id)
+        token = self.tokenizer.id_to_token(token_id)
         return None if token is None or token in self._special else str(token)
 
     def text(self, tokens: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from pager import threads
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.detokenizer import TokenTexts
+from pager.engine.grammar import Grammars
 from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent, failure_of
 from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
 from pager.engine.paged_model import PagedModel
@@ -72,9 +73,11 @@ class Engine:
             config.max_position_embeddings, self._blocks.num_blocks * BLOCK_TOKENS, config.vocab_size
         )
         self._eos_ids = _eos_ids(paged.model.generation_config.eos_token_id)
+        self._grammars = Grammars(self._texts, config.vocab_size, self._eos_ids)
         self._inbox = Inbox(limits.max_running + limits.max_waiting)
         self._line: WaitingLine[Request] = WaitingLine(limits.max_overtakes)
         self._clock = LineClock()
+        self._joining: list[Request] = []  # in the order in which they came, some while their grammars are compiled
         self._prefilling: list[Request] = []
         self._running: list[Request] = []
         self._events: list[StreamEvent] = []
@@ -110,7 +113,13 @@ class Engine:
         if sequence.policy.fixed is not None:
             check_pool(sequence.policy.fixed, self._paged.facts)
         self._paged.slots_needed(sequence.policy)
-        self._inbox.put(sequence)
+        if request.sampling.grammar is not None:
+            sequence.compiling = self._grammars.compile(request.sampling.grammar)
+        try:
+            self._inbox.put(sequence)
+        except PagerError:
+            sequence.leave_grammar()
+            raise
 
     def cancel(self, request_id: str, tenant: str) -> bool:
         """Ends the request with Failure(Cancelled): before the next step or, where a long forward runs for it alone,
@@ -146,6 +155,7 @@ class Engine:
         self._inbox.halt()
         with self._stepping:
             self._fail_all(_shutting_down())
+        self._grammars.close()
 
     def _leave(self) -> None:
         """When the process exits: like `stop`, but it does not wait for a step that hangs."""
@@ -205,15 +215,27 @@ class Engine:
         for sequence in arrived:
             if sequence.has_ended:
                 continue
+            self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
+            self._joining.append(sequence)
+        for sequence in self._joining[:]:
+            if sequence.has_ended or not sequence.awaits_grammar:
+                self._joining.remove(sequence)
+                self._join(sequence, now_s)
+        for sequence in cancelled:
+            if not sequence.has_ended:
+                self._end_early(sequence, Cancelled("the request was cancelled"))
+
+    def _join(self, sequence: Request, now_s: float) -> None:
+        """Puts the sequence into the line, unless it has ended or its grammar is none."""
+        if sequence.has_ended:
+            return
+        with self._on_behalf_of(sequence, "its grammar failed"):
+            sequence.take_grammar()
             if not len(self._line):
                 self._clock.forget()
             self._line.add(sequence)
             sequence.place = len(self._line)
-            self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
             self._next_admission_s = now_s
-        for sequence in cancelled:
-            if not sequence.has_ended:
-                self._end_early(sequence, Cancelled("the request was cancelled"))
 
     def _end_overdue(self, now_s: float) -> None:
         if now_s < self._soonest_deadline_s:

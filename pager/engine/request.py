@@ -6,11 +6,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
+from concurrent.futures import Future
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pager.cache.lease import Lease
 from pager.cache.stats import Tier, TierReads, UsageMeter
 from pager.engine.detokenizer import Detokenizer, StopMatcher, TokenTexts
+from pager.engine.grammar import GrammarMask
 from pager.engine.kv import BlockPool
 from pager.engine.logits import Context
 from pager.engine.paged_model import PagedModel
@@ -31,6 +34,9 @@ from pager.types import (
     TokenLogprobs,
     Usage,
 )
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
 
 LOGPROBS_A_CHUNK = 1024  # of the prompt: 300 KB with all the alternatives that there may be
 
@@ -88,6 +94,7 @@ class Request:
         self.output_ids: list[int] = []
         self.end_ids = (frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids)
         self.draw = Draw(sampling, Context(sampling, request.prompt_token_ids, self.output_ids, self.end_ids))
+        self.compiling: Future[CompiledGrammar] | None = None
         self.blocks: Ordered[int] = ()
         self.lease: Lease | None = None
         self.document: DocumentRouting | None = None
@@ -138,6 +145,7 @@ class Request:
         """Gives back everything; the sequence has ended."""
         assert not self.has_ended, "a sequence ends once"
         self.has_ended = True
+        self.leave_grammar()
         self._give_back(blocks)
 
     def _give_back(self, blocks: BlockPool) -> None:
@@ -157,6 +165,21 @@ class Request:
     def may_be_chunked(self, paged: PagedModel) -> bool:
         """Not while its pool is to be chosen, which takes the whole prompt, nor where each part would page anew."""
         return self.document is not None and self.document.is_frozen and (paged.fully_resident or not self.is_exact)
+
+    @property
+    def awaits_grammar(self) -> bool:
+        return self.compiling is not None and not self.compiling.done()
+
+    def take_grammar(self) -> None:
+        """Holds the answer to the grammar that was compiled for it. Raises InvalidRequest where it could not be."""
+        compiling, self.compiling = self.compiling, None
+        if compiling is not None and self.request.sampling.grammar is not None:
+            self.draw.context.mask = GrammarMask(compiling.result(), self.request.sampling.grammar)
+
+    def leave_grammar(self) -> None:
+        """Nobody needs its grammar any more; one whose turn has not come is not compiled."""
+        if self.compiling is not None:
+            self.compiling.cancel()
 
     @property
     def awaits_experts(self) -> bool:

@@ -20,7 +20,9 @@ from pager.engine.logits import Context, LogitEdits, logprobs_of
 from pager.types import SamplingParams, TokenLogprobs
 
 NOT_FINITE = -1
-"""The id of a row whose logits hold NaN or infinity, or nothing else than minus infinity: only that sequence fails."""
+"""The id of a row whose logits hold NaN or infinity: that sequence cannot go on, the others can."""
+NOTHING_ALLOWED = -2
+"""The id of a row of which its grammar and its other parameters leave no token."""
 
 
 class Draw:
@@ -90,7 +92,7 @@ class Sampler:
         return self._edits is None and not self._reported
 
     def sample(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """[B] int64 ids on the logits' device, NOT_FINITE where a row has no distribution."""
+        """[B] int64 ids on the logits' device, NOT_FINITE or NOTHING_ALLOWED where a row has no distribution."""
         self.draw()
         return self.pick(logits_BV)
 
@@ -109,14 +111,15 @@ class Sampler:
         if self._edits is not None:
             logits_BV = self._edits.apply(logits_BV)
             peak_B, id_B = logits_BV.max(dim=-1)
-            is_finite_B &= peak_B.isfinite()
         for rows in self._groups:
             id_B[rows.index_M] = _draw(logits_BV[rows.index_M], rows)
+        if self._edits is not None:
+            id_B = torch.where(peak_B.isfinite(), id_B, NOTHING_ALLOWED)
         return torch.where(is_finite_B, id_B, NOT_FINITE)
 
     def logprobs(self, logits_BV: torch.Tensor, token_ids: Sequence[int]) -> dict[int, TokenLogprobs]:
         """By row, of the tokens that were picked from these logits: for rows that want them and have a token."""
-        rows = [row for row in self._reported if token_ids[row] != NOT_FINITE]
+        rows = [row for row in self._reported if token_ids[row] >= 0]
         if not rows:
             return {}
         found = logprobs_of(logits_BV[rows], [token_ids[row] for row in rows], [self._reported[row] for row in rows])

@@ -27,9 +27,6 @@ class RequestBounds:
         """Raises InvalidRequest or PromptTooLong. Pools are checked by who reserves them."""
         check_sampling(request.sampling)
         check_vocabulary(request.sampling, self.vocab_size)
-        if request.sampling.grammar is not None:
-            field = f"sampling.{request.sampling.grammar.kind}"
-            raise InvalidRequest("this worker does not hold answers to a grammar; leave it out", field=field)
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
         for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):

@@ -111,3 +111,28 @@ def _without_serve_extra(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", WITHOUT_SERVE_EXTRA, *arguments],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+
+
+def test_log_probabilities_are_shown_with_alternatives(run: Run, checkpoint: Path) -> None:
+    options = ("--model", checkpoint, "--logprobs", 2, "--max-tokens", 3, "--ignore-eos")
+    done = run("generate", "def f(x):", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert [token["token_id"] for token in answer["logprobs"]] == answer["token_ids"]
+    assert all(token["top_ids"][0] == token["token_id"] and token["logprob"] < 0 for token in answer["logprobs"])
+    shown = run("generate", "def f(x):", *options).stderr
+    assert shown.count("log-probability -") == 3
+
+
+def test_an_answer_is_held_to_a_schema_in_a_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "customer.schema.json"
+    number = {"type": "integer", "minimum": 0, "maximum": 99}
+    file.write_text(json.dumps({"type": "object", "properties": {"n": number}, "required": ["n"]}))
+    model = Path(__file__).parents[2] / "models" / "emo-tiny"
+    done = run("generate", "A record: ", "--model", model, "--json-schema", file, "--json")
+    assert done.returncode == 0, done.stderr
+    assert 0 <= json.loads(json.loads(done.stdout)["text"])["n"] <= 99
+    both = run("generate", "A record: ", "--model", model, "--json-schema", file, "--regex", "a")
+    assert (both.returncode, "exclude each other" in both.stderr) == (2, True)
+    absent = run("generate", "A record: ", "--model", model, "--json-schema", tmp_path / "absent.json")
+    assert (absent.returncode, "absent.json cannot be read" in absent.stderr) == (2, True), absent.stderr

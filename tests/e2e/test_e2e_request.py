@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,30 @@ def test_an_answer_ends_before_its_stop_string(idle_service: Any) -> None:
     assert answer.text == whole[: whole.index(stop)]
     assert answer.usage.finish_reason == pb.FINISH_REASON_STOP
     assert answer.usage.completion_tokens < 24
+
+
+def test_log_probabilities_and_a_bias_travel_both_ways(idle_service: Any, tokenizer: Tokenizer) -> None:
+    options = {"logprobs": 2, "prompt_logprobs": 0, "logit_bias": {5: 100.0}, "stop_token_ids": [6]}
+    messages = list(idle_service.open(LAW, pool=16, max_tokens=4, **options))
+    assert [token for message in messages for token in message.token_ids] == [5] * 4
+    prompt = [token for message in messages for token in message.prompt_logprobs]
+    assert [token.token_id for token in prompt] == tokenizer.encode(LAW, add_special_tokens=False).ids[1:]
+    answer = [token for message in messages for token in message.logprobs]
+    assert [(token.token_id, len(token.top_ids), len(token.top_logprobs)) for token in answer] == [(5, 2, 2)] * 4
+    # The model's own distribution, which the bias has no part in.
+    assert all(token.logprob < token.top_logprobs[0] < 0 for token in answer)
+
+
+def test_an_answer_is_held_to_a_schema_and_a_grammar_that_is_none_fails_its_call(idle_service: Any) -> None:
+    number = {"type": "integer", "minimum": 0, "maximum": 99}
+    schema = json.dumps({"type": "object", "properties": {"n": number}, "required": ["n"]})
+    answer = idle_service.generate(CODE, pool=16, max_tokens=40, ignore_eos=False, json_schema=schema)
+    assert 0 <= json.loads(answer.text)["n"] <= 99
+    assert answer.usage.finish_reason == pb.FINISH_REASON_STOP
+    for bad in ({"regex": "a(b"}, {"json_schema": "{"}, {"ebnf": "root ::= ("}):
+        with pytest.raises(grpc.RpcError, match=f"sampling.{next(iter(bad))}") as caught:
+            idle_service.generate(CODE, pool=16, max_tokens=4, ignore_eos=False, **bad)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_route_predicts_a_pool_and_moves_nothing(idle_service: Any, model: Path, tokenizer: Tokenizer) -> None:

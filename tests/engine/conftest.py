@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,8 @@ class Driver:
         self.paged.pager.check_integrity()
 
 
-@pytest.fixture
-def make_driver() -> Iterator[Callable[..., Driver]]:
-    """`make_driver(num_slots=60, path=..., observer=..., tokenizer=..., **limits)`."""
+@contextmanager
+def drivers() -> Iterator[Callable[..., Driver]]:
     opened: list[PagedModel] = []
 
     def make(
@@ -129,6 +129,20 @@ def make_driver() -> Iterator[Callable[..., Driver]]:
     yield make
     for paged in opened:
         paged.close()
+
+
+@pytest.fixture
+def make_driver() -> Iterator[Callable[..., Driver]]:
+    """`make_driver(num_slots=60, path=..., observer=..., tokenizer=..., **limits)`."""
+    with drivers() as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def make_lasting_driver() -> Iterator[Callable[..., Driver]]:
+    """The same, of a driver that the tests of a module share."""
+    with drivers() as make:
+        yield make
 
 
 @pytest.fixture

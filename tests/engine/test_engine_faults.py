@@ -88,6 +88,7 @@ PLACES = {
     "row of a batch": Place("row_start", 2),
     "first number of the sampler": Place("next_uniform", 1, of="draw"),
     "fifth number of the sampler": Place("next_uniform", 5, of="draw"),
+    "tokens that are counted": Place("catch_up", 5, of="draw.context"),
     "first token": Place("accept", 1),
     "fifth token": Place("accept", 5),
     "detokenizing": Place("feed", 5, of="_detokenizer"),
@@ -102,7 +103,7 @@ PLACES = {
     "reservation to page in": Place("become", 1, "lease"),
     "usage": Place("usage"),
 }
-SHARED = ("pool in a shared step", "row of a batch", "fifth number of the sampler")
+SHARED = ("pool in a shared step", "row of a batch", "fifth number of the sampler", "tokens that are counted")
 
 
 @pytest.fixture
@@ -117,7 +118,14 @@ def submit_all(
             (PoolPolicy(), {"temperature": 1.0, "seed": 2}),
             (
                 PoolPolicy(Count(3), drift=WIDEN),
-                {"temperature": 1.0, "seed": 3, "stop": ("never",), "predicted": random_pool(3)},
+                {
+                    "temperature": 1.0,
+                    "seed": 3,
+                    "stop": ("never",),
+                    "predicted": random_pool(3),
+                    "repetition_penalty": 1.05,
+                    "logprobs": 2,
+                },
             ),
             (PoolPolicy(Count(3), drift=NEVER), {"temperature": 0.8, "seed": 4, "top_p": 0.9}),
             (PoolPolicy(Count(4)), {"temperature": 1.2, "seed": 5}),

@@ -130,6 +130,31 @@ BAD_REQUESTS = {
         "INVALID_ARGUMENT",
         "sampling.temperature",
     ),
+    "min_p above 1": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(min_p=1.5)),
+        "INVALID_ARGUMENT",
+        "sampling.min_p",
+    ),
+    "a bias for no token": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(logit_bias={10**6: 1.0})),
+        "INVALID_ARGUMENT",
+        "sampling.logit_bias",
+    ),
+    "too many alternatives": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(logprobs=21)),
+        "INVALID_ARGUMENT",
+        "sampling.logprobs",
+    ),
+    "a schema that is none": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(json_schema="{")),
+        "INVALID_ARGUMENT",
+        "sampling.json_schema",
+    ),
+    "no JSON object": (
+        pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(json_object=False)),
+        "INVALID_ARGUMENT",
+        "sampling.json_object",
+    ),
     "negative top_p": (
         pb.GenerateRequest(text=b"a", sampling=pb.SamplingParams(top_p=-0.1)),
         "INVALID_ARGUMENT",

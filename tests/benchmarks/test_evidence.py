@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.evidence import CONTROL_METHODS, _draw, _store
 from benchmarks.evidence_claims import Claim, all_claims
@@ -18,6 +17,7 @@ from benchmarks.evidence_measure import measure
 from benchmarks.evidence_page import page
 from pager.lab.report import Interval
 from pager.models import EmoConfig, EmoForCausalLM
+from tests.support.checkpoints import byte_tokenizer
 
 SCALE = Scale(max_documents=3, side_documents=2, calibration_documents=4, prompts=2)
 
@@ -38,10 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_tokenizer()
     paths = []
     for seed, name in enumerate(("emo-tiny", "stdmoe-tiny")):
         torch.manual_seed(seed)

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 
 from pager.cli import main
+from tests.support.checkpoints import byte_tokenizer
 from tests.support.processes import command, environment
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, VOCAB = 3, 9, 32, 16, 260
@@ -85,7 +84,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
-    _tokenizer().save(str(folder / "tokenizer.json"))
+    byte_tokenizer(["<eos>", "<pad>"]).save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -108,12 +107,3 @@ def _weights() -> dict[str, torch.Tensor]:
             shapes[f"{prefix}mlp.experts.{expert}.up_proj.weight"] = (INTERMEDIATE, HIDDEN)
             shapes[f"{prefix}mlp.experts.{expert}.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
     return {name: torch.ones(shape) if "norm" in name else torch.randn(shape) * 0.3 for name, shape in shapes.items()}
-
-
-def _tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>", "<pad>"])
-    return tokenizer

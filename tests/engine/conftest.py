@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer
 
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
@@ -19,19 +19,12 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import PagerError
 from pager.memory.plan import Budgets
 from pager.types import ExpertKey, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
+from tests.support.checkpoints import letters_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CHECKPOINT = GOLDEN / "ckpt_emo_tiny"
 EXPERT_BYTES = 3 * 64 * 32 * 4
 VOCABULARY = 256
-
-
-def letters_tokenizer() -> Tokenizer:
-    """Token i is the i-th pair of letters from a to p, so that stop strings can lie across tokens."""
-    pairs = ["".join(pair) for pair in itertools.product("abcdefghijklmnop", repeat=2)]
-    tokenizer = Tokenizer(models.WordLevel({pair: i for i, pair in enumerate(pairs)}, unk_token="aa"))
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
 
 
 class Driver:

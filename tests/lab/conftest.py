@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from pager.models import EmoConfig, EmoForCausalLM
+from tests.support.checkpoints import byte_tokenizer, lively, saved
 
 COMMON: dict[str, Any] = {
     "vocab_size": 256,
@@ -60,12 +60,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def make(family: str) -> Path:
         if family not in made:
             torch.manual_seed(0)
-            model = FAMILIES[family]().eval()
-            for name, parameter in model.named_parameters():
-                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
-            made[family] = tmp_path_factory.mktemp(family)
-            model.save_pretrained(made[family])
-            byte_tokenizer().save(str(made[family] / "tokenizer.json"))
+            model = lively(FAMILIES[family]())
+            made[family] = saved(model, tmp_path_factory.mktemp(family), byte_tokenizer())
         return made[family]
 
     return make
@@ -87,11 +83,3 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with gzip.open(folder / f"digits.{split}.jsonl.gz", "wt") as file:
             file.write(lines("0123456789"))
     return folder
-
-
-def byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer

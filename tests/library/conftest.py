@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     MixtralConfig,
@@ -25,8 +23,9 @@ from transformers import (
 
 import pager
 from pager.models import EmoConfig, EmoForCausalLM
-
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+from tests.support.checkpoints import lively, saved
+from tests.support.files import Golden
+from tests.support.files import golden as golden_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -61,31 +60,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Golden:
-    """Outputs that the authors' own code computed for a small random checkpoint (tests/data/golden)."""
-
-    path: Path
-    facts: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "ckpt_emo_tiny"
-
-
 @pytest.fixture(scope="session")
 def golden() -> Golden:
-    return _golden("emo_tiny")
+    return golden_of("emo_tiny")
 
 
 @pytest.fixture(scope="session")
 def golden_pools() -> Golden:
-    return _golden("pool_emo_tiny")
-
-
-def _golden(name: str) -> Golden:
-    return Golden(GOLDEN, json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors"))
+    return golden_of("pool_emo_tiny")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +88,8 @@ def small(tmp_path: Path) -> Callable[..., Small]:
 
     def make(family: str, *, save: dict[str, Any] | None = None, **config: Any) -> Small:
         torch.manual_seed(0)
-        plain = MODELS[family](**config).eval()
-        for name, parameter in plain.named_parameters():
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
-        path = tmp_path / family
-        plain.save_pretrained(path, **(save or {}))
-        return Small(plain, path)
+        plain = lively(MODELS[family](**config))
+        return Small(plain, saved(plain, tmp_path / family, **(save or {})))
 
     return make
 

@@ -19,6 +19,9 @@ from pager.errors import Cancelled, PagerError
 from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, PoolPolicy
 from tests.engine.conftest import Driver
 
+pytestmark = pytest.mark.slow
+
+
 WIDEN = DriftPolicy(0.3, DriftAction.WIDEN, window=4)
 NEVER = DriftPolicy(0.999, window=4)  # measured as the others are; what is done about it depends on the room there is
 

@@ -21,6 +21,9 @@ from pager.predict.fitted import LexicalPredictor
 from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from pager.types import Count, PoolPolicy, Share
 
+pytestmark = pytest.mark.slow
+
+
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 DOCUMENTS = sorted((Path(__file__).parents[1] / "data" / "documents").glob("*.jsonl"))
@@ -70,7 +73,6 @@ def fit(paged: PagedModel, readings: list[DocumentReading], stand_ins: StandIns)
     return fit_router(readings, vocabulary, routed, paged.fingerprint, stand_ins=stand_ins)
 
 
-@pytest.mark.slow
 def test_what_a_document_wanted_is_the_mean_of_its_router_probabilities(
     readings: list[DocumentReading], documents: list[tuple[int, ...]]
 ) -> None:
@@ -83,7 +85,6 @@ def test_what_a_document_wanted_is_the_mean_of_its_router_probabilities(
     np.testing.assert_allclose(readings[0].wanted_O, expected, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_trunks_scores_are_those_of_the_starts_of_documents(
     readings: list[DocumentReading], trunk: TrunkPredictor, documents: list[tuple[int, ...]]
 ) -> None:
@@ -123,7 +124,6 @@ def test_reading_again_finds_the_same(
     assert [(prompt, pool.experts) for prompt, pool in again.prefill_pools] == expected
 
 
-@pytest.mark.slow
 def test_the_fitted_pass_knows_what_the_documents_it_was_fitted_to_want(
     fit: Fit, trunk: TrunkPredictor, readings: list[DocumentReading]
 ) -> None:
@@ -170,7 +170,6 @@ def test_stand_ins_are_the_least_squares_answer(paged: PagedModel, documents: li
     np.testing.assert_allclose(fit.fit()[2], expected_RD.numpy(), atol=2e-3)
 
 
-@pytest.mark.slow
 def test_stand_ins_bring_the_trunk_nearer_to_the_prefill(
     fit: Fit, trunk: TrunkPredictor, paged: PagedModel, documents: list[tuple[int, ...]]
 ) -> None:

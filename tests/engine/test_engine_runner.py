@@ -92,6 +92,7 @@ def generate(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]
     return list(map(int, output[0, len(prompt) :]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "emo"])
 @pytest.mark.parametrize("rope_type", sorted({"default", *ROPE_INIT_FUNCTIONS}))
 @pytest.mark.parametrize("chunk", [1000, 7], ids=["whole", "chunked"])

@@ -16,6 +16,9 @@ from pager.engine.paged_model import load_paged_model
 from pager.memory.plan import Budgets
 from pager.models import EmoConfig, EmoForCausalLM
 
+pytestmark = pytest.mark.slow
+
+
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_experts_per_tok": 2, "intermediate_size": 16, "max_position_embeddings": 128, "pad_token_id": None,

@@ -34,6 +34,9 @@ from pager.models.emo import EmoConfig, EmoForCausalLM
 from pager.models.open_model import OpenModel
 from pager.types import Count, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams
 
+pytestmark = pytest.mark.slow
+
+
 MIB = 2**20
 CONTEXT, ROWS = 768, 6
 SIZES: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """What keeps a service from starting: one line that names it, exit status 1, no stack trace, and nothing left running.
 
-Ports in use and unknown keys of a config file are in tests/cli.
+Ports in use and unknown keys of a config file are in test_cli_serve.py.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
+from tests.cli.conftest import Run
+from tests.support.files import CHECKPOINT
+
 SECOND_SHARD = "model-00002-of-00003.safetensors"
 SECRET = "never-to-be-shown"
 
@@ -75,33 +75,21 @@ SETTINGS: dict[str, tuple[dict[str, str], dict[str, str], tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(
-    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, subprocess.CompletedProcess[str]]:
-    """All of them, two at a time: most of the time goes into imports."""
-    folder = tmp_path_factory.mktemp("bad")
-
-    def start(name: str) -> subprocess.CompletedProcess[str]:
-        path = GOLDEN
-        options: dict[str, str] = {}
-        env: dict[str, str] = {}
-        if name in DAMAGES:
-            path = Path(shutil.copytree(GOLDEN, folder / name.replace(" ", "-")))
-            DAMAGES[name][0](path)
-        else:
-            options, env, _ = SETTINGS[name]
-        pairs = [word for pair in options.items() for word in pair]
-        return run("serve", path, "--port", 0, "--http-port", 0, "--metrics-port", 0, "--device", "cpu", *pairs, **env)
-
-    names = [*DAMAGES, *SETTINGS]
-    with ThreadPoolExecutor(2) as threads:
-        return dict(zip(names, threads.map(start, names), strict=True))
-
-
 @pytest.mark.parametrize("name", [*DAMAGES, *SETTINGS])
-def test_a_start_that_can_not_be_is_one_line(outcomes: dict[str, Any], name: str) -> None:
-    done, named = outcomes[name], DAMAGES[name][1] if name in DAMAGES else SETTINGS[name][2]
+def test_a_start_that_can_not_be_is_one_line(
+    run: Run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, options = CHECKPOINT, list[str]()
+    if name in DAMAGES:
+        damage, named = DAMAGES[name]
+        path = Path(shutil.copytree(CHECKPOINT, tmp_path / "damaged"))
+        damage(path)
+    else:
+        pairs, env, named = SETTINGS[name]
+        options = [word for pair in pairs.items() for word in pair]
+        for key, value in env.items():
+            monkeypatch.setenv(key, value)
+    done = run("serve", path, "--port", 0, "--http-port", 0, "--metrics-port", 0, "--device", "cpu", *options)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1, done.stderr

@@ -34,6 +34,7 @@ def test_every_example_is_listed_and_tested() -> None:
     assert programs == listed == tested
 
 
+@pytest.mark.slow
 def test_offline() -> None:
     shown = run(EXAMPLES / "offline.py")
     exact, pooled = (int(match) for match in re.findall(r"(\d+) misses", shown))
@@ -67,6 +68,7 @@ def test_client(ready: dict[str, Any]) -> None:
         assert prompt in shown
 
 
+@pytest.mark.slow
 def test_eviction_policy() -> None:
     shown = run(EXAMPLES / "eviction_policy.py")
     misses = {
@@ -77,6 +79,7 @@ def test_eviction_policy() -> None:
     assert re.search(r"[1-9]\d* evictions", shown), "the policy was not used by the cache"
 
 
+@pytest.mark.slow
 def test_notebook(tmp_path: Path) -> None:
     """Its code cells, run in order as one program; pictures are drawn without a display."""
     pytest.importorskip("matplotlib")

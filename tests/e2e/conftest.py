@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 import pager
+from pager import Client
 from tests.support import waiting
 from tests.support.files import EMO_TINY
 from tests.support.processes import command, environment, process_name, worker_pids
@@ -95,8 +96,8 @@ class Service:
 
     @cached_property
     def routed_per_layer(self) -> list[int]:
-        found = self.stub.GetModel(pb.GetModelRequest(), timeout=30)
-        return [layer.routed for layer in found.pool_sizes.layers]
+        with self.client() as client:
+            return list(client.model().facts.routed_per_layer)
 
     def random_pool(self, seed: int, size: int) -> pb.PoolPolicy:
         """A fixed pool of so many routed experts in every layer, another one for every seed."""
@@ -110,6 +111,10 @@ class Service:
         return "".join((self.folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
 
     # --- calls ------------------------------------------------------------------------------------------------------
+
+    def client(self, tenant: str = "default") -> Client:
+        """The client that users have, to be used as a context. `open` and `stub` show what is on the wire."""
+        return Client(self.ready["address"], tenant=tenant, timeout_s=120)
 
     def open(
         self,

@@ -33,12 +33,15 @@ def test_a_tenants_pool_is_made_from_a_file_and_named_in_requests(idle_service: 
         assert answer.usage.mode == pb.ANSWER_MODE_POOL
         assert [list(layer.experts) for layer in answer.usage.pool.layers] == pool["pool"]["layers"]
         assert answer.usage.model_fingerprint == pool["model_fingerprint"]
-        listed = service.stub.ListPools(pb.ListPoolsRequest(), metadata=(("x-tenant-id", tenant),)).pools
+        with service.client(tenant) as client:
+            listed = client.list_pools().pools
         assert [(each.name, each.pool.digest) for each in listed] == [("mine", pool["pool"]["digest"])]
     refused = service.refusal("Once there was", tenant="cyd", pool=pb.PoolPolicy(name="mine"))
     assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_POOL")
-    assert service.stub.DeletePool(pb.DeletePoolRequest(name="mine"), metadata=(("x-tenant-id", "ada"),)).deleted
+    with service.client("ada") as client:
+        assert client.delete_pool("mine")
     refused = service.refusal("Once there was", tenant="ada", pool=pb.PoolPolicy(name="mine"))
     assert refused.code is grpc.StatusCode.NOT_FOUND
     assert service.generate("Once", tenant="bob", pool=pb.PoolPolicy(name="mine"), max_tokens=1).usage.pool.digest
-    assert service.stub.DeletePool(pb.DeletePoolRequest(name="mine"), metadata=(("x-tenant-id", "bob"),)).deleted
+    with service.client("bob") as client:
+        assert client.delete_pool("mine")

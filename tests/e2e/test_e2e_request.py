@@ -15,6 +15,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tokenizers import Tokenizer
 
+from pager import Count
 from pager.models.open_model import OpenModel
 from pager.pools.pick import parse_pool_size, pick_pool
 from pager.predict.fitted import PredictorFile
@@ -126,27 +127,27 @@ def test_an_answer_is_held_to_a_schema_and_a_grammar_that_is_none_fails_its_call
 def test_route_predicts_a_pool_and_moves_nothing(idle_service: Any, model: Path, tokenizer: Tokenizer) -> None:
     names = ("expert_pager_transfer_bytes_total", "expert_pager_lookups_total", "expert_pager_step_tokens_total")
     before = idle_service.settled(*names)
-    route = idle_service.stub.Route(
-        pb.RouteRequest(text=LAW.encode(), pool=pb.PoolPolicy(count=31)), metadata=(("x-tenant-id", "router"),)
-    )
+    with idle_service.client("router") as client:
+        route = client.route(LAW, Count(31))
     with OpenModel.open(model).checkpoint as checkpoint:
         file = PredictorFile.load(model, checkpoint.fingerprint)
     trunk = TrunkPredictor.load(model, dtype="float32", stand_ins=file.stand_ins)
     router = FittedPredictor(file, trunk)
     scores = router.scores(tokenizer.encode(LAW, add_special_tokens=False).ids)
-    for mine, theirs in zip(scores.mean_LR, route.scores.layers, strict=True):
-        np.testing.assert_allclose(theirs.mean, mine, atol=1e-6)
+    for mine, theirs in zip(scores.mean_LR, route.scores, strict=True):
+        np.testing.assert_allclose(theirs, mine, atol=1e-6)
+    assert route.pool is not None
     assert route.pool.digest == pick_pool(scores, parse_pool_size(31), trunk.facts).digest
-    assert route.placement.worker == "worker-0"
+    assert route.worker == "worker-0"
     assert idle_service.settled(*names) == before
 
     for pool in (pb.PoolPolicy(count=31, source=pb.POOL_SOURCE_PREDICTION), pb.PoolPolicy(digest=route.pool.digest)):
         answer = idle_service.generate(LAW, pool=pool, max_tokens=4, tenant="router")
         assert answer.usage.pool.digest == route.pool.digest
     chosen = idle_service.generate(LAW, pool=31, max_tokens=4, tenant="router").usage.pool
-    again = idle_service.stub.Route(
-        pb.RouteRequest(text=LAW.encode(), pool=pb.PoolPolicy(count=31)), metadata=(("x-tenant-id", "router"),)
-    )
+    with idle_service.client("router") as client:
+        again = client.route(LAW, Count(31))
+    assert again.observed is not None
     assert again.observed.digest == chosen.digest
     assert idle_service.refusal(LAW, pool=pb.PoolPolicy(digest=chosen.digest), tenant="else").reason == "UNKNOWN_POOL"
 
@@ -187,8 +188,8 @@ def test_residency_shows_the_pool_that_was_just_used(idle_service: Any, until: C
 
 def test_an_abort_ends_the_tenants_own_request_at_once_and_may_be_repeated(idle_service: Any) -> None:
     def abort(tenant: str) -> bool:
-        reply = idle_service.stub.Abort(pb.AbortRequest(request_id="mine"), metadata=(("x-tenant-id", tenant),))
-        return bool(reply.aborted)
+        with idle_service.client(tenant) as client:
+            return bool(client.abort("mine"))
 
     call = idle_service.open(CODE, pool=16, max_tokens=900, request_id="mine", tenant="me")
     next(call)

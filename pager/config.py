@@ -532,6 +532,7 @@ def read_config(
             f"{ENV_PREFIX}MODEL_PATH, or on the command line"
         )
     reading.problems.extend(_tls_problems(reading))
+    reading.problems.extend(_node_problems(reading))
     return reading
 
 
@@ -542,6 +543,16 @@ def config_of(reading: Reading) -> ServiceConfig:
         section, name = key.split(".")
         given[section][name] = setting.value
     return ServiceConfig(**{name: section(**given[name]) for name, section in SCHEMA.sections.items()})
+
+
+def _node_problems(reading: Reading) -> Iterator[str]:
+    count, per_node = reading.value("workers.count"), reading.value("workers.per_node")
+    is_local = reading.value("cluster.ray_address") in (None, "local")
+    if is_local and per_node is not None and count > per_node:
+        yield (
+            f"workers.count is {count} and workers.per_node {per_node}, and Ray is started here as one node: the other "
+            "workers would wait for ever; leave per_node out, or join a cluster of several nodes (cluster.ray_address)"
+        )
 
 
 def _tls_problems(reading: Reading) -> Iterator[str]:

@@ -499,15 +499,21 @@ class WorkerResidency:
     A remote worker is known only through another router; its state and load may be some seconds old.
     """
 
-    worker: str
+    id: str
     state: str  # starting, ready, draining, hung or dead
-    waiting: int
-    running: int
-    num_slots: int
-    expert_bytes: int
-    resident: tuple[int, ...]
+    waiting: int = 0
+    running: int = 0
+    num_slots: int = 0
+    expert_bytes: int = 0
+    resident: tuple[int, ...] = ()
     is_remote: bool = False
 
     @property
     def num_resident(self) -> int:
         return sum(mask.bit_count() for mask in self.resident)
+
+    def bitmaps(self, facts: RoutingFacts) -> list[bytes]:
+        """Little-endian bytes for each layer, of which bit e is set where expert e is in a slot."""
+        resident = self.resident or (0,) * facts.num_layers
+        layers = zip(resident, facts.routed_per_layer, strict=True)
+        return [mask.to_bytes((routed + 7) // 8, "little") for mask, routed in layers]

@@ -571,24 +571,22 @@ def decode_model(message: pb.GetModelResponse) -> ModelInfo:
 
 def encode_worker(worker: WorkerResidency, facts: RoutingFacts) -> pb.WorkerResidency:
     """A worker that has not loaded reports nothing of its layers; the message has an empty bitmap for each then."""
-    held = worker.resident or (0,) * facts.num_layers
-    masks = zip(held, facts.routed_per_layer, strict=True)
     return pb.WorkerResidency(
-        worker=worker.worker,
+        worker=worker.id,
         state=worker.state,
         waiting=worker.waiting,
         running=worker.running,
         slots=worker.num_slots,
         expert_bytes=worker.expert_bytes,
         resident_experts=worker.num_resident,
-        resident=[mask.to_bytes((routed + 7) // 8, "little") for mask, routed in masks],
+        resident=worker.bitmaps(facts),
         remote=worker.is_remote,
     )
 
 
 def decode_worker(message: pb.WorkerResidency) -> WorkerResidency:
     return WorkerResidency(
-        worker=message.worker,
+        id=message.worker,
         state=message.state,
         waiting=message.waiting,
         running=message.running,

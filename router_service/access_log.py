@@ -31,6 +31,7 @@ log = logging.getLogger("expert_pager.router")
 WINDOW_S = 60.0
 FEW = 10  # of a kind are logged in a window, and then one in EVERY
 EVERY = 100
+ON_THE_WAY_S, ROUNDED_UP = 0.02, 0.01  # by how much a client's deadline may pass before the router's
 MAX_KINDS = 1024  # tenants name themselves: beyond these, all kinds count as one
 
 _said: ContextVar[dict[str, Any]] = ContextVar("said")
@@ -85,14 +86,15 @@ class Outcome:
 class CallRecorder:
     """Follows calls from their arrival to their end. All that a block raises but cancellation becomes its outcome."""
 
-    def __init__(self, metrics: RouterMetrics) -> None:
+    def __init__(self, metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
-        self._access_log = AccessLog()
+        self._access_log = AccessLog(clock)
+        self._clock = clock
 
     @contextmanager
     def call(self, method: str, tenant: str, deadline_s: float | None = None) -> Iterator[Outcome]:
         """Records the call that this context is for. `tenant` is as the caller says, `deadline_s` monotonic."""
-        started_s = time.perf_counter()
+        started_s = self._clock()
         request_id.set("")
         self._access_log.begin()
         self._metrics.began(method)
@@ -100,8 +102,7 @@ class CallRecorder:
         try:
             yield outcome
         except asyncio.CancelledError:
-            is_late = deadline_s is not None and deadline_s <= time.monotonic()
-            outcome.code = "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
+            outcome.code = "DEADLINE_EXCEEDED" if self._is_late(started_s, deadline_s) else "CANCELLED"
             raise
         except PagerError as error:
             outcome.code, outcome.error = code_of(error).name, error
@@ -117,7 +118,16 @@ class CallRecorder:
         finally:
             tracing.end_call(outcome.code)
             self._metrics.ended(method, outcome.code, tenant)
-            self._access_log.end(method, tenant, outcome.code, failure, time.perf_counter() - started_s)
+            self._access_log.end(method, tenant, outcome.code, failure, self._clock() - started_s)
+
+    def _is_late(self, started_s: float, deadline_s: float | None) -> bool:
+        """Whether a call that its client has ended was at its deadline, which clients see a little before it is here.
+
+        gRPC rounds the time that a call has up by at most a hundredth on its way, and counts from its arrival.
+        """
+        if deadline_s is None:
+            return False
+        return deadline_s - self._clock() <= ON_THE_WAY_S + ROUNDED_UP * (deadline_s - started_s)
 
 
 class Repeats:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
-import json
 import logging
 import os
 import signal
@@ -14,19 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pager import __version__
 from pager.cluster.cluster import Cluster, RayLost
 from pager.cluster.ray_session import LOOPBACK
-from pager.cluster.views import ModelView
+from pager.cluster.views import LoadedModel
+from pager.cluster.worker import budgets_of
 from pager.config import RouterConfig, ServiceConfig
 from pager.engine.paged_model import needs_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, PortInUse
 from pager.memory.machine import Machine, resolve_device
-from pager.memory.plan import Budgets, plan
+from pager.memory.plan import plan
 from pager.memory.units import format_address, parse_bytes
 from pager.models.open_model import OpenModel
 from pager.observe import tracing
@@ -38,105 +37,32 @@ from pager.types import Full, ModelInfo, PoolPolicy, PoolSize, PoolSource
 from router_service.admission import Admission, AdmissionLimits
 from router_service.api import Api, metrics_route
 from router_service.chat import ChatTemplate, TokenTexts
+from router_service.claims import LocalClaims
+from router_service.dispatch import ClusterPort
 from router_service.hints import InProcessHints
 from router_service.http import HttpServer
 from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
-from router_service.ports import ClusterPort, Encoder
-from router_service.prediction import PassChain, Passes, Predictor, Scoring, TextEncoder
-from router_service.predictors import build_passes, load_first
-from router_service.redis import StoreBreaker
-from router_service.redis import redis_url as read_redis_url
-from router_service.redis_stores import RedisHints, SharedHints, open_pools
+from router_service.prediction import (
+    Encoder,
+    PassChain,
+    Passes,
+    Predictor,
+    Scoring,
+    TextEncoder,
+    build_passes,
+    load_first,
+)
+from router_service.redis import RedisClient, StoreBreaker, redis_url
+from router_service.redis_stores import RedisClaims, RedisHints, SharedClaims, SharedHints, open_pools
 from router_service.server import RouterServer
 from router_service.service import Pipeline, Stores
 from router_service.tenants import TenantLabels
 from router_service.tls import TlsFiles
 from router_service.ui import Page, PoolLog, Watch
 
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    """What every front of a router shares. The cluster behind it is its owner's to close."""
-
-    pipeline: Pipeline
-    predictor: Predictor
-    bounds: MessageBounds
-    watch: Watch
-
-    async def close(self) -> None:
-        """Ends the threads of the predictor and the connections of the stores."""
-        self.predictor.close()
-        await self.pipeline.stores.close()
-
-
-def build_service(
-    model: ModelInfo,
-    cluster: ClusterPort,
-    *,
-    passes: Passes,
-    encoder: Encoder,
-    limits: AdmissionLimits,
-    default_pool: PoolPolicy,
-    stores: StoreChoice,
-    metric_tenants: TenantLabels | None = None,
-) -> Service:
-    """The choices are those that `check_choices` has found to make sense. A Redis that is down is no error."""
-    check_choices(passes, default_pool, stores)
-    metrics = RouterMetrics(metric_tenants)
-    metrics.describe(version=__version__, model=model.name, fingerprint=model.fingerprint)
-    opened = stores.open(model, metrics)
-    chain = PassChain(passes, Scoring(passes.available, encoder), model.facts, metrics.escalated)
-    predictor = Predictor(chain, opened.hints, model.facts, model.fingerprint)
-    admission = Admission(limits)
-    metrics.watch_admission(admission)
-    live_pools = PoolLog()
-    pipeline = Pipeline(
-        model,
-        default_pool,
-        cluster=cluster,
-        predictor=predictor,
-        stores=opened,
-        admission=admission,
-        metrics=metrics,
-        live_pools=live_pools,
-    )
-    return Service(
-        pipeline,
-        predictor,
-        MessageBounds(model, encoder.longest_token_bytes, limits.most_tokens),
-        Watch(model, cluster, opened.hints, live_pools),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class StoreChoice:
-    """Where hints, claims and named pools are kept: in Redis, else in this process, named pools in a folder."""
-
-    redis_url: str | None = None
-    pools_path: Path | None = None
-
-    def open(self, model: ModelInfo, metrics: RouterMetrics) -> Stores:
-        """Raises ConfigError for two places of named pools, and for a folder that is none."""
-        breaker = StoreBreaker(metrics.redis_degraded.set, lambda reason: metrics.redis_failures.labels(reason).inc())
-        pools = open_pools(self.redis_url, self.pools_path, breaker)
-        local = InProcessHints()
-        if self.redis_url is None:
-            return Stores(local, pools)
-        return Stores(SharedHints(local, RedisHints(self.redis_url, model.facts, model.fingerprint), breaker), pools)
-
-
-def check_choices(passes: Passes, default: PoolPolicy, stores: StoreChoice) -> None:
-    """Raises ConfigError for choices that can take no effect, before anything slow is started."""
-    if default.source is PoolSource.PREDICTION and isinstance(default.size, Full):
-        raise ConfigError("pools.default_source 'prediction' needs a pools.default_size other than 'full'")
-    try:
-        check_can_drift(default)
-        passes.check(default)
-    except InvalidRequest as error:
-        raise ConfigError(f"the [pools] defaults can take no effect: {error.message}") from None
-    open_pools(stores.redis_url, stores.pools_path)
-
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 LISTEN_EVERY_S = 0.1
 EXIT_RAY_LOST = os.EX_TEMPFAIL  # what is lost comes back with a new process
@@ -149,7 +75,7 @@ class Ready:
     address: str
     http_url: str
     metrics_url: str
-    model: ModelView
+    model: LoadedModel
     num_workers: int
 
 
@@ -213,80 +139,77 @@ def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
         asyncio.get_running_loop().add_signal_handler(each, signals.put_nowait, each)
 
 
+# --- the start, in its order ----------------------------------------------------------------------------------------
+
+
 async def _start(
     stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]
 ) -> tuple[RouterServer, Cluster, Ready]:
     """Starts everything and leaves on `stack` how to stop it, last started first."""
-    router = config.router
-    pools = config.pools
-    default_pool = PoolPolicy(
-        parse_pool_size(pools.default_size),
-        PoolSource(pools.default_source),
-        drift=parse_drift(pools.default_drift),
-    )
-    stores = StoreChoice(read_redis_url(env), Path(pools.path) if pools.path else None)
-    _check_port_free(router.host, router.port, "router.port")
-    _check_port_free(router.host, router.http_port, "router.http_port")
-    _check_port_free(router.host, router.metrics_port, "router.metrics_port")
-    if router.health_port is not None:
-        _check_port_free(router.host, router.health_port, "router.health_port")
-    if config.cluster.joined is None and config.workers.metrics_port and config.workers.per_node is None:
-        for index in range(config.workers.count):
-            _check_port_free(LOOPBACK, config.workers.metrics_port + index, "workers.metrics_port")
-    tls = _tls_files(router)
+    choices = _choices(config, env)
+    _check_ports(config)
     tracing.start("expert-pager-router", __version__, env)
     stack.callback(tracing.stop)
-    tenants = TenantLabels.parse(router.metric_tenants)
     opened = OpenModel.open(config.model.path, config.model.dtype)
     stack.callback(opened.checkpoint.close)
     opened.check()
-    passes = build_passes(opened, router)
-    check_choices(passes, default_pool, stores)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several texts at a time, each in a thread of the router
-    tokenizer = read_tokenizer(Path(config.model.path))
+    passes = build_passes(opened, config.router)
+    check_choices(passes, choices)
+    tokenizer = _tokenizer(config)
     template = ChatTemplate.read(Path(config.model.path), _path(config.model.chat_template))
-    _check_budgets(opened, config, default_pool.size)
-    # While Ray starts and the workers load.
-    loading = asyncio.create_task(asyncio.to_thread(load_first, passes))
-    stack.push_async_callback(_end, loading)
-    cluster = await Cluster.connect(config)
-    stack.push_async_callback(cluster.close)
-    await loading
-    service = build_service(
-        _model_info(cluster.model(), Path(config.model.path)),
-        cluster,
-        passes=passes,
-        encoder=TextEncoder(tokenizer),
-        limits=_limits(router),
-        default_pool=default_pool,
-        stores=stores,
-        metric_tenants=tenants,
-    )
+    check_plan(opened, config, choices.default_pool.size)
+    cluster = await _connect(stack, config, passes)
+    service = build_service(cluster.model(), cluster, passes, TextEncoder(tokenizer), choices)
     stack.push_async_callback(service.close)
     metrics = service.pipeline.metrics
     cluster.ray_lost.add_done_callback(lambda lost: metrics.ray_lost.labels(lost.result()).inc())
-    metrics_server = MetricsServer(metrics.registry, router.host, router.metrics_port)
+    metrics_server = MetricsServer(metrics.registry, config.router.host, config.router.metrics_port)
     stack.callback(metrics_server.close)
     page = Page(service.watch, asyncio.get_running_loop())
     metrics_server.mount("/ui", page)
     cluster.publish_router_metrics(metrics_server.address)
-    server = RouterServer(service.pipeline, service.bounds, service.watch, router.write_timeout_s)
+    server = RouterServer(service.pipeline, service.bounds, service.watch, config.router.write_timeout_s)
     stack.push_async_callback(server.stop)
-    texts = None if tokenizer is None else TokenTexts(tokenizer)
-    api = Api(service.pipeline, texts, template, router.write_timeout_s)
+    api = Api(service.pipeline, tokenizer and TokenTexts(tokenizer), template, config.router.write_timeout_s)
     http_server = HttpServer(api.app(*page.routes(), metrics_route(metrics.registry)))
     stack.push_async_callback(http_server.stop)
     leave_out_of_collections()
-    await server.start(router.host, router.port, tls, router.health_port)
-    await http_server.start(router.host, router.http_port, tls)
+    await server.start(config.router.host, config.router.port, choices.tls, config.router.health_port)
+    await http_server.start(config.router.host, config.router.http_port, choices.tls)
     ready = Ready(
-        address=format_address(router.host, server.port),
-        http_url=f"{'http' if tls is None else 'https'}://{http_server.address}",
+        address=format_address(config.router.host, server.port),
+        http_url=f"{'http' if choices.tls is None else 'https'}://{http_server.address}",
         metrics_url=f"http://{metrics_server.address}/metrics",
         model=cluster.model(),
         num_workers=len(cluster.workers()),
     )
     return server, cluster, ready
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the operator has chosen for the requests of a router, read from the settings and the environment."""
+
+    default_pool: PoolPolicy = field(default_factory=PoolPolicy)
+    limits: AdmissionLimits = field(default_factory=AdmissionLimits)
+    redis_url: str | None = None
+    pools_path: Path | None = None  # of named pools, where there is no Redis
+    tenants: TenantLabels = field(default_factory=TenantLabels)
+    tls: TlsFiles | None = None
+
+
+def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
+    """Raises ConfigError, InvalidRequest."""
+    pools = config.pools
+    size = parse_pool_size(pools.default_size)
+    return Choices(
+        default_pool=PoolPolicy(size, PoolSource(pools.default_source), drift=parse_drift(pools.default_drift)),
+        limits=_limits(config.router),
+        redis_url=redis_url(env),
+        pools_path=_path(pools.path or None),
+        tenants=TenantLabels.parse(config.router.metric_tenants),
+        tls=_tls_files(config.router),
+    )
 
 
 def _path(value: str | None) -> Path | None:
@@ -315,40 +238,17 @@ def _tls_files(router: RouterConfig) -> TlsFiles | None:
     return files
 
 
-async def _end(task: asyncio.Task[Any]) -> None:
-    """Waits for it. Where it failed, so did the workers, and they have said why."""
-    await asyncio.gather(task, return_exceptions=True)
-
-
-def _check_budgets(opened: OpenModel, config: ServiceConfig, default_size: PoolSize) -> None:
-    """What the workers would find out later. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
-    workers = config.workers
-    if config.cluster.joined is not None or not workers.count:
-        return  # they run on other machines
-    budgets = Budgets(workers.expert_memory, workers.host_memory, workers.kv_memory, workers.max_running)
-    device = resolve_device(workers.device)
-    machine = Machine.detect(device).shared_by(workers.count)
-    planned = plan(needs_of(opened, device), budgets, machine)
-    if not isinstance(default_size, Full):
-        needed = sum(largest_counts(default_size, opened.facts))
-        if needed > planned.num_slots:
-            raise PoolTooLarge(needed, planned.num_slots, field="pools.default_size")
-
-
-def _model_info(view: ModelView, folder: Path) -> ModelInfo:
-    tokenizer, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    described = json.loads(settings.read_bytes()) if settings.exists() else {}
-    return ModelInfo(
-        name=view.name,
-        fingerprint=view.fingerprint,
-        context_length=view.context_length,
-        kv_token_limit=view.kv_token_limit,
-        vocab_size=view.vocab_size,
-        facts=view.facts,
-        tokenizer_class=str(described.get("tokenizer_class", "")),
-        tokenizer_sha256=hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "",
-        plan=view.plan_text,
-    )
+def _check_ports(config: ServiceConfig) -> None:
+    """Looks at every port that is known before the slow part of the start. Raises PortInUse, ConfigError."""
+    router, workers = config.router, config.workers
+    _check_port_free(router.host, router.port, "router.port")
+    _check_port_free(router.host, router.http_port, "router.http_port")
+    _check_port_free(router.host, router.metrics_port, "router.metrics_port")
+    if router.health_port is not None:
+        _check_port_free(router.host, router.health_port, "router.health_port")
+    if config.cluster.joined is None and workers.metrics_port and workers.per_node is None:
+        for index in range(workers.count):
+            _check_port_free(LOOPBACK, workers.metrics_port + index, "workers.metrics_port")
 
 
 def _check_port_free(host: str, port: int, key: str) -> None:
@@ -362,3 +262,112 @@ def _check_port_free(host: str, port: int, key: str) -> None:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"port {port} on {host} is in use; choose another ({key})") from None
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def _tokenizer(config: ServiceConfig) -> Tokenizer | None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several texts at a time, each in a thread of the router
+    return read_tokenizer(Path(config.model.path))
+
+
+def check_choices(passes: Passes, choices: Choices) -> None:
+    """Raises ConfigError for choices that can take no effect, before anything slow is started."""
+    default = choices.default_pool
+    if default.source is PoolSource.PREDICTION and isinstance(default.size, Full):
+        raise ConfigError("pools.default_source 'prediction' needs a pools.default_size other than 'full'")
+    try:
+        check_can_drift(default)
+        passes.check(default)
+    except InvalidRequest as error:
+        raise ConfigError(f"the [pools] defaults can take no effect: {error.message}") from None
+    open_pools(choices.redis_url, choices.pools_path)
+
+
+def check_plan(opened: OpenModel, config: ServiceConfig, default_size: PoolSize) -> None:
+    """Plans for workers of this machine as they will. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
+    if config.cluster.joined is not None or not config.workers.count:
+        return  # they run on other machines
+    device = resolve_device(config.workers.device)
+    planned = plan(needs_of(opened, device), budgets_of(config.workers), Machine.detect(device))
+    if not isinstance(default_size, Full):
+        needed = sum(largest_counts(default_size, opened.facts))
+        if needed > planned.num_slots:
+            raise PoolTooLarge(needed, planned.num_slots, field="pools.default_size")
+
+
+async def _connect(stack: AsyncExitStack, config: ServiceConfig, passes: Passes) -> Cluster:
+    """Starts or finds the workers, and loads the first pass meanwhile."""
+    loading = asyncio.create_task(asyncio.to_thread(load_first, passes))
+    stack.push_async_callback(_end, loading)
+    cluster = await Cluster.connect(config)
+    stack.push_async_callback(cluster.close)
+    await loading
+    return cluster
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Waits for it. Where it failed, so did the workers, and they have said why."""
+    await asyncio.gather(task, return_exceptions=True)
+
+
+# --- what the fronts share ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every front of a router shares. The cluster behind it is its owner's to close."""
+
+    pipeline: Pipeline
+    predictor: Predictor
+    bounds: MessageBounds
+    watch: Watch
+
+    async def close(self) -> None:
+        """Ends the threads of the predictor and the connections of the stores."""
+        self.predictor.close()
+        await self.pipeline.stores.close()
+
+
+def build_service(
+    model: ModelInfo, cluster: ClusterPort, passes: Passes, encoder: Encoder, choices: Choices
+) -> Service:
+    """The choices are those that `check_choices` has found to make sense. A Redis that is down is no error."""
+    check_choices(passes, choices)
+    metrics = RouterMetrics(choices.tenants)
+    metrics.describe(version=__version__, model=model.name, fingerprint=model.fingerprint)
+    stores = open_stores(model, metrics, choices)
+    chain = PassChain(passes, Scoring(passes.available, encoder), model.facts, metrics.escalated)
+    predictor = Predictor(chain, stores.hints, model.facts, model.fingerprint)
+    admission = Admission(choices.limits)
+    metrics.watch_admission(admission)
+    live_pools = PoolLog()
+    pipeline = Pipeline(
+        model,
+        choices.default_pool,
+        cluster=cluster,
+        predictor=predictor,
+        stores=stores,
+        admission=admission,
+        metrics=metrics,
+        live_pools=live_pools,
+    )
+    return Service(
+        pipeline,
+        predictor,
+        MessageBounds(model, encoder.longest_token_bytes, choices.limits.most_tokens),
+        Watch(model, cluster, stores.hints, live_pools),
+    )
+
+
+def open_stores(model: ModelInfo, metrics: RouterMetrics, choices: Choices) -> Stores:
+    """In Redis, else in this process, and named pools in a folder. Raises ConfigError for two places of named pools."""
+    breaker = StoreBreaker(metrics.redis_degraded.set, lambda reason: metrics.redis_failures.labels(reason).inc())
+    pools = open_pools(choices.redis_url, choices.pools_path, breaker)
+    hints, claims = InProcessHints(), LocalClaims()
+    if choices.redis_url is None:
+        return Stores(hints, claims, pools)
+    client = RedisClient(choices.redis_url)
+    shared_hints = RedisHints(client, model.facts, model.fingerprint)
+    shared_claims = RedisClaims(client, model.fingerprint)
+    return Stores(
+        SharedHints(hints, shared_hints, shared_claims, breaker), SharedClaims(claims, shared_claims, breaker), pools
+    )

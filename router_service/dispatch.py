@@ -1,18 +1,40 @@
-"""Which worker takes a request. Pure: knows no grpc, no clock, and sends nothing."""
+"""The choice of a worker for a request, and what the router needs of workers. Pure: no grpc, no clock."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from pager.cluster.views import WorkerView
 from pager.errors import DeadlineExceeded, NotReady
-from pager.types import ExpertPool
-from router_service.ports import WorkerPort
+from pager.types import ExpertPool, GenerateRequest, RequestObserver, TokenChunk
 
 _PRIOR_BYTES_PER_S = 1e9
 _PRIOR_PLACE_S = 0.25
 _CROWDING_S = 0.02  # what one more sequence in a worker's batch costs its neighbours
 _REPORT_AGE_S = 1.5  # a worker reports once a second
+
+
+class ClusterPort(Protocol):
+    """The workers behind this router, as the pipeline uses them; `pager.cluster.cluster.Cluster` is the real one."""
+
+    def workers(self) -> Sequence[WorkerView]: ...
+
+    def generate(
+        self, worker_id: str, request: GenerateRequest, observer: RequestObserver
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """Chunks of the answer; the last one carries the usage. Closing it cancels the request on the worker.
+
+        `observer` hears when it was sent, and at its end there what it has used.
+
+        Raises PagerError: WorkerLost, SlowReader, DeadlineExceeded, Cancelled, and what the worker's engine refuses.
+        """
+
+    async def abort(self, request_id: str, tenant: str) -> bool: ...
+
+    def cut_off(self) -> None:
+        """Takes no more requests, and ends the open ones with NotReady."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +48,7 @@ class Placement:
 
 def place(
     pool: ExpertPool | None,
-    workers: Sequence[WorkerPort],
+    workers: Sequence[WorkerView],
     *,
     in_flight: Mapping[str, int],
     exclude: Collection[str] = (),
@@ -41,7 +63,7 @@ def place(
         raise NotReady("no worker is ready; retry shortly", retry_after_s=1.0)
     missing = {worker.id: 0 if pool is None else worker.missing_bytes(pool) for worker in ready}
 
-    def rank(worker: WorkerPort) -> tuple[float, int, str]:
+    def rank(worker: WorkerView) -> tuple[float, int, str]:
         load = max(worker.waiting + worker.running, in_flight.get(worker.id, 0))
         paging_s = missing[worker.id] / (worker.page_in_bytes_per_s or _PRIOR_BYTES_PER_S)
         queue_s = worker.waiting * (_PRIOR_PLACE_S if worker.place_s is None else worker.place_s)
@@ -63,7 +85,7 @@ def check_deadline(least_s: float, remaining_s: float | None) -> None:
         )
 
 
-def _least_paging_s(worker: WorkerPort, missing_bytes: int) -> float:
+def _least_paging_s(worker: WorkerView, missing_bytes: int) -> float:
     """By the fastest that was measured, and as if it had paged since its last report. Nobody is refused on a guess."""
     if not worker.peak_page_in_bytes_per_s:
         return 0.0

@@ -7,57 +7,41 @@ import itertools
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share
-from router_service.ports import WorkerPort
+from pager.cluster.views import WorkerState
+from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share, WorkerResidency
 
 SHORTEST_PREFIX = 32
 MAX_ENCODED_BYTES = 256 * 1024
 
 
 class HintStore(Protocol):
-    """Pools by prompt prefix, request ids in use, and who holds what. A request id is its tenant's own."""
+    """Pools by prompt prefix, and what the workers of other routers hold."""
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
         """The pool under the first of `keys` that has one."""
 
     async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None: ...
 
-    async def claim(self, request_id: str, tenant: str) -> bool:
-        """False when a request of this tenant with this id is in flight, here or at another router."""
+    async def report(self, workers: Sequence[WorkerResidency]) -> None:
+        """Tells the other routers of this one's ready workers, and renews what this router holds there.
 
-    async def release(self, request_id: str, tenant: str) -> None: ...
+        Called about once a second.
+        """
 
-    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
-        """Marks a claimed request of this tenant as aborted. False when there is none."""
-
-    async def is_aborted(self, request_id: str, tenant: str) -> bool: ...
-
-    async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
-        """Renews the claims held here and says what this router's workers hold."""
-
-    async def residency(self) -> dict[str, WorkerHolds]:
-        """What the workers of all routers hold, by worker id."""
+    async def residency(self) -> dict[str, WorkerResidency]:
+        """The ready workers of all routers, by worker id."""
 
     async def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerHolds:
-    """`resident` has a bitmask of routed experts a layer."""
-
-    waiting: int
-    running: int
-    num_slots: int
-    expert_bytes: int
-    resident: tuple[int, ...]
-
-    @classmethod
-    def of(cls, worker: WorkerPort) -> WorkerHolds:
-        return cls(worker.waiting, worker.running, worker.num_slots, worker.expert_bytes, tuple(worker.resident))
+async def all_workers(own: Sequence[WorkerResidency], hints: HintStore) -> list[WorkerResidency]:
+    """Own workers, then by id those that other routers report."""
+    reported = await hints.residency()
+    remote = [worker for worker_id, worker in sorted(reported.items()) if worker_id not in {each.id for each in own}]
+    return [*own, *remote]
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -124,17 +108,18 @@ def decode_pool(data: bytes | None, facts: RoutingFacts) -> ExpertPool | None:
     return ExpertPool(tuple(tuple(layer) for layer in layers))
 
 
-def encode_holds(holds: WorkerHolds) -> bytes:
+def encode_worker(worker: WorkerResidency) -> bytes:
     value = {
         "v": 1,
-        "load": [holds.waiting, holds.running],
-        "slots": [holds.num_slots, holds.expert_bytes],
-        "resident": [f"{mask:x}" for mask in holds.resident],
+        "load": [worker.waiting, worker.running],
+        "slots": [worker.num_slots, worker.expert_bytes],
+        "resident": [f"{mask:x}" for mask in worker.resident],
     }
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def decode_holds(data: bytes | None, facts: RoutingFacts) -> WorkerHolds | None:
+def decode_worker(worker_id: str, data: bytes | None, facts: RoutingFacts) -> WorkerResidency | None:
+    """The ready worker of another router, or None for anything that is no report of one with this model."""
     value = _json_object(data)
     if value is None or value.get("v") != 1:
         return None
@@ -149,7 +134,7 @@ def decode_holds(data: bytes | None, facts: RoutingFacts) -> WorkerHolds | None:
         return None
     if any(mask < 0 or mask >> routed for mask, routed in zip(resident, facts.routed_per_layer, strict=True)):
         return None
-    return WorkerHolds(*numbers, resident=resident)
+    return WorkerResidency(worker_id, WorkerState.READY, *numbers, resident=resident, is_remote=True)
 
 
 def _json_object(data: bytes | None) -> dict[str, Any] | None:
@@ -166,23 +151,16 @@ MAX_POOLS = 4096
 
 
 class InProcessHints:
-    """Owns an LRU of pools, and the ids in flight at this router (bounded by its admission)."""
+    """The hints of one process. Owns its pools, of which the least recently used goes first."""
 
     def __init__(self, max_pools: int = MAX_POOLS) -> None:
         self._max_pools = max_pools
         self._pools: OrderedDict[str, ExpertPool] = OrderedDict()
-        self._claims: set[tuple[str, str]] = set()  # tenant and id of the requests in flight
-        self._aborted: set[tuple[str, str]] = set()
-        self._residency: dict[str, WorkerHolds] = {}
+        self._residency: dict[str, WorkerResidency] = {}
 
     @property
     def num_pools(self) -> int:
         return len(self._pools)
-
-    @property
-    def claims(self) -> Set[tuple[str, str]]:
-        """Tenant and request id of what is in flight."""
-        return self._claims
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
         for key in keys:
@@ -198,31 +176,10 @@ class InProcessHints:
         while len(self._pools) > self._max_pools:
             self._pools.popitem(last=False)
 
-    async def claim(self, request_id: str, tenant: str) -> bool:
-        claim = (tenant, request_id)
-        if claim in self._claims:
-            return False
-        self._claims.add(claim)
-        return True
+    async def report(self, workers: Sequence[WorkerResidency]) -> None:
+        self._residency = {worker.id: worker for worker in workers}
 
-    async def release(self, request_id: str, tenant: str) -> None:
-        self._claims.discard((tenant, request_id))
-        self._aborted.discard((tenant, request_id))
-
-    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
-        claim = (tenant, request_id)
-        if claim not in self._claims:
-            return False
-        self._aborted.add(claim)
-        return True
-
-    async def is_aborted(self, request_id: str, tenant: str) -> bool:
-        return (tenant, request_id) in self._aborted
-
-    async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
-        self._residency = dict(residency)
-
-    async def residency(self) -> dict[str, WorkerHolds]:
+    async def residency(self) -> dict[str, WorkerResidency]:
         return dict(self._residency)
 
     async def close(self) -> None:

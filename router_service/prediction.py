@@ -1,4 +1,7 @@
-"""Predicts a request's pool: remembered for the same prompt, or scored by the chain of predictors."""
+"""The prediction of a request's pool: remembered for a prompt that starts alike, or scored by a chain of passes.
+
+A pass is a predictor that runs here: `build_passes` chooses them from the settings and what lies beside the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,59 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from pager.errors import InvalidRequest
+import torch
+
+from pager.config import RouterConfig
+from pager.errors import ConfigError, InvalidRequest
+from pager.memory.machine import resolve_device
+from pager.models.open_model import OpenModel
 from pager.observe.tracing import note, span
 from pager.pools.pick import pick_pool, resolve_size
+from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
+from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from pager.tokenizing import encode_all, longest_token_bytes
 from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores, Usage
 from router_service.hints import HintStore, pool_key, prefix_keys
-from router_service.ports import Encoded, Encoder, RecallEstimate, Scorer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Result = TypeVar("Result")
+
+
+class Scorer(Protocol):
+    """A routing-only pass. Called from another thread, one call at a time."""
+
+    def scores(self, token_ids: Sequence[int], /) -> RoutingScores: ...
+
+
+class RecallEstimate(Protocol):
+    """The share of the prefill's pool, of the same sizes, that a pool picked by these scores is expected to hold."""
+
+    def __call__(self, scores: RoutingScores, pool: ExpertPool, /) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text in tokens; `ids` is left empty where they are more than was asked for."""
+
+    num_tokens: int
+    ids: Sequence[int]
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer that the router needs. Called from several threads."""
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """The most bytes of text that one token can stand for."""
+
+    def encode(self, text: str, most: int, /, *, add_special_tokens: bool = True) -> Encoded:
+        """The ids of at most `most` tokens. Must let other threads run meanwhile. Raises InvalidRequest."""
 
 
 class FairThreads:
@@ -349,3 +391,55 @@ class Predictor:
 
     def _keys(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> tuple[str, ...]:
         return prefix_keys(self._fingerprint, policy.size, tenant, token_ids)
+
+
+MIN_RECALL = 0.5
+
+
+def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
+    """Loads the small file and leaves the trunk to be loaded when it is wanted; `opened` must stay open till then.
+
+    Raises ConfigError for a choice that can take no effect, CheckpointError for a file that is another model's.
+    """
+    path = Path(opened.checkpoint.path) / PREDICTOR_NAME
+    name = config.router if config.router != "auto" else ("fitted" if path.exists() else "trunk")
+    if name in ("lexical", "fitted") and not path.exists():
+        raise ConfigError(
+            f"router.router is {name!r}, which needs {path}, which is not there; make it with `expert-pager fit-router "
+            f"{opened.checkpoint.path} --documents FILE`, or serve with --predictor trunk"
+        )
+    if config.min_recall is not None and (name == "prefill" or not path.exists()):
+        what = (
+            "router.router is 'prefill', which predicts nothing"
+            if name == "prefill"
+            else f"there is no {path} to estimate it with"
+        )
+        raise ConfigError(f"router.min_recall can take no effect: {what}; leave it out")
+    if name == "prefill":
+        return Passes()
+
+    file = PredictorFile.load(path, opened.checkpoint.fingerprint) if path.exists() else None
+
+    @cache
+    def trunk() -> TrunkPredictor:
+        # The workers want the cores; a routing-only pass is short and runs one at a time.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+        return TrunkPredictor(opened, resolve_device(config.device), file.stand_ins if file else None)
+
+    if file is None:
+        return Passes({"trunk": trunk}, ("trunk",))
+    lexical = cache(lambda: LexicalPredictor(file))
+    available: dict[str, Callable[[], Scorer]] = {"lexical": lexical}
+    chain = {"lexical": ("lexical", "fitted"), "trunk": ("trunk",), "fitted": ("fitted",)}[name]
+    min_recall = MIN_RECALL if config.min_recall is None else config.min_recall
+    if name == "lexical" and min_recall == 0:
+        chain = ("lexical",)  # nothing is ever too little, so the trunk is never wanted
+    else:
+        available |= {"trunk": trunk, "fitted": cache(lambda: FittedPredictor(file, trunk()))}
+    return Passes(available, chain, file.expected_recall, min_recall)
+
+
+def load_first(passes: Passes) -> None:
+    """So that the first prompt need not wait for it. Raises CheckpointError."""
+    for name in passes.chain[:1]:
+        passes.available[name]()

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pager.errors import ConfigError, PoolStoreUnavailable
 from pager.pools.named import decode_named, encode_named
-from pager.types import ExpertPool, NamedPool, PoolListing, RoutingFacts
+from pager.types import ExpertPool, NamedPool, PoolListing, RoutingFacts, WorkerResidency
 from router_service import pools
+from router_service.claims import LocalClaims
 from router_service.hints import (
-    HintStore,
     InProcessHints,
-    WorkerHolds,
-    decode_holds,
     decode_pool,
-    encode_holds,
+    decode_worker,
     encode_pool,
+    encode_worker,
 )
 from router_service.pools import FolderPools, MemoryPools, PoolStore, check_room, listing_of, name_in_use
 from router_service.redis import RedisClient, RedisUnavailableError, StoreBreaker
 
 POOL_TTL_S = 3600
-CLAIM_TTL_MS = 30_000  # renewed by the heartbeat; a router that died frees its ids after this
+CLAIM_TTL_MS = 30_000  # renewed once a second; a router that died frees its ids after this
 HOLDS_TTL_MS = 5_000
 MAX_WORKERS = 1024
 _ABORTED = b"/aborted"
@@ -48,16 +47,14 @@ return 0
 class RedisHints:
     """A HintStore in Redis. With Redis gone, each method raises RedisUnavailableError within a quarter second."""
 
-    def __init__(self, url: str, facts: RoutingFacts, fingerprint: str) -> None:
+    def __init__(self, client: RedisClient, facts: RoutingFacts, fingerprint: str) -> None:
+        self._client = client
         self._facts = facts
         self._prefix = f"expert-pager:1:{fingerprint}"
-        self._router = uuid.uuid4().hex
-        self._claims: set[str] = set()  # keys
-        self._client = RedisClient(url)
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
         async with self._client.commands() as redis:
-            values = await redis.mget([self._key("pool", key) for key in keys])
+            values = await redis.mget([f"{self._prefix}:pool:{key}" for key in keys])
         pools = (decode_pool(value, self._facts) for value in values)
         return next((pool for pool in pools if pool is not None), None)
 
@@ -65,54 +62,18 @@ class RedisHints:
         value = encode_pool(pool)
         async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
             for key in keys:
-                pipeline.set(self._key("pool", key), value, ex=POOL_TTL_S)
+                pipeline.set(f"{self._prefix}:pool:{key}", value, ex=POOL_TTL_S)
             await pipeline.execute()
 
-    async def claim(self, request_id: str, tenant: str) -> bool:
-        key = self._claim_key(request_id, tenant)
-        self._claims.add(key)  # before the answer: a cancelled caller releases what Redis may have taken
-        async with self._client.commands() as redis, redis.pipeline() as pipeline:
-            pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
-            pipeline.get(key)
-            _, holder = await pipeline.execute()
-        # By its holder, not by the answer of SET: a heartbeat in between may have set it for us.
-        is_mine = holder is not None and holder.startswith(self._router.encode())
-        if not is_mine:
-            self._claims.discard(key)
-        return is_mine
-
-    async def release(self, request_id: str, tenant: str) -> None:
-        key = self._claim_key(request_id, tenant)
-        if key in self._claims:
-            self._claims.discard(key)
-            await self._client.script(_RELEASE, (key,), self._router)
-
-    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
-        return bool(await self._client.script(_MARK_ABORTED, (self._claim_key(request_id, tenant),)))
-
-    async def is_aborted(self, request_id: str, tenant: str) -> bool:
-        async with self._client.commands() as redis:
-            value = await redis.get(self._claim_key(request_id, tenant))
-        return value is not None and value.endswith(_ABORTED)
-
-    async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
+    async def report(self, workers: Sequence[WorkerResidency]) -> None:
         async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
-            claims = list(self._claims)
-            for key in claims:
-                pipeline.pexpire(key, CLAIM_TTL_MS)
-            for worker_id, holds in residency.items():
-                pipeline.set(self._key("holds", worker_id), encode_holds(holds), px=HOLDS_TTL_MS)
+            for worker in workers:
+                pipeline.set(f"{self._prefix}:holds:{worker.id}", encode_worker(worker), px=HOLDS_TTL_MS)
             pipeline.ping()
-            renewed = await pipeline.execute()
-            # Redis lost these, or was away when they were made.
-            lost = [key for key, is_there in zip(claims, renewed, strict=False) if not is_there]
-            for key in lost:
-                if key in self._claims:
-                    pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
             await pipeline.execute()
 
-    async def residency(self) -> dict[str, WorkerHolds]:
-        prefix = self._key("holds", "")
+    async def residency(self) -> dict[str, WorkerResidency]:
+        prefix = f"{self._prefix}:holds:"
         async with self._client.commands() as redis:
             names: list[bytes] = []
             async for name in redis.scan_iter(match=f"{prefix}*", count=256):
@@ -122,19 +83,72 @@ class RedisHints:
             values = await redis.mget(names) if names else []
         found = {}
         for name, value in zip(names, values, strict=True):
-            holds = decode_holds(value, self._facts)
-            if holds is not None:
-                found[name.decode(errors="replace").removeprefix(prefix)] = holds
+            worker_id = name.decode(errors="replace").removeprefix(prefix)
+            worker = decode_worker(worker_id, value, self._facts)
+            if worker is not None:
+                found[worker_id] = worker
         return found
 
     async def close(self) -> None:
         await self._client.close()
 
-    def _claim_key(self, request_id: str, tenant: str) -> str:
-        return self._key("claim", f"{tenant}:{request_id}")  # no tenant's name has a colon
 
-    def _key(self, kind: str, name: str) -> str:
-        return f"{self._prefix}:{kind}:{name}"
+class RedisClaims:
+    """Claims in Redis. With Redis gone, each method raises RedisUnavailableError within a quarter second."""
+
+    def __init__(self, client: RedisClient, fingerprint: str) -> None:
+        self._client = client
+        self._prefix = f"expert-pager:1:{fingerprint}:claim:"
+        self._router = uuid.uuid4().hex
+        self._held: set[str] = set()  # keys
+
+    async def claim(self, request_id: str, tenant: str) -> bool:
+        key = self._key(request_id, tenant)
+        self._held.add(key)  # before the answer: a cancelled caller releases what Redis may have taken
+        async with self._client.commands() as redis, redis.pipeline() as pipeline:
+            pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
+            pipeline.get(key)
+            _, holder = await pipeline.execute()
+        # By its holder, not by the answer of SET: a renewal in between may have set it for us.
+        is_mine = holder is not None and holder.startswith(self._router.encode())
+        if not is_mine:
+            self._held.discard(key)
+        return is_mine
+
+    async def release(self, request_id: str, tenant: str) -> None:
+        key = self._key(request_id, tenant)
+        if key in self._held:
+            self._held.discard(key)
+            await self._client.script(_RELEASE, (key,), self._router)
+
+    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
+        return bool(await self._client.script(_MARK_ABORTED, (self._key(request_id, tenant),)))
+
+    async def is_aborted(self, request_id: str, tenant: str) -> bool:
+        async with self._client.commands() as redis:
+            value = await redis.get(self._key(request_id, tenant))
+        return value is not None and value.endswith(_ABORTED)
+
+    async def renew(self) -> None:
+        """Keeps the claims that are held here from expiring; called about once a second."""
+        async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
+            held = list(self._held)
+            for key in held:
+                pipeline.pexpire(key, CLAIM_TTL_MS)
+            pipeline.ping()
+            renewed = await pipeline.execute()
+            # Redis lost these, or was away when they were made.
+            lost = [key for key, is_there in zip(held, renewed, strict=False) if not is_there]
+            for key in lost:
+                if key in self._held:
+                    pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
+            await pipeline.execute()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _key(self, request_id: str, tenant: str) -> str:
+        return f"{self._prefix}{tenant}:{request_id}"  # no tenant's name has a colon
 
 
 # Both take the hash of a tenant and that of the counts, where a tenant's number is set to what its hash has: a count
@@ -206,13 +220,36 @@ def _key(tenant: str) -> str:
 Answer = TypeVar("Answer")
 
 
-class SharedHints:
+class _Shared:
+    """What answers in the place of a shared store that is away."""
+
+    def __init__(self, breaker: StoreBreaker) -> None:
+        self._breaker = breaker
+
+    async def _read(self, question: Callable[[], Awaitable[Answer]], otherwise: Answer) -> Answer:
+        try:
+            return await self._breaker.read(question)
+        except RedisUnavailableError:
+            return otherwise
+
+    async def _write(self, question: Callable[[], Awaitable[Answer]], otherwise: Answer) -> Answer:
+        try:
+            return await self._breaker.write(question)
+        except RedisUnavailableError:
+            return otherwise
+
+
+class SharedHints(_Shared):
     """A HintStore that never raises: what the shared store cannot answer, the local one does."""
 
-    def __init__(self, local: InProcessHints, shared: HintStore, breaker: StoreBreaker) -> None:
+    def __init__(self, local: InProcessHints, shared: RedisHints, claims: RedisClaims, breaker: StoreBreaker) -> None:
+        """`claims` are renewed with each report, under one verdict of the breaker: a renewal succeeds where a write is
+        refused, and would hide that.
+        """
+        super().__init__(breaker)
         self._local = local
         self._shared = shared
-        self._breaker = breaker
+        self._claims = claims
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
         found = await self._read(lambda: self._shared.find_pool(keys), None)
@@ -221,6 +258,32 @@ class SharedHints:
     async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None:
         await self._local.remember_pool(keys, pool)
         await self._write(lambda: self._shared.remember_pool(keys, pool), None)
+
+    async def report(self, workers: Sequence[WorkerResidency]) -> None:
+        await self._local.report(workers)
+        await self._write(lambda: self._renew_and_report(workers), None)
+
+    async def _renew_and_report(self, workers: Sequence[WorkerResidency]) -> None:
+        await self._claims.renew()
+        await self._shared.report(workers)
+
+    async def residency(self) -> dict[str, WorkerResidency]:
+        elsewhere: dict[str, WorkerResidency] = await self._read(self._shared.residency, {})
+        return elsewhere | await self._local.residency()
+
+    async def close(self) -> None:
+        await self._local.close()
+        with suppress(RedisUnavailableError):
+            await self._shared.close()
+
+
+class SharedClaims(_Shared):
+    """Claims that never raise: while the shared ones are away, an id is unique at this router alone."""
+
+    def __init__(self, local: LocalClaims, shared: RedisClaims, breaker: StoreBreaker) -> None:
+        super().__init__(breaker)
+        self._local = local
+        self._shared = shared
 
     async def claim(self, request_id: str, tenant: str) -> bool:
         if not await self._local.claim(request_id, tenant):
@@ -247,30 +310,10 @@ class SharedHints:
             lambda: self._shared.is_aborted(request_id, tenant), False
         )
 
-    async def heartbeat(self, residency: Mapping[str, WorkerHolds]) -> None:
-        await self._local.heartbeat(residency)
-        await self._write(lambda: self._shared.heartbeat(residency), None)
-
-    async def residency(self) -> dict[str, WorkerHolds]:
-        elsewhere: dict[str, WorkerHolds] = await self._read(self._shared.residency, {})
-        return elsewhere | await self._local.residency()
-
     async def close(self) -> None:
         await self._local.close()
         with suppress(RedisUnavailableError):
             await self._shared.close()
-
-    async def _read(self, question: Callable[[], Awaitable[Answer]], otherwise: Answer) -> Answer:
-        try:
-            return await self._breaker.read(question)
-        except RedisUnavailableError:
-            return otherwise
-
-    async def _write(self, question: Callable[[], Awaitable[Answer]], otherwise: Answer) -> Answer:
-        try:
-            return await self._breaker.write(question)
-        except RedisUnavailableError:
-            return otherwise
 
 
 MAX_CACHED = 256

@@ -20,6 +20,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from pager.cluster.views import WorkerState
 from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, SlowReader, UnknownMethod
 from pager.memory.units import format_address
 from pager.observe import tracing
@@ -29,7 +30,6 @@ from pager.types import TokenChunk
 from pager.wire import encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
 from router_service import requests
 from router_service.access_log import CallRecorder
-from router_service.hints import WorkerHolds
 from router_service.message_bounds import (
     CORE_MESSAGE_BYTES,
     CORE_METADATA_BYTES,
@@ -420,8 +420,8 @@ class RouterServer:
 
     async def _set_readiness(self) -> None:
         states = [worker.state for worker in self._pipeline.cluster.workers()]
-        await self._health.set(SERVICE_NAME, _SERVING if "ready" in states else _NOT_SERVING)
-        for state in ("starting", "ready", "draining", "hung", "dead"):
+        await self._health.set(SERVICE_NAME, _SERVING if WorkerState.READY in states else _NOT_SERVING)
+        for state in WorkerState:
             self._pipeline.metrics.workers.labels(state).set(states.count(state))
         for worker in self._pipeline.cluster.workers():
             self._pipeline.metrics.restarted(worker.id, worker.num_restarts)
@@ -429,8 +429,7 @@ class RouterServer:
     async def _heartbeat(self) -> None:
         self._watch.beat()
         workers = self._pipeline.cluster.workers()
-        ready = {worker.id: WorkerHolds.of(worker) for worker in workers if worker.state == "ready"}
-        await self._pipeline.stores.hints.heartbeat(ready)
+        await self._pipeline.stores.hints.report([each for each in workers if each.state == WorkerState.READY])
 
 
 async def _logged(step: Callable[[], Awaitable[None]]) -> None:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from pager.errors import Cancelled, DeadlineExceeded, DuplicateRequest, InvalidRequest, NotReady, WorkerLost
@@ -34,11 +34,11 @@ from pager.types import (
 )
 from router_service.access_log import pool_label, tell
 from router_service.admission import Admission, refusing, remaining_s
-from router_service.dispatch import Placement, check_deadline, place
-from router_service.hints import HintStore, WorkerHolds
+from router_service.claims import Claims
+from router_service.dispatch import ClusterPort, Placement, check_deadline, place
+from router_service.hints import HintStore, all_workers
 from router_service.metrics import RouterMetrics
 from router_service.pools import PoolStore, name_in_use
-from router_service.ports import ClusterPort
 from router_service.prediction import Prediction, Predictor
 from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model, no_such_pool
 from router_service.requests import request_id as check_request_id
@@ -66,13 +66,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """What the routers of a service keep together: hints and claims, and the tenants' named pools."""
+    """What the routers of a service share: hints, claims of request ids, and the tenants' named pools."""
 
     hints: HintStore
+    claims: Claims
     pools: PoolStore
 
     async def close(self) -> None:
         await self.hints.close()
+        await self.claims.close()
         await self.pools.close()
 
 
@@ -181,12 +183,12 @@ class Pipeline:
     @asynccontextmanager
     async def _claimed(self, id_: str, tenant: str) -> AsyncIterator[None]:
         """The id is this request's alone among its tenant's, at every router, until the block is left."""
-        if not await self.stores.hints.claim(id_, tenant):
+        if not await self.stores.claims.claim(id_, tenant):
             raise DuplicateRequest(f"request id {id_!r} is in use; choose another", field="request_id")
         try:
             yield
         finally:
-            await self.stores.hints.release(id_, tenant)
+            await self.stores.claims.release(id_, tenant)
 
     async def _predict(self, request: GenerateRequest) -> Prediction:
         prediction = await self._predictor.predict(request.tenant, request.prompt_token_ids, request.pool)
@@ -238,7 +240,7 @@ class Pipeline:
         raise WorkerLost("the worker's stream ended before the answer did; send the request again")
 
     async def _check_aborted(self, request: GenerateRequest) -> None:
-        if await self.stores.hints.is_aborted(request.id, request.tenant):
+        if await self.stores.claims.is_aborted(request.id, request.tenant):
             raise Cancelled("the request was aborted")
 
     async def _learn(self, request: GenerateRequest, prediction: Prediction, usage: Usage) -> None:
@@ -251,7 +253,7 @@ class Pipeline:
         """Whether the tenant has a request of this id in flight, here or at another router, which then ends."""
         request_id.set(check_request_id(id_))
         # Marked first: a request on its way to a worker looks for the mark once it has arrived.
-        is_marked = await self.stores.hints.mark_aborted(id_, tenant)
+        is_marked = await self.stores.claims.mark_aborted(id_, tenant)
         is_found = await self.cluster.abort(id_, tenant)
         return is_marked or is_found
 
@@ -362,9 +364,4 @@ class Pipeline:
 
     async def residency(self) -> list[WorkerResidency]:
         """What this router's workers hold, as last reported, and what other routers report of theirs."""
-        mine = {worker.id: (worker.state, WorkerHolds.of(worker)) for worker in self.cluster.workers()}
-        found = [WorkerResidency(name, state, **asdict(holds)) for name, (state, holds) in mine.items()]
-        for name, holds in sorted((await self.stores.hints.residency()).items()):
-            if name not in mine:
-                found.append(WorkerResidency(name, "ready", **asdict(holds), is_remote=True))
-        return found
+        return await all_workers(self.cluster.workers(), self.stores.hints)

@@ -22,9 +22,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from pager import __version__
-from pager.types import ExpertPool, Full, ModelInfo, PagingCounts, PoolPolicy, Usage
-from router_service.hints import HintStore, WorkerHolds, size_name
-from router_service.ports import ClusterPort
+from pager.cluster.views import WorkerState, WorkerView
+from pager.types import ExpertPool, Full, ModelInfo, PagingCounts, PoolPolicy, Usage, WorkerResidency
+from router_service.dispatch import ClusterPort
+from router_service.hints import HintStore, all_workers, size_name
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -147,7 +148,7 @@ NUM_SAMPLES = 60
 MAX_WORKERS = 32
 MAX_POOLS = 40
 _COUNTS = tuple(each.name for each in fields(PagingCounts))
-_SERVING = ("ready", "draining")
+_SERVING = (WorkerState.READY, WorkerState.DRAINING)
 
 
 @dataclass(slots=True)
@@ -197,15 +198,8 @@ class Watch:
 
     async def state(self) -> dict[str, Any]:
         """JSON of at most about 200 kB, for anybody who reaches the port: no tenant and no named pool is named."""
-        workers = [
-            _worker(each.id, each.state, WorkerHolds.of(each), self._model, each.page_in_bytes_per_s)
-            for each in self._cluster.workers()
-        ]
-        known = {worker["id"] for worker in workers}
-        for worker_id, holds in sorted((await self._hints.residency()).items()):
-            if worker_id not in known:
-                workers.append(_worker(worker_id, "ready", holds, self._model, None, remote=True))
-        shown = workers[:MAX_WORKERS]
+        workers = await all_workers(self._cluster.workers(), self._hints)
+        shown = [_worker(each, self._model) for each in workers[:MAX_WORKERS]]
         rows = sorted(self._pools.of_all_tenants(), key=lambda row: row.use.live, reverse=True)
         return {
             "version": __version__,
@@ -219,28 +213,17 @@ class Watch:
         }
 
 
-def _worker(
-    worker_id: str,
-    state: str,
-    holds: WorkerHolds,
-    model: ModelInfo,
-    page_in_bytes_per_s: float | None,
-    *,
-    remote: bool = False,
-) -> dict[str, Any]:
-    held = holds.resident or (0,) * model.facts.num_layers  # not loaded yet
-    masks = zip(held, model.facts.routed_per_layer, strict=True)
+def _worker(worker: WorkerResidency, model: ModelInfo) -> dict[str, Any]:
     return {
-        "id": worker_id,
-        "state": state,
-        "remote": remote,
-        "waiting": holds.waiting,
-        "running": holds.running,
-        "slots": holds.num_slots,
-        "expert_bytes": holds.expert_bytes,
-        "page_in_bytes_per_s": page_in_bytes_per_s,
-        # Per layer, bit e of the little-endian bytes says that expert e is in a slot.
-        "resident": [mask.to_bytes((routed + 7) // 8, "little").hex() for mask, routed in masks],
+        "id": worker.id,
+        "state": worker.state,
+        "remote": worker.is_remote,
+        "waiting": worker.waiting,
+        "running": worker.running,
+        "slots": worker.num_slots,
+        "expert_bytes": worker.expert_bytes,
+        "page_in_bytes_per_s": worker.page_in_bytes_per_s if isinstance(worker, WorkerView) else None,
+        "resident": [layer.hex() for layer in worker.bitmaps(model.facts)],
     }
 
 

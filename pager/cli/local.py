@@ -41,7 +41,7 @@ from pager.types import (
     SamplingParams,
     TokenChunk,
 )
-from router_service.predictors import build_passes
+from router_service.prediction import build_passes
 
 DEFAULT_MAX_TOKENS = 128
 

@@ -152,7 +152,7 @@ def _flag(name: str) -> str:
 
 
 def _announce(ready: Ready, as_json: bool, log_format: str) -> None:
-    for line in ready.model.plan_text.splitlines():
+    for line in ready.model.plan.splitlines():
         if log_format == "json":
             log.info("%s", line)
         else:
@@ -160,7 +160,7 @@ def _announce(ready: Ready, as_json: bool, log_format: str) -> None:
     if as_json or log_format == "json":
         facts = {"address": ready.address, "http_url": ready.http_url}
         facts |= {"metrics_url": ready.metrics_url, "model": ready.model.name}
-        print_json({**facts, "workers": ready.num_workers, "plan": ready.model.plan}, indent=None)
+        print_json({**facts, "workers": ready.num_workers, "plan": ready.model.plan_facts}, indent=None)
     else:
         workers = "1 worker" if ready.num_workers == 1 else f"{ready.num_workers} workers"
         print(

@@ -12,27 +12,62 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pager.cluster.host_access import NodeHostTier
 from pager.cluster.node import NodeControl
-from pager.cluster.ray_session import RaySession, num_gpus
+from pager.cluster.ray_session import WORKER_RESOURCE, RaySession, num_gpus
 from pager.cluster.views import Health, WorkerReady
-from pager.cluster.worker import EngineLoader, Worker
+from pager.cluster.worker import EngineLoader, HostAccess, LoadedEngine, Sink, Worker, WorkerObserver
 from pager.config import ServiceConfig
 from pager.errors import ConfigError, NotReady, PagerError
 from pager.observe import logs
 
+if TYPE_CHECKING:
+    from pager.cache.host import HostTier
+    from pager.memory.plan import Plan
+    from pager.models.open_model import OpenModel
+
 log = logging.getLogger(__name__)
 
 WORKER_PREFIX = "worker-"
-WORKER_RESOURCE = "expert_pager_worker"  # what a node is started with that is for workers, one for each
 GRACE_S = 5.0
 POLL_S = 0.2
 END_POLL_S = 0.02
+
+
+def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
+    """The real one, from a checkpoint. Imports torch when it is called, not before the threads are set."""
+    from pager.cluster.loading import load_engine as load
+
+    return load(config, sink, observer, host)
+
+
+class NodeHostTier:
+    """A worker's way to the host tier of its node: the control actor is asked once, for the segment's name."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+        self._tier: HostTier | None = None
+
+    def attach(self, opened: OpenModel, plan: Plan) -> HostTier:
+        """This worker's view of the segment. Raises BudgetError, ConfigError."""
+        from pager.cache.host import HostTier, record_bytes
+
+        shape = opened.family.expert_shape(opened.config)
+        model = f"{shape} of {opened.dtype}"
+        answer = ray.get(self._node.open_segment.remote(plan.host_bytes, record_bytes(shape, opened.dtype), model))
+        if isinstance(answer, PagerError):
+            raise answer
+        name, num_records = answer
+        self._tier = HostTier.attach(name, num_records, shape, opened.dtype)
+        return self._tier
+
+    def used_bytes(self) -> tuple[int, int]:
+        """Resident and pinned, of all workers of the node."""
+        return self._tier.used_bytes() if self._tier is not None else (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

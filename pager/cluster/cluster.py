@@ -1,4 +1,4 @@
-"""The file in which Prometheus finds what to scrape (`file_sd_configs`)."""
+"""The cluster as a router sees it: supervised workers, their answers, and the list of `/metrics` for Prometheus."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self
 
-from pager.cluster.actors import OthersWorkers, OwnWorkers
+from pager.cluster.actors import OthersWorkers, OwnWorkers, load_engine
 from pager.cluster.node import remove_leftovers
 from pager.cluster.ray_session import RaySession, pass_on
 from pager.cluster.supervisor import WorkerSupervisor
-from pager.cluster.views import ModelView, WorkerState, WorkerView
-from pager.cluster.worker import EngineLoader, load_engine
+from pager.cluster.views import LoadedModel, WorkerState, WorkerView
+from pager.cluster.worker import EngineLoader
 from pager.config import ServiceConfig
 from pager.errors import NotReady, PagerError, WorkerLost
 from pager.types import GenerateRequest, RequestObserver, TokenChunk
@@ -98,7 +98,7 @@ class Cluster:
         """All of them, ready or not, by id."""
         return tuple(self._supervisors[worker_id].view() for worker_id in sorted(self._supervisors))
 
-    def model(self) -> ModelView:
+    def model(self) -> LoadedModel:
         """What the workers serve. Raises NotReady before the first was ready."""
         for supervisor in self._supervisors.values():
             if supervisor.model is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import time
@@ -13,8 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pager.cache.pager import CacheOptions, ExpertPager
-from pager.cluster.views import ModelView
-from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver
+from pager.cluster.views import LoadedModel
+from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver, budgets_of
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.engine import attention
 from pager.engine.compute_threads import use_fastest_num_threads
@@ -24,13 +26,14 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
 from pager.memory.machine import resolve_device
-from pager.memory.plan import Budgets, describe
+from pager.memory.plan import describe
 from pager.models.open_model import OpenModel
 from pager.observe.worker_metrics import TierBytes
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey
 
 PAGE_IN_POLL_S = 0.02
+EMBEDDED_RAY = "not counted  about 250 MiB of Ray's own processes, once on this machine (measured on 2026-11-30)"
 
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
@@ -44,7 +47,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         config.model.path,
         device=device,
         dtype=config.model.dtype,
-        budgets=_budgets(workers, has_host_tier=host is not None),
+        budgets=budgets_of(workers, has_host_tier=host is not None),
         host_tier=host.attach if host else None,
         cache=CacheOptions(policy=workers.policy),
         observer=observer,
@@ -63,7 +66,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
     return_freed_memory()  # what loading took
     return LoadedEngine(
         engine=engine,
-        model=_view(config, paged),
+        model=_info(config, paged),
         kv_block_bytes=paged.plan.kv_block_bytes,
         resident=paged.pager.resident_experts,
         paging=lambda: paged.pager.stats().paging,
@@ -107,24 +110,25 @@ def _trace_file(workers: WorkerConfig) -> Path | None:
     return Path(workers.trace) / f"{time.strftime('%Y%m%dT%H%M%S')}-{platform.node()}-{os.getpid()}.jsonl.gz"
 
 
-def _budgets(workers: WorkerConfig, *, has_host_tier: bool) -> Budgets:
-    return Budgets(
-        expert_memory=workers.expert_memory,
-        host_memory=workers.host_memory if has_host_tier else 0,
-        kv_memory=workers.kv_memory,
-        max_running=workers.max_running,
-        num_sharing=workers.sharing_a_node,
-    )
-
-
 def _tokenizer(checkpoint: Path) -> Tokenizer:
     """A checkpoint without a tokenizer is served too: every id has an empty text."""
     return read_tokenizer(checkpoint) or Tokenizer(BPE())
 
 
-def _view(config: ServiceConfig, paged: PagedModel) -> ModelView:
+def _tokenizer_class(checkpoint: Path) -> str:
+    settings = checkpoint / "tokenizer_config.json"
+    described = json.loads(settings.read_bytes()) if settings.exists() else {}
+    return str(described.get("tokenizer_class", ""))
+
+
+def _tokenizer_sha256(checkpoint: Path) -> str:
+    file = checkpoint / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+
+
+def _info(config: ServiceConfig, paged: PagedModel) -> LoadedModel:
     plan = paged.plan
-    return ModelView(
+    return LoadedModel(
         name=config.model.public_name,
         fingerprint=paged.fingerprint,
         dtype=str(paged.dtype).removeprefix("torch."),
@@ -135,8 +139,10 @@ def _view(config: ServiceConfig, paged: PagedModel) -> ModelView:
         facts=paged.facts,
         num_slots=plan.num_slots,
         expert_bytes=plan.expert_bytes,
-        plan=plan.to_dict() | {"num_threads": torch.get_num_threads()},
-        plan_text="\n".join(describe(plan)),
+        plan_facts=plan.to_dict() | {"num_threads": torch.get_num_threads()},
+        plan="\n".join((*describe(plan), *([EMBEDDED_RAY] if config.cluster.joined is None else []))),
+        tokenizer_class=_tokenizer_class(Path(config.model.path)),
+        tokenizer_sha256=_tokenizer_sha256(Path(config.model.path)),
     )
 
 

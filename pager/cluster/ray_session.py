@@ -75,6 +75,7 @@ def is_object(line: str) -> bool:
         return False
 
 
+WORKER_RESOURCE = "expert_pager_worker"  # what a node has for each worker that it takes, where workers.per_node is set
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
@@ -283,6 +284,7 @@ class RaySession:
                 max_log_files=LOG_FILES_OF_A_WORKER * (num_workers + 1) + OTHER_LOG_FILES,
                 namespace=namespace,
                 num_cpus=num_workers + 1,  # as many processes it starts in advance: workers, and the node's control
+                resources={WORKER_RESOURCE: max(1, num_workers)},
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=True,

@@ -13,7 +13,7 @@ from expert_pager.v1 import worker_pb2 as pb
 
 from pager.cluster.actors import Launcher, WorkerProcess
 from pager.cluster.token_client import WorkerLink
-from pager.cluster.views import Health, ModelView, WorkerReady, WorkerState, WorkerView
+from pager.cluster.views import Health, LoadedModel, WorkerReady, WorkerState, WorkerView
 from pager.errors import PagerError, WorkerLost
 from pager.wire import decode_bitmap, decode_paging, optional
 
@@ -58,7 +58,7 @@ class WorkerSupervisor:
         self.id = worker_id
         self.state = WorkerState.STARTING
         self.link: WorkerLink | None = None
-        self.model: ModelView | None = None
+        self.model: LoadedModel | None = None
         self.first_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._launcher = launcher
         self._step_timeout_s = step_timeout_s

@@ -1,4 +1,4 @@
-"""What a router sees of its workers and their model. Frozen; rebuilt when something changed."""
+"""What a router knows of its workers and their model: frozen values, made anew when something has changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from pager.types import ExpertPool, PagingCounts, RoutingFacts
+from pager.types import ExpertPool, ModelInfo, PagingCounts, WorkerResidency
 
 
 class WorkerState(StrEnum):
@@ -18,34 +18,19 @@ class WorkerState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelView:
-    """The model that all workers serve, as the first ready one loaded it."""
+class LoadedModel(ModelInfo):
+    """The model that all workers serve, as the first ready one loaded and planned it."""
 
-    name: str
-    fingerprint: str
-    dtype: str
-    device: str
-    context_length: int
-    kv_token_limit: int
-    vocab_size: int
-    facts: RoutingFacts
-    num_slots: int
-    expert_bytes: int
-    plan: dict[str, Any]
-    plan_text: str
+    dtype: str = ""
+    device: str = ""
+    expert_bytes: int = 0
+    plan_facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerView:
-    """One worker as last reported, at most about a second ago."""
+class WorkerView(WorkerResidency):
+    """One of this router's workers as last reported, at most about a second ago: what it holds, and how fast it is."""
 
-    id: str
-    state: WorkerState
-    waiting: int = 0
-    running: int = 0
-    num_slots: int = 0
-    expert_bytes: int = 0
-    resident: tuple[int, ...] = ()  # per layer a bitmap of the routed experts in device slots
     page_in_bytes_per_s: float | None = None  # median of recent page-ins; None before the first
     peak_page_in_bytes_per_s: float | None = None  # of all readers together, at most
     place_s: float | None = None  # how long one place in its line has been lasting; None before an admission
@@ -70,7 +55,7 @@ class WorkerReady:
     token: str
     metrics_address: str
     pid: int
-    model: ModelView
+    model: LoadedModel
 
     def __repr__(self) -> str:
         return f"WorkerReady(address={self.address!r}, pid={self.pid})"
@@ -78,8 +63,6 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`progress` is the engine's within a step, a number that changes with all it gets done; None between steps."""
+    """How a worker's process is, as long as it answers at all."""
 
-    progress: int | None
-    waiting: int = 0
-    running: int = 0
+    progress: int | None  # changes with all that the engine gets done within a step; None between steps

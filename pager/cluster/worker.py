@@ -1,6 +1,7 @@
-"""What a worker held, in a small file of its own, so that its next life pages that in before it is ready.
+"""The worker process: an engine that a loader made, its token server and metrics, and the file of its warm set.
 
-Best effort: a file that cannot be used costs a line in the log, and the worker starts cold. Knows no torch.
+The file says what the worker held, so that its next life pages that in before it is ready. That is best effort: a file
+that cannot be used costs a line in the log, and the worker starts cold. Knows no Ray and no torch.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from expert_pager.v1 import worker_pb2 as pb
 
 from pager import __version__
 from pager.cluster.token_server import StreamEvent, SubmissionObserver, TokenEngine, TokenServer
-from pager.cluster.views import Health, ModelView, WorkerReady
-from pager.config import ServiceConfig
+from pager.cluster.views import Health, LoadedModel, WorkerReady
+from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
-from pager.memory.plan import NUM_READERS
+from pager.memory.plan import NUM_READERS, Budgets
 from pager.memory.units import format_address
 from pager.observe import tracing
 from pager.observe.metrics import LoopLag, MetricsServer, leave_out_of_collections
@@ -133,7 +134,7 @@ class LoadedEngine:
     """What a loader returns: an engine that does not run yet, and how to ask about what it holds."""
 
     engine: WorkerEngine
-    model: ModelView
+    model: LoadedModel
     kv_block_bytes: int
     resident: Callable[[], Sequence[Sequence[int]]]  # per layer the routed experts in device slots
     paging: Callable[[], PagingCounts]
@@ -245,7 +246,7 @@ class Worker:
         if self._ready is None or self._loaded is None:
             return Health(progress=None)
         status = self._loaded.engine.status()
-        return Health(status.progress if status.is_stepping else None, status.waiting, status.running)
+        return Health(status.progress if status.is_stepping else None)
 
     def drain(self, timeout_s: float) -> None:
         """Takes no new requests, lets those it has end for so long, fails the rest with NotReady, and closes. Blocks.
@@ -337,15 +338,26 @@ class Worker:
         )
 
 
-def _labels_of(model: ModelView) -> dict[str, str]:
+def _labels_of(model: LoadedModel) -> dict[str, str]:
     return {
         "version": __version__,
         "model": model.name,
         "dtype": model.dtype,
         "device": model.device,
         "fingerprint": model.fingerprint,
-        "plan": ", ".join(f"{name} {model.plan.get(name)}" for name in PLAN_IN_LABEL),
+        "plan": ", ".join(f"{name} {model.plan_facts.get(name)}" for name in PLAN_IN_LABEL),
     }
+
+
+def budgets_of(workers: WorkerConfig, *, has_host_tier: bool = True) -> Budgets:
+    """The budgets of one worker, which the router that starts it plans with too, before anything slow."""
+    return Budgets(
+        expert_memory=workers.expert_memory,
+        host_memory=workers.host_memory if has_host_tier else 0,
+        kv_memory=workers.kv_memory,
+        max_running=workers.max_running,
+        num_sharing=workers.sharing_a_node,
+    )
 
 
 def set_num_threads(config: ServiceConfig) -> None:
@@ -356,10 +368,3 @@ def set_num_threads(config: ServiceConfig) -> None:
     workers = config.workers
     num_threads = workers.num_threads or max(1, len(os.sched_getaffinity(0)) // workers.sharing_a_node)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-
-
-def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
-    """The real one, from a checkpoint. Imports torch when it is called, not before the threads are set."""
-    from pager.cluster.loading import load_engine as load
-
-    return load(config, sink, observer, host)

@@ -19,6 +19,8 @@ TRACEPARENT = "traceparent"
 OWN = ("pager", "expert_pager", "router_service")
 """The loggers of this project. Other libraries' are heard from warnings on: torch tells of its caches when it ends."""
 
+GRPC = "grpc._cython.cygrpc"  # what gRPC's asyncio server logs by
+
 _TEXT = "%(asctime)s %(levelname).1s %(source)s %(name)s: %(message)s"
 _W3C = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})(?P<span>[0-9a-f]{16})-[0-9a-f]{2}")
 
@@ -32,10 +34,20 @@ def configure(kind: str, source: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(source) if kind == "json" else _text_formatter(source))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger(GRPC).addFilter(_is_news)
     for name in OWN:
         logging.getLogger(name).setLevel(logging.INFO)
     if kind == "json":
         logging.captureWarnings(True)  # otherwise it would be the only text on stderr that is not an object
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what gRPC logs, with a traceback, when it has a status or a message for a call that has ended.
+
+    Its caller has gone, or gRPC has refused the call itself. A failure of a method is another message.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not (type(error).__name__ == "ExecuteBatchError" and str(record.msg).startswith("ExecuteBatchError raised"))
 
 
 def traceparent_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:

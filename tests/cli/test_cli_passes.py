@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import router_service.predictors
+import router_service.prediction
 from pager.config import RouterConfig
 from pager.errors import CheckpointError, ConfigError
 from pager.models.open_model import OpenModel
 from pager.pools.pick import pick_pool
 from pager.predict.fitted import PREDICTOR_NAME, PredictorFile, num_features
 from pager.types import Count, RoutingFacts
-from router_service.prediction import Passes
-from router_service.predictors import build_passes
+from router_service.prediction import Passes, build_passes
 
 OUTPUTS = 3 * 8
 FACTS = RoutingFacts((9, 9, 9), (1, 1, 1), (2, 2, 2))
@@ -103,7 +102,7 @@ def test_lexical_loads_no_trunk_until_it_is_wanted(fit: Fit, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise Wanted
 
-    monkeypatch.setattr(router_service.predictors, "TrunkPredictor", refuse)
+    monkeypatch.setattr(router_service.prediction, "TrunkPredictor", refuse)
     folder = fit()
     with passes_of(folder, router="lexical") as passes:
         assert passes.available["lexical"]().scores([1]).source == "lexical"

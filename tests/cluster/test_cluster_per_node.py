@@ -6,17 +6,22 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from pager.cluster.actors import WORKER_RESOURCE, OwnWorkers
+from pager.cluster.actors import OwnWorkers, load_engine
 from pager.cluster.cluster import Cluster
-from pager.cluster.ray_session import OBJECT_STORE_BYTES, RaySession, start_embedded, stop_ray
+from pager.cluster.ray_session import OBJECT_STORE_BYTES, WORKER_RESOURCE, RaySession, start_embedded, stop_ray
 from pager.cluster.views import WorkerReady, WorkerState
-from pager.cluster.worker import Worker, load_engine
-from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig
-from pager.errors import PortInUse
+from pager.cluster.worker import Worker, WorkerObserver
+from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig, load_config
+from pager.errors import BudgetError, ConfigError, PortInUse
+from pager.memory.machine import Machine
+from pager.models.open_model import OpenModel
+from pager.types import Full
+from router_service.app import check_plan
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 NAMESPACE = f"per-node-tests-{os.getpid()}"
@@ -101,3 +106,40 @@ def test_workers_of_a_node_take_the_metrics_ports_that_are_free() -> None:
 )
 def test_a_node_is_divided_among_those_on_it(count: int, per_node: int | None, sharing: int) -> None:
     assert WorkerConfig(count=count, per_node=per_node).sharing_a_node == sharing
+
+
+@pytest.mark.parametrize(("count", "per_node", "fits"), [(1, None, True), (2, None, True), (2, 2, True), (2, 4, False)])
+def test_the_router_plans_for_its_workers_as_they_do(
+    monkeypatch: pytest.MonkeyPatch, count: int, per_node: int | None, fits: bool
+) -> None:
+    found = Machine(128 * 2**20)  # for two of these workers, not for four
+    monkeypatch.setattr(Machine, "detect", lambda device="cpu": found)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    asked = config(count=count, per_node=per_node, max_running=4)
+
+    def plan_of_the_router() -> None:
+        opened = OpenModel.open(asked.model.path, asked.model.dtype)
+        with opened.checkpoint:
+            check_plan(opened, asked, Full())
+
+    def plan_of_a_worker() -> None:
+        load_engine(asked, lambda events: None, WorkerObserver(), None).close()
+
+    for planned in (plan_of_the_router, plan_of_a_worker):
+        with nullcontext() if fits else pytest.raises(BudgetError, match=r"of the 32\.0 MiB found"):
+            planned()
+
+
+async def test_an_embedded_cluster_takes_workers_that_are_counted_a_node() -> None:
+    cluster = await Cluster.connect(config(count=1, per_node=1))
+    try:
+        assert [view.state for view in cluster.workers()] == [WorkerState.READY]
+    finally:
+        await cluster.close()
+
+
+@pytest.mark.parametrize(("address", "is_refused"), [("local", True), ("10.0.0.1:6379", False)])
+def test_one_node_is_not_asked_for_workers_that_it_does_not_take(address: str, is_refused: bool) -> None:
+    settings = {"model.path": "a", "workers.count": 4, "workers.per_node": 2, "cluster.ray_address": address}
+    with pytest.raises(ConfigError, match="workers would wait for ever") if is_refused else nullcontext():
+        load_config(overrides=settings)

@@ -23,7 +23,7 @@ import torch
 from pager.cluster.actors import OwnWorkers
 from pager.cluster.cluster import Cluster, _metrics_targets
 from pager.cluster.ray_session import RaySession
-from pager.cluster.views import ModelView, WorkerState, WorkerView
+from pager.cluster.views import LoadedModel, WorkerState, WorkerView
 from pager.cluster.worker import HostAccess, LoadedEngine
 from pager.config import ClusterConfig, ModelConfig, RouterConfig, ServiceConfig, WorkerConfig
 from pager.errors import Cancelled, CheckpointError, DuplicateRequest, NotReady, PagerError, WorkerLost
@@ -161,8 +161,8 @@ class StandIn:
         del self.requests[request_id], self.left[request_id]
 
 
-MODEL = ModelView(
-    "stand-in", "f", "float32", "cpu", 64, 64, 8, RoutingFacts((4,), (0,), (1,)), 2, 100, {"num_slots": 2}, "2 slots"
+MODEL = LoadedModel(
+    "stand-in", "f", 64, 64, 8, RoutingFacts((4,), (0,), (1,)), "", "", "2 slots", 2, "float32", "cpu", 100
 )
 
 

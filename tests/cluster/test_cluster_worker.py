@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pager.cluster.actors import load_engine
 from pager.cluster.token_client import WorkerLink
-from pager.cluster.worker import Worker, load_engine
+from pager.cluster.worker import Worker
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import DuplicateRequest, NotReady, PagerError
 from pager.types import GenerateRequest, PoolPolicy, SamplingParams, TokenChunk
@@ -26,7 +27,8 @@ THREADS = """
 import asyncio, os, threading, time
 from pathlib import Path
 from pager.cluster.token_client import WorkerLink
-from pager.cluster.worker import Worker, load_engine
+from pager.cluster.actors import load_engine
+from pager.cluster.worker import Worker
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.types import GenerateRequest, PoolPolicy, SamplingParams
 
@@ -53,7 +55,7 @@ asyncio.run(answer(ready))
 end_s = time.monotonic() + 30
 while nameless() - loaded and time.monotonic() < end_s:  # gRPC's have no name at first
     time.sleep(0.1)
-print(ready.model.plan["num_threads"], len(loaded), len(nameless() - loaded), flush=True)
+print(ready.model.plan_facts["num_threads"], len(loaded), len(nameless() - loaded), flush=True)
 os._exit(0)
 """
 

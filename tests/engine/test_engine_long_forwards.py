@@ -262,7 +262,7 @@ def test_a_prefill_from_a_slow_disk_is_no_hanging_step(
 
     async def health() -> Health:
         status = slow.engine.status()
-        return Health(status.progress if status.is_stepping else None, status.waiting, status.running)
+        return Health(status.progress if status.is_stepping else None)
 
     async def watch() -> float:
         supervisor = WorkerSupervisor(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
+from expert_pager.v1 import worker_pb2, worker_pb2_grpc
 
 from pager.cluster import ray_session
+from pager.cluster.token_server import TokenServer
 from pager.observe import logs
+from pager.types import GenerateRequest
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
@@ -145,3 +151,42 @@ def test_other_libraries_are_heard_from_warnings_on(root: None, capsys: pytest.C
     logging.getLogger("another").warning("heard")
     said = capsys.readouterr().err.splitlines()
     assert [line.rpartition(": ")[2] for line in said] == ["own", "own", "own", "heard"]
+
+
+async def test_a_call_that_has_ended_is_no_error_of_the_worker(root: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """gRPC itself refuses a compressed call, and then has nowhere to send the refusal of one without the token."""
+    logged: list[str] = []
+
+    class Engine:
+        def submit(self, request: GenerateRequest) -> None: ...
+        def cancel(self, request_id: str, tenant: str) -> bool:
+            return False
+
+    def first(record: logging.LogRecord) -> bool:
+        logged.append(record.getMessage())
+        return True
+
+    grpc_log = logging.getLogger(logs.GRPC)
+    before = grpc_log.filters[:]
+    grpc_log.filters[:] = [first]
+    server = TokenServer("token")
+    address = await server.start("127.0.0.1:0", Engine(), worker_pb2.Load)
+
+    def call() -> None:
+        with grpc.insecure_channel(address) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            with pytest.raises(grpc.RpcError):
+                stub.Abort(worker_pb2.AbortRequest(request_id="x" * 10_000), compression=grpc.Compression.Gzip)
+
+    try:
+        logs.configure("text", "worker-0")
+        end_s = time.monotonic() + 120
+        while not logged and time.monotonic() < end_s:
+            await asyncio.to_thread(call)
+        assert "ExecuteBatchError" in logged[0]
+        grpc_log.error("Unexpected [ValueError] raised by servicer method")
+    finally:
+        await server.stop()
+        grpc_log.filters[:] = before
+    said = [line for line in capsys.readouterr().err.splitlines() if logs.GRPC in line]
+    assert [line.rpartition(": ")[2] for line in said] == ["Unexpected [ValueError] raised by servicer method"]

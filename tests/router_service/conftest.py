@@ -15,26 +15,23 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from redis.asyncio import Redis
 
+from pager.cluster.views import WorkerState, WorkerView
 from pager.errors import NotReady, PagerError, WorkerLost
 from pager.pools.pick import pick_pool
 from pager.types import (
     DriftReport,
-    ExpertPool,
     FinishReason,
     Full,
     GenerateRequest,
     ModelInfo,
     PagingCounts,
-    PoolPolicy,
     RoutingFacts,
     RoutingScores,
     TokenChunk,
     Usage,
 )
-from router_service.admission import AdmissionLimits
-from router_service.app import Service, StoreChoice, build_service
-from router_service.ports import Encoded
-from router_service.prediction import Passes
+from router_service.app import Choices, Service, build_service
+from router_service.prediction import Encoded, Passes
 from router_service.server import RouterServer
 from router_service.service import Pipeline
 from router_service.ui import Watch
@@ -82,24 +79,10 @@ def scores_for(token: int, source: str) -> RoutingScores:
     return RoutingScores(tuple(layer(routed) for routed in FACTS.routed_per_layer), source, 1)
 
 
-@dataclass(frozen=True)
-class Worker:
-    id: str
-    state: str = "ready"
-    waiting: int = 0
-    running: int = 0
-    num_slots: int = 16
-    expert_bytes: int = 1000
-    resident: tuple[int, ...] = (0, 0, 0)
-    num_restarts: int = 0
-    page_in_bytes_per_s: float | None = None
-    peak_page_in_bytes_per_s: float | None = None
-    place_s: float | None = None
-    paging: PagingCounts = field(default_factory=PagingCounts)
-
-    def missing_bytes(self, pool: ExpertPool) -> int:
-        held = zip(pool.experts, self.resident, strict=True)
-        return self.expert_bytes * sum(not mask >> expert & 1 for layer, mask in held for expert in layer)
+def a_worker(worker_id: str, **facts: Any) -> WorkerView:
+    """A worker that is ready and has loaded nothing, but for what `facts` say."""
+    usual: dict[str, Any] = {"state": WorkerState.READY, "num_slots": 16, "expert_bytes": 1000, "resident": (0, 0, 0)}
+    return WorkerView(id=worker_id, **(usual | facts))
 
 
 @dataclass
@@ -109,7 +92,7 @@ class InProcessCluster:
     `fail`: per worker (at which chunk, with what error), one entry a call; without an error the stream just stops.
     """
 
-    views: dict[str, Worker] = field(default_factory=lambda: {"w0": Worker("w0"), "w1": Worker("w1")})
+    views: dict[str, WorkerView] = field(default_factory=lambda: {"w0": a_worker("w0"), "w1": a_worker("w1")})
     open: dict[tuple[str, str], GenerateRequest] = field(default_factory=dict)  # by tenant and id
     received: list[tuple[str, GenerateRequest]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -125,7 +108,7 @@ class InProcessCluster:
         for event in self.hold.values():
             event.set()
 
-    def workers(self) -> tuple[Worker, ...]:
+    def workers(self) -> tuple[WorkerView, ...]:
         return tuple(self.views.values())
 
     def change(self, worker_id: str, **facts: Any) -> None:
@@ -231,12 +214,9 @@ async def running_service(
     service = build_service(
         choices.pop("model", MODEL),
         cluster,
-        passes=choices.pop("passes", None) or Passes({"trunk": lambda: scorer}, ("trunk",)),
-        encoder=choices.pop("encoder", None) or ByteTokenizer(),
-        limits=choices.pop("limits", AdmissionLimits()),
-        default_pool=choices.pop("default_pool", PoolPolicy()),
-        stores=StoreChoice(redis_url, pools_path),
-        **choices,
+        choices.pop("passes", None) or Passes({"trunk": lambda: scorer}, ("trunk",)),
+        choices.pop("encoder", None) or ByteTokenizer(),
+        Choices(redis_url=redis_url, pools_path=pools_path, **choices),
     )
     server = RouterServer(service.pipeline, service.bounds, service.watch, write_timeout_s)
     await server.start("127.0.0.1", 0)
@@ -271,8 +251,8 @@ def make_cluster() -> type[InProcessCluster]:
 
 
 @pytest.fixture(scope="session")
-def make_worker() -> type[Worker]:
-    return Worker
+def make_worker() -> Callable[..., WorkerView]:
+    return a_worker
 
 
 @pytest.fixture(scope="session")

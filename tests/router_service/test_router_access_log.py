@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 
-from router_service.access_log import EVERY, FEW, MAX_KINDS, WINDOW_S, Repeats
+from router_service.access_log import EVERY, FEW, MAX_KINDS, WINDOW_S, CallRecorder, Repeats
+from router_service.metrics import RouterMetrics
 
 SECRET = b"walrus"
 
@@ -124,3 +126,24 @@ def test_names_that_never_repeat_do_not_fill_the_log_nor_the_memory() -> None:
     assert len(repeats._seen) <= MAX_KINDS + 1
     now_s[0] = WINDOW_S
     assert repeats.left_out(("new",)) == 0
+
+
+@pytest.mark.parametrize(
+    ("lasted_s", "left_s", "code"),
+    [
+        (1.0, 0.0, "DEADLINE_EXCEEDED"),
+        (2.0, 0.008, "DEADLINE_EXCEEDED"),  # 2.002 s are 2.01 on their way
+        (60.0, 0.4, "DEADLINE_EXCEEDED"),
+        (60.0, 5.0, "CANCELLED"),
+        (60.0, None, "CANCELLED"),
+    ],
+)
+def test_a_client_whose_deadline_has_passed_has_not_cancelled(lasted_s: float, left_s: float | None, code: str) -> None:
+    now_s = 100.0
+    recorder = CallRecorder(metrics := RouterMetrics(), lambda: now_s)
+    deadline_s = None if left_s is None else now_s + lasted_s + left_s
+    with suppress(asyncio.CancelledError), recorder.call("Generate", "t", deadline_s):
+        now_s += lasted_s
+        raise asyncio.CancelledError
+    labels = {"method": "Generate", "code": code}
+    assert metrics.registry.get_sample_value("expert_pager_router_requests_total", labels) == 1

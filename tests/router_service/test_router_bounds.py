@@ -21,6 +21,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
+from pager.cluster.views import WorkerView
 from pager.errors import InvalidRequest
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
 from pager.pools.named import encode_named
@@ -36,7 +37,7 @@ from router_service.message_bounds import (
 )
 from router_service.pools import MAX_POOLS_OF_TENANT
 from router_service.prediction import Passes, TextEncoder
-from tests.router_service.conftest import InProcessCluster, Running, Worker
+from tests.router_service.conftest import InProcessCluster, Running
 from tests.support.values import some
 
 PREFIX = "/expert_pager.v1.ExpertPager/"
@@ -241,7 +242,10 @@ CASES = cases()
 
 
 async def test_no_request_keeps_the_event_loop(
-    serve: Callable[..., Any], make_cluster: type[InProcessCluster], make_worker: type[Worker], model: ModelInfo
+    serve: Callable[..., Any],
+    make_cluster: type[InProcessCluster],
+    make_worker: Callable[..., WorkerView],
+    model: ModelInfo,
 ) -> None:
     """Each of `CASES`: how it ends, and for how long at most it kept the loop."""
     wrong = []
@@ -261,7 +265,7 @@ async def test_no_request_keeps_the_event_loop(
 async def test_a_list_of_many_large_pools_does_not_keep_it_either(
     serve: Callable[..., Any],
     make_cluster: type[InProcessCluster],
-    make_worker: type[Worker],
+    make_worker: Callable[..., WorkerView],
     model: ModelInfo,
     tmp_path: Path,
 ) -> None:
@@ -277,7 +281,10 @@ async def test_a_list_of_many_large_pools_does_not_keep_it_either(
 
 
 async def test_a_text_is_tokenized_beside_the_event_loop(
-    serve: Callable[..., Any], make_cluster: type[InProcessCluster], make_worker: type[Worker], model: ModelInfo
+    serve: Callable[..., Any],
+    make_cluster: type[InProcessCluster],
+    make_worker: Callable[..., WorkerView],
+    model: ModelInfo,
 ) -> None:
     async with large_service(serve, make_cluster, make_worker, model) as large:
         text = (TEXT * (1 << 16))[: 1 << 21]

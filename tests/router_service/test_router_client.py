@@ -19,6 +19,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pager import AsyncClient, Client, Count, DriftPolicy, ExpertPool, PoolAsk, SamplingParams
+from pager.cluster.views import WorkerView
 from pager.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -33,7 +34,7 @@ from pager.errors import (
 )
 from pager.observe.metrics import MetricsServer
 from pager.types import ModelInfo, PoolSource, RoutingFacts
-from tests.router_service.conftest import InProcessCluster, Running, Worker
+from tests.router_service.conftest import InProcessCluster, Running
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
@@ -135,7 +136,7 @@ async def test_the_model_is_read_with_its_facts(client: Any, model: ModelInfo, f
 async def test_residency_has_a_mask_a_layer(service: Running, client: Any, call: Any) -> None:
     service.cluster.change("w1", resident=(0, 0b101, 0b10000000), state="draining", waiting=3)
     first, second = await client.residency()
-    assert (first.worker, first.state, first.num_resident) == ("w0", "ready", 0)
+    assert (first.id, first.state, first.num_resident) == ("w0", "ready", 0)
     assert (second.state, second.waiting, second.resident, second.num_resident) == ("draining", 3, (0, 5, 128), 3)
     assert await call(lambda client: client.residency()) == (first, second)
 
@@ -201,7 +202,9 @@ async def test_what_no_message_can_hold_is_refused(client: Any, prompt: list[int
 
 
 async def test_waiting_ends_when_a_worker_is_ready(
-    serve: Callable[..., Any], make_cluster: type[InProcessCluster], make_worker: type[Worker]
+    serve: Callable[..., Any],
+    make_cluster: type[InProcessCluster],
+    make_worker: Callable[..., WorkerView],
 ) -> None:
     cluster = make_cluster({"w0": make_worker("w0", state="starting")})
     async with serve(cluster) as service:

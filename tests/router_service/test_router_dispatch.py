@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,32 +9,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pager.cluster.views import WorkerView
 from pager.errors import DeadlineExceeded, NotReady
 from pager.types import ExpertPool
 from router_service.dispatch import check_deadline, place
-from tests.router_service.conftest import Worker
 
 POOL = ExpertPool(((), (0, 1), (2, 3)))
 
 
 @pytest.fixture
-def worker(make_worker: type[Worker]) -> Worker:
+def worker(make_worker: Callable[..., WorkerView]) -> WorkerView:
     return make_worker("w0")
 
 
-def test_the_worker_that_holds_the_pool_is_chosen(worker: Worker) -> None:
+def test_the_worker_that_holds_the_pool_is_chosen(worker: WorkerView) -> None:
     warm = replace(worker, id="w1", resident=(0, 0b11, 0b1100), expert_bytes=10**9)
     placement = place(POOL, [replace(worker, expert_bytes=10**9), warm], in_flight={})
     assert (placement.worker_id, placement.missing_bytes) == ("w1", 0)
 
 
-def test_a_long_queue_outweighs_a_few_missing_bytes(worker: Worker) -> None:
+def test_a_long_queue_outweighs_a_few_missing_bytes(worker: WorkerView) -> None:
     warm = replace(worker, id="w1", resident=(0, 0b11, 0b1100), waiting=20)
     placement = place(POOL, [worker, warm], in_flight={})
     assert (placement.worker_id, placement.missing_bytes) == ("w0", 4000)
 
 
-def test_what_was_just_sent_counts_before_the_worker_reports_it(worker: Worker) -> None:
+def test_what_was_just_sent_counts_before_the_worker_reports_it(worker: WorkerView) -> None:
     workers = [worker, replace(worker, id="w1")]
     in_flight = {"w0": 0, "w1": 0}
     for _ in range(16):
@@ -42,7 +43,7 @@ def test_what_was_just_sent_counts_before_the_worker_reports_it(worker: Worker) 
 
 
 @pytest.mark.parametrize("state", ["starting", "draining", "hung", "dead"])
-def test_only_a_ready_worker_is_chosen(worker: Worker, state: str) -> None:
+def test_only_a_ready_worker_is_chosen(worker: WorkerView, state: str) -> None:
     assert (
         place(None, [replace(worker, state=state), replace(worker, id="w1", waiting=9)], in_flight={}).worker_id == "w1"
     )
@@ -50,12 +51,12 @@ def test_only_a_ready_worker_is_chosen(worker: Worker, state: str) -> None:
         place(None, [replace(worker, state=state)], in_flight={})
 
 
-def test_an_excluded_worker_is_not_chosen(worker: Worker) -> None:
+def test_an_excluded_worker_is_not_chosen(worker: WorkerView) -> None:
     with pytest.raises(NotReady):
         place(None, [worker], in_flight={}, exclude={"w0"})
 
 
-def test_paging_counts_at_its_fastest_and_as_if_it_had_gone_on_since_the_report(worker: Worker) -> None:
+def test_paging_counts_at_its_fastest_and_as_if_it_had_gone_on_since_the_report(worker: WorkerView) -> None:
     assert place(POOL, [worker], in_flight={}).least_paging_s == 0
     assert place(POOL, [replace(worker, page_in_bytes_per_s=1.0)], in_flight={}).least_paging_s == 0
     measured = place(POOL, [replace(worker, waiting=3, peak_page_in_bytes_per_s=500.0, place_s=9.0)], in_flight={})
@@ -66,7 +67,7 @@ def test_paging_counts_at_its_fastest_and_as_if_it_had_gone_on_since_the_report(
         check_deadline(measured.least_paging_s, 6.0)
 
 
-def test_a_line_that_moves_quickly_is_no_reason_to_go_elsewhere(worker: Worker) -> None:
+def test_a_line_that_moves_quickly_is_no_reason_to_go_elsewhere(worker: WorkerView) -> None:
     quick = replace(worker, id="w1", resident=(0, 0b11, 0b1100), waiting=20, place_s=1e-6)
     assert place(POOL, [replace(worker, expert_bytes=10**9), quick], in_flight={}).worker_id == "w1"
     slow = replace(quick, place_s=5.0)
@@ -88,7 +89,7 @@ worker_facts = st.fixed_dictionaries(
 
 @given(facts=st.lists(worker_facts, min_size=1, max_size=6), seed=st.randoms(use_true_random=False))
 def test_the_choice_is_ready_and_does_not_depend_on_the_order(
-    make_worker: type[Worker], facts: list[dict[str, Any]], seed: random.Random
+    make_worker: Callable[..., WorkerView], facts: list[dict[str, Any]], seed: random.Random
 ) -> None:
     workers = [make_worker(f"w{index}", **each) for index, each in enumerate(facts)]
     ready = {worker.id: worker for worker in workers if worker.state == "ready"}
@@ -105,7 +106,7 @@ def test_the_choice_is_ready_and_does_not_depend_on_the_order(
 
 @given(facts=worker_facts, more_waiting=st.integers(0, 9), more_running=st.integers(0, 9), dropped=masks)
 def test_a_worker_that_is_worse_in_every_way_is_never_preferred(
-    make_worker: type[Worker], facts: dict[str, Any], more_waiting: int, more_running: int, dropped: int
+    make_worker: Callable[..., WorkerView], facts: dict[str, Any], more_waiting: int, more_running: int, dropped: int
 ) -> None:
     better = make_worker("z", **facts | {"state": "ready"})
     dense, first, second = better.resident

@@ -307,7 +307,7 @@ async def test_who_is_placed_while_another_waits_for_a_store_sees_where_that_one
         await answered.wait()
         return False
 
-    monkeypatch.setattr(service.pipeline.stores.hints, "is_aborted", is_aborted)
+    monkeypatch.setattr(service.pipeline.stores.claims, "is_aborted", is_aborted)
     await asyncio.gather(answer(service.stub, text_request()), answer(service.stub, text_request()))
     assert sorted(worker for worker, _ in service.cluster.received) == ["w0", "w1"]
 

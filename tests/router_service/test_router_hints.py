@@ -7,21 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share
+from pager.cluster.views import WorkerState
+from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share, WorkerResidency
+from router_service.claims import LocalClaims
 from router_service.hints import (
     MAX_ENCODED_BYTES,
     InProcessHints,
-    WorkerHolds,
-    decode_holds,
     decode_pool,
-    encode_holds,
+    decode_worker,
     encode_pool,
+    encode_worker,
     pool_key,
     prefix_keys,
 )
 
 POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
-HOLDS = WorkerHolds(waiting=1, running=2, num_slots=16, expert_bytes=1000, resident=(0, 0b101, 0xFF))
+WORKER = WorkerResidency("w0", WorkerState.READY, 1, 2, 16, 1000, resident=(0, 0b101, 0xFF), is_remote=True)
 
 
 def test_a_long_prompt_has_a_key_for_its_largest_half_too() -> None:
@@ -46,7 +47,7 @@ def test_keys_differ_in_everything_a_pool_depends_on() -> None:
 
 def test_pools_and_holdings_survive_the_way(facts: RoutingFacts) -> None:
     assert decode_pool(encode_pool(POOL), facts) == POOL
-    assert decode_holds(encode_holds(HOLDS), facts) == HOLDS
+    assert decode_worker("w0", encode_worker(WORKER), facts) == WORKER
 
 
 BROKEN_POOLS = {
@@ -79,7 +80,7 @@ def test_a_value_that_is_no_pool_of_this_model_is_a_miss(name: str, facts: Routi
 @given(data=st.binary(max_size=200))
 def test_no_bytes_break_the_decoders(facts: RoutingFacts, data: bytes) -> None:
     assert decode_pool(data, facts) is None
-    assert decode_holds(data, facts) is None
+    assert decode_worker("w0", data, facts) is None
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_no_bytes_break_the_decoders(facts: RoutingFacts, data: bytes) -> None:
     ],
 )
 def test_a_value_that_is_no_holding_is_a_miss(value: dict[str, Any], facts: RoutingFacts) -> None:
-    assert decode_holds(json.dumps(value).encode(), facts) is None
+    assert decode_worker("w0", json.dumps(value).encode(), facts) is None
 
 
 async def test_the_least_recently_used_pool_goes_first() -> None:
@@ -110,16 +111,16 @@ async def test_the_least_recently_used_pool_goes_first() -> None:
 
 
 async def test_claims_are_exclusive_and_aborts_stay_within_a_tenant() -> None:
-    hints = InProcessHints()
-    assert await hints.claim("r", "t")
-    assert not await hints.claim("r", "t")
-    assert not await hints.mark_aborted("r", "u")
-    assert await hints.claim("r", "u"), "an id is its tenant's own"
-    assert await hints.mark_aborted("r", "t")
-    assert await hints.is_aborted("r", "t")
-    assert not await hints.is_aborted("r", "u")
-    await hints.release("r", "t")
-    assert not await hints.mark_aborted("r", "t")
-    assert not await hints.claim("r", "u"), "what another tenant gives back is not this one's"
-    assert await hints.claim("r", "t")
-    assert not await hints.is_aborted("r", "t")
+    claims = LocalClaims()
+    assert await claims.claim("r", "t")
+    assert not await claims.claim("r", "t")
+    assert not await claims.mark_aborted("r", "u")
+    assert await claims.claim("r", "u"), "an id is its tenant's own"
+    assert await claims.mark_aborted("r", "t")
+    assert await claims.is_aborted("r", "t")
+    assert not await claims.is_aborted("r", "u")
+    await claims.release("r", "t")
+    assert not await claims.mark_aborted("r", "t")
+    assert not await claims.claim("r", "u"), "what another tenant gives back is not this one's"
+    assert await claims.claim("r", "t")
+    assert not await claims.is_aborted("r", "t")

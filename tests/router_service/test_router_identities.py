@@ -15,12 +15,13 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import worker_pb2
 
+from pager.cluster.actors import load_engine
 from pager.cluster.token_client import WorkerLink
 from pager.cluster.views import WorkerState, WorkerView
-from pager.cluster.worker import Worker, load_engine
+from pager.cluster.worker import Worker
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import NotReady
-from pager.types import GenerateRequest, ModelInfo, RequestObserver, TokenChunk
+from pager.types import GenerateRequest, RequestObserver, TokenChunk
 from router_service.admission import AdmissionLimits
 from router_service.metrics import REJECTIONS, STATUSES
 from router_service.prediction import Passes
@@ -185,20 +186,8 @@ async def settled(service: Any, worker: Worker) -> Counted:
 
 
 async def test_what_enters_is_what_leaves_after_a_storm(serve: Any, cluster: OneWorker) -> None:
-    view = cluster.model
-    info = ModelInfo(
-        name=view.name,
-        fingerprint=view.fingerprint,
-        context_length=view.context_length,
-        kv_token_limit=view.kv_token_limit,
-        vocab_size=view.vocab_size,
-        facts=view.facts,
-        tokenizer_class="",
-        tokenizer_sha256="",
-        plan="",
-    )
     limits = AdmissionLimits(max_requests=11, max_requests_per_tenant=5)
-    choices = {"model": info, "limits": limits, "metric_tenants": TenantLabels(TENANTS[:2])}
+    choices = {"model": cluster.model, "limits": limits, "tenants": TenantLabels(TENANTS[:2])}
     async with serve(cluster, passes=Passes(), **choices) as service:
         clients = [Client(service, seed) for seed in range(18)]
         await asyncio.gather(*(client.storm(20) for client in clients))

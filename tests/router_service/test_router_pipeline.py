@@ -120,4 +120,4 @@ async def test_the_model_and_what_workers_hold_can_be_looked_at(service: Running
     with pytest.raises(UnknownModel):
         service.pipeline.get_model("another")
     held = await service.pipeline.residency()
-    assert [(worker.worker, worker.is_remote) for worker in held] == [("w0", False), ("w1", False)]
+    assert [(worker.id, worker.is_remote) for worker in held] == [("w0", False), ("w1", False)]

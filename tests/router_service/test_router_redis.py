@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,54 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from pager.cluster.views import WorkerState, WorkerView
 from pager.errors import ConfigError
-from pager.types import ExpertPool, RoutingFacts
-from router_service.hints import InProcessHints, WorkerHolds, encode_pool
-from router_service.redis import Breaker, RedisUnavailableError, StoreBreaker, redis_url
-from router_service.redis_stores import RedisHints, SharedHints
-from tests.router_service.conftest import InProcessCluster, Running, Worker
+from pager.types import ExpertPool, RoutingFacts, WorkerResidency
+from router_service.claims import Claims, LocalClaims
+from router_service.hints import HintStore, InProcessHints, encode_pool
+from router_service.redis import Breaker, RedisClient, RedisUnavailableError, StoreBreaker, redis_url
+from router_service.redis_stores import RedisClaims, RedisHints, SharedClaims, SharedHints
+from tests.router_service.conftest import InProcessCluster, Running
 from tests.support.calls import rest
 from tests.support.processes import RedisProcess
 
 POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
-HOLDS = WorkerHolds(1, 2, 16, 1000, (0, 0b101, 0xFF))
+WORKER = WorkerResidency("w0", WorkerState.READY, 1, 2, 16, 1000, resident=(0, 0b101, 0xFF), is_remote=True)
+
+
+@dataclass
+class Shared:
+    """The hints and the claims of one router."""
+
+    hints: HintStore
+    claims: Claims
+
+    async def heartbeat(self, workers: Sequence[WorkerResidency]) -> None:
+        if isinstance(self.claims, RedisClaims):
+            await self.claims.renew()
+        await self.hints.report(workers)
+
+    async def close(self) -> None:
+        await self.hints.close()
+        await self.claims.close()
+
+
+def shared_stores(url: str, facts: RoutingFacts, fingerprint: str) -> Shared:
+    client = RedisClient(url)
+    return Shared(RedisHints(client, facts, fingerprint), RedisClaims(client, fingerprint))
+
+
+def away_or_not(url: str, facts: RoutingFacts, breaker: StoreBreaker) -> Shared:
+    """As a router has them, which goes on without Redis."""
+    client = RedisClient(url)
+    hints, claims = RedisHints(client, facts, "f"), RedisClaims(client, "f")
+    return Shared(SharedHints(InProcessHints(), hints, claims, breaker), SharedClaims(LocalClaims(), claims, breaker))
 
 
 @pytest.fixture
-async def pair(redis: RedisProcess, facts: RoutingFacts) -> AsyncIterator[list[RedisHints]]:
+async def pair(redis: RedisProcess, facts: RoutingFacts) -> AsyncIterator[list[Shared]]:
     """Two routers' stores in one Redis."""
-    stores = [RedisHints(redis.url, facts, "f") for _ in range(2)]
+    stores = [shared_stores(redis.url, facts, "f") for _ in range(2)]
     yield stores
     for store in stores:
         await store.close()
@@ -41,95 +73,93 @@ def client(redis_client: Redis) -> Redis:
     return redis_client
 
 
-async def test_routers_share_pools(pair: list[RedisHints], client: Redis) -> None:
+async def test_routers_share_pools(pair: list[Shared], client: Redis) -> None:
     a, b = pair
-    await a.remember_pool(["whole", "half"], POOL)
-    assert await b.find_pool(["other", "half"]) == POOL
-    assert await b.find_pool(["other"]) is None
+    await a.hints.remember_pool(["whole", "half"], POOL)
+    assert await b.hints.find_pool(["other", "half"]) == POOL
+    assert await b.hints.find_pool(["other"]) is None
     assert all([await client.ttl(key) > 0 for key in await client.keys("*")])
 
 
 @pytest.mark.parametrize("value", [b"\x00\xff", b"{}", b"x" * 500_000, encode_pool(ExpertPool(((0,), (1,))))])
 async def test_a_foreign_value_is_a_miss_and_the_next_key_counts(
-    pair: list[RedisHints], client: Redis, value: bytes
+    pair: list[Shared], client: Redis, value: bytes
 ) -> None:
     a, _ = pair
-    await a.remember_pool(["good", "bad"], POOL)
+    await a.hints.remember_pool(["good", "bad"], POOL)
     [bad] = await client.keys("*:bad")
     await client.set(bad, value)
-    assert await a.find_pool(["bad"]) is None
-    assert await a.find_pool(["bad", "good"]) == POOL
+    assert await a.hints.find_pool(["bad"]) is None
+    assert await a.hints.find_pool(["bad", "good"]) == POOL
 
 
-async def test_a_value_of_another_type_is_no_answer(pair: list[RedisHints], client: Redis) -> None:
+async def test_a_value_of_another_type_is_no_answer(pair: list[Shared], client: Redis) -> None:
     a, _ = pair
-    await a.remember_pool(["k"], POOL)
+    await a.hints.remember_pool(["k"], POOL)
     [key] = await client.keys("*:k")
     await client.delete(key)
     await client.lpush(key, "x")
-    assert await a.find_pool(["k"]) is None
+    assert await a.hints.find_pool(["k"]) is None
 
 
-async def test_a_claim_holds_at_every_router_until_its_owner_releases_it(pair: list[RedisHints]) -> None:
+async def test_a_claim_holds_at_every_router_until_its_owner_releases_it(pair: list[Shared]) -> None:
     a, b = pair
-    assert await a.claim("r", "t")
-    assert not await b.claim("r", "t")
-    await b.release("r", "t")
-    assert not await b.claim("r", "t")
-    await a.release("r", "t")
-    assert await b.claim("r", "t")
+    assert await a.claims.claim("r", "t")
+    assert not await b.claims.claim("r", "t")
+    await b.claims.release("r", "t")
+    assert not await b.claims.claim("r", "t")
+    await a.claims.release("r", "t")
+    assert await b.claims.claim("r", "t")
 
 
-async def test_an_abort_crosses_routers_but_not_tenants(pair: list[RedisHints]) -> None:
+async def test_an_abort_crosses_routers_but_not_tenants(pair: list[Shared]) -> None:
     a, b = pair
-    await a.claim("r", "t")
-    assert not await b.mark_aborted("r", "tt")
-    assert not await b.mark_aborted("r", "")
-    assert not await a.is_aborted("r", "t")
-    assert await b.mark_aborted("r", "t")
-    assert await b.mark_aborted("r", "t")
-    assert await a.is_aborted("r", "t")
-    await a.release("r", "t")
-    assert not await b.mark_aborted("r", "t")
+    await a.claims.claim("r", "t")
+    assert not await b.claims.mark_aborted("r", "tt")
+    assert not await b.claims.mark_aborted("r", "")
+    assert not await a.claims.is_aborted("r", "t")
+    assert await b.claims.mark_aborted("r", "t")
+    assert await b.claims.mark_aborted("r", "t")
+    assert await a.claims.is_aborted("r", "t")
+    await a.claims.release("r", "t")
+    assert not await b.claims.mark_aborted("r", "t")
 
 
-async def test_an_id_is_its_tenants_own_at_every_router(pair: list[RedisHints]) -> None:
+async def test_an_id_is_its_tenants_own_at_every_router(pair: list[Shared]) -> None:
     a, b = pair
-    assert await a.claim("r", "t")
-    assert await b.claim("r", "u")
-    assert await a.claim("u:r", "t"), "an id that looks like a tenant and an id"
-    assert await b.mark_aborted("r", "u")
-    assert not await a.is_aborted("r", "t")
-    await b.release("r", "u")
-    assert not await b.claim("r", "t")
-    assert await a.claim("r", "u")
+    assert await a.claims.claim("r", "t")
+    assert await b.claims.claim("r", "u")
+    assert await a.claims.claim("u:r", "t"), "an id that looks like a tenant and an id"
+    assert await b.claims.mark_aborted("r", "u")
+    assert not await a.claims.is_aborted("r", "t")
+    await b.claims.release("r", "u")
+    assert not await b.claims.claim("r", "t")
+    assert await a.claims.claim("r", "u")
 
 
-async def test_a_heartbeat_brings_lost_claims_back_and_tells_who_holds_what(
-    pair: list[RedisHints], client: Redis
-) -> None:
+async def test_a_heartbeat_brings_lost_claims_back_and_tells_who_holds_what(pair: list[Shared], client: Redis) -> None:
     a, b = pair
-    await a.claim("r", "t")
+    await a.claims.claim("r", "t")
     await client.flushdb()
-    await a.heartbeat({"w0": HOLDS})
-    assert not await b.claim("r", "t")
-    assert await b.residency() == {"w0": HOLDS}
+    await a.heartbeat([WORKER])
+    assert not await b.claims.claim("r", "t")
+    assert await b.hints.residency() == {"w0": WORKER}
 
 
-async def test_models_do_not_meet(redis: RedisProcess, facts: RoutingFacts, pair: list[RedisHints]) -> None:
-    other = RedisHints(redis.url, facts, "g")
-    await pair[0].remember_pool(["k"], POOL)
-    await pair[0].claim("r", "t")
-    assert await other.find_pool(["k"]) is None
-    assert await other.claim("r", "t")
+async def test_models_do_not_meet(redis: RedisProcess, facts: RoutingFacts, pair: list[Shared]) -> None:
+    other = shared_stores(redis.url, facts, "g")
+    await pair[0].hints.remember_pool(["k"], POOL)
+    await pair[0].claims.claim("r", "t")
+    assert await other.hints.find_pool(["k"]) is None
+    assert await other.claims.claim("r", "t")
     await other.close()
 
 
 async def test_a_dead_redis_is_named_without_its_url(redis: RedisProcess, facts: RoutingFacts) -> None:
-    store = RedisHints(redis.url.replace("//", "//:s3cret@"), facts, "f")
+    store = shared_stores(redis.url.replace("//", "//:s3cret@"), facts, "f")
     redis.kill()
     with pytest.raises(RedisUnavailableError) as caught:
-        await store.find_pool(["k"])
+        await store.hints.find_pool(["k"])
     assert "s3cret" not in str(caught.value)
     await store.close()
 
@@ -165,27 +195,27 @@ async def test_the_local_store_answers_while_redis_is_gone_and_redis_when_it_is_
 ) -> None:
     redis, clock, degraded = redis_at(), Clock(), list[bool]()
     breaker = StoreBreaker(degraded.append, clock=clock, jitter=lambda: 1.0)
-    hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
-    await hints.remember_pool(["k"], POOL)
-    assert await hints.claim("r", "t")
+    router = away_or_not(redis.url, facts, breaker)
+    await router.hints.remember_pool(["k"], POOL)
+    assert await router.claims.claim("r", "t")
     redis.kill()
-    assert await hints.find_pool(["k"]) == POOL
+    assert await router.hints.find_pool(["k"]) == POOL
     assert degraded == [True]
-    assert not await hints.claim("r", "t")
-    assert await hints.claim("s", "t")
-    assert await hints.mark_aborted("s", "t")
-    assert await hints.is_aborted("s", "t")
-    assert await hints.residency() == {}
+    assert not await router.claims.claim("r", "t")
+    assert await router.claims.claim("s", "t")
+    assert await router.claims.mark_aborted("s", "t")
+    assert await router.claims.is_aborted("s", "t")
+    assert await router.hints.residency() == {}
     redis_at(redis.port)
     clock.now_s = 100.0
-    await hints.heartbeat({"w0": HOLDS})
+    await router.heartbeat([WORKER])
     assert degraded == [True, False]
-    peer = RedisHints(redis.url, facts, "f")
-    assert not await peer.claim("r", "t")
-    assert await peer.residency() == {"w0": HOLDS}
-    await hints.release("r", "t")
-    assert await peer.claim("r", "t")
-    await hints.close()
+    peer = shared_stores(redis.url, facts, "f")
+    assert not await peer.claims.claim("r", "t")
+    assert await peer.hints.residency() == {"w0": WORKER}
+    await router.claims.release("r", "t")
+    assert await peer.claims.claim("r", "t")
+    await router.close()
     await peer.close()
 
 
@@ -233,16 +263,16 @@ async def test_after_a_failover_the_next_command_goes_to_the_new_primary(
 ) -> None:
     old, new = redis_at(), redis_at()
     address = Address(old.port)
-    store = RedisHints(await address.open(), facts, "f")
-    await store.remember_pool(["k"], POOL)
+    store = shared_stores(await address.open(), facts, "f")
+    await store.hints.remember_pool(["k"], POOL)
     await replicate(old, new)
     address.behind = new.port
     with pytest.raises(RedisUnavailableError, match="replica") as caught:
-        await store.remember_pool(["k"], POOL)
+        await store.hints.remember_pool(["k"], POOL)
     assert caught.value.reason == "readonly"
-    await store.remember_pool(["k"], POOL)  # a connection that was kept would still lead to the old one
-    assert await store.claim("r", "t")
-    assert await store.find_pool(["k"]) == POOL
+    await store.hints.remember_pool(["k"], POOL)  # a connection that was kept would still lead to the old one
+    assert await store.claims.claim("r", "t")
+    assert await store.hints.find_pool(["k"]) == POOL
     await store.close()
     await address.close()
 
@@ -252,40 +282,40 @@ async def test_a_redis_that_takes_no_writes_goes_on_to_answer_reads_and_counts_a
 ) -> None:
     clock, degraded, reasons = Clock(), list[bool](), list[str]()
     breaker = StoreBreaker(degraded.append, reasons.append, clock, jitter=lambda: 1.0)
-    hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
+    router = away_or_not(redis.url, facts, breaker)
     await replicate(redis, redis_at())
-    await hints.remember_pool(["k"], POOL)
+    await router.hints.remember_pool(["k"], POOL)
     assert (degraded, reasons) == ([True], ["readonly"])
     async with Redis.from_url(redis.url) as client:  # its own data went when it became a replica
         await client.config_set("replica-read-only", "no")
         await client.set("expert-pager:1:f:pool:theirs", encode_pool(POOL))
         await client.config_set("replica-read-only", "yes")
-    assert await hints.find_pool(["theirs"]) == POOL, "read from Redis although writes are refused"
+    assert await router.hints.find_pool(["theirs"]) == POOL, "read from Redis although writes are refused"
     assert breaker.is_degraded, "a read that succeeds does not hide that writes are refused"
     clock.now_s = 1.0
-    await hints.heartbeat({"w0": HOLDS})
+    await router.heartbeat([WORKER])
     assert (degraded, reasons) == ([True, True], ["readonly", "readonly"])
     await replicate(redis, None)
     clock.now_s = 100.0
-    await hints.heartbeat({"w0": HOLDS})
+    await router.heartbeat([WORKER])
     assert degraded == [True, True, False]
-    await hints.close()
+    await router.close()
 
 
 async def test_a_full_redis_says_so(redis: RedisProcess, redis_client: Redis, facts: RoutingFacts) -> None:
-    store = RedisHints(redis.url, facts, "f")
-    await store.remember_pool(["k"], POOL)
+    store = shared_stores(redis.url, facts, "f")
+    await store.hints.remember_pool(["k"], POOL)
     await redis_client.config_set("maxmemory-policy", "noeviction")
     await redis_client.config_set("maxmemory", "1")
     with pytest.raises(RedisUnavailableError, match="noeviction") as caught:
-        await store.remember_pool(["l"], POOL)
+        await store.hints.remember_pool(["l"], POOL)
     assert (caught.value.reason, caught.value.still_reads) == ("full", True)
     with pytest.raises(RedisUnavailableError) as caught:
-        await store.claim("r", "t")  # in a transaction
+        await store.claims.claim("r", "t")  # in a transaction
     assert caught.value.reason == "full"
-    assert await store.find_pool(["k"]) == POOL
+    assert await store.hints.find_pool(["k"]) == POOL
     await redis_client.config_set("maxmemory", "0")
-    assert await store.claim("r", "t")
+    assert await store.claims.claim("r", "t")
     await store.close()
 
 
@@ -294,20 +324,20 @@ async def test_a_redis_that_runs_a_script_for_ever_is_left_alone_and_asked_again
 ) -> None:
     await redis_client.config_set("busy-reply-threshold", 1)
     breaker = StoreBreaker(clock=(clock := Clock()), jitter=lambda: 1.0)
-    hints = SharedHints(InProcessHints(), RedisHints(redis.url, facts, "f"), breaker)
+    router = away_or_not(redis.url, facts, breaker)
     async with Redis.from_url(redis.url) as other:
         script = asyncio.ensure_future(other.eval("while true do end", 0))
         while not breaker.is_degraded:
-            await hints.residency()
+            await router.hints.residency()
         with pytest.raises(RedisUnavailableError, match="somebody's script"):
-            await breaker.read(hints.residency)
+            await breaker.read(router.hints.residency)
         await redis_client.script_kill()
         with pytest.raises(ResponseError):
             await script
     clock.now_s = 1.0
-    await hints.heartbeat({"w0": HOLDS})
+    await router.heartbeat([WORKER])
     assert not breaker.is_degraded
-    await hints.close()
+    await router.close()
 
 
 async def test_a_node_of_a_redis_cluster_is_named(redis_at: Callable[..., RedisProcess], facts: RoutingFacts) -> None:
@@ -315,9 +345,9 @@ async def test_a_node_of_a_redis_cluster_is_named(redis_at: Callable[..., RedisP
         probe.bind(("127.0.0.1", 0))
         bus_port = probe.getsockname()[1]
     redis = redis_at(None, "--cluster-enabled", "yes", "--cluster-port", str(bus_port))
-    store = RedisHints(redis.url, facts, "f")
+    store = shared_stores(redis.url, facts, "f")
     with pytest.raises(RedisUnavailableError, match="single primary") as caught:
-        await store.remember_pool(["k"], POOL)
+        await store.hints.remember_pool(["k"], POOL)
     assert caught.value.reason == "moved"
     await store.close()
 
@@ -382,7 +412,10 @@ async def test_an_abort_through_another_router_reaches_a_request_on_its_way(
 
 
 async def test_a_router_shows_workers_that_only_another_one_reaches(
-    serve: Callable[..., Any], redis: RedisProcess, make_cluster: type[InProcessCluster], make_worker: type[Worker]
+    serve: Callable[..., Any],
+    redis: RedisProcess,
+    make_cluster: type[InProcessCluster],
+    make_worker: Callable[..., WorkerView],
 ) -> None:
     far = make_cluster(views={"far": make_worker("far", resident=(0, 1, 2), running=3)})
     async with serve(far, redis_url=redis.url), serve(redis_url=redis.url) as near:
@@ -415,13 +448,13 @@ async def test_a_request_that_ends_with_the_service_gives_its_id_back(
     serve: Callable[..., Any], redis: RedisProcess, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serve(redis_url=redis.url) as service:
-        release = service.pipeline.stores.hints.release
+        release = service.pipeline.stores.claims.release
 
         async def take_time(request_id: str, tenant: str) -> None:
             await asyncio.sleep(0.2)
             await release(request_id, tenant)
 
-        monkeypatch.setattr(service.pipeline.stores.hints, "release", take_time)
+        monkeypatch.setattr(service.pipeline.stores.claims, "release", take_time)
         service.cluster.hold[1] = asyncio.Event()
         running = service.stub.Generate(request("held"))
         await running.read()

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from playwright.sync_api import Browser
 from prometheus_client import CollectorRegistry
 
+from pager.cluster.views import WorkerState, WorkerView
 from pager.observe.metrics import MetricsServer
 from pager.types import (
     Count,
@@ -28,8 +30,9 @@ from pager.types import (
     PoolPolicy,
     RoutingFacts,
     Usage,
+    WorkerResidency,
 )
-from router_service.hints import InProcessHints, WorkerHolds
+from router_service.hints import InProcessHints
 from router_service.ui import KEPT, MAX_POOLS, MAX_WORKERS, NUM_SAMPLES, SAMPLE_S, Page, PoolLog, Watch
 from tests.support.calls import rest
 
@@ -142,8 +145,9 @@ def test_samples_are_of_the_last_minutes_only(stage: Stage) -> None:
 
 async def test_workers_of_other_routers_are_shown_too(cluster: Any) -> None:
     hints = InProcessHints()
-    mine = WorkerHolds(9, 9, 9, 9, (0, 0, 0))
-    await hints.heartbeat({"w0": mine, "far": WorkerHolds(1, 2, 16, 1000, (0, 0b10, 0b100))})
+    mine = WorkerView("w0", WorkerState.READY, 9, 9, 9, 9, (0, 0, 0))
+    far = WorkerResidency("far", WorkerState.READY, 1, 2, 16, 1000, (0, 0b10, 0b100), is_remote=True)
+    await hints.report([mine, far])
     cluster.change("w0", resident=())
     workers = {worker["id"]: worker for worker in (await Stage(cluster, hints).watch.state())["workers"]}
     assert list(workers) == ["w0", "w1", "far"]
@@ -205,7 +209,7 @@ def test_the_state_is_bounded(cluster: Any) -> None:
     for number in range(2 * MAX_WORKERS):
         cluster.views[f"w{number}"] = some
         cluster.change(f"w{number}", id=f"w{number}", resident=(2**256 - 1,) * 61)
-    model = ModelInfo("m", "f" * 16, 1, 1, 1, facts, "", "", "")
+    model = replace(MODEL, name="m", facts=facts)
     stage.watch = Watch(model, cluster, stage.hints, stage.pools, clock=stage.clock)
     for number in range(KEPT + 50):
         tenant, size = f"{number:x<64}", Counts(tuple(range(8, 69)))

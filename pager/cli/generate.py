@@ -5,35 +5,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pager.cli.options import (
+    AnswerPoolOptions,
     AsJson,
-    ClientTls,
-    Device,
-    DigestOption,
-    DriftOption,
-    Dtype,
     ExpertMemory,
     KvMemory,
-    NameOption,
-    Pool,
+    PoolOptions,
     Prompt,
-    PromptFile,
-    PromptText,
-    SourceOption,
-    TlsCa,
-    TlsIdentity,
-    TokenIds,
-    pool_ask,
-    read_prompt,
+    PromptOptions,
+    bundled,
 )
 from pager.cli.output import busy, err, out, pool_dict, pool_text, print_json, usage_dict, usage_lines
-from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, find_named
+from pager.cli.place import Place, PoolsFolder, find_named
 from pager.memory.plan import Budgets
 from pager.memory.units import format_bytes
 from pager.reading import read_bounded, reason_of
@@ -41,27 +30,18 @@ from pager.sampling import MAX_GRAMMAR_BYTES, check_sampling
 from pager.types import ExpertPool, Grammar, GrammarKind, PoolAsk, SamplingParams, TokenChunk, TokenLogprobs
 
 
+@bundled
 def route(
-    prompt: PromptText = None,
-    model: Model = None,
-    server: Server = None,
-    pool: Pool = None,
-    pool_name: NameOption = None,
+    prompt: PromptOptions,
+    place: Place,
+    pool: PoolOptions,
     router: Annotated[
         str | None,
         typer.Option(
             "--predictor", "--router", help="With --model: lexical, trunk, or fitted (default where it was fitted)."
         ),
     ] = None,
-    prompt_file: PromptFile = None,
-    token_ids: TokenIds = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
     pools: PoolsFolder = None,
-    tenant: Tenant = "default",
-    timeout: Timeout = None,
-    tls_ca: TlsCa = None,
-    tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict a prompt's expert pool. No routed expert is loaded, nothing is generated.
@@ -72,15 +52,12 @@ def route(
 
     `expert-pager route "Whereas the parties agree" --server localhost:50051 --pool mass:0.9 --json`
     """
-    place = Place.of(
-        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype, local_only={"--predictor": router},
-        tls=ClientTls.of(server, tls_ca, tls_identity),
-    )  # fmt: skip
-    asked, ask = read_prompt(prompt, prompt_file, token_ids), pool_ask(pool, name=pool_name)
-    if server is not None:
+    place.check({"--predictor": router})
+    asked, ask = prompt.read(), pool.ask()
+    if place.server is not None:
         result = _routed_by_server(place, asked, ask)
     else:
-        named = None if pool_name is None else find_named(pools, tenant, pool_name)
+        named = None if ask.name is None else find_named(pools, place.tenant, ask.name)
         with busy("loading"):
             routed = place.local().route(asked, ask, named, router or "auto")
         means = [list(map(float, mean)) for mean in routed.scores.mean_LR]
@@ -133,50 +110,65 @@ def _print(result: dict[str, Any]) -> None:
         out.print(f"layer {layer:>2}  most wanted {best}{chosen}", markup=False)
 
 
-def generate(
-    prompt: PromptText = None,
-    model: Model = None,
-    server: Server = None,
-    pool: Pool = None,
-    pool_name: NameOption = None,
-    pool_source: SourceOption = None,
-    pool_digest: DigestOption = None,
-    drift: DriftOption = None,
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """The way tokens are drawn, and where an answer ends."""
+
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate at most. Default: 128, or what fits.", metavar="N")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0 for all.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Makes a draw repeatable.", metavar="N")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text. May be repeated.", metavar="TEXT")
-    ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    ] = None
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.")] = 1.0
+    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0 for all.")] = 0
+    seed: Annotated[int | None, typer.Option(help="Makes a draw repeatable.", metavar="N")] = None
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.", metavar="TEXT")] = (
+        None
+    )
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False
     min_p: Annotated[
         float, typer.Option(help="Draw from tokens with at least this share of the likeliest one's probability.")
-    ] = 0.0,
-    presence_penalty: Annotated[float, typer.Option(help="Subtracted for tokens that the answer has.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same for each time that it has them.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: fewer tokens of prompt and answer again.")] = 1.0,
+    ] = 0.0
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted for tokens that the answer has.")] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="The same for each time that it has them.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: fewer tokens of prompt and answer again.")] = 1.0
     logprobs: Annotated[
         int | None, typer.Option(help="Show log-probabilities, with so many alternatives (0 to 20).", metavar="N")
-    ] = None,
+    ] = None
     json_schema: Annotated[
         Path | None, typer.Option(help="Hold the answer to the JSON schema in this file.", metavar="FILE")
-    ] = None,
-    regex: Annotated[str | None, typer.Option(help="Hold the answer to this expression.", metavar="REGEX")] = None,
-    prompt_file: PromptFile = None,
-    token_ids: TokenIds = None,
+    ] = None
+    regex: Annotated[str | None, typer.Option(help="Hold the answer to this expression.", metavar="REGEX")] = None
+
+    def read(self) -> SamplingParams:
+        """Raises InvalidRequest for values that no request may have."""
+        sampling = SamplingParams(
+            max_tokens=128 if self.max_tokens is None else self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+            ignore_eos=self.ignore_eos,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logprobs=self.logprobs,
+            grammar=_grammar(self.json_schema, self.regex),
+        )
+        check_sampling(sampling)
+        return sampling
+
+
+@bundled
+def generate(
+    prompt: PromptOptions,
+    place: Place,
+    pool: AnswerPoolOptions,
+    draw: SamplingOptions,
     expert_memory: ExpertMemory = None,
     kv_memory: KvMemory = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
     pools: PoolsFolder = None,
-    tenant: Tenant = "default",
-    timeout: Timeout = None,
-    tls_ca: TlsCa = None,
-    tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, in this process or from a running service. The text goes to stdout, its cost to stderr.
@@ -193,36 +185,15 @@ def generate(
 
     `expert-pager generate "A customer record: " --model ./model --json-schema customer.schema.json`
     """
-    place = Place.of(
-        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype,
-        local_only={"--expert-memory": expert_memory, "--kv-memory": kv_memory},
-        tls=ClientTls.of(server, tls_ca, tls_identity),
-    )  # fmt: skip
-    ask = pool_ask(pool, pool_source, pool_digest, pool_name, drift)
-    asked = read_prompt(prompt, prompt_file, token_ids)
-    sampling = SamplingParams(
-        max_tokens=128 if max_tokens is None else max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
-        logprobs=logprobs,
-        grammar=_grammar(json_schema, regex),
-    )
-    check_sampling(sampling)
-    has_max_tokens = max_tokens is not None
-    if server is not None:
+    place.check({"--expert-memory": expert_memory, "--kv-memory": kv_memory})
+    ask, asked, sampling = pool.ask(), prompt.read(), draw.read()
+    has_max_tokens = draw.max_tokens is not None
+    if place.server is not None:
         chunks = _from_server(place, asked, sampling, has_max_tokens, ask)
     else:
-        if pool_digest is not None:
+        if ask.digest is not None:
             raise typer.BadParameter("--pool-digest names a pool that a service remembers; it needs --server")
-        named = None if pool_name is None else find_named(pools, tenant, pool_name)
+        named = None if ask.name is None else find_named(pools, place.tenant, ask.name)
         budgets = Budgets(expert_memory=expert_memory, host_memory=0, kv_memory=kv_memory, max_running=1)
         with busy("loading"):
             local = place.local()

@@ -48,7 +48,7 @@ DEFAULT_MAX_TOKENS = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routed:
-    """`pool` is None for all experts, `expected_recall` where no estimate was fitted."""
+    """The outcome of a routing-only pass: `pool` None means all experts, `expected_recall` None no fitted estimate."""
 
     scores: RoutingScores
     pool: ExpertPool | None
@@ -72,7 +72,7 @@ class Local:
         named: NamedPool | None,
         budgets: Budgets,
     ) -> Iterator[TokenChunk]:
-        """Chunks as they come; the last one carries the usage. `named` is the pool of `ask.name`. Raises PagerError."""
+        """Yields chunks, the last one with the usage. `named` is the pool of `ask.name`. Raises PagerError."""
         tokenizer = read_tokenizer(self.model)
         ids = encode(tokenizer, prompt)
         policy = self._policy(ids, ask, named)
@@ -89,10 +89,10 @@ class Local:
             paged.close()
 
     def route(self, prompt: Prompt, ask: PoolAsk, named: NamedPool | None = None, router: str = "auto") -> Routed:
-        """What a routing-only pass says of the prompt, and the pool that `ask` makes of it."""
+        """The scores that a routing-only pass gives the prompt, and the pool that `ask` makes of them."""
         ids = encode(read_tokenizer(self.model), prompt)
         if router not in ("auto", "lexical", "trunk", "fitted"):
-            raise InvalidRequest(f"the predictor is one of lexical, trunk and fitted, not {router!r}")
+            raise InvalidRequest(f"--predictor is one of lexical, trunk and fitted, not {router!r}")
         with self._open() as opened:
             _check_ids(ids, opened)
             passes = build_passes(opened, RouterConfig(router=router, device=self.device))
@@ -113,7 +113,7 @@ class Local:
         sample: Sequence[str],
         budgets: Budgets,
     ) -> NamedPool:
-        """A pool from examples; `sample` is what the method `frequency` counts over. Raises PagerError.
+        """Makes a pool from examples; `sample` is what the method `frequency` counts over. Raises PagerError.
 
         Without a method, that of a service: the best routing-only pass; where none was fitted, the mean of a whole run.
         """
@@ -181,7 +181,7 @@ def _check_ids(ids: Sequence[int], opened: OpenModel) -> None:
 
 
 def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> tuple[int, ...]:
-    """Raises InvalidRequest for text without a tokenizer."""
+    """The prompt's token ids. Raises InvalidRequest for text without a tokenizer."""
     if not isinstance(prompt, str):
         return prompt
     if tokenizer is None:
@@ -190,7 +190,7 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> tuple[int, ...]:
 
 
 def _silent() -> Tokenizer:
-    """For a checkpoint without a tokenizer: every id has an empty text."""
+    """The tokenizer of a checkpoint that has none: every id has an empty text."""
     return Tokenizer(BPE())
 
 

@@ -1,79 +1,82 @@
-"""Options that several commands share: prompts, pools, TLS."""
+"""Options that several commands share, one by one and in bundles.
+
+A bundle is a dataclass whose fields are options. A command takes it as one parameter and is decorated with `bundled`,
+which has Typer see the options.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pager.errors import ConfigError, InvalidRequest
-from pager.reading import MAX_PEM_BYTES, check_text, read_bounded, reason_of
+from pager.errors import InvalidRequest
+from pager.reading import check_text, read_bounded, reason_of
 from pager.types import PoolAsk, PoolSource
 
-TlsCa = Annotated[
-    Path | None,
-    typer.Option(help="With --server: use TLS, and trust whom this certificate has signed.", metavar="PEM"),
-]
-TlsIdentity = Annotated[
-    Path | None,
-    typer.Option(help="With --tls-ca, for a service that asks: own certificate and key in a file.", metavar="PEM"),
-]
+
+def bundled(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer takes it: a parameter whose type is a bundle becomes the options of its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    bundles: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    options: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in bundles:
+            options += _options_of(bundles[parameter.name])
+        else:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            options.append(parameter.replace(kind=kind, annotation=hints[parameter.name]))
+
+    def run(**given: Any) -> None:
+        for name, bundle in bundles.items():
+            given[name] = bundle(**{each.name: given.pop(each.name) for each in fields(bundle)})
+        command(**given)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return run
 
 
-@dataclass(frozen=True, slots=True)
-class ClientTls:
-    """`identity` has a certificate and its key."""
-
-    ca: Path
-    identity: Path | None = None
-
-    @classmethod
-    def of(cls, server: str | None, ca: Path | None, identity: Path | None) -> ClientTls | None:
-        """None for plain text. Raises typer.BadParameter for options that can take no effect."""
-        if ca is not None and server is None:
-            raise typer.BadParameter("--tls-ca can take no effect here; it goes with --server")
-        if ca is None and identity is not None:
-            raise typer.BadParameter("--tls-identity can take no effect here; it goes with --tls-ca")
-        return None if ca is None else cls(ca, identity)
-
-    def read(self) -> tuple[bytes, bytes | None]:
-        """The certificate to trust, and the identity. Raises ConfigError."""
-        return _pem(self.ca, "--tls-ca"), _pem(self.identity, "--tls-identity") if self.identity else None
+def _options_of(bundle: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(bundle, include_extras=True)
+    return [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
+        for each in fields(bundle)
+    ]
 
 
-def _pem(path: Path, option: str) -> bytes:
-    try:
-        text = read_bounded(path, MAX_PEM_BYTES)
-    except OSError as error:
-        raise ConfigError(f"{option} {str(path)!r} cannot be read: {reason_of(error)}") from None
-    if b"-----BEGIN " not in text:
-        raise ConfigError(f"{option} {str(path)!r} is not a PEM file")
-    return text
-
+# --- the prompt -------------------------------------------------------------------------------------------------------
 
 Prompt = str | tuple[int, ...]
 MAX_BYTES = 1 << 26  # a prompt in a file
 
-PromptText = Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")]
-PromptFile = Annotated[
-    str | None, typer.Option(help="Read the prompt from a UTF-8 file, or from stdin with '-'.", metavar="FILE")
-]
-TokenIds = Annotated[str | None, typer.Option(help="A prompt of token ids: '1,2,3'.", metavar="IDS")]
 
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """The ways to give a prompt."""
 
-def read_prompt(text: str | None, file: str | None, token_ids: str | None) -> Prompt:
-    """The one prompt given. Raises typer.BadParameter unless it is exactly one, InvalidRequest for bad text or ids."""
-    if sum(given is not None for given in (text, file, token_ids)) != 1:
-        raise typer.BadParameter("give the prompt once: as an argument, with --prompt-file or with --token-ids")
-    if token_ids is not None:
-        return _ids(token_ids)
-    if file is not None:
-        return _file(file)
-    assert text is not None
-    return check_text(text, "the prompt")
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None
+    prompt_file: Annotated[
+        str | None, typer.Option(help="Read the prompt from a UTF-8 file, or from stdin with '-'.", metavar="FILE")
+    ] = None
+    token_ids: Annotated[str | None, typer.Option(help="A prompt of token ids: '1,2,3'.", metavar="IDS")] = None
+
+    def read(self) -> Prompt:
+        """The one prompt given. Raises typer.BadParameter unless it is one, InvalidRequest for bad text or ids."""
+        if sum(given is not None for given in (self.prompt, self.prompt_file, self.token_ids)) != 1:
+            raise typer.BadParameter("give the prompt once: as an argument, with --prompt-file or with --token-ids")
+        if self.token_ids is not None:
+            return _ids(self.token_ids)
+        if self.prompt_file is not None:
+            return _file(self.prompt_file)
+        assert self.prompt is not None
+        return check_text(self.prompt, "the prompt")
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -99,35 +102,66 @@ def _file(name: str) -> str:
         raise InvalidRequest(f"the prompt is not UTF-8: byte {error.start} ({error.reason})") from None
 
 
-SourceOption = Annotated[
-    PoolSource | None,
-    typer.Option(help="prefill: the worker's prefill chooses the pool; prediction: the routing-only pass does."),
-]
-DigestOption = Annotated[
-    str | None, typer.Option(help="Use a pool this tenant was given before (with --server).", metavar="HEX")
-]
-NameOption = Annotated[str | None, typer.Option(help="Use a pool made by `expert-pager calibrate`.", metavar="NAME")]
-DriftOption = Annotated[
+# --- the pool ---------------------------------------------------------------------------------------------------------
+
+Pool = Annotated[
     str | None,
     typer.Option(
-        help="What to do when the answer leaves its pool: past a mean gate mass outside of it ('0.3') widen the "
-        "pool, or use all experts from there on ('0.3:exact'). Averaged over 16 tokens, or N ('0.3:widen:N').",
-        metavar="MASS[:widen|exact[:N]]",
+        help="How many experts the request may use: a number a layer (32), a share of all ('12.5%'), the gate mass "
+        "to cover ('mass:0.9', or 'mass:0.9:48' with a cap), or 'full'.",
+        metavar="SIZE",
     ),
 ]
 
 
-def pool_ask(
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """The pool of a prompt: of a size, or named."""
+
+    pool: Pool = None
+    pool_name: Annotated[
+        str | None, typer.Option(help="Use a pool made by `expert-pager calibrate`.", metavar="NAME")
+    ] = None
+
+    def ask(self) -> PoolAsk:
+        """What the options ask for; nothing set means the service's default, and all experts in this process.
+
+        Raises typer.BadParameter for options that exclude each other, InvalidRequest for values.
+        """
+        return _pool_ask(self.pool, name=self.pool_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPoolOptions(PoolOptions):
+    """The pool of an answer: also what chooses it, one used before, and what to do about drift."""
+
+    pool_source: Annotated[
+        PoolSource | None,
+        typer.Option(help="prefill: the worker's prefill chooses the pool; prediction: the routing-only pass does."),
+    ] = None
+    pool_digest: Annotated[
+        str | None, typer.Option(help="Use a pool this tenant was given before (with --server).", metavar="HEX")
+    ] = None
+    drift: Annotated[
+        str | None,
+        typer.Option(
+            help="What to do when the answer leaves its pool: past a mean gate mass outside of it ('0.3') widen the "
+            "pool, or use all experts from there on ('0.3:exact'). Averaged over 16 tokens, or N ('0.3:widen:N').",
+            metavar="MASS[:widen|exact[:N]]",
+        ),
+    ] = None
+
+    def ask(self) -> PoolAsk:
+        return _pool_ask(self.pool, self.pool_source, self.pool_digest, self.pool_name, self.drift)
+
+
+def _pool_ask(
     size: str | None,
     source: PoolSource | None = None,
     digest: str | None = None,
     name: str | None = None,
     drift: str | None = None,
 ) -> PoolAsk:
-    """Which pool to ask for; nothing set means the service's default, and all experts in this process.
-
-    Raises typer.BadParameter for options that exclude each other, InvalidRequest for values.
-    """
     from pager.pools.drift import parse_drift
     from pager.pools.pick import parse_pool_size
 
@@ -138,10 +172,12 @@ def pool_ask(
     if source is PoolSource.FIXED:
         raise typer.BadParameter("a fixed pool is given with --pool-name or --pool-digest")
     if source is not None and (digest is not None or name is not None):
-        raise typer.BadParameter(f"--pool-source says who chooses a pool, and {named[0]} names one")
-    size_ = None if size is None else parse_pool_size(size)
-    return PoolAsk(size_, source, digest=digest, name=name, drift=parse_drift(drift))
+        raise typer.BadParameter(f"--pool-source names what chooses a pool, and {named[0]} names a pool")
+    parsed = None if size is None else parse_pool_size(size)
+    return PoolAsk(parsed, source, digest=digest, name=name, drift=parse_drift(drift))
 
+
+# --- one by one -------------------------------------------------------------------------------------------------------
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder, as downloaded or packed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
@@ -163,13 +199,5 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         help="Serve in bfloat16 (default), float16, float32, or auto: as the checkpoint says.", metavar="NAME"
-    ),
-]
-Pool = Annotated[
-    str | None,
-    typer.Option(
-        help="How many experts the request may use: a number a layer (32), a share of all ('12.5%'), the gate mass "
-        "to cover ('mass:0.9', or 'mass:0.9:48' with a cap), or 'full'.",
-        metavar="SIZE",
     ),
 ]

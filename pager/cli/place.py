@@ -1,4 +1,4 @@
-"""Where a command runs: on a checkpoint in this process, or in a service. And where it finds named pools."""
+"""The place where a command runs, a checkpoint in this process or a service, and the store of named pools."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pager.cli.options import ClientTls
+from pager.cli.options import Device, Dtype
 from pager.cli.output import serve_extra
 from pager.errors import ConfigError, InvalidRequest, UnknownPool
 from pager.memory.machine import resolve_device
+from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
 
 if TYPE_CHECKING:
     from pager.cli.local import Local
@@ -22,14 +23,6 @@ if TYPE_CHECKING:
     from pager.types import NamedPool
     from router_service.pools import PoolStore
 
-Model = Annotated[
-    Path | None, typer.Option("--model", "-m", help="Checkpoint folder to load in this process.", metavar="FOLDER")
-]
-Server = Annotated[
-    str | None, typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
-]
-Tenant = Annotated[str, typer.Option(help="Tenant to name to the service, and whose named pools to use.")]
-Timeout = Annotated[float | None, typer.Option(help="Seconds until the service must be done.", metavar="SECONDS")]
 PoolsFolder = Annotated[
     Path | None,
     typer.Option(
@@ -42,51 +35,34 @@ PoolsFolder = Annotated[
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Exactly one of `model` and `server` is given."""
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """The address of a service, and how to talk to it."""
 
-    model: Path | None
-    server: str | None
-    tenant: str
-    timeout: float | None
-    device: str = "auto"
-    dtype: str | None = None
-    tls: ClientTls | None = None
+    server: Annotated[
+        str | None, typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
+    ] = None
+    tenant: Annotated[str, typer.Option(help="Tenant to name to the service, and whose named pools to use.")] = (
+        "default"
+    )
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds until the service must be done.", metavar="SECONDS")
+    ] = None
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(help="With --server: use TLS, and trust whoever this certificate has signed.", metavar="PEM"),
+    ] = None
+    tls_identity: Annotated[
+        Path | None,
+        typer.Option(help="With --tls-ca, for a service that asks: own certificate and key in a file.", metavar="PEM"),
+    ] = None
 
-    @classmethod
-    def of(
-        cls,
-        model: Path | None,
-        server: str | None,
-        *,
-        tenant: str,
-        timeout: float | None,
-        device: str,
-        dtype: str | None,
-        local_only: Mapping[str, object] | None = None,
-        tls: ClientTls | None = None,
-    ) -> Place:
-        """Raises typer.BadParameter unless the place is said once, and for options that mean nothing there.
-
-        `local_only` are further options that need --model, None where not given.
-        """
-        if (model is None) == (server is None):
-            raise typer.BadParameter("say where to run it: --model FOLDER in this process, or --server HOST:PORT")
-        local = {"--device": None if device == "auto" else device, "--dtype": dtype, **(local_only or {})}
-        idle = [name for name, value in local.items() if value is not None] if server is not None else []
-        if model is not None and timeout is not None:
-            idle = ["--timeout"]
-        if idle:
-            needed = "--server" if model is not None else "--model"
-            raise typer.BadParameter(f"{', '.join(idle)} can take no effect here; it goes with {needed}")
-        return cls(model, server, tenant, timeout, device, dtype, tls)
-
-    def local(self) -> Local:
-        from pager.cli.local import Local
-
-        assert self.model is not None
-        return Local(self.model, resolve_device(self.device), self.dtype)
+    def check(self) -> None:
+        """Raises typer.BadParameter for options that can take no effect."""
+        if self.tls_ca is not None and self.server is None:
+            raise typer.BadParameter("--tls-ca can take no effect here; it goes with --server")
+        if self.tls_ca is None and self.tls_identity is not None:
+            raise typer.BadParameter("--tls-identity can take no effect here; it goes with --tls-ca")
 
     def service(self) -> Client:
         """A client of the service, to be closed or used as a context. Raises ConfigError."""
@@ -96,14 +72,60 @@ class Place:
 
         assert self.server is not None
         credentials = None
-        if self.tls is not None:
-            ca, identity = self.tls.read()
+        if self.tls_ca is not None:
+            ca = _pem(self.tls_ca, "--tls-ca")
+            identity = _pem(self.tls_identity, "--tls-identity") if self.tls_identity is not None else None
             credentials = grpc.ssl_channel_credentials(ca, identity, identity)
         return Client(self.server, tenant=self.tenant, timeout_s=self.timeout, credentials=credentials)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place(ServerOptions):
+    """The place where a command runs: in this process on `model`, or in the service at `server`."""
+
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Checkpoint folder to load in this process.", metavar="FOLDER")
+    ] = None
+    device: Device = "auto"
+    dtype: Dtype = None
+
+    def check(self, local_only: Mapping[str, object] | None = None) -> None:
+        """Raises typer.BadParameter unless the place is given once, and for options that mean nothing there.
+
+        `local_only` are further options that need --model, None where not given.
+        """
+        super().check()
+        if (self.model is None) == (self.server is None):
+            raise typer.BadParameter("say where to run it: --model FOLDER in this process, or --server HOST:PORT")
+        device = None if self.device == "auto" else self.device
+        local = {"--device": device, "--dtype": self.dtype, **(local_only or {})}
+        idle = [name for name, value in local.items() if value is not None] if self.server is not None else []
+        if self.model is not None and self.timeout is not None:
+            idle = ["--timeout"]
+        if idle:
+            needed = "--server" if self.model is not None else "--model"
+            raise typer.BadParameter(f"{', '.join(idle)} can take no effect here; it goes with {needed}")
+
+    def local(self) -> Local:
+        """The checkpoint of this process. Raises ConfigError for a device that is not there."""
+        from pager.cli.local import Local
+
+        assert self.model is not None
+        return Local(self.model, resolve_device(self.device), self.dtype)
+
+
+def _pem(path: Path, option: str) -> bytes:
+    try:
+        text = read_bounded(path, MAX_PEM_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{option} {str(path)!r} cannot be read: {reason_of(error)}") from None
+    if b"-----BEGIN " not in text:
+        raise ConfigError(f"{option} {str(path)!r} is not a PEM file")
+    return text
+
+
 def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer]]) -> Answer:
-    """What `work` makes of the store in `folder` or, without one, in Redis. Raises ConfigError without either."""
+    """The result of `work` on the store in `folder` or, without one, in Redis. Raises ConfigError without either."""
 
     async def run() -> Answer:
         store = _open_pools(folder)
@@ -116,7 +138,7 @@ def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer
 
 
 def find_named(folder: Path | None, tenant: str, name: str) -> NamedPool:
-    """Raises UnknownPool, DamagedPool, InvalidRequest."""
+    """A tenant's named pool. Raises UnknownPool, DamagedPool, InvalidRequest."""
     from pager.pools.named import check_name
 
     check_name(name, "pool.name")
@@ -128,7 +150,7 @@ def find_named(folder: Path | None, tenant: str, name: str) -> NamedPool:
 
 
 def checked_tenant(tenant: str) -> str:
-    """`tenant` itself: it becomes a part of a file's name. Raises InvalidRequest."""
+    """`tenant` itself, checked, as it becomes a part of a file's name. Raises InvalidRequest."""
     from router_service.tenants import check_tenant
 
     try:

@@ -8,25 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from pager.cli.options import (
-    AsJson,
-    ClientTls,
-    Device,
-    Dtype,
-    ExpertMemory,
-    Pool,
-    TlsCa,
-    TlsIdentity,
-    pool_ask,
-)
+from pager.cli.options import AsJson, ExpertMemory, Pool, PoolOptions, bundled
 from pager.cli.output import busy, err, out, pool_dict, pool_text, print_json, print_table
-from pager.cli.place import Model, Place, PoolsFolder, Server, Tenant, Timeout, checked_tenant, with_pools
+from pager.cli.place import Place, PoolsFolder, ServerOptions, checked_tenant, with_pools
 from pager.errors import UnknownPool
 from pager.memory.plan import Budgets
 from pager.pools.named import check_name, check_num_examples
 from pager.types import Full, NamedPool
 
 
+@bundled
 def calibrate(
     name: Annotated[str, typer.Option(help="What requests call the pool: letters, digits and . _ -", metavar="NAME")],
     examples: Annotated[
@@ -36,8 +27,7 @@ def calibrate(
             metavar="FILE",
         ),
     ],
-    model: Model = None,
-    server: Server = None,
+    place: Place,
     pool: Pool = None,
     method: Annotated[
         str | None,
@@ -53,12 +43,6 @@ def calibrate(
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of a pool of that name.")] = False,
     pools: PoolsFolder = None,
     expert_memory: ExpertMemory = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    tenant: Tenant = "default",
-    timeout: Timeout = None,
-    tls_ca: TlsCa = None,
-    tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a pool from one to a hundred examples, and keep it under a name that requests can give.
@@ -72,30 +56,26 @@ def calibrate(
 
     `expert-pager calibrate --name law --examples contract.txt --pool 12.5% --model ./model --pools ./pools`
     """
-    place = Place.of(
-        model, server, tenant=tenant, timeout=timeout, device=device, dtype=dtype,
-        local_only={"--expert-memory": expert_memory, "--sample": sample},
-        tls=ClientTls.of(server, tls_ca, tls_identity),
-    )  # fmt: skip
-    if sample is not None and method != "frequency":
-        raise typer.BadParameter("--sample is for --method frequency")
     from pager.lab.corpus import read_examples
 
+    place.check({"--expert-memory": expert_memory, "--sample": sample})
+    if sample is not None and method != "frequency":
+        raise typer.BadParameter("--sample is for --method frequency")
     check_name(name)
-    ask, texts = pool_ask(pool), read_examples(examples)
+    ask, texts = PoolOptions(pool=pool).ask(), read_examples(examples)
     check_num_examples(len(texts))
-    if server is not None:
+    if place.server is not None:
         with place.service() as service:
             named = service.calibrate(name, texts, ask, method=method, replaces=replace)
     else:
-        checked_tenant(tenant)
-        _check_kept(pools, tenant, name, replace)
+        checked_tenant(place.tenant)
+        _check_kept(pools, place.tenant, name, replace)
         with busy("loading"):
             named = place.local().calibrate(
                 name, texts, ask.size or Full(), method, read_examples(sample) if sample else (),
                 Budgets(expert_memory=expert_memory),
             )  # fmt: skip
-        _keep(pools, tenant, named, replace)
+        _keep(pools, place.tenant, named, replace)
     if as_json:
         print_json(named_dict(named))
     else:
@@ -118,26 +98,23 @@ pools_app = typer.Typer(no_args_is_help=True, help="List or delete named pools."
 
 
 @pools_app.command("list")
+@bundled
 def list_pools(
-    server: Server = None,
+    at: ServerOptions,
     pools: PoolsFolder = None,
-    tenant: Tenant = "default",
-    timeout: Timeout = None,
-    tls_ca: TlsCa = None,
-    tls_identity: TlsIdentity = None,
     as_json: AsJson = False,
 ) -> None:
     """List a tenant's named pools: of a service, of the folder given with --pools, or of the Redis in REDIS_URL.
 
     Example: `expert-pager pools list --server localhost:50051`
     """
-    tls = ClientTls.of(server, tls_ca, tls_identity)
-    if server is not None:
-        with Place(None, server, tenant, timeout, tls=tls).service() as service:
+    at.check()
+    if at.server is not None:
+        with at.service() as service:
             listing = service.list_pools()
     else:
-        checked_tenant(tenant)
-        listing = with_pools(pools, lambda store: store.all_of(tenant))
+        checked_tenant(at.tenant)
+        listing = with_pools(pools, lambda store: store.all_of(at.tenant))
     if as_json:
         print_json({"pools": [named_dict(named) for named in listing.pools], "damaged": list(listing.damaged)})
     else:
@@ -147,29 +124,26 @@ def list_pools(
 
 
 @pools_app.command("delete")
+@bundled
 def delete_pool(
     name: Annotated[str, typer.Argument(metavar="NAME")],
-    server: Server = None,
+    at: ServerOptions,
     pools: PoolsFolder = None,
-    tenant: Tenant = "default",
-    timeout: Timeout = None,
-    tls_ca: TlsCa = None,
-    tls_identity: TlsIdentity = None,
 ) -> None:
     """Delete a named pool. Requests under way go on with it.
 
     Example: `expert-pager pools delete law --server localhost:50051`
     """
     check_name(name)
-    tls = ClientTls.of(server, tls_ca, tls_identity)
-    if server is not None:
-        with Place(None, server, tenant, timeout, tls=tls).service() as service:
+    at.check()
+    if at.server is not None:
+        with at.service() as service:
             is_deleted = service.delete_pool(name)
     else:
-        checked_tenant(tenant)
-        is_deleted = with_pools(pools, lambda store: store.delete(tenant, name))
+        checked_tenant(at.tenant)
+        is_deleted = with_pools(pools, lambda store: store.delete(at.tenant, name))
     if not is_deleted:
-        raise UnknownPool(f"tenant {tenant!r} has no pool {name!r}; see `expert-pager pools list`")
+        raise UnknownPool(f"tenant {at.tenant!r} has no pool {name!r}; see `expert-pager pools list`")
     out.print(f"deleted pool {name}", markup=False)
 
 

@@ -16,8 +16,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from pager.cli.options import ClientTls
-from pager.cli.place import Place
+from pager.cli.place import ServerOptions
 from pager.errors import ConfigError, PagerError, PortInUse
 from pager.types import SamplingParams
 from router_service.server import SERVICE_NAME, RouterServer
@@ -95,11 +94,12 @@ async def listening(
         await server.stop(0)
 
 
-async def answer(server: RouterServer, tls: ClientTls | None) -> str:
+async def answer(server: RouterServer, ca: Path | None, identity: Path | None = None) -> str:
     """What the command line's own client gets for a prompt."""
 
     def ask() -> str:
-        with Place(None, f"localhost:{server.port}", "default", 10.0, tls=tls).service() as client:
+        at = ServerOptions(server=f"localhost:{server.port}", timeout=10.0, tls_ca=ca, tls_identity=identity)
+        with at.service() as client:
             return client.generate("hi", SamplingParams(max_tokens=4)).text()
 
     return await asyncio.to_thread(ask)
@@ -111,15 +111,15 @@ async def shown_certificate(server: RouterServer) -> bytes:
 
 async def test_who_trusts_the_authority_is_answered(service: Running, files: Files) -> None:
     async with listening(service, files.server) as server:
-        assert await answer(server, ClientTls(files.ca)) == "hihi"
+        assert await answer(server, files.ca) == "hihi"
 
 
 async def test_nobody_else_is_answered(service: Running, files: Files, tmp_path: Path) -> None:
     others = Files(tmp_path / "theirs")
     async with listening(service, files.server) as server:
-        for tls in (None, ClientTls(others.ca)):
+        for ca in (None, others.ca):
             with pytest.raises(PagerError, match="no service answers"):
-                await answer(server, tls)
+                await answer(server, ca)
 
 
 async def test_with_a_client_authority_a_client_needs_an_identity_that_it_signed(
@@ -128,10 +128,10 @@ async def test_with_a_client_authority_a_client_needs_an_identity_that_it_signed
     tls = TlsFiles(files.server.cert, files.server.key, files.ca)
     strangers = Files(tmp_path / "theirs").identity()
     async with listening(service, tls) as server:
-        assert await answer(server, ClientTls(files.ca, files.identity())) == "hihi"
+        assert await answer(server, files.ca, files.identity()) == "hihi"
         for identity in (None, strangers):
             with pytest.raises(PagerError, match="no service answers"):
-                await answer(server, ClientTls(files.ca, identity))
+                await answer(server, files.ca, identity)
 
 
 async def test_a_renewed_certificate_is_shown_without_a_restart(service: Running, files: Files) -> None:
@@ -145,7 +145,7 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(service: Running
 async def test_a_renewal_that_is_not_complete_changes_nothing(service: Running, files: Files) -> None:
     async with listening(service, files.server) as server:
         files.server.key.unlink()
-        assert await answer(server, ClientTls(files.ca)) == "hihi"
+        assert await answer(server, files.ca) == "hihi"
 
 
 async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(

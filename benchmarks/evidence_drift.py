@@ -22,8 +22,8 @@ from pager.lab.corpus import Cut, Text, digest_of, domains_of, read_texts
 from pager.lab.report import Bootstrap, Interval, table
 from pager.memory.plan import Budgets
 from pager.memory.units import format_bytes
-from pager.pools.document import DocumentRouting
-from pager.pools.widening import answer_drift
+from pager.pools.drift import answer_drift
+from pager.pools.routing import RequestRouting
 from pager.types import DriftAction, DriftPolicy, DriftReport, PoolPolicy, Share
 
 POOL = Share(0.25)
@@ -237,11 +237,11 @@ def read(
 
     Raises what `PagedModel.document` raises.
     """
-    return [_read(paged, text, paged.document(policy), chunk_tokens) for text in texts]
+    return [_read(paged, text, paged.routing(policy), chunk_tokens) for text in texts]
 
 
 @torch.inference_mode()
-def _read(paged: PagedModel, text: ChangingText, document: DocumentRouting, chunk_tokens: int) -> Reading:
+def _read(paged: PagedModel, text: ChangingText, document: RequestRouting, chunk_tokens: int) -> Reading:
     cache = DynamicCache(config=paged.model.config)
     before, prompt = _bytes_paged(paged), text.prompt_tokens
     ids = torch.tensor([text.token_ids], device=paged.device)
@@ -261,7 +261,7 @@ def _read(paged: PagedModel, text: ChangingText, document: DocumentRouting, chun
 
 
 def _forward(
-    paged: PagedModel, document: DocumentRouting, cache: DynamicCache, ids_1S: Tensor, *, prefill: bool = False
+    paged: PagedModel, document: RequestRouting, cache: DynamicCache, ids_1S: Tensor, *, prefill: bool = False
 ) -> Tensor:
     """The logits of a chunk: [S, V]."""
     with paged.step([document], prefill=prefill):

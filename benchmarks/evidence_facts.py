@@ -184,7 +184,7 @@ def sample(paged: PagedModel, prompts: Sequence[Sequence[int]], sampling: Sampli
     for start in range(0, len(prompts), sampling.batch_rows):
         inputs = torch.tensor([list(prompt) for prompt in prompts[start : start + sampling.batch_rows]])
         inputs = inputs.to(paged.device)
-        with paged.step([paged.document(EVERY_EXPERT)], prefill=True):
+        with paged.step([paged.routing(EVERY_EXPERT)], prefill=True):
             output: Any = paged.model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),

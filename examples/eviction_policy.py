@@ -73,7 +73,7 @@ def record(model: str | Path, prompts: Sequence[Sequence[int]]) -> Trace:
         path = Path(folder) / "trace.jsonl.gz"
         paged = load_paged_model(model, budgets=Budgets(expert_memory="100%"), trace=path)
         for token_ids in [*prompts, *reversed(prompts)]:
-            document = paged.document(PoolPolicy(Share(0.125)))
+            document = paged.routing(PoolPolicy(Share(0.125)))
             with torch.inference_mode(), paged.step([document], prefill=True):
                 paged.model(input_ids=torch.tensor([token_ids]), use_cache=False)
         paged.close()

@@ -68,8 +68,8 @@ class PrefetchList:
 
 
 Meanwhile = Callable[[], float | None]
-"""Called by whoever waits for a read, with no lock held: work for the time. When to be called again at the latest, in
-seconds; None where there is nothing to do. What it raises ends the wait."""
+"""Called by a thread that waits for a read, with no lock held: work for the meantime. Returns the seconds until it is
+to be called again, or None where there is nothing to do. What it raises ends the wait."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +98,10 @@ class Load:
     payer: UsageMeter
     waiters: list[Holding]
     reading: bool = False
+
+
+def _nothing_meanwhile() -> None:
+    """Returns at once: nobody has work to do while a read is waited for."""
 
 
 _URGENCY = {Cause.DEMAND: 0, Cause.LEASE: 1, Cause.PREFETCH: 2}
@@ -131,7 +135,7 @@ class Ledger:
         self._regrets = Regrets()
         self._order = itertools.count()
         self._closed = False
-        self.meanwhile: Meanwhile | None = None
+        self.meanwhile: Meanwhile = _nothing_meanwhile
 
     # What leases and exact forwards do.
 
@@ -301,7 +305,7 @@ class Ledger:
             with self.lock:
                 if is_over():
                     return
-            due_s = self.meanwhile() if self.meanwhile is not None else None
+            due_s = self.meanwhile()
             with self._changed:
                 self._changed.wait_for(is_over, due_s)
 

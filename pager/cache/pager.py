@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
 from pager.cache.device import DeviceSlots
@@ -219,14 +218,9 @@ class ExpertPager:
         self._ledger.close()
         self._readers.join()
 
-    @contextmanager
-    def waiting_with(self, meanwhile: Meanwhile | None) -> Iterator[None]:
-        """Inside, whoever waits for a read calls `meanwhile` first, and again when that says so. For one thread."""
-        before, self._ledger.meanwhile = self._ledger.meanwhile, meanwhile
-        try:
-            yield
-        finally:
-            self._ledger.meanwhile = before
+    def call_while_waiting(self, meanwhile: Meanwhile) -> None:
+        """Registers what a thread that waits for a read calls first, and again when that says so."""
+        self._ledger.meanwhile = meanwhile
 
     def _read_past_page_cache(self, source: ExpertSource, host: HostTier | None, asked: bool | None) -> None:
         why = why_bypass(

@@ -19,7 +19,7 @@ from pager.cache.device import DeviceSlots
 from pager.engine.kv import KvCache, blocks_for
 from pager.engine.paged_model import PagedModel
 from pager.engine.runner import DecodeBatch, ModelRunner, RowStart
-from pager.pools.document import DocumentRouting
+from pager.pools.routing import RequestRouting
 from pager.types import Count, ExpertPool, PoolPolicy, PoolSource
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def step_seconds(paged: PagedModel, counts: list[int]) -> dict[int, list[float]]
                 for times, num_rows in zip(taken[count], BATCHES, strict=True):
                     started_s = time.perf_counter()
                     lease = paged.pager.reserve(0)  # of nothing: all is there
-                    documents = [DocumentRouting(paged.facts, policy, lease=lease) for _ in range(num_rows)]
-                    with paged.step(documents):
+                    requests = [RequestRouting(paged.facts, policy, lease=lease) for _ in range(num_rows)]
+                    with paged.step(requests):
                         runner.decode(DecodeBatch([row] * num_rows, paged.device))
                     if number:  # the first one makes buffers, kernels and teams
                         times.append(time.perf_counter() - started_s)

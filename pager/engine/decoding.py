@@ -11,14 +11,14 @@ from functools import partial
 
 import torch
 
-from pager.cache.ledger import Meanwhile
 from pager.engine.interface import failure_of
 from pager.engine.paged_model import PagedModel
 from pager.engine.request import Request
-from pager.engine.runner import Check, DecodeBatch, GroupGraph, ModelRunner, Recorder, Step, capture_on
+from pager.engine.runner import DecodeBatch, GroupGraph, ModelRunner, Recorder, Step, capture_on
 from pager.engine.sampler import NOT_FINITE, NOTHING_ALLOWED, Sampler
 from pager.errors import ENDS_THE_PROCESS, Cancelled, InvalidRequest, NotReady, PagerError
-from pager.pools.document import DocumentRouting, StepRouting
+from pager.pools.routing import RequestRouting
+from pager.pools.step import StepRouting
 from pager.types import TokenLogprobs
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class _Group:
     """Device state of sequences that decode together; kept from step to step while they stay the same."""
 
     sequences: tuple[Request, ...]
-    documents: tuple[DocumentRouting, ...]
+    step: StepRouting
     batch: DecodeBatch
     sampler: Sampler
     graph: GroupGraph = field(default_factory=GroupGraph)
@@ -63,13 +63,10 @@ class Decoder:
         """Of all forwards, the present one included; for any thread."""
         return self._runner.num_layers_run
 
-    def prefill(
-        self, sequence: Request, num_tokens: int, *, meanwhile: Meanwhile | None = None, check: Check | None = None
-    ) -> Outcome | None:
+    def prefill(self, sequence: Request, num_tokens: int) -> Outcome | None:
         """Runs the next `num_tokens` of the prompt. The first token of the answer after the last of them, else None.
 
-        `meanwhile` is called where it waits for reads, and may decode others; `check` between two layers. Where either
-        raises, the forward is left and the error is the outcome.
+        What is raised within the forward, as by those who wait for it no more, leaves it and is the outcome.
         """
         start, prompt = sequence.num_prefilled, sequence.request.prompt_token_ids
         token_ids = prompt[start : start + num_tokens]
@@ -77,12 +74,10 @@ class Decoder:
         try:
             with (
                 self._timed(),
-                self._paged.step([_document(sequence)], prefill=True, meanwhile=meanwhile),
+                self._paged.step([_routing(sequence)], prefill=True),
                 self._runner.keeping_hidden() if num_top is not None else nullcontext() as kept,
             ):
-                logits_1V = self._runner.prefill(
-                    token_ids, sequence.blocks, start, prompt_tokens=len(prompt), check=check
-                )
+                logits_1V = self._runner.prefill(token_ids, sequence.blocks, start, prompt_tokens=len(prompt))
                 if kept is not None and num_top is not None:
                     found = self._runner.prompt_logprobs(kept, logits_1V, prompt[start + 1 : end + 1], num_top)
                     sequence.prompt_logprobs += found
@@ -96,23 +91,15 @@ class Decoder:
         except BaseException as error:
             return _told(error, sequence)
 
-    def decode(
-        self,
-        name: str,
-        sequences: Iterable[Request],
-        *,
-        meanwhile: Meanwhile | None = None,
-        check: Check | None = None,
-    ) -> list[Outcome]:
+    def decode(self, name: str, sequences: Iterable[Request]) -> list[Outcome]:
         """The next token of each, by one forward. `name` says which group of the last step this continues.
 
-        `meanwhile` and `check` are called as in `prefill`.
         Where it fails, be it for an expert or whatever else one of them needs, each sequence runs by itself, so that
         only those fail that cannot run.
         """
         sequences = tuple(sequences)
         try:
-            return self._run(self._group(name, sequences), meanwhile, check)
+            return self._run(self._group(name, sequences))
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
@@ -123,31 +110,31 @@ class Decoder:
                 log.warning(
                     "a step for %d requests failed (%s); each runs by itself", len(sequences), type(error).__name__
                 )
-        return [self._decode_alone(sequence, meanwhile, check) for sequence in sequences]
+        return [self._decode_alone(sequence) for sequence in sequences]
 
-    def _decode_alone(self, sequence: Request, meanwhile: Meanwhile | None, check: Check | None) -> Outcome:
+    def _decode_alone(self, sequence: Request) -> Outcome:
         try:
-            return self._run(self._new_group((sequence,)), meanwhile, check)[0]
+            return self._run(self._new_group((sequence,)))[0]
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
             return _told(error, sequence)
 
-    def _run(self, group: _Group, meanwhile: Meanwhile | None, check: Check | None) -> list[Outcome]:
-        batch, sampler = group.batch, group.sampler
+    def _run(self, group: _Group) -> list[Outcome]:
+        batch, sampler, step = group.batch, group.sampler, group.step
         logits_BV: torch.Tensor | None = None
-        with self._paged.step(group.documents, meanwhile=meanwhile) as routing:
+        with self._paged.running(step):
             with self._timed():
                 padded = replay = None
-                if self._recorder.is_on and meanwhile is None and routing.is_steady and sampler.is_recordable:
+                if self._recorder.is_on and step.is_steady and sampler.is_recordable:
                     padded = self._runner.padded_context(batch)
-                    replay = self._replay(group, routing, padded)
+                    replay = self._replay(group, padded)
                 if replay is None:
-                    logits_BV = self._runner.decode(batch, padded, check=check)
+                    logits_BV = self._runner.decode(batch, padded)
                 else:
                     sampler.draw()
                     token_B = replay()
-                    routing.replayed()
+                    step.replayed()
                     batch.count_step()
             if logits_BV is not None:
                 token_B = sampler.sample(logits_BV)
@@ -155,15 +142,15 @@ class Decoder:
         self.num_decode_forwards += 1
         return _outcomes(sampler, token_B.tolist(), logits_BV)
 
-    def _replay(self, group: _Group, routing: StepRouting, padded_context: int) -> Step | None:
+    def _replay(self, group: _Group, padded_context: int) -> Step | None:
         """The step as a graph, where the group has one by now."""
 
         def record() -> Step | None:
-            with routing.recording():
+            with step.recording():
                 return self._recorder.record(partial(device_step, self._runner, batch, sampler, padded_context))
 
-        batch, sampler = group.batch, group.sampler
-        return group.graph.replay(routing, padded_context, record=record)
+        batch, sampler, step = group.batch, group.sampler, group.step
+        return group.graph.replay(padded_context, record=record)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -186,11 +173,13 @@ class Decoder:
         return group
 
     def _new_group(self, sequences: tuple[Request, ...]) -> _Group:
+        step = StepRouting([_routing(sequence) for sequence in sequences])
         for sequence in sequences:
             sequence.draw.rewind(len(sequence.output_ids))
+            sequence.join(step)
         return _Group(
             sequences=sequences,
-            documents=tuple(map(_document, sequences)),
+            step=step,
             batch=DecodeBatch([sequence.row_start() for sequence in sequences], self._runner.device),
             sampler=Sampler([sequence.draw for sequence in sequences], self._runner.device),
         )
@@ -224,9 +213,9 @@ def _no_token(why: int) -> PagerError:
     )
 
 
-def _document(sequence: Request) -> DocumentRouting:
-    assert sequence.document is not None, "the sequence was not admitted"
-    return sequence.document
+def _routing(sequence: Request) -> RequestRouting:
+    assert sequence.routing is not None, "the request was not admitted"
+    return sequence.routing
 
 
 def _told(error: BaseException, sequence: Request) -> PagerError:

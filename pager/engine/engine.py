@@ -68,7 +68,8 @@ class Engine:
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
         plan = paged.plan
         cache = KvCache(config, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
-        self._decoder = Decoder(paged, ModelRunner(paged.model, cache, paged.device))
+        self._decoder = Decoder(paged, ModelRunner(paged.model, cache, paged.device, on_layer=self._on_layer))
+        paged.pager.call_while_waiting(self._meanwhile)
         self._bounds = RequestBounds(
             config.max_position_embeddings, self._blocks.num_blocks * BLOCK_TOKENS, config.vocab_size
         )
@@ -84,6 +85,7 @@ class Engine:
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
         self._in_forward: Ordered[Request] = ()  # of a forward that may take long: nothing of theirs is given back
+        self._may_interrupt = False  # what runs now is that forward, and not a short one while it waits
         self._is_stepping = False
         self._num_steps_begun = 0
         self._next_decode_s = 0.0
@@ -256,17 +258,20 @@ class Engine:
 
     @contextmanager
     def _long_forward(self, sequences: Ordered[Request]) -> Iterator[None]:
-        self._in_forward = sequences
+        """Surrounds a forward that may take long: between its layers, and while it waits, others are attended to."""
+        self._in_forward, self._may_interrupt = sequences, True
         try:
             yield
         finally:
-            self._in_forward = ()
+            self._in_forward, self._may_interrupt = (), False
 
-    def _check(self) -> None:
-        """Between two layers of a long forward: ends whoever is cancelled or overdue, others than its own at once.
+    def _on_layer(self) -> None:
+        """Called before every layer of every forward: ends whoever is cancelled or overdue, if the forward is long.
 
-        Raises, and the forward is left, when none of its sequences goes on.
+        Requests that are not in the forward end at once. Raises, and the forward is left, when none in it goes on.
         """
+        if not self._may_interrupt:
+            return
         now_s = time.monotonic()
         self._take_in(now_s)
         self._end_overdue(now_s)
@@ -303,14 +308,19 @@ class Engine:
         if not sequences:
             return
         with self._long_forward(sequences):
-            outcomes = self._decoder.decode(name, sequences, meanwhile=self._meanwhile, check=self._check)
+            outcomes = self._decoder.decode(name, sequences)
         self._take_all(sequences, outcomes)
 
     def _decode_pooled(self, sequences: Ordered[Request]) -> None:
         if not sequences:
             return
         started_s = time.monotonic()
-        self._take_all(sequences, self._decoder.decode("pooled", sequences))
+        around, self._may_interrupt = self._may_interrupt, False
+        try:
+            outcomes = self._decoder.decode("pooled", sequences)
+        finally:
+            self._may_interrupt = around
+        self._take_all(sequences, outcomes)
         now_s = time.monotonic()
         self._next_decode_s = now_s + (now_s - started_s)
 
@@ -324,12 +334,13 @@ class Engine:
                     sequence.answer_drift()
         self._num_tokens += sum(len(sequence.output_ids) for sequence in sequences) - num_before
 
-    def _meanwhile(self) -> float:
-        """While a forward waits for reads: `_check`, and a token for those that hold their experts.
-
-        In seconds, when it is to be called again.
+    def _meanwhile(self) -> float | None:
+        """Called while a forward waits for reads: does what `_on_layer` does, and decodes a token for those that hold
+        their experts. Returns the seconds until it is to be called again; None in a forward that is not long.
         """
-        self._check()
+        if not self._may_interrupt:
+            return None
+        self._on_layer()
         due_s = self._decode_meanwhile()
         return CHECK_S if due_s is None else min(CHECK_S, due_s)
 
@@ -393,7 +404,7 @@ class Engine:
         if not num_before:
             sequence.prefill_started_s = time.monotonic()
         with self._long_forward([sequence]):
-            outcome = self._decoder.prefill(sequence, num_tokens, meanwhile=self._meanwhile, check=self._check)
+            outcome = self._decoder.prefill(sequence, num_tokens)
         self._num_tokens += sequence.num_prefilled - num_before  # none where it was left, or failed
         for part in sequence.take_prompt_logprobs():
             tenant = sequence.request.tenant

@@ -17,7 +17,7 @@ from pager.cache.pager import ExpertPager
 from pager.errors import ConfigError
 from pager.models.families import Family
 from pager.models.open_model import moe_blocks
-from pager.pools.document import StepRouting
+from pager.pools.step import StepRouting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -224,9 +224,9 @@ class LayerExperts:
         step = self.step
         if step.pages_on_demand:
             return self._run_in_waves(module, step, hidden_TD, index_TK, weights_TK)
-        for document in step.awaiting:
-            assert document.lease is not None
-            document.lease.wait(self.layer)
+        for request in step.awaiting:
+            assert request.lease is not None, "without a lease, experts are paged on demand"
+            request.lease.wait(self.layer)
         # Where a row's logits are not finite it picks from outside of its pool too: from no slot, and to no avail.
         slot_TK = self._slot_of_E.take(index_TK).clamp_min_(0)
         return run_slots(module, hidden_TD, slot_TK, weights_TK)
@@ -240,7 +240,7 @@ class LayerExperts:
         if self.pager.hit_for_good(self.layer, wanted, step.meter):
             return run_slots(module, hidden_TD, slot_of_E.take(index_TK), weights_TK)
         outputs: PairOutputs | None = None
-        waves = self.pager.demand(self.layer, wanted, usage=step.meter, lease=step.documents[0].lease)
+        waves = self.pager.demand(self.layer, wanted, usage=step.meter, lease=step.requests[0].lease)
         with closing(waves):
             for wave in waves:
                 if outputs is None and len(wave) == len(wanted):

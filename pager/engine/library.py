@@ -24,10 +24,10 @@ from pager.errors import ConfigError, InvalidRequest
 from pager.memory.machine import resolve_device
 from pager.memory.plan import NUM_READERS, Budgets
 from pager.memory.units import format_bytes
-from pager.pools.document import DocumentRouting, StepRouting
-from pager.pools.drift import parse_drift
+from pager.pools.drift import answer_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size
-from pager.pools.widening import answer_drift
+from pager.pools.routing import RequestRouting
+from pager.pools.step import StepRouting
 from pager.types import Bytes, Count, Counts, DriftPolicy, Full, PoolPolicy, PoolSize, RoutingFacts
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class LibraryForwards:
         self._context_tokens = int(paged.config.max_position_embeddings)
         self._has_warned = False
         self._is_exact = isinstance(policy.size, Full)
-        self._exact = DocumentRouting(paged.facts, PoolPolicy(), device=paged.device)
+        self._exact = RequestRouting(paged.facts, PoolPolicy(), device=paged.device)
         self._own_step: StepRouting | None = None  # as opposed to one that the caller opened; of the thread that steps
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,7 +311,7 @@ class LibraryForwards:
         return output
 
     @contextmanager
-    def _step(self, documents: Sequence[DocumentRouting], **options: Any) -> Iterator[None]:
+    def _step(self, documents: Sequence[RequestRouting], **options: Any) -> Iterator[None]:
         with self._paged.step(documents, **options) as step:
             before, self._own_step = self._own_step, step
             try:
@@ -321,7 +321,7 @@ class LibraryForwards:
 
     def _documents(
         self, cache: Cache | None, num_rows: int, num_past: int, valid_BT: Tensor | None
-    ) -> tuple[list[DocumentRouting], list[bool]]:
+    ) -> tuple[list[RequestRouting], list[bool]]:
         """A document a row, and whether it has a past."""
         past = getattr(cache, "documents", None) if num_past else None
         if num_past and past is None:
@@ -341,14 +341,14 @@ class LibraryForwards:
         documents = [past[row] if past and has_past[row] else self._new_document() for row in range(num_rows)]
         return documents, has_past
 
-    def _new_document(self) -> DocumentRouting:
-        return self._paged.document(self._policy)
+    def _new_document(self) -> RequestRouting:
+        return self._paged.routing(self._policy)
 
 
 class DocumentCache:
     """What a transformers cache becomes when documents travel with it: whatever happens to its rows happens to them."""
 
-    documents: Sequence[DocumentRouting]
+    documents: Sequence[RequestRouting]
 
     def reorder_cache(self, beam_idx: Tensor) -> Any:
         self.documents = [self.documents[row] for row in beam_idx.tolist()]
@@ -370,7 +370,7 @@ class DocumentCache:
 _document_caches: dict[type[Cache], type[Cache]] = {}
 
 
-def carry_documents(cache: Cache, documents: Sequence[DocumentRouting]) -> None:
+def carry_documents(cache: Cache, documents: Sequence[RequestRouting]) -> None:
     """Makes `documents` (one a row) travel with `cache`, whatever kind of cache transformers chose."""
     if not isinstance(cache, DocumentCache):
         kind = type(cache)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,6 @@ from torch import Tensor
 from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.lease import Lease
-from pager.cache.ledger import Meanwhile
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import NoObserver, PagerObserver, UsageMeter
 from pager.cache.trace import TraceHeader, TraceRecorder
@@ -27,9 +25,10 @@ from pager.memory.machine import Machine
 from pager.memory.needs import Needs
 from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Plan, plan
 from pager.models.open_model import OpenModel
-from pager.pools.document import DocumentRouting, StepRouting
 from pager.pools.drift import check_can_drift, check_drift
 from pager.pools.pick import largest_counts
+from pager.pools.routing import RequestRouting
+from pager.pools.step import StepRouting
 from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class PagedModel:
     """A transformers model, the pager its experts live in, and which of them the running forward may use.
 
     Any thread may open a step. Steps of different threads take turns: one at a time uses the slots, so that each has
-    all of them and finds its own documents. A thread may open further steps within its own.
+    all of them and finds its own requests. A thread may open further steps within its own.
     """
 
     def __init__(
@@ -78,47 +77,50 @@ class PagedModel:
 
     @property
     def open_step(self) -> StepRouting | None:
-        """The innermost step that the calling thread has open: what the model runs belongs to its documents."""
+        """The innermost step that the calling thread has open: what the model runs belongs to its requests."""
         return self._open_step.routing
 
     @contextmanager
     def step(
         self,
-        documents: Sequence[DocumentRouting],
+        requests: Sequence[RequestRouting],
         *,
         rows: Tensor | None = None,
         valid: Tensor | None = None,
         prefill: bool = False,
-        meanwhile: Meanwhile | None = None,
     ) -> Iterator[StepRouting]:
-        """What the model runs inside belongs to these documents. T tokens in flattened [B·S] order.
+        """Runs the block in a new step of these requests, and hands what it measured to them. T tokens in flattened
+        [B·S] order; see `StepRouting` for the arguments and `running` for the rest.
+        """
+        step = StepRouting(requests, rows=rows, valid=valid, prefill=prefill)
+        with self.running(step):
+            yield step
+        step.settle()
 
-        `rows` [T] indexes `documents`; None: one token each, or all of the only one's. `valid` [T] False is padding.
-        With `prefill`, pools that are still open are chosen in this forward. Where it waits for reads it calls
-        `meanwhile`, which may open a step of its own and run the model in it. Waits for the steps of other threads.
+    @contextmanager
+    def running(self, step: StepRouting) -> Iterator[None]:
+        """Has what the model runs in the block belong to the requests of `step`. Waits for the steps of other threads.
+
         Raises ConfigError once the model is closed.
         """
         with self._turn:
             if self._is_closed:
                 raise ConfigError("this model was closed, and its experts can no longer be read; load it once more")
-            step = _reusable_step(documents) if rows is None and valid is None and not prefill else None
-            if step is None:
-                step = StepRouting(documents, rows=rows, valid=valid, prefill=prefill)
             around = self._open_step.routing
             self._open_step.routing = step
             try:
-                with self.pager.waiting_with(meanwhile), step.forward():
-                    yield step
+                with step.forward():
+                    yield
             finally:
                 self._open_step.routing = around
                 step.share_costs(self.pager.close_account)
 
-    def document(
+    def routing(
         self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None
-    ) -> DocumentRouting:
-        """The routing state of a new sequence. Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
+    ) -> RequestRouting:
+        """The routing of a new request. Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
         self.check_policy(policy)
-        return DocumentRouting(self.facts, policy, device=self.device, lease=lease, meter=meter)
+        return RequestRouting(self.facts, policy, device=self.device, lease=lease, meter=meter)
 
     def slots_needed(self, policy: PoolPolicy) -> int:
         """The slots to reserve before a request starts. Raises PoolTooLarge, and what `check_policy` raises."""
@@ -215,15 +217,6 @@ def load_paged_model(
         )
         closing.callback(pager.close)
         return PagedModel(opened, model, pager, planned, closing=closing.pop_all())
-
-
-def _reusable_step(documents: Sequence[DocumentRouting]) -> StepRouting | None:
-    """The last step of these documents, if it was theirs alone. Others may have stepped since."""
-    step = documents[0].open_step
-    if step is None or step.prefill or step.rows is not None or step.valid is not None:
-        return None
-    same = len(step.documents) == len(documents) and all(map(operator.is_, step.documents, documents))
-    return step if same and all(document.open_step is step for document in documents) else None
 
 
 def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:

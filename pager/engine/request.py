@@ -1,4 +1,4 @@
-"""Where the time of one request went at its worker, as spans of its trace."""
+"""One request at its worker, from its arrival to its end, and the spans of its trace."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from pager.engine.runner import RowStart
 from pager.engine.sampler import Draw
 from pager.errors import InvalidRequest, PagerError
 from pager.observe import tracing
-from pager.pools.document import DocumentRouting
-from pager.pools.widening import answer_drift, make_change
+from pager.pools.drift import Change, answer_drift, make_change
+from pager.pools.routing import RequestRouting
+from pager.pools.step import StepRouting
 from pager.types import (
     Account,
     AnswerMode,
@@ -70,7 +71,7 @@ def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
 class Request:
     """Mutable; owned by the engine's thread. Times are monotonic seconds.
 
-    It waits, then holds KV blocks, a lease and a document until it ends.
+    It waits, then holds KV blocks, a lease and its routing until it ends.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class Request:
         self.compiling: Future[CompiledGrammar] | None = None
         self.blocks: Ordered[int] = ()
         self.lease: Lease | None = None
-        self.document: DocumentRouting | None = None
+        self.routing: RequestRouting | None = None
+        self.step: StepRouting | None = None  # that its decode forwards run in
+        self.change: Change | None = None  # that drift asks for: it decodes on once its slots can be had
         self.num_prefilled = 0
         self.prompt_logprobs: list[TokenLogprobs] = []  # that nobody has taken yet
         self.has_ended = False
@@ -134,10 +137,10 @@ class Request:
         try:
             self.lease = paged.reserve(self.policy, self._meter)
             if self.lease is not None:
-                self.document = paged.document(self.policy, lease=self.lease, meter=self._meter)
+                self.routing = paged.routing(self.policy, lease=self.lease, meter=self._meter)
                 return True
         finally:
-            if self.document is None:
+            if self.routing is None:
                 self._give_back(blocks)
         return False
 
@@ -160,11 +163,11 @@ class Request:
     @property
     def is_exact(self) -> bool:
         """Its forwards look for missing experts as they go, so they are not shared with sequences that hold theirs."""
-        return self.document is not None and self.document.is_exact
+        return self.routing is not None and self.routing.is_exact
 
     def may_be_chunked(self, paged: PagedModel) -> bool:
         """Not while its pool is to be chosen, which takes the whole prompt, nor where each part would page anew."""
-        return self.document is not None and self.document.is_frozen and (paged.fully_resident or not self.is_exact)
+        return self.routing is not None and self.routing.is_frozen and (paged.fully_resident or not self.is_exact)
 
     @property
     def awaits_grammar(self) -> bool:
@@ -185,26 +188,38 @@ class Request:
     def awaits_experts(self) -> bool:
         """Its pool was changed and experts of it are still being read: others decode meanwhile."""
         lease = self.lease
-        if self.document is None or not self.document.awaits_experts or lease is None:
+        if self.routing is None or not self.routing.awaits_experts or lease is None:
             return False
         return lease.failed is None and not lease.ready()
 
     @property
     def awaits_slots(self) -> bool:
         """Drift asks for more slots than there are now: it holds none until it can have all, and others decode on."""
-        return self.document is not None and self.document.change is not None
+        return self.change is not None
+
+    def join(self, step: StepRouting) -> None:
+        """Runs its next decode forwards in `step`; what another one has measured is settled before."""
+        if self.step is not None and self.step is not step:
+            self.step.settle()
+        self.step = step
 
     def answer_drift(self) -> None:
         """Between two of its decode steps: widens its pool or goes exact, where its policy says so."""
-        assert self.document is not None
-        answer_drift(self.document)
-        self._awaits_slots_since_s = time.monotonic()
+        routing, step = self.routing, self.step
+        if routing is None or step is None or routing.monitor is None:
+            return
+        if routing.monitor.is_due(step.num_unsettled(routing)):
+            step.settle()
+            self.change = answer_drift(routing)
+            self._awaits_slots_since_s = time.monotonic()
 
     def acquire_change(self) -> bool:
         """Takes the slots that it awaits, all or nothing."""
-        assert self.document is not None
-        if not make_change(self.document):
+        assert self.routing is not None
+        assert self.change is not None
+        if not make_change(self.routing, self.change):
             return False
+        self.change = None
         self._meter.counts += PagingCounts(stall_s=time.monotonic() - self._awaits_slots_since_s)
         return True
 
@@ -256,11 +271,13 @@ class Request:
 
     def usage(self, reason: FinishReason, fingerprint: str) -> Usage:
         """What an answer was that ended with `reason`; asked after `account` and before `release`."""
-        assert self.document is not None
-        pool, mode = self.document.pool, self._mode()
-        out_of_pool_mass = self.document.out_of_pool_mass()  # before the report: it reads what was measured
-        monitor = self.document.monitor
-        predicted, first = self.request.predicted, self.document.first_pool
+        assert self.routing is not None
+        if self.step is not None:
+            self.step.settle()
+        pool, mode = self.routing.pool, self._mode()
+        out_of_pool_mass = self.routing.out_of_pool_mass()
+        monitor = self.routing.monitor
+        predicted, first = self.request.predicted, self.routing.first_pool
         recall = predicted.recall_of(first) if predicted and first and self.policy.fixed is None else None
         return Usage(
             mode=mode,
@@ -278,10 +295,10 @@ class Request:
         )
 
     def _mode(self) -> AnswerMode:
-        assert self.document is not None
-        if self.document.pool is None:
+        assert self.routing is not None
+        if self.routing.pool is None:
             return "exact"
-        return "degraded" if self.document.degraded else "pool"
+        return "degraded" if self.routing.degraded else "pool"
 
     def _rest(self) -> str:
         return self._stops.feed(self._detokenizer.flush()) + self._stops.flush()

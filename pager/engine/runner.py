@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -159,18 +158,25 @@ class DecodeBatch:
         self.context += 1
 
 
-Check = Callable[[], None]
-"""Called between two layers of a forward. What it raises leaves the forward there."""
-
-
 class ModelRunner:
     """Owns the KV tensors and calls the model. One thread only; `num_layers_run` may be read by any."""
 
-    def __init__(self, model: PreTrainedModel, cache: KvCache, device: torch.device) -> None:
-        """Raises UnsupportedModel where the model's attention cannot run over blocks, or rows not beside each other."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: KvCache,
+        device: torch.device,
+        *,
+        on_layer: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_layer` is called before every layer of a forward. What it raises leaves the forward there.
+
+        Raises UnsupportedModel where the model's attention cannot run over blocks, or rows not beside each other.
+        """
         attention.install(model)
         self._rotary = rotary.install(model)
         self.num_layers_run = 0
+        self._on_layer = on_layer
         self._model: Callable[..., object] = model
         self._base = model.base_model
         self._head = model.get_output_embeddings()
@@ -184,9 +190,8 @@ class ModelRunner:
         num_past: int = 0,
         *,
         prompt_tokens: int = 0,
-        check: Check | None = None,
     ) -> torch.Tensor:
-        """[1, V] logits after `token_ids`, which follow `num_past` tokens of the same sequence that ran before.
+        """[1, V] logits after `token_ids`, which follow `num_past` tokens of the same request that ran before.
 
         Where they are a part of a prompt, `prompt_tokens` is the length of all of it.
         """
@@ -199,7 +204,7 @@ class ModelRunner:
             mask_SC = torch.arange(end, device=self.device) <= position_S[:, None]
         step = KvStep(self._cache, slots_C[num_past:], read_1C, mask_SC)
         token_1S = torch.tensor([token_ids], device=self.device)
-        return self._forward(token_1S, position_S[None], step, prompt_tokens=prompt_tokens, check=check)
+        return self._forward(token_1S, position_S[None], step, prompt_tokens=prompt_tokens)
 
     @contextmanager
     def keeping_hidden(self) -> Iterator[list[Tensor]]:
@@ -239,22 +244,14 @@ class ModelRunner:
         return batch.padded_context(self._cache)
 
     @torch.inference_mode()
-    def decode(
-        self, batch: DecodeBatch, padded_context: int | None = None, *, check: Check | None = None
-    ) -> torch.Tensor:
+    def decode(self, batch: DecodeBatch, padded_context: int | None = None) -> torch.Tensor:
         """[B, V] logits of every row's next token; one forward. It asks nothing of the device."""
         step = batch.kv_step(self._cache, padded_context)
-        return self._forward(batch.token_B1, batch.position_B1, step, check=check)
+        return self._forward(batch.token_B1, batch.position_B1, step)
 
     @torch.inference_mode()
     def _forward(
-        self,
-        token_BS: torch.Tensor,
-        position_BS: torch.Tensor,
-        step: KvStep,
-        *,
-        prompt_tokens: int = 0,
-        check: Check | None = None,
+        self, token_BS: torch.Tensor, position_BS: torch.Tensor, step: KvStep, *, prompt_tokens: int = 0
     ) -> torch.Tensor:
         if self._rotary is not None:
             self._rotary.prompt_tokens = prompt_tokens
@@ -265,12 +262,11 @@ class ModelRunner:
             output_router_logits=False,
             logits_to_keep=1,
             kv_step=step,
-            on_layer=partial(self._begin_layer, check),
+            on_layer=self._begin_layer,
         )
         logits_BV: torch.Tensor = output.logits[:, -1]  # type: ignore[attr-defined]
         return logits_BV
 
-    def _begin_layer(self, check: Check | None) -> None:
+    def _begin_layer(self) -> None:
         self.num_layers_run += 1
-        if check is not None:
-            check()
+        self._on_layer()

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from pager.engine import experts
 from pager.engine.paged_model import PagedModel
 from pager.lab.recording import EVERY_EXPERT, Ids, Layers, recording
-from pager.pools.document import DocumentRouting
+from pager.pools.routing import RequestRouting
 from pager.types import ExpertKey, ExpertPool, PoolPolicy, PoolSize
 
 BATCH_TOKENS = 8192  # at most; fewer where what they work with would take more than BATCH_BYTES
@@ -93,7 +93,7 @@ class Forwards:
     @torch.inference_mode()
     def _run(
         self, texts: Sequence[Ids], policies: Sequence[PoolPolicy], voters: int
-    ) -> Iterator[tuple[list[int], Tensor, list[DocumentRouting]]]:
+    ) -> Iterator[tuple[list[int], Tensor, list[RequestRouting]]]:
         """Runs batch by batch: the texts' numbers, their hidden states [B, S, D] and their routing."""
         device = self.paged.device
         for rows in batches([len(text) for text in texts], self._batch_tokens):
@@ -101,7 +101,7 @@ class Forwards:
             padded = [[*texts[row], *[0] * (max(lengths) - len(texts[row]))] for row in rows]
             place_S = torch.arange(max(lengths), device=device)
             valid_BS = place_S < torch.tensor([min(voters, length) for length in lengths], device=device)[:, None]
-            routings = [self.paged.document(policies[row]) for row in rows]
+            routings = [self.paged.routing(policies[row]) for row in rows]
             row_T = torch.arange(len(rows), device=device).repeat_interleave(max(lengths))
             self._running = rows
             with self.paged.step(routings, rows=row_T, valid=valid_BS.flatten(), prefill=True):

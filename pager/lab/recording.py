@@ -19,7 +19,7 @@ from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
 from pager.models.families import routed_probabilities
 from pager.models.open_model import moe_blocks
-from pager.pools.document import DocumentRouting
+from pager.pools.routing import RequestRouting
 from pager.types import ExpertPool, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores
 
 Ids = Sequence[int]
@@ -59,9 +59,9 @@ def recording(paged: PagedModel, on_gate: OnGate, on_experts: OnExperts | None =
 @torch.inference_mode()
 def run_document(
     paged: PagedModel, token_ids: Ids, policy: PoolPolicy = EVERY_EXPERT, *, num_padding: int = 0
-) -> DocumentRouting:
+) -> RequestRouting:
     """Runs one document as a prefill and returns its routing, which has the pool. Padding goes behind it."""
-    document: DocumentRouting = paged.document(policy)
+    document: RequestRouting = paged.routing(policy)
     inputs = torch.tensor([[*token_ids, *[0] * num_padding]], device=paged.device)
     with paged.step([document], prefill=True):
         paged.model.model(input_ids=inputs, use_cache=False)

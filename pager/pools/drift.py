@@ -1,4 +1,4 @@
-"""Drift: its policy as text, when an answer has left its pool, and which experts would bring it back. Pure."""
+"""Drift: its policy as text, when an answer has left its pool, which experts would bring it back, and the change."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pager.errors import InvalidRequest
-from pager.types import DriftAction, DriftPolicy, DriftReport, ExpertKey, Full, PoolPolicy
+from pager.types import DriftAction, DriftPolicy, DriftReport, ExpertKey, ExpertPool, Full, PoolPolicy
+
+if TYPE_CHECKING:  # whoever only reads policies needs no torch
+    from pager.pools.routing import RequestRouting
 
 
 def parse_drift(value: str | float | None) -> DriftPolicy | None:
@@ -98,7 +104,7 @@ class _Block:
 
 
 class DriftMonitor:
-    """The gate mass outside of one document's pool, over its last `window` tokens. Mutable; the document owns it."""
+    """The gate mass outside of one request's pool, over its last `window` tokens. Mutable; its routing owns it."""
 
     def __init__(self, policy: DriftPolicy, num_routed: int) -> None:
         """`num_routed` counts the routed experts of all layers."""
@@ -121,8 +127,8 @@ class DriftMonitor:
     def tokens_per_look(self) -> int:
         return max(1, self.policy.window // LOOKS_PER_WINDOW)
 
-    def is_due(self, num_unread: int) -> bool:
-        """Is it time to look, if `num_unread` more tokens are added first? Never again once the answer is exact."""
+    def is_due(self, num_unread: int = 0) -> bool:
+        """Whether it is time to look, if `num_unread` more tokens are added first; never once the answer is exact."""
         read = self._open.num_tokens if self._open is not None else 0
         return self._exact_from is None and read + num_unread >= self.tokens_per_look
 
@@ -233,3 +239,74 @@ def _outside(mean_LR: Sequence[np.ndarray]) -> float:
 
 def _num_sparse(mean_LR: Sequence[np.ndarray]) -> int:
     return sum(len(mean_R) > 0 for mean_R in mean_LR)
+
+
+class _Kind(Enum):
+    TRIAL = auto()  # all experts for some tokens, the pool held as before and the others paged on demand
+    WIDEN = auto()
+    EXACT = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a request becomes, and what its lease is to hold for that."""
+
+    kind: _Kind
+    held: tuple[ExpertKey, ...] = ()
+    num_slots: int = 0  # promised and unbound, for what is paged on demand
+    added: tuple[ExpertKey, ...] = ()  # to the pool, the most wanted first
+    num_left_out: int = 0  # of those wanted: for them the worker has no slots, whoever runs there
+
+
+def answer_drift(request: RequestRouting) -> Change | None:
+    """Looks, every few tokens, at what a request's forwards left outside of its pool, and does what its policy says.
+
+    The steps of those forwards have been settled. Between two forwards, a pool grows or its request becomes exact.
+    Where the slots for that are not to be had now, the request lets go of all its experts and runs no forward until
+    `make_change` has made the change that is returned. So nobody waits while holding, and what an answer gets depends
+    on the worker's slots, never on who holds them at that moment.
+    """
+    monitor = request.monitor
+    if monitor is None or not monitor.is_due():
+        return None
+    request.check_measured()
+    pool = request.pool
+    assert pool is not None, "only what has a pool is measured"
+    if not monitor.look(pool.num_experts):
+        return None
+    change = _change(request, monitor, pool)
+    if make_change(request, change):
+        return None
+    assert request.lease is not None, "without a lease, every change is made at once"
+    request.lease.become(())
+    return change
+
+
+def make_change(request: RequestRouting, change: Change) -> bool:
+    """Changes the request; False, with nothing changed, without the slots for it."""
+    monitor, lease = request.monitor, request.lease
+    assert monitor is not None, "only drift changes a request"
+    if lease is not None and not lease.become(change.held, change.num_slots):
+        return False
+    if change.kind is _Kind.EXACT:
+        request.go_exact()
+        monitor.became_exact()
+    elif change.kind is _Kind.TRIAL:
+        request.suspend_pool()
+        monitor.begin_trial()
+    else:
+        request.widen(change.added)
+        monitor.widened(change.added, change.num_left_out)
+    return True
+
+
+def _change(request: RequestRouting, monitor: DriftMonitor, pool: ExpertPool) -> Change:
+    top_k = max(request.facts.top_k_per_layer)
+    if monitor.policy.action is DriftAction.EXACT:
+        return Change(_Kind.EXACT, num_slots=top_k)  # enough for any exact request
+    held, lease = tuple(pool.keys()), request.lease
+    if not monitor.is_on_trial and (lease is None or len(held) + top_k <= lease.capacity):
+        return Change(_Kind.TRIAL, held, top_k)
+    wanted = monitor.wanted(pool.num_experts)
+    added = wanted if lease is None else wanted[: max(0, lease.capacity - len(held))]
+    return Change(_Kind.WIDEN, tuple(chain(held, added)), added=added, num_left_out=len(wanted) - len(added))

@@ -56,7 +56,7 @@ def forced_logits(paged: PagedModel, sequences: list[int]) -> torch.Tensor:
             lease = paged.reserve(policy_of(sequence))
             assert lease is not None
             held.callback(lease.release)
-            documents.append(paged.document(policy_of(sequence), lease=lease))
+            documents.append(paged.routing(policy_of(sequence), lease=lease))
             tables.append(some(blocks.allocate(PROMPT + FORCED)))
             with paged.step([documents[-1]], prefill=True):
                 runner.prefill(tokens_of(sequence)[:PROMPT], tables[-1])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from pager.errors import Cancelled, InvalidRequest
 from pager.models.families import family_of
-from pager.pools.outside import OutsideMass
+from pager.pools.step import OutsideMass
 from pager.types import Count, DriftAction, DriftPolicy, DriftReport, ExpertPool, Full, PoolPolicy, PoolSource
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"

@@ -60,8 +60,8 @@ class Place:
     of: str = ""
 
     def put(self, sequence: Request, raiser: Callable[..., Any], *, once: bool = False) -> None:
-        """Into a sequence that has just been submitted. A lease and a document it will have once it is admitted."""
-        if self.of.partition(".")[0] not in ("lease", "document"):
+        """Into a sequence that has just been submitted. A lease and its routing it will have once it is admitted."""
+        if self.of.partition(".")[0] not in ("lease", "routing"):
             self._break(sequence, raiser, once)
             return
         acquire = sequence.acquire
@@ -84,10 +84,10 @@ PLACES = {
     "prefetch": Place("prefetch"),
     "waiting for what was prefetched": Place("is_paged_in"),
     "chunking": Place("may_be_chunked"),
-    "choice of a pool": Place("choose_layer", 3, "document"),
+    "choice of a pool": Place("choose_layer", 3, "routing"),
     "binding of a pool": Place("bind", 2, "lease"),
     "end of the prefill": Place("shrink", 1, "lease"),
-    "pool in a shared step": Place("in_pool", 9, "document"),
+    "pool in a shared step": Place("in_pool", 9, "routing"),
     "row of a batch": Place("row_start", 2),
     "first number of the sampler": Place("next_uniform", 1, of="draw"),
     "fifth number of the sampler": Place("next_uniform", 5, of="draw"),
@@ -98,10 +98,10 @@ PLACES = {
     "last of the text": Place("flush", 1, of="_detokenizer"),
     "stop strings": Place("feed", 4, of="_stops"),
     "answer to drift": Place("answer_drift", 3),
-    "measuring of drift": Place("add", 1, "document.monitor"),
-    "look at drift": Place("look", 1, "document.monitor"),
-    "experts that were wanted": Place("wanted", 1, "document.monitor"),
-    "report of drift": Place("report", 1, "document.monitor"),
+    "measuring of drift": Place("add", 1, "routing.monitor"),
+    "look at drift": Place("look", 1, "routing.monitor"),
+    "experts that were wanted": Place("wanted", 1, "routing.monitor"),
+    "report of drift": Place("report", 1, "routing.monitor"),
     "widened lease": Place("become", 2, "lease"),
     "reservation to page in": Place("become", 1, "lease"),
     "usage": Place("usage"),

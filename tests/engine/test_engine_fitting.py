@@ -103,7 +103,7 @@ def test_the_pools_of_a_reading_are_those_of_prefills(
     for reading in readings[:4]:
         assert [len(pool.experts[0]) for _, pool in reading.prefill_pools] == [15, 31, 63]
         for prompt, pool in reading.prefill_pools:
-            document = paged.document(PoolPolicy(size=Count(len(pool.experts[0]))))
+            document = paged.routing(PoolPolicy(size=Count(len(pool.experts[0]))))
             with torch.inference_mode(), paged.step([document], prefill=True):
                 paged.model(torch.tensor([reading.token_ids[: (16, 32)[prompt]]]), use_cache=False)
             assert document.pool is not None
@@ -177,7 +177,7 @@ def test_stand_ins_bring_the_trunk_nearer_to_the_prefill(
     assert trunk.resident_bytes == bare.resident_bytes + 6 * 127 * 128 * 4
     recalls: dict[bool, list[float]] = {True: [], False: []}
     for ids in documents:
-        document = paged.document(PoolPolicy(size=Share(0.125)))
+        document = paged.routing(PoolPolicy(size=Share(0.125)))
         with torch.inference_mode(), paged.step([document], prefill=True):
             paged.model(torch.tensor([ids[-64:]]), use_cache=False)
         assert document.pool is not None

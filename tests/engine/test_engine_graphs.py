@@ -328,7 +328,7 @@ def test_the_step_asks_the_device_for_nothing(
     for row in range(num_rows):
         routed = paged.facts.routed_per_layer
         policy = PoolPolicy(fixed=ExpertPool(tuple((row, row + 2, row + 4) if count else () for count in routed)))
-        documents.append(paged.document(policy, lease=paged.reserve(policy)))
+        documents.append(paged.routing(policy, lease=paged.reserve(policy)))
         table = blocks.allocate(100)
         assert table is not None
         starts.append(RowStart(table, 1, 20 * row))

@@ -103,7 +103,7 @@ def test_one_forward_is_the_prefill_and_what_follows(
     policies = [PoolPolicy(Count(5))] * len(TEXTS)
     outcomes = Forwards(paged, PROMPT, batch_tokens=100).outcomes(TEXTS, policies)
     for text, outcome in zip(TEXTS, outcomes, strict=True):
-        document = paged.document(PoolPolicy(Count(5)))
+        document = paged.routing(PoolPolicy(Count(5)))
         with torch.inference_mode(), paged.step([document], prefill=True):
             paged.model.model(input_ids=torch.tensor([text[:PROMPT]]), use_cache=False)
         assert outcome.pool is not None

@@ -101,7 +101,7 @@ def test_two_documents_in_one_row_have_a_pool_each(golden_pools: Any, load: Load
     """Attention sees the whole row, as in the reference; only the pools differ."""
     model = load(golden_pools.checkpoint, expert_memory="25%")
     paged = model.expert_paging
-    documents = [paged.document(PoolPolicy(size=Count(count))) for _ in range(2)]
+    documents = [paged.routing(PoolPolicy(size=Count(count))) for _ in range(2)]
     rows = torch.tensor([0] * 40 + [1] * 56)
     with torch.no_grad(), paged.step(documents, rows=rows, prefill=True):
         hidden = model.model(golden_pools.tensors["input_ids"]).last_hidden_state

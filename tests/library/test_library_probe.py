@@ -81,7 +81,7 @@ def test_sets_and_logits_are_the_recorded_ones(
     pool = select(method, Probe(paged), facts["calib"], Count(keep - 1))
     kept = facts[f"{RECORDED[method]}{keep}.experts_kept_per_layer"]
     assert [[*experts, 15] for experts in pool.experts] == kept
-    document = paged.document(PoolPolicy(source=PoolSource.FIXED, fixed=pool))
+    document = paged.routing(PoolPolicy(source=PoolSource.FIXED, fixed=pool))
     with torch.inference_mode(), paged.step([document], prefill=True):
         logits = paged.model(tensors["doc96.input_ids"], use_cache=False).logits
     torch.testing.assert_close(logits, tensors[f"{RECORDED[method]}{keep}.logits"], atol=1e-4, rtol=0)
@@ -106,7 +106,7 @@ def test_easy_ep_scores_are_the_recorded_ones(load: Callable[..., PagedModel], r
 def test_prefill_is_the_pool_that_a_request_with_this_prompt_chooses(load: Callable[..., PagedModel]) -> None:
     paged = load()
     for size in (Count(4), Mass(0.6), Counts((3, 6, 9, 12))):
-        document = paged.document(PoolPolicy(size))
+        document = paged.routing(PoolPolicy(size))
         with torch.inference_mode(), paged.step([document], prefill=True):
             paged.model(torch.tensor(EXAMPLES[:1]), use_cache=False)
         pool = select("prefill", Probe(paged), EXAMPLES[:1], size)
@@ -279,7 +279,7 @@ def test_the_model_answers_as_before(load: Callable[..., PagedModel]) -> None:
     inputs = torch.tensor(EXAMPLES[:1])
 
     def logits() -> Tensor:
-        with torch.inference_mode(), paged.step([paged.document(PoolPolicy())], prefill=True):
+        with torch.inference_mode(), paged.step([paged.routing(PoolPolicy())], prefill=True):
             found: Tensor = paged.model(inputs, use_cache=False).logits
         return found
 
@@ -319,9 +319,9 @@ def test_what_can_not_be_done_is_said(load: Callable[..., PagedModel], case: str
 def test_a_prefill_can_not_share_bytes_out_but_takes_counts(load: Callable[..., PagedModel]) -> None:
     paged = load()
     with pytest.raises(InvalidRequest, match=r"layer by layer .* a count for each layer"):
-        paged.document(PoolPolicy(Bytes(1 << 20)))
+        paged.routing(PoolPolicy(Bytes(1 << 20)))
     pool = ExpertPool(((0, 1, 2),) * 4)
-    fixed = paged.document(PoolPolicy(Bytes(1 << 20), PoolSource.PREDICTION, fixed=pool))
+    fixed = paged.routing(PoolPolicy(Bytes(1 << 20), PoolSource.PREDICTION, fixed=pool))
     assert fixed.pool == pool
     assert paged.slots_needed(PoolPolicy(Counts((3, 4, 5, 6)))) == 18
     assert paged.facts.expert_bytes == 24576

@@ -200,7 +200,7 @@ def test_other_threads_wait_for_a_step_that_a_caller_opened(small: MakeSmall, lo
     made = small("emo")
     model = load(made.path, expert_memory="40%")
     paged, ids = model.expert_paging, made.prompt(1, 20)
-    document = paged.document(PoolPolicy(size=Count(4)))
+    document = paged.routing(PoolPolicy(size=Count(4)))
     expected = load(made.path, pool_size=4)(ids).logits
     call = Call((12,), 1)
     alone = call.run(model)
@@ -220,7 +220,7 @@ def test_a_layer_by_itself_says_what_to_call(small: MakeSmall, load: Load) -> No
     with pytest.raises(ConfigError, match=r"cannot run by itself, .* call the model"):
         model.model.layers[0].mlp(hidden)
     paged = model.expert_paging
-    with paged.step([paged.document(PoolPolicy())], prefill=True):
+    with paged.step([paged.routing(PoolPolicy())], prefill=True):
         (error,) = at_once([partial(model.model.layers[0].mlp, hidden)])
         assert isinstance(error, ConfigError), "a step belongs to the thread that opened it"
         model.model.layers[0].mlp(hidden)

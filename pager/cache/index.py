@@ -59,7 +59,6 @@ class CacheIndex:
         self._policy = policy
         self._free = list(range(num_slots - 1, -1, -1))  # a stack: the lowest slot is on top at the start
         self._entries: dict[ExpertKey, _Entry] = {}
-        self._generations = [0] * num_slots
         self._reserved = 0
         self._version = 0
 
@@ -109,10 +108,6 @@ class CacheIndex:
     def slot_of(self, key: ExpertKey) -> int:
         """The slot of a loaded or loading expert. Raises KeyError for an absent one."""
         return self._entries[key].slot
-
-    def generation(self, slot: int) -> int:
-        """How many experts were ever put into `slot`: a reader that saw two values has read two experts."""
-        return self._generations[slot]
 
     def loaded(self) -> Iterator[ExpertKey]:
         return (key for key, entry in self._entries.items() if not entry.loading)
@@ -165,7 +160,6 @@ class CacheIndex:
             del self._entries[key]
         del self._free[len(self._free) - (len(plan.loads) - len(plan.victims)) :]
         for load in plan.loads:
-            self._generations[load.slot] += 1
             self._entries[load.key] = _Entry(load.slot, pins=0, loading=True)
             self._pin(load.key)
         for key in (*plan.hits, *plan.in_flight):

@@ -19,10 +19,10 @@ from pager.cluster.views import LoadedModel
 from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver, budgets_of
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.engine import attention
-from pager.engine.compute_threads import use_fastest_num_threads
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
 from pager.engine.paged_model import PagedModel, load_paged_model
+from pager.engine.runner import use_fastest_num_threads
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
 from pager.memory.machine import resolve_device

@@ -208,8 +208,6 @@ class Engine:
             with _errors_logged("the observer of a step failed"):
                 forward_s = self._decoder.forward_s - forward_before_s
                 self._observer.stepped(time.monotonic() - started_s, forward_s, num_tokens)
-                num_holding = len(self._prefilling) + len(self._running)
-                self._observer.load(num_holding, len(self._line), self._blocks.num_used)
         return num_tokens > 0
 
     def _take_in(self, now_s: float) -> None:
@@ -432,19 +430,13 @@ class Engine:
         logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
         chunk = TokenChunk(sequence.request.id, (outcome.id,), text, usage, sequence.request.tenant, logprobs)
         if reason is not None:
-            self._end(sequence, reason.value)
+            self._end(sequence, reason.value, usage)
         self._events.append(chunk)
 
     def _account(self, sequence: Request, reason: FinishReason) -> Usage:
         """Of an answer that is about to end well."""
         sequence.account(self._paged)
         usage = sequence.usage(reason, self._paged.fingerprint)
-        if usage.pool is not None:
-            self._observer.pool(usage.pool, usage.out_of_pool_mass)
-        if usage.predicted_recall is not None:
-            self._observer.predicted(usage.predicted_recall)
-        if usage.drift is not None:
-            self._observer.drift(usage.drift)
         record_spans(sequence, reason.value)
         return usage
 
@@ -466,7 +458,7 @@ class Engine:
         account = self._end(sequence, error.reason.lower())
         self._events.append(Failure(sequence.request.id, error, sequence.request.tenant, account))
 
-    def _end(self, sequence: Request, outcome: str) -> Account:
+    def _end(self, sequence: Request, outcome: str, usage: Usage | None = None) -> Account:
         """Gives back at once what the sequence holds, wherever it stood. Raises nothing: what ended cannot fail."""
         account = sequence.account(self._paged)
         with _errors_logged(f"request {sequence.request.id} could not give back everything"):
@@ -478,11 +470,7 @@ class Engine:
             self._line.remove(sequence)
         self._next_admission_s = 0.0
         with _errors_logged(f"the observer failed at the end of request {sequence.request.id}"):
-            self._observer.used(account)
-            if len(sequence.output_ids) > 1:
-                decode_s = sequence.last_token_s - sequence.first_token_s
-                self._observer.output_token(decode_s / (len(sequence.output_ids) - 1))
-            self._observer.finished(outcome)
+            self._observer.ended(outcome, account, usage, sequence.token_s)
         self._inbox.remove(sequence)
         return account
 

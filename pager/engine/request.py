@@ -258,6 +258,12 @@ class Request:
         for start in range(0, len(taken), LOGPROBS_A_CHUNK):
             yield tuple(taken[start : start + LOGPROBS_A_CHUNK])
 
+    @property
+    def token_s(self) -> float | None:
+        """The mean time per token after the first."""
+        num_more = len(self.output_ids) - 1
+        return (self.last_token_s - self.first_token_s) / num_more if num_more > 0 else None
+
     def account(self, paged: PagedModel) -> Account:
         """What it has used. It is about to end: what is read for it later is charged to nobody."""
         paged.pager.close_account(self._meter)

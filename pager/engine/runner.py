@@ -1,8 +1,13 @@
-"""Forwards of the model over KV blocks, and their recording as CUDA graphs."""
+"""Forwards of the model over KV blocks, their recording as CUDA graphs, and how many threads compute them on a CPU.
+
+Legend: B rows, S new tokens a row, C tokens of context, V vocabulary, L layers, E experts of a layer.
+"""
 
 from __future__ import annotations
 
 import logging
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pager.engine import attention, rotary
+from pager.cache.device import DeviceSlots
+from pager.engine import attention
 from pager.engine.attention import KvStep
-from pager.engine.kv import KvCache, token_slots
+from pager.engine.kv import KvCache, blocks_for, token_slots
 from pager.engine.logits import logprobs_of
+from pager.engine.paged_model import PagedModel
 from pager.errors import UnsupportedModel
-from pager.types import TokenLogprobs
+from pager.pools.routing import RequestRouting
+from pager.types import Count, ExpertPool, PoolPolicy, PoolSource, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +182,7 @@ class ModelRunner:
         Raises UnsupportedModel where the model's attention cannot run over blocks, or rows not beside each other.
         """
         attention.install(model)
-        self._rotary = rotary.install(model)
+        self._rotary = attention.install_rotary(model)
         self.num_layers_run = 0
         self._on_layer = on_layer
         self._model: Callable[..., object] = model
@@ -270,3 +278,80 @@ class ModelRunner:
     def _begin_layer(self) -> None:
         self.num_layers_run += 1
         self._on_layer()
+
+
+# More threads make a small model slower: OpenMP starts and ends a team for each operation, and a team waits for its
+# last thread, which another process may keep from its core.
+BATCHES = (1, 8)
+CONTEXT_TOKENS = 64
+TIME_S = 1.0  # no round is begun after that; there is one of each
+MAX_ROUNDS = 15
+WORTH = 1.1  # a step has to be so many times as fast to be worth more threads, which others could use
+
+
+def use_fastest_num_threads(paged: PagedModel, most: int) -> int:
+    """Measures which number of threads computes steps fastest, sets it for this thread and later ones, and returns it.
+
+    To be called before anything is paged, by the thread that will step. Nothing is paged for it either: experts are
+    taken from slots that nobody has filled yet.
+    """
+    if paged.device.type != "cpu" or most == 1:
+        torch.set_num_threads(most)
+        return most
+    seconds = step_seconds(paged, [*(1 << power for power in range((most - 1).bit_length())), most])
+    chosen = choose(seconds)
+    torch.set_num_threads(chosen)
+    for count, found in seconds.items():
+        told = ", ".join(f"{1e3 * each:.2f} ms with {rows}" for rows, each in zip(BATCHES, found, strict=True))
+        log.info("threads %d: a step took %s rows%s", count, told, "; chosen" if count == chosen else "")
+    return chosen
+
+
+def choose(seconds: dict[int, list[float]]) -> int:
+    """The number of threads, from the seconds of a step of each batch with each number, in rising order."""
+    chosen, *others = seconds
+    for count in others:
+        gains = [before / now for before, now in zip(seconds[chosen], seconds[count], strict=True)]
+        if statistics.geometric_mean(gains) >= WORTH:
+            chosen = count
+    return chosen
+
+
+def step_seconds(paged: PagedModel, counts: list[int]) -> dict[int, list[float]]:
+    """The median time of a decode step of each of BATCHES, by the number of threads; they take turns."""
+    cache = KvCache(paged.config, blocks_for(CONTEXT_TOKENS), paged.dtype, paged.device)
+    runner = ModelRunner(paged.model, cache, paged.device)
+    pool = ExpertPool(tuple(tuple(range(routed)) for routed in paged.facts.routed_per_layer))
+    policy = PoolPolicy(Count(max(paged.facts.routed_per_layer)), PoolSource.FIXED, pool)
+    row = RowStart(range(blocks_for(CONTEXT_TOKENS)), 0, CONTEXT_TOKENS - 1)
+    taken: dict[int, list[list[float]]] = {count: [[] for _ in BATCHES] for count in counts}
+    end_s = time.perf_counter() + TIME_S
+    with _all_in_slots(paged.pager.slots):
+        for number in range(1 + MAX_ROUNDS):
+            if number > 1 and time.perf_counter() > end_s:
+                break
+            for count in counts:
+                torch.set_num_threads(count)
+                for times, num_rows in zip(taken[count], BATCHES, strict=True):
+                    started_s = time.perf_counter()
+                    lease = paged.pager.reserve(0)  # of nothing: all is there
+                    requests = [RequestRouting(paged.facts, policy, lease=lease) for _ in range(num_rows)]
+                    with paged.step(requests):
+                        runner.decode(DecodeBatch([row] * num_rows, paged.device))
+                    if number:  # the first one makes buffers, kernels and teams
+                        times.append(time.perf_counter() - started_s)
+    return {count: [statistics.median(times) for times in batches] for count, batches in taken.items()}
+
+
+@contextmanager
+def _all_in_slots(slots: DeviceSlots) -> Iterator[None]:
+    """Has the map find every expert in some slot, whatever its bytes are."""
+    slot_of_LE = slots.slot_of_LE
+    held_LE = slot_of_LE.clone()
+    is_absent_LE = held_LE < 0
+    numbers = torch.arange(int(is_absent_LE.sum()), dtype=held_LE.dtype)
+    slot_of_LE[is_absent_LE] = numbers % max(1, slots.num_slots)
+    try:
+        yield
+    finally:
+        slot_of_LE.copy_(held_LE)

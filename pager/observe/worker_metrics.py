@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from pager.errors import PagerError
 from pager.observe import metrics
 from pager.observe.metrics import Instruments, Kind, Labels, Metric, every
-from pager.types import Account, DriftReport, ExpertPool, FinishReason
+from pager.types import Account, FinishReason, Usage
 
 CACHE_TIERS = ("host", "device")
 CAUSES = ("lease", "demand", "prefetch")
@@ -317,35 +317,30 @@ class WorkerMetrics:
     def first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 
-    def output_token(self, seconds: float) -> None:
-        self._output_token.observe(seconds)
-
-    def used(self, account: Account) -> None:
+    def ended(self, outcome: str, account: Account, usage: Usage | None, token_s: float | None) -> None:
         self._prompt_tokens.inc(account.prompt_tokens)
         self._completion_tokens.inc(account.completion_tokens)
         self._charged.labels("disk").inc(account.paging.bytes_from_disk)
         self._charged.labels("host").inc(account.paging.bytes_from_host)
-
-    def finished(self, outcome: str) -> None:
+        if token_s is not None:
+            self._output_token.observe(token_s)
+        if usage is not None:
+            self._answered(usage)
         self._requests.labels(outcome if outcome in OUTCOMES else "internal").inc()
 
-    def load(self, running: int, waiting: int, kv_blocks_used: int) -> None:
-        """Nothing: `watch_engine` asks for it."""
-
-    def pool(self, pool: ExpertPool, out_of_pool_mass: float) -> None:
-        layers = [len(layer) for layer in pool.experts if layer]
-        if layers:
-            self._pool.observe(sum(layers) / len(layers))
-        self._out_of_pool.observe(out_of_pool_mass)
-
-    def drift(self, report: DriftReport) -> None:
-        self._widenings.inc(report.widenings)
-        self._drift_experts.inc(report.experts_added)
-        if report.exact_from is not None:
-            self._drift_exact.inc()
-
-    def predicted(self, recall: float) -> None:
-        self._recall.observe(recall)
+    def _answered(self, usage: Usage) -> None:
+        if usage.pool is not None:
+            layers = [len(layer) for layer in usage.pool.experts if layer]
+            if layers:
+                self._pool.observe(sum(layers) / len(layers))
+            self._out_of_pool.observe(usage.out_of_pool_mass)
+        if usage.predicted_recall is not None:
+            self._recall.observe(usage.predicted_recall)
+        if usage.drift is not None:
+            self._widenings.inc(usage.drift.widenings)
+            self._drift_experts.inc(usage.drift.experts_added)
+            if usage.drift.exact_from is not None:
+                self._drift_exact.inc()
 
     def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
         self._step.observe(seconds)

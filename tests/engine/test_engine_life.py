@@ -481,14 +481,18 @@ def test_the_observer_is_told_of_every_request_once(
     driver.engine.step()
     driver.engine.cancel(cancelled, "t")
     driver.finish()
-    assert sorted(recorder.of("finished")) == [("cancelled",), ("length",)]
-    assert len(recorder.of("queued")) == 2
-    accounts = [account for (account,) in recorder.of("used")]
+    ends = {outcome: rest for outcome, *rest in recorder.of("ended")}
+    assert sorted(ends) == ["cancelled", "length"]
+    assert len(recorder.of("queued")) == len(recorder.of("ended")) == 2
+    accounts = [account for _, account, *_ in recorder.of("ended")]
+    assert ends["cancelled"][1] is None
+    _, usage, token_s = ends["length"]
+    assert usage.account in accounts
+    assert usage.pool is not None
+    assert usage.predicted_recall is not None
+    assert token_s > 0
     assert [account.completion_tokens for account in accounts if account.prompt_tokens == 10] == [5]
-    assert len(accounts) == 2
     assert sum(number for _, _, number in recorder.of("stepped")) == sum(
         account.prompt_tokens + account.completion_tokens - bool(account.completion_tokens) for account in accounts
     )
-    assert len(recorder.of("pool")) == len(recorder.of("predicted")) == 1
     assert all(seconds >= forward >= 0 for seconds, forward, _ in recorder.of("stepped"))
-    assert recorder.of("load")[-1] == (0, 0, 0)

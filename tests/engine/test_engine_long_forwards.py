@@ -15,7 +15,7 @@ import pytest
 
 from pager.cluster.supervisor import WorkerSupervisor
 from pager.cluster.views import Health
-from pager.engine.runner import Check, ModelRunner
+from pager.engine.runner import ModelRunner
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.store.reads import DataFile
 from pager.types import Count, ExpertPool, Full, PoolPolicy
@@ -135,11 +135,11 @@ def test_a_prefill_is_left_within_one_layer(
     driver.finish()
     layers: list[int] = []
 
-    def begin_layer(runner: ModelRunner, check: Check | None) -> None:
+    def begin_layer(runner: ModelRunner) -> None:
         layers.append(runner.num_layers_run)
         if len(layers) == 2:
             cancel(driver, doomed)
-        begin(runner, check)
+        begin(runner)
 
     monkeypatch.setattr(ModelRunner, "_begin_layer", begin_layer)
     doomed = driver.submit(random_prompt(1, 40), policy, max_tokens=4)
@@ -166,11 +166,11 @@ def test_an_exact_step_is_left_when_none_of_its_sequences_goes_on(
     layers: list[int] = []
     ends_at: dict[int, list[str]] = {2: doomed}
 
-    def begin_layer(runner: ModelRunner, check: Check | None) -> None:
+    def begin_layer(runner: ModelRunner) -> None:
         layers.append(runner.num_layers_run)
         for request in ends_at.get(len(layers), []):
             cancel(driver, request)
-        begin(runner, check)
+        begin(runner)
 
     monkeypatch.setattr(ModelRunner, "_begin_layer", begin_layer)
     driver.engine.step()

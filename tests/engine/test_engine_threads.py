@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from pager.engine import compute_threads
-from pager.engine.compute_threads import BATCHES, choose, step_seconds, use_fastest_num_threads
+from pager.engine import runner
 from pager.engine.paged_model import load_paged_model
+from pager.engine.runner import BATCHES, choose, step_seconds, use_fastest_num_threads
 from pager.memory.plan import Budgets
 from pager.models import EmoConfig, EmoForCausalLM
 
@@ -92,7 +92,7 @@ def test_the_fastest_is_in_force(make_driver: Any, monkeypatch: pytest.MonkeyPat
         asked.append(counts)
         return {count: [1.0 / count] * len(BATCHES) for count in counts}
 
-    monkeypatch.setattr(compute_threads, "step_seconds", found)
+    monkeypatch.setattr(runner, "step_seconds", found)
     assert use_fastest_num_threads(paged, 6) == torch.get_num_threads() == 6
     assert use_fastest_num_threads(paged, 4) == torch.get_num_threads() == 4
     assert use_fastest_num_threads(paged, 1) == torch.get_num_threads() == 1

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pager.errors import PortInUse
 from pager.observe.metrics import MAX_CONNECTIONS, MetricsServer
 from pager.observe.worker_metrics import OUTCOMES, TierBytes, WorkerMetrics
-from pager.types import Account, DriftReport, ExpertPool, PagingCounts
+from pager.types import Account, DriftReport, ExpertPool, FinishReason, PagingCounts, Usage
 
 
 @pytest.fixture
@@ -49,11 +49,23 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     metrics.prefetched(used=5, wasted=2)
     metrics.stalled(0.5, "lease")
     metrics.quarantined("disk")
-    metrics.pool(ExpertPool(((1, 2, 3, 4), (), (5, 6))), 0.125)
-    metrics.drift(DriftReport(0.7, widenings=2, experts_added=30))
-    metrics.drift(DriftReport(0.7, exact_from=9))
-    metrics.used(Account(10, 20, PagingCounts(bytes_from_disk=30, bytes_from_host=40), 0.5))
-    metrics.finished("stop")
+    paging = PagingCounts(bytes_from_disk=30, bytes_from_host=40)
+    usage = Usage(
+        mode="pool",
+        finish_reason=FinishReason.STOP,
+        prompt_tokens=10,
+        completion_tokens=20,
+        pool=ExpertPool(((1, 2, 3, 4), (), (5, 6))),
+        paging=paging,
+        out_of_pool_mass=0.125,
+        predicted_recall=None,
+        queue_s=0.5,
+        time_to_first_token_s=1.0,
+        model_fingerprint="f",
+        drift=DriftReport(0.7, widenings=2, experts_added=30, exact_from=9),
+    )
+    metrics.ended("stop", usage.account, usage, 0.25)
+    metrics.ended("cancelled", Account(1), None, None)
     found = scrape(server)
 
     def value(name: str, **labels: str) -> float:
@@ -70,9 +82,10 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     assert (value("pool_experts_sum"), value("pool_experts_count")) == (3, 1)
     assert value("out_of_pool_mass_ratio_sum") == 0.125
     assert (value("drift_widenings_total"), value("drift_experts_total"), value("drift_exact_total")) == (2, 30, 1)
-    assert (value("prompt_tokens_total"), value("completion_tokens_total")) == (10, 20)
+    assert (value("prompt_tokens_total"), value("completion_tokens_total")) == (11, 20)
     assert (value("charged_bytes_total", source="disk"), value("charged_bytes_total", source="host")) == (30, 40)
-    assert value("requests_total", outcome="stop") == 1
+    assert value("requests_total", outcome="stop") == value("requests_total", outcome="cancelled") == 1
+    assert value("time_per_output_token_seconds_sum") == 0.25
     assert value("model_info", **described) == 1
     assert (value("page_ins_total", cause="lease"), value("paged_again_total", cause="lease")) == (7, 3)
     assert (value("prefetches_total", result="used"), value("prefetches_total", result="wasted")) == (5, 2)
@@ -86,9 +99,9 @@ def test_series_exist_before_anything_happened_and_labels_are_closed(
 ) -> None:
     metrics.watch_tiers(dict)
     before = set(scrape(server))
-    metrics.finished("an outcome nobody has heard of")
+    metrics.ended("an outcome nobody has heard of", Account(), None, None)
     for outcome in OUTCOMES:
-        metrics.finished(outcome)
+        metrics.ended(outcome, Account(), None, None)
     for tier in ("host", "device"):
         metrics.lookups(tier, "hit_in_flight", 1)
     for cause in ("lease", "demand", "prefetch"):

@@ -21,7 +21,7 @@ from pager.types import ExpertKey, ExpertShape
 
 
 class Transfer(Protocol):
-    """Thread-safe. The caller sees to it that no slot is filled twice at a time or filled while it is in use."""
+    """Moves experts into slots. Thread-safe, if callers fill no slot twice at a time nor while it is in use."""
 
     is_in_place: bool
     """`buffers` are the slots themselves. Others are few: who holds one must not wait for a second."""
@@ -30,10 +30,10 @@ class Transfer(Protocol):
         """CPU tensors [2F, D], [D, F] to fill on behalf of the slot; `install` or `discard` comes next."""
 
     def install(self, key: ExpertKey, slot: int) -> None:
-        """The slot's `buffers` are filled: moves them into the slot and enters it in the map."""
+        """Moves the slot's `buffers`, which are filled, into the slot and enters it in the map."""
 
     def discard(self, slot: int) -> None:
-        """The slot's `buffers` could not be filled."""
+        """Gives back the slot's `buffers`, which could not be filled."""
 
     def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
         """Copies CPU tensors into the slot and enters it in the map. The tensors are free for reuse on return."""
@@ -42,14 +42,14 @@ class Transfer(Protocol):
         """Takes the expert out of the map once the last reader of its slot is done."""
 
     def await_installed(self, slots: Sequence[int]) -> None:
-        """Computations that are started from now on see the bytes of these slots."""
+        """Has computations that are started from now on see the bytes of these slots."""
 
     def mark_released(self, slots: Sequence[int]) -> None:
-        """Computations started so far are the last readers of these slots."""
+        """Makes the computations started so far the last readers of these slots."""
 
 
 class CpuTransfer:
-    """Reads land in the slot itself. Computations are synchronous, so there is nothing to wait for."""
+    """A transfer whose reads land in the slot itself. Computations are synchronous: there is nothing to wait for."""
 
     is_in_place = True
 
@@ -93,7 +93,7 @@ class _Staging:
 
 
 class CudaTransfer:
-    """Reads land in page-locked staging buffers, one expert each; one copy stream takes them to the slots.
+    """A transfer through page-locked staging buffers, one expert each; one copy stream takes them to the slots.
 
     Everything that changes slots or map is ordered by the copy stream. It waits for a slot's release event before it
     touches the slot, and the compute stream waits for an install event before it reads: the host waits for neither.
@@ -240,7 +240,7 @@ class DeviceSlots:
         return (self.num_slots + self.num_pinned) * self.record_bytes
 
     def _allocate(self, *shape: int) -> Tensor:
-        """Memory of the device. On a CPU it begins with a page, as reads past the page cache want it."""
+        """Takes memory of the device. On a CPU it begins with a page, as reads past the page cache need it."""
         if self.device.type != "cpu":
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         nbytes = math.prod(shape) * self.dtype.itemsize

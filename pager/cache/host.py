@@ -86,7 +86,7 @@ class HostTier:
         return cls(name, num_records, shape, dtype)
 
     def used_bytes(self) -> tuple[int, int]:
-        """Of all processes that share it: bytes of the records in use, and of these the pinned ones."""
+        """The bytes of the records in use by any process, and of these the pinned ones."""
         record = self.nbytes // self.num_records
         return self.index.num_resident * record, self.index.num_pinned * record
 
@@ -105,7 +105,7 @@ class HostTier:
         return gate_up[record], down[record]
 
     def publish(self, grants: Sequence[HostGrant]) -> None:
-        """The claimed records are filled: others may read them."""
+        """Lets others read the claimed records, which are filled."""
         if grants:
             self.index.publish(grants)
 
@@ -132,7 +132,7 @@ class HostTier:
 
 
 def record_bytes(shape: ExpertShape, dtype: torch.dtype) -> int:
-    """One expert's, and of a segment as many as it has records."""
+    """The bytes of one expert in the segment."""
     return shape.num_elements * dtype.itemsize
 
 

@@ -15,7 +15,7 @@ from pager.types import ExpertKey, PagingCounts
 class Lease:
     """Experts pinned in slots, and slots promised for those to come. Leaving the block releases it.
 
-    Owned by one sequence: one thread binds and waits; `release` may come from any. A failed read fails this lease
+    Owned by one request: one thread binds and waits; `release` may come from any. A failed read fails this lease
     for good: `failed` is set and every `wait` raises it.
     """
 

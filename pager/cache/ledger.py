@@ -1,4 +1,4 @@
-"""What was asked for ahead of its use. Pure: keys and batch numbers."""
+"""Who holds which experts, which of them are being read and for whom, and what was asked for ahead of its use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker runs: the paged model, and the engine that batches sequences on it."""
+"""What a worker runs: the paged model, and the engine that batches requests on it."""
 
 import os
 

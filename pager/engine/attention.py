@@ -106,7 +106,7 @@ def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, argume
 def _attend_prompt(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Prefill; causal without a mask.
+    """Attends from the tokens of a prompt; causally without a mask.
 
     On a CPU in fp32 whatever the dtype: in half precision torch compiles and keeps 0.7 MB for every length of prompt.
     """
@@ -128,7 +128,7 @@ def _attend_prompt(
 def _attend_one_token(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Decode. The query heads that share a key head stand in as its query tokens, so that no key is repeated."""
+    """Attends from one token a row. Query heads that share a key head stand in as its query tokens."""
     rows, num_heads, _, head_dim = query.shape
     grouped = query.view(rows, key.shape[1], -1, head_dim)
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)

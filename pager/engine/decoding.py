@@ -1,4 +1,4 @@
-"""The model's calls for sequences: a part of one prompt, or one token for each of a group, by a single forward."""
+"""The model's calls for requests: a part of one prompt, or one token for each of a group, by a single forward."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A sequence's next token; with its log-probability where the sequence wants that."""
+    """A request's next token; with its log-probability where the request wants that."""
 
     id: int
     logprobs: TokenLogprobs | None = None
 
 
 Outcome = Token | PagerError
-"""A sequence's next token, or why it can have none."""
+"""A request's next token, or why it can have none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Group:
-    """Device state of sequences that decode together; kept from step to step while they stay the same."""
+    """Device state of requests that decode together; kept from step to step while they stay the same."""
 
     sequences: tuple[Request, ...]
     step: StepRouting
@@ -48,7 +48,7 @@ class _Group:
 
 
 class Decoder:
-    """Owns the groups and the runner. Every failure is given to the sequences it belongs to."""
+    """Owns the groups and the runner. Every failure is given to the requests it belongs to."""
 
     def __init__(self, paged: PagedModel, runner: ModelRunner) -> None:
         self._paged = paged
@@ -60,11 +60,11 @@ class Decoder:
 
     @property
     def num_layers_run(self) -> int:
-        """Of all forwards, the present one included; for any thread."""
+        """The layers of all forwards, the present one included; for any thread."""
         return self._runner.num_layers_run
 
     def prefill(self, sequence: Request, num_tokens: int) -> Outcome | None:
-        """Runs the next `num_tokens` of the prompt. The first token of the answer after the last of them, else None.
+        """Runs the next `num_tokens` of the prompt. Returns the answer's first token after the last of them, else None.
 
         What is raised within the forward, as by those who wait for it no more, leaves it and is the outcome.
         """
@@ -92,9 +92,9 @@ class Decoder:
             return _told(error, sequence)
 
     def decode(self, name: str, sequences: Iterable[Request]) -> list[Outcome]:
-        """The next token of each, by one forward. `name` says which group of the last step this continues.
+        """Decodes the next token of each by one forward. `name` says which group of the last step this continues.
 
-        Where it fails, be it for an expert or whatever else one of them needs, each sequence runs by itself, so that
+        Where it fails, be it for an expert or whatever else one of them needs, each request runs by itself, so that
         only those fail that cannot run.
         """
         sequences = tuple(sequences)
@@ -143,7 +143,7 @@ class Decoder:
         return _outcomes(sampler, token_B.tolist(), logits_BV)
 
     def _replay(self, group: _Group, padded_context: int) -> Step | None:
-        """The step as a graph, where the group has one by now."""
+        """Returns the step as a graph, where the group has one by now."""
 
         def record() -> Step | None:
             with step.recording():
@@ -165,7 +165,7 @@ class Decoder:
         group = self._groups.get(name)
         if group is None or group.sequences != sequences:
             group = self._new_group(sequences)
-            # A sequence whose pool is suspended for a while comes back to a group that stood still meanwhile.
+            # A request whose pool is suspended for a while comes back to a group that stood still meanwhile.
             self._groups = {
                 other: kept for other, kept in self._groups.items() if set(sequences).isdisjoint(kept.sequences)
             }
@@ -194,7 +194,7 @@ def device_step(runner: ModelRunner, batch: DecodeBatch, sampler: Sampler, padde
 
 
 def _outcomes(sampler: Sampler, token_ids: list[int], logits_BV: torch.Tensor | None) -> list[Outcome]:
-    """`logits_BV` None: of a step whose sampler reports nothing."""
+    """Makes outcomes of sampled ids. `logits_BV` is None for a step whose sampler reports nothing."""
     logprobs = {} if logits_BV is None else sampler.logprobs(logits_BV, token_ids)
     return [
         Token(token_id, logprobs.get(row)) if token_id >= 0 else _no_token(token_id)
@@ -219,6 +219,6 @@ def _routing(sequence: Request) -> RequestRouting:
 
 
 def _told(error: BaseException, sequence: Request) -> PagerError:
-    """`error`, which the sequence's forward ended with, as its client is told of it."""
+    """Returns `error`, with which the request's forward ended, as its client may see it."""
     kind = "ran out of device memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
     return failure_of(error, sequence.request.id, f"the model's forward {kind}")

@@ -17,7 +17,7 @@ CONTINUATIONS = ("\u0122", "\u00bf")  # bytes 0x80 and 0xBF as byte-level tokeni
 
 
 class TokenTexts:
-    """What the tokens of one tokenizer read as. Immutable; all sequences of an engine share it."""
+    """The texts of one tokenizer's tokens. Immutable; all requests of an engine share it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -54,7 +54,7 @@ class TokenTexts:
 
 
 class Detokenizer:
-    """The text of one sequence's output, piece by piece; a token costs the decoding of a few, however many came before.
+    """The text of one request's output, piece by piece; a token costs the decoding of a few, however many came before.
 
     The pieces add up to what decoding prompt and output at once gives after the prompt's text. None ends within a
     character: what may still become one is held back, three bytes at most. One rule differs: where a run of byte tokens
@@ -94,7 +94,7 @@ class Detokenizer:
         return text
 
     def _begin_after(self, prompt_token_ids: Sequence[int]) -> None:
-        """As if the prompt had been fed, at the cost of its end."""
+        """Starts as if the prompt had been fed, at the cost of its end."""
         run = bytearray()
         for token_id in reversed(prompt_token_ids):
             byte = self._texts.byte(token_id)

@@ -1,6 +1,6 @@
-"""Continuous batching: every sequence has its own pool, and all of them share the step.
+"""Continuous batching: every request has its own pool, and all of them share the step.
 
-A sequence waits, is admitted when KV and slots for its whole life can be had at once, has its prompt run in one forward
+A request waits, is admitted when KV and slots for its whole life can be had at once, has its prompt run in one forward
 (in parts where its pool is known before), and then decodes with the others, one forward for all. `step` is that story.
 A forward that has to wait for reads holds up nobody whose experts are there: they decode meanwhile.
 """
@@ -144,7 +144,7 @@ class Engine:
         )
 
     def start(self) -> None:
-        """Has `run` run on a thread of its own."""
+        """Starts a thread that calls `run`."""
         threading.Thread(target=self.run, name="engine", daemon=True).start()
 
     def stop(self, drain_s: float = 0.0) -> None:
@@ -160,7 +160,7 @@ class Engine:
         self._grammars.close()
 
     def _leave(self) -> None:
-        """When the process exits: like `stop`, but it does not wait for a step that hangs."""
+        """Stops as the process exits: like `stop`, but without waiting for a step that hangs."""
         self._inbox.close()
         self._inbox.halt()
         if self._stepping.acquire(timeout=threads.TIMEOUT_S):
@@ -186,7 +186,7 @@ class Engine:
                     self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
 
     def step(self) -> bool:
-        """Decodes a token of everybody, admits, runs one prompt at most. False when there was nothing to run."""
+        """Decodes a token of each request, admits, runs one prompt at most. Returns False with nothing to run."""
         started_s = time.monotonic()
         self._num_steps_begun += 1
         self._is_stepping = True
@@ -280,7 +280,7 @@ class Engine:
             raise Cancelled("nobody waits for this forward any more")
 
     def _able(self) -> list[Request]:
-        """The running sequences whose next forward waits for nothing, or pages as it goes."""
+        """The running requests whose next forward waits for nothing, or pages as it goes."""
         found = []
         for sequence in tuple(self._running):
             if sequence.awaits_slots or sequence in self._in_forward:
@@ -291,14 +291,14 @@ class Engine:
         return found
 
     def _decode(self) -> None:
-        """One forward for all sequences that hold their experts; a second one for the exact ones, which page."""
+        """Runs a forward for all requests that hold their experts, and one for the exact ones, which page."""
         able = self._able()
         exact = [sequence for sequence in able if sequence.is_exact]
         self._decode_pooled([sequence for sequence in able if not sequence.is_exact])
         self._decode_long("exact", exact)
 
     def _decode_waiting(self) -> None:
-        """One forward for those whose experts are still being read: where there is nothing else to do."""
+        """Runs one forward for those whose experts are still being read, where there is nothing else to do."""
         waiting = [sequence for sequence in self._running if not (sequence.is_exact or sequence.awaits_slots)]
         self._decode_long("pooled", waiting)
 
@@ -343,7 +343,7 @@ class Engine:
         return CHECK_S if due_s is None else min(CHECK_S, due_s)
 
     def _decode_meanwhile(self) -> float | None:
-        """A token for those that hold their experts, as long apart as one takes. In seconds, when the next is due."""
+        """Decodes for those that hold their experts, as long apart as it takes. Returns the seconds until then."""
         able = [sequence for sequence in self._able() if not sequence.is_exact]
         if not able:
             return None
@@ -378,7 +378,7 @@ class Engine:
                 sequence.prefetch(self._paged)
 
     def _resume(self, suspended: list[Request]) -> bool:
-        """Gives those that drift their slots, in the order in which they came. False where some have to wait on."""
+        """Gives those that drift their slots, in the order of arrival. Returns False where some have to wait on."""
         for sequence in sorted(suspended, key=lambda each: each.submitted_s):
             with self._on_behalf_of(sequence, "resuming it failed"):
                 if not sequence.acquire_change():
@@ -434,7 +434,7 @@ class Engine:
         self._events.append(chunk)
 
     def _account(self, sequence: Request, reason: FinishReason) -> Usage:
-        """Of an answer that is about to end well."""
+        """Closes the account of an answer that is about to end well, and returns its usage."""
         sequence.account(self._paged)
         usage = sequence.usage(reason, self._paged.fingerprint)
         record_spans(sequence, reason.value)
@@ -442,7 +442,7 @@ class Engine:
 
     @contextmanager
     def _on_behalf_of(self, sequence: Request, what: str) -> Iterator[None]:
-        """Around what is done for one sequence: whatever is raised in it fails that one alone; `what`, says the log."""
+        """Has whatever is raised in the block fail that request alone; the log says `what` failed."""
         try:
             yield
         except ENDS_THE_PROCESS:
@@ -459,7 +459,7 @@ class Engine:
         self._events.append(Failure(sequence.request.id, error, sequence.request.tenant, account))
 
     def _end(self, sequence: Request, outcome: str, usage: Usage | None = None) -> Account:
-        """Gives back at once what the sequence holds, wherever it stood. Raises nothing: what ended cannot fail."""
+        """Gives back at once what the request holds, wherever it stood. Raises nothing: what ended cannot fail."""
         account = sequence.account(self._paged)
         with _errors_logged(f"request {sequence.request.id} could not give back everything"):
             sequence.release(self._blocks)
@@ -496,7 +496,7 @@ def _shutting_down() -> NotReady:
 
 @contextmanager
 def _errors_logged(what: str) -> Iterator[None]:
-    """Around accounts that nobody's answer depends on."""
+    """Logs what is raised in the block, as nobody's answer depends on it."""
     try:
         yield
     except ENDS_THE_PROCESS:

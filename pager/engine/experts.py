@@ -234,7 +234,7 @@ class LayerExperts:
     def _run_in_waves(
         self, module: Any, step: StepRouting, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
-        """As many experts at a time as there are slots; each is read once, and each pair computed once."""
+        """Computes as many experts at a time as there are slots; each is read once, and each pair computed once."""
         wanted = sorted(set(index_TK.flatten().tolist()))
         slot_of_E = self._slot_of_E
         if self.pager.hit_for_good(self.layer, wanted, step.meter):

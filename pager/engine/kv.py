@@ -1,4 +1,4 @@
-"""Keys and values of the sequences in flight: who owns which block (integers), and the tensors behind the blocks.
+"""Keys and values of the requests in flight: who owns which block (integers), and the tensors behind the blocks.
 
 Legend: L layers, N token slots (blocks times BLOCK_TOKENS), G key/value heads, D head dimension.
 """
@@ -19,9 +19,9 @@ BLOCK_TOKENS = KV_BLOCK_TOKENS
 
 
 class BlockPool:
-    """Which KV blocks are free. Knows no tensors and no sequences.
+    """Keeps which KV blocks are free. Knows no tensors and no requests.
 
-    Blocks are handed out all at once for a sequence's whole life, so a running sequence never waits for one.
+    Blocks are handed out all at once for a request's whole life, so a running request never waits for one.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -38,7 +38,7 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def allocate(self, num_tokens: int) -> tuple[int, ...] | None:
-        """Blocks for `num_tokens` tokens; None, and nothing taken, when there are not enough now."""
+        """Takes blocks for `num_tokens` tokens; None, and nothing taken, when there are not enough now."""
         count = blocks_for(num_tokens)
         if count > len(self._free):
             return None
@@ -55,7 +55,7 @@ class BlockPool:
         self._free.extend(blocks)
 
     def check_integrity(self) -> None:
-        """Every block is either used or in the free list, once."""
+        """Asserts that every block is either used or in the free list, once."""
         free = set(self._free)
         assert len(free) == len(self._free), "a block is twice in the free list"
         for block, is_used in enumerate(self._is_used):

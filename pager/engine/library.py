@@ -103,7 +103,7 @@ _EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 class PagedCausalLM:
-    """What the class of a loaded model adds to that of transformers, whose name it keeps."""
+    """The additions of a loaded model's class to that of transformers, whose name it keeps."""
 
     expert_paging: PagedModel
 
@@ -116,7 +116,7 @@ class PagedCausalLM:
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """What PEFT sets once it has put adapters into the model."""
+        """The adapters that PEFT has put into the model."""
         try:
             return self.__dict__["_peft_config"]  # type: ignore[no-any-return]
         except KeyError:
@@ -184,7 +184,7 @@ def _refuse_options(options: Mapping[str, object]) -> None:
 
 
 def _policy_of_rows(paged: PagedModel, wanted: PoolPolicy) -> PoolPolicy:
-    """`wanted`, with bytes shared out over the layers: a prefill chooses layer by layer, and has not seen the next.
+    """Returns `wanted` with bytes shared out over the layers: a prefill, which chooses layer by layer, cannot do that.
 
     Logs a warning for a pool that the slots do not hold. Raises InvalidRequest, PoolTooSmall, UnsupportedModel.
     """
@@ -322,7 +322,7 @@ class LibraryForwards:
     def _documents(
         self, cache: Cache | None, num_rows: int, num_past: int, valid_BT: Tensor | None
     ) -> tuple[list[RequestRouting], list[bool]]:
-        """A document a row, and whether it has a past."""
+        """Returns a document for each row, and whether it has a past."""
         past = getattr(cache, "documents", None) if num_past else None
         if num_past and past is None:
             raise InvalidRequest(
@@ -346,7 +346,7 @@ class LibraryForwards:
 
 
 class DocumentCache:
-    """What a transformers cache becomes when documents travel with it: whatever happens to its rows happens to them."""
+    """The class of a transformers cache with which documents travel: whatever happens to its rows happens to them."""
 
     documents: Sequence[RequestRouting]
 
@@ -402,7 +402,7 @@ def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 
 def _valid_tokens(mask: Any, num_rows: int, num_tokens: int) -> Tensor | None:
-    """[B, past + new] bool from a 2-D attention mask. Raises InvalidRequest for one that can't tell padding."""
+    """[B, past + new] bool from a 2-D attention mask. Raises InvalidRequest for one that cannot tell padding."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != num_rows or mask.shape[1] < num_tokens:

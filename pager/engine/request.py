@@ -43,14 +43,14 @@ LOGPROBS_A_CHUNK = 1024  # of the prompt: 300 KB with all the alternatives that 
 
 
 def record_spans(sequence: Request, outcome: str) -> None:
-    """Of a sequence that has ended, however far it came. Nothing for a request without a trace."""
+    """Records the spans of a request that has ended, however far it came; nothing where it has no trace."""
     request = sequence.request
     if request.traceparent is not None:
         tracing.record(request.traceparent, _parts(sequence, outcome), request.tracestate)
 
 
 def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
-    """Queue, prefill and decode follow each other; what was paged from a tier overlaps with any of them."""
+    """Yields queue, prefill and decode, which follow each other, and what was paged from each tier, which overlaps."""
     now_s = time.monotonic()
     unix_s = time.time() - now_s  # what turns monotonic seconds into unix seconds
 
@@ -69,7 +69,7 @@ def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
 
 
 class Request:
-    """Mutable; owned by the engine's thread. Times are monotonic seconds.
+    """One request's life in the engine. Mutable; owned by the engine's thread. Times are monotonic seconds.
 
     It waits, then holds KV blocks, a lease and its routing until it ends.
     """
@@ -113,7 +113,7 @@ class Request:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens whose keys and values are kept: all but the last, which nothing follows."""
+        """The tokens whose keys and values are kept: all but the last, which nothing follows."""
         return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
 
     @property
@@ -145,7 +145,7 @@ class Request:
         return False
 
     def release(self, blocks: BlockPool) -> None:
-        """Gives back everything; the sequence has ended."""
+        """Gives back everything; the request has ended."""
         assert not self.has_ended, "a sequence ends once"
         self.has_ended = True
         self.leave_grammar()
@@ -162,11 +162,11 @@ class Request:
 
     @property
     def is_exact(self) -> bool:
-        """Its forwards look for missing experts as they go, so they are not shared with sequences that hold theirs."""
+        """Whether its forwards page experts as they go, so that it shares none with requests that hold theirs."""
         return self.routing is not None and self.routing.is_exact
 
     def may_be_chunked(self, paged: PagedModel) -> bool:
-        """Not while its pool is to be chosen, which takes the whole prompt, nor where each part would page anew."""
+        """Whether its prompt may run in parts: not before its pool is chosen, nor where each part would page anew."""
         return self.routing is not None and self.routing.is_frozen and (paged.fully_resident or not self.is_exact)
 
     @property
@@ -186,7 +186,7 @@ class Request:
 
     @property
     def awaits_experts(self) -> bool:
-        """Its pool was changed and experts of it are still being read: others decode meanwhile."""
+        """Whether experts of its changed pool are still being read, so that others decode meanwhile."""
         lease = self.lease
         if self.routing is None or not self.routing.awaits_experts or lease is None:
             return False
@@ -194,7 +194,7 @@ class Request:
 
     @property
     def awaits_slots(self) -> bool:
-        """Drift asks for more slots than there are now: it holds none until it can have all, and others decode on."""
+        """Whether drift asks for more slots than there are now: it holds none until it can have all."""
         return self.change is not None
 
     def join(self, step: StepRouting) -> None:
@@ -204,7 +204,7 @@ class Request:
         self.step = step
 
     def answer_drift(self) -> None:
-        """Between two of its decode steps: widens its pool or goes exact, where its policy says so."""
+        """Widens its pool or goes exact between two decode steps, where its policy says so."""
         routing, step = self.routing, self.step
         if routing is None or step is None or routing.monitor is None:
             return
@@ -214,7 +214,7 @@ class Request:
             self._awaits_slots_since_s = time.monotonic()
 
     def acquire_change(self) -> bool:
-        """Takes the slots that it awaits, all or nothing."""
+        """Takes the slots that it awaits, all or nothing. Returns whether it has them."""
         assert self.routing is not None
         assert self.change is not None
         if not make_change(self.routing, self.change):
@@ -224,7 +224,7 @@ class Request:
         return True
 
     def is_paged_in(self, paged: PagedModel) -> bool:
-        """Nothing that it asked for ahead of its prefill is still being read."""
+        """Whether nothing that it asked for ahead of its prefill is still being read."""
         lease, predicted = self.lease, self.request.predicted
         if self.policy.fixed is not None:
             return lease is None or lease.failed is not None or lease.ready()
@@ -236,7 +236,7 @@ class Request:
         return RowStart(self.blocks, self.output_ids[-1], position)
 
     def accept(self, token_id: int, now_s: float) -> tuple[str, FinishReason | None]:
-        """Takes the next token: the text that may be shown now, and why the answer ends here, if it does."""
+        """Takes the next token. Returns the text that may be shown now, and why the answer ends here, if it does."""
         self.output_ids.append(token_id)
         if len(self.output_ids) == 1:
             self.first_token_s = now_s
@@ -253,7 +253,7 @@ class Request:
         return text, None
 
     def take_prompt_logprobs(self) -> Iterator[tuple[TokenLogprobs, ...]]:
-        """What is known of the prompt's tokens and was not taken before, in parts that fit into a message."""
+        """Yields what is known of the prompt's tokens and was not taken before, in parts that fit into a message."""
         taken, self.prompt_logprobs = self.prompt_logprobs, []
         for start in range(0, len(taken), LOGPROBS_A_CHUNK):
             yield tuple(taken[start : start + LOGPROBS_A_CHUNK])
@@ -265,7 +265,7 @@ class Request:
         return (self.last_token_s - self.first_token_s) / num_more if num_more > 0 else None
 
     def account(self, paged: PagedModel) -> Account:
-        """What it has used. It is about to end: what is read for it later is charged to nobody."""
+        """Closes its account, as it is about to end, and returns it: what is read for it later is charged to nobody."""
         paged.pager.close_account(self._meter)
         was_admitted = not math.isnan(self.admitted_s)
         return Account(
@@ -276,7 +276,7 @@ class Request:
         )
 
     def usage(self, reason: FinishReason, fingerprint: str) -> Usage:
-        """What an answer was that ended with `reason`; asked after `account` and before `release`."""
+        """Returns the usage of an answer that ended with `reason`; called after `account` and before `release`."""
         assert self.routing is not None
         if self.step is not None:
             self.step.settle()

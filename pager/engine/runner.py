@@ -63,7 +63,7 @@ class CudaCapture:
 
 
 def capture_on(device: torch.device) -> Capture | None:
-    """How steps are recorded on this device; None where they are not."""
+    """Returns what records steps on this device; None where they are not recorded."""
     return CudaCapture() if device.type == "cuda" else None
 
 
@@ -78,7 +78,7 @@ class Recorder:
         return self._capture is not None
 
     def record(self, step: Step) -> Step | None:
-        """The step's replay; None, and a warning, where it cannot be recorded."""
+        """Returns the step's replay; None, with a warning, where it cannot be recorded."""
         assert self._capture is not None, "it is off"
         try:
             return self._capture(step)
@@ -97,7 +97,7 @@ class GroupGraph:
         self._replay: Step | None = None
 
     def replay(self, *made_for: object, record: Callable[[], Step | None]) -> Step | None:
-        """The replay of the next step; None when that is to be run. `made_for` is kept: a graph serves nothing else."""
+        """Returns the replay of the next step; None when that is to be run. `made_for` is all that a graph serves."""
         if self._made_for != made_for:
             self._made_for, self._replay = made_for, None
             self._num_to_run = max(1, self._num_to_run)
@@ -118,7 +118,7 @@ class RowStart:
 
 
 class DecodeBatch:
-    """Device state of a fixed set of sequences, one token a step each. Made anew when the set changes; mutable.
+    """Device state of a fixed set of requests, one token a step each. Made anew when the set changes; mutable.
 
     Its tensors stay where they are, so that a step which was recorded finds in them what the last one left.
     """
@@ -145,14 +145,14 @@ class DecodeBatch:
             return KvStep(cache, write_B, slots_BC)
         mask_BC = self._positions_C[:context] <= self.position_B1
         # A masked position still takes part with weight 0, and 0 * NaN is NaN: so it reads the row's own first token,
-        # never what another sequence left behind.
+        # never what another request left behind.
         read_BC = torch.where(mask_BC, slots_BC, slots_BC[:, :1])
         # To add: each layer's attention would make that of a mask of bools for itself.
         added_BC = torch.where(mask_BC, 0.0, -torch.inf).to(cache.k.dtype)
         return KvStep(cache, write_B, read_BC, added_BC[:, None, None])
 
     def advance(self, token_B: torch.Tensor) -> None:
-        """The sampled tokens become the next step's input."""
+        """Makes the sampled tokens the next step's input."""
         self.feed(token_B)
         self.count_step()
 
@@ -216,7 +216,7 @@ class ModelRunner:
 
     @contextmanager
     def keeping_hidden(self) -> Iterator[list[Tensor]]:
-        """Of a forward inside, the last hidden states [1, S, D] of all its tokens: the list's last one afterwards."""
+        """Yields a list that holds, after a forward in the block, the last hidden states [1, S, D] of its tokens."""
         kept: list[Tensor] = []
 
         def keep(_: object, __: object, output: Any) -> None:
@@ -232,7 +232,7 @@ class ModelRunner:
     def prompt_logprobs(
         self, kept: Sequence[Tensor], logits_1V: Tensor, next_ids: Sequence[int], num_top: int
     ) -> list[TokenLogprobs]:
-        """Of `next_ids`, which follow the tokens of a forward that gave `logits_1V` and whose hidden states were kept.
+        """The log-probabilities of `next_ids`, which follow the tokens of a forward whose hidden states were kept.
 
         Logits are made for some of the tokens at a time: as many as fit into what the layers have left of memory.
         Raises UnsupportedModel where the model does more with its head's output than return it.

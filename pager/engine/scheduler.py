@@ -17,14 +17,14 @@ from pager.types import GenerateRequest
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
-    """What bounds a single request: the model's context and vocabulary, and the tokens that all of KV memory holds."""
+    """The bounds of a single request: the model's context and vocabulary, and the tokens that KV memory holds."""
 
     context_tokens: int
     kv_tokens: int
     vocab_size: int
 
     def check(self, request: GenerateRequest) -> None:
-        """Raises InvalidRequest or PromptTooLong. Pools are checked by who reserves them."""
+        """Raises InvalidRequest or PromptTooLong. Pools are checked by whoever reserves them."""
         check_sampling(request.sampling)
         check_vocabulary(request.sampling, self.vocab_size)
         if not request.prompt_token_ids:
@@ -55,7 +55,7 @@ REMEMBERED_ADMISSIONS = 32
 
 
 class WaitingLine(Generic[T]):
-    """First in, first out, with bounded overtaking.
+    """A queue, first in, first out, with bounded overtaking.
 
     A later item that fits may pass earlier ones that don't, but nobody is passed more than `max_overtakes` times:
     once the first in line has been, everybody waits for it. So none starves, provided that what is admitted ends
@@ -79,11 +79,11 @@ class WaitingLine(Generic[T]):
         self._times_passed[item] = 0
 
     def remove(self, item: T) -> None:
-        """`item` leaves without having been admitted; nobody is passed by that."""
+        """Removes an item that was not admitted; nobody is passed by that."""
         del self._times_passed[item]
 
     def candidates(self) -> Iterator[T]:
-        """Who may be admitted now, in the order to try. Takes account of what is admitted while iterating.
+        """Yields what may be admitted now, in the order to try, with regard to what is admitted while iterating.
 
         Whoever passes somebody passes the first in line too, so that one has always been passed most.
         """
@@ -94,7 +94,7 @@ class WaitingLine(Generic[T]):
             yield item
 
     def admit(self, item: T) -> None:
-        """`item` leaves the line and thereby passes everybody before it."""
+        """Removes an item that is admitted, and thereby passes everybody before it."""
         for earlier in self._times_passed:
             if earlier == item:
                 break
@@ -104,8 +104,8 @@ class WaitingLine(Generic[T]):
 
 
 class LineClock:
-    """How long one place in the line lasts, by those admitted from it lately: the wait of each, divided by the place
-    at which it joined.
+    """Measures how long one place in the line lasts, by those admitted from it lately: the wait of each, divided by the
+    place at which it joined.
 
     Only the present line counts. What was measured before it was last empty says nothing about who is in it now.
     """
@@ -115,12 +115,12 @@ class LineClock:
         self.place_s: float | None = None  # None until somebody was admitted from this line
 
     def forget(self) -> None:
-        """A new line begins."""
+        """Begins a new line."""
         self._recent.clear()
         self.place_s = None
 
     def admitted(self, place: int, waited_s: float) -> None:
-        """Whoever joined at `place`, the first being 1, waited for so long."""
+        """Takes note that a request which joined at `place`, the first being 1, has waited for so long."""
         self._recent.append(waited_s / place)
         self.place_s = statistics.median(self._recent)
 
@@ -136,7 +136,7 @@ class LineClock:
 
 
 class Inbox:
-    """Thread-safe. The engine's thread takes, everybody else puts."""
+    """Arrivals and cancellations on their way to the engine. Thread-safe: the engine's thread takes, all others put."""
 
     def __init__(self, max_live: int) -> None:
         self._max_live = max_live
@@ -164,7 +164,7 @@ class Inbox:
             self._changed.notify_all()
 
     def cancel(self, request_id: str, tenant: str) -> bool:
-        """Whether that tenant has such a request."""
+        """Notes the cancellation. Returns whether that tenant has such a request."""
         with self._changed:
             sequence = self._live.get((tenant, request_id))
             if sequence is None:
@@ -174,14 +174,14 @@ class Inbox:
             return True
 
     def take(self) -> tuple[list[Request], list[Request]]:
-        """What has arrived and what was cancelled since the last time."""
+        """Takes what has arrived and what was cancelled since the last time."""
         with self._changed:
             taken = self._arrived, self._cancelled
             self._arrived, self._cancelled = [], []
             return taken
 
     def remove(self, sequence: Request) -> None:
-        """The sequence has ended; its id may be used again."""
+        """Removes a request that has ended; its id may be used again."""
         with self._changed:
             del self._live[_key_of(sequence)]
             self._changed.notify_all()
@@ -192,13 +192,13 @@ class Inbox:
             self._changed.notify_all()
 
     def halt(self) -> None:
-        """The engine's thread is to stop."""
+        """Asks the engine's thread to stop."""
         with self._changed:
             self.is_halted = True
             self._changed.notify_all()
 
     def wait_for_news(self, timeout_s: float | None) -> None:
-        """Until something comes; at once when something has, or when the thread is to stop."""
+        """Waits until something comes; returns at once when something has, or when the thread is to stop."""
         with self._changed:
             if not (self._arrived or self._cancelled or self.is_halted):
                 self._changed.wait(timeout_s)

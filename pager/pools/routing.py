@@ -21,7 +21,7 @@ from pager.types import ExpertKey, ExpertPool, Full, Mass, PoolPolicy, PoolSourc
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outside:
-    """Of one request: the probability outside of its pool, summed over `count` (tokens times sparse layers)."""
+    """The probability that falls outside of one request's pool, summed over `count` (tokens times sparse layers)."""
 
     mass: float
     count: int
@@ -138,7 +138,7 @@ class RequestRouting:
         self.version += 1
 
     def allowed(self, layer: int) -> Tensor:
-        """[E] bool: which experts of the layer the router may pick; shared ones always."""
+        """[E] bool: which experts of the layer the gate may pick; shared ones always."""
         return self._all_experts(layer) if self.is_exact else self.in_pool(layer)
 
     def in_pool(self, layer: int) -> Tensor:

@@ -235,7 +235,7 @@ def read(
 ) -> list[Reading]:
     """Reads the texts one after the other, paging on demand; the cache of experts goes on from text to text.
 
-    Raises what `PagedModel.document` raises.
+    Raises what `PagedModel.routing` raises.
     """
     return [_read(paged, text, paged.routing(policy), chunk_tokens) for text in texts]
 

@@ -36,6 +36,7 @@ from pager.engine.runner import STEPS_BEFORE_CAPTURE, DecodeBatch, ModelRunner, 
 from pager.engine.sampler import Draw, Sampler
 from pager.models.emo import EmoConfig, EmoForCausalLM
 from pager.models.open_model import moe_blocks
+from pager.pools.step import StepRouting
 from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, SamplingParams
 from tests.support.experts import load_pools
 
@@ -336,9 +337,10 @@ def test_the_step_asks_the_device_for_nothing(
     batch, sampler = DecodeBatch(starts, meta), Sampler(draws, meta)
     # Numbers of the host would be copied to a GPU; on the meta device there is nothing to copy.
     monkeypatch.setattr(torch, "tensor", None)
+    step = StepRouting(documents)
     for _ in range(2):
-        with paged.step(documents) as routing, OneDevice() as mode:  # type: ignore[no-untyped-call]
-            assert routing.is_steady
+        with paged.running(step), OneDevice() as mode:  # type: ignore[no-untyped-call]
+            assert step.is_steady
             token_B = device_step(runner, batch, sampler, runner.padded_context(batch))
         with pytest.raises(RuntimeError):
             token_B.tolist()

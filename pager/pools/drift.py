@@ -266,10 +266,10 @@ def answer_drift(request: RequestRouting) -> Change | None:
     `make_change` has made the change that is returned. So nobody waits while holding, and what an answer gets depends
     on the worker's slots, never on who holds them at that moment.
     """
+    request.check_measured()
     monitor = request.monitor
     if monitor is None or not monitor.is_due():
         return None
-    request.check_measured()
     pool = request.pool
     assert pool is not None, "only what has a pool is measured"
     if not monitor.look(pool.num_experts):

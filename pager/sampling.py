@@ -92,9 +92,13 @@ def _check_stops(stops: tuple[str, ...]) -> None:
         raise _refusal("stop", len(stops), f"strings are too many; give at most {MAX_STOPS}")
     for stop in stops:
         # The text of a stop string is the user's: errors give its length only.
-        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
-            length = len(stop) if isinstance(stop, str) else type(stop).__name__
-            raise _refusal("stop", length, f"each stop string has 1 to {MAX_STOP_CHARACTERS} characters")
+        if not isinstance(stop, str):
+            raise InvalidRequest(f"sampling.stop holds a {type(stop).__name__}; give strings", field="sampling.stop")
+        if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
+            raise InvalidRequest(
+                f"sampling.stop holds a string of {len(stop)} characters; each has 1 to {MAX_STOP_CHARACTERS}",
+                field="sampling.stop",
+            )
 
 
 def _check_tokens(params: SamplingParams) -> None:

@@ -35,7 +35,7 @@ help:
 	@echo "make test-fast  the tests that start no service and no program, two minutes at most"
 	@echo "make test COVERAGE=1, make test-fast COVERAGE=1  the same, and how much of the code they ran"
 	@echo "make check   ruff, mypy, import-linter, the documentation site"
-	@echo "make site    build the documentation into build/site; make docs writes docs/metrics.md and docs/service.example.toml again"
+	@echo "make site    build the documentation into build/site; make docs writes docs/metrics.md, docs/service.example.toml and the tables of docs/http.md again"
 	@echo "make bench   measure on this machine, 30 minutes; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"
 	@echo "make bench-scale  serve 27 GB of experts on this machine; writes as much to build/ for as long as it runs"
 	@echo "make chaos   kill, stop and fill what the service needs for ten minutes, under load"
@@ -158,6 +158,7 @@ chromium:
 docs: $(INSTALLED)
 	PYTHONPATH=protos $(BIN)/python -m docs.metrics_catalogue > docs/metrics.md
 	$(BIN)/python -m docs.config_reference > docs/service.example.toml
+	PYTHONPATH=protos $(BIN)/python -m docs.http_reference
 
 # The documentation as pages to browse, in build/site. Strict: a broken link or a page outside of the navigation fails.
 site: $(INSTALLED)

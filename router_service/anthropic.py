@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pager.errors import InvalidRequest
+from pager.errors import InvalidRequest, PagerError
 from pager.types import FinishReason, Grammar, GrammarKind, SamplingParams, Usage
 from router_service.chat import ChatTemplate, ToolCall, forced_call_schema
-from router_service.openai import Strict, paged
+from router_service.openai import Many, Strict, in_json, paged
 
 
 class Block(Strict):
@@ -23,8 +23,8 @@ class Block(Strict):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[Block] | None = None
-    is_error: bool | None = None
+    content: str | Many[Block] | None = None
+    is_error: bool | None = Field(default=None, description="templates have no mark for it; the content says it")
 
     NEUTRAL: ClassVar = {"cache_control": ({"type": "ephemeral"},), "citations": ()}
 
@@ -33,7 +33,7 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | Many[Block]
 
 
 class Tool(Strict):
@@ -64,9 +64,9 @@ class CountRequest(Strict):
     """/v1/messages/count_tokens."""
 
     model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
-    messages: list[Message] = Field(min_length=1)
-    system: str | list[Block] | None = None
-    tools: list[Tool] | None = None
+    messages: Many[Message] = Field(min_length=1)
+    system: str | Many[Block] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
 
     NEUTRAL: ClassVar = {"thinking": ({"type": "disabled"},)}
@@ -115,7 +115,7 @@ class MessagesRequest(CountRequest):
     temperature: float | None = Field(default=None, description="1 by default, as Anthropic's; 0 is greedy")
     top_p: float | None = None
     top_k: int | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Many[str] | None = None
     stream: bool | None = None
     metadata: Metadata | None = Field(default=None, description="a digest of user_id is in the access log")
     pool: str | int | float | None = Field(default=None, description="the pool's size, as `--pool` of the command line")
@@ -179,11 +179,6 @@ def _for_template(message: Message) -> list[dict[str, Any]]:
     return made
 
 
-def _for_template_call(block: Block) -> dict[str, Any]:
-    function = {"name": block.name or "", "arguments": block.input or {}}
-    return {"id": block.id or "", "type": "function", "function": function}
-
-
 def stop_reason(usage: Usage, calls: bool) -> str:
     """Why the answer ended."""
     if usage.finish_reason is FinishReason.LENGTH:
@@ -212,7 +207,7 @@ def _object(call: ToolCall) -> Any:
         return {}
 
 
-def error_body(error: Any, status: int) -> dict[str, Any]:
+def error_body(error: PagerError, status: int) -> dict[str, Any]:
     """An error as Anthropic's clients read it."""
     kinds: Mapping[int, str] = {
         400: "invalid_request_error",
@@ -224,4 +219,4 @@ def error_body(error: Any, status: int) -> dict[str, Any]:
         503: "overloaded_error",
         504: "timeout_error",
     }
-    return {"type": "error", "error": {"type": kinds.get(status, "api_error"), "message": error.message}}
+    return {"type": "error", "error": {"type": kinds.get(status, "api_error"), "message": in_json(error)[0]}}

@@ -31,8 +31,8 @@ def openai_error(error: PagerError, status: int) -> dict[str, Any]:
     """An error as OpenAI's clients read it; `code` is ErrorInfo's reason."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    param = None if error.field is None else error.field.removeprefix("sampling.")
-    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.reason.lower()}}
+    message, param = openai.in_json(error)
+    return {"error": {"message": message, "type": kind, "param": param, "code": error.reason.lower()}}
 
 
 class Api:

@@ -17,6 +17,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 import grpc
+import h11
 import uvicorn
 from pydantic_core import from_json
 from starlette.applications import Starlette
@@ -41,7 +42,7 @@ from pager.observe.logs import request_id, trace_context, traceparent_of
 from pager.types import TokenChunk
 from router_service import requests
 from router_service.access_log import CallRecorder
-from router_service.message_bounds import MAX_METADATA_BYTES
+from router_service.message_bounds import MAX_METADATA_BYTES, check_json
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline
 from router_service.status import DEFAULT_RETRY_S, code_of
@@ -50,7 +51,7 @@ from router_service.tls import TlsFiles
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 2 * 2**20  # whose JSON takes the event loop less than 50 ms
+MAX_BODY_BYTES = 2 * 2**20
 MAX_DISCARDED_BYTES = 32 * 2**20
 DISCARD_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
@@ -121,10 +122,13 @@ class Exchange:
             raise InvalidRequest(f"the content type is {kind[:60]!r}; send application/json", field="content-type")
         data = await self._body()
         self.num_bytes = len(data)
+        await check_json(data)
         try:
-            return from_json(data, allow_inf_nan=False)
+            body = from_json(data, allow_inf_nan=False)
         except ValueError as error:
             raise InvalidRequest(f"the body is not JSON: {str(error)[:120]}") from None
+        await asyncio.sleep(0)  # what is in it is checked in a turn of its own
+        return body
 
     async def _body(self) -> bytes:
         length = Request(self._scope).headers.get("content-length", "")
@@ -297,15 +301,32 @@ def new_call(exchange: Exchange, tenant: str) -> Call:
 
 
 class _Protocol(H11Protocol):
-    """Ends a connection that does not send a whole head in time, which uvicorn would keep for ever."""
+    """Ends a connection that does not send a whole head in time, which uvicorn would keep for ever.
+
+    The time of a new connection begins when it is made, that of a later request with its first bytes.
+    """
+
+    _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._check_head)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, transport.close)
 
-    def _check_head(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and self.conn.their_state is not h11.IDLE:  # the head is whole
+            self._stop_head_timer()
+        elif self._head_timer is None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class _Server(uvicorn.Server):

@@ -6,6 +6,7 @@ level only, which costs as much for 8 MiB of text as for a word.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import zlib
 from collections import Counter
@@ -31,6 +32,10 @@ MAX_METADATA_BYTES = 16 * 2**10
 MAX_FIELDS = 256  # at the top level; the most that is ever needed are the examples of Calibrate
 MAX_OTHER_BYTES = 64 * 2**10  # all fields without a bound of their own: ids, names, what newer clients know
 _MAX_SAMPLING_BYTES = 64 * 2**10 + MAX_GRAMMAR_BYTES
+MAX_JSON_CONTAINERS = 8 * 2**10  # objects and arrays of a body: each costs microseconds to build and to check
+MAX_JSON_KEYS = 2**15
+MAX_JSON_VALUES = 2**18  # what stands between commas
+_SCANNED_BYTES = 256 * 2**10
 _POOL_HEADER_BYTES = 4 * 2**10
 _NUMBER_BYTES = 11  # one number of a list, in the longest encoding that is still legal
 _LAYER_BYTES = 24
@@ -128,6 +133,43 @@ def unzipped(data: bytes) -> bytes:
     if not unzip.eof:
         raise malformed()
     return message
+
+
+_MOST_OF: Mapping[bytes, int] = {
+    b"[": MAX_JSON_CONTAINERS,
+    b"{": MAX_JSON_CONTAINERS,
+    b":": MAX_JSON_KEYS,
+    b",": MAX_JSON_VALUES,
+}
+
+
+async def check_json(data: bytes) -> None:
+    """Checks how many objects, lists, keys and values a JSON text has, before it is parsed. Raises InvalidRequest.
+
+    Only what stands outside of strings counts. A text that is within the bounds with its strings is not scanned.
+    """
+    if not _has_too_many(Counter({mark: data.count(mark) for mark in _MOST_OF})):
+        return
+    found: Counter[bytes] = Counter()
+    is_in_string, rest = False, b""
+    for start in range(0, len(data), _SCANNED_BYTES):
+        piece = rest + data[start : start + _SCANNED_BYTES]
+        rest = piece[len(piece.rstrip(b"\\")) :]  # what it escapes may be in the next piece
+        piece = piece[: len(piece) - len(rest)].replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = piece.split(b'"')
+        outside = b"".join(parts[int(is_in_string) :: 2])
+        is_in_string ^= len(parts) % 2 == 0
+        found.update({mark: outside.count(mark) for mark in _MOST_OF})
+        if _has_too_many(found):
+            raise InvalidRequest(
+                f"the body has more than {MAX_JSON_CONTAINERS} objects or lists, {MAX_JSON_KEYS} keys or "
+                f"{MAX_JSON_VALUES} values; send less, or call the service by gRPC"
+            )
+        await asyncio.sleep(0)
+
+
+def _has_too_many(found: Mapping[bytes, int]) -> bool:
+    return any(found[mark] > most for mark, most in _MOST_OF.items())
 
 
 def check_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:

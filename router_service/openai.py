@@ -12,11 +12,14 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from pager.errors import InvalidRequest
+from pager.errors import InvalidRequest, PagerError
 from pager.pools.drift import parse_drift
 from pager.pools.pick import parse_pool_size
 from pager.sampling import check_sampling, check_vocabulary
@@ -35,13 +38,24 @@ from router_service.chat import ChatTemplate, TokenTexts, forced_call_schema
 from router_service.requests import PoolByName, check_model, chosen_pool
 
 MAX_CHOICES = 32
+_NOT_HERE = {
+    "moderation": "nothing is moderated",
+    "prompt_cache_key": "prefixes are recognised by themselves",
+    "prompt_cache_options": "prefixes are recognised by themselves",
+    "prompt_cache_retention": "prefixes are recognised by themselves",
+}
 COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is absent, as OpenAI's
 MAX_TOP_LOGPROBS = 20
 _ROLES = Literal["system", "developer", "user", "assistant", "tool"]
 
 
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is read up to the first item which is wrong: an error for each of them would take seconds."""
+
+
 class Strict(BaseModel):
-    """A JSON object in which every key is known. `NEUTRAL` keys have one value each that changes nothing."""
+    """A JSON object in which every key is known. `NEUTRAL` keys have only values that change nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -53,22 +67,60 @@ class Strict(BaseModel):
         """Raises InvalidRequest, which names the field and never quotes what a message says."""
         if not isinstance(body, dict):
             raise InvalidRequest("the body is not a JSON object")
-        kept = {}
-        for name, value in body.items():
-            if name in cls.REFUSED and value is not None:
-                raise InvalidRequest(f"`{name}` is not supported: {cls.REFUSED[name]}", field=name)
-            if name in cls.NEUTRAL and value is not None and value not in cls.NEUTRAL[name]:
-                known = " or ".join(json.dumps(each) for each in cls.NEUTRAL[name])
-                raise InvalidRequest(f"`{name}` can only be {known} here; leave it out", field=name)
-            if name not in cls.REFUSED and name not in cls.NEUTRAL:
-                kept[name] = value
         try:
-            return cls.model_validate(kept)
+            return cls.model_validate(body)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            message = "is not a field of this request" if first["type"] == "extra_forbidden" else first["msg"]
-            raise InvalidRequest(f"`{where[:200]}`: {message}", field=where[:200]) from None
+            found = error.errors(include_url=False, include_input=False)
+            # Of a value that may be one of several things, the error of the one that it comes closest to.
+            where, message = max((_place(each, body), str(each["msg"])) for each in found)
+            name = ".".join(where)[:200]
+            raise InvalidRequest(f"`{name}`: {message}", field=name) from None
+
+    @classmethod
+    def names(cls) -> Mapping[str, FieldInfo]:
+        """The fields that are taken, by their names in JSON."""
+        return {info.alias or name: info for name, info in cls.model_fields.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _look_at_names(cls, body: Any) -> Any:
+        """Drops the keys that change nothing, and stops at the first that is refused or not known."""
+        if not isinstance(body, dict):
+            return body
+        known, kept = _names_of(cls), {}
+        for name, value in body.items():
+            if name in known:
+                kept[name] = value
+            elif name not in cls.REFUSED and name not in cls.NEUTRAL:
+                raise PydanticCustomError(_KEY, "is not a field of this request", {"key": str(name)})
+            elif value is not None and (name in cls.REFUSED or value not in cls.NEUTRAL[name]):
+                raise PydanticCustomError(_KEY, "{reason}", {"key": name, "reason": cls.reason(name)})
+        return kept
+
+    @classmethod
+    def reason(cls, name: str) -> str:
+        """Why a key cannot have the value that it has."""
+        if name in cls.REFUSED:
+            return f"is not supported: {cls.REFUSED[name]}"
+        known = " or ".join(json.dumps(each) for each in cls.NEUTRAL[name] or (None,))
+        return f"can only be {known} here; leave it out"
+
+
+_KEY = "key"
+_names_of = lru_cache(maxsize=None)(lambda cls: frozenset(cls.names()))
+
+
+def _place(error: ErrorDetails, body: Any) -> tuple[str, ...]:
+    """Where in the body an error is. pydantic's own path names alternatives of a type, too, which are left out."""
+    where, value = [], body
+    for part in error["loc"]:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            where.append(str(part))
+            value = value[part]  # type: ignore[index]
+        elif error["type"] == "missing":
+            where.append(str(part))
+    key = error.get("ctx", {}).get("key") if error["type"] == _KEY else None
+    return (*where, key[:100]) if key is not None else tuple(where)
 
 
 class StreamOptions(Strict):
@@ -85,7 +137,7 @@ class JsonSchema(Strict):
     name: str = ""
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
+    strict: bool | None = Field(default=None, description="an answer is held to it, whichever it is")
 
 
 class ResponseFormat(Strict):
@@ -110,8 +162,8 @@ class Function(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="a JSON schema")
+    strict: bool | None = Field(default=None, description="a forced call is held to it, whichever it is")
 
 
 class Tool(Strict):
@@ -137,26 +189,26 @@ class Sampled(Strict):
 
     model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
     temperature: float | None = Field(default=None, description="1 by default, as OpenAI's; 0 is greedy")
-    top_p: float | None = None
+    top_p: float | None = Field(default=None, description="above 0, at most 1")
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description=f"at most {MAX_CHOICES}; answers run at once")
-    stream: bool | None = None
+    stream: bool | None = Field(default=None, description="server-sent events")
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = Field(default=None, description="at most 16, of at most 256 characters each")
     seed: int | None = Field(default=None, description="answer i of several has seed + i")
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = Field(default=None, description="-2 to 2")
+    frequency_penalty: float | None = Field(default=None, description="-2 to 2")
+    logit_bias: dict[str, float] | None = Field(default=None, description="by token id, at most 1,024")
     user: str | None = Field(default=None, description="a digest of it is in the access log")
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(default=None, description="the answer is held to it")
     pool: str | int | float | None = Field(default=None, description="the pool's size, as `--pool` of the command line")
     drift: str | float | None = Field(default=None, description="as `--drift` of the command line")
     top_k: int | None = Field(default=None, description="as vLLM's")
     min_p: float | None = Field(default=None, description="as vLLM's")
     min_tokens: int | None = Field(default=None, description="as vLLM's")
     repetition_penalty: float | None = Field(default=None, description="as vLLM's")
-    stop_token_ids: list[int] | None = Field(default=None, description="as vLLM's")
+    stop_token_ids: Many[int] | None = Field(default=None, description="as vLLM's")
     ignore_eos: bool | None = Field(default=None, description="as vLLM's")
-    guided_json: dict[str, Any] | str | None = Field(default=None, description="as vLLM's")
+    guided_json: dict[str, Any] | str | None = Field(default=None, description="a JSON schema; as vLLM's")
     guided_regex: str | None = Field(default=None, description="as vLLM's")
     guided_grammar: str | None = Field(default=None, description="GBNF; as vLLM's")
 
@@ -199,7 +251,9 @@ class Sampled(Strict):
         if self.guided_grammar is not None:
             found.append(Grammar(GrammarKind.EBNF, self.guided_grammar))
         if len(found) > 1:
-            raise InvalidRequest("an answer has one form; give one of response_format and guided_*", field="guided")
+            raise InvalidRequest(
+                "an answer has one form; give one of response_format and guided_*", field="guided_json"
+            )
         return found[0] if found else None
 
     @property
@@ -219,7 +273,7 @@ def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
         raise InvalidRequest("the keys of `logit_bias` are token ids", field="logit_bias") from None
 
 
-Prompts = str | list[str] | list[int] | list[list[int]]
+Prompts = str | Many[str] | Many[int] | Many[Many[int]]
 
 
 class CompletionRequest(Sampled):
@@ -227,9 +281,11 @@ class CompletionRequest(Sampled):
 
     prompt: Prompts = Field(description="a text, token ids, or several of either", union_mode="left_to_right")
     max_tokens: int | None = Field(default=None, ge=0, description=f"{COMPLETION_TOKENS} by default; 0 with `echo`")
-    echo: bool | None = None
+    echo: bool | None = Field(default=None, description="the prompt is part of the answer, also of `logprobs`")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(
+        default=None, ge=1, le=MAX_CHOICES, description="the `n` of the highest mean log-probability; not streamed"
+    )
 
     REFUSED: ClassVar = {"suffix": "the model fills nothing in"}
 
@@ -279,9 +335,9 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: _ROLES
-    content: str | list[TextPart] | None = None
+    content: str | Many[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: Many[CalledTool] | None = None
     tool_call_id: str | None = None
 
     NEUTRAL: ClassVar = {"refusal": (), "annotations": ([],), "function_call": (), "audio": ()}
@@ -315,13 +371,15 @@ def _called(call: CalledTool) -> dict[str, Any]:
 class ChatRequest(Sampled):
     """/v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1, description="as max_completion_tokens")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="what fits, by default")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Many[Tool] | None = Field(default=None, description="shown to the model by its chat template")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        default=None, description="`required` or a tool by name: the answer is held to the form of a call"
+    )
 
     NEUTRAL: ClassVar = {
         "parallel_tool_calls": (True,),
@@ -338,7 +396,7 @@ class ChatRequest(Sampled):
         "web_search_options": "nothing is searched",
         "functions": "use `tools`",
         "function_call": "use `tool_choice`",
-        "prompt_cache_key": "prefixes are recognised by themselves",
+        **_NOT_HERE,
         "safety_identifier": "use `user`",
     }
 
@@ -392,7 +450,7 @@ class TextFormat(Strict):
     name: str = ""
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
+    strict: bool | None = Field(default=None, description="an answer is held to it, whichever it is")
 
 
 class TextOptions(Strict):
@@ -407,8 +465,8 @@ class ResponseTool(Strict):
     type: Literal["function"]
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="a JSON schema")
+    strict: bool | None = Field(default=None, description="a forced call is held to it, whichever it is")
 
 
 class ResponseToolChoice(Strict):
@@ -421,7 +479,7 @@ class InputItem(Strict):
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[TextPart] | None = None
+    content: str | Many[TextPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
@@ -449,13 +507,13 @@ class ResponsesRequest(Strict):
     """/v1/responses, without anything that is kept between two calls."""
 
     model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
-    input: str | list[InputItem]
+    input: str | Many[InputItem]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, description="what fits, by default")
     temperature: float | None = Field(default=None, description="1 by default, as OpenAI's; 0 is greedy")
     top_p: float | None = None
     text: TextOptions | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Many[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     stream: bool | None = None
     store: bool | None = Field(default=None, description="nothing is stored, whichever it is")
@@ -479,7 +537,9 @@ class ResponsesRequest(Strict):
         "prompt": "there are no stored prompts; send `input`",
         "reasoning": "the models served here have no such switch",
         "max_tool_calls": "tools are called by the client",
-        "prompt_cache_key": "prefixes are recognised by themselves",
+        "background_options": "nothing is run in the background",
+        "context_management": "send less as `input`",
+        **_NOT_HERE,
         "safety_identifier": "use `user`",
     }
 
@@ -559,7 +619,7 @@ class DetokenizeRequest(Strict):
     """/detokenize."""
 
     model: str = ""
-    tokens: list[int]
+    tokens: Many[int]
 
 
 # --- what is asked of the pipeline ----------------------------------------------------------------------------------
@@ -583,14 +643,18 @@ def model_and_pool(
 
 
 def checked(params: SamplingParams, model: ModelInfo) -> SamplingParams:
-    """Raises InvalidRequest, with the field as a request of OpenAI's calls it."""
-    try:
-        check_sampling(params)
-        check_vocabulary(params, model.vocab_size)
-    except InvalidRequest as error:
-        name = (error.field or "").removeprefix("sampling.")
-        raise InvalidRequest(error.message.replace("sampling.", "", 1), field=name) from None
+    """Raises InvalidRequest."""
+    check_sampling(params)
+    check_vocabulary(params, model.vocab_size)
     return params
+
+
+def in_json(error: PagerError) -> tuple[str, str | None]:
+    """The message and the field of an error, with fields named as requests over HTTP name them."""
+    message, name = error.message, error.field or ""
+    for inner, outer in (("sampling.regex", "guided_regex"), ("sampling.ebnf", "guided_grammar"), ("sampling.", "")):
+        message, name = message.replace(inner, outer), name.replace(inner, outer)
+    return message, name or None
 
 
 def new_id(kind: str) -> str:
@@ -608,8 +672,8 @@ class Choice:
     index: int
     prompt: int  # which of several
     prompt_ids: Sequence[int] = ()
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
+    texts: Many[str] = field(default_factory=list)
+    token_ids: Many[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     usage: Usage | None = None
@@ -681,7 +745,7 @@ def completion_logprobs(
     texts: TokenTexts, logprobs: Sequence[TokenLogprobs], first: int | None = None, offset: int = 0
 ) -> dict[str, Any]:
     """`first` is the id of a prompt's first token, of which there is no probability."""
-    tokens: list[str] = [] if first is None else [texts.of(first)[0]]
+    tokens: Many[str] = [] if first is None else [texts.of(first)[0]]
     values: list[float | None] = [None] * len(tokens)
     tops: list[dict[str, float] | None] = [None] * len(tokens)
     for each in logprobs:

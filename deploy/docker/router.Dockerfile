@@ -38,4 +38,4 @@ FROM runtime AS dev
 COPY models/emo-tiny /opt/models/emo-tiny
 
 FROM runtime AS router
-EXPOSE 50051 9464
+EXPOSE 50051 8080 9464

@@ -63,12 +63,13 @@ def test_members_of_the_ray_cluster_reach_each_other_and_nobody_else_reaches_the
                 assert rule["ports"], each["metadata"]["name"]
 
 
-def test_clients_reach_routers_on_the_service_port_alone(manifests: Rendered) -> None:
+def test_clients_reach_routers_on_the_ports_of_the_service_alone(manifests: Rendered) -> None:
     clients = policy(manifests, "expert-pager-clients")
     assert selected(manifests, clients["podSelector"]) == {"expert-pager-router"}
     (rule,) = clients["ingress"]
-    (service_port,) = manifests.one("Service", "expert-pager")["spec"]["ports"]
-    assert [port["port"] for port in rule["ports"]] == [service_port["port"]]
+    service_ports = manifests.one("Service", "expert-pager")["spec"]["ports"]
+    assert [port["name"] for port in service_ports] == ["grpc", "http"]
+    assert [port["port"] for port in rule["ports"]] == [port["port"] for port in service_ports]
 
 
 def test_services_select_pods_that_have_the_port(manifests: Rendered) -> None:

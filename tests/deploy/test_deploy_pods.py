@@ -130,8 +130,8 @@ def test_ports_are_those_of_the_settings(manifests: Rendered, tmp_path: Path) ->
     assert config.workers.per_node == 1  # so that a worker's metrics port is its pod's
     router, worker = manifests.workload("expert-pager-router"), manifests.workload("expert-pager-worker")
     ports = {port["name"]: port["containerPort"] for port in router.main["ports"]}
-    assert ports == {"grpc": config.router.port, "health": config.router.health_port,
-                     "metrics": config.router.metrics_port}  # fmt: skip
+    numbers = {name: getattr(config.router, f"{name}_port") for name in ("http", "health", "metrics")}
+    assert ports == {"grpc": config.router.port, **numbers}
     ports = {port["name"]: port["containerPort"] for port in worker.main["ports"]}
     assert ports["metrics"] == config.workers.metrics_port
     assert worker.main["readinessProbe"]["httpGet"] == {"path": "/metrics", "port": "metrics"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -185,6 +187,104 @@ def test_messages_of_anthropic(url: str, golden: Callable[..., str]) -> None:
     assert (status, counted["input_tokens"] > 3) == (200, True)
     status, error = post(url, "/v1/messages", {"model": MODEL, "messages": MESSAGES[1:]})
     assert (status, error["error"]["type"]) == (400, "invalid_request_error")
+
+
+# --- what an answer is held to --------------------------------------------------------------------------------------
+
+TOOL = {"name": "rooms", "description": "Counts free rooms.", "parameters": SCHEMA}
+FORM: Any = {"type": "json_schema", "json_schema": {"name": "hotel", "schema": SCHEMA, "strict": True}}
+ASK: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_completion_tokens": 60, "temperature": 0}
+
+
+def is_open_hotel(text: str) -> bool:
+    found = json.loads(text)
+    return set(found) == {"open", "rooms"} and isinstance(found["open"], bool) and 0 <= found["rooms"] <= 99
+
+
+def test_answers_are_held_to_a_form(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(**ASK, response_format=FORM)
+    assert chat.choices[0].finish_reason == "stop"
+    assert is_open_hotel(chat.choices[0].message.content or "")
+    streamed = client.chat.completions.create(**ASK, response_format=FORM, stream=True)
+    text = "".join(event.choices[0].delta.content or "" for event in streamed)
+    assert text == chat.choices[0].message.content
+    asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    by_regex = client.completions.create(**asked, extra_body={"guided_regex": "(id|name) = [0-9]{3}"})
+    assert re.fullmatch("(id|name) = [0-9]{3}", by_regex.choices[0].text)
+    by_rules = client.completions.create(**asked, extra_body={"guided_grammar": 'root ::= "id" | "name"'})
+    assert by_rules.choices[0].text in ("id", "name")
+    schema: Any = {"type": "json_schema", "name": "hotel", "schema": SCHEMA}
+    response = client.responses.create(
+        model=MODEL, input="Which hotel is open?", max_output_tokens=60, temperature=0, text={"format": schema}
+    )
+    assert response.status == "completed"
+    assert is_open_hotel(response.output_text)
+
+
+def test_an_answer_that_is_cut_says_so(client: openai.OpenAI) -> None:
+    cut = client.chat.completions.create(**ASK | {"max_completion_tokens": 2}, response_format=FORM)
+    assert cut.choices[0].finish_reason == "length"
+
+
+def test_forced_calls_fit_their_tools(client: openai.OpenAI, url: str) -> None:
+    tools: Any = [{"type": "function", "function": TOOL}]
+    chosen: Any = {"type": "function", "function": {"name": "rooms"}}
+    for choice in ("required", chosen):
+        answer = client.chat.completions.create(**ASK, tools=tools, tool_choice=choice).choices[0]
+        assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+        (call,) = answer.message.model_dump()["tool_calls"]
+        assert call["function"]["name"] == "rooms"
+        assert is_open_hotel(call["function"]["arguments"])
+    events = list(client.chat.completions.create(**ASK, tools=tools, tool_choice="required", stream=True))
+    parts = [part for event in events for part in event.choices[0].delta.tool_calls or ()]
+    assert is_open_hotel("".join((part.function and part.function.arguments) or "" for part in parts))
+    assert events[-1].choices[0].finish_reason == "tool_calls"
+
+    flat: Any = [{"type": "function", **TOOL}]
+    response = client.responses.create(
+        model=MODEL, input="x", max_output_tokens=60, temperature=0, tools=flat, tool_choice="required"
+    )
+    (item,) = response.output
+    assert item.type == "function_call"
+    assert is_open_hotel(item.arguments)
+
+    body: dict[str, Any] = {"model": MODEL, "max_tokens": 60, "temperature": 0, "messages": MESSAGES[1:]}
+    body |= {"tools": [{"name": "rooms", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}}
+    status, message = post(url, "/v1/messages", body)
+    assert (status, message["stop_reason"]) == (200, "tool_use")
+    (block,) = message["content"]
+    assert is_open_hotel(json.dumps(block["input"]))
+    lines = post_text(url, "/v1/messages", body | {"stream": True})
+    deltas = [json.loads(line[6:]).get("delta", {}) for line in lines if line[:6] == "data: "]
+    assert is_open_hotel("".join(delta.get("partial_json", "") for delta in deltas))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"guided_regex": "(a"}, "guided_regex", "guided_regex"),
+        ({"guided_grammar": "root ::= other"}, "guided_grammar", "guided_grammar"),
+        ({"guided_json": {"oneOf": [{"type": "null"}]}}, "json_schema", "oneOf"),
+        ({"guided_json": {"type": "object", "required": ["a"]}}, "json_schema", "describe it there"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "exclude each other"),
+        ({"guided_regex": "a", "guided_json": {}}, "guided_json", "one form"),
+        ({"response_format": FORM | {"json_schema": {"schema": {"not": {}}}}}, "json_schema", "'not'"),
+    ],
+)
+def test_a_form_that_cannot_be_held_is_refused(url: str, fields: dict[str, Any], param: str, message: str) -> None:
+    status, answer = post(url, "/v1/completions", {"model": MODEL, "prompt": PROMPT, "max_tokens": 4} | fields)
+    assert status == 400, answer
+    assert message in answer["error"]["message"]
+    assert answer["error"]["param"] == param
+
+
+def test_the_call_of_the_readme(url: str, golden: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from openai import OpenAI\n.*?)```", readme, re.DOTALL)
+    exec(example.replace("http://localhost:8080", url), {})
+    text, experts = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert text == golden("SELECT name FROM users WHERE", 24, pool=pb.PoolPolicy(share=0.125))
+    assert re.fullmatch(r"\d+ experts", experts)
 
 
 REFUSED: list[tuple[str, dict[str, Any], int, str | None]] = [

@@ -1,0 +1,71 @@
+"""Chat templates, and the calls of tools in answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pager.errors import ConfigError, InvalidRequest
+from router_service.chat import ChatTemplate, forced_call, forced_call_schema, tool_parser
+from tests.support.values import some
+
+TOOL = {"type": "function", "function": {"name": "rooms", "parameters": {"type": "object", "properties": {}}}}
+HERMES = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}<tool_call>{% endif %}"
+
+
+@pytest.fixture
+def hermes() -> ChatTemplate:
+    return ChatTemplate(HERMES, {})
+
+
+def test_a_template_is_the_file_else_the_models_own(tmp_path: Path) -> None:
+    assert ChatTemplate.read(tmp_path) is None
+    settings = {"chat_template": "own {{ bos_token }}", "bos_token": {"content": "<s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert some(ChatTemplate.read(tmp_path)).render([], None) == "own <s>"
+    (tmp_path / "chat_template.jinja").write_text("beside")
+    assert some(ChatTemplate.read(tmp_path)).source == "beside"
+    given = tmp_path / "given.jinja"
+    given.write_text("given")
+    assert some(ChatTemplate.read(tmp_path, given)).source == "given"
+    with pytest.raises(ConfigError, match=r"none\.jinja cannot be read"):
+        ChatTemplate.read(tmp_path, tmp_path / "none.jinja")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ raise_exception('roles alternate') }}", "roles alternate"),
+        ("{{ messages[0].content.nothing.at_all }}", "UndefinedError|has no attribute|undefined"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
+        ("{{ 'x' * 100000000 }}", "characters; send less"),
+    ],
+)
+def test_what_a_template_refuses_or_must_not_do_is_the_requests_error(source: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}], None)
+
+
+def test_calls_between_tags_are_taken_out_of_the_text(hermes: ChatTemplate) -> None:
+    parse = some(tool_parser(hermes))
+    text, calls = parse('Looking. <tool_call>{"name": "rooms", "arguments": {"floor": 2}}</tool_call>')
+    assert (text, [(call.name, json.loads(call.arguments)) for call in calls]) == (
+        "Looking.",
+        [("rooms", {"floor": 2})],
+    )
+    for broken in ('<tool_call>{"name": 1', "<tool_call>{no}</tool_call>", "nothing"):
+        assert parse(broken) == (broken, [])
+    assert tool_parser(ChatTemplate("{{ messages }}", {})) is None
+
+
+def test_a_forced_call_has_the_schema_of_its_tool() -> None:
+    schema = json.loads(forced_call_schema([TOOL], "rooms"))
+    assert schema["properties"]["arguments"] == TOOL["function"]["parameters"]  # type: ignore[index]
+    assert set(json.loads(forced_call_schema([TOOL, TOOL], None))) == {"anyOf"}
+    with pytest.raises(InvalidRequest, match="not among `tools`"):
+        forced_call_schema([TOOL], "baths")
+    call = some(forced_call('{"name": "rooms", "arguments": {}}'))
+    assert (call.name, call.arguments) == ("rooms", "{}")
+    assert forced_call('{"name": "roo') is None

@@ -1,0 +1,79 @@
+"""Fields of HTTP requests: each is taken, taken at one value, or refused by its name, also within other objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pager.errors import InvalidRequest
+from router_service import anthropic, openai
+from router_service.openai import Strict
+
+MODEL = {"model": "m"}
+TURN = {"role": "user", "content": "x"}
+SMALLEST: dict[type[Strict], dict[str, Any]] = {
+    openai.CompletionRequest: MODEL | {"prompt": "x"},
+    openai.ChatRequest: MODEL | {"messages": [TURN]},
+    openai.ResponsesRequest: MODEL | {"input": "x"},
+    openai.TokenizeRequest: {"prompt": "x"},
+    openai.DetokenizeRequest: {"tokens": [1]},
+    anthropic.CountRequest: MODEL | {"messages": [TURN]},
+    anthropic.MessagesRequest: MODEL | {"messages": [TURN], "max_tokens": 1},
+}
+KEYS = [(cls, name) for cls in SMALLEST for name in (*cls.REFUSED, *cls.NEUTRAL)]
+
+
+def refused(cls: type[Strict], body: Any) -> tuple[str | None, str]:
+    """The field at fault, and the message."""
+    with pytest.raises(InvalidRequest) as caught:
+        cls.read(body)
+    return caught.value.field, caught.value.message
+
+
+@pytest.mark.parametrize(("cls", "name"), KEYS)
+def test_a_key_is_refused_unless_it_changes_nothing(cls: type[Strict], name: str) -> None:
+    smallest = SMALLEST[cls]
+    assert cls.read(smallest | {name: None}) == cls.read(smallest)
+    for value in cls.NEUTRAL.get(name, ()):
+        assert cls.read(smallest | {name: value}) == cls.read(smallest)
+    field, message = refused(cls, smallest | {name: "another"})
+    assert field == name
+    assert message == f"`{name}`: {cls.reason(name)}"
+
+
+@pytest.mark.parametrize("cls", SMALLEST)
+def test_a_key_that_there_is_none_of_is_refused(cls: type[Strict]) -> None:
+    assert refused(cls, SMALLEST[cls] | {"colour": "red"}) == ("colour", "`colour`: is not a field of this request")
+
+
+def test_a_message_of_an_earlier_answer_is_taken_as_it_came() -> None:
+    answer: dict[str, Any] = {"role": "assistant", "content": "y", "refusal": None, "annotations": [], "audio": None}
+    read = openai.ChatRequest.read(MODEL | {"messages": [TURN, answer, TURN]})
+    assert read.messages[1].for_template() == {"role": "assistant", "content": "y"}
+    cached = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]
+    body = MODEL | {"max_tokens": 1, "messages": [{"role": "user", "content": cached}]}
+    assert anthropic.MessagesRequest.read(body).messages[0].content[0].text == "x"  # type: ignore[union-attr]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}
+WRONG: list[tuple[type[Strict], dict[str, Any], str]] = [
+    (openai.ChatRequest, {"messages": [TURN, {"role": "user", "content": [IMAGE]}]}, "messages.1.content.0.image_url"),
+    (openai.ChatRequest, {"messages": [{"content": "x"}]}, "messages.0.role"),
+    (openai.ChatRequest, {"messages": [TURN | {"refusal": "no"}]}, "messages.0.refusal"),
+    (openai.ChatRequest, {"messages": []}, "messages"),
+    (openai.ChatRequest, {"tool_choice": "perhaps"}, "tool_choice"),
+    (openai.ChatRequest, {"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
+    (openai.CompletionRequest, {"prompt": [1, "x"]}, "prompt.1"),
+    (openai.CompletionRequest, {"prompt": 1.5}, "prompt"),
+    (openai.CompletionRequest, {"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    (openai.CompletionRequest, {"logit_bias": {"5": "much"}}, "logit_bias.5"),
+]
+
+
+@pytest.mark.parametrize(("cls", "fields", "place"), WRONG)
+def test_an_error_names_the_place_in_the_body(cls: type[Strict], fields: dict[str, Any], place: str) -> None:
+    field, message = refused(cls, SMALLEST[cls] | fields)
+    assert field == place
+    assert message.startswith(f"`{place}`: ")
+    assert "example.com" not in message

@@ -5,12 +5,17 @@ Legend: L layers, N token slots (blocks times BLOCK_TOKENS), G key/value heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
 
 from pager.memory.needs import GATHER_TOKENS, KV_BLOCK_TOKENS
+from pager.types import ExpertPool
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,47 +24,131 @@ BLOCK_TOKENS = KV_BLOCK_TOKENS
 
 
 class BlockPool:
-    """Keeps which KV blocks are free. Knows no tensors and no requests.
+    """Which KV blocks are held, by how many requests, and what the full ones contain. Knows no tensors.
 
-    Blocks are handed out all at once for a request's whole life, so a running request never waits for one.
+    Blocks are handed out all at once for a request's whole life, so a running request never waits for one. A full block
+    can be published under a key that stands for all that its content depends on (`PrefixKeys`); requests that begin
+    alike then hold the same block. Nobody writes to a published block. When nobody holds it, it counts as free, and it
+    is evicted, least recently used first, once there are no blocks without content left.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._free = list(reversed(range(num_blocks)))
-        self._is_used = [False] * num_blocks
+        self.num_evicted = 0
+        self._blank = list(reversed(range(num_blocks)))  # held by nobody, without content
+        self._idle: dict[int, None] = {}  # published and held by nobody, least recently used first
+        self._num_holders = [0] * num_blocks
+        self._key_of: list[bytes | None] = [None] * num_blocks
+        self._published: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._blank) + len(self._idle)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free
 
-    def allocate(self, num_tokens: int) -> tuple[int, ...] | None:
-        """Takes blocks for `num_tokens` tokens; None, and nothing taken, when there are not enough now."""
-        count = blocks_for(num_tokens)
-        if count > len(self._free):
+    @property
+    def num_published(self) -> int:
+        return len(self._published)
+
+    def find(self, keys: Iterable[bytes]) -> tuple[int, ...]:
+        """The blocks published under the first of `keys`, up to the first key that has none. They stay evictable."""
+        found = takewhile(lambda block: block is not None, map(self._published.get, keys))
+        return tuple(block for block in found if block is not None)
+
+    def allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> tuple[int, ...] | None:
+        """Blocks for `num_tokens` tokens, the first of them `shared`, which `find` gave; None, and nothing taken, when
+        there are not enough now.
+        """
+        count = blocks_for(num_tokens) - len(shared)
+        num_idle = sum(block in self._idle for block in shared)
+        if count > self.num_free - num_idle:
             return None
-        taken = tuple(self._free.pop() for _ in range(count))
+        for block in shared:
+            self._idle.pop(block, None)
+        taken = (*shared, *(self._take_free() for _ in range(count)))
         for block in taken:
-            self._is_used[block] = True
+            self._num_holders[block] += 1
         return taken
 
+    def publish(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Makes the content of full blocks, which are held and whose keys these are, available to other requests.
+
+        A block whose content is published already, by whichever block, stays as it is.
+        """
+        for block, key in zip(blocks, keys, strict=True):
+            assert self._num_holders[block], f"block {block} is published and nobody holds it"
+            if self._key_of[block] is None and key not in self._published:
+                self._key_of[block] = key
+                self._published[key] = block
+
     def free(self, blocks: Sequence[int]) -> None:
-        """Gives back what `allocate` gave."""
-        for block in blocks:
-            assert self._is_used[block], f"block {block} is freed twice"
-            self._is_used[block] = False
-        self._free.extend(blocks)
+        """Gives back what `allocate` gave. Of published blocks the last are evicted first: they need those before."""
+        for block in reversed(blocks):
+            assert self._num_holders[block], f"block {block} is freed twice"
+            self._num_holders[block] -= 1
+            if self._num_holders[block]:
+                continue
+            if self._key_of[block] is None:
+                self._blank.append(block)
+            else:
+                self._idle[block] = None
 
     def check_integrity(self) -> None:
-        """Asserts that every block is either used or in the free list, once."""
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is twice in the free list"
-        for block, is_used in enumerate(self._is_used):
-            assert is_used != (block in free), f"block {block} is both used and free, or neither"
+        """Every block is held, blank or idle, and exactly one of them; every key has one block, and the other way."""
+        blank = set(self._blank)
+        assert len(blank) == len(self._blank), "a block is twice in the free list"
+        for block, (num_holders, key) in enumerate(zip(self._num_holders, self._key_of, strict=True)):
+            assert num_holders >= 0, f"block {block} is freed twice"
+            states = (num_holders > 0, block in blank, block in self._idle)
+            assert sum(states) == 1, f"block {block} is held, blank, idle: {states}"
+            assert key is None or (block not in blank and self._published[key] == block), (
+                f"block {block} has lost its key"
+            )
+            assert key is not None or block not in self._idle, f"block {block} is idle without a key"
+        assert len(self._published) == sum(key is not None for key in self._key_of), "a key has no block"
+
+    def _take_free(self) -> int:
+        if self._blank:
+            return self._blank.pop()
+        block = next(iter(self._idle))
+        del self._idle[block]
+        key = self._key_of[block]
+        assert key is not None, "an idle block is published"
+        del self._published[key]
+        self._key_of[block] = None
+        self.num_evicted += 1
+        return block
+
+
+class PrefixKeys:
+    """The keys of a token sequence's full blocks, each of which stands for all tokens up to the end of its block.
+
+    The scope stands for all else that keys and values depend on, and for whoever may share them. Keys are SHA-256, so
+    that nobody can make tokens whose key is that of others. Mutable: keys are kept as the sequence grows.
+    """
+
+    def __init__(self, pool: ExpertPool | None, tenant: str | None, *, is_long: bool = False) -> None:
+        """`pool` None: with all experts. `tenant` None: shared by all. `is_long`: with the tables of longrope for long
+        prompts.
+        """
+        experts = None if pool is None else [sorted(map(int, layer)) for layer in pool.experts]
+        self._scope = hashlib.sha256(json.dumps([tenant, experts, is_long]).encode()).digest()
+        self._keys: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def extend(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Adds the full blocks of `token_ids`, which follow the blocks so far, and returns the new keys."""
+        key, num_before = self._keys[-1] if self._keys else self._scope, len(self._keys)
+        for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+            content = array("q", token_ids[start : start + BLOCK_TOKENS])
+            key = hashlib.sha256(key + content.tobytes()).digest()
+            self._keys.append(key)
+        return self._keys[num_before:]
 
 
 class KvCache:

@@ -9,47 +9,77 @@ from pager.engine.kv import (
     BLOCK_TOKENS,
     BlockPool,
     KvCache,
+    PrefixKeys,
     blocks_for,
     kv_bytes_per_token,
     token_slots,
 )
+from pager.types import ExpertPool
 
 CONFIG = MixtralConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    allocations = Bundle("allocations")
+    """Requests of few different tokens, so that many begin alike. `content` is what was last written to a block."""
+
+    requests = Bundle("requests")
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(num_blocks=8)
-        self.held: set[int] = set()
+        self.content: dict[int, bytes] = {}
+        self.held: list[tuple[int, ...]] = []
 
-    @rule(target=allocations, num_tokens=st.integers(1, 8 * BLOCK_TOKENS + 1))
-    def allocate(self, num_tokens: int) -> tuple[int, ...]:
-        free_before = self.pool.num_free
-        blocks = self.pool.allocate(num_tokens)
-        if blocks is None:
-            assert blocks_for(num_tokens) > free_before
+    @rule(
+        target=requests,
+        tenant=st.sampled_from(["a", "b"]),
+        blocks=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        rest=st.integers(0, BLOCK_TOKENS - 1),
+    )
+    def admit(self, tenant: str, blocks: list[int], rest: int) -> tuple[tuple[int, ...], list[bytes]]:
+        keys = PrefixKeys(None, tenant).extend([token for token in blocks for _ in range(BLOCK_TOKENS)])
+        num_tokens, free_before = len(blocks) * BLOCK_TOKENS + rest, self.pool.num_free
+        shared = self.pool.find(keys)
+        assert [self.content[block] for block in shared] == keys[: len(shared)]
+        num_idle = sum(not any(block in held for held in self.held) for block in shared)
+        taken = self.pool.allocate(num_tokens, shared)
+        if taken is None:
+            assert blocks_for(num_tokens) - len(shared) > free_before - num_idle
             assert self.pool.num_free == free_before
-            return ()
-        assert len(blocks) == blocks_for(num_tokens)
-        assert self.held.isdisjoint(blocks)
-        self.held.update(blocks)
-        return blocks
+            assert self.pool.find(keys) == shared
+            return (), []
+        assert len(taken) == len(set(taken)) == blocks_for(num_tokens)
+        assert taken[: len(shared)] == shared
+        for block in taken[len(shared) :]:
+            assert not any(block in held for held in self.held)
+        self.content.update(zip(taken[len(shared) :], keys[len(shared) :], strict=False))
+        self.held.append(taken)
+        return taken, keys
 
-    @rule(blocks=consumes(allocations))
-    def free(self, blocks: tuple[int, ...]) -> None:
-        self.pool.free(blocks)
-        self.held.difference_update(blocks)
+    @rule(request=requests, num_blocks=st.integers(0, 9))
+    def publish(self, request: tuple[tuple[int, ...], list[bytes]], num_blocks: int) -> None:
+        taken, keys = request
+        if taken in self.held:
+            num_blocks = min(num_blocks, len(keys))
+            self.pool.publish(taken[:num_blocks], keys[:num_blocks])
+            assert len(self.pool.find(keys)) >= num_blocks
+
+    @rule(request=consumes(requests))
+    def free(self, request: tuple[tuple[int, ...], list[bytes]]) -> None:
+        taken, keys = request
+        if taken:
+            found = self.pool.find(keys)
+            self.pool.free(taken)
+            self.held.remove(taken)
+            assert self.pool.find(keys) == found, "what nobody holds stays until its block is needed"
 
     @invariant()
     def sound(self) -> None:
         self.pool.check_integrity()
-        assert self.pool.num_used == len(self.held)
+        assert self.pool.num_used == len({block for held in self.held for block in held})
 
 
-BlockPoolMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+BlockPoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestBlockPool = BlockPoolMachine.TestCase
 
 
@@ -60,6 +90,73 @@ def test_freeing_twice_is_noticed() -> None:
     pool.free(blocks)
     with pytest.raises(AssertionError, match="twice"):
         pool.free(blocks)
+
+
+def published(pool: BlockPool, tenant: str, num_blocks: int) -> list[bytes]:
+    """The keys of a request that has come and gone and left so many blocks."""
+    keys = PrefixKeys(None, tenant).extend([1] * num_blocks * BLOCK_TOKENS)
+    blocks = pool.allocate(num_blocks * BLOCK_TOKENS)
+    assert blocks is not None
+    pool.publish(blocks, keys)
+    pool.free(blocks)
+    return keys
+
+
+def test_the_least_recently_used_goes_first_and_the_end_of_a_prefix_before_its_beginning() -> None:
+    pool = BlockPool(6)
+    old, new = published(pool, "old", 2), published(pool, "new", 2)
+    pool.free(pool.allocate(2 * BLOCK_TOKENS, pool.find(old)) or ())  # used once more
+    assert (pool.num_free, pool.num_published, pool.num_evicted) == (6, 4, 0)
+    left = []
+    for num_blocks in (2, 3, 4, 5, 6):
+        pool.free(pool.allocate(num_blocks * BLOCK_TOKENS) or ())
+        left.append((len(pool.find(old)), len(pool.find(new))))
+    assert left == [(2, 2), (2, 1), (2, 0), (1, 0), (0, 0)]
+    assert pool.num_evicted == 4
+
+
+def test_two_that_ran_the_same_at_once_leave_it_once() -> None:
+    pool = BlockPool(4)
+    keys = PrefixKeys(None, "t").extend([1] * BLOCK_TOKENS)
+    first, second = pool.allocate(BLOCK_TOKENS), pool.allocate(BLOCK_TOKENS)
+    assert first is not None
+    assert second is not None
+    pool.publish(first, keys)
+    pool.publish(second, keys)
+    pool.free(first)
+    pool.free(second)
+    pool.check_integrity()
+    assert pool.find(keys) == first
+    assert pool.num_published == 1
+
+
+def test_a_key_stands_for_all_tokens_before_the_pool_and_the_tenant() -> None:
+    tokens = list(range(2 * BLOCK_TOKENS))
+    pool = ExpertPool(((0, 1), (2,)))
+
+    def last(tokens: list[int], pool: ExpertPool | None, tenant: str | None, is_long: bool = False) -> bytes:
+        return PrefixKeys(pool, tenant, is_long=is_long).extend(tokens)[-1]
+
+    keys = {
+        last(tokens, pool, "t"),
+        last(tokens, None, "t"),
+        last(tokens, ExpertPool(((0,), (1, 2))), "t"),
+        last(tokens, pool, "u"),
+        last(tokens, pool, None),
+        last(tokens, pool, "t", is_long=True),
+        last([1, *tokens[1:]], pool, "t"),
+        last(tokens[BLOCK_TOKENS:], pool, "t"),
+    }
+    assert len(keys) == 8
+    assert last(tokens, ExpertPool(((1, 0), (2,)), 0.5), "t") == last(tokens, pool, "t")
+
+
+def test_keys_that_grow_with_a_sequence_are_those_of_all_of_it() -> None:
+    tokens = list(range(3 * BLOCK_TOKENS + 5))
+    growing = PrefixKeys(None, "t")
+    grown = growing.extend(tokens[: BLOCK_TOKENS + 3]) + growing.extend(tokens[BLOCK_TOKENS:])
+    assert grown == PrefixKeys(None, "t").extend(tokens)
+    assert len(growing) == len(grown) == 3
 
 
 def test_the_tensors_take_what_the_arithmetic_says() -> None:

@@ -43,8 +43,8 @@ that are not named, and over all routers and workers.
   left.
 - Waits: `router_queue_seconds` = `queue_seconds`, in number and sum: the requests that were admitted.
 - Tokens: `router_prompt_tokens` = `prompt_tokens`, and `router_generated_tokens` = `completion_tokens`.
-- Work: `step_tokens` = `prompt_tokens` + `completion_tokens` - the number of `time_to_first_token_seconds`, because a
-  prompt's forward gives the first token.
+- Work: `step_tokens` = `prompt_tokens` - `cached_prompt_tokens` + `completion_tokens` - the number of
+  `time_to_first_token_seconds`, because a prompt's forward gives the first token.
 - Bytes: `router_paged_bytes` = `charged_bytes`, by source; and `transfer_bytes` to `device` = `charged_bytes` +
   `uncharged_bytes`.
 """

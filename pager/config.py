@@ -22,7 +22,7 @@ MAX_FILE_BYTES = 1 << 16  # every setting there is takes a few kilobytes
 MAX_DOTS = 250  # of a line: the parser needs memory in the square of a key's parts
 ENV_PREFIX = "EXPERT_PAGER_"
 ENV_FILE = "EXPERT_PAGER_CONFIG"  # names the file, where no path is given
-_KIND_NAMES: dict[type, str] = {str: "a text", int: "a whole number", float: "a number"}
+_KIND_NAMES: dict[type, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
 
 
@@ -167,7 +167,9 @@ def _is_service_link(variable: str, text: str) -> bool:
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """`text` as the first of int, float and str that the key takes; `take` refuses what is none of them."""
+    """`text` as the first of bool, int, float and str that the key takes; `take` refuses what is none of them."""
+    if bool in _kinds(hint) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         if kind in _kinds(hint):
             try:
@@ -310,6 +312,13 @@ class WorkerConfig:
     )
     max_waiting: int = _key(
         256, "Most requests that wait at a worker. A request beyond that is refused.", _between(0, 65536)
+    )
+    prefix_cache: bool = _key(
+        True, "Keep keys and values of prompts and answers, as far as KV memory goes, for requests that begin alike."
+    )
+    share_prefixes: bool = _key(
+        False,
+        "Also between tenants. A tenant can then find out from its first token's time how prompts of others begin.",
     )
     num_threads: int | None = _key(
         None,

@@ -347,13 +347,15 @@ class FinishReason(StrEnum):
 class Account:
     """What a request has used at its worker, however it ended. Every request that a worker took has one at its end.
 
-    Prompt tokens are those that were run. `queue_s` is None for a request that was never admitted.
+    Prompt tokens are those that were run or found in the prefix cache. `queue_s` is None for a request that was never
+    admitted.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     paging: PagingCounts = PagingCounts()
     queue_s: float | None = None
+    cached_prompt_tokens: int = 0  # of the prompt's, those whose keys and values were there
 
 
 class RequestObserver(Protocol):
@@ -392,10 +394,11 @@ class Usage:
     time_to_first_token_s: float
     model_fingerprint: str
     drift: DriftReport | None = None  # absent where the policy asked for none
+    cached_prompt_tokens: int = 0  # of `prompt_tokens`, those whose keys and values were there
 
     @property
     def account(self) -> Account:
-        return Account(self.prompt_tokens, self.completion_tokens, self.paging, self.queue_s)
+        return Account(self.prompt_tokens, self.completion_tokens, self.paging, self.queue_s, self.cached_prompt_tokens)
 
     @property
     def experts_hit(self) -> int:

@@ -83,6 +83,7 @@ _PAGING = {
 _USAGE = {
     "prompt_tokens": "prompt_tokens",
     "completion_tokens": "completion_tokens",
+    "cached_prompt_tokens": "cached_prompt_tokens",
     "out_of_pool_mass": "out_of_pool_mass",
     "predicted_recall": "predicted_recall",
     "queue_s": "queue_seconds",
@@ -436,13 +437,18 @@ def encode_account(account: Account) -> worker_pb2.Account:
         prompt_tokens=account.prompt_tokens,
         completion_tokens=account.completion_tokens,
         queue_s=account.queue_s,
+        cached_prompt_tokens=account.cached_prompt_tokens,
         **encode_paging(account.paging),
     )
 
 
 def decode_account(message: worker_pb2.Account) -> Account:
     return Account(
-        message.prompt_tokens, message.completion_tokens, decode_paging(message), optional(message, "queue_s")
+        message.prompt_tokens,
+        message.completion_tokens,
+        decode_paging(message),
+        optional(message, "queue_s"),
+        message.cached_prompt_tokens,
     )
 
 

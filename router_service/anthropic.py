@@ -189,7 +189,8 @@ def stop_reason(usage: Usage, calls: bool) -> str:
 def usage_of(usage: Usage) -> dict[str, Any]:
     """Tokens, and what was paged."""
     return {
-        "input_tokens": usage.prompt_tokens,
+        "input_tokens": usage.prompt_tokens - usage.cached_prompt_tokens,
+        "cache_read_input_tokens": usage.cached_prompt_tokens,
         "output_tokens": usage.completion_tokens,
         "expert_pager": paged([usage]),
     }

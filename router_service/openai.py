@@ -707,11 +707,15 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens as OpenAI counts them (a prompt once, however many answers it has), and what was paged."""
     ended = [(choice.prompt, choice.usage) for choice in choices if choice.usage is not None]
     prompts = {prompt: usage.prompt_tokens for prompt, usage in ended}
+    cached: dict[int, int] = {}  # what the first answer to a prompt found: the others find what that one left
+    for prompt, usage in ended:
+        cached[prompt] = min(usage.cached_prompt_tokens, cached.get(prompt, usage.prompt_tokens))
     prompt_tokens, completion_tokens = sum(prompts.values()), sum(usage.completion_tokens for _, usage in ended)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         "expert_pager": paged([usage for _, usage in ended]),
     }
 
@@ -823,7 +827,7 @@ def response(
         total = usage.prompt_tokens + usage.completion_tokens
         body["usage"] = {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": usage.cached_prompt_tokens},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": total,

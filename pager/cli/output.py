@@ -143,6 +143,7 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
         "mode": usage.mode,
         "finish_reason": str(usage.finish_reason),
         "prompt_tokens": usage.prompt_tokens,
+        "cached_prompt_tokens": usage.cached_prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "pool": pool_dict(usage.pool),
         "bytes_from_disk": usage.bytes_from_disk,

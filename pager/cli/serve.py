@@ -260,6 +260,8 @@ def _in_force(reading: Reading, env: Mapping[str, str]) -> Iterator[str]:
 
 def _toml(value: Any) -> str:
     """A value in TOML. A text of several lines is the content of a file, not its name: maybe a secret."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if not isinstance(value, str):
         return str(value)
     if len(value.splitlines()) > 1:

@@ -58,7 +58,12 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         if workers.num_threads is None:
             use_fastest_num_threads(paged, num_threads)
         tokenizer = _tokenizer(Path(config.model.path))
-        limits = EngineLimits(max_running=workers.max_running, max_waiting=workers.max_waiting)
+        limits = EngineLimits(
+            max_running=workers.max_running,
+            max_waiting=workers.max_waiting,
+            prefix_cache=workers.prefix_cache,
+            share_prefixes=workers.share_prefixes,
+        )
         engine = Engine(paged, tokenizer, limits, sink=sink, observer=observer)
     except BaseException:
         paged.close()

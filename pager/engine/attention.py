@@ -239,6 +239,10 @@ class RowRotary(nn.Module):
             self._long = type(rotary)(config=config).to(device)
             self._long.inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](config, device, seq_len=self._short_tokens + 1)
 
+    def is_long(self, num_tokens: int) -> bool:
+        """Whether a prompt of so many tokens takes another table than shorter ones."""
+        return self._long is not None and num_tokens > self._short_tokens
+
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, D] at `position_ids` [B, S]."""

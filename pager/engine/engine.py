@@ -24,6 +24,7 @@ from pager.engine.grammar import Grammars
 from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent, failure_of
 from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
 from pager.engine.paged_model import PagedModel
+from pager.engine.prefix import Prefix
 from pager.engine.request import Request, record_spans
 from pager.engine.runner import ModelRunner
 from pager.engine.scheduler import Inbox, LineClock, RequestBounds, WaitingLine
@@ -62,13 +63,15 @@ class Engine:
         self._texts = TokenTexts(getattr(tokenizer, "backend_tokenizer", tokenizer))
         # Beyond these the plan has no working memory.
         self._max_running = min(limits.max_running, paged.plan.max_running)
+        self._limits = limits
         self._prefill_chunk_tokens = min(limits.prefill_chunk_tokens, PREFILL_CHUNK_TOKENS)
         self._sink = sink
         self._observer = observer or EngineObserver()
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
         plan = paged.plan
         cache = KvCache(config, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
-        self._decoder = Decoder(paged, ModelRunner(paged.model, cache, paged.device, on_layer=self._on_layer))
+        self._runner = ModelRunner(paged.model, cache, paged.device, on_layer=self._on_layer)
+        self._decoder = Decoder(paged, self._runner)
         paged.pager.call_while_waiting(self._meanwhile)
         self._bounds = RequestBounds(
             config.max_position_embeddings, self._blocks.num_blocks * BLOCK_TOKENS, config.vocab_size
@@ -115,6 +118,7 @@ class Engine:
         if sequence.policy.fixed is not None:
             check_pool(sequence.policy.fixed, self._paged.facts)
         self._paged.slots_needed(sequence.policy)
+        sequence.prefix = self._prefix_of(sequence)
         if request.sampling.grammar is not None:
             sequence.compiling = self._grammars.compile(request.sampling.grammar)
         try:
@@ -122,6 +126,20 @@ class Engine:
         except PagerError:
             sequence.leave_grammar()
             raise
+
+    def _prefix_of(self, sequence: Request) -> Prefix | None:
+        if not self._limits.prefix_cache:
+            return None
+        request = sequence.request
+        # A prompt of which only a part can run at a time runs whole where each part would page anew.
+        in_parts = sequence.policy.fixed is not None or self._paged.fully_resident
+        return Prefix(
+            request,
+            sequence.policy,
+            None if self._limits.share_prefixes else request.tenant,
+            is_long=self._runner.is_long(len(request.prompt_token_ids)),
+            max_tokens=len(request.prompt_token_ids) if in_parts else self._prefill_chunk_tokens,
+        )
 
     def cancel(self, request_id: str, tenant: str) -> bool:
         """Ends the request with Failure(Cancelled): before the next step or, where a long forward runs for it alone,
@@ -135,6 +153,7 @@ class Engine:
             waiting=max(0, len(self._inbox) - running),
             running=running,
             kv_blocks_used=self._blocks.num_used,
+            kv_blocks_cached=self._blocks.num_published,
             kv_blocks_total=self._blocks.num_blocks,
             is_stepping=self._is_stepping,
             progress=self._num_steps_begun + self._decoder.num_layers_run + self._paged.pager.progress,
@@ -399,7 +418,7 @@ class Engine:
         num_tokens = len(sequence.request.prompt_token_ids) - num_before
         if sequence.may_be_chunked(self._paged):
             num_tokens = min(num_tokens, self._prefill_chunk_tokens)
-        if not num_before:
+        if math.isnan(sequence.prefill_started_s):
             sequence.prefill_started_s = time.monotonic()
         with self._long_forward([sequence]):
             outcome = self._decoder.prefill(sequence, num_tokens)
@@ -426,6 +445,7 @@ class Engine:
         if not sequence.output_ids:
             self._observer.first_token(now_s - sequence.submitted_s)
         text, reason = sequence.accept(outcome.id, now_s)
+        sequence.publish(self._blocks)
         usage = None if reason is None else self._account(sequence, reason)
         logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
         chunk = TokenChunk(sequence.request.id, (outcome.id,), text, usage, sequence.request.tenant, logprobs)

@@ -25,6 +25,8 @@ class EngineLimits:
     max_overtakes: int = 8  # how often a request that does not fit yet may be passed by later ones
     # Of a prompt whose pool is fixed already, so that decoding goes on in between.
     prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    prefix_cache: bool = True  # keys and values of a common prefix are computed once
+    share_prefixes: bool = False  # between tenants, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class EngineStatus:
     waiting: int
     running: int
     kv_blocks_used: int
+    kv_blocks_cached: int  # with content that requests can take over, in use or not
     kv_blocks_total: int
     is_stepping: bool
     progress: int

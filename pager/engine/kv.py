@@ -5,9 +5,6 @@ Legend: L layers, N token slots (blocks times BLOCK_TOKENS), G key/value heads, 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from array import array
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -15,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from pager.memory.needs import GATHER_TOKENS, KV_BLOCK_TOKENS
-from pager.types import ExpertPool
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,14 +23,13 @@ class BlockPool:
     """Which KV blocks are held, by how many requests, and what the full ones contain. Knows no tensors.
 
     Blocks are handed out all at once for a request's whole life, so a running request never waits for one. A full block
-    can be published under a key that stands for all that its content depends on (`PrefixKeys`); requests that begin
-    alike then hold the same block. Nobody writes to a published block. When nobody holds it, it counts as free, and it
-    is evicted, least recently used first, once there are no blocks without content left.
+    can be published under a key that stands for all that its content depends on (`pager.engine.prefix`): requests that
+    begin alike then hold the same block. Nobody writes to a published block. When nobody holds it, it counts as free,
+    and it is evicted, least recently used first, once there are no blocks without content left.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.num_evicted = 0
         self._blank = list(reversed(range(num_blocks)))  # held by nobody, without content
         self._idle: dict[int, None] = {}  # published and held by nobody, least recently used first
         self._num_holders = [0] * num_blocks
@@ -119,36 +114,7 @@ class BlockPool:
         assert key is not None, "an idle block is published"
         del self._published[key]
         self._key_of[block] = None
-        self.num_evicted += 1
         return block
-
-
-class PrefixKeys:
-    """The keys of a token sequence's full blocks, each of which stands for all tokens up to the end of its block.
-
-    The scope stands for all else that keys and values depend on, and for whoever may share them. Keys are SHA-256, so
-    that nobody can make tokens whose key is that of others. Mutable: keys are kept as the sequence grows.
-    """
-
-    def __init__(self, pool: ExpertPool | None, tenant: str | None, *, is_long: bool = False) -> None:
-        """`pool` None: with all experts. `tenant` None: shared by all. `is_long`: with the tables of longrope for long
-        prompts.
-        """
-        experts = None if pool is None else [sorted(map(int, layer)) for layer in pool.experts]
-        self._scope = hashlib.sha256(json.dumps([tenant, experts, is_long]).encode()).digest()
-        self._keys: list[bytes] = []
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def extend(self, token_ids: Sequence[int]) -> list[bytes]:
-        """Adds the full blocks of `token_ids`, which follow the blocks so far, and returns the new keys."""
-        key, num_before = self._keys[-1] if self._keys else self._scope, len(self._keys)
-        for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-            content = array("q", token_ids[start : start + BLOCK_TOKENS])
-            key = hashlib.sha256(key + content.tobytes()).digest()
-            self._keys.append(key)
-        return self._keys[num_before:]
 
 
 class KvCache:

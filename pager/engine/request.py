@@ -14,9 +14,10 @@ from pager.cache.lease import Lease
 from pager.cache.stats import Tier, TierReads, UsageMeter
 from pager.engine.detokenizer import Detokenizer, StopMatcher, TokenTexts
 from pager.engine.grammar import GrammarMask
-from pager.engine.kv import BlockPool
+from pager.engine.kv import BLOCK_TOKENS, BlockPool
 from pager.engine.logits import Context
 from pager.engine.paged_model import PagedModel
+from pager.engine.prefix import Prefix
 from pager.engine.runner import RowStart
 from pager.engine.sampler import Draw
 from pager.errors import InvalidRequest, PagerError
@@ -60,7 +61,7 @@ def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
     prefill_s, first_s = sequence.prefill_started_s, sequence.first_token_s
     yield part("queue", sequence.submitted_s, sequence.admitted_s)
     if not math.isnan(prefill_s):
-        yield part("prefill", prefill_s, first_s, num_tokens=sequence.num_prefilled)
+        yield part("prefill", prefill_s, first_s, num_tokens=sequence.num_prefilled - sequence.num_cached)
     if not math.isnan(first_s):
         yield part("decode", first_s, now_s, num_tokens=len(sequence.output_ids), outcome=outcome)
     for tier, reads in sequence.reads.items():
@@ -96,12 +97,14 @@ class Request:
         self.end_ids = (frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids)
         self.draw = Draw(sampling, Context(sampling, request.prompt_token_ids, self.output_ids, self.end_ids))
         self.compiling: Future[CompiledGrammar] | None = None
+        self.prefix: Prefix | None = None  # where prefixes are shared
         self.blocks: Ordered[int] = ()
         self.lease: Lease | None = None
         self.routing: RequestRouting | None = None
         self.step: StepRouting | None = None  # that its decode forwards run in
         self.change: Change | None = None  # that drift asks for: it decodes on once its slots can be had
-        self.num_prefilled = 0
+        self.num_cached = 0  # tokens of the prompt whose keys and values were there
+        self.num_prefilled = 0  # and all that need not run any more
         self.prompt_logprobs: list[TokenLogprobs] = []  # that nobody has taken yet
         self.has_ended = False
         self.fate: PagerError | None = None  # what it ends with once the forward that it is in has been left
@@ -130,7 +133,8 @@ class Request:
 
     def acquire(self, paged: PagedModel, blocks: BlockPool) -> bool:
         """Takes KV and slots for its whole life, or nothing. Raises PagerError where it never can."""
-        taken = blocks.allocate(self.kv_tokens)
+        shared = () if self.prefix is None else self.prefix.find(blocks)
+        taken = blocks.allocate(self.kv_tokens, shared)
         if taken is None:
             return False
         self.blocks = taken
@@ -138,6 +142,7 @@ class Request:
             self.lease = paged.reserve(self.policy, self._meter)
             if self.lease is not None:
                 self.routing = paged.routing(self.policy, lease=self.lease, meter=self._meter)
+                self.num_cached = self.num_prefilled = len(shared) * BLOCK_TOKENS
                 return True
         finally:
             if self.routing is None:
@@ -252,6 +257,12 @@ class Request:
             return text, FinishReason.STOP if self._stops.is_stopped else FinishReason.LENGTH
         return text, None
 
+    def publish(self, blocks: BlockPool) -> None:
+        """Leaves what its forwards have computed so far to requests that begin alike, until drift changes its pool."""
+        routing = self.routing
+        if self.prefix is not None and routing is not None and not routing.has_changed:
+            self.prefix.publish(blocks, self.blocks, self.output_ids, routing.pool)
+
     def take_prompt_logprobs(self) -> Iterator[tuple[TokenLogprobs, ...]]:
         """Yields what is known of the prompt's tokens and was not taken before, in parts that fit into a message."""
         taken, self.prompt_logprobs = self.prompt_logprobs, []
@@ -273,6 +284,7 @@ class Request:
             completion_tokens=len(self.output_ids),
             paging=self._meter.counts,
             queue_s=self.admitted_s - self.submitted_s if was_admitted else None,
+            cached_prompt_tokens=self.num_cached,
         )
 
     def usage(self, reason: FinishReason, fingerprint: str) -> Usage:
@@ -298,6 +310,7 @@ class Request:
             time_to_first_token_s=self.first_token_s - self.submitted_s,
             model_fingerprint=fingerprint,
             drift=monitor.report() if monitor is not None else None,
+            cached_prompt_tokens=self.num_cached,
         )
 
     def _mode(self) -> AnswerMode:

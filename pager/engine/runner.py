@@ -191,6 +191,10 @@ class ModelRunner:
         self._cache = cache
         self.device = device
 
+    def is_long(self, num_tokens: int) -> bool:
+        """Whether a prompt of so many tokens has other keys than a shorter one that begins alike."""
+        return self._rotary is not None and self._rotary.is_long(num_tokens)
+
     def prefill(
         self,
         token_ids: Sequence[int],

@@ -92,8 +92,16 @@ ENGINE = (
         "How do answers end?", every(outcome=sorted(OUTCOMES)),
     ),
     Metric(
-        "prompt_tokens", _COUNTER, "Prompt tokens run for requests that ended, whatever the outcome.",
+        "prompt_tokens", _COUNTER, "Prompt tokens run, or found in the prefix cache, for requests that ended.",
         "How many prompt tokens are processed?",
+    ),
+    Metric(
+        "cached_prompt_tokens", _COUNTER, "Prompt tokens found in the prefix cache for requests that ended.",
+        "Which share of prompts need not run again?",
+    ),
+    Metric(
+        "prefix_hits", _COUNTER, "Requests that ended and whose prompt began in the prefix cache.",
+        "How many requests begin as earlier ones did?",
     ),
     Metric(
         "completion_tokens", _COUNTER, "Tokens generated for requests that ended, whatever the outcome.",
@@ -149,6 +157,10 @@ ENGINE = (
         "Does something block the streams of all answers?", buckets=metrics.LOOP_LAG_S,
     ),
     Metric("kv_used_bytes", _GAUGE, "KV memory reserved by running requests.", "Is KV the bottleneck?"),
+    Metric(
+        "kv_cached_bytes", _GAUGE, "KV memory whose content requests that begin alike can take over, in use or not.",
+        "How much does the prefix cache hold?",
+    ),
     Metric("kv_capacity_bytes", _GAUGE, "KV memory of the plan.", "What is the budget of KV memory?"),
 )  # fmt: skip
 
@@ -197,6 +209,8 @@ class EngineLoad(Protocol):
     @property
     def kv_blocks_used(self) -> int: ...
     @property
+    def kv_blocks_cached(self) -> int: ...
+    @property
     def kv_blocks_total(self) -> int: ...
 
 
@@ -225,6 +239,7 @@ class WorkerMetrics:
         self._received, self._refused = made.counter("requests_received"), made.counter("requests_refused")
         self._requests = made.counter("requests")
         self._prompt_tokens, self._completion_tokens = made.counter("prompt_tokens"), made.counter("completion_tokens")
+        self._cached_tokens, self._prefix_hits = made.counter("cached_prompt_tokens"), made.counter("prefix_hits")
         self._queue = made.histogram("queue_seconds")
         self._first_token = made.histogram("time_to_first_token_seconds")
         self._output_token = made.histogram("time_per_output_token_seconds")
@@ -237,6 +252,7 @@ class WorkerMetrics:
         self._drift_exact = made.counter("drift_exact")
         self._loop_lag = made.histogram("loop_lag_seconds")
         self._running, self._waiting = made.gauge("requests_running"), made.gauge("requests_waiting")
+        self._kv_cached = made.gauge("kv_cached_bytes")
         self._kv_used, self._kv_capacity = made.gauge("kv_used_bytes"), made.gauge("kv_capacity_bytes")
         self._info = made.gauge("model")
 
@@ -254,6 +270,7 @@ class WorkerMetrics:
         self._running.set_function(lambda: status().running)
         self._waiting.set_function(lambda: status().waiting)
         self._kv_used.set_function(lambda: status().kv_blocks_used * kv_block_bytes)
+        self._kv_cached.set_function(lambda: status().kv_blocks_cached * kv_block_bytes)
         self._kv_capacity.set_function(lambda: status().kv_blocks_total * kv_block_bytes)
 
     def watch_tiers(self, state: TierState) -> None:
@@ -320,6 +337,9 @@ class WorkerMetrics:
     def ended(self, outcome: str, account: Account, usage: Usage | None, token_s: float | None) -> None:
         self._prompt_tokens.inc(account.prompt_tokens)
         self._completion_tokens.inc(account.completion_tokens)
+        self._cached_tokens.inc(account.cached_prompt_tokens)
+        if account.cached_prompt_tokens:
+            self._prefix_hits.inc()
         self._charged.labels("disk").inc(account.paging.bytes_from_disk)
         self._charged.labels("host").inc(account.paging.bytes_from_host)
         if token_s is not None:

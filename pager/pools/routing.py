@@ -92,6 +92,11 @@ class RequestRouting:
         return self._first_pool or self.pool
 
     @property
+    def has_changed(self) -> bool:
+        """Whether drift has changed which experts it may use."""
+        return self._first_pool is not None
+
+    @property
     def degraded(self) -> bool:
         """Whether the pool covers less than the mass that was asked for, as the cap did not allow more."""
         pool, size = self.pool, self.policy.size

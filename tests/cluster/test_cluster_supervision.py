@@ -59,6 +59,7 @@ class Status:
     is_stepping: bool
     progress: int
     kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
     kv_blocks_total: int = 8
     place_s: float | None = None
 

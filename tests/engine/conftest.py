@@ -113,7 +113,7 @@ def drivers() -> Iterator[Callable[..., Driver]]:
         kv_memory: str = "4MiB",
         observer: EngineObserver | None = None,
         tokenizer: Tokenizer | None = None,
-        **limits: int,
+        **limits: Any,
     ) -> Driver:
         budgets = Budgets(expert_memory=num_slots * EXPERT_BYTES, kv_memory=kv_memory)
         opened.append(load_paged_model(path, dtype=torch.float32, budgets=budgets))

@@ -9,14 +9,17 @@ from pager.engine.kv import (
     BLOCK_TOKENS,
     BlockPool,
     KvCache,
-    PrefixKeys,
     blocks_for,
     kv_bytes_per_token,
     token_slots,
 )
-from pager.types import ExpertPool
 
 CONFIG = MixtralConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+
+
+def keys_of(tenant: str, blocks: list[int]) -> list[bytes]:
+    """A key for each block that stands for those before it."""
+    return [f"{tenant} {blocks[: end + 1]}".encode() for end in range(len(blocks))]
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
@@ -37,7 +40,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         rest=st.integers(0, BLOCK_TOKENS - 1),
     )
     def admit(self, tenant: str, blocks: list[int], rest: int) -> tuple[tuple[int, ...], list[bytes]]:
-        keys = PrefixKeys(None, tenant).extend([token for token in blocks for _ in range(BLOCK_TOKENS)])
+        keys = keys_of(tenant, blocks)
         num_tokens, free_before = len(blocks) * BLOCK_TOKENS + rest, self.pool.num_free
         shared = self.pool.find(keys)
         assert [self.content[block] for block in shared] == keys[: len(shared)]
@@ -94,7 +97,7 @@ def test_freeing_twice_is_noticed() -> None:
 
 def published(pool: BlockPool, tenant: str, num_blocks: int) -> list[bytes]:
     """The keys of a request that has come and gone and left so many blocks."""
-    keys = PrefixKeys(None, tenant).extend([1] * num_blocks * BLOCK_TOKENS)
+    keys = keys_of(tenant, [1] * num_blocks)
     blocks = pool.allocate(num_blocks * BLOCK_TOKENS)
     assert blocks is not None
     pool.publish(blocks, keys)
@@ -106,18 +109,18 @@ def test_the_least_recently_used_goes_first_and_the_end_of_a_prefix_before_its_b
     pool = BlockPool(6)
     old, new = published(pool, "old", 2), published(pool, "new", 2)
     pool.free(pool.allocate(2 * BLOCK_TOKENS, pool.find(old)) or ())  # used once more
-    assert (pool.num_free, pool.num_published, pool.num_evicted) == (6, 4, 0)
+    assert (pool.num_free, pool.num_published) == (6, 4)
     left = []
     for num_blocks in (2, 3, 4, 5, 6):
         pool.free(pool.allocate(num_blocks * BLOCK_TOKENS) or ())
         left.append((len(pool.find(old)), len(pool.find(new))))
     assert left == [(2, 2), (2, 1), (2, 0), (1, 0), (0, 0)]
-    assert pool.num_evicted == 4
+    assert pool.num_published == 0
 
 
 def test_two_that_ran_the_same_at_once_leave_it_once() -> None:
     pool = BlockPool(4)
-    keys = PrefixKeys(None, "t").extend([1] * BLOCK_TOKENS)
+    keys = keys_of("t", [1])
     first, second = pool.allocate(BLOCK_TOKENS), pool.allocate(BLOCK_TOKENS)
     assert first is not None
     assert second is not None
@@ -128,35 +131,6 @@ def test_two_that_ran_the_same_at_once_leave_it_once() -> None:
     pool.check_integrity()
     assert pool.find(keys) == first
     assert pool.num_published == 1
-
-
-def test_a_key_stands_for_all_tokens_before_the_pool_and_the_tenant() -> None:
-    tokens = list(range(2 * BLOCK_TOKENS))
-    pool = ExpertPool(((0, 1), (2,)))
-
-    def last(tokens: list[int], pool: ExpertPool | None, tenant: str | None, is_long: bool = False) -> bytes:
-        return PrefixKeys(pool, tenant, is_long=is_long).extend(tokens)[-1]
-
-    keys = {
-        last(tokens, pool, "t"),
-        last(tokens, None, "t"),
-        last(tokens, ExpertPool(((0,), (1, 2))), "t"),
-        last(tokens, pool, "u"),
-        last(tokens, pool, None),
-        last(tokens, pool, "t", is_long=True),
-        last([1, *tokens[1:]], pool, "t"),
-        last(tokens[BLOCK_TOKENS:], pool, "t"),
-    }
-    assert len(keys) == 8
-    assert last(tokens, ExpertPool(((1, 0), (2,)), 0.5), "t") == last(tokens, pool, "t")
-
-
-def test_keys_that_grow_with_a_sequence_are_those_of_all_of_it() -> None:
-    tokens = list(range(3 * BLOCK_TOKENS + 5))
-    growing = PrefixKeys(None, "t")
-    grown = growing.extend(tokens[: BLOCK_TOKENS + 3]) + growing.extend(tokens[BLOCK_TOKENS:])
-    assert grown == PrefixKeys(None, "t").extend(tokens)
-    assert len(growing) == len(grown) == 3
 
 
 def test_the_tensors_take_what_the_arithmetic_says() -> None:

@@ -39,7 +39,8 @@ def scrape(server: MetricsServer) -> dict[tuple[str, tuple[tuple[str, str], ...]
 def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> None:
     described = {"version": "1", "model": "m", "dtype": "float32", "device": "cpu", "fingerprint": "f", "plan": "p"}
     metrics.describe_model(described)
-    metrics.watch_engine(lambda: SimpleNamespace(running=3, waiting=4, kv_blocks_used=2, kv_blocks_total=7), 1000)
+    status = SimpleNamespace(running=3, waiting=4, kv_blocks_used=2, kv_blocks_cached=5, kv_blocks_total=7)
+    metrics.watch_engine(lambda: status, 1000)
     metrics.watch_tiers(lambda: {"device": TierBytes(capacity=400, resident=300, pinned=200, reserved=100)})
     metrics.lookups("device", "hit", 5)
     metrics.transferred("disk", "device", 4096, 0.25)
@@ -63,6 +64,7 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
         time_to_first_token_s=1.0,
         model_fingerprint="f",
         drift=DriftReport(0.7, widenings=2, experts_added=30, exact_from=9),
+        cached_prompt_tokens=8,
     )
     metrics.ended("stop", usage.account, usage, 0.25)
     metrics.ended("cancelled", Account(1), None, None)
@@ -78,7 +80,8 @@ def test_facts_become_series(metrics: WorkerMetrics, server: MetricsServer) -> N
     assert value("stall_seconds_sum", cause="lease") == 0.5
     assert value("quarantined_total", tier="disk") == 1
     assert (value("requests_running"), value("requests_waiting")) == (3, 4)
-    assert (value("kv_used_bytes"), value("kv_capacity_bytes")) == (2000, 7000)
+    assert (value("kv_used_bytes"), value("kv_cached_bytes"), value("kv_capacity_bytes")) == (2000, 5000, 7000)
+    assert (value("prefix_hits_total"), value("cached_prompt_tokens_total")) == (1, 8)
     assert (value("pool_experts_sum"), value("pool_experts_count")) == (3, 1)
     assert value("out_of_pool_mass_ratio_sum") == 0.125
     assert (value("drift_widenings_total"), value("drift_experts_total"), value("drift_exact_total")) == (2, 30, 1)

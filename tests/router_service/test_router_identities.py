@@ -121,7 +121,8 @@ def check(counted: Counted) -> None:
     assert total("router_queue_seconds_count") == total("queue_seconds_count")
     assert total("router_queue_seconds_sum") == pytest.approx(total("queue_seconds_sum"))
     begun = total("time_to_first_token_seconds_count")
-    assert total("step_tokens_total") == total("prompt_tokens_total") + total("completion_tokens_total") - begun
+    prompt_tokens_run = total("prompt_tokens_total") - total("cached_prompt_tokens_total")
+    assert total("step_tokens_total") == prompt_tokens_run + total("completion_tokens_total") - begun
     for source in ("disk", "host"):
         assert total("router_paged_bytes_total", source=source) == total("charged_bytes_total", source=source)
     transferred = total("transfer_bytes_total", destination="device")

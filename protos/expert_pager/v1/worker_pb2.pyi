@@ -92,7 +92,7 @@ class Failure(_message.Message):
     def __init__(self, ticket: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., refused: bool = ..., account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
 
 class Account(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "bytes_from_disk", "bytes_from_host", "queue_s", "experts_hit", "experts_missed", "stall_seconds")
+    __slots__ = ("prompt_tokens", "completion_tokens", "bytes_from_disk", "bytes_from_host", "queue_s", "experts_hit", "experts_missed", "stall_seconds", "cached_prompt_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FROM_DISK_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class Account(_message.Message):
     EXPERTS_HIT_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_MISSED_FIELD_NUMBER: _ClassVar[int]
     STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     bytes_from_disk: int
@@ -109,7 +110,8 @@ class Account(_message.Message):
     experts_hit: int
     experts_missed: int
     stall_seconds: float
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., queue_s: _Optional[float] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
+    cached_prompt_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., queue_s: _Optional[float] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("reason", "message", "field", "retry_after_s", "facts")

@@ -92,7 +92,7 @@ def _answers(by_tenant: Labels, tenants: Sequence[str]) -> tuple[Metric, ...]:
             "Whose requests wait for memory?", by_tenant, metrics.FIRST_TOKEN_S,
         ),
         Metric(
-            "router_prompt_tokens", _COUNTER, "Prompt tokens that workers have run or had cached, however answers ended.",
+            "router_prompt_tokens", _COUNTER, "Prompt tokens that workers ran or had cached, however answers ended.",
             "Which tenants send how much?", by_tenant,
         ),
         Metric(

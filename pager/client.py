@@ -39,6 +39,7 @@ Pool = PoolAsk | PoolSize | None
 """A size, all that can be asked of a pool, or None for the service's default."""
 
 READY_POLL_S = 0.2
+_DEFAULT_TENANT = "default"  # what the service takes where none is named: with a key, the key's
 Value = TypeVar("Value")
 
 
@@ -87,12 +88,18 @@ def _residency() -> _Call[tuple[WorkerResidency, ...]]:
 class _Client:
     """What both clients share: the address, the metadata and how errors are read."""
 
-    def __init__(self, address: str, tenant: str, timeout_s: float | None) -> None:
+    def __init__(self, address: str, tenant: str, timeout_s: float | None, api_key: str | None) -> None:
         if not tenant.isascii() or not tenant.isprintable():
             raise InvalidRequest(f"tenant {tenant[:80]!r} has characters beyond A-Z a-z 0-9 . _ -", field="x-tenant-id")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise InvalidRequest("the API key has characters that none has", field="api_key")
         self.address = address
         self.timeout_s = timeout_s
-        self._metadata = (("x-tenant-id", tenant),)
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        if tenant != _DEFAULT_TENANT:
+            self._metadata += (("x-tenant-id", tenant),)
+        if api_key is not None:
+            self._metadata += (("authorization", f"Bearer {api_key}"),)
 
     def _options(self, timeout_s: float | None) -> dict[str, Any]:
         return {"metadata": self._metadata, "timeout": self.timeout_s if timeout_s is None else timeout_s}
@@ -102,7 +109,8 @@ class Client(_Client):
     """A blocking client of one service; safe to use from several threads.
 
     `tenant` is whose requests these are; `timeout_s` is the default deadline of every call, and `credentials` are those
-    of a service with TLS (see `grpc.ssl_channel_credentials`). Every method raises `PagerError`.
+    of a service with TLS (see `grpc.ssl_channel_credentials`), `api_key` is for a service that asks for one. Every
+    method raises `PagerError`.
     """
 
     def __init__(
@@ -112,8 +120,9 @@ class Client(_Client):
         tenant: str = "default",
         timeout_s: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
     ) -> None:
-        super().__init__(address, tenant, timeout_s)
+        super().__init__(address, tenant, timeout_s, api_key)
         if credentials is None:
             self._channel = grpc.insecure_channel(address)
         else:
@@ -215,8 +224,9 @@ class AsyncClient(_Client):
         tenant: str = "default",
         timeout_s: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
     ) -> None:
-        super().__init__(address, tenant, timeout_s)
+        super().__init__(address, tenant, timeout_s, api_key)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address)
         else:

@@ -6,6 +6,7 @@ Everything that is wrong is found in one reading, and says where it stands.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import tomllib
 import types
@@ -22,6 +23,7 @@ MAX_FILE_BYTES = 1 << 16  # every setting there is takes a few kilobytes
 MAX_DOTS = 250  # of a line: the parser needs memory in the square of a key's parts
 ENV_PREFIX = "EXPERT_PAGER_"
 ENV_FILE = "EXPERT_PAGER_CONFIG"  # names the file, where no path is given
+API_KEY, API_KEY_FILE = f"{ENV_PREFIX}API_KEY", f"{ENV_PREFIX}API_KEY_FILE"  # of client commands
 _KIND_NAMES: dict[type, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)")
 
@@ -112,7 +114,9 @@ class Schema:
 
     def _read_environment(self, env: Mapping[str, str], reading: Reading) -> None:
         for variable, text in env.items():
-            if not variable.startswith(ENV_PREFIX) or variable == ENV_FILE or _is_service_link(variable, text):
+            if not variable.startswith(ENV_PREFIX) or variable in (ENV_FILE, API_KEY, API_KEY_FILE):
+                continue
+            if _is_service_link(variable, text):
                 continue
             if variable not in self._by_variable:
                 reading.problems.append(_unknown(variable, self._by_variable, "environment variable"))
@@ -370,7 +374,8 @@ class RouterConfig:
     """The service that clients call. Its bounds are on what is in flight; beyond one a request is refused at once."""
 
     host: str = _key(
-        "127.0.0.1", "Address to listen on. The default is this machine alone, because the service has no API keys."
+        "127.0.0.1",
+        "Address to listen on. Without keys it has to be one of this machine alone, unless router.allow_open is true.",
     )
     port: int = _key(50051, "Port of gRPC; 0 takes a free one.", PORT)
     http_port: int = _key(8080, "Port of the HTTP API (OpenAI's and Anthropic's methods), 0 takes a free one.", PORT)
@@ -424,10 +429,72 @@ class RouterConfig:
         "File of the certificate (PEM) that has to have signed those of clients. Not set: clients need none.",
         example="clients.crt",
     )
+    keys: str | None = _key(
+        None,
+        "JSON file of API keys, which `expert-pager keys` writes, or redis for those in Redis; read again when they "
+        "change. Not set: nobody is asked for a key.",
+        example="keys.json",
+    )
+    jwt_secret: str | None = _key(
+        None, "File with the secret of JSON web tokens (HS256), 32 bytes at least. Not set: no such tokens.",
+        example="jwt.secret",
+    )  # fmt: skip
+    jwt_jwks: str | None = _key(
+        None, "File with the public keys of JSON web tokens (RS256), a JWK set. Not set: no such tokens.",
+        example="jwks.json",
+    )  # fmt: skip
+    jwt_audience: str | None = _key(
+        None, "Audience that a JSON web token has to be for. It goes with router.jwt_secret or router.jwt_jwks.",
+        example="expert-pager",
+    )  # fmt: skip
+    jwt_issuer: str | None = _key(
+        None, "Issuer that a JSON web token has to be from. Not set: whoever signs with the key.",
+        example="https://id.example.org",
+    )  # fmt: skip
+    jwt_tenant_claim: str = _key("tenant", "Claim of a JSON web token that has the tenant.")
+    trust_tenant_header: bool | None = _key(
+        None,
+        "Whether the header x-tenant-id says whose request it is. Not set: true without keys, false with them, where "
+        "only an operator's is believed.",
+        example=False,
+    )
+    allow_open: bool = _key(
+        False, "Whether a service without keys may listen on other addresses than the loopback: whoever reaches it may "
+        "call it.",
+    )  # fmt: skip
+    open_metrics: bool = _key(
+        False,
+        "Whether /metrics on router.metrics_port needs no key where keys are set: for a Prometheus in a private "
+        "network. Otherwise it needs one with the role metrics, as metrics name tenants and tell how busy they are.",
+    )
+    audit_log: str | None = _key(
+        None,
+        "File of the audit log: refusals, changes of pools and operators' calls, a JSON object a line. Not set: none.",
+        example="audit.jsonl",
+    )
+    audit_log_bytes: str | int = _key(
+        "16MiB", "Size at which a new file of the audit log is begun; eight older ones are kept.", SIZE
+    )
     health_port: int | None = _key(
         None, "Port of grpc.health.v1 alone, never with TLS: for probes that cannot speak it. Not set: no such port.",
         PORT, 50052,
     )  # fmt: skip
+
+    @property
+    def asks_for_keys(self) -> bool:
+        return any(each is not None for each in (self.keys, self.jwt_secret, self.jwt_jwks))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,6 +609,7 @@ def read_config(
         )
     reading.problems.extend(_tls_problems(reading))
     reading.problems.extend(_node_problems(reading))
+    reading.problems.extend(_caller_problems(reading, config_of(reading).router))
     return reading
 
 
@@ -576,3 +644,22 @@ def _tls_problems(reading: Reading) -> Iterator[str]:
             "router.tls_client_ca asks clients for certificates, which takes TLS: set router.tls_cert "
             "and router.tls_key too"
         )
+
+
+def _caller_problems(reading: Reading, router: RouterConfig) -> Iterator[str]:
+    """Settings of who may call that are unsafe, or can take no effect."""
+    has_tokens = router.jwt_secret is not None or router.jwt_jwks is not None
+    if not (router.asks_for_keys or router.allow_open or router.is_local):
+        origin = reading.settings["router.host"].origin
+        yield (
+            f"router.host {router.host!r} (from {origin}) lets other machines call a service that asks for no keys: "
+            "set router.keys (`expert-pager keys add` makes them), listen on 127.0.0.1, or set router.allow_open "
+            "to true if whoever reaches the service may use it"
+        )
+    if has_tokens and not router.jwt_audience:
+        yield "router.jwt_audience is not set: a JSON web token that was made for another service would be taken"
+    for key in ("jwt_audience", "jwt_issuer"):
+        if getattr(router, key) is not None and not has_tokens:
+            yield f"router.{key} can take no effect: set router.jwt_secret or router.jwt_jwks too"
+    if router.open_metrics and not router.asks_for_keys:
+        yield "router.open_metrics can take no effect: /metrics needs no key where none are set (router.keys)"

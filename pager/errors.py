@@ -68,6 +68,18 @@ class UnknownModel(PagerError):
     reason = "UNKNOWN_MODEL"
 
 
+class Unauthenticated(PagerError):
+    """The service asks for a key and got none that it knows. It does not say what was wrong with it."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(PagerError):
+    """The caller is known and may not do this."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class UnknownMethod(PagerError):
     """The service has no method of that name; a client of another version may call it."""
 
@@ -157,6 +169,12 @@ class Overloaded(PagerError):
 
 class TenantOverloaded(Overloaded):
     reason = "TENANT_OVERLOADED"
+
+
+class QuotaExceeded(Overloaded):
+    """A caller has used up its requests or tokens of a minute or a day."""
+
+    reason = "QUOTA_EXCEEDED"
 
 
 class SlotsExhausted(Overloaded):

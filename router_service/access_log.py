@@ -1,12 +1,13 @@
 """What is recorded of every call, whichever front it comes by: metrics, its trace, and one line of a log at its end.
 
 The line says who asked for what, what came of it, and why it was refused. What it says is gathered while the call runs;
-it has no prompt and no answer. Refusals that repeat are sampled.
+it has no prompt and no answer. Refusals that repeat are sampled. The audit log has what concerns who may do what.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 import traceback
@@ -14,16 +15,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from pager.errors import PagerError
+from pager.errors import ConfigError, PagerError, PermissionDenied, QuotaExceeded, Unauthenticated
 from pager.observe import tracing
 from pager.observe.logs import facts, request_id
 from pager.types import PoolPolicy
 from router_service.metrics import RouterMetrics
 from router_service.requests import PoolByDigest, PoolByName
 from router_service.status import code_of
-from router_service.tenants import tenant_or_invalid
+from router_service.tenants import present, tenant_or_invalid
 from router_service.ui import size_label
 
 log = logging.getLogger("expert_pager.router")
@@ -75,6 +80,57 @@ class AccessLog:
         log.info("%s request_id=%s %s", method, request_id.get(), text, extra=facts(method=method, **said))
 
 
+AUDIT_FILES = 8  # beside the one that is written to
+_REFUSALS = (Unauthenticated, PermissionDenied, QuotaExceeded)
+_AUDITED = ("Calibrate", "DeletePool", "GetResidency")
+
+
+class AuditLog:
+    """Owns the file of who did what that others may ask about: refusals, changes of pools, and calls of operators.
+
+    A JSON object a line, with no prompt and no key; the file is rotated by its size. Refusals that repeat are sampled.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        """Opens the file. Raises ConfigError."""
+        try:
+            file = RotatingFileHandler(path, maxBytes=max_bytes, backupCount=AUDIT_FILES, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"router.audit_log {path} cannot be written: {error.strerror or error}; name a file that can"
+            ) from None
+        queue: SimpleQueue[logging.LogRecord] = SimpleQueue()
+        self._queue = QueueHandler(queue)
+        self._writer = QueueListener(queue, file)  # in a thread: a disk may take its time
+        self._file = file
+        self._writer.start()
+        self._repeats = Repeats()
+
+    def record(self, method: str, outcome: Outcome, peer: str) -> None:
+        """Writes a line about a call that has ended, if it is one of those."""
+        caller, error = present.get(), outcome.error
+        left_out: int | None = 0
+        if isinstance(error, _REFUSALS):
+            left_out = self._repeats.left_out((method, caller.id if caller else "", error.reason))
+        elif method not in _AUDITED and not (caller is not None and caller.acts_for_another):
+            return
+        if left_out is None:
+            return
+        line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "what": method}
+        line |= {"outcome": outcome.code, "reason": error.reason if error is not None else None, "peer": peer[:100]}
+        if caller is not None:
+            line |= {"key": caller.id, "tenant": caller.tenant}
+        said = _said.get({})
+        line |= {"pool": said.get("pool"), "request_id": request_id.get() or None, "left_out": left_out or None}
+        text = json.dumps({name: value for name, value in line.items() if value is not None}, ensure_ascii=True)
+        self._queue.handle(logging.LogRecord("audit", logging.INFO, "", 0, text, None, None))
+
+    def close(self) -> None:
+        """Writes what is still to be written, and closes the file."""
+        self._writer.stop()
+        self._file.close()
+
+
 @dataclass(slots=True)
 class Outcome:
     """How a call ended. `error` is for its front to turn into an answer, `code` the name of a gRPC status code."""
@@ -86,16 +142,25 @@ class Outcome:
 class CallRecorder:
     """Follows calls from their arrival to their end. All that a block raises but cancellation becomes its outcome."""
 
-    def __init__(self, metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, metrics: RouterMetrics, audit: AuditLog | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._metrics = metrics
         self._access_log = AccessLog(clock)
+        self._audit = audit
         self._clock = clock
 
     @contextmanager
-    def call(self, method: str, tenant: str, deadline_s: float | None = None) -> Iterator[Outcome]:
-        """Records the call that this context is for. `tenant` is as the caller says, `deadline_s` monotonic."""
+    def call(
+        self, method: str, tenant: str, deadline_s: float | None = None, peer: Callable[[], str] = lambda: ""
+    ) -> Iterator[Outcome]:
+        """Records the call that this context is for.
+
+        `tenant` is as the caller says, until the caller is known; `deadline_s` is monotonic.
+        """
         started_s = self._clock()
         request_id.set("")
+        present.set(None)
         self._access_log.begin()
         self._metrics.began(method)
         outcome, failure = Outcome(), None
@@ -117,6 +182,13 @@ class CallRecorder:
             outcome.code = code_of(outcome.error).name
         finally:
             tracing.end_call(outcome.code)
+            caller = present.get()
+            if caller is not None:
+                tenant = caller.tenant
+                if caller.id:
+                    tell(key=caller.id)
+            if self._audit is not None:
+                self._audit.record(method, outcome, peer())
             self._metrics.ended(method, outcome.code, tenant)
             self._access_log.end(method, tenant, outcome.code, failure, self._clock() - started_s)
 

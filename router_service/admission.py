@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from pager.errors import DeadlineExceeded, NotReady, Overloaded, PromptTooLong, TenantOverloaded
+from router_service.tenants import Caller
 
 _SMOOTHING = 0.2
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.05, 10.0
@@ -54,24 +55,34 @@ class Admission:
         self._requests: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
+        self._requests_of: Counter[str] = Counter()  # by caller
+        self._tokens_of: Counter[str] = Counter()
         self._mean_held_s: float | None = None
 
     def close(self) -> None:
         """Refuses every request from now on with NotReady; those in flight go on."""
         self._is_closed = True
 
-    def enter(self, tenant: str, num_bytes: int = 0) -> Ticket:
-        """Admits a request whose message has `num_bytes`.
+    def enter(self, tenant: str, num_bytes: int = 0, caller: Caller | None = None) -> Ticket:
+        """Admits a request whose message has `num_bytes`; a caller may have bounds of its own.
 
         Raises NotReady, Overloaded, TenantOverloaded or PromptTooLong.
         """
+        caller = caller or Caller(tenant)
         with refusing():
             self._check(tenant, num_bytes)
+            most = caller.limits.requests_in_flight
+            if most is not None and self._requests_of[caller.id] >= most:
+                raise TenantOverloaded(
+                    f"the key has its {most} requests in flight; retry later", retry_after_s=self.retry_after_s()
+                )
         self._requests[tenant] += 1
         self._bytes[tenant] += num_bytes
+        if caller.id:
+            self._requests_of[caller.id] += 1
         self.num_requests += 1
         self.num_bytes += num_bytes
-        return Ticket(self, tenant, self._clock(), num_bytes)
+        return Ticket(self, tenant, self._clock(), num_bytes, caller)
 
     def retry_after_s(self) -> float:
         """Estimates when the next request in flight ends, from how long they have been lasting."""
@@ -135,18 +146,39 @@ class Admission:
                 f"and this request needs {tokens}; retry later",
                 retry_after_s=self.retry_after_s(),
             )
+        self._charge_caller(ticket, tokens)
         self._tokens[tenant] += tokens
         self.num_tokens += tokens
+
+    def _charge_caller(self, ticket: Ticket, tokens: int) -> None:
+        id_, most = ticket.caller.id, ticket.caller.limits.tokens_in_flight
+        if most is not None and ticket.tokens + tokens > most:
+            raise PromptTooLong(
+                f"the request has {ticket.tokens + tokens} tokens, those to generate included, and the key may have "
+                f"{most} in flight; send less, or ask for less",
+                field="prompt",
+            )
+        if most is not None and self._tokens_of[id_] + tokens > most:
+            raise TenantOverloaded(
+                f"the key has {self._tokens_of[id_]} of its {most} tokens in flight and this request needs {tokens}; "
+                "retry later",
+                retry_after_s=self.retry_after_s(),
+            )
+        if id_:
+            self._tokens_of[id_] += tokens
 
     def _leave(self, ticket: Ticket) -> None:
         self.num_requests -= 1
         self.num_tokens -= ticket.tokens
         self.num_bytes -= ticket.num_bytes
-        held = ((self._requests, 1), (self._tokens, ticket.tokens), (self._bytes, ticket.num_bytes))
-        for counts, amount in held:
-            counts[ticket.tenant] -= amount
-            if counts[ticket.tenant] <= 0:
-                del counts[ticket.tenant]  # names of tenants come from outside: keep none without a request
+        tenant, id_ = ticket.tenant, ticket.caller.id
+        held = [(self._requests, tenant, 1), (self._tokens, tenant, ticket.tokens)]
+        held += [(self._bytes, tenant, ticket.num_bytes)]
+        held += [(self._requests_of, id_, 1), (self._tokens_of, id_, ticket.tokens)]
+        for counts, name, amount in held:
+            counts[name] -= amount
+            if counts[name] <= 0:
+                del counts[name]  # names of tenants come from outside: keep none without a request
         held_s = self._clock() - ticket.entered_s
         before = held_s if self._mean_held_s is None else self._mean_held_s
         self._mean_held_s = before + _SMOOTHING * (held_s - before)
@@ -154,6 +186,7 @@ class Admission:
     def check_integrity(self) -> None:
         assert all(count > 0 for count in self._requests.values())
         assert set(self._tokens) | set(self._bytes) <= set(self._requests)
+        assert set(self._tokens_of) <= set(self._requests_of)
         assert self.num_requests == self._requests.total() <= self._limits.max_requests
         assert self.num_tokens == self._tokens.total() <= self._limits.max_tokens
         assert self.num_bytes == self._bytes.total() <= self._limits.max_bytes
@@ -162,9 +195,10 @@ class Admission:
 class Ticket:
     """One admitted request; leaving the block gives back what it holds."""
 
-    def __init__(self, admission: Admission, tenant: str, entered_s: float, num_bytes: int) -> None:
+    def __init__(self, admission: Admission, tenant: str, entered_s: float, num_bytes: int, caller: Caller) -> None:
         self._admission = admission
         self.tenant = tenant
+        self.caller = caller
         self.entered_s = entered_s
         self.num_bytes = num_bytes
         self.tokens = 0

@@ -19,9 +19,21 @@ from pager.errors import InvalidRequest, PagerError
 from pager.observe.logs import request_id
 from pager.types import TokenChunk
 from router_service import anthropic, openai
-from router_service.access_log import CallRecorder, tell
+from router_service.access_log import AuditLog, CallRecorder, tell
 from router_service.chat import ChatTemplate, TokenTexts, ToolCall, forced_call, tool_parser
-from router_service.http import Endpoint, ErrorBody, Exchange, Handler, new_call, not_found, run_all, until_gone
+from router_service.http import (
+    Boundary,
+    Endpoint,
+    ErrorBody,
+    Exchange,
+    GuardedPage,
+    Handler,
+    new_call,
+    not_found,
+    run_all,
+    until_gone,
+)
+from router_service.keys import Gate
 from router_service.openai import Choice
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline
@@ -39,17 +51,26 @@ class Api:
     """Owns nothing; reads requests, calls the pipeline, and writes what comes back."""
 
     def __init__(
-        self, pipeline: Pipeline, texts: TokenTexts | None, template: ChatTemplate | None, write_timeout_s: float
+        self,
+        pipeline: Pipeline,
+        texts: TokenTexts | None,
+        template: ChatTemplate | None,
+        write_timeout_s: float,
+        *,
+        gate: Gate | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._texts = texts
         self._template = template
         self._parse_tools = None if template is None else tool_parser(template)
-        self._recorder = CallRecorder(pipeline.metrics)
-        self._write_timeout_s = write_timeout_s
+        recorder = CallRecorder(pipeline.metrics, audit)
+        self._boundary = Boundary(recorder, gate or Gate(), pipeline.stores.quotas, write_timeout_s)
 
-    def app(self, *more: BaseRoute) -> Starlette:
-        """The application; `more` routes come after its own."""
+    def app(self, *more: Route) -> Starlette:
+        """The application; `more` routes come after its own: pages, for which a caller needs a role."""
+        for page in more:
+            page.app = GuardedPage(page.path, page.app, self._boundary.gate)
         posts: Mapping[str, tuple[str, Handler, ErrorBody]] = {
             "/v1/completions": ("Completions", self.completions, openai_error),
             "/v1/chat/completions": ("ChatCompletions", self.chat, openai_error),
@@ -66,12 +87,12 @@ class Api:
         routes: list[BaseRoute] = [Route(path, self._endpoint(*each), methods=["POST"]) for path, each in posts.items()]
         routes += [Route(path, self._endpoint(*each, openai_error), methods=["GET"]) for path, each in gets.items()]
         routes += [Route("/health", self.health, methods=["GET"]), *more]
-        paths = [*posts, "/v1/models", "/health", *(getattr(route, "path", "") for route in more)]
+        paths = [*posts, "/v1/models", "/health", *(route.path for route in more)]
         handler = not_found(paths)
         return Starlette(routes=routes, exception_handlers={HTTPException: handler})
 
     def _endpoint(self, method: str, handler: Handler, error_body: ErrorBody) -> Endpoint:
-        return Endpoint(method, handler, error_body, self._recorder, self._write_timeout_s)
+        return Endpoint(method, handler, error_body, self._boundary)
 
     # --- completions --------------------------------------------------------------------------------------------------
 

@@ -34,13 +34,26 @@ from pager.pools.drift import check_can_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size
 from pager.tokenizing import read_tokenizer
 from pager.types import Full, ModelInfo, PoolPolicy, PoolSize, PoolSource
+from router_service.access_log import AuditLog
 from router_service.admission import Admission, AdmissionLimits
 from router_service.api import Api, metrics_route
 from router_service.chat import ChatTemplate, TokenTexts
 from router_service.claims import LocalClaims
 from router_service.dispatch import ClusterPort
 from router_service.hints import InProcessHints
-from router_service.http import HttpServer
+from router_service.http import HttpServer, page_guard
+from router_service.keys import (
+    IN_REDIS,
+    Gate,
+    KeySet,
+    KeysInRedis,
+    Tokens,
+    WatchedFile,
+    WatchedRedis,
+    parse_jwks,
+    parse_key_set,
+    parse_secret,
+)
 from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
 from router_service.prediction import (
@@ -54,7 +67,7 @@ from router_service.prediction import (
     load_first,
 )
 from router_service.redis import RedisClient, StoreBreaker, redis_url
-from router_service.redis_stores import RedisClaims, RedisHints, SharedClaims, SharedHints, open_pools
+from router_service.redis_stores import RedisClaims, RedisHints, SharedClaims, SharedHints, SharedQuotas, open_pools
 from router_service.server import RouterServer
 from router_service.service import Pipeline, Stores
 from router_service.tenants import TenantLabels
@@ -63,6 +76,8 @@ from router_service.ui import Page, PoolLog, Watch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger("expert_pager.router")
 
 LISTEN_EVERY_S = 0.1
 EXIT_RAY_LOST = os.EX_TEMPFAIL  # what is lost comes back with a new process
@@ -148,6 +163,7 @@ async def _start(
     """Starts everything and leaves on `stack` how to stop it, last started first."""
     choices = _choices(config, env)
     _check_ports(config)
+    gate, audit = await _open_gate(stack, config.router, choices.redis_url)
     tracing.start("expert-pager-router", __version__, env)
     stack.callback(tracing.stop)
     opened = OpenModel.open(config.model.path, config.model.dtype)
@@ -163,19 +179,23 @@ async def _start(
     stack.push_async_callback(service.close)
     metrics = service.pipeline.metrics
     cluster.ray_lost.add_done_callback(lambda lost: metrics.ray_lost.labels(lost.result()).inc())
-    metrics_server = MetricsServer(metrics.registry, config.router.host, config.router.metrics_port)
+    guard = page_guard(gate, open_metrics=config.router.open_metrics)
+    metrics_server = MetricsServer(metrics.registry, config.router.host, config.router.metrics_port, guard)
     stack.callback(metrics_server.close)
     page = Page(service.watch, asyncio.get_running_loop())
     metrics_server.mount("/ui", page)
     cluster.publish_router_metrics(metrics_server.address)
-    server = RouterServer(service.pipeline, service.bounds, service.watch, config.router.write_timeout_s)
+    timeout_s = config.router.write_timeout_s
+    server = RouterServer(service.pipeline, service.bounds, service.watch, timeout_s, gate=gate, audit=audit)
     stack.push_async_callback(server.stop)
-    api = Api(service.pipeline, tokenizer and TokenTexts(tokenizer), template, config.router.write_timeout_s)
+    texts = tokenizer and TokenTexts(tokenizer)
+    api = Api(service.pipeline, texts, template, timeout_s, gate=gate, audit=audit)
     http_server = HttpServer(api.app(*page.routes(), metrics_route(metrics.registry)))
     stack.push_async_callback(http_server.stop)
     leave_out_of_collections()
     await server.start(config.router.host, config.router.port, choices.tls, config.router.health_port)
     await http_server.start(config.router.host, config.router.http_port, choices.tls)
+    _log_who_may_call(config.router)
     ready = Ready(
         address=format_address(config.router.host, server.port),
         http_url=f"{'http' if choices.tls is None else 'https'}://{http_server.address}",
@@ -236,6 +256,49 @@ def _tls_files(router: RouterConfig) -> TlsFiles | None:
     )
     files.credentials()
     return files
+
+
+async def _open_gate(
+    stack: AsyncExitStack, router: RouterConfig, redis_url: str | None
+) -> tuple[Gate, AuditLog | None]:
+    """The checker of callers and the audit log that the settings ask for. Raises ConfigError."""
+    audit = None if router.audit_log is None else AuditLog(Path(router.audit_log), parse_bytes(router.audit_log_bytes))
+    if audit is not None:
+        stack.callback(audit.close)
+    keys: WatchedFile[KeySet] | WatchedRedis | None = None
+    if router.keys == IN_REDIS:
+        if redis_url is None:
+            raise ConfigError("router.keys is 'redis', and neither REDIS_URL nor REDIS_URL_FILE names one")
+        keys = WatchedRedis(KeysInRedis(RedisClient(redis_url)))
+    elif router.keys is not None:
+        keys = WatchedFile(Path(router.keys), "router.keys", parse_key_set)
+    gate = Gate(keys, _tokens(router), trusts_tenant_header=router.trust_tenant_header)
+    stack.push_async_callback(gate.close)
+    await gate.start()
+    return gate, audit
+
+
+def _tokens(router: RouterConfig) -> Tokens | None:
+    """How JSON web tokens are checked; None where none are taken. Raises ConfigError."""
+    secret, jwks = router.jwt_secret, router.jwt_jwks
+    if secret is None and jwks is None:
+        return None
+    return Tokens(
+        router.jwt_audience or "",
+        router.jwt_issuer,
+        router.jwt_tenant_claim,
+        None if secret is None else WatchedFile(Path(secret), "router.jwt_secret", parse_secret),
+        None if jwks is None else WatchedFile(Path(jwks), "router.jwt_jwks", parse_jwks),
+    )
+
+
+def _log_who_may_call(router: RouterConfig) -> None:
+    if router.asks_for_keys:
+        log.info("callers are asked for a key")
+    elif router.is_local:
+        log.info("nobody is asked for a key (router.keys is not set), so the service listens on this machine alone")
+    else:
+        log.warning("nobody is asked for a key: whoever reaches %s may call (router.allow_open)", router.host)
 
 
 def _check_ports(config: ServiceConfig) -> None:
@@ -369,5 +432,8 @@ def open_stores(model: ModelInfo, metrics: RouterMetrics, choices: Choices) -> S
     shared_hints = RedisHints(client, model.facts, model.fingerprint)
     shared_claims = RedisClaims(client, model.fingerprint)
     return Stores(
-        SharedHints(hints, shared_hints, shared_claims, breaker), SharedClaims(claims, shared_claims, breaker), pools
+        SharedHints(hints, shared_hints, shared_claims, breaker),
+        SharedClaims(claims, shared_claims, breaker),
+        pools,
+        SharedQuotas(choices.redis_url, breaker),
     )

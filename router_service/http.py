@@ -14,6 +14,8 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import grpc
@@ -23,8 +25,8 @@ from pydantic_core import from_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pager.errors import (
@@ -35,18 +37,22 @@ from pager.errors import (
     PagerError,
     PortInUse,
     SlowReader,
+    Unauthenticated,
 )
 from pager.memory.units import format_address
 from pager.observe import tracing
 from pager.observe.logs import request_id, trace_context, traceparent_of
+from pager.observe.metrics import Guard
 from pager.types import TokenChunk
 from router_service import requests
 from router_service.access_log import CallRecorder
+from router_service.keys import Gate
 from router_service.message_bounds import MAX_METADATA_BYTES, check_json
+from router_service.quotas import Quotas
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline
 from router_service.status import DEFAULT_RETRY_S, code_of
-from router_service.tenants import tenant_in
+from router_service.tenants import Caller
 from router_service.tls import TlsFiles
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,8 @@ HEAD_TIMEOUT_S = 20.0  # from a connection's first byte of a request to the end 
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 4096
 REQUEST_ID = "x-request-id"
+CHALLENGE = 'Bearer realm="expert-pager"'
+PAGE_CHALLENGE = 'Basic realm="expert-pager: any name, and a key as the password"'  # which browsers ask for
 CLIENT_CLOSED = 499  # as proxies write it: nobody is there to read it
 
 _Code = grpc.StatusCode
@@ -102,6 +110,7 @@ class Exchange:
         self._writing = asyncio.Lock()
         self.has_begun = False
         self.headers: dict[str, str] = {}
+        self.caller: Caller | None = None
         self.num_bytes = 0
 
     @property
@@ -110,6 +119,16 @@ class Exchange:
         return tuple(
             (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in self._scope["headers"]
         )
+
+    @property
+    def tls_names(self) -> Sequence[str]:
+        """The names in the client's certificate."""
+        return tls_names_of(self._scope)
+
+    @property
+    def peer(self) -> str:
+        """The client's address."""
+        return format_address(*self._scope["client"][:2]) if self._scope.get("client") else ""
 
     def path_parameter(self, name: str) -> str:
         """A part of the path, by its name in the route."""
@@ -205,30 +224,59 @@ def _too_large() -> BodyTooLarge:
     return BodyTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes; send less, or call the service by gRPC")
 
 
+def tls_names_of(scope: Scope) -> Sequence[str]:
+    """The names in the client's certificate, which TLS has checked."""
+    names: Sequence[str] = scope.get("state", {}).get("tls_names", ())
+    return names
+
+
+def names_in(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The names in a certificate as Python's ssl has it: its alternative names, else its common name."""
+    if not certificate:
+        return ()
+    found = tuple(str(value) for _, value in certificate.get("subjectAltName", ()))
+    subject = [pair for part in certificate.get("subject", ()) for pair in part]
+    return found or tuple(str(value) for name, value in subject if name == "commonName")
+
+
 Handler = Callable[[Exchange, str], Awaitable[None]]
 """Answers one exchange for one tenant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """What all endpoints share."""
+
+    recorder: CallRecorder
+    gate: Gate
+    quotas: Quotas
+    write_timeout_s: float
 
 
 class Endpoint:
     """An ASGI application for one route: the boundary where errors become answers, whatever is thrown below it."""
 
-    def __init__(
-        self, method: str, handler: Handler, error_body: ErrorBody, recorder: CallRecorder, write_timeout_s: float
-    ) -> None:
+    def __init__(self, method: str, handler: Handler, error_body: ErrorBody, boundary: Boundary) -> None:
         self._method = method
         self._handler = handler
         self._error_body = error_body
-        self._recorder = recorder
-        self._write_timeout_s = write_timeout_s
+        self._boundary = boundary
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, self._write_timeout_s)
+        shared = self._boundary
+        exchange = Exchange(scope, receive, send, shared.write_timeout_s)
         metadata = exchange.metadata
         with tracing.call(f"http/{self._method}", metadata):
             trace_context.set(tracing.traceparent() or traceparent_of(metadata))
-            with self._recorder.call(self._method, tenant_in(metadata)) as outcome:
+            tenant = shared.gate.claimed_tenant(metadata)
+            with shared.recorder.call(self._method, tenant, peer=lambda: exchange.peer) as outcome:
                 self._name(exchange, metadata)
-                await self._handler(exchange, requests.tenant(metadata))
+                exchange.caller = caller = shared.gate.check(self._method, metadata, exchange.tls_names)
+                try:
+                    await shared.quotas.request(caller)
+                finally:
+                    exchange.headers.update(await shared.quotas.headers(caller))
+                await self._handler(exchange, caller.tenant)
             if outcome.error is not None:
                 with suppress(SlowReader, OSError):  # it is recorded, and there is nobody to tell
                     await self._fail(exchange, outcome.error)
@@ -249,9 +297,54 @@ class Endpoint:
             await exchange.end()
             return
         headers = {}
+        if isinstance(error, Unauthenticated):
+            headers["www-authenticate"] = CHALLENGE
         if error.retryable:
             headers["retry-after"] = str(max(1, round(error.retry_after_s or DEFAULT_RETRY_S)))
         await exchange.answer(status, body, headers)
+
+
+class GuardedPage:
+    """An ASGI application before another: a page that only callers with a role for it see."""
+
+    def __init__(self, path: str, page: ASGIApp, gate: Gate) -> None:
+        self._path = path
+        self._page = page
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, KEEP_ALIVE_S)
+        answer = page_refusal(self._gate, self._path, exchange.metadata, exchange.tls_names)
+        await (self._page if answer is None else answer)(scope, receive, send)
+
+
+def page_refusal(
+    gate: Gate, path: str, headers: Iterable[tuple[str, str]], tls_names: Iterable[str] = ()
+) -> PlainTextResponse | None:
+    """The answer to a caller who may not see a page; None for one who may."""
+    if not gate.is_on:
+        return None
+    try:
+        gate.check(path, headers, tls_names)
+    except PagerError as error:
+        challenge = {"www-authenticate": PAGE_CHALLENGE} if isinstance(error, Unauthenticated) else {}
+        return PlainTextResponse(f"{error.message}\n", status_of(error), challenge)
+    return None
+
+
+def page_guard(gate: Gate, *, open_metrics: bool) -> Guard:
+    """Who may see the pages of the metrics port."""
+
+    def guard(path: str, headers: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]], bytes] | None:
+        if open_metrics and path == "/metrics":
+            return None
+        refusal = page_refusal(gate, path, headers)
+        if refusal is None:
+            return None
+        status = HTTPStatus(refusal.status_code)
+        return f"{status.value} {status.phrase}", list(refusal.headers.items()), bytes(refusal.body)
+
+    return guard
 
 
 async def until_gone(exchange: Exchange, work: Awaitable[None]) -> None:
@@ -294,7 +387,7 @@ async def run_all(
 
 def new_call(exchange: Exchange, tenant: str) -> Call:
     """The call of an exchange whose body has been read."""
-    return Call(tenant, exchange.num_bytes)
+    return Call(tenant, exchange.num_bytes, caller=exchange.caller)
 
 
 # --- the server -----------------------------------------------------------------------------------------------------
@@ -310,6 +403,7 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.app_state = {**self.app_state, "tls_names": names_in(transport.get_extra_info("peercert"))}
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, transport.close)
 
     def data_received(self, data: bytes) -> None:

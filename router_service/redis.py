@@ -85,6 +85,11 @@ def redis_url(env: Mapping[str, str]) -> str | None:
     return url
 
 
+def timeouts() -> dict[str, float]:
+    """The options of a connection that bound how long a command may take."""
+    return {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
+
+
 class RedisClient:
     """A pool of connections. With Redis gone, a command raises RedisUnavailableError within a quarter second.
 
@@ -96,8 +101,7 @@ class RedisClient:
         # Any: the client's types leave open whether values are bytes or text; here they are bytes.
         self._redis: Any = Redis.from_url(
             url,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
+            **timeouts(),
             retry=Retry(NoBackoff(), 0),
             max_connections=64,
         )

@@ -7,7 +7,12 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from limits import RateLimitItem
+from limits.aio.storage import RedisStorage
+from limits.aio.strategies import FixedWindowRateLimiter
+from limits.errors import StorageError
 
 from pager.errors import ConfigError, PoolStoreUnavailable
 from pager.pools.named import decode_named, encode_named
@@ -22,7 +27,9 @@ from router_service.hints import (
     encode_worker,
 )
 from router_service.pools import FolderPools, MemoryPools, PoolStore, check_room, listing_of, name_in_use
-from router_service.redis import RedisClient, RedisUnavailableError, StoreBreaker
+from router_service.quotas import Quotas
+from router_service.redis import RedisClient, RedisUnavailableError, StoreBreaker, timeouts
+from router_service.tenants import Caller
 
 POOL_TTL_S = 3600
 CLAIM_TTL_MS = 30_000  # renewed once a second; a router that died frees its ids after this
@@ -391,3 +398,38 @@ def open_pools(redis_url: str | None, path: Path | None, breaker: StoreBreaker |
     if redis_url is not None:
         return SharedPools(RedisPools(RedisClient(redis_url)), breaker or StoreBreaker())
     return MemoryPools() if path is None else FolderPools(path)
+
+
+class SharedQuotas(Quotas):
+    """Quotas that all routers count together; while Redis is away, each router counts by itself."""
+
+    def __init__(self, url: str, breaker: StoreBreaker) -> None:
+        super().__init__()
+        scheme, _, rest = url.partition(":")
+        self._storage = RedisStorage(
+            f"async+redis+unix:{rest}" if scheme == "unix" else f"async+{url}",
+            wrap_exceptions=True,
+            implementation="redispy",
+            key_prefix="expert-pager:1:quota",
+            **timeouts(),
+        )
+        self._shared = FixedWindowRateLimiter(self._storage)
+        self._breaker = breaker
+
+    async def close(self) -> None:
+        bridge: Any = self._storage.bridge
+        await bridge.get_connection().aclose()
+
+    async def _ask(
+        self, question: Callable[..., Awaitable[Answer]], item: RateLimitItem, caller: Caller, **options: int
+    ) -> Answer:
+        async def ask() -> Answer:
+            try:
+                return await question(self._shared, item, caller.id, **options)
+            except (StorageError, OSError, TimeoutError) as error:
+                raise RedisUnavailableError("unreachable", type(error).__name__) from None
+
+        try:
+            return await self._breaker.write(ask)
+        except RedisUnavailableError:
+            return await super()._ask(question, item, caller, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -34,7 +34,6 @@ from pager.wire import decode_ask, decode_sampling
 from router_service.message_bounds import field_of
 from router_service.pools import PoolStore
 from router_service.prediction import Predictor
-from router_service.tenants import DEFAULT_TENANT, TENANT_KEY, bad_tenant, check_tenant
 
 _DIGEST = re.compile(r"[0-9a-f]{24}")
 
@@ -214,17 +213,6 @@ def calibrate_ask(request: pb.CalibrateRequest, model: ModelInfo, default_size: 
         method=request.method or None,
         replaces=request.replace,
     )
-
-
-def tenant(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """Returns the one `x-tenant-id`, or "default"."""
-    values = [value for key, value in metadata or () if key == TENANT_KEY]
-    if not values:
-        return DEFAULT_TENANT
-    value = values[0]
-    if len(values) > 1 or not isinstance(value, str):
-        raise bad_tenant()
-    return check_tenant(value)
 
 
 def request_id(value: str) -> str:

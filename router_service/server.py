@@ -29,7 +29,8 @@ from pager.observe.metrics import LoopLag
 from pager.types import TokenChunk
 from pager.wire import encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
 from router_service import requests
-from router_service.access_log import CallRecorder
+from router_service.access_log import AuditLog, CallRecorder
+from router_service.keys import Gate
 from router_service.message_bounds import (
     CORE_MESSAGE_BYTES,
     CORE_METADATA_BYTES,
@@ -39,10 +40,9 @@ from router_service.message_bounds import (
     malformed,
     unzipped,
 )
-from router_service.metrics import RouterMetrics
 from router_service.service import Call, Pipeline
 from router_service.status import to_wire
-from router_service.tenants import tenant_in
+from router_service.tenants import Caller, present
 from router_service.tls import TlsFiles
 from router_service.ui import Watch
 
@@ -91,7 +91,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         return pb.CalibrateResponse(pool=encode_named_pool(await self._pipeline.calibrate(call, ask)))
 
     async def ListPools(self, wire: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:  # noqa: N802
-        listing = await self._pipeline.list_pools(_tenant(context))
+        listing = await self._pipeline.list_pools(_tenant())
         response = pb.ListPoolsResponse(damaged=listing.damaged)
         for named in listing.pools:
             response.pools.append(encode_named_pool(named))
@@ -99,10 +99,10 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         return response
 
     async def DeletePool(self, wire: pb.DeletePoolRequest, context: Context) -> pb.DeletePoolResponse:  # noqa: N802
-        return pb.DeletePoolResponse(deleted=await self._pipeline.delete_pool(_tenant(context), wire.name))
+        return pb.DeletePoolResponse(deleted=await self._pipeline.delete_pool(_tenant(), wire.name))
 
     async def Abort(self, wire: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
-        return pb.AbortResponse(aborted=await self._pipeline.abort(_tenant(context), wire.request_id))
+        return pb.AbortResponse(aborted=await self._pipeline.abort(_tenant(), wire.request_id))
 
     async def GetModel(self, wire: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         return encode_model(self._pipeline.get_model(wire.model))
@@ -115,12 +115,20 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         return pb.GetResidencyResponse(workers=workers)
 
 
+def _caller() -> Caller:
+    """The caller that the boundary has checked."""
+    caller = present.get()
+    assert caller is not None
+    return caller
+
+
 def _call(wire: Message, context: Context) -> Call:
-    return Call(_tenant(context), wire.ByteSize(), _deadline_s(context))
+    caller = _caller()
+    return Call(caller.tenant, wire.ByteSize(), _deadline_s(context), caller=caller)
 
 
-def _tenant(context: Context) -> str:
-    return requests.tenant(context.invocation_metadata())
+def _tenant() -> str:
+    return _caller().tenant
 
 
 def _deadline_s(context: Context) -> float | None:
@@ -137,10 +145,14 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     which has one message: so the message is read in here, and one that gRPC refuses to receive is noticed.
     """
 
-    def __init__(self, service_name: str, metrics: RouterMetrics, bounds: MessageBounds) -> None:
-        self._prefix = f"/{service_name}/"
-        self._metrics = metrics
-        self._recorder = CallRecorder(metrics)
+    def __init__(
+        self, pipeline: Pipeline, bounds: MessageBounds, gate: Gate | None = None, audit: AuditLog | None = None
+    ) -> None:
+        self._prefix = f"/{SERVICE_NAME}/"
+        self._metrics = pipeline.metrics
+        self._quotas = pipeline.stores.quotas
+        self._gate = gate or Gate()
+        self._recorder = CallRecorder(pipeline.metrics, audit)
         self._bounds = bounds
         self.num_seen = 0
 
@@ -157,7 +169,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler.request_streaming:  # reflection, which answers an empty question with an error of its own
             parse = handler.request_deserializer
             return grpc.stream_stream_rpc_method_handler(
-                handler.stream_stream,
+                self._checked_stream(name, handler.stream_stream),
                 request_deserializer=lambda data: parse(_short(data)),
                 response_serializer=handler.response_serializer,
             )
@@ -178,9 +190,29 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return call
 
+    async def _check(self, path: str, context: Context) -> None:
+        """Checks that the caller may call the method. Raises Unauthenticated, PermissionDenied or QuotaExceeded."""
+        check_metadata(context.invocation_metadata())
+        caller = self._gate.check(path.rpartition("/")[2], context.invocation_metadata(), _tls_names(context))
+        await self._quotas.request(caller)
+
+    def _checked_stream(self, path: str, method: Any) -> Any:
+        if not self._gate.is_on:
+            return method
+
+        async def call(messages: AsyncIterator[Message], context: Context) -> AsyncIterator[Message]:
+            try:
+                await self._check(path, context)
+            except PagerError as error:
+                _fail(context, error)
+                return
+            async for answer in method(messages, context):
+                yield answer
+
+        return call
+
     async def _message(self, name: str, messages: AsyncIterator[bytes], context: Context) -> bytes:
         """The call's one message, within its bounds. Raises InvalidRequest, PromptTooLong or DeadlineExceeded."""
-        check_metadata(context.invocation_metadata())
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 async for received in messages:
@@ -211,6 +243,9 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def bare(messages: AsyncIterator[bytes], context: Context) -> Message | None:
             try:
+                check_metadata(context.invocation_metadata())
+                if self._gate.is_on and not path.startswith(_OPEN):
+                    await self._check(path, context)
                 return await method(_parsed(parse, await self._message(name, messages, context)), context)
             except PagerError as error:
                 _fail(context, error)
@@ -218,13 +253,25 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def recorded(messages: AsyncIterator[bytes], context: Context) -> Message | None:
             trace_context.set(tracing.traceparent() or traceparent_of(context.invocation_metadata()))
-            with self._recorder.call(name, tenant_in(context.invocation_metadata()), _deadline_s(context)) as outcome:
+            tenant = self._gate.claimed_tenant(context.invocation_metadata())
+            with self._recorder.call(name, tenant, _deadline_s(context), context.peer) as outcome:
+                await self._check(path, context)
                 return await method(_parsed(parse, await self._message(name, messages, context)), context)
             if outcome.error is not None:
                 _fail(context, outcome.error)
             return None
 
         return call
+
+
+_OPEN = f"/{health.SERVICE_NAME}/"  # for probes, which have no key
+
+
+def _tls_names(context: Context) -> list[str]:
+    """The names in the client's certificate, which TLS has checked: its alternative names, else its common name."""
+    shown = context.auth_context()
+    names = shown.get("x509_subject_alternative_name") or shown.get("x509_common_name") or ()
+    return [bytes(name).decode("utf-8", "replace") for name in names]
 
 
 def _short(data: bytes) -> bytes:
@@ -318,10 +365,19 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class RouterServer:
     """Owns the listening port and the pulse. `""` is liveness; the service's name is readiness."""
 
-    def __init__(self, pipeline: Pipeline, bounds: MessageBounds, watch: Watch, write_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        bounds: MessageBounds,
+        watch: Watch,
+        write_timeout_s: float = 30.0,
+        *,
+        gate: Gate | None = None,
+        audit: AuditLog | None = None,
+    ) -> None:
         self._pipeline = pipeline
         self._watch = watch
-        self._boundary = ErrorBoundary(SERVICE_NAME, pipeline.metrics, bounds)
+        self._boundary = ErrorBoundary(pipeline, bounds, gate, audit)
         others = watched_servers()
         self._server = grpc.aio.server(
             interceptors=(self._boundary,),

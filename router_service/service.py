@@ -40,8 +40,10 @@ from router_service.hints import HintStore, all_workers
 from router_service.metrics import RouterMetrics
 from router_service.pools import PoolStore, name_in_use
 from router_service.prediction import Prediction, Predictor
+from router_service.quotas import Quotas
 from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model, no_such_pool
 from router_service.requests import request_id as check_request_id
+from router_service.tenants import Caller
 from router_service.ui import PoolLog
 
 Send = Callable[[TokenChunk], Awaitable[None]]
@@ -56,6 +58,7 @@ class Call:
     num_bytes: int
     deadline_s: float | None = None  # on the monotonic clock
     arrived_s: float = field(default_factory=time.perf_counter)
+    caller: Caller | None = None  # None where it has no bounds of its own
 
     def check_deadline(self) -> None:
         """Raises DeadlineExceeded once the deadline has passed."""
@@ -66,16 +69,18 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """What the routers of a service share: hints, claims of request ids, and the tenants' named pools."""
+    """What the routers of a service share: hints, claims of request ids, tenants' named pools and callers' quotas."""
 
     hints: HintStore
     claims: Claims
     pools: PoolStore
+    quotas: Quotas = field(default_factory=Quotas)
 
     async def close(self) -> None:
         await self.hints.close()
         await self.claims.close()
         await self.pools.close()
+        await self.quotas.close()
 
 
 class StreamMeter:
@@ -89,21 +94,21 @@ class StreamMeter:
         self._tenant = call.tenant
         self._arrived_s = call.arrived_s
         self._first_s = self._last_s = 0.0
-        self._num_tokens = 0
+        self.num_tokens = 0
         self.has_started = False
 
     def seen(self, chunk: TokenChunk, predicted: ExpertPool | None) -> TokenChunk:
         """The chunk to send: a last one without the recall of its prediction gets it."""
         self.has_started = True
         now_s = time.perf_counter()
-        if chunk.token_ids and not self._num_tokens:
+        if chunk.token_ids and not self.num_tokens:
             self._first_s = now_s
             self._metrics.first_token(self._tenant, now_s - self._arrived_s)
             tell(first_token_ms=round(1000 * (now_s - self._arrived_s), 1))
         if chunk.token_ids:
             self._last_s = now_s
-        self._num_tokens += len(chunk.token_ids)
-        tell(completion_tokens=self._num_tokens)
+        self.num_tokens += len(chunk.token_ids)
+        tell(completion_tokens=self.num_tokens)
         usage = chunk.usage
         if usage is None:
             return chunk
@@ -123,8 +128,8 @@ class StreamMeter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._num_tokens > 1:
-            self._metrics.output_token(self._tenant, (self._last_s - self._first_s) / (self._num_tokens - 1))
+        if self.num_tokens > 1:
+            self._metrics.output_token(self._tenant, (self._last_s - self._first_s) / (self.num_tokens - 1))
 
 
 class Pipeline:
@@ -163,11 +168,12 @@ class Pipeline:
         """Sends the answer in chunks; the last one has the usage. Cancelling it cancels the request on its worker."""
         tell(pool=pool_label(ask.pool))
         call.check_deadline()
-        with self.admission.enter(call.tenant, call.num_bytes) as ticket:
+        with self.admission.enter(call.tenant, call.num_bytes, call.caller) as ticket:
             async with self._claimed(ask.id, call.tenant):
                 request = await self._intake.request(ask, call.tenant, call.deadline_s)
                 tell(prompt_tokens=len(request.prompt_token_ids))
                 ticket.charge(len(request.prompt_token_ids) + request.sampling.max_tokens)
+                await self._charge(call, len(request.prompt_token_ids))
                 prediction = await self._predict(request)
                 sent = replace(request, pool=prediction.policy)
                 sent = replace(sent, traceparent=traceparent() or trace_context.get(), tracestate=tracestate())
@@ -175,10 +181,19 @@ class Pipeline:
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""
                 meter = StreamMeter(self.metrics, call)
-                with self._live_pools.following(call.tenant, name, sent.pool, prediction.pool) as live, meter:
-                    usage = await self._stream(sent, prediction, send, meter)
-                    live.answered(usage)
+                try:
+                    with self._live_pools.following(call.tenant, name, sent.pool, prediction.pool) as live, meter:
+                        usage = await self._stream(sent, prediction, send, meter)
+                        live.answered(usage)
+                finally:
+                    if call.caller is not None:
+                        await self.stores.quotas.answer(call.caller, meter.num_tokens)
                 await self._learn(request, prediction, usage)
+
+    async def _charge(self, call: Call, num_tokens: int) -> None:
+        """Counts tokens of a prompt among those of its caller. Raises QuotaExceeded or PromptTooLong."""
+        if call.caller is not None:
+            await self.stores.quotas.prompt(call.caller, num_tokens)
 
     @asynccontextmanager
     async def _claimed(self, id_: str, tenant: str) -> AsyncIterator[None]:
@@ -264,10 +279,11 @@ class Pipeline:
         tenant = call.tenant
         tell(pool=pool_label(ask.pool))
         call.check_deadline()
-        with self.admission.enter(tenant, call.num_bytes) as ticket:
+        with self.admission.enter(tenant, call.num_bytes, call.caller) as ticket:
             prompt = await self._intake.prompt(tenant, ask.prompt)
             tell(prompt_tokens=len(prompt))
             ticket.charge(len(prompt))
+            await self._charge(call, len(prompt))
             policy = await self._intake.policy(ask.pool, tenant)
             scored = await self._predictor.scored(tenant, prompt, policy)
             observed = None
@@ -300,13 +316,14 @@ class Pipeline:
         method = self._method(ask.method)
         tell(pool=f"named:{ask.name}")
         call.check_deadline()
-        with self.admission.enter(tenant, call.num_bytes) as ticket:
+        with self.admission.enter(tenant, call.num_bytes, call.caller) as ticket:
             if not ask.replaces and await self.stores.pools.find(tenant, ask.name) is not None:
                 raise name_in_use(ask.name)  # before the work; `add` has the last word
             examples = []
             for index, example in enumerate(ask.examples):
                 examples.append(await self._intake.example(tenant, example, index))
                 ticket.charge(len(examples[-1]))  # one by one: too many are refused before all are read
+                await self._charge(call, len(examples[-1]))
             tell(prompt_tokens=ticket.tokens)
             # One by one: the prompts of others take their turns in between.
             scored = [await self._predictor.scores(tenant, method, example) for example in examples]
@@ -351,7 +368,7 @@ class Pipeline:
         """The tokens of a text that is short enough to be a prompt. Raises InvalidRequest or PromptTooLong."""
         if not text:
             raise InvalidRequest("the text is empty; give at least one token", field="prompt")
-        with self.admission.enter(call.tenant, call.num_bytes):
+        with self.admission.enter(call.tenant, call.num_bytes, call.caller):
             return await self._intake.encoded(call.tenant, text, add_special_tokens=add_special_tokens)
 
     # --- what is served ---------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.PagerError: _Code.INTERNAL,
         errors.InvalidRequest: _Code.INVALID_ARGUMENT,
         errors.PromptTooLong: _Code.INVALID_ARGUMENT,
+        errors.Unauthenticated: _Code.UNAUTHENTICATED,
+        errors.PermissionDenied: _Code.PERMISSION_DENIED,
         errors.UnknownModel: _Code.NOT_FOUND,
         errors.UnknownMethod: _Code.UNIMPLEMENTED,
         errors.UnknownPool: _Code.NOT_FOUND,
@@ -43,6 +45,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.SlowReader: _Code.RESOURCE_EXHAUSTED,
         errors.Overloaded: _Code.RESOURCE_EXHAUSTED,
         errors.TenantOverloaded: _Code.RESOURCE_EXHAUSTED,
+        errors.QuotaExceeded: _Code.RESOURCE_EXHAUSTED,
         errors.SlotsExhausted: _Code.RESOURCE_EXHAUSTED,
         errors.WorkerLost: _Code.UNAVAILABLE,
         errors.NotReady: _Code.UNAVAILABLE,
@@ -61,7 +64,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
 )
 # Whose quota is used up; what a worker's slots or a slow reader's buffer ran out of is no quota.
 QUOTAS: Mapping[type[errors.PagerError], str] = MappingProxyType(
-    {errors.Overloaded: "service", errors.TenantOverloaded: "tenant"}
+    {errors.Overloaded: "service", errors.TenantOverloaded: "tenant", errors.QuotaExceeded: "key"}
 )
 
 

@@ -1,9 +1,12 @@
-"""The legal names of tenants, and the tenants that metrics name."""
+"""Tenants and callers: their legal names, what a caller may do and use, and the tenants that metrics name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
 
 from pager.errors import ConfigError, InvalidRequest
 
@@ -25,6 +28,52 @@ def bad_tenant() -> InvalidRequest:
     return InvalidRequest(
         f"metadata {TENANT_KEY} must be given once, as 1 to 64 of the characters A-Z a-z 0-9 . _ -", field=TENANT_KEY
     )
+
+
+def tenant_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """Returns the one `x-tenant-id`, or "default". Raises InvalidRequest."""
+    values = [value for key, value in metadata or () if key == TENANT_KEY]
+    if not values:
+        return DEFAULT_TENANT
+    value = values[0]
+    if len(values) > 1 or not isinstance(value, str):
+        raise bad_tenant()
+    return check_tenant(value)
+
+
+class Role(StrEnum):
+    """What a caller may do."""
+
+    INFERENCE = "inference"  # generate, with the pools and the requests of its own tenant
+    OPERATOR = "operator"  # see what workers hold, and manage the pools and requests of every tenant
+    METRICS = "metrics"  # read /metrics and /ui
+
+
+@dataclass(frozen=True, slots=True)
+class CallerLimits:
+    """The bounds of one caller, beside those of its tenant and of the service. None is no bound."""
+
+    requests_in_flight: int | None = None
+    tokens_in_flight: int | None = None
+    requests_per_minute: int | None = None
+    requests_per_day: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls. `id` names the key, certificate or token, and is no secret; it is empty where nobody is asked."""
+
+    tenant: str
+    id: str = ""
+    roles: frozenset[Role] = frozenset(Role)
+    limits: CallerLimits = CallerLimits()
+    acts_for_another: bool = False  # the tenant is another than the key's
+
+
+present: ContextVar[Caller | None] = ContextVar("present", default=None)
+"""The caller of the present call, from when it is known, whether or not it may make the call."""
 
 
 class TenantLabels:

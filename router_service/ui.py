@@ -19,7 +19,7 @@ from wsgiref.headers import Headers
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from pager import __version__
 from pager.cluster.views import WorkerState, WorkerView
@@ -286,7 +286,7 @@ class Page:
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
 
-    def routes(self) -> list[BaseRoute]:
+    def routes(self) -> list[Route]:
         """The page as routes of an ASGI application."""
 
         async def answer(request: Request) -> Response:

@@ -207,3 +207,55 @@ def test_both_halves_may_come_from_different_places() -> None:
     env = {"EXPERT_PAGER_ROUTER_TLS_CERT": "tls.crt"}
     router = load_config(env=env, overrides=MODEL | {"router.tls_key": "tls.key"}).router
     assert (router.tls_cert, router.tls_key, router.tls_client_ca) == ("tls.crt", "tls.key", None)
+
+
+OPEN = {"router.host": "0.0.0.0"}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
+def test_without_keys_only_this_machine_is_listened_to(host: str) -> None:
+    (problem,) = read_config(overrides=MODEL | {"router.host": host}).problems
+    assert all(word in problem for word in (repr(host), "router.keys", "router.allow_open", "127.0.0.1"))
+    with pytest.raises(ConfigError, match=r"router\.allow_open"):
+        load_config(overrides=MODEL | {"router.host": host})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_the_loopback_needs_no_keys(host: str) -> None:
+    assert load_config(overrides=MODEL | {"router.host": host}).router.is_local
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"router.keys": "keys.json"},
+        {"router.allow_open": True},
+        {"router.jwt_secret": "secret", "router.jwt_audience": "service"},
+        {"router.jwt_jwks": "jwks.json", "router.jwt_audience": "service"},
+    ],
+)
+def test_with_keys_or_where_it_is_said_any_address_is_listened_to(given: dict[str, Any]) -> None:
+    assert load_config(overrides=MODEL | OPEN | given).router.asks_for_keys != given.get("router.allow_open", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"router.jwt_secret": "secret"}, "router.jwt_audience is not set"),
+        ({"router.jwt_audience": "service"}, "router.jwt_audience can take no effect"),
+        ({"router.jwt_issuer": "issuer"}, "router.jwt_issuer can take no effect"),
+        ({"router.open_metrics": True}, "router.open_metrics can take no effect"),
+        ({"router.allow_open": "yes"}, "router.allow_open must be true or false, not 'yes'"),
+        ({"router.allow_open": 1}, "router.allow_open must be true or false, not 1"),
+        ({"router.max_requests": True}, "router.max_requests must be a whole number, not True"),
+    ],
+)
+def test_settings_of_callers_that_do_not_go_together_are_refused(given: dict[str, Any], message: str) -> None:
+    (problem,) = read_config(overrides=MODEL | given).problems
+    assert problem.startswith(message)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("FALSE", False), ("", None)])
+def test_switches_from_the_environment(text: str, value: bool | None) -> None:
+    env = {"EXPERT_PAGER_ROUTER_TRUST_TENANT_HEADER": text, "EXPERT_PAGER_API_KEY": "epk_of-the-client-commands"}
+    assert load_config(env=env, overrides=MODEL).router.trust_tenant_header is value

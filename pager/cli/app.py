@@ -12,6 +12,7 @@ import typer
 
 from pager import __version__
 from pager.cli import checkpoint, generate, lab, pools, serve
+from pager.cli.keys import keys_app
 from pager.cli.output import print_error
 from pager.cli.pools import pools_app
 from pager.errors import PagerError
@@ -31,6 +32,7 @@ app.command("generate")(generate.generate)
 app.command("route")(generate.route)
 app.command("calibrate")(pools.calibrate)
 app.add_typer(pools_app, name="pools")
+app.add_typer(keys_app, name="keys")
 app.command("inspect")(checkpoint.inspect)
 app.command("fit-router")(lab.fit_router)
 app.command("clusters")(lab.clusters)

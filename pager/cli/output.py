@@ -24,7 +24,8 @@ from pager.errors import ConfigError
 from pager.memory.units import format_bytes
 from pager.types import DriftReport, ExpertPool, Usage
 
-_SERVE = ("ray", "grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "redis", "expert_pager")
+_SERVE = ("ray", "grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "redis", "expert_pager", "jwt",
+          "limits", "pydantic")  # fmt: skip
 _LAB = ("sklearn", "scipy", "matplotlib")
 
 

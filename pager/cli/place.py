@@ -13,6 +13,7 @@ import typer
 
 from pager.cli.options import Device, Dtype
 from pager.cli.output import serve_extra
+from pager.config import API_KEY, API_KEY_FILE
 from pager.errors import ConfigError, InvalidRequest, UnknownPool
 from pager.memory.machine import resolve_device
 from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
@@ -32,6 +33,7 @@ PoolsFolder = Annotated[
         metavar="FOLDER",
     ),
 ]
+MAX_KEY_BYTES = 1 << 14
 Answer = TypeVar("Answer")
 
 
@@ -76,7 +78,29 @@ class ServerOptions:
             ca = _pem(self.tls_ca, "--tls-ca")
             identity = _pem(self.tls_identity, "--tls-identity") if self.tls_identity is not None else None
             credentials = grpc.ssl_channel_credentials(ca, identity, identity)
-        return Client(self.server, tenant=self.tenant, timeout_s=self.timeout, credentials=credentials)
+        return Client(
+            self.server,
+            tenant=self.tenant,
+            timeout_s=self.timeout,
+            credentials=credentials,
+            api_key=api_key(os.environ),
+        )
+
+
+def api_key(env: Mapping[str, str]) -> str | None:
+    """The key to call a service with: EXPERT_PAGER_API_KEY, or what the file EXPERT_PAGER_API_KEY_FILE holds.
+
+    Raises ConfigError.
+    """
+    key, path = env.get(API_KEY), env.get(API_KEY_FILE)
+    if key and path:
+        raise ConfigError(f"{API_KEY} and {API_KEY_FILE} are both set; keep one")
+    if not path:
+        return key or None
+    try:
+        return read_bounded(path, MAX_KEY_BYTES).decode("ascii").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{API_KEY_FILE} {path!r} cannot be read: {reason_of(error)}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

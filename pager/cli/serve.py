@@ -28,7 +28,7 @@ log = logging.getLogger("expert_pager.router")
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 SECRETS = {"REDIS_URL": "a secret, not shown", "REDIS_URL_FILE": None}  # None: a path, which is none
-_FILES = ("router.tls_cert", "router.tls_key", "router.tls_client_ca")
+_FILES = ("router.tls_cert", "router.tls_key", "router.tls_client_ca", "router.jwt_secret", "router.jwt_jwks")
 
 # Parameters of `serve` by the setting that they override.
 SETTINGS = {
@@ -46,6 +46,7 @@ SETTINGS = {
     "pools.path": "pools",
     "router.router": "router",
     "router.host": "host",
+    "router.keys": "keys",
     "router.port": "port",
     "router.http_port": "http_port",
     "model.chat_template": "chat_template",
@@ -84,7 +85,13 @@ def serve(
     pools: Annotated[
         str | None, typer.Option(help="Keep named pools in this folder. Default: in Redis or memory.", metavar="FOLDER")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1. Another one needs --keys.")
+    ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="Ask callers for a key of this file (see `expert-pager keys`), or `redis`.", metavar="FILE"),
+    ] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port, 0 for a free one. Default: 50051.", metavar="N")] = None,
     chat_template: Annotated[
         str | None,
@@ -232,6 +239,10 @@ def _beyond_the_schema(reading: Reading, env: Mapping[str, str]) -> Iterator[str
     taken = [port for port in ports.values() if port]
     for port in sorted({port for port in taken if taken.count(port) > 1}):
         yield f"{' and '.join(key for key in ports if ports[key] == port)} are both {port}; choose another for one"
+    if settings.router.keys == "redis" and not (env.get("REDIS_URL") or env.get("REDIS_URL_FILE")):
+        yield _said(reading, "router.keys", "needs REDIS_URL or REDIS_URL_FILE")
+    elif settings.router.keys not in (None, "redis") and not os.access(settings.router.keys, os.R_OK):
+        yield _said(reading, "router.keys", "is not a file that can be read")
     secret = env.get("REDIS_URL_FILE")
     if secret and not os.access(secret, os.R_OK):
         yield f"REDIS_URL_FILE is {secret!r}, which is not a file that can be read"

@@ -194,11 +194,16 @@ CONNECTION_TIMEOUT_S = 60.0  # until its answer has been sent
 FULL_WAIT_S = 1.0  # how long a connection waits for the place of one that was ended for it
 
 
+Guard = Callable[[str, list[tuple[str, str]]], "tuple[str, list[tuple[str, str]], bytes] | None"]
+"""Looks at a path and at headers, with names in lower case: status, headers and body for whoever may not see it."""
+
+
 class MetricsServer:
     """The metrics server: owns the port and the threads that answer on it. A path that is not mounted is a 404."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int = 0) -> None:
+    def __init__(self, registry: CollectorRegistry, host: str, port: int = 0, guard: Guard | None = None) -> None:
         """Opens the port; 0 takes a free one. Raises PortInUse, ConfigError."""
+        self._guard = guard
         self._metrics: WSGIApplication = make_wsgi_app(registry)
         self._apps: dict[str, WSGIApplication] = {}
         try:
@@ -226,6 +231,11 @@ class MetricsServer:
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
+        refusal = None if self._guard is None else self._guard(path, _headers(environ))
+        if refusal is not None:
+            status, headers, body = refusal
+            start_response(status, headers)
+            return [body]
         if path == "/metrics":
             return self._metrics(environ, start_response)
         for mounted, app in self._apps.items():
@@ -233,6 +243,11 @@ class MetricsServer:
                 return app(environ, start_response)
         start_response("404 Not Found", [("Content-Type", "text/plain")])
         return [f"there is {' and '.join(('/metrics', *self._apps))}\n".encode()]
+
+
+def _headers(environ: WSGIEnvironment) -> list[tuple[str, str]]:
+    pairs = ((name[5:], value) for name, value in environ.items() if name.startswith("HTTP_"))
+    return [(name.replace("_", "-").lower(), value) for name, value in pairs]
 
 
 @dataclass(slots=True)

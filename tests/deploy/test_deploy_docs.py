@@ -37,6 +37,8 @@ def test_the_secret_has_every_file_that_a_pod_reads(manifests: Rendered) -> None
             read |= {value.rpartition("/")[2] for value in values if value.startswith("/run/secrets/expert-pager/")}
         for volume in pod.spec["volumes"]:
             read |= {item["key"] for item in volume.get("secret", {}).get("items", ())}
+    settings = manifests.one("ConfigMap", "expert-pager-config")["data"]["service.toml"]
+    read |= set(re.findall(r'"/run/secrets/expert-pager/([\w.-]+)"', settings))
     assert read
     assert read <= made
 

@@ -127,6 +127,9 @@ def test_liveness_asks_neither_for_workers_nor_for_weights(manifests: Rendered, 
 def test_ports_are_those_of_the_settings(manifests: Rendered, tmp_path: Path) -> None:
     config = settings(manifests, tmp_path)
     assert config.router.host == "0.0.0.0"
+    assert config.router.asks_for_keys != config.router.allow_open
+    mounts = [mount["mountPath"] for mount in manifests.workload("expert-pager-router").main["volumeMounts"]]
+    assert config.router.keys is None or str(Path(config.router.keys).parent) in mounts
     assert config.workers.per_node == 1  # so that a worker's metrics port is its pod's
     router, worker = manifests.workload("expert-pager-router"), manifests.workload("expert-pager-worker")
     ports = {port["name"]: port["containerPort"] for port in router.main["ports"]}

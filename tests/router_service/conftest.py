@@ -31,6 +31,7 @@ from pager.types import (
     Usage,
 )
 from router_service.app import Choices, Service, build_service
+from router_service.keys import Gate
 from router_service.prediction import Encoded, Passes
 from router_service.server import RouterServer
 from router_service.service import Pipeline
@@ -192,9 +193,9 @@ class Running:
     def watch(self) -> Watch:
         return self.service.watch
 
-    def another_server(self) -> RouterServer:
+    def another_server(self, gate: Gate | None = None) -> RouterServer:
         """Of the same pipeline, which does not listen yet."""
-        return RouterServer(self.pipeline, self.service.bounds, self.watch)
+        return RouterServer(self.pipeline, self.service.bounds, self.watch, gate=gate)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.pipeline.metrics.registry.get_sample_value(f"expert_pager_router_{name}", labels) or 0.0
@@ -211,6 +212,7 @@ async def running_service(
 ) -> AsyncIterator[Running]:
     cluster = cluster or InProcessCluster()
     scorer = FirstTokenScorer()
+    gate, audit = choices.pop("gate", None), choices.pop("audit", None)
     service = build_service(
         choices.pop("model", MODEL),
         cluster,
@@ -218,7 +220,7 @@ async def running_service(
         choices.pop("encoder", None) or ByteTokenizer(),
         Choices(redis_url=redis_url, pools_path=pools_path, **choices),
     )
-    server = RouterServer(service.pipeline, service.bounds, service.watch, write_timeout_s)
+    server = RouterServer(service.pipeline, service.bounds, service.watch, write_timeout_s, gate=gate, audit=audit)
     await server.start("127.0.0.1", 0)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

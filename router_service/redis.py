@@ -85,7 +85,7 @@ def redis_url(env: Mapping[str, str]) -> str | None:
     return url
 
 
-def timeouts() -> dict[str, float]:
+def timeouts() -> dict[str, Any]:
     """The options of a connection that bound how long a command may take."""
     return {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
 

@@ -6,12 +6,13 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pager.cli.options import AsJson
+from pager.cli.options import AsJson, bundled
 from pager.cli.output import err, out, print_json, print_table, serve_extra
 from pager.errors import ConfigError
 
@@ -26,14 +27,26 @@ KeysFile = Annotated[
     Path | None,
     typer.Option("--keys", help="The file of keys (router.keys). Default: the Redis in REDIS_URL.", metavar="FILE"),
 ]
-_LIMITS = ("requests_in_flight", "tokens_in_flight", "requests_per_minute", "requests_per_day", "tokens_per_minute",
-           "tokens_per_day")  # fmt: skip
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N")]
 Answer = TypeVar("Answer")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """The bounds of a caller."""
+
+    requests_in_flight: Limit = None
+    tokens_in_flight: Limit = None
+    requests_per_minute: Limit = None
+    requests_per_day: Limit = None
+    tokens_per_minute: Limit = None
+    tokens_per_day: Limit = None
+
+
 @keys_app.command("add")
+@bundled
 def add_key(
+    limits: LimitOptions,
     tenant: Annotated[str, typer.Option(help="Whose requests are those that come with it.", metavar="NAME")],
     keys: KeysFile = None,
     role: Annotated[
@@ -47,12 +60,6 @@ def add_key(
         typer.Option(help="Make no key: know the client by this name in its certificate.", metavar="NAME"),
     ] = None,
     jwt: Annotated[bool, typer.Option("--jwt", help="Make no key: bound the tenant's JSON web tokens.")] = False,
-    requests_in_flight: Limit = None,
-    tokens_in_flight: Limit = None,
-    requests_per_minute: Limit = None,
-    requests_per_day: Limit = None,
-    tokens_per_minute: Limit = None,
-    tokens_per_day: Limit = None,
 ) -> None:
     """Make a key and print it, this once: the service keeps its SHA-256. It is good within a second.
 
@@ -60,7 +67,6 @@ def add_key(
     """
     if certificate is not None and jwt:
         raise typer.BadParameter("--certificate and --jwt name two ways to know a client; give one of them")
-    given = locals()
     with serve_extra("keys"):
         from router_service.keys import EntryLimits, new_entry, new_key
         from router_service.tenants import Role
@@ -71,7 +77,7 @@ def add_key(
         roles.append(Role(each))
     key, sha256 = new_key()
     identity = {"certificate": certificate, "jwt": jwt, "sha256": None if certificate or jwt else sha256}
-    entry = new_entry(tenant, roles, EntryLimits(**{name: given[name] for name in _LIMITS}), **identity)
+    entry = new_entry(tenant, roles, EntryLimits(**asdict(limits)), **identity)
     _with_store(keys, lambda store: store.change(lambda entries: (*entries, entry)))
     if entry.sha256 is not None:
         print(key, flush=True)

@@ -140,7 +140,7 @@ def test_names_that_never_repeat_do_not_fill_the_log_nor_the_memory() -> None:
 )
 def test_a_client_whose_deadline_has_passed_has_not_cancelled(lasted_s: float, left_s: float | None, code: str) -> None:
     now_s = 100.0
-    recorder = CallRecorder(metrics := RouterMetrics(), lambda: now_s)
+    recorder = CallRecorder(metrics := RouterMetrics(), clock=lambda: now_s)
     deadline_s = None if left_s is None else now_s + lasted_s + left_s
     with suppress(asyncio.CancelledError), recorder.call("Generate", "t", deadline_s):
         now_s += lasted_s

@@ -29,7 +29,8 @@ def nbytes(quantity: str) -> int:
 def settings(manifests: Any, tmp_path: Path) -> ServiceConfig:
     text = manifests.one("ConfigMap", "expert-pager-config")["data"]["service.toml"]
     (tmp_path / "service.toml").write_text(text)
-    return load_config(tmp_path / "service.toml", env={})
+    # As the command of the image does, which joins the cluster of its pod.
+    return load_config(tmp_path / "service.toml", env={}, overrides={"cluster.ray_address": "auto"})
 
 
 def pods(manifests: Any) -> list[Any]:

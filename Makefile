@@ -80,6 +80,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BUF) lint protos
+	$(BUF) breaking protos --against protos/published.binpb
 	$(MAKE) --no-print-directory site
 
 bench: $(INSTALLED)
@@ -167,8 +169,15 @@ site: $(INSTALLED)
 # By a generator of its own, a major version of protobuf behind: see protos/requirements.txt.
 GENERATOR := $(VENV)/generator
 
-proto: $(GENERATOR)
+# What clients were generated from (protos/published.binpb) is only ever added to.
+BUF := $(BIN)/buf
+PUBLIC_PROTOS := --path protos/expert_pager/v1/expert_pager.proto --path protos/expert_pager/inference
+
+proto: $(GENERATOR) $(INSTALLED)
 	$(GENERATOR)/bin/python protos/generate.py
+	$(BUF) lint protos
+	$(BUF) breaking protos --against protos/published.binpb
+	$(BUF) build protos $(PUBLIC_PROTOS) --exclude-source-info -o protos/published.binpb
 
 $(GENERATOR): protos/requirements.txt
 	$(PYTHON) -m venv $@

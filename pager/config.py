@@ -416,6 +416,12 @@ class RouterConfig:
     write_timeout_s: float = _key(
         30.0, "Seconds after which a client that reads nothing is cut off.", _between(0.1, 86400)
     )
+    max_connection_age_s: float = _key(
+        300.0,
+        "Seconds after which a client's gRPC connection takes no new requests, so that it connects anew, to a router "
+        "that has come since perhaps. What is in flight on it goes on.",
+        _between(1, 31_536_000),
+    )
     drain_s: float = _key(30.0, "Seconds that requests in flight have to end after SIGTERM.", SECONDS)
     tls_cert: str | None = _key(
         None,

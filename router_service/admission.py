@@ -59,6 +59,10 @@ class Admission:
         self._tokens_of: Counter[str] = Counter()
         self._mean_held_s: float | None = None
 
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
     def close(self) -> None:
         """Refuses every request from now on with NotReady; those in flight go on."""
         self._is_closed = True

@@ -186,7 +186,15 @@ async def _start(
     metrics_server.mount("/ui", page)
     cluster.publish_router_metrics(metrics_server.address)
     timeout_s = config.router.write_timeout_s
-    server = RouterServer(service.pipeline, service.bounds, service.watch, timeout_s, gate=gate, audit=audit)
+    server = RouterServer(
+        service.pipeline,
+        service.bounds,
+        service.watch,
+        timeout_s,
+        config.router.max_connection_age_s,
+        gate=gate,
+        audit=audit,
+    )
     stack.push_async_callback(server.stop)
     texts = tokenizer and TokenTexts(tokenizer)
     api = Api(service.pipeline, texts, template, timeout_s, gate=gate, audit=audit)

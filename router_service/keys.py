@@ -412,6 +412,9 @@ _TENANTS_WORK = frozenset({Role.INFERENCE, Role.OPERATOR})
 _INFERENCE = frozenset({Role.INFERENCE})
 ROLES_OF: Mapping[str, frozenset[Role]] = {
     "GetModel": _ALL,
+    "ServerMetadata": _ALL,
+    "ModelMetadata": _ALL,
+    "ModelReady": _ALL,
     "ServerReflectionInfo": _ALL,
     "ListPools": _TENANTS_WORK,
     "DeletePool": _TENANTS_WORK,

@@ -11,8 +11,9 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from expert_pager.inference import open_inference_pb2 as inference_pb
 from expert_pager.v1 import expert_pager_pb2 as pb
 from google.protobuf.message import Message
 
@@ -37,6 +38,7 @@ MAX_JSON_KEYS = 2**15
 MAX_JSON_VALUES = 2**18  # what stands between commas
 _SCANNED_BYTES = 256 * 2**10
 _POOL_HEADER_BYTES = 4 * 2**10
+_TENSOR_HEADER_BYTES = 4 * 2**10  # its name, type, shape and lengths
 _NUMBER_BYTES = 11  # one number of a list, in the longest encoding that is still legal
 _LAYER_BYTES = 24
 
@@ -64,11 +66,19 @@ class MessageBounds:
         sampling, pool = _bound("sampling", _MAX_SAMPLING_BYTES), _bound("pool", _pool_bytes(model))
         self._most_example_bytes = model.context_length * max(longest_token_bytes, _NUMBER_BYTES) + _LAYER_BYTES
         examples = _examples_bound(max_tokens, max(longest_token_bytes, _NUMBER_BYTES))
+        prompt = {"text": text, "prompt": text, "token_ids": ids}
+        generate = _numbered(pb.GenerateRequest, {**prompt, "sampling": sampling, "pool": pool})
+        tensor = replace(text, num_bytes=text.num_bytes + _TENSOR_HEADER_BYTES)
+        infer = _numbered(
+            inference_pb.ModelInferRequest,
+            {"inputs": tensor, "raw_input_contents": tensor, "parameters": _bound("parameters", _MAX_SAMPLING_BYTES)},
+        )
         self._bounds: dict[str, Mapping[int, Bound]] = {
-            "Generate": _numbered(
-                pb.GenerateRequest, {"text": text, "token_ids": ids, "sampling": sampling, "pool": pool}
-            ),
-            "Route": _numbered(pb.RouteRequest, {"text": text, "token_ids": ids, "pool": pool}),
+            "Generate": generate,
+            "Complete": generate,
+            "ModelInfer": infer,
+            "ModelStreamInfer": infer,
+            "Route": _numbered(pb.RouteRequest, {**prompt, "pool": pool}),
             "Calibrate": _numbered(pb.CalibrateRequest, {"examples": examples, "pool": pool}),
         }
         self._examples = pb.CalibrateRequest.DESCRIPTOR.fields_by_name["examples"].number

@@ -14,7 +14,11 @@ from router_service.admission import Admission
 from router_service.status import CODES
 from router_service.tenants import TenantLabels
 
-METHODS = tuple(method.name for method in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods)
+INFER = ("ModelInfer", "ModelStreamInfer")  # of the Open Inference Protocol
+METHODS = (*(method.name for method in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods), *INFER)
+ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "Responses", "Messages")
+"""The methods of all fronts that generate."""
+
 STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
 SOURCES = ("hint", "lexical", "trunk", "fitted", "prefill")  # of a predicted pool
 PASSES = ("lexical", "trunk", "fitted", "prefill")
@@ -226,7 +230,7 @@ class RouterMetrics:
     def ended(self, method: str, code: str, tenant: str) -> None:
         """Counts a call that ended with this gRPC status."""
         self.requests.labels(method, code).inc()
-        if method == "Generate":
+        if method in ANSWERING:
             self._answers.labels(self._tenants.of(tenant), code).inc()
 
     def refused(self, reason: str) -> None:

@@ -175,10 +175,10 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def id_in(data: bytes) -> str:
-    """Returns the id in an unparsed GenerateRequest, which may be refused later; empty without a legal one."""
+def id_in(data: bytes, number: int) -> str:
+    """Returns the id in that field of an unparsed message, which may be refused later; empty without a legal one."""
     with suppress(InvalidRequest, UnicodeDecodeError):
-        return request_id(field_of(data, pb.GenerateRequest.REQUEST_ID_FIELD_NUMBER, MAX_ID_BYTES).decode())
+        return request_id(field_of(data, number, MAX_ID_BYTES).decode())
     return ""
 
 
@@ -232,14 +232,16 @@ def check_model(name: str, model: ModelInfo) -> None:
 
 
 def prompt(request: pb.GenerateRequest | pb.RouteRequest, model: ModelInfo) -> Prompt:
-    match request.WhichOneof("prompt"):
+    match request.WhichOneof("input"):
         case "text":
             return text(request.text, "text", "the prompt")
+        case "prompt":
+            return _not_empty(request.prompt, "prompt", "the prompt")
         case "token_ids":
             check_prompt_length(len(request.token_ids.ids), model, "token_ids")
             return request.token_ids.ids
         case _:
-            raise InvalidRequest("the prompt is missing; give `text` or `token_ids`", field="prompt")
+            raise InvalidRequest("the prompt is missing; give `prompt`, `text` or `token_ids`", field="prompt")
 
 
 def text(data: bytes, field: str, what: str) -> str:
@@ -249,21 +251,27 @@ def text(data: bytes, field: str, what: str) -> str:
         raise InvalidRequest(
             f"{what} is not valid UTF-8: byte {error.start} ({error.reason}); encode the text as UTF-8", field=field
         ) from None
-    if not decoded:
+    return _not_empty(decoded, field, what)
+
+
+def _not_empty(value: str, field: str, what: str) -> str:
+    if not value:
         raise InvalidRequest(f"{what} is empty; give at least one token", field=field)
-    return decoded
+    return value
 
 
 def _example(request: pb.Example, index: int, model: ModelInfo) -> Prompt:
     field = f"examples[{index}]"
-    match request.WhichOneof("prompt"):
+    match request.WhichOneof("input"):
         case "text":
             return text(request.text, field, f"example {index + 1}")
+        case "prompt":
+            return _not_empty(request.prompt, field, f"example {index + 1}")
         case "token_ids":
             check_example(index, len(request.token_ids.ids), model.context_length)
             return request.token_ids.ids
         case _:
-            raise InvalidRequest(f"example {index + 1} is missing; give `text` or `token_ids`", field=field)
+            raise InvalidRequest(f"example {index + 1} is missing; give `prompt`, `text` or `token_ids`", field=field)
 
 
 def check_prompt_length(num_tokens: int, model: ModelInfo, field: str) -> None:

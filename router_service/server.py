@@ -10,15 +10,17 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+from expert_pager.inference import open_inference_pb2 as inference_pb
+from expert_pager.inference import open_inference_pb2_grpc as inference_pb_grpc
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from google.protobuf.message import DecodeError, Message
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from pager.cluster.views import WorkerState
 from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, SlowReader, UnknownMethod
@@ -28,7 +30,7 @@ from pager.observe.logs import request_id, trace_context, traceparent_of
 from pager.observe.metrics import LoopLag
 from pager.types import TokenChunk
 from pager.wire import encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
-from router_service import requests
+from router_service import open_inference, requests
 from router_service.access_log import AuditLog, CallRecorder
 from router_service.keys import Gate
 from router_service.message_bounds import (
@@ -40,7 +42,7 @@ from router_service.message_bounds import (
     malformed,
     unzipped,
 )
-from router_service.service import Call, Pipeline
+from router_service.service import Call, Pipeline, Send
 from router_service.status import to_wire
 from router_service.tenants import Caller, present
 from router_service.tls import TlsFiles
@@ -50,10 +52,23 @@ log = logging.getLogger(__name__)
 
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExpertPager"].full_name
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 READ_TIMEOUT_S = 60.0  # for a message to have come whole; what has come of it is held in memory
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Message, Context], Awaitable[Message | None]]
+Parsed = TypeVar("Parsed", bound=Message)
+
+# The methods that are requests of a tenant, by their paths.
+RECORDED = {
+    **{f"/{SERVICE_NAME}/{each.name}": each.name for each in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods},
+    **{f"/{open_inference.SERVICE_NAME}/{name}": name for name in open_inference.RECORDED},
+}
+# Where the request's id is in a message that is not parsed yet.
+ID_FIELDS = {
+    **dict.fromkeys(("Generate", "Complete"), pb.GenerateRequest.REQUEST_ID_FIELD_NUMBER),
+    **dict.fromkeys(open_inference.RECORDED, inference_pb.ModelInferRequest.ID_FIELD_NUMBER),
+}
 
 
 class ExpertPagerService(pb_grpc.ExpertPagerServicer):
@@ -65,12 +80,26 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
     # It writes to the context, so that a client that reads nothing can be given up.
     async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
+        await self._generate(wire, context, lambda chunk: self._send(context, chunk))
+
+    async def Complete(self, wire: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
+        whole = pb.GenerateResponse()
+
+        async def merge(chunk: TokenChunk) -> None:
+            text = whole.text
+            whole.MergeFrom(encode_response(chunk))  # which appends what is repeated, and replaces the text
+            whole.text = text + chunk.text
+
+        await self._generate(wire, context, merge)
+        return whole
+
+    async def _generate(self, wire: pb.GenerateRequest, context: Context, send: Send) -> None:
         call = _call(wire, context)
         id_ = requests.id_of(wire)  # before anything that can be refused, so that a refusal is found by it
         request_id.set(id_)
         tracing.note(request_id=id_)
         ask = requests.ask(id_, wire, self._pipeline.model, self._pipeline.default_pool)
-        await self._pipeline.generate(call, ask, lambda chunk: self._send(context, chunk))
+        await self._pipeline.generate(call, ask, send)
 
     async def _send(self, context: Context, chunk: TokenChunk) -> None:
         """Raises SlowReader when the client takes nothing for the time that a write may take."""
@@ -148,7 +177,6 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def __init__(
         self, pipeline: Pipeline, bounds: MessageBounds, gate: Gate | None = None, audit: AuditLog | None = None
     ) -> None:
-        self._prefix = f"/{SERVICE_NAME}/"
         self._metrics = pipeline.metrics
         self._quotas = pipeline.stores.quotas
         self._gate = gate or Gate()
@@ -166,6 +194,9 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler = await continuation(handler_call_details)
         if handler is None:
             return grpc.stream_unary_rpc_method_handler(self._unknown(name))
+        if handler.request_streaming and name in RECORDED:
+            stream = self._streams(handler.stream_stream)
+            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
         if handler.request_streaming:  # reflection, which answers an empty question with an error of its own
             parse = handler.request_deserializer
             return grpc.stream_stream_rpc_method_handler(
@@ -216,11 +247,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 async for received in messages:
-                    data = unzipped(received)
-                    if name == "Generate":
-                        request_id.set(requests.id_in(data))
-                    self._bounds.check(name, data)
-                    return data
+                    return self._checked(name, received)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the call's message did not come whole within {READ_TIMEOUT_S:g} s; send less, or faster"
@@ -231,12 +258,44 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             f"the call ended without a message that can be received: one of at most {CORE_MESSAGE_BYTES} bytes"
         )
 
+    def _checked(self, name: str, received: bytes) -> bytes:
+        data = unzipped(received)
+        if name in ID_FIELDS:
+            request_id.set(requests.id_in(data, ID_FIELDS[name]))
+        self._bounds.check(name, data)
+        return data
+
+    def _streams(self, method: Callable[[AsyncIterator[bytes], Context], Awaitable[None]]) -> Any:
+        """A stream of requests whose errors are answers, but for those that end the stream."""
+
+        async def call(messages: AsyncIterator[bytes], context: Context) -> None:
+            try:
+                check_metadata(context.invocation_metadata())
+                self._gate.check("ModelStreamInfer", context.invocation_metadata(), _tls_names(context))
+                await method(messages, context)
+            except* PagerError as group:
+                _fail(context, _first(group))
+
+        return call
+
+    async def one_of_stream(
+        self, received: bytes, context: Context, run: Callable[[inference_pb.ModelInferRequest], Awaitable[None]]
+    ) -> PagerError | None:
+        """Runs one message of ModelStreamInfer as a call of its own; returns the error that it ended with."""
+        metadata, name = context.invocation_metadata(), "ModelStreamInfer"
+        with tracing.call(f"{open_inference.SERVICE_NAME}/{name}", metadata):
+            trace_context.set(tracing.traceparent() or traceparent_of(metadata))
+            tenant = self._gate.claimed_tenant(metadata)
+            with self._recorder.call(name, tenant, _deadline_s(context), context.peer) as outcome:
+                await self._check(name, context)
+                await run(_parsed(inference_pb.ModelInferRequest.FromString, self._checked(name, received)))
+        return outcome.error
+
     def _guarded(self, path: str, method: Method, parse: Callable[[bytes], Message]) -> Any:
-        is_ours = path.startswith(self._prefix)
-        name = path.removeprefix(self._prefix)
+        name = RECORDED.get(path, path)
 
         async def call(messages: AsyncIterator[bytes], context: Context) -> Message | None:
-            if not is_ours:
+            if path not in RECORDED:
                 return await bare(messages, context)
             with tracing.call(path[1:], context.invocation_metadata()):
                 return await recorded(messages, context)
@@ -264,7 +323,12 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return call
 
 
-_OPEN = f"/{health.SERVICE_NAME}/"  # for probes, which have no key
+# For probes, which have no key.
+_OPEN = (
+    f"/{health.SERVICE_NAME}/",
+    f"/{open_inference.SERVICE_NAME}/ServerLive",
+    f"/{open_inference.SERVICE_NAME}/ServerReady",
+)
 
 
 def _tls_names(context: Context) -> list[str]:
@@ -283,7 +347,15 @@ def _short(data: bytes) -> bytes:
     return message if len(message) <= MAX_OTHER_BYTES else b""
 
 
-def _parsed(parse: Callable[[bytes], Message], data: bytes) -> Message:
+def _first(group: BaseExceptionGroup[Any]) -> PagerError:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, PagerError)
+    return found
+
+
+def _parsed(parse: Callable[[bytes], Parsed], data: bytes) -> Parsed:
     try:
         return parse(data)
     except DecodeError:
@@ -371,6 +443,7 @@ class RouterServer:
         bounds: MessageBounds,
         watch: Watch,
         write_timeout_s: float = 30.0,
+        max_connection_age_s: float = 300.0,
         *,
         gate: Gate | None = None,
         audit: AuditLog | None = None,
@@ -386,6 +459,9 @@ class RouterServer:
                 WATCHED,
                 ("grpc.max_receive_message_length", CORE_MESSAGE_BYTES),
                 ("grpc.per_message_decompression", 0),  # `unzipped` does it, within bounds
+                # Clients then connect anew, and routers that have come since get their share. What is in flight on a
+                # connection goes on until it ends.
+                ("grpc.max_connection_age_ms", round(1000 * max_connection_age_s)),
             ),
         )
         (server_id,) = watched_servers() - others
@@ -394,8 +470,9 @@ class RouterServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         pb_grpc.add_ExpertPagerServicer_to_server(ExpertPagerService(pipeline, write_timeout_s), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        inference = open_inference.InferenceService(pipeline, write_timeout_s, _call, self._boundary.one_of_stream)
+        inference_pb_grpc.add_GRPCInferenceServiceServicer_to_server(inference, self._server)
+        _add_reflection(self._server)
         self._health_server: grpc.aio.Server | None = None
         self._pulse: asyncio.Task[None] | None = None
         self.port = 0
@@ -486,6 +563,20 @@ class RouterServer:
         self._watch.beat()
         workers = self._pipeline.cluster.workers()
         await self._pipeline.stores.hints.report([each for each in workers if each.state == WorkerState.READY])
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    """Reflection under both of its names; their messages are the same."""
+    names = (SERVICE_NAME, open_inference.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    generic = grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": handler})
+    server.add_generic_rpc_handlers((generic,))
 
 
 async def _logged(step: Callable[[], Awaitable[None]]) -> None:

@@ -208,6 +208,7 @@ async def running_service(
     redis_url: str | None = None,
     pools_path: Path | None = None,
     write_timeout_s: float = 30.0,
+    max_connection_age_s: float = 300.0,
     **choices: Any,
 ) -> AsyncIterator[Running]:
     cluster = cluster or InProcessCluster()
@@ -220,7 +221,15 @@ async def running_service(
         choices.pop("encoder", None) or ByteTokenizer(),
         Choices(redis_url=redis_url, pools_path=pools_path, **choices),
     )
-    server = RouterServer(service.pipeline, service.bounds, service.watch, write_timeout_s, gate=gate, audit=audit)
+    server = RouterServer(
+        service.pipeline,
+        service.bounds,
+        service.watch,
+        write_timeout_s,
+        max_connection_age_s,
+        gate=gate,
+        audit=audit,
+    )
     await server.start("127.0.0.1", 0)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

@@ -23,6 +23,31 @@ def text_request(text: str = "abc", *, max_tokens: int = 4, **fields: Any) -> pb
     return pb.GenerateRequest(text=text.encode(), sampling=pb.SamplingParams(max_tokens=max_tokens), **fields)
 
 
+async def test_an_answer_can_come_in_one_message(service: Running) -> None:
+    wire = text_request(request_id="r1", pool=pb.PoolPolicy(count=3))
+    whole = await service.stub.Complete(wire)
+    assert (whole.request_id, whole.text, list(whole.token_ids)) == ("r1", "abca", [97, 98, 99, 97])
+    assert whole.usage.completion_tokens == 4
+    assert whole.usage.pool.num_experts == 6
+    service.cluster.fail["w0"] = service.cluster.fail["w1"] = [(2, PagerError("broken"))]
+    error = await failure(service.stub.Complete(wire))
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert service.pipeline.admission.num_requests == 0
+
+
+async def test_a_prompt_can_be_a_string(service: Running) -> None:
+    sampling = pb.SamplingParams(max_tokens=3)
+    assert (await service.stub.Complete(pb.GenerateRequest(prompt="aé", sampling=sampling))).text == "aÃ©"
+    as_text = await service.stub.Route(pb.RouteRequest(text=b"abc", pool=pb.PoolPolicy(count=2)))
+    assert await service.stub.Route(pb.RouteRequest(prompt="abc", pool=pb.PoolPolicy(count=2))) == as_text
+    examples = [pb.Example(prompt="abc")]
+    made = await service.stub.Calibrate(pb.CalibrateRequest(name="p", examples=examples, pool=pb.PoolPolicy(count=2)))
+    assert made.pool.pool.digest == as_text.pool.digest
+    for wire in (pb.GenerateRequest(prompt=""), pb.GenerateRequest(prompt="x" * 1000)):
+        error = await failure(service.stub.Complete(wire))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_an_answer_streams_and_ends_with_its_usage(service: Running) -> None:
     messages = await answer(service.stub, text_request(request_id="r1", pool=pb.PoolPolicy(count=3)))
     assert "".join(message.text for message in messages) == "abca"

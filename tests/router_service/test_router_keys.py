@@ -24,6 +24,8 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from expert_pager.inference import open_inference_pb2 as inference
+from expert_pager.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from google.rpc.error_details_pb2 import RetryInfo
@@ -74,6 +76,7 @@ METHODS: Mapping[str, Any] = {
     "GetModel": pb.GetModelRequest(),
     "GetResidency": pb.GetResidencyRequest(),
     "Generate": pb.GenerateRequest(text=b"hi", sampling=pb.SamplingParams(max_tokens=2)),
+    "Complete": pb.GenerateRequest(prompt="hi", sampling=pb.SamplingParams(max_tokens=2)),
 }
 POSTS: Mapping[str, Any] = {
     "/v1/completions": {"model": "tiny", "prompt": "hi", "max_tokens": 2},
@@ -218,6 +221,36 @@ async def test_every_http_method_and_page_asks_for_a_key(ring: KeyRing) -> None:
             ).is_success
             assert all([(await client.get(url + path, headers=headers)).is_success for path in GETS])
         assert (await client.get(f"{url}/health")).status_code == 200
+
+
+async def test_the_open_inference_protocol_asks_for_keys_but_for_its_probes(ring: KeyRing) -> None:
+    key = await ring.add("acme")
+    tensor = inference.ModelInferRequest.InferInputTensor(name="text_input", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(b"hi")
+    wire = inference.ModelInferRequest(inputs=[tensor], parameters={"max_tokens": {"int64_param": 2}})
+    async with guarded(ring.gate()) as service:
+        stub: Any = GRPCInferenceServiceStub(service.channel)  # type: ignore[no-untyped-call]
+        assert (await stub.ServerReady(inference.ServerReadyRequest())).ready
+        for headers in ((), bearer("wrong")):
+            for call in (
+                stub.ModelReady(inference.ModelReadyRequest(), metadata=headers),
+                stub.ModelMetadata(inference.ModelMetadataRequest(), metadata=headers),
+                stub.ModelInfer(wire, metadata=headers),
+                stub.ModelStreamInfer(iter([wire]), metadata=headers).read(),
+            ):
+                assert (await failure(call)).code() is grpc.StatusCode.UNAUTHENTICATED
+        assert not service.cluster.received
+        assert (await stub.ModelReady(inference.ModelReadyRequest(), metadata=bearer(key))).ready
+        await stub.ModelInfer(wire, metadata=bearer(key))
+        stream = stub.ModelStreamInfer(metadata=bearer(key))
+        await stream.write(wire)
+        assert not (await stream.read()).error_message
+        await ring.revoke(key)
+        async with asyncio.timeout(60):  # a stream that goes on has no more rights than a new one
+            while not (answer := await stream.read()).error_message:
+                await stream.write(wire)
+        assert "key" in answer.error_message
+        assert {request.tenant for _, request in service.cluster.received} == {"acme"}
 
 
 async def test_a_revoked_key_is_refused_within_a_second_and_a_new_one_is_good(ring: KeyRing) -> None:

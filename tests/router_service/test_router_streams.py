@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from pager.errors import DeadlineExceeded, NotReady, PagerError, PortInUse, SlowReader
 from pager.types import ModelInfo
@@ -211,12 +212,41 @@ async def test_readiness_follows_the_workers(service: Running) -> None:
     assert service.metric("workers", state="hung") == 1
 
 
-async def test_reflection_names_the_services(service: Running) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(service.channel)
-    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-    answer = await call.read()
+@pytest.mark.parametrize("version", ["v1alpha", "v1"])
+async def test_reflection_describes_the_services(service: Running, version: str) -> None:
+    ask: Any = service.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    answer = await ask(iter([reflection_pb2.ServerReflectionRequest(list_services="")])).read()
     names = {each.name for each in answer.list_services_response.service}
-    assert {SERVICE_NAME, "grpc.health.v1.Health"} <= names
+    assert {SERVICE_NAME, "grpc.health.v1.Health", "inference.GRPCInferenceService"} <= names
+    for name in names:  # tools ask for each
+        question = reflection_pb2.ServerReflectionRequest(file_containing_symbol=name)
+        assert (await ask(iter([question])).read()).file_descriptor_response.file_descriptor_proto
+
+
+def connections_to(service: Running) -> set[int]:
+    """The ports at which the connections of the service's clients begin."""
+    found = psutil.Process().net_connections("tcp")
+    return {
+        each.raddr.port for each in found if each.laddr.port == service.server.port and each.status == "ESTABLISHED"
+    }
+
+
+async def test_an_old_connection_takes_no_new_requests_and_ends_what_it_has(serve: Callable[..., Any]) -> None:
+    async with serve(max_connection_age_s=1.0) as service:
+        service.cluster.hold[1] = asyncio.Event()
+        call = service.stub.Generate(pb.GenerateRequest(prompt="abc", sampling=pb.SamplingParams(max_tokens=3)))
+        first = await call.read()
+        [old] = connections_to(service)
+        while connections_to(service) == {old}:
+            await service.stub.Complete(pb.GenerateRequest(prompt="xyz", sampling=pb.SamplingParams(max_tokens=1)))
+            await asyncio.sleep(0.05)
+        assert old in connections_to(service)
+        service.cluster.hold[1].set()
+        assert "".join(message.text for message in [first, *await rest(call)]) == "abc"
 
 
 async def test_a_second_server_does_not_take_the_port(service: Running) -> None:

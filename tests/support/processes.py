@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import random
 import socket
@@ -21,6 +22,13 @@ from tests.support.waiting import until
 def command(*arguments: object) -> list[str]:
     """`expert-pager ARGUMENTS`, by this interpreter."""
     return [sys.executable, "-m", "pager.cli", *map(str, arguments)]
+
+
+def program_of(distribution: str, name: str) -> Path:
+    """A program that an installed distribution brings, whether it lies beside this interpreter or not."""
+    files = importlib.metadata.files(distribution) or []
+    [found] = [each for each in files if each.name == name and each.parent.name == "bin"]
+    return Path(found.locate()).resolve()
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

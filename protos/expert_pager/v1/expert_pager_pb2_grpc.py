@@ -39,6 +39,11 @@ class ExpertPagerStub(object):
                 request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Complete = channel.unary_unary(
+                '/expert_pager.v1.ExpertPager/Complete',
+                request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Route = channel.unary_unary(
                 '/expert_pager.v1.ExpertPager/Route',
                 request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.RouteRequest.SerializeToString,
@@ -81,6 +86,13 @@ class ExpertPagerServicer(object):
 
     def Generate(self, request, context):
         """Streams the answer. The last message, and only that one, carries `usage`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Complete(self, request, context):
+        """The whole answer in one message, for clients that do not read streams.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,6 +152,11 @@ def add_ExpertPagerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
+                    request_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.GenerateRequest.FromString,
+                    response_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Complete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Complete,
                     request_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.GenerateRequest.FromString,
                     response_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.GenerateResponse.SerializeToString,
             ),
@@ -204,6 +221,33 @@ class ExpertPager(object):
             request,
             target,
             '/expert_pager.v1.ExpertPager/Generate',
+            expert__pager_dot_v1_dot_expert__pager__pb2.GenerateRequest.SerializeToString,
+            expert__pager_dot_v1_dot_expert__pager__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Complete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expert_pager.v1.ExpertPager/Complete',
             expert__pager_dot_v1_dot_expert__pager__pb2.GenerateRequest.SerializeToString,
             expert__pager_dot_v1_dot_expert__pager__pb2.GenerateResponse.FromString,
             options,

@@ -38,6 +38,8 @@ class ExpertPagerStub:
     def __new__(cls, channel: _aio.Channel) -> ExpertPagerAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_expert_pager_pb2.GenerateRequest, _expert_pager_pb2.GenerateResponse]
     """Streams the answer. The last message, and only that one, carries `usage`."""
+    Complete: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.GenerateRequest, _expert_pager_pb2.GenerateResponse]
+    """The whole answer in one message, for clients that do not read streams."""
     Route: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.RouteRequest, _expert_pager_pb2.RouteResponse]
     """Scores and pool for a prompt. Nothing is generated and nothing is paged."""
     Calibrate: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.CalibrateRequest, _expert_pager_pb2.CalibrateResponse]
@@ -58,6 +60,8 @@ class ExpertPagerAsyncStub(ExpertPagerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_expert_pager_pb2.GenerateRequest, _expert_pager_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams the answer. The last message, and only that one, carries `usage`."""
+    Complete: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.GenerateRequest, _expert_pager_pb2.GenerateResponse]  # type: ignore[assignment]
+    """The whole answer in one message, for clients that do not read streams."""
     Route: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.RouteRequest, _expert_pager_pb2.RouteResponse]  # type: ignore[assignment]
     """Scores and pool for a prompt. Nothing is generated and nothing is paged."""
     Calibrate: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.CalibrateRequest, _expert_pager_pb2.CalibrateResponse]  # type: ignore[assignment]
@@ -81,6 +85,14 @@ class ExpertPagerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_expert_pager_pb2.GenerateResponse], _abc.AsyncIterator[_expert_pager_pb2.GenerateResponse]]:
         """Streams the answer. The last message, and only that one, carries `usage`."""
+
+    @_abc_1.abstractmethod
+    def Complete(
+        self,
+        request: _expert_pager_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_pager_pb2.GenerateResponse, _abc.Awaitable[_expert_pager_pb2.GenerateResponse]]:
+        """The whole answer in one message, for clients that do not read streams."""
 
     @_abc_1.abstractmethod
     def Route(

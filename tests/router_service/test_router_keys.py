@@ -227,9 +227,11 @@ async def test_the_open_inference_protocol_asks_for_keys_but_for_its_probes(ring
     key = await ring.add("acme")
     tensor = inference.ModelInferRequest.InferInputTensor(name="text_input", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(b"hi")
-    wire = inference.ModelInferRequest(inputs=[tensor], parameters={"max_tokens": {"int64_param": 2}})
+    wire = inference.ModelInferRequest(
+        inputs=[tensor], parameters={"max_tokens": inference.InferParameter(int64_param=2)}
+    )
     async with guarded(ring.gate()) as service:
-        stub: Any = GRPCInferenceServiceStub(service.channel)  # type: ignore[no-untyped-call]
+        stub: Any = GRPCInferenceServiceStub(service.channel)
         assert (await stub.ServerReady(inference.ServerReadyRequest())).ready
         for headers in ((), bearer("wrong")):
             for call in (

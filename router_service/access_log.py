@@ -106,9 +106,9 @@ class AuditLog:
         self._writer.start()
         self._repeats = Repeats()
 
-    def record(self, method: str, outcome: Outcome, peer: str) -> None:
-        """Writes a line about a call that has ended, if it is one of those."""
-        caller, error = present.get(), outcome.error
+    def record(self, method: str, code: str, error: PagerError | None, peer: str) -> None:
+        """Writes a line about a call of this context that has ended, if it is one of those."""
+        caller = present.get()
         left_out: int | None = 0
         if isinstance(error, _REFUSALS):
             left_out = self._repeats.left_out((method, caller.id if caller else "", error.reason))
@@ -117,7 +117,7 @@ class AuditLog:
         if left_out is None:
             return
         line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "what": method}
-        line |= {"outcome": outcome.code, "reason": error.reason if error is not None else None, "peer": peer[:100]}
+        line |= {"outcome": code, "reason": error.reason if error is not None else None, "peer": peer[:100]}
         if caller is not None:
             line |= {"key": caller.id, "tenant": caller.tenant}
         said = _said.get({})
@@ -188,7 +188,7 @@ class CallRecorder:
                 if caller.id:
                     tell(key=caller.id)
             if self._audit is not None:
-                self._audit.record(method, outcome, peer())
+                self._audit.record(method, outcome.code, outcome.error, peer())
             self._metrics.ended(method, outcome.code, tenant)
             self._access_log.end(method, tenant, outcome.code, failure, self._clock() - started_s)
 

@@ -21,6 +21,7 @@ from pager.types import TokenChunk
 from router_service import anthropic, openai
 from router_service.access_log import AuditLog, CallRecorder, tell
 from router_service.chat import ChatTemplate, TokenTexts, ToolCall, forced_call, tool_parser
+from router_service.gate import Gate
 from router_service.http import (
     Boundary,
     Endpoint,
@@ -33,7 +34,6 @@ from router_service.http import (
     run_all,
     until_gone,
 )
-from router_service.keys import Gate
 from router_service.openai import Choice
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline
@@ -64,13 +64,14 @@ class Api:
         self._texts = texts
         self._template = template
         self._parse_tools = None if template is None else tool_parser(template)
+        self._audit = audit
         recorder = CallRecorder(pipeline.metrics, audit)
         self._boundary = Boundary(recorder, gate or Gate(), pipeline.stores.quotas, write_timeout_s)
 
     def app(self, *more: Route) -> Starlette:
         """The application; `more` routes come after its own: pages, for which a caller needs a role."""
         for page in more:
-            page.app = GuardedPage(page.path, page.app, self._boundary.gate)
+            page.app = GuardedPage(page.path, page.app, self._boundary.gate, self._audit)
         posts: Mapping[str, tuple[str, Handler, ErrorBody]] = {
             "/v1/completions": ("Completions", self.completions, openai_error),
             "/v1/chat/completions": ("ChatCompletions", self.chat, openai_error),

@@ -40,20 +40,10 @@ from router_service.api import Api, metrics_route
 from router_service.chat import ChatTemplate, TokenTexts
 from router_service.claims import LocalClaims
 from router_service.dispatch import ClusterPort
+from router_service.gate import Gate, Tokens, WatchedFile, WatchedRedis, parse_jwks, parse_key_set, parse_secret
 from router_service.hints import InProcessHints
 from router_service.http import HttpServer, page_guard
-from router_service.keys import (
-    IN_REDIS,
-    Gate,
-    KeySet,
-    KeysInRedis,
-    Tokens,
-    WatchedFile,
-    WatchedRedis,
-    parse_jwks,
-    parse_key_set,
-    parse_secret,
-)
+from router_service.keys import IN_REDIS, KeySet, KeysInRedis
 from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
 from router_service.prediction import (
@@ -179,7 +169,7 @@ async def _start(
     stack.push_async_callback(service.close)
     metrics = service.pipeline.metrics
     cluster.ray_lost.add_done_callback(lambda lost: metrics.ray_lost.labels(lost.result()).inc())
-    guard = page_guard(gate, open_metrics=config.router.open_metrics)
+    guard = page_guard(gate, audit, open_metrics=config.router.open_metrics)
     metrics_server = MetricsServer(metrics.registry, config.router.host, config.router.metrics_port, guard)
     stack.callback(metrics_server.close)
     page = Page(service.watch, asyncio.get_running_loop())

@@ -45,8 +45,8 @@ from pager.observe.logs import request_id, trace_context, traceparent_of
 from pager.observe.metrics import Guard
 from pager.types import TokenChunk
 from router_service import requests
-from router_service.access_log import CallRecorder
-from router_service.keys import Gate
+from router_service.access_log import AuditLog, CallRecorder
+from router_service.gate import Gate
 from router_service.message_bounds import MAX_METADATA_BYTES, check_json
 from router_service.quotas import Quotas
 from router_service.requests import Ask
@@ -307,42 +307,55 @@ class Endpoint:
 class GuardedPage:
     """An ASGI application before another: a page that only callers with a role for it see."""
 
-    def __init__(self, path: str, page: ASGIApp, gate: Gate) -> None:
+    def __init__(self, path: str, page: ASGIApp, gate: Gate, audit: AuditLog | None) -> None:
         self._path = path
         self._page = page
         self._gate = gate
+        self._audit = audit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, KEEP_ALIVE_S)
-        answer = page_refusal(self._gate, self._path, exchange.metadata, exchange.tls_names)
-        await (self._page if answer is None else answer)(scope, receive, send)
+        refusal = page_refusal(self._gate, self._path, exchange.metadata, exchange.tls_names)
+        if refusal is None:
+            await self._page(scope, receive, send)
+            return
+        if self._audit is not None:
+            self._audit.record(self._path, code_of(refusal).name, refusal, exchange.peer)
+        await PlainTextResponse(f"{refusal.message}\n", status_of(refusal), _challenge(refusal))(scope, receive, send)
 
 
 def page_refusal(
     gate: Gate, path: str, headers: Iterable[tuple[str, str]], tls_names: Iterable[str] = ()
-) -> PlainTextResponse | None:
-    """The answer to a caller who may not see a page; None for one who may."""
+) -> PagerError | None:
+    """Why a caller may not see a page; None for one who may."""
     if not gate.is_on:
         return None
     try:
         gate.check(path, headers, tls_names)
     except PagerError as error:
-        challenge = {"www-authenticate": PAGE_CHALLENGE} if isinstance(error, Unauthenticated) else {}
-        return PlainTextResponse(f"{error.message}\n", status_of(error), challenge)
+        return error
     return None
 
 
-def page_guard(gate: Gate, *, open_metrics: bool) -> Guard:
-    """Who may see the pages of the metrics port."""
+def _challenge(error: PagerError) -> dict[str, str]:
+    return {"www-authenticate": PAGE_CHALLENGE} if isinstance(error, Unauthenticated) else {}
 
-    def guard(path: str, headers: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]], bytes] | None:
+
+def page_guard(gate: Gate, audit: AuditLog | None, *, open_metrics: bool) -> Guard:
+    """Who may see the pages of the metrics port, which has no TLS."""
+
+    def guard(environ: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], bytes] | None:
+        path = str(environ.get("PATH_INFO", ""))
         if open_metrics and path == "/metrics":
             return None
-        refusal = page_refusal(gate, path, headers)
-        if refusal is None:
+        given = ((name[5:], value) for name, value in environ.items() if name.startswith("HTTP_"))
+        error = page_refusal(gate, path, [(name.replace("_", "-").lower(), value) for name, value in given])
+        if error is None:
             return None
-        status = HTTPStatus(refusal.status_code)
-        return f"{status.value} {status.phrase}", list(refusal.headers.items()), bytes(refusal.body)
+        if audit is not None:
+            audit.record(path, code_of(error).name, error, str(environ.get("REMOTE_ADDR", "")))
+        status = HTTPStatus(status_of(error))
+        return f"{status.value} {status.phrase}", list(_challenge(error).items()), f"{error.message}\n".encode()
 
     return guard
 

@@ -32,7 +32,7 @@ from pager.types import TokenChunk
 from pager.wire import encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
 from router_service import open_inference, requests
 from router_service.access_log import AuditLog, CallRecorder
-from router_service.keys import Gate
+from router_service.gate import Gate
 from router_service.message_bounds import (
     CORE_MESSAGE_BYTES,
     CORE_METADATA_BYTES,
@@ -43,7 +43,7 @@ from router_service.message_bounds import (
     unzipped,
 )
 from router_service.service import Call, Pipeline, Send
-from router_service.status import to_wire
+from router_service.status import code_of, to_wire
 from router_service.tenants import Caller, present
 from router_service.tls import TlsFiles
 from router_service.ui import Watch
@@ -180,6 +180,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._metrics = pipeline.metrics
         self._quotas = pipeline.stores.quotas
         self._gate = gate or Gate()
+        self._audit = audit
         self._recorder = CallRecorder(pipeline.metrics, audit)
         self._bounds = bounds
         self.num_seen = 0
@@ -227,6 +228,12 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         caller = self._gate.check(path.rpartition("/")[2], context.invocation_metadata(), _tls_names(context))
         await self._quotas.request(caller)
 
+    def _refuse(self, path: str, context: Context, error: PagerError) -> None:
+        """Has a call that nothing else records end with the status of the error."""
+        if self._audit is not None:
+            self._audit.record(path.rpartition("/")[2], code_of(error).name, error, context.peer())
+        _fail(context, error)
+
     def _checked_stream(self, path: str, method: Any) -> Any:
         if not self._gate.is_on:
             return method
@@ -235,7 +242,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             try:
                 await self._check(path, context)
             except PagerError as error:
-                _fail(context, error)
+                self._refuse(path, context, error)
                 return
             async for answer in method(messages, context):
                 yield answer
@@ -307,7 +314,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     await self._check(path, context)
                 return await method(_parsed(parse, await self._message(name, messages, context)), context)
             except PagerError as error:
-                _fail(context, error)
+                self._refuse(path, context, error)
             return None
 
         async def recorded(messages: AsyncIterator[bytes], context: Context) -> Message | None:

@@ -9,7 +9,7 @@ import itertools
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from socketserver import ThreadingMixIn
@@ -194,8 +194,8 @@ CONNECTION_TIMEOUT_S = 60.0  # until its answer has been sent
 FULL_WAIT_S = 1.0  # how long a connection waits for the place of one that was ended for it
 
 
-Guard = Callable[[str, list[tuple[str, str]]], "tuple[str, list[tuple[str, str]], bytes] | None"]
-"""Looks at a path and at headers, with names in lower case: status, headers and body for whoever may not see it."""
+Guard = Callable[[Mapping[str, Any]], "tuple[str, list[tuple[str, str]], bytes] | None"]
+"""Looks at a request, as WSGI has it: status, headers and body for whoever may not see what is asked for."""
 
 
 class MetricsServer:
@@ -231,7 +231,7 @@ class MetricsServer:
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
-        refusal = None if self._guard is None else self._guard(path, _headers(environ))
+        refusal = None if self._guard is None else self._guard(environ)
         if refusal is not None:
             status, headers, body = refusal
             start_response(status, headers)
@@ -243,11 +243,6 @@ class MetricsServer:
                 return app(environ, start_response)
         start_response("404 Not Found", [("Content-Type", "text/plain")])
         return [f"there is {' and '.join(('/metrics', *self._apps))}\n".encode()]
-
-
-def _headers(environ: WSGIEnvironment) -> list[tuple[str, str]]:
-    pairs = ((name[5:], value) for name, value in environ.items() if name.startswith("HTTP_"))
-    return [(name.replace("_", "-").lower(), value) for name, value in pairs]
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ from pager.types import (
     Usage,
 )
 from router_service.app import Choices, Service, build_service
-from router_service.keys import Gate
+from router_service.gate import Gate
 from router_service.prediction import Encoded, Passes
 from router_service.server import RouterServer
 from router_service.service import Pipeline

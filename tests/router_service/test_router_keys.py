@@ -37,25 +37,11 @@ from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
 
 from pager.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthenticated
 from pager.observe.metrics import MetricsServer
-from router_service.access_log import AuditLog, Outcome
+from router_service.access_log import AuditLog
 from router_service.api import Api, metrics_route
+from router_service.gate import Gate, Tokens, WatchedFile, WatchedRedis, parse_jwks, parse_key_set, parse_secret
 from router_service.http import HttpServer, page_guard
-from router_service.keys import (
-    Entry,
-    EntryLimits,
-    Gate,
-    KeyFile,
-    KeySet,
-    KeysInRedis,
-    Tokens,
-    WatchedFile,
-    WatchedRedis,
-    new_entry,
-    new_key,
-    parse_jwks,
-    parse_key_set,
-    parse_secret,
-)
+from router_service.keys import Entry, EntryLimits, KeyFile, KeySet, KeysInRedis, new_entry, new_key
 from router_service.redis import RedisClient
 from router_service.tenants import Caller, CallerLimits, Role
 from router_service.tls import TlsFiles
@@ -423,9 +409,13 @@ def test_the_metrics_port_asks_for_the_role_unless_it_is_open(tmp_path: Path) ->
     ring = KeyRing(tmp_path / "keys.json")
     tenant, scraper = (asyncio.run(ring.add("acme", role)) for role in (Role.INFERENCE, Role.METRICS))
 
+    audit = AuditLog(tmp_path / "audit.jsonl", 1 << 20)
+
     @contextmanager
     def listening(*, is_open: bool) -> Iterator[str]:
-        server = MetricsServer(CollectorRegistry(), "127.0.0.1", 0, page_guard(ring.gate(), open_metrics=is_open))
+        server = MetricsServer(
+            CollectorRegistry(), "127.0.0.1", 0, page_guard(ring.gate(), audit, open_metrics=is_open)
+        )
         server.mount("/ui", make_wsgi_app(CollectorRegistry()))
         try:
             yield f"http://{server.address}"
@@ -440,6 +430,12 @@ def test_the_metrics_port_asks_for_the_role_unless_it_is_open(tmp_path: Path) ->
         assert [status(f"{url}/ui", each) for each in ((), bearer("x"), bearer(scraper))] == [401, 401, 200]
     with listening(is_open=True) as url:
         assert (status(f"{url}/metrics"), status(f"{url}/ui"), status(f"{url}/ui/state.json")) == (200, 401, 401)
+    audit.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(line["what"], line["outcome"], line.get("tenant")) for line in lines[:2]] == [
+        ("/metrics", "UNAUTHENTICATED", None),
+        ("/metrics", "PERMISSION_DENIED", "acme"),
+    ]
 
 
 # --- certificates and tokens ----------------------------------------------------------------------------------------
@@ -767,6 +763,7 @@ async def test_the_audit_log_has_refusals_changes_and_operators_calls_and_no_key
         await call(service, "DeletePool", (*bearer(operator), ("x-tenant-id", "acme")))
         async with httpx.AsyncClient(timeout=60) as client:
             await client.post(f"{url}/v1/completions", json=POSTS["/v1/completions"], headers=dict(bearer("epk_nope")))
+            await client.get(f"{url}/ui/state.json", headers=dict(bearer(key)))
         for _ in range(200):
             await failure(call(service, "Route", bearer("epk_nope")))
     audit.close()
@@ -780,6 +777,7 @@ async def test_the_audit_log_has_refusals_changes_and_operators_calls_and_no_key
         ("GetResidency", "OK", ids[operator]),
         ("DeletePool", "OK", ids[operator]),
         ("Completions", "UNAUTHENTICATED", None),
+        ("/ui/state.json", "PERMISSION_DENIED", ids[key]),
     ]
     assert lines[0]["pool"] == "named:law"
     assert lines[3]["tenant"] == "acme"
@@ -792,7 +790,7 @@ async def test_the_audit_log_has_refusals_changes_and_operators_calls_and_no_key
 def test_the_audit_log_is_rotated_by_its_size(tmp_path: Path) -> None:
     audit = AuditLog(tmp_path / "audit.jsonl", 2000)
     for _ in range(100):
-        audit.record("Calibrate", Outcome(), "peer")
+        audit.record("Calibrate", "OK", None, "peer")
     audit.close()
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
     assert 2 < len(sizes) <= 9

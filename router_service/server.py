@@ -281,7 +281,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 self._gate.check("ModelStreamInfer", context.invocation_metadata(), _tls_names(context))
                 await method(messages, context)
             except* PagerError as group:
-                _fail(context, _first(group))
+                self._refuse("ModelStreamInfer", context, _first(group))
 
         return call
 

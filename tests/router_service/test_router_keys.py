@@ -12,7 +12,7 @@ import ssl
 import time
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from expert_pager.inference import open_inference_pb2 as inference
+from expert_pager.inference import open_inference_pb2 as inference_pb
 from expert_pager.inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
@@ -128,7 +129,10 @@ async def http(
     """The HTTP front of a service; its address."""
     api = Api(service.pipeline, None, None, 30.0, gate=gate, audit=audit)
     page = Page(service.watch, asyncio.get_running_loop())
-    server = HttpServer(api.app(*page.routes(), metrics_route(service.pipeline.metrics.registry)))
+    app = api.app(*page.routes(), metrics_route(service.pipeline.metrics.registry))
+    paths = {getattr(route, "path", "").replace("{name:path}", "tiny") for route in app.routes}
+    assert paths == {*POSTS, *GETS, "/health"}, "what is tested here is all there is"
+    server = HttpServer(app)
     await server.start("127.0.0.1", 0, tls)
     try:
         yield f"http{'s' if tls else ''}://localhost:{server.port}"
@@ -160,6 +164,7 @@ async def test_every_grpc_method_asks_for_a_key(ring: KeyRing) -> None:
     await ring.revoke(revoked)
     wrong: list[Pairs] = [(), bearer("epk_wrong"), bearer(revoked), bearer(""), bearer(good[:-1]), bearer(good + "x")]
     wrong += [(("authorization", good),), (("x-tenant-id", "acme"),), (*bearer(good), *bearer("epk_other"))]
+    assert set(METHODS) == {method.name for method in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods}
     async with guarded(ring.gate()) as service:
         told = set()
         for method in METHODS:
@@ -169,7 +174,35 @@ async def test_every_grpc_method_asks_for_a_key(ring: KeyRing) -> None:
                 assert (error.code(), reason(error)) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"), method
                 told.add(error.details())
         assert len(told) == 1, "nothing says which part was wrong"
-        assert len(service.cluster.received) == 1, "what was refused has come to no worker"
+        assert len(service.cluster.received) == 2, "what was refused has come to no worker"
+
+
+async def test_every_method_of_the_open_inference_protocol_asks_for_a_key(ring: KeyRing) -> None:
+    key = await ring.add("acme")
+    (protocol,) = inference_pb.DESCRIPTOR.services_by_name.values()
+    async with guarded(ring.gate()) as service:
+
+        async def status(method: Any, headers: Pairs) -> grpc.StatusCode:
+            path, metadata = f"/{protocol.full_name}/{method.name}", tuple(headers)
+            call: Any
+            if method.client_streaming:
+                call = service.channel.stream_stream(path, None, None)(iter([b""]), metadata=metadata, timeout=60)
+                with suppress(grpc.aio.AioRpcError):
+                    await rest(call)
+            else:
+                call = service.channel.unary_unary(path, None, None)(b"", metadata=metadata, timeout=60)
+            code: grpc.StatusCode = await call.code()
+            return code
+
+        assert len(protocol.methods) == 7
+        for method in protocol.methods:
+            if method.name in ("ServerLive", "ServerReady"):  # health, which answers everybody
+                assert await status(method, ()) == grpc.StatusCode.OK
+                continue
+            for headers in ((), bearer("epk_wrong")):
+                assert await status(method, headers) == grpc.StatusCode.UNAUTHENTICATED, method.name
+            assert await status(method, bearer(key)) != grpc.StatusCode.UNAUTHENTICATED, method.name
+        assert not service.cluster.received
 
 
 async def test_reflection_asks_for_a_key_and_health_does_not(ring: KeyRing) -> None:

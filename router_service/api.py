@@ -123,19 +123,26 @@ class Api:
         if not asked.stream:
             await until_gone(exchange, run_all(self._pipeline, call, asks, _into(choices)))
             kept = _best(choices, answers, asked.n or 1) if asked.best_of else choices
-            body = openai.head("text_completion", id_, model)
-            body["choices"] = [self._completion(asked, choice, index) for index, choice in enumerate(kept)]
-            await exchange.answer(200, body | {"usage": openai.usage_of(choices)})
+
+            def whole() -> dict[str, Any]:
+                made = [self._completion(asked, choice, index) for index, choice in enumerate(kept)]
+                usage = openai.usage_of(choices)
+                return openai.head("text_completion", id_, model) | {"choices": made, "usage": usage}
+
+            await exchange.answer(200, whole if any(choice.is_large for choice in kept) else whole())
             return
 
         async def seen(index: int, chunk: TokenChunk) -> None:
             choice = choices[index]
             is_first = not choice.texts
-            part = replace_choice(choice, chunk)
+            part = choice.part(chunk)
             choice.add(chunk)
-            body = openai.head("text_completion", id_, model)
-            body["choices"] = [self._completion(asked, part, index, is_first=is_first)]
-            await exchange.event(body)
+
+            def event() -> dict[str, Any]:
+                made = [self._completion(asked, part, index, is_first=is_first)]
+                return openai.head("text_completion", id_, model) | {"choices": made}
+
+            await exchange.event(event if part.is_large else event())
 
         async def work() -> None:
             await run_all(self._pipeline, call, asks, seen)
@@ -149,7 +156,6 @@ class Api:
         choice: Choice,
         index: int,
         *,
-        is_part: bool = False,
         is_first: bool = True,
     ) -> dict[str, Any]:
         """A choice as it is sent, whole or the part of it that has just come."""
@@ -180,9 +186,13 @@ class Api:
         id_ = openai.new_id("chatcmpl")
         if not asked.stream:
             await until_gone(exchange, run_all(self._pipeline, call, asks, _into(choices)))
-            body = openai.head("chat.completion", id_, asked.model)
-            body["choices"] = [self._message(asked, choice) for choice in choices]
-            await exchange.answer(200, body | {"usage": openai.usage_of(choices)})
+
+            def whole() -> dict[str, Any]:
+                made = [self._message(asked, choice) for choice in choices]
+                usage = openai.usage_of(choices)
+                return openai.head("chat.completion", id_, asked.model) | {"choices": made, "usage": usage}
+
+            await exchange.answer(200, whole if any(choice.is_large for choice in choices) else whole())
             return
         holds_back = bool(asked.shown_tools()) and (asked.is_tool_forced or self._parse_tools is not None)
 
@@ -461,13 +471,6 @@ def _into(choices: Sequence[Choice]) -> Callable[[int, TokenChunk], Any]:
         choices[index].add(chunk)
 
     return seen
-
-
-def replace_choice(choice: Choice, chunk: TokenChunk) -> Choice:
-    """A choice that has only what a chunk brings."""
-    part = Choice(choice.index, choice.prompt, choice.prompt_ids)
-    part.add(chunk)
-    return part
 
 
 def _best(choices: Sequence[Choice], answers: int, kept: int) -> list[Choice]:

@@ -183,17 +183,17 @@ class Exchange:
                         return
 
     async def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-        """The whole answer at once."""
-        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        """The whole answer at once. A callable makes a body that is too large to be made on the event loop."""
+        data = (await _text_of(body)).encode("utf-8", "replace")
         await self._begin(status, "application/json", {"content-length": str(len(data)), **(headers or {})})
         await self._write(data, more=False)
 
     async def event(self, data: Any, name: str | None = None) -> None:
-        """The next event of a stream. Raises SlowReader for a client that reads nothing."""
+        """The next event of a stream, made as in `answer`. Raises SlowReader for a client that reads nothing."""
         async with self._writing:
             if not self.has_begun:
                 await self._begin(200, "text/event-stream", {"cache-control": "no-cache", "x-accel-buffering": "no"})
-            text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+            text = data if isinstance(data, str) else await _text_of(data)
             prefix = "" if name is None else f"event: {name}\n"
             await self._write(f"{prefix}data: {text}\n\n".encode("utf-8", "replace"), more=True)
 
@@ -218,6 +218,16 @@ class Exchange:
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             raise SlowReader(f"the client read nothing for {self._write_timeout_s:g} s; read faster") from None
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+async def _text_of(body: Any) -> str:
+    if callable(body):
+        # Piece by piece: a whole text in one call would hold the interpreter, and with it the event loop.
+        return await asyncio.to_thread(lambda: "".join(_ENCODER.iterencode(body())))
+    return _ENCODER.encode(body)
 
 
 def _too_large() -> BodyTooLarge:

@@ -46,6 +46,7 @@ _NOT_HERE = {
 }
 COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is absent, as OpenAI's
 MAX_TOP_LOGPROBS = 20
+MAX_AT_ONCE = 4096  # numbers and tokens of an answer whose JSON is made on the event loop
 _ROLES = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -686,6 +687,12 @@ class Choice:
         self.prompt_logprobs.extend(chunk.prompt_logprobs)
         self.usage = chunk.usage or self.usage
 
+    def part(self, chunk: TokenChunk) -> Choice:
+        """A choice that has only what a chunk brings; the prompt comes with the first one."""
+        made = Choice(self.index, self.prompt, () if self.texts else self.prompt_ids)
+        made.add(chunk)
+        return made
+
     @property
     def text(self) -> str:
         return "".join(self.texts)
@@ -693,6 +700,12 @@ class Choice:
     @property
     def finish_reason(self) -> str | None:
         return None if self.usage is None else finish_reason(self.usage)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its JSON takes so long to make that nothing else should wait for it."""
+        logprobs = (each for part in (self.prompt_logprobs, self.logprobs) for each in part)
+        return len(self.prompt_ids) + sum(1 + len(each.top_ids) for each in logprobs) > MAX_AT_ONCE
 
     @property
     def mean_logprob(self) -> float:

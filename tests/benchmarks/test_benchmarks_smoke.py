@@ -80,6 +80,13 @@ def test_the_service_is_measured_beside_its_engine(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_http_is_measured_beside_grpc(tmp_path: Path) -> None:
+    done = run("http_front", GOLDEN, "--quick", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^(\d+) +[\d.]+ \(", done.stdout, re.MULTILINE) == ["1"]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the page cache is looked at through Linux calls")
 def test_residency_measures_every_table(tmp_path: Path) -> None:
     done = run("residency", tmp_path / "none", "--quick", "--work", tmp_path / "work")

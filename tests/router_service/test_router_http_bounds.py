@@ -8,14 +8,16 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from pager.errors import InvalidRequest
 from pager.observe.metrics import INTERVAL_S
+from pager.sampling import MAX_PROMPT_LOGPROBS
 from pager.tokenizing import read_tokenizer
+from pager.types import TokenChunk, TokenLogprobs
 from router_service import http as front
 from router_service.api import Api
 from router_service.chat import ChatTemplate, TokenTexts
@@ -209,3 +211,32 @@ async def test_a_head_of_many_headers_is_refused(service: Any) -> None:
         writer.write(WHOLE[:-2] + b"".join(b"x-%d: y\r\n" % number for number in range(10_000)))
         assert (await reader.read()).startswith(b"HTTP/1.1 400")
         writer.close()
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+async def test_log_probabilities_of_a_long_prompt_do_not_keep_it_either(
+    serve: Callable[..., Any], make_cluster: Any, make_worker: Callable[..., Any], model: Any
+) -> None:
+    """Whole and streamed."""
+    num_tokens = MAX_PROMPT_LOGPROBS // 16
+    logprobs = tuple(TokenLogprobs(number % 4000, -1.5, (1, 2, 3), (-0.5, -1.25, -2.0)) for number in range(num_tokens))
+
+    class Reporting(make_cluster):  # type: ignore[misc]
+        async def generate(self, *arguments: Any) -> AsyncIterator[TokenChunk]:
+            async for chunk in super().generate(*arguments):
+                yield replace(chunk, prompt_logprobs=logprobs if chunk.usage else ())
+
+    fields = {"model": "tiny", "max_tokens": 1, "echo": True, "logprobs": 3, "prompt": [1] * (CONTEXT - 1)}
+    async with (
+        large_service(serve, Reporting, make_worker, model) as large,
+        fronted(large.service.pipeline) as server,
+    ):
+        for is_streamed in (False, True):
+            body = json.dumps(fields | {"stream": is_streamed}).encode()
+            large.held_s.clear()
+            status, answer = await asyncio.to_thread(post, server.port, COMPLETIONS, body)
+            await asyncio.sleep(2 * INTERVAL_S)
+            assert (status, answer.count(b"-1.5")) == (200, 2 * num_tokens)
+            assert max(large.held_s) < MAX_HELD_S

@@ -259,10 +259,15 @@ class ModelConfig:
     """The checkpoint that is served."""
 
     path: str = _key(
-        "", "Checkpoint folder, as downloaded or packed. The one key that has to be set.", example="models/emo-tiny"
+        "",
+        "Checkpoint folder, as downloaded or packed, or ORGANISATION/NAME[@REVISION] on the Hugging Face hub, which "
+        "`expert-pager serve` downloads into the hub's cache. The one key that has to be set.",
+        example="models/emo-tiny",
     )
     name: str | None = _key(
-        None, "What clients call the model. Not set: the name of the checkpoint's folder.", example="emo-tiny"
+        None,
+        "What clients call the model. Not set: the name of the checkpoint's folder, or its name on the hub.",
+        example="emo-tiny",
     )
     chat_template: str | None = _key(
         None,

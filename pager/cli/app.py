@@ -16,6 +16,7 @@ from pager.cli.keys import keys_app
 from pager.cli.output import print_error
 from pager.cli.pools import pools_app
 from pager.errors import PagerError
+from pager.store.hub import keep_offline
 
 app = typer.Typer(
     name="expert-pager",
@@ -63,9 +64,10 @@ def options(
 
 def main() -> None:
     """Runs a command. Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted."""
-    # Everything is read from local files; libraries that would look further, or chat on stderr, are told not to.
+    # But for a model that is named as on the hub, all is read from local files; libraries that would look further, or
+    # chat on stderr, are told not to.
+    keep_offline()
     for name, value in (
-        ("HF_HUB_OFFLINE", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("RUST_BACKTRACE", "0"),

@@ -17,6 +17,7 @@ import typer
 
 from pager.errors import InvalidRequest
 from pager.reading import check_text, read_bounded, reason_of
+from pager.store.hub import local_folder
 from pager.types import PoolAsk, PoolSource
 
 
@@ -179,7 +180,20 @@ def _pool_ask(
 
 # --- one by one -------------------------------------------------------------------------------------------------------
 
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder, as downloaded or packed.")]
+
+def model_folder(value: str | Path) -> Path:
+    """The folder of a model given as one, or as on the hub. Raises CheckpointError."""
+    return local_folder(value)
+
+
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Checkpoint folder, as downloaded or packed, or ORGANISATION/NAME[@REVISION] on the hub.",
+        parser=model_folder,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 ExpertMemory = Annotated[
     str | None,

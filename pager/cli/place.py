@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pager.cli.options import Device, Dtype
+from pager.cli.options import Device, Dtype, model_folder
 from pager.cli.output import serve_extra
 from pager.config import API_KEY, API_KEY_FILE
 from pager.errors import ConfigError, InvalidRequest, UnknownPool
@@ -108,7 +108,14 @@ class Place(ServerOptions):
     """The place where a command runs: in this process on `model`, or in the service at `server`."""
 
     model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="Checkpoint folder to load in this process.", metavar="FOLDER")
+        Path | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Checkpoint to load in this process: a folder, or ORGANISATION/NAME[@REVISION] on the hub.",
+            metavar="MODEL",
+            parser=model_folder,
+        ),
     ] = None
     device: Device = "auto"
     dtype: Dtype = None

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +15,12 @@ import typer
 
 from pager.cli.options import Dtype, ExpertMemory, HostMemory, KvMemory
 from pager.cli.output import busy, err, print_error, print_json, serve_extra
-from pager.config import SCHEMA, Reading, config_of, load_config, read_config, shown
+from pager.config import SCHEMA, Reading, ServiceConfig, config_of, load_config, read_config, shown
 from pager.errors import PagerError
 from pager.observe import logs
 from pager.pools.drift import parse_drift
 from pager.pools.pick import parse_pool_size
+from pager.store.hub import HubModel
 
 if TYPE_CHECKING:
     from router_service.app import Ready
@@ -57,7 +58,12 @@ SETTINGS = {
 
 
 def serve(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Checkpoint folder.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Checkpoint folder, or ORGANISATION/NAME[@REVISION] on the hub.", show_default=False
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="TOML file. Flags and environment override it.", metavar="FILE"),
@@ -131,7 +137,7 @@ def serve(
     `expert-pager serve --config service.toml --port 0 --json`
     """
     overrides, flags = given(locals())
-    settings = load_config(config, os.environ, overrides, flags)
+    settings = with_model_here(load_config(config, os.environ, overrides, flags))
     logs.configure(settings.log.format, "router")
     with busy("loading"), serve_extra("serve"):
         from router_service import app
@@ -146,6 +152,16 @@ def serve(
         raise typer.Exit(1) from None
     if received == signal.SIGINT:
         raise typer.Exit(130)
+
+
+def with_model_here(settings: ServiceConfig) -> ServiceConfig:
+    """The settings with a folder for the model; one that is named as on the hub is downloaded first."""
+    model = HubModel.parse(settings.model.path)
+    if model is None:
+        return settings
+    folder = model.fetch()
+    here = replace(settings.model, path=str(folder), name=settings.model.name or model.short_name)
+    return replace(settings, model=here)
 
 
 def given(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -220,7 +236,8 @@ def _parsed(context: typer.Context) -> dict[str, Any]:
 def _beyond_the_schema(reading: Reading, env: Mapping[str, str]) -> Iterator[str]:
     """Yields the problems that would fail a start and can be seen without one."""
     settings = config_of(reading)
-    if settings.model.path and not (Path(settings.model.path) / "config.json").is_file():
+    is_on_hub = HubModel.parse(settings.model.path) is not None
+    if settings.model.path and not is_on_hub and not (Path(settings.model.path) / "config.json").is_file():
         yield _said(reading, "model.path", "is no checkpoint folder: it has no config.json")
     for key in _FILES:
         value = reading.value(key)

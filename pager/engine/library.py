@@ -28,6 +28,7 @@ from pager.pools.drift import answer_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size
 from pager.pools.routing import RequestRouting
 from pager.pools.step import StepRouting
+from pager.store.hub import local_folder
 from pager.types import Bytes, Count, Counts, DriftPolicy, Full, PoolPolicy, PoolSize, RoutingFacts
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def load_model(  # noqa: PLR0913 - its keywords are the library's interface
 ) -> PreTrainedModel:
     """A transformers model whose routed experts live in at most `expert_memory` bytes of slots.
 
+    `path` is a folder, or a name on the hub with or without a revision: "ORGANISATION/NAME@REVISION".
     `expert_memory` is bytes, "64MiB" or a share of all routed experts ("25%", 0.25); None lets the planner choose.
     Shared experts belong to the trunk and are outside of it. `dtype` None or "auto" is the checkpoint's, as in
     transformers; a float32 checkpoint takes half the memory with "bfloat16". `device` "auto" is a GPU where there is
@@ -79,7 +81,7 @@ def load_model(  # noqa: PLR0913 - its keywords are the library's interface
     drift = drift if isinstance(drift, DriftPolicy) else parse_drift(drift)
     wanted = PoolPolicy(parse_pool_size(pool_size), drift=drift)
     paged = load_paged_model(
-        path,
+        local_folder(path),
         device=resolve_device(device),
         dtype="auto" if dtype is None else dtype,
         budgets=Budgets(expert_memory=expert_memory, host_memory=0 if host_memory is None else host_memory),

@@ -31,9 +31,9 @@ def checkpoints(work: Path, shape: str, num_layers: int) -> tuple[Path, Path]:
             pack(
                 plain,
                 packed,
-                names=opened.family.expert_names,
+                pieces=opened.pieces,
                 experts_per_layer=opened.facts.experts_per_layer,
-                shape=opened.family.expert_shape(opened.config),
+                shape=opened.family.shape,
                 progress=progress,
             )
     return plain, packed

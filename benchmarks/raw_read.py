@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from pager.models.open_model import OpenModel
-from pager.store.expert_source import PackedExperts, find_experts
+from pager.store.expert_source import PackedExperts, find_experts, pieces_of
 from pager.store.pack_format import PACK_NAME
 from pager.types import ExpertKey
 
@@ -38,9 +38,12 @@ def extents_of(checkpoint: Path, keys: Sequence[ExpertKey]) -> list[list[Extent]
                 return [[Extent(path, packed.offset_of(key), pack.extents[key].nbytes)] for key in keys]
             finally:
                 packed.close()
-        shape = opened.family.expert_shape(opened.config)
-        specs = find_experts(files, opened.family.expert_names, opened.facts.experts_per_layer, shape)
-        return [[Extent(checkpoint / spec.file, spec.offset, spec.nbytes) for spec in specs[key]] for key in keys]
+        shape = opened.family.shape
+        stored = find_experts(files, opened.pieces, opened.facts.experts_per_layer, shape)
+        return [
+            [Extent(checkpoint / piece.spec.file, piece.offset, piece.nbytes) for piece in pieces_of(stored[key])]
+            for key in keys
+        ]
 
 
 class RawReader:

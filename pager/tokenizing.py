@@ -51,7 +51,11 @@ def read_tokenizer(model: Path) -> Tokenizer | None:
     try:
         data = read_bounded(path, MAX_TOKENIZER_BYTES)
         with panics_as_errors():
-            return Tokenizer.from_buffer(data)
+            tokenizer = Tokenizer.from_buffer(data)
+            # What a training script left on would cut or fill up prompts without a word.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return tokenizer
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; fetch it again") from None
     except Exception as error:  # the library raises nothing narrower

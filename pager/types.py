@@ -6,8 +6,10 @@ Shape legend: L layers, E experts of a layer (all of them, shared last), R route
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import reduce
@@ -26,14 +28,36 @@ class ExpertKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """A SwiGLU expert: gate and up are [intermediate, hidden], down is [hidden, intermediate]."""
+    """The parameters of one expert, by name and shape, in the order in which a record of it has them.
+
+    `parameters` empty is SwiGLU's: gates and ups [2 * intermediate, hidden] and downs [hidden, intermediate].
+    """
 
     hidden: int
     intermediate: int
+    parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, tuple[int, ...]], *, hidden: int, intermediate: int) -> ExpertShape:
+        """That of an expert with these parameters, which may be SwiGLU's."""
+        swiglu = cls(hidden, intermediate)
+        return swiglu if dict(swiglu.named) == parameters else cls(hidden, intermediate, tuple(parameters.items()))
+
+    @property
+    def named(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Each parameter's name and shape."""
+        return self.parameters or (
+            ("gate_up_proj", (2 * self.intermediate, self.hidden)),
+            ("down_proj", (self.hidden, self.intermediate)),
+        )
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(shape for _, shape in self.named)
 
     @property
     def num_elements(self) -> int:
-        return 3 * self.hidden * self.intermediate
+        return sum(math.prod(shape) for shape in self.shapes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pager.errors import CheckpointError, InvalidRequest
 from pager.tokenizing import (
@@ -112,3 +112,14 @@ def test_other_threads_go_on_while_a_text_is_tokenized() -> None:
         turns += 1
     thread.join()
     assert turns >= 5
+
+
+def test_prompts_are_neither_cut_nor_filled_up(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(pad_id=1, length=32)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = read_tokenizer(tmp_path)
+    assert found is not None
+    assert encode(found, "a " * 21).ids == [0] * 21

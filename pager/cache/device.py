@@ -26,8 +26,8 @@ class Transfer(Protocol):
     is_in_place: bool
     """`buffers` are the slots themselves. Others are few: who holds one must not wait for a second."""
 
-    def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
-        """CPU tensors [2F, D], [D, F] to fill on behalf of the slot; `install` or `discard` comes next."""
+    def buffers(self, slot: int) -> tuple[Tensor, ...]:
+        """CPU tensors, one a parameter, to fill on behalf of the slot; `install` or `discard` comes next."""
 
     def install(self, key: ExpertKey, slot: int) -> None:
         """Moves the slot's `buffers`, which are filled, into the slot and enters it in the map."""
@@ -35,7 +35,7 @@ class Transfer(Protocol):
     def discard(self, slot: int) -> None:
         """Gives back the slot's `buffers`, which could not be filled."""
 
-    def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
+    def install_from(self, key: ExpertKey, slot: int, tensors: Sequence[Tensor]) -> None:
         """Copies CPU tensors into the slot and enters it in the map. The tensors are free for reuse on return."""
 
     def evict(self, key: ExpertKey, slot: int) -> None:
@@ -53,15 +53,14 @@ class CpuTransfer:
 
     is_in_place = True
 
-    def __init__(self, gate_up: Tensor, down: Tensor, slot_of_LE: Tensor) -> None:
-        self._gate_up = gate_up
-        self._down = down
+    def __init__(self, slabs: Sequence[Tensor], slot_of_LE: Tensor) -> None:
+        self._slabs = tuple(slabs)
         # The same memory, and ten times as fast where little is done with it at a time.
         self._slot_of_LE: Any = slot_of_LE.numpy()
-        self._gate_up_bytes, self._down_bytes = _bytes(gate_up), _bytes(down)
+        self._slabs_bytes = [_bytes(slab) for slab in slabs]
 
-    def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
-        return self._gate_up[slot], self._down[slot]
+    def buffers(self, slot: int) -> tuple[Tensor, ...]:
+        return tuple(slab[slot] for slab in self._slabs)
 
     def install(self, key: ExpertKey, slot: int) -> None:
         self._slot_of_LE[key.layer, key.expert] = slot
@@ -69,10 +68,10 @@ class CpuTransfer:
     def discard(self, slot: int) -> None:
         pass
 
-    def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
+    def install_from(self, key: ExpertKey, slot: int, tensors: Sequence[Tensor]) -> None:
         # torch would copy with as many threads as it computes with, for each of the readers.
-        np.copyto(self._gate_up_bytes[slot], _bytes(gate_up))
-        np.copyto(self._down_bytes[slot], _bytes(down))
+        for slab_bytes, tensor in zip(self._slabs_bytes, tensors, strict=True):
+            np.copyto(slab_bytes[slot], _bytes(tensor))
         self.install(key, slot)
 
     def evict(self, key: ExpertKey, slot: int) -> None:
@@ -87,8 +86,7 @@ class CpuTransfer:
 
 @dataclass(slots=True)
 class _Staging:
-    gate_up: Tensor
-    down: Tensor
+    tensors: tuple[Tensor, ...]
     copied: torch.cuda.Event  # behind the last copy out of it
 
 
@@ -102,13 +100,12 @@ class CudaTransfer:
 
     is_in_place = False
 
-    def __init__(self, gate_up: Tensor, down: Tensor, slot_of_LE: Tensor) -> None:
+    def __init__(self, slabs: Sequence[Tensor], slot_of_LE: Tensor) -> None:
         """The stream that is current now is the one that computes with the slots."""
-        self._gate_up = gate_up
-        self._down = down
+        self._slabs = tuple(slabs)
         self._slot_of_LE = slot_of_LE
-        self._compute = torch.cuda.current_stream(gate_up.device)
-        self._copy = torch.cuda.Stream(gate_up.device)
+        self._compute = torch.cuda.current_stream(slot_of_LE.device)
+        self._copy = torch.cuda.Stream(slot_of_LE.device)
         self._copy.wait_stream(self._compute)
         self._lock = threading.Lock()  # the order of tickets is the order in the copy stream
         self._ticket = 0
@@ -117,25 +114,25 @@ class CudaTransfer:
         self._released: dict[int, torch.cuda.Event] = {}
         self._free: SimpleQueue[_Staging] = SimpleQueue()
         for _ in range(STAGING_BUFFERS):
-            self._free.put(_Staging(_pinned(gate_up), _pinned(down), _event()))
+            self._free.put(_Staging(tuple(map(_pinned, self._slabs)), _event()))
         self._filling: dict[int, _Staging] = {}
 
-    def buffers(self, slot: int) -> tuple[Tensor, Tensor]:
+    def buffers(self, slot: int) -> tuple[Tensor, ...]:
         staging = self._free.get()
         staging.copied.synchronize()
         self._filling[slot] = staging
-        return staging.gate_up, staging.down
+        return staging.tensors
 
     def install(self, key: ExpertKey, slot: int) -> None:
         staging = self._filling.pop(slot)
-        staging.copied = self._enqueue(key, slot, staging.gate_up, staging.down)
+        staging.copied = self._enqueue(key, slot, staging.tensors)
         self._free.put(staging)
 
     def discard(self, slot: int) -> None:
         self._free.put(self._filling.pop(slot))
 
-    def install_from(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> None:
-        self._enqueue(key, slot, gate_up, down).synchronize()
+    def install_from(self, key: ExpertKey, slot: int, tensors: Sequence[Tensor]) -> None:
+        self._enqueue(key, slot, tensors).synchronize()
 
     def evict(self, key: ExpertKey, slot: int) -> None:
         with self._lock, torch.cuda.stream(self._copy):
@@ -160,12 +157,12 @@ class CudaTransfer:
         with self._lock:
             self._released.update(dict.fromkeys(slots, event))
 
-    def _enqueue(self, key: ExpertKey, slot: int, gate_up: Tensor, down: Tensor) -> torch.cuda.Event:
+    def _enqueue(self, key: ExpertKey, slot: int, tensors: Sequence[Tensor]) -> torch.cuda.Event:
         event = _event()
         with self._lock, torch.cuda.stream(self._copy):
             self._wait_for_readers(slot)
-            self._gate_up[slot].copy_(gate_up, non_blocking=True)
-            self._down[slot].copy_(down, non_blocking=True)
+            for slab, tensor in zip(self._slabs, tensors, strict=True):
+                slab[slot].copy_(tensor, non_blocking=True)
             self._slot_of_LE[key.layer, key.expert].fill_(slot)
             event.record(self._copy)
             self._ticket += 1
@@ -191,7 +188,7 @@ def _pinned(slab: Tensor) -> Tensor:
 
 
 class DeviceSlots:
-    """`gate_up` [S + P, 2F, D], `down` [S + P, D, F] and `slot_of_LE` (int32 [L, E], -1 where absent) on `device`.
+    """One slab [S + P, ...] a parameter of an expert, and `slot_of_LE` (int32 [L, E], -1 where absent), on `device`.
 
     Allocated once, so memory never exceeds `nbytes`. Knows no policy: the pager says what goes where, and
     `transfer` moves it.
@@ -214,20 +211,30 @@ class DeviceSlots:
         self.shape = shape
         self.dtype = dtype
         self.device = torch.device(device)
-        total, hidden, intermediate = num_slots + num_pinned, shape.hidden, shape.intermediate
+        total = num_slots + num_pinned
         try:
-            self.gate_up = self._allocate(total, 2 * intermediate, hidden)
-            self.down = self._allocate(total, hidden, intermediate)
+            self.slabs = {name: self._allocate(total, *part) for name, part in shape.named}
         except (RuntimeError, OSError, OverflowError) as error:  # torch.OutOfMemoryError is a RuntimeError
             raise BudgetError(
                 f"{self.device} has no room for {total} expert slots of {self.record_bytes} bytes; lower expert_memory"
             ) from error
         self.slot_of_LE = torch.full((num_layers, max_experts), -1, dtype=torch.int32, device=self.device)
-        self.transfer: Transfer = (
-            CudaTransfer(self.gate_up, self.down, self.slot_of_LE)
-            if self.device.type == "cuda"
-            else CpuTransfer(self.gate_up, self.down, self.slot_of_LE)
-        )
+        transfer = CudaTransfer if self.device.type == "cuda" else CpuTransfer
+        self.transfer: Transfer = transfer(tuple(self.slabs.values()), self.slot_of_LE)
+
+    @property
+    def gate_up(self) -> Tensor:
+        """Of experts with a gate: gates and ups."""
+        return self.slabs["gate_up_proj"]
+
+    @property
+    def down(self) -> Tensor:
+        return self.slabs["down_proj"]
+
+    @property
+    def total_slots(self) -> int:
+        """The pinned ones included: the length of each slab."""
+        return self.num_slots + self.num_pinned
 
     @property
     def record_bytes(self) -> int:
@@ -236,8 +243,8 @@ class DeviceSlots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both slabs, the pinned slots included."""
-        return (self.num_slots + self.num_pinned) * self.record_bytes
+        """Bytes of all slabs, the pinned slots included."""
+        return self.total_slots * self.record_bytes
 
     def _allocate(self, *shape: int) -> Tensor:
         """Takes memory of the device. On a CPU it begins with a page, as reads past the page cache need it."""

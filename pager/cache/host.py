@@ -1,13 +1,13 @@
 """The host tier: a shared-memory segment of expert records that every worker of a node maps.
 
-D hidden, F expert intermediate. A record is gate_up [2F, D], then down [D, F], in the dtype they are served in. The
-segment is records and nothing else, so that a budget for all experts holds all of them; whose weights a record holds
-is in the index, a file beside it. Bytes are checked when they come from the disk, once: a record is trusted from then
-on.
+A record is an expert's parameters one after the other, in the dtype they are served in. The segment is records and
+nothing else, so that a budget for all experts holds all of them; whose weights a record holds is in the index, a file
+beside it. Bytes are checked when they come from the disk, once: a record is trusted from then on.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import uuid
@@ -44,10 +44,9 @@ class HostTier:
         finally:
             os.close(file)
         records = torch.frombuffer(self._mapping, dtype=dtype).view(num_records, shape.num_elements)
-        split = 2 * shape.intermediate * shape.hidden
-        self._tensors: tuple[Tensor, Tensor] | None = (
-            records[:, :split].unflatten(1, (2 * shape.intermediate, shape.hidden)),
-            records[:, split:].unflatten(1, (shape.hidden, shape.intermediate)),
+        parts = records.split([math.prod(part) for part in shape.shapes], dim=1)
+        self._tensors: tuple[Tensor, ...] | None = tuple(
+            part.unflatten(1, of_one) for part, of_one in zip(parts, shape.shapes, strict=True)
         )
         self.index = HostIndex(name, num_records)
         self._unlock = _page_lock(records.view(-1))
@@ -98,11 +97,10 @@ class HostTier:
         """Looks the experts up, or claims a record for each. HIT and CLAIMED grants end with `unpin` or `abandon`."""
         return self.index.lookup_or_claim(keys)
 
-    def tensors(self, record: int) -> tuple[Tensor, Tensor]:
-        """gate_up [2F, D] and down [D, F] of a record, in place."""
+    def tensors(self, record: int) -> tuple[Tensor, ...]:
+        """The parameters in a record, in place."""
         assert self._tensors is not None, "the host tier is closed"
-        gate_up, down = self._tensors
-        return gate_up[record], down[record]
+        return tuple(part[record] for part in self._tensors)
 
     def publish(self, grants: Sequence[HostGrant]) -> None:
         """Lets others read the claimed records, which are filled."""

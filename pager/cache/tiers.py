@@ -238,7 +238,7 @@ class Tiers:
 
     def fetch_from_disk(self, slots: Mapping[ExpertKey, int], on_most: Callable[[], None] | None = None) -> Outcomes:
         """`fetch` past the host tier, all in one go: each expert holds one of the transfer's buffers meanwhile."""
-        wanted = [Destination(key, *self._transfer.buffers(slot)) for key, slot in slots.items()]
+        wanted = [Destination(key, self._transfer.buffers(slot)) for key, slot in slots.items()]
         waiting = dict(slots)
         try:
             for key, result in self._read_disk(wanted, Tier.DEVICE, on_most):
@@ -279,7 +279,7 @@ class Tiers:
         claimed = {key: grant for key, grant in held.items() if grant.state is HostState.CLAIMED}
         try:
             yield from self._from_records(host, hits, slots)
-            wanted = [Destination(key, *host.tensors(grant.record)) for key, grant in claimed.items()]
+            wanted = [Destination(key, host.tensors(grant.record)) for key, grant in claimed.items()]
             results = dict(self._read_disk(wanted, Tier.HOST, on_most))
             filled = [claimed.pop(key) for key, result in results.items() if isinstance(result, Fetched)]
             host.publish(filled)
@@ -298,9 +298,9 @@ class Tiers:
         try:
             for grant in grants:
                 started_s = time.perf_counter()
-                gate_up, down = host.tensors(grant.record)
-                self._transfer.install_from(grant.key, slots[grant.key], gate_up, down)
-                nbytes, seconds = gate_up.nbytes + down.nbytes, time.perf_counter() - started_s
+                tensors = host.tensors(grant.record)
+                self._transfer.install_from(grant.key, slots[grant.key], tensors)
+                nbytes, seconds = sum(each.nbytes for each in tensors), time.perf_counter() - started_s
                 self._observer.transferred(Tier.HOST, Tier.DEVICE, nbytes, seconds)
                 yield grant.key, Fetched(Tier.HOST, nbytes, seconds)
         finally:

@@ -11,7 +11,7 @@ import typer
 
 from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, HostMemory, KvMemory, ModelPath
 from pager.cli.output import bytes_progress, err, out, print_facts, print_json, print_table
-from pager.errors import ConfigError, PoolTooSmall
+from pager.errors import ConfigError, PoolTooSmall, UnsupportedModel
 from pager.memory.machine import resolve_device
 from pager.memory.needs import Needs
 from pager.memory.plan import Budgets, Machine, Plan, describe
@@ -53,6 +53,7 @@ def inspect(
     resolved = resolve_device(device)
     found = OpenModel.open(model, dtype)
     with found.checkpoint:
+        found.check()
         needs = needs_of(found, resolved)
         facts = _facts_of(found, needs)
     made = None
@@ -79,6 +80,8 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "family": found.family.model_type,
+        "layout": found.layout_name,
+        "runs": _ways_to_run(found),
         "packed": checkpoint.is_packed,
         "checksums": all(spec.checksum for spec in checkpoint.specs.values()),
         "fingerprint": checkpoint.fingerprint,
@@ -101,6 +104,21 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
     }
 
 
+def _ways_to_run(found: OpenModel) -> dict[str, str]:
+    """For each way to run the model "yes", or why not."""
+    from pager.engine.attention import check_served
+
+    service = "yes"
+    try:
+        check_served(found)
+    except UnsupportedModel as error:
+        service = error.message
+    pools = found.family.unpoolable or "yes"
+    if any(each.pick is None for each in found.family.layers):
+        pools = "its gates pick in ways of their own; whether a pool restricts them is tried when it is loaded"
+    return {"exact": "yes", "pools": pools, "service": service}
+
+
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     checked = "packed, with checksums" if facts["packed"] else "as downloaded"
     if facts["checksums"] and not facts["packed"]:
@@ -114,6 +132,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_bytes(facts['stored_bytes'])} on disk as {', '.join(facts['stored_dtypes'])}; "
             f"served as {facts['serving_dtype']}",
         ),
+        ("layout", facts["layout"]),
+        *((name, facts["runs"][name]) for name in ("exact", "pools", "service")),
         ("fingerprint", facts["fingerprint"]),
         ("layers", f"{facts['layers']}{dense}"),
         ("experts", f"{experts}; a token picks {_range(facts['top_k_per_layer'])} routed ones"),
@@ -190,9 +210,9 @@ def pack(
         odd = write_pack(
             model,
             output,
-            names=source.family.expert_names,
+            pieces=source.pieces,
             experts_per_layer=source.facts.experts_per_layer,
-            shape=source.family.expert_shape(source.config),
+            shape=source.family.shape,
             dtype=DTYPES[dtype] if dtype else None,
             progress=progress,
         )

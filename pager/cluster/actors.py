@@ -56,7 +56,7 @@ class NodeHostTier:
         """This worker's view of the segment. Raises BudgetError, ConfigError."""
         from pager.cache.host import HostTier, record_bytes
 
-        shape = opened.family.expert_shape(opened.config)
+        shape = opened.family.shape
         model = f"{shape} of {opened.dtype}"
         answer = ray.get(self._node.open_segment.remote(plan.host_bytes, record_bytes(shape, opened.dtype), model))
         if isinstance(answer, PagerError):

@@ -18,7 +18,7 @@ from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cluster.views import LoadedModel
 from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver, budgets_of
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
-from pager.engine import attention
+from pager.engine.attention import check_served
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits
 from pager.engine.paged_model import PagedModel, load_paged_model
@@ -38,7 +38,7 @@ EMBEDDED_RAY = "not counted  about 250 MiB of Ray's own processes, once on this 
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
     """Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
-    check_attention(config.model)
+    check_model(config.model)
     workers = config.workers
     torch.set_num_threads(num_threads := int(os.environ["OMP_NUM_THREADS"]))
     return_freed_memory()
@@ -81,11 +81,11 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
     )
 
 
-def check_attention(model: ModelConfig) -> None:
-    """Raises UnsupportedModel for a model that the engine cannot attend to, before anything of it is loaded."""
+def check_model(model: ModelConfig) -> None:
+    """Raises UnsupportedModel for a model that the service cannot run, before anything of it is loaded."""
     opened = OpenModel.open(model.path, model.dtype)
     with opened.checkpoint:
-        attention.check(opened.config)
+        check_served(opened)
 
 
 def page_in(pager: ExpertPager, experts: Experts, timeout_s: float) -> None:

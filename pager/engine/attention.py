@@ -18,9 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import pager.models  # noqa: F401 - registers the models this project adds
 from pager.engine.kv import KvCache, heads_of
 from pager.errors import PagerError, UnsupportedModel
+from pager.models.open_model import OpenModel
 from pager.models.trial import AttentionCall, try_forward
 from pager.reading import one_line
 
@@ -146,6 +146,14 @@ def install(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
+def check_served(opened: OpenModel) -> None:
+    """Raises UnsupportedModel, before anything is loaded, for a model that only the library runs."""
+    check(opened.config)
+    for each in opened.family.layers:
+        if each.pick is None:
+            raise _refused(opened.config, f"the gate of {each.experts} picks in a way of its own")
+
+
 def check(config: PretrainedConfig) -> None:
     """Raises UnsupportedModel, which names the layer, unless every layer attends as `attend` does: to all that came
     before, with keys and values of one shape, and with no argument that would be left out of account.
@@ -206,8 +214,7 @@ def _foreign(call: AttentionCall, config: PretrainedConfig) -> str | None:
 
 def _refused(config: PretrainedConfig, why: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{config.model_type} is not supported by the service: {why}. pager.load_model runs the families it knows as "
-        "transformers does"
+        f"{config.model_type} is not supported by the service: {why}. pager.load_model runs it, as transformers does"
     )
 
 
@@ -265,9 +272,10 @@ def install_rotary(model: PreTrainedModel) -> RowRotary | None:
     rotary: Any = model.model.rotary_emb
     if isinstance(rotary, RowRotary):
         return rotary
-    if rotary.rope_type in SAME_FOR_EVERY_LENGTH:
+    kinds = set(rotary.rope_type.values()) if isinstance(rotary.rope_type, dict) else {rotary.rope_type}
+    if kinds <= SAME_FOR_EVERY_LENGTH:
         return None
-    if rotary.rope_type not in ("dynamic", "longrope"):
+    if not kinds <= {"dynamic", "longrope"} or isinstance(rotary.rope_type, dict):
         known = ", ".join(sorted({"dynamic", "longrope", *SAME_FOR_EVERY_LENGTH}))
         raise UnsupportedModel(
             f"rope_type {rotary.rope_type!r} is not supported where requests share a batch, since the length of one "

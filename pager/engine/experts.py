@@ -9,14 +9,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from pager.cache.pager import ExpertPager
+from pager.engine.gates import NO_COPIES, put_under_pools, unmasked
 from pager.errors import ConfigError
-from pager.models.families import Family
-from pager.models.open_model import moe_blocks
+from pager.models.families import ExpertLayer, Family
 from pager.pools.step import StepRouting
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
     if hidden_TD.device.type != "cpu":
         return grouped(module, hidden_TD, slot_TK, weights_TK)
     num_tokens, num_picks = slot_TK.shape
+    if not is_plain(module):
+        return sorted_pairs(module, hidden_TD, slot_TK, weights_TK)
     if num_tokens == 1:
         is_small = 3 * module.down_proj[0].nbytes <= SMALL_EXPERT_BYTES
         return (copied_pairs if is_small else pairs_in_place)(module, hidden_TD, slot_TK, weights_TK)
@@ -55,6 +57,27 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
     if is_shared and num_rows <= COPIED_ROWS:
         return _run_copied_experts(module, hidden_TD, slot_U, place_TK, weights_TK)
     return copied_pairs(module, hidden_TD, slot_TK, weights_TK)
+
+
+def is_plain(module: Any) -> bool:
+    """The experts are gate, up and down matrices as they are multiplied, without biases or norms of their own."""
+    others = ("has_bias", "is_transposed", "has_post_expert_norm")
+    return getattr(module, "has_gate", True) and not any(getattr(module, name, False) for name in others)
+
+
+def any_expert(module: Any, slot: int, hidden_ND: Tensor) -> Tensor:
+    """[N, D] from the expert in a slot, whatever its module says of its parameters."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _projected(module, name, slot, hidden_ND)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    out_ND = _projected(module, "down_proj", slot, inner)
+    return module.post_expert_norm(out_ND) if getattr(module, "has_post_expert_norm", False) else out_ND
+
+
+def _projected(module: Any, name: str, slot: int, hidden: Tensor) -> Tensor:
+    weight = getattr(module, name)[slot]
+    bias = getattr(module, f"{name}_bias")[slot] if module.has_bias else None
+    return linear(hidden, weight.t() if module.is_transposed else weight, bias)
 
 
 def grouped(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -130,6 +153,7 @@ class PairOutputs:
     def __init__(self, module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
         """`index_TK` names experts by any integers: expert ids or slots."""
         self._module = module
+        self._is_plain = is_plain(module)
         self._shape_TK = index_TK.shape
         ids_P, self._order_P = index_TK.flatten().sort(stable=True)
         self._is_half = hidden_TD.dtype != torch.float32
@@ -145,8 +169,11 @@ class PairOutputs:
         """Computes the pairs of the experts `ids`, which are in these slots."""
         module = self._module
         for expert, slot in zip(ids, slots, strict=True):
-            gate_up, down = module.gate_up_proj[slot], module.down_proj[slot]
             start, end = self._range_of[expert]
+            if not self._is_plain:
+                self._out_PD[start:end] = any_expert(module, slot, self._hidden_PD[start:end])
+                continue
+            gate_up, down = module.gate_up_proj[slot], module.down_proj[slot]
             if end == start + 1:
                 inner = module._apply_gate(torch.mv(gate_up, self._hidden_PD[start])[None])[0]
                 torch.mv(down, inner, out=self._out_PD[start])
@@ -187,7 +214,6 @@ KERNELS: dict[str, Kernel] = {
 
 
 NAME = "expert_pager_slots"
-NO_COPIES = "a paged model cannot be copied or pickled: its experts are in a cache that it owns; load it once more"
 
 
 class OpenStep(threading.local):
@@ -199,10 +225,12 @@ class OpenStep(threading.local):
 class LayerExperts:
     """Stands behind one layer's experts module: from expert ids to slots to outputs."""
 
-    def __init__(self, pager: ExpertPager, layer: int, open_step: OpenStep) -> None:
+    def __init__(self, pager: ExpertPager, layer: ExpertLayer, open_step: OpenStep) -> None:
         self.pager = pager
-        self.layer = layer
-        self._slot_of_E = pager.slots.slot_of_LE[layer]
+        self.layer = layer.layer
+        self.name = layer.experts
+        self.scores_by_sigmoid = False  # how its router makes masses of logits, where that had to be tried
+        self._slot_of_E = pager.slots.slot_of_LE[layer.layer]
         self._open_step = open_step
 
     def __reduce__(self) -> NoReturn:
@@ -256,7 +284,8 @@ def experts_in_slots(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_T
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad):
         return _Forward.apply(module, hidden_TD, index_TK, weights_TK)  # type: ignore[no-untyped-call, no-any-return]
     layer: LayerExperts = module.paging
-    return layer.run(module, hidden_TD, index_TK, weights_TK)
+    with unmasked():
+        return layer.run(module, hidden_TD, index_TK, weights_TK)
 
 
 class _Forward(torch.autograd.Function):
@@ -281,53 +310,20 @@ class _Forward(torch.autograd.Function):
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_in_slots)
 
 
-def attach(model: PreTrainedModel, family: Family, pager: ExpertPager) -> OpenStep:
-    """Puts every sparse layer of `model` (without expert weights) on the pager's slots and its gate under the pools.
+def attach(model: PreTrainedModel, family: Family, pager: ExpertPager, open_step: OpenStep) -> str | None:
+    """Puts every sparse layer of `model` (without expert weights) on the pager's slots and its router under the pools.
 
-    Returns what tells all of these layers which step a thread has open.
+    `open_step` tells all of these layers which step a thread has open. Returns why the model runs with all its experts
+    only, where it does.
     """
-    open_step = OpenStep()
-    for index, block in moe_blocks(model):
-        layer = LayerExperts(pager, index, open_step)
-        experts = block.experts
-        experts.paging = layer
-        experts.num_experts = len(pager.slots.gate_up)  # what the kernels index is the slab
-        # Plain attributes: the slab belongs to the pager and must not show up in the model's parameters.
-        object.__setattr__(experts, "gate_up_proj", pager.slots.gate_up)
-        object.__setattr__(experts, "down_proj", pager.slots.down)
-        _put_under_pools(block.gate, layer, family)
+    layers = {}
+    for each in family.layers:
+        experts: Any = model.get_submodule(each.experts)
+        experts.paging = layers[each.experts] = LayerExperts(pager, each, open_step)
+        experts.num_experts = pager.slots.total_slots  # what the kernels index is the slab
+        # Plain attributes: the slabs belong to the pager and must not show up in the model's parameters.
+        for name, slab in pager.slots.slabs.items():
+            object.__setattr__(experts, name, slab)
+    unpoolable = put_under_pools(model, family, layers)
     model.set_experts_implementation(NAME)
-    return open_step
-
-
-class PooledGate:
-    """What a family's gate becomes: the same logits, and one choice, within the pools of the step that runs.
-
-    By itself a gate would choose among all experts first, for nothing.
-    """
-
-    weight: Tensor
-    paging: LayerExperts
-    family: Family
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(NO_COPIES)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., D] → logits [T, E], weights [T, K], indices [T, K], as transformers' routers (gates) return them."""
-        layer = self.paging
-        step = layer.step
-        logits_TE = linear(hidden_states.reshape(-1, self.weight.shape[1]), self.weight)
-        return logits_TE, *self.family.pick(self, logits_TE, step.allowed(layer.layer, logits_TE))
-
-
-_pooled_gates: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _put_under_pools(gate: nn.Module, layer: LayerExperts, family: Family) -> None:
-    kind = type(gate)
-    if kind not in _pooled_gates:
-        _pooled_gates[kind] = type(f"Pooled{kind.__name__}", (PooledGate, kind), {})
-    gate.__class__ = _pooled_gates[kind]
-    object.__setattr__(gate, "paging", layer)
-    object.__setattr__(gate, "family", family)
+    return unpoolable

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pager.memory.needs import GATHER_TOKENS, KV_BLOCK_TOKENS
+from pager.models.config_bounds import largest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -177,6 +178,6 @@ def token_slots(tables: Sequence[Sequence[int]], device: torch.device) -> torch.
 
 def heads_of(config: PretrainedConfig) -> tuple[int, int]:
     """How many key/value heads there are, and their dimension."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(num_kv_heads), int(head_dim)
+    num_heads = largest(config, "num_attention_heads") or 1
+    head_dim = largest(config, "head_dim") or config.hidden_size // num_heads
+    return largest(config, "num_key_value_heads") or num_heads, head_dim

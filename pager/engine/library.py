@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from pager.cache.pager import CacheOptions
 from pager.cache.policy import DEFAULT_POLICY
-from pager.engine.experts import NO_COPIES
+from pager.engine.gates import NO_COPIES
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import ConfigError, InvalidRequest
 from pager.memory.machine import resolve_device
@@ -296,8 +296,6 @@ class LibraryForwards:
     def _run_pooled(self, forward: Callable[..., Any], kwargs: dict[str, Any], inputs: Tensor) -> Any:
         num_rows, num_tokens = inputs.shape[:2]
         cache = kwargs.get("past_key_values")
-        if cache is None and _uses_cache(self._paged.model, kwargs):
-            cache = kwargs["past_key_values"] = DynamicCache(config=self._paged.model.config)
         num_past = int(cache.get_seq_length()) if cache is not None else 0
         valid_BT = _valid_tokens(kwargs.get("attention_mask"), num_rows, num_past + num_tokens)
         documents, has_past = self._documents(cache, num_rows, num_past, valid_BT)
@@ -308,6 +306,8 @@ class LibraryForwards:
         measures = self._policy.drift is not None and all(has_past)
         with self._step(documents, rows=rows, valid=valid, prefill=not measures):
             output = forward(**kwargs)
+        if cache is None and (made := _cache_of(output)) is not None:  # of the kind that the model makes for itself
+            carry_documents(made, documents)
         for document in dict.fromkeys(documents):
             answer_drift(document)
         return output
@@ -398,9 +398,10 @@ def _named(kind: tuple[torch.dtype, torch.device]) -> str:
     return f"{str(kind[0]).removeprefix('torch.')} on {kind[1]}"
 
 
-def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    use_cache = kwargs.get("use_cache")
-    return bool(model.config.use_cache if use_cache is None else use_cache) and not model.training
+def _cache_of(output: Any) -> Cache | None:
+    """The cache that a forward returned, as a field of its output or in a tuple."""
+    values = output if isinstance(output, tuple) else output.values()
+    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def _valid_tokens(mask: Any, num_rows: int, num_tokens: int) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,7 +18,8 @@ from pager.cache.lease import Lease
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import NoObserver, PagerObserver, UsageMeter
 from pager.cache.trace import TraceHeader, TraceRecorder
-from pager.engine.experts import NO_COPIES, attach
+from pager.engine.experts import OpenStep, attach
+from pager.engine.gates import NO_COPIES
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.workspace import staging_bytes, workspace_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, UnsupportedModel
@@ -55,14 +57,15 @@ class PagedModel:
         self.model = model
         self.pager = pager
         self.plan = planned
-        self.family = opened.family
         self.facts: RoutingFacts = opened.facts
         self.config = opened.config
         self.dtype = opened.dtype
-        self.device = pager.slots.gate_up.device
+        self.device = pager.slots.device
         self.path = opened.checkpoint.path
         self.fingerprint: str = opened.checkpoint.fingerprint
-        self._open_step = attach(model, opened.family, pager)
+        self._open_step = OpenStep()
+        unpoolable = attach(model, opened.family, pager, self._open_step)
+        self.family = replace(opened.family, unpoolable=unpoolable)
         self._turn = threading.RLock()  # held by the thread that has a step open
         self._closing = closing
         self._is_closed = False
@@ -149,7 +152,7 @@ class PagedModel:
             check_drift(policy.drift)
         if isinstance(policy.size, Full) and policy.fixed is None:
             return
-        unpoolable = self.family.poolable(self.config)
+        unpoolable = self.family.unpoolable
         if unpoolable is not None:
             raise UnsupportedModel(f"this model runs with all its experts only: {unpoolable}; ask for the full model")
         if isinstance(policy.size, Bytes) and policy.fixed is None:
@@ -231,7 +234,7 @@ def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:
 
 def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
     """A host tier that no other process shares. Raises BudgetError."""
-    return HostTier.create(planned.host_bytes, opened.family.expert_shape(opened.config), opened.dtype)
+    return HostTier.create(planned.host_bytes, opened.family.shape, opened.dtype)
 
 
 def needs_of(opened: OpenModel, device: str, num_readers: int = NUM_READERS) -> Needs:

@@ -19,6 +19,7 @@ from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS,
 from pager.engine.kv import heads_of
 from pager.memory.needs import Workspace
 from pager.memory.plan import NUM_CHECKERS
+from pager.models.config_bounds import largest
 from pager.models.open_model import OpenModel
 from pager.store.reads import STAGING_BYTES
 
@@ -93,8 +94,8 @@ class _Shapes:
         self.hidden = int(config.hidden_size)
         self.vocabulary = int(config.vocab_size)
         self.num_kv_heads, self.head_dim = heads_of(config)
-        self.num_heads = int(config.num_attention_heads)
-        self.expert = opened.family.expert_shape(config)
+        self.num_heads = largest(config, "num_attention_heads") or 1
+        self.expert = opened.family.shape
         self.expert_bytes = opened.expert_bytes
         self.num_experts = max(facts.experts_per_layer)
         picks = zip(facts.top_k_per_layer, facts.shared_per_layer, strict=True)
@@ -169,8 +170,8 @@ def _kernel_bytes() -> int:
 
 def _dense_intermediate(opened: OpenModel) -> int:
     """The widest of the layers without experts."""
-    blocks = [layer.mlp for layer in opened.build_empty().model.layers]
-    return max(int(block.gate_proj.weight.shape[0]) for block in blocks if hasattr(block, "gate_proj"))
+    modules = opened.build_empty().named_modules()
+    return max((int(each.weight.shape[0]) for name, each in modules if name.endswith(".gate_proj")), default=0)
 
 
 def return_freed_memory() -> None:

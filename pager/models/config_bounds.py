@@ -39,7 +39,7 @@ _OPTIONAL_SIZES: Mapping[str, tuple[int, int]] = {
     "dense_intermediate_size": (1, 1 << 20),
     "num_key_value_heads": (1, 1 << 12),
     "head_dim": (1, 1 << 12),
-    "sliding_window": (1, 1 << 26),
+    "sliding_window": (0, 1 << 26),
 }
 _LISTS_OF_SIZES: Mapping[str, tuple[int, int]] = {
     "num_experts_per_layer": (0, _MAX_EXPERTS_A_LAYER),
@@ -57,6 +57,7 @@ _CHOICES = (
     "experts_implementation",
     "_experts_implementation",
     "auto_map",
+    "quantization_config",
 )
 _ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 
@@ -97,7 +98,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise _refused("hidden_act", activation, f"one of {', '.join(sorted(ACT2FN))}")
-    epsilon = config.get("rms_norm_eps", 0)
+    epsilon = config.get("rms_norm_eps") or 0
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
         raise _refused("rms_norm_eps", epsilon, "a number from 0 to 1")
     for holder in (config, *(config[name] for name in _ROPE_FIELDS if isinstance(config.get(name), Mapping))):
@@ -105,23 +106,39 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_shape(config: Any, experts_per_layer: tuple[int, ...]) -> None:
-    """Checks how the fields of a config that transformers has completed relate to each other.
-
-    Raises CheckpointError.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and hidden % heads:
+    """The same of a config that transformers has completed: what its fields must be to each other."""
+    hidden, heads, head_dim = (_field(config, name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
+    if head_dim is None and hidden and heads and hidden % heads:
         raise _refused("hidden_size", hidden, f"a multiple of num_attention_heads, {heads}")
-    if (head_dim or hidden // heads) % 2:
-        raise _refused("head_dim", head_dim or hidden // heads, "even, for rotary embeddings")
-    if heads % (config.num_key_value_heads or heads):
+    if head_dim is None and hidden and heads:
+        head_dim = hidden // heads
+    if head_dim and head_dim % 2:
+        raise _refused("head_dim", head_dim, "even, for rotary embeddings")
+    if heads and heads % (_field(config, "num_key_value_heads") or heads):
         raise _refused("num_attention_heads", heads, f"a multiple of num_key_value_heads, {config.num_key_value_heads}")
     if not 0 < sum(experts_per_layer) <= MAX_EXPERTS:
         raise _refused("number of experts", sum(experts_per_layer), f"from 1 to {MAX_EXPERTS} in all layers together")
-    top_k, largest = config.num_experts_per_tok, max(experts_per_layer)
-    if top_k > largest:
+    top_k, largest = _field(config, "num_experts_per_tok"), max(experts_per_layer)
+    if top_k is not None and top_k > largest:
         raise _refused("num_experts_per_tok", top_k, f"at most {largest}, the experts of a layer")
+
+
+def _field(config: Any, name: str) -> int | None:
+    """A size of all layers alike; None where a family has none of this name, or one for each layer."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # what transformers raises for what layers have each for themselves is no AttributeError
+        return None
+    return value if isinstance(value, int) else None
+
+
+def largest(config: Any, name: str) -> int | None:
+    """A size, or where layers have each their own the largest; None where a family has none of this name."""
+    if (value := _field(config, name)) is not None:
+        return value
+    layers = getattr(config, "per_layer_config", None) or {}
+    of_layers = [_field(each, name) for each in (layers.values() if isinstance(layers, Mapping) else layers)]
+    return max((each for each in of_layers if each is not None), default=None)
 
 
 def check_token_ids(ids: Mapping[str, Any]) -> None:

@@ -1,64 +1,75 @@
-"""A transformers model without its experts: built on the meta device, filled tensor by tensor from the disk tier."""
+"""A transformers model without its experts: what a checkpoint has for it, and the trunk, which transformers loads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 import pager.models  # noqa: F401 - registers the models this project adds
-from pager.errors import CheckpointError, ConfigError, PagerError
+from pager.errors import CheckpointError, ConfigError, PagerError, UnsupportedModel
 from pager.models.config_bounds import TOKEN_IDS, check_config, check_shape, check_token_ids, without_choices
-from pager.models.families import Family, family_of
-from pager.reading import one_line
+from pager.models.families import Family, expert_modules, expert_parameters, family_of
+from pager.models.layout import ExpertParameter, Layout, locate
+from pager.reading import one_line, shown
 from pager.store.checkpoint import read_json_object
-from pager.store.expert_source import ExpertSource, open_experts
+from pager.store.expert_source import ExpertSource, Made, Row, open_experts
 from pager.store.safetensors import Checkpoint
-from pager.types import RoutingFacts
+from pager.store.safetensors_header import PLAIN_FLOATS
+from pager.types import ExpertKey, RoutingFacts
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OpenModel:
-    """A checkpoint on disk together with the facts of its family; no weights are in memory yet."""
+    """A checkpoint on disk together with what its model says of itself; no weights are in memory yet."""
 
     checkpoint: Checkpoint
     config: PretrainedConfig
     family: Family
     facts: RoutingFacts
     dtype: torch.dtype
+    whole: PreTrainedModel = field(repr=False, compare=False)  # on the meta device, its experts included
 
     @classmethod
     def open(cls, path: str | Path, dtype: torch.dtype | str | None = None) -> OpenModel:
         """Opens a checkpoint.
 
-        Raises CheckpointError for a damaged one, UnsupportedModel for a family that cannot be paged, ConfigError for
-        the dtype.
+        Raises CheckpointError for a damaged one, UnsupportedModel for a model that cannot be paged, ConfigError for the
+        dtype.
         """
         checkpoint = Checkpoint.open(path)
         try:
-            family = family_of(checkpoint.config.get("model_type"))
+            config = _config_of(checkpoint)
+            refuse_quantised(checkpoint)
             with _config_errors(checkpoint):
-                check_config(checkpoint.config)
-                config = AutoConfig.for_model(**without_choices(checkpoint.config))
-                facts = family.facts(config)
-                check_shape(config, facts.experts_per_layer)
+                with torch.device("meta"):
+                    whole = model_class_of(config)(deepcopy(config)).eval()
+                family = family_of(whole)
+                check_shape(config, family.facts.experts_per_layer)
             chosen = _choose_dtype(dtype, checkpoint)
         except BaseException:
             checkpoint.close()
             raise
-        expert_bytes = family.expert_shape(config).num_elements * chosen.itemsize
-        return cls(checkpoint, config, family, replace(facts, expert_bytes=expert_bytes), chosen)
+        expert_bytes = family.shape.num_elements * chosen.itemsize
+        return cls(checkpoint, config, family, replace(family.facts, expert_bytes=expert_bytes), chosen, whole)
 
     @property
     def expert_bytes(self) -> int:
@@ -71,54 +82,102 @@ class OpenModel:
         num_elements: int = sum(parameter.numel() for parameter in model.parameters())
         return num_elements * self.dtype.itemsize
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Which stored tensors make which parameter."""
+        return locate(self.whole, self.checkpoint.specs)
+
+    @cached_property
+    def expert_parameters(self) -> Mapping[int, tuple[ExpertParameter, ...]]:
+        """By layer, where each parameter of its experts is stored. Raises CheckpointError where one is nowhere."""
+        found = {}
+        for each in self.family.layers:
+            parameters = []
+            for parameter, _ in self.family.shape.named:
+                name = f"{each.experts}.{parameter}"
+                if name not in self.layout.stored:
+                    raise CheckpointError(
+                        f"{self.checkpoint.path} lacks the expert tensors of layer {each.layer}: nothing in it makes "
+                        f"{name!r}; is the checkpoint complete, and of the family that its config names?"
+                    )
+                parameters.append(ExpertParameter(self.layout.stored[name], each.num_experts, name, self.whole))
+            found[each.layer] = tuple(parameters)
+        return found
+
+    @property
+    def layout_name(self) -> str:
+        """How the experts are stored, in words."""
+        if self.checkpoint.is_packed:
+            return "one extent an expert"
+        kinds = (str(each) for parameters in self.expert_parameters.values() for each in parameters)
+        return "; ".join(dict.fromkeys(kinds))
+
+    def pieces(self, key: ExpertKey) -> tuple[tuple[str | Row, ...] | Made, ...]:
+        """What each parameter of an expert is stored as. Raises CheckpointError."""
+        return tuple(each.of_expert(key.expert) for each in self.expert_parameters[key.layer])
+
     def open_experts(self) -> ExpertSource:
-        """Opens the disk tier. Raises CheckpointError when an expert is missing or misshapen."""
-        shape = self.family.expert_shape(self.config)
-        return open_experts(self.checkpoint, self.family.expert_names, self.facts.experts_per_layer, shape)
+        """The disk tier. Raises CheckpointError when an expert is missing or misshapen."""
+        return open_experts(self.checkpoint, self.pieces, self.facts.experts_per_layer, self.family.shape)
 
     def build_empty(self) -> PreTrainedModel:
-        """Builds the model on the meta device, without its experts' parameters."""
-        # transformers would make the serving dtype torch's default for a while, and that of every other thread too.
-        with torch.device("meta"), _config_errors(self.checkpoint):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.get_default_dtype()).to(self.dtype)
+        """The model on the meta device, its experts' parameters taken out."""
+        with torch.device("meta"), _InDtype(self.dtype), _config_errors(self.checkpoint):
+            model = model_class_of(self.config)(deepcopy(self.config))
         model.config.dtype = self.dtype
-        for _, block in moe_blocks(model):
-            del block.experts.gate_up_proj, block.experts.down_proj
+        _take_out_experts(model)
         return model.eval()
 
     def check(self) -> None:
         """Reads headers only. Raises CheckpointError unless every tensor is there, in its shape and a usable dtype."""
-        self._trunk_names(self.build_empty())
+        self._trunk_names()
         self.open_experts().close()
 
     def load_trunk(self, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """Loads everything but the experts into memory, one tensor at a time. Raises CheckpointError."""
-        model = self.build_empty()
-        for name, stored in self._trunk_names(model).items():
-            weight = self.checkpoint.read_tensor(stored, self.dtype).to(device)
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
-        if model.config.tie_word_embeddings:
-            model.tie_weights()
-        # Rotary tables are computed, not stored; on the meta device they were not.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+        """The model with everything but its experts in memory, loaded by transformers. Raises CheckpointError."""
+        failed: list[CheckpointError] = []  # as transformers' loader reports what reading raises in its own words
+        tensors = {name: StoredTensor(self.checkpoint, name, failed) for name in self._trunk_names()}
+        kind: Any = model_class_of(self.config)
+        try:
+            with _LOADING, _InDtype(self.dtype), _no_progress_bars(), _config_errors(self.checkpoint):
+                model: Any = without_experts(kind).from_pretrained(
+                    None, config=self.config, state_dict=tensors, dtype=self.dtype
+                )
+        except PagerError as error:
+            raise (failed[0] if failed else error) from None
+        if failed:
+            raise failed[0]
+        model.__class__ = kind
+        model = model.to(device).requires_grad_(False)
         left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
         if left:
             raise CheckpointError(f"nothing was loaded for {', '.join(left[:3])} ({len(left)} tensors)")
+        object.__setattr__(model, "gates_are_known", all(each.pick for each in self.family.layers))
         model.generation_config = self._generation_config()
         model.get_output_embeddings().register_forward_pre_hook(_own_strides)
         return model
 
-    def _trunk_names(self, model: PreTrainedModel) -> dict[str, str]:
-        """Maps each parameter to its name in the checkpoint. Raises CheckpointError."""
-        names = {}
-        for name, parameter in model.named_parameters():
-            if model.config.tie_word_embeddings and name == "lm_head.weight":
-                continue
-            names[name] = self.family.stored_name(name)
-            spec = self.checkpoint.require(names[name], parameter.shape)
-            if not spec.dtype.is_floating_point:
-                raise CheckpointError(f"tensor {spec.name!r} is stored as {spec.dtype}; it must be in floating point")
+    def _trunk_names(self) -> list[str]:
+        """The stored tensors that the trunk is made of. Raises CheckpointError where it lacks some."""
+        model, stored = self.build_empty(), self.layout.stored
+        tied = dict(getattr(model, "all_tied_weights_keys", {}))
+        partners = {**tied, **{source: name for name, source in tied.items()}}
+        ignored = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+        names = []
+        for name, expected in model.state_dict().items():
+            if name not in stored:
+                if partners.get(name) in stored or any(each.search(name) for each in ignored):
+                    continue
+                self.checkpoint.require(name, expected.shape)  # by the name that the model has for it
+            for stored_name in (each for group in stored[name].names.values() for each in group):
+                spec = self.checkpoint.specs[stored_name]
+                if stored[name].converter is None:
+                    self.checkpoint.require(stored_name, expected.shape)
+                if expected.is_floating_point() and spec.dtype not in PLAIN_FLOATS:
+                    raise CheckpointError(
+                        f"tensor {spec.name!r} is stored as {spec.dtype}; it must be in floating point"
+                    )
+                names.append(stored_name)
         return names
 
     def _generation_config(self) -> GenerationConfig:
@@ -153,10 +212,151 @@ def _config_errors(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def moe_blocks(model: PreTrainedModel) -> Iterator[tuple[int, Any]]:
-    """Yields `(layer, block)` of sparse layers; a block has a `gate` that returns raw logits first and `experts`."""
-    for layer, decoder in enumerate(model.model.layers):
-        if hasattr(decoder.mlp, "experts"):
-            yield layer, decoder.mlp
+    """`(layer, block)` of every sparse layer; a block has a `gate` that returns raw logits first and `experts`.
+
+    Raises UnsupportedModel for a model whose gates pick in ways of their own: their logits may be anywhere.
+    """
+    if not getattr(model, "gates_are_known", True):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has gates that pick in ways of their own, so nothing here reads what they say: "
+            "no predictor, evaluation or calibration runs with it. pager.load_model runs it"
+        )
+    for name, _ in expert_modules(model):
+        block = model.get_submodule(name.rpartition(".")[0])
+        yield int(name.partition("layers.")[2].partition(".")[0]), block
+
+
+_LOADING = threading.RLock()
+"""Held while transformers loads a trunk, with its progress bars switched off for the whole process."""
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+class _InDtype(TorchFunctionMode):
+    """What this thread makes without a dtype is of this one. torch's default would be every other thread's too."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function in _FACTORIES and kwargs.get("dtype") is None:
+            kwargs["dtype"] = self._dtype
+        return function(*args, **kwargs)
+
+
+_FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn})
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that transformers' loader reads when it needs it: `stored[...]`."""
+
+    checkpoint: Checkpoint
+    name: str
+    failed: list[CheckpointError]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        try:
+            return self.checkpoint.read_tensor(self.name)[index]
+        except CheckpointError as error:
+            self.failed.append(error)
+            raise
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.checkpoint.specs[self.name].dtype
+
+
+_QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|absmax|quant_map|(weight|input)_scale(_inv)?|scales|weight_packed)$")
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuses weights that stand for others by an UnsupportedModel, which names the method and its bits.
+
+    A config that calls weights quantised which are not is not believed.
+    """
+    config = checkpoint.config.get("quantization_config")
+    config = config if isinstance(config, Mapping) else {}
+    found = [spec.name for spec in checkpoint.specs.values() if _QUANTISED.search(spec.name)]
+    if config:
+        ends = ("weight", "_blocks", "_scales")
+        found += [spec.name for spec in checkpoint.specs.values() if spec.dtype in _PACKED and spec.name.endswith(ends)]
+    if not found:
+        return
+    method = config.get("quant_method", "a method that its config does not name")
+    bits = next((config[name] for name in ("bits", "w_bit", "weight_bits", "num_bits") if name in config), None)
+    bits = bits or (4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") or method == "fp8" else None)
+    raise UnsupportedModel(
+        f"{checkpoint.path} is quantised by {shown(method)}{f' to {shown(bits)} bits' if bits else ''} (tensor "
+        f"{found[0]!r}), which is not supported: experts are paged as float32, bfloat16 or float16. "
+        "Fetch the checkpoint that it was made from, or load it with transformers, dequantize() it and save that"
+    )
+
+
+_PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2})
+
+
+def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of the language model that a config is for. Raises UnsupportedModel."""
+    try:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise UnsupportedModel(f"model type {shown(config.model_type)} is not that of a language model") from None
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+
+
+class _WithoutExperts:
+    """What a model class becomes while its trunk is loaded: its experts have no parameters."""
+
+    @classmethod
+    def get_init_context(cls, dtype: torch.dtype, *args: Any) -> Any:
+        return super().get_init_context(torch.get_default_dtype(), *args)  # type: ignore[misc]
+
+    def post_init(self) -> None:
+        super().post_init()  # type: ignore[misc]
+        _take_out_experts(self)
+
+
+@cache
+def without_experts(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`kind` under its own name, which transformers looks conversions up by."""
+    return type(kind.__name__, (_WithoutExperts, kind), {"__module__": kind.__module__})
+
+
+def _take_out_experts(model: Any) -> None:
+    for _, module in expert_modules(model):
+        for name in expert_parameters(module):
+            delattr(module, name)
+            object.__setattr__(module, name, torch.empty(0))  # what initialises weights looks at it
+
+
+def _config_of(checkpoint: Checkpoint) -> PretrainedConfig:
+    """Makes the config of the language model, also where a checkpoint has others. Raises UnsupportedModel,
+    CheckpointError.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"model type {shown(model_type)} cannot be paged: the installed transformers {transformers.__version__} "
+            "does not know it"
+        )
+    with _config_errors(checkpoint):
+        check_config(checkpoint.config)
+        decoded = PretrainedConfig._decode_special_floats(without_choices(checkpoint.config))
+        config: PretrainedConfig = AutoConfig.for_model(**decoded)
+        text = config.get_text_config()
+        return text if model_class_of(config).config_class is type(text) else config
 
 
 def _own_strides(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -176,7 +376,7 @@ def _choose_dtype(asked: torch.dtype | str | None, checkpoint: Checkpoint) -> to
     """
     name = str(asked or "bfloat16").removeprefix("torch.")
     if name == "auto":
-        stored = (spec.dtype for spec in checkpoint.specs.values() if spec.dtype.is_floating_point)
+        stored = (spec.dtype for spec in checkpoint.specs.values() if spec.dtype in PLAIN_FLOATS)
         said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or next(stored, torch.bfloat16)
         name = str(said).removeprefix("torch.")
     if name not in DTYPES:

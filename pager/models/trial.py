@@ -61,26 +61,27 @@ _running = _Running()
 
 
 @torch.no_grad()
-def try_forward(model: PreTrainedModel, *, own_attention: bool = True) -> Trial:
+def try_forward(model: PreTrainedModel, *, own_attention: bool = True, with_mask: bool = False) -> Trial:
     """Runs `model`, which is on the meta device and keeps these functions. Raises whatever the model does.
 
-    With `own_attention` transformers builds no mask, as it does for engines that have attention of their own.
+    With `own_attention` transformers builds no mask, as it does for engines that have attention of their own; without,
+    attention is not looked at. `with_mask` gives a mask of padding in the place of positions.
     """
-    if own_attention:
-        model.set_attn_implementation(NAME)
+    model.set_attn_implementation(NAME if own_attention else "eager")
     model.set_experts_implementation(NAME)
     for module in model.modules():  # tables that grow with the longest position ask for its value, which there is not
         kind = getattr(module, "rope_type", None)
         if isinstance(kind, str | dict):
             module.rope_type = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
     _running.trial = trial = Trial()
+    inputs = {"input_ids": torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")}
+    if own_attention:
+        inputs["position_ids"] = torch.arange(NUM_TOKENS, device="meta")[None]
+    if with_mask:
+        inputs["attention_mask"] = torch.ones(1, NUM_TOKENS, dtype=torch.bool, device="meta")
     _running.names = {module: name for name, module in model.named_modules()}
     try:
-        model(
-            input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta"),
-            position_ids=torch.arange(NUM_TOKENS, device="meta")[None],
-            use_cache=False,
-        )
+        model(**inputs, use_cache=False)
     finally:
         del _running.trial, _running.names
     return trial

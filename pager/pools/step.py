@@ -71,6 +71,12 @@ class StepRouting:
         return self._now().pages_on_demand
 
     @property
+    def restricts(self) -> bool:
+        """Whether routers have to ask: some request has a pool, chooses one, or has its mass measured."""
+        now = self._now()
+        return not (now.is_exact and now.is_frozen) or now.is_measured
+
+    @property
     def is_steady(self) -> bool:
         """Whether its forwards do the same from here on, but for their numbers: leased pools that will not change."""
         return not self._now().pages_on_demand and self._state is not None

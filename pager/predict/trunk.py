@@ -97,7 +97,7 @@ class TrunkPredictor:
         )
 
     def _load_layers(self, opened: OpenModel, stand_ins: Mapping[int, np.ndarray]) -> None:
-        shape = opened.family.expert_shape(opened.config)
+        shape = opened.family.shape
         with closing(opened.open_experts()) as source:
             for layer, block in moe_blocks(self._model):
                 gate_up, down = self._read_shared(layer, opened.dtype, shape, source)

@@ -1,9 +1,16 @@
-"""The sources that experts are read from: the disk tier as the cache sees it. D hidden, F expert intermediate."""
+"""Where experts are read from: the seam between the disk tier and the cache.
+
+An expert is a record: its parameters one after the other (`ExpertShape`). A plain checkpoint stores it in pieces, which
+are read straight into their places where they are the record's own bytes, and are converted on the way where not.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,25 +18,41 @@ import torch
 from torch import Tensor
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError, ExpertUnavailable
+from pager.reading import one_line
 from pager.store.pack_format import PACK_NAME, all_keys, read_pack_header
 from pager.store.reads import PAGE_BYTES, DataFile, FailedRead, FileRange, Stretch, fill
 from pager.store.safetensors import Checkpoint
-from pager.store.safetensors_header import TensorSpec
+from pager.store.safetensors_header import PLAIN_FLOATS, TensorSpec
 from pager.types import ExpertKey, ExpertShape
 
-ExpertNames = Callable[[ExpertKey], tuple[str, str, str]]
-"""The names of an expert's gate, up and down tensors."""
+
+class Row(NamedTuple):
+    """One expert's part of a stored tensor that holds those of all experts of a layer side by side."""
+
+    name: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One parameter that is made of what is stored, by operations that are thread-safe."""
+
+    pieces: tuple[str | Row, ...]
+    make: Callable[[Sequence[Tensor]], Tensor]
+
+
+ExpertPieces = Callable[[ExpertKey], Sequence[tuple[str | Row, ...] | Made]]
+"""For each parameter of an expert, the stored tensors or rows that lie in it one after the other, or what makes it."""
 
 
 class Destination(NamedTuple):
-    """Where an expert's bytes go: gate_up [2F, D] (gate rows first) and down [D, F], CPU, contiguous, any float dtype.
+    """Where an expert's bytes go: a tensor for each parameter, CPU, contiguous, of any dtype in floating point.
 
     The bytes go straight into tensors of the stored dtype, and into others through a buffer of STAGING_BYTES.
     """
 
     key: ExpertKey
-    gate_up: Tensor
-    down: Tensor
+    tensors: tuple[Tensor, ...]
 
 
 class ExpertSource(Protocol):
@@ -43,8 +66,8 @@ class ExpertSource(Protocol):
         """About how many bytes were read so far; it grows in the middle of a read, too."""
         ...
 
-    def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
-        """Fills one destination and returns the bytes read. Raises what `read_all` returns as an error."""
+    def read(self, key: ExpertKey, *tensors: Tensor) -> int:
+        """Fills one destination; returns the bytes read. Raises what `read_all` returns."""
         ...
 
     def read_all(
@@ -77,14 +100,14 @@ class ExpertSource(Protocol):
 
 
 def open_experts(
-    checkpoint: Checkpoint, names: ExpertNames, experts_per_layer: Sequence[int], shape: ExpertShape
+    checkpoint: Checkpoint, pieces: ExpertPieces, experts_per_layer: Sequence[int], shape: ExpertShape
 ) -> ExpertSource:
     """Opens the experts of a plain or packed checkpoint, checked against what the model's config calls for.
 
     The source outlives `checkpoint`. Raises CheckpointError.
     """
     if checkpoint.pack is None:
-        return CheckpointExperts(checkpoint, names, experts_per_layer, shape)
+        return CheckpointExperts(checkpoint, pieces, experts_per_layer, shape)
     found = (checkpoint.pack.experts_per_layer, checkpoint.pack.shape)
     expected = (tuple(experts_per_layer), shape)
     if found != expected:
@@ -101,8 +124,8 @@ class _StoredExperts:
     stored_dtype: torch.dtype
     _experts_per_layer: tuple[int, ...]
 
-    def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
-        (result,) = self.read_all([Destination(key, gate_up, down)])
+    def read(self, key: ExpertKey, *tensors: Tensor) -> int:
+        (result,) = self.read_all([Destination(key, tensors)])
         if isinstance(result, ExpertUnavailable):
             raise result
         return result
@@ -110,32 +133,78 @@ class _StoredExperts:
     def read_all(
         self, destinations: Sequence[Destination], on_most: Callable[[], None] | None = None
     ) -> list[int | ExpertUnavailable]:
-        stretches = [stretch for each in destinations for stretch in self._stretches(_checked(self.shape, each))]
+        plans = [self._plan(_checked(self.shape, each)) for each in destinations]
         errors: dict[ExpertKey, ExpertUnavailable] = {}
-        for failure in fill(stretches, self.stored_dtype, on_most):
-            errors.setdefault(failure.stretch.key, _error(failure))
-        nbytes = self.shape.num_elements * self.stored_dtype.itemsize
-        return [errors.get(each.key, nbytes) for each in destinations]
+        for dtype in dict.fromkeys(dtype for plan in plans for dtype, _ in plan.stretches):
+            alike = [stretch for plan in plans for stored, stretch in plan.stretches if stored == dtype]
+            for failure in fill(alike, dtype, on_most):
+                errors.setdefault(failure.stretch.key, _error(failure))
+        results: list[int | ExpertUnavailable] = []
+        for each, plan in zip(destinations, plans, strict=True):
+            if each.key not in errors:
+                for finish in plan.finish:
+                    finish()
+            results.append(errors.get(each.key, sum(stretch.nbytes for _, stretch in plan.stretches)))
+        return results
 
     def keys_per_layer(self) -> tuple[int, ...]:
         return self._experts_per_layer
 
     @abstractmethod
-    def _stretches(self, destination: Destination) -> Iterable[Stretch]: ...
+    def _plan(self, destination: Destination) -> ReadPlan: ...
+
+
+class ReadPlan(NamedTuple):
+    """What to read for one expert, with the dtype that it is stored in, and what to do once it is there."""
+
+    stretches: Sequence[tuple[torch.dtype, Stretch]]
+    finish: Sequence[Callable[[], object]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """Bytes of one stored tensor. `shape` is without the dimension that `row` is of. A row alone has no checksum."""
+
+    spec: TensorSpec
+    row: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape if self.row is None else self.spec.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.spec.dtype.itemsize
+
+    @property
+    def offset(self) -> int:
+        return self.spec.offset + (self.row or 0) * self.nbytes
+
+    @property
+    def checksum(self) -> str | None:
+        return self.spec.checksum if self.row is None else None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredParameter:
+    """The pieces of one parameter, and what makes it of them; None where their bytes are its own."""
+
+    pieces: tuple[StoredPiece, ...]
+    make: Callable[[Sequence[Tensor]], Tensor] | None = None
 
 
 class CheckpointExperts(_StoredExperts):
-    """The experts of a plain checkpoint: three tensors each. Checked at every read if checksums were recorded."""
+    """The experts of a plain checkpoint. Whole tensors are checked at every read if checksums were recorded."""
 
     def __init__(
-        self, checkpoint: Checkpoint, names: ExpertNames, experts_per_layer: Sequence[int], shape: ExpertShape
+        self, checkpoint: Checkpoint, pieces: ExpertPieces, experts_per_layer: Sequence[int], shape: ExpertShape
     ) -> None:
         """Opens descriptors of its own, so `checkpoint` may be closed. Raises CheckpointError."""
         self.shape = shape
         self._experts_per_layer = tuple(experts_per_layer)
-        self._specs = find_experts(checkpoint, names, self._experts_per_layer, shape)
-        self.stored_dtype = next(iter(self._specs.values()))[0].dtype
-        used = sorted({spec.file for specs in self._specs.values() for spec in specs})
+        self._stored = find_experts(checkpoint, pieces, self._experts_per_layer, shape)
+        self.stored_dtype = next(iter(self._stored.values()))[0].pieces[0].spec.dtype
+        used = sorted({piece.spec.file for stored in self._stored.values() for piece in pieces_of(stored)})
         self._files = {name: checkpoint.duplicate_file(name) for name in used}
         for file in self._files.values():
             file.expect_scattered_reads()
@@ -146,10 +215,11 @@ class CheckpointExperts(_StoredExperts):
         return sum(file.bytes_read for file in self._files.values())
 
     def place_of(self, key: ExpertKey) -> FileRange:
-        """Returns the range of the expert's tensors in the file of the first one."""
-        specs = sorted(self._specs[key], key=lambda spec: (spec.file, spec.offset))
-        last = max(spec.offset + spec.nbytes for spec in specs if spec.file == specs[0].file)
-        return FileRange(self._file_numbers[specs[0].file], specs[0].offset, last)
+        """The range of its pieces in the file that the first of them is in."""
+        pieces = sorted(pieces_of(self._stored[key]), key=lambda piece: (piece.spec.file, piece.offset))
+        file = pieces[0].spec.file
+        last = max(piece.offset + piece.nbytes for piece in pieces if piece.spec.file == file)
+        return FileRange(self._file_numbers[file], pieces[0].offset, last)
 
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
         return "tensors of a safetensors file begin anywhere in a page; pack the model"
@@ -158,11 +228,25 @@ class CheckpointExperts(_StoredExperts):
         for file in self._files.values():
             file.close()
 
-    def _stretches(self, destination: Destination) -> Iterable[Stretch]:
-        key, gate_up, down = destination
-        rows = self.shape.intermediate
-        for spec, out in zip(self._specs[key], (gate_up[:rows], gate_up[rows:], down), strict=True):
-            yield Stretch(key, self._files[spec.file], spec.offset, spec.nbytes, spec.checksum, (out,))
+    def _plan(self, destination: Destination) -> ReadPlan:
+        key, tensors = destination
+        stretches: list[tuple[torch.dtype, Stretch]] = []
+        finish: list[Callable[[], object]] = []
+        for parameter, out in zip(self._stored[key], tensors, strict=True):
+            if parameter.make is None:
+                parts = out.split([piece.shape[0] for piece in parameter.pieces])
+            else:
+                parts = tuple(torch.empty(piece.shape, dtype=piece.spec.dtype) for piece in parameter.pieces)
+                finish.append(partial(_convert, parameter.make, parts, out))
+            for piece, part in zip(parameter.pieces, parts, strict=True):
+                file = self._files[piece.spec.file]
+                stretch = Stretch(key, file, piece.offset, piece.nbytes, piece.checksum, (part,))
+                stretches.append((piece.spec.dtype, stretch))
+        return ReadPlan(stretches, finish)
+
+
+def _convert(make: Callable[[Sequence[Tensor]], Tensor], pieces: Sequence[Tensor], out: Tensor) -> None:
+    out.copy_(make(pieces))
 
 
 class PackedExperts(_StoredExperts):
@@ -197,7 +281,7 @@ class PackedExperts(_StoredExperts):
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
         if dtype != self.stored_dtype:
             return f"experts stored as {self.stored_dtype} and served as {dtype} are converted; pack them as {dtype}"
-        if self.shape.hidden * self.shape.intermediate * dtype.itemsize % PAGE_BYTES:
+        if any(math.prod(part) * dtype.itemsize % PAGE_BYTES for part in self.shape.shapes):
             return f"the matrices of these experts are not whole pages of {PAGE_BYTES} bytes"
         try:
             self._file.bypass_page_cache()
@@ -212,54 +296,110 @@ class PackedExperts(_StoredExperts):
     def close(self) -> None:
         self._file.close()
 
-    def _stretches(self, destination: Destination) -> Iterable[Stretch]:
+    def _plan(self, destination: Destination) -> ReadPlan:
         key, extent = destination.key, self._extents[destination.key]
-        both = (destination.gate_up, destination.down)
-        return [Stretch(key, self._file, self.offset_of(key), extent.nbytes, extent.checksum, both)]
+        stretch = Stretch(key, self._file, self.offset_of(key), extent.nbytes, extent.checksum, destination.tensors)
+        return ReadPlan([(self.stored_dtype, stretch)])
 
 
 def find_experts(
-    checkpoint: Checkpoint, names: ExpertNames, experts_per_layer: Sequence[int], shape: ExpertShape
-) -> Mapping[ExpertKey, tuple[TensorSpec, TensorSpec, TensorSpec]]:
-    """Finds each expert's gate, up and down tensors, in layer order.
+    checkpoint: Checkpoint, pieces: ExpertPieces, experts_per_layer: Sequence[int], shape: ExpertShape
+) -> Mapping[ExpertKey, tuple[StoredParameter, ...]]:
+    """Where each expert's parameters are stored, in layer order.
 
-    Raises CheckpointError unless all are there, in the given shape and one floating-point dtype.
+    Raises CheckpointError unless all are there, in the given shapes and in floating point, those that are read as they
+    are in one dtype.
     """
-    wanted = {key: names(key) for key in all_keys(experts_per_layer)}
-    missing = [name for triple in wanted.values() for name in triple if name not in checkpoint.specs]
+    wanted = {key: tuple(pieces(key)) for key in all_keys(experts_per_layer)}
     if not wanted:
         raise CheckpointError(f"{checkpoint.path} has no layer with experts; there is nothing to page")
+    names = [
+        piece if isinstance(piece, str) else piece.name
+        for parameters in wanted.values()
+        for parameter in parameters
+        for piece in (parameter.pieces if isinstance(parameter, Made) else parameter)
+    ]
+    missing = [name for name in names if name not in checkpoint.specs]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.path} lacks {len(missing)} of {3 * len(wanted)} expert tensors, first {missing[0]!r}; "
+            f"{checkpoint.path} lacks {len(missing)} of {len(names)} expert tensors, first {missing[0]!r}; "
             "is the checkpoint complete, and of the family that its config names?"
         )
-    row_shape, down_shape = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
     found = {
-        key: (
-            checkpoint.require(gate, row_shape),
-            checkpoint.require(up, row_shape),
-            checkpoint.require(down, down_shape),
+        key: tuple(
+            _stored(checkpoint, parameter, expected, experts_per_layer[key.layer], is_first=key.expert == 0)
+            for parameter, expected in zip(parameters, shape.shapes, strict=True)
         )
-        for key, (gate, up, down) in wanted.items()
+        for key, parameters in wanted.items()
     }
-    first = next(iter(found.values()))[0]
-    if not first.dtype.is_floating_point:
-        raise CheckpointError(f"tensor {first.name!r} is stored as {first.dtype}; experts must be in floating point")
-    for spec in (spec for specs in found.values() for spec in specs):
-        if spec.dtype != first.dtype:
+    for spec in (piece.spec for stored in found.values() for piece in pieces_of(stored)):
+        if spec.dtype not in PLAIN_FLOATS:
+            raise CheckpointError(f"tensor {spec.name!r} is stored as {spec.dtype}; experts must be in floating point")
+    direct = [piece.spec for stored in found.values() for each in stored if each.make is None for piece in each.pieces]
+    for spec in direct:
+        if spec.dtype != direct[0].dtype:
             raise CheckpointError(
-                f"experts are stored in two dtypes: {first.name!r} as {first.dtype}, {spec.name!r} as {spec.dtype}; "
-                "convert the checkpoint to one"
+                f"experts are stored in two dtypes: {direct[0].name!r} as {direct[0].dtype}, {spec.name!r} as "
+                f"{spec.dtype}; convert the checkpoint to one"
             )
     return found
 
 
+def pieces_of(stored: Iterable[StoredParameter]) -> Iterable[StoredPiece]:
+    """The pieces of all parameters, in order."""
+    return (piece for parameter in stored for piece in parameter.pieces)
+
+
+def _stored(
+    checkpoint: Checkpoint,
+    parameter: tuple[str | Row, ...] | Made,
+    expected: tuple[int, ...],
+    num_experts: int,
+    *,
+    is_first: bool,
+) -> StoredParameter:
+    """Finds what a parameter is stored as. Raises CheckpointError for shapes that do not make the expected one."""
+    if not isinstance(parameter, Made):
+        part = (expected[0] // len(parameter), *expected[1:])
+        return StoredParameter(
+            tuple(
+                StoredPiece(checkpoint.require(piece, part))
+                if isinstance(piece, str)
+                else StoredPiece(checkpoint.require(piece.name, (num_experts, *part)), piece.row)
+                for piece in parameter
+            )
+        )
+    pieces = tuple(
+        StoredPiece(checkpoint.specs[piece])
+        if isinstance(piece, str)
+        else StoredPiece(checkpoint.specs[piece.name], piece.row)
+        for piece in parameter.pieces
+    )
+    if is_first:  # the others of the layer go the same way
+        _check_made(parameter, pieces, expected)
+    return StoredParameter(pieces, parameter.make)
+
+
+def _check_made(parameter: Made, pieces: Sequence[StoredPiece], expected: tuple[int, ...]) -> None:
+    name = pieces[0].spec.name
+    try:
+        with torch.device("meta"):
+            made = parameter.make([torch.empty(piece.shape, dtype=piece.spec.dtype) for piece in pieces])
+    except Exception as error:  # the operations are those of a family, and check their inputs in their own ways
+        raise CheckpointError(
+            f"no parameter of an expert can be made of tensor {name!r}, shape {pieces[0].spec.shape}: {one_line(error)}"
+        ) from error
+    if tuple(made.shape) != expected:
+        raise CheckpointError(
+            f"tensor {name!r} has shape {pieces[0].spec.shape}, which makes an expert's parameter of shape "
+            f"{tuple(made.shape)}; its config calls for {expected}"
+        )
+
+
 def _checked(shape: ExpertShape, destination: Destination) -> Destination:
-    expected = ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
-    found = (tuple(destination.gate_up.shape), tuple(destination.down.shape))
-    if found != expected:
-        raise ValueError(f"gate_up and down must have shapes {expected}, not {found}")
+    found = tuple(tuple(tensor.shape) for tensor in destination.tensors)
+    if found != shape.shapes:
+        raise ValueError(f"the parameters of an expert must have shapes {shape.shapes}, not {found}")
     return destination
 
 

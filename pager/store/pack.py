@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,13 +20,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pager.errors import CheckpointError, ConfigError, InsufficientDisk, PagerError
+from pager.errors import CheckpointError, ConfigError, ExpertUnavailable, InsufficientDisk, PagerError
 from pager.memory.units import format_bytes
-from pager.store.expert_source import ExpertNames, find_experts
+from pager.store.expert_source import CheckpointExperts, ExpertPieces, StoredParameter, find_experts, pieces_of
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader
 from pager.store.reads import raw_bytes
 from pager.store.safetensors import Checkpoint
-from pager.store.safetensors_header import DTYPE_NAMES, TensorSpec, layout
+from pager.store.safetensors_header import PLAIN_FLOATS, TensorSpec, layout
 from pager.store.values import OddItem, ValueRange, odd_tensor
 from pager.types import ExpertKey, ExpertShape
 
@@ -46,7 +46,8 @@ _PARTIAL = ".partial-"
 @dataclass(frozen=True, slots=True)
 class _Job:
     checkpoint: Checkpoint
-    experts: Mapping[ExpertKey, tuple[TensorSpec, TensorSpec, TensorSpec]]
+    source: CheckpointExperts
+    experts: Mapping[ExpertKey, tuple[StoredParameter, ...]]
     header: PackHeader  # without checksums yet
     trunk_header: bytes
     trunk: tuple[TensorSpec, ...]  # as they will be stored
@@ -68,7 +69,7 @@ def pack(
     source_dir: str | Path,
     out_dir: str | Path,
     *,
-    names: ExpertNames,
+    pieces: ExpertPieces,
     experts_per_layer: Sequence[int],
     shape: ExpertShape,
     dtype: torch.dtype | None = None,
@@ -82,39 +83,40 @@ def pack(
     """
     out = Path(out_dir)
     _check_absent(out)
-    if dtype is not None and not (dtype.is_floating_point and dtype in DTYPE_NAMES):
+    if dtype is not None and dtype not in PLAIN_FLOATS:
         raise ConfigError(f"experts cannot be packed as {dtype}; use float32, bfloat16 or float16")
     with Checkpoint.open(source_dir) as checkpoint:
-        job = _plan(checkpoint, names, tuple(experts_per_layer), shape, dtype)
-        with _appearing(out, job.nbytes) as partial:
+        job = _plan(checkpoint, pieces, tuple(experts_per_layer), shape, dtype)
+        with closing(job.source), _appearing(out, job.nbytes) as partial:
             return _write(job, partial, progress or (lambda done, total: None))
 
 
 def _plan(
     checkpoint: Checkpoint,
-    names: ExpertNames,
+    pieces: ExpertPieces,
     experts_per_layer: tuple[int, ...],
     shape: ExpertShape,
     dtype: torch.dtype | None,
 ) -> _Job:
     if checkpoint.is_packed:
         raise CheckpointError(f"{checkpoint.path} is packed already; pack the checkpoint that it was made from")
-    experts = find_experts(checkpoint, names, experts_per_layer, shape)
-    paged = {spec.name for specs in experts.values() for spec in specs}
+    experts = find_experts(checkpoint, pieces, experts_per_layer, shape)
+    paged = {piece.spec.name for stored in experts.values() for piece in pieces_of(stored)}
     trunk_header, trunk = layout(
         TRUNK_NAME,
         (
-            (spec.name, spec.shape, dtype if dtype and spec.dtype.is_floating_point else spec.dtype)
+            (spec.name, spec.shape, dtype if dtype and spec.dtype in PLAIN_FLOATS else spec.dtype)
             for spec in checkpoint.specs.values()
             if spec.name not in paged
         ),
     )
-    expert_dtype = dtype or next(iter(experts.values()))[0].dtype
+    source = CheckpointExperts(checkpoint, pieces, experts_per_layer, shape)
+    expert_dtype = dtype or source.stored_dtype
     header = PackHeader.plan(
         checkpoint.fingerprint, experts_per_layer, shape, expert_dtype, (spec.name for spec in trunk)
     )
     side_files = {path for pattern in _SIDE_FILES for path in checkpoint.path.glob(pattern) if path.is_file()}
-    return _Job(checkpoint, experts, header, trunk_header, trunk, tuple(sorted(side_files)), dtype is not None)
+    return _Job(checkpoint, source, experts, header, trunk_header, trunk, tuple(sorted(side_files)), dtype is not None)
 
 
 @contextmanager
@@ -241,16 +243,33 @@ def _write_experts(
     job: _Job, stream: BinaryIO, advance: Callable[[int], None], odd: list[OddItem]
 ) -> dict[ExpertKey, str]:
     checksums = {}
-    for key, specs in job.experts.items():
+    for key, stored in job.experts.items():
         extent = job.header.extents[key]
         hasher = xxhash.xxh3_128()
         stream.seek(job.data_start + extent.offset)
-        for spec in specs:
-            written = _write_pieces(job.checkpoint.pieces(spec.name), job.header.dtype, stream, hasher)
-            odd += odd_tensor(spec, written)
+        if any(parameter.make or piece.row is not None for parameter in stored for piece in parameter.pieces):
+            odd += _write_record(job, key, stream, hasher)
+        else:
+            for piece in pieces_of(stored):
+                written = _write_pieces(job.checkpoint.pieces(piece.spec.name), job.header.dtype, stream, hasher)
+                odd += odd_tensor(piece.spec, written)
         checksums[key] = hasher.hexdigest()
         advance(extent.nbytes)
     return checksums
+
+
+def _write_record(job: _Job, key: ExpertKey, stream: BinaryIO, hasher: xxhash.xxh3_128) -> Iterator[OddItem]:
+    """An expert whose parameters are not whole tensors of the checkpoint, by way of memory. Yields what is odd."""
+    shape = job.header.shape
+    tensors = [torch.empty(part, dtype=job.header.dtype) for part in shape.shapes]
+    try:
+        job.source.read(key, *tensors)
+    except ExpertUnavailable as error:
+        raise CheckpointError(error.message) from error
+    for (name, _), tensor in zip(shape.named, tensors, strict=True):
+        values = _write_pieces(iter([tensor.view(-1)]), job.header.dtype, stream, hasher)
+        if reason := values.oddity(tensor.ndim):
+            yield OddItem(f"layer {key.layer} expert {key.expert}, {name}", PACK_NAME, reason)
 
 
 def _write_pieces(

@@ -2,8 +2,9 @@
 
     magic, version, header length, xxh3_128 of the header | header JSON | zeros up to 4096 | extent | zeros | ...
 
-An extent is gate_up [2F, D] (gate rows first) and then down [D, F], in one dtype. Offsets in the header count
-from the end of the padded header, so that its length does not depend on them.
+An extent is the parameters of an expert one after the other, in one dtype: gate_up [2F, D] (gate rows first) and then
+down [D, F] in version 1; in version 2 the header names them. Offsets in the header count from the end of the padded
+header, so that its length does not depend on them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TRUNK_NAME = "trunk.safetensors"
 ALIGNMENT = 4096
 
 _MAGIC = b"EXPRPACK"
-_VERSION = 1
+_VERSIONS = (1, 2)
 _PREFIX = struct.Struct("<8sIQ16s")
 _NO_CHECKSUM = "0" * 32
 
@@ -96,11 +97,12 @@ class PackHeader:
             "hidden": self.shape.hidden,
             "intermediate": self.shape.intermediate,
             "dtype": DTYPE_NAMES[self.dtype],
+            **({"parameters": self.shape.parameters} if self.shape.parameters else {}),
             "extents": [[*key, extent.offset, extent.nbytes, extent.checksum] for key, extent in self.extents.items()],
             "trunk": dict(self.trunk_checksums),
         }
         encoded = json.dumps(body, separators=(",", ":")).encode()
-        prefix = _PREFIX.pack(_MAGIC, _VERSION, len(encoded), xxhash.xxh3_128_digest(encoded))
+        prefix = _PREFIX.pack(_MAGIC, 2 if self.shape.parameters else 1, len(encoded), xxhash.xxh3_128_digest(encoded))
         return (prefix + encoded).ljust(align(_PREFIX.size + len(encoded)), b"\0")
 
 
@@ -121,8 +123,9 @@ def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
         magic, version, length, digest = _PREFIX.unpack(file.read(_PREFIX.size, 0))
         if magic != _MAGIC:
             raise _damaged(file.path, "it does not begin as a pack does")
-        if version != _VERSION:
-            raise CheckpointError(f"{file.path} is a pack of version {version}; this release reads version {_VERSION}")
+        if version not in _VERSIONS:
+            known = " and ".join(map(str, _VERSIONS))
+            raise CheckpointError(f"{file.path} is a pack of version {version}; this release reads version {known}")
         if length > MAX_HEADER_BYTES or _PREFIX.size + length > file.size:
             raise _damaged(file.path, f"its {file.size} bytes cannot hold its header of {length}")
         encoded = file.read(length, _PREFIX.size)
@@ -145,7 +148,15 @@ def _decode(encoded: bytes) -> PackHeader:
     """Decodes a header. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
     body = parse_json(encoded)
     experts_per_layer, extents = tuple(body["experts_per_layer"]), body["extents"]
-    numbers = (*experts_per_layer, body["hidden"], body["intermediate"], *(part for row in extents for part in row[:4]))
+    parameters = tuple((str(name), tuple(part)) for name, part in body.get("parameters", ()))
+    sizes = (size for _, part in parameters for size in part)
+    numbers = (
+        *sizes,
+        *experts_per_layer,
+        body["hidden"],
+        body["intermediate"],
+        *(part for row in extents for part in row[:4]),
+    )
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError("a size or an offset is not a whole number")
     if len(extents) != sum(experts_per_layer):
@@ -153,7 +164,7 @@ def _decode(encoded: bytes) -> PackHeader:
     return PackHeader(
         source_fingerprint=str(body["source_fingerprint"]),
         experts_per_layer=experts_per_layer,
-        shape=ExpertShape(body["hidden"], body["intermediate"]),
+        shape=ExpertShape(body["hidden"], body["intermediate"], parameters),
         dtype=DTYPES[body["dtype"]],
         extents={ExpertKey(layer, expert): Extent(*rest) for layer, expert, *rest in extents},
         trunk_checksums={str(name): str(checksum) for name, checksum in body["trunk"].items()},

@@ -20,6 +20,7 @@ from pager.errors import CheckpointError
 from pager.reading import parse_json, shown
 from pager.store.reads import DataFile
 
+_LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
 MAX_TENSORS = 1 << 18
 """Of one file: several times what the largest models have in all their files, and a second to read."""
@@ -29,6 +30,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -36,6 +40,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PLAIN_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""Whose values stand for themselves: those of eight bits and less have scales beside them."""
+
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -61,6 +68,10 @@ def read_header(file: DataFile) -> dict[str, TensorSpec]:
     """
     try:
         length = int.from_bytes(file.read(min(8, file.size), 0), "little")
+        if file.read(min(len(_LFS_POINTER), file.size), 0) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{file.path} is a pointer of git-lfs and not the file itself; fetch that with `git lfs pull`"
+            )
         if file.size < 8 or length > MAX_HEADER_BYTES or 8 + length > file.size:
             raise _damaged(file, f"its {file.size} bytes cannot hold the header that it announces ({length} bytes)")
         encoded = file.read(length, 8)

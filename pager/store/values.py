@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pager.store.safetensors_header import TensorSpec
+from pager.store.safetensors_header import PLAIN_FLOATS, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class ValueRange:
     has_nan: bool = False
 
     def add(self, piece: Tensor) -> None:
-        if not piece.numel() or not piece.is_floating_point():
+        if not piece.numel() or piece.dtype not in PLAIN_FLOATS:
             return
         least, greatest = (float(each) for each in torch.aminmax(piece))
         if math.isnan(least) or math.isnan(greatest):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import xxhash
+from torch import Tensor
 
 from pager.errors import CheckpointError, ExpertUnavailable
 from pager.store.checkpoint import Manifest
@@ -135,18 +136,19 @@ def _check_tensors(
 
 def _check_extents(path: Path, header: PackHeader, odd: list[OddItem]) -> Iterator[tuple[int, BadItem | None]]:
     experts = PackedExperts(path)
-    hidden, intermediate = header.shape.hidden, header.shape.intermediate
-    gate_up = torch.empty(2 * intermediate, hidden, dtype=header.dtype)
-    down = torch.empty(hidden, intermediate, dtype=header.dtype)
+    tensors = [torch.empty(part, dtype=header.dtype) for part in header.shape.shapes]
+    matrices = [
+        each for (part, _), tensor in zip(header.shape.named, tensors, strict=True) for each in _named(part, tensor)
+    ]
     try:
         for key in all_keys(header.experts_per_layer):
             item, name = None, f"layer {key.layer} expert {key.expert}"
             try:
-                experts.read(key, gate_up, down)
+                experts.read(key, *tensors)
             except ExpertUnavailable as error:
                 item = BadItem(name, path.name, experts.offset_of(key), error.message)
             else:
-                for part, matrix in zip(("gate", "up", "down"), (*gate_up.chunk(2), down), strict=True):
+                for part, matrix in matrices:
                     values = ValueRange()
                     values.add(matrix)
                     if reason := values.oddity(matrix.ndim):
@@ -154,3 +156,11 @@ def _check_extents(path: Path, header: PackHeader, odd: list[OddItem]) -> Iterat
             yield header.extents[key].nbytes, item
     finally:
         experts.close()
+
+
+def _named(parameter: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter under the name that reports have for it; gates and ups are two."""
+    if parameter == "gate_up_proj" and tensor.ndim == 2:
+        yield from zip(("gate", "up"), tensor.chunk(2), strict=True)
+    else:
+        yield parameter.removesuffix("_proj"), tensor

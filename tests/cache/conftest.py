@@ -58,7 +58,8 @@ class GatedSource:
     def reads_of(self, key: ExpertKey) -> int:
         return self.started.count(key)
 
-    def read(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> int:
+    def read(self, key: ExpertKey, *tensors: Tensor) -> int:
+        gate_up, down = tensors
         with self._changed:
             self.started.append(key)
             self._changed.notify_all()
@@ -75,7 +76,7 @@ class GatedSource:
         results: list[int | ExpertUnavailable] = []
         for destination in destinations:
             try:
-                results.append(self.read(*destination))
+                results.append(self.read(destination.key, *destination.tensors))
             except ExpertUnavailable as error:
                 results.append(error)
         return results

@@ -227,7 +227,7 @@ class Source:
     bytes_read = 0
 
     def read_all(self, destinations, on_most=None):
-        for key, gate_up, down in destinations:
+        for key, (gate_up, down) in destinations:
             gate_up.fill_(1.0 + key.expert)
             down.fill_(-1.0 - key.expert)
         return [96 for _ in destinations]

@@ -37,6 +37,11 @@ def names(key: ExpertKey) -> tuple[str, str, str]:
     return f"{prefix}.gate", f"{prefix}.up", f"{prefix}.down"
 
 
+def pieces(key: ExpertKey) -> tuple[tuple[str, str], tuple[str]]:
+    gate, up, down = names(key)
+    return (gate, up), (down,)
+
+
 @pytest.fixture
 def tensors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -60,14 +65,14 @@ def plain(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
 @pytest.fixture
 def packed(plain: Path, tmp_path: Path) -> Path:
     out = tmp_path / "packed"
-    pack(plain, out, names=names, experts_per_layer=EXPERTS_PER_LAYER, shape=SHAPE)
+    pack(plain, out, pieces=pieces, experts_per_layer=EXPERTS_PER_LAYER, shape=SHAPE)
     return out
 
 
 @pytest.fixture(params=["plain", "packed"])
 def experts(request: pytest.FixtureRequest) -> Iterator[ExpertSource]:
     with Checkpoint.open(request.getfixturevalue(request.param)) as checkpoint:
-        source = open_experts(checkpoint, names, EXPERTS_PER_LAYER, SHAPE)
+        source = open_experts(checkpoint, pieces, EXPERTS_PER_LAYER, SHAPE)
     yield source
     source.close()
 
@@ -222,7 +227,7 @@ def paged_by_pages(tmp_path: Path) -> tuple[ExpertSource, dict[str, Tensor]]:
         for name, shape in zip(names(ExpertKey(0, expert)), (rows, rows, down), strict=True)
     }
     save_file(tensors, tmp_path / "whole" / "model.safetensors")
-    pack(tmp_path / "whole", tmp_path / "packed", names=names, experts_per_layer=(6,), shape=PAGES)
+    pack(tmp_path / "whole", tmp_path / "packed", pieces=pieces, experts_per_layer=(6,), shape=PAGES)
     return PackedExperts(tmp_path / "packed" / PACK_NAME), tensors
 
 

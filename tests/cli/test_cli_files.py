@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import GptOssConfig, GptOssForCausalLM
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -29,6 +30,8 @@ def test_inspect_says_what_a_checkpoint_holds(run: Run, checkpoint: Path) -> Non
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["family"] == "emo"
+    assert found["layout"] == "one tensor an expert"
+    assert found["runs"] == {"exact": "yes", "pools": "yes", "service": "yes"}
     assert found["experts_per_layer"] == [9, 9, 9]
     assert found["shared_per_layer"] == [1, 1, 1]
     assert found["top_k_per_layer"] == [2, 2, 2]
@@ -66,13 +69,26 @@ def test_a_folder_without_a_model_is_one_line(run: Run, tmp_path: Path) -> None:
     assert "config.json" in done.stderr
 
 
-def test_an_unsupported_family_is_refused_with_the_supported_ones(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_inspect_says_how_a_model_of_another_family_runs(run: Run, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_local_experts=4)).save_pretrained(tmp_path)
+    found = json.loads(run("inspect", tmp_path, "--json").stdout)
+    assert (found["family"], found["layout"]) == ("gpt_oss", "stacked")
+    assert found["runs"]["exact"] == "yes"
+    assert "tried when it is loaded" in found["runs"]["pools"]
+    assert "layer 0 attends with" in found["runs"]["service"]
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in run("inspect", tmp_path).stderr
+
+
+def test_an_unsupported_family_is_refused_by_name(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     other = shutil.copytree(checkpoint, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     done = run("inspect", other)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "emo, mixtral, olmoe, qwen3_moe" in done.stderr
+    assert "model type 'gpt2' cannot be paged: no layer of it has experts" in done.stderr
 
 
 def test_wrong_usage_is_status_2(run: Run, checkpoint: Path) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from pager.errors import Cancelled, InvalidRequest
-from pager.models.families import family_of
 from pager.pools.step import OutsideMass
 from pager.types import Count, DriftAction, DriftPolicy, DriftReport, ExpertPool, Full, PoolPolicy, PoolSource
 
@@ -43,8 +42,8 @@ def restricted(model: Any, pool: ExpertPool) -> Iterator[None]:
         allowed_E = torch.zeros(SHARED + 1, dtype=torch.bool)
         allowed_E[[*pool.experts[layer], SHARED]] = True
 
-        def hook(gate: nn.Module, _: object, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (output[0], *family_of("emo").pick(gate, output[0], allowed_E[None]))
+        def hook(gate: Any, _: object, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (output[0], *gate.pick(output[0], allowed_E[None]))
 
         return hook
 

@@ -153,10 +153,10 @@ def test_a_request_that_fits_passes_one_that_does_not_but_only_so_often(
 def broken_copy(directory: Path, key: ExpertKey) -> Path:
     """A packed copy of the checkpoint with one byte of this expert flipped."""
     opened = OpenModel.open(CHECKPOINT, torch.float32)
-    shape = opened.family.expert_shape(opened.config)
+    shape = opened.family.shape
     packed = directory / "packed"
     counts = opened.facts.experts_per_layer
-    pack(CHECKPOINT, packed, names=opened.family.expert_names, experts_per_layer=counts, shape=shape)
+    pack(CHECKPOINT, packed, pieces=opened.pieces, experts_per_layer=counts, shape=shape)
     source = OpenModel.open(packed, torch.float32).open_experts()
     assert isinstance(source, PackedExperts)
     offset = source.offset_of(key) + 1000

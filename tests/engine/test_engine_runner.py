@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -100,7 +101,22 @@ def test_prompts_of_different_lengths_decode_together_as_each_alone(family: str,
     """Sequences below, across and above the length at which some rope types change their tables."""
     if rope_type not in ROPE:
         pytest.fail(f"transformers has a new rope type, {rope_type}: does a row alone decide its tables?")
-    model = small_model(family, rope_type)
+    assert_each_decodes_as_alone(small_model(family, rope_type), chunk)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "flex_olmo", "mellum"])
+def test_other_families_that_pass_the_check_decode_as_alone(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, **{**SMALL, "head_dim": 8}, num_experts=8, moe_intermediate_size=16)
+    attention.check(config)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    assert_each_decodes_as_alone(model, 7)
+
+
+def assert_each_decodes_as_alone(model: PreTrainedModel, chunk: int) -> None:
+    """Prompts of different lengths, in parts of `chunk` tokens, and then together in one batch."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 64, (n,), generator=generator).tolist() for n in (1, 15, 16, 40)]
     count = 20

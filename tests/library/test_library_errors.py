@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig, LlamaConfig, PreTrainedModel
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, PreTrainedModel
 
 from pager.cache import host, host_index
 from pager.errors import (
@@ -27,6 +27,7 @@ from pager.errors import (
     UnsupportedModel,
 )
 from pager.models.open_model import OpenModel
+from pager.predict.trunk import TrunkPredictor
 from pager.store.pack import pack
 
 Load = Callable[..., PreTrainedModel]
@@ -112,13 +113,51 @@ class TestCheckpoints:
             load(made.path)
 
     @pytest.mark.parametrize(
-        "config", [GptOssConfig(), LlamaConfig(), {"model_type": "deepseek_v99"}, {"hidden_size": 64}]
+        ("ending", "config", "message"),
+        [
+            ("qweight", {"quant_method": "gptq", "bits": 4}, "quantised by 'gptq' to 4 bits"),
+            ("weight", {"quant_method": "fp8"}, "quantised by 'fp8' to 8 bits"),
+            ("weight_packed", {}, "quantised by 'a method that its config does not name' "),
+        ],
     )
+    def test_quantised_weights_are_refused_by_method_and_bits(
+        self, small: MakeSmall, load: Load, ending: str, config: dict[str, Any], message: str
+    ) -> None:
+        made = small("olmoe")
+        weights = load_file(made.path / "model.safetensors")
+        name = "model.layers.0.mlp.experts.3.up_proj.weight"
+        stored = weights.pop(name).to(torch.float8_e4m3fn) if config.get("quant_method") == "fp8" else torch.ones(4)
+        save_file(weights | {name.replace("weight", ending): stored}, made.path / "model.safetensors")
+        add_to_config(made.path, quantization_config=config)
+        with pytest.raises(UnsupportedModel, match=f"{message}.*dequantize"):
+            load(made.path)
+
+    def test_weights_that_are_not_quantised_load_whatever_the_config_says(self, small: MakeSmall, load: Load) -> None:
+        made = small("olmoe")
+        add_to_config(made.path, quantization_config={"quant_method": "fp8"})
+        weights = load_file(made.path / "model.safetensors")
+        unneeded = {"model.layers.0.mlp.scale": torch.zeros(8).to(torch.float8_e4m3fn)}
+        save_file(weights | unneeded, made.path / "model.safetensors")
+        torch.testing.assert_close(load(made.path)(made.prompt()).logits, made.plain(made.prompt()).logits)
+
+    def test_a_predictor_needs_routers_that_it_can_read(self, tmp_path: Path) -> None:
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+        config = GptOssConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+        GptOssForCausalLM(config).save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedModel, match=r"has gates that pick in ways of their own"):
+            TrunkPredictor.load(tmp_path)
+
+    def test_an_adapter_is_told_from_a_model(self, load: Load, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match="holds an adapter and no model; give the folder of its base model"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize("config", [LlamaConfig(), {"model_type": "deepseek_v99"}, {"hidden_size": 64}])
     def test_another_family_is_refused_by_name(self, small: MakeSmall, load: Load, config: Any) -> None:
         made = small("emo")
         config = config if isinstance(config, dict) else config.to_dict()
         (made.path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UnsupportedModel, match=r"supported are emo, mixtral, olmoe, qwen3_moe$") as caught:
+        with pytest.raises(UnsupportedModel, match=r"cannot be paged: ") as caught:
             load(made.path)
         assert repr(config.get("model_type")) in caught.value.message
 
@@ -250,11 +289,11 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], Any]) 
 
 def pack_model(source: Path, out: Path) -> None:
     opened = OpenModel.open(source)
-    shape = opened.family.expert_shape(opened.config)
+    shape = opened.family.shape
     pack(
         source,
         out,
-        names=opened.family.expert_names,
+        pieces=opened.pieces,
         experts_per_layer=opened.facts.experts_per_layer,
         shape=shape,
     )
@@ -281,3 +320,8 @@ def remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remains:
         return [file for file in files if file.startswith(str(checkpoint))], readers, os.listdir(segments)
 
     return remains
+
+
+def add_to_config(path: Path, **fields: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | fields))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -108,6 +109,19 @@ def test_pooled_generation_equals_a_masked_plain_model(
     with masked_gates(made.plain, num_routed=4, num_rows=2):
         expected = made.plain.generate(prompt, **options)
     assert model.generate(prompt, **options).equal(expected)
+
+
+@pytest.mark.parametrize("edit", ["the output head alone", "names without the model's prefix"])
+def test_tied_weights_and_bare_names_load_as_in_plain_transformers(small: MakeSmall, load: Load, edit: str) -> None:
+    made = small("olmoe", tie_word_embeddings=True)
+    file = made.path / "model.safetensors"
+    weights = load_file(file)
+    if edit == "the output head alone":
+        weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    else:
+        weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert_exact(made, load(made.path, expert_memory="50%"))
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "emo"])

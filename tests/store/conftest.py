@@ -31,6 +31,10 @@ class Model:
         prefix = f"model.layers.{key.layer}.mlp.experts.{key.expert}"
         return f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", f"{prefix}.down_proj.weight"
 
+    def pieces(self, key: ExpertKey) -> tuple[tuple[str, str], tuple[str]]:
+        gate, up, down = self.names(key)
+        return (gate, up), (down,)
+
     @property
     def keys(self) -> list[ExpertKey]:
         return [ExpertKey(layer, e) for layer, count in enumerate(self.experts_per_layer) for e in range(count)]
@@ -45,11 +49,13 @@ class Model:
 
     def open_experts(self, path: Path) -> ExpertSource:
         with Checkpoint.open(path) as checkpoint:
-            return open_experts(checkpoint, self.names, self.experts_per_layer, self.shape)
+            return open_experts(checkpoint, self.pieces, self.experts_per_layer, self.shape)
 
     def pack(self, source: Path, out: Path, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Path:
-        layout = (self.names, self.experts_per_layer, self.shape)
-        pack(source, out, names=layout[0], experts_per_layer=layout[1], shape=layout[2], dtype=dtype, progress=progress)
+        layout = (self.pieces, self.experts_per_layer, self.shape)
+        pack(
+            source, out, pieces=layout[0], experts_per_layer=layout[1], shape=layout[2], dtype=dtype, progress=progress
+        )
         return out
 
 

@@ -194,8 +194,8 @@ def test_require_names_tensor_expected_and_found(sharded: Path) -> None:
 
 
 def test_an_unsupported_dtype_is_named(raw: Path) -> None:
-    save_file({"model.norm.weight": torch.zeros(8).to(torch.float8_e4m3fn)}, raw)
-    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' .* F8_E4M3, which is not supported"):
+    save_file({"model.norm.weight": torch.zeros(8).to(torch.float8_e4m3fnuz)}, raw)
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' .* F8_E4M3FNUZ, which is not supported"):
         Checkpoint.open(raw.parent)
 
 

@@ -21,7 +21,7 @@ def test_the_golden_checkpoint_survives_packing(model: Model, tmp_path: Path) ->
         config = checkpoint.config
     shape = ExpertShape(config["hidden_size"], config["intermediate_size"])
     layers = (config["num_experts"],) * config["num_hidden_layers"]
-    pack(GOLDEN, tmp_path / "packed", names=model.names, experts_per_layer=layers, shape=shape)
+    pack(GOLDEN, tmp_path / "packed", pieces=model.pieces, experts_per_layer=layers, shape=shape)
     assert verify(tmp_path / "packed").ok
     model.shape, model.experts_per_layer = shape, layers
     plain, packed = model.open_experts(GOLDEN), model.open_experts(tmp_path / "packed")

@@ -68,7 +68,7 @@ def go_direct(bypass: Callable[..., str | None], *args: object) -> None:
 
 def destinations(model: Model, keys: list[ExpertKey], *, aligned: bool = False) -> list[Destination]:
     pairs = ((key, model.blank(torch.float32)) for key in keys)
-    return [Destination(key, *(map(page_aligned, pair) if aligned else pair)) for key, pair in pairs]
+    return [Destination(key, tuple(map(page_aligned, pair)) if aligned else pair) for key, pair in pairs]
 
 
 def read_all(source: ExpertSource, model: Model, keys: list[ExpertKey], *, aligned: bool = False) -> list[Destination]:
@@ -78,7 +78,7 @@ def read_all(source: ExpertSource, model: Model, keys: list[ExpertKey], *, align
 
 
 def check(model: Model, found: list[Destination]) -> None:
-    for key, gate_up, down in found:
+    for key, (gate_up, down) in found:
         expected_gate_up, expected_down = model.expert(key)
         assert torch.equal(gate_up, expected_gate_up)
         assert torch.equal(down, expected_down)

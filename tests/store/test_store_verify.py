@@ -159,7 +159,7 @@ def test_zeros_and_values_that_are_no_numbers_are_told(sharded: Path, model: Mod
     assert report.ok, "the checksums are those of the bytes that are there"
     assert {item.name: item.reason for item in report.odd} == reasons
     odd = pack(
-        sharded, tmp_path / "packed", names=model.names, experts_per_layer=model.experts_per_layer, shape=model.shape
+        sharded, tmp_path / "packed", pieces=model.pieces, experts_per_layer=model.experts_per_layer, shape=model.shape
     )
     assert {item.name: item.reason for item in odd} == reasons
     packed = {item.name: item.reason for item in verify(tmp_path / "packed").odd}

@@ -1,0 +1,158 @@
+"""Which stored tensors make which parameter of a model, found with transformers' own list of conversions.
+
+Checkpoints name and group tensors in other ways than models do: one a projection and expert, or all experts of a layer
+in one, transposed or interleaved. transformers describes each family's way by renamings and converters, and its loader
+applies them to whole layers. Here the same operations are applied to one expert's part at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from pager.store.expert_source import Made, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What one parameter is made of: stored names in natural order, by the pattern that they match.
+
+    `converter` is None where the one tensor is the parameter.
+    """
+
+    names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    converter: WeightConverter | None = None
+
+    @property
+    def operations(self) -> Sequence[Any]:
+        return self.converter.operations if self.converter is not None else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The stored tensors of a model by the parameter or buffer that they make; `unused` are those that make none."""
+
+    stored: Mapping[str, Stored]
+    unused: tuple[str, ...]
+
+
+def locate(model: PreTrainedModel, names: Iterable[str]) -> Layout:
+    """Sorts a checkpoint's tensors by what transformers' loader would make of them in `model`."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
+    expected = model.state_dict()
+    stored: dict[str, Stored] = {}
+    unused = []
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if target not in expected and name in expected:
+            target, pattern = name, None
+        converter = converter_of[pattern] if pattern is not None else None
+        targets = [target]
+        if converter is not None:
+            first, *others = converter.target_patterns
+            targets += [target.replace(first, other) for other in others]
+        known = [each for each in targets if each in expected]
+        for each in known:
+            stored.setdefault(each, Stored(converter=converter)).names[pattern or name].append(name)
+        if not known:
+            unused.append(name)
+    return Layout(stored, tuple(unused))
+
+
+class ExpertParameter:
+    """Where one parameter of a layer's experts is stored, and which part of it is whose."""
+
+    def __init__(self, stored: Stored, num_experts: int, name: str, model: PreTrainedModel) -> None:
+        self.stored = stored
+        merges = any(isinstance(each, MergeModulelist) for each in stored.operations)
+        self.is_stacked = not merges and all(len(names) == 1 for names in stored.names.values())
+        self._names = {
+            pattern: names if self.is_stacked else _of_all_experts(names, num_experts)
+            for pattern, names in stored.names.items()
+        }
+        self._make: Callable[[Sequence[Tensor]], Tensor] | None = None
+        if not _is_as_stored(stored.operations):
+            self._make = partial(_convert, stored.converter, tuple(self._names), self.is_stacked, name, model)
+
+    def of_expert(self, expert: int) -> tuple[str | Row, ...] | Made:
+        patterns: Iterable[str] = self._names
+        if self._make is None and self.stored.converter is not None:  # pieces lie in the order of the converter's list
+            patterns = [pattern for pattern in self.stored.converter.source_patterns if pattern in self._names]
+        pieces = tuple(
+            Row(self._names[pattern][0], expert) if self.is_stacked else self._names[pattern][expert]
+            for pattern in patterns
+        )
+        return pieces if self._make is None else Made(pieces, self._make)
+
+    def __str__(self) -> str:
+        others = [type(each).__name__.lower() for each in self.stored.operations]
+        kept = [each for each in others if each not in ("mergemodulelist", "concatenate")]
+        return ", ".join(["stacked" if self.is_stacked else "one tensor an expert", *kept])
+
+
+def _is_as_stored(operations: Sequence[Any]) -> bool:
+    """Each expert's pieces lie in its parameter as they are, one after the other along its first dimension."""
+    left = [each for each in operations if not isinstance(each, MergeModulelist)]
+    merges = [each for each in operations if isinstance(each, MergeModulelist)]
+    joins = [each for each in left if isinstance(each, Concatenate)]
+    return left == joins and len(joins) <= 1 and all(each.dim == 1 for each in joins) and all(not m.dim for m in merges)
+
+
+def _of_all_experts(names: Sequence[str], num_experts: int) -> list[str]:
+    """The names of all experts, in order, by those of some: what a checkpoint lacks has its name too."""
+    parts = [name.split(".") for name in names]
+    differing = [place for place, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1]
+    numbers = [place for place, each in enumerate(parts[0]) if each.isdigit()]
+    place = (differing or numbers or [0])[-1]
+    if not parts[0][place].isdigit():
+        return list(names)
+    template = parts[0]
+    return [".".join([*template[:place], str(expert), *template[place + 1 :]]) for expert in range(num_experts)]
+
+
+def _convert(
+    converter: WeightConverter | None,
+    patterns: Sequence[str],
+    is_stacked: bool,
+    name: str,
+    model: PreTrainedModel,
+    pieces: Sequence[Tensor],
+) -> Tensor:
+    """One expert's parameter: the converter's operations on a layer that has this expert alone."""
+    assert converter is not None, "what is stored as it is needs no conversion"
+    tensors: dict[str, Any] = {
+        pattern: [piece[None] if is_stacked else piece] for pattern, piece in zip(patterns, pieces, strict=True)
+    }
+    for operation in converter.operations:
+        tensors = operation.convert(
+            tensors,
+            source_patterns=converter.source_patterns,
+            target_patterns=converter.target_patterns,
+            full_layer_name=name,
+            model=model,
+            config=model.config,
+            missing_keys=set(),
+        )
+    made = [tensor for pattern, tensor in tensors.items() if len(tensors) == 1 or name.endswith(pattern)]
+    tensor = made[0][0] if isinstance(made[0], list) else made[0]
+    return tensor[0]  # type: ignore[no-any-return]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from benchmarks.report import ROOT
+
+Domains = list[list[list[int]]]
+"""Prompts as token ids, by domain."""
 
 TEXTS = (
     "def merge_sorted(left: list[int], right: list[int]) -> list[int]:\n    result = []\n    i = j = 0\n",
@@ -19,6 +25,39 @@ TEXTS = (
     "This License does not grant permission to use the trade names, trademarks, service marks, or product names",
     "O for a Muse of fire, that would ascend\nThe brightest heaven of invention,\nA kingdom for a stage",
 )  # fmt: skip
+
+
+FILES = (
+    *("pager/engine/engine.py", "protos/expert_pager/v1/expert_pager.proto", "deploy/monitoring/rules.yaml", "LICENSE"),
+    *("deploy/monitoring/dashboards/serving.json", "Makefile", "docs/log.md", "CHANGELOG.md"),
+)
+"""Files of this repository, each a domain beside TEXTS."""
+
+
+def domains_of(model: Path, num_domains: int, num_prompts: int, num_tokens: int, corpus: Path | None = None) -> Domains:
+    """`num_prompts` different prompts of `num_tokens` ids from each of `num_domains` domains.
+
+    The domains are the first ones of `corpus` (files NAME.valid.jsonl.gz with a text a line), or, without one, those
+    that this repository has texts of: 16. Raises ValueError for more.
+    """
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    if corpus is not None:
+        texts = [_text_of(path) for path in sorted(corpus.glob("*.valid.jsonl.gz"))]
+    else:
+        texts = [*((text + "\n") * 20 for text in TEXTS), *((ROOT / name).read_text() for name in FILES)]
+    if num_domains > len(texts):
+        raise ValueError(f"there are texts of {len(texts)} domains, not of {num_domains}")
+    found = []
+    for text in texts[:num_domains]:
+        ids = tokenizer.encode(text[: 16 * num_prompts * num_tokens]).ids
+        step = (len(ids) - num_tokens) // num_prompts
+        found.append([ids[number * step : number * step + num_tokens] for number in range(num_prompts)])
+    return found
+
+
+def _text_of(path: Path) -> str:
+    with gzip.open(path, "rt") as lines:
+        return "\n".join(json.loads(line)["text"] for line, _ in zip(lines, range(200), strict=False))
 
 
 def prompts_of(model: Path, num_prompts: int, num_tokens: int, seed: int = 0) -> list[list[int]]:

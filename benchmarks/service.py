@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +51,7 @@ class Wave:
     num_tokens: int
     seconds: float
     first_token_s: Sequence[float]
+    bytes_paged: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -105,7 +106,7 @@ def table(
         rates = {name: [wave.tokens_per_s for wave in waves] for name, waves in found.items()}
         share = statistics.median(rates["service"]) / statistics.median(rates["engine"])
         verdict = "-" if num_streams not in HELD_TO else "ok" if share >= SMALLEST_SHARE else "less"
-        firsts_ms = [value for name in ways for value in _first_tokens_ms(found[name])]
+        firsts_ms = [value for name in ways for value in first_tokens_ms(found[name])]
         figures = (*(figure(rates[name], 0) for name in ways), ratio(rates["service"], rates["engine"]), verdict)
         rows.append((str(num_streams), *figures, *(f"{value:.0f}" for value in firsts_ms)))
     columns = (
@@ -142,8 +143,9 @@ class Client:
         self._channel = self._loop.run_until_complete(self._connect(address))
         self._stub: Any = pb_grpc.ExpertPagerStub(self._channel)
 
-    def wave(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Wave:
-        return self._loop.run_until_complete(self._wave(prompts, num_tokens))
+    def wave(self, prompts: Sequence[Sequence[int]], num_tokens: int, pool: Mapping[str, Any] | None = None) -> Wave:
+        """Sends all requests at once; `pool` has the fields of their PoolPolicy, without which they are exact."""
+        return self._loop.run_until_complete(self._wave(prompts, num_tokens, pool))
 
     def close(self) -> None:
         self._loop.run_until_complete(self._channel.close(None))
@@ -153,29 +155,36 @@ class Client:
     async def _connect(address: str) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(address)
 
-    async def _wave(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> Wave:
+    async def _wave(self, prompts: Sequence[Sequence[int]], num_tokens: int, pool: Mapping[str, Any] | None) -> Wave:
         started_s = time.perf_counter()
-        firsts = await asyncio.gather(*(self._first_token_s(prompt, num_tokens) for prompt in prompts))
+        answers = await asyncio.gather(*(self._answer(prompt, num_tokens, pool) for prompt in prompts))
         seconds = time.perf_counter() - started_s
-        return Wave(len(prompts) * num_tokens, seconds, [first_s - started_s for first_s in firsts])
+        firsts = [first_s - started_s for first_s, _ in answers]
+        return Wave(len(prompts) * num_tokens, seconds, firsts, sum(nbytes for _, nbytes in answers))
 
-    async def _first_token_s(self, prompt: Sequence[int], num_tokens: int) -> float:
-        """When the first token of an answer came, which is read to its end."""
+    async def _answer(
+        self, prompt: Sequence[int], num_tokens: int, pool: Mapping[str, Any] | None
+    ) -> tuple[float, int]:
+        """Returns when the first token of an answer came, which is read to its end, and the bytes paged for it."""
         sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
-        first_s, num_received = 0.0, 0
+        policy = None if pool is None else pb.PoolPolicy(**pool)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling, pool=policy)
+        first_s, num_received, nbytes = 0.0, 0, 0
         async for message in self._stub.Generate(request):
             first_s = first_s or time.perf_counter()
             num_received += len(message.token_ids)
+            nbytes += message.usage.bytes_from_disk + message.usage.bytes_from_host
         assert num_received == num_tokens, f"{num_received} tokens instead of {num_tokens}"
-        return first_s
+        return first_s, nbytes
 
 
 @contextmanager
-def service(model: Path, folder: Path, max_running: int, threads: int | None) -> Iterator[dict[str, Any]]:
-    """The real one, with room for all experts; what it says when it is ready."""
+def service(
+    model: Path, folder: Path, max_running: int, threads: int | None, expert_memory: str = "100%"
+) -> Iterator[dict[str, Any]]:
+    """Starts the real one, and gives what it says when it is ready."""
     options = {
-        "WORKERS_EXPERT_MEMORY": "100%",
+        "WORKERS_EXPERT_MEMORY": expert_memory,
         "WORKERS_HOST_MEMORY": "0",
         "WORKERS_KV_MEMORY": KV_MEMORY,
         "WORKERS_MAX_RUNNING": str(max_running),
@@ -211,7 +220,7 @@ def service(model: Path, folder: Path, max_running: int, threads: int | None) ->
         process.communicate(timeout=START_TIMEOUT_S)
 
 
-def _first_tokens_ms(waves: Sequence[Wave]) -> tuple[float, float]:
+def first_tokens_ms(waves: Sequence[Wave]) -> tuple[float, float]:
     """Median and 99th percentile."""
     times = sorted(1e3 * first_s for wave in waves for first_s in wave.first_token_s)
     return statistics.median(times), times[round(0.99 * (len(times) - 1))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -77,9 +77,13 @@ def table(
 ) -> Table:
     rows = []
     for (num_domains, num_each), goal in zip(mixes, GOALS, strict=False):
-        by_domain = domains_of(model, num_domains, num_each, PROMPT_TOKENS, corpus)
-        mixed = [domain[number] for number in range(num_each) for domain in by_domain]
-        runs = {name: partial(client.wave, mixed, num_tokens, pool) for name, client in clients.items()}
+        by_domain = domains_of(model, num_domains, num_each * (num_rounds + 1), PROMPT_TOKENS, corpus)
+        # No prompt twice: its keys and values would still be there.
+        waves = [
+            [domain[start + number] for number in range(num_each) for domain in by_domain]
+            for start in range(0, num_each * (num_rounds + 1), num_each)
+        ]
+        runs = {name: partial(_next_wave, client, iter(waves), num_tokens, pool) for name, client in clients.items()}
         for run in runs.values():
             run()
         rows.append(_row(f"{num_domains} x {num_each}", alternate(runs, num_rounds), goal))
@@ -94,6 +98,10 @@ def table(
         "are of one wave in the smaller memory.",
     )
     return Table("Mixed traffic", columns, rows, notes)
+
+
+def _next_wave(client: Client, waves: Iterator[list[list[int]]], num_tokens: int, pool: dict[str, Any]) -> Wave:
+    return client.wave(next(waves), num_tokens, pool)
 
 
 def _row(mix: str, found: dict[str, list[Wave]], goal: float) -> tuple[str, ...]:

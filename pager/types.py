@@ -319,6 +319,8 @@ class GenerateRequest:
     predicted: ExpertPool | None = None  # the router's prediction; starts the paging early
     traceparent: str | None = None  # W3C Trace Context of the router's span
     tracestate: str | None = None  # what goes with it
+    priority: int = 0  # its class: those of a higher one are admitted first
+    weight: float = 1.0  # of its tenant: how much of the worker it is entitled to, beside the weights of others
 
 
 @dataclass(frozen=True, slots=True)

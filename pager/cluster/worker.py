@@ -161,8 +161,9 @@ class EngineLoader(Protocol):
 class WorkerObserver(WorkerMetrics, EngineObserver, SubmissionObserver):
     """The worker's metrics as all three observers. Remembers recent page-ins too, for who places requests."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, metric_tenants: str = "") -> None:
+        """`metric_tenants` are the tenants that metrics name, separated by commas."""
+        super().__init__([name.strip() for name in metric_tenants.split(",") if name.strip()])
         self._recent: deque[float] = deque(maxlen=REMEMBERED_PAGE_INS)
 
     def transferred(self, source: str, destination: str, nbytes: int, seconds: float) -> None:
@@ -188,7 +189,7 @@ class Worker:
         self._config = config
         self._bind_host = bind_host
         self._load_engine = load_engine
-        self._observer = WorkerObserver()
+        self._observer = WorkerObserver(config.router.metric_tenants)
         self._loop = LoopThread("tokens")
         self._token = secrets.token_urlsafe(32)
         self._server = TokenServer(self._token, self._observer)

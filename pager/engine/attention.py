@@ -42,18 +42,33 @@ _WITHOUT_EFFECT = frozenset(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PromptStep:
+    """The tokens `start:end` of a forward's only row, which are of one prompt, and what its queries see.
+
+    `read_1C` [1, C]: token slots of the context, the new tokens included; None where the new tokens are the whole
+    context, which is then causal. `mask_SC` [S, C]: True where a query sees a slot.
+    """
+
+    start: int
+    end: int
+    read_1C: torch.Tensor | None = None
+    mask_SC: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class KvStep:
     """Where one forward writes its keys and values, and what its queries see. The same for every layer.
 
-    `write_T` [B*S]: token slots of the new tokens. `read_BC` [B, C]: token slots of the context, the new tokens
-    included; None where the new tokens are the whole context, which is then causal. `mask` (broadcast to [B, H, S, C]):
-    True, or 0 of a mask to add, where a query sees a slot; None where every query sees all that is read.
+    `write_T` [B*S]: token slots of the new tokens. A forward runs either `prompts`, one after the other in a single
+    row, or one token for each of B rows. Of these, `read_BC` [B, C] are token slots of the context, the new token
+    included, and `mask` (broadcast to [B, H, 1, C]) is 0 where a query sees a slot; None where it sees all it reads.
     """
 
     cache: KvCache
     write_T: torch.Tensor
     read_BC: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    prompts: Sequence[PromptStep] = ()
 
 
 def attend(
@@ -82,11 +97,11 @@ def attend(
     cache.k[layer].index_copy_(0, kv_step.write_T, key.transpose(1, 2).flatten(0, 1))
     cache.v[layer].index_copy_(0, kv_step.write_T, value.transpose(1, 2).flatten(0, 1))
 
-    if kv_step.read_BC is None:
-        return _attend_prompt(query, key, value, None, scaling), None
-    if query.shape[2] > 1:
-        assert kv_step.mask is not None, "the tokens of a prompt see what lies before them"
-        return _attend_prompt(query, *cache.gather(layer, kv_step.read_BC), kv_step.mask, scaling), None
+    if kv_step.prompts:
+        own = (query, key, value)
+        parts = [_attend_part(part, cache, layer, own, scaling) for part in kv_step.prompts]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0], None
+    assert kv_step.read_BC is not None, "rows of one token read their context from blocks"
     rows = max(1, cache.gather_tokens // kv_step.read_BC.shape[1])
     if len(query) <= rows:
         return _attend_one_token(query, *cache.gather(layer, kv_step.read_BC), kv_step.mask, scaling), None
@@ -101,6 +116,20 @@ def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, argume
     if mask is not None or unknown:
         what = f"the argument {unknown[0]}" if unknown else "a mask of its own"
         raise UnsupportedModel(f"layer {module.layer_idx} attends with {what}, which is not supported by the service")
+
+
+def _attend_part(
+    part: PromptStep,
+    cache: KvCache,
+    layer: int,
+    own: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scaling: float | None,
+) -> torch.Tensor:
+    """[1, S, H, D] for the tokens of one prompt, of `own` query, key and value of the whole row."""
+    query, key, value = (tensor[:, :, part.start : part.end] for tensor in own)
+    if part.read_1C is not None:
+        key, value = cache.gather(layer, part.read_1C)
+    return _attend_prompt(query, key, value, part.mask_SC, scaling)
 
 
 def _attend_prompt(

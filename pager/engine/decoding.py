@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,33 +63,76 @@ class Decoder:
         """The layers of all forwards, the present one included; for any thread."""
         return self._runner.num_layers_run
 
-    def prefill(self, sequence: Request, num_tokens: int) -> Outcome | None:
-        """Runs the next `num_tokens` of the prompt. Returns the answer's first token after the last of them, else None.
+    @property
+    def shares_prefills(self) -> bool:
+        """Whether prompts may run in one forward."""
+        return self._runner.shares_prefills
 
-        What is raised within the forward, as by those who wait for it no more, leaves it and is the outcome.
+    def prefill(self, parts: Sequence[tuple[Request, int]]) -> list[Outcome | None]:
+        """Runs the next tokens of each prompt, as many as its part says, by one forward. Returns the answer's first
+        token after the last of a prompt, else None.
+
+        What is raised within the forward, as by those who wait for it no more, leaves it. Then each prompt runs by
+        itself, and what is raised again is its outcome.
         """
-        start, prompt = sequence.num_prefilled, sequence.request.prompt_token_ids
-        token_ids = prompt[start : start + num_tokens]
-        end, num_top = start + len(token_ids), sequence.request.sampling.prompt_logprobs
         try:
-            with (
-                self._timed(),
-                self._paged.step([_routing(sequence)], prefill=True),
-                self._runner.keeping_hidden() if num_top is not None else nullcontext() as kept,
-            ):
-                logits_1V = self._runner.prefill(token_ids, sequence.blocks, start, prompt_tokens=len(prompt))
-                if kept is not None and num_top is not None:
-                    found = self._runner.prompt_logprobs(kept, logits_1V, prompt[start + 1 : end + 1], num_top)
-                    sequence.prompt_logprobs += found
-            sequence.num_prefilled = end
-            if end < len(prompt):
-                return None
-            sampler = Sampler([sequence.draw], self._runner.device)
-            return _outcomes(sampler, sampler.sample(logits_1V).tolist(), logits_1V)[0]
+            return self._run_prompts(parts)
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
-            return _told(error, sequence)
+            if len(parts) == 1:
+                return [_told(error, parts[0][0])]
+            if not isinstance(error, Cancelled | NotReady):
+                log.warning("a prefill of %d requests failed (%s); each runs alone", len(parts), type(error).__name__)
+        return [outcome for part in parts for outcome in self.prefill([part])]
+
+    def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> list[Outcome | None]:
+        sequences = [sequence for sequence, _ in parts]
+        rows = torch.arange(len(parts)).repeat_interleave(torch.tensor([count for _, count in parts]))
+        keeps_hidden = any(sequence.request.sampling.prompt_logprobs is not None for sequence in sequences)
+        with (
+            self._timed(),
+            self._paged.step(
+                [_routing(sequence) for sequence in sequences],
+                rows=rows.to(self._runner.device) if len(parts) > 1 else None,
+                prefill=True,
+            ),
+            self._runner.keeping_hidden() if keeps_hidden else nullcontext() as kept,
+        ):
+            logits_NV = self._runner.prefill([sequence.prompt_part(count) for sequence, count in parts])
+            if kept is not None:
+                self._take_prompt_logprobs(parts, kept, logits_NV)
+        for sequence, count in parts:
+            sequence.num_prefilled += count
+        done = [n for n, sequence in enumerate(sequences) if sequence.is_prefilled]
+        tokens = dict(zip(done, self._sample([sequences[n] for n in done], logits_NV[done]), strict=True))
+        return [tokens.get(n) for n in range(len(parts))]
+
+    def _sample(self, sequences: Sequence[Request], logits_NV: torch.Tensor) -> list[Outcome]:
+        """The first tokens of answers. Where that fails for one, each is sampled by itself."""
+        if not sequences:
+            return []
+        try:
+            for sequence in sequences:
+                sequence.draw.rewind(len(sequence.output_ids))
+            sampler = Sampler([sequence.draw for sequence in sequences], self._runner.device)
+            return _outcomes(sampler, sampler.sample(logits_NV).tolist(), logits_NV)
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
+            if len(sequences) == 1:
+                return [_told(error, sequences[0])]
+        return [self._sample([sequence], logits_NV[n : n + 1])[0] for n, sequence in enumerate(sequences)]
+
+    def _take_prompt_logprobs(
+        self, parts: Sequence[tuple[Request, int]], kept: list[torch.Tensor], logits_NV: torch.Tensor
+    ) -> None:
+        assert len(parts) == 1, "the logits of every token take the memory of a forward"
+        ((sequence, count),) = parts
+        start, num_top = sequence.num_prefilled, sequence.request.sampling.prompt_logprobs
+        assert num_top is not None
+        next_ids = sequence.request.prompt_token_ids[start + 1 : start + count + 1]
+        sequence.prompt_logprobs += self._runner.prompt_logprobs(kept, logits_NV, next_ids, num_top)
 
     def decode(self, name: str, sequences: Iterable[Request]) -> list[Outcome]:
         """Decodes the next token of each by one forward. `name` says which group of the last step this continues.

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, F
 from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
 from pager.engine.paged_model import PagedModel
 from pager.engine.prefix import Prefix
-from pager.engine.request import Request, record_spans
+from pager.engine.request import Request, effective_policy, record_spans
 from pager.engine.runner import ModelRunner
-from pager.engine.scheduler import Inbox, LineClock, RequestBounds, WaitingLine
+from pager.engine.scheduler import Inbox, LineClock, RequestBounds
+from pager.engine.turns import Experts, TenantCounters, WaitingLine, as_bits, by_overlap
 from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.memory.needs import PREFILL_CHUNK_TOKENS
 from pager.pools.pick import check_pool
@@ -64,7 +66,9 @@ class Engine:
         # Beyond these the plan has no working memory.
         self._max_running = min(limits.max_running, paged.plan.max_running)
         self._limits = limits
-        self._prefill_chunk_tokens = min(limits.prefill_chunk_tokens, PREFILL_CHUNK_TOKENS)
+        self._prefill_chunk_tokens = min(
+            limits.prefill_chunk_tokens, PREFILL_CHUNK_TOKENS, config.max_position_embeddings
+        )
         self._sink = sink
         self._observer = observer or EngineObserver()
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
@@ -81,6 +85,10 @@ class Engine:
         self._inbox = Inbox(limits.max_running + limits.max_waiting)
         self._line: WaitingLine[Request] = WaitingLine(limits.max_overtakes)
         self._clock = LineClock()
+        self._tenants = TenantCounters()
+        self._expert_width = max(paged.facts.experts_per_layer)
+        self._num_ended = 0
+        self._read_ahead_for: tuple[Request | None, int] = (None, 0)  # and how many had ended then
         self._joining: list[Request] = []  # in the order in which they came, some while their grammars are compiled
         self._prefilling: list[Request] = []
         self._running: list[Request] = []
@@ -113,11 +121,12 @@ class Engine:
             if len(self._line):
                 self._clock.check(self.status().waiting, left_s)
             deadline_s = request.deadline_s
+        policy = effective_policy(request)
+        if policy.fixed is not None:
+            check_pool(policy.fixed, self._paged.facts)
+        num_slots, width = self._paged.slots_needed(policy), self._expert_width
         with panics_as_errors():
-            sequence = Request(request, self._texts, now_s, deadline_s, self._eos_ids)
-        if sequence.policy.fixed is not None:
-            check_pool(sequence.policy.fixed, self._paged.facts)
-        self._paged.slots_needed(sequence.policy)
+            sequence = Request(request, self._texts, now_s, deadline_s, self._eos_ids, num_slots=num_slots, width=width)
         sequence.prefix = self._prefix_of(sequence)
         if request.sampling.grammar is not None:
             sequence.compiling = self._grammars.compile(request.sampling.grammar)
@@ -205,7 +214,7 @@ class Engine:
                     self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
 
     def step(self) -> bool:
-        """Decodes a token of each request, admits, runs one prompt at most. Returns False with nothing to run."""
+        """Decodes a token of each request, admits, runs prompts by one forward. Returns False with nothing to run."""
         started_s = time.monotonic()
         self._num_steps_begun += 1
         self._is_stepping = True
@@ -253,6 +262,7 @@ class Engine:
             if not len(self._line):
                 self._clock.forget()
             self._line.add(sequence)
+            self._tenants.arrived(sequence.request.tenant, sequence.request.weight)
             sequence.place = len(self._line)
             self._next_admission_s = now_s
 
@@ -378,23 +388,70 @@ class Engine:
         self._next_admission_s = now_s + ADMISSION_RETRY_S
         if not self._resume(suspended) or not len(self._line):
             return  # an answer that has begun comes before those that have not
-        tries = ADMISSION_TRIES
-        first = next(iter(self._line))
-        with self._on_behalf_of(first, "asking for its experts failed"):
-            first.prefetch(self._paged)  # before anything is reserved: a prefetch takes no promised slot
-        for sequence in self._line.candidates():
-            if tries == 0 or len(self._prefilling) + len(self._running) >= self._max_running:
-                return
+        self._charge(now_s)
+        refused: list[Request] = []
+        for number, sequence in enumerate(self._candidates()):
+            if any(sequence.shares_pool(other) for other in refused):
+                continue
             with self._on_behalf_of(sequence, "its admission failed"):
-                if not sequence.acquire(self._paged, self._blocks):
-                    tries -= 1
-                    continue
-                self._line.admit(sequence)
-                self._prefilling.append(sequence)
-                sequence.admitted_s = now_s
-                self._clock.admitted(sequence.place, now_s - sequence.submitted_s)
-                self._observer.queued(now_s - sequence.submitted_s)
-                sequence.prefetch(self._paged)
+                if number == 0:
+                    sequence.prefetch(self._paged)  # before it is reserved: a prefetch takes no promised slot
+                is_full = len(self._prefilling) + len(self._running) >= self._max_running
+                if is_full or not sequence.acquire(self._paged, self._blocks):
+                    refused.append(sequence)
+                else:
+                    self._let_in(sequence, now_s)
+                if is_full or len(refused) == ADMISSION_TRIES:
+                    break
+        if refused and self._read_ahead_for != (refused[0], self._num_ended):
+            self._read_ahead_for = (refused[0], self._num_ended)
+            with self._on_behalf_of(refused[0], "reading its experts ahead failed"):
+                refused[0].read_ahead(self._paged)
+
+    def _let_in(self, sequence: Request, now_s: float) -> None:
+        self._line.admit(sequence, sequence.group)
+        self._tenants.admitted(sequence.request.tenant)
+        self._prefilling.append(sequence)
+        sequence.admitted_s = now_s
+        self._clock.admitted(sequence.place, now_s - sequence.submitted_s)
+        self._observer.queued(now_s - sequence.submitted_s)
+        sequence.prefetch(self._paged)
+
+    def _candidates(self) -> Iterator[Request]:
+        """Yields waiting requests in the order to try: by class, by what their tenants were given, then by overlap."""
+        if len(self._line) == 1:
+            return self._line.candidates()
+        of_tenant = self._tenants.claims()
+        held = 0
+        for sequence in (*self._prefilling, *self._running):
+            held |= sequence.want.experts or 0
+        loaded: Experts | None = None
+
+        def ordered(sequences: Ordered[Request]) -> Iterator[Request]:
+            nonlocal loaded
+            if loaded is None:
+                loaded = held | as_bits(self._paged.pager.resident_experts(), self._expert_width)
+            return (sequences[index] for index in by_overlap([each.want for each in sequences], loaded, held))
+
+        def claim(sequence: Request) -> tuple[int, float, bool]:
+            return -sequence.request.priority, *of_tenant(sequence.request.tenant)
+
+        return self._line.candidates(claim=claim, ordered=ordered, group=lambda sequence: sequence.group)
+
+    def _charge(self, now_s: float, ended: Ordered[Request] = ()) -> None:
+        """Charges tenants for what their requests have used since it was called last; or those that end, alone."""
+        holding = (*self._prefilling, *self._running)
+        num_alike = Counter(sequence.group for sequence in holding)
+        costs: dict[str, float] = {}
+        for sequence in ended or holding:
+            held = sequence.lease.num_bound + sequence.lease.num_reserved if sequence.lease is not None else 0
+            share = held / max(1, self._paged.pager.num_slots)
+            if sequence.group is not None:
+                share /= max(1, num_alike[sequence.group])
+            tenant = sequence.request.tenant
+            costs[tenant] = costs.get(tenant, 0.0) + sequence.spend(now_s, share, self._paged)
+        for tenant, (given, entitled) in self._tenants.charge(costs).items():
+            self._observer.shared_out(tenant, given, entitled)
 
     def _resume(self, suspended: list[Request]) -> bool:
         """Gives those that drift their slots, in the order of arrival. Returns False where some have to wait on."""
@@ -405,24 +462,55 @@ class Engine:
         return True
 
     def _prefill(self) -> None:
-        """Runs one prompt, or a part: the first whose experts are there; the very first, if nobody decodes."""
-        decoding = self._able() if self._prefilling else []
+        """Runs prompts whose experts are there, as many as one forward takes; the very first, if nobody decodes."""
+        decoding = bool(self._able()) if self._prefilling else False
+        parts: list[tuple[Request, int]] = []
+        room = self._prefill_chunk_tokens
         for sequence in tuple(self._prefilling):
             with self._on_behalf_of(sequence, "its prefill failed"):
-                if not decoding or sequence.is_paged_in(self._paged):
-                    self._prefill_part(sequence)
-                    return
+                waits_alike = bool(parts) and sequence.shares_pool(parts[0][0])
+                if not (decoding or parts) or waits_alike or sequence.is_paged_in(self._paged):
+                    num_tokens = self._tokens_to_run(sequence, room)
+                    if not parts or self._may_join(sequence, parts[0][0], num_tokens, room):
+                        parts.append((sequence, num_tokens))
+                        room -= num_tokens
+            if parts and room <= 0:
+                break
+        if parts:
+            self._run_prompts(parts)
 
-    def _prefill_part(self, sequence: Request) -> None:
-        num_before = sequence.num_prefilled
-        num_tokens = len(sequence.request.prompt_token_ids) - num_before
-        if sequence.may_be_chunked(self._paged):
-            num_tokens = min(num_tokens, self._prefill_chunk_tokens)
-        if math.isnan(sequence.prefill_started_s):
-            sequence.prefill_started_s = time.monotonic()
-        with self._long_forward([sequence]):
-            outcome = self._decoder.prefill(sequence, num_tokens)
-        self._num_tokens += sequence.num_prefilled - num_before  # none where it was left, or failed
+    def _tokens_to_run(self, sequence: Request, room: int) -> int:
+        """How many tokens of its prompt run next: all that are left, or as many as there is `room` for in a part."""
+        num_left = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
+        return min(num_left, room) if sequence.may_be_chunked(self._paged) else num_left
+
+    def _may_join(self, sequence: Request, first: Request, num_tokens: int, room: int) -> bool:
+        """Whether the prompt may run in the forward of another: both hold their experts, or both page as they go."""
+        return (
+            0 < num_tokens <= room
+            and self._decoder.shares_prefills
+            and sequence.is_exact == first.is_exact
+            and sequence.request.sampling.prompt_logprobs is None
+            and first.request.sampling.prompt_logprobs is None
+        )
+
+    def _run_prompts(self, parts: Ordered[tuple[Request, int]]) -> None:
+        sequences = [sequence for sequence, _ in parts]
+        started_s, num_before = time.monotonic(), sum(sequence.num_prefilled for sequence in sequences)
+        for sequence in sequences:
+            if math.isnan(sequence.prefill_started_s):
+                sequence.prefill_started_s = started_s
+        with self._long_forward(sequences):
+            outcomes = self._decoder.prefill(parts)
+        # None where it was left, or failed.
+        self._num_tokens += sum(sequence.num_prefilled for sequence in sequences) - num_before
+        now_s = time.monotonic()
+        for sequence, outcome in zip(sequences, outcomes, strict=True):
+            with self._on_behalf_of(sequence, "taking its first token failed"):
+                self._take_first(sequence, outcome, now_s)
+
+    def _take_first(self, sequence: Request, outcome: Outcome | None, now_s: float) -> None:
+        """After a part of its prompt has run: it goes on waiting, or decodes from now on."""
         for part in sequence.take_prompt_logprobs():
             tenant = sequence.request.tenant
             self._events.append(TokenChunk(sequence.request.id, (), "", None, tenant, prompt_logprobs=part))
@@ -435,7 +523,7 @@ class Engine:
             if sequence.lease is not None and not sequence.is_exact:  # an exact one pages within its reservation
                 sequence.lease.shrink()
                 self._next_admission_s = 0.0
-        self._take(sequence, outcome, time.monotonic())
+        self._take(sequence, outcome, now_s)
 
     def _take(self, sequence: Request, outcome: Outcome, now_s: float) -> None:
         outcome = sequence.fate or outcome
@@ -481,6 +569,7 @@ class Engine:
     def _end(self, sequence: Request, outcome: str, usage: Usage | None = None) -> Account:
         """Gives back at once what the request holds, wherever it stood. Raises nothing: what ended cannot fail."""
         account = sequence.account(self._paged)
+        self._settle_with_tenant(sequence)
         with _errors_logged(f"request {sequence.request.id} could not give back everything"):
             sequence.release(self._blocks)
         for place in (self._running, self._prefilling):
@@ -488,11 +577,22 @@ class Engine:
                 place.remove(sequence)
         if sequence in self._line:
             self._line.remove(sequence)
+        self._num_ended += 1
         self._next_admission_s = 0.0
         with _errors_logged(f"the observer failed at the end of request {sequence.request.id}"):
             self._observer.ended(outcome, account, usage, sequence.token_s)
         self._inbox.remove(sequence)
         return account
+
+    def _settle_with_tenant(self, sequence: Request) -> None:
+        """Charges the tenant of a request that ends; one that has not joined the line yet is not known there."""
+        was_admitted = not math.isnan(sequence.admitted_s)
+        if not was_admitted and sequence not in self._line:
+            return
+        with _errors_logged(f"charging the tenant of request {sequence.request.id} failed"):
+            if was_admitted:
+                self._charge(time.monotonic(), [sequence])
+            self._tenants.ended(sequence.request.tenant, was_admitted=was_admitted)
 
     def _deliver(self) -> None:
         events, self._events = self._events, []

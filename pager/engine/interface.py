@@ -22,8 +22,8 @@ class EngineLimits:
 
     max_running: int = 32  # requests that hold KV and slots at a time
     max_waiting: int = 256  # beyond max_running + max_waiting a request is refused
-    max_overtakes: int = 8  # how often a request that does not fit yet may be passed by later ones
-    # Of a prompt whose pool is fixed already, so that decoding goes on in between.
+    max_overtakes: int = 8  # how often a request may be passed by later ones; those of one pool pass it as one
+    # Of a forward of prompts: one whose pool is fixed already runs in parts, so that decoding goes on in between.
     prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
     prefix_cache: bool = True  # keys and values of a common prefix are computed once
     share_prefixes: bool = False  # between tenants, too
@@ -76,6 +76,9 @@ class EngineObserver:
 
     def first_token(self, seconds: float) -> None:
         """A request has its first token, so long after its submission."""
+
+    def shared_out(self, tenant: str, given: float, entitled: float) -> None:
+        """A tenant with requests in line was given so much, and its weight entitled it to so much, in prompt tokens."""
 
     def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
         """A step has run; the model's forwards took so much of it, as the host saw it."""

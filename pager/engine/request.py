@@ -18,8 +18,9 @@ from pager.engine.kv import BLOCK_TOKENS, BlockPool
 from pager.engine.logits import Context
 from pager.engine.paged_model import PagedModel
 from pager.engine.prefix import Prefix
-from pager.engine.runner import RowStart
+from pager.engine.runner import PromptPart, RowStart
 from pager.engine.sampler import Draw
+from pager.engine.turns import Experts, Spent, Want, as_bits
 from pager.errors import InvalidRequest, PagerError
 from pager.observe import tracing
 from pager.pools.drift import Change, answer_drift, make_change
@@ -82,10 +83,18 @@ class Request:
         now_s: float,
         deadline_s: float,
         eos_ids: frozenset[int] = frozenset(),
+        *,
+        num_slots: int = 0,
+        width: int = 1024,
     ) -> None:
+        """`num_slots` is what it reserves; `width` is more than the number of any expert."""
         sampling = request.sampling
         self.request = request
         self.policy = effective_policy(request)
+        expected = self.policy.fixed or request.predicted
+        num_tokens = len(request.prompt_token_ids) + sampling.max_tokens
+        self.want = Want(num_slots, num_tokens, None if expected is None else as_bits(expected.experts, width))
+        self.spent = Spent()
         self.submitted_s = now_s
         self.deadline_s = deadline_s
         self.place = 0  # in line when it joined, the first being 1
@@ -110,6 +119,7 @@ class Request:
         self.fate: PagerError | None = None  # what it ends with once the forward that it is in has been left
         self._meter = UsageMeter()
         self._is_prefetched = False
+        self._spent_until_s = math.nan
         self._awaits_slots_since_s = math.nan
         self._detokenizer = Detokenizer(texts, request.prompt_token_ids)
         self._stops = StopMatcher(sampling.stop)
@@ -130,6 +140,24 @@ class Request:
         if predicted is not None and self.policy.fixed is None and not self._is_prefetched:
             self._is_prefetched = True
             paged.pager.prefetch(predicted.keys(), self._meter)
+
+    def read_ahead(self, paged: PagedModel) -> None:
+        """Asks for the experts of its known pool, as it is next, as far as there are slots that nobody has reserved."""
+        if self.policy.fixed is not None:
+            paged.pager.prefetch(self.policy.fixed.keys(), self._meter)
+
+    def spend(self, now_s: float, slots_share: float, paged: PagedModel) -> float:
+        """Returns what it has used since the last call, in prompt tokens. It has held `slots_share` of all slots."""
+        since_s = self.admitted_s if math.isnan(self._spent_until_s) else self._spent_until_s
+        held_s = 0.0 if math.isnan(since_s) else max(0.0, now_s - since_s)
+        before, self._spent_until_s = self.spent, now_s
+        self.spent = Spent(
+            self.num_prefilled - self.num_cached,
+            len(self.output_ids),
+            self._meter.counts.bytes_paged / max(1, paged.facts.expert_bytes),
+            before.slot_s + slots_share * held_s,
+        )
+        return self.spent.cost(before)
 
     def acquire(self, paged: PagedModel, blocks: BlockPool) -> bool:
         """Takes KV and slots for its whole life, or nothing. Raises PagerError where it never can."""
@@ -169,6 +197,15 @@ class Request:
     def is_exact(self) -> bool:
         """Whether its forwards page experts as they go, so that it shares none with requests that hold theirs."""
         return self.routing is not None and self.routing.is_exact
+
+    @property
+    def group(self) -> Experts | None:
+        """Its pool, where that is known before its prefill: requests of one group share their slots."""
+        return None if self.policy.fixed is None else self.want.experts
+
+    def shares_pool(self, other: Request) -> bool:
+        """Whether both run in the same experts, by what is known before their prefills."""
+        return self.group is not None and self.group == other.group
 
     def may_be_chunked(self, paged: PagedModel) -> bool:
         """Whether its prompt may run in parts: not before its pool is chosen, nor where each part would page anew."""
@@ -234,6 +271,15 @@ class Request:
         if self.policy.fixed is not None:
             return lease is None or lease.failed is not None or lease.ready()
         return predicted is None or not paged.pager.prefetch_pending(predicted.keys())
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_prefilled == len(self.request.prompt_token_ids)
+
+    def prompt_part(self, num_tokens: int) -> PromptPart:
+        """The next tokens of its prompt, as a forward runs them."""
+        prompt, start = self.request.prompt_token_ids, self.num_prefilled
+        return PromptPart(prompt[start : start + num_tokens], self.blocks, start, len(prompt))
 
     def row_start(self) -> RowStart:
         """Where its next decode step starts: the last sampled token has not run yet."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pager.cache.device import DeviceSlots
 from pager.engine import attention
-from pager.engine.attention import KvStep
+from pager.engine.attention import KvStep, PromptStep
 from pager.engine.kv import KvCache, blocks_for, token_slots
 from pager.engine.logits import logprobs_of
 from pager.engine.paged_model import PagedModel
@@ -117,6 +117,23 @@ class RowStart:
     position: int
 
 
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Tokens of one prompt that run in a forward, after `num_past` tokens of the same prompt that ran before.
+
+    `prompt_tokens` is the length of the whole prompt.
+    """
+
+    token_ids: Sequence[int]
+    blocks: Sequence[int]
+    num_past: int = 0
+    prompt_tokens: int = 0
+
+    @property
+    def positions(self) -> range:
+        return range(self.num_past, self.num_past + len(self.token_ids))
+
+
 class DecodeBatch:
     """Device state of a fixed set of requests, one token a step each. Made anew when the set changes; mutable.
 
@@ -195,28 +212,31 @@ class ModelRunner:
         """Whether a prompt of so many tokens has other keys than a shorter one that begins alike."""
         return self._rotary is not None and self._rotary.is_long(num_tokens)
 
-    def prefill(
-        self,
-        token_ids: Sequence[int],
-        blocks: Sequence[int],
-        num_past: int = 0,
-        *,
-        prompt_tokens: int = 0,
-    ) -> torch.Tensor:
-        """[1, V] logits after `token_ids`, which follow `num_past` tokens of the same request that ran before.
+    @property
+    def shares_prefills(self) -> bool:
+        """Whether prompts may run together: not where a row's length decides on its rotary tables."""
+        return self._rotary is None
 
-        Where they are a part of a prompt, `prompt_tokens` is the length of all of it.
-        """
-        end = num_past + len(token_ids)
-        slots_C = token_slots([blocks], self.device)[0, :end]
-        position_S = torch.arange(num_past, end, device=self.device)
-        read_1C = mask_SC = None
-        if num_past:
-            read_1C = slots_C[None]
-            mask_SC = torch.arange(end, device=self.device) <= position_S[:, None]
-        step = KvStep(self._cache, slots_C[num_past:], read_1C, mask_SC)
-        token_1S = torch.tensor([token_ids], device=self.device)
-        return self._forward(token_1S, position_S[None], step, prompt_tokens=prompt_tokens)
+    def prefill(self, parts: Sequence[PromptPart]) -> torch.Tensor:
+        """[N, V] logits after the last token of each part; one forward. Several only where it `shares_prefills`."""
+        assert len(parts) == 1 or self.shares_prefills, "the lengths of these prompts would change each other's answers"
+        writes, prompts, num_before = [], [], 0
+        for part in parts:
+            start, end = part.num_past, part.num_past + len(part.token_ids)
+            slots_C = token_slots([part.blocks], self.device)[0, :end]
+            read_1C = mask_SC = None
+            if start:
+                read_1C = slots_C[None]
+                position_S = torch.arange(start, end, device=self.device)
+                mask_SC = torch.arange(end, device=self.device) <= position_S[:, None]
+            writes.append(slots_C[start:])
+            prompts.append(PromptStep(num_before, num_before + end - start, read_1C, mask_SC))
+            num_before += end - start
+        token_1T = torch.tensor([[token for part in parts for token in part.token_ids]], device=self.device)
+        position_1T = torch.tensor([[position for part in parts for position in part.positions]], device=self.device)
+        ends_N = torch.tensor([prompt.end - 1 for prompt in prompts], device=self.device)
+        step = KvStep(self._cache, torch.cat(writes), prompts=prompts)
+        return self._forward(token_1T, position_1T, step, prompt_tokens=parts[0].prompt_tokens, kept=ends_N)[0]
 
     @contextmanager
     def keeping_hidden(self) -> Iterator[list[Tensor]]:
@@ -259,12 +279,19 @@ class ModelRunner:
     def decode(self, batch: DecodeBatch, padded_context: int | None = None) -> torch.Tensor:
         """[B, V] logits of every row's next token; one forward. It asks nothing of the device."""
         step = batch.kv_step(self._cache, padded_context)
-        return self._forward(batch.token_B1, batch.position_B1, step)
+        return self._forward(batch.token_B1, batch.position_B1, step)[:, -1]
 
     @torch.inference_mode()
     def _forward(
-        self, token_BS: torch.Tensor, position_BS: torch.Tensor, step: KvStep, *, prompt_tokens: int = 0
+        self,
+        token_BS: torch.Tensor,
+        position_BS: torch.Tensor,
+        step: KvStep,
+        *,
+        prompt_tokens: int = 0,
+        kept: torch.Tensor | int = 1,
     ) -> torch.Tensor:
+        """[B, kept, V] logits of every row's last tokens, or of those at the places that `kept` has."""
         if self._rotary is not None:
             self._rotary.prompt_tokens = prompt_tokens
         output = self._model(
@@ -272,12 +299,12 @@ class ModelRunner:
             position_ids=position_BS,
             use_cache=False,
             output_router_logits=False,
-            logits_to_keep=1,
+            logits_to_keep=kept,
             kv_step=step,
             on_layer=self._begin_layer,
         )
-        logits_BV: torch.Tensor = output.logits[:, -1]  # type: ignore[attr-defined]
-        return logits_BV
+        logits_BSV: torch.Tensor = output.logits  # type: ignore[attr-defined]
+        return logits_BSV
 
     def _begin_layer(self) -> None:
         self.num_layers_run += 1

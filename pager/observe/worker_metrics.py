@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -14,6 +14,7 @@ from pager.observe import metrics
 from pager.observe.metrics import Instruments, Kind, Labels, Metric, every
 from pager.types import Account, FinishReason, Usage
 
+OTHER_TENANTS = "other"
 CACHE_TIERS = ("host", "device")
 CAUSES = ("lease", "demand", "prefetch")
 MODEL_LABELS = ("version", "model", "dtype", "device", "fingerprint", "plan")
@@ -187,7 +188,24 @@ MODEL = Metric(
     Labels(MODEL_LABELS, ()),
 )  # fmt: skip
 
-WORKER_FAMILIES = (*PAGING, *ENGINE, *TIERS, MODEL)
+
+def tenant_families(tenants: Sequence[str]) -> tuple[Metric, ...]:
+    """Returns the metrics by tenant; `tenants` are the values that the label can have."""
+    return (
+        Metric(
+            "tenant_given_tokens", _COUNTER,
+            "What tenants with requests in line were given, in prompt tokens: output, paging and slots, too.",
+            "Who is served while others wait?", every(tenant=tenants),
+        ),
+        Metric(
+            "tenant_entitled_tokens", _COUNTER,
+            "What the weights of these tenants entitled them to of what all active ones were given.",
+            "Who is starved?", every(tenant=tenants),
+        ),
+    )  # fmt: skip
+
+
+WORKER_FAMILIES = (*PAGING, *ENGINE, *TIERS, *tenant_families([OTHER_TENANTS]), MODEL)
 
 
 class TierBytes(NamedTuple):
@@ -223,11 +241,15 @@ class TierState(Protocol):
 class WorkerMetrics:
     """The metrics of one worker, in a registry of its own: one process may have several workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: Collection[str] = ()) -> None:
+        """`tenants` are those that metrics name; all others are one."""
         self.registry = registry = CollectorRegistry()
+        self._named_tenants = frozenset(tenants)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        made = Instruments((*PAGING, *ENGINE, MODEL), registry)
+        by_tenant = tenant_families([*dict.fromkeys(tenants), OTHER_TENANTS])
+        made = Instruments((*PAGING, *ENGINE, *by_tenant, MODEL), registry)
+        self._given, self._entitled = made.counter("tenant_given_tokens"), made.counter("tenant_entitled_tokens")
         self._lookups = made.counter("lookups")
         self._transfer_bytes = made.counter("transfer_bytes")
         self._page_in = made.histogram("page_in_seconds")
@@ -361,6 +383,11 @@ class WorkerMetrics:
             self._drift_experts.inc(usage.drift.experts_added)
             if usage.drift.exact_from is not None:
                 self._drift_exact.inc()
+
+    def shared_out(self, tenant: str, given: float, entitled: float) -> None:
+        label = tenant if tenant in self._named_tenants else OTHER_TENANTS
+        self._given.labels(label).inc(given)
+        self._entitled.labels(label).inc(entitled)
 
     def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
         self._step.observe(seconds)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import pager
 from pager.engine.kv import BlockPool, KvCache
 from pager.engine.paged_model import PagedModel, load_paged_model
-from pager.engine.runner import DecodeBatch, ModelRunner, RowStart
+from pager.engine.runner import DecodeBatch, ModelRunner, PromptPart, RowStart
 from pager.memory.plan import Budgets
 from pager.types import ExpertPool, PoolPolicy, PoolSource
 from tests.support.values import some
@@ -59,7 +59,7 @@ def forced_logits(paged: PagedModel, sequences: list[int]) -> torch.Tensor:
             documents.append(paged.routing(policy_of(sequence), lease=lease))
             tables.append(some(blocks.allocate(PROMPT + FORCED)))
             with paged.step([documents[-1]], prefill=True):
-                runner.prefill(tokens_of(sequence)[:PROMPT], tables[-1])
+                runner.prefill([PromptPart(tokens_of(sequence)[:PROMPT], tables[-1])])
         forced_BT = torch.tensor([tokens_of(sequence)[PROMPT:] for sequence in sequences])
         starts = [RowStart(table, token, PROMPT) for table, token in zip(tables, forced_BT[:, 0].tolist(), strict=True)]
         batch, logits = DecodeBatch(starts, paged.device), []

@@ -28,7 +28,7 @@ from pager.config import ModelConfig, ServiceConfig
 from pager.engine import attention
 from pager.engine.kv import BlockPool, KvCache
 from pager.engine.paged_model import load_paged_model
-from pager.engine.runner import DecodeBatch, ModelRunner, RowStart
+from pager.engine.runner import DecodeBatch, ModelRunner, PromptPart, RowStart
 from pager.errors import CheckpointError, UnsupportedModel
 from pager.models.emo import EmoConfig, EmoForCausalLM
 from pager.store.checkpoint import SINGLE_NAME
@@ -134,7 +134,7 @@ def assert_each_decodes_as_alone(model: PreTrainedModel, chunk: int) -> None:
         blocks = pool.allocate(len(prompt) + count)
         assert blocks is not None
         for start in range(0, len(prompt), chunk):
-            logits_1V = runner.prefill(prompt[start : start + chunk], blocks, start, prompt_tokens=len(prompt))
+            logits_1V = runner.prefill([PromptPart(prompt[start : start + chunk], blocks, start, len(prompt))])
         tables.append(blocks)
         tokens.append([int(logits_1V.argmax())])
     batch = DecodeBatch(
@@ -192,7 +192,7 @@ def test_an_argument_that_attention_would_leave_out_is_refused_when_it_comes() -
     own = layer.forward
     layer.forward = lambda *args, **kwargs: own(*args, s_aux=torch.zeros(4), **kwargs)
     with pytest.raises(UnsupportedModel, match="layer 1 attends with the argument s_aux"):
-        runner.prefill([1, 2, 3], [0])
+        runner.prefill([PromptPart([1, 2, 3], [0])])
 
 
 def test_attention_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pager.engine.scheduler import LineClock, Prices, Spent, TenantCounters, WaitingLine, Want, by_overlap
+from pager.engine.scheduler import LineClock
+from pager.engine.turns import Prices, Spent, TenantCounters, WaitingLine, Want, by_overlap
 from pager.errors import DeadlineExceeded
 
 
@@ -185,8 +186,9 @@ def test_requests_of_one_pool_come_together_and_what_is_there_comes_first() -> N
 
 
 def test_a_pool_that_is_not_known_costs_what_it_reserves() -> None:
-    wants = [Want(4, 100), Want(4, 100, 0b0111), Want(4, 100)]
-    assert list(by_overlap(wants, loaded=0, held=0)) == [1, 0, 2]
+    wants = [Want(4, 100), Want(4, 100, 0b0111), Want(4, 200), Want(2, 50)]
+    assert list(by_overlap(wants, loaded=0, held=0)) == [3, 0, 2, 1]
+    assert list(by_overlap(wants, loaded=0b0111, held=0)) == [1, 3, 0, 2]
 
 
 def test_tenants_are_served_by_weight_whoever_asks_for_more() -> None:
@@ -230,9 +232,21 @@ def test_a_tenant_cannot_shed_what_it_was_given_by_leaving() -> None:
     counters.ended("one", was_admitted=True)
     counters.arrived("one")
     assert counters.counter("one") == 1e6
-    assert counters.claims()("one") == 0.0, "nobody else waits"
+    assert counters.claims()("one")[0] == 0.0, "nobody else waits"
     counters.arrived("other")
-    assert counters.claims()("one") > counters.claims()("other") == 0.0
+    assert counters.claims()("one") > counters.claims()("other")
+
+
+def test_of_tenants_alike_the_one_of_which_nothing_runs_comes_first() -> None:
+    counters = TenantCounters()
+    for tenant in ("flood", "flood", "small"):
+        counters.arrived(tenant)
+    counters.admitted("flood")
+    assert counters.claims()("small") < counters.claims()("flood")
+    counters.charge({"flood": counters.SLACK + 1})
+    counters.admitted("small")
+    counters.arrived("small")
+    assert counters.claims()("small") < counters.claims()("flood")
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(0, 1e4)), max_size=60))

@@ -1,0 +1,290 @@
+"""Whose turn it is: which waiting request adds least to what is there, who has been passed, what tenants were given.
+
+Pure: no tensors, clocks or threads. The same facts give the same order, so that a recorded day can be run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+Experts = int
+"""A set of experts as bits of one integer, so that sets of thousands are compared in a microsecond."""
+
+
+def as_bits(experts_per_layer: Iterable[Iterable[int]], width: int) -> Experts:
+    """The set of these experts; `width` is more than the number of any expert."""
+    bits = 0
+    for layer, experts in enumerate(experts_per_layer):
+        for expert in experts:
+            bits |= 1 << (layer * width + expert)
+    return bits
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What one waiting request takes: `experts` where they are known before its prefill, and `num_slots` in any case.
+
+    `num_tokens` are those of its prompt and its answer.
+    """
+
+    num_slots: int
+    num_tokens: int
+    experts: Experts | None = None
+
+
+def by_overlap(wants: Sequence[Want], loaded: Experts, held: Experts) -> Iterator[int]:
+    """Yields the indices of `wants` in the order in which to admit them, each once; pure.
+
+    Requests of one pool come together. The next pool is the one that pages the fewest experts for each of its waiting
+    tokens, given those that are `loaded` and those that the pools before it bring; between pools alike, the one that
+    takes the fewest slots beside those `held` by running requests, then the one that has waited longest. Requests whose
+    experts are not known keep the order in which they came where they reserve the same: nothing else tells them apart.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, want in enumerate(wants):
+        groups.setdefault((index,) if want.experts is None else want.experts, []).append(index)
+    num_tokens = {name: sum(wants[index].num_tokens for index in members) for name, members in groups.items()}
+
+    most_tokens = max((want.num_tokens for want in wants if want.experts is None), default=1)
+
+    def cost(name: Hashable) -> tuple[float, float]:
+        want = wants[groups[name][0]]
+        if want.experts is None:
+            return want.num_slots / most_tokens, want.num_slots / most_tokens
+        missing, taken = (want.experts & ~loaded).bit_count(), (want.experts & ~held).bit_count()
+        return missing / num_tokens[name], taken / num_tokens[name]
+
+    while groups:
+        name = min(groups, key=cost)  # the first of several, and groups are in order of arrival
+        brought = wants[groups[name][0]].experts or 0
+        yield from groups.pop(name)
+        loaded, held = loaded | brought, held | brought
+
+
+class WaitingLine(Generic[T]):
+    """Requests in the order in which they came, with bounded overtaking.
+
+    A later item may pass earlier ones, because those do not fit yet or because others are asked first, but nobody is
+    passed more than `max_overtakes` times: once the first in line has been, everybody waits for it. Items of one group
+    (requests of one pool) that are admitted in the same sweep pass the others together, as one: they share their slots.
+    So none starves, provided that what is admitted ends and each item fits into an empty engine.
+    """
+
+    def __init__(self, max_overtakes: int) -> None:
+        self._max_overtakes = max_overtakes
+        self._times_passed: dict[T, int] = {}  # in order of arrival
+        self._sweep: list[T] = []  # the line as it was asked last, in the order of its claims
+        self._group: Hashable = None  # of the item admitted last in this sweep
+        self._passed_by_group: set[T] = set()
+
+    def __len__(self) -> int:
+        return len(self._times_passed)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._times_passed)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._times_passed
+
+    def add(self, item: T) -> None:
+        self._times_passed[item] = 0
+
+    def remove(self, item: T) -> None:
+        """Takes out an item that leaves without having been admitted; nobody is passed by that."""
+        del self._times_passed[item]
+
+    def candidates(
+        self,
+        *,
+        claim: Callable[[T], Any] = lambda _: 0,
+        ordered: Callable[[Sequence[T]], Iterable[T]] = iter,
+        group: Callable[[T], Hashable] = lambda _: None,
+    ) -> Iterator[T]:
+        """Yields who may be admitted now, in the order to try, taking account of what is admitted while iterating.
+
+        Items with a lesser `claim` come first; among equal ones `ordered` decides. Behind an item that was admitted
+        come all others of its `group` (None is no group). Whoever passes somebody passes the first in line too, as long
+        as claims do not change, so that one has always been passed most.
+        """
+        self._sweep = line = sorted(self._times_passed, key=claim)
+        self._group, self._passed_by_group = None, set()
+        tried: set[T] = set()
+
+        def with_group(item: T) -> Iterator[T]:
+            tried.add(item)
+            yield item
+            if item in self or group(item) is None:
+                return
+            for other in line:
+                if other in self and other not in tried and group(other) == group(item):
+                    tried.add(other)
+                    yield other
+
+        for _, equals in groupby(line, key=claim):
+            for item in ordered(list(equals)):
+                while (due := self._due()) is not None and due != item:
+                    if due in tried:
+                        return
+                    yield from with_group(due)
+                if item in self and item not in tried:
+                    yield from with_group(item)
+
+    def admit(self, item: T, group: Hashable = None) -> None:
+        """Takes `item` out of the line, by which it passes everybody before it who is not passed by its group yet."""
+        if group is None or group != self._group:
+            self._group, self._passed_by_group = group, set()
+        for earlier in self._sweep or list(self._times_passed):
+            if earlier == item:
+                break
+            if earlier in self._times_passed and earlier not in self._passed_by_group:
+                self._times_passed[earlier] += 1
+                self._passed_by_group.add(earlier)
+        del self._times_passed[item]
+
+    def _due(self) -> T | None:
+        """The first in line, if it has been passed as often as may be."""
+        first = next((item for item in self._sweep if item in self), None)
+        return first if first is not None and self._times_passed[first] >= self._max_overtakes else None
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a tenant is charged for, in prompt tokens.
+
+    An output token takes a row of a step of its own. An expert that is paged in costs what reading it takes of the
+    machine; all slots for a second, what others could have decoded with them.
+    """
+
+    output_token: float = 2.0
+    paged_expert: float = 0.125
+    all_slots_second: float = 64.0
+
+
+DEFAULT_PRICES = Prices()
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a request has used by some moment; counts only grow. `slot_s` is the share of all slots, in seconds."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    paged_experts: float = 0.0
+    slot_s: float = 0.0
+
+    def cost(self, before: Spent, prices: Prices = DEFAULT_PRICES) -> float:
+        """What was used since `before`, in prompt tokens."""
+        return (
+            self.prompt_tokens
+            - before.prompt_tokens
+            + prices.output_token * (self.output_tokens - before.output_tokens)
+            + prices.paged_expert * (self.paged_experts - before.paged_experts)
+            + prices.all_slots_second * (self.slot_s - before.slot_s)
+        )
+
+
+@dataclass(slots=True)
+class _Tenant:
+    weight: float
+    counter: float
+    num_waiting: int = 0
+    num_running: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        return self.num_waiting + self.num_running > 0
+
+
+class TenantCounters:
+    """What every tenant was given, by weight: a virtual counter that decides whose request is next. Knows no clock.
+
+    A tenant that comes back is lifted to the least counter of those that are active: it cannot save up time in which it
+    asked for nothing. After Sheng et al., Fairness in Serving Large Language Models (2024), which counts tokens; here
+    paging and slots count too.
+    """
+
+    MAX_IDLE = 4096
+    SLACK = 512.0
+    """Counters that are no further above the least one count as equal, so that overlap has requests to choose from."""
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, _Tenant] = {}
+        self._floor = 0.0  # the least counter that an active tenant may have
+
+    def counter(self, tenant: str) -> float:
+        return self._tenants[tenant].counter
+
+    def arrived(self, tenant: str, weight: float = 1.0) -> None:
+        """Counts one more waiting request of the tenant, whose weight is the one that came last."""
+        found = self._tenants.setdefault(tenant, _Tenant(weight, self._floor))
+        if not found.is_active:
+            found.counter = max(found.counter, self._lowest())
+        found.weight = weight
+        found.num_waiting += 1
+
+    def admitted(self, tenant: str) -> None:
+        found = self._tenants[tenant]
+        found.num_waiting -= 1
+        found.num_running += 1
+
+    def ended(self, tenant: str, *, was_admitted: bool) -> None:
+        found = self._tenants[tenant]
+        if was_admitted:
+            found.num_running -= 1
+        else:
+            found.num_waiting -= 1
+        if not found.is_active:
+            self._floor = max(self._floor, self._lowest()) if self._any_active() else max(self._floor, found.counter)
+            self._forget()
+
+    def charge(self, costs: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+        """Charges tenants for what was used, in prompt tokens.
+
+        Returns, for each tenant that has requests waiting, what it was given and what its weight entitled it to: its
+        share, among the active tenants, of what all of them were given.
+        """
+        total = sum(costs.values())
+        total_weight = sum(tenant.weight for tenant in self._tenants.values() if tenant.is_active)
+        for name, cost in costs.items():
+            self._tenants[name].counter += cost / self._tenants[name].weight
+        return {
+            name: (costs.get(name, 0.0), total * tenant.weight / total_weight)
+            for name, tenant in self._tenants.items()
+            if tenant.num_waiting
+        }
+
+    def claims(self) -> Callable[[str], tuple[float, bool]]:
+        """Returns the function that ranks tenants now, the least first.
+
+        Those within SLACK of the least counter that waits are alike, but that one of which nothing runs comes first.
+        """
+        counters = [tenant.counter for tenant in self._tenants.values() if tenant.num_waiting]
+        enough = min(counters, default=0.0) + self.SLACK
+
+        def claim(name: str) -> tuple[float, bool]:
+            tenant = self._tenants[name]
+            return 0.0 if tenant.counter <= enough else tenant.counter, tenant.num_running > 0
+
+        return claim
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    def _any_active(self) -> bool:
+        return any(tenant.is_active for tenant in self._tenants.values())
+
+    def _lowest(self) -> float:
+        active = (tenant.counter for tenant in self._tenants.values() if tenant.is_active)
+        return max(self._floor, min(active, default=self._floor))
+
+    def _forget(self) -> None:
+        """Drops idle tenants that would be lifted anyway, and beyond MAX_IDLE those that would be lifted most."""
+        idle = sorted((tenant.counter, name) for name, tenant in self._tenants.items() if not tenant.is_active)
+        for number, (counter, name) in enumerate(idle):
+            if counter <= self._floor or len(idle) - number > self.MAX_IDLE:
+                del self._tenants[name]

@@ -1,0 +1,263 @@
+"""Prompts that run together, requests of one pool that are admitted together, tenants that are served by weight."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from pager.engine.interface import EngineObserver
+from pager.engine.runner import ModelRunner, PromptPart
+from pager.engine.turns import TenantCounters
+from pager.errors import Cancelled, ExpertUnavailable
+from pager.store.expert_source import CheckpointExperts, Destination
+from pager.types import Count, ExpertPool, Full, PoolPolicy
+from tests.engine.conftest import EXPERT_BYTES, Driver
+
+EXACT, CHOSEN = PoolPolicy(Full()), PoolPolicy(Count(3))
+Prompts = Callable[[int, int], list[int]]
+Drivers = Callable[..., Driver]
+Pools = Callable[..., ExpertPool]
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of each prefill since, how many tokens of each prompt ran in it."""
+    found: list[list[int]] = []
+    prefill = ModelRunner.prefill
+
+    def noted(runner: ModelRunner, parts: Sequence[PromptPart]) -> object:
+        found.append([len(part.token_ids) for part in parts])
+        return prefill(runner, parts)
+
+    monkeypatch.setattr(ModelRunner, "prefill", noted)
+    return found
+
+
+def alone(driver: Driver, requests: Sequence[tuple[list[int], PoolPolicy]]) -> list[list[int]]:
+    """The tokens of each answer when nobody else is there."""
+    answers = []
+    for prompt, policy in requests:
+        name = driver.submit(prompt, policy, max_tokens=6)
+        driver.finish()
+        answers.append(driver.tokens(name))
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["one pool", "pools of their own", "chosen by the prefill", "exact"])
+@pytest.mark.parametrize("num_slots", [60, 40])
+def test_prompts_that_run_together_are_answered_as_alone(
+    make_driver: Drivers,
+    random_prompt: Prompts,
+    random_pool: Pools,
+    forwards: list[list[int]],
+    kind: str,
+    num_slots: int,
+) -> None:
+    policies = {
+        "one pool": [PoolPolicy(fixed=random_pool(1))] * 3,
+        "pools of their own": [PoolPolicy(fixed=random_pool(seed)) for seed in (1, 2, 3)],
+        "chosen by the prefill": [CHOSEN] * 3,
+        "exact": [EXACT] * 3,
+    }[kind]
+    requests = [(random_prompt(n, length), policies[n]) for n, length in enumerate((20, 7, 33))]
+    expected = alone(make_driver(num_slots), requests)
+
+    driver = make_driver(num_slots)
+    forwards.clear()
+    names = [driver.submit(prompt, policy, max_tokens=6) for prompt, policy in requests]
+    driver.finish()
+    assert [driver.tokens(name) for name in names] == expected
+    if kind != "pools of their own":  # the first of these runs as soon as its own experts are there
+        assert forwards == [[20, 7, 33]]
+    driver.assert_nothing_held()
+
+
+def test_a_forward_takes_no_more_tokens_than_its_budget(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, forwards: list[list[int]]
+) -> None:
+    """A prompt longer than the budget runs in parts, and a short one beside the last of them."""
+    policy = PoolPolicy(fixed=random_pool(1))
+    requests = [(random_prompt(1, 40), policy), (random_prompt(2, 5), policy), (random_prompt(3, 20), policy)]
+    expected = alone(make_driver(prefill_chunk_tokens=16), requests)
+    driver = make_driver(prefill_chunk_tokens=16)
+    forwards.clear()
+    names = [driver.submit(prompt, policy, max_tokens=6) for prompt, policy in requests]
+    driver.finish()
+    assert [driver.tokens(name) for name in names] == expected
+    assert forwards == [[16], [16], [8, 5, 3], [16], [1]]
+
+
+def test_exact_prompts_do_not_run_with_those_that_hold_their_experts(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, forwards: list[list[int]]
+) -> None:
+    driver = make_driver(60)
+    for seed, policy in enumerate((EXACT, CHOSEN, EXACT, CHOSEN)):
+        driver.submit(random_prompt(seed, 10 + seed), policy, max_tokens=2)
+    driver.finish()
+    assert sorted(forwards) == [[10, 12], [11, 13]]
+
+
+def test_the_log_probabilities_of_a_prompt_are_made_alone(
+    make_driver: Drivers, random_prompt: Prompts, forwards: list[list[int]]
+) -> None:
+    driver = make_driver(60)
+    driver.submit(random_prompt(1, 10), EXACT, max_tokens=2)
+    driver.submit(random_prompt(2, 11), EXACT, max_tokens=2, prompt_logprobs=0)
+    driver.submit(random_prompt(3, 12), EXACT, max_tokens=2)
+    driver.finish()
+    assert sorted(forwards) == [[10, 12], [11]]
+
+
+def test_an_expert_that_cannot_be_read_fails_only_its_request(
+    make_driver: Drivers, random_prompt: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both pools are chosen in one forward, so that its failure is the failure of both at first."""
+    requests = [(random_prompt(seed, 20), CHOSEN) for seed in (1, 2)]
+    whole = make_driver(60)
+    expected = alone(whole, requests)
+    pools = [chunks[-1].usage.pool for chunks in whole.chunks.values() if chunks[-1].usage is not None]
+    assert pools[0] is not None
+    assert pools[1] is not None
+    damaged = min(key for key in set(pools[0].keys()) - set(pools[1].keys()) if key.layer > 0)
+    read_all = CheckpointExperts.read_all
+
+    def read(source: CheckpointExperts, wanted: Sequence[Destination], *rest: object) -> object:
+        if any(destination.key == damaged for destination in wanted):
+            raise OSError("this part of the disk is gone")
+        return read_all(source, wanted, *rest)
+
+    monkeypatch.setattr(CheckpointExperts, "read_all", read)
+    driver = make_driver(60)
+    broken, sound = (driver.submit(prompt, policy, max_tokens=6) for prompt, policy in requests)
+    driver.finish()
+    assert isinstance(driver.failures[broken], ExpertUnavailable)
+    assert driver.tokens(sound) == expected[1]
+    driver.assert_nothing_held()
+
+
+def test_one_that_is_cancelled_leaves_the_forward_to_the_others(
+    make_driver: Drivers, random_prompt: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [(random_prompt(seed, 20), CHOSEN) for seed in (1, 2)]
+    expected = alone(make_driver(60), requests)
+    driver = make_driver(60)
+    prefill = ModelRunner.prefill
+
+    def cancelling(runner: ModelRunner, parts: Sequence[PromptPart]) -> object:
+        driver.engine.cancel(gone, "t")
+        return prefill(runner, parts)
+
+    monkeypatch.setattr(ModelRunner, "prefill", cancelling)
+    gone, left = (driver.submit(prompt, policy, max_tokens=6) for prompt, policy in requests)
+    driver.finish()
+    assert isinstance(driver.failures[gone], Cancelled)
+    assert driver.tokens(left) == expected[1]
+    driver.assert_nothing_held()
+
+
+def test_requests_of_one_pool_run_together_whatever_order_they_came_in(
+    make_driver: Drivers, random_prompt: Prompts
+) -> None:
+    """There is room for one of three pools at a time: in order of arrival each would be paged four times."""
+    pools = [ExpertPool(tuple(tuple(range(5 * n, 5 * n + 4)) for _ in range(4))) for n in range(3)]
+    driver = make_driver(16)
+    names = [driver.submit(random_prompt(n, 10), PoolPolicy(fixed=pools[n % 3]), max_tokens=8) for n in range(12)]
+    driver.finish()
+    assert driver.order_of_first_tokens == [names[n] for first in range(3) for n in range(first, 12, 3)]
+    assert driver.paged.pager.stats().paging.bytes_paged == 3 * 16 * EXPERT_BYTES
+    driver.assert_nothing_held()
+
+
+def test_what_is_loaded_is_used_before_it_is_evicted(make_driver: Drivers, random_prompt: Prompts) -> None:
+    one, other = (ExpertPool(tuple(tuple(range(5 * n, 5 * n + 4)) for _ in range(4))) for n in range(2))
+    driver = make_driver(16)
+    driver.submit(random_prompt(0, 10), PoolPolicy(fixed=one), max_tokens=4)
+    driver.finish()
+    first = driver.submit(random_prompt(1, 10), PoolPolicy(fixed=other), max_tokens=4)
+    second = driver.submit(random_prompt(2, 10), PoolPolicy(fixed=one), max_tokens=4)
+    driver.finish()
+    assert driver.order_of_first_tokens[1:] == [second, first]
+    assert driver.paged.pager.stats().paging.bytes_paged == 2 * 16 * EXPERT_BYTES
+
+
+def test_the_next_pool_is_read_while_the_present_one_decodes(make_driver: Drivers, random_prompt: Prompts) -> None:
+    """Its slots are not all free, so it cannot be admitted; what fits beside the one that runs is read already."""
+    one, other = (ExpertPool(tuple(tuple(range(5 * n, 5 * n + 4)) for _ in range(4))) for n in range(2))
+    driver = make_driver(22)
+    running = driver.submit(random_prompt(1, 10), PoolPolicy(fixed=one), max_tokens=200)
+    while not driver.tokens(running):
+        driver.engine.step()
+    waiting = driver.submit(random_prompt(2, 10), PoolPolicy(fixed=other), max_tokens=2)
+
+    def num_there() -> int:
+        loaded = driver.paged.pager.resident_experts()
+        return sum(expert in loaded[layer] for layer, experts in enumerate(other.experts) for expert in experts)
+
+    while len(driver.tokens(running)) < 199 and num_there() < 6:
+        driver.engine.step()
+    assert num_there() == 6
+    assert not driver.tokens(waiting)
+    driver.finish()
+    driver.assert_nothing_held()
+
+
+class Shares(EngineObserver):
+    """What tenants were given while they had requests in line, and what they were entitled to."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, float] = defaultdict(float)
+        self.entitled: dict[str, float] = defaultdict(float)
+
+    def shared_out(self, tenant: str, given: float, entitled: float) -> None:
+        self.given[tenant] += given
+        self.entitled[tenant] += entitled
+
+
+def test_a_tenant_that_asks_little_is_served_before_one_that_floods(
+    make_driver: Drivers, random_prompt: Prompts
+) -> None:
+    shares = Shares()
+    driver = make_driver(60, observer=shares, max_running=2)
+    policies = [PoolPolicy(fixed=ExpertPool(tuple(tuple(range(n, n + 6)) for _ in range(4)))) for n in range(8)]
+    for n in range(24):
+        driver.submit(random_prompt(n, 30), policies[n % 8], max_tokens=12, tenant="flood")
+    while len(driver.order_of_first_tokens) < 14:
+        driver.engine.step()
+    small = driver.submit(random_prompt(99, 10), policies[7], max_tokens=4, tenant="small")
+    driver.finish()
+    place = driver.order_of_first_tokens.index(small)
+    assert place <= 16, f"{place} answers began before it, of which 14 had when it came"
+    assert shares.given["flood"] > 0
+    assert shares.entitled["small"] > 0
+    driver.assert_nothing_held()
+
+
+def test_tenants_with_weights_are_served_by_them(
+    make_driver: Drivers, random_prompt: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heavy one has twice the weight: of the first answers it has two in three."""
+    monkeypatch.setattr(TenantCounters, "SLACK", 0.0)
+    driver = make_driver(60, max_running=1, max_waiting=100)
+    names = {}
+    for number in range(16):
+        for tenant, weight in (("light", 1.0), ("heavy", 2.0)):
+            name = driver.submit(random_prompt(number, 40), EXACT, max_tokens=16, tenant=tenant, weight=weight)
+            names[name] = tenant
+    while len(driver.order_of_first_tokens) < 21:
+        driver.engine.step()
+    num_heavy = sum(names[name] == "heavy" for name in driver.order_of_first_tokens[:21])
+    assert 13 <= num_heavy <= 15
+    for name in names:
+        driver.engine.cancel(name, names[name])
+    driver.finish()
+    driver.assert_nothing_held()
+
+
+def test_a_higher_class_goes_first(make_driver: Drivers, random_prompt: Prompts) -> None:
+    driver = make_driver(60, max_running=1)
+    low = [driver.submit(random_prompt(n, 10), EXACT, max_tokens=4) for n in range(4)]
+    high = driver.submit(random_prompt(9, 10), EXACT, max_tokens=4, priority=1)
+    driver.finish()
+    assert driver.order_of_first_tokens == [high, *low]

@@ -85,7 +85,7 @@ def test_a_group_passes_the_others_as_one() -> None:
     for name in ("a", "x1", "x2", "y1", "x3", "y2"):
         line.add(name)
     for _ in range(2):
-        admitted = []
+        admitted: list[str] = []
         for name in line.candidates(group=lambda name: name[0] if name != "a" else None):
             if name == "a" or (admitted and name[0] != admitted[0][0]):
                 continue  # no room

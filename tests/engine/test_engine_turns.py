@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -123,7 +124,7 @@ def test_an_expert_that_cannot_be_read_fails_only_its_request(
     damaged = min(key for key in set(pools[0].keys()) - set(pools[1].keys()) if key.layer > 0)
     read_all = CheckpointExperts.read_all
 
-    def read(source: CheckpointExperts, wanted: Sequence[Destination], *rest: object) -> object:
+    def read(source: CheckpointExperts, wanted: Sequence[Destination], *rest: Any) -> object:
         if any(destination.key == damaged for destination in wanted):
             raise OSError("this part of the disk is gone")
         return read_all(source, wanted, *rest)

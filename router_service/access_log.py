@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -85,6 +87,24 @@ _REFUSALS = (Unauthenticated, PermissionDenied, QuotaExceeded)
 _AUDITED = ("Calibrate", "DeletePool", "GetResidency")
 
 
+class _AuditFile(RotatingFileHandler):
+    """The file of an audit log, which only its owner reads. One that cannot be written to is said so, now and then."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._complaints = Repeats()
+        super().__init__(path, maxBytes=max_bytes, backupCount=AUDIT_FILES, encoding="utf-8")
+
+    def _open(self) -> Any:
+        return open(
+            self.baseFilename, self.mode, encoding=self.encoding, opener=lambda path, flags: os.open(path, flags, 0o600)
+        )
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if self._complaints.left_out(()) is not None:
+            log.error("the audit log %s cannot be written: %s", self.baseFilename, getattr(error, "strerror", error))
+
+
 class AuditLog:
     """Owns the file of who did what that others may ask about: refusals, changes of pools, and calls of operators.
 
@@ -94,7 +114,7 @@ class AuditLog:
     def __init__(self, path: Path, max_bytes: int) -> None:
         """Opens the file. Raises ConfigError."""
         try:
-            file = RotatingFileHandler(path, maxBytes=max_bytes, backupCount=AUDIT_FILES, encoding="utf-8")
+            file = _AuditFile(path, max_bytes)
         except OSError as error:
             raise ConfigError(
                 f"router.audit_log {path} cannot be written: {error.strerror or error}; name a file that can"
@@ -128,7 +148,8 @@ class AuditLog:
     def close(self) -> None:
         """Writes what is still to be written, and closes the file."""
         self._writer.stop()
-        self._file.close()
+        with suppress(OSError):  # which was logged when it could not be written
+            self._file.close()
 
 
 @dataclass(slots=True)

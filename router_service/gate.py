@@ -166,7 +166,7 @@ class Tokens:
                 token, key, algorithms=[algorithm], audience=self.audience, issuer=self.issuer, leeway=_LEEWAY_S,
                 options={"require": ["exp", "aud"]},
             )  # fmt: skip
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
+        except (jwt.PyJWTError, ArithmeticError, ValueError, TypeError, RecursionError):
             return None
 
 

@@ -12,8 +12,9 @@ import ssl
 import time
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,24 @@ async def test_the_open_inference_protocol_asks_for_keys_but_for_its_probes(ring
                 await stream.write(wire)
         assert "key" in answer.error_message
         assert {request.tenant for _, request in service.cluster.received} == {"acme"}
+
+
+@pytest.mark.parametrize("num_bytes", [10, 100_000, 1_500_000, 10_000_000])
+async def test_whoever_sends_a_large_body_without_a_key_reads_why_it_is_refused(ring: KeyRing, num_bytes: int) -> None:
+    await ring.add("acme")
+    gate = ring.gate()
+    body = json.dumps({"model": "tiny", "prompt": "x" * num_bytes}).encode()
+
+    def status(port: int) -> int:
+        connection = HTTPConnection("localhost", port, timeout=60)
+        headers = {"content-type": "application/json", "authorization": "Bearer epk_wrong"}
+        connection.request("POST", "/v1/completions", body, headers)
+        with closing(connection):
+            return connection.getresponse().status
+
+    async with guarded(gate) as service, http(service, gate) as url:
+        port = int(url.rpartition(":")[2])
+        assert [await asyncio.to_thread(status, port) for _ in range(3)] == [401] * 3
 
 
 async def test_a_revoked_key_is_refused_within_a_second_and_a_new_one_is_good(ring: KeyRing) -> None:
@@ -547,6 +566,7 @@ BAD_TOKENS: Mapping[str, Callable[[rsa.RSAPrivateKey], str]] = {
     "expired": lambda _: jwt.encode(claims(exp=int(time.time()) - 3600), SECRET),
     "without an end": lambda _: jwt.encode(claims(exp=None), SECRET),
     "not yet": lambda _: jwt.encode(claims(nbf=int(time.time()) + 3600), SECRET),
+    "an end that is none": lambda _: jwt.encode(claims(exp=float("inf")), SECRET),
     "another audience": lambda _: jwt.encode(claims(aud="another"), SECRET),
     "no audience": lambda _: jwt.encode(claims(aud=None), SECRET),
     "another issuer": lambda _: jwt.encode(claims(iss="another"), SECRET),
@@ -820,6 +840,17 @@ async def test_the_audit_log_has_refusals_changes_and_operators_calls_and_no_key
         assert not any(secret in place for secret in (key, operator, "epk_nope", "Bearer"))
 
 
+def test_an_audit_log_that_cannot_be_written_is_said_so_and_nothing_else_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    audit = AuditLog(Path("/dev/full"), 1 << 20)
+    for _ in range(3):
+        audit.record("Calibrate", "OK", None, "peer")
+    audit.close()
+    assert "the audit log /dev/full cannot be written: No space left on device" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_audit_log_is_rotated_by_its_size(tmp_path: Path) -> None:
     audit = AuditLog(tmp_path / "audit.jsonl", 2000)
     for _ in range(100):
@@ -828,5 +859,6 @@ def test_the_audit_log_is_rotated_by_its_size(tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]
     assert 2 < len(sizes) <= 9
     assert max(sizes) <= 2000
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
     with pytest.raises(ConfigError, match="audit_log"):
         AuditLog(tmp_path / "none" / "audit.jsonl", 2000)

@@ -29,6 +29,7 @@ from pager.types import (
     PoolSize,
     RouteAnswer,
     SamplingParams,
+    ServiceStatus,
     TokenChunk,
     Usage,
     WorkerResidency,
@@ -83,6 +84,10 @@ def _residency() -> _Call[tuple[WorkerResidency, ...]]:
     return _Call(
         "GetResidency", pb.GetResidencyRequest(), lambda answer: tuple(map(wire.decode_worker, answer.workers))
     )
+
+
+def _status() -> _Call[ServiceStatus]:
+    return _Call("GetResidency", pb.GetResidencyRequest(), wire.decode_service_status)
 
 
 class _Client:
@@ -193,6 +198,10 @@ class Client(_Client):
         """Which experts every worker holds right now."""
         return self._run(_residency(), timeout_s)
 
+    def status(self, *, timeout_s: float | None = None) -> ServiceStatus:
+        """The workers, as `residency` has them, and what is in flight."""
+        return self._run(_status(), timeout_s)
+
     def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         """Returns when the service can answer. Raises NotReady when that takes longer than `timeout_s`."""
         end_s = time.monotonic() + timeout_s
@@ -286,6 +295,9 @@ class AsyncClient(_Client):
 
     async def residency(self, *, timeout_s: float | None = None) -> tuple[WorkerResidency, ...]:
         return await self._run(_residency(), timeout_s)
+
+    async def status(self, *, timeout_s: float | None = None) -> ServiceStatus:
+        return await self._run(_status(), timeout_s)
 
     async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         end_s = time.monotonic() + timeout_s

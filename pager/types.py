@@ -546,3 +546,29 @@ class WorkerResidency:
         resident = self.resident or (0,) * facts.num_layers
         layers = zip(resident, facts.routed_per_layer, strict=True)
         return [mask.to_bytes((routed + 7) // 8, "little") for mask, routed in layers]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantLoad:
+    """What one tenant has in flight at a router. Tokens are those of prompts and those that may be generated."""
+
+    tenant: str
+    num_requests: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a router has in flight."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    tenants: tuple[TenantLoad, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """The workers of a service, and the load of the router that was asked."""
+
+    workers: tuple[WorkerResidency, ...]
+    load: Load

@@ -36,6 +36,7 @@ from pager.types import (
     GenerateRequest,
     Grammar,
     GrammarKind,
+    Load,
     Mass,
     ModelInfo,
     NamedPool,
@@ -48,7 +49,9 @@ from pager.types import (
     RouteAnswer,
     RoutingFacts,
     SamplingParams,
+    ServiceStatus,
     Share,
+    TenantLoad,
     TokenChunk,
     TokenLogprobs,
     Usage,
@@ -601,6 +604,19 @@ def decode_worker(message: pb.WorkerResidency) -> WorkerResidency:
         resident=tuple(map(decode_bitmap, message.resident)),
         is_remote=message.remote,
     )
+
+
+def encode_load(load: Load) -> pb.Load:
+    tenants = [
+        pb.TenantLoad(tenant=each.tenant, requests=each.num_requests, tokens=each.num_tokens) for each in load.tenants
+    ]
+    return pb.Load(requests=load.num_requests, tokens=load.num_tokens, tenants=tenants)
+
+
+def decode_service_status(message: pb.GetResidencyResponse) -> ServiceStatus:
+    load = message.load
+    tenants = tuple(TenantLoad(each.tenant, each.requests, each.tokens) for each in load.tenants)
+    return ServiceStatus(decode_workers(message), Load(load.requests, load.tokens, tenants))
 
 
 def decode_workers(message: pb.GetResidencyResponse) -> tuple[WorkerResidency, ...]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from pager.errors import DeadlineExceeded, NotReady, Overloaded, PromptTooLong, TenantOverloaded
+from pager.types import Load, TenantLoad
 from router_service.tenants import Caller
 
 _SMOOTHING = 0.2
@@ -87,6 +88,11 @@ class Admission:
         self.num_requests += 1
         self.num_bytes += num_bytes
         return Ticket(self, tenant, self._clock(), num_bytes, caller)
+
+    def load(self) -> Load:
+        """What is in flight, the tenants with the most requests first. On the event loop only."""
+        tenants = [TenantLoad(tenant, count, self._tokens[tenant]) for tenant, count in self._requests.most_common()]
+        return Load(self.num_requests, self.num_tokens, tuple(tenants))
 
     def retry_after_s(self) -> float:
         """Estimates when the next request in flight ends, from how long they have been lasting."""

@@ -29,7 +29,7 @@ from pager.observe import tracing
 from pager.observe.logs import request_id, trace_context, traceparent_of
 from pager.observe.metrics import LoopLag
 from pager.types import TokenChunk
-from pager.wire import encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
+from pager.wire import encode_load, encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
 from router_service import open_inference, requests
 from router_service.access_log import AuditLog, CallRecorder
 from router_service.gate import Gate
@@ -141,7 +141,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
     ) -> pb.GetResidencyResponse:
         facts = self._pipeline.model.facts
         workers = [encode_worker(worker, facts) for worker in await self._pipeline.residency()]
-        return pb.GetResidencyResponse(workers=workers)
+        return pb.GetResidencyResponse(workers=workers, load=encode_load(self._pipeline.admission.load()))
 
 
 def _caller() -> Caller:

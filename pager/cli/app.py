@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import checkpoint, generate, lab, pools, serve
+from pager.cli import checkpoint, generate, lab, pools, serve, status
 from pager.cli.keys import keys_app
 from pager.cli.output import print_error
 from pager.cli.pools import pools_app
@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Serve mixture-of-experts models with only the experts in memory that a request needs.",
     epilog="Start with: expert-pager inspect MODEL, then expert-pager generate 'a prompt' --model MODEL.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -34,6 +34,7 @@ app.command("route")(generate.route)
 app.command("calibrate")(pools.calibrate)
 app.add_typer(pools_app, name="pools")
 app.add_typer(keys_app, name="keys")
+app.command("status")(status.status)
 app.command("inspect")(checkpoint.inspect)
 app.command("fit-router")(lab.fit_router)
 app.command("clusters")(lab.clusters)

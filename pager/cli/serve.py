@@ -44,6 +44,7 @@ SETTINGS = {
     "workers.max_running": "max_running",
     "workers.trace": "trace",
     "pools.default_size": "pool",
+    "pools.default_drift": "drift",
     "pools.path": "pools",
     "router.router": "router",
     "router.host": "host",
@@ -52,6 +53,10 @@ SETTINGS = {
     "router.http_port": "http_port",
     "model.chat_template": "chat_template",
     "router.metrics_port": "metrics_port",
+    "router.tls_cert": "tls_cert",
+    "router.tls_key": "tls_key",
+    "router.tls_client_ca": "tls_client_ca",
+    "log.format": "log_format",
     "cluster.ray_address": "ray_address",
     "cluster.file_sd": "file_sd",
 }
@@ -78,6 +83,13 @@ def serve(
     max_running: Annotated[int | None, typer.Option(help="Requests a worker runs at once.", metavar="N")] = None,
     pool: Annotated[
         str | None, typer.Option(help="Pool of requests that name none. Default: full.", metavar="SIZE")
+    ] = None,
+    drift: Annotated[
+        str | None,
+        typer.Option(
+            help="Widen the default pool when an answer leaves it: 0.3 or 0.3:exact. Default: it stays as it is.",
+            metavar="DRIFT",
+        ),
     ] = None,
     router: Annotated[
         str | None,
@@ -109,6 +121,14 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(help="Port of /metrics, 0 for a free one. Default: 9464.", metavar="N")
     ] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(help="Certificate of the service; it goes with --tls-key.", metavar="PEM")
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Private key of the certificate.", metavar="PEM")] = None,
+    tls_client_ca: Annotated[
+        str | None, typer.Option(help="Require client certificates that this one has signed.", metavar="PEM")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json. Default: text.", metavar="FORMAT")] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(

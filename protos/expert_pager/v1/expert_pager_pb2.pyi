@@ -481,10 +481,32 @@ class GetResidencyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetResidencyResponse(_message.Message):
-    __slots__ = ("workers",)
+    __slots__ = ("workers", "load")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerResidency]
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerResidency, _Mapping]]] = ...) -> None: ...
+    load: Load
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerResidency, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("requests", "tokens", "tenants")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    tokens: int
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantLoad]
+    def __init__(self, requests: _Optional[int] = ..., tokens: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantLoad, _Mapping]]] = ...) -> None: ...
+
+class TenantLoad(_message.Message):
+    __slots__ = ("tenant", "requests", "tokens")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    requests: int
+    tokens: int
+    def __init__(self, tenant: _Optional[str] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerResidency(_message.Message):
     __slots__ = ("worker", "state", "waiting", "running", "slots", "expert_bytes", "resident_experts", "resident", "remote")

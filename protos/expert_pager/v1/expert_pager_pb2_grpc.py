@@ -141,7 +141,7 @@ class ExpertPagerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetResidency(self, request, context):
-        """Which experts every worker holds right now.
+        """Which experts every worker holds right now, and what is in flight.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,7 +53,7 @@ class ExpertPagerStub:
     GetModel: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.GetModelRequest, _expert_pager_pb2.GetModelResponse]
     """The model that is served, its limits, and what the memory planner decided."""
     GetResidency: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.GetResidencyRequest, _expert_pager_pb2.GetResidencyResponse]
-    """Which experts every worker holds right now."""
+    """Which experts every worker holds right now, and what is in flight."""
 
 @_typing.type_check_only
 class ExpertPagerAsyncStub(ExpertPagerStub):
@@ -75,7 +75,7 @@ class ExpertPagerAsyncStub(ExpertPagerStub):
     GetModel: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.GetModelRequest, _expert_pager_pb2.GetModelResponse]  # type: ignore[assignment]
     """The model that is served, its limits, and what the memory planner decided."""
     GetResidency: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.GetResidencyRequest, _expert_pager_pb2.GetResidencyResponse]  # type: ignore[assignment]
-    """Which experts every worker holds right now."""
+    """Which experts every worker holds right now, and what is in flight."""
 
 class ExpertPagerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -148,6 +148,6 @@ class ExpertPagerServicer(metaclass=_abc_1.ABCMeta):
         request: _expert_pager_pb2.GetResidencyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pager_pb2.GetResidencyResponse, _abc.Awaitable[_expert_pager_pb2.GetResidencyResponse]]:
-        """Which experts every worker holds right now."""
+        """Which experts every worker holds right now, and what is in flight."""
 
 def add_ExpertPagerServicer_to_server(servicer: ExpertPagerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

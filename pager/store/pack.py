@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import glob
 import json
-import logging
-import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,8 +14,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pager.errors import CheckpointError, ConfigError, ExpertUnavailable, InsufficientDisk, PagerError
-from pager.memory.units import format_bytes
+from pager.errors import CheckpointError, ConfigError, ExpertUnavailable
+from pager.store.appearing import appearing, check_absent, sync
 from pager.store.expert_source import CheckpointExperts, ExpertPieces, StoredParameter, find_experts, pieces_of
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader
 from pager.store.reads import raw_bytes
@@ -29,8 +23,6 @@ from pager.store.safetensors import Checkpoint
 from pager.store.safetensors_header import PLAIN_FLOATS, TensorSpec, layout
 from pager.store.values import OddItem, ValueRange, odd_tensor
 from pager.types import ExpertKey, ExpertShape
-
-log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -40,7 +32,9 @@ _SIDE_FILES = (
 )  # fmt: skip
 
 
-_PARTIAL = ".partial-"
+def side_files(directory: Path) -> tuple[Path, ...]:
+    """Returns the files of a checkpoint that are neither its config nor weights, nor made for this very copy of it."""
+    return tuple(sorted({path for pattern in _SIDE_FILES for path in directory.glob(pattern) if path.is_file()}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +76,12 @@ def pack(
     `dtype` can't be stored, and InsufficientDisk before anything is written or when the disk runs full.
     """
     out = Path(out_dir)
-    _check_absent(out)
+    check_absent(out)
     if dtype is not None and dtype not in PLAIN_FLOATS:
         raise ConfigError(f"experts cannot be packed as {dtype}; use float32, bfloat16 or float16")
     with Checkpoint.open(source_dir) as checkpoint:
         job = _plan(checkpoint, pieces, tuple(experts_per_layer), shape, dtype)
-        with closing(job.source), _appearing(out, job.nbytes) as partial:
+        with closing(job.source), appearing(out, job.nbytes, "packing", or_else="pack as bfloat16") as partial:
             return _write(job, partial, progress or (lambda done, total: None))
 
 
@@ -115,93 +109,8 @@ def _plan(
     header = PackHeader.plan(
         checkpoint.fingerprint, experts_per_layer, shape, expert_dtype, (spec.name for spec in trunk)
     )
-    side_files = {path for pattern in _SIDE_FILES for path in checkpoint.path.glob(pattern) if path.is_file()}
-    return _Job(checkpoint, source, experts, header, trunk_header, trunk, tuple(sorted(side_files)), dtype is not None)
-
-
-@contextmanager
-def _appearing(out: Path, needed: int) -> Iterator[Path]:
-    """Yields a directory to fill, which becomes `out` at the end; any failure or interrupt removes it."""
-    partial = out.with_name(f"{out.name}{_PARTIAL}{secrets.token_hex(8)}")
-    lock = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _check_absent(out)
-        lock = _begin(out, partial)
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise InsufficientDisk(
-                f"packing into {out} needs {format_bytes(needed)} and {format_bytes(free)} are free there; "
-                "free some space, choose another disk, or pack as bfloat16"
-            )
-        yield partial
-        _sync_directory(partial)
-        partial.rename(out)
-        _sync_directory(out.parent)
-    except PagerError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _write_error(out, error) from error
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _check_absent(out: Path) -> None:
-    """Checks that `out` is free.
-
-    Raises ConfigError if it exists, even as a broken link, whose place a directory cannot take.
-    """
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} already exists; choose another directory or remove it")
-
-
-def _begin(out: Path, partial: Path) -> int | None:
-    """Makes `partial` and locks it, so that other processes see that it is in use while this one lives.
-
-    What a pack into `out` that was killed has left is removed. Raises ConfigError where another process packs there.
-    """
-    parent = _try_lock(
-        out.parent
-    )  # for this moment, so that a directory that is not locked yet is not mistaken for one left behind
-    try:
-        for left in out.parent.glob(f"{glob.escape(out.name + _PARTIAL)}*") if parent is not None else ():
-            lock = _try_lock(left)
-            if lock is None:
-                raise ConfigError(f"another process is packing into {out}; wait for it, or choose another directory")
-            log.warning("removing %s, which a pack that was killed has left", left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-        partial.mkdir()
-        return _try_lock(partial)
-    finally:
-        if parent is not None:
-            os.close(parent)
-
-
-def _try_lock(directory: Path) -> int | None:
-    """Locks the directory and returns the descriptor that holds the lock until it or the process ends.
-
-    None where another process has it, or the file system has no such locks: then nothing there can be recognised as
-    left behind.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
-    except OSError:
-        os.close(descriptor)
-        return None
-
-
-def _write_error(out: Path, error: OSError) -> InsufficientDisk | ConfigError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InsufficientDisk(f"the disk ran full while packing into {out}; nothing was kept")
-    return ConfigError(f"cannot write {out}: {error}")
+    files = side_files(checkpoint.path)
+    return _Job(checkpoint, source, experts, header, trunk_header, trunk, files, dtype is not None)
 
 
 def _write(job: _Job, partial: Path, progress: Progress) -> tuple[OddItem, ...]:
@@ -216,7 +125,7 @@ def _write(job: _Job, partial: Path, progress: Progress) -> tuple[OddItem, ...]:
 
     with (partial / TRUNK_NAME).open("wb") as stream:
         trunk_checksums = _write_trunk(job, stream, advance, odd)
-        _sync(stream)
+        sync(stream)
     with (partial / PACK_NAME).open("wb") as stream:
         extent_checksums = _write_experts(job, stream, advance, odd)
         stream.truncate(job.data_start + job.header.extents_nbytes)
@@ -224,7 +133,7 @@ def _write(job: _Job, partial: Path, progress: Progress) -> tuple[OddItem, ...]:
         assert len(header) == job.data_start, "the header's length depends on its checksums"
         stream.seek(0)
         stream.write(header)
-        _sync(stream)
+        sync(stream)
     return tuple(odd)
 
 
@@ -293,16 +202,3 @@ def _copy_side_files(job: _Job, partial: Path) -> None:
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in job.side_files:
         shutil.copyfile(path, partial / path.name)
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ import typer
 
 from pager import __version__
 from pager.cli import checkpoint, generate, lab, pools, serve, status
+from pager.cli import checkpoint, generate, lab, pools, serve, slices
 from pager.cli.keys import keys_app
 from pager.cli.output import print_error
 from pager.cli.pools import pools_app
@@ -41,6 +42,7 @@ app.command("clusters")(lab.clusters)
 app.command("eval")(lab.evaluate)
 app.command("pack")(checkpoint.pack)
 app.command("verify")(checkpoint.verify)
+app.command("slice")(slices.slice_model)
 app.command("replay")(lab.replay)
 
 _debug = False

@@ -169,7 +169,7 @@ def clusters(
     `expert-pager clusters ./emo --compare ./stdmoe --documents 'corpus/*.jsonl' --max-documents 20 --out page.html`
     """
     with lab_extra("clusters"), busy("loading"):
-        from pager.lab.cluster_page import build_page, make_report, summary
+        from pager.lab.cluster_page import build_page, make_report, slice_line, summary
         from pager.lab.clusters import trace_documents
         from pager.lab.corpus import sample_documents
 
@@ -198,6 +198,8 @@ def clusters(
             markup=False,
         )
     out.print(f"{out_file}: {format_bytes(len(page.encode()))}, open it in a browser", markup=False)
+    line = slice_line(str(model))
+    out.print(f"the experts of one domain as a model of their own: {line}", markup=False)
 
 
 def fit_router(

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -307,7 +308,14 @@ def _method(reports: Sequence[ModelReport], num_shown: int, seed: int, max_token
         ["Experts", "The pool of a document is the eighth of the experts of a layer (shared ones included, and never "
          "fewer than a token picks) with the most gate probability over its tokens. A cell says how many documents "
          "of a domain have the expert in their pool, or what share of the gate probability of the domain it gets."],
+        ["Slices", "The experts of one domain can be a model of their own, chosen by up to a hundred of its "
+         f"documents: {slice_line('MODEL')}"],
     ]  # fmt: skip
+
+
+def slice_line(model: str) -> str:
+    """The command that writes a domain's experts as a checkpoint of their own."""
+    return f"expert-pager slice {shlex.quote(model)} OUT --examples FILE --size 12.5%"
 
 
 def _render(names: str, payload: dict[str, Any]) -> str:

@@ -35,6 +35,8 @@ def test_one_page_of_two_models(run: Run, checkpoint: Path, corpus: str, tmp_pat
     # The same seed draws the same documents and makes the same page.
     again = run("clusters", checkpoint, "--compare", checkpoint, *options)
     assert f"{page}: " in again.stdout
+    assert f"expert-pager slice {checkpoint} OUT --examples FILE --size 12.5%" in again.stdout
+    assert "expert-pager slice MODEL OUT --examples FILE --size 12.5%" in once
     assert page.read_text() == once
     # Paged or not, it is the same forward but for rounding, by which a token between two clusters may change sides.
     paged = json.loads(run("clusters", checkpoint, *options, "--expert-memory", "25%", "--json").stdout)["models"][0]

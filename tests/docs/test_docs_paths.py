@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SITE = ("architecture", "concepts", "contributing", "deploy", "examples", "http", "index", "runbook", "tutorial")
+SITE = (
+    "architecture", "concepts", "contributing", "deploy", "examples", "http", "index", "runbook", "slices", "tutorial",
+)  # fmt: skip
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", *(f"docs/{name}.md" for name in SITE))
 FOLDERS = "pager|router_service|protos|tests|docs|deploy|benchmarks|training|demo|examples|models"
 PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]*\w/?)`")

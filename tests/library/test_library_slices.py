@@ -18,6 +18,7 @@ from pager.errors import CheckpointError, ConfigError, InvalidRequest, PoolTooSm
 from pager.models.open_model import OpenModel
 from pager.pools import slices
 from pager.pools.slices import SLICE_FIELD, Merged, Slice, cut, merge
+from pager.store.reads import raw_bytes
 from pager.store.verify import record as record_checksums
 from pager.types import ExpertPool, PoolPolicy, PoolSource
 
@@ -181,7 +182,6 @@ def test_what_is_held_does_not_grow_with_the_model(
     mixtral: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    raw_bytes = slices.raw_bytes
 
     def measured(tensor: Tensor) -> memoryview:
         sizes.append(tensor.nbytes)

@@ -40,10 +40,12 @@ SLICE_FIELD = "expert_slice"
 CARD_NAME, WHOLE_CARD_NAME = "README.md", "README.whole.md"
 _COUNT_FIELDS = {
     "emo": "num_experts", "olmoe": "num_experts", "mixtral": "num_local_experts", "qwen3_moe": "num_experts",
+    "qwen2_moe": "num_experts", "flex_olmo": "num_experts",
 }  # fmt: skip
 """By model type, the field of a config that counts the experts of a layer. Only these families' gates can be cut."""
 
 _EXPERT = re.compile(r"(.*\blayers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.)(\d+)(\..+)")
+_STACKED = re.compile(r".*\blayers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.\w+")
 _GATE = re.compile(r".*\blayers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight")
 
 
@@ -93,8 +95,9 @@ class SliceRecord:
             if int(expert) not in kept:
                 return None
             return Place(f"{before}{kept.index(int(expert))}{after}", "expert")
-        if match := _GATE.fullmatch(name):
-            return Place(name, "gate", self._layer(int(match.group(1))))
+        for kind, pattern in (("gate", _GATE), ("expert", _STACKED)):
+            if match := pattern.fullmatch(name):
+                return Place(name, kind, self._layer(int(match.group(1))))
         return Place(name, "other")
 
     def _layer(self, layer: int) -> tuple[int, ...]:
@@ -103,7 +106,7 @@ class SliceRecord:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor's name in the slice, what kind of tensor it is and, of a gate, the rows of the whole that it has."""
+    """A tensor's name and kind in the slice and, of a gate or stacked experts, its rows in the whole."""
 
     name: str
     kind: str  # "expert", "gate" or "other"
@@ -322,9 +325,14 @@ def merge(
             for name in weights:
                 with (partial / name).open("rb+") as stream:
                     sync(stream)
-    experts = {match.groups()[1:3] for name in changed if (match := _EXPERT.fullmatch(name))}
+    experts = set[tuple[int, int]]()
+    for name, rows in changed.items():
+        if match := _EXPERT.fullmatch(name):
+            experts.add((int(match.group(2)), int(match.group(3))))
+        elif match := _STACKED.fullmatch(name):
+            experts.update((int(match.group(1)), row) for row in rows)
     gates = [name for name in changed if _GATE.fullmatch(name)]
-    others = tuple(name for name in changed if not _EXPERT.fullmatch(name) and name not in gates)
+    others = tuple(name for name in changed if not any(kind.fullmatch(name) for kind in (_EXPERT, _STACKED, _GATE)))
     return Merged(len(experts), len(gates), others)
 
 
@@ -360,31 +368,35 @@ def _write_changes(
     pairs: Sequence[tuple[TensorSpec, Place]],
     partial: Path,
     progress: Progress | None,
-) -> list[str]:
-    """Writes what differs over the copies in `partial`, and returns the names of the tensors that do."""
-    changed = []
+) -> dict[str, set[int]]:
+    """Writes what differs over the copies in `partial`; returns the names of the tensors that do, with the rows."""
+    changed = {}
     done, total = 0, sum(spec.nbytes for spec, _ in pairs)
     for spec, place in pairs:
         with (partial / spec.file).open("rb+") as stream:
-            if _write_differences(part, whole, (spec, place), stream):
-                changed.append(spec.name)
+            if rows := _write_differences(part, whole, (spec, place), stream):
+                changed[spec.name] = rows
         done += spec.nbytes
         if progress is not None:
             progress(done, total)
     return changed
 
 
-def _write_differences(part: Checkpoint, whole: Checkpoint, pair: tuple[TensorSpec, Place], stream: BinaryIO) -> bool:
+def _write_differences(
+    part: Checkpoint, whole: Checkpoint, pair: tuple[TensorSpec, Place], stream: BinaryIO
+) -> set[int]:
+    """Writes the elements that differ, and returns the rows of the whole's tensor that they are in."""
     spec, place = pair
-    is_changed = False
+    changed, row_length = set[int](), max(1, math.prod(spec.shape[1:]))
     ours = _within(whole.pieces(spec.name), place.stretches(spec))
     for start, old, new in _side_by_side(ours, part.pieces(place.name)):
         is_same = old.to(new.dtype) == new
         if not bool(is_same.all()):
-            is_changed = True
             merged = torch.where(is_same, old, new.to(old.dtype))
             os.pwrite(stream.fileno(), raw_bytes(merged), spec.offset + start * spec.dtype.itemsize)
-    return is_changed
+            places = (~is_same).nonzero().flatten() + start
+            changed.update((places // row_length).unique().tolist())
+    return changed
 
 
 def _side_by_side(left: Iterator[tuple[int, Tensor]], right: Iterator[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -12,11 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -53,6 +57,23 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
     ),
 }
 
+ALIKE: dict[str, Callable[..., PreTrainedModel]] = {
+    "qwen2_moe": lambda **over: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **{
+                **SMALL,
+                "num_experts": 8,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+                "intermediate_size": 24,
+                **over,
+            }
+        )
+    ),
+    "flex_olmo": lambda **over: FlexOlmoForCausalLM(FlexOlmoConfig(**{**SMALL, "num_experts": 8, **over})),
+}
+"""Further families, which pick as those do."""
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
@@ -88,7 +109,7 @@ def small(tmp_path: Path) -> Callable[..., Small]:
 
     def make(family: str, *, save: dict[str, Any] | None = None, **config: Any) -> Small:
         torch.manual_seed(0)
-        plain = lively(MODELS[family](**config))
+        plain = lively({**MODELS, **ALIKE}[family](**config))
         return Small(plain, saved(plain, tmp_path / family, **(save or {})))
 
     return make

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,7 +24,7 @@ from pager.types import ExpertPool, PoolPolicy, PoolSource
 
 MakeSmall = Callable[..., Any]
 
-FAMILIES = ("emo", "olmoe", "mixtral", "qwen3_moe")
+FAMILIES = ("emo", "olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo")
 UNIFORM = ExpertPool(((0, 3, 6), (1, 2, 7), (4, 5, 6)))
 UNEVEN = ExpertPool(((0, 3), (1, 2, 5, 7), (4, 5, 6)))
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
@@ -147,6 +147,25 @@ def test_a_sharded_checkpoint_becomes_the_same_slice(small: MakeSmall, tmp_path:
     assert not differing(tmp_path / "slice", tmp_path / "other")
 
 
+@pytest.mark.parametrize("family", ["emo", "mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_stacked_are_cut_and_merged_too(small: MakeSmall, tmp_path: Path, family: str) -> None:
+    made = small(family, save={"save_original_format": False})
+    stacked = [name for name in weights(made.path) if name.endswith("experts.gate_up_proj")]
+    cut_to(made.path, tmp_path / "slice")
+    ids = made.prompt(num_rows=1)
+    expected = pooled_logits(made.path, UNIFORM, ids)
+    torch.testing.assert_close(plain_model(tmp_path / "slice")(ids).logits, expected, **TOLERANCE)
+    if not stacked:  # EMO is always stored expert by expert
+        return
+    tensors = weights(tmp_path / "slice")
+    tensors[stacked[1]][2] += 1.0
+    save_file(tensors, tmp_path / "slice" / "model.safetensors", metadata={"format": "pt"})
+    assert merge(tmp_path / "slice", made.path, tmp_path / "merged") == Merged(1, 0, ())
+    assert differing(made.path, tmp_path / "merged") == {stacked[1]}
+    before, after = weights(made.path)[stacked[1]], weights(tmp_path / "merged")[stacked[1]]
+    assert [row for row in range(8) if not before[row].equal(after[row])] == [7]
+
+
 def test_experts_alone_are_stored_in_another_dtype(mixtral: Any, tmp_path: Path) -> None:
     as_stored = cut_to(mixtral.path, tmp_path / "stored")
     in_half = cut_to(mixtral.path, tmp_path / "half", expert_dtype=torch.bfloat16)
@@ -197,7 +216,7 @@ def test_what_is_held_does_not_grow_with_the_model(
     assert max(sizes) == 512
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES[1:])
 def test_a_pool_whose_layers_differ_is_refused_where_the_config_has_one_number(
     small: MakeSmall, tmp_path: Path, family: str
 ) -> None:
@@ -217,7 +236,9 @@ def test_a_family_whose_gate_cannot_be_cut_is_refused_by_name(
     mixtral: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(slices._COUNT_FIELDS, "mixtral")
-    with pytest.raises(UnsupportedModel, match="the gate of model type 'mixtral' cannot be cut; those of emo, olmoe"):
+    with pytest.raises(
+        UnsupportedModel, match="the gate of model type 'mixtral' cannot be cut; those of emo, flex_olmo, olmoe"
+    ):
         cut_to(mixtral.path, tmp_path / "slice")
 
 
@@ -271,7 +292,7 @@ def test_a_slice_that_was_not_trained_merges_into_the_same_whole(small: MakeSmal
 def test_a_merge_changes_what_was_trained_and_nothing_else(small: MakeSmall, tmp_path: Path, family: str) -> None:
     made = small(family)
     cut_to(made.path, tmp_path / "slice")
-    trained(tmp_path / "slice", tmp_path / "trained", lambda name: ".layers.1.mlp" in name)
+    trained(tmp_path / "slice", tmp_path / "trained", lambda name: ".layers.1.mlp" in name and "shared" not in name)
     merged = merge(tmp_path / "trained", made.path, tmp_path / "merged")
     kept = (*UNIFORM.experts[1], *((8,) if family == "emo" else ()))
     assert merged == Merged(len(kept), 1, ())

@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import checkpoint, generate, lab, pools, serve, status
-from pager.cli import checkpoint, generate, lab, pools, serve, slices
+from pager.cli import checkpoint, generate, lab, pools, serve, slices, status
 from pager.cli.keys import keys_app
 from pager.cli.output import print_error
 from pager.cli.pools import pools_app

@@ -106,7 +106,10 @@ class Inbox:
                     f"request id {sequence.request.id!r} is in use; choose another", field="request_id"
                 )
             if len(self._live) >= self._max_live:
-                raise Overloaded(f"{len(self._live)} requests are running or waiting already", retry_after_s=1.0)
+                raise Overloaded(
+                    f"this worker has {len(self._live)} requests of all tenants, running or waiting, and takes no more",
+                    retry_after_s=1.0,
+                )
             self._live[key] = sequence
             self._arrived.append(sequence)
             self._changed.notify_all()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from benchmarks.prompts import domains_of
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,21 @@ def test_exactness_fails_where_an_answer_differs(synthetic: Path, tmp_path: Path
     )
     assert done.returncode == 1
     assert done.stdout.count("DIFFERS") == 5  # four rows and the verdict
+
+
+def test_mixed_traffic_is_measured_in_a_quarter_of_the_memory_beside_all_of_it() -> None:
+    """With the model of the repository: its fitted router predicts the pools."""
+    done = run("traffic", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^2 x 2 .* 0\.75 ", done.stdout, re.MULTILINE)
+
+
+def test_prompts_of_a_domain_are_different_and_as_long_as_asked() -> None:
+    domains = domains_of(ROOT / "models" / "emo-tiny", 16, 8, 64)
+    assert {len(prompt) for domain in domains for prompt in domain} == {64}
+    assert all(len({tuple(prompt) for prompt in domain}) == 8 for domain in domains)
+    with pytest.raises(ValueError, match="16 domains, not of 17"):
+        domains_of(ROOT / "models" / "emo-tiny", 17, 8, 64)
 
 
 def test_the_service_is_measured_beside_its_engine(tmp_path: Path) -> None:

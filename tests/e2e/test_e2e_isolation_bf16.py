@@ -22,8 +22,9 @@ from pager.types import ExpertPool, PoolPolicy, PoolSource
 from tests.support.values import some
 
 NUM_SEQUENCES, NUM_TOGETHER, PROMPT, FORCED = 16, 4, 24, 16
-# Logits here reach 16, where neighbouring bf16 numbers are 1/16 apart. On an AVX-512 CPU no difference was seen at all.
+# Logits here reach 16, where neighbouring bf16 numbers are 1/16 apart.
 MAX_DIFFERENCE, MEAN_DIFFERENCE = 0.25, 0.01
+MEAN_DIFFERENCE_IN_COMPANY = 0.03  # prompts that run together are so many rows that another kernel multiplies them
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def policy_of(sequence: int) -> PoolPolicy:
 
 
 def forced_logits(paged: PagedModel, sequences: list[int]) -> torch.Tensor:
-    """[B, FORCED, V]: what follows each token when all of them are given, the sequences decoding together."""
+    """[B, FORCED, V]: what follows each token when all of them are given, the sequences running together."""
     cache = KvCache(paged.config, paged.plan.num_kv_blocks, paged.dtype, paged.device)
     runner = ModelRunner(paged.model, cache, paged.device)
     blocks = BlockPool(paged.plan.num_kv_blocks)
@@ -58,8 +59,10 @@ def forced_logits(paged: PagedModel, sequences: list[int]) -> torch.Tensor:
             held.callback(lease.release)
             documents.append(paged.routing(policy_of(sequence), lease=lease))
             tables.append(some(blocks.allocate(PROMPT + FORCED)))
-            with paged.step([documents[-1]], prefill=True):
-                runner.prefill([PromptPart(tokens_of(sequence)[:PROMPT], tables[-1])])
+        rows_T = torch.arange(len(sequences)).repeat_interleave(PROMPT)
+        with paged.step(documents, rows=rows_T, prefill=True):
+            prompts = [tokens_of(sequence)[:PROMPT] for sequence in sequences]
+            runner.prefill([PromptPart(prompt, table) for prompt, table in zip(prompts, tables, strict=True)])
         forced_BT = torch.tensor([tokens_of(sequence)[PROMPT:] for sequence in sequences])
         starts = [RowStart(table, token, PROMPT) for table, token in zip(tables, forced_BT[:, 0].tolist(), strict=True)]
         batch, logits = DecodeBatch(starts, paged.device), []
@@ -71,10 +74,10 @@ def forced_logits(paged: PagedModel, sequences: list[int]) -> torch.Tensor:
         return torch.stack(logits, 1)
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(found: torch.Tensor, expected: torch.Tensor, mean: float = MEAN_DIFFERENCE) -> None:
     difference = (found - expected).abs()
     assert difference.max() <= MAX_DIFFERENCE
-    assert difference.mean() <= MEAN_DIFFERENCE
+    assert difference.mean() <= mean
 
 
 @pytest.mark.slow
@@ -82,8 +85,10 @@ def test_logits_in_company_are_those_of_the_sequence_alone(paged: PagedModel) ->
     everybody = range(NUM_SEQUENCES)
     groups = [list(everybody[first : first + NUM_TOGETHER]) for first in everybody[::NUM_TOGETHER]]
     alone = torch.cat([forced_logits(paged, [sequence]) for sequence in everybody])
-    assert_close(torch.cat([forced_logits(paged, group) for group in groups]), alone)
-    assert (alone[0] - alone[1]).abs().mean() > 10 * MEAN_DIFFERENCE, "the sequences are not the same to begin with"
+    assert_close(torch.cat([forced_logits(paged, group) for group in groups]), alone, MEAN_DIFFERENCE_IN_COMPANY)
+    assert (alone[0] - alone[1]).abs().mean() > 10 * MEAN_DIFFERENCE_IN_COMPANY, (
+        "the sequences are not the same to begin with"
+    )
 
 
 def test_exact_logits_are_those_of_the_unpaged_model(model: Path) -> None:

@@ -360,6 +360,8 @@ def encode_request(request: GenerateRequest, ticket: int) -> worker_pb2.Submit:
         predicted=None if request.predicted is None else encode_pool(request.predicted),
         traceparent=request.traceparent,
         tracestate=request.tracestate,
+        priority=request.priority,
+        weight=request.weight,
     )
 
 
@@ -380,6 +382,8 @@ def decode_request(message: worker_pb2.Submit) -> GenerateRequest:
         predicted=decode_pool(message.predicted) if message.HasField("predicted") else None,
         traceparent=message.traceparent or None,
         tracestate=message.tracestate or None,
+        priority=message.priority,
+        weight=message.weight or 1.0,
     )
 
 

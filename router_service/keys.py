@@ -65,6 +65,8 @@ class Entry(_Strict):
     jwt: bool = False
     roles: tuple[Role, ...] = (Role.INFERENCE,)
     limits: EntryLimits = EntryLimits()
+    priority: int = Field(default=0, ge=-100, le=100)
+    weight: float = Field(default=1.0, ge=0.01, le=100.0)
     created: str = Field(default="", max_length=40)
 
     @model_validator(mode="after")
@@ -75,7 +77,8 @@ class Entry(_Strict):
 
     @property
     def caller(self) -> Caller:
-        return Caller(self.tenant, self.id, frozenset(self.roles), CallerLimits(**self.limits.model_dump()))
+        limits = CallerLimits(**self.limits.model_dump())
+        return Caller(self.tenant, self.id, frozenset(self.roles), limits, self.priority, self.weight)
 
 
 class _Document(_Strict):
@@ -127,13 +130,13 @@ def new_key() -> tuple[str, str]:
     return key, sha256_of(key)
 
 
-def new_entry(tenant: str, roles: Sequence[Role], limits: EntryLimits, **identity: Any) -> Entry:
-    """An entry with an id of its own. Raises ConfigError."""
+def new_entry(tenant: str, roles: Sequence[Role], limits: EntryLimits, **further: Any) -> Entry:
+    """An entry with an id of its own; `further` has what shows who it is. Raises ConfigError."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         return Entry(
             id=f"k{secrets.token_hex(6)}", tenant=tenant, roles=tuple(roles) or (Role.INFERENCE,), limits=limits,
-            created=created, **identity,
+            created=created, **further,
         )  # fmt: skip
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]

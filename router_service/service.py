@@ -177,6 +177,8 @@ class Pipeline:
                 prediction = await self._predict(request)
                 sent = replace(request, pool=prediction.policy)
                 sent = replace(sent, traceparent=traceparent() or trace_context.get(), tracestate=tracestate())
+                if call.caller is not None:
+                    sent = replace(sent, priority=call.caller.priority, weight=call.caller.weight)
                 if prediction.policy.source is not PoolSource.FIXED:
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""

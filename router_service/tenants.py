@@ -69,6 +69,8 @@ class Caller:
     id: str = ""
     roles: frozenset[Role] = frozenset(Role)
     limits: CallerLimits = CallerLimits()
+    priority: int = 0  # of its requests: those of a higher one are admitted first
+    weight: float = 1.0  # of its tenant's share of a worker
     acts_for_another: bool = False  # the tenant is another than the key's
 
 

@@ -96,6 +96,8 @@ requests = st.builds(
     predicted=st.none() | pools,
     traceparent=st.none() | st.text(min_size=1, max_size=8),
     tracestate=st.none() | st.text(min_size=1, max_size=8),
+    priority=st.integers(-100, 100),
+    weight=st.floats(0.01, 100.0),
 )
 paging_counts = st.builds(PagingCounts, counts, counts, counts, counts, finite)
 usages = st.builds(

@@ -59,6 +59,12 @@ def add_key(
         str | None,
         typer.Option(help="Make no key: know the client by this name in its certificate.", metavar="NAME"),
     ] = None,
+    priority: Annotated[
+        int, typer.Option(help="Requests of a higher one are admitted first.", min=-100, max=100, metavar="N")
+    ] = 0,
+    weight: Annotated[
+        float, typer.Option(help="Share of a worker, beside other tenants' weights.", min=0.01, max=100, metavar="W")
+    ] = 1.0,
     jwt: Annotated[bool, typer.Option("--jwt", help="Make no key: bound the tenant's JSON web tokens.")] = False,
 ) -> None:
     """Make a key and print it, this once: the service keeps its SHA-256. It is good within a second.
@@ -76,8 +82,9 @@ def add_key(
             raise typer.BadParameter(f"--role is one of {', '.join(Role)}, not {each[:40]!r}")
         roles.append(Role(each))
     key, sha256 = new_key()
+    further = {"priority": priority, "weight": weight}
     identity = {"certificate": certificate, "jwt": jwt, "sha256": None if certificate or jwt else sha256}
-    entry = new_entry(tenant, roles, EntryLimits(**asdict(limits)), **identity)
+    entry = new_entry(tenant, roles, EntryLimits(**asdict(limits)), **further, **identity)
     _with_store(keys, lambda store: store.change(lambda entries: (*entries, entry)))
     if entry.sha256 is not None:
         print(key, flush=True)

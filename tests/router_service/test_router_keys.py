@@ -718,6 +718,19 @@ async def test_tokens_of_a_day_are_those_of_prompts_and_answers(ring: KeyRing) -
         assert reason(error) == "PROMPT_TOO_LONG"
 
 
+async def test_a_key_s_priority_and_weight_reach_the_worker(ring: KeyRing) -> None:
+    key, sha256 = new_key()
+    entry = new_entry("acme", (), EntryLimits(), sha256=sha256, priority=2, weight=0.5)
+    await ring.file.change(lambda _: (entry,))
+    async with guarded(ring.gate()) as service:
+        await call(service, "Generate", bearer(key))
+        ((_, sent),) = service.cluster.received
+        assert (sent.priority, sent.weight) == (2, 0.5)
+    for wrong in ({"priority": 101}, {"weight": 0}, {"weight": float("nan")}, {"weight": float("inf")}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            new_entry("acme", (), EntryLimits(), sha256=sha256, **wrong)
+
+
 async def test_what_a_key_has_in_flight_is_bounded(ring: KeyRing) -> None:
     key, other = await ring.add("acme", requests_in_flight=1), await ring.add("acme", tokens_in_flight=5)
     cluster = InProcessCluster(hold={1: asyncio.Event()}, reached={1: asyncio.Event()})

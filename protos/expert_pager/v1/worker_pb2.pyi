@@ -16,7 +16,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "remaining_s", "predicted", "traceparent", "tracestate")
+    __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "remaining_s", "predicted", "traceparent", "tracestate", "priority", "weight")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,8 @@ class Submit(_message.Message):
     PREDICTED_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     request_id: str
     tenant: str
@@ -39,7 +41,9 @@ class Submit(_message.Message):
     predicted: _expert_pager_pb2.Pool
     traceparent: str
     tracestate: str
-    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt: _Optional[_Union[_expert_pager_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_expert_pager_pb2.SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[_expert_pager_pb2.PoolPolicy, _Mapping]] = ..., fixed: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., remaining_s: _Optional[float] = ..., predicted: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
+    priority: int
+    weight: float
+    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt: _Optional[_Union[_expert_pager_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_expert_pager_pb2.SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[_expert_pager_pb2.PoolPolicy, _Mapping]] = ..., fixed: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., remaining_s: _Optional[float] = ..., predicted: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., priority: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket",)

@@ -14,6 +14,7 @@ from tests.deploy.conftest import Render, Rendered
 from tests.support.values import some
 
 ROOT = Path(__file__).parents[2]
+SHELL = {"cd", "export", "printf", "umask"}
 TEXT = (ROOT / "docs" / "deploy.md").read_text()
 
 

@@ -22,6 +22,11 @@ names that `router.metric_tenants` lists, and `other` for everybody else. `model
 info metrics: join them with `* on (instance) group_left (model) expert_pager_model_info`. The tier `host` belongs to
 all workers of a node, each of which reports the same bytes: take the maximum, not the sum.
 
+For endpoint pickers, routers also report under the names that the Kubernetes gateway inference extension expects of
+model servers, with the label `model_name`: `vllm:num_requests_waiting` and `vllm:num_requests_running` (sums over the
+workers that are ready) and `vllm:kv_cache_usage_perc` (0 to 1, the mean over them). Named pools are not reported as
+adapters: their names are their tenants' own.
+
 Alerts and what to do about them: `docs/runbook.md`. Dashboards and rules: `deploy/monitoring`.
 """
 _IDENTITIES = """\
@@ -32,7 +37,8 @@ that are not named, and over all routers and workers.
 
 - Calls: `router_calls` of a method = its `router_requests` of all codes. While calls are open, that many fewer have
   ended.
-- Answers: `router_requests` of `Generate` with a code = `router_answers` with that code.
+- Answers: `router_requests` of all methods that generate (`Generate`, `Complete`, `ModelInfer`, `ModelStreamInfer`,
+  `Completions`, `ChatCompletions`, `Responses`, `Messages`) with a code = `router_answers` with that code.
 - Refusals: `router_admission_rejections` counts a refused call once, whether a router or a worker refused it. It is at
   most `router_requests` with `RESOURCE_EXHAUSTED`, `UNAVAILABLE` or `DEADLINE_EXCEEDED`; the others of these failed
   after they had begun.

@@ -298,6 +298,8 @@ class Endpoint:
         id_ = requests.request_id(given) if given else requests.new_id()
         request_id.set(id_)
         exchange.headers[REQUEST_ID] = id_
+        if trace := trace_context.get():
+            exchange.headers["traceparent"] = trace
 
     async def _fail(self, exchange: Exchange, error: PagerError) -> None:
         status = status_of(error)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from expert_pager.v1 import expert_pager_pb2 as pb
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 
+from pager.cluster.views import WorkerState, WorkerView
 from pager.observe import metrics
 from pager.observe.metrics import Instruments, Kind, Labels, Metric, every
 from pager.types import Account, ExpertPool
@@ -175,6 +176,14 @@ def _surroundings() -> tuple[Metric, ...]:
     )  # fmt: skip
 
 
+GATEWAY = {
+    "vllm:num_requests_waiting": "Requests in the queues of workers that are ready.",
+    "vllm:num_requests_running": "Requests that workers that are ready run.",
+    "vllm:kv_cache_usage_perc": "Share of the KV memory that is reserved, the mean of the workers that are ready.",
+}
+"""What endpoint pickers of the Kubernetes gateway inference extension read, under the names that they expect."""
+
+
 class RouterMetrics:
     """The metrics of one router, in a registry of its own: one process may have several routers."""
 
@@ -208,10 +217,24 @@ class RouterMetrics:
         self._worker_restarts = made.counter("router_worker_restarts")
         self._restarts_seen: dict[str, int] = {}
         self._info = made.gauge("router")
+        self._gateway = [Gauge(name, meaning, ["model_name"], registry=registry) for name, meaning in GATEWAY.items()]
 
     def describe(self, **labels: str) -> None:
         """Sets version, model and default pool as labels of `expert_pager_router_info`."""
         self._info.labels(*(labels[name] for name in INFO_LABELS)).set(1)
+
+    def saw(self, model: str, workers: Sequence[WorkerView]) -> None:
+        """Sets what depends on the workers, which the router has just looked at."""
+        states = [worker.state for worker in workers]
+        for state in WorkerState:
+            self.workers.labels(state).set(states.count(state))
+        for worker in workers:
+            self.restarted(worker.id, worker.num_restarts)
+        ready = [worker for worker in workers if worker.state == WorkerState.READY]
+        shares = [worker.kv_share for worker in ready]
+        values = (sum(each.waiting for each in ready), sum(each.running for each in ready))
+        for gauge, value in zip(self._gateway, (*values, sum(shares) / max(1, len(shares))), strict=True):
+            gauge.labels(model).set(value)
 
     def watch_admission(self, admission: Admission) -> None:
         """Exports what is in flight at every scrape."""

@@ -559,12 +559,10 @@ class RouterServer:
             await asyncio.sleep(PULSE_S)
 
     async def _set_readiness(self) -> None:
-        states = [worker.state for worker in self._pipeline.cluster.workers()]
-        await self._health.set(SERVICE_NAME, _SERVING if WorkerState.READY in states else _NOT_SERVING)
-        for state in WorkerState:
-            self._pipeline.metrics.workers.labels(state).set(states.count(state))
-        for worker in self._pipeline.cluster.workers():
-            self._pipeline.metrics.restarted(worker.id, worker.num_restarts)
+        workers = self._pipeline.cluster.workers()
+        is_ready = any(worker.state == WorkerState.READY for worker in workers)
+        await self._health.set(SERVICE_NAME, _SERVING if is_ready else _NOT_SERVING)
+        self._pipeline.metrics.saw(self._pipeline.model.name, workers)
 
     async def _heartbeat(self) -> None:
         self._watch.beat()

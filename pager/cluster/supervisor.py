@@ -89,6 +89,7 @@ class WorkerSupervisor:
             metrics_address=self._metrics_address,
             num_restarts=self._num_restarts,
             paging=decode_paging(self._load),
+            kv_share=self._load.kv_share,
         )
 
     async def drain(self, timeout_s: float) -> None:

@@ -37,6 +37,7 @@ class WorkerView(WorkerResidency):
     metrics_address: str | None = None  # of its last process that was ready; None before the first
     num_restarts: int = 0
     paging: PagingCounts = field(default_factory=PagingCounts)
+    kv_share: float = 0.0  # of its KV memory, what running requests have reserved
 
     def missing_bytes(self, pool: ExpertPool) -> int:
         """What would have to be paged in to run `pool` here now."""

@@ -336,6 +336,7 @@ class Worker:
             peak_page_in_bytes_per_s=self._observer.peak_page_in_bytes_per_s(),
             place_s=status.place_s,
             draining=self._is_draining,
+            kv_share=status.kv_blocks_used / max(1, status.kv_blocks_total),
         )
 
 

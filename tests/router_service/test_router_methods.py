@@ -14,7 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pager.errors import ConfigError
 from pager.observe.metrics import MetricsServer
 from pager.types import Count, Full, PoolPolicy, PoolSource
+from router_service.metrics import GATEWAY
 from tests.router_service.conftest import Running
+from tests.support.waiting import eventually
 
 
 async def test_route_gives_scores_pool_and_place_and_generates_nothing(service: Running) -> None:
@@ -105,6 +107,19 @@ async def test_residency_is_a_bitmap_a_layer(service: Running) -> None:
     assert (starting.state, list(starting.resident)) == ("starting", [b"", b"\x00", b"\x00"])
 
 
+async def test_endpoint_pickers_find_the_load_under_the_names_they_know(service: Running) -> None:
+    service.cluster.change("w0", waiting=3, running=2, kv_share=0.5)
+    service.cluster.change("w1", waiting=1, running=4, kv_share=1.0)
+
+    def values() -> list[float | None]:
+        registry = service.pipeline.metrics.registry
+        return [registry.get_sample_value(name, {"model_name": "tiny"}) for name in GATEWAY]
+
+    await eventually(lambda: values() == [4, 6, 0.75])
+    service.cluster.change("w1", state="hung")
+    await eventually(lambda: values() == [3, 2, 0.5])
+
+
 async def test_the_metrics_can_be_scraped_and_name_no_one(service: Running) -> None:
     server = MetricsServer(service.pipeline.metrics.registry, "127.0.0.1")
     wire = pb.GenerateRequest(
@@ -133,5 +148,14 @@ async def test_the_metrics_can_be_scraped_and_name_no_one(service: Running) -> N
     assert ("process_open_fds", ()) in samples
     labels = {name for _, pairs in samples for name, _ in pairs}
     named = {"le", "method", "code", "source", "state", "result", "reason", "tenant", "from", "to", "daemon"}
-    assert labels == named | {"model", "fingerprint", "implementation", "major", "minor", "patchlevel", "version"}
+    assert labels == named | {
+        "model",
+        "model_name",
+        "fingerprint",
+        "implementation",
+        "major",
+        "minor",
+        "patchlevel",
+        "version",
+    }
     assert "secret" not in page

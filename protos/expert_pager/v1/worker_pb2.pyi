@@ -139,7 +139,7 @@ class Error(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., facts: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s", "draining", "experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host", "peak_page_in_bytes_per_s", "place_s", "stall_seconds")
+    __slots__ = ("waiting", "running", "resident", "page_in_bytes_per_s", "draining", "experts_hit", "experts_missed", "bytes_from_disk", "bytes_from_host", "peak_page_in_bytes_per_s", "place_s", "stall_seconds", "kv_share")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class Load(_message.Message):
     PEAK_PAGE_IN_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     PLACE_S_FIELD_NUMBER: _ClassVar[int]
     STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KV_SHARE_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     running: int
     resident: _containers.RepeatedScalarFieldContainer[bytes]
@@ -164,7 +165,8 @@ class Load(_message.Message):
     peak_page_in_bytes_per_s: float
     place_s: float
     stall_seconds: float
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: bool = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., peak_page_in_bytes_per_s: _Optional[float] = ..., place_s: _Optional[float] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
+    kv_share: float
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: bool = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., peak_page_in_bytes_per_s: _Optional[float] = ..., place_s: _Optional[float] = ..., stall_seconds: _Optional[float] = ..., kv_share: _Optional[float] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id", "tenant")

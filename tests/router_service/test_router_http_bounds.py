@@ -205,6 +205,23 @@ async def test_a_thousand_connections_are_each_answered(service: Any) -> None:
             writer.close()
 
 
+async def test_an_answer_carries_the_ids_of_its_request(service: Any) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with fronted(service.pipeline) as server, asyncio.timeout(60):
+
+        def head() -> Any:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            connection.request("GET", "/v1/models", headers={"x-request-id": "mine", "traceparent": trace})
+            answer = connection.getresponse()
+            answer.read()
+            connection.close()
+            return answer.headers
+
+        headers = await asyncio.to_thread(head)
+        assert headers["x-request-id"] == "mine"
+        assert headers["traceparent"].split("-")[1] == trace.split("-")[1]
+
+
 async def test_a_head_of_many_headers_is_refused(service: Any) -> None:
     async with fronted(service.pipeline) as server, asyncio.timeout(60):
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)

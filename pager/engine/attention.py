@@ -218,6 +218,8 @@ def _refuse_other_mixers(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.conv._ConvNd):
             raise _refused(config, f"{name} is a convolution, which keeps a state of its own for each request")
+    if getattr(getattr(model, "model", None), "rotary_emb", None) is None:
+        raise _refused(config, "it has no rotary embedding for all its layers, which is where positions are looked at")
 
 
 def _foreign(call: AttentionCall, config: PretrainedConfig) -> str | None:

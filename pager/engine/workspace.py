@@ -100,7 +100,7 @@ class _Shapes:
         self.num_experts = max(facts.experts_per_layer)
         picks = zip(facts.top_k_per_layer, facts.shared_per_layer, strict=True)
         self.top_k = max(routed + shared for routed, shared in picks)
-        self.dense = _dense_intermediate(opened) if 0 in facts.experts_per_layer else 0
+        self.dense = _dense_intermediate(opened)
 
     def token_bytes(self) -> int:
         """A token on its way through the layers: a layer's input, and the widest of what it becomes inside."""
@@ -169,7 +169,7 @@ def _kernel_bytes() -> int:
 
 
 def _dense_intermediate(opened: OpenModel) -> int:
-    """The widest of the layers without experts."""
+    """The width of the widest feed-forward layer of the trunk: of layers without experts, or beside the routed ones."""
     modules = opened.build_empty().named_modules()
     return max((int(each.weight.shape[0]) for name, each in modules if name.endswith(".gate_proj")), default=0)
 

@@ -20,6 +20,8 @@ from pager.errors import UnsupportedModel
 from pager.models.families import expert_modules
 from pager.models.open_model import OpenModel
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[..., PreTrainedModel]
 
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}

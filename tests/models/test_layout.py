@@ -23,6 +23,8 @@ from pager.models.layout import ExpertParameter, locate
 from pager.models.open_model import model_class_of
 from pager.store.expert_source import Row
 
+pytestmark = pytest.mark.slow
+
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 

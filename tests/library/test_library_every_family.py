@@ -7,6 +7,7 @@ that a family cannot do without.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,9 @@ def has(config: Any, name: str) -> bool:
         return False
 
 
-FAMILIES = families()
+with warnings.catch_warnings():  # of a module of transformers when it is imported, and no fault of what is tested
+    warnings.simplefilter("ignore")
+    FAMILIES = families()
 Plain = tuple[str, PreTrainedModel, Path]
 PROMPT = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}

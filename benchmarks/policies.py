@@ -135,7 +135,7 @@ def record(model: Path, traffic: Traffic, documents: Sequence[Document], num_tok
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.jsonl.gz"
         budgets = Budgets(expert_memory="100%", host_memory=0, kv_memory="64MiB")
-        limits = EngineLimits(max_running=traffic.num_running, max_waiting=len(documents))
+        limits = EngineLimits(max_running=traffic.num_running, max_waiting=len(documents), prefix_cache=False)
         with load_engine(model, torch.float32, budgets, 2, limits=limits, trace=path) as engine:
             requests = [(ids, traffic.policy(number)) for number, (_, ids) in enumerate(documents)]
             engine.answer_all(requests, num_tokens)

@@ -73,7 +73,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder, service(model, Path(folder), most, threads) as ready:
         torch.set_num_threads(ready["plan"]["num_threads"])
         budgets = Budgets(expert_memory="100%", host_memory=0, kv_memory=KV_MEMORY, max_running=most)
-        limits = EngineLimits(max_running=most)
+        limits = EngineLimits(max_running=most, prefix_cache=False)
         report = Report(
             "service",
             f"{model.name}, bfloat16, exact, all experts in slots; {PROMPT_TOKENS} prompt tokens, answers of {tokens}",
@@ -188,6 +188,7 @@ def service(
         "WORKERS_HOST_MEMORY": "0",
         "WORKERS_KV_MEMORY": KV_MEMORY,
         "WORKERS_MAX_RUNNING": str(max_running),
+        "WORKERS_PREFIX_CACHE": "false",  # the waves are the same prompts again
         "ROUTER_MAX_REQUESTS_PER_TENANT": str(max_running),
     }
     if threads is not None:

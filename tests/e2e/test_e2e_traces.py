@@ -111,7 +111,7 @@ def test_a_request_is_one_trace_under_the_callers(traced: Any, until: Callable[.
     assert attributes(call)["rpc.grpc.status"] == "OK"
     assert attributes(call)["expert_pager.request_id"] == "traced"
     assert attributes(spans["place"])["expert_pager.worker"] in service.residency()
-    assert attributes(spans["prefill"])["expert_pager.num_tokens"] == usage.prompt_tokens
+    assert attributes(spans["prefill"])["expert_pager.num_tokens"] == usage.prompt_tokens - usage.cached_prompt_tokens
     assert attributes(spans["decode"])["expert_pager.num_tokens"] == usage.completion_tokens == 100
     assert attributes(spans["decode"])["expert_pager.outcome"] == "length"
     assert attributes(spans["page disk"])["expert_pager.num_bytes"] == usage.bytes_from_disk > 0

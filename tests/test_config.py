@@ -50,6 +50,14 @@ def test_sizes_from_the_environment(text: str, value: object) -> None:
     assert load_config(env=env, overrides=MODEL).workers.expert_memory == value
 
 
+def test_what_is_on_or_off_is_true_or_false(tmp_path: Path) -> None:
+    path = written(tmp_path, "[model]\npath = 'a'\n[workers]\nprefix_cache = false\n")
+    workers = load_config(path, {"EXPERT_PAGER_WORKERS_SHARE_PREFIXES": "True"}).workers
+    assert (workers.prefix_cache, workers.share_prefixes) == (False, True)
+    with pytest.raises(ConfigError, match=r"WORKERS_PREFIX_CACHE must be true or false, not 'off'"):
+        load_config(path, {"EXPERT_PAGER_WORKERS_PREFIX_CACHE": "off"})
+
+
 def test_a_host_memory_of_zero_is_legal() -> None:
     assert load_config(overrides=MODEL | {"workers.host_memory": 0}).workers.host_memory == 0
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from pager.engine.kv import BLOCK_TOKENS
 from pager.engine.prefix import PrefixKeys
@@ -15,6 +17,7 @@ from pager.engine.runner import ModelRunner
 from pager.errors import Cancelled
 from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, PoolSource
 from tests.engine.conftest import Driver
+from tests.support.checkpoints import lively, saved
 
 Prompts = Callable[[int, int], list[int]]
 Pools = Callable[..., ExpertPool]
@@ -306,3 +309,22 @@ def test_a_block_in_use_is_shared_at_once_and_outlives_its_first_holder(
     assert cached(driver, second) == cached(driver, third) == 2 * BLOCK_TOKENS
     assert driver.tokens(second) == driver.tokens(third)
     driver.assert_nothing_held()
+
+
+def test_a_prompt_of_longrope_s_other_table_takes_nothing_over(make_driver: Drivers, tmp_path: Path) -> None:
+    """Prompts up to 24 tokens have other keys than longer ones that begin alike."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 24}
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_experts": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = OlmoeConfig(**sizes, **heads, max_position_embeddings=128, rope_parameters=rope | factors)
+    torch.manual_seed(0)
+    saved(lively(OlmoeForCausalLM(config)), tmp_path)
+    driver, fresh = make_driver(path=tmp_path), make_driver(path=tmp_path, prefix_cache=False)
+    prompt = [number % 60 for number in range(40)]
+    found = []
+    for length in (20, 24, 25, 40):
+        request, alone = (answer(each, prompt[:length], EXACT, max_tokens=2) for each in (driver, fresh))
+        assert driver.tokens(request) == fresh.tokens(alone)
+        found.append(cached(driver, request))
+    assert found == [0, BLOCK_TOKENS, 0, BLOCK_TOKENS]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pager.errors import InvalidRequest
+from pager.types import FinishReason, PagingCounts, Usage
 from router_service import anthropic, openai
 from router_service.openai import Strict
 
@@ -77,3 +78,23 @@ def test_an_error_names_the_place_in_the_body(cls: type[Strict], fields: dict[st
     assert field == place
     assert message.startswith(f"`{place}`: ")
     assert "example.com" not in message
+
+
+def test_usage_says_which_tokens_of_a_prompt_were_cached() -> None:
+    """Of several answers to a prompt, those of the first: the others find what it left. Anthropic leaves them out."""
+
+    def usage(prompt_tokens: int, cached: int) -> Usage:
+        stop, paging = FinishReason.STOP, PagingCounts()
+        return Usage(
+            "exact", stop, prompt_tokens, 5, None, paging, 0.0, None, 0.0, 0.0, "f", cached_prompt_tokens=cached
+        )
+
+    choices = [
+        openai.Choice(0, 0, usage=usage(40, 32)),
+        openai.Choice(1, 0, usage=usage(40, 16)),
+        openai.Choice(2, 1, usage=usage(30, 0)),
+    ]
+    told = openai.usage_of(choices)
+    assert (told["prompt_tokens"], told["prompt_tokens_details"]) == (70, {"cached_tokens": 16})
+    told = anthropic.usage_of(usage(40, 32))
+    assert (told["input_tokens"], told["cache_read_input_tokens"]) == (8, 32)

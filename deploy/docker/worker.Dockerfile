@@ -23,6 +23,7 @@ COPY --chmod=755 deploy/docker/bin/ /opt/expert-pager/bin/
 FROM ${PYTHON} AS runtime
 # Ray's daemons outlive the command that starts them: somebody has to reap them. KubeRay before 1.4 starts Ray by a login
 # shell, which forgets PATH.
+# hadolint ignore=SC2016
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini=0.19.0-1+b3 \
     && rm -rf /var/lib/apt/lists/* \

@@ -71,7 +71,7 @@ def _unwrapped(text: str) -> str:
 
 def catalogue() -> str:
     """Returns the whole page."""
-    router = router_families(("those configured", OTHER_TENANTS))
+    router = router_families(("those configured", OTHER_TENANTS), ("those of the codebook",))
     parts = (("Worker", "", WORKER_FAMILIES), ("Router", "", router), ("Replay", _unwrapped(_REPLAY), REPLAY_FAMILIES))
     tables = "".join(f"\n## {title}\n\n{text}{_table(families)}\n" for title, text, families in parts)
     return f"{_unwrapped(_INTRO)}{tables}\n## Identities between counters\n\n{_unwrapped(_IDENTITIES)}"

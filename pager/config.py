@@ -542,9 +542,11 @@ class PoolConfig:
         "full, which restricts nothing and is therefore the default.",
     )
     default_source: str = _key(
-        "prefill",
-        "What chooses the pool: the worker's prefill, layer by layer, or the router's prediction.",
-        _one_of("prefill", "prediction"),
+        "auto",
+        "What chooses the pool: codebook (one of the pools that alike prompts share; a prompt that none covers gets a "
+        "pool of its own), prefill (the worker's prefill, layer by layer) or prediction (the router's scores). auto: "
+        "codebook where the model has one, else prefill.",
+        _one_of("auto", "codebook", "prefill", "prediction"),
     )
     default_drift: str | float | None = _key(
         None,

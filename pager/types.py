@@ -175,6 +175,7 @@ class PoolSource(StrEnum):
     PREFILL = "prefill"  # the worker's prefill chooses, layer by layer (rules 13 to 15 of EMO)
     PREDICTION = "prediction"  # the router's prediction is the pool
     FIXED = "fixed"  # the request brought it
+    CODEBOOK = "codebook"  # a pool that alike prompts share; a prompt that none covers gets its own
 
 
 DRIFT_WINDOW = 16
@@ -421,6 +422,7 @@ class Usage:
     model_fingerprint: str
     drift: DriftReport | None = None  # absent where the policy asked for none
     cached_prompt_tokens: int = 0  # of `prompt_tokens`, those whose keys and values were there
+    codeword: str = ""  # whose pool it was; empty for a pool that is no codeword's
 
     @property
     def account(self) -> Account:
@@ -495,6 +497,7 @@ class ModelInfo:
     tokenizer_sha256: str
     plan: str
     num_slots: int = 0
+    codewords: tuple[str, ...] = ()
 
     @property
     def token_limit(self) -> int:
@@ -508,7 +511,8 @@ class RouteAnswer:
 
     `source` is the predictor, and `scores` has each routed expert's score, layer by layer, empty where dense; there are
     none where only the worker's prefill scores. `observed` is the pool that a prefill chose for this prompt before.
-    `worker` is None where no worker is ready; otherwise that worker lacks `missing_bytes` of the pool.
+    `worker` is None where no worker is ready; otherwise that worker lacks `missing_bytes` of the pool. `codeword` is
+    the one whose pool it is, empty for any other; `coverage` is known where a codebook was asked.
     """
 
     source: str
@@ -519,6 +523,8 @@ class RouteAnswer:
     expected_recall: float | None = None
     worker: str | None = None
     missing_bytes: int = 0
+    codeword: str = ""
+    coverage: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ _SOURCES = {
     PoolSource.PREFILL: pb.POOL_SOURCE_PREFILL,
     PoolSource.PREDICTION: pb.POOL_SOURCE_PREDICTION,
     PoolSource.FIXED: pb.POOL_SOURCE_FIXED,
+    PoolSource.CODEBOOK: pb.POOL_SOURCE_CODEBOOK,
 }
 _ACTIONS = {DriftAction.WIDEN: pb.DRIFT_ACTION_WIDEN, DriftAction.EXACT: pb.DRIFT_ACTION_EXACT}
 
@@ -92,6 +93,7 @@ _USAGE = {
     "queue_s": "queue_seconds",
     "time_to_first_token_s": "time_to_first_token_seconds",
     "model_fingerprint": "model_fingerprint",
+    "codeword": "codeword",
 }
 
 # The fields of sampling parameters that are named alike and hold the same plain value, or a sequence of them.
@@ -169,7 +171,7 @@ def decode_source(message: pb.PoolPolicy) -> PoolSource | None:
         if number == message.source:
             return source
     raise InvalidRequest(
-        f"pool.source {message.source} is unknown; use PREFILL, PREDICTION or FIXED", field="pool.source"
+        f"pool.source {message.source} is unknown; use CODEBOOK, PREFILL, PREDICTION or FIXED", field="pool.source"
     )
 
 
@@ -522,6 +524,8 @@ def encode_route_answer(answer: RouteAnswer) -> pb.RouteResponse:
         observed=None if answer.observed is None else encode_pool(answer.observed),
         placement=placement,
         expected_recall=answer.expected_recall,
+        codeword=answer.codeword,
+        coverage=answer.coverage,
     )
 
 
@@ -535,6 +539,8 @@ def decode_route_answer(message: pb.RouteResponse) -> RouteAnswer:
         expected_recall=optional(message, "expected_recall"),
         worker=message.placement.worker if message.HasField("placement") else None,
         missing_bytes=message.placement.missing_bytes,
+        codeword=message.codeword,
+        coverage=optional(message, "coverage"),
     )
 
 
@@ -558,6 +564,7 @@ def encode_model(model: ModelInfo) -> pb.GetModelResponse:
             layers=[pb.LayerFacts(routed=routed, shared=shared, top_k=top_k) for routed, shared, top_k in per_layer],
         ),
         plan=model.plan,
+        codewords=model.codewords,
     )
 
 
@@ -579,6 +586,7 @@ def decode_model(message: pb.GetModelResponse) -> ModelInfo:
         tokenizer_sha256=message.tokenizer.sha256,
         plan=message.plan,
         num_slots=message.pool_sizes.slots,
+        codewords=tuple(message.codewords),
     )
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -160,6 +160,7 @@ async def _start(
     stack.callback(opened.checkpoint.close)
     opened.check()
     passes = build_passes(opened, config.router)
+    choices = _with_source(choices, config.pools.default_source, passes)
     check_choices(passes, choices)
     tokenizer = _tokenizer(config)
     template = ChatTemplate.read(Path(config.model.path), _path(config.model.chat_template))
@@ -217,17 +218,24 @@ class Choices:
 
 
 def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
-    """Raises ConfigError, InvalidRequest."""
+    """The choices, but for what depends on the model. Raises ConfigError, InvalidRequest."""
     pools = config.pools
     size = parse_pool_size(pools.default_size)
     return Choices(
-        default_pool=PoolPolicy(size, PoolSource(pools.default_source), drift=parse_drift(pools.default_drift)),
+        default_pool=PoolPolicy(size, drift=parse_drift(pools.default_drift)),
         limits=_limits(config.router),
         redis_url=redis_url(env),
         pools_path=_path(pools.path or None),
         tenants=TenantLabels.parse(config.router.metric_tenants),
         tls=_tls_files(config.router),
     )
+
+
+def _with_source(choices: Choices, name: str, passes: Passes) -> Choices:
+    """The choices with the source of a pool that a request leaves open: `auto` is the codebook where there is one."""
+    if name == "auto":
+        name = "prefill" if passes.codebook is None else "codebook"
+    return replace(choices, default_pool=replace(choices.default_pool, source=PoolSource(name)))
 
 
 def _path(value: str | None) -> Path | None:
@@ -393,7 +401,8 @@ def build_service(
 ) -> Service:
     """The choices are those that `check_choices` has found to make sense. A Redis that is down is no error."""
     check_choices(passes, choices)
-    metrics = RouterMetrics(choices.tenants)
+    codewords = () if passes.codebook is None else passes.codebook.names
+    metrics = RouterMetrics(choices.tenants, codewords)
     metrics.describe(version=__version__, model=model.name, fingerprint=model.fingerprint)
     stores = open_stores(model, metrics, choices)
     chain = PassChain(passes, Scoring(passes.available, encoder), model.facts, metrics.escalated)
@@ -402,7 +411,7 @@ def build_service(
     metrics.watch_admission(admission)
     live_pools = PoolLog()
     pipeline = Pipeline(
-        model,
+        replace(model, codewords=codewords),
         choices.default_pool,
         cluster=cluster,
         predictor=predictor,

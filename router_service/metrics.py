@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, Proce
 from pager.cluster.views import WorkerState, WorkerView
 from pager.observe import metrics
 from pager.observe.metrics import Instruments, Kind, Labels, Metric, every
+from pager.predict.codebook import Codeword
 from pager.types import Account, ExpertPool
 from router_service.admission import Admission
 from router_service.status import CODES
@@ -21,7 +22,7 @@ ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "
 """The methods of all fronts that generate."""
 
 STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
-SOURCES = ("hint", "lexical", "trunk", "fitted", "prefill")  # of a predicted pool
+SOURCES = ("hint", "codebook", "lexical", "trunk", "fitted", "prefill")  # of a predicted pool
 PASSES = ("lexical", "trunk", "fitted", "prefill")
 REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "QUOTA_EXCEEDED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")
 DROPS = ("no_message", "unknown_method", "unseen")
@@ -35,9 +36,10 @@ INFO_LABELS = ("version", "model", "fingerprint")
 _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 
-def router_families(tenants: Sequence[str]) -> tuple[Metric, ...]:
-    """Returns the router's metrics; `tenants` are the values that the label `tenant` can have."""
-    return (*_calls(), *_answers(every(tenant=tenants), tenants), *_pools(), *_surroundings())
+def router_families(tenants: Sequence[str], codewords: Sequence[str] = ()) -> tuple[Metric, ...]:
+    """Returns the router's metrics; `tenants` and `codewords` are the values that the labels of that name can have."""
+    answers = _answers(every(tenant=tenants), tenants)
+    return (*_calls(), *answers, *_pools(), *_codebook(codewords), *_surroundings())
 
 
 def _calls() -> tuple[Metric, ...]:
@@ -139,6 +141,25 @@ def _pools() -> tuple[Metric, ...]:
     )  # fmt: skip
 
 
+def _codebook(codewords: Sequence[str]) -> tuple[Metric, ...]:
+    return (
+        Metric(
+            "router_codeword_requests", _COUNTER, "Requests that got a codeword's pool, by codeword.",
+            "Which codewords are in use, and how many requests share each?", every(codeword=codewords),
+        ),
+        Metric(
+            "router_codebook_fallbacks", _COUNTER,
+            "Requests that no codeword covers, which leave the choice of their pool to their prefill.",
+            "Does the codebook know the traffic?",
+        ),
+        Metric(
+            "router_codebook_coverage_ratio", _HISTOGRAM,
+            "Score mass inside the best codeword's pool over that inside a pool of the prompt's own.",
+            "How well do codewords suit the prompts?", buckets=metrics.COVERAGE,
+        ),
+    )  # fmt: skip
+
+
 def _surroundings() -> tuple[Metric, ...]:
     return (
         Metric(
@@ -187,12 +208,12 @@ GATEWAY = {
 class RouterMetrics:
     """The metrics of one router, in a registry of its own: one process may have several routers."""
 
-    def __init__(self, tenants: TenantLabels | None = None) -> None:
+    def __init__(self, tenants: TenantLabels | None = None, codewords: Sequence[str] = ()) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         self._tenants = tenants or TenantLabels()
-        made = Instruments(router_families(self._tenants.values), registry)
+        made = Instruments(router_families(self._tenants.values, codewords), registry)
         self.requests, self._answers = made.counter("router_requests"), made.counter("router_answers")
         self._calls, self.sent = made.counter("router_calls"), made.counter("router_sent")
         self._requests_in_flight = made.gauge("router_requests_in_flight")
@@ -210,6 +231,9 @@ class RouterMetrics:
         self.route_seconds, self.recall = made.histogram("router_route_seconds"), made.histogram("router_recall_ratio")
         self._predicted_experts = made.counter("router_predicted_experts")
         self._escalations, self.hint_lookups = made.counter("router_escalations"), made.counter("router_hint_lookups")
+        self._codeword_requests = made.counter("router_codeword_requests")
+        self._fallbacks = made.counter("router_codebook_fallbacks")
+        self._coverage = made.histogram("router_codebook_coverage_ratio")
         self.replacements = made.counter("router_replacements")
         self.redis_degraded, self.workers = made.gauge("router_redis_degraded"), made.gauge("router_workers")
         self.ray_lost = made.counter("router_ray_lost")
@@ -245,6 +269,14 @@ class RouterMetrics:
     def escalated(self, was: str, is_: str) -> None:
         """Counts a prompt that went on to a better source."""
         self._escalations.labels(was, is_).inc()
+
+    def shared(self, codeword: Codeword) -> None:
+        """Records what the codebook found for a request."""
+        self._coverage.observe(codeword.coverage)
+        if codeword.is_covered:
+            self._codeword_requests.labels(codeword.name).inc()
+        else:
+            self._fallbacks.inc()
 
     def began(self, method: str) -> None:
         """Counts a call that arrived."""

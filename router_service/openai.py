@@ -742,6 +742,7 @@ def paged(usages: Sequence[Usage]) -> dict[str, Any] | None:
         "mode": first.mode,
         "pool": None if first.pool is None else first.pool.digest,
         "pool_experts": None if first.pool is None else first.pool.num_experts,
+        "codeword": first.codeword or None,
         "experts_hit": sum(usage.experts_hit for usage in usages),
         "experts_missed": sum(usage.experts_missed for usage in usages),
         "bytes_from_disk": sum(usage.bytes_from_disk for usage in usages),

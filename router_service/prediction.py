@@ -25,6 +25,7 @@ from pager.memory.machine import resolve_device
 from pager.models.open_model import OpenModel
 from pager.observe.tracing import note, span
 from pager.pools.pick import pick_pool, resolve_size
+from pager.predict.codebook import Codebook, Codeword
 from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
 from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from pager.tokenizing import encode_all, longest_token_bytes
@@ -139,6 +140,7 @@ class FairThreads:
 
 
 PREFILL = "prefill"  # what comes after the last pass: the worker's own choice, which is the reference
+CODEBOOK = "codebook"  # the source of a pool that prompts share
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +150,26 @@ class Passes:
     `available`: how to load each, from the least to the best; a pass is loaded when it is first wanted. `chain`: what
     scores a prompt, each asked when the one before is expected to recall less than `min_recall` of the prefill's pool.
     Without `estimate` nothing is expected and the first one does. No pass at all: placement without a prediction.
+    `codebook` holds the pools that prompts share, where the model has one.
     """
 
     available: Mapping[str, Callable[[], Scorer]] = field(default_factory=dict)
     chain: tuple[str, ...] = ()
     estimate: RecallEstimate | None = None
     min_recall: float = 0.0
+    codebook: Codebook | None = None
 
     def __post_init__(self) -> None:
         assert set(self.chain) <= set(self.available)
 
     def check(self, policy: PoolPolicy) -> None:
         """Raises InvalidRequest for a policy that needs a pass where there is none."""
+        if policy.source is PoolSource.CODEBOOK and self.codebook is None:
+            raise InvalidRequest(
+                "this service has no codebook; make one with `expert-pager fit-router`, and serve with another "
+                "router.router than 'trunk' and 'prefill'",
+                field="pool.source",
+            )
         if self.chain:
             return
         if policy.source is PoolSource.PREDICTION:
@@ -221,12 +231,16 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """A prompt's scores and the pool they make (None for all experts). `is_enough`: no better source is needed."""
+    """A prompt's scores and the pool they make (None for all experts). `is_enough`: no better source is needed.
+
+    `codeword` is the codebook's best, where it was asked.
+    """
 
     scores: RoutingScores
     pool: ExpertPool | None
     expected_recall: float | None
     is_enough: bool
+    codeword: Codeword | None = None
 
 
 class PassChain:
@@ -248,22 +262,36 @@ class PassChain:
         """Raises InvalidRequest for a policy that needs a pass where there is none."""
         self._passes.check(policy)
 
-    async def score(self, tenant: str, token_ids: Sequence[int], size: PoolSize, *, ahead: bool = True) -> Scored:
+    async def score(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Scored:
         """The best that was tried; `is_enough` is False where only the prefill is better. Needs a pass.
 
-        `ahead`: for all of the document. False: for what the prompt's own prefill will choose.
+        What a prefill will choose is told from the prompt alone; other pools are for all of the document.
         """
-        chain = self._passes.chain
+        chain, size = self._passes.chain, policy.size
         for name, following in zip(chain, (*chain[1:], PREFILL), strict=True):
             with span("score", source=name, num_tokens=len(token_ids)):
                 scores = await self.scoring.scores(tenant, name, token_ids)
-            if not ahead and scores.of_prompt is not None:
+            if policy.source is PoolSource.PREFILL and scores.of_prompt is not None:
                 scores = scores.of_prompt
             scored = self._judged(scores, size)
             if scored.is_enough:
                 break
             self._on_escalation(name, following)
         return scored
+
+    async def share(self, tenant: str, token_ids: Sequence[int], size: PoolSize) -> Scored:
+        """The pool of the best codeword by the lexical scores; `is_enough` is False where it does not cover the prompt.
+
+        The trunk has its say as well where the first pass runs it. Needs a codebook, and a size below all experts.
+        """
+        assert self._passes.codebook is not None, "checked before"
+        with span("codebook"):
+            scores = await self.scoring.scores(tenant, "lexical", token_ids)
+            uses_trunk = self._passes.chain[0] != "lexical"
+            trunk = await self.scoring.scores(tenant, "trunk", token_ids) if uses_trunk else None
+            codeword = self._passes.codebook.assign(scores, size, trunk)
+            note(codeword=codeword.name, coverage=round(codeword.coverage, 4))
+        return Scored(scores, codeword.pool, None, codeword.is_covered, codeword)
 
     def _judged(self, scores: RoutingScores, size: PoolSize) -> Scored:
         if isinstance(size, Full):
@@ -289,14 +317,21 @@ def _unscored(what: str, field: str) -> InvalidRequest:
 class Prediction:
     """`pool` is None where nothing is predicted: a request for all experts, or one left to the prefill.
 
-    `policy` is what the worker gets: bytes shared out over the layers, and the choice left to the prefill where no pass
-    is expected to be good enough.
+    `policy` is what the worker gets: bytes shared out over the layers, a codeword's pool as a fixed one, and the choice
+    left to the prefill where no pass is expected to be good enough. `codeword` is the codebook's best for the prompt,
+    where it was asked.
     """
 
     pool: ExpertPool | None
-    source: str  # "hint", "trunk" (whatever the scores say), "prefill", "fixed" or "full"
+    source: str  # "hint", "codebook", "trunk" (whatever the scores say), "prefill", "fixed" or "full"
     policy: PoolPolicy
+    codeword: Codeword | None = None
     took_s: float = 0.0
+
+    @property
+    def covering(self) -> str:
+        """The name of the codeword whose pool it is; empty for any other pool."""
+        return self.codeword.name if self.codeword is not None and self.codeword.is_covered else ""
 
 
 class Predictor:
@@ -327,7 +362,17 @@ class Predictor:
     async def scored(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Scored | None:
         """The prompt's scores and the pool of them; None where no pass runs. Raises InvalidRequest."""
         self._chain.check(policy)
-        return None if self._chain.is_empty else await self._chain.score(tenant, token_ids, policy.size)
+        if self._chain.is_empty:
+            return None
+        codeword = None
+        if policy.source is PoolSource.CODEBOOK and not isinstance(policy.size, Full):
+            shared = await self._chain.share(tenant, token_ids, policy.size)
+            if shared.is_enough:
+                return shared
+            codeword = shared.codeword
+        # What is shown of other requests is what the prediction would be.
+        scored = await self._chain.score(tenant, token_ids, replace(policy, source=PoolSource.PREDICTION))
+        return replace(scored, codeword=codeword, is_enough=scored.is_enough and codeword is None)
 
     def close(self) -> None:
         """Waits for the pass that runs, and ends the threads."""
@@ -340,8 +385,19 @@ class Predictor:
             return Prediction(None, "full", policy)
         self._chain.check(policy)
         started = time.perf_counter()
-        prediction = await self._predict(tenant, token_ids, policy)
-        return replace(prediction, took_s=time.perf_counter() - started)
+        codeword = None
+        if policy.source is PoolSource.CODEBOOK:
+            codeword = (await self._chain.share(tenant, token_ids, policy.size)).codeword
+            assert codeword is not None
+            # The maps, and so their estimates of recall, know nothing of a prompt that no codeword covers.
+            policy = replace(policy, source=PoolSource.PREFILL)
+        if codeword is not None and codeword.is_covered:
+            # Fixed: a worker that knows the pool before the prefill leases only what is missing.
+            fixed = PoolPolicy(source=PoolSource.FIXED, fixed=codeword.pool, drift=policy.drift)
+            prediction = Prediction(codeword.pool, CODEBOOK, fixed)
+        else:
+            prediction = await self._predict(tenant, token_ids, policy)
+        return replace(prediction, codeword=codeword, took_s=time.perf_counter() - started)
 
     async def _predict(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Prediction:
         # A pool that *is* the prediction depends on the prompt alone, never on what happens to be remembered; and so
@@ -353,9 +409,7 @@ class Predictor:
             return Prediction(observed, "hint", policy)
         if self._chain.is_empty:
             return Prediction(None, PREFILL, policy)
-        # What the prefill will choose is told from the prompt; what a whole document will want is another question.
-        ahead = policy.source is PoolSource.PREDICTION
-        scored = await self._chain.score(tenant, token_ids, policy.size, ahead=ahead)
+        scored = await self._chain.score(tenant, token_ids, policy)
         resolved = replace(policy, size=resolve_size(policy.size, scored.scores, self._facts))
         if observed is not None:
             return Prediction(observed, "hint", resolved)
@@ -436,7 +490,8 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
         chain = ("lexical",)  # nothing is ever too little, so the trunk is never wanted
     else:
         available |= {"trunk": trunk, "fitted": cache(lambda: FittedPredictor(file, trunk()))}
-    return Passes(available, chain, file.expected_recall, min_recall)
+    codebook = None if name == "trunk" else Codebook.of(file, opened.facts)
+    return Passes(available, chain, file.expected_recall, min_recall, codebook)
 
 
 def load_first(passes: Passes) -> None:

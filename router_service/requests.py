@@ -66,9 +66,15 @@ def pool_policy(ask: PoolAsk, model: ModelInfo, default: PoolPolicy) -> PoolPoli
             "a FIXED pool is given in `experts`, `digest` or `name`, and none is set", field="pool.fixed"
         )
     drift = None if ask.drift is None else check_drift(ask.drift)
-    if ask.size is not None:
-        return chosen_pool(check_pool_size(ask.size), ask.source or PoolSource.PREFILL, drift, model)
-    return chosen_pool(default.size, ask.source or default.source, drift or default.drift, model)
+    size = default.size if ask.size is None else check_pool_size(ask.size)
+    if isinstance(size, Full) and ask.source is PoolSource.CODEBOOK:
+        raise InvalidRequest(
+            "a request for all experts needs no pool that others share; give a size, or leave the source out",
+            field="pool.source",
+        )
+    inherited = default.drift if ask.size is None else None
+    source = ask.source or (PoolSource.PREFILL if isinstance(size, Full) else default.source)
+    return chosen_pool(size, source, drift or inherited, model)
 
 
 def _fixed(ask: PoolAsk, model: ModelInfo) -> PoolPolicy | PoolByDigest | PoolByName:

@@ -89,8 +89,10 @@ class StreamMeter:
     A context manager around the answer, so that the pace of its tokens is recorded however it ends.
     """
 
-    def __init__(self, metrics: RouterMetrics, call: Call) -> None:
+    def __init__(self, metrics: RouterMetrics, call: Call, codeword: str = "") -> None:
+        """`codeword`: whose pool the answer has; the worker knows that pool as a fixed one."""
         self._metrics = metrics
+        self._codeword = codeword
         self._tenant = call.tenant
         self._arrived_s = call.arrived_s
         self._first_s = self._last_s = 0.0
@@ -116,7 +118,7 @@ class StreamMeter:
             self._metrics.predicted(predicted, usage.pool)
             if usage.predicted_recall is None:
                 usage = replace(usage, predicted_recall=predicted.recall_of(usage.pool))
-        return replace(chunk, usage=usage)
+        return replace(chunk, usage=replace(usage, codeword=self._codeword))
 
     def sent(self) -> None:
         self._metrics.sent.inc()
@@ -182,9 +184,10 @@ class Pipeline:
                 if prediction.policy.source is not PoolSource.FIXED:
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""
-                meter = StreamMeter(self.metrics, call)
+                meter = StreamMeter(self.metrics, call, prediction.covering)
+                shown = (call.tenant, name, sent.pool, prediction.pool, prediction.covering)
                 try:
-                    with self._live_pools.following(call.tenant, name, sent.pool, prediction.pool) as live, meter:
+                    with self._live_pools.following(*shown) as live, meter:
                         usage = await self._stream(sent, prediction, send, meter)
                         live.answered(usage)
                 finally:
@@ -213,6 +216,9 @@ class Pipeline:
             self.metrics.route_seconds.labels(prediction.source).observe(prediction.took_s)
             if request.pool.source is PoolSource.PREFILL:
                 self.metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
+        if prediction.codeword is not None:
+            self.metrics.shared(prediction.codeword)
+            tell(codeword=prediction.covering or "none", coverage=round(prediction.codeword.coverage, 3))
         return prediction
 
     async def _stream(self, request: GenerateRequest, prediction: Prediction, send: Send, meter: StreamMeter) -> Usage:
@@ -308,6 +314,9 @@ class Pipeline:
                 scores=tuple(mean_R.tolist() for mean_R in scored.scores.mean_LR),
                 expected_recall=scored.expected_recall,
             )
+            if scored.codeword is not None:
+                name = scored.codeword.name if scored.codeword.is_covered else ""
+                answer = replace(answer, codeword=name, coverage=scored.codeword.coverage)
         if placement is None:
             return answer
         return replace(answer, worker=placement.worker_id, missing_bytes=placement.missing_bytes)

@@ -40,7 +40,7 @@ class PoolLabel:
 
     tenant: str
     name: str
-    size: str  # "count:8" and the like; "named" for a named one
+    size: str  # "count:8" and the like; "named" for a named one, the codeword's name for a codeword's
     pool: ExpertPool | None
     is_expected: bool  # predicted; the prefill has not chosen yet
 
@@ -73,12 +73,13 @@ class PoolLog:
     rows: dict[PoolLabel, PoolUse] = field(default_factory=dict)
 
     @contextmanager
-    def following(self, tenant: str, name: str, policy: PoolPolicy, pool: ExpertPool | None) -> Iterator[LivePool]:
-        """Counts a live request for as long as the block lasts. `pool` is fixed or predicted."""
+    def following(
+        self, tenant: str, name: str, policy: PoolPolicy, pool: ExpertPool | None, codeword: str = ""
+    ) -> Iterator[LivePool]:
+        """Counts a live request for as long as the block lasts. `pool` is fixed, predicted or that of `codeword`."""
         is_expected = policy.fixed is None and pool is not None and not isinstance(policy.size, Full)
-        live = LivePool(
-            self, PoolLabel(tenant, name, "named" if name else size_label(policy), policy.fixed or pool, is_expected)
-        )
+        size = codeword or ("named" if name else size_label(policy))
+        live = LivePool(self, PoolLabel(tenant, name, size, policy.fixed or pool, is_expected))
         self._use(live.label).live += 1
         try:
             yield live

@@ -76,6 +76,8 @@ def _routed_by_server(place: Place, prompt: Prompt, ask: PoolAsk) -> dict[str, A
     result = _result(answer.source, answer.num_tokens, scores, answer.pool, answer.expected_recall)
     if answer.worker is not None:
         result["placement"] = {"worker": answer.worker, "missing_bytes": answer.missing_bytes}
+    if answer.coverage is not None:
+        result |= {"codeword": answer.codeword or None, "coverage": answer.coverage}
     return result
 
 
@@ -97,6 +99,9 @@ def _print(result: dict[str, Any]) -> None:
         )
     if result["expected_recall"] is not None:
         out.print(f"expected to name {result['expected_recall']:.0%} of the prefill's own pool", markup=False)
+    if "coverage" in result:
+        found = f"the pool of codeword {result['codeword']}" if result["codeword"] else "no codeword's pool"
+        out.print(f"{found}; the best codeword covers {result['coverage']:.1%} of what its own would", markup=False)
     if "placement" in result:
         missing = format_bytes(result["placement"]["missing_bytes"])
         out.print(f"would go to worker {result['placement']['worker']}, which lacks {missing} of it", markup=False)

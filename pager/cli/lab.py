@@ -217,22 +217,31 @@ def fit_router(
     ] = None,
     max_documents: Annotated[int, typer.Option(help="Documents to read at most, all files together.", min=8)] = 2560,
     max_tokens: Annotated[int, typer.Option(help="A document's tokens that are read at most.", min=32)] = 512,
+    codewords: Annotated[
+        int | None,
+        typer.Option(
+            help="Pools that requests share. Default: as many as documents that were held out ask for.", min=1
+        ),
+    ] = None,
+    codebook_only: Annotated[
+        bool, typer.Option("--codebook-only", help="Keep the passes of the model's file, and fit the codebook alone.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Which documents are taken, and pool sizes drawn.")] = 0,
     expert_memory: ExpertMemory = None,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the routing-only passes `lexical` and `fitted` to documents of the kinds that will be asked for.
+    """Fit the passes `lexical` and `fitted`, and a codebook, to documents of the kinds that will be asked for.
 
     A few hundred to a few thousand documents, minutes; no gradients. Writes a small file beside the checkpoint, which
-    `--predictor lexical` and `--predictor fitted` use.
+    `--predictor lexical` and `--predictor fitted` use. A codebook has the pools that alike requests share.
 
     Example: `expert-pager fit-router ./model --documents 'corpus/*.train.jsonl.gz'`
     """
     from pager.engine.paged_model import load_paged_model
     from pager.lab.corpus import sample_texts, tokenizer_of
-    from pager.lab.fit import fit_checkpoint
+    from pager.lab.fit import add_codebook, fit_checkpoint
     from pager.predict.fitted import PREDICTOR_NAME
     from pager.tokenizing import encode
 
@@ -244,29 +253,34 @@ def fit_router(
         )
     try:
         token_ids = [encode(tokenizer, text, add_special_tokens=False).ids[:max_tokens] for text in texts]
-        fitted = fit_checkpoint(model, paged, token_ids, seed, steps_progress)
+        if codebook_only:
+            file, codebook = add_codebook(model, paged, token_ids, seed, steps_progress, codewords)
+        else:
+            fitted = fit_checkpoint(model, paged, token_ids, seed, steps_progress, codewords)
+            file, codebook = fitted.file, fitted.codebook
     finally:
         paged.close()
     path = output or model / PREDICTOR_NAME
-    nbytes = fitted.file.save(path)
-    _report_fit(fitted, path, nbytes, as_json)
-
-
-def _report_fit(fitted: Fit, path: Path, nbytes: int, as_json: bool) -> None:
-    num_documents = int(fitted.file.facts["documents"])
+    nbytes = file.save(path)
+    found: dict[str, object] = {"path": str(path), "bytes": nbytes, "documents": int(file.facts["codebook_documents"])}
+    found |= {"codewords": codebook.num_codewords, "mass_lost_to_sharing": codebook.lost_mass}
+    if not codebook_only:
+        found |= {"unseen_recall": fitted.recall, "recall_error": fitted.recall_error, "unseen_mass": fitted.mass}
     if as_json:
-        print_json(
-            {
-                "path": str(path),
-                "bytes": nbytes,
-                "documents": num_documents,
-                "unseen_recall": fitted.recall,
-                "recall_error": fitted.recall_error,
-                "unseen_mass": fitted.mass,
-            }
-        )
+        print_json(found)
         return
-    out.print(f"fitted to {num_documents} documents: {path} ({format_bytes(nbytes)})", markup=False)
+    out.print(f"fitted to {found['documents']} documents: {path} ({format_bytes(nbytes)})", markup=False)
+    lost = codebook.lost_mass[codebook.num_codewords]
+    out.print(
+        f"codebook of {codebook.num_codewords} codewords; sharing an eighth of the experts costs unseen documents "
+        f"{lost:.3f} of their gate mass",
+        markup=False,
+    )
+    if not codebook_only:
+        _report_passes(fitted)
+
+
+def _report_passes(fitted: Fit) -> None:
     out.print("on documents that the maps had not seen:")
     for source, recall in fitted.recall.items():
         out.print(

@@ -158,12 +158,27 @@ class Local:
                 fixed = pool_for(named, opened.checkpoint.fingerprint, opened.facts)
             return PoolPolicy(source=PoolSource.FIXED, fixed=fixed, drift=ask.drift)
         policy = check_can_drift(PoolPolicy(ask.size or Full(), ask.source or PoolSource.PREFILL, drift=ask.drift))
+        if policy.source is PoolSource.CODEBOOK and not isinstance(policy.size, Full):
+            return self._shared(ids, policy)
         if policy.source is PoolSource.PREDICTION:
             return replace(policy, fixed=self.route(ids, ask).pool)
         if isinstance(policy.size, Bytes):
             with self._open() as opened:
                 return replace(policy, size=resolve_size(policy.size, self.route(ids, ask).scores, opened.facts))
         return policy
+
+    def _shared(self, ids: tuple[int, ...], policy: PoolPolicy) -> PoolPolicy:
+        """The pool of the codeword that covers the prompt, else the prefill's own. Raises InvalidRequest."""
+        with self._open() as opened:
+            passes = build_passes(opened, RouterConfig(device=self.device))
+            passes.check(policy)
+            assert passes.codebook is not None
+            scores, trunk = (passes.available[name]().scores(ids) for name in ("lexical", "trunk"))
+            codeword = passes.codebook.assign(scores, policy.size, trunk)
+            if codeword.is_covered:
+                return PoolPolicy(source=PoolSource.FIXED, fixed=codeword.pool, drift=policy.drift)
+            size = resolve_size(policy.size, scores, opened.facts)
+            return replace(policy, size=size, source=PoolSource.PREFILL)
 
     @contextmanager
     def _open(self) -> Iterator[OpenModel]:

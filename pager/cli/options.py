@@ -138,7 +138,11 @@ class AnswerPoolOptions(PoolOptions):
 
     pool_source: Annotated[
         PoolSource | None,
-        typer.Option(help="prefill: the worker's prefill chooses the pool; prediction: the routing-only pass does."),
+        typer.Option(
+            help="codebook: the pool of the codeword that covers the prompt, else its own; prefill: the worker's "
+            "prefill chooses the pool; prediction: the routing-only pass does. Default: the service's; prefill in this "
+            "process."
+        ),
     ] = None
     pool_digest: Annotated[
         str | None, typer.Option(help="Use a pool this tenant was given before (with --server).", metavar="HEX")

@@ -147,6 +147,7 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
         "cached_prompt_tokens": usage.cached_prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "pool": pool_dict(usage.pool),
+        "codeword": usage.codeword or None,
         "bytes_from_disk": usage.bytes_from_disk,
         "bytes_from_host": usage.bytes_from_host,
         "experts_hit": usage.experts_hit,
@@ -166,7 +167,7 @@ def usage_lines(usage: Usage, elapsed_s: float) -> list[str]:
     hits = f"{usage.experts_hit / lookups:.1%} of {lookups} expert look-ups" if lookups else "no expert look-ups"
     paged = f"{format_bytes(usage.bytes_from_disk)} from disk, {format_bytes(usage.bytes_from_host)} from host memory"
     return [
-        f"{usage.mode}: {pool_text(usage.pool)}",
+        f"{usage.mode}: {pool_text(usage.pool)}{f', codeword {usage.codeword}' if usage.codeword else ''}",
         *([drift_text(usage.drift)] if usage.drift else []),
         f"hit {hits}; paged {paged}; stalled {usage.stall_s * 1000:.0f} ms",
         f"{usage.prompt_tokens} + {usage.completion_tokens} tokens ({usage.finish_reason}) in {elapsed_s:.2f} s, "

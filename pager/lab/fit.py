@@ -19,8 +19,20 @@ from torch import Tensor
 
 from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
+from pager.lab.codebook import CodebookFit, CodebookFitter
+from pager.lab.forwards import Forwards, experts_in_bulk
 from pager.lab.recording import Ids, mean_probabilities, recording, run_document
-from pager.predict.fitted import PENALTIES, STAND_IN, PredictorFile, Stage, fit_recall, pool_like, recall_features
+from pager.predict.fitted import (
+    FLOOR,
+    PENALTIES,
+    STAND_IN,
+    LexicalPredictor,
+    PredictorFile,
+    Stage,
+    fit_recall,
+    pool_like,
+    recall_features,
+)
 from pager.predict.trunk import TrunkPredictor
 from pager.types import ExpertPool, PoolPolicy, PoolSize, RoutingFacts, RoutingScores, Share
 
@@ -28,6 +40,7 @@ PENALTY = 1.0
 PROMPT_LENGTHS = (16, 32, 64, 128, 256)
 POOL_SIZES = (Share(0.125), Share(0.25), Share(0.5))
 MIN_TOKENS = 32
+READ_TOGETHER = 64  # documents
 STAND_IN_DOCUMENTS = 320  # of those to be read: some 100,000 tokens for a vector an expert
 
 StandIns = dict[int, np.ndarray]  # [R, D] float32 by sparse layer
@@ -35,8 +48,10 @@ Steps = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """Shows progress: called with a name and a number of steps, it gives a context whose value is called after each."""
 
 
-def fit_checkpoint(model: Path, paged: PagedModel, documents: Sequence[Ids], seed: int, steps: Steps) -> Fit:
-    """Fits the routing-only passes of `paged`, which was loaded from `model`.
+def fit_checkpoint(
+    model: Path, paged: PagedModel, documents: Sequence[Ids], seed: int, steps: Steps, num_codewords: int | None = None
+) -> Fit:
+    """Fits the routing-only passes and the codebook of `paged`, which was loaded from `model`.
 
     The documents should be in random order. Raises InvalidRequest for too few.
     """
@@ -51,7 +66,42 @@ def fit_checkpoint(model: Path, paged: PagedModel, documents: Sequence[Ids], see
                 readings.append(reading)
             advance()
     vocabulary, routed = int(paged.config.vocab_size), paged.facts.routed_per_layer
-    return fit_router(readings, vocabulary, routed, paged.fingerprint, stand_ins=stand_ins)
+    options = FitOptions(codewords=num_codewords, seed=seed)
+    return fit_router(readings, vocabulary, routed, paged.fingerprint, stand_ins=stand_ins, options=options)
+
+
+def add_codebook(
+    model: Path, paged: PagedModel, documents: Sequence[Ids], seed: int, steps: Steps, num_codewords: int | None = None
+) -> tuple[PredictorFile, CodebookFit]:
+    """Fits a codebook alone: the model's file with it, all else as it was.
+
+    Raises InvalidRequest for too few documents, CheckpointError where there is no file.
+    """
+    file = PredictorFile.load(model, paged.fingerprint)
+    trunk = TrunkPredictor.load(model, device=str(paged.device), dtype=paged.dtype, stand_ins=file.stand_ins)
+    kept = [tuple(ids) for ids in documents if len(ids) >= MIN_TOKENS]
+    _check_documents(len(kept))
+    readings = []
+    forwards = Forwards(paged, MIN_TOKENS)
+    with steps("reading documents", len(kept)) as advance, experts_in_bulk(paged):
+        for start in range(0, len(kept), READ_TOGETHER):
+            together = kept[start : start + READ_TOGETHER]
+            for ids, means in zip(together, forwards.means(together), strict=True):
+                lengths = prompt_lengths(len(ids))
+                prompts = trunk.prefix_scores(ids[: lengths[-1]], lengths)
+                readings.append(DocumentReading(ids, np.concatenate(means.whole_LR), prompts, ()))
+                advance()
+    return with_codebook(file, readings, int(paged.config.vocab_size), FitOptions(codewords=num_codewords, seed=seed))
+
+
+def with_codebook(
+    file: PredictorFile, readings: Sequence[DocumentReading], vocabulary: int, options: FitOptions
+) -> tuple[PredictorFile, CodebookFit]:
+    """Fits a codebook to readings: the file with it, all else as it was."""
+    fitter = _Fitter(readings, vocabulary, options)
+    fit = fitter.codebook(file.routed_per_layer, fitter.lexical().unseen_NO)
+    facts = dict(file.facts) | {"codebook_documents": str(len(readings)), "codewords": str(fit.num_codewords)}
+    return PredictorFile(file.fingerprint, file.routed_per_layer, dict(file.weights) | fit.weights, facts), fit
 
 
 def _fit_stand_ins(paged: PagedModel, documents: Sequence[Ids], seed: int, steps: Steps) -> StandIns:
@@ -142,7 +192,7 @@ class DocumentReader:
         ids = tuple(token_ids)
         if len(ids) < MIN_TOKENS:
             return None
-        lengths = [length for length in PROMPT_LENGTHS if 2 * length <= len(ids)]
+        lengths = prompt_lengths(len(ids))
         trunk = self._trunk.prefix_scores(ids[: lengths[-1]], lengths)
         prompts = [int(self._random.integers(len(lengths))) for _ in self._sizes]
         pools = [self._prefill_pool(ids[: lengths[n]], size) for n, size in zip(prompts, self._sizes, strict=True)]
@@ -154,6 +204,11 @@ class DocumentReader:
         pool = run_document(self._paged, ids, PoolPolicy(size=size)).pool
         assert pool is not None
         return pool
+
+
+def prompt_lengths(num_tokens: int) -> list[int]:
+    """The lengths of the beginnings of a document that are read as prompts."""
+    return [length for length in PROMPT_LENGTHS if 2 * length <= num_tokens]
 
 
 def sizes_of_pools(facts: RoutingFacts) -> list[Share]:
@@ -244,7 +299,10 @@ FOLDS = 3
 
 @dataclass(frozen=True, slots=True)
 class FitOptions:
-    """The numbers of features and typical points; ridge penalties in units of the inputs' mean squared norm."""
+    """The numbers of features and typical points; ridge penalties in units of the inputs' mean squared norm.
+
+    `codewords` None: as many as held-out documents ask for.
+    """
 
     lexical_features: int = 48
     lexical_points: int = 128
@@ -252,6 +310,7 @@ class FitOptions:
     fitted_points: int = 256
     lexical_penalty: float = 5.0
     penalty: float = 1.0
+    codewords: int | None = None
     seed: int = 0
 
 
@@ -267,6 +326,7 @@ class Fit:
     recall: dict[str, float]
     recall_error: dict[str, float]
     mass: dict[str, float]
+    codebook: CodebookFit
 
 
 def fit_router(
@@ -282,15 +342,29 @@ def fit_router(
 
     `stand_ins` are those of the trunk that made the readings; the file takes them along.
     """
-    if len(readings) < MIN_DOCUMENTS:
-        raise InvalidRequest(f"a router is fitted to at least {MIN_DOCUMENTS} documents; {len(readings)} were given")
+    _check_documents(len(readings))
     return _Fitter(readings, vocabulary, options or FitOptions()).fit(routed_per_layer, fingerprint, stand_ins or {})
+
+
+def _check_documents(num_documents: int) -> None:
+    if num_documents < MIN_DOCUMENTS:
+        raise InvalidRequest(f"a router is fitted to at least {MIN_DOCUMENTS} documents; {num_documents} were given")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lexical:
+    """The lexical pass: its tensors, the prompts' features, and outputs of Stages that had not seen the document."""
+
+    weights: dict[str, np.ndarray]
+    features_NZ: np.ndarray
+    unseen_NO: np.ndarray
 
 
 class _Fitter:
     def __init__(self, readings: Sequence[DocumentReading], vocabulary: int, options: FitOptions) -> None:
         prompts = [(number, reading, trunk) for number, reading in enumerate(readings) for trunk in reading.trunk]
         self._options = options
+        self._readings = readings
         self._vocabulary = vocabulary
         self._num_documents = len(readings)
         self._trunk = [trunk for _, _, trunk in prompts]
@@ -303,15 +377,43 @@ class _Fitter:
         self._fold_N = np.array([number % FOLDS for number, _, _ in prompts])
         self._wanted_NO = np.stack([reading.wanted_O for _, reading, _ in prompts]).astype(np.float32)
         self._mean_O = self._wanted_NO.mean(0)
+        self._document_N = np.array([number for number, _, _ in prompts])
+        self._wanted_DO = np.stack([reading.wanted_O for reading in readings])
 
-    def fit(self, routed_per_layer: tuple[int, ...], fingerprint: str, stand_ins: Mapping[int, np.ndarray]) -> Fit:
+    def lexical(self) -> _Lexical:
+        """Fits the pass over token counts."""
         options = self._options
         columns_C, idf_C = common_tokens(self._tokens, self._vocabulary)
         counts_NC = sublinear_counts(self._tokens, columns_C, self._vocabulary) * idf_C
-        down_CZ, lexical_NZ = self._features(counts_NC, options.lexical_features, options.lexical_penalty)
+        down_CZ, features_NZ = self._features(counts_NC, options.lexical_features, options.lexical_penalty)
         tokens_VZ = np.zeros((self._vocabulary, down_CZ.shape[1]), np.float32)
         tokens_VZ[columns_C] = idf_C[:, None] * down_CZ
-        lexical, unseen_lexical_NO = self._stage(lexical_NZ, options.lexical_points)
+        stage, unseen_NO = self._stage(features_NZ, options.lexical_points)
+        return _Lexical({"lexical.tokens": tokens_VZ} | _tensors("lexical", stage), features_NZ, unseen_NO)
+
+    def codebook(self, routed_per_layer: tuple[int, ...], scored_NO: np.ndarray) -> CodebookFit:
+        """Fits the codebook for prompts that are scored so."""
+        options = self._options
+        scored_NO = np.maximum(scored_NO, FLOOR)
+        trunk_NO = np.stack([np.concatenate(trunk.mean_LR) for trunk in self._trunk])
+        length_N = np.array([len(ids) for ids in self._tokens])
+        prompts = (scored_NO, trunk_NO, self._document_N, length_N)
+        fitter = CodebookFitter(self._wanted_DO, *prompts, routed_per_layer, self._scores_after, options.seed)
+        return fitter.fit(options.codewords)
+
+    def _scores_after(self, of_D: np.ndarray) -> np.ndarray:
+        """The prompts' scores by a lexical pass that was fitted to some of the documents alone: [N, O]."""
+        fitter = _Fitter([self._readings[number] for number in of_D], self._vocabulary, self._options)
+        file = PredictorFile("", (), fitter.lexical().weights, {})
+        predictor, stage = LexicalPredictor(file), file.stage("lexical")
+        return np.asarray(
+            np.maximum(stage.outputs(np.stack([predictor.features(ids.tolist()) for ids in self._tokens])), FLOOR)
+        )
+
+    def fit(self, routed_per_layer: tuple[int, ...], fingerprint: str, stand_ins: Mapping[int, np.ndarray]) -> Fit:
+        options = self._options
+        lexical = self.lexical()
+        lexical_NZ = lexical.features_NZ
 
         trunk_NO = np.stack([np.concatenate(trunk.mean_LR) for trunk in self._trunk]).astype(np.float32)
         trunk_mean_O = trunk_NO.mean(0)
@@ -322,15 +424,15 @@ class _Fitter:
         down_IZ[: lexical_NZ.shape[1]] *= balance
         fitted, unseen_fitted_NO = self._stage(fitted_NZ, options.fitted_points)
 
-        weights = {"lexical.tokens": tokens_VZ, "fitted.trunk_mean": trunk_mean_O, "fitted.down": down_IZ}
-        for name, stage in (("lexical", lexical), ("fitted", fitted)):
-            parts = {"keys": stage.keys, "offsets": stage.offsets, "head": stage.head, "mean": stage.mean}
-            weights |= {f"{name}.{part}": weight for part, weight in parts.items()}
+        codebook = self.codebook(routed_per_layer, lexical.unseen_NO)
+        weights = lexical.weights | {"fitted.trunk_mean": trunk_mean_O, "fitted.down": down_IZ}
+        weights |= _tensors("fitted", fitted) | codebook.weights
         weights |= {f"{STAND_IN}{layer}": vectors_RD for layer, vectors_RD in stand_ins.items()}
         facts = {"documents": str(self._num_documents), "prompts": str(len(self._trunk))}
         facts |= {name: str(value) for name, value in asdict(options).items()}
+        facts |= {"codebook_documents": facts["documents"], "codewords": str(codebook.num_codewords)}
         file = PredictorFile(fingerprint, routed_per_layer, weights, facts)
-        return self._judge(file, {"lexical": unseen_lexical_NO, "fitted": unseen_fitted_NO})
+        return self._judge(file, {"lexical": lexical.unseen_NO, "fitted": unseen_fitted_NO}, codebook)
 
     def _features(self, inputs_NI: np.ndarray, count: int, penalty: float) -> tuple[np.ndarray, np.ndarray]:
         """What ridge regression keeps of the inputs, each prompt's as if unseen: `(down [I, Z], features [N, Z])`."""
@@ -373,7 +475,7 @@ class _Fitter:
         """The prompts of other documents, for each fold."""
         return [self._fold_N != fold for fold in range(FOLDS)]
 
-    def _judge(self, file: PredictorFile, unseen: dict[str, np.ndarray]) -> Fit:
+    def _judge(self, file: PredictorFile, unseen: dict[str, np.ndarray], codebook: CodebookFit) -> Fit:
         """Fits the estimates of recall, and measures the passes."""
         predictions: dict[str, list[RoutingScores]] = {"trunk": self._trunk}
         for source, outputs_NO in unseen.items():
@@ -388,7 +490,7 @@ class _Fitter:
             estimates[f"recall.{source}"], recall[source], error[source] = self._estimate(scores_N)
             mass[source] = self._mass(file, scores_N)
         made = PredictorFile(file.fingerprint, file.routed_per_layer, dict(file.weights) | estimates, file.facts)
-        return Fit(made, recall, error, mass)
+        return Fit(made, recall, error, mass, codebook)
 
     def _estimate(self, scores_N: Sequence[RoutingScores]) -> tuple[np.ndarray, float, float]:
         """Fits an estimate: `(weights [F], mean recall, mean absolute error)`, the error of folds that take turns."""
@@ -419,3 +521,7 @@ class _Fitter:
                     found = wanted_R[np.argsort(-mean_R)[:count]].sum()
                     shares.append(found / np.sort(wanted_R)[-count:].sum())
         return float(np.mean(shares)) if shares else 1.0
+
+
+def _tensors(name: str, stage: Stage) -> dict[str, np.ndarray]:
+    return {f"{name}.{part}": getattr(stage, part) for part in ("keys", "offsets", "head", "mean")}

@@ -94,6 +94,7 @@ FLOOR = 1e-6  # of a probability: every expert keeps a place in the order
 PASSES = ("lexical", "fitted")
 STAND_IN = "stand_in."
 RECALL = "recall."
+MEANS, LENGTHS, THRESHOLDS = "codebook.means", "codebook.lengths", "codebook.thresholds"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +127,8 @@ class PredictorFile:
 
     `routed_per_layer` says how O is cut into layers. `weights` are the tensors by name, in float32: `lexical.tokens`
     [V, Z]; `fitted.trunk_mean` [O] and `fitted.down` [Z + O, Z']; the Stage of either pass; `recall.SOURCE` of every
-    source whose recall can be estimated; `stand_in.LAYER` [R, D], what the trunk has in place of a layer's experts.
+    source whose recall can be estimated; `stand_in.LAYER` [R, D], what the trunk has in place of a layer's experts;
+    `codebook.means` [C, O], `codebook.lengths` [P] and `codebook.thresholds` [2, P] where there is a codebook.
     """
 
     fingerprint: str
@@ -274,6 +276,10 @@ def _checked(weights: Mapping[str, np.ndarray], routed_per_layer: Sequence[int])
         sparse = [layer for layer, routed in enumerate(routed_per_layer) if routed]
         hidden = weights[f"{STAND_IN}{sparse[0]}"].shape[1]
         shapes |= {f"{STAND_IN}{layer}": (routed_per_layer[layer], hidden) for layer in sparse}
+    if MEANS in weights:
+        shapes[MEANS] = (max(1, len(weights[MEANS])), num_outputs)
+        shapes[LENGTHS] = (max(1, len(weights[LENGTHS])),)
+        shapes[THRESHOLDS] = (2, *shapes[LENGTHS])
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise ValueError(f"{name} is {weights[name].shape}, not {shape}")

@@ -294,6 +294,8 @@ def serving(folder: Path, *arguments: object, **env: str) -> Iterator[Service]:
     folder.mkdir(parents=True, exist_ok=True)
     ports = ("--port", 0, "--http-port", 0, "--metrics-port", 0, "--file-sd", folder / "targets.json", "--json")
     namespace = env.setdefault("EXPERT_PAGER_CLUSTER_NAMESPACE", f"e2e-{os.getpid()}-{folder.name}")
+    # Most tests compare with a pool that the prompt chooses; the shipped model has a codebook, which is the default.
+    env.setdefault("EXPERT_PAGER_POOLS_DEFAULT_SOURCE", "prefill")
     started_s, busy_before_s = time.monotonic(), busy_s()
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(

@@ -231,7 +231,7 @@ def test_options_bound_the_file(seen: list[DocumentReading], tmp_path: Path) -> 
         VOCABULARY,
         ROUTED,
         "a model",
-        options=FitOptions(lexical_features=2, lexical_points=2, fitted_features=2, fitted_points=2),
+        options=FitOptions(lexical_features=2, lexical_points=2, fitted_features=2, fitted_points=2, codewords=2),
     )
     assert low.file.weights["lexical.tokens"].shape == (VOCABULARY, 2)
     assert low.file.save(tmp_path / "router.safetensors") < 8_000

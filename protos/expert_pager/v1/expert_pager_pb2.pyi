@@ -19,6 +19,7 @@ class PoolSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POOL_SOURCE_PREFILL: _ClassVar[PoolSource]
     POOL_SOURCE_PREDICTION: _ClassVar[PoolSource]
     POOL_SOURCE_FIXED: _ClassVar[PoolSource]
+    POOL_SOURCE_CODEBOOK: _ClassVar[PoolSource]
 
 class AnswerMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -41,6 +42,7 @@ POOL_SOURCE_UNSPECIFIED: PoolSource
 POOL_SOURCE_PREFILL: PoolSource
 POOL_SOURCE_PREDICTION: PoolSource
 POOL_SOURCE_FIXED: PoolSource
+POOL_SOURCE_CODEBOOK: PoolSource
 ANSWER_MODE_UNSPECIFIED: AnswerMode
 ANSWER_MODE_EXACT: AnswerMode
 ANSWER_MODE_POOL: AnswerMode
@@ -233,7 +235,7 @@ class Pool(_message.Message):
     def __init__(self, digest: _Optional[str] = ..., num_experts: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., covered_mass: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("mode", "finish_reason", "prompt_tokens", "completion_tokens", "pool", "bytes_from_disk", "bytes_from_host", "experts_hit", "experts_missed", "stall_seconds", "out_of_pool_mass", "predicted_recall", "queue_seconds", "time_to_first_token_seconds", "model_fingerprint", "drift", "cached_prompt_tokens")
+    __slots__ = ("mode", "finish_reason", "prompt_tokens", "completion_tokens", "pool", "bytes_from_disk", "bytes_from_host", "experts_hit", "experts_missed", "stall_seconds", "out_of_pool_mass", "predicted_recall", "queue_seconds", "time_to_first_token_seconds", "model_fingerprint", "drift", "cached_prompt_tokens", "codeword")
     MODE_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +253,7 @@ class Usage(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CODEWORD_FIELD_NUMBER: _ClassVar[int]
     mode: AnswerMode
     finish_reason: FinishReason
     prompt_tokens: int
@@ -268,7 +271,8 @@ class Usage(_message.Message):
     model_fingerprint: str
     drift: DriftReport
     cached_prompt_tokens: int
-    def __init__(self, mode: _Optional[_Union[AnswerMode, str]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., out_of_pool_mass: _Optional[float] = ..., predicted_recall: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., model_fingerprint: _Optional[str] = ..., drift: _Optional[_Union[DriftReport, _Mapping]] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
+    codeword: str
+    def __init__(self, mode: _Optional[_Union[AnswerMode, str]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., out_of_pool_mass: _Optional[float] = ..., predicted_recall: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., model_fingerprint: _Optional[str] = ..., drift: _Optional[_Union[DriftReport, _Mapping]] = ..., cached_prompt_tokens: _Optional[int] = ..., codeword: _Optional[str] = ...) -> None: ...
 
 class DriftReport(_message.Message):
     __slots__ = ("peak_mass", "widenings", "experts_added", "exact_from", "experts_left_out")
@@ -299,18 +303,22 @@ class RouteRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., text: _Optional[bytes] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., prompt: _Optional[str] = ..., pool: _Optional[_Union[PoolPolicy, _Mapping]] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
-    __slots__ = ("scores", "pool", "observed", "placement", "expected_recall")
+    __slots__ = ("scores", "pool", "observed", "placement", "expected_recall", "codeword", "coverage")
     SCORES_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     OBSERVED_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_RECALL_FIELD_NUMBER: _ClassVar[int]
+    CODEWORD_FIELD_NUMBER: _ClassVar[int]
+    COVERAGE_FIELD_NUMBER: _ClassVar[int]
     scores: Scores
     pool: Pool
     observed: Pool
     placement: Placement
     expected_recall: float
-    def __init__(self, scores: _Optional[_Union[Scores, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., observed: _Optional[_Union[Pool, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., expected_recall: _Optional[float] = ...) -> None: ...
+    codeword: str
+    coverage: float
+    def __init__(self, scores: _Optional[_Union[Scores, _Mapping]] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., observed: _Optional[_Union[Pool, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., expected_recall: _Optional[float] = ..., codeword: _Optional[str] = ..., coverage: _Optional[float] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("source", "num_tokens", "layers")
@@ -427,7 +435,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "fingerprint", "context_length", "kv_token_limit", "vocab_size", "tokenizer", "pool_sizes", "plan")
+    __slots__ = ("name", "fingerprint", "context_length", "kv_token_limit", "vocab_size", "tokenizer", "pool_sizes", "plan", "codewords")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -436,6 +444,7 @@ class GetModelResponse(_message.Message):
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     POOL_SIZES_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    CODEWORDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: str
     context_length: int
@@ -444,7 +453,8 @@ class GetModelResponse(_message.Message):
     tokenizer: Tokenizer
     pool_sizes: PoolSizes
     plan: str
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., context_length: _Optional[int] = ..., kv_token_limit: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer: _Optional[_Union[Tokenizer, _Mapping]] = ..., pool_sizes: _Optional[_Union[PoolSizes, _Mapping]] = ..., plan: _Optional[str] = ...) -> None: ...
+    codewords: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., context_length: _Optional[int] = ..., kv_token_limit: _Optional[int] = ..., vocab_size: _Optional[int] = ..., tokenizer: _Optional[_Union[Tokenizer, _Mapping]] = ..., pool_sizes: _Optional[_Union[PoolSizes, _Mapping]] = ..., plan: _Optional[str] = ..., codewords: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Tokenizer(_message.Message):
     __slots__ = ("class_name", "sha256")

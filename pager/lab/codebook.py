@@ -1,0 +1,219 @@
+"""Fits a codebook: clusters of documents by the gate mass that a cluster's shared pool leaves outside, in numpy alone.
+
+Legend: N prompts, D documents, C codewords, O routed experts of all layers side by side, S shares of the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pager.predict.codebook import COVERAGE_SHARE, inside_share
+from pager.predict.fitted import LENGTHS, MEANS, THRESHOLDS
+
+CHOICES = (8, 16, 32, 64, 96)  # of the number of codewords
+SHARES_S = (1 / 4, 1 / 8, 1 / 16)  # of a layer's experts in the pools by which codewords are judged
+MIN_GAIN = 0.1  # of the mass lost to sharing, for twice as many codewords
+ROUNDS = 20
+MIN_MEMBERS = 4  # documents of a codeword
+MAX_FALLBACK = 0.15  # of prompts like those that were fitted to
+MIN_DOCUMENTS = 8
+FOLDS = 4
+JUDGED_SHARE = 1 / 8
+COARSE = 16  # clusters, of which some are held out to see what unknown documents look like
+
+
+_Judged = tuple[np.ndarray, np.ndarray]
+"""By a pass's scores and by the trunk's: coverage, gain and length of prompts, [3, N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookFit:
+    """The tensors of a codebook, and what held-out documents say of it.
+
+    `lost_mass`: by number of codewords, the gate mass that documents which the clusters had not seen lose to sharing
+    (an eighth of the experts): outside of the codeword's pool, but inside a pool of their own scores.
+    """
+
+    weights: dict[str, np.ndarray]
+    lost_mass: dict[int, float]
+
+    @property
+    def num_codewords(self) -> int:
+        return len(self.weights[MEANS])
+
+
+class CodebookFitter:
+    """Documents by what their gates wanted, [D, O], and prompts of them by what a pass and the trunk score, [N, O]."""
+
+    def __init__(
+        self,
+        wanted_DO: np.ndarray,
+        scored_NO: np.ndarray,
+        trunk_NO: np.ndarray,
+        document_N: np.ndarray,
+        length_N: np.ndarray,
+        routed_per_layer: Sequence[int],
+        scores_after: Callable[[np.ndarray], np.ndarray],
+        seed: int = 0,
+    ) -> None:
+        """The scores should be as good as those of prompts that were not fitted to.
+
+        `scores_after` takes numbers of documents and returns [N, O] scores by a pass fitted to these alone.
+        """
+        self._scores_after = scores_after
+        self._wanted_DO = wanted_DO.astype(np.float32)
+        self._scored_NO, self._trunk_NO = (np.maximum(each, 0).astype(np.float32) for each in (scored_NO, trunk_NO))
+        self._document_N, self._length_N = document_N, length_N
+        self._routed = tuple(routed_per_layer)
+        self._seed = seed
+
+    def fit(self, num_codewords: int | None = None) -> CodebookFit:
+        """Fits the codebook; without a number, with the smallest that a larger one does not clearly improve on."""
+        most = max(1, len(self._wanted_DO) // MIN_MEMBERS)
+        choices = [min(num_codewords, most)] if num_codewords else sorted({min(choice, most) for choice in CHOICES})
+        lost_mass = {choice: self._held_out_loss(choice) for choice in choices}
+        chosen = choices[0]
+        for larger in choices[1:]:
+            if lost_mass[larger] < lost_mass[chosen] * (1 - MIN_GAIN) ** np.log2(larger / chosen):
+                chosen = larger
+        means_CO = self.clusters(np.arange(len(self._wanted_DO)), chosen)
+        lengths_P, thresholds_2P = self._thresholds(chosen)
+        return CodebookFit({MEANS: means_CO, LENGTHS: lengths_P, THRESHOLDS: thresholds_2P}, lost_mass)
+
+    def clusters(self, of_D: np.ndarray, count: int) -> np.ndarray:
+        """The means [C, O] of clusters of the documents `of_D`, each in the one whose pools hold most of its mass."""
+        wanted_DO = self._wanted_DO[of_D]
+        random = np.random.default_rng(self._seed)
+        means_CO = wanted_DO[random.permutation(len(wanted_DO))[:count]].copy()
+        nearest_D = _nearest_root(wanted_DO, means_CO)
+        for _ in range(ROUNDS):
+            means_CO = self._means(wanted_DO, nearest_D, means_CO)
+            mass_DC = sum(wanted_DO @ self.inside(means_CO, share).T for share in SHARES_S)
+            before_D, nearest_D = nearest_D, mass_DC.argmax(1)
+            nearest_D = _refilled(nearest_D, mass_DC.max(1), len(means_CO))
+            if (before_D == nearest_D).all():
+                break
+        return self._means(wanted_DO, nearest_D, means_CO)
+
+    def inside(self, rows_XO: np.ndarray, share: float) -> np.ndarray:
+        """1 where the pool of that share, picked from each row, has an expert: [X, O]."""
+        return inside_share(rows_XO, share, self._routed)
+
+    def shared(self, means_CO: np.ndarray, scored_NO: np.ndarray, share: float) -> np.ndarray:
+        """Each prompt's shared pool, as a service finds it: [N, O]."""
+        inside_CO = self.inside(means_CO, share)
+        return np.asarray(inside_CO[(scored_NO @ inside_CO.T).argmax(1)])
+
+    def coverage(self, means_CO: np.ndarray, scored_NO: np.ndarray, seen_NO: np.ndarray) -> np.ndarray:
+        """Each prompt's coverage by what was seen of it, as a service finds it: [N]."""
+        best_N = (scored_NO @ self.inside(means_CO, JUDGED_SHARE).T).argmax(1)
+        own_N = (seen_NO * self.inside(seen_NO, COVERAGE_SHARE)).sum(1)
+        held_N = (seen_NO * self.inside(means_CO, COVERAGE_SHARE)[best_N]).sum(1)
+        return np.asarray(held_N / np.maximum(own_N, 1e-9))
+
+    def _held_out_loss(self, count: int) -> float:
+        lost = []
+        fold_D = np.arange(len(self._wanted_DO)) % FOLDS
+        for fold in range(FOLDS):
+            means_CO = self.clusters(np.flatnonzero(fold_D != fold), count)
+            held_N = np.flatnonzero(fold_D[self._document_N] == fold)
+            scored_NO = self._scored_NO[held_N]
+            lost.append(self._gain(self.inside(scored_NO, JUDGED_SHARE), means_CO, scored_NO, held_N))
+        return float(np.concatenate(lost).mean())
+
+    def _thresholds(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The lengths of prompts, [P], and the coverages below which such a prompt gets a pool of its own, [2, P].
+
+        By a pass's scores, and by the trunk's.
+
+        Groups of clusters take turns to be unknown to codebook and pass, beside documents of the other groups that are
+        left out as well. The best cut is the one by which most gate mass is gained, were half of all prompts unknown;
+        but no more than MAX_FALLBACK of the known ones fall below.
+        """
+        num_documents = len(self._wanted_DO)
+        coarse_CO = self.clusters(np.arange(num_documents), min(COARSE, num_documents))
+        coarse_D = (self._wanted_DO @ self.inside(coarse_CO, JUDGED_SHARE).T).argmax(1)
+        random = np.random.default_rng(self._seed)
+        group_D = random.permutation(len(coarse_CO))[coarse_D] % FOLDS
+        is_spare_D = random.random(num_documents) < 1 / FOLDS
+        known: list[_Judged] = []
+        unknown: list[_Judged] = []
+        for fold in range(FOLDS):
+            fitted_to_D = np.flatnonzero((group_D != fold) & ~is_spare_D)
+            if len(fitted_to_D) < MIN_DOCUMENTS:
+                continue
+            means_CO, scored_NO = self.clusters(fitted_to_D, count), self._scores_after(fitted_to_D)
+            for found, of_D in ((known, (group_D != fold) & is_spare_D), (unknown, group_D == fold)):
+                found.append(self._judge(means_CO, scored_NO, np.flatnonzero(of_D[self._document_N])))
+        lengths_P = np.unique(self._length_N)
+        if not known:
+            return lengths_P.astype(np.float32), np.zeros((2, len(lengths_P)), np.float32)
+        thresholds_2P = np.zeros((2, len(lengths_P)), np.float32)
+        for row, (of_known, of_unknown) in enumerate(
+            zip(zip(*known, strict=True), zip(*unknown, strict=True), strict=True)
+        ):
+            known_3N, unknown_3N = np.concatenate(of_known, 1), np.concatenate(of_unknown, 1)
+            for column, length in enumerate(lengths_P):
+                of_length = [each[:2, each[2] == length] for each in (known_3N, unknown_3N)]
+                is_enough = min(each.shape[1] for each in of_length) >= MIN_DOCUMENTS
+                thresholds_2P[row, column] = _cut(*of_length) if is_enough else _cut(known_3N[:2], unknown_3N[:2])
+        return lengths_P.astype(np.float32), thresholds_2P
+
+    def _judge(self, means_CO: np.ndarray, scored_NO: np.ndarray, of_N: np.ndarray) -> _Judged:
+        scored_NO, trunk_NO = scored_NO[of_N], self._trunk_NO[of_N]
+        found = []
+        for seen_NO in (scored_NO, trunk_NO):
+            gain_N = self._gain(self.inside(seen_NO, JUDGED_SHARE), means_CO, scored_NO, of_N)
+            found.append(np.stack([self.coverage(means_CO, scored_NO, seen_NO), gain_N, self._length_N[of_N]]))
+        return found[0], found[1]
+
+    def _gain(self, own_NO: np.ndarray, means_CO: np.ndarray, scored_NO: np.ndarray, of_N: np.ndarray) -> np.ndarray:
+        """The mass of its document, by layer, that each prompt has in its own pool beyond the shared one: [N]."""
+        shared_NO = self.shared(means_CO, scored_NO, JUDGED_SHARE)
+        gain_N = (self._wanted_DO[self._document_N[of_N]] * (own_NO - shared_NO)).sum(1)
+        return np.asarray(gain_N / max(sum(count > 0 for count in self._routed), 1))
+
+    def _means(self, wanted_DO: np.ndarray, nearest_D: np.ndarray, before_CO: np.ndarray) -> np.ndarray:
+        """The mean of each cluster: of all pools of a size, the one picked from it holds most of the members' mass."""
+        counts_C = np.bincount(nearest_D, minlength=len(before_CO))
+        sums_CO = np.zeros_like(before_CO)
+        np.add.at(sums_CO, nearest_D, wanted_DO)
+        return np.asarray(np.where(counts_C[:, None] > 0, sums_CO / np.maximum(counts_C, 1)[:, None], before_CO))
+
+
+def _nearest_root(rows_DO: np.ndarray, points_CO: np.ndarray, rounds: int = 8) -> np.ndarray:
+    """The number of each row's cluster after k-means of the square roots, which weighs rare experts up: [D]."""
+    roots_DO, points_CO = np.sqrt(rows_DO), np.sqrt(points_CO)
+    for _ in range(rounds):
+        nearest_D = ((points_CO**2).sum(1) - 2 * roots_DO @ points_CO.T).argmin(1)
+        counts_C = np.bincount(nearest_D, minlength=len(points_CO))
+        sums_CO = np.zeros_like(points_CO)
+        np.add.at(sums_CO, nearest_D, roots_DO)
+        points_CO = np.where(counts_C[:, None] > 0, sums_CO / np.maximum(counts_C, 1)[:, None], points_CO)
+    return np.asarray(nearest_D)
+
+
+def _refilled(nearest_D: np.ndarray, mass_D: np.ndarray, count: int) -> np.ndarray:
+    """Gives each cluster without members the document that its own cluster suits worst."""
+    nearest_D = nearest_D.copy()
+    worst_D = iter(np.argsort(mass_D, kind="stable"))
+    for empty in np.flatnonzero(np.bincount(nearest_D, minlength=count) == 0):
+        nearest_D[next(worst_D)] = empty
+    return nearest_D
+
+
+def _cut(known_2N: np.ndarray, unknown_2N: np.ndarray) -> float:
+    """The coverage that cuts known from unknown prompts, each given by its coverage and what its own pool gains it."""
+    coverage_N, gain_N = np.concatenate([known_2N, unknown_2N], 1)
+    weight_N = np.repeat(
+        [1 / max(known_2N.shape[1], 1), 1 / max(unknown_2N.shape[1], 1)], [known_2N.shape[1], unknown_2N.shape[1]]
+    )
+    order_N = np.argsort(coverage_N, kind="stable")
+    total_N = np.cumsum((gain_N * weight_N)[order_N])
+    if total_N.max(initial=0) <= 0:
+        return 0.0
+    best = float(coverage_N[order_N[min(int(total_N.argmax()) + 1, len(order_N) - 1)]])
+    return min(best, float(np.quantile(known_2N[0], MAX_FALLBACK))) if known_2N.shape[1] else best

@@ -20,6 +20,7 @@ from router_service.tenants import MAX_NAMED_TENANTS, TenantLabels, tenant_in
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 TENANTS = ("acme", "initech", "other")
 Series = set[tuple[str, frozenset[tuple[str, str]]]]
+CODEWORDS = ("c00-0123", "c01-4567")
 
 
 def worker_registry() -> CollectorRegistry:
@@ -30,7 +31,7 @@ def worker_registry() -> CollectorRegistry:
 
 
 def router_metrics() -> RouterMetrics:
-    metrics = RouterMetrics(TenantLabels.parse(" acme,initech ,acme"))
+    metrics = RouterMetrics(TenantLabels.parse(" acme,initech ,acme"), CODEWORDS)
     metrics.describe(**dict.fromkeys(INFO_LABELS, "x"))
     return metrics
 
@@ -67,7 +68,7 @@ def test_a_worker_has_exactly_the_series_of_its_catalogue_from_the_start() -> No
 
 def test_a_router_has_exactly_the_series_of_its_catalogue_whoever_calls() -> None:
     metrics = router_metrics()
-    assert scraped(metrics.registry) == declared(router_families(TENANTS))
+    assert scraped(metrics.registry) == declared(router_families(TENANTS, CODEWORDS))
     pool = ExpertPool(((1, 2), (3,)))
     usage = Usage(
         "pool", FinishReason.LENGTH, 3, 4, pool, PagingCounts(1, 2, 100, 200, 0.5), 0.1, None, 0.25, 0.5, "fingerprint"
@@ -81,7 +82,7 @@ def test_a_router_has_exactly_the_series_of_its_catalogue_whoever_calls() -> Non
     metrics.predicted(ExpertPool(((2, 5, 6), (3,))), pool)
     for num_restarts in (0, 2, 2, 3):
         metrics.restarted("worker-0", num_restarts)
-    assert scraped(metrics.registry) == declared(router_families(TENANTS))
+    assert scraped(metrics.registry) == declared(router_families(TENANTS, CODEWORDS))
 
     def value(name: str, **labels: str) -> float | None:
         return metrics.registry.get_sample_value(f"expert_pager_router_{name}", labels)
@@ -95,7 +96,7 @@ def test_a_router_has_exactly_the_series_of_its_catalogue_whoever_calls() -> Non
 
 
 def test_every_family_answers_a_question() -> None:
-    families = (*WORKER_FAMILIES, *router_families(TENANTS))
+    families = (*WORKER_FAMILIES, *router_families(TENANTS, CODEWORDS))
     assert len({family.exposed for family in families}) == len(families)
     for family in families:
         assert family.question.endswith("?"), family.name

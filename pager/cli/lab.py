@@ -254,7 +254,7 @@ def fit_router(
     try:
         token_ids = [encode(tokenizer, text, add_special_tokens=False).ids[:max_tokens] for text in texts]
         if codebook_only:
-            file, codebook = add_codebook(model, paged, token_ids, seed, steps_progress, codewords)
+            file, codebook = add_codebook(model, paged, token_ids, steps_progress, codewords)
         else:
             fitted = fit_checkpoint(model, paged, token_ids, seed, steps_progress, codewords)
             file, codebook = fitted.file, fitted.codebook

@@ -66,12 +66,12 @@ def fit_checkpoint(
                 readings.append(reading)
             advance()
     vocabulary, routed = int(paged.config.vocab_size), paged.facts.routed_per_layer
-    options = FitOptions(codewords=num_codewords, seed=seed)
+    options = FitOptions(codewords=num_codewords)
     return fit_router(readings, vocabulary, routed, paged.fingerprint, stand_ins=stand_ins, options=options)
 
 
 def add_codebook(
-    model: Path, paged: PagedModel, documents: Sequence[Ids], seed: int, steps: Steps, num_codewords: int | None = None
+    model: Path, paged: PagedModel, documents: Sequence[Ids], steps: Steps, num_codewords: int | None = None
 ) -> tuple[PredictorFile, CodebookFit]:
     """Fits a codebook alone: the model's file with it, all else as it was.
 
@@ -91,7 +91,7 @@ def add_codebook(
                 prompts = trunk.prefix_scores(ids[: lengths[-1]], lengths)
                 readings.append(DocumentReading(ids, np.concatenate(means.whole_LR), prompts, ()))
                 advance()
-    return with_codebook(file, readings, int(paged.config.vocab_size), FitOptions(codewords=num_codewords, seed=seed))
+    return with_codebook(file, readings, int(paged.config.vocab_size), FitOptions(codewords=num_codewords))
 
 
 def with_codebook(

@@ -209,14 +209,16 @@ def test_a_request_that_comes_byte_by_byte_has_an_end(server: MetricsServer, mon
 def test_clients_that_read_nothing_give_their_threads_back(
     server: MetricsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pager.observe.metrics.CONNECTION_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("pager.observe.metrics.CONNECTION_TIMEOUT_S", 1e9)
     server.mount("/ui", lambda environ, start_response: (start_response("200 OK", []), [b"x" * 2**26])[1])
     with contextlib.ExitStack() as stack:
         opened = []
         for _ in range(MAX_CONNECTIONS):
             opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port))))
             opened[-1].sendall(b"GET /ui HTTP/1.0\r\n\r\n")
+        # All at once, however long a busy machine takes to accept them; only then is their time over.
         wait_until(lambda: len(server._server._connections) == MAX_CONNECTIONS)
+        monkeypatch.setattr("pager.observe.metrics.CONNECTION_TIMEOUT_S", 2.0)
         wait_until(lambda: not server._server._connections)
         assert status_of(server, "/metrics") == 200
         assert all(num_bytes_left(each) < 2**26 for each in opened), "each was ended before its answer was sent whole"

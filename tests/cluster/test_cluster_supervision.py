@@ -163,7 +163,7 @@ class StandIn:
 
 
 MODEL = LoadedModel(
-    "stand-in", "f", 64, 64, 8, RoutingFacts((4,), (0,), (1,)), "", "", "2 slots", 2, "float32", "cpu", 100
+    "stand-in", "f", 64, 64, 8, RoutingFacts((4,), (0,), (1,)), "", "", "2 slots", 2, (), "float32", "cpu", 100
 )
 
 

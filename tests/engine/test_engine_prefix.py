@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,15 @@ Drivers = Callable[..., Driver]
 
 EXACT = PoolPolicy(Full())
 CHOSEN = PoolPolicy(Count(3))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A team of threads waits for its last one, which takes seconds a step on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def fixed(pool: ExpertPool) -> PoolPolicy:

@@ -278,6 +278,7 @@ def test_paths_methods_and_headers(stage: Stage) -> None:
         assert policy["connect-src"] == "'self'"
         assert all(policy[kind].startswith("'sha256-") for kind in ("script-src", "style-src"))
         assert headers["X-Content-Type-Options"] == "nosniff"
+        assert b"expert-pager slice MODEL OUT --pool NAME --server HOST:PORT" in page
         assert b"http" not in page.replace(b"http://www.w3.org/2000/svg", b""), "nothing from elsewhere"
         assert get("/ui/", "HEAD")[2] == b""
         assert json.loads(get("/ui/state.json")[2])["model"]["name"] == MODEL.name

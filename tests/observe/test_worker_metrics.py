@@ -114,7 +114,7 @@ def test_series_exist_before_anything_happened_and_labels_are_closed(
     assert set(scrape(server)) == before
     labels = {name for _, pairs in before for name, _ in pairs}
     assert labels == {
-        "tier", "result", "source", "destination", "cause", "outcome", "reason", "le",
+        "tier", "result", "source", "destination", "cause", "outcome", "reason", "tenant", "le",
         "implementation", "major", "minor", "patchlevel", "version",
     }  # fmt: skip
 

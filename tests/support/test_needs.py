@@ -10,7 +10,9 @@ import pytest
 from tests.support.files import ROOT
 
 # bash is on every machine that the tests run on.
-PAST_THE_FIXTURES = re.compile(r'which\((?!"bash")|\[\s*"(?:redis-server|chromium|promtool|prometheus|kubectl)"')
+PAST_THE_FIXTURES = re.compile(
+    r'which\((?!"bash")|(?<![\w\]])\[\s*"(?:redis-server|chromium|promtool|prometheus|kubectl)"'
+)
 
 
 @pytest.fixture

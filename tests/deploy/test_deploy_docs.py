@@ -68,7 +68,8 @@ def test_every_link_leads_somewhere() -> None:
 
 def commands() -> list[str]:
     """A line each, as the reader types them; `NAME=value` is none."""
-    blocks = "\n".join(re.findall(r"^ *```\n(.*?)^ *```$", TEXT, re.M | re.S)).replace("\\\n", " ")
+    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", TEXT, re.M | re.S)
+    blocks = "\n".join(block for language, block in found if not language).replace("\\\n", " ")
     return [line.strip() for line in blocks.splitlines() if line and not re.match(r" *[A-Z_]+=", line)]
 
 

@@ -16,7 +16,7 @@ COPY client /src/client
 COPY pager /src/pager
 COPY router_service /src/router_service
 COPY protos /src/protos
-RUN /opt/expert-pager/bin/pip install -c /src/constraints.txt /src/client '/src[serve,otel]'
+RUN /opt/expert-pager/bin/pip install -c /src/constraints.txt /src/client '/src[serve,otel,grammar]'
 COPY --chmod=755 deploy/docker/bin/ /opt/expert-pager/bin/
 
 FROM ${PYTHON} AS runtime

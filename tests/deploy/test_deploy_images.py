@@ -62,7 +62,7 @@ def test_ray_kills_no_worker_because_the_node_is_full() -> None:
 def test_the_constraints_are_what_the_project_asks_for() -> None:
     lines = (DOCKER / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
-    extras = ("serve", "otel")
+    extras = ("serve", "otel", "grammar")
     for text in requires("expert-pager") or ():
         requirement = Requirement(text)
         if requirement.name == "expert-pager-client":

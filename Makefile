@@ -52,10 +52,8 @@ $(INSTALLED): pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ./client --editable '.[serve,otel,lab,bench,dev]'
-	@# Without what they ask for. tritonclient: a protobuf of one major version back, though it runs with this one.
-	@# xgrammar: triton, which torch imports where it finds it, and which reports leaks when a process ends.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'tritonclient>=2.60' 'python-rapidjson>=1.20' \
-		'ml_dtypes>=0.5' 'xgrammar>=0.2.9,<0.3' 'apache-tvm-ffi>=0.1.10'
+	@# Without what it asks for: a protobuf of one major version back, though it runs with this one.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'tritonclient>=2.60' 'python-rapidjson>=1.20'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -105,7 +105,7 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
         try:
             server, cluster, ready = starting.result()
         except RayLost:  # which has been logged, and after which nothing is left to be closed
-            _exit_without_ray()
+            end_process(EXIT_RAY_LOST)
         announce(ready)
         await asyncio.wait((stopping, cluster.ray_lost), return_when=asyncio.FIRST_COMPLETED)
         hurrying = asyncio.create_task(signals.get()) if stopping.done() else stopping
@@ -118,7 +118,7 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
             draining.cancel()
             await server.cut_off()
     if cluster.ray_lost.done():
-        _exit_without_ray()
+        end_process(EXIT_RAY_LOST)
     return stopping.result()
 
 
@@ -130,12 +130,16 @@ async def _drain(server: RouterServer, cluster: Cluster, drain_s: float) -> None
     await cluster.drain(max(0.0, end_s - time.monotonic()))
 
 
-def _exit_without_ray() -> NoReturn:
-    """At once: threads that wait for Ray never return, and Ray's own way out waits for what is lost."""
+def end_process(status: int) -> NoReturn:
+    """Ends the process of a service that is closed, without the interpreter's own teardown.
+
+    There, threads that wait for a lost Ray never return, and libraries print reports of their own (nanobind's of leaks,
+    where triton is installed) into a log that has promised lines of JSON.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_RAY_LOST)
+    os._exit(status)
 
 
 def _listen(signals: asyncio.Queue[signal.Signals]) -> None:

@@ -170,8 +170,7 @@ def serve(
             raise
         log.error("%s", error)
         raise typer.Exit(1) from None
-    if received == signal.SIGINT:
-        raise typer.Exit(130)
+    app.end_process(130 if received == signal.SIGINT else 0)
 
 
 def with_model_here(settings: ServiceConfig) -> ServiceConfig:

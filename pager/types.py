@@ -322,6 +322,7 @@ class GenerateRequest:
     tracestate: str | None = None  # what goes with it
     priority: int = 0  # its class: those of a higher one are admitted first
     weight: float = 1.0  # of its tenant: how much of the worker it is entitled to, beside the weights of others
+    is_watched: bool = False  # its chunks say which experts were read for it, and what each token left outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +403,15 @@ AnswerMode = Literal["exact", "pool", "degraded"]
 
 
 @dataclass(frozen=True, slots=True)
+class PageIn:
+    """An expert that was read for a watched request, and how long after the request's arrival it was in its slot."""
+
+    key: ExpertKey
+    source: Literal["disk", "host"]
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What one answer was and what it cost.
 
@@ -468,7 +478,9 @@ class TokenChunk:
 
     `tenant` is whose request it is, since ids are a tenant's own; empty at a client. Where they were asked for,
     `logprobs` has an entry for each of `token_ids`, and the chunks before the first token bring those of the prompt,
-    from its second token on.
+    from its second token on. Of a watched request, `page_ins` has the experts read for it since the chunk before, and
+    `outside_mass` the share of the gates' probability that fell outside of its pool in the forward that gave the token:
+    None for the first token, of which it is not measured, and for an exact answer.
     """
 
     request_id: str
@@ -478,6 +490,8 @@ class TokenChunk:
     tenant: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    page_ins: tuple[PageIn, ...] = ()
+    outside_mass: float | None = None
 
 
 # --- the service ----------------------------------------------------------------------------------------------------

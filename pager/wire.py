@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from expert_pager.v1 import expert_pager_pb2 as pb
@@ -40,6 +40,7 @@ from pager.types import (
     Mass,
     ModelInfo,
     NamedPool,
+    PageIn,
     PagingCounts,
     PoolAsk,
     PoolListing,
@@ -364,6 +365,7 @@ def encode_request(request: GenerateRequest, ticket: int) -> worker_pb2.Submit:
         tracestate=request.tracestate,
         priority=request.priority,
         weight=request.weight,
+        watched=request.is_watched,
     )
 
 
@@ -386,6 +388,7 @@ def decode_request(message: worker_pb2.Submit) -> GenerateRequest:
         tracestate=message.tracestate or None,
         priority=message.priority,
         weight=message.weight or 1.0,
+        is_watched=message.watched,
     )
 
 
@@ -407,14 +410,26 @@ def decode_response(message: pb.GenerateResponse) -> TokenChunk:
 def encode_chunk(chunk: TokenChunk, ticket: int) -> worker_pb2.Chunk:
     """A chunk on its way from a worker to a router, where the ticket stands for the request's id."""
     usage = None if chunk.usage is None else encode_usage(chunk.usage)
-    message = worker_pb2.Chunk(ticket=ticket, token_ids=chunk.token_ids, text=chunk.text, usage=usage)
+    message = worker_pb2.Chunk(
+        ticket=ticket, token_ids=chunk.token_ids, text=chunk.text, usage=usage, outside_mass=chunk.outside_mass
+    )
     _set_logprobs(message, chunk)
+    for each in chunk.page_ins:
+        from_host = each.source == "host"
+        message.page_ins.add(layer=each.key.layer, expert=each.key.expert, from_host=from_host, at_s=each.at_s)
     return message
 
 
 def decode_chunk(message: worker_pb2.Chunk, request: GenerateRequest) -> TokenChunk:
     usage = decode_usage(message.usage) if message.HasField("usage") else None
-    return TokenChunk(request.id, tuple(message.token_ids), message.text, usage, request.tenant, **_logprobs(message))
+    chunk = TokenChunk(request.id, tuple(message.token_ids), message.text, usage, request.tenant, **_logprobs(message))
+    if not message.page_ins and not message.HasField("outside_mass"):
+        return chunk
+    page_ins = (
+        PageIn(ExpertKey(each.layer, each.expert), "host" if each.from_host else "disk", each.at_s)
+        for each in message.page_ins
+    )
+    return replace(chunk, page_ins=tuple(page_ins), outside_mass=optional(message, "outside_mass"))
 
 
 def _set_logprobs(message: pb.GenerateResponse | worker_pb2.Chunk, chunk: TokenChunk) -> None:

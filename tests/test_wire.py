@@ -36,6 +36,7 @@ from pager.types import (
     Grammar,
     GrammarKind,
     Mass,
+    PageIn,
     PagingCounts,
     PoolPolicy,
     PoolSource,
@@ -98,6 +99,7 @@ requests = st.builds(
     tracestate=st.none() | st.text(min_size=1, max_size=8),
     priority=st.integers(-100, 100),
     weight=st.floats(0.01, 100.0),
+    is_watched=st.booleans(),
 )
 paging_counts = st.builds(PagingCounts, counts, counts, counts, counts, finite)
 usages = st.builds(
@@ -156,9 +158,14 @@ def test_what_is_left_of_a_deadline_survives_on_another_clock(monkeypatch: pytes
     assert found.deadline_s == pytest.approx(clock_s + 5)
 
 
-@given(chunks, requests)
-def test_a_chunk_survives(chunk: TokenChunk, request: GenerateRequest) -> None:
-    chunk = replace(chunk, request_id=request.id, tenant=request.tenant)
+page_ins = st.builds(PageIn, st.builds(ExpertKey, counts, counts), st.sampled_from(["disk", "host"]), finite)
+
+
+@given(chunks, requests, st.lists(page_ins, max_size=3).map(tuple), st.none() | finite)
+def test_a_chunk_survives(
+    chunk: TokenChunk, request: GenerateRequest, page_ins: tuple[PageIn, ...], outside_mass: float | None
+) -> None:
+    chunk = replace(chunk, request_id=request.id, tenant=request.tenant, page_ins=page_ins, outside_mass=outside_mass)
     data = wire.encode_chunk(chunk, 7).SerializeToString()
     assert wire.decode_chunk(pb.Chunk.FromString(data), request) == chunk
 

@@ -363,7 +363,7 @@ class Ledger:
             if load.payer.is_closed:
                 self._observer.uncharged(fetched.source, fetched.nbytes)
             else:
-                load.payer.add_read(fetched.source, fetched.nbytes, now_s - fetched.seconds, now_s)
+                load.payer.add_read(key, fetched.source, fetched.nbytes, now_s - fetched.seconds, now_s)
             self.counts += read_from(fetched.source, fetched.nbytes)
             for holding in load.waiters:
                 holding.pending.discard(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -50,8 +51,11 @@ class UsageMeter:
     counts: PagingCounts = field(default_factory=PagingCounts)
     reads: dict[Tier, TierReads] = field(default_factory=dict)
     is_closed: bool = False  # what is read from here on is charged to nobody
+    page_ins: deque[tuple[ExpertKey, Tier, float]] | None = None  # that nobody has taken yet, where they are wanted
 
-    def add_read(self, source: Tier, nbytes: int, started_s: float, ended_s: float) -> None:
+    def add_read(self, key: ExpertKey, source: Tier, nbytes: int, started_s: float, ended_s: float) -> None:
+        if self.page_ins is not None:
+            self.page_ins.append((key, source, ended_s))
         reads = self.reads.setdefault(source, TierReads(started_s))
         reads.started_s, reads.ended_s = min(reads.started_s, started_s), max(reads.ended_s, ended_s)
         reads.num_experts += 1

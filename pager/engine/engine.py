@@ -516,6 +516,9 @@ class Engine:
             self._events.append(TokenChunk(sequence.request.id, (), "", None, tenant, prompt_logprobs=part))
         outcome = sequence.fate or outcome
         if outcome is None:
+            if page_ins := sequence.take_page_ins():
+                request = sequence.request
+                self._events.append(TokenChunk(request.id, (), "", None, request.tenant, page_ins=page_ins))
             return
         if not isinstance(outcome, PagerError):
             self._prefilling.remove(sequence)
@@ -536,7 +539,10 @@ class Engine:
         sequence.publish(self._blocks)
         usage = None if reason is None else self._account(sequence, reason)
         logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
-        chunk = TokenChunk(sequence.request.id, (outcome.id,), text, usage, sequence.request.tenant, logprobs)
+        chunk = TokenChunk(
+            sequence.request.id, (outcome.id,), text, usage, sequence.request.tenant, logprobs,
+            page_ins=sequence.take_page_ins(), outside_mass=sequence.take_outside(),
+        )  # fmt: skip
         if reason is not None:
             self._end(sequence, reason.value, usage)
         self._events.append(chunk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ from pager.types import (
     AnswerMode,
     FinishReason,
     GenerateRequest,
+    PageIn,
     PagingCounts,
     PoolPolicy,
     PoolSource,
@@ -117,7 +119,7 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] = []  # that nobody has taken yet
         self.has_ended = False
         self.fate: PagerError | None = None  # what it ends with once the forward that it is in has been left
-        self._meter = UsageMeter()
+        self._meter = UsageMeter(page_ins=deque() if request.is_watched else None)
         self._is_prefetched = False
         self._spent_until_s = math.nan
         self._awaits_slots_since_s = math.nan
@@ -314,6 +316,21 @@ class Request:
         taken, self.prompt_logprobs = self.prompt_logprobs, []
         for start in range(0, len(taken), LOGPROBS_A_CHUNK):
             yield tuple(taken[start : start + LOGPROBS_A_CHUNK])
+
+    def take_page_ins(self) -> tuple[PageIn, ...]:
+        """The experts that were read for a watched request since the last call; none for another."""
+        untaken, taken = self._meter.page_ins, []
+        while untaken:  # readers add to it meanwhile
+            key, source, now_s = untaken.popleft()
+            taken.append(PageIn(key, "host" if source is Tier.HOST else "disk", now_s - self.submitted_s))
+        return tuple(taken)
+
+    def take_outside(self) -> float | None:
+        """What the last token of a watched request left outside of its pool. Waits for the device."""
+        if not self.request.is_watched or self.step is None or self.routing is None:
+            return None
+        self.step.settle()
+        return self.routing.take_outside()
 
     @property
     def token_s(self) -> float | None:

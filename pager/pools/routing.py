@@ -58,6 +58,7 @@ class RequestRouting:
         self._mass_LR: list[np.ndarray] = [np.zeros(0)] * facts.num_layers
         self._outside = 0.0
         self._num_measured = 0
+        self._taken = (0.0, 0)  # of both, what `take_outside` has returned
         self._first_pool: ExpertPool | None = None
         self.monitor: DriftMonitor | None = None
         if policy.drift is not None and not self.is_exact:
@@ -160,6 +161,12 @@ class RequestRouting:
         """Mean gate mass outside the pool over the sparse layers and the generated tokens whose steps were settled."""
         self.check_measured()
         return self._outside / self._num_measured if self._num_measured else 0.0
+
+    def take_outside(self) -> float | None:
+        """The mean gate mass outside the pool of what was settled since the last call; None where nothing was."""
+        mass, count = self._outside - self._taken[0], self._num_measured - self._taken[1]
+        self._taken = (self._outside, self._num_measured)
+        return mass / count if count else None
 
     def check_measured(self) -> None:
         """Raises what measuring this request failed with: a step is settled for all its requests at once."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pager.engine.interface import EngineLimits
-from pager.types import Count, ExpertPool, FinishReason, Mass, PoolPolicy, PoolSource
+from pager.types import Count, DriftPolicy, ExpertPool, FinishReason, Mass, PoolPolicy, PoolSource
 from tests.engine.conftest import Driver
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -51,6 +51,47 @@ def test_a_pool_chosen_at_prefill_and_frozen_gives_the_recorded_tokens_among_oth
     assert (usage.mode, usage.prompt_tokens, usage.completion_tokens) == ("pool", 64, 32)
     assert usage.out_of_pool_mass > 0
     driver.assert_nothing_held()
+
+
+def test_a_watched_request_tells_what_was_read_for_it_and_what_its_tokens_left_outside(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
+    """Beside others, one of which drifts, it has the tokens that it has unwatched."""
+    policies = [PoolPolicy(Count(4)), PoolPolicy(Count(3), drift=DriftPolicy(0.2)), PoolPolicy()]
+
+    def run(*, is_watched: bool) -> tuple[Driver, list[str]]:
+        driver = make_driver(40)
+        ids = [
+            driver.submit(random_prompt(seed, 20), policy, max_tokens=24, is_watched=is_watched)
+            for seed, policy in enumerate(policies)
+        ]
+        driver.finish()
+        driver.assert_nothing_held()
+        return driver, ids
+
+    unwatched, _ = run(is_watched=False)
+    driver, ids = run(is_watched=True)
+    assert [driver.tokens(each) for each in ids] == [unwatched.tokens(each) for each in ids]
+    assert not any(chunk.page_ins or chunk.outside_mass for each in ids for chunk in unwatched.chunks[each])
+    pooled, drifting, exact = (driver.usage(each) for each in ids)
+    assert drifting.drift == unwatched.usage(ids[1]).drift
+    for request_id, usage in ((ids[0], pooled), (ids[2], exact)):
+        page_ins = [page_in for chunk in driver.chunks[request_id] for page_in in chunk.page_ins]
+        num_bytes = len(page_ins) * driver.paged.facts.expert_bytes  # of an exact one's, not what it shared with others
+        assert 0 < num_bytes <= usage.paging.bytes_from_disk
+        assert usage is exact or num_bytes == usage.paging.bytes_from_disk
+        assert all(page_in.source == "disk" and page_in.at_s > 0 for page_in in page_ins)
+    assert pooled.pool is not None
+    of_pool = [page_in for chunk in driver.chunks[ids[0]] for page_in in chunk.page_ins]
+    assert {page_in.key for page_in in of_pool} <= set(pooled.pool.keys())
+    assert all(page_in.at_s <= pooled.time_to_first_token_s for page_in in of_pool)
+    masses = [chunk.outside_mass for chunk in driver.chunks[ids[0]]]
+    assert masses[0] is None  # its forward chose the pool
+    measured = [mass for mass in masses[1:] if mass is not None]
+    assert len(measured) == pooled.completion_tokens - 1
+    assert sum(measured) / len(measured) == pytest.approx(pooled.out_of_pool_mass, rel=1e-5)
+    assert len({round(mass, 6) for mass in measured}) > 1
+    assert all(chunk.outside_mass is None for chunk in driver.chunks[ids[2]])
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "remaining_s", "predicted", "traceparent", "tracestate", "priority", "weight")
+    __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "remaining_s", "predicted", "traceparent", "tracestate", "priority", "weight", "watched")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class Submit(_message.Message):
     TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WATCHED_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     request_id: str
     tenant: str
@@ -43,7 +44,8 @@ class Submit(_message.Message):
     tracestate: str
     priority: int
     weight: float
-    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt: _Optional[_Union[_expert_pager_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_expert_pager_pb2.SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[_expert_pager_pb2.PoolPolicy, _Mapping]] = ..., fixed: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., remaining_s: _Optional[float] = ..., predicted: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., priority: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
+    watched: bool
+    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt: _Optional[_Union[_expert_pager_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_expert_pager_pb2.SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[_expert_pager_pb2.PoolPolicy, _Mapping]] = ..., fixed: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., remaining_s: _Optional[float] = ..., predicted: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., priority: _Optional[int] = ..., weight: _Optional[float] = ..., watched: bool = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket",)
@@ -68,20 +70,36 @@ class Step(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("ticket", "token_ids", "text", "usage", "logprobs", "prompt_logprobs")
+    __slots__ = ("ticket", "token_ids", "text", "usage", "logprobs", "prompt_logprobs", "page_ins", "outside_mass")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_INS_FIELD_NUMBER: _ClassVar[int]
+    OUTSIDE_MASS_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
     usage: _expert_pager_pb2.Usage
     logprobs: _containers.RepeatedCompositeFieldContainer[_expert_pager_pb2.TokenLogprobs]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_expert_pager_pb2.TokenLogprobs]
-    def __init__(self, ticket: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[_expert_pager_pb2.Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    page_ins: _containers.RepeatedCompositeFieldContainer[PageIn]
+    outside_mass: float
+    def __init__(self, ticket: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[_expert_pager_pb2.Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ..., page_ins: _Optional[_Iterable[_Union[PageIn, _Mapping]]] = ..., outside_mass: _Optional[float] = ...) -> None: ...
+
+class PageIn(_message.Message):
+    __slots__ = ("layer", "expert", "from_host", "at_s")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    FROM_HOST_FIELD_NUMBER: _ClassVar[int]
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    from_host: bool
+    at_s: float
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., from_host: bool = ..., at_s: _Optional[float] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("ticket", "error", "refused", "account")

@@ -224,7 +224,7 @@ class ExpertPager:
 
     def _read_past_page_cache(self, source: ExpertSource, host: HostTier | None, asked: bool | None) -> None:
         why = why_bypass(
-            experts_bytes=sum(source.keys_per_layer()) * source.shape.num_elements * source.stored_dtype.itemsize,
+            experts_bytes=sum(source.keys_per_layer()) * source.stored_bytes,
             slots_bytes=self.slots.nbytes if self.slots.device.type == "cpu" else 0,
             has_host_tier=host is not None,
             free_bytes=Machine.detect().memory_bytes,

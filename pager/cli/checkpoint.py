@@ -81,6 +81,7 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "family": found.family.model_type,
         "layout": found.layout_name,
+        "format": _format_of(found),
         "runs": _ways_to_run(found),
         "packed": checkpoint.is_packed,
         "checksums": all(spec.checksum for spec in checkpoint.specs.values()),
@@ -102,6 +103,21 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
         "kv_bytes_per_token": needs.kv_bytes_per_token,
         "smallest_expert_memory": needs.smallest_num_slots * needs.expert_bytes,
     }
+
+
+def _format_of(found: OpenModel) -> str:
+    """What is read for an expert, what that costs, and what a slot holds."""
+    source = found.open_experts()
+    source.close()
+    held = str(found.dtype).removeprefix("torch.")
+    if found.quantised is not None and not found.checkpoint.is_packed:
+        read, making_ms = format_bytes(source.stored_bytes), 1e3 * found.seconds_to_make()
+        return (
+            f"{found.quantised.words}; an expert is read as {read}, decoded when it enters a slot ({making_ms:.1f} ms "
+            f"here) and held as {held}"
+        )
+    stored = str(source.stored_dtype).removeprefix("torch.")
+    return f"{stored}, held as stored" if stored == held else f"{stored}, converted to {held} on its way into a slot"
 
 
 def _ways_to_run(found: OpenModel) -> dict[str, str]:
@@ -133,6 +149,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"served as {facts['serving_dtype']}",
         ),
         ("layout", facts["layout"]),
+        ("format", facts["format"]),
         *((name, facts["runs"][name]) for name in ("exact", "pools", "service")),
         ("fingerprint", facts["fingerprint"]),
         ("layers", f"{facts['layers']}{dense}"),
@@ -214,6 +231,7 @@ def pack(
             experts_per_layer=source.facts.experts_per_layer,
             shape=source.family.shape,
             dtype=DTYPES[dtype] if dtype else None,
+            quantised=source.quantised_names,
             progress=progress,
         )
     if router is not None:  # the same weights under another fingerprint

@@ -80,7 +80,8 @@ def staging_bytes(opened: OpenModel, device: str, *, num_readers: int, num_buffe
         return 0
     pack = opened.checkpoint.pack
     stored = {spec.dtype for spec in opened.checkpoint.specs.values()} if pack is None else {pack.dtype}
-    pieces = (num_readers + NUM_CHECKERS + 1) * STAGING_BYTES if stored != {opened.dtype} else 0
+    num_threads = num_readers + NUM_CHECKERS + 1
+    pieces = num_threads * (STAGING_BYTES if stored != {opened.dtype} else 0) + num_threads * opened.making_bytes
     return pieces if torch.device(device).type == "cpu" else pieces + num_buffers * opened.expert_bytes
 
 

@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -24,6 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from pager.models.formats import Format, conversions_of, decodes
 from pager.store.expert_source import Made, Row
 
 if TYPE_CHECKING:
@@ -44,6 +44,30 @@ class Stored:
     def operations(self) -> Sequence[Any]:
         return self.converter.operations if self.converter is not None else ()
 
+    @property
+    def is_decoded(self) -> bool:
+        """Quantised tensors make this parameter: beside weights, of which a format leaves some as they are, scales."""
+        has_others = any(not pattern.rstrip("$").endswith("weight") for pattern in self.names)
+        return has_others and any(map(decodes, self.operations))
+
+    def make(self, pieces: Mapping[str, Sequence[Tensor]], name: str, model: PreTrainedModel) -> Tensor:
+        """The parameter `name`, by its converter's operations on the tensors of each pattern."""
+        assert self.converter is not None, "what is stored as it is needs no conversion"
+        tensors: dict[str, Any] = {pattern: list(each) for pattern, each in pieces.items()}
+        for operation in self.converter.operations:
+            tensors = operation.convert(
+                tensors,
+                source_patterns=self.converter.source_patterns,
+                target_patterns=self.converter.target_patterns,
+                full_layer_name=name,
+                model=model,
+                config=model.config,
+                missing_keys=set(),
+            )
+        made = [tensor for pattern, tensor in tensors.items() if len(tensors) == 1 or name.endswith(pattern)]
+        tensor: Tensor = made[0][0] if isinstance(made[0], list) else made[0]
+        return tensor.detach()  # some operations make parameters
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -53,9 +77,9 @@ class Layout:
     unused: tuple[str, ...]
 
 
-def locate(model: PreTrainedModel, names: Iterable[str]) -> Layout:
+def locate(model: PreTrainedModel, names: Iterable[str], quantised: Format | None = None) -> Layout:
     """Sorts a checkpoint's tensors by what transformers' loader would make of them in `model`."""
-    conversions = get_model_conversion_mapping(model)
+    conversions = conversions_of(model, quantised)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -92,7 +116,7 @@ class ExpertParameter:
         }
         self._make: Callable[[Sequence[Tensor]], Tensor] | None = None
         if not _is_as_stored(stored.operations):
-            self._make = partial(_convert, stored.converter, tuple(self._names), self.is_stacked, name, model)
+            self._make = partial(_one_expert, stored, tuple(self._names), self.is_stacked, name, model)
 
     def of_expert(self, expert: int) -> tuple[str | Row, ...] | Made:
         patterns: Iterable[str] = self._names
@@ -102,10 +126,10 @@ class ExpertParameter:
             Row(self._names[pattern][0], expert) if self.is_stacked else self._names[pattern][expert]
             for pattern in patterns
         )
-        return pieces if self._make is None else Made(pieces, self._make)
+        return pieces if self._make is None else Made(pieces, self._make, self.stored.is_decoded)
 
     def __str__(self) -> str:
-        others = [type(each).__name__.lower() for each in self.stored.operations]
+        others = [type(each).__name__.lower() for each in self.stored.operations if not decodes(each)]
         kept = [each for each in others if each not in ("mergemodulelist", "concatenate")]
         return ", ".join(["stacked" if self.is_stacked else "one tensor an expert", *kept])
 
@@ -130,8 +154,8 @@ def _of_all_experts(names: Sequence[str], num_experts: int) -> list[str]:
     return [".".join([*template[:place], str(expert), *template[place + 1 :]]) for expert in range(num_experts)]
 
 
-def _convert(
-    converter: WeightConverter | None,
+def _one_expert(
+    stored: Stored,
     patterns: Sequence[str],
     is_stacked: bool,
     name: str,
@@ -139,20 +163,5 @@ def _convert(
     pieces: Sequence[Tensor],
 ) -> Tensor:
     """One expert's parameter: the converter's operations on a layer that has this expert alone."""
-    assert converter is not None, "what is stored as it is needs no conversion"
-    tensors: dict[str, Any] = {
-        pattern: [piece[None] if is_stacked else piece] for pattern, piece in zip(patterns, pieces, strict=True)
-    }
-    for operation in converter.operations:
-        tensors = operation.convert(
-            tensors,
-            source_patterns=converter.source_patterns,
-            target_patterns=converter.target_patterns,
-            full_layer_name=name,
-            model=model,
-            config=model.config,
-            missing_keys=set(),
-        )
-    made = [tensor for pattern, tensor in tensors.items() if len(tensors) == 1 or name.endswith(pattern)]
-    tensor = made[0][0] if isinstance(made[0], list) else made[0]
-    return tensor[0]  # type: ignore[no-any-return]
+    tensors = {pattern: [piece[None] if is_stacked else piece] for pattern, piece in zip(patterns, pieces, strict=True)}
+    return stored.make(tensors, name, model)[0]

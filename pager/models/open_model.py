@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,7 +25,8 @@ import pager.models  # noqa: F401 - registers the models this project adds
 from pager.errors import CheckpointError, ConfigError, PagerError, UnsupportedModel
 from pager.models.config_bounds import TOKEN_IDS, check_config, check_shape, check_token_ids, without_choices
 from pager.models.families import Family, expert_modules, expert_parameters, family_of
-from pager.models.layout import ExpertParameter, Layout, locate
+from pager.models.formats import Format, format_of
+from pager.models.layout import ExpertParameter, Layout, Stored, locate
 from pager.reading import one_line, shown
 from pager.store.checkpoint import read_json_object
 from pager.store.expert_source import ExpertSource, Made, Row, open_experts
@@ -34,6 +37,7 @@ from pager.types import ExpertKey, RoutingFacts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FP32 = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,6 +50,7 @@ class OpenModel:
     family: Family
     facts: RoutingFacts
     dtype: torch.dtype
+    quantised: Format | None  # what the checkpoint's tensors are decoded from
     whole: PreTrainedModel = field(repr=False, compare=False)  # on the meta device, its experts included
 
     @classmethod
@@ -58,18 +63,20 @@ class OpenModel:
         checkpoint = Checkpoint.open(path)
         try:
             config = _config_of(checkpoint)
-            refuse_quantised(checkpoint)
             with _config_errors(checkpoint):
                 with torch.device("meta"):
                     whole = model_class_of(config)(deepcopy(config)).eval()
                 family = family_of(whole)
                 check_shape(config, family.facts.experts_per_layer)
+            quantised = format_of(checkpoint)
             chosen = _choose_dtype(dtype, checkpoint)
         except BaseException:
             checkpoint.close()
             raise
         expert_bytes = family.shape.num_elements * chosen.itemsize
-        return cls(checkpoint, config, family, replace(family.facts, expert_bytes=expert_bytes), chosen, whole)
+        return cls(
+            checkpoint, config, family, replace(family.facts, expert_bytes=expert_bytes), chosen, quantised, whole
+        )
 
     @property
     def expert_bytes(self) -> int:
@@ -85,7 +92,7 @@ class OpenModel:
     @cached_property
     def layout(self) -> Layout:
         """Which stored tensors make which parameter."""
-        return locate(self.whole, self.checkpoint.specs)
+        return locate(self.whole, self.checkpoint.specs, self.quantised)
 
     @cached_property
     def expert_parameters(self) -> Mapping[int, tuple[ExpertParameter, ...]]:
@@ -116,6 +123,45 @@ class OpenModel:
         """What each parameter of an expert is stored as. Raises CheckpointError."""
         return tuple(each.of_expert(key.expert) for each in self.expert_parameters[key.layer])
 
+    @property
+    def quantised_names(self) -> frozenset[str]:
+        """The stored tensors that are decoded: what they hold, and what that is scaled by."""
+        decoded = (each for each in self.layout.stored.values() if each.is_decoded)
+        return frozenset(name for each in decoded for names in each.names.values() for name in names)
+
+    @property
+    def making_bytes(self) -> int:
+        """The most that a thread holds while it makes an expert of what is stored; 0 where its bytes are read as such.
+
+        Beside the pieces, three tensors of the largest parameter in float32.
+        """
+        pieces = self._pieces_to_make()
+        largest = max(math.prod(shape) for shape in self.family.shape.shapes)
+        return sum(piece.nbytes for each in pieces for piece in each[1]) + 3 * FP32 * largest if pieces else 0
+
+    def seconds_to_make(self) -> float:
+        """How long it takes this machine to make one expert of what is stored, tried with zeros."""
+        pieces = [(made, [piece.zero_() for piece in each]) for made, each in self._pieces_to_make("cpu")]
+        started_s = time.perf_counter()
+        for made, each in pieces:
+            made.make(each)
+        return time.perf_counter() - started_s
+
+    def _pieces_to_make(self, device: str = "meta") -> list[tuple[Made, list[Tensor]]]:
+        """What one expert's parameters are made of, with tensors like it, of unknown values."""
+        if self.checkpoint.is_packed:
+            return []
+        first = self.pieces(ExpertKey(self.family.layers[0].layer, 0))
+        made = [parameter for parameter in first if isinstance(parameter, Made)]
+        return [(each, [self._like(piece, device) for piece in each.pieces]) for each in made]
+
+    def _like(self, piece: str | Row, device: str) -> Tensor:
+        name = piece if isinstance(piece, str) else piece.name
+        spec = self.checkpoint.specs.get(name)
+        if spec is None:
+            raise CheckpointError(f"{self.checkpoint.path} has no tensor {name!r}; is the checkpoint complete?")
+        return torch.empty(spec.shape if piece is name else spec.shape[1:], dtype=spec.dtype, device=device)
+
     def open_experts(self) -> ExpertSource:
         """The disk tier. Raises CheckpointError when an expert is missing or misshapen."""
         return open_experts(self.checkpoint, self.pieces, self.facts.experts_per_layer, self.family.shape)
@@ -130,13 +176,13 @@ class OpenModel:
 
     def check(self) -> None:
         """Reads headers only. Raises CheckpointError unless every tensor is there, in its shape and a usable dtype."""
-        self._trunk_names()
+        self._trunk_tensors([])
         self.open_experts().close()
 
     def load_trunk(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The model with everything but its experts in memory, loaded by transformers. Raises CheckpointError."""
         failed: list[CheckpointError] = []  # as transformers' loader reports what reading raises in its own words
-        tensors = {name: StoredTensor(self.checkpoint, name, failed) for name in self._trunk_names()}
+        tensors = self._trunk_tensors(failed)
         kind: Any = model_class_of(self.config)
         try:
             with _LOADING, _InDtype(self.dtype), _no_progress_bars(), _config_errors(self.checkpoint):
@@ -157,18 +203,24 @@ class OpenModel:
         model.get_output_embeddings().register_forward_pre_hook(_own_strides)
         return model
 
-    def _trunk_names(self) -> list[str]:
-        """The stored tensors that the trunk is made of. Raises CheckpointError where it lacks some."""
+    def _trunk_tensors(self, failed: list[CheckpointError]) -> dict[str, StoredTensor]:
+        """The tensors that the trunk is made of, those that are decoded under the model's own names.
+
+        Raises CheckpointError where the checkpoint lacks some.
+        """
         model, stored = self.build_empty(), self.layout.stored
         tied = dict(getattr(model, "all_tied_weights_keys", {}))
         partners = {**tied, **{source: name for name, source in tied.items()}}
         ignored = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
-        names = []
+        tensors: dict[str, StoredTensor] = {}
         for name, expected in model.state_dict().items():
             if name not in stored:
                 if partners.get(name) in stored or any(each.search(name) for each in ignored):
                     continue
                 self.checkpoint.require(name, expected.shape)  # by the name that the model has for it
+            if stored[name].is_decoded:
+                tensors[name] = DecodedTensor(self.checkpoint, name, failed, stored[name], self.whole)
+                continue
             for stored_name in (each for group in stored[name].names.values() for each in group):
                 spec = self.checkpoint.specs[stored_name]
                 if stored[name].converter is None:
@@ -177,8 +229,8 @@ class OpenModel:
                     raise CheckpointError(
                         f"tensor {spec.name!r} is stored as {spec.dtype}; it must be in floating point"
                     )
-                names.append(stored_name)
-        return names
+                tensors[stored_name] = StoredTensor(self.checkpoint, stored_name, failed)
+        return tensors
 
     def _generation_config(self) -> GenerationConfig:
         path = self.checkpoint.path / "generation_config.json"
@@ -278,33 +330,27 @@ class StoredTensor:
         return self.checkpoint.specs[self.name].dtype
 
 
-_QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|absmax|quant_map|(weight|input)_scale(_inv)?|scales|weight_packed)$")
+@dataclass(frozen=True, slots=True)
+class DecodedTensor(StoredTensor):
+    """A parameter of the trunk that is decoded when transformers' loader needs it."""
 
+    stored: Stored
+    model: PreTrainedModel  # on the meta device
 
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuses weights that stand for others by an UnsupportedModel, which names the method and its bits.
+    def __getitem__(self, index: Any) -> Tensor:
+        try:
+            pieces = {
+                pattern: [self.checkpoint.read_tensor(each) for each in names]
+                for pattern, names in self.stored.names.items()
+            }
+            return self.stored.make(pieces, self.name, self.model)[index]
+        except CheckpointError as error:
+            self.failed.append(error)
+            raise
 
-    A config that calls weights quantised which are not is not believed.
-    """
-    config = checkpoint.config.get("quantization_config")
-    config = config if isinstance(config, Mapping) else {}
-    found = [spec.name for spec in checkpoint.specs.values() if _QUANTISED.search(spec.name)]
-    if config:
-        ends = ("weight", "_blocks", "_scales")
-        found += [spec.name for spec in checkpoint.specs.values() if spec.dtype in _PACKED and spec.name.endswith(ends)]
-    if not found:
-        return
-    method = config.get("quant_method", "a method that its config does not name")
-    bits = next((config[name] for name in ("bits", "w_bit", "weight_bits", "num_bits") if name in config), None)
-    bits = bits or (4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") or method == "fp8" else None)
-    raise UnsupportedModel(
-        f"{checkpoint.path} is quantised by {shown(method)}{f' to {shown(bits)} bits' if bits else ''} (tensor "
-        f"{found[0]!r}), which is not supported: experts are paged as float32, bfloat16 or float16. "
-        "Fetch the checkpoint that it was made from, or load it with transformers, dequantize() it and save that"
-    )
-
-
-_PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2})
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32  # as the model is that it is decoded for
 
 
 def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:

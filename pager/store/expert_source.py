@@ -39,6 +39,7 @@ class Made:
 
     pieces: tuple[str | Row, ...]
     make: Callable[[Sequence[Tensor]], Tensor]
+    decodes: bool = False  # the pieces are quantised, and what they are scaled by
 
 
 ExpertPieces = Callable[[ExpertKey], Sequence[tuple[str | Row, ...] | Made]]
@@ -60,6 +61,8 @@ class ExpertSource(Protocol):
 
     shape: ExpertShape
     stored_dtype: torch.dtype
+    stored_bytes: int
+    """Of one expert: what is read for it."""
 
     @property
     def bytes_read(self) -> int:
@@ -122,6 +125,8 @@ class _StoredExperts:
 
     shape: ExpertShape
     stored_dtype: torch.dtype
+    stored_bytes: int
+    is_staged: bool = False  # what is read passes through memory of its own, an expert at a time
     _experts_per_layer: tuple[int, ...]
 
     def read(self, key: ExpertKey, *tensors: Tensor) -> int:
@@ -132,6 +137,14 @@ class _StoredExperts:
 
     def read_all(
         self, destinations: Sequence[Destination], on_most: Callable[[], None] | None = None
+    ) -> list[int | ExpertUnavailable]:
+        parts = [[each] for each in destinations] if self.is_staged else [destinations]
+        return [
+            result for part in parts for result in self._read_together(part, on_most if part is parts[-1] else None)
+        ]
+
+    def _read_together(
+        self, destinations: Sequence[Destination], on_most: Callable[[], None] | None
     ) -> list[int | ExpertUnavailable]:
         plans = [self._plan(_checked(self.shape, each)) for each in destinations]
         errors: dict[ExpertKey, ExpertUnavailable] = {}
@@ -191,6 +204,7 @@ class StoredParameter:
 
     pieces: tuple[StoredPiece, ...]
     make: Callable[[Sequence[Tensor]], Tensor] | None = None
+    decodes: bool = False
 
 
 class CheckpointExperts(_StoredExperts):
@@ -203,7 +217,10 @@ class CheckpointExperts(_StoredExperts):
         self.shape = shape
         self._experts_per_layer = tuple(experts_per_layer)
         self._stored = find_experts(checkpoint, pieces, self._experts_per_layer, shape)
-        self.stored_dtype = next(iter(self._stored.values()))[0].pieces[0].spec.dtype
+        first = next(iter(self._stored.values()))
+        self.stored_dtype = first[0].pieces[0].spec.dtype
+        self.stored_bytes = sum(piece.nbytes for piece in pieces_of(first))
+        self.is_staged = any(parameter.make for stored in self._stored.values() for parameter in stored)
         used = sorted({piece.spec.file for stored in self._stored.values() for piece in pieces_of(stored)})
         self._files = {name: checkpoint.duplicate_file(name) for name in used}
         for file in self._files.values():
@@ -267,6 +284,7 @@ class PackedExperts(_StoredExperts):
             raise
         self.shape = header.shape
         self.stored_dtype = header.dtype
+        self.stored_bytes = header.shape.num_elements * header.dtype.itemsize
         self._experts_per_layer = header.experts_per_layer
         self._extents = header.extents
 
@@ -307,8 +325,8 @@ def find_experts(
 ) -> Mapping[ExpertKey, tuple[StoredParameter, ...]]:
     """Where each expert's parameters are stored, in layer order.
 
-    Raises CheckpointError unless all are there, in the given shapes and in floating point, those that are read as they
-    are in one dtype.
+    Raises CheckpointError unless all are there, in the given shapes and, where nothing decodes them, in floating point,
+    those that are read as they are in one dtype.
     """
     wanted = {key: tuple(pieces(key)) for key in all_keys(experts_per_layer)}
     if not wanted:
@@ -332,10 +350,11 @@ def find_experts(
         )
         for key, parameters in wanted.items()
     }
-    for spec in (piece.spec for stored in found.values() for piece in pieces_of(stored)):
+    parameters = [each for stored in found.values() for each in stored]
+    for spec in (piece.spec for each in parameters if not each.decodes for piece in each.pieces):
         if spec.dtype not in PLAIN_FLOATS:
             raise CheckpointError(f"tensor {spec.name!r} is stored as {spec.dtype}; experts must be in floating point")
-    direct = [piece.spec for stored in found.values() for each in stored if each.make is None for piece in each.pieces]
+    direct = [piece.spec for each in parameters if each.make is None for piece in each.pieces]
     for spec in direct:
         if spec.dtype != direct[0].dtype:
             raise CheckpointError(
@@ -377,7 +396,7 @@ def _stored(
     )
     if is_first:  # the others of the layer go the same way
         _check_made(parameter, pieces, expected)
-    return StoredParameter(pieces, parameter.make)
+    return StoredParameter(pieces, parameter.make, parameter.decodes)
 
 
 def _check_made(parameter: Made, pieces: Sequence[StoredPiece], expected: tuple[int, ...]) -> None:

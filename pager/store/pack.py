@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +67,12 @@ def pack(
     experts_per_layer: Sequence[int],
     shape: ExpertShape,
     dtype: torch.dtype | None = None,
+    quantised: Collection[str] = (),
     progress: Progress | None = None,
 ) -> tuple[OddItem, ...]:
     """Writes a self-contained packed checkpoint in `dtype` (None: as stored). It appears whole or not at all.
+
+    Of the tensors `quantised` those of experts are decoded, which takes a dtype, and those of the trunk stay as stored.
 
     Returns the tensors whose values no trained weights have. Holds a bounded buffer, never a tensor. Checksums recorded
     for the source are checked on the way. Raises CheckpointError for a bad source, ConfigError if `out_dir` exists or
@@ -80,7 +83,7 @@ def pack(
     if dtype is not None and dtype not in PLAIN_FLOATS:
         raise ConfigError(f"experts cannot be packed as {dtype}; use float32, bfloat16 or float16")
     with Checkpoint.open(source_dir) as checkpoint:
-        job = _plan(checkpoint, pieces, tuple(experts_per_layer), shape, dtype)
+        job = _plan(checkpoint, pieces, tuple(experts_per_layer), shape, dtype, quantised)
         with closing(job.source), appearing(out, job.nbytes, "packing", or_else="pack as bfloat16") as partial:
             return _write(job, partial, progress or (lambda done, total: None))
 
@@ -91,20 +94,28 @@ def _plan(
     experts_per_layer: tuple[int, ...],
     shape: ExpertShape,
     dtype: torch.dtype | None,
+    quantised: Collection[str],
 ) -> _Job:
     if checkpoint.is_packed:
         raise CheckpointError(f"{checkpoint.path} is packed already; pack the checkpoint that it was made from")
     experts = find_experts(checkpoint, pieces, experts_per_layer, shape)
     paged = {piece.spec.name for stored in experts.values() for piece in pieces_of(stored)}
+    kept = {spec.name for spec in checkpoint.specs.values() if spec.dtype not in PLAIN_FLOATS}.union(quantised)
     trunk_header, trunk = layout(
         TRUNK_NAME,
         (
-            (spec.name, spec.shape, dtype if dtype and spec.dtype in PLAIN_FLOATS else spec.dtype)
+            (spec.name, spec.shape, dtype if dtype and spec.name not in kept else spec.dtype)
             for spec in checkpoint.specs.values()
             if spec.name not in paged
         ),
     )
     source = CheckpointExperts(checkpoint, pieces, experts_per_layer, shape)
+    if dtype is None and source.stored_dtype not in PLAIN_FLOATS:
+        source.close()
+        raise ConfigError(
+            f"the experts of {checkpoint.path} are quantised ({source.stored_bytes} bytes each) and a pack would hold "
+            "them decoded; give the dtype to decode them to, or run the checkpoint as it is"
+        )
     expert_dtype = dtype or source.stored_dtype
     header = PackHeader.plan(
         checkpoint.fingerprint, experts_per_layer, shape, expert_dtype, (spec.name for spec in trunk)

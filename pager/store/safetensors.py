@@ -172,10 +172,15 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any], WeightFiles]:
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; give the folder of a downloaded or packed checkpoint")
-    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+    if (directory / "adapter_config.json").exists():
+        put = "put the adapter on what pager.load_model returns (model.load_adapter)"
+        if not (directory / "config.json").exists():
+            raise CheckpointError(
+                f"{directory} holds an adapter and no model; give the folder of its base model, and {put}"
+            )
         raise CheckpointError(
-            f"{directory} holds an adapter and no model; give the folder of its base model, and put the adapter on "
-            "what pager.load_model returns (model.load_adapter)"
+            f"{directory} holds an adapter beside a model (adapter_config.json), and transformers would load both; "
+            f"move the adapter to a folder of its own, and {put}, or merge it into the model with PEFT"
         )
     return directory, read_json_object(directory / "config.json"), open_weights(directory)
 

@@ -31,6 +31,7 @@ class GatedSource:
 
     shape = ExpertShape(hidden=4, intermediate=2)
     stored_dtype = torch.float32
+    stored_bytes = shape.num_elements * stored_dtype.itemsize
 
     def __init__(self) -> None:
         self.side_by_side = False  # then a reader takes several experts of a layer at once

@@ -224,6 +224,7 @@ host = HostTier.attach(name, num_records, shape, torch.float32)
 class Source:
     shape = shape
     stored_dtype = torch.float32
+    stored_bytes = 96
     bytes_read = 0
 
     def read_all(self, destinations, on_most=None):

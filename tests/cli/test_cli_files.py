@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from tests.support.quantised import fp8_checkpoint, qwen3_moe
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 EXPERT_BYTES = 3 * 32 * 16 * 4
@@ -80,6 +82,18 @@ def test_inspect_says_how_a_model_of_another_family_runs(run: Run, tmp_path: Pat
     assert "layer 0 attends with" in found["runs"]["service"]
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "git lfs pull" in run("inspect", tmp_path).stderr
+
+
+def test_inspect_says_what_is_read_and_what_is_held(run: Run, tmp_path: Path) -> None:
+    path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+    done = run("inspect", path)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert "fp8 in blocks of 128 x 128; an expert is read as 96.0 KiB, decoded when it enters a slot" in words
+    assert "held as bfloat16" in words
+    refused = run("pack", path, tmp_path / "packed")
+    assert refused.returncode == 1
+    assert "give the dtype to decode them to" in refused.stderr
 
 
 def test_an_unsupported_family_is_refused_by_name(run: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from pager.errors import (
 from pager.models.open_model import OpenModel
 from pager.predict.trunk import TrunkPredictor
 from pager.store.pack import pack
+from tests.support.checkpoints import add_to_config
 
 Load = Callable[..., PreTrainedModel]
 Remains = Callable[[Path], tuple[list[str], list[str], list[str]]]
@@ -116,7 +117,8 @@ class TestCheckpoints:
         ("ending", "config", "message"),
         [
             ("qweight", {"quant_method": "gptq", "bits": 4}, "quantised by 'gptq' to 4 bits"),
-            ("weight", {"quant_method": "fp8"}, "quantised by 'fp8' to 8 bits"),
+            ("absmax", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised by 'bitsandbytes' to 4 bits"),
+            ("weight_scale", {"quant_method": "fbgemm_fp8"}, "quantised by 'fbgemm_fp8' "),
             ("weight_packed", {}, "quantised by 'a method that its config does not name' "),
         ],
     )
@@ -126,10 +128,39 @@ class TestCheckpoints:
         made = small("olmoe")
         weights = load_file(made.path / "model.safetensors")
         name = "model.layers.0.mlp.experts.3.up_proj.weight"
-        stored = weights.pop(name).to(torch.float8_e4m3fn) if config.get("quant_method") == "fp8" else torch.ones(4)
-        save_file(weights | {name.replace("weight", ending): stored}, made.path / "model.safetensors")
+        weights.pop(name)
+        save_file(weights | {name.replace("weight", ending): torch.ones(4)}, made.path / "model.safetensors")
         add_to_config(made.path, quantization_config=config)
         with pytest.raises(UnsupportedModel, match=f"{message}.*dequantize"):
+            load(made.path)
+
+    def test_a_quantised_expert_without_scales(self, small: MakeSmall, load: Load) -> None:
+        made = small("olmoe")
+        name = "model.layers.0.mlp.experts.3.up_proj.weight"
+        rewrite(made.path, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+        add_to_config(made.path, quantization_config={"quant_method": "fp8"})
+        with pytest.raises(CheckpointError, match=f"{name}.*float8_e4m3fn"):
+            load(made.path)
+
+    def test_a_quantised_model_of_another_family_is_refused_for_its_family(self, load: Load, tmp_path: Path) -> None:
+        config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        config.save_pretrained(tmp_path)
+        add_to_config(tmp_path, quantization_config={"quant_method": "awq", "bits": 4})
+        save_file({"model.layers.0.mlp.up_proj.qweight": torch.ones(4)}, tmp_path / "model.safetensors")
+        with pytest.raises(UnsupportedModel, match="no layer of it has experts"):
+            load(tmp_path)
+
+    def test_a_quantisation_config_that_is_none(self, small: MakeSmall, load: Load) -> None:
+        made = small("olmoe")
+        rewrite(made.path, lambda tensors: tensors.update({"model.layers.0.x.weight_scale_inv": torch.ones(1)}))
+        add_to_config(made.path, quantization_config={"quant_method": "fp8", "weight_block_size": [0, "many"]})
+        with pytest.raises(CheckpointError, match=r"config\.json is not valid: its quantization_config"):
+            load(made.path)
+
+    def test_an_adapter_beside_a_model(self, small: MakeSmall, load: Load) -> None:
+        made = small("olmoe")
+        (made.path / "adapter_config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match="holds an adapter beside a model"):
             load(made.path)
 
     def test_weights_that_are_not_quantised_load_whatever_the_config_says(self, small: MakeSmall, load: Load) -> None:
@@ -320,8 +351,3 @@ def remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remains:
         return [file for file in files if file.startswith(str(checkpoint))], readers, os.listdir(segments)
 
     return remains
-
-
-def add_to_config(path: Path, **fields: Any) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | fields))

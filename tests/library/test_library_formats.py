@@ -1,0 +1,106 @@
+"""load_model on quantised checkpoints against transformers' own dequantised load, on small models made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
+
+from pager.models.open_model import OpenModel
+from pager.store.pack import pack
+from pager.types import ExpertKey
+from tests.support.checkpoints import lively, saved
+from tests.support.quantised import deepseek_v3, fp8_checkpoint, mxfp4_checkpoint, qwen3_moe
+
+Load = Callable[..., PreTrainedModel]
+
+PROMPT = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4}
+
+
+@torch.no_grad()
+def check(paged: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """The same logits and the same greedy tokens."""
+    torch.testing.assert_close(paged(PROMPT).logits, plain(PROMPT).logits, **TOLERANCE)
+    assert paged.generate(PROMPT, **GREEDY).equal(plain.generate(PROMPT, **GREEDY))
+
+
+def bytes_of_an_expert(path: Path) -> tuple[int, int]:
+    """The bytes that reading one expert reads from the files, and those that it takes in a slot."""
+    opened = OpenModel.open(path, "bfloat16")
+    with opened.checkpoint:
+        source = opened.open_experts()
+        try:
+            layer = opened.family.layers[0].layer
+            tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in source.shape.shapes]
+            read = source.read(ExpertKey(layer, 3), *tensors)
+            assert (source.bytes_read, source.stored_bytes) == (read, read)
+            return read, sum(tensor.nbytes for tensor in tensors)
+        finally:
+            source.close()
+
+
+@pytest.mark.parametrize("share", [1.0, "30%"])
+class TestDecodedExperts:
+    def test_fp8_in_blocks(self, tmp_path: Path, load: Load, share: float | str) -> None:
+        path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+        plain = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+        )
+        check(load(path, expert_memory=share), plain.eval())
+
+    def test_fp8_whose_last_blocks_are_cut_off(self, tmp_path: Path, load: Load, share: float | str) -> None:
+        path, decoded = fp8_checkpoint(deepseek_v3(), tmp_path / "fp8")
+        plain = deepseek_v3()
+        saved(lively(plain, std=0.08), tmp_path / "plain")
+        save_file(
+            {
+                name: decoded.get(name, tensor)
+                for name, tensor in load_file(path / "model.safetensors").items()
+                if not name.endswith("_scale_inv")
+            },
+            tmp_path / "plain" / "model.safetensors",
+        )
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+        check(load(path, expert_memory=share), plain.eval())
+
+    def test_mxfp4(self, tmp_path: Path, load: Load, share: float | str) -> None:
+        path = mxfp4_checkpoint(tmp_path / "mxfp4")
+        plain = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+        )
+        check(load(path, expert_memory=share), plain.eval())
+
+
+class TestBytes:
+    def test_an_expert_in_fp8_is_read_as_it_is_stored(self, tmp_path: Path) -> None:
+        path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+        weights, scales = 3 * 128 * 256, 3 * 2 * 4
+        assert bytes_of_an_expert(path) == (weights + scales, 2 * weights)
+
+    def test_an_expert_in_mxfp4_is_read_as_it_is_stored(self, tmp_path: Path) -> None:
+        weights, biases = 3 * 128 * 256, 2 * 128 + 256
+        quantised = weights // 2 + weights // 32
+        assert bytes_of_an_expert(mxfp4_checkpoint(tmp_path / "mxfp4")) == (
+            quantised + 4 * biases,
+            2 * (weights + biases),
+        )
+
+
+def test_a_pack_holds_decoded_experts_and_the_trunk_as_stored(tmp_path: Path, load: Load) -> None:
+    path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+    opened = OpenModel.open(path)
+    with opened.checkpoint:
+        pack(
+            path, tmp_path / "packed", pieces=opened.pieces, experts_per_layer=opened.facts.experts_per_layer,
+            shape=opened.family.shape, dtype=torch.float32, quantised=opened.quantised_names,
+        )  # fmt: skip
+    stored = load_file(tmp_path / "packed" / "trunk.safetensors")
+    assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    check(load(tmp_path / "packed", expert_memory="30%"), load(path))

@@ -1,0 +1,87 @@
+"""Small random checkpoints in the formats that others publish experts in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from tests.support.checkpoints import add_to_config, lively, saved
+
+BLOCK = 128
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def qwen3_moe() -> PreTrainedModel:
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=128))
+
+
+def deepseek_v3() -> PreTrainedModel:
+    """Whose kv_a_proj_with_mqa ends within a block, as that of the released ones does."""
+    own = {"moe_intermediate_size": 128, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    latent = {"q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 64}
+    groups = {"n_group": 2, "topk_group": 1, "num_key_value_heads": 4}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **own, **latent, **groups}))
+
+
+def gpt_oss() -> PreTrainedModel:
+    kinds = ["sliding_attention", "full_attention"]
+    return GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=8, layer_types=kinds, sliding_window=4))
+
+
+def fp8_checkpoint(model: PreTrainedModel, path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The model with its linear layers in 8 bits, as DeepSeek publishes them; and the values that they stand for."""
+    saved(lively(model, std=0.08), path)
+    tensors, decoded = load_file(path / "model.safetensors"), {}
+    for name in [each for each in tensors if each.endswith(("_proj.weight", "_mqa.weight"))]:
+        stored, scales, decoded[name] = in_blocks(tensors[name])
+        tensors |= {name: stored, f"{name}_scale_inv": scales}
+    save_file(tensors, path / "model.safetensors")
+    block = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+    add_to_config(path, quantization_config=block)
+    return path, decoded
+
+
+def in_blocks(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`weight` in 8 bits, a scale for each block of 128 x 128, and what the two stand for."""
+    scales = torch.empty(-(-weight.shape[0] // BLOCK), -(-weight.shape[1] // BLOCK))
+    stored, decoded = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    for row, column in torch.cartesian_prod(*map(torch.arange, scales.shape)).tolist():
+        where = (slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK))
+        scales[row, column] = weight[where].abs().max() / 448
+        stored[where] = (weight[where] / scales[row, column]).to(torch.float8_e4m3fn)
+        decoded[where] = stored[where].float() * scales[row, column]
+    return stored, scales, decoded
+
+
+def mxfp4_checkpoint(path: Path) -> Path:
+    """gpt-oss with its experts' matrices in random blocks of 4 bits."""
+    saved(lively(gpt_oss(), std=0.08), path)
+    tensors, draws = load_file(path / "model.safetensors"), torch.Generator().manual_seed(2)
+    for name in [each for each in tensors if each.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, outputs, inputs // 32, 16), generator=draws, dtype=torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(
+            121, 124, (experts, outputs, inputs // 32), generator=draws, dtype=torch.uint8
+        )
+    save_file(tensors, path / "model.safetensors")
+    add_to_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    return path

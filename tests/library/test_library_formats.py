@@ -53,7 +53,7 @@ class TestDecodedExperts:
         plain = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
         )
-        check(load(path, expert_memory=share), plain.eval())
+        check(load(path, expert_memory=share), plain.float().eval())
 
     def test_fp8_whose_last_blocks_are_cut_off(self, tmp_path: Path, load: Load, share: float | str) -> None:
         path, decoded = fp8_checkpoint(deepseek_v3(), tmp_path / "fp8")
@@ -68,14 +68,14 @@ class TestDecodedExperts:
             tmp_path / "plain" / "model.safetensors",
         )
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-        check(load(path, expert_memory=share), plain.eval())
+        check(load(path, expert_memory=share), plain.float().eval())
 
     def test_mxfp4(self, tmp_path: Path, load: Load, share: float | str) -> None:
         path = mxfp4_checkpoint(tmp_path / "mxfp4")
         plain = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
         )
-        check(load(path, expert_memory=share), plain.eval())
+        check(load(path, expert_memory=share), plain.float().eval())
 
 
 class TestBytes:

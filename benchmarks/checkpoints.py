@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.report import ROOT
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import check_checkpoint, write_checkpoint
-from pager.cli.output import bytes_progress
+from pager.cli.options import bytes_progress
 from pager.models.open_model import OpenModel
 from pager.store.pack import pack
 

@@ -25,8 +25,7 @@ from benchmarks.evidence_drift import drift_claims, drift_section, measure_drift
 from benchmarks.evidence_facts import Scale
 from benchmarks.evidence_measure import Measured, measure, measure_main, measure_side
 from benchmarks.evidence_page import page
-from pager.lab.plots import plot_domains, plot_paging, plot_rises
-from pager.lab.report import to_dict
+from pager.lab.report import plot_domains, plot_paging, plot_rises, to_dict
 
 CONTROL_METHODS = ("prefill", "trunk", "lexical", "fitted", "calibrated", "random", "future")
 

@@ -20,12 +20,10 @@ from tokenizers import Tokenizer
 
 from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
-from pager.lab.corpus import Text, sample_documents
-from pager.lab.grid import conditions_of
-from pager.lab.methods import size_of
+from pager.lab.corpus import Subject, Text, sample_documents
+from pager.lab.methods import conditions_of, size_of
 from pager.lab.recording import EVERY_EXPERT
 from pager.lab.report import Bootstrap, Evaluation
-from pager.lab.subject import Subject
 from pager.pools.pick import pick_pool
 from pager.types import ExpertPool, PoolSize, RoutingScores
 

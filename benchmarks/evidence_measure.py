@@ -10,9 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from benchmarks.evidence_facts import MAIN_PERCENTS, Facts, Scale, console, measure_facts
+from pager.lab.corpus import EvaluationAsk, Subject, open_subject
 from pager.lab.methods import BY_LAYER, methods_for
 from pager.lab.report import Evaluation, evaluate_subject
-from pager.lab.subject import EvaluationAsk, Subject, open_subject
 
 SIDE_PERCENTS = (50.0, 6.25)
 LAYERED = ("prefill", "prefill+layers", "trunk", "trunk+layers", "fitted", "fitted+layers")

@@ -28,7 +28,7 @@ from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.synthetic import write_checkpoint
-from pager.cli.output import print_error
+from pager.cli.options import print_error
 from pager.errors import PagerError
 from pager.memory.plan import Budgets
 from pager.memory.units import format_bytes

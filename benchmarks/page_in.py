@@ -30,7 +30,7 @@ from benchmarks.shapes import SHAPES
 from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
 from pager.cache.pager import CacheOptions, ExpertPager
-from pager.cli.output import print_error
+from pager.cli.options import print_error
 from pager.errors import PagerError
 from pager.memory.units import format_bytes
 from pager.models.open_model import OpenModel

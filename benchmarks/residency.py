@@ -21,7 +21,7 @@ from benchmarks.first_token import first_token_table
 from benchmarks.page_in import bandwidth_table, why_not_direct
 from benchmarks.report import RESULTS, ROOT, Report, conditions, console, quieten
 from benchmarks.shapes import SHAPES
-from pager.cli.output import print_error
+from pager.cli.options import print_error
 from pager.errors import PagerError
 from pager.models.open_model import OpenModel
 from pager.pools.pick import largest_counts

@@ -24,7 +24,7 @@ from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import check_checkpoint, write_checkpoint
-from pager.cli.output import bytes_progress, print_error
+from pager.cli.options import bytes_progress, print_error
 from pager.errors import PagerError
 from pager.memory.plan import Budgets, Plan
 from pager.memory.units import format_bytes

@@ -19,12 +19,12 @@ import typer
 
 from benchmarks.report import console
 from benchmarks.shapes import SHAPES, Shape
-from pager.cli.output import bytes_progress, print_error
+from pager.cli.options import bytes_progress, print_error
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk, PagerError
 from pager.memory.units import format_bytes, parse_bytes
 from pager.store.checkpoint import INDEX_NAME, SINGLE_NAME
 from pager.store.reads import raw_bytes
-from pager.store.safetensors_header import layout
+from pager.store.safetensors import layout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PIECE_ELEMENTS = 1 << 20

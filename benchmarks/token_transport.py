@@ -23,8 +23,7 @@ import torch
 from expert_pager.v1 import worker_pb2 as pb
 
 from benchmarks.report import RESULTS, Report, Table, conditions, quieten
-from pager.cluster.token_client import AnswerStream, WorkerLink
-from pager.cluster.token_server import TokenServer
+from pager.cluster.tokens import AnswerStream, TokenServer, WorkerLink
 from pager.threads import LoopThread
 from pager.types import FinishReason, GenerateRequest, PagingCounts, PoolPolicy, SamplingParams, TokenChunk, Usage
 

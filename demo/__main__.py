@@ -20,7 +20,7 @@ from typing import Any
 
 from demo.prompts import PROMPTS
 from pager import Client, Count, SamplingParams, Share
-from pager.cli.output import out, print_table
+from pager.cli.options import out, print_table
 from pager.errors import PagerError
 from pager.memory.units import format_bytes
 from pager.types import ExpertPool, ModelInfo, PoolSize, Usage

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import pager
-from pager.cache.policy import POLICIES
+from pager.cache.index import POLICIES
 from pager.cache.trace import Trace, read_trace
 from pager.engine.paged_model import load_paged_model
 from pager.lab.replay import replay_all
@@ -81,7 +81,7 @@ def record(model: str | Path, prompts: Sequence[Sequence[int]]) -> Trace:
 
 
 def main(model: str | Path = MODEL) -> None:
-    POLICIES["segmented-lru"] = SegmentedLRU  # in the project itself: a line in pager/cache/policy.py
+    POLICIES["segmented-lru"] = SegmentedLRU  # in the project itself: a line in pager/cache/index.py
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
 

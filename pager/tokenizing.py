@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: read from its file and applied to texts, with errors that a user can act on.
+"""The tokenizer of a checkpoint: texts to ids, with errors that a user can act on, and ids to text as they come.
 
 The tokenizers library is written in Rust, and where its authors did not expect a failure (a regular expression that
 gives up, say) it raises a PanicException, which is not an Exception: it would end a thread, or a whole command.
@@ -100,3 +100,197 @@ def encode_all(
             f"the model's tokenizer fails on this text ({length} characters): one of its rules gives up; "
             "a shorter or more regular text may pass"
         ) from None
+
+
+# --- ids to text ------------------------------------------------------------------------------------------------------
+#
+# Token ids to text as they come: whole characters only, cut at a stop string.
+
+
+WINDOW_TOKENS = 4
+"""How many of the last tokens can bear on what the next one reads as: a character that is still open has three."""
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+ANCHOR = "a"  # stands before a token where it matters only that something does
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+WRONG_BYTE = "<0xFF>"  # no character has it
+CONTINUATIONS = ("\u0122", "\u00bf")  # bytes 0x80 and 0xBF as byte-level tokenizers write them
+
+
+class TokenTexts:
+    """The texts of one tokenizer's tokens. Immutable; all requests of an engine share it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._decoder = tokenizer.decoder
+        self._special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+        self._bytes: dict[int | None, int] = {}
+        if self.text(["<0xE2>", "<0x82>", "<0xAC>"]) == "\N{EURO SIGN}":  # it falls back to bytes
+            spelled = ((byte, token) for byte, token in enumerate(BYTE_TOKENS) if token not in self._special)
+            self._bytes = {tokenizer.token_to_id(token): byte for byte, token in spelled}
+
+    def token(self, token_id: int) -> str | None:
+        """The token as its tokenizer writes it; None for one without text: a special one, or an id without a token."""
+        token = self.tokenizer.id_to_token(token_id)
+        return None if token is None or token in self._special else str(token)
+
+    def text(self, tokens: Sequence[str]) -> str:
+        """What the tokens read as in a row, as `Tokenizer.decode` has it."""
+        return " ".join(tokens) if self._decoder is None else str(self._decoder.decode(list(tokens)))
+
+    def byte(self, token_id: int) -> int | None:
+        """The byte that the token stands for, where the tokenizer falls back to bytes."""
+        return self._bytes.get(token_id)
+
+    def finished(self, tokens: Sequence[str]) -> str:
+        """The text without the character that the last tokens have begun and the next may finish.
+
+        It is open where one byte more would belong to it, that is, not add a character.
+        """
+        text = self.text(tokens)
+        if not text.endswith(REPLACEMENT):
+            return text
+        is_open = any(len(self.text([*tokens, byte])) == len(text) for byte in CONTINUATIONS)
+        return text[:-1] if is_open else text
+
+
+class Detokenizer:
+    """The text of one request's output, piece by piece; a token costs the decoding of a few, however many came before.
+
+    The pieces add up to what decoding prompt and output at once gives after the prompt's text. None ends within a
+    character: what may still become one is held back, three bytes at most. One rule differs: where a run of byte tokens
+    is no UTF-8, decoding at once turns every byte of the run into a replacement character; here only those from the
+    first wrong one on become one, as the characters before it have been shown by then.
+    """
+
+    def __init__(self, texts: TokenTexts, prompt_token_ids: Sequence[int] = ()) -> None:
+        self._texts = texts
+        self._window: list[str] = []  # the tokens before the open bytes that what follows depends on
+        self._open = b""  # of byte tokens: what may still become a character
+        self._is_broken = False  # the run of byte tokens has one that does not add up
+        self._begin_after(prompt_token_ids)
+        self._shown = self._text()  # of `_text`; the prompt's counts as shown
+
+    def feed(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty where a character is still open."""
+        byte = self._texts.byte(token_id)
+        if byte is not None:
+            return self._feed_byte(byte)
+        token = self._texts.token(token_id)
+        if token is None:
+            return ""
+        text = self._end_bytes() if self._open else ""
+        self._is_broken = False
+        self._window.append(token)
+        text += self._advance(self._texts.finished(self._window))
+        if len(self._window) > 2 * WINDOW_TOKENS:
+            del self._window[:-WINDOW_TOKENS]
+            self._shown = self._texts.finished(self._window)
+        return text
+
+    def flush(self) -> str:
+        """What is left when no more tokens come: a character that stayed open becomes replacement characters."""
+        text = self._advance(self._text())
+        self._open = b""
+        return text
+
+    def _begin_after(self, prompt_token_ids: Sequence[int]) -> None:
+        """Starts as if the prompt had been fed, at the cost of its end."""
+        run = bytearray()
+        for token_id in reversed(prompt_token_ids):
+            byte = self._texts.byte(token_id)
+            if byte is not None and not self._window:
+                run.append(byte)
+            elif (token := self._texts.token(token_id)) is not None:
+                self._window.insert(0, token)
+                if len(self._window) == WINDOW_TOKENS:
+                    break
+        run.reverse()
+        num_finished = _num_finished(run)
+        self._is_broken = num_finished is None
+        self._open = b"" if num_finished is None else bytes(run[num_finished:])
+        if len(run) > len(self._open):
+            self._window = self._instead_of_bytes()
+
+    def _feed_byte(self, byte: int) -> str:
+        self._open += bytes([byte])
+        if not self._is_broken:
+            num_finished = _num_finished(self._open)
+            if num_finished == 0:
+                return ""
+            self._is_broken = num_finished is None
+        return self._end_bytes()
+
+    def _end_bytes(self) -> str:
+        """Shows the open bytes, be they a character by now or not."""
+        text = self._advance(self._text())
+        self._window, self._open = self._instead_of_bytes(), b""
+        self._shown = self._text()
+        return text
+
+    def _instead_of_bytes(self) -> list[str]:
+        """What stands for byte tokens that are shown. Where one was wrong, whatever bytes follow are wrong, too."""
+        return [ANCHOR, WRONG_BYTE] if self._is_broken else [ANCHOR]
+
+    def _text(self) -> str:
+        return self._texts.text(self._window + [BYTE_TOKENS[byte] for byte in self._open])
+
+    def _advance(self, text: str) -> str:
+        """What of `text`, the window's, was not shown yet."""
+        new = text[_num_common(self._shown, text) :]
+        if new:
+            self._shown = text
+        return new
+
+
+def _num_finished(data: bytes | bytearray) -> int | None:
+    """How many of these bytes make whole characters, the others being open; None where they cannot become any."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start if error.reason == "unexpected end of data" else None
+    return len(data)
+
+
+def _num_common(text: str, other: str) -> int:
+    """The length of the beginning that both share."""
+    if other.startswith(text):
+        return len(text)
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((at for at, (one, another) in pairs if one != another), len(other))
+
+
+class StopMatcher:
+    """Finds the first stop string in text that comes in pieces, and holds back what might be the beginning of one."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.is_stopped = False
+
+    def feed(self, text: str) -> str:
+        """The text that is safe to show. After a stop string: what precedes it, then nothing more."""
+        if not self._stops or self.is_stopped:
+            return "" if self.is_stopped else text
+        self._held += text
+        found = [at for at in map(self._held.find, self._stops) if at >= 0]
+        if found:
+            self.is_stopped = True
+            safe, self._held = self._held[: min(found)], ""
+            return safe
+        keep = len(self._held) - self._longest_open_prefix()
+        safe, self._held = self._held[:keep], self._held[keep:]
+        return safe
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        safe, self._held = self._held, ""
+        return safe
+
+    def _longest_open_prefix(self) -> int:
+        longest_stop = max(map(len, self._stops))
+        for length in range(min(len(self._held), longest_stop - 1), 0, -1):
+            end = self._held[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0

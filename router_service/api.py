@@ -21,7 +21,6 @@ from pager.types import TokenChunk
 from router_service import anthropic, openai
 from router_service.access_log import AuditLog, CallRecorder, tell
 from router_service.chat import ChatTemplate, TokenTexts, ToolCall, forced_call, tool_parser
-from router_service.gate import Gate
 from router_service.http import (
     Boundary,
     Endpoint,
@@ -34,6 +33,7 @@ from router_service.http import (
     run_all,
     until_gone,
 )
+from router_service.keys import Gate
 from router_service.openai import Choice
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline

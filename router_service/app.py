@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pager import __version__
 from pager.cluster.cluster import Cluster, RayLost
 from pager.cluster.ray_session import LOOPBACK
-from pager.cluster.views import LoadedModel
-from pager.cluster.worker import budgets_of
+from pager.cluster.worker import LoadedModel, budgets_of
 from pager.config import RouterConfig, ServiceConfig
 from pager.engine.paged_model import needs_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, PortInUse
@@ -38,12 +37,21 @@ from router_service.access_log import AuditLog
 from router_service.admission import Admission, AdmissionLimits
 from router_service.api import Api, metrics_route
 from router_service.chat import ChatTemplate, TokenTexts
-from router_service.claims import LocalClaims
 from router_service.dispatch import ClusterPort
-from router_service.gate import Gate, Tokens, WatchedFile, WatchedRedis, parse_jwks, parse_key_set, parse_secret
-from router_service.hints import InProcessHints
+from router_service.hints import InProcessHints, LocalClaims
 from router_service.http import HttpServer, page_guard
-from router_service.keys import IN_REDIS, KeySet, KeysInRedis
+from router_service.keys import (
+    IN_REDIS,
+    Gate,
+    KeySet,
+    KeysInRedis,
+    Tokens,
+    WatchedFile,
+    WatchedRedis,
+    parse_jwks,
+    parse_key_set,
+    parse_secret,
+)
 from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
 from router_service.prediction import (
@@ -56,8 +64,17 @@ from router_service.prediction import (
     build_passes,
     load_first,
 )
-from router_service.redis import RedisClient, StoreBreaker, redis_url
-from router_service.redis_stores import RedisClaims, RedisHints, SharedClaims, SharedHints, SharedQuotas, open_pools
+from router_service.redis import (
+    RedisClaims,
+    RedisClient,
+    RedisHints,
+    SharedClaims,
+    SharedHints,
+    SharedQuotas,
+    StoreBreaker,
+    open_pools,
+    redis_url,
+)
 from router_service.server import RouterServer
 from router_service.service import Pipeline, Stores
 from router_service.tenants import TenantLabels

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pager.cluster.views import WorkerView
+from pager.cluster.worker import WorkerView
 from pager.errors import DeadlineExceeded, NotReady
 from pager.types import ExpertPool, GenerateRequest, RequestObserver, TokenChunk
 

@@ -1,4 +1,7 @@
-"""What routers remember to place requests better: one protocol, and the store of one process."""
+"""What routers remember: hints to place requests better, and claims of request ids.
+
+Here are the protocols and the stores of one process; `router_service.redis` has the shared ones.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import itertools
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Protocol
 
-from pager.cluster.views import WorkerState
+from pager.cluster.worker import WorkerState
 from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share, WorkerResidency
 
 SHORTEST_PREFIX = 32
@@ -184,3 +187,64 @@ class InProcessHints:
 
     async def close(self) -> None:
         self._pools.clear()
+
+
+# --- claims of request ids --------------------------------------------------------------------------------------------
+#
+# Claims of request ids: a lock that a request holds while it is in flight, at whichever router it is.
+#
+# An id is its tenant's own. Whoever holds a claim learns by it that the request was aborted at another router.
+
+
+class Claims(Protocol):
+    """The ids in flight at all routers that share them."""
+
+    async def claim(self, request_id: str, tenant: str) -> bool:
+        """False when a request of this tenant with this id is in flight, here or at another router."""
+
+    async def release(self, request_id: str, tenant: str) -> None:
+        """Gives up a claim that is held here; any other is left alone."""
+
+    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
+        """Marks a claimed request of this tenant as aborted. False when there is none."""
+
+    async def is_aborted(self, request_id: str, tenant: str) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+class LocalClaims:
+    """The claims of one process. Owns the ids in flight at this router, which its admission bounds."""
+
+    def __init__(self) -> None:
+        self._held: set[tuple[str, str]] = set()  # tenant and id
+        self._aborted: set[tuple[str, str]] = set()
+
+    @property
+    def held(self) -> Set[tuple[str, str]]:
+        """Tenant and request id of what is in flight."""
+        return self._held
+
+    async def claim(self, request_id: str, tenant: str) -> bool:
+        claim = (tenant, request_id)
+        if claim in self._held:
+            return False
+        self._held.add(claim)
+        return True
+
+    async def release(self, request_id: str, tenant: str) -> None:
+        self._held.discard((tenant, request_id))
+        self._aborted.discard((tenant, request_id))
+
+    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
+        claim = (tenant, request_id)
+        if claim not in self._held:
+            return False
+        self._aborted.add(claim)
+        return True
+
+    async def is_aborted(self, request_id: str, tenant: str) -> bool:
+        return (tenant, request_id) in self._aborted
+
+    async def close(self) -> None:
+        """Nothing is open."""

@@ -46,9 +46,9 @@ from pager.observe.metrics import Guard
 from pager.types import TokenChunk
 from router_service import requests
 from router_service.access_log import AuditLog, CallRecorder
-from router_service.gate import Gate
+from router_service.admission import Quotas
+from router_service.keys import Gate
 from router_service.message_bounds import MAX_METADATA_BYTES, check_json
-from router_service.quotas import Quotas
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline
 from router_service.status import DEFAULT_RETRY_S, code_of

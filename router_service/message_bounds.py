@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 
 from pager.errors import InvalidRequest, PagerError, PromptTooLong
 from pager.memory.units import format_bytes
-from pager.pools.named import MAX_EXAMPLES
+from pager.pools.pick import MAX_EXAMPLES
 from pager.sampling import MAX_GRAMMAR_BYTES
 from pager.types import ModelInfo
 

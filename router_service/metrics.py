@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from expert_pager.v1 import expert_pager_pb2 as pb
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.worker import WorkerState, WorkerView
 from pager.observe import metrics
 from pager.observe.metrics import Instruments, Kind, Labels, Metric, every
-from pager.predict.codebook import Codeword
+from pager.predict.fitted import Codeword
 from pager.types import Account, ExpertPool
 from router_service.admission import Admission
 from router_service.status import CODES

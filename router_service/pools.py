@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pager.errors import ConfigError, DamagedPool, PoolNameInUse, PoolStoreUnavailable, TooManyPools
-from pager.leftovers import create_owned, remove_abandoned
-from pager.pools.named import MAX_ENCODED_BYTES, decode_named, encode_named
+from pager.pools.pick import MAX_ENCODED_BYTES, decode_named, encode_named
 from pager.reading import read_bounded
+from pager.store.appearing import create_owned, remove_abandoned
 from pager.types import NamedPool, PoolListing
 
 MAX_POOLS_OF_TENANT = 256

@@ -25,8 +25,7 @@ from pager.memory.machine import resolve_device
 from pager.models.open_model import OpenModel
 from pager.observe.tracing import note, span
 from pager.pools.pick import pick_pool, resolve_size
-from pager.predict.codebook import Codebook, Codeword
-from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
+from pager.predict.fitted import PREDICTOR_NAME, Codebook, Codeword, LexicalPredictor, PredictorFile
 from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from pager.tokenizing import encode_all, longest_token_bytes
 from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores, Usage

@@ -1,14 +1,21 @@
-"""Redis: the client and its breaker. The only module that imports redis."""
+"""Redis: the client, its breaker, and the stores that routers share. The only module that imports redis."""
 
 from __future__ import annotations
 
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
+from limits import RateLimitItem
+from limits.aio.storage import RedisStorage
+from limits.aio.strategies import FixedWindowRateLimiter
+from limits.errors import StorageError
 from redis.asyncio import Redis
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
@@ -17,8 +24,22 @@ from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from pager.errors import ConfigError
+from pager.errors import ConfigError, PoolStoreUnavailable
+from pager.pools.pick import decode_named, encode_named
 from pager.reading import read_bounded
+from pager.types import ExpertPool, NamedPool, PoolListing, RoutingFacts, WorkerResidency
+from router_service import pools
+from router_service.admission import Quotas
+from router_service.hints import (
+    InProcessHints,
+    LocalClaims,
+    decode_pool,
+    decode_worker,
+    encode_pool,
+    encode_worker,
+)
+from router_service.pools import FolderPools, MemoryPools, PoolStore, check_room, listing_of, name_in_use
+from router_service.tenants import Caller
 
 TIMEOUT_S = 0.25
 MAX_URL_BYTES = 1 << 16
@@ -244,3 +265,407 @@ class StoreBreaker:
         log.warning("Redis failed: %s; trying again in %.1f s", error, self.pause_s)
         self._on_failure(error.reason)
         self._on_degraded(True)
+
+
+# --- the stores -------------------------------------------------------------------------------------------------------
+
+
+POOL_TTL_S = 3600
+CLAIM_TTL_MS = 30_000  # renewed once a second; a router that died frees its ids after this
+HOLDS_TTL_MS = 5_000
+MAX_WORKERS = 1024
+_ABORTED = b"/aborted"
+
+# Compare and act in one step: the claim may expire, or pass to another router, in between.
+_MARK_ABORTED = """
+local claim = redis.call('get', KEYS[1])
+if not claim then return 0 end
+if string.sub(claim, -8) ~= '/aborted' then redis.call('set', KEYS[1], claim .. '/aborted', 'KEEPTTL') end
+return 1
+"""
+_RELEASE = """
+local claim = redis.call('get', KEYS[1])
+if claim and string.find(claim, ARGV[1], 1, true) == 1 then return redis.call('del', KEYS[1]) end
+return 0
+"""
+
+
+class RedisHints:
+    """A HintStore in Redis. With Redis gone, each method raises RedisUnavailableError within a quarter second."""
+
+    def __init__(self, client: RedisClient, facts: RoutingFacts, fingerprint: str) -> None:
+        self._client = client
+        self._facts = facts
+        self._prefix = f"expert-pager:1:{fingerprint}"
+
+    async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
+        async with self._client.commands() as redis:
+            values = await redis.mget([f"{self._prefix}:pool:{key}" for key in keys])
+        pools = (decode_pool(value, self._facts) for value in values)
+        return next((pool for pool in pools if pool is not None), None)
+
+    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None:
+        value = encode_pool(pool)
+        async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.set(f"{self._prefix}:pool:{key}", value, ex=POOL_TTL_S)
+            await pipeline.execute()
+
+    async def report(self, workers: Sequence[WorkerResidency]) -> None:
+        async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
+            for worker in workers:
+                pipeline.set(f"{self._prefix}:holds:{worker.id}", encode_worker(worker), px=HOLDS_TTL_MS)
+            pipeline.ping()
+            await pipeline.execute()
+
+    async def residency(self) -> dict[str, WorkerResidency]:
+        prefix = f"{self._prefix}:holds:"
+        async with self._client.commands() as redis:
+            names: list[bytes] = []
+            async for name in redis.scan_iter(match=f"{prefix}*", count=256):
+                names.append(name)
+                if len(names) >= MAX_WORKERS:
+                    break
+            values = await redis.mget(names) if names else []
+        found = {}
+        for name, value in zip(names, values, strict=True):
+            worker_id = name.decode(errors="replace").removeprefix(prefix)
+            worker = decode_worker(worker_id, value, self._facts)
+            if worker is not None:
+                found[worker_id] = worker
+        return found
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+class RedisClaims:
+    """Claims in Redis. With Redis gone, each method raises RedisUnavailableError within a quarter second."""
+
+    def __init__(self, client: RedisClient, fingerprint: str) -> None:
+        self._client = client
+        self._prefix = f"expert-pager:1:{fingerprint}:claim:"
+        self._router = uuid.uuid4().hex
+        self._held: set[str] = set()  # keys
+
+    async def claim(self, request_id: str, tenant: str) -> bool:
+        key = self._key(request_id, tenant)
+        self._held.add(key)  # before the answer: a cancelled caller releases what Redis may have taken
+        async with self._client.commands() as redis, redis.pipeline() as pipeline:
+            pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
+            pipeline.get(key)
+            _, holder = await pipeline.execute()
+        # By its holder, not by the answer of SET: a renewal in between may have set it for us.
+        is_mine = holder is not None and holder.startswith(self._router.encode())
+        if not is_mine:
+            self._held.discard(key)
+        return is_mine
+
+    async def release(self, request_id: str, tenant: str) -> None:
+        key = self._key(request_id, tenant)
+        if key in self._held:
+            self._held.discard(key)
+            await self._client.script(_RELEASE, (key,), self._router)
+
+    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
+        return bool(await self._client.script(_MARK_ABORTED, (self._key(request_id, tenant),)))
+
+    async def is_aborted(self, request_id: str, tenant: str) -> bool:
+        async with self._client.commands() as redis:
+            value = await redis.get(self._key(request_id, tenant))
+        return value is not None and value.endswith(_ABORTED)
+
+    async def renew(self) -> None:
+        """Keeps the claims that are held here from expiring; called about once a second."""
+        async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
+            held = list(self._held)
+            for key in held:
+                pipeline.pexpire(key, CLAIM_TTL_MS)
+            pipeline.ping()
+            renewed = await pipeline.execute()
+            # Redis lost these, or was away when they were made.
+            lost = [key for key, is_there in zip(held, renewed, strict=False) if not is_there]
+            for key in lost:
+                if key in self._held:
+                    pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
+            await pipeline.execute()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _key(self, request_id: str, tenant: str) -> str:
+        return f"{self._prefix}{tenant}:{request_id}"  # no tenant's name has a colon
+
+
+# Both take the hash of a tenant and that of the counts, where a tenant's number is set to what its hash has: a count
+# that somebody else changed is right again with the tenant's next pool.
+_PUT = """
+local is_there = redis.call('hexists', KEYS[1], ARGV[2]) == 1
+if is_there and ARGV[4] == 'add' then return 'in use' end
+if not is_there then
+  local mine, all = redis.call('hlen', KEYS[1]), 0
+  for _, count in ipairs(redis.call('hvals', KEYS[2])) do all = all + (tonumber(count) or 0) end
+  if mine >= tonumber(ARGV[5]) or mine >= tonumber(ARGV[6]) - all then return {mine, all} end
+end
+redis.call('hset', KEYS[1], ARGV[2], ARGV[3])
+redis.call('hset', KEYS[2], ARGV[1], redis.call('hlen', KEYS[1]))
+return 'done'
+"""
+_DELETE = """
+local deleted = redis.call('hdel', KEYS[1], ARGV[2])
+local left = redis.call('hlen', KEYS[1])
+if left == 0 then redis.call('hdel', KEYS[2], ARGV[1]) else redis.call('hset', KEYS[2], ARGV[1], left) end
+return deleted
+"""
+_COUNTS = "expert-pager:1:named-pool-counts"
+
+
+class RedisPools:
+    """A PoolStore whose methods raise RedisUnavailableError when Redis is gone."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._client = client
+
+    async def find(self, tenant: str, name: str) -> NamedPool | None:
+        async with self._client.commands() as redis:
+            data = await redis.hget(_key(tenant), name)
+        return None if data is None else decode_named(data, name)
+
+    async def add(self, tenant: str, named: NamedPool) -> None:
+        await self._put(tenant, named, "add")
+
+    async def replace(self, tenant: str, named: NamedPool) -> None:
+        await self._put(tenant, named, "replace")
+
+    async def delete(self, tenant: str, name: str) -> bool:
+        return bool(await self._client.script(_DELETE, (_key(tenant), _COUNTS), tenant, name))
+
+    async def all_of(self, tenant: str) -> PoolListing:
+        async with self._client.commands() as redis:
+            stored = await redis.hgetall(_key(tenant))
+        return await listing_of((field.decode(errors="replace"), data) for field, data in sorted(stored.items()))
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _put(self, tenant: str, named: NamedPool, verb: str) -> None:
+        limits = pools.MAX_POOLS_OF_TENANT, pools.MAX_POOLS
+        outcome = await self._client.script(
+            _PUT, (_key(tenant), _COUNTS), tenant, named.name, encode_named(named), verb, *limits
+        )
+        if outcome == b"in use":
+            raise name_in_use(named.name)
+        if isinstance(outcome, list):
+            check_room(*outcome)
+
+
+def _key(tenant: str) -> str:
+    return f"expert-pager:1:named-pools:{tenant}"
+
+
+class _Shared:
+    """What answers in the place of a shared store that is away."""
+
+    def __init__(self, breaker: StoreBreaker) -> None:
+        self._breaker = breaker
+
+    async def _read(self, question: Callable[[], Awaitable[Answer]], otherwise: Answer) -> Answer:
+        try:
+            return await self._breaker.read(question)
+        except RedisUnavailableError:
+            return otherwise
+
+    async def _write(self, question: Callable[[], Awaitable[Answer]], otherwise: Answer) -> Answer:
+        try:
+            return await self._breaker.write(question)
+        except RedisUnavailableError:
+            return otherwise
+
+
+class SharedHints(_Shared):
+    """A HintStore that never raises: what the shared store cannot answer, the local one does."""
+
+    def __init__(self, local: InProcessHints, shared: RedisHints, claims: RedisClaims, breaker: StoreBreaker) -> None:
+        """`claims` are renewed with each report, under one verdict of the breaker: a renewal succeeds where a write is
+        refused, and would hide that.
+        """
+        super().__init__(breaker)
+        self._local = local
+        self._shared = shared
+        self._claims = claims
+
+    async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
+        found = await self._read(lambda: self._shared.find_pool(keys), None)
+        return found or await self._local.find_pool(keys)
+
+    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None:
+        await self._local.remember_pool(keys, pool)
+        await self._write(lambda: self._shared.remember_pool(keys, pool), None)
+
+    async def report(self, workers: Sequence[WorkerResidency]) -> None:
+        await self._local.report(workers)
+        await self._write(lambda: self._renew_and_report(workers), None)
+
+    async def _renew_and_report(self, workers: Sequence[WorkerResidency]) -> None:
+        await self._claims.renew()
+        await self._shared.report(workers)
+
+    async def residency(self) -> dict[str, WorkerResidency]:
+        elsewhere: dict[str, WorkerResidency] = await self._read(self._shared.residency, {})
+        return elsewhere | await self._local.residency()
+
+    async def close(self) -> None:
+        await self._local.close()
+        with suppress(RedisUnavailableError):
+            await self._shared.close()
+
+
+class SharedClaims(_Shared):
+    """Claims that never raise: while the shared ones are away, an id is unique at this router alone."""
+
+    def __init__(self, local: LocalClaims, shared: RedisClaims, breaker: StoreBreaker) -> None:
+        super().__init__(breaker)
+        self._local = local
+        self._shared = shared
+
+    async def claim(self, request_id: str, tenant: str) -> bool:
+        if not await self._local.claim(request_id, tenant):
+            return False
+        try:
+            is_free = await self._write(lambda: self._shared.claim(request_id, tenant), True)
+        except BaseException:  # the caller was cancelled while it waited
+            await self.release(request_id, tenant)
+            raise
+        if not is_free:
+            await self._local.release(request_id, tenant)
+        return is_free
+
+    async def release(self, request_id: str, tenant: str) -> None:
+        await self._local.release(request_id, tenant)
+        await self._write(lambda: self._shared.release(request_id, tenant), None)
+
+    async def mark_aborted(self, request_id: str, tenant: str) -> bool:
+        here = await self._local.mark_aborted(request_id, tenant)
+        return await self._write(lambda: self._shared.mark_aborted(request_id, tenant), False) or here
+
+    async def is_aborted(self, request_id: str, tenant: str) -> bool:
+        return await self._local.is_aborted(request_id, tenant) or await self._read(
+            lambda: self._shared.is_aborted(request_id, tenant), False
+        )
+
+    async def close(self) -> None:
+        await self._local.close()
+        with suppress(RedisUnavailableError):
+            await self._shared.close()
+
+
+MAX_CACHED = 256
+PoolAnswer = TypeVar("PoolAnswer")
+Way = Callable[[Callable[[], Awaitable[PoolAnswer]]], Awaitable[PoolAnswer]]
+
+
+class SharedPools:
+    """A PoolStore. Redis is asked every time, so that no router goes on with a pool that another one deleted or
+    replaced; while it is away, a pool that was used here before can still be used.
+    """
+
+    def __init__(self, shared: RedisPools, breaker: StoreBreaker) -> None:
+        self._shared = shared
+        self._breaker = breaker
+        self._seen: OrderedDict[tuple[str, str], NamedPool] = OrderedDict()
+
+    async def find(self, tenant: str, name: str) -> NamedPool | None:
+        try:
+            found = await self._ask(self._breaker.read, lambda: self._shared.find(tenant, name))
+        except PoolStoreUnavailable:
+            seen = self._seen.get((tenant, name))
+            if seen is None:
+                raise
+            return seen
+        self._saw(tenant, name, found)
+        return found
+
+    async def add(self, tenant: str, named: NamedPool) -> None:
+        await self._ask(self._breaker.write, lambda: self._shared.add(tenant, named))
+        self._saw(tenant, named.name, named)
+
+    async def replace(self, tenant: str, named: NamedPool) -> None:
+        await self._ask(self._breaker.write, lambda: self._shared.replace(tenant, named))
+        self._saw(tenant, named.name, named)
+
+    async def delete(self, tenant: str, name: str) -> bool:
+        is_deleted = await self._ask(self._breaker.write, lambda: self._shared.delete(tenant, name))
+        self._saw(tenant, name, None)
+        return is_deleted
+
+    async def all_of(self, tenant: str) -> PoolListing:
+        return await self._ask(self._breaker.read, lambda: self._shared.all_of(tenant))
+
+    async def close(self) -> None:
+        with suppress(RedisUnavailableError):
+            await self._shared.close()
+
+    def _saw(self, tenant: str, name: str, named: NamedPool | None) -> None:
+        self._seen.pop((tenant, name), None)
+        if named is not None:
+            self._seen[tenant, name] = named
+        while len(self._seen) > MAX_CACHED:
+            self._seen.popitem(last=False)
+
+    async def _ask(self, way: Way[PoolAnswer], question: Callable[[], Awaitable[PoolAnswer]]) -> PoolAnswer:
+        """`way` is the breaker's read or write. Raises PoolStoreUnavailable."""
+        try:
+            return await way(question)
+        except RedisUnavailableError as error:
+            raise PoolStoreUnavailable(
+                f"the store of named pools (Redis) does not serve this now: {error}; retry later, or give the pool's "
+                "experts instead",
+                retry_after_s=max(0.1, self._breaker.pause_s),
+            ) from None
+
+
+def open_pools(redis_url: str | None, path: Path | None, breaker: StoreBreaker | None = None) -> PoolStore:
+    """Redis, else a folder, else this process. Raises ConfigError for two of them, and for a folder that is none."""
+    if redis_url is not None and path is not None:
+        raise ConfigError(
+            f"named pools are kept in Redis where REDIS_URL names one, so their folder {path} can take no effect; "
+            "keep one of the two"
+        )
+    if redis_url is not None:
+        return SharedPools(RedisPools(RedisClient(redis_url)), breaker or StoreBreaker())
+    return MemoryPools() if path is None else FolderPools(path)
+
+
+class SharedQuotas(Quotas):
+    """Quotas that all routers count together; while Redis is away, each router counts by itself."""
+
+    def __init__(self, url: str, breaker: StoreBreaker) -> None:
+        super().__init__()
+        scheme, _, rest = url.partition(":")
+        self._storage = RedisStorage(
+            f"async+redis+unix:{rest}" if scheme == "unix" else f"async+{url}",
+            wrap_exceptions=True,
+            implementation="redispy",
+            key_prefix="expert-pager:1:quota",
+            **timeouts(),
+        )
+        self._shared = FixedWindowRateLimiter(self._storage)
+        self._breaker = breaker
+
+    async def close(self) -> None:
+        bridge: Any = self._storage.bridge
+        await bridge.get_connection().aclose()
+
+    async def _ask(
+        self, question: Callable[..., Awaitable[Answer]], item: RateLimitItem, caller: Caller, **options: int
+    ) -> Answer:
+        async def ask() -> Answer:
+            try:
+                return await question(self._shared, item, caller.id, **options)
+            except (StorageError, OSError, TimeoutError) as error:
+                raise RedisUnavailableError("unreachable", type(error).__name__) from None
+
+        try:
+            return await self._breaker.write(ask)
+        except RedisUnavailableError:
+            return await super()._ask(question, item, caller, **options)

@@ -13,8 +13,15 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 
 from pager.errors import InvalidRequest, PromptTooLong, UnknownModel, UnknownPool
 from pager.pools.drift import check_can_drift, check_drift
-from pager.pools.named import check_example, check_name, check_num_examples, pool_for
-from pager.pools.pick import check_pool, check_pool_size, largest_counts
+from pager.pools.pick import (
+    check_example,
+    check_name,
+    check_num_examples,
+    check_pool,
+    check_pool_size,
+    largest_counts,
+    pool_for,
+)
 from pager.sampling import check_prompt_logprobs, check_sampling, check_vocabulary
 from pager.types import (
     Count,

@@ -22,7 +22,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from pager.cluster.views import WorkerState
+from pager.cluster.worker import WorkerState
 from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, SlowReader, UnknownMethod
 from pager.memory.units import format_address
 from pager.observe import tracing
@@ -32,7 +32,7 @@ from pager.types import TokenChunk
 from pager.wire import encode_load, encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
 from router_service import open_inference, requests
 from router_service.access_log import AuditLog, CallRecorder
-from router_service.gate import Gate
+from router_service.keys import Gate
 from router_service.message_bounds import (
     CORE_MESSAGE_BYTES,
     CORE_METADATA_BYTES,

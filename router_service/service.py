@@ -16,8 +16,7 @@ from typing import Self
 from pager.errors import Cancelled, DeadlineExceeded, DuplicateRequest, InvalidRequest, NotReady, WorkerLost
 from pager.observe.logs import request_id, trace_context
 from pager.observe.tracing import note, span, traceparent, tracestate
-from pager.pools.named import check_name, mean_scores
-from pager.pools.pick import pick_pool
+from pager.pools.pick import check_name, mean_scores, pick_pool
 from pager.types import (
     Account,
     ExpertPool,
@@ -33,14 +32,12 @@ from pager.types import (
     WorkerResidency,
 )
 from router_service.access_log import pool_label, tell
-from router_service.admission import Admission, refusing, remaining_s
-from router_service.claims import Claims
+from router_service.admission import Admission, Quotas, refusing, remaining_s
 from router_service.dispatch import ClusterPort, Placement, check_deadline, place
-from router_service.hints import HintStore, all_workers
+from router_service.hints import Claims, HintStore, all_workers
 from router_service.metrics import RouterMetrics
 from router_service.pools import PoolStore, name_in_use
 from router_service.prediction import Prediction, Predictor
-from router_service.quotas import Quotas
 from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model, no_such_pool
 from router_service.requests import request_id as check_request_id
 from router_service.tenants import Caller

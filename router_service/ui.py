@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pager import __version__
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.worker import WorkerState, WorkerView
 from pager.types import ExpertPool, Full, ModelInfo, PagingCounts, PoolPolicy, Usage, WorkerResidency
 from router_service.dispatch import ClusterPort
 from router_service.hints import HintStore, all_workers, size_name
@@ -136,12 +136,6 @@ def _sum(uses: list[PoolUse]) -> PoolUse:
         paging=sum((use.paging for use in uses), PagingCounts()),
         mode=next((use.mode for use in uses if use.mode), ""),
     )
-
-
-def size_label(policy: PoolPolicy) -> str:
-    """The size that was asked for, in few characters."""
-    text = "fixed" if policy.fixed is not None else size_name(policy.size)
-    return text if len(text) <= LONGEST_SIZE else f"{text[: LONGEST_SIZE - 1]}…"
 
 
 SAMPLE_S = 5.0
@@ -332,3 +326,9 @@ def _part(name: str) -> str:
 
 def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def size_label(policy: PoolPolicy) -> str:
+    """The size that was asked for, in few characters."""
+    text = "fixed" if policy.fixed is not None else size_name(policy.size)
+    return text if len(text) <= LONGEST_SIZE else f"{text[: LONGEST_SIZE - 1]}…"

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from pager.cache.device import DeviceSlots
 from pager.cache.host import HostTier
-from pager.cache.index import CacheIndex
+from pager.cache.index import DEFAULT_POLICY, CacheIndex, make_policy
 from pager.cache.lease import Lease, demand_waves
 from pager.cache.ledger import Holding, Ledger, Meanwhile
-from pager.cache.policy import DEFAULT_POLICY, make_policy
 from pager.cache.stats import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
 from pager.cache.tiers import Fetched, Readers, Tiers, Turn, why_bypass
 from pager.cache.trace import TraceRecorder

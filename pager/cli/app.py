@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 
 from pager import __version__
-from pager.cli import checkpoint, generate, lab, pools, serve, slices, status
+from pager.cli import checkpoint, generate, lab, pools, serve
 from pager.cli.keys import keys_app
-from pager.cli.output import print_error
+from pager.cli.options import print_error
 from pager.cli.pools import pools_app
 from pager.errors import PagerError
-from pager.store.hub import keep_offline
+from pager.store.checkpoint import keep_offline
 
 app = typer.Typer(
     name="expert-pager",
@@ -34,14 +34,14 @@ app.command("route")(generate.route)
 app.command("calibrate")(pools.calibrate)
 app.add_typer(pools_app, name="pools")
 app.add_typer(keys_app, name="keys")
-app.command("status")(status.status)
+app.command("status")(serve.status)
 app.command("inspect")(checkpoint.inspect)
 app.command("fit-router")(lab.fit_router)
 app.command("clusters")(lab.clusters)
 app.command("eval")(lab.evaluate)
 app.command("pack")(checkpoint.pack)
 app.command("verify")(checkpoint.verify)
-app.command("slice")(slices.slice_model)
+app.command("slice")(checkpoint.slice_model)
 app.command("replay")(lab.replay)
 
 _debug = False

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pager.cli.options import AsJson, bundled
-from pager.cli.output import err, out, print_json, print_table, serve_extra
+from pager.cli.options import AsJson, bundled, err, out, print_json, print_table, serve_extra
 from pager.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pager.cli.options import AsJson, Device, Dtype, ExpertMemory, ModelPath
-from pager.cli.output import busy, err, lab_extra, out, print_json, print_table, steps_progress
+from pager.cli.options import (
+    AsJson,
+    Device,
+    Dtype,
+    ExpertMemory,
+    ModelPath,
+    busy,
+    err,
+    lab_extra,
+    out,
+    print_json,
+    print_table,
+    steps_progress,
+)
 from pager.errors import InvalidRequest, PagerError
 from pager.memory.machine import resolve_device
 from pager.memory.plan import Budgets
@@ -18,10 +30,10 @@ from pager.memory.units import format_bytes
 
 if TYPE_CHECKING:
     from pager.cache.trace import Trace
+    from pager.lab.corpus import EvaluationAsk
     from pager.lab.fit import Fit
     from pager.lab.replay import BudgetResults
     from pager.lab.report import Evaluation, Figures
-    from pager.lab.subject import EvaluationAsk
 
 Documents = Annotated[
     list[str],
@@ -73,8 +85,7 @@ def evaluate(
     with lab_extra("eval"), busy("loading"):
         import matplotlib as _  # noqa: F401 - so that a missing one is reported before the work, not after it
 
-        from pager.lab.corpus import Cut
-        from pager.lab.subject import EvaluationAsk, parse_percents
+        from pager.lab.corpus import Cut, EvaluationAsk, parse_percents
 
     ask = EvaluationAsk(
         model,
@@ -169,8 +180,7 @@ def clusters(
     `expert-pager clusters ./emo --compare ./stdmoe --documents 'corpus/*.jsonl' --max-documents 20 --out page.html`
     """
     with lab_extra("clusters"), busy("loading"):
-        from pager.lab.cluster_page import build_page, make_report, slice_line, summary
-        from pager.lab.clusters import trace_documents
+        from pager.lab.clusters import build_page, make_report, slice_line, summary, trace_documents
         from pager.lab.corpus import sample_documents
 
     if not out_file.parent.is_dir():

@@ -27,8 +27,8 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from pager.errors import ConfigError, NotReady
-from pager.leftovers import create_owned, remove_abandoned
 from pager.observe import logs
+from pager.store.appearing import create_owned, remove_abandoned
 
 log = logging.getLogger("expert_pager.ray")
 

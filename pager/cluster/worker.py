@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,8 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from expert_pager.v1 import worker_pb2 as pb
 
 from pager import __version__
-from pager.cluster.token_server import StreamEvent, SubmissionObserver, TokenEngine, TokenServer
-from pager.cluster.views import Health, LoadedModel, WorkerReady
+from pager.cluster.tokens import StreamEvent, SubmissionObserver, TokenEngine, TokenServer
 from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
@@ -36,13 +36,77 @@ from pager.observe import tracing
 from pager.observe.metrics import LoopLag, MetricsServer, leave_out_of_collections
 from pager.observe.worker_metrics import EngineLoad, TierBytes, WorkerMetrics
 from pager.threads import LoopThread
-from pager.types import PagingCounts, RoutingFacts
+from pager.types import ExpertPool, ModelInfo, PagingCounts, RoutingFacts, WorkerResidency
 from pager.wire import encode_bitmap, encode_paging
 
 if TYPE_CHECKING:
     from pager.cache.host import HostTier
     from pager.memory.plan import Plan
     from pager.models.open_model import OpenModel
+
+
+class WorkerState(StrEnum):
+    STARTING = "starting"  # its process starts, or loads the model
+    READY = "ready"
+    DRAINING = "draining"  # takes nothing new and ends what it has; then its process ends, and another starts
+    HUNG = "hung"  # a step makes no progress for longer than the watchdog allows; it is being killed
+    DEAD = "dead"  # its process is gone, or could not load; it is started again after a pause
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel(ModelInfo):
+    """The model that all workers serve, as the first ready one loaded and planned it."""
+
+    dtype: str = ""
+    device: str = ""
+    expert_bytes: int = 0
+    plan_facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView(WorkerResidency):
+    """One of this router's workers as last reported, at most about a second ago: what it holds, and how fast it is."""
+
+    page_in_bytes_per_s: float | None = None  # median of recent page-ins; None before the first
+    peak_page_in_bytes_per_s: float | None = None  # of all readers together, at most
+    place_s: float | None = None  # how long one place in its line has been lasting; None before an admission
+    metrics_address: str | None = None  # of its last process that was ready; None before the first
+    num_restarts: int = 0
+    paging: PagingCounts = field(default_factory=PagingCounts)
+    kv_share: float = 0.0  # of its KV memory, what running requests have reserved
+
+    def missing_bytes(self, pool: ExpertPool) -> int:
+        """What would have to be paged in to run `pool` here now."""
+        missing = 0
+        for layer, experts in enumerate(pool.experts):
+            resident = self.resident[layer] if layer < len(self.resident) else 0
+            missing += (sum(1 << expert for expert in experts) & ~resident).bit_count()
+        return missing * self.expert_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """What a worker says when it has loaded: how to reach it, and what it serves. The token is a secret."""
+
+    address: str
+    token: str
+    metrics_address: str
+    pid: int
+    model: LoadedModel
+
+    def __repr__(self) -> str:
+        return f"WorkerReady(address={self.address!r}, pid={self.pid})"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a worker's process is, as long as it answers at all."""
+
+    progress: int | None  # changes with all that the engine gets done within a step; None between steps
+
+
+# --- the worker process -----------------------------------------------------------------------------------------------
+
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pager.engine.kv import KvCache, heads_of
 from pager.errors import PagerError, UnsupportedModel
+from pager.models.layout import AttentionCall, try_forward
 from pager.models.open_model import OpenModel
-from pager.models.trial import AttentionCall, try_forward
 from pager.reading import one_line
 
 if TYPE_CHECKING:

@@ -20,20 +20,18 @@ from tokenizers import Tokenizer
 
 from pager import threads
 from pager.engine.decoding import Decoder, Outcome
-from pager.engine.detokenizer import TokenTexts
 from pager.engine.grammar import Grammars
 from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent, failure_of
-from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache
+from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache, Prefix
 from pager.engine.paged_model import PagedModel
-from pager.engine.prefix import Prefix
 from pager.engine.request import Request, effective_policy, record_spans
 from pager.engine.runner import ModelRunner
 from pager.engine.scheduler import Inbox, LineClock, RequestBounds
 from pager.engine.turns import Experts, TenantCounters, WaitingLine, as_bits, by_overlap
 from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
-from pager.memory.needs import PREFILL_CHUNK_TOKENS
+from pager.memory.plan import PREFILL_CHUNK_TOKENS
 from pager.pools.pick import check_pool
-from pager.tokenizing import panics_as_errors
+from pager.tokenizing import TokenTexts, panics_as_errors
 from pager.types import Account, FinishReason, GenerateRequest, TokenChunk, Usage
 
 log = logging.getLogger(__name__)

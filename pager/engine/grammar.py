@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pager.engine.detokenizer import TokenTexts
 from pager.errors import InvalidRequest, NotReady, PagerError
+from pager.tokenizing import TokenTexts
 from pager.types import Grammar, GrammarKind
 
 if TYPE_CHECKING:

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from pager.cache.index import DEFAULT_POLICY
 from pager.cache.pager import CacheOptions
-from pager.cache.policy import DEFAULT_POLICY
 from pager.engine.gates import NO_COPIES
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import ConfigError, InvalidRequest
 from pager.memory.machine import resolve_device
 from pager.memory.plan import NUM_READERS, Budgets
 from pager.memory.units import format_bytes
-from pager.pools.drift import answer_drift, parse_drift
+from pager.pools.drift import RequestRouting, answer_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size
-from pager.pools.routing import RequestRouting
 from pager.pools.step import StepRouting
-from pager.store.hub import local_folder
+from pager.store.checkpoint import local_folder
 from pager.types import Bytes, Count, Counts, DriftPolicy, Full, PoolPolicy, PoolSize, RoutingFacts
 
 if TYPE_CHECKING:

@@ -24,12 +24,10 @@ from pager.engine.kv import kv_bytes_per_token
 from pager.engine.workspace import staging_bytes, workspace_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, UnsupportedModel
 from pager.memory.machine import Machine
-from pager.memory.needs import Needs
-from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Plan, plan
+from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Needs, Plan, plan
 from pager.models.open_model import OpenModel
-from pager.pools.drift import check_can_drift, check_drift
+from pager.pools.drift import RequestRouting, check_can_drift, check_drift
 from pager.pools.pick import largest_counts
-from pager.pools.routing import RequestRouting
 from pager.pools.step import StepRouting
 from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts
 

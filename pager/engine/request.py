@@ -13,20 +13,17 @@ from typing import TYPE_CHECKING
 
 from pager.cache.lease import Lease
 from pager.cache.stats import Tier, TierReads, UsageMeter
-from pager.engine.detokenizer import Detokenizer, StopMatcher, TokenTexts
 from pager.engine.grammar import GrammarMask
-from pager.engine.kv import BLOCK_TOKENS, BlockPool
-from pager.engine.logits import Context
+from pager.engine.kv import BLOCK_TOKENS, BlockPool, Prefix
 from pager.engine.paged_model import PagedModel
-from pager.engine.prefix import Prefix
 from pager.engine.runner import PromptPart, RowStart
-from pager.engine.sampler import Draw
+from pager.engine.sampler import Context, Draw
 from pager.engine.turns import Experts, Spent, Want, as_bits
 from pager.errors import InvalidRequest, PagerError
 from pager.observe import tracing
-from pager.pools.drift import Change, answer_drift, make_change
-from pager.pools.routing import RequestRouting
+from pager.pools.drift import Change, RequestRouting, answer_drift, make_change
 from pager.pools.step import StepRouting
+from pager.tokenizing import Detokenizer, StopMatcher, TokenTexts
 from pager.types import (
     Account,
     AnswerMode,

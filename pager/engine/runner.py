@@ -21,10 +21,10 @@ from pager.cache.device import DeviceSlots
 from pager.engine import attention
 from pager.engine.attention import KvStep, PromptStep
 from pager.engine.kv import KvCache, blocks_for, token_slots
-from pager.engine.logits import logprobs_of
 from pager.engine.paged_model import PagedModel
+from pager.engine.sampler import logprobs_of
 from pager.errors import UnsupportedModel
-from pager.pools.routing import RequestRouting
+from pager.pools.drift import RequestRouting
 from pager.types import Count, ExpertPool, PoolPolicy, PoolSource, TokenLogprobs
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,8 @@ import torch
 from pager.engine import KERNEL_CACHES
 from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES
 from pager.engine.kv import heads_of
-from pager.memory.needs import Workspace
-from pager.memory.plan import NUM_CHECKERS
-from pager.models.config_bounds import largest
+from pager.memory.plan import NUM_CHECKERS, Workspace
+from pager.models.families import largest
 from pager.models.open_model import OpenModel
 from pager.store.reads import STAGING_BYTES
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pager.predict.codebook import COVERAGE_SHARE, inside_share
-from pager.predict.fitted import LENGTHS, MEANS, THRESHOLDS
+from pager.predict.fitted import COVERAGE_SHARE, LENGTHS, MEANS, THRESHOLDS, inside_share
 
 CHOICES = (8, 16, 32, 64, 96)  # of the number of codewords
 SHARES_S = (1 / 4, 1 / 8, 1 / 16)  # of a layer's experts in the pools by which codewords are judged

@@ -20,8 +20,7 @@ from torch import Tensor
 from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
 from pager.lab.codebook import CodebookFit, CodebookFitter
-from pager.lab.forwards import Forwards, experts_in_bulk
-from pager.lab.recording import Ids, mean_probabilities, recording, run_document
+from pager.lab.recording import Forwards, Ids, experts_in_bulk, mean_probabilities, recording, run_document
 from pager.predict.fitted import (
     FLOOR,
     PENALTIES,

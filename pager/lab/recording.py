@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from pager.engine import experts
 from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
 from pager.models.families import routed_probabilities
 from pager.models.open_model import moe_blocks
-from pager.pools.routing import RequestRouting
-from pager.types import ExpertPool, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores
+from pager.pools.drift import RequestRouting
+from pager.types import ExpertKey, ExpertPool, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores
 
 Ids = Sequence[int]
 Examples = Sequence[Ids]
@@ -215,3 +218,191 @@ class _LayerReached(Exception):
 
 def _nothing(*_: object) -> None:
     """An `on_gate` that records nothing."""
+
+
+# --- rows of many documents, each under a pool of its own -------------------------------------------------------------
+#
+# Rows of many documents through a paged model, each under a pool of its own, whatever its budget of experts.
+#
+# Legend: B rows, S tokens a row (padded), T = B·S, V vocabulary, P predicted tokens of a document, D hidden,
+# L layers, R routed experts of a layer, K experts a token picks, N tokens of one expert.
+
+
+BATCH_TOKENS = 8192  # at most; fewer where what they work with would take more than BATCH_BYTES
+BATCH_BYTES = 256 * 2**20
+HEAD_TOKENS = 512  # logits of so many tokens exist at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PooledOutcome:
+    """One document under one pool: the predictions of the tokens after its prompt."""
+
+    nats: float  # added up
+    best_P: np.ndarray  # int32: the likeliest token at each place
+    pool: ExpertPool | None  # None for all experts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GateMeans:
+    """Mean gate probabilities of one document, with all experts: over its prompt, and over the whole."""
+
+    prompt_LR: Layers
+    whole_LR: Layers
+
+
+class Forwards:
+    """Runs texts in batches by length; padding votes and counts for nothing. One thread only, the model's own."""
+
+    def __init__(self, paged: PagedModel, prompt_tokens: int, *, batch_tokens: int | None = None) -> None:
+        self.paged = paged
+        self.prompt_tokens = prompt_tokens
+        self._batch_tokens = batch_tokens or _batch_tokens(paged)
+        self._running: list[int] = []  # the texts of the batch that is running
+
+    def outcomes(
+        self, texts: Sequence[Ids], policies: Sequence[PoolPolicy], *, voters: int | None = None
+    ) -> list[PooledOutcome]:
+        """Runs each text under its policy. Pools left open are chosen layer by layer by the first `voters` tokens.
+
+        `voters` None: by the prompt, as a request's prefill does; a causal model sees nothing later, so that one
+        forward over the whole text is the prefill and what follows it.
+        """
+        outcomes: list[PooledOutcome | None] = [None] * len(texts)
+        for rows, hidden_BSD, routings in self._run(texts, policies, voters or self.prompt_tokens):
+            for row, hidden_SD, routing in zip(rows, hidden_BSD, routings, strict=True):
+                outcomes[row] = self._predict(hidden_SD, texts[row], routing.pool)
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def pools(self, texts: Sequence[Ids], size: PoolSize) -> list[ExpertPool]:
+        """The pool that each whole text would choose for itself, layer by layer."""
+        pools: dict[int, ExpertPool] = {}
+        longest = max(map(len, texts))
+        for rows, _, routings in self._run(texts, [PoolPolicy(size)] * len(texts), longest):
+            for row, routing in zip(rows, routings, strict=True):
+                assert routing.pool is not None
+                pools[row] = routing.pool
+        return [pools[row] for row in range(len(texts))]
+
+    def full(self, texts: Sequence[Ids]) -> tuple[list[PooledOutcome], list[GateMeans]]:
+        """The outcomes with all experts, and what the gates wanted."""
+        with self._recording(texts) as means:
+            outcomes = self.outcomes(texts, [EVERY_EXPERT] * len(texts))
+        return outcomes, means
+
+    def means(self, texts: Sequence[Ids]) -> list[GateMeans]:
+        """What the gates want of each text with all experts."""
+        with self._recording(texts) as means:
+            for _ in self._run(texts, [EVERY_EXPERT] * len(texts), self.prompt_tokens):
+                pass
+        return means
+
+    @torch.inference_mode()
+    def _run(
+        self, texts: Sequence[Ids], policies: Sequence[PoolPolicy], voters: int
+    ) -> Iterator[tuple[list[int], Tensor, list[RequestRouting]]]:
+        """Runs batch by batch: the texts' numbers, their hidden states [B, S, D] and their routing."""
+        device = self.paged.device
+        for rows in batches([len(text) for text in texts], self._batch_tokens):
+            lengths = [len(texts[row]) for row in rows]
+            padded = [[*texts[row], *[0] * (max(lengths) - len(texts[row]))] for row in rows]
+            place_S = torch.arange(max(lengths), device=device)
+            valid_BS = place_S < torch.tensor([min(voters, length) for length in lengths], device=device)[:, None]
+            routings = [self.paged.routing(policies[row]) for row in rows]
+            row_T = torch.arange(len(rows), device=device).repeat_interleave(max(lengths))
+            self._running = rows
+            with self.paged.step(routings, rows=row_T, valid=valid_BS.flatten(), prefill=True):
+                inputs = torch.tensor(padded, device=device)
+                hidden_BSD = self.paged.model.model(input_ids=inputs, use_cache=False).last_hidden_state
+            yield rows, hidden_BSD, routings
+
+    @torch.inference_mode()
+    def _predict(self, hidden_SD: Tensor, text: Ids, pool: ExpertPool | None) -> PooledOutcome:
+        head = self.paged.model.get_output_embeddings()
+        hidden_PD = hidden_SD[self.prompt_tokens - 1 : len(text) - 1]
+        label_P = torch.tensor(text[self.prompt_tokens :], device=hidden_PD.device)
+        nats, best = 0.0, []
+        for hidden, label in zip(hidden_PD.split(HEAD_TOKENS), label_P.split(HEAD_TOKENS), strict=True):
+            logits_PV = head(hidden).float()
+            nats += float((logits_PV.logsumexp(-1) - logits_PV.gather(-1, label[:, None])[:, 0]).double().sum())
+            best.append(logits_PV.argmax(-1).int().cpu().numpy())
+        return PooledOutcome(nats, np.concatenate(best), pool)
+
+    @contextmanager
+    def _recording(self, texts: Sequence[Ids]) -> Iterator[list[GateMeans]]:
+        """Every text's means, once the batches that ran inside are done."""
+        dense = [np.zeros(0)] * self.paged.facts.num_layers
+        prompts, wholes = ([list(dense) for _ in texts] for _ in range(2))
+        found: list[GateMeans] = []
+
+        def record(layer: int, probs_TR: Tensor, _: Tensor) -> None:
+            probs_BSR = probs_TR.view(len(self._running), -1, probs_TR.shape[-1]).double()
+            for row, probs_SR in zip(self._running, probs_BSR, strict=True):
+                prompts[row][layer] = probs_SR[: self.prompt_tokens].mean(0).cpu().numpy()
+                wholes[row][layer] = probs_SR[: len(texts[row])].mean(0).cpu().numpy()
+
+        with recording(self.paged, record):
+            yield found
+        found += [GateMeans(tuple(prompt), tuple(whole)) for prompt, whole in zip(prompts, wholes, strict=True)]
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yields the indices of each batch, the longest texts first; padded they have at most `batch_tokens` tokens."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        num_rows = max(1, batch_tokens // lengths[order[0]])
+        yield order[:num_rows]
+        order = order[num_rows:]
+
+
+def _batch_tokens(paged: PagedModel) -> int:
+    """The tokens of a batch. Each is copied for each of its experts, on the way in and on the way out."""
+    copies = 2 * max(paged.facts.top_k_per_layer, default=1) + 2
+    token_bytes = copies * int(paged.config.hidden_size) * paged.dtype.itemsize
+    return max(1, min(BATCH_TOKENS, BATCH_BYTES // token_bytes))
+
+
+# --- all experts in memory --------------------------------------------------------------------------------------------
+
+BULK = "expert_pager_bulk"
+"""A way to compute that is twice as fast on a CPU as the engine's own, which sorts and adds so that the result does not
+depend on what had to be paged. This one adds up expert by expert, whose intermediates never leave the CPU's cache. The
+two differ by rounding."""
+
+
+@contextmanager
+def experts_in_bulk(paged: PagedModel) -> Iterator[None]:
+    """Inside, the model computes in bulk, if all experts fit into its slots and it computes in float32 on a CPU."""
+    if not paged.fully_resident or paged.dtype != torch.float32 or paged.device.type != "cpu":
+        yield
+        return
+    keys = [ExpertKey(layer, expert) for layer, num in enumerate(paged.facts.routed_per_layer) for expert in range(num)]
+    lease = paged.pager.reserve_pool(keys)
+    assert lease is not None, "nobody else holds experts of this model"
+    with lease:
+        for layer in range(paged.facts.num_layers):
+            lease.wait(layer)
+        paged.model.set_experts_implementation(BULK)
+        try:
+            yield
+        finally:
+            paged.model.set_experts_implementation(experts.NAME)
+
+
+def _run_in_bulk(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The function that transformers calls for a layer's experts: [T, D]."""
+    layer: experts.LayerExperts = module.paging
+    slot_P = layer.pager.slots.slot_of_LE[layer.layer][index_TK].flatten()
+    order_P = slot_P.argsort()
+    token_P = order_P // index_TK.shape[1]
+    weights_P = weights_TK.flatten()[order_P, None]
+    counts = torch.bincount(slot_P, minlength=len(module.gate_up_proj)).tolist()
+    out_TD = torch.zeros_like(hidden_TD)
+    for slot, (token_N, weights_N) in enumerate(zip(token_P.split(counts), weights_P.split(counts), strict=True)):
+        if len(token_N):
+            gate_up_N = torch.mm(hidden_TD.index_select(0, token_N), module.gate_up_proj[slot].t())
+            inner_N = module._apply_gate(gate_up_N).mul_(weights_N)
+            out_TD.index_add_(0, token_N, torch.mm(inner_N, module.down_proj[slot].t()))
+    return out_TD
+
+
+ALL_EXPERTS_FUNCTIONS.register(BULK, _run_in_bulk)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from pager.cache.policy import POLICIES, EvictionPolicy, make_policy
+from pager.cache.index import POLICIES, EvictionPolicy, make_policy
 from pager.cache.trace import Access, Trace
 from pager.errors import ConfigError
 from pager.memory.units import format_bytes, parse_bytes_or_share

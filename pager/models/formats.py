@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from pager.errors import CheckpointError, UnsupportedModel
 from pager.reading import one_line, shown
-from pager.store.safetensors import Checkpoint
+from pager.store.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,15 +23,23 @@ from transformers.utils import logging as transformers_logging
 
 import pager.models  # noqa: F401 - registers the models this project adds
 from pager.errors import CheckpointError, ConfigError, PagerError, UnsupportedModel
-from pager.models.config_bounds import TOKEN_IDS, check_config, check_shape, check_token_ids, without_choices
-from pager.models.families import Family, expert_modules, expert_parameters, family_of
+from pager.models.families import (
+    TOKEN_IDS,
+    Family,
+    check_config,
+    check_shape,
+    check_token_ids,
+    expert_modules,
+    expert_parameters,
+    family_of,
+    without_choices,
+)
 from pager.models.formats import Format, format_of
 from pager.models.layout import ExpertParameter, Layout, Stored, locate
 from pager.reading import one_line, shown
-from pager.store.checkpoint import read_json_object
+from pager.store.checkpoint import Checkpoint, read_json_object
 from pager.store.expert_source import ExpertSource, Made, Row, open_experts
-from pager.store.safetensors import Checkpoint
-from pager.store.safetensors_header import PLAIN_FLOATS
+from pager.store.safetensors import PLAIN_FLOATS
 from pager.types import ExpertKey, RoutingFacts
 
 if TYPE_CHECKING:

@@ -27,11 +27,10 @@ from pager.models.open_model import OpenModel
 from pager.pools.pick import check_pool
 from pager.reading import shown
 from pager.store.appearing import appearing, check_absent, sync
-from pager.store.checkpoint import INDEX_NAME, SINGLE_NAME
+from pager.store.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from pager.store.pack import Progress, side_files
 from pager.store.reads import raw_bytes
-from pager.store.safetensors import Checkpoint
-from pager.store.safetensors_header import TensorSpec, layout
+from pager.store.safetensors import TensorSpec, layout
 from pager.types import ExpertPool, RoutingFacts
 
 SLICE_FIELD = "expert_slice"

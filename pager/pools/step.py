@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pager.cache.stats import UsageMeter
 from pager.models.families import routed_probabilities
-from pager.pools.routing import Outside, RequestRouting
+from pager.pools.drift import Outside, RequestRouting
 from pager.types import RoutingFacts
 
 

@@ -1,20 +1,30 @@
-"""The files of a checkpoint directory: what lies in it, that nothing is missing, and the recorded checksums."""
+"""A checkpoint directory, from the hub or packed: its files, the recorded checksums, and its tensors one by one."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import torch
+import xxhash
+from torch import Tensor
 
 from pager.errors import CheckpointError
 from pager.reading import read_json_file, reason_of
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader, read_pack_header
-from pager.store.reads import DataFile
-from pager.store.safetensors_header import TensorSpec, read_header
+from pager.store.reads import DataFile, read_pieces, read_tensor_at
+from pager.store.safetensors import TensorSpec, read_header
 
 MANIFEST_NAME = "checksums.json"
 ALGORITHM = "xxh3_128"
@@ -184,3 +194,315 @@ def _open_file(path: Path) -> DataFile:
 
 def _with_checksums(specs: Mapping[str, TensorSpec], checksums: Mapping[str, str]) -> dict[str, TensorSpec]:
     return {name: dataclasses.replace(spec, checksum=checksums[name]) for name, spec in specs.items()}
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+_SAMPLED_TENSORS = 1024
+_SAMPLE_BYTES = 64
+
+
+class Checkpoint:
+    """An open checkpoint. Knows names, shapes and bytes; knows neither model families nor what an expert is.
+
+    `specs` holds every tensor of a plain checkpoint, and of a packed one the trunk's; `pack` is a packed one's
+    header, else None. A tensor whose checksum is known is checked whenever it is read. Thread-safe but for
+    `close`.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], weights: WeightFiles) -> None:
+        """Takes over the open files of `weights`; callers use `open`."""
+        self.path = path
+        self.config = config
+        self.specs: Mapping[str, TensorSpec] = MappingProxyType(dict(weights.specs))
+        self.pack = weights.pack
+        self._weights = weights
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Opens the directory and checks all that can be checked without reading weights.
+
+        Raises CheckpointError for a directory, config, index, shard or header that is missing, malformed or
+        truncated, a tensor that its shard lacks or that is stored in an unsupported dtype, and files that a
+        recorded manifest contradicts.
+        """
+        directory, config, weights = _open(path)
+        try:
+            manifest = load_manifest(directory) if weights.pack is None else None
+            if manifest is not None:
+                weights = weights.with_manifest(directory, manifest)
+        except BaseException:
+            weights.close()
+            raise
+        return cls(directory, config, weights)
+
+    @classmethod
+    def open_unverified(cls, path: str | Path) -> Checkpoint:
+        """Opens as `open` does, but ignores a recorded manifest, so that a new one can be recorded."""
+        return cls(*_open(path))
+
+    @property
+    def is_packed(self) -> bool:
+        return self.pack is not None
+
+    @property
+    def file_nbytes(self) -> dict[str, int]:
+        """The safetensors files of the checkpoint and their sizes."""
+        return {name: file.size for name, file in self._weights.files.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Returns a stable hex id of the model: config, names, shapes, dtypes, file sizes and a sample of the contents.
+
+        The sample is a few bytes from each of the smallest tensors: norms and gates come first, and every
+        expert of a small model. Cheap, and no substitute for checksums. A packed model's derives from its
+        source's. Raises CheckpointError.
+        """
+        if self.pack is not None:
+            return self.pack.fingerprint
+        specs = [self.specs[name] for name in sorted(self.specs)]
+        facts = [
+            self.config,
+            [[spec.name, spec.shape, str(spec.dtype)] for spec in specs],
+            sorted(self.file_nbytes.items()),
+        ]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for spec in sorted(specs, key=lambda spec: spec.nbytes)[:_SAMPLED_TENSORS]:
+            count = min(_SAMPLE_BYTES, spec.nbytes)
+            try:
+                digest.update(self._weights.files[spec.file].read(count, spec.offset + (spec.nbytes - count) // 2))
+            except OSError as error:
+                raise _unreadable(spec, error) from error
+        return digest.hexdigest()[:32]
+
+    def require(self, name: str, shape: Iterable[int]) -> TensorSpec:
+        """Returns the spec of a tensor that the model needs.
+
+        Raises CheckpointError if it is missing or of another shape.
+        """
+        spec = self.specs.get(name)
+        expected = tuple(shape)
+        if spec is None:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}, which its config calls for (shape {expected})")
+        if spec.shape != expected:
+            raise CheckpointError(
+                f"tensor {name!r} in {self.path / spec.file} has shape {spec.shape}; its config calls for {expected}"
+            )
+        return spec
+
+    def read_tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Reads a tensor into new CPU memory, cast to `dtype` if given. Raises CheckpointError."""
+        spec = self._spec(name)
+        out = torch.empty(spec.shape, dtype=dtype or spec.dtype)
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: Tensor) -> int:
+        """Fills `out` (CPU, contiguous, of the stored shape, any dtype); returns the bytes read.
+
+        Raises CheckpointError, also if the bytes don't match their checksum; what `out` holds then is undefined.
+        """
+        spec = self.require(name, out.shape)
+        hasher = None if spec.checksum is None else xxhash.xxh3_128()
+        try:
+            count = read_tensor_at(self._weights.files[spec.file], spec.offset, spec.dtype, out, hasher)
+        except OSError as error:
+            raise _unreadable(spec, error) from error
+        _check(spec, hasher)
+        return count
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yields the tensor's elements in order, as short 1-D tensors that share a bounded buffer: each is valid until
+        the next.
+
+        Raises CheckpointError, at the end if the bytes don't match their checksum.
+        """
+        spec = self._spec(name)
+        hasher = None if spec.checksum is None else xxhash.xxh3_128()
+        try:
+            yield from read_pieces(self._weights.files[spec.file], spec.offset, spec.nbytes, spec.dtype, hasher)
+        except OSError as error:
+            raise _unreadable(spec, error) from error
+        _check(spec, hasher)
+
+    def duplicate_file(self, name: str) -> DataFile:
+        """Opens a descriptor of the caller's own for one of the safetensors files."""
+        return self._weights.files[name].duplicate()
+
+    def close(self) -> None:
+        self._weights.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _spec(self, name: str) -> TensorSpec:
+        spec = self.specs.get(name)
+        if spec is None:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        return spec
+
+
+def _open(path: str | Path) -> tuple[Path, dict[str, Any], WeightFiles]:
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give the folder of a downloaded or packed checkpoint")
+    if (directory / "adapter_config.json").exists():
+        put = "put the adapter on what pager.load_model returns (model.load_adapter)"
+        if not (directory / "config.json").exists():
+            raise CheckpointError(
+                f"{directory} holds an adapter and no model; give the folder of its base model, and {put}"
+            )
+        raise CheckpointError(
+            f"{directory} holds an adapter beside a model (adapter_config.json), and transformers would load both; "
+            f"move the adapter to a folder of its own, and {put}, or merge it into the model with PEFT"
+        )
+    return directory, read_json_object(directory / "config.json"), open_weights(directory)
+
+
+def _unreadable(spec: TensorSpec, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read tensor {spec.name!r} at byte {spec.offset} of {spec.file}: {error}")
+
+
+def _check(spec: TensorSpec, hasher: xxhash.xxh3_128 | None) -> None:
+    if hasher is not None and hasher.hexdigest() != spec.checksum:
+        raise CheckpointError(
+            f"tensor {spec.name!r} at byte {spec.offset} of {spec.file} does not match its checksum; "
+            "see what else is damaged with `expert-pager verify`, and fetch the file again"
+        )
+
+
+# --- from the hub -----------------------------------------------------------------------------------------------------
+#
+# Models named as on the Hugging Face hub: ORGANISATION/NAME, or with a revision ORGANISATION/NAME@REVISION.
+#
+# huggingface_hub keeps what it downloads in its own cache, where other programs find it, too.
+
+
+FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
+"""Weights and words of a model; never code or pickles."""
+
+PREFIX = "hf:"
+_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_OFFLINE = "HF_HUB_OFFLINE"
+_is_kept_offline = False
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model on the hub, at a branch, tag or commit; None is the default branch."""
+
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, source: str | Path) -> Self | None:
+        """None for a folder of this machine: one that is there, or whose first part is. `hf:` is always the hub.
+
+        Raises CheckpointError for what follows `hf:` and is no name.
+        """
+        text = str(source)
+        found = _NAME.fullmatch(text.removeprefix(PREFIX))
+        if text.startswith(PREFIX):
+            if found is None:
+                raise CheckpointError(f"{text[:200]!r} names no model; write hf:ORGANISATION/NAME or add @REVISION")
+        elif found is None or Path(text).exists() or Path(text).parent.exists():
+            return None
+        return cls(found["name"], found["revision"])
+
+    @property
+    def short_name(self) -> str:
+        return self.name.partition("/")[2]
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+    def fetch(self) -> Path:
+        """Downloads what is not in the cache yet; the folder there. Raises CheckpointError."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        with _online():
+            try:
+                folder = snapshot_download(
+                    self.name, revision=self.revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]
+                )
+            except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+                raise CheckpointError(_why(self, error)) from None
+        if not (Path(folder) / "config.json").is_file():
+            raise CheckpointError(f"{self} on the hub is no checkpoint of a model: it has no config.json")
+        return Path(folder)
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a checkpoint, downloaded where it is named as on the hub. Raises CheckpointError."""
+    model = HubModel.parse(source)
+    return Path(source) if model is None else model.fetch()
+
+
+def keep_offline() -> None:
+    """Has huggingface_hub look at local files only, but for `fetch`; what the environment says comes first."""
+    global _is_kept_offline
+    if _OFFLINE not in os.environ:
+        os.environ[_OFFLINE] = "1"
+        _is_kept_offline = True
+
+
+@contextmanager
+def _online() -> Iterator[None]:
+    """Undoes `keep_offline` for the block. Nothing else of this process uses the hub."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if _is_kept_offline:
+        constants.HF_HUB_OFFLINE = False
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _why(model: HubModel, error: BaseException) -> str:
+    """What to tell the user of a download that failed."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    for each in chain:
+        if isinstance(each, GatedRepoError):
+            return f"{model} is not open to everybody: accept its terms on the hub and set HF_TOKEN"
+        if isinstance(each, RevisionNotFoundError):
+            return f"{model.name} has no revision {model.revision!r} on the hub; name a branch, a tag or a commit"
+        if isinstance(each, RepositoryNotFoundError):
+            return (
+                f"there is no folder {model.name!r} here and no such model on the hub, or it is private; check the "
+                "name, or set HF_TOKEN"
+            )
+        if isinstance(each, HFValidationError):
+            return f"{str(model)[:200]!r} is no name of a model on the hub; write ORGANISATION/NAME"
+    if os.environ.get(_OFFLINE, "") not in ("", "0") and not _is_kept_offline:
+        return f"{model} is not in the cache {constants.HF_HUB_CACHE}, and {_OFFLINE} forbids to fetch it; unset it"
+    status = next((each.response.status_code for each in chain if isinstance(each, HfHubHTTPError)), None)
+    reason = type(chain[-1]).__name__ if status is None else f"it answers with status {status}"
+    return (
+        f"there is no folder {model.name!r} here, {model} is not in the cache {constants.HF_HUB_CACHE}, and it cannot "
+        f"be fetched from {constants.ENDPOINT} ({reason}); check the connection, or give a folder"
+    )

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError, ExpertUnavailable
 from pager.reading import one_line
+from pager.store.checkpoint import Checkpoint
 from pager.store.pack_format import PACK_NAME, all_keys, read_pack_header
 from pager.store.reads import PAGE_BYTES, DataFile, FailedRead, FileRange, Stretch, fill
-from pager.store.safetensors import Checkpoint
-from pager.store.safetensors_header import PLAIN_FLOATS, TensorSpec
+from pager.store.safetensors import PLAIN_FLOATS, TensorSpec
 from pager.types import ExpertKey, ExpertShape
 
 

@@ -23,7 +23,7 @@ import xxhash
 from pager.errors import CheckpointError
 from pager.reading import parse_json
 from pager.store.reads import DataFile
-from pager.store.safetensors_header import DTYPE_NAMES, DTYPES, MAX_HEADER_BYTES
+from pager.store.safetensors import DTYPE_NAMES, DTYPES, MAX_HEADER_BYTES
 from pager.types import ExpertKey, ExpertShape
 
 PACK_NAME = "experts.pack"

@@ -1,197 +1,227 @@
-"""A checkpoint directory, as downloaded from Hugging Face or packed: opened, checked, read tensor by tensor."""
+"""Safetensors files: where each tensor lies, and values that no trained weights have."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from pager.errors import CheckpointError
-from pager.store.checkpoint import WeightFiles, load_manifest, open_weights, read_json_object
-from pager.store.reads import DataFile, read_pieces, read_tensor_at
-from pager.store.safetensors_header import TensorSpec
+from pager.reading import parse_json, shown
+from pager.store.reads import DataFile
 
-_SAMPLED_TENSORS = 1024
-_SAMPLE_BYTES = 64
+# --- the header -------------------------------------------------------------------------------------------------------
+#
+# The header of a safetensors file: where each tensor's bytes lie.
+#
+# The project parses it itself, because positional reads need the offsets.
+#
+# Format: 8 bytes little-endian header length, that much JSON `{name: {dtype, shape, data_offsets}}`, then the
+# data, which the tensors cover without gap or overlap.
 
 
-class Checkpoint:
-    """An open checkpoint. Knows names, shapes and bytes; knows neither model families nor what an expert is.
+_LFS_POINTER = b"version https://git-lfs"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
+MAX_TENSORS = 1 << 18
+"""Of one file: several times what the largest models have in all their files, and a second to read."""
 
-    `specs` holds every tensor of a plain checkpoint, and of a packed one the trunk's; `pack` is a packed one's
-    header, else None. A tensor whose checksum is known is checked whenever it is read. Thread-safe but for
-    `close`.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+PLAIN_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""Whose values stand for themselves: those of eight bits and less have scales beside them."""
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One stored tensor. `offset` counts from the start of the file; `checksum` is xxh3_128 of its bytes, where
+    recorded.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], weights: WeightFiles) -> None:
-        """Takes over the open files of `weights`; callers use `open`."""
-        self.path = path
-        self.config = config
-        self.specs: Mapping[str, TensorSpec] = MappingProxyType(dict(weights.specs))
-        self.pack = weights.pack
-        self._weights = weights
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    checksum: str | None = None
 
-    @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
-        """Opens the directory and checks all that can be checked without reading weights.
 
-        Raises CheckpointError for a directory, config, index, shard or header that is missing, malformed or
-        truncated, a tensor that its shard lacks or that is stored in an unsupported dtype, and files that a
-        recorded manifest contradicts.
-        """
-        directory, config, weights = _open(path)
-        try:
-            manifest = load_manifest(directory) if weights.pack is None else None
-            if manifest is not None:
-                weights = weights.with_manifest(directory, manifest)
-        except BaseException:
-            weights.close()
-            raise
-        return cls(directory, config, weights)
+def read_header(file: DataFile) -> dict[str, TensorSpec]:
+    """Reads the specs of all tensors of the file, in the order of their bytes.
 
-    @classmethod
-    def open_unverified(cls, path: str | Path) -> Checkpoint:
-        """Opens as `open` does, but ignores a recorded manifest, so that a new one can be recorded."""
-        return cls(*_open(path))
-
-    @property
-    def is_packed(self) -> bool:
-        return self.pack is not None
-
-    @property
-    def file_nbytes(self) -> dict[str, int]:
-        """The safetensors files of the checkpoint and their sizes."""
-        return {name: file.size for name, file in self._weights.files.items()}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Returns a stable hex id of the model: config, names, shapes, dtypes, file sizes and a sample of the contents.
-
-        The sample is a few bytes from each of the smallest tensors: norms and gates come first, and every
-        expert of a small model. Cheap, and no substitute for checksums. A packed model's derives from its
-        source's. Raises CheckpointError.
-        """
-        if self.pack is not None:
-            return self.pack.fingerprint
-        specs = [self.specs[name] for name in sorted(self.specs)]
-        facts = [
-            self.config,
-            [[spec.name, spec.shape, str(spec.dtype)] for spec in specs],
-            sorted(self.file_nbytes.items()),
-        ]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for spec in sorted(specs, key=lambda spec: spec.nbytes)[:_SAMPLED_TENSORS]:
-            count = min(_SAMPLE_BYTES, spec.nbytes)
-            try:
-                digest.update(self._weights.files[spec.file].read(count, spec.offset + (spec.nbytes - count) // 2))
-            except OSError as error:
-                raise _unreadable(spec, error) from error
-        return digest.hexdigest()[:32]
-
-    def require(self, name: str, shape: Iterable[int]) -> TensorSpec:
-        """Returns the spec of a tensor that the model needs.
-
-        Raises CheckpointError if it is missing or of another shape.
-        """
-        spec = self.specs.get(name)
-        expected = tuple(shape)
-        if spec is None:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}, which its config calls for (shape {expected})")
-        if spec.shape != expected:
+    Raises CheckpointError if the header is malformed, names an unsupported dtype or describes another length of file.
+    """
+    try:
+        length = int.from_bytes(file.read(min(8, file.size), 0), "little")
+        if file.read(min(len(_LFS_POINTER), file.size), 0) == _LFS_POINTER:
             raise CheckpointError(
-                f"tensor {name!r} in {self.path / spec.file} has shape {spec.shape}; its config calls for {expected}"
+                f"{file.path} is a pointer of git-lfs and not the file itself; fetch that with `git lfs pull`"
             )
-        return spec
-
-    def read_tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Reads a tensor into new CPU memory, cast to `dtype` if given. Raises CheckpointError."""
-        spec = self._spec(name)
-        out = torch.empty(spec.shape, dtype=dtype or spec.dtype)
-        self.read_into(name, out)
-        return out
-
-    def read_into(self, name: str, out: Tensor) -> int:
-        """Fills `out` (CPU, contiguous, of the stored shape, any dtype); returns the bytes read.
-
-        Raises CheckpointError, also if the bytes don't match their checksum; what `out` holds then is undefined.
-        """
-        spec = self.require(name, out.shape)
-        hasher = None if spec.checksum is None else xxhash.xxh3_128()
-        try:
-            count = read_tensor_at(self._weights.files[spec.file], spec.offset, spec.dtype, out, hasher)
-        except OSError as error:
-            raise _unreadable(spec, error) from error
-        _check(spec, hasher)
-        return count
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yields the tensor's elements in order, as short 1-D tensors that share a bounded buffer: each is valid until
-        the next.
-
-        Raises CheckpointError, at the end if the bytes don't match their checksum.
-        """
-        spec = self._spec(name)
-        hasher = None if spec.checksum is None else xxhash.xxh3_128()
-        try:
-            yield from read_pieces(self._weights.files[spec.file], spec.offset, spec.nbytes, spec.dtype, hasher)
-        except OSError as error:
-            raise _unreadable(spec, error) from error
-        _check(spec, hasher)
-
-    def duplicate_file(self, name: str) -> DataFile:
-        """Opens a descriptor of the caller's own for one of the safetensors files."""
-        return self._weights.files[name].duplicate()
-
-    def close(self) -> None:
-        self._weights.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _spec(self, name: str) -> TensorSpec:
-        spec = self.specs.get(name)
-        if spec is None:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}")
-        return spec
+        if file.size < 8 or length > MAX_HEADER_BYTES or 8 + length > file.size:
+            raise _damaged(file, f"its {file.size} bytes cannot hold the header that it announces ({length} bytes)")
+        encoded = file.read(length, 8)
+        if encoded.count(b'"data_offsets"') > MAX_TENSORS:
+            raise _damaged(file, f"its header has more than {MAX_TENSORS} tensors")
+        entries = parse_json(encoded)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file.path}: {error}") from error
+    except ValueError as error:
+        raise _damaged(file, f"its header is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise _damaged(file, "its header is not a JSON object")
+    specs = [_spec(file, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"]
+    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    _check_cover(file, specs, 8 + length)
+    return {spec.name: spec for spec in specs}
 
 
-def _open(path: str | Path) -> tuple[Path, dict[str, Any], WeightFiles]:
-    directory = Path(path)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give the folder of a downloaded or packed checkpoint")
-    if (directory / "adapter_config.json").exists():
-        put = "put the adapter on what pager.load_model returns (model.load_adapter)"
-        if not (directory / "config.json").exists():
-            raise CheckpointError(
-                f"{directory} holds an adapter and no model; give the folder of its base model, and {put}"
+def _spec(file: DataFile, name: str, entry: object, data_start: int) -> TensorSpec:
+    if not isinstance(entry, dict):
+        raise _damaged(file, f"the entry of tensor {shown(name)} is not a JSON object")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    dtype_name: Any = entry.get("dtype")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(file, f"tensor {shown(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}")
+    dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None:
+        stored = shown(dtype_name).strip("'")
+        raise CheckpointError(
+            f"tensor {shown(name)} in {file.path} is stored as {stored}, which is not supported; "
+            f"convert the checkpoint to one of {', '.join(DTYPES)}"
+        )
+    nbytes = offsets[1] - offsets[0]
+    if nbytes != math.prod(shape) * dtype.itemsize:
+        raise _damaged(
+            file, f"tensor {shown(name)} has {nbytes} bytes, and shape {shown(shape)} in {dtype_name} needs others"
+        )
+    return TensorSpec(name, file.path.name, data_start + offsets[0], nbytes, tuple(shape), dtype)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_cover(file: DataFile, specs: list[TensorSpec], data_start: int) -> None:
+    end = data_start
+    for spec in specs:
+        if spec.offset != end:
+            raise _damaged(
+                file, f"tensor {shown(spec.name)} begins at byte {spec.offset}, and the one before it ends at {end}"
             )
+        end += spec.nbytes
+    if file.size < end:
         raise CheckpointError(
-            f"{directory} holds an adapter beside a model (adapter_config.json), and transformers would load both; "
-            f"move the adapter to a folder of its own, and {put}, or merge it into the model with PEFT"
+            f"{file.path} is truncated: its header describes {end} bytes and the file has {file.size}; fetch it again"
         )
-    return directory, read_json_object(directory / "config.json"), open_weights(directory)
+    if file.size > end:
+        raise _damaged(file, f"its header describes {end} bytes and the file has {file.size}")
 
 
-def _unreadable(spec: TensorSpec, error: OSError) -> CheckpointError:
-    return CheckpointError(f"cannot read tensor {spec.name!r} at byte {spec.offset} of {spec.file}: {error}")
+def _damaged(file: DataFile, why: str) -> CheckpointError:
+    return CheckpointError(f"{file.path} is not a sound safetensors file: {why}; fetch it again")
 
 
-def _check(spec: TensorSpec, hasher: xxhash.xxh3_128 | None) -> None:
-    if hasher is not None and hasher.hexdigest() != spec.checksum:
-        raise CheckpointError(
-            f"tensor {spec.name!r} at byte {spec.offset} of {spec.file} does not match its checksum; "
-            "see what else is damaged with `expert-pager verify`, and fetch the file again"
-        )
+def layout(
+    file: str, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]
+) -> tuple[bytes, tuple[TensorSpec, ...]]:
+    """Returns the header of a file to be written and the offset of each tensor's bytes, in file order.
+
+    Larger items come first, so that every tensor is aligned to its own.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-tensor[2].itemsize, tensor[0]))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, dtype in ordered:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    header = len(encoded).to_bytes(8, "little") + encoded
+    specs, offset = [], len(header)
+    for name, shape, dtype in ordered:
+        nbytes = math.prod(shape) * dtype.itemsize
+        specs.append(TensorSpec(name, file, offset, nbytes, shape, dtype))
+        offset += nbytes
+    return header, tuple(specs)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OddItem:
+    """A tensor, expert or file that is readable and matches its checksum, but whose values suggest damage."""
+
+    name: str
+    file: str
+    reason: str
+
+
+@dataclass(slots=True)
+class ValueRange:
+    """The minimum and maximum of values that come piece by piece, and whether all were numbers."""
+
+    least: float = math.inf
+    greatest: float = -math.inf
+    has_nan: bool = False
+
+    def add(self, piece: Tensor) -> None:
+        if not piece.numel() or piece.dtype not in PLAIN_FLOATS:
+            return
+        least, greatest = (float(each) for each in torch.aminmax(piece))
+        if math.isnan(least) or math.isnan(greatest):
+            self.has_nan = True
+        else:
+            self.least, self.greatest = min(self.least, least), max(self.greatest, greatest)
+
+    def oddity(self, num_dimensions: int) -> str | None:
+        """Says what is odd about the values, or None. A vector may be constant, as an untrained norm's weights are."""
+        if self.has_nan:
+            return "it holds values that are not a number"
+        if self.least == -math.inf or (self.greatest == math.inf and self.least != math.inf):
+            return "it holds infinite values"
+        if self.least == self.greatest and num_dimensions > 1:
+            return f"all its values are {self.least:g}"
+        return None
+
+
+def odd_tensor(spec: TensorSpec, values: ValueRange) -> Iterator[OddItem]:
+    """Returns what is odd about a tensor, if anything."""
+    num_dimensions = 0 if spec.nbytes == spec.dtype.itemsize else len(spec.shape)
+    if reason := values.oddity(num_dimensions):
+        yield OddItem(spec.name, spec.file, reason)
+
+
+def holes_of(paths: Iterable[Path]) -> Iterator[OddItem]:
+    """Finds files with holes, which an interrupted download leaves."""
+    for path in paths:
+        with suppress(OSError), path.open("rb") as file:  # a file system that does not know says that there is none
+            hole = os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+            if hole < path.stat().st_size:
+                yield OddItem(path.name, path.name, f"nothing was ever written at byte {hole} of it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pager.cache.policy import DEFAULT_POLICY
+from pager.cache.index import DEFAULT_POLICY
 from pager.config import ServiceConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

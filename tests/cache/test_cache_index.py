@@ -7,8 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pager.cache.index import CacheIndex, SlotPlan
-from pager.cache.policy import LRU, make_policy
+from pager.cache.index import LRU, CacheIndex, SlotPlan, make_policy
 from pager.errors import ConfigError
 from pager.types import ExpertKey
 from tests.support.values import some

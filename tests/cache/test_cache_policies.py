@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.cache.index import CacheIndex
-from pager.cache.policy import LFRU, LFU, POLICIES, EvictionPolicy, LeastStale, make_policy
+from pager.cache.index import LFRU, LFU, POLICIES, CacheIndex, EvictionPolicy, LeastStale, make_policy
 from pager.cache.stats import Cause
 from pager.cache.trace import Access, Trace, TraceHeader
 from pager.lab.replay import OPTIMUM, replay, replay_all

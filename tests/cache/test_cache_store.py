@@ -20,10 +20,10 @@ from pager.cache.host import HostTier
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.tiers import why_bypass
 from pager.errors import ChecksumMismatch, ExpertUnavailable
+from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import ExpertSource, PackedExperts, open_experts
 from pager.store.pack import pack
 from pager.store.pack_format import PACK_NAME
-from pager.store.safetensors import Checkpoint
 from pager.types import ExpertKey, ExpertShape
 from tests.support.values import some
 

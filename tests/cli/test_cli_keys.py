@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pager.cli.place import api_key
+from pager.cli.pools import api_key
 from pager.errors import ConfigError
 from tests.cli.conftest import Run
 from tests.support.processes import start_redis

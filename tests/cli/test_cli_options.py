@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from pager.cli.options import AnswerPoolOptions, PoolOptions, PromptOptions, bundled
-from pager.cli.place import Place, ServerOptions
+from pager.cli.pools import Place, ServerOptions
 from pager.types import Count, PoolSource
 
 

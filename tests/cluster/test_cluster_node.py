@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pager.cache.host_index import HostIndex, HostState
-from pager.cluster.node import NodeControl
+from pager.cache.host import HostIndex, HostState
+from pager.cluster.actors import NodeControl
 from pager.errors import BudgetError, ConfigError
 from pager.types import ExpertKey
 from tests.support.waiting import until
@@ -85,7 +85,7 @@ def test_all_experts_fit_into_their_own_bytes(node: NodeControl) -> None:
 
 WORKER = """
 import sys, time
-from pager.cache.host_index import HostIndex
+from pager.cache.host import HostIndex
 from pager.types import ExpertKey
 
 index = HostIndex(sys.argv[1], 3)
@@ -136,7 +136,7 @@ def test_a_worker_that_ended_before_it_was_watched_is_known_to_be_gone(node: Nod
 
 
 def test_the_control_actor_needs_no_torch() -> None:
-    check = "import sys, pager.cluster.node; sys.exit('torch' in sys.modules)"
+    check = "import sys, pager.cluster.actors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=60, check=False).returncode == 0
 
 

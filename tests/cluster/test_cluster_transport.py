@@ -12,8 +12,7 @@ import grpc.aio
 import pytest
 from expert_pager.v1 import worker_pb2 as pb
 
-from pager.cluster.token_client import WorkerLink
-from pager.cluster.token_server import MAX_COMMAND_BYTES, TOKEN_HEADER, TokenServer
+from pager.cluster.tokens import MAX_COMMAND_BYTES, TOKEN_HEADER, TokenServer, WorkerLink
 from pager.engine.scheduler import RequestBounds
 from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
@@ -308,7 +307,7 @@ async def test_a_request_that_the_transport_failed_is_accounted_for_when_the_eng
     link, heard = await transport.link(), Heard()
     reader = asyncio.create_task(collect(link.generate(request("a"), heard)))
     await eventually(lambda: transport.engine.runs("a"))
-    monkeypatch.setattr("pager.cluster.token_server.encode_chunk", fails)
+    monkeypatch.setattr("pager.cluster.tokens.encode_chunk", fails)
     transport.engine.step(chunk("a", "1"))
     with pytest.raises(PagerError, match="internal error"):
         await reader

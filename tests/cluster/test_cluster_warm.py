@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pager.cluster.actors import load_engine
-from pager.cluster.token_client import WorkerLink
+from pager.cluster.tokens import WorkerLink
 from pager.cluster.worker import WarmFile, Worker
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import PagerError

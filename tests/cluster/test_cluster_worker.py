@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pager.cluster.actors import load_engine
-from pager.cluster.token_client import WorkerLink
+from pager.cluster.tokens import WorkerLink
 from pager.cluster.worker import Worker
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import DuplicateRequest, NotReady, PagerError
@@ -26,7 +26,7 @@ CHECKPOINT = ROOT / "tests" / "data" / "golden" / "ckpt_emo_tiny"
 THREADS = """
 import asyncio, os, threading, time
 from pathlib import Path
-from pager.cluster.token_client import WorkerLink
+from pager.cluster.tokens import WorkerLink
 from pager.cluster.actors import load_engine
 from pager.cluster.worker import Worker
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig

@@ -17,10 +17,10 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from tokenizers import Tokenizer
 
 from pager.predict.trunk import TrunkPredictor
+from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import PackedExperts
+from pager.store.pack import record
 from pager.store.pack_format import PACK_NAME
-from pager.store.safetensors import Checkpoint
-from pager.store.verify import record
 from pager.types import ExpertKey
 from router_service.app import EXIT_RAY_LOST
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from pager.engine.detokenizer import Detokenizer, StopMatcher, TokenTexts
+from pager.tokenizing import Detokenizer, StopMatcher, TokenTexts
 from tests.support.values import some
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

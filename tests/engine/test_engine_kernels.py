@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, run_slots
-from pager.models.emo import EmoConfig
-from pager.models.emo.modeling import EmoExperts
+from pager.models.emo import EmoConfig, EmoExperts
 
 NUM_SLOTS, NUM_PICKS = 40, 4
 

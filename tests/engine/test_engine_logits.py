@@ -20,8 +20,7 @@ from transformers import (
 )
 
 import pager  # noqa: F401 - from here on transformers knows the family
-from pager.engine.logits import Context, LogitEdits
-from pager.engine.sampler import Draw, Sampler
+from pager.engine.sampler import Context, Draw, LogitEdits, Sampler
 from pager.errors import InvalidRequest
 from pager.types import Count, PoolPolicy, PoolSource, SamplingParams, TokenLogprobs
 

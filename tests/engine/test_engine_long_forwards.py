@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pager.cluster.supervisor import WorkerSupervisor
-from pager.cluster.views import Health
+from pager.cluster.cluster import WorkerSupervisor
+from pager.cluster.worker import Health
 from pager.engine.runner import ModelRunner
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.store.reads import DataFile

@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from pager.engine.kv import BLOCK_TOKENS
-from pager.engine.prefix import PrefixKeys
+from pager.engine.kv import BLOCK_TOKENS, PrefixKeys
 from pager.engine.runner import ModelRunner
 from pager.errors import Cancelled
 from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy, PoolSource

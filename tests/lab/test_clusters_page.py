@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Locator, Page
 
-import pager.lab.cluster_page as cluster_page
+import pager.lab.clusters as cluster_page
 from pager.errors import InvalidRequest
-from pager.lab.cluster_page import ModelReport, build_page, embed_json, make_report
-from pager.lab.clusters import TracedDocument
+from pager.lab.clusters import ModelReport, TracedDocument, build_page, embed_json, make_report
 from pager.types import RoutingFacts
 from tests.support.values import some
 

@@ -15,10 +15,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from pager.errors import InvalidRequest
-from pager.lab import grid as grid_module
-from pager.lab.corpus import Cut, digest_of, read_texts
+from pager.lab import methods as grid_module
+from pager.lab.corpus import Cut, EvaluationAsk, digest_of, parse_percents, read_texts
 from pager.lab.report import SCHEMA, evaluate, to_dict, to_markdown, write_report
-from pager.lab.subject import EvaluationAsk, parse_percents
 from tests.support.values import some
 
 CUT = Cut(prompt_tokens=10, context_tokens=48)

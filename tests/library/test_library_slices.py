@@ -18,8 +18,8 @@ from pager.errors import CheckpointError, ConfigError, InvalidRequest, PoolTooSm
 from pager.models.open_model import OpenModel
 from pager.pools import slices
 from pager.pools.slices import SLICE_FIELD, Merged, Slice, cut, merge
+from pager.store.pack import record as record_checksums
 from pager.store.reads import raw_bytes
-from pager.store.verify import record as record_checksums
 from pager.types import ExpertPool, PoolPolicy, PoolSource
 
 MakeSmall = Callable[..., Any]

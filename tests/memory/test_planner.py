@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pager.errors import BudgetError, ConfigError
-from pager.memory.needs import KV_BLOCK_TOKENS, Needs, Workspace
-from pager.memory.plan import Budgets, Machine, describe, plan
+from pager.memory.plan import KV_BLOCK_TOKENS, Budgets, Machine, Needs, Workspace, describe, plan
 from pager.types import RoutingFacts
 
 MIB = 2**20

@@ -16,7 +16,7 @@ import pytest
 from expert_pager.v1 import worker_pb2, worker_pb2_grpc
 
 from pager.cluster import ray_session
-from pager.cluster.token_server import TokenServer
+from pager.cluster.tokens import TokenServer
 from pager.observe import logs
 from pager.types import GenerateRequest
 

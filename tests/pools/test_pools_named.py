@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pager.errors import DamagedPool, InvalidRequest, PoolOfAnotherModel, PromptTooLong
-from pager.pools.named import (
+from pager.pools.pick import (
     check_example,
     check_name,
     check_num_examples,

@@ -11,8 +11,7 @@ from safetensors.numpy import load_file
 
 from pager.errors import InvalidRequest
 from pager.lab.fit import DocumentReading, FitOptions, fit_router, with_codebook
-from pager.predict.codebook import Codebook, codeword_names
-from pager.predict.fitted import MEANS, LexicalPredictor, PredictorFile
+from pager.predict.fitted import MEANS, Codebook, LexicalPredictor, PredictorFile, codeword_names
 from pager.types import Count, RoutingScores, Share
 from tests.predict.test_predict_fitted import FACTS, ROUTED, SIZE, VOCABULARY, World
 

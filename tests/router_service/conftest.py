@@ -15,7 +15,7 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from redis.asyncio import Redis
 
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.worker import WorkerState, WorkerView
 from pager.errors import NotReady, PagerError, WorkerLost
 from pager.pools.pick import pick_pool
 from pager.types import (
@@ -31,7 +31,7 @@ from pager.types import (
     Usage,
 )
 from router_service.app import Choices, Service, build_service
-from router_service.gate import Gate
+from router_service.keys import Gate
 from router_service.prediction import Encoded, Passes
 from router_service.server import RouterServer
 from router_service.service import Pipeline

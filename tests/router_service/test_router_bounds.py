@@ -21,10 +21,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
-from pager.cluster.views import WorkerView
+from pager.cluster.worker import WorkerView
 from pager.errors import InvalidRequest
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
-from pager.pools.named import encode_named
+from pager.pools.pick import encode_named
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertPool, ModelInfo, NamedPool, PoolPolicy, RoutingFacts, RoutingScores
 from router_service import server

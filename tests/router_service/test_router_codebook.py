@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 
-from pager.predict.codebook import Codebook
-from pager.predict.fitted import LENGTHS, MEANS, THRESHOLDS
+from pager.predict.fitted import LENGTHS, MEANS, THRESHOLDS, Codebook
 from pager.types import Count, DriftPolicy, Full, PoolPolicy, PoolSource, RoutingScores
 from pager.wire import decode_pool
 from router_service.prediction import Passes, Scorer

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.cluster.views import WorkerView
+from pager.cluster.worker import WorkerView
 from pager.errors import DeadlineExceeded, NotReady
 from pager.types import ExpertPool
 from router_service.dispatch import check_deadline, place

@@ -41,9 +41,23 @@ from pager.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthen
 from pager.observe.metrics import MetricsServer
 from router_service.access_log import AuditLog
 from router_service.api import Api, metrics_route
-from router_service.gate import Gate, Tokens, WatchedFile, WatchedRedis, parse_jwks, parse_key_set, parse_secret
 from router_service.http import HttpServer, page_guard
-from router_service.keys import Entry, EntryLimits, KeyFile, KeySet, KeysInRedis, new_entry, new_key
+from router_service.keys import (
+    Entry,
+    EntryLimits,
+    Gate,
+    KeyFile,
+    KeySet,
+    KeysInRedis,
+    Tokens,
+    WatchedFile,
+    WatchedRedis,
+    new_entry,
+    new_key,
+    parse_jwks,
+    parse_key_set,
+    parse_secret,
+)
 from router_service.redis import RedisClient
 from router_service.tenants import Caller, CallerLimits, Role
 from router_service.tls import TlsFiles

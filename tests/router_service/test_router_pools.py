@@ -26,8 +26,7 @@ from router_service import pools
 from router_service.admission import AdmissionLimits
 from router_service.pools import FolderPools
 from router_service.prediction import Passes
-from router_service.redis import RedisClient
-from router_service.redis_stores import RedisPools
+from router_service.redis import RedisClient, RedisPools
 from tests.router_service.conftest import FirstTokenScorer, Running
 from tests.support.calls import details, failure
 from tests.support.processes import RedisProcess
@@ -532,7 +531,7 @@ import asyncio, itertools, sys
 from pager.types import NamedPool
 from pager.types import ExpertPool
 from router_service.redis import RedisClient
-from router_service.redis_stores import RedisPools
+from router_service.redis import RedisPools
 
 async def main():
     pools = RedisPools(RedisClient(sys.argv[1]))

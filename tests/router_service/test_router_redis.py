@@ -15,13 +15,21 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.worker import WorkerState, WorkerView
 from pager.errors import ConfigError
 from pager.types import ExpertPool, RoutingFacts, WorkerResidency
-from router_service.claims import Claims, LocalClaims
-from router_service.hints import HintStore, InProcessHints, encode_pool
-from router_service.redis import Breaker, RedisClient, RedisUnavailableError, StoreBreaker, redis_url
-from router_service.redis_stores import RedisClaims, RedisHints, SharedClaims, SharedHints
+from router_service.hints import Claims, HintStore, InProcessHints, LocalClaims, encode_pool
+from router_service.redis import (
+    Breaker,
+    RedisClaims,
+    RedisClient,
+    RedisHints,
+    RedisUnavailableError,
+    SharedClaims,
+    SharedHints,
+    StoreBreaker,
+    redis_url,
+)
 from tests.router_service.conftest import InProcessCluster, Running
 from tests.support.calls import rest
 from tests.support.processes import RedisProcess

@@ -16,7 +16,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from pager.cli.place import ServerOptions
+from pager.cli.pools import ServerOptions
 from pager.errors import ConfigError, PagerError, PortInUse
 from pager.types import SamplingParams
 from router_service.server import SERVICE_NAME, RouterServer

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import ExpertSource, open_experts
 from pager.store.pack import Progress, pack
-from pager.store.safetensors import Checkpoint
 from pager.types import ExpertKey, ExpertShape
 
 

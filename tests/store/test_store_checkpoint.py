@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from pager.errors import CheckpointError
 from pager.store import reads
-from pager.store.safetensors import Checkpoint
+from pager.store.checkpoint import Checkpoint
 from tests.store.conftest import Model, Save
 from tests.support.files import flip, open_files
 

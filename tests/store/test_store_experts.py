@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError
+from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import PackedExperts
-from pager.store.safetensors import Checkpoint
-from pager.store.verify import record
+from pager.store.pack import record
 from pager.types import ExpertKey, ExpertShape
 from tests.store.conftest import Model, Save
 from tests.support.files import flip, open_files

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from pager.store.pack import pack
-from pager.store.safetensors import Checkpoint
-from pager.store.verify import verify
+from pager.store.checkpoint import Checkpoint
+from pager.store.pack import pack, verify
 from pager.types import ExpertShape
 from tests.store.conftest import Model
 

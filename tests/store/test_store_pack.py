@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk
 from pager.store import pack as pack_module
+from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import PackedExperts
+from pager.store.pack import record, verify
 from pager.store.reads import raw_bytes
-from pager.store.safetensors import Checkpoint
-from pager.store.verify import record, verify
 from pager.types import ExpertKey
 from tests.store.conftest import Model, Save
 from tests.support.files import flip, open_files

@@ -18,8 +18,8 @@ from benchmarks.page_cache import cached_bytes, drop
 from pager.errors import ChecksumMismatch, ExpertReadError
 from pager.store import reads as read_module
 from pager.store.expert_source import Destination, ExpertSource
+from pager.store.pack import record
 from pager.store.reads import HOT_BYTES, LARGE_BYTES, MOST_BYTES, PAGE_BYTES, DataFile, Stretch, fill, raw_bytes
-from pager.store.verify import record
 from pager.types import ExpertKey, ExpertShape
 from tests.store.conftest import Model, Save
 from tests.support.files import flip

@@ -14,10 +14,9 @@ import xxhash
 from torch import Tensor
 
 from pager.errors import CheckpointError
+from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import PackedExperts
-from pager.store.pack import pack
-from pager.store.safetensors import Checkpoint
-from pager.store.verify import record, verify
+from pager.store.pack import pack, record, verify
 from pager.types import ExpertKey
 from tests.store.conftest import Model, Save
 from tests.support.files import flip

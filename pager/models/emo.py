@@ -1,21 +1,19 @@
-"""EMO for transformers 5, read top-down: block, gate and experts, attention, model, language model.
-
-Written after the rules of the paper and checked against outputs of Ai2's reference code (tests/data/golden).
-Legend: B batch, N positions, T = B·N tokens, E experts of a layer (shared last), K top-k, D hidden.
-"""
+"""EMO (arXiv 2605.06663) for transformers 5: its configuration, its picking rule, and its model, read top-down."""
 
 # transformers is untyped here: its base classes, decorators and buffers all look like Any or Module.
 # mypy: disable-error-code="misc,no-any-return,untyped-decorator,no-untyped-call,operator,arg-type"
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, initialization
+from torch.nn.functional import pad
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -29,8 +27,199 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from pager.models.emo.configuration import EmoConfig
-from pager.models.emo.routing import pick_experts
+from pager.errors import CheckpointError
+
+# --- the configuration ------------------------------------------------------------------------------------------------
+#
+# The configuration of EMO checkpoints (arXiv 2605.06663), as `allenai/Emo_*` and `StdMoE_*` store it.
+
+
+@strict
+class EmoConfig(PreTrainedConfig):
+    """A configuration with every field of a released `config.json`, RoPE stored the old way (`rope_theta`,
+    `rope_scaling`) or the new.
+
+    `num_experts` and everything derived from it count all experts of a layer, shared ones included; the shared
+    experts are the last of the list. Layer `i` may differ from the rest: ask `experts_in_layer(i)`,
+    `shared_in_layer(i)` and `always_active_in_layer(i)`, not the fields. Raises CheckpointError when the fields
+    contradict each other.
+    """
+
+    model_type = "emo"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers declares it so
+    attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
+    default_theta = 500000.0
+
+    vocab_size: int = 100352
+    hidden_size: int = 2048
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = 100277
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 100257
+    tie_word_embeddings: bool = False
+    rope_parameters: Any = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    num_experts_per_tok: int = 8
+    num_experts: int = 128
+    num_shared_experts: int = 1
+    num_experts_per_layer: list[int] | None = None
+    num_shared_experts_per_layer: list[int] | None = None
+    always_active_experts: list[int] | None = None
+    always_active_experts_per_layer: list[list[int] | None] | None = None
+    dense_intermediate_size: int | None = None
+    dense_mlp_bias: bool = False
+    norm_topk_prob: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.01
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._check_consistency()
+
+    def experts_in_layer(self, layer: int) -> int:
+        """Returns the number of all experts of the layer, shared ones included; 0 means the layer is dense."""
+        return self.num_experts if self.num_experts_per_layer is None else self.num_experts_per_layer[layer]
+
+    def shared_in_layer(self, layer: int) -> int:
+        """Returns how many experts at the end of the layer's list serve every token; 0 where always-active ones take
+        over.
+        """
+        if self.always_active_in_layer(layer):
+            return 0
+        if self.num_shared_experts_per_layer is not None:
+            return self.num_shared_experts_per_layer[layer]
+        return min(self.num_shared_experts, self.experts_in_layer(layer))
+
+    def always_active_in_layer(self, layer: int) -> tuple[int, ...]:
+        """Returns how many experts every token uses with their own share of the common softmax."""
+        if not self.experts_in_layer(layer):
+            return ()
+        if self.always_active_experts_per_layer is not None:
+            return tuple(self.always_active_experts_per_layer[layer] or ())
+        return tuple(self.always_active_experts or ())
+
+    def _check_consistency(self) -> None:
+        for name in (
+            "num_experts_per_layer",
+            "num_shared_experts_per_layer",
+            "always_active_experts_per_layer",
+        ):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_hidden_layers:
+                raise CheckpointError(
+                    f"{name} has {len(values)} entries for {self.num_hidden_layers} layers; give one entry a layer"
+                )
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        for layer in range(self.num_hidden_layers):
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: int) -> None:
+        experts, top_k = self.experts_in_layer(layer), self.num_experts_per_tok
+        shared, always = self.shared_in_layer(layer), self.always_active_in_layer(layer)
+        if not experts:
+            if self.dense_intermediate_size is None:
+                raise CheckpointError(f"layer {layer} has no experts, so dense_intermediate_size must be set")
+            return
+        if shared > min(experts, top_k):
+            raise CheckpointError(
+                f"layer {layer}: {shared} shared experts do not fit in {experts} experts and top-{top_k}"
+            )
+        if len(set(always)) != len(always) or not all(0 <= expert < experts for expert in always):
+            raise CheckpointError(
+                f"layer {layer}: always-active experts {list(always)} must be distinct and below {experts}"
+            )
+        if len(always) > top_k:
+            raise CheckpointError(f"layer {layer}: {len(always)} always-active experts are more than top-{top_k}")
+        if self.norm_topk_prob and (shared or always):
+            raise CheckpointError(
+                f"norm_topk_prob=true is defined only without shared and always-active experts; layer {layer} "
+                f"has {shared} shared and {len(always)} always active"
+            )
+
+
+# --- the picking rule -------------------------------------------------------------------------------------------------
+#
+# EMO's picking rule as a pure function of the gate's logits.
+#
+# Legend: T tokens, E experts of the layer (shared last), K experts picked for a token (top_k).
+
+
+def pick_experts(
+    logits_TE: Tensor,
+    *,
+    top_k: int,
+    num_shared: int = 0,
+    always_active: Sequence[int] = (),
+    norm_topk_prob: bool = False,
+    allowed_TE: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Picks each token's experts and weighs them: `(weights_TK fp32, index_TK)`, indices over all E experts.
+
+    The last `num_shared` experts serve every token, weighed by a softmax of their own; the other K − num_shared
+    come from a softmax over the routed columns. `always_active` experts take precedence over `num_shared`: one
+    softmax over all columns, those experts first. Nothing is renormalised after top-k unless `norm_topk_prob`,
+    which is legal only without shared and always-active experts (EmoConfig checks it).
+
+    `allowed_TE` (bool, broadcastable to [T, E]) is the document's pool: a routed expert outside it takes no part in
+    the softmax. Its entries for shared and always-active experts are not read. It must leave at least K − num_shared
+    routed experts; otherwise experts of weight 0 from outside the pool fill the places.
+    """
+    if always_active:
+        return _pick_beside_always_active(_scores(logits_TE, allowed_TE, always_active), top_k, always_active)
+    num_routed = logits_TE.shape[-1] - num_shared
+    allowed_TR = None if allowed_TE is None else allowed_TE[..., :num_routed]
+    probs_TR = _scores(logits_TE[:, :num_routed], allowed_TR).softmax(-1)
+    weights_TK, index_TK = probs_TR.topk(min(top_k - num_shared, num_routed), dim=-1)
+    if norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    if num_shared == 1:  # a softmax over one column is 1
+        return pad(weights_TK, (0, 1), value=1.0), pad(index_TK, (0, 1), value=num_routed)
+    if not num_shared:
+        return weights_TK, index_TK
+    shared_TS = logits_TE[:, num_routed:].float().softmax(-1)
+    index_TS = torch.arange(num_routed, num_routed + num_shared, device=logits_TE.device).expand_as(shared_TS)
+    return torch.cat([weights_TK, shared_TS], -1), torch.cat([index_TK, index_TS], -1)
+
+
+def _pick_beside_always_active(scores_TE: Tensor, top_k: int, always_active: Sequence[int]) -> tuple[Tensor, Tensor]:
+    probs_TE = scores_TE.softmax(-1)
+    always_A = torch.tensor(always_active, device=scores_TE.device)
+    always_TA = always_A.expand(len(scores_TE), -1)
+    others_TE = probs_TE.index_fill(-1, always_A, -1.0)
+    num_others = min(top_k, scores_TE.shape[-1]) - len(always_active)
+    weights_TK, index_TK = others_TE.topk(num_others, dim=-1)
+    return torch.cat([probs_TE.gather(-1, always_TA), weights_TK], -1), torch.cat([always_TA, index_TK], -1)
+
+
+def _scores(logits_TE: Tensor, allowed_TE: Tensor | None, always_active: Sequence[int] = ()) -> Tensor:
+    """Returns fp32 scores, minus infinity where an expert is not allowed."""
+    if allowed_TE is None:
+        return logits_TE.float()
+    if always_active:
+        allowed_TE = allowed_TE.index_fill(-1, torch.tensor(always_active, device=allowed_TE.device), True)
+    return torch.where(allowed_TE, logits_TE.float(), -torch.inf)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+#
+# EMO for transformers 5, read top-down: block, gate and experts, attention, model, language model.
+#
+# Written after the rules of the paper and checked against outputs of Ai2's reference code (tests/data/golden).
+# Legend: B batch, N positions, T = B·N tokens, E experts of a layer (shared last), K top-k, D hidden.
 
 
 class EmoRMSNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""The Ray actors, what starts, finds and kills them, and what one node's workers have in common."""
+"""The Ray actors, the launchers that start, find and kill them, and the state that the workers of one node share."""
 
 from __future__ import annotations
 
@@ -41,11 +41,10 @@ if TYPE_CHECKING:
     from pager.memory.plan import Plan
     from pager.models.open_model import OpenModel
 
-# --- a node's control -------------------------------------------------------------------------------------------------
+# --- control of one node's workers ------------------------------------------------------------------------------------
 #
-# What one node's workers have in common, in the hands of one control actor: their lives, and the host tier's files.
-#
-# Workers map the segment and its index themselves, and ask nobody for a record (`pager.cache.host`).
+# One control actor per node holds what its workers share: their processes' lives, and the files of the host tier.
+# Workers map the segment and its index themselves and call the actor for no record (`pager.cache.host`).
 
 
 log = logging.getLogger(__name__)
@@ -56,8 +55,9 @@ SEGMENT_PREFIX = "expert-pager-"
 class NodeControl:
     """Knows the worker processes of its node and owns the segment of its host tier, where there is one.
 
-    It sees every worker's process end, whoever ended it, and takes back what that worker had claimed or pinned. Its
-    methods run one at a time, beside one thread for each worker that waits for its end. It imports no torch.
+    It notices the end of every worker's process, however it ended, and releases what that worker had claimed or
+    pinned. Its methods run one at a time, beside one thread for each worker, which waits for that worker's end. It does
+    not import torch.
     """
 
     def __init__(self, namespace: str) -> None:
@@ -65,14 +65,14 @@ class NodeControl:
         self._segment: HostSegment | None = None
         self._index: HostIndex | None = None
         self._made_for: tuple[object, ...] = ()
-        self._workers: dict[str, int] = {}  # those that live, each with the descriptor of its process
+        self._workers: dict[str, int] = {}  # the workers that are alive, each with the descriptor of its process
         self._lock = threading.Lock()
         remove_leftovers()
 
-    # --- lives ------------------------------------------------------------------------------------------------------
+    # --- worker processes -------------------------------------------------------------------------------------------
 
     def watch(self, owner: str, pid: int) -> None:
-        """A worker's process has started, and is called `owner` from now on."""
+        """Registers a worker's process that has started; it is called `owner` from now on."""
         try:
             process = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -82,7 +82,9 @@ class NodeControl:
         threading.Thread(target=self._await_end, args=(owner, process), name=f"watch {owner}", daemon=True).start()
 
     def end(self, owner: str) -> bool:
-        """Kills a worker's process. True once it is gone, with its memory and all that it held; else ask again."""
+        """Kills a worker's process. Returns True once it is gone, with its memory and all that it held; until then,
+        call again.
+        """
         with self._lock:
             if owner not in self._workers:
                 return True
@@ -102,9 +104,10 @@ class NodeControl:
     # --- host tier --------------------------------------------------------------------------------------------------
 
     def open_segment(self, budget_bytes: int, record_bytes: int, model: str) -> tuple[str, int] | PagerError:
-        """Name and records of the node's segment, which the first caller sizes; `model` says whose experts they are.
+        """Returns the name and the records of the node's segment. The first caller sizes it; `model` names the model it
+        is for.
 
-        Errors are returned.
+        Errors are returned, not raised.
         """
         asked = (budget_bytes, record_bytes, model)
         with self._lock:
@@ -121,7 +124,7 @@ class NodeControl:
             return self._segment.name, self._segment.num_records
 
     def host_bytes(self) -> tuple[int, int]:
-        """Bytes of the host tier's records that are in use, and of these the pinned ones."""
+        """Returns the bytes of the host tier's records that are in use, and how many of them are pinned."""
         with self._lock:
             if self._segment is None or self._index is None:
                 return 0, 0
@@ -139,7 +142,7 @@ class NodeControl:
 
 
 def remove_leftovers() -> None:
-    """Unlinks segments of this user whose owner is gone without having cleaned up: nobody holds their lock."""
+    """Unlinks segments of this user whose owner ended without cleaning up, so that their lock is free."""
     remove_abandoned(SHM.glob(f"{SEGMENT_PREFIX}*"), lambda path: path.unlink(missing_ok=True))
 
 
@@ -153,21 +156,23 @@ END_POLL_S = 0.02
 
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
-    """The real one, from a checkpoint. Imports torch when it is called, not before the threads are set."""
+    """Loads the real engine from a checkpoint. Imports torch when it is called, which is after the thread counts are
+    set.
+    """
     from pager.cluster.loading import load_engine as load
 
     return load(config, sink, observer, host)
 
 
 class NodeHostTier:
-    """A worker's way to the host tier of its node: the control actor is asked once, for the segment's name."""
+    """A worker's access to the host tier of its node. It calls the control actor once, for the segment's name."""
 
     def __init__(self, node: Any) -> None:
         self._node = node
         self._tier: HostTier | None = None
 
     def attach(self, opened: OpenModel, plan: Plan) -> HostTier:
-        """This worker's view of the segment. Raises BudgetError, ConfigError."""
+        """Returns this worker's view of the segment. Raises BudgetError, ConfigError."""
         from pager.cache.host import HostTier, record_bytes
 
         shape = opened.family.shape
@@ -180,21 +185,21 @@ class NodeHostTier:
         return self._tier
 
     def used_bytes(self) -> tuple[int, int]:
-        """Resident and pinned, of all workers of the node."""
+        """Returns the resident and the pinned bytes of all workers of the node."""
         return self._tier.used_bytes() if self._tier is not None else (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """A worker's node, and its process there; `owner` is how the node's control actor knows it."""
+    """The node that a worker is on, and its process there; the node's control actor knows it as `owner`."""
 
     node_id: str
     owner: str
     pid: int
 
 
-# A worker that dies is started again by its supervisor, which knows about backoff; Ray must not do it too. `health`
-# has a thread of its own and answers while the model loads.
+# A worker that dies is started again by its supervisor, which backs off between attempts; Ray must not restart it too.
+# `health` has a thread of its own and answers while the model loads.
 @ray.remote(max_restarts=0, max_task_retries=0, enable_task_events=False, concurrency_groups={"health": 1, "drain": 1})
 class WorkerActor:
     def __init__(self, name: str, index: int, config: ServiceConfig, bind_host: str | None, load: EngineLoader) -> None:
@@ -202,7 +207,7 @@ class WorkerActor:
         self._owner = f"{name}-{secrets.token_hex(4)}"
         self._worker = Worker(index, config, bind_host or ray.util.get_node_ip_address(), load)
         self._drain_s = config.workers.drain_s
-        signal.signal(signal.SIGTERM, self._terminated)  # Ray makes actors on the main thread
+        signal.signal(signal.SIGTERM, self._terminated)  # Ray creates actors on the main thread
 
     def whereabouts(self) -> Whereabouts:
         return Whereabouts(ray.get_runtime_context().get_node_id(), self._owner, os.getpid())
@@ -226,7 +231,7 @@ class WorkerActor:
         self._worker.close()
 
     def _terminated(self, *_: object) -> None:
-        """SIGTERM: on a thread, because this one is Ray's."""
+        """Handles SIGTERM on a thread of its own, because the current one is Ray's."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         Thread(target=self._drain_and_exit, name="drain", daemon=True).start()
 
@@ -242,7 +247,7 @@ class WorkerActor:
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)  # Ray's own way out takes seconds
+            os._exit(status)  # Ray's own exit takes seconds
 
 
 NodeActor = ray.remote(max_restarts=0, enable_task_events=False)(NodeControl)
@@ -250,14 +255,14 @@ NodeActor = ray.remote(max_restarts=0, enable_task_events=False)(NodeControl)
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """One incarnation of a worker."""
+    """One process of a worker, from its launch to its end."""
 
     actor: Any
-    at: Whereabouts | None = None  # None for another router's worker
+    at: Whereabouts | None = None  # None for a worker that another router started
 
 
 class Launcher(Protocol):
-    """Where worker processes come from. All calls are for the event loop and never block it.
+    """A source of worker processes. Every method runs on the event loop and never blocks it.
 
     `longest_pause_s` bounds the growing pause before a lost worker is launched again.
     """
@@ -271,12 +276,12 @@ class Launcher(Protocol):
 
 
 class OwnWorkers:
-    """Starts workers, and kills them. Owns the node control actors too."""
+    """Starts and kills this router's own workers. Owns the node control actors too."""
 
     longest_pause_s = 30.0
 
     def __init__(self, config: ServiceConfig, session: RaySession, load_engine: EngineLoader) -> None:
-        """Raises ConfigError when the cluster has fewer GPUs than the workers need, unless nodes may still come."""
+        """Raises ConfigError when the cluster has fewer GPUs than the workers need, unless nodes may still join."""
         self._config = config
         self._session = session
         self._load_engine = load_engine
@@ -293,26 +298,26 @@ class OwnWorkers:
         try:
             actor = await asyncio.shield(creation)
             at: Whereabouts = await actor.whereabouts.remote()
-        except BaseException:  # nobody else knows of it yet
+        except BaseException:  # nothing else knows of the process yet
             with suppress(PagerError):  # nothing was created
                 await asyncio.to_thread(ray.kill, await creation, no_restart=True)
             raise
         return WorkerProcess(actor, at)
 
     async def load(self, process: WorkerProcess) -> WorkerReady | PagerError:
-        assert process.at is not None, "an own worker is somewhere"
+        assert process.at is not None, "an own worker has a node and a process"
         at, node = process.at, await self._node(process.at.node_id)
-        loading = process.actor.load.remote(node, self._has_host_tier)  # while the control actor starts
+        loading = process.actor.load.remote(node, self._has_host_tier)  # runs while the control actor starts
         try:
             await node.watch.remote(at.owner, at.pid)
         except ray.exceptions.RayActorError:
-            self._forget_node(at.node_id, node)  # the worker's next life gets another
+            self._forget_node(at.node_id, node)  # the next process of this worker gets another control actor
             raise
         answer: WorkerReady | PagerError = await loading
         return answer
 
     async def drain(self, process: WorkerProcess, timeout_s: float) -> None:
-        """It takes nothing more, from any router, and returns when what it runs has ended, or was failed."""
+        """Makes the worker refuse new requests from any router, and returns when those it runs have ended or failed."""
         await _within(timeout_s + 2 * GRACE_S, lambda: process.actor.drain.remote(timeout_s))
 
     async def end(self, process: WorkerProcess, *, gracefully: bool) -> None:
@@ -325,11 +330,11 @@ class OwnWorkers:
             try:
                 await _await_end(node, process.at.owner)
             except ray.exceptions.RayError as error:
-                log.warning("the control actor of %s is lost, there will be another: %s", process.at.owner, error)
+                log.warning("the control actor of %s is lost and will be started again: %s", process.at.owner, error)
                 self._forget_node(process.at.node_id, node)
 
     async def close(self) -> None:
-        """After all workers have ended."""
+        """Ends the control actors. To be called after all workers have ended."""
         for node in self._nodes.values():
             await _within(GRACE_S, node.close.remote)
             await asyncio.to_thread(ray.kill, node, no_restart=True)
@@ -357,14 +362,14 @@ class OwnWorkers:
     def _create_named(self, actor_class: Any, name: str, arguments: tuple[Any, ...], **options: Any) -> Any:
         try:
             return actor_class.options(name=name, namespace=self._namespace, num_cpus=0, **options).remote(*arguments)
-        except ValueError as error:  # Ray's word for a name that is taken
+        except ValueError as error:  # Ray raises ValueError for a name that is taken
             raise NotReady(
                 f"{name} exists in namespace {self._namespace!r} already, or is still ending: {error}",
                 retry_after_s=1.0,
             ) from None
 
     async def _node(self, node_id: str) -> Any:
-        """The node's control actor, which the first worker there brings with it."""
+        """Returns the node's control actor, and starts it with the first worker there."""
         async with self._nodes_lock:
             if node_id not in self._nodes:
                 self._nodes[node_id] = await asyncio.to_thread(self._create_node, node_id)
@@ -372,15 +377,15 @@ class OwnWorkers:
 
 
 class OthersWorkers:
-    """Finds the workers that another router started. Never ends one."""
+    """Finds the workers that another router started. It never ends one."""
 
-    longest_pause_s = 1.0  # to look is cheap
+    longest_pause_s = 1.0  # looking for a worker costs little
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
 
     async def names(self) -> list[str]:
-        """Those that are there now."""
+        """Returns the names of the workers that exist now."""
         actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         found = [actor["name"] for actor in actors if actor["namespace"] == self._namespace]
         return sorted(name for name in found if name.startswith(WORKER_PREFIX))
@@ -389,7 +394,7 @@ class OthersWorkers:
         try:
             return WorkerProcess(await asyncio.to_thread(ray.get_actor, name, self._namespace))
         except ValueError:
-            raise NotReady(f"{name} is not there now", retry_after_s=1.0) from None
+            raise NotReady(f"{name} does not exist now", retry_after_s=1.0) from None
 
     async def load(self, process: WorkerProcess) -> WorkerReady | PagerError:
         while True:
@@ -411,10 +416,11 @@ def _uses_gpu(config: ServiceConfig, found: int) -> bool:
         return False
     if workers.device.startswith("cuda:"):
         raise ConfigError(
-            f"workers.device is {workers.device!r}, but Ray gives each worker its GPU; use 'cuda', and say with "
-            "CUDA_VISIBLE_DEVICES which GPUs there are"
+            f"workers.device is {workers.device!r}, but Ray assigns each worker its GPU; use 'cuda', and "
+            "limit the GPUs with CUDA_VISIBLE_DEVICES"
         )
-    if workers.count > found and workers.per_node is None:  # else they wait until their nodes are there
+    # with workers.per_node, workers wait until their nodes have joined
+    if workers.count > found and workers.per_node is None:
         raise ConfigError(
             f"workers.count is {workers.count}, device {workers.device!r} takes a GPU for each, and Ray finds {found}; "
             "start fewer workers, or use device 'cpu'"
@@ -429,11 +435,11 @@ async def _await_end(node: Any, owner: str) -> None:
             while not await node.end.remote(owner):  # noqa: ASYNC110 - a process's end is no event here
                 await asyncio.sleep(END_POLL_S)
     except TimeoutError:
-        log.warning("the process of %s does not end; the next one takes its memory beside it", owner)
+        log.warning("the process of %s does not end; the next one will need memory beside it", owner)
 
 
 async def _within(timeout_s: float, call: Callable[[], Awaitable[None]]) -> None:
-    """Waits a little for an actor that is about to be killed anyway, dead or stuck as it may be."""
+    """Waits a little for an actor that is about to be killed anyway, even if it is dead or stuck."""
     try:
         async with asyncio.timeout(timeout_s):
             await call()

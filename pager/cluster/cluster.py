@@ -1,4 +1,4 @@
-"""The cluster as a router sees it: its supervisor, its workers' answers, and the list of `/metrics` for Prometheus."""
+"""The cluster as a router sees it: one supervisor per worker, their answers, and Prometheus's list of targets."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from pager.errors import NotReady, PagerError, WorkerLost
 from pager.types import GenerateRequest, RequestObserver, TokenChunk
 from pager.wire import decode_bitmap, decode_paging, optional
 
-# --- the supervisor ---------------------------------------------------------------------------------------------------
+# --- supervision of one worker ----------------------------------------------------------------------------------------
 #
-# Keeps one worker alive: starts it, links to it, watches it, and starts it again after a pause when it is lost.
+# Keeps one worker alive: starts it, connects to it, watches it, and starts it again after a pause when it is lost.
 
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
-HEALTH_TIMEOUT_S = 5.0  # after a broken stream: does its process still answer?
-EXIT_TIMEOUT_S = 10.0  # of a process that has drained
+HEALTH_TIMEOUT_S = 5.0  # how long a worker's process may take to answer after its stream broke
+EXIT_TIMEOUT_S = 10.0  # how long a process that has drained may take to exit
 EXIT_POLL_S = 0.1
 FIRST_PAUSE_S = 0.5
-HEALTHY_S = 60.0  # after so long in one piece, a loss counts as the first one
-LOSSES_BEFORE_GIVING_UP = 3  # only while it has never been ready
+HEALTHY_S = 60.0  # a loss after this long without one counts as the first
+LOSSES_BEFORE_GIVING_UP = 3  # applies only while the worker has never been ready
 
 
 class Lost(Exception):
-    """This incarnation of the worker is over."""
+    """Raised when this process of the worker is lost."""
 
     def __init__(self, state: WorkerState, why: str) -> None:
         super().__init__(why)
@@ -50,7 +50,7 @@ class Lost(Exception):
 
 
 class Drained(Lost):
-    """It was told to end, and has ended what it had."""
+    """Raised when the worker was told to drain and has ended its requests."""
 
     def __init__(self) -> None:
         super().__init__(WorkerState.DEAD, "it has drained")
@@ -106,27 +106,27 @@ class WorkerSupervisor:
         )
 
     async def drain(self, timeout_s: float) -> None:
-        """A worker of ours ends what any router runs on it, and takes nothing more."""
+        """Drains a worker of this router: it refuses new requests and ends those that any router runs on it."""
         if self._process is not None and self.state in (WorkerState.READY, WorkerState.DRAINING):
             await self._launcher.drain(self._process, timeout_s)
 
     async def close(self) -> None:
-        """Ends the worker if it is ours, and every answer that is open on it."""
+        """Ends the worker if this router started it, and every answer that is open on it."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if not self.first_ready.cancel() and not self.first_ready.cancelled():
-            self.first_ready.exception()  # seen, if nobody else has looked
+            self.first_ready.exception()  # marks the exception as retrieved, if nothing else has
         await self._tear_down(gracefully=True)
 
     async def abandon(self) -> None:
-        """Fails every answer that is open on the worker, and no more: the Ray that it lived in is lost."""
+        """Fails every answer that is open on the worker, and does no more: the Ray cluster that it lived in is lost."""
         self._task.cancel()
         await asyncio.wait([self._task], timeout=EXIT_POLL_S)
         if self.link is not None:
             await self.link.close()
             self.link = None
 
-    # --- one life after the other -----------------------------------------------------------------------------------
+    # --- the worker's processes, one after the other ----------------------------------------------------------------
 
     async def _supervise(self) -> None:
         while True:
@@ -140,7 +140,7 @@ class WorkerSupervisor:
             try:
                 await self._tear_down(gracefully=False)
             except Exception:
-                log.exception("%s could not be cleaned up after", self.id)
+                log.exception("cleaning up after %s failed", self.id)
             self._num_losses += 1
             if not self.first_ready.done() and self._num_losses >= LOSSES_BEFORE_GIVING_UP:
                 times = f"{self._num_losses} times before it was ready"
@@ -150,7 +150,7 @@ class WorkerSupervisor:
             self._enter(WorkerState.STARTING)
 
     async def _live(self) -> Lost:
-        """From launch to loss; says how it ended."""
+        """Runs one process of the worker from its launch to its loss, and returns how it ended."""
         try:
             self._process = await self._launcher.launch(self.id)
             answer = await self._launcher.load(self._process)
@@ -160,7 +160,8 @@ class WorkerSupervisor:
         except Lost as lost:
             return lost
         except PagerError as error:
-            # What the operator can mend ends a start; later it is waited for.
+            # While starting, an error that the operator can mend ends the start; later the supervisor keeps
+            # trying.
             if not error.retryable and not self.first_ready.done():
                 self.first_ready.set_exception(error)
             return Lost(WorkerState.DEAD, error.message)
@@ -195,16 +196,16 @@ class WorkerSupervisor:
                 await _until_gone(process)
                 raise Drained
             await self._check(process, HEALTH_TIMEOUT_S)
-            log.warning("the stream to %s broke, but its process is well; opening another", self.id)
+            log.warning("the stream to %s broke, but its process is healthy; opening another stream", self.id)
             await link.close()
 
     async def _check(self, process: WorkerProcess, answer_within_s: float) -> None:
-        """Raises Lost for a worker that hangs or does not answer, RayError for one that is gone."""
+        """Raises Lost for a worker that hangs or does not answer, RayError for one whose process is gone."""
         try:
             async with asyncio.timeout(answer_within_s):
                 health: Health = await process.actor.health.remote()
         except TimeoutError:
-            raise Lost(WorkerState.HUNG, f"does not say how it is within {answer_within_s:g} s") from None
+            raise Lost(WorkerState.HUNG, f"did not answer a health check within {answer_within_s:g} s") from None
         now_s = time.monotonic()
         if health.progress is None or health.progress != self._progress:
             self._progress, self._progressed_s = health.progress, now_s
@@ -216,7 +217,9 @@ class WorkerSupervisor:
             )
 
     async def _tear_down(self, *, gracefully: bool) -> None:
-        """Can be cancelled, and called again: what is not ended yet is still known."""
+        """Ends the process and its link. It can be cancelled and called again: what has not ended yet is still
+        recorded.
+        """
         self._progress = None
         self._load, self._resident = pb.Load(), ()
         self._on_change()
@@ -228,7 +231,7 @@ class WorkerSupervisor:
             self._process = None
 
     def _on_break(self) -> None:
-        """At once, so that nobody places a request here while it is found out what happened."""
+        """Marks the worker not ready at once, so that no request is placed on it while the cause is looked into."""
         if self.state is WorkerState.READY:
             self._enter(WorkerState.DEAD)
 
@@ -244,7 +247,7 @@ class WorkerSupervisor:
 
 
 async def _until_gone(process: WorkerProcess) -> None:
-    """Or for as long as a process may take to exit by itself."""
+    """Waits until the process is gone, or for as long as a process may take to exit by itself."""
     with suppress(TimeoutError, ray.exceptions.RayError):
         async with asyncio.timeout(EXIT_TIMEOUT_S):
             while True:
@@ -285,7 +288,7 @@ def write_targets(path: Path, router: str | None, workers: Mapping[str, str]) ->
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(groups, file, indent=2)
-        os.fchmod(file.fileno(), 0o644)  # Prometheus runs as somebody else
+        os.fchmod(file.fileno(), 0o644)  # Prometheus runs as another user
     os.replace(temporary, path)
 
 
@@ -294,7 +297,7 @@ DRAIN_POLL_S = 0.02
 
 
 class RayLost(NotReady):
-    """The embedded Ray lost a daemon while the workers were starting: this process cannot use Ray any more."""
+    """The embedded Ray lost a daemon while the workers were starting, so this process cannot use Ray any more."""
 
     reason = "RAY_LOST"
 
@@ -312,14 +315,14 @@ class Cluster:
         self._targets: tuple[str | None, dict[str, str]] | None = None
         self._router_metrics: str | None = None
         self.ray_lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Done when the embedded Ray has lost the daemon of this name: nothing can be started, or known, any more."""
-        self._watched: list[int] = []  # the daemons' processes
+        """Done when the embedded Ray has lost the daemon of this name: nothing can be started or watched any more."""
+        self._watched: list[int] = []  # process ids of the daemons
 
     @classmethod
     async def connect(cls, config: ServiceConfig, load: EngineLoader = load_engine) -> Self:
         """Starts `config.workers.count` workers and returns when one is ready; with 0, finds another router's workers.
 
-        They are supervised from here on. Raises ConfigError, and what keeps the first workers from loading
+        They are supervised from here on. Raises ConfigError, and whatever keeps the first workers from loading
         (CheckpointError, BudgetError, PortInUse, ...); NotReady when there are no workers to attach to, RayLost.
         """
         pass_on(config.log.format)
@@ -339,11 +342,11 @@ class Cluster:
         return cluster
 
     def workers(self) -> tuple[WorkerView, ...]:
-        """All of them, ready or not, by id."""
+        """Returns all workers by id, ready or not."""
         return tuple(self._supervisors[worker_id].view() for worker_id in sorted(self._supervisors))
 
     def model(self) -> LoadedModel:
-        """What the workers serve. Raises NotReady before the first was ready."""
+        """Returns the model that the workers serve. Raises NotReady before the first was ready."""
         for supervisor in self._supervisors.values():
             if supervisor.model is not None:
                 return supervisor.model
@@ -352,10 +355,10 @@ class Cluster:
     async def generate(
         self, worker_id: str, request: GenerateRequest, observer: RequestObserver | None = None
     ) -> AsyncGenerator[TokenChunk, None]:
-        """Chunks of the answer; the last one carries the usage. Closing the iterator cancels on the worker.
+        """Yields the chunks of the answer; the last one carries the usage. Closing the iterator cancels on the worker.
 
-        Raises what the worker's engine refuses or fails with; WorkerLost when it dies or hangs; SlowReader when more
-        than the configured number of chunks is unread; NotReady while draining.
+        Raises whatever error the worker's engine refuses or fails the request with; WorkerLost when the worker dies or
+        hangs; SlowReader when more than the configured number of chunks is unread; NotReady while draining.
         """
         if self._is_draining:
             raise NotReady("the service is shutting down; send the request to another", retry_after_s=POLL_S)
@@ -368,7 +371,9 @@ class Cluster:
                 yield chunk
 
     async def abort(self, request_id: str, tenant: str) -> bool:
-        """Cancels the tenant's request, whichever router and worker it is on. False when there is none such."""
+        """Cancels the tenant's request, whichever router and worker it is on. Returns False when there is no such
+        request.
+        """
         links = [supervisor.link for supervisor in self._supervisors.values() if supervisor.link is not None]
         return any(await asyncio.gather(*(link.abort(request_id, tenant) for link in links)))
 
@@ -383,16 +388,16 @@ class Cluster:
         error = NotReady("the service is shutting down; send the request to another", retry_after_s=POLL_S)
         for supervisor in self._supervisors.values():
             if supervisor.link is not None and supervisor.link.num_open:
-                log.warning("%d requests on %s are cut off", supervisor.link.num_open, supervisor.id)
+                log.warning("%d requests on %s were cut off", supervisor.link.num_open, supervisor.id)
                 supervisor.link.cancel_all(error)
 
     async def drain(self, timeout_s: float) -> None:
-        """Own workers take nothing more, and what other routers run on them may go on for so long."""
+        """Drains the router's own workers. What other routers run on them may go on for the given time."""
         self._is_draining = True
         await asyncio.gather(*(supervisor.drain(timeout_s) for supervisor in self._supervisors.values()))
 
     async def close(self) -> None:
-        """Ends own workers, their segments and Ray, as far as this process started them. Idempotent."""
+        """Ends the router's own workers, their segments and Ray, as far as this process started them. Idempotent."""
         self._is_draining = True
         for process in self._watched:
             asyncio.get_running_loop().remove_reader(process)
@@ -402,7 +407,7 @@ class Cluster:
             self._discovery.cancel()
             await asyncio.gather(self._discovery, return_exceptions=True)
         is_lost = self.ray_lost.done()
-        if is_lost:  # their processes end with Ray
+        if is_lost:  # the workers' processes end with Ray
             await asyncio.gather(*(supervisor.abandon() for supervisor in self._supervisors.values()))
         else:
             await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
@@ -412,7 +417,7 @@ class Cluster:
         self._own = None
         await asyncio.to_thread(self._session.close, is_lost=is_lost)
         if is_lost:
-            remove_leftovers()  # of the node's control actor, which had no time for it
+            remove_leftovers()  # cleans up for the node's control actor, which had no time for it
         self._session = RaySession(None, owns_ray=False, folder=None)
 
     def _watch_daemons(self) -> None:
@@ -424,10 +429,10 @@ class Cluster:
     def _on_daemon_end(self, name: str, process: int) -> None:
         asyncio.get_running_loop().remove_reader(process)
         if not self.ray_lost.done():
-            log.error("Ray's %s has ended: the service drains and exits, to be started again", name)
+            log.error("Ray's %s has ended: the service drains and exits, and has to be started again", name)
             self.ray_lost.set_result(name)
 
-    # --- start ------------------------------------------------------------------------------------------------------
+    # --- start-up ---------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:
         if self._own is not None:
@@ -465,7 +470,7 @@ class Cluster:
 
     def _supervise(self, name: str, others: OthersWorkers | None = None) -> None:
         launcher = others or self._own
-        assert launcher is not None, "a worker is ours or somebody else's"
+        assert launcher is not None, "a worker was started by this router or by another"
         self._supervisors[name] = WorkerSupervisor(
             name,
             launcher,
@@ -489,9 +494,10 @@ class Cluster:
 
 
 def _metrics_targets(views: Iterable[WorkerView]) -> dict[str, str]:
-    """Addresses by worker. One that is started again stays a target, so that Prometheus knows that it is down.
+    """Returns the addresses by worker. A worker that is being restarted stays a target, so Prometheus knows that it is
+    down.
 
-    Its last address may by then be that of another worker, which has been given the port, and is that one's alone.
+    By then its last address may have been given to another worker; that worker alone is listed with it.
     """
     live_first = sorted(views, key=lambda view: (view.state not in (WorkerState.READY, WorkerState.DRAINING), view.id))
     found: dict[str, str] = {}

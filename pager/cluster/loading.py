@@ -36,7 +36,7 @@ EMBEDDED_RAY = "not counted  about 250 MiB of Ray's own processes, once on this 
 
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
-    """Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
+    """Loads the model and makes its engine. Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError."""
     check_model(config.model)
     workers = config.workers
     torch.set_num_threads(num_threads := int(os.environ["OMP_NUM_THREADS"]))
@@ -67,7 +67,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
     except BaseException:
         paged.close()
         raise
-    return_freed_memory()  # what loading took
+    return_freed_memory()  # gives back the memory that only loading needed
     return LoadedEngine(
         engine=engine,
         model=_info(config, paged),
@@ -88,9 +88,9 @@ def check_model(model: ModelConfig) -> None:
 
 
 def page_in(pager: ExpertPager, experts: Experts, timeout_s: float) -> None:
-    """Returns when they are there, as many as there are slots for, or when time is up. What cannot be read is not."""
+    """Pages in experts until all are loaded, the slots are full or time is up. Unreadable experts are skipped."""
     ranks = zip_longest(*([ExpertKey(layer, each) for each in row] for layer, row in enumerate(experts)))
-    keys = [key for rank in ranks for key in rank if key is not None][: pager.num_slots]  # some of each layer
+    keys = [key for rank in ranks for key in rank if key is not None][: pager.num_slots]  # takes some of each layer
     pager.prefetch(keys)
     end_s = time.monotonic() + timeout_s
     while pager.prefetch_pending(keys) and time.monotonic() < end_s:
@@ -98,24 +98,26 @@ def page_in(pager: ExpertPager, experts: Experts, timeout_s: float) -> None:
 
 
 def device_of(workers: WorkerConfig) -> str:
-    """Ray shows a worker the GPU it gave it, and no other."""
+    """Returns the device that Ray has given the worker; Ray shows it no other GPU."""
     return resolve_device(workers.device)
 
 
 def _trace_file(workers: WorkerConfig) -> Path | None:
-    """A new file each time a worker starts. Raises ConfigError for a folder that cannot be made."""
+    """Returns the path of a new trace file for each start of a worker. Raises ConfigError for a folder that cannot be
+    made.
+    """
     if workers.trace is None:
         return None
     try:
         Path(workers.trace).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"workers.trace {workers.trace!r} is no folder to write in: {error.strerror}") from None
-    # Of containers that start in one second, processes may have the same number.
+        raise ConfigError(f"workers.trace {workers.trace!r} is not a writable folder: {error.strerror}") from None
+    # Processes in containers that start within one second may have the same process id.
     return Path(workers.trace) / f"{time.strftime('%Y%m%dT%H%M%S')}-{platform.node()}-{os.getpid()}.jsonl.gz"
 
 
 def _tokenizer(checkpoint: Path) -> Tokenizer:
-    """A checkpoint without a tokenizer is served too: every id has an empty text."""
+    """Returns the checkpoint's tokenizer. Without one, a checkpoint is served too: every id then has an empty text."""
     return read_tokenizer(checkpoint) or Tokenizer(BPE())
 
 

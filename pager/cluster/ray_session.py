@@ -1,4 +1,4 @@
-"""This process's connection to Ray: an embedded cluster or one that is there, and what Ray logs."""
+"""This process's connection to Ray, to an embedded cluster or an existing one, and the forwarding of what Ray logs."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ from pager.store.appearing import create_owned, remove_abandoned
 
 log = logging.getLogger("expert_pager.ray")
 
-HANDLER = "ray_print_logs"  # the name of Ray's own
-LOGGED_DAEMONS = ("raylet", "gcs_server", "autoscaler")  # in the place of a process number
-END_OF_A_WORKER = "A worker died or was killed"  # whoever supervises the worker says it, and whether it was meant to
+HANDLER = "ray_print_logs"  # the name of Ray's own handler
+LOGGED_DAEMONS = ("raylet", "gcs_server", "autoscaler")  # these names stand where a process id is expected
+END_OF_A_WORKER = "A worker died or was killed"  # the worker's supervisor reports this, and whether it was intended
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def pass_on(kind: str) -> None:
-    """As log lines of `kind` ("json" or "text") on standard error. Before `ray.init`, and again after it.
+    """Writes Ray's messages as log lines of `kind` ("json" or "text") on standard error. Called before and after
+    `ray.init`.
 
-    It puts its own way there when it connects, but for errors of its daemons, which have none: a function prints them.
+    Ray installs its own handler when it connects. Errors of its daemons have no handler: a function prints them.
     """
     own = logging.getLogger("ray")
     own.handlers.clear()
@@ -59,7 +60,7 @@ def _pass_on(kind: str, batch: Mapping[str, Any]) -> None:
             level = logging.DEBUG if line.startswith(END_OF_A_WORKER) else logging.WARNING
             log.log(level, "Ray's %s: %s", batch["pid"], " ".join(line.split()))
         elif kind == "text" or is_object(line):
-            sys.stderr.write(f"{line}\n")  # at once: between the two writes of `print` another thread may log a line
+            sys.stderr.write(f"{line}\n")  # one write: between the two writes of `print` another thread may log a line
             sys.stderr.flush()
         elif line.strip():
             named = batch.get("actor_name") or batch.get("task_name") or ""
@@ -75,40 +76,46 @@ def is_object(line: str) -> bool:
         return False
 
 
-WORKER_RESOURCE = "expert_pager_worker"  # what a node has for each worker that it takes, where workers.per_node is set
+# where workers.per_node is set, a node has this resource once for each worker that it takes
+WORKER_RESOURCE = "expert_pager_worker"
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
-# Settings of Ray's own, unless the environment sets them. Its memory monitor kills a worker when the machine is full,
-# whoever filled it; what a worker takes is bounded by its plan. Task events are a record of every call of an actor,
-# which the GCS keeps. A GCS that was lost ends the service in an orderly way, instead of each process by itself. Ray
-# reads a message before it looks at its token, so messages are bounded: those of actors are small.
+# Ray's own settings, unless the environment sets them. Its memory monitor kills a worker when the machine's memory is
+# full, whichever process filled it; a worker's memory is bounded by its plan instead. Task events would be a record of
+# every call of an actor, kept by the GCS. A lost GCS ends the service in an orderly way, instead of each process by
+# itself. Ray reads a message before it checks its token, so messages are bounded: those of actors are small.
 SYSTEM_CONFIG = {
     "memory_monitor_refresh_ms": 0,
     "task_events_report_interval_ms": 0,
     "gcs_rpc_server_reconnect_timeout_s": 86_400,
     "max_grpc_message_size": 16 * 2**20,
 }
-LOG_MONITOR_FILES = "RAY_LOG_MONITOR_MAX_OPEN_FILES"  # it keeps those of dead workers open until it has so many
-# Names of variables that hold a secret; Ray's own and OpenTelemetry's are for its processes and the workers.
+# the log monitor keeps files of dead workers open up to this number
+LOG_MONITOR_FILES = "RAY_LOG_MONITOR_MAX_OPEN_FILES"
+# Names of variables that hold a secret. Ray's own and OpenTelemetry's are kept: Ray's processes and the workers need
+# them.
 SECRET_NAME = re.compile(r"(?!RAY_|OTEL_)(.*_)?(PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIALS?|KEY)(_.*)?", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\w+://[^/\s]*:[^/\s]*@")  # a URL with a password
 REDIS = ("REDIS_URL", "REDIS_URL_FILE")
 DAEMONS = ("gcs_server", "raylet")
 AGENTS = ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN", "RUNTIME_ENV_AGENT")
 AGENT_FLAGS = ("--dashboard_agent_command=", "--runtime_env_agent_command=")
-STAND_IN = "cat"  # the raylet dies with an agent and holds the pipe to its standard input: this ends with the raylet
+# The raylet ends with its agents and holds the pipe to their standard input; `cat` ends when the raylet does.
+STAND_IN = "cat"
 
 
 class _EmbeddedNode(node.Node):  # type: ignore[misc]
     def start_monitor(self) -> None:
-        """No autoscaler: there is one node."""
+        """Starts no autoscaler: there is one node."""
 
     def start_api_server(self, **_: Any) -> None:
-        """No dashboard."""
+        """Starts no dashboard."""
 
     def start_raylet(self, *arguments: Any, **options: Any) -> None:
-        """No agents. Where the raylet looks for their ports it finds what Ray writes for one that is not in use."""
+        """Starts the raylet without agents. Where it looks for their ports, it finds the value that Ray writes for an
+        unused one.
+        """
         raylet: Any = ray._raylet
         for agent in AGENTS:
             raylet.persist_port(self._session_dir, self._node_id, getattr(raylet, f"{agent}_PORT_NAME"), -1)
@@ -116,12 +123,14 @@ class _EmbeddedNode(node.Node):  # type: ignore[misc]
             super().start_raylet(*arguments, **options)
 
     def start_ray_processes(self) -> None:
-        """Returns when the raylet has registered, so that Ray's own 30 s begin when there is nothing to wait for."""
+        """Returns when the raylet has registered, so that Ray's own limit of 30 s begins when nothing is left to wait
+        for.
+        """
         try:
             super().start_ray_processes()
             self._await_raylet()
         except BaseException:
-            self.kill_all_processes(check_alive=False, wait=True)  # Ray would leave them behind
+            self.kill_all_processes(check_alive=False, wait=True)  # Ray would leave these processes behind
             raise
 
     def _await_raylet(self) -> None:
@@ -132,15 +141,15 @@ class _EmbeddedNode(node.Node):  # type: ignore[misc]
                 return
             except RuntimeError as error:
                 if time.monotonic() > end_s or not self.remaining_processes_alive():
-                    raise TimeoutError(f"Ray's processes are not up: {error}") from error
+                    raise TimeoutError(f"Ray's processes did not start: {error}") from error
                 time.sleep(POLL_S)
 
 
 def start_embedded(*, max_log_files: int = 200, **settings: Any) -> None:
-    """`ray.init` of a new cluster, whatever RAY_ADDRESS names. Where Ray cannot be started slim, as it may be with
-    another version, it is started as it comes.
+    """Calls `ray.init` for a new cluster, whatever RAY_ADDRESS names.
 
-    `max_log_files` is how many files of its workers' output it has open at a time. Raises NotReady.
+    Where this version of Ray cannot be started without its dashboard and agents, it is started with them.
+    `max_log_files` is the number of its workers' output files that it may hold open at a time. Raises NotReady.
     """
     config = {name: value for name, value in SYSTEM_CONFIG.items() if f"RAY_{name}" not in os.environ}
     changes = dict.fromkeys(secrets_in(os.environ), "") | {LOG_MONITOR_FILES: str(max_log_files)}
@@ -150,18 +159,18 @@ def start_embedded(*, max_log_files: int = 200, **settings: Any) -> None:
             ray.init("local", **settings, _system_config=config)
         return
     except Exception as error:
-        log.warning("Ray does not start without its dashboard and agents; starting it with them: %s", error)
+        log.warning("Ray did not start without its dashboard and agents; starting it with them: %s", error)
     finally:
         node.Node = original
     try:
         with _starting_processes(changes):
             ray.init("local", **settings)
     except Exception as error:
-        raise NotReady(f"Ray does not start: {error}; is the machine overloaded?", retry_after_s=1.0) from error
+        raise NotReady(f"Ray did not start: {error}; is the machine overloaded?", retry_after_s=1.0) from error
 
 
 def secrets_in(environment: Mapping[str, str]) -> list[str]:
-    """Names of the variables that hold a secret which no process of Ray's needs."""
+    """Returns the names of the variables that hold a secret which none of Ray's processes needs."""
     return [
         name
         for name, value in environment.items()
@@ -173,7 +182,7 @@ def secrets_in(environment: Mapping[str, str]) -> list[str]:
 def _starting_processes(
     changes: Mapping[str, str] = MappingProxyType({}), *, without_agents: bool = False
 ) -> Iterator[None]:
-    """Inside, each process of Ray's that is started has `changes` in its environment."""
+    """Inside this context, each process that Ray starts has `changes` in its environment."""
     start = services.start_ray_process
 
     def start_changed(command: Sequence[str], *more: Any, **options: Any) -> Any:
@@ -189,13 +198,13 @@ def _starting_processes(
 
 
 def daemons() -> dict[str, int]:
-    """The processes that this embedded cluster cannot do without: their names, and their numbers as children."""
+    """Returns the names and process ids of the processes that this embedded cluster cannot do without."""
     own = ray._private.worker._global_node
     return {name: own.all_processes[name][0].process.pid for name in DAEMONS}
 
 
 def stop_ray() -> None:
-    """`ray.shutdown`, and the end of every process that this one had started, which Ray does not always wait for."""
+    """Calls `ray.shutdown` and ends every process that Ray had started, for which Ray does not always wait."""
     own = ray._private.worker._global_node
     started = [each.process for kind in own.all_processes.values() for each in kind] if own is not None else []
     ray.shutdown()
@@ -203,13 +212,13 @@ def stop_ray() -> None:
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            log.warning("Ray's process %d is still there %g s after its end was asked for", process.pid, STOP_TIMEOUT_S)
+            log.warning("Ray's process %d is still running %g s after it was told to end", process.pid, STOP_TIMEOUT_S)
 
 
 def kill_ray() -> None:
-    """Ends an embedded cluster that has lost a daemon: every process, at once, since nothing answers any more.
+    """Kills every process of an embedded cluster that has lost a daemon, at once, since nothing answers any more.
 
-    Workers end with their raylet, whether it was lost or is killed here. `ray.shutdown` would wait for the lost one.
+    Workers end with their raylet, whether it was lost or is killed here. `ray.shutdown` would wait for the lost daemon.
     """
     own = ray._private.worker._global_node
     started = [each.process for kind in own.all_processes.values() for each in kind]
@@ -225,7 +234,9 @@ def kill_ray() -> None:
 
 
 def _is_worker_of(raylet: int, process: psutil.Process) -> bool:
-    """A worker knows its raylet; when that is gone it is nobody's child."""
+    """Tells whether a process is a worker of this raylet; once the raylet is gone, its workers are no process's
+    children.
+    """
     try:
         return bool(process.environ().get("RAY_RAYLET_PID") == str(raylet))
     except psutil.Error:
@@ -236,32 +247,38 @@ def _without_agent(word: str) -> str:
     return next((flag + STAND_IN for flag in AGENT_FLAGS if word.startswith(flag)), word)
 
 
-# Tokens and weights never go through the object store; this is about the least that Ray takes.
+# Tokens and weights never go through the object store; this is about the least that Ray accepts.
 OBJECT_STORE_BYTES = 80 * 2**20
 LOOPBACK = "127.0.0.1"
 ANSWER_TIMEOUT_S = 10.0
-TOKEN_HELP = "one that asks for a token needs RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+TOKEN_HELP = (
+    "a cluster that requires a token needs RAY_AUTH_MODE=token and its token, in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+)
 FOLDER_PREFIX = "expert-pager-"
-LOCK = "owner.lock"  # in a folder of ours: held by the process that made it
-LOG_FILES_OF_A_WORKER = 4  # output and errors, of the one that runs and of one that has died
+LOCK = "owner.lock"  # in the session's folder: held by the process that made it
+LOG_FILES_OF_A_WORKER = 4  # standard output and standard error, of the running worker and of one that has died
 OTHER_LOG_FILES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class RaySession:
-    """`bind_host` is where workers listen: the loopback where all are on this machine, else None (their node's own)."""
+    """The connection to Ray. Workers listen on `bind_host`: the loopback if all are on this machine; None means their
+    node's address.
+    """
 
     bind_host: str | None
     owns_ray: bool
     folder: _Folder | None
     daemons: Mapping[str, int] = field(
         default_factory=dict
-    )  # of an embedded cluster: what it cannot do without, and its pids
+    )  # of an embedded cluster: the daemons it cannot do without, and their process ids
 
     @classmethod
     def open(cls, address: str | None, namespace: str, num_workers: int = 1) -> RaySession:
-        """Blocks for some seconds. A process that is connected already stays so. Raises ConfigError, NotReady."""
-        # The signals are the service's own, so Ray is started from another thread, and complains.
+        """Connects, which takes some seconds. A process that is already connected stays so. Raises ConfigError,
+        NotReady.
+        """
+        # The signals are the service's own, so Ray is started from another thread, about which it warns.
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
         if ray.is_initialized():
             return cls(LOOPBACK if address is None else None, owns_ray=False, folder=None)
@@ -275,7 +292,7 @@ class RaySession:
             except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
                 raise ConfigError(f"cannot join the Ray cluster at {address!r}: {error}; {TOKEN_HELP}") from error
             return cls(None, owns_ray=True, folder=None)
-        # It only says that an embedded cluster asks for a token, which is as it should be.
+        # The warning only says that an embedded cluster requires a token, which is intended.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         remove_abandoned(_base().glob(f"{FOLDER_PREFIX}*/{LOCK}"), lambda lock: shutil.rmtree(lock.parent))
         folder = _Folder.make()
@@ -283,7 +300,9 @@ class RaySession:
             start_embedded(
                 max_log_files=LOG_FILES_OF_A_WORKER * (num_workers + 1) + OTHER_LOG_FILES,
                 namespace=namespace,
-                num_cpus=num_workers + 1,  # as many processes it starts in advance: workers, and the node's control
+                # also how many processes Ray starts in advance: the workers, and the node's control
+                # actor
+                num_cpus=num_workers + 1,
                 resources={WORKER_RESOURCE: max(1, num_workers)},
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
@@ -294,15 +313,16 @@ class RaySession:
         except BaseException:
             folder.remove()
             raise
-        # Ray sends no token to an address that was named unless it is told to.
+        # Ray sends no token to an address given explicitly unless it is told to.
         join = "RAY_AUTH_MODE=token and --ray-address"
         log.info("embedded Ray at %s; others join it with %s", ray.get_runtime_context().gcs_address, join)
         return cls(LOOPBACK, owns_ray=True, folder=folder, daemons=daemons())
 
     def close(self, *, is_lost: bool = False) -> None:
-        """Ends what `open` started. Logs of an embedded cluster go with it.
+        """Ends what `open` started and removes the logs of an embedded cluster.
 
-        `is_lost` says that one of its daemons has ended: this process cannot use Ray any more, nor leave it properly.
+        With `is_lost`, one of the cluster's daemons has ended: this process can neither use Ray any more nor shut it
+        down.
         """
         if is_lost:
             kill_ray()
@@ -313,15 +333,16 @@ class RaySession:
 
 
 def find_cluster(address: str) -> str:
-    """The HOST:PORT of the one cluster that `address` names, which answers. Raises ConfigError.
+    """Returns the HOST:PORT of the one cluster that `address` names and that answers. Raises ConfigError.
 
-    Ray itself takes any of several clusters for "auto", and tries for minutes to reach an address where there is none.
+    Given "auto", Ray itself takes any of several clusters, and it tries for minutes to reach an address where there is
+    none.
     """
     if address == "auto":
         services.find_gcs_addresses.cache_clear()
         found = sorted(services.find_gcs_addresses())
         if not found:
-            raise ConfigError("no Ray cluster runs on this machine for 'auto' (cluster.ray_address) to find; name one")
+            raise ConfigError("'auto' (cluster.ray_address) finds no Ray cluster on this machine; name one")
         if len(found) > 1:
             raise ConfigError(
                 f"'auto' (cluster.ray_address) is ambiguous: {len(found)} Ray clusters run on this machine, "
@@ -333,7 +354,7 @@ def find_cluster(address: str) -> str:
 
 
 def _check_answers(address: str) -> None:
-    """Raises ConfigError unless a Ray cluster answers at this HOST:PORT. Its token is left to Ray to show."""
+    """Raises ConfigError unless a Ray cluster answers at this HOST:PORT. Checking its token is left to Ray."""
     with grpc.insecure_channel(address) as channel:
         stub: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         try:
@@ -348,25 +369,25 @@ def _check_answers(address: str) -> None:
         raise ConfigError(f"cannot join the Ray cluster at {where}; {TOKEN_HELP}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         raise ConfigError(f"no Ray cluster answers at {where} within {ANSWER_TIMEOUT_S:g} s; is it there?")
-    raise ConfigError(f"what answers at {where} is no Ray cluster ({code.name}); name its head's address")
+    raise ConfigError(f"what answers at {where} is not a Ray cluster ({code.name}); give the address of its head")
 
 
 def _keep_to_loopback() -> None:
-    """Every server of Ray on this node listens on the loopback alone; by default they listen on all interfaces.
+    """Makes every server of Ray on this node listen on the loopback alone; by default they listen on all interfaces.
 
-    Ray has the switch for desktops, as an environment variable that is read when it is imported.
+    Ray's switch for this is meant for desktops: an environment variable that Ray reads when it is imported.
     """
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def num_gpus() -> int:
-    """GPUs of the whole cluster."""
+    """Returns the number of GPUs in the whole cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A folder of this process, for nobody else to look into: Ray gives those that it makes inside to everybody."""
+    """A folder that only this process's user can read; Ray makes those inside it readable by everybody."""
 
     path: Path
     lock: int
@@ -387,6 +408,6 @@ class _Folder:
 
 
 def _base() -> Path:
-    # Ray makes sockets deep below it, and a socket's path has at most 107 characters.
+    # Ray makes sockets deep below this folder, and a socket's path has at most 107 characters.
     base = tempfile.gettempdir()
     return Path(base if len(base) <= 24 else "/tmp")

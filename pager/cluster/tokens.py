@@ -33,15 +33,15 @@ from pager.wire import (
     encode_request,
 )
 
-# --- the server -------------------------------------------------------------------------------------------------------
+# --- server: the worker's end -----------------------------------------------------------------------------------------
 
 
 log = logging.getLogger(__name__)
 
 TOKEN_HEADER = "x-expert-pager-token"
 LOAD_INTERVAL_S = 1.0
-MAX_UNREAD_STEPS = 4096  # a router that has stopped reading is treated as gone
-MAX_COMMAND_BYTES = 16 * 2**20  # what a router may send at once; clients send it 8 MiB at most
+MAX_UNREAD_STEPS = 4096  # a router that leaves more than this unread is treated as gone
+MAX_COMMAND_BYTES = 16 * 2**20  # the most that a router may send in one message; clients send it 8 MiB at most
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),
@@ -53,13 +53,14 @@ CHANNEL_OPTIONS = (
 SERVER_OPTIONS = (
     *CHANNEL_OPTIONS,
     ("grpc.max_receive_message_length", MAX_COMMAND_BYTES),
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is small when it comes is small when it is read
-    ("grpc.max_concurrent_streams", 128),  # of a connection: a router has one, and an Abort now and then
+    # none: a message that is small on the wire is then small in memory too
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.max_concurrent_streams", 128),  # per connection; a router has one stream and now and then an Abort
 )
 
 
 class RequestFailure(Protocol):
-    """How the engine says that one request ended without an answer."""
+    """The engine's report that one request ended without an answer."""
 
     @property
     def request_id(self) -> str: ...
@@ -72,7 +73,7 @@ class RequestFailure(Protocol):
 
 
 class TokenEngine(Protocol):
-    """What the transport needs of an engine; both are thread-safe and return at once."""
+    """What the transport needs of an engine. Both methods are thread-safe and return at once."""
 
     def submit(self, request: GenerateRequest) -> None: ...
     def cancel(self, request_id: str, tenant: str) -> bool: ...
@@ -82,24 +83,24 @@ StreamEvent = TokenChunk | RequestFailure
 
 
 class SubmissionObserver:
-    """Hears what routers send and which of it is not taken; every method does nothing by default."""
+    """Observes what routers send and which of it is refused; by default every method does nothing."""
 
     def received(self) -> None:
-        """A router has sent a request."""
+        """Called when a router has sent a request."""
 
     def refused(self, reason: str) -> None:
-        """It was not taken, for the `reason` of the error in lower case."""
+        """Called when a request was refused; `reason` is the name of the error in lower case."""
 
 
 class RequestKey(NamedTuple):
-    """Names a request in flight: an id is its tenant's own."""
+    """Identifies a request in flight. An id is unique within its tenant only."""
 
     request_id: str
     tenant: str
 
 
 class TokenServer(worker_pb2_grpc.WorkerServicer):
-    """Serves an engine to every router that knows `token`. Owns which router brought which open request."""
+    """Serves an engine to every router that knows `token`. Owns the record of which router sent which request."""
 
     _engine: TokenEngine
     _load: Callable[[], pb.Load]
@@ -108,7 +109,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
         self._gate = _OwnRouters(token)
         self._observer = observer or SubmissionObserver()
         self._streams: set[_RouterStream] = set()
-        # Until the engine's last event of the request, its router gone or not.
+        # Kept until the engine's last event of the request, even if its router is gone.
         self._owners: dict[RequestKey, _Owner] = {}
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -117,7 +118,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
     async def start(self, bind: str, engine: TokenEngine, load: Callable[[], pb.Load]) -> str:
         """Listens on `bind` ("127.0.0.1:0", "unix:/path") and returns the address to dial.
 
-        `load()` says how busy the engine is; it is asked once a second.
+        `load()` reports how busy the engine is; it is called once a second.
         """
         self._engine, self._load = engine, load
         self._loop = asyncio.get_running_loop()
@@ -129,12 +130,12 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
         return bind if bind.startswith("unix:") else f"{bind.rpartition(':')[0]}:{port}"
 
     async def announce_drain(self) -> None:
-        """Every router hears at once what the load report says now."""
+        """Sends the load report, which now shows the drain, to every router at once."""
         for stream in self._streams:
             stream.push(pb.Push(load=self._load()))
 
     async def finish(self, timeout_s: float) -> None:
-        """Takes nothing more, and ends every stream when all that was delivered has been sent, or when time is up."""
+        """Refuses new requests, and ends every stream when all that was delivered has been sent, or when time is up."""
         for stream in self._streams:
             stream.end()
         if self._server is not None:
@@ -147,7 +148,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             await self._server.stop(grace=None)
 
     def deliver(self, events: Sequence[StreamEvent]) -> None:
-        """The engine's sink: all events of one step, from any thread."""
+        """Takes all events of one step from the engine, from any thread."""
         assert self._loop is not None, "deliver() before start()"
         self._loop.call_soon_threadsafe(self._dispatch, events)
 
@@ -168,7 +169,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
     async def Abort(self, message: pb.AbortRequest, context: Any) -> pb.AbortReply:  # noqa: N802
         return pb.AbortReply(found=self._engine.cancel(message.request_id, message.tenant))
 
-    # --- the loop's own -----------------------------------------------------------------------------------------------
+    # --- private, on the event loop -----------------------------------------------------------------------------------
 
     async def _read(self, commands: AsyncIterator[pb.Command], stream: _RouterStream) -> None:
         try:
@@ -221,7 +222,9 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             stream.push(pb.Push(step=step))
 
     def _add_chunk(self, step: pb.Step, chunk: TokenChunk, key: RequestKey) -> None:
-        """A chunk that cannot be encoded fails its request alone: the engine ends it, and later events are dropped."""
+        """Adds a chunk. One that cannot be encoded fails only its own request: the engine ends it, and later events are
+        dropped.
+        """
         owner = self._owners[key]
         try:
             step.chunks.append(encode_chunk(chunk, owner.ticket))
@@ -237,7 +240,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             self._ended(key, chunk.usage.finish_reason.value, chunk.usage.completion_tokens)
 
     def _settle_failed(self, step: pb.Step, event: StreamEvent, key: RequestKey) -> None:
-        """Of a request whose router knows that it has failed, only what it has used is of interest."""
+        """Handles the last event of a request that its router knows to have failed: only its usage still matters."""
         if not isinstance(event, TokenChunk):
             account = event.account
         elif event.usage is not None:
@@ -275,7 +278,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
 
 
 class _OwnRouters(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses a call of any method that has not the token, before its first message is read."""
+    """Refuses every call without the token, before its first message is read."""
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
@@ -296,11 +299,11 @@ class _Owner(NamedTuple):
     stream: _RouterStream
     ticket: int
     trace_id: str
-    has_failed: bool = False  # its router was told so, and the engine has not ended it yet
+    has_failed: bool = False  # its router was told that it failed, and the engine has not ended it yet
 
 
 class _RouterStream:
-    """What waits to be sent to one router; iterating takes it until the stream is closed."""
+    """The messages that wait to be sent to one router. Iterating takes them until the stream is closed."""
 
     def __init__(self) -> None:
         self.requests: dict[int, RequestKey] = {}  # by ticket
@@ -314,12 +317,12 @@ class _RouterStream:
             return
         self._outbox.append(push)
         if len(self._outbox) > MAX_UNREAD_STEPS:
-            log.warning("a router has left %d steps unread; its stream is closed", MAX_UNREAD_STEPS)
+            log.warning("a router left %d steps unread; its stream is closed", MAX_UNREAD_STEPS)
             self.close()
         self._wake.set()
 
     def end(self) -> None:
-        """Nothing more comes; what waits is still sent."""
+        """Accepts no more messages; those that wait are still sent."""
         self._ending = True
         self._wake.set()
 
@@ -350,10 +353,10 @@ def _failure(ticket: int, error: Exception, account: Account | None = None) -> p
     return pb.Failure(ticket=ticket, error=encode_error(error), account=used)
 
 
-# --- the client -------------------------------------------------------------------------------------------------------
+# --- client: the router's end -----------------------------------------------------------------------------------------
 
 
-RETRY_AFTER_S = 1.0  # a killed worker that loads a small model is back after some seconds; others may serve at once
+RETRY_AFTER_S = 1.0  # a killed worker with a small model is back after some seconds; others may serve at once
 
 
 class AnswerStream:
@@ -369,7 +372,9 @@ class AnswerStream:
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, chunk: TokenChunk) -> bool:
-        """False when the reader is too slow: the stream has failed with SlowReader and drops what it held."""
+        """Adds a chunk. Returns False when the reader is too slow: the stream has failed with SlowReader and drops what
+        it held.
+        """
         if len(self._chunks) >= self._limit:
             self._chunks.clear()
             self.fail(SlowReader(f"the client left {self._limit} pieces of its answer unread; read faster"))
@@ -380,7 +385,7 @@ class AnswerStream:
         return True
 
     def fail(self, error: PagerError) -> None:
-        """What was received is still read; then `error` is raised."""
+        """Fails the stream: the chunks received so far can still be read, then `error` is raised."""
         if not self._finished:
             self._error = error
             self._finished = True
@@ -419,16 +424,16 @@ class WorkerLink:
         on_load: Callable[[pb.Load], None],
         on_break: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_break` is called once, after the open answers were failed."""
+        """Makes the link. `on_break` is called once, after the open answers have failed."""
         self.broken = asyncio.Event()
         self._on_break = on_break
         self._buffer_chunks = buffer_chunks
         self._on_load = on_load
         self._metadata = ((TOKEN_HEADER, token),)
         self._answers: dict[int, AnswerStream] = {}  # by ticket
-        self._left: dict[int, AnswerStream] = {}  # nobody reads them any more, and the worker has not ended them yet
+        self._left: dict[int, AnswerStream] = {}  # not read any more, but not yet ended by the worker
         self._tickets = itertools.count(1)
-        self._commands: asyncio.Queue[pb.Command | None] = asyncio.Queue()  # None: no more
+        self._commands: asyncio.Queue[pb.Command | None] = asyncio.Queue()  # None ends the stream
         self._channel = grpc.aio.insecure_channel(
             address, options=(*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", -1))
         )
@@ -437,13 +442,13 @@ class WorkerLink:
         self._reader: asyncio.Task[None] | None = None
 
     async def attach(self, timeout_s: float = 10.0) -> None:
-        """Returns once the worker has answered. Raises WorkerLost when it does not."""
+        """Connects, and returns once the worker has answered. Raises WorkerLost when it does not."""
         self._call = self._stub.Attach(self._outgoing(), metadata=self._metadata)
         try:
             first = await asyncio.wait_for(self._call.read(), timeout_s)
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             await self.close()
-            raise WorkerLost(f"the worker does not take a stream: {error}", retry_after_s=RETRY_AFTER_S) from error
+            raise WorkerLost(f"the worker did not accept a stream: {error}", retry_after_s=RETRY_AFTER_S) from error
         self._on_load(first.load)
         self._reader = asyncio.create_task(self._read(self._call))
 
@@ -454,7 +459,7 @@ class WorkerLink:
     async def generate(
         self, request: GenerateRequest, observer: RequestObserver | None = None
     ) -> AsyncGenerator[TokenChunk, None]:
-        """Submits at the first step. Leaving the iterator before its end cancels the request on the worker."""
+        """Submits the request when the iterator is first advanced. Leaving it early cancels it on the worker."""
         if self.broken.is_set():
             raise _lost()
         ticket = next(self._tickets)
@@ -471,7 +476,7 @@ class WorkerLink:
                 self._leave(ticket)
 
     async def abort(self, request_id: str, tenant: str, timeout_s: float = 2.0) -> bool:
-        """Whether the worker had such a request of this tenant and cancels it. A worker that is gone has none."""
+        """Returns whether the worker had such a request of this tenant, and cancels it. A lost worker has none."""
         message = pb.AbortRequest(request_id=request_id, tenant=tenant)
         try:
             reply = await self._stub.Abort(message, metadata=self._metadata, timeout=timeout_s)
@@ -485,7 +490,7 @@ class WorkerLink:
             self._leave(ticket).fail(error)
 
     async def close(self) -> None:
-        """Open answers raise WorkerLost. Idempotent."""
+        """Closes the link; open answers raise WorkerLost. Idempotent."""
         self._break()
         for task in (self._reader, self._call):
             if task is not None:
@@ -494,7 +499,7 @@ class WorkerLink:
         await self._channel.close(grace=None)
 
     def _leave(self, ticket: int) -> AnswerStream:
-        """Has the worker end it; until it has, what the request has used is not known."""
+        """Has the worker end the request; until it has, the request's usage is not known."""
         answer = self._left[ticket] = self._answers.pop(ticket)
         self._commands.put_nowait(pb.Command(cancel=pb.Cancel(ticket=ticket)))
         return answer
@@ -538,7 +543,7 @@ class WorkerLink:
                 self._left[failure.ticket] = self._answers.pop(failure.ticket)
 
     def _settle(self, ticket: int, account: Account | None) -> None:
-        """The worker is done with it; None for a request that it has not taken."""
+        """Records that the worker is done with the request; `None` stands for a request that it has not accepted."""
         answer = self._answers.pop(ticket, None) or self._left.pop(ticket, None)
         if answer is not None and answer.observer is not None and account is not None:
             answer.observer.settled(account)
@@ -556,12 +561,14 @@ class WorkerLink:
 
 
 def _submit(request: GenerateRequest, ticket: int) -> pb.Command:
-    """Raises InvalidRequest for more than a worker reads, which would end the stream with all that is open on it."""
+    """Raises InvalidRequest for a message larger than a worker reads, which would end the stream and all that is open
+    on it.
+    """
     command = pb.Command(submit=encode_request(request, ticket))
     if command.ByteSize() > MAX_COMMAND_BYTES:
         raise InvalidRequest(
-            f"the request takes {command.ByteSize()} bytes on its way to a worker, and {MAX_COMMAND_BYTES} are the "
-            "most; shorten its prompt, its stop strings or its pool"
+            f"the request takes {command.ByteSize()} bytes on its way to a worker, which accepts {MAX_COMMAND_BYTES}; "
+            "shorten its prompt, its stop strings or its pool"
         )
     return command
 

@@ -1,7 +1,7 @@
 """The worker process: an engine that a loader made, its token server and metrics, and the file of its warm set.
 
-The file says what the worker held, so that its next life pages that in before it is ready. That is best effort: a file
-that cannot be used costs a line in the log, and the worker starts cold. Knows no Ray and no torch.
+The file lists the experts that the worker held, so that its next process pages them in before it is ready. This is best
+effort: for a file that cannot be used, the worker logs one line and starts cold. Knows no Ray and no torch.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ if TYPE_CHECKING:
 class WorkerState(StrEnum):
     STARTING = "starting"  # its process starts, or loads the model
     READY = "ready"
-    DRAINING = "draining"  # takes nothing new and ends what it has; then its process ends, and another starts
-    HUNG = "hung"  # a step makes no progress for longer than the watchdog allows; it is being killed
-    DEAD = "dead"  # its process is gone, or could not load; it is started again after a pause
+    DRAINING = "draining"  # refuses new requests and ends those it has; then its process ends, and another starts
+    HUNG = "hung"  # a step makes no progress for longer than the watchdog allows; the process is being killed
+    DEAD = "dead"  # its process is gone, or could not load the model; it is started again after a pause
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel(ModelInfo):
-    """The model that all workers serve, as the first ready one loaded and planned it."""
+    """The model that all workers serve, as the first ready worker loaded and planned it."""
 
     dtype: str = ""
     device: str = ""
@@ -68,15 +68,15 @@ class WorkerView(WorkerResidency):
     """One of this router's workers as last reported, at most about a second ago: what it holds, and how fast it is."""
 
     page_in_bytes_per_s: float | None = None  # median of recent page-ins; None before the first
-    peak_page_in_bytes_per_s: float | None = None  # of all readers together, at most
-    place_s: float | None = None  # how long one place in its line has been lasting; None before an admission
+    peak_page_in_bytes_per_s: float | None = None  # an upper bound for all readers together
+    place_s: float | None = None  # how long one place in its waiting line has taken recently; None before an admission
     metrics_address: str | None = None  # of its last process that was ready; None before the first
     num_restarts: int = 0
     paging: PagingCounts = field(default_factory=PagingCounts)
-    kv_share: float = 0.0  # of its KV memory, what running requests have reserved
+    kv_share: float = 0.0  # the share of its KV memory that running requests have reserved
 
     def missing_bytes(self, pool: ExpertPool) -> int:
-        """What would have to be paged in to run `pool` here now."""
+        """Returns the bytes that would have to be paged in to run `pool` here now."""
         missing = 0
         for layer, experts in enumerate(pool.experts):
             resident = self.resident[layer] if layer < len(self.resident) else 0
@@ -86,7 +86,7 @@ class WorkerView(WorkerResidency):
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """What a worker says when it has loaded: how to reach it, and what it serves. The token is a secret."""
+    """A worker's report that it has loaded: how to reach it, and what it serves. The token is a secret."""
 
     address: str
     token: str
@@ -100,9 +100,9 @@ class WorkerReady:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a worker's process is, as long as it answers at all."""
+    """The state of a worker's process, as long as it answers at all."""
 
-    progress: int | None  # changes with all that the engine gets done within a step; None between steps
+    progress: int | None  # changes with everything that the engine gets done within a step; None between steps
 
 
 # --- the worker process -----------------------------------------------------------------------------------------------
@@ -113,11 +113,11 @@ log = logging.getLogger(__name__)
 VERSION = 1
 MAX_BYTES = 16 * 2**20
 
-Experts = Sequence[Sequence[int]]  # per layer, the routed ones
+Experts = Sequence[Sequence[int]]  # the routed experts of each layer
 
 
 class WarmFile:
-    """The file of one worker. Written by it alone, by several of its threads."""
+    """The file of one worker's warm set. Only that worker writes it, from several of its threads."""
 
     def __init__(self, folder: Path, worker: str, fingerprint: str, facts: RoutingFacts) -> None:
         self._path = folder / f"{worker}.json"
@@ -126,7 +126,7 @@ class WarmFile:
         self._saved: Any = None
 
     def read(self) -> list[list[int]] | None:
-        """What to page in; None where there is no file, or none that is this model's, which is logged."""
+        """Returns what to page in; None where there is no file, or one of another model, which is logged."""
         try:
             if self._path.stat().st_size > MAX_BYTES:
                 raise ValueError(f"it has more than {MAX_BYTES} bytes")
@@ -138,7 +138,7 @@ class WarmFile:
             return None
 
     def save(self, experts: Experts) -> None:
-        """Replaces the file in one step, when something changed. Nothing held is nothing to remember."""
+        """Replaces the file in one step, if something changed. A worker that holds nothing writes nothing."""
         content = [list(layer) for layer in experts]
         if content == self._saved or not any(content):
             return
@@ -149,14 +149,14 @@ class WarmFile:
                 json.dump({"version": VERSION, "fingerprint": self._fingerprint, "experts": content}, file)
             os.replace(temporary, self._path)
         except OSError as error:
-            log.warning("what this worker holds could not be saved to %s: %s", self._path, error)
+            log.warning("the list of this worker's experts could not be saved to %s: %s", self._path, error)
         else:
             self._saved = content
 
     def _checked(self, document: Any) -> list[list[int]]:
-        """Raises ValueError that says what is wrong."""
+        """Returns the file's experts. Raises ValueError that says what is wrong."""
         if not isinstance(document, dict) or document.get("version") != VERSION:
-            raise ValueError(f"it is not a file of version {VERSION}")
+            raise ValueError(f"it does not have version {VERSION}")
         if document.get("fingerprint") != self._fingerprint:
             raise ValueError("it is of another model")
         experts = document.get("experts")
@@ -164,7 +164,7 @@ class WarmFile:
             raise ValueError(f"it does not have {len(self._routed_per_layer)} layers")
         for number, (layer, routed) in enumerate(zip(experts, self._routed_per_layer, strict=True)):
             if not isinstance(layer, list) or not all(type(each) is int and 0 <= each < routed for each in layer):
-                raise ValueError(f"layer {number} has {routed} routed experts, and the file names others")
+                raise ValueError(f"layer {number} has {routed} routed experts, and the file names another")
         return experts
 
 
@@ -177,7 +177,7 @@ PLAN_IN_LABEL = ("slot_bytes", "host_bytes", "kv_bytes", "max_running", "num_thr
 
 
 class Status(EngineLoad, Protocol):
-    """What a worker reads of the engine's status."""
+    """The part of the engine's status that a worker reads."""
 
     @property
     def is_stepping(self) -> bool: ...
@@ -195,7 +195,7 @@ class WorkerEngine(TokenEngine, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """What a loader returns: an engine that does not run yet, and how to ask about what it holds."""
+    """A loader's result: an engine that does not run yet, and access to what it holds."""
 
     engine: WorkerEngine
     model: LoadedModel
@@ -203,19 +203,19 @@ class LoadedEngine:
     resident: Callable[[], Sequence[Sequence[int]]]  # per layer the routed experts in device slots
     paging: Callable[[], PagingCounts]
     tiers: Callable[[], dict[str, TierBytes]]
-    page_in: Callable[[Experts, float], None]  # returns when they are there, or after so many seconds
+    page_in: Callable[[Experts, float], None]  # returns when the experts are loaded, or after this many seconds
     close: Callable[[], None]
 
 
 class HostAccess(Protocol):
-    """The host tier that this worker shares with others of its node."""
+    """The host tier that this worker shares with the others of its node."""
 
     def attach(self, opened: OpenModel, plan: Plan) -> HostTier: ...
     def used_bytes(self) -> tuple[int, int]: ...
 
 
 class EngineLoader(Protocol):
-    """Loads a model for one worker. Slow; raises PagerError for what the operator can mend."""
+    """Loads a model for one worker, which is slow. Raises PagerError for what the operator can mend."""
 
     def __call__(
         self, config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None
@@ -223,10 +223,10 @@ class EngineLoader(Protocol):
 
 
 class WorkerObserver(WorkerMetrics, EngineObserver, SubmissionObserver):
-    """The worker's metrics as all three observers. Remembers recent page-ins too, for who places requests."""
+    """The worker's metrics as all three observers. It also remembers recent page-ins, on which placement depends."""
 
     def __init__(self, metric_tenants: str = "") -> None:
-        """`metric_tenants` are the tenants that metrics name, separated by commas."""
+        """Makes the metrics. `metric_tenants` lists the tenants that metrics name, separated by commas."""
         super().__init__([name.strip() for name in metric_tenants.split(",") if name.strip()])
         self._recent: deque[float] = deque(maxlen=REMEMBERED_PAGE_INS)
 
@@ -236,17 +236,17 @@ class WorkerObserver(WorkerMetrics, EngineObserver, SubmissionObserver):
             self._recent.append(nbytes / seconds)
 
     def page_in_bytes_per_s(self) -> float:
-        """Median of the recent page-ins; 0 before the first."""
+        """Returns the median throughput of the recent page-ins; 0 before the first."""
         recent = list(self._recent)
         return statistics.median(recent) if recent else 0.0
 
     def peak_page_in_bytes_per_s(self) -> float:
-        """What all readers together may have reached at most; 0 before the first page-in."""
+        """Returns an upper bound of what all readers together have reached; 0 before the first page-in."""
         return NUM_READERS * max(list(self._recent), default=0.0)
 
 
 class Worker:
-    """One engine on one device. `load` once; `health` from any thread, even while it loads."""
+    """One engine on one device. `load` is called once; `health` from any thread, even during `load`."""
 
     def __init__(self, index: int, config: ServiceConfig, bind_host: str, load_engine: EngineLoader) -> None:
         self._index = index
@@ -267,7 +267,7 @@ class Worker:
         self._ends = Event()
 
     def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
-        """Loads the model and starts to serve. Errors are returned: Ray would wrap one that is raised."""
+        """Loads the model and starts to serve. Errors are returned, because Ray would wrap a raised one."""
         set_num_threads(self._config)
         started = time.monotonic()
         try:
@@ -294,7 +294,7 @@ class Worker:
         return self._ready
 
     def _run_engine(self, host: HostAccess | None, loading: Future[LoadedEngine]) -> None:
-        """The thread that loads the model, and steps it: see `Engine.run`."""
+        """Runs the thread that loads the model and steps it: see `Engine.run`."""
         try:
             loaded = self._load_engine(self._config, self._server.deliver, self._observer, host)
         except BaseException as error:
@@ -304,7 +304,7 @@ class Worker:
             loaded.engine.run()
 
     def ready(self) -> WorkerReady | None:
-        """None while it loads."""
+        """Returns the worker's report once it has loaded; None until then."""
         return self._ready
 
     def health(self) -> Health:
@@ -314,26 +314,27 @@ class Worker:
         return Health(status.progress if status.is_stepping else None)
 
     def drain(self, timeout_s: float) -> None:
-        """Takes no new requests, lets those it has end for so long, fails the rest with NotReady, and closes. Blocks.
+        """Refuses new requests, gives those in flight so long to end, fails the rest with NotReady, and closes. Blocks.
 
-        Routers are told, and their streams end when all has been sent, for which there is what is left of the time, and
+        Routers are told, and their streams end when all has been sent. For that they have what is left of the time, and
         CLOSE_TIMEOUT_S at least.
         """
         end_s = time.monotonic() + timeout_s
         if self._ready is not None and self._loaded is not None:
             self._is_draining = True
-            # Not waited for: what a router sends that has not heard of it is refused, and placed elsewhere.
+            # There is no wait for this: what an uninformed router still sends is refused, and placed
+            # elsewhere.
             self._loop.start(self._server.announce_drain())
             self._loaded.engine.stop(timeout_s)
             left_s = max(CLOSE_TIMEOUT_S, end_s - time.monotonic())
             try:
                 self._loop.run(self._server.finish(left_s), left_s + CLOSE_TIMEOUT_S)
             except TimeoutError:
-                log.warning("what the requests had to say last was not sent within %.1f s", left_s + CLOSE_TIMEOUT_S)
+                log.warning("the last messages of the requests were not sent within %.1f s", left_s + CLOSE_TIMEOUT_S)
         self.close()
 
     def close(self) -> None:
-        """Ends what is running, closes sockets and files. Best effort: the process ends next. Idempotent."""
+        """Ends what is running and closes sockets and files. Best effort: the process ends next. Idempotent."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -351,7 +352,7 @@ class Worker:
         tracing.stop()
 
     def _warm_up(self, loaded: LoadedEngine) -> None:
-        """Pages in what the last worker of this index held, and remembers from here on what this one does."""
+        """Pages in what the last worker of this index held, and from then on saves what this one holds."""
         workers = self._config.workers
         if workers.state is None:
             return
@@ -362,11 +363,11 @@ class Worker:
             started = time.monotonic()
             loaded.page_in(experts, WARM_UP_TIMEOUT_S)
             num_held, num_asked = (sum(map(len, each)) for each in (loaded.resident(), experts))
-            log.info("%d of %d experts paged in again, %.1f s", num_held, num_asked, time.monotonic() - started)
+            log.info("paged in %d of %d remembered experts in %.1f s", num_held, num_asked, time.monotonic() - started)
         Thread(target=self._remember_often, name="warm set", daemon=True).start()
 
     def _remember_often(self) -> None:
-        """For an end that nobody announces."""
+        """Saves the warm set now and then, in case the process ends without notice."""
         while not self._ends.wait(REMEMBER_EVERY_S):
             self._remember()
 
@@ -375,7 +376,7 @@ class Worker:
             self._warm_file.save(self._loaded.resident())
 
     def _serve_metrics(self) -> MetricsServer:
-        """On this worker's own port or, where other indices are on other nodes, on the first that is free.
+        """Serves metrics on this worker's own port or, where other indices are on other nodes, on the first free one.
 
         Raises PortInUse, ConfigError.
         """
@@ -389,7 +390,7 @@ class Worker:
         return MetricsServer(registry, self._bind_host, first + workers.per_node - 1)
 
     def _load_report(self) -> pb.Load:
-        assert self._loaded is not None, "a load report before the model is there"
+        assert self._loaded is not None, "a load report before the model is loaded"
         status = self._loaded.engine.status()
         return pb.Load(
             **encode_paging(self._loaded.paging()),
@@ -416,7 +417,7 @@ def _labels_of(model: LoadedModel) -> dict[str, str]:
 
 
 def budgets_of(workers: WorkerConfig, *, has_host_tier: bool = True) -> Budgets:
-    """The budgets of one worker, which the router that starts it plans with too, before anything slow."""
+    """Returns the budgets of one worker; the router that starts it plans with them too, before anything slow."""
     return Budgets(
         expert_memory=workers.expert_memory,
         host_memory=workers.host_memory if has_host_tier else 0,
@@ -427,9 +428,10 @@ def budgets_of(workers: WorkerConfig, *, has_host_tier: bool = True) -> Budgets:
 
 
 def set_num_threads(config: ServiceConfig) -> None:
-    """Workers of one machine share its cores. Before torch is imported, because OpenMP reads it then.
+    """Divides the machine's cores among its workers. Called before torch is imported, because OpenMP reads the setting
+    then.
 
-    Where the configuration has none, this is the most that may turn out to be the fastest.
+    Where the configuration gives no number, this is the upper bound of the search for the fastest one.
     """
     workers = config.workers
     num_threads = workers.num_threads or max(1, len(os.sched_getaffinity(0)) // workers.sharing_a_node)

@@ -1,6 +1,7 @@
 """What server-sent events cost beside gRPC: the same requests to the same service, by the number of streams in flight.
 
 python -m benchmarks.http_front [MODEL]  about 2 minutes on 2 cores
+python -m benchmarks.http_front --streams 256 --rounds 5  one row of the table, with more repeats
 python -m benchmarks.http_front --quick  a smoke run that writes no file
 """
 
@@ -64,6 +65,7 @@ Read = Callable[[Sequence[int], int], Awaitable[Stream]]
 
 def main(
     model: Annotated[Path, typer.Argument(help="A checkpoint.")] = MODEL,
+    streams: Annotated[list[int] | None, typer.Option(min=1, help="In flight at once; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
     threads: Annotated[int | None, typer.Option(help="Of torch in the worker. Default: its choice.")] = None,
@@ -72,9 +74,9 @@ def main(
 ) -> None:
     """Measure the HTTP front beside gRPC."""
     quieten()
-    streams, rounds, tokens = (STREAMS[:1], 1, 4) if quick else (STREAMS, rounds, tokens)
+    counts, rounds, tokens = (STREAMS[:1], 1, 4) if quick else (streams or STREAMS, rounds, tokens)
     found = conditions()  # what else runs, before the service does
-    with tempfile.TemporaryDirectory() as folder, service(model, Path(folder), max(streams), threads) as ready:
+    with tempfile.TemporaryDirectory() as folder, service(model, Path(folder), max(counts), threads) as ready:
         report = Report(
             "http_front",
             f"{model.name}, bfloat16, exact, all experts in slots; {PROMPT_TOKENS} prompt tokens, answers of {tokens}",
@@ -85,7 +87,7 @@ def main(
             grpc_reader = runner.run(GrpcReader.connected(ready["address"]))
             http_reader = HttpReader(ready["http_url"])
             reads = {"gRPC": grpc_reader.read, "SSE": http_reader.read}
-            report.add(table(runner, model, reads, streams, rounds, tokens))
+            report.add(table(runner, model, reads, counts, rounds, tokens))
             runner.run(grpc_reader.close())
     if not quick:
         report.write(results)

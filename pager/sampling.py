@@ -22,6 +22,7 @@ MAX_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_BYTES = 64 * 2**10
+MAX_ANSWERS = 32
 MAX_PROMPT_LOGPROBS = 2**19
 """Numbers that a request may have reported of its prompt: tokens times one more than the alternatives to each."""
 
@@ -34,8 +35,9 @@ def check_sampling(params: SamplingParams) -> None:
     if params.top_p == 0:
         raise _refusal("top_p", params.top_p, "must lie above 0; for the likeliest token use temperature 0")
     _check_integer("top_k", params.top_k, 0, MAX_TOKENS)
+    _check_integer("n", params.n, 1, MAX_ANSWERS)
     if params.seed is not None:
-        _check_integer("seed", params.seed, 0, MAX_SEED)
+        _check_integer("seed", params.seed, 0, MAX_SEED + 1 - params.n)
     _check_stops(params.stop)
     _check_number("min_p", params.min_p, 0.0, 1.0, "0 restricts nothing")
     _check_number("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY, "0 changes nothing")

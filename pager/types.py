@@ -305,6 +305,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    n: int = 1  # answers, from one prefill and in one pool; answer i has seed + i
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +475,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """A piece of an answer. The last chunk of a stream carries `usage` (and possibly the last text).
+    """A piece of an answer. Its last one carries `usage` (and possibly the last text). Of several answers to a prompt,
+    `index` says which it is of, and `num_going_on` how many others have not ended.
 
     `tenant` is whose request it is, since ids are a tenant's own; empty at a client. Where they were asked for,
     `logprobs` has an entry for each of `token_ids`, and the chunks before the first token bring those of the prompt,
@@ -492,6 +494,13 @@ class TokenChunk:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     page_ins: tuple[PageIn, ...] = ()
     outside_mass: float | None = None
+    index: int = 0
+    num_going_on: int = 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing more comes of the request."""
+        return self.usage is not None and not self.num_going_on
 
 
 # --- the service ----------------------------------------------------------------------------------------------------

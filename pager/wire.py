@@ -397,21 +397,31 @@ def decode_request(message: worker_pb2.Submit) -> GenerateRequest:
 
 def encode_response(chunk: TokenChunk) -> pb.GenerateResponse:
     usage = None if chunk.usage is None else encode_usage(chunk.usage)
-    message = pb.GenerateResponse(request_id=chunk.request_id, text=chunk.text, token_ids=chunk.token_ids, usage=usage)
+    message = pb.GenerateResponse(
+        request_id=chunk.request_id, text=chunk.text, token_ids=chunk.token_ids, usage=usage, index=chunk.index
+    )
     _set_logprobs(message, chunk)
     return message
 
 
 def decode_response(message: pb.GenerateResponse) -> TokenChunk:
     usage = decode_usage(message.usage) if message.HasField("usage") else None
-    return TokenChunk(message.request_id, tuple(message.token_ids), message.text, usage, **_logprobs(message))
+    return TokenChunk(
+        message.request_id, tuple(message.token_ids), message.text, usage, index=message.index, **_logprobs(message)
+    )
 
 
 def encode_chunk(chunk: TokenChunk, ticket: int) -> worker_pb2.Chunk:
     """A chunk on its way from a worker to a router, where the ticket stands for the request's id."""
     usage = None if chunk.usage is None else encode_usage(chunk.usage)
     message = worker_pb2.Chunk(
-        ticket=ticket, token_ids=chunk.token_ids, text=chunk.text, usage=usage, outside_mass=chunk.outside_mass
+        ticket=ticket,
+        token_ids=chunk.token_ids,
+        text=chunk.text,
+        usage=usage,
+        index=chunk.index,
+        num_going_on=chunk.num_going_on,
+        outside_mass=chunk.outside_mass,
     )
     _set_logprobs(message, chunk)
     for each in chunk.page_ins:
@@ -422,7 +432,16 @@ def encode_chunk(chunk: TokenChunk, ticket: int) -> worker_pb2.Chunk:
 
 def decode_chunk(message: worker_pb2.Chunk, request: GenerateRequest) -> TokenChunk:
     usage = decode_usage(message.usage) if message.HasField("usage") else None
-    chunk = TokenChunk(request.id, tuple(message.token_ids), message.text, usage, request.tenant, **_logprobs(message))
+    chunk = TokenChunk(
+        request.id,
+        tuple(message.token_ids),
+        message.text,
+        usage,
+        request.tenant,
+        index=message.index,
+        num_going_on=message.num_going_on,
+        **_logprobs(message),
+    )
     if not message.page_ins and not message.HasField("outside_mass"):
         return chunk
     page_ins = (

@@ -112,12 +112,17 @@ class Api:
                 f"{len(prompts)} prompts of {answers} answers are more than the {openai.MAX_CHOICES} of a request",
                 field="prompt",
             )
-        if asked.echo:  # whose tokens are shown
+        if asked.echo or asked.counts_as_it_goes:  # whose tokens are shown, or counted before the end
             prompts = [await self._ids(call, prompt) for prompt in prompts]
         asks = self._asks(asked, prompts, answers, call)
         choices = [
-            Choice(index, index // answers, prompts[index // answers] if asked.echo else ())  # type: ignore[arg-type]
-            for index in range(len(asks))
+            Choice(
+                index,
+                index // answers,
+                prompts[index // answers] if asked.echo else (),  # type: ignore[arg-type]
+                len(prompts[index // answers]) if asked.counts_as_it_goes else 0,
+            )
+            for index in range(len(prompts) * answers)
         ]
         id_, model = openai.new_id("cmpl"), asked.model
         if not asked.stream:
@@ -140,8 +145,9 @@ class Api:
 
             def event() -> dict[str, Any]:
                 made = [self._completion(asked, part, index, is_first=is_first)]
-                return openai.head("text_completion", id_, model) | {"choices": made}
+                return openai.head("text_completion", id_, model) | {"choices": made} | usage
 
+            usage = {"usage": choice.usage_so_far} if asked.counts_as_it_goes else {}
             await exchange.event(event if part.is_large else event())
 
         async def work() -> None:
@@ -182,7 +188,7 @@ class Api:
         prompt = await self._rendered(call, lambda: asked.prompt(self._template))
         answers = asked.n or 1
         asks = self._asks(asked, [prompt], answers, call)
-        choices = [Choice(index, 0) for index in range(answers)]
+        choices = [Choice(index, 0, prompt_tokens=len(prompt)) for index in range(answers)]
         id_ = openai.new_id("chatcmpl")
         if not asked.stream:
             await until_gone(exchange, run_all(self._pipeline, call, asks, _into(choices)))
@@ -198,7 +204,8 @@ class Api:
 
         async def delta(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> None:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            await exchange.event(openai.head("chat.completion.chunk", id_, asked.model) | {"choices": [choice]})
+            usage = {"usage": choices[index].usage_so_far} if asked.counts_as_it_goes else {}
+            await exchange.event(openai.head("chat.completion.chunk", id_, asked.model) | {"choices": [choice]} | usage)
 
         async def seen(index: int, chunk: TokenChunk) -> None:
             choice = choices[index]
@@ -415,14 +422,17 @@ class Api:
         answers: int,
         call: Call,
     ) -> list[Ask]:
-        """One ask an answer; several of one request have seeds in a row."""
-        sampling = asked.sampling_of(self._pipeline.model.token_limit)
-        made = []
-        for number in range(len(prompts) * answers):
-            seed = None if sampling.seed is None else sampling.seed + number % answers
-            ask = self._ask(asked, replace(sampling, seed=seed), prompts[number // answers], call)
-            made.append(ask if len(prompts) * answers == 1 else replace(ask, id=f"{ask.id[:120]}-{number}"))
-        return made
+        """An ask for each prompt, with all of its answers; where they may drift, which each does by itself, one for
+        each answer. Several answers to a prompt have seeds in a row.
+        """
+        sampling = replace(asked.sampling_of(self._pipeline.model.token_limit), n=answers)
+        made = [self._ask(asked, sampling, prompt, call) for prompt in prompts]
+        if answers > 1 and made[0].pool.drift is not None:
+            seeds = [None if sampling.seed is None else sampling.seed + number for number in range(answers)]
+            made = [replace(ask, sampling=replace(sampling, n=1, seed=seed)) for ask in made for seed in seeds]
+        if len(made) == 1:
+            return made
+        return [replace(ask, id=f"{ask.id[:120]}-{number}") for number, ask in enumerate(made)]
 
     def _ask(self, asked: Any, sampling: Any, prompt: str | Sequence[int], call: Call) -> Ask:
         model, default = self._pipeline.model, self._pipeline.default_pool

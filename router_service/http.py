@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from itertools import accumulate
 from typing import Any
 
 import grpc
@@ -390,18 +391,24 @@ async def until_gone(exchange: Exchange, work: Awaitable[None]) -> None:
 async def run_all(
     pipeline: Pipeline, call: Call, asks: Sequence[Ask], seen: Callable[[int, TokenChunk], Awaitable[None]]
 ) -> None:
-    """Runs all answers of a call at once; `seen` gets their chunks with the number of their ask.
+    """Runs all answers of a call at once; `seen` gets their chunks with their numbers, counted over all asks.
 
-    The first that fails ends the others, and is what is raised.
+    What is reported of a prompt comes with each of its answers. The first that fails ends the others, and is what is
+    raised.
     """
 
-    async def one(index: int, ask: Ask) -> None:
-        await pipeline.generate(call, ask, lambda chunk: seen(index, chunk))
+    async def one(first: int, ask: Ask) -> None:
+        async def send(chunk: TokenChunk) -> None:
+            for index in range(ask.sampling.n) if chunk.prompt_logprobs else (chunk.index,):
+                await seen(first + index, chunk)
+
+        await pipeline.generate(call, ask, send)
 
     if len(asks) == 1:
         await one(0, asks[0])
         return
-    tasks = [asyncio.create_task(one(index, ask)) for index, ask in enumerate(asks)]
+    firsts = accumulate((ask.sampling.n for ask in asks), initial=0)
+    tasks = [asyncio.create_task(one(first, ask)) for first, ask in zip(firsts, asks, strict=False)]
     try:
         await asyncio.gather(*tasks)
     finally:

@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pager.errors import InvalidRequest, PagerError
 from pager.pools.drift import parse_drift
 from pager.pools.pick import parse_pool_size
-from pager.sampling import check_sampling, check_vocabulary
+from pager.sampling import MAX_ANSWERS, check_sampling, check_vocabulary
 from pager.types import (
     FinishReason,
     Grammar,
@@ -37,7 +37,7 @@ from pager.types import (
 from router_service.chat import ChatTemplate, TokenTexts, forced_call_schema
 from router_service.requests import PoolByName, check_model, chosen_pool
 
-MAX_CHOICES = 32
+MAX_CHOICES = MAX_ANSWERS
 _NOT_HERE = {
     "moderation": "nothing is moderated",
     "prompt_cache_key": "prefixes are recognised by themselves",
@@ -128,6 +128,9 @@ class StreamOptions(Strict):
     """What a stream has beside its chunks."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(
+        default=False, description="as vLLM's: every chunk has the usage of its answer so far"
+    )
 
     NEUTRAL: ClassVar = {"include_obfuscation": (False,)}
 
@@ -191,7 +194,7 @@ class Sampled(Strict):
     model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
     temperature: float | None = Field(default=None, description="1 by default, as OpenAI's; 0 is greedy")
     top_p: float | None = Field(default=None, description="above 0, at most 1")
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description=f"at most {MAX_CHOICES}; answers run at once")
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description=f"at most {MAX_CHOICES}; from one prefill")
     stream: bool | None = Field(default=None, description="server-sent events")
     stream_options: StreamOptions | None = None
     stop: str | Many[str] | None = Field(default=None, description="at most 16, of at most 256 characters each")
@@ -260,6 +263,11 @@ class Sampled(Strict):
     @property
     def user_digest(self) -> str | None:
         return None if self.user is None else digest(self.user)
+
+    @property
+    def counts_as_it_goes(self) -> bool:
+        """Whether each chunk of a stream has a usage."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 def digest(name: str) -> str:
@@ -672,7 +680,8 @@ class Choice:
 
     index: int
     prompt: int  # which of several
-    prompt_ids: Sequence[int] = ()
+    prompt_ids: Sequence[int] = ()  # where they are shown
+    prompt_tokens: int = 0  # where they are counted before the answer has ended
     texts: Many[str] = field(default_factory=list)
     token_ids: Many[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -700,6 +709,16 @@ class Choice:
     @property
     def finish_reason(self) -> str | None:
         return None if self.usage is None else finish_reason(self.usage)
+
+    @property
+    def usage_so_far(self) -> dict[str, int]:
+        """Its tokens while it is on its way."""
+        num_tokens = len(self.token_ids)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": self.prompt_tokens + num_tokens,
+        }
 
     @property
     def is_large(self) -> bool:

@@ -84,6 +84,8 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
     async def Complete(self, wire: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         whole = pb.GenerateResponse()
+        if wire.sampling.n > 1:
+            raise InvalidRequest("Complete returns one answer; call Generate for several", field="sampling.n")
 
         async def merge(chunk: TokenChunk) -> None:
             text = whole.text

@@ -93,8 +93,12 @@ class StreamMeter:
         self._tenant = call.tenant
         self._arrived_s = call.arrived_s
         self._first_s = self._last_s = 0.0
-        self.num_tokens = 0
+        self._tokens_of: Counter[int] = Counter()  # by the number of the answer
         self.has_started = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self._tokens_of.total()
 
     def seen(self, chunk: TokenChunk, predicted: ExpertPool | None) -> TokenChunk:
         """The chunk to send: a last one without the recall of its prediction gets it."""
@@ -106,13 +110,14 @@ class StreamMeter:
             tell(first_token_ms=round(1000 * (now_s - self._arrived_s), 1))
         if chunk.token_ids:
             self._last_s = now_s
-        self.num_tokens += len(chunk.token_ids)
+            self._tokens_of[chunk.index] += len(chunk.token_ids)
         tell(completion_tokens=self.num_tokens)
         usage = chunk.usage
         if usage is None:
             return chunk
         if usage.pool is not None and predicted is not None:
-            self._metrics.predicted(predicted, usage.pool)
+            if chunk.is_last:
+                self._metrics.predicted(predicted, usage.pool)
             if usage.predicted_recall is None:
                 usage = replace(usage, predicted_recall=predicted.recall_of(usage.pool))
         return replace(chunk, usage=replace(usage, codeword=self._codeword))
@@ -127,8 +132,9 @@ class StreamMeter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.num_tokens > 1:
-            self._metrics.output_token(self._tenant, (self._last_s - self._first_s) / (self.num_tokens - 1))
+        longest = max(self._tokens_of.values(), default=0)
+        if longest > 1:
+            self._metrics.output_token(self._tenant, (self._last_s - self._first_s) / (longest - 1))
 
 
 class Pipeline:
@@ -171,7 +177,7 @@ class Pipeline:
             async with self._claimed(ask.id, call.tenant):
                 request = await self._intake.request(ask, call.tenant, call.deadline_s)
                 tell(prompt_tokens=len(request.prompt_token_ids))
-                ticket.charge(len(request.prompt_token_ids) + request.sampling.max_tokens)
+                ticket.charge(len(request.prompt_token_ids) + request.sampling.n * request.sampling.max_tokens)
                 await self._charge(call, len(request.prompt_token_ids))
                 prediction = await self._predict(request)
                 sent = replace(request, pool=prediction.policy)
@@ -253,7 +259,7 @@ class Pipeline:
                         await self._check_aborted(request)
                     chunk = meter.seen(chunk, guess)
                     await send(chunk)
-                    if chunk.usage is not None:
+                    if chunk.usage is not None and chunk.is_last:
                         return chunk.usage
         finally:
             self._at_worker[placement.worker_id] -= 1

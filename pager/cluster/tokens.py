@@ -12,6 +12,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import grpc.aio
@@ -20,7 +21,7 @@ from expert_pager.v1 import worker_pb2_grpc
 
 from pager.errors import DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.observe.logs import facts, trace_id_of
-from pager.types import Account, GenerateRequest, RequestObserver, TokenChunk
+from pager.types import Account, GenerateRequest, PagingCounts, RequestObserver, TokenChunk, Usage
 from pager.wire import (
     decode_account,
     decode_chunk,
@@ -233,17 +234,17 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             step.failures.append(_failure(owner.ticket, error, account))
             self._owners[key] = owner._replace(has_failed=True)
             self._engine.cancel(*key)
-            if chunk.usage is not None:
+            if chunk.is_last:
                 self._ended(key, PagerError.reason.lower())
             return
-        if chunk.usage is not None:
+        if chunk.usage is not None and chunk.is_last:
             self._ended(key, chunk.usage.finish_reason.value, chunk.usage.completion_tokens)
 
     def _settle_failed(self, step: pb.Step, event: StreamEvent, key: RequestKey) -> None:
         """Handles the last event of a request that its router knows to have failed: only its usage still matters."""
         if not isinstance(event, TokenChunk):
             account = event.account
-        elif event.usage is not None:
+        elif event.usage is not None and event.is_last:
             account = event.usage.account
         else:
             return
@@ -370,6 +371,16 @@ class AnswerStream:
         self._error: PagerError | None = None
         self._finished = False
         self._waiter: asyncio.Future[None] | None = None
+        self._accounts: list[Account] = []
+
+    def account(self, usage: Usage) -> Account:
+        """What the request has used, once `usage` is that of its last answer: the prompt was run for all of them."""
+        self._accounts.append(usage.account)
+        return replace(
+            usage.account,
+            completion_tokens=sum(each.completion_tokens for each in self._accounts),
+            paging=sum((each.paging for each in self._accounts), PagingCounts()),
+        )
 
     def push(self, chunk: TokenChunk) -> bool:
         """Adds a chunk. Returns False when the reader is too slow: the stream has failed with SlowReader and drops what
@@ -380,7 +391,7 @@ class AnswerStream:
             self.fail(SlowReader(f"the client left {self._limit} pieces of its answer unread; read faster"))
             return False
         self._chunks.append(chunk)
-        self._finished = chunk.usage is not None
+        self._finished = chunk.is_last
         self._wake()
         return True
 
@@ -464,7 +475,8 @@ class WorkerLink:
             raise _lost()
         ticket = next(self._tickets)
         command = _submit(request, ticket)
-        answer = self._answers[ticket] = AnswerStream(request, self._buffer_chunks, observer)
+        limit = self._buffer_chunks * request.sampling.n
+        answer = self._answers[ticket] = AnswerStream(request, limit, observer)
         try:
             self._commands.put_nowait(command)
             if observer is not None:
@@ -529,8 +541,11 @@ class WorkerLink:
                 chunk = decode_chunk(message, answer.request)
                 if not answer.push(chunk):
                     self._leave(message.ticket)
-            if message.HasField("usage"):
-                self._settle(message.ticket, decode_usage(message.usage).account)
+            ended = answer or self._left.get(message.ticket)
+            if message.HasField("usage") and ended is not None:
+                account = ended.account(decode_usage(message.usage))
+                if not message.num_going_on:
+                    self._settle(message.ticket, account)
         for failure in step.failures:
             answer = self._answers.get(failure.ticket)
             if answer is not None:

@@ -68,9 +68,9 @@ class Decoder:
         """Whether prompts may run in one forward."""
         return self._runner.shares_prefills
 
-    def prefill(self, parts: Sequence[tuple[Request, int]]) -> list[Outcome | None]:
-        """Runs the next tokens of each prompt, as many as its part says, by one forward. Returns the answer's first
-        token after the last of a prompt, else None.
+    def prefill(self, parts: Sequence[tuple[Request, int]]) -> list[Sequence[Outcome]]:
+        """Runs the next tokens of each prompt, as many as its part says, by one forward. Returns the first token of
+        each of its answers after the last of a prompt, else nothing.
 
         What is raised within the forward, as by those who wait for it no more, leaves it. Then each prompt runs by
         itself, and what is raised again is its outcome.
@@ -81,20 +81,20 @@ class Decoder:
             raise
         except BaseException as error:
             if len(parts) == 1:
-                return [_told(error, parts[0][0])]
+                return [[_told(error, parts[0][0])]]
             if not isinstance(error, Cancelled | NotReady):
                 log.warning("a prefill of %d requests failed (%s); each runs alone", len(parts), type(error).__name__)
-        return [outcome for part in parts for outcome in self.prefill([part])]
+        return [outcomes for part in parts for outcomes in self.prefill([part])]
 
-    def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> list[Outcome | None]:
+    def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> list[Sequence[Outcome]]:
         sequences = [sequence for sequence, _ in parts]
-        rows = torch.arange(len(parts)).repeat_interleave(torch.tensor([count for _, count in parts]))
+        part_of_T = torch.arange(len(parts)).repeat_interleave(torch.tensor([count for _, count in parts]))
         keeps_hidden = any(sequence.request.sampling.prompt_logprobs is not None for sequence in sequences)
         with (
             self._timed(),
             self._paged.step(
                 [_routing(sequence) for sequence in sequences],
-                rows=rows.to(self._runner.device) if len(parts) > 1 else None,
+                rows=part_of_T.to(self._runner.device) if len(parts) > 1 else None,
                 prefill=True,
             ),
             self._runner.keeping_hidden() if keeps_hidden else nullcontext() as kept,
@@ -104,9 +104,12 @@ class Decoder:
                 self._take_prompt_logprobs(parts, kept, logits_NV)
         for sequence, count in parts:
             sequence.num_prefilled += count
-        done = [n for n, sequence in enumerate(sequences) if sequence.is_prefilled]
-        tokens = dict(zip(done, self._sample([sequences[n] for n in done], logits_NV[done]), strict=True))
-        return [tokens.get(n) for n in range(len(parts))]
+        rows = [(n, row) for n, sequence in enumerate(sequences) if sequence.is_prefilled for row in sequence.fork()]
+        tokens = self._sample([row for _, row in rows], logits_NV[[n for n, _ in rows]])
+        found: list[list[Outcome]] = [[] for _ in parts]
+        for (n, _), token in zip(rows, tokens, strict=True):
+            found[n].append(token)
+        return found
 
     def _sample(self, sequences: Sequence[Request], logits_NV: torch.Tensor) -> list[Outcome]:
         """The first tokens of answers. Where that fails for one, each is sampled by itself."""

@@ -26,7 +26,7 @@ from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache, Prefix
 from pager.engine.paged_model import PagedModel
 from pager.engine.request import Request, effective_policy, record_spans
 from pager.engine.runner import ModelRunner
-from pager.engine.scheduler import Inbox, LineClock, RequestBounds
+from pager.engine.scheduler import Inbox, LineClock, RequestBounds, check_answers
 from pager.engine.turns import Experts, TenantCounters, WaitingLine, as_bits, by_overlap
 from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.memory.plan import PREFILL_CHUNK_TOKENS
@@ -72,6 +72,7 @@ class Engine:
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
         plan = paged.plan
         cache = KvCache(config, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
+        self._cache = cache
         self._runner = ModelRunner(paged.model, cache, paged.device, on_layer=self._on_layer)
         self._decoder = Decoder(paged, self._runner)
         paged.pager.call_while_waiting(self._meanwhile)
@@ -120,6 +121,7 @@ class Engine:
                 self._clock.check(self.status().waiting, left_s)
             deadline_s = request.deadline_s
         policy = effective_policy(request)
+        check_answers(request, policy, self._max_running)
         if policy.fixed is not None:
             check_pool(policy.fixed, self._paged.facts)
         num_slots, width = self._paged.slots_needed(policy), self._expert_width
@@ -155,7 +157,7 @@ class Engine:
         return self._inbox.cancel(request_id, tenant)
 
     def status(self) -> EngineStatus:
-        running = len(self._prefilling) + len(self._running)
+        running = len(self._prefilling) + len({id(sequence.first) for sequence in tuple(self._running)})
         return EngineStatus(
             waiting=max(0, len(self._inbox) - running),
             running=running,
@@ -276,7 +278,7 @@ class Engine:
                 self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
 
     def _end_early(self, sequence: Request, error: PagerError) -> None:
-        if sequence in self._in_forward:
+        if any(row in self._in_forward for row in sequence.rows):
             sequence.fate = sequence.fate or error
         else:
             self._fail(sequence, error)
@@ -353,6 +355,8 @@ class Engine:
         now_s = time.monotonic()
         num_before = sum(len(sequence.output_ids) for sequence in sequences)
         for sequence, outcome in zip(sequences, outcomes, strict=True):
+            if sequence.has_ended:
+                continue  # with another of its answers
             with self._on_behalf_of(sequence, "taking a token failed"):
                 self._take(sequence, outcome, now_s)
                 if not sequence.has_ended:
@@ -394,7 +398,7 @@ class Engine:
             with self._on_behalf_of(sequence, "its admission failed"):
                 if number == 0:
                     sequence.prefetch(self._paged)  # before it is reserved: a prefetch takes no promised slot
-                is_full = len(self._prefilling) + len(self._running) >= self._max_running
+                is_full = self._num_rows + sequence.num_rows > self._max_running
                 if is_full or not sequence.acquire(self._paged, self._blocks):
                     refused.append(sequence)
                 else:
@@ -405,6 +409,11 @@ class Engine:
             self._read_ahead_for = (refused[0], self._num_ended)
             with self._on_behalf_of(refused[0], "reading its experts ahead failed"):
                 refused[0].read_ahead(self._paged)
+
+    @property
+    def _num_rows(self) -> int:
+        """The rows of a decode step once all prompts have run."""
+        return len(self._running) + sum(sequence.num_rows for sequence in self._prefilling)
 
     def _let_in(self, sequence: Request, now_s: float) -> None:
         self._line.admit(sequence, sequence.group)
@@ -438,7 +447,7 @@ class Engine:
 
     def _charge(self, now_s: float, ended: Ordered[Request] = ()) -> None:
         """Charges tenants for what their requests have used since it was called last; or those that end, alone."""
-        holding = (*self._prefilling, *self._running)
+        holding = tuple(dict.fromkeys(sequence.first for sequence in (*self._prefilling, *self._running)))
         num_alike = Counter(sequence.group for sequence in holding)
         costs: dict[str, float] = {}
         for sequence in ended or holding:
@@ -503,53 +512,70 @@ class Engine:
         # None where it was left, or failed.
         self._num_tokens += sum(sequence.num_prefilled for sequence in sequences) - num_before
         now_s = time.monotonic()
-        for sequence, outcome in zip(sequences, outcomes, strict=True):
+        for sequence, first_tokens in zip(sequences, outcomes, strict=True):
             with self._on_behalf_of(sequence, "taking its first token failed"):
-                self._take_first(sequence, outcome, now_s)
+                self._take_first(sequence, first_tokens, now_s)
 
-    def _take_first(self, sequence: Request, outcome: Outcome | None, now_s: float) -> None:
-        """After a part of its prompt has run: it goes on waiting, or decodes from now on."""
+    def _take_first(self, sequence: Request, outcomes: Ordered[Outcome], now_s: float) -> None:
+        """After a part of its prompt has run: it goes on waiting, or its answers decode from now on."""
         for part in sequence.take_prompt_logprobs():
             tenant = sequence.request.tenant
             self._events.append(TokenChunk(sequence.request.id, (), "", None, tenant, prompt_logprobs=part))
-        outcome = sequence.fate or outcome
-        if outcome is None:
-            if page_ins := sequence.take_page_ins():
-                request = sequence.request
-                self._events.append(TokenChunk(request.id, (), "", None, request.tenant, page_ins=page_ins))
+        error = sequence.fate or next((each for each in outcomes if isinstance(each, PagerError)), None)
+        if error is not None:
+            self._fail(sequence, error)
+        elif not outcomes and (page_ins := sequence.take_page_ins()):
+            request = sequence.request
+            self._events.append(TokenChunk(request.id, (), "", None, request.tenant, page_ins=page_ins))
+        if error is not None or not outcomes:
             return
-        if not isinstance(outcome, PagerError):
-            self._prefilling.remove(sequence)
-            self._running.append(sequence)
-            if sequence.lease is not None and not sequence.is_exact:  # an exact one pages within its reservation
-                sequence.lease.shrink()
-                self._next_admission_s = 0.0
-        self._take(sequence, outcome, now_s)
+        sequence.share_prompt(self._blocks, self._cache)
+        self._prefilling.remove(sequence)
+        self._running += sequence.rows
+        if sequence.lease is not None and not sequence.is_exact:  # an exact one pages within its reservation
+            sequence.lease.shrink()
+            self._next_admission_s = 0.0
+        for row, outcome in zip(sequence.rows, outcomes, strict=True):
+            if not sequence.has_ended:
+                self._take(row, outcome, now_s)
 
     def _take(self, sequence: Request, outcome: Outcome, now_s: float) -> None:
         outcome = sequence.fate or outcome
         if isinstance(outcome, PagerError):
-            self._fail(sequence, outcome)
+            self._fail(sequence.first, outcome)
             return
-        if not sequence.output_ids:
+        if not sequence.num_output_tokens:
             self._observer.first_token(now_s - sequence.submitted_s)
         text, reason = sequence.accept(outcome.id, now_s)
         sequence.publish(self._blocks)
-        usage = None if reason is None else self._account(sequence, reason)
-        logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
+        num_going_on = sequence.num_going_on
+        usage = None if reason is None else self._account(sequence, reason, is_last=not num_going_on)
         chunk = TokenChunk(
-            sequence.request.id, (outcome.id,), text, usage, sequence.request.tenant, logprobs,
-            page_ins=sequence.take_page_ins(), outside_mass=sequence.take_outside(),
-        )  # fmt: skip
-        if reason is not None:
-            self._end(sequence, reason.value, usage)
+            sequence.request.id,
+            (outcome.id,),
+            text,
+            usage,
+            sequence.request.tenant,
+            () if outcome.logprobs is None else (outcome.logprobs,),
+            page_ins=sequence.take_page_ins(),
+            outside_mass=sequence.take_outside(),
+            index=sequence.index,
+            num_going_on=num_going_on,
+        )
+        if reason is not None and num_going_on:
+            self._running.remove(sequence)
+            sequence.leave(self._blocks)
+        elif reason is not None:
+            self._end(sequence.first, reason.value, usage)
         self._events.append(chunk)
 
-    def _account(self, sequence: Request, reason: FinishReason) -> Usage:
-        """Closes the account of an answer that is about to end well, and returns its usage."""
-        sequence.account(self._paged)
+    def _account(self, sequence: Request, reason: FinishReason, *, is_last: bool) -> Usage:
+        """Returns the usage of an answer that is about to end well; with a request's last one its account is closed."""
+        if is_last:
+            sequence.account(self._paged)
         usage = sequence.usage(reason, self._paged.fingerprint)
-        record_spans(sequence, reason.value)
+        if is_last:
+            record_spans(sequence.first, reason.value)
         return usage
 
     @contextmanager
@@ -562,7 +588,7 @@ class Engine:
         except BaseException as error:
             failure = failure_of(error, sequence.request.id, what)
             if not sequence.has_ended:
-                self._fail(sequence, failure)
+                self._fail(sequence.first, failure)
 
     def _fail(self, sequence: Request, error: PagerError) -> None:
         with _errors_logged(f"the spans of request {sequence.request.id} failed"):
@@ -572,13 +598,13 @@ class Engine:
 
     def _end(self, sequence: Request, outcome: str, usage: Usage | None = None) -> Account:
         """Gives back at once what the request holds, wherever it stood. Raises nothing: what ended cannot fail."""
-        account = sequence.account(self._paged)
+        account, rows = sequence.account(self._paged), sequence.rows
         self._settle_with_tenant(sequence)
         with _errors_logged(f"request {sequence.request.id} could not give back everything"):
             sequence.release(self._blocks)
-        for place in (self._running, self._prefilling):
-            if sequence in place:
-                place.remove(sequence)
+        self._running = [row for row in self._running if row not in rows]
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
         if sequence in self._line:
             self._line.remove(sequence)
         self._num_ended += 1

@@ -5,6 +5,7 @@ Legend: L layers, N token slots (blocks times BLOCK_TOKENS), G key/value heads, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from array import array
@@ -73,6 +74,12 @@ class BlockPool:
         for block in taken:
             self._num_holders[block] += 1
         return taken
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """One more holds `blocks`, which are held; `free` gives them back for each."""
+        for block in blocks:
+            assert self._num_holders[block], f"block {block} is held by nobody"
+            self._num_holders[block] += 1
 
     def publish(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
         """Makes the content of full blocks, which are held and whose keys these are, available to other requests.
@@ -155,6 +162,12 @@ class KvCache:
             for held, gathered in zip((self.k, self.v), self._gathered, strict=True)
         )
         return k, v
+
+    def copy_block(self, source: int, to: int) -> None:
+        """Has a block contain what another one contains."""
+        of, into = (slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS) for block in (source, to))
+        for held in (self.k, self.v):
+            held[:, into] = held[:, of]
 
     @property
     def nbytes(self) -> int:
@@ -250,6 +263,12 @@ class Prefix:
         if policy.fixed is not None or isinstance(policy.size, Full):
             self._keys = PrefixKeys(policy.fixed, tenant, is_long=is_long)
             self._keys.extend(self._prompt)
+
+    def fork(self) -> Prefix:
+        """The part of another answer to the same prompt, which publishes what follows the prompt by itself."""
+        forked = copy.copy(self)
+        forked._keys = copy.deepcopy(self._keys)
+        return forked
 
     def find(self, blocks: BlockPool) -> tuple[int, ...]:
         """The blocks that the prompt can take over now. At least one token is left to run, whose logits are wanted; all

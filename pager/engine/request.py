@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from pager.cache.lease import Lease
 from pager.cache.stats import Tier, TierReads, UsageMeter
 from pager.engine.grammar import GrammarMask
-from pager.engine.kv import BLOCK_TOKENS, BlockPool, Prefix
+from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache, Prefix
 from pager.engine.paged_model import PagedModel
 from pager.engine.runner import PromptPart, RowStart
 from pager.engine.sampler import Context, Draw
@@ -63,7 +64,7 @@ def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
     if not math.isnan(prefill_s):
         yield part("prefill", prefill_s, first_s, num_tokens=sequence.num_prefilled - sequence.num_cached)
     if not math.isnan(first_s):
-        yield part("decode", first_s, now_s, num_tokens=len(sequence.output_ids), outcome=outcome)
+        yield part("decode", first_s, now_s, num_tokens=sequence.num_output_tokens, outcome=outcome)
     for tier, reads in sequence.reads.items():
         facts = {"num_experts": reads.num_experts, "num_bytes": reads.num_bytes}
         yield part(f"page {tier.value}", reads.started_s, reads.ended_s, **facts)
@@ -72,7 +73,9 @@ def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
 class Request:
     """One request's life in the engine. Mutable; owned by the engine's thread. Times are monotonic seconds.
 
-    It waits, then holds KV blocks, a lease and its routing until it ends.
+    It waits, then holds KV blocks, a lease and its routing until it ends. A request for several answers becomes as many
+    of these after its prefill, which decode like any others: rows with a draw, a text and KV blocks of their
+    own, and one lease. `first` is the one that was submitted. It has what belongs to the request and not to an answer.
     """
 
     def __init__(
@@ -91,7 +94,10 @@ class Request:
         self.request = request
         self.policy = effective_policy(request)
         expected = self.policy.fixed or request.predicted
-        num_tokens = len(request.prompt_token_ids) + sampling.max_tokens
+        num_tokens = len(request.prompt_token_ids) + sampling.n * sampling.max_tokens
+        self.index = 0  # of its answer
+        self.others: Ordered[Request] = ()  # of the first answer, the further ones, once the prompt has run
+        self._first: Request | None = None  # of a further one
         self.want = Want(num_slots, num_tokens, None if expected is None else as_bits(expected.experts, width))
         self.spent = Spent()
         self.submitted_s = now_s
@@ -103,8 +109,9 @@ class Request:
         self.last_token_s = math.nan
         self.output_ids: list[int] = []
         self.end_ids = (frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids)
-        self.draw = Draw(sampling, Context(sampling, request.prompt_token_ids, self.output_ids, self.end_ids))
+        self.draw = self._new_draw()
         self.compiling: Future[CompiledGrammar] | None = None
+        self._compiled: CompiledGrammar | None = None
         self.prefix: Prefix | None = None  # where prefixes are shared
         self.blocks: Ordered[int] = ()
         self.lease: Lease | None = None
@@ -114,14 +121,59 @@ class Request:
         self.num_cached = 0  # tokens of the prompt whose keys and values were there
         self.num_prefilled = 0  # and all that need not run any more
         self.prompt_logprobs: list[TokenLogprobs] = []  # that nobody has taken yet
-        self.has_ended = False
-        self.fate: PagerError | None = None  # what it ends with once the forward that it is in has been left
+        self.is_answered = False  # its answer is whole
+        self._has_ended = False
+        self._fate: PagerError | None = None
+        self._spare_blocks: Ordered[int] = ()  # for the further answers
+        self._told = PagingCounts()  # what the usages of answers have said
         self._meter = UsageMeter(page_ins=deque() if request.is_watched else None)
         self._is_prefetched = False
         self._spent_until_s = math.nan
         self._awaits_slots_since_s = math.nan
+        self._texts = texts
         self._detokenizer = Detokenizer(texts, request.prompt_token_ids)
         self._stops = StopMatcher(sampling.stop)
+
+    def _new_draw(self) -> Draw:
+        """Answer i of several has seed + i."""
+        sampling, prompt = self.request.sampling, self.request.prompt_token_ids
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + self.index)
+        return Draw(sampling, Context(sampling, prompt, self.output_ids, self.end_ids))
+
+    @property
+    def first(self) -> Request:
+        """The first answer, which is what was submitted."""
+        return self if self._first is None else self._first
+
+    @property
+    def rows(self) -> Ordered[Request]:
+        """All answers of the request: one until its prompt has run."""
+        return (self.first, *self.first.others)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more comes of the request, whichever of its answers this is."""
+        return self.first._has_ended
+
+    @property
+    def fate(self) -> PagerError | None:
+        """What the request ends with once the forward that it is in has been left."""
+        return self.first._fate
+
+    @fate.setter
+    def fate(self, error: PagerError) -> None:
+        self.first._fate = error
+
+    @property
+    def num_output_tokens(self) -> int:
+        """The tokens of all answers."""
+        return sum(len(answer.output_ids) for answer in self.rows)
+
+    @property
+    def num_rows(self) -> int:
+        """The rows of a decode step that the request takes once its prompt has run."""
+        return self.request.sampling.n
 
     @property
     def kv_tokens(self) -> int:
@@ -152,7 +204,7 @@ class Request:
         before, self._spent_until_s = self.spent, now_s
         self.spent = Spent(
             self.num_prefilled - self.num_cached,
-            len(self.output_ids),
+            self.num_output_tokens,
             self._meter.counts.bytes_paged / max(1, paged.facts.expert_bytes),
             before.slot_s + slots_share * held_s,
         )
@@ -166,6 +218,11 @@ class Request:
             return False
         self.blocks = taken
         try:
+            num_spare = (self.num_rows - 1) * (len(taken) - self._num_common_blocks)
+            spare = blocks.allocate(num_spare * BLOCK_TOKENS)
+            if spare is None:
+                return False
+            self._spare_blocks = spare
             self.lease = paged.reserve(self.policy, self._meter)
             if self.lease is not None:
                 self.routing = paged.routing(self.policy, lease=self.lease, meter=self._meter)
@@ -176,18 +233,69 @@ class Request:
                 self._give_back(blocks)
         return False
 
+    @property
+    def _num_common_blocks(self) -> int:
+        """The blocks that all answers share: those that the prompt fills."""
+        return len(self.request.prompt_token_ids) // BLOCK_TOKENS
+
+    def fork(self) -> Ordered[Request]:
+        """Makes the further answers, once, when the prompt has run and before first tokens are drawn. Returns all."""
+        if len(self.rows) < self.num_rows:
+            self.others = tuple(self._answer(index) for index in range(1, self.num_rows))
+        return self.rows
+
+    def share_prompt(self, blocks: BlockPool, cache: KvCache) -> None:
+        """Gives the further answers the prompt's keys and values: the blocks that it fills are shared, and the one that
+        it ends in is copied.
+        """
+        common, own = self.blocks[: self._num_common_blocks], self.blocks[self._num_common_blocks :]
+        for answer in self.others:
+            taken, self._spare_blocks = self._spare_blocks[: len(own)], self._spare_blocks[len(own) :]
+            blocks.hold(common)
+            answer.blocks = (*common, *taken)
+            if len(self.request.prompt_token_ids) % BLOCK_TOKENS and own:
+                cache.copy_block(own[0], taken[0])
+
+    def _answer(self, index: int) -> Request:
+        """The request as its answer of that number begins."""
+        answer = copy.copy(self)
+        answer.index, answer._first = index, self
+        answer.blocks = ()
+        answer.output_ids = []
+        answer.draw = answer._new_draw()
+        answer.draw.context.mask = self._new_mask()
+        answer.prefix = None if self.prefix is None else self.prefix.fork()
+        answer.routing = None if self.routing is None else self.routing.fork()
+        answer._detokenizer = Detokenizer(self._texts, self.request.prompt_token_ids)
+        answer._stops = StopMatcher(self.request.sampling.stop)
+        return answer
+
+    def leave(self, blocks: BlockPool) -> None:
+        """Its answer is whole and others go on: gives back what is its own."""
+        self.is_answered = True
+        held, self.blocks = self.blocks, ()
+        blocks.free(held)
+
+    @property
+    def num_going_on(self) -> int:
+        """How many other answers of the request are not whole yet."""
+        return sum(not answer.is_answered and answer is not self for answer in self.rows)
+
     def release(self, blocks: BlockPool) -> None:
         """Gives back everything; the request has ended."""
         assert not self.has_ended, "a sequence ends once"
-        self.has_ended = True
-        self.leave_grammar()
-        self._give_back(blocks)
+        self.first._has_ended = True
+        self.first.leave_grammar()
+        self.first._give_back(blocks)
 
     def _give_back(self, blocks: BlockPool) -> None:
-        held, self.blocks = self.blocks, ()
+        spare, self._spare_blocks = self._spare_blocks, ()
         lease, self.lease = self.lease, None
         try:
-            blocks.free(held)
+            blocks.free(spare)
+            for answer in self.rows:
+                held, answer.blocks = answer.blocks, ()
+                blocks.free(held)
         finally:
             if lease is not None:
                 lease.release()
@@ -217,8 +325,13 @@ class Request:
     def take_grammar(self) -> None:
         """Holds the answer to the grammar that was compiled for it. Raises InvalidRequest where it could not be."""
         compiling, self.compiling = self.compiling, None
-        if compiling is not None and self.request.sampling.grammar is not None:
-            self.draw.context.mask = GrammarMask(compiling.result(), self.request.sampling.grammar)
+        if compiling is not None:
+            self._compiled = compiling.result()
+            self.draw.context.mask = self._new_mask()
+
+    def _new_mask(self) -> GrammarMask | None:
+        grammar = self.request.sampling.grammar
+        return None if grammar is None or self._compiled is None else GrammarMask(self._compiled, grammar)
 
     def leave_grammar(self) -> None:
         """Nobody needs its grammar any more; one whose turn has not come is not compiled."""
@@ -341,15 +454,18 @@ class Request:
         was_admitted = not math.isnan(self.admitted_s)
         return Account(
             prompt_tokens=self.num_prefilled,
-            completion_tokens=len(self.output_ids),
+            completion_tokens=self.num_output_tokens,
             paging=self._meter.counts,
             queue_s=self.admitted_s - self.submitted_s if was_admitted else None,
             cached_prompt_tokens=self.num_cached,
         )
 
     def usage(self, reason: FinishReason, fingerprint: str) -> Usage:
-        """Returns the usage of an answer that ended with `reason`; called after `account` and before `release`."""
+        """Returns the usage of an answer that ended with `reason`; called before `release`, and for a request's last
+        answer after `account`. Of several answers each says what was paged since the one before it ended.
+        """
         assert self.routing is not None
+        told, self.first._told = self.first._told, self._meter.counts
         if self.step is not None:
             self.step.settle()
         pool, mode = self.routing.pool, self._mode()
@@ -363,7 +479,7 @@ class Request:
             prompt_tokens=len(self.request.prompt_token_ids),
             completion_tokens=len(self.output_ids),
             pool=pool,
-            paging=self._meter.counts,
+            paging=self._meter.counts - told,
             out_of_pool_mass=out_of_pool_mass,
             predicted_recall=recall,
             queue_s=self.admitted_s - self.submitted_s,

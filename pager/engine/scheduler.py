@@ -7,10 +7,11 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
+from pager.engine.kv import BLOCK_TOKENS, blocks_for
 from pager.engine.request import Request
 from pager.errors import DeadlineExceeded, DuplicateRequest, InvalidRequest, NotReady, Overloaded, PromptTooLong
 from pager.sampling import check_prompt_logprobs, check_sampling, check_vocabulary
-from pager.types import GenerateRequest
+from pager.types import GenerateRequest, PoolPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,37 @@ class RequestBounds:
                 f"{self.context_tokens}; shorten the prompt or ask for fewer tokens",
                 field="prompt" if prompt >= self.context_tokens else "sampling.max_tokens",
             )
+        num_common = prompt // BLOCK_TOKENS
+        num_blocks = num_common + request.sampling.n * (blocks_for(prompt + answer - 1) - num_common)
+        if request.sampling.n > 1 and num_blocks * BLOCK_TOKENS > self.kv_tokens:
+            raise PromptTooLong(
+                f"{request.sampling.n} answers of {answer} tokens to a prompt of {prompt} need KV for "
+                f"{num_blocks * BLOCK_TOKENS} tokens and there is room for {self.kv_tokens}; ask for fewer or shorter "
+                "answers or raise kv_memory",
+                field="sampling.n",
+            )
         if prompt + answer - 1 > self.kv_tokens:
             raise PromptTooLong(
                 f"{prompt} prompt tokens and max_tokens {answer} need KV for {prompt + answer - 1} tokens and there is "
                 f"room for {self.kv_tokens}; shorten the prompt, ask for fewer tokens or raise kv_memory",
                 field="prompt" if prompt >= self.kv_tokens else "sampling.max_tokens",
             )
+
+
+def check_answers(request: GenerateRequest, policy: PoolPolicy, max_running: int) -> None:
+    """Raises InvalidRequest for several answers that cannot run beside each other, or not in one pool."""
+    num_answers = request.sampling.n
+    if num_answers > max_running:
+        raise InvalidRequest(
+            f"sampling.n is {num_answers}, and a worker runs at most {max_running} answers at once; ask for fewer",
+            field="sampling.n",
+        )
+    if num_answers > 1 and policy.drift is not None:
+        raise InvalidRequest(
+            f"{num_answers} answers share one pool, which drift would change for each in its own way; send as many "
+            "requests, or leave drift out",
+            field="sampling.n",
+        )
 
 
 REMEMBERED_ADMISSIONS = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
@@ -381,6 +382,16 @@ class RequestRouting:
         if policy.fixed is not None:
             for layer, experts in enumerate(check_pool(policy.fixed, facts).experts):
                 self._set_layer(layer, experts)
+
+    def fork(self) -> RequestRouting:
+        """The routing of another answer of the request: the same pool and lease, and what lies outside of it counted
+        from here on. For a pool that is frozen and that nothing changes.
+        """
+        assert self.is_frozen, "answers share a pool, and there is none yet"
+        assert self.monitor is None, "answers share a pool that stays as it is"
+        forked = copy.copy(self)
+        forked._outside, forked._num_measured, forked._taken = 0.0, 0, (0.0, 0)
+        return forked
 
     @property
     def is_frozen(self) -> bool:

@@ -266,3 +266,13 @@ def test_a_worker_without_xgrammar_says_what_to_install(driver: Any, monkeypatch
     monkeypatch.setattr(grammar_module, "find_spec", lambda _: None)
     with pytest.raises(InvalidRequest, match=r"expert-pager\[grammar\]"):
         driver.submit([9], ignore_eos=False, grammar=Grammar(GrammarKind.JSON_OBJECT))
+
+
+def test_each_of_several_answers_follows_the_grammar_by_itself(driver: Any) -> None:
+    grammar = Grammar(GrammarKind.REGEX, "(red|green|blue) [0-9]{2}")
+    asked = driver.submit([1, 2, 3], n=4, temperature=1.0, seed=3, max_tokens=20, ignore_eos=False, grammar=grammar)
+    finish(driver)
+    assert not driver.failures
+    texts = ["".join(chunk.text for chunk in driver.chunks[asked] if chunk.index == index) for index in range(4)]
+    assert all(re.fullmatch(grammar.text, text) for text in texts)
+    assert len(set(texts)) > 1

@@ -70,7 +70,7 @@ class Step(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[Chunk, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("ticket", "token_ids", "text", "usage", "logprobs", "prompt_logprobs", "page_ins", "outside_mass")
+    __slots__ = ("ticket", "token_ids", "text", "usage", "logprobs", "prompt_logprobs", "page_ins", "outside_mass", "index", "num_going_on")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,8 @@ class Chunk(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PAGE_INS_FIELD_NUMBER: _ClassVar[int]
     OUTSIDE_MASS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUM_GOING_ON_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
@@ -87,7 +89,9 @@ class Chunk(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_expert_pager_pb2.TokenLogprobs]
     page_ins: _containers.RepeatedCompositeFieldContainer[PageIn]
     outside_mass: float
-    def __init__(self, ticket: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[_expert_pager_pb2.Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ..., page_ins: _Optional[_Iterable[_Union[PageIn, _Mapping]]] = ..., outside_mass: _Optional[float] = ...) -> None: ...
+    index: int
+    num_going_on: int
+    def __init__(self, ticket: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., usage: _Optional[_Union[_expert_pager_pb2.Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_expert_pager_pb2.TokenLogprobs, _Mapping]]] = ..., page_ins: _Optional[_Iterable[_Union[PageIn, _Mapping]]] = ..., outside_mass: _Optional[float] = ..., index: _Optional[int] = ..., num_going_on: _Optional[int] = ...) -> None: ...
 
 class PageIn(_message.Message):
     __slots__ = ("layer", "expert", "from_host", "at_s")

@@ -68,7 +68,7 @@ class Decoder:
         """Whether prompts may run in one forward."""
         return self._runner.shares_prefills
 
-    def prefill(self, parts: Sequence[tuple[Request, int]]) -> list[Sequence[Outcome]]:
+    def prefill(self, parts: Sequence[tuple[Request, int]]) -> Sequence[Sequence[Outcome]]:
         """Runs the next tokens of each prompt, as many as its part says, by one forward. Returns the first token of
         each of its answers after the last of a prompt, else nothing.
 
@@ -86,7 +86,7 @@ class Decoder:
                 log.warning("a prefill of %d requests failed (%s); each runs alone", len(parts), type(error).__name__)
         return [outcomes for part in parts for outcomes in self.prefill([part])]
 
-    def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> list[Sequence[Outcome]]:
+    def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> Sequence[Sequence[Outcome]]:
         sequences = [sequence for sequence, _ in parts]
         part_of_T = torch.arange(len(parts)).repeat_interleave(torch.tensor([count for _, count in parts]))
         keeps_hidden = any(sequence.request.sampling.prompt_logprobs is not None for sequence in sequences)

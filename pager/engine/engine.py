@@ -544,7 +544,7 @@ class Engine:
         if isinstance(outcome, PagerError):
             self._fail(sequence.first, outcome)
             return
-        if not sequence.num_output_tokens:
+        if not sequence.output_ids:
             self._observer.first_token(now_s - sequence.submitted_s)
         text, reason = sequence.accept(outcome.id, now_s)
         sequence.publish(self._blocks)

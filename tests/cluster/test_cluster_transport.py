@@ -462,3 +462,29 @@ async def test_no_request_keeps_the_token_loop() -> None:
         thread.run(server.stop())
         thread.stop()
         gc.unfreeze()
+
+
+async def test_several_answers_end_one_by_one_and_are_settled_once(transport: Transport) -> None:
+    observer, link = Heard(), await transport.link(buffer_chunks=2)
+    asked = replace(request("a"), sampling=SamplingParams(n=3))
+    found: list[TokenChunk] = []
+
+    async def read() -> None:
+        async for piece in link.generate(asked, observer):
+            found.append(piece)
+
+    reading = asyncio.create_task(read())
+    await eventually(lambda: transport.engine.runs("a"))
+    parts = [replace(chunk("a", f"{index}"), index=index, num_going_on=2) for index in range(3)]
+    transport.engine.step(*parts, *parts)  # six at once: two for each answer
+    for num_going_on, index in ((2, 1), (1, 2), (0, 0)):
+        last = chunk("a", "end", last=True)
+        assert last.usage is not None
+        usage = replace(last.usage, completion_tokens=3, paging=PagingCounts(experts_hit=index))
+        transport.engine.step(replace(last, usage=usage, index=index, num_going_on=num_going_on))
+    await asyncio.wait_for(reading, 30)
+    assert [(piece.index, piece.text) for piece in found[6:]] == [(1, "end"), (2, "end"), (0, "end")]
+    assert [piece.is_last for piece in found] == [False] * 8 + [True]
+    (account,) = observer.accounts
+    assert (account.prompt_tokens, account.completion_tokens, account.paging.experts_hit) == (3, 9, 3)
+    assert link.num_open == 0

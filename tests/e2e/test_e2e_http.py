@@ -116,6 +116,56 @@ def test_several_prompts_and_answers(client: openai.OpenAI, golden: Callable[...
     assert len(ranked.choices) == 1
 
 
+def prefilled(service: Any) -> float:
+    """The prompt tokens that the worker has run, or found in its cache."""
+    return float(service.worker_metrics().total("expert_pager_prompt_tokens_total"))
+
+
+@pytest.mark.parametrize("pool", ["12.5%", "full"])
+def test_several_answers_come_from_one_prefill(client: openai.OpenAI, idle_service: Any, pool: str) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "temperature": 1.0}
+    asked |= {"extra_body": {"pool": pool}, "logprobs": 1}
+    alone = [client.completions.create(**asked, seed=5 + index) for index in range(3)]
+    before = prefilled(idle_service)
+    together = client.completions.create(**asked, seed=5, n=3)
+    assert together.usage is not None
+    assert prefilled(idle_service) - before == together.usage.prompt_tokens
+    assert [choice.text for choice in together.choices] == [each.choices[0].text for each in alone]
+    assert together.usage.completion_tokens == sum(each.usage.completion_tokens for each in alone if each.usage)
+    texts = ["", "", ""]
+    for event in client.completions.create(**asked, seed=5, n=3, stream=True):
+        for choice in event.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in together.choices]
+    echoed = client.completions.create(**asked, seed=5, n=3, echo=True)
+    assert [choice.text for choice in echoed.choices] == [PROMPT + text for text in texts]
+    assert len({json.dumps(choice.logprobs and choice.logprobs.token_logprobs[:3]) for choice in echoed.choices}) == 1
+    drifting = client.completions.create(**asked | {"extra_body": {"pool": "12.5%", "drift": "0.9"}}, seed=5, n=3)
+    assert len(drifting.choices) == 3
+
+
+def test_every_chunk_has_a_usage_where_that_is_asked_for(client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    for prompt in (PROMPT, [1, 2, 3]):
+        asked: dict[str, Any] = {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": 6,
+            "n": 2,
+            "extra_body": {"ignore_eos": True},
+        }
+        *events, last = client.completions.create(**asked, stream=True, stream_options=options)
+        counted = [event.usage.completion_tokens for event in events if event.usage and event.choices[0].index == 1]
+        assert counted == [1, 2, 3, 4, 5, 6]
+        assert last.usage is not None
+        assert {event.usage.prompt_tokens for event in events if event.usage} == {last.usage.prompt_tokens}
+        assert (len(last.choices), last.usage.completion_tokens) == (0, 12)
+    *chunks, whole = client.chat.completions.create(**ASK, stream=True, stream_options=options)
+    assert whole.usage is not None
+    assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage][-1] == whole.usage.completion_tokens
+    assert {chunk.usage.prompt_tokens for chunk in chunks if chunk.usage} == {whole.usage.prompt_tokens}
+
+
 def test_chat_runs_the_template(client: openai.OpenAI, golden: Callable[..., str]) -> None:
     expected = golden(CHAT_TEXT, 12)
     asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_completion_tokens": 12, "temperature": 0}

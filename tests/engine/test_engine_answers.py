@@ -224,9 +224,9 @@ def test_what_cannot_run_is_refused_by_its_name(
         driver.submit(prompt, n=2, seed=2**64 - 1)
     small = make_driver(kv_memory="256KiB")
     limit = small.engine.status().kv_blocks_total * BLOCK_TOKENS
-    with pytest.raises(PromptTooLong, match="ask for fewer or shorter answers") as caught:
+    with pytest.raises(PromptTooLong, match="ask for fewer or shorter answers") as too_long:
         small.submit(prompt, n=4, max_tokens=limit // 2)
-    assert caught.value.field == "sampling.n"
+    assert too_long.value.field == "sampling.n"
 
 
 def test_an_answer_that_ends_early_gives_its_blocks_back(

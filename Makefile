@@ -27,7 +27,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-all test-oldest check bench bench-scale chaos train evidence screenshots corpus redis kubectl prometheus chromium docs site proto clean
+.PHONY: help install demo test test-fast test-all test-oldest check bench bench-scale chaos train evidence screenshots corpus redis kubectl prometheus chromium npm docs site proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
@@ -56,6 +56,20 @@ $(INSTALLED): pyproject.toml client/pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'tritonclient>=2.60' 'python-rapidjson>=1.20'
 	@touch $@
 
+# Clients that the tests call the service with. guidellm stands beside this environment's packages, as it wants some of
+# them in versions of its own.
+GUIDELLM := $(VENV)/guidellm/.installed
+NODE_MODULES := $(VENV)/node/package.json
+
+$(GUIDELLM): $(INSTALLED)
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(@D)/lib/python*/site-packages)/beside.pth
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'guidellm>=0.8,<0.9'
+	@touch $@
+
+$(NODE_MODULES): | npm
+	npm install --prefix $(@D) --silent --no-audit --no-fund @grpc/grpc-js@1 @grpc/proto-loader@0 openai@6
+
 demo: $(INSTALLED)
 	$(BIN)/python -m demo $(MODEL)
 
@@ -66,7 +80,7 @@ test-fast: $(INSTALLED)
 test: test-all test-oldest
 	@echo "make test: all passed"
 
-test-all: $(INSTALLED) redis chromium kubectl prometheus
+test-all: $(INSTALLED) redis chromium kubectl prometheus $(GUIDELLM) $(NODE_MODULES)
 	$(RUN_TESTS) $(PYTEST_ARGS)
 
 test-oldest: $(INSTALLED) $(OLDEST)
@@ -158,6 +172,9 @@ kubectl:
 # Debian's package has both; its service is not started by what the tests do, and not needed.
 prometheus:
 	@$(call have,prometheus,promtool,the metrics and the rules are checked by promtool and a real Prometheus)
+
+npm:
+	@$(call have,npm,npm,clients in Node call the service)
 
 chromium:
 	@$(call have,chromium,chromium chromium-browser google-chrome,pages are shown in a real browser)

@@ -7,6 +7,7 @@ how to get it. `make test-fast` leaves out all tests that carry one of these mar
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ MARKERS = {
     "kubectl": "tools",
     "promtool": "tools",
     "prometheus_server": "tools",
+    "guidellm": "tools",
+    "node": "tools",
 }
 """The marker of every test that depends on a fixture."""
 
@@ -73,6 +76,25 @@ def promtool() -> Path:
 @pytest.fixture(scope="session")
 def prometheus_server() -> Path:
     return program("prometheus")
+
+
+@pytest.fixture(scope="session")
+def guidellm() -> Path:
+    return in_environment("guidellm", "bin", "guidellm")
+
+
+@pytest.fixture(scope="session")
+def node() -> tuple[Path, Path]:
+    """The program, and the folder of the packages that tests use."""
+    return program("node"), in_environment("node", "node_modules")
+
+
+def in_environment(*parts: str) -> Path:
+    """What `make` puts into the environment that the tests run in."""
+    found = Path(sys.prefix).joinpath(*parts)
+    if not found.exists():
+        pytest.fail(f"this test needs {found}, which is not here; `make test` installs it")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -478,6 +478,11 @@ class RouterConfig:
         "Whether /metrics on router.metrics_port needs no key where keys are set: for a Prometheus in a private "
         "network. Otherwise it needs one with the role metrics, as metrics name tenants and tell how busy they are.",
     )
+    pools_as_adapters: bool = _key(
+        False,
+        "Whether metrics name the named pools of requests in flight, as adapters for endpoint pickers of the "
+        "Kubernetes gateway inference extension. The names are tenants' own, and whoever may read /metrics then sees them.",
+    )
     audit_log: str | None = _key(
         None,
         "File of the audit log: refusals, changes of pools and operators' calls, a JSON object a line. Not set: none.",

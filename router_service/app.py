@@ -236,6 +236,7 @@ class Choices:
     pools_path: Path | None = None  # of named pools, where there is no Redis
     tenants: TenantLabels = field(default_factory=TenantLabels)
     tls: TlsFiles | None = None
+    shows_pools: bool = False  # as adapters, in metrics
 
 
 def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
@@ -249,6 +250,7 @@ def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
         pools_path=_path(pools.path or None),
         tenants=TenantLabels.parse(config.router.metric_tenants),
         tls=_tls_files(config.router),
+        shows_pools=config.router.pools_as_adapters,
     )
 
 
@@ -425,6 +427,10 @@ def build_service(
     codewords = () if passes.codebook is None else passes.codebook.names
     metrics = RouterMetrics(choices.tenants, codewords)
     metrics.describe(version=__version__, model=model.name, fingerprint=model.fingerprint)
+    if choices.shows_pools:
+        size = choices.default_pool.size
+        counts = model.facts.top_k_per_layer if isinstance(size, Full) else largest_counts(size, model.facts)
+        metrics.adapters.show(model.name, sum(counts))
     stores = open_stores(model, metrics, choices)
     chain = PassChain(passes, Scoring(passes.available, encoder), model.facts, metrics.escalated)
     predictor = Predictor(chain, stores.hints, model.facts, model.fingerprint)

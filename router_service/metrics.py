@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from expert_pager.v1 import expert_pager_pb2 as pb
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
 
 from pager.cluster.worker import WorkerState, WorkerView
 from pager.observe import metrics
@@ -205,6 +208,52 @@ GATEWAY = {
 """What endpoint pickers of the Kubernetes gateway inference extension read, under the names that they expect."""
 
 
+ADAPTERS = "vllm:lora_requests_info"
+
+
+class Adapters:
+    """Which named pools requests wait for or run with, as endpoint pickers read which adapters a server has loaded.
+
+    Owned by the event loop; scraped by other threads. Nothing is exported until `show`.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.num_slots = 0  # of all workers that are ready
+        self._registry = registry
+        self._model, self._slots_a_pool = "", 1
+        self._live: dict[object, tuple[str, Callable[[], bool]]] = {}
+
+    def show(self, model: str, slots_a_pool: int) -> None:
+        """Exports the names from now on; called once."""
+        self._model, self._slots_a_pool = model, max(1, slots_a_pool)
+        self._registry.register(self)
+
+    @contextmanager
+    def following(self, name: str, runs: Callable[[], bool]) -> Iterator[None]:
+        """A request for a pool of this name, which may be none, is in flight in the block; `runs` once it is served."""
+        key = object()
+        if name:
+            self._live[key] = (name, runs)
+        try:
+            yield
+        finally:
+            self._live.pop(key, None)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yields the one sample that there is now: names are its labels, and the time of the scrape its value."""
+        live = tuple(self._live.values())
+        running = sorted({f"{self._model}:{name}" for name, runs in live if runs()})
+        waiting = sorted({f"{self._model}:{name}" for name, runs in live if not runs()})
+        family = GaugeMetricFamily(
+            ADAPTERS,
+            "Named pools that requests of this router run with and wait for, as adapters.",
+            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+        )
+        most = self.num_slots // self._slots_a_pool
+        family.add_metric((str(most), ",".join(running), ",".join(waiting)), time.time())
+        yield family
+
+
 class RouterMetrics:
     """The metrics of one router, in a registry of its own: one process may have several routers."""
 
@@ -241,6 +290,7 @@ class RouterMetrics:
         self._worker_restarts = made.counter("router_worker_restarts")
         self._restarts_seen: dict[str, int] = {}
         self._info = made.gauge("router")
+        self.adapters = Adapters(registry)
         self._gateway = [Gauge(name, meaning, ["model_name"], registry=registry) for name, meaning in GATEWAY.items()]
 
     def describe(self, **labels: str) -> None:
@@ -255,6 +305,7 @@ class RouterMetrics:
         for worker in workers:
             self.restarted(worker.id, worker.num_restarts)
         ready = [worker for worker in workers if worker.state == WorkerState.READY]
+        self.adapters.num_slots = sum(worker.num_slots for worker in ready)
         shares = [worker.kv_share for worker in ready]
         values = (sum(each.waiting for each in ready), sum(each.running for each in ready))
         for gauge, value in zip(self._gateway, (*values, sum(shares) / max(1, len(shares))), strict=True):

@@ -190,7 +190,8 @@ class Pipeline:
                 meter = StreamMeter(self.metrics, call, prediction.covering)
                 shown = (call.tenant, name, sent.pool, prediction.pool, prediction.covering)
                 try:
-                    with self._live_pools.following(*shown) as live, meter:
+                    adapter = self.metrics.adapters.following(name, lambda: meter.has_started)
+                    with self._live_pools.following(*shown) as live, adapter, meter:
                         usage = await self._stream(sent, prediction, send, meter)
                         live.answered(usage)
                 finally:

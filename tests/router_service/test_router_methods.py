@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pager.errors import ConfigError
 from pager.observe.metrics import MetricsServer
 from pager.types import Count, Full, PoolPolicy, PoolSource
-from router_service.metrics import GATEWAY
-from tests.router_service.conftest import Running
+from router_service.metrics import ADAPTERS, GATEWAY
+from tests.router_service.conftest import InProcessCluster, Running
+from tests.support.calls import rest
 from tests.support.waiting import eventually
 
 
@@ -118,6 +121,45 @@ async def test_endpoint_pickers_find_the_load_under_the_names_they_know(service:
     await eventually(lambda: values() == [4, 6, 0.75])
     service.cluster.change("w1", state="hung")
     await eventually(lambda: values() == [3, 2, 0.5])
+
+
+async def test_endpoint_pickers_find_named_pools_as_adapters_where_that_is_asked_for(
+    serve: Callable[..., Any], service: Running
+) -> None:
+    def shown(of: Running) -> list[tuple[dict[str, str], float]]:
+        families = [each for each in of.pipeline.metrics.registry.collect() if each.name == ADAPTERS]
+        return [(sample.labels, sample.value) for family in families for sample in family.samples]
+
+    assert not shown(service), "names of pools are their tenants' own"
+    cluster = InProcessCluster(
+        hold={0: asyncio.Event(), 1: asyncio.Event()}, reached={0: asyncio.Event(), 1: asyncio.Event()}
+    )
+    async with serve(cluster, shows_pools=True, default_pool=PoolPolicy(Count(4))) as asked:
+        await asked.stub.Calibrate(
+            pb.CalibrateRequest(name="law", examples=[pb.Example(text=b"hi")], pool=pb.PoolPolicy(count=3))
+        )
+        names = ("running_lora_adapters", "waiting_lora_adapters")
+
+        def adapters() -> list[str]:
+            ((labels, value),) = shown(asked)
+            assert abs(value - time.time()) < 60
+            assert set(labels) == {"max_lora", *names}
+            return [labels[name] for name in names]
+
+        assert adapters() == ["", ""]
+        wire = pb.GenerateRequest(text=b"hi", pool=pb.PoolPolicy(name="law"), sampling=pb.SamplingParams(max_tokens=2))
+        call = asked.stub.Generate(wire)
+        await cluster.reached[0].wait()
+        assert adapters() == ["", "tiny:law"]
+        cluster.hold[0].set()
+        await call.read()
+        await cluster.reached[1].wait()
+        assert adapters() == ["tiny:law", ""]
+        cluster.hold[1].set()
+        await rest(call)
+        assert adapters() == ["", ""]
+        # Two workers of 16 slots, and pools of 4 in each of two layers.
+        await eventually(lambda: shown(asked)[0][0]["max_lora"] == "4")
 
 
 async def test_the_metrics_can_be_scraped_and_name_no_one(service: Running) -> None:

@@ -481,7 +481,7 @@ class RouterConfig:
     pools_as_adapters: bool = _key(
         False,
         "Whether metrics name the named pools of requests in flight, as adapters for endpoint pickers of the "
-        "Kubernetes gateway inference extension. The names are tenants' own, and whoever may read /metrics then sees them.",
+        "Kubernetes gateway inference extension. The names are tenants' own, and whoever reads /metrics sees them.",
     )
     audit_log: str | None = _key(
         None,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pager import __version__
 from pager.cluster.cluster import Cluster, RayLost
+from pager.cluster.placement import ClusterPort
 from pager.cluster.ray_session import LOOPBACK
 from pager.cluster.worker import LoadedModel, budgets_of
 from pager.config import RouterConfig, ServiceConfig
@@ -37,7 +38,6 @@ from router_service.access_log import AuditLog
 from router_service.admission import Admission, AdmissionLimits
 from router_service.api import Api, metrics_route
 from router_service.chat import ChatTemplate, TokenTexts
-from router_service.dispatch import ClusterPort
 from router_service.hints import InProcessHints, LocalClaims
 from router_service.http import HttpServer, page_guard
 from router_service.keys import (

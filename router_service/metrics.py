@@ -26,6 +26,7 @@ ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "
 
 STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
 SOURCES = ("hint", "codebook", "lexical", "trunk", "fitted", "prefill")  # of a predicted pool
+PLACED = ("codeword", "fixed", "predicted")  # where the pool came from that a request was placed by
 PASSES = ("lexical", "trunk", "fitted", "prefill")
 REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "QUOTA_EXCEEDED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")
 DROPS = ("no_message", "unknown_method", "unseen")
@@ -160,6 +161,12 @@ def _codebook(codewords: Sequence[str]) -> tuple[Metric, ...]:
             "Score mass inside the best codeword's pool over that inside a pool of the prompt's own.",
             "How well do codewords suit the prompts?", buckets=metrics.COVERAGE,
         ),
+        Metric(
+            "router_placements", _COUNTER,
+            "Requests placed, by where their pool came from and whether the worker held all of it then.",
+            "How often is a codeword placed where its pool is?",
+            every(source=PLACED, result=("hit", "miss")),
+        ),
     )  # fmt: skip
 
 
@@ -283,6 +290,7 @@ class RouterMetrics:
         self._codeword_requests = made.counter("router_codeword_requests")
         self._fallbacks = made.counter("router_codebook_fallbacks")
         self._coverage = made.histogram("router_codebook_coverage_ratio")
+        self._placements = made.counter("router_placements")
         self.replacements = made.counter("router_replacements")
         self.redis_degraded, self.workers = made.gauge("router_redis_degraded"), made.gauge("router_workers")
         self.ray_lost = made.counter("router_ray_lost")
@@ -328,6 +336,10 @@ class RouterMetrics:
             self._codeword_requests.labels(codeword.name).inc()
         else:
             self._fallbacks.inc()
+
+    def placed(self, source: str, missing_bytes: int) -> None:
+        """Counts a request that was placed; `source` is one of PLACED."""
+        self._placements.labels(source, "miss" if missing_bytes else "hit").inc()
 
     def began(self, method: str) -> None:
         """Counts a call that arrived."""

@@ -332,6 +332,16 @@ class Prediction:
         """The name of the codeword whose pool it is; empty for any other pool."""
         return self.codeword.name if self.codeword is not None and self.codeword.is_covered else ""
 
+    @property
+    def home_key(self) -> str:
+        """The name under which its pool comes again, for placement; empty for a pool of the prompt's own."""
+        return self.covering or ("" if self.policy.fixed is None else self.policy.fixed.digest)
+
+    @property
+    def placed_by(self) -> str:
+        """What kind of pool the request is placed by, as metrics name it."""
+        return "codeword" if self.covering else "fixed" if self.home_key else "predicted"
+
 
 class Predictor:
     """Tokenizes prompts, scores them and predicts their pools, by what was observed of prompts alike or by a pass.

@@ -13,6 +13,7 @@ from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from pager.cluster.placement import ClusterPort, Placement, check_deadline, place
 from pager.errors import Cancelled, DeadlineExceeded, DuplicateRequest, InvalidRequest, NotReady, WorkerLost
 from pager.observe.logs import request_id, trace_context
 from pager.observe.tracing import note, span, traceparent, tracestate
@@ -33,11 +34,10 @@ from pager.types import (
 )
 from router_service.access_log import pool_label, tell
 from router_service.admission import Admission, Quotas, refusing, remaining_s
-from router_service.dispatch import ClusterPort, Placement, check_deadline, place
 from router_service.hints import Claims, HintStore, all_workers
 from router_service.metrics import RouterMetrics
 from router_service.pools import PoolStore, name_in_use
-from router_service.prediction import Prediction, Predictor
+from router_service.prediction import Prediction, Predictor, Scored
 from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model, no_such_pool
 from router_service.requests import request_id as check_request_id
 from router_service.tenants import Caller
@@ -230,7 +230,9 @@ class Pipeline:
         lost: set[str] = set()
         while True:
             with nullcontext() if lost else refusing():
-                placement = self._place(prediction.pool, lost)
+                placement = self._place(prediction.pool, lost, prediction.home_key)
+                if prediction.pool is not None:
+                    self.metrics.placed(prediction.placed_by, placement.missing_bytes)
                 is_known = request.pool.source is not PoolSource.PREFILL  # else the pool is a guess
                 check_deadline(placement.least_paging_s if is_known else 0.0, remaining_s(request.deadline_s))
             try:
@@ -241,9 +243,10 @@ class Pipeline:
                 lost.add(placement.worker_id)
                 self.metrics.replacements.inc()
 
-    def _place(self, pool: ExpertPool | None, exclude: set[str]) -> Placement:
+    def _place(self, pool: ExpertPool | None, exclude: set[str], home_key: str) -> Placement:
         with span("place"):
-            placement = place(pool, self.cluster.workers(), in_flight=self._at_worker, exclude=exclude)
+            workers, in_flight = self.cluster.workers(), self._at_worker
+            placement = place(pool, workers, in_flight=in_flight, exclude=exclude, home_key=home_key)
             note(worker=placement.worker_id, missing_bytes=placement.missing_bytes)
             tell(worker=placement.worker_id)
         return placement
@@ -306,7 +309,8 @@ class Pipeline:
                 await self._predictor.remember(tenant, pool)
             is_left_to_prefill = policy.fixed is None and (scored is None or not scored.is_enough)
             try:
-                placement = self._place(observed or (None if is_left_to_prefill else pool), set())
+                known = observed or (None if is_left_to_prefill else pool)
+                placement = self._place(known, set(), _home_key(policy, scored))
             except NotReady:
                 placement = None
         answer = RouteAnswer("prefill", len(prompt), pool=pool, observed=observed)
@@ -397,3 +401,11 @@ class Pipeline:
     async def residency(self) -> list[WorkerResidency]:
         """What this router's workers hold, as last reported, and what other routers report of theirs."""
         return await all_workers(self.cluster.workers(), self.stores.hints)
+
+
+def _home_key(policy: PoolPolicy, scored: Scored | None) -> str:
+    """As `Prediction.home_key`, of a prompt that is placed without being run."""
+    if policy.fixed is not None:
+        return policy.fixed.digest
+    word = None if scored is None else scored.codeword
+    return word.name if word is not None and word.is_covered else ""

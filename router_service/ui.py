@@ -22,9 +22,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pager import __version__
+from pager.cluster.placement import ClusterPort
 from pager.cluster.worker import WorkerState, WorkerView
 from pager.types import ExpertPool, Full, ModelInfo, PagingCounts, PoolPolicy, Usage, WorkerResidency
-from router_service.dispatch import ClusterPort
 from router_service.hints import HintStore, all_workers, size_name
 
 if TYPE_CHECKING:

@@ -61,6 +61,36 @@ async def test_alike_prompts_share_a_codewords_pool_which_the_worker_gets_as_a_f
         assert sorted(row["size"] for row in state["pools"]) == sorted(CODEBOOK.names)
 
 
+async def test_requests_of_a_codeword_meet_at_its_home_whatever_other_workers_have_to_do(
+    serve: Callable[..., Any], make_cluster: Callable[..., Any], make_worker: Callable[..., Any]
+) -> None:
+    cluster = make_cluster(views={name: make_worker(name) for name in ("w0", "w1", "w2")})
+    async with serve(cluster, passes=passes()) as service:
+        for text in (b"a", b"ab", b"i"):
+            await generate(service, text, SHARED)
+        (home,) = {worker for worker, _ in cluster.received}
+        answer = await service.stub.Route(pb.RouteRequest(text=b"a", pool=SHARED))
+        assert answer.placement.worker == home, "placed as a request of it would be"
+        cluster.change(home, running=3)
+        await generate(service, b"azz", SHARED)
+        assert cluster.received[-1][0] == home
+        assert service.metric("placements_total", source="codeword", result="miss") == 4
+        cluster.change(home, resident=(0, 255, 255))
+        await generate(service, b"a", SHARED)
+        assert service.metric("placements_total", source="codeword", result="hit") == 1
+        fixed = pb.PoolPolicy(digest=answer.pool.digest)
+        await generate(service, b"c", fixed)
+        await generate(service, b"c", pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_PREDICTION))
+        placed = {
+            kind: sum(service.metric("placements_total", source=kind, result=each) for each in ("hit", "miss"))
+            for kind in ("codeword", "fixed", "predicted")
+        }
+        assert placed == {"codeword": 5, "fixed": 1, "predicted": 1}
+        cluster.change(home, state="dead")
+        await generate(service, b"a", SHARED)
+        assert cluster.received[-1][0] != home
+
+
 async def test_a_prompt_that_no_codeword_covers_gets_the_pool_of_its_prefill(serve: Callable[..., Any]) -> None:
     async with serve(passes=passes()) as service:
         usage, request = await generate(service, b"c", SHARED)

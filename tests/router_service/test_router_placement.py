@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pager.cluster.placement import check_deadline, place
 from pager.cluster.worker import WorkerView
 from pager.errors import DeadlineExceeded, NotReady
 from pager.types import ExpertPool
-from router_service.dispatch import check_deadline, place
 
 POOL = ExpertPool(((), (0, 1), (2, 3)))
 

@@ -1,0 +1,165 @@
+"""The choice of a worker for a request, and what a router needs of workers.
+
+Pure: no grpc, no ray, no clock; the simulator runs it as the router does.
+
+A pool that is known before its prefill (a codeword's, a named one, one that the request brings) has a home: the first
+ready worker in the pool's own order of all workers, which every router works out alike from names alone (rendezvous
+hashing; Thaler and Ravishankar, 1998). So requests of one pool meet, the pool is paged once, and when a worker comes
+or goes, only the pools move of which it is or was the first. A worker that has more than its part of all requests is
+passed over (Mirrokni et al., "Consistent Hashing with Bounded Loads", 2018), so that a hot pool spreads to the next in
+its order, and from there no further than it has to; cold pools share their home's slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from pager.errors import DeadlineExceeded, NotReady
+from pager.types import ExpertPool, GenerateRequest, RequestObserver, TokenChunk
+
+if TYPE_CHECKING:
+    from pager.cluster.worker import WorkerView
+
+_PRIOR_BYTES_PER_S = 1e9
+_PRIOR_PLACE_S = 0.25
+_CROWDING_S = 0.02  # what one more sequence in a worker's batch costs its neighbours
+_REPORT_AGE_S = 1.5  # a worker reports once a second
+MOST_LOAD = 1.25
+"""Times its part of all requests: with more a worker takes no more of its own pools either."""
+ALWAYS_WELCOME = 4
+"""Requests with which a worker is never too busy for its own: they share a batch, where another would page anew."""
+
+
+class Candidate(Protocol):
+    """A worker as last reported: `pager.cluster.worker.WorkerView`, or one of a simulation."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def page_in_bytes_per_s(self) -> float | None: ...
+    @property
+    def peak_page_in_bytes_per_s(self) -> float | None: ...
+    @property
+    def place_s(self) -> float | None: ...
+
+    def missing_bytes(self, pool: ExpertPool) -> int: ...
+
+
+class ClusterPort(Protocol):
+    """The workers behind a router, as its pipeline uses them; `pager.cluster.cluster.Cluster` is the real one."""
+
+    def workers(self) -> Sequence[WorkerView]: ...
+
+    def generate(
+        self, worker_id: str, request: GenerateRequest, observer: RequestObserver
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """Chunks of the answer; the last one carries the usage. Closing it cancels the request on the worker.
+
+        `observer` hears when it was sent, and at its end there what it has used.
+
+        Raises PagerError: WorkerLost, SlowReader, DeadlineExceeded, Cancelled, and what the worker's engine refuses.
+        """
+
+    async def abort(self, request_id: str, tenant: str) -> bool: ...
+
+    def cut_off(self) -> None:
+        """Takes no more requests, and ends the open ones with NotReady."""
+
+
+Worker = TypeVar("Worker", bound=Candidate)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A worker, the bytes it lacks of the pool, and how long it takes at least to page these in."""
+
+    worker_id: str
+    missing_bytes: int
+    least_paging_s: float
+
+
+def place(
+    pool: ExpertPool | None,
+    workers: Sequence[Candidate],
+    *,
+    in_flight: Mapping[str, int],
+    exclude: Collection[str] = (),
+    home_key: str = "",
+) -> Placement:
+    """The ready worker for the request: one of the homes of its pool or, without a `home_key`, any; of these the one on
+    which it starts soonest, by missing bytes, then its queue, then its batch.
+
+    `home_key` is the name under which a pool comes again: a codeword's, or a digest. `in_flight` counts what this
+    router has sent to each worker: the workers' own reports are up to a second old. Raises NotReady when there is none.
+    """
+    ready = [worker for worker in workers if worker.state == "ready" and worker.id not in exclude]
+    if not ready:
+        raise NotReady("no worker is ready; retry shortly", retry_after_s=1.0)
+    loads = {worker.id: max(worker.waiting + worker.running, in_flight.get(worker.id, 0)) for worker in ready}
+    near = ready if pool is None or not home_key else homes(home_key, ready, loads)[:2]
+    missing = {worker.id: 0 if pool is None else worker.missing_bytes(pool) for worker in near}
+    if near is not ready and (len(near) == 1 or missing[near[0].id] == 0 or missing[near[1].id] > 0):
+        near = near[:1]  # the next one only where it still holds what the home would have to page
+
+    def rank(worker: Candidate) -> tuple[float, int, str]:
+        paging_s = missing[worker.id] / (worker.page_in_bytes_per_s or _PRIOR_BYTES_PER_S)
+        queue_s = worker.waiting * (_PRIOR_PLACE_S if worker.place_s is None else worker.place_s)
+        return (paging_s + queue_s + loads[worker.id] * _CROWDING_S, loads[worker.id], worker.id)
+
+    best = min(near, key=rank)
+    return Placement(best.id, missing[best.id], _least_paging_s(best, missing[best.id]))
+
+
+def homes(key: str, workers: Sequence[Worker], loads: Mapping[str, int]) -> list[Worker]:
+    """The workers in the key's order, without those that have more than their part of all requests; never empty.
+
+    A worker's part is that of its slots, and so is the part of all keys that come to it first.
+    """
+    slots = {worker.id: max(1, worker.num_slots) for worker in workers}
+    most = MOST_LOAD * (sum(loads.values()) + 1) / sum(slots.values())  # for each slot
+    by_id = {worker.id: worker for worker in workers}
+    order = _order(key, tuple(sorted(slots.items())))
+    return [by_id[id_] for id_ in order if loads[id_] < max(ALWAYS_WELCOME, most * slots[id_])]
+
+
+@lru_cache(maxsize=4096)
+def _order(key: str, weights: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """Worker ids, best first. One of twice the weight comes first for twice as many keys."""
+
+    def score(id_: str, weight: int) -> float:
+        digest = hashlib.blake2b(f"{key}\n{id_}".encode(), digest_size=8).digest()
+        return -math.log((int.from_bytes(digest, "little") + 1) / 2**64) / weight
+
+    return tuple(id_ for _, id_ in sorted((score(id_, weight), id_) for id_, weight in weights))
+
+
+def check_deadline(least_s: float, remaining_s: float | None) -> None:
+    """Raises DeadlineExceeded for a request whose deadline passes before its pool can be there.
+
+    The line is the worker's own to judge, which knows the request's place in it.
+    """
+    if remaining_s is not None and least_s > remaining_s:
+        raise DeadlineExceeded(
+            f"paging its experts takes at least {least_s:.2f} s and the deadline leaves {remaining_s:.2f} s; allow "
+            "more time, ask for a smaller pool, or retry later"
+        )
+
+
+def _least_paging_s(worker: Candidate, missing_bytes: int) -> float:
+    """By the fastest that was measured, and as if it had paged since its last report. Nobody is refused on a guess."""
+    if not worker.peak_page_in_bytes_per_s:
+        return 0.0
+    return max(0.0, missing_bytes / worker.peak_page_in_bytes_per_s - _REPORT_AGE_S)

@@ -74,6 +74,8 @@ def inspect(
         found.check()
         needs = needs_of(found, resolved)
         facts = _facts_of(found, needs)
+        if found.record is not None:
+            found.record.check_machine(resolved, found.dtype)
     made = None
     if plan or any(budget is not None for budget in (expert_memory, host_memory, kv_memory)):
         budgets = Budgets(expert_memory, host_memory, kv_memory, max_running)
@@ -128,6 +130,8 @@ def _format_of(found: OpenModel) -> str:
     source = found.open_experts()
     source.close()
     held = str(found.dtype).removeprefix("torch.")
+    if found.record is not None:
+        return f"{found.record}; held as stored"
     if found.quantised is not None and not found.checkpoint.is_packed:
         read, making_ms = format_bytes(source.stored_bytes), 1e3 * found.seconds_to_make()
         return (
@@ -223,6 +227,10 @@ def pack(
         str | None,
         typer.Option(help="Store in float32, bfloat16 or float16. Default: as stored.", metavar="NAME"),
     ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help="Quantise the experts: int8, half of bfloat16, or int4, a third.", metavar="KIND"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a checkpoint so that an expert is one read.
@@ -230,15 +238,24 @@ def pack(
     Every expert becomes one contiguous, aligned, checksummed extent. The folder appears whole or not at all, and can be
     used wherever the original can. What `expert-pager fit-router` left beside the original goes along.
 
-    Example: `expert-pager pack ./Emo_1b14b_1T ./emo-packed --dtype bfloat16`
+    Slots hold quantised experts as they are stored, so that a budget holds more of them, and a CPU multiplies with them
+    as they are; the trunk is not quantised. They can be served in the dtype that they are packed for only.
+
+    Examples:
+
+    `expert-pager pack ./Emo_1b14b_1T ./emo-packed --dtype bfloat16`
+
+    `expert-pager pack ./Emo_1b14b_1T ./emo-int4 --experts int4`
     """
     from pager.models.open_model import DTYPES, OpenModel
     from pager.predict.fitted import PREDICTOR_NAME, PredictorFile
     from pager.store.pack import pack as write_pack
+    from pager.store.quantised import RecordFormat
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    source = OpenModel.open(model)
+    chosen = DTYPES[dtype] if dtype else None
+    source = OpenModel.open(model, dtype or "auto")
     with source.checkpoint as checkpoint, bytes_progress("packing") as progress:
         # Read first, so that another model's is refused before the work begins.
         router = PredictorFile.load(model, checkpoint.fingerprint) if (model / PREDICTOR_NAME).is_file() else None
@@ -248,7 +265,7 @@ def pack(
             pieces=source.pieces,
             experts_per_layer=source.facts.experts_per_layer,
             shape=source.family.shape,
-            dtype=DTYPES[dtype] if dtype else None,
+            dtype=RecordFormat.of(experts, source.dtype) if experts else chosen,
             quantised=source.quantised_names,
             progress=progress,
         )

@@ -175,13 +175,13 @@ class NodeHostTier:
         """Returns this worker's view of the segment. Raises BudgetError, ConfigError."""
         from pager.cache.host import HostTier, record_bytes
 
-        shape = opened.family.shape
-        model = f"{shape} of {opened.dtype}"
-        answer = ray.get(self._node.open_segment.remote(plan.host_bytes, record_bytes(shape, opened.dtype), model))
+        shape, dtype = opened.slot_shape, opened.slot_dtype
+        model = f"{shape} of {dtype}"
+        answer = ray.get(self._node.open_segment.remote(plan.host_bytes, record_bytes(shape, dtype), model))
         if isinstance(answer, PagerError):
             raise answer
         name, num_records = answer
-        self._tier = HostTier.attach(name, num_records, shape, opened.dtype)
+        self._tier = HostTier.attach(name, num_records, shape, dtype)
         return self._tier
 
     def used_bytes(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +18,7 @@ from pager.engine.gates import NO_COPIES, put_under_pools, unmasked
 from pager.errors import ConfigError
 from pager.models.families import ExpertLayer, Family
 from pager.pools.step import StepRouting
+from pager.store.quantised import RecordFormat, scales_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,8 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
         return grouped(module, hidden_TD, slot_TK, weights_TK)
     num_tokens, num_picks = slot_TK.shape
     if not is_plain(module):
+        if num_tokens == 1 and quantised_in(module):
+            return quantised_pairs(module, hidden_TD, slot_TK, weights_TK)
         return sorted_pairs(module, hidden_TD, slot_TK, weights_TK)
     if num_tokens == 1:
         is_small = 3 * module.down_proj[0].nbytes <= SMALL_EXPERT_BYTES
@@ -61,17 +64,54 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
 
 def is_plain(module: Any) -> bool:
     """The experts are gate, up and down matrices as they are multiplied, without biases or norms of their own."""
+    if quantised_in(module):
+        return False
     others = ("has_bias", "is_transposed", "has_post_expert_norm")
     return getattr(module, "has_gate", True) and not any(getattr(module, name, False) for name in others)
 
 
 def any_expert(module: Any, slot: int, hidden_ND: Tensor) -> Tensor:
     """[N, D] from the expert in a slot, whatever its module says of its parameters."""
+    quantised = quantised_in(module)
+    if quantised is not None:
+        return quantised.down(slot, module._apply_gate(quantised.gate_up(slot, hidden_ND)))
     name = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _projected(module, name, slot, hidden_ND)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     out_ND = _projected(module, "down_proj", slot, inner)
     return module.post_expert_norm(out_ND) if getattr(module, "has_post_expert_norm", False) else out_ND
+
+
+class QuantisedSlabs:
+    """The slabs of experts in 8 or 4 bits, and the products of rows with one of them."""
+
+    def __init__(self, record: RecordFormat, slabs: Mapping[str, Tensor]) -> None:
+        typed = record.views(slabs)
+        self._product = record.product
+        self._gate_up, self._down = (
+            (typed[name].unbind(), typed[scales_of(name)].unbind()) for name in ("gate_up_proj", "down_proj")
+        )
+
+    def gate_up(self, slot: int, hidden_ND: Tensor) -> Tensor:
+        weights, scales = self._gate_up
+        return self._product(hidden_ND, weights[slot], scales[slot])
+
+    def down(self, slot: int, inner_NF: Tensor) -> Tensor:
+        weights, scales = self._down
+        return self._product(inner_NF, weights[slot], scales[slot])
+
+
+def quantised_in(module: Any) -> QuantisedSlabs | None:
+    """What a module's experts are in, where that is 8 or 4 bits."""
+    return getattr(module, "quantised", None)
+
+
+def quantised_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """One token's experts in 8 or 4 bits, one after the other."""
+    quantised, slots = module.quantised, slot_TK[0].tolist()
+    inner_PF = module._apply_gate(torch.cat([quantised.gate_up(slot, hidden_TD) for slot in slots]))
+    out_PD = torch.cat([quantised.down(slot, inner_PF[place, None]) for place, slot in enumerate(slots)])
+    return _weighted(out_PD[None], weights_TK)
 
 
 def _projected(module: Any, name: str, slot: int, hidden: Tensor) -> Tensor:
@@ -310,19 +350,28 @@ class _Forward(torch.autograd.Function):
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_in_slots)
 
 
-def attach(model: PreTrainedModel, family: Family, pager: ExpertPager, open_step: OpenStep) -> str | None:
+def attach(
+    model: PreTrainedModel,
+    family: Family,
+    pager: ExpertPager,
+    open_step: OpenStep,
+    record: RecordFormat | None = None,
+) -> str | None:
     """Puts every sparse layer of `model` (without expert weights) on the pager's slots and its router under the pools.
 
-    `open_step` tells all of these layers which step a thread has open. Returns why the model runs with all its experts
-    only, where it does.
+    `open_step` tells all of these layers which step a thread has open; `record` is what quantised experts are in.
+    Returns why the model runs with all its experts only, where it does.
     """
     layers = {}
+    quantised = QuantisedSlabs(record, pager.slots.slabs) if record else None
     for each in family.layers:
         experts: Any = model.get_submodule(each.experts)
         experts.paging = layers[each.experts] = LayerExperts(pager, each, open_step)
         experts.num_experts = pager.slots.total_slots  # what the kernels index is the slab
         # Plain attributes: the slabs belong to the pager and must not show up in the model's parameters.
-        for name, slab in pager.slots.slabs.items():
+        if quantised is not None:
+            experts.quantised = quantised
+        for name, slab in {} if quantised else pager.slots.slabs.items():
             object.__setattr__(experts, name, slab)
     unpoolable = put_under_pools(model, family, layers)
     model.set_experts_implementation(NAME)

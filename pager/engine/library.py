@@ -152,7 +152,10 @@ class PagedCausalLM:
 
 _ONE_DEVICE = "a paged model is on one device: give device='cuda', or device='auto' for a GPU where there is one"
 _LESS_MEMORY = "what does not fit is paged: give expert_memory, the most that routed experts may take ('25%', '8GiB')"
-_NO_QUANTIZATION = "weights are served as float32, bfloat16 or float16 (dtype); for less memory, lower expert_memory"
+_NO_QUANTIZATION = (
+    "weights are served as float32, bfloat16 or float16 (dtype), experts as they were packed (`expert-pager pack "
+    "--experts int8`); for less memory, lower expert_memory"
+)
 _LOCAL = "a checkpoint is a folder on this machine; fetch it first, with huggingface_hub.snapshot_download"
 _ANSWERS = {
     "torch_dtype": "it is called dtype here, as in transformers 5",

@@ -58,11 +58,12 @@ class PagedModel:
         self.facts: RoutingFacts = opened.facts
         self.config = opened.config
         self.dtype = opened.dtype
+        self.record = opened.record
         self.device = pager.slots.device
         self.path = opened.checkpoint.path
         self.fingerprint: str = opened.checkpoint.fingerprint
         self._open_step = OpenStep()
-        unpoolable = attach(model, opened.family, pager, self._open_step)
+        unpoolable = attach(model, opened.family, pager, self._open_step, opened.record)
         self.family = replace(opened.family, unpoolable=unpoolable)
         self._turn = threading.RLock()  # held by the thread that has a step open
         self._closing = closing
@@ -191,6 +192,8 @@ def load_paged_model(
     opened = OpenModel.open(path, dtype)
     with opened.checkpoint, ExitStack() as closing:
         machine = Machine.detect(device)  # refuses a device that is none
+        if opened.record is not None:
+            opened.record.check_machine(device, opened.dtype)
         planned = plan(needs_of(opened, device, cache.num_readers), budgets, machine)
         source = opened.open_experts()
         closing.callback(source.close)
@@ -201,8 +204,8 @@ def load_paged_model(
         facts, resident = opened.facts, shared_experts(opened.facts)
         slots = DeviceSlots(
             planned.num_slots,
-            source.shape,
-            opened.dtype,
+            opened.slot_shape,
+            opened.slot_dtype,
             device,
             num_layers=facts.num_layers,
             max_experts=max(facts.experts_per_layer),
@@ -232,7 +235,7 @@ def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:
 
 def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
     """A host tier that no other process shares. Raises BudgetError."""
-    return HostTier.create(planned.host_bytes, opened.family.shape, opened.dtype)
+    return HostTier.create(planned.host_bytes, opened.slot_shape, opened.slot_dtype)
 
 
 def needs_of(opened: OpenModel, device: str, num_readers: int = NUM_READERS) -> Needs:

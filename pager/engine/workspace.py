@@ -96,6 +96,7 @@ class _Shapes:
         self.num_kv_heads, self.head_dim = heads_of(config)
         self.num_heads = largest(config, "num_attention_heads") or 1
         self.expert = opened.family.shape
+        self.is_quantised = opened.record is not None
         self.expert_bytes = opened.expert_bytes
         self.num_experts = max(facts.experts_per_layer)
         picks = zip(facts.top_k_per_layer, facts.shared_per_layer, strict=True)
@@ -134,7 +135,9 @@ class _Shapes:
         num_threads = num_readers + NUM_CHECKERS + 1  # who reads, who checks, who steps
         kept = _SMALL_BUFFERS * MIB + _LARGER_BUFFERS * KEPT_BYTES + num_threads * _ARENA_BYTES
         copied = 0
-        if self.expert_bytes <= SMALL_EXPERT_BYTES:
+        if self.is_quantised:  # many rows are multiplied with a copy of the matrix
+            copied = 2 * self.expert.intermediate * self.expert.hidden * self.item
+        elif self.expert_bytes <= SMALL_EXPERT_BYTES:
             rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item
             copied = COPIED_PAIRS * self.expert_bytes * 2 // 3 + rows
         surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item

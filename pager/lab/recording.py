@@ -372,7 +372,8 @@ two differ by rounding."""
 @contextmanager
 def experts_in_bulk(paged: PagedModel) -> Iterator[None]:
     """Inside, the model computes in bulk, if all experts fit into its slots and it computes in float32 on a CPU."""
-    if not paged.fully_resident or paged.dtype != torch.float32 or paged.device.type != "cpu":
+    is_plain = paged.dtype == torch.float32 and paged.record is None
+    if not paged.fully_resident or not is_plain or paged.device.type != "cpu":
         yield
         return
     keys = [ExpertKey(layer, expert) for layer, num in enumerate(paged.facts.routed_per_layer) for expert in range(num)]

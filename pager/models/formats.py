@@ -144,5 +144,5 @@ def _refused(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -> 
         f"{checkpoint.path} is quantised by {shown(method)}{f' to {shown(bits)} bits' if bits else ''} (tensor "
         f"{tensor!r}), which is not supported: experts are read as float32, bfloat16 or float16, or decoded from "
         f"{', '.join(DECODED)}. Fetch the checkpoint that it was made from, or load it with transformers, dequantize() "
-        "it and save that"
+        "it and save that, which `expert-pager pack --experts int8` makes small again"
     )

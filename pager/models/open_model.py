@@ -39,8 +39,9 @@ from pager.models.layout import ExpertParameter, Layout, Stored, locate
 from pager.reading import one_line, shown
 from pager.store.checkpoint import Checkpoint, read_json_object
 from pager.store.expert_source import ExpertSource, Made, Row, open_experts
+from pager.store.quantised import RecordFormat
 from pager.store.safetensors import PLAIN_FLOATS
-from pager.types import ExpertKey, RoutingFacts
+from pager.types import ExpertKey, ExpertShape, RoutingFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,14 +82,27 @@ class OpenModel:
         except BaseException:
             checkpoint.close()
             raise
-        expert_bytes = family.shape.num_elements * chosen.itemsize
-        return cls(
-            checkpoint, config, family, replace(family.facts, expert_bytes=expert_bytes), chosen, quantised, whole
-        )
+        opened = cls(checkpoint, config, family, family.facts, chosen, quantised, whole)
+        expert_bytes = opened.slot_shape.num_elements * opened.slot_dtype.itemsize
+        return replace(opened, facts=replace(family.facts, expert_bytes=expert_bytes))
 
     @property
     def expert_bytes(self) -> int:
         return self.facts.expert_bytes
+
+    @property
+    def record(self) -> RecordFormat | None:
+        """What the experts of a pack are quantised to, in slots too; None where slots hold the serving dtype."""
+        return self.checkpoint.pack.record if self.checkpoint.pack is not None else None
+
+    @property
+    def slot_shape(self) -> ExpertShape:
+        """The parameters of an expert as a slot holds them."""
+        return self.record.record(self.family.shape) if self.record else self.family.shape
+
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.record else self.dtype
 
     @property
     def trunk_bytes(self) -> int:
@@ -172,7 +186,7 @@ class OpenModel:
 
     def open_experts(self) -> ExpertSource:
         """The disk tier. Raises CheckpointError when an expert is missing or misshapen."""
-        return open_experts(self.checkpoint, self.pieces, self.facts.experts_per_layer, self.family.shape)
+        return open_experts(self.checkpoint, self.pieces, self.facts.experts_per_layer, self.slot_shape)
 
     def build_empty(self) -> PreTrainedModel:
         """The model on the meta device, its experts' parameters taken out."""
@@ -181,6 +195,15 @@ class OpenModel:
         model.config.dtype = self.dtype
         _take_out_experts(model)
         return model.eval()
+
+    def read_expert(self, source: ExpertSource, key: ExpertKey) -> tuple[Tensor, ...]:
+        """One expert's parameters in the serving dtype, whatever a slot holds. Raises ExpertUnavailable."""
+        parts = tuple(torch.empty(part, dtype=self.slot_dtype) for part in self.slot_shape.shapes)
+        source.read(key, *parts)
+        if self.record is None:
+            return parts
+        names = (name for name, _ in self.slot_shape.named)
+        return tuple(self.record.matrices(dict(zip(names, parts, strict=True))))
 
     def check(self) -> None:
         """Reads headers only. Raises CheckpointError unless every tensor is there, in its shape and a usable dtype."""

@@ -17,7 +17,7 @@ from pager.models.families import routed_probabilities
 from pager.models.open_model import OpenModel, moe_blocks
 from pager.predict.fitted import CombinedMap, LexicalPredictor, PredictorFile
 from pager.store.expert_source import ExpertSource
-from pager.types import ExpertKey, ExpertShape, RoutingFacts, RoutingScores
+from pager.types import ExpertKey, RoutingFacts, RoutingScores
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -97,23 +97,22 @@ class TrunkPredictor:
         )
 
     def _load_layers(self, opened: OpenModel, stand_ins: Mapping[int, np.ndarray]) -> None:
-        shape = opened.family.shape
         with closing(opened.open_experts()) as source:
             for layer, block in moe_blocks(self._model):
-                gate_up, down = self._read_shared(layer, opened.dtype, shape, source)
+                gate_up, down = self._read_shared(layer, opened, source)
                 vectors_RD = torch.from_numpy(stand_ins[layer]).float().to(self.device) if stand_ins else None
                 self.resident_bytes += gate_up.nbytes + down.nbytes + (0 if vectors_RD is None else vectors_RD.nbytes)
                 block.experts.instead = RoutingOnlyExperts(gate_up, down, vectors_RD)
                 block.gate.register_forward_hook(self._record(layer, block.experts.instead))
 
-    def _read_shared(
-        self, layer: int, dtype: torch.dtype, shape: ExpertShape, source: ExpertSource
-    ) -> tuple[Tensor, Tensor]:
+    def _read_shared(self, layer: int, opened: OpenModel, source: ExpertSource) -> tuple[Tensor, Tensor]:
         num_experts, num_shared = self.facts.experts_per_layer[layer], self.facts.shared_per_layer[layer]
-        gate_up = torch.empty(num_shared, 2 * shape.intermediate, shape.hidden, dtype=dtype)
-        down = torch.empty(num_shared, shape.hidden, shape.intermediate, dtype=dtype)
+        shape = opened.family.shape
+        gate_up = torch.empty(num_shared, 2 * shape.intermediate, shape.hidden, dtype=opened.dtype)
+        down = torch.empty(num_shared, shape.hidden, shape.intermediate, dtype=opened.dtype)
         for index in range(num_shared):
-            source.read(ExpertKey(layer, num_experts - num_shared + index), gate_up[index], down[index])
+            read = opened.read_expert(source, ExpertKey(layer, num_experts - num_shared + index))
+            gate_up[index], down[index] = read
         return gate_up.to(self.device), down.to(self.device)
 
     def _record(self, layer: int, experts: RoutingOnlyExperts) -> Any:

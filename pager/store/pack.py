@@ -31,6 +31,7 @@ from pager.store.expert_source import (
     pieces_of,
 )
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader, all_keys
+from pager.store.quantised import RecordFormat
 from pager.store.reads import raw_bytes
 from pager.store.safetensors import PLAIN_FLOATS, OddItem, TensorSpec, ValueRange, holes_of, layout, odd_tensor
 from pager.types import ExpertKey, ExpertShape
@@ -80,21 +81,23 @@ def pack(
     pieces: ExpertPieces,
     experts_per_layer: Sequence[int],
     shape: ExpertShape,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | RecordFormat | None = None,
     quantised: Collection[str] = (),
     progress: Progress | None = None,
 ) -> tuple[OddItem, ...]:
     """Writes a self-contained packed checkpoint in `dtype` (None: as stored). It appears whole or not at all.
 
-    Of the tensors `quantised` those of experts are decoded, which takes a dtype, and those of the trunk stay as stored.
+    With a RecordFormat, experts are quantised to it, and the trunk is in the dtype of its scales. Of the tensors
+    `quantised` those of experts are decoded, which takes a dtype, and those of the trunk stay as stored.
 
-    Returns the tensors whose values no trained weights have. Holds a bounded buffer, never a tensor. Checksums recorded
-    for the source are checked on the way. Raises CheckpointError for a bad source, ConfigError if `out_dir` exists or
-    `dtype` can't be stored, and InsufficientDisk before anything is written or when the disk runs full.
+    Returns the tensors whose values no trained weights have. Holds a bounded buffer and at most one expert. Checksums
+    recorded for the source are checked on the way. Raises CheckpointError for a bad source, ConfigError if `out_dir`
+    exists or `dtype` can't be stored, UnsupportedModel for experts that have no such record, and InsufficientDisk
+    before anything is written or when the disk runs full.
     """
     out = Path(out_dir)
     check_absent(out)
-    if dtype is not None and dtype not in PLAIN_FLOATS:
+    if isinstance(dtype, torch.dtype) and dtype not in PLAIN_FLOATS:
         raise ConfigError(f"experts cannot be packed as {dtype}; use float32, bfloat16 or float16")
     with Checkpoint.open(source_dir) as checkpoint:
         job = _plan(checkpoint, pieces, tuple(experts_per_layer), shape, dtype, quantised)
@@ -107,9 +110,13 @@ def _plan(
     pieces: ExpertPieces,
     experts_per_layer: tuple[int, ...],
     shape: ExpertShape,
-    dtype: torch.dtype | None,
+    wanted: torch.dtype | RecordFormat | None,
     quantised: Collection[str],
 ) -> _Job:
+    record = wanted if isinstance(wanted, RecordFormat) else None
+    dtype = wanted.scales if isinstance(wanted, RecordFormat) else wanted
+    if record:
+        record.record(shape)  # refuses what has none before anything is opened
     if checkpoint.is_packed:
         raise CheckpointError(f"{checkpoint.path} is packed already; pack the checkpoint that it was made from")
     experts = find_experts(checkpoint, pieces, experts_per_layer, shape)
@@ -131,9 +138,8 @@ def _plan(
             "them decoded; give the dtype to decode them to, or run the checkpoint as it is"
         )
     expert_dtype = dtype or source.stored_dtype
-    header = PackHeader.plan(
-        checkpoint.fingerprint, experts_per_layer, shape, expert_dtype, (spec.name for spec in trunk)
-    )
+    trunk_names = (spec.name for spec in trunk)
+    header = PackHeader.plan(checkpoint.fingerprint, experts_per_layer, shape, record or expert_dtype, trunk_names)
     files = side_files(checkpoint.path)
     return _Job(checkpoint, source, experts, header, trunk_header, trunk, files, dtype is not None)
 
@@ -181,7 +187,9 @@ def _write_experts(
         extent = job.header.extents[key]
         hasher = xxhash.xxh3_128()
         stream.seek(job.data_start + extent.offset)
-        if any(parameter.make or piece.row is not None for parameter in stored for piece in parameter.pieces):
+        if job.header.record or any(
+            parameter.make or piece.row is not None for parameter in stored for piece in parameter.pieces
+        ):
             odd += _write_record(job, key, stream, hasher)
         else:
             for piece in pieces_of(stored):
@@ -193,15 +201,21 @@ def _write_experts(
 
 
 def _write_record(job: _Job, key: ExpertKey, stream: BinaryIO, hasher: xxhash.xxh3_128) -> Iterator[OddItem]:
-    """An expert whose parameters are not whole tensors of the checkpoint, by way of memory. Yields what is odd."""
-    shape = job.header.shape
-    tensors = [torch.empty(part, dtype=job.header.dtype) for part in shape.shapes]
+    """An expert whose record is not whole tensors of the checkpoint, by way of memory. Yields what is odd."""
+    shape, record = job.source.shape, job.header.record
+    tensors = [torch.empty(part, dtype=torch.float32 if record else job.header.dtype) for part in shape.shapes]
     try:
         job.source.read(key, *tensors)
     except ExpertUnavailable as error:
         raise CheckpointError(error.message) from error
+    for part in record.quantised(tensors) if record else ():
+        _write_pieces(iter([part.view(-1)]), part.dtype, stream, hasher)
     for (name, _), tensor in zip(shape.named, tensors, strict=True):
-        values = _write_pieces(iter([tensor.view(-1)]), job.header.dtype, stream, hasher)
+        values = ValueRange()
+        if record:
+            values.add(tensor)
+        else:
+            values = _write_pieces(iter([tensor.view(-1)]), job.header.dtype, stream, hasher)
         if reason := values.oddity(tensor.ndim):
             yield OddItem(f"layer {key.layer} expert {key.expert}, {name}", PACK_NAME, reason)
 
@@ -223,7 +237,8 @@ def _copy_side_files(job: _Job, partial: Path) -> None:
     config = dict(job.checkpoint.config)
     if job.recast:
         config.pop("torch_dtype", None)  # the name of this key before transformers 5
-        config["dtype"] = str(job.header.dtype).removeprefix("torch.")
+        served = job.header.record.scales if job.header.record else job.header.dtype
+        config["dtype"] = str(served).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in job.side_files:
         shutil.copyfile(path, partial / path.name)

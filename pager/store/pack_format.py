@@ -3,8 +3,9 @@
     magic, version, header length, xxh3_128 of the header | header JSON | zeros up to 4096 | extent | zeros | ...
 
 An extent is the parameters of an expert one after the other, in one dtype: gate_up [2F, D] (gate rows first) and then
-down [D, F] in version 1; in version 2 the header names them. Offsets in the header count from the end of the padded
-header, so that its length does not depend on them.
+down [D, F] in version 1; in version 2 the header names them; in version 3 they are bytes, and the header names what
+they are quantised to as well. Offsets in the header count from the end of the padded header, so that its length does
+not depend on them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import xxhash
 
 from pager.errors import CheckpointError
 from pager.reading import parse_json
+from pager.store.quantised import RecordFormat
 from pager.store.reads import DataFile
 from pager.store.safetensors import DTYPE_NAMES, DTYPES, MAX_HEADER_BYTES
 from pager.types import ExpertKey, ExpertShape
@@ -31,7 +33,7 @@ TRUNK_NAME = "trunk.safetensors"
 ALIGNMENT = 4096
 
 _MAGIC = b"EXPRPACK"
-_VERSIONS = (1, 2)
+_VERSIONS = (1, 2, 3)
 _PREFIX = struct.Struct("<8sIQ16s")
 _NO_CHECKSUM = "0" * 32
 
@@ -55,6 +57,8 @@ class PackHeader:
     dtype: torch.dtype
     extents: Mapping[ExpertKey, Extent]
     trunk_checksums: Mapping[str, str]
+    record: RecordFormat | None = None
+    """What quantised experts are in; `shape` is then that of their bytes, and `dtype` uint8."""
 
     @classmethod
     def plan(
@@ -62,17 +66,20 @@ class PackHeader:
         source_fingerprint: str,
         experts_per_layer: tuple[int, ...],
         shape: ExpertShape,
-        dtype: torch.dtype,
+        form: torch.dtype | RecordFormat,
         trunk_names: Iterable[str],
     ) -> PackHeader:
-        """Makes the header of a pack yet to be written: everything but the checksums, and as long as the final one."""
-        nbytes = shape.num_elements * dtype.itemsize
-        extents = {
-            key: Extent(index * align(nbytes), nbytes, _NO_CHECKSUM)
-            for index, key in enumerate(all_keys(experts_per_layer))
-        }
+        """Makes the header of a pack yet to be written: everything but the checksums, and as long as the final one.
+
+        `shape` is the model's. Raises UnsupportedModel for experts that cannot be quantised to `form`.
+        """
+        record = form if isinstance(form, RecordFormat) else None
+        dtype = torch.uint8 if isinstance(form, RecordFormat) else form
+        shape = record.record(shape) if record else shape
+        places = _places(experts_per_layer, shape.num_elements * dtype.itemsize)
+        extents = {key: Extent(offset, nbytes, _NO_CHECKSUM) for key, (offset, nbytes) in places.items()}
         trunk = dict.fromkeys(trunk_names, _NO_CHECKSUM)
-        return cls(source_fingerprint, experts_per_layer, shape, dtype, extents, trunk)
+        return cls(source_fingerprint, experts_per_layer, shape, dtype, extents, trunk, record)
 
     def with_checksums(self, extents: Mapping[ExpertKey, str], trunk: Mapping[str, str]) -> PackHeader:
         filled = {key: dataclasses.replace(extent, checksum=extents[key]) for key, extent in self.extents.items()}
@@ -82,8 +89,9 @@ class PackHeader:
 
     @property
     def fingerprint(self) -> str:
-        """The packed model's id, made of its source's id and its dtype."""
-        return hashlib.sha256(f"{self.source_fingerprint}/{DTYPE_NAMES[self.dtype]}".encode()).hexdigest()[:32]
+        """The packed model's id, made of its source's id and what its experts are held as."""
+        held = DTYPE_NAMES[self.dtype] if self.record is None else str(self.record)
+        return hashlib.sha256(f"{self.source_fingerprint}/{held}".encode()).hexdigest()[:32]
 
     @property
     def extents_nbytes(self) -> int:
@@ -98,11 +106,13 @@ class PackHeader:
             "intermediate": self.shape.intermediate,
             "dtype": DTYPE_NAMES[self.dtype],
             **({"parameters": self.shape.parameters} if self.shape.parameters else {}),
+            **({"record": self.record.encoded()} if self.record else {}),
             "extents": [[*key, extent.offset, extent.nbytes, extent.checksum] for key, extent in self.extents.items()],
             "trunk": dict(self.trunk_checksums),
         }
         encoded = json.dumps(body, separators=(",", ":")).encode()
-        prefix = _PREFIX.pack(_MAGIC, 2 if self.shape.parameters else 1, len(encoded), xxhash.xxh3_128_digest(encoded))
+        version = 3 if self.record else 2 if self.shape.parameters else 1
+        prefix = _PREFIX.pack(_MAGIC, version, len(encoded), xxhash.xxh3_128_digest(encoded))
         return (prefix + encoded).ljust(align(_PREFIX.size + len(encoded)), b"\0")
 
 
@@ -115,6 +125,11 @@ def all_keys(experts_per_layer: Iterable[int]) -> Iterator[ExpertKey]:
     return (ExpertKey(layer, expert) for layer, count in enumerate(experts_per_layer) for expert in range(count))
 
 
+def _places(experts_per_layer: Iterable[int], nbytes: int) -> dict[ExpertKey, tuple[int, int]]:
+    """The offset and length of each expert's extent."""
+    return {key: (index * align(nbytes), nbytes) for index, key in enumerate(all_keys(experts_per_layer))}
+
+
 def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
     """Reads the header and finds the byte at which the extents begin. Raises CheckpointError if the file is damaged or
     truncated.
@@ -124,7 +139,7 @@ def read_pack_header(file: DataFile) -> tuple[PackHeader, int]:
         if magic != _MAGIC:
             raise _damaged(file.path, "it does not begin as a pack does")
         if version not in _VERSIONS:
-            known = " and ".join(map(str, _VERSIONS))
+            known = ", ".join(map(str, _VERSIONS))
             raise CheckpointError(f"{file.path} is a pack of version {version}; this release reads version {known}")
         if length > MAX_HEADER_BYTES or _PREFIX.size + length > file.size:
             raise _damaged(file.path, f"its {file.size} bytes cannot hold its header of {length}")
@@ -168,13 +183,13 @@ def _decode(encoded: bytes) -> PackHeader:
         dtype=DTYPES[body["dtype"]],
         extents={ExpertKey(layer, expert): Extent(*rest) for layer, expert, *rest in extents},
         trunk_checksums={str(name): str(checksum) for name, checksum in body["trunk"].items()},
+        record=RecordFormat.decoded(body["record"]) if "record" in body else None,
     )
 
 
 def _check_extents(file: DataFile, header: PackHeader, data_start: int) -> None:
-    planned = PackHeader.plan(header.source_fingerprint, header.experts_per_layer, header.shape, header.dtype, ())
     where = {key: (extent.offset, extent.nbytes) for key, extent in header.extents.items()}
-    if where != {key: (extent.offset, extent.nbytes) for key, extent in planned.extents.items()}:
+    if where != _places(header.experts_per_layer, header.shape.num_elements * header.dtype.itemsize):
         raise _damaged(file.path, "its extents are not those of its experts")
     expected = data_start + header.extents_nbytes
     if file.size < expected:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from tests.support.quantised import fp8_checkpoint, qwen3_moe
+from tests.support.checkpoints import lively, saved
+from tests.support.quantised import emo, fp8_checkpoint, qwen3_moe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -94,6 +95,27 @@ def test_inspect_says_what_is_read_and_what_is_held(run: Run, tmp_path: Path) ->
     refused = run("pack", path, tmp_path / "packed")
     assert refused.returncode == 1
     assert "give the dtype to decode them to" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "expert_bytes"), [("int8", 3 * 64 * 32 + 2 * (64 + 64)), ("int4", 3 * 64 * 32 * 5 // 8)]
+)
+def test_a_pack_of_quantised_experts(run: Run, tmp_path: Path, kind: str, expert_bytes: int) -> None:
+    path = saved(lively(emo()).bfloat16(), tmp_path / "plain")
+    assert run("pack", path, tmp_path / "packed", "--experts", kind).returncode == 0
+    assert run("verify", tmp_path / "packed").returncode == 0
+    facts = json.loads(run("inspect", tmp_path / "packed", "--json").stdout)
+    assert facts["expert_bytes"] == expert_bytes
+    assert facts["format"].startswith(f"{kind}, a scale in bfloat16 for each")
+    wrong = run("inspect", tmp_path / "packed", "--dtype", "float32", "--plan")
+    assert wrong.returncode == 1
+    assert "pack the model again with --dtype float32" in wrong.stderr
+
+
+def test_a_kind_of_experts_that_there_is_not(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    done = run("pack", checkpoint, tmp_path / "packed", "--experts", "int3")
+    assert done.returncode == 1
+    assert "experts cannot be packed as 'int3'; use int8 or int4" in done.stderr
 
 
 def test_an_unsupported_family_is_refused_by_name(run: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, run_slots
+from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, QuantisedSlabs, run_slots
 from pager.models.emo import EmoConfig, EmoExperts
+from pager.store.quantised import KINDS, RecordFormat
+from pager.types import ExpertShape
 
 NUM_SLOTS, NUM_PICKS = 40, 4
 
@@ -88,3 +90,20 @@ def test_off_the_cpu_nothing_is_fetched_from_the_device() -> None:
     assert run_slots(module, *args).shape == (8, 64)
     with pytest.raises(RuntimeError):
         args[1].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 33])
+def test_quantised_experts_are_the_weighted_sum_of_what_they_stand_for(kind: str, num_tokens: int) -> None:
+    dtype, plain = torch.bfloat16, slab(64, 32, torch.float32)
+    record = RecordFormat.of(kind, dtype)
+    shape = record.record(ExpertShape(hidden=64, intermediate=32))
+    parts = [record.quantised([plain.gate_up_proj[slot], plain.down_proj[slot]]) for slot in range(NUM_SLOTS)]
+    slabs = {name: torch.stack(part) for (name, _), part in zip(shape.named, zip(*parts, strict=True), strict=True)}
+    stood_for = [record.matrices({name: slabs[name][slot] for name in slabs}) for slot in range(NUM_SLOTS)]
+    plain.gate_up_proj, plain.down_proj = (torch.stack(each) for each in zip(*stood_for, strict=True))
+    module = SimpleNamespace(_apply_gate=apply_gate, quantised=QuantisedSlabs(record, slabs))
+    args = inputs(num_tokens, 64, dtype)
+    out_TD = run_slots(module, *args)
+    assert out_TD.dtype == dtype
+    torch.testing.assert_close(out_TD.double(), written_out(plain, *args), rtol=0, atol=TOLERANCES[dtype])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
 
+from pager.errors import ConfigError
 from pager.models.open_model import OpenModel
 from pager.store.pack import pack
 from pager.types import ExpertKey
 from tests.support.checkpoints import lively, saved
-from tests.support.quantised import deepseek_v3, fp8_checkpoint, mxfp4_checkpoint, qwen3_moe
+from tests.support.quantised import deepseek_v3, emo, fp8_checkpoint, mxfp4_checkpoint, quantised_pack, qwen3_moe
 
 Load = Callable[..., PreTrainedModel]
 
@@ -104,3 +106,49 @@ def test_a_pack_holds_decoded_experts_and_the_trunk_as_stored(tmp_path: Path, lo
     stored = load_file(tmp_path / "packed" / "trunk.safetensors")
     assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
     check(load(tmp_path / "packed", expert_memory="30%"), load(path))
+
+
+class TestQuantisedPacks:
+    @pytest.mark.parametrize("kind", ["int8", "int4"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @torch.no_grad()
+    def test_a_model_with_its_decoded_experts_says_the_same(
+        self, tmp_path: Path, load: Load, kind: str, dtype: torch.dtype
+    ) -> None:
+        """Against plain transformers with the experts that the pack stands for, at two budgets."""
+        plain = lively(emo(), std=0.15).to(dtype)
+        packed = quantised_pack(saved(plain, tmp_path / "plain"), tmp_path / "packed", kind, dtype)
+        opened = OpenModel.open(packed, dtype)
+        with opened.checkpoint, closing(opened.open_experts()) as source:
+            for layer, block in enumerate(plain.model.layers):
+                for expert in range(9):
+                    experts, key = block.mlp.experts, ExpertKey(layer, expert)
+                    experts.gate_up_proj.data[expert], experts.down_proj.data[expert] = opened.read_expert(source, key)
+        wanted = plain(PROMPT).logits
+        for share, host in (("100%", 0), ("40%", 0), ("40%", "50%")):
+            paged = load(packed, dtype=dtype, expert_memory=share, host_memory=host)
+            found = paged(PROMPT).logits
+            if dtype == torch.bfloat16:
+                assert (found - wanted).norm() <= 0.05 * wanted.norm()
+            else:
+                torch.testing.assert_close(found, wanted, **TOLERANCE)
+                assert paged.generate(PROMPT, **GREEDY).equal(plain.generate(PROMPT, **GREEDY))
+
+    def test_a_budget_holds_more_experts(self, tmp_path: Path, load: Load) -> None:
+        path = saved(lively(emo()).to(torch.bfloat16), tmp_path / "plain")
+        budget = 12 * 3 * 64 * 32 * 2
+        held = {}
+        for kind in ("int8", "int4"):
+            packed = quantised_pack(path, tmp_path / kind, kind, torch.bfloat16)
+            paging = load(packed, dtype="bfloat16", expert_memory=budget).expert_paging
+            held[kind] = paging.pager.num_slots
+            assert paging.pager.slots.nbytes <= budget + 3 * paging.plan.expert_bytes
+        assert load(path, dtype="bfloat16", expert_memory=budget).expert_paging.pager.num_slots == 12
+        assert held == {"int8": 23, "int4": 24}  # of 24 in all
+
+    def test_what_was_packed_for_another_dtype_is_refused(self, tmp_path: Path, load: Load) -> None:
+        path = saved(lively(emo()).to(torch.bfloat16), tmp_path / "plain")
+        packed = quantised_pack(path, tmp_path / "packed", "int8", torch.bfloat16)
+        with pytest.raises(ConfigError, match="pack the model again with --dtype float32"):
+            load(packed, dtype="float32")
+        assert load(packed, dtype="auto").dtype == torch.bfloat16

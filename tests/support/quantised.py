@@ -18,6 +18,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from pager.models import EmoConfig, EmoForCausalLM
+from pager.models.open_model import OpenModel
+from pager.store.pack import pack
+from pager.store.quantised import RecordFormat
 from tests.support.checkpoints import add_to_config, lively, saved
 
 BLOCK = 128
@@ -85,3 +89,23 @@ def mxfp4_checkpoint(path: Path) -> Path:
     save_file(tensors, path / "model.safetensors")
     add_to_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     return path
+
+
+def emo() -> PreTrainedModel:
+    """Three layers of eight routed experts and a shared one."""
+    own = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 3, "num_experts": 9}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 3, "vocab_size": 96}
+    tokens = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    return EmoForCausalLM(EmoConfig(**own, **heads, **tokens))
+
+
+def quantised_pack(path: Path, out: Path, kind: str, dtype: torch.dtype) -> Path:
+    """The checkpoint packed with its experts in `kind`."""
+    opened = OpenModel.open(path)
+    with opened.checkpoint:
+        pack(
+            path, out, pieces=opened.pieces, experts_per_layer=opened.facts.experts_per_layer,
+            shape=opened.family.shape, dtype=RecordFormat.of(kind, dtype), quantised=opened.quantised_names,
+        )  # fmt: skip
+    return out

@@ -35,6 +35,7 @@ from router_service.http import (
 )
 from router_service.keys import Gate
 from router_service.openai import Choice
+from router_service.playground import Playground
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline
 
@@ -87,6 +88,11 @@ class Api:
         }
         routes: list[BaseRoute] = [Route(path, self._endpoint(*each), methods=["POST"]) for path, each in posts.items()]
         routes += [Route(path, self._endpoint(*each, openai_error), methods=["GET"]) for path, each in gets.items()]
+        playground = Playground(self._pipeline).endpoints()
+        routes += [
+            Route(path, self._endpoint(name, handler, openai_error), methods=[method])
+            for path, (method, name, handler) in playground.items()
+        ]
         routes += [Route("/health", self.health, methods=["GET"]), *more]
         paths = [*posts, "/v1/models", "/health", *(route.path for route in more)]
         handler = not_found(paths)

@@ -451,7 +451,7 @@ def build_service(
         pipeline,
         predictor,
         MessageBounds(model, encoder.longest_token_bytes, choices.limits.most_tokens),
-        Watch(model, cluster, stores.hints, live_pools),
+        Watch(model, cluster, stores.hints, live_pools, metrics.served),
     )
 
 

@@ -48,7 +48,7 @@ from pager.types import TokenChunk
 from router_service import requests
 from router_service.access_log import AuditLog, CallRecorder
 from router_service.admission import Quotas
-from router_service.keys import Gate
+from router_service.keys import OPEN_PAGES, Gate
 from router_service.message_bounds import MAX_METADATA_BYTES, check_json
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline
@@ -67,7 +67,7 @@ KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 4096
 REQUEST_ID = "x-request-id"
 CHALLENGE = 'Bearer realm="expert-pager"'
-PAGE_CHALLENGE = 'Basic realm="expert-pager: any name, and a key as the password"'  # which browsers ask for
+PAGE_CHALLENGE = 'Basic realm="expert-pager: any name, and a key as the password"'  # which browsers ask for themselves
 CLIENT_CLOSED = 499  # as proxies write it: nobody is there to read it
 
 _Code = grpc.StatusCode
@@ -334,14 +334,15 @@ class GuardedPage:
             return
         if self._audit is not None:
             self._audit.record(self._path, code_of(refusal).name, refusal, exchange.peer)
-        await PlainTextResponse(f"{refusal.message}\n", status_of(refusal), _challenge(refusal))(scope, receive, send)
+        challenge = _challenge(refusal, self._path)
+        await PlainTextResponse(f"{refusal.message}\n", status_of(refusal), challenge)(scope, receive, send)
 
 
 def page_refusal(
     gate: Gate, path: str, headers: Iterable[tuple[str, str]], tls_names: Iterable[str] = ()
 ) -> PagerError | None:
     """Why a caller may not see a page; None for one who may."""
-    if not gate.is_on:
+    if not gate.is_on or path in OPEN_PAGES:
         return None
     try:
         gate.check(path, headers, tls_names)
@@ -350,8 +351,10 @@ def page_refusal(
     return None
 
 
-def _challenge(error: PagerError) -> dict[str, str]:
-    return {"www-authenticate": PAGE_CHALLENGE} if isinstance(error, Unauthenticated) else {}
+def _challenge(error: PagerError, path: str) -> dict[str, str]:
+    if not isinstance(error, Unauthenticated):
+        return {}
+    return {"www-authenticate": CHALLENGE if path.startswith("/ui/") else PAGE_CHALLENGE}  # /ui has a field for the key
 
 
 def page_guard(gate: Gate, audit: AuditLog | None, *, open_metrics: bool) -> Guard:
@@ -368,7 +371,7 @@ def page_guard(gate: Gate, audit: AuditLog | None, *, open_metrics: bool) -> Gua
         if audit is not None:
             audit.record(path, code_of(error).name, error, str(environ.get("REMOTE_ADDR", "")))
         status = HTTPStatus(status_of(error))
-        return f"{status.value} {status.phrase}", list(_challenge(error).items()), f"{error.message}\n".encode()
+        return f"{status.value} {status.phrase}", list(_challenge(error, path).items()), f"{error.message}\n".encode()
 
     return guard
 

@@ -434,12 +434,14 @@ ROLES_OF: Mapping[str, frozenset[Role]] = {
     "DeletePool": _TENANTS_WORK,
     "Abort": _TENANTS_WORK,
     "GetResidency": frozenset({Role.OPERATOR}),
-    "/ui": _ALL,
-    "/ui/": _ALL,
     "/ui/state.json": frozenset({Role.OPERATOR, Role.METRICS}),
+    "/ui/pool.json": frozenset({Role.OPERATOR, Role.METRICS}),
     "/metrics": frozenset({Role.OPERATOR, Role.METRICS}),
 }
 """Who may call a method or see a page: whoever has one of these roles. All others are for inference."""
+
+OPEN_PAGES = ("/ui", "/ui/")
+"""What everybody may see: a page without a fact in it, which asks for a key."""
 
 
 class Gate:

@@ -18,10 +18,11 @@ from pager.types import Account, ExpertPool
 from router_service.admission import Admission
 from router_service.status import CODES
 from router_service.tenants import TenantLabels
+from router_service.ui import Served
 
 INFER = ("ModelInfer", "ModelStreamInfer")  # of the Open Inference Protocol
 METHODS = (*(method.name for method in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods), *INFER)
-ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "Responses", "Messages")
+ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "Responses", "Messages", "Playground")
 """The methods of all fronts that generate."""
 
 STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
@@ -266,6 +267,7 @@ class RouterMetrics:
 
     def __init__(self, tenants: TenantLabels | None = None, codewords: Sequence[str] = ()) -> None:
         self.registry = registry = CollectorRegistry()
+        self.served = Served()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         self._tenants = tenants or TenantLabels()
@@ -350,6 +352,7 @@ class RouterMetrics:
         self.requests.labels(method, code).inc()
         if method in ANSWERING:
             self._answers.labels(self._tenants.of(tenant), code).inc()
+            self.served.ended(code)
 
     def refused(self, reason: str) -> None:
         """Counts a call that was refused before any work; a call with an illegal request is a failure instead."""
@@ -365,6 +368,7 @@ class RouterMetrics:
 
     def first_token(self, tenant: str, seconds: float) -> None:
         self._first_token.labels(self._tenants.of(tenant)).observe(seconds)
+        self.served.waits_s.append(seconds)
 
     def output_token(self, tenant: str, seconds: float) -> None:
         """Records the mean gap between an answer's tokens, once for each answer of several."""

@@ -157,6 +157,7 @@ class Ask:
     sampling: SamplingParams
     has_max_tokens: bool
     pool: PoolPolicy | PoolByDigest | PoolByName
+    is_watched: bool = False  # its chunks are to say what was read for it, and what its tokens left outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +345,7 @@ class Intake:
             sampling=self._sampling(ask, len(prompt)),
             pool=await self.policy(ask.pool, tenant),
             deadline_s=deadline_s,
+            is_watched=ask.is_watched,
         )
 
     async def prompt(self, tenant: str, prompt: Prompt) -> tuple[int, ...]:

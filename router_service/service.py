@@ -111,6 +111,7 @@ class StreamMeter:
         if chunk.token_ids:
             self._last_s = now_s
             self._tokens_of[chunk.index] += len(chunk.token_ids)
+            self._metrics.served.tokens += len(chunk.token_ids)
         tell(completion_tokens=self.num_tokens)
         usage = chunk.usage
         if usage is None:

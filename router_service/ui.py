@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 KEPT = 256  # beyond those of requests in flight
+MAX_WAITS = 512  # first tokens between two looks, of which the times are kept
 LONGEST_SIZE = 40  # characters; a size can name every layer
 
 
@@ -93,6 +94,10 @@ class PoolLog:
         use.paging += usage.paging
         use.mode = usage.mode
 
+    def find(self, digest: str) -> ExpertPool | None:
+        """The pool of this digest, if one of the rows has it."""
+        return next((each.pool for each in self.rows if each.pool is not None and each.pool.digest == digest), None)
+
     def of_all_tenants(self) -> list[PoolRow]:
         """What tenants and names keep apart, put together; the latest used first."""
         found: dict[tuple[str, ExpertPool | None, bool], list[tuple[PoolLabel, PoolUse]]] = {}
@@ -138,6 +143,21 @@ def _sum(uses: list[PoolUse]) -> PoolUse:
     )
 
 
+@dataclass(slots=True)
+class Served:
+    """What this router has sent to its clients since its start. Mutable; its metrics own it."""
+
+    tokens: int = 0
+    answers: int = 0
+    errors: int = 0  # answers that ended otherwise, but for those that their clients left
+    waits_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_WAITS))  # for first tokens, not looked at
+
+    def ended(self, code: str) -> None:
+        """Counts a call that was to generate and ended with this gRPC status."""
+        self.answers += code == "OK"
+        self.errors += code not in ("OK", "CANCELLED")
+
+
 SAMPLE_S = 5.0
 NUM_SAMPLES = 60
 MAX_WORKERS = 32
@@ -148,11 +168,15 @@ _SERVING = (WorkerState.READY, WorkerState.DRAINING)
 
 @dataclass(slots=True)
 class Sample:
-    """What was paged in `seconds` until `end_unix_s`, by all workers of this router."""
+    """What was paged in `seconds` until `end_unix_s`, by all workers of this router, and what the router sent."""
 
     end_unix_s: float
     seconds: float = 0.0
     paged: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+    tokens: int = 0
+    answers: int = 0
+    errors: int = 0
+    waits_s: list[float] = field(default_factory=list)
 
 
 class Watch:
@@ -164,9 +188,12 @@ class Watch:
         cluster: ClusterPort,
         hints: HintStore,
         pools: PoolLog,
+        served: Served | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._served = served or Served()
+        self._sent = (0, 0, 0)  # tokens, answers and errors at the last beat
         self._model = model
         self._cluster = cluster
         self._hints = hints
@@ -190,12 +217,26 @@ class Watch:
             for name in _COUNTS:
                 sample.paged[name] += max(0, getattr(totals, name) - getattr(before, name))
         self._last_s, self._last = now_s, serving
+        sent = (self._served.tokens, self._served.answers, self._served.errors)
+        tokens, answers, errors = (now - before for now, before in zip(sent, self._sent, strict=True))
+        sample.tokens, sample.answers, sample.errors = (
+            sample.tokens + tokens, sample.answers + answers, sample.errors + errors
+        )  # fmt: skip
+        self._sent = sent
+        sample.waits_s = [*sample.waits_s, *self._served.waits_s][-MAX_WAITS:]
+        self._served.waits_s.clear()
+
+    def pool(self, digest: str) -> dict[str, Any] | None:
+        """The experts of a pool that is shown; None for one that is not."""
+        pool = self._pools.find(digest)
+        return None if pool is None else {"digest": digest, "num_experts": pool.num_experts, "experts": pool.experts}
 
     async def state(self) -> dict[str, Any]:
         """JSON of at most about 200 kB, for anybody who reaches the port: no tenant and no named pool is named."""
         workers = await all_workers(self._cluster.workers(), self._hints)
         shown = [_worker(each, self._model) for each in workers[:MAX_WORKERS]]
         rows = sorted(self._pools.of_all_tenants(), key=lambda row: row.use.live, reverse=True)
+        waits_s = sorted(wait_s for sample in self._samples for wait_s in sample.waits_s)
         return {
             "version": __version__,
             "model": {"name": self._model.name, "routed_per_layer": self._model.facts.routed_per_layer},
@@ -205,6 +246,7 @@ class Watch:
             "pools": [_pool(row, shown) for row in rows[:MAX_POOLS]],
             "pools_left_out": max(0, len(rows) - MAX_POOLS),
             "samples": [_sample(sample) for sample in self._samples],
+            "first_token_s": {"median": _share(waits_s, 0.5), "p95": _share(waits_s, 0.95)},
         }
 
 
@@ -252,8 +294,21 @@ def _resident(pool: ExpertPool | None, workers: list[dict[str, Any]]) -> dict[st
     return found
 
 
-def _sample(sample: Sample) -> dict[str, float]:
-    return {"end_unix_s": round(sample.end_unix_s, 1), "seconds": round(sample.seconds, 3), **sample.paged}
+def _sample(sample: Sample) -> dict[str, float | None]:
+    return {
+        "end_unix_s": round(sample.end_unix_s, 1),
+        "seconds": round(sample.seconds, 3),
+        **sample.paged,
+        "tokens": sample.tokens,
+        "answers": sample.answers,
+        "errors": sample.errors,
+        "first_token_s": _share(sorted(sample.waits_s), 0.5),
+    }
+
+
+def _share(values: Sequence[float], share: float) -> float | None:
+    """The value below or at which so many of the sorted `values` lie; None of none."""
+    return round(values[min(len(values) - 1, int(share * len(values)))], 4) if values else None
 
 
 log = logging.getLogger("expert_pager.router")
@@ -274,8 +329,12 @@ class Page:
     def __init__(self, watch: Watch, loop: asyncio.AbstractEventLoop) -> None:
         self._watch = watch
         self._loop = loop
-        style, script = _part("page.css"), _part("page.js")
-        self._html = Template(_part("page.html")).substitute(style=style, script=script).encode()
+        style, script = _part("page.css"), _part("page.js") + _part("playground.js")
+        html = Template(_part("page.html"))
+        # The metrics port has no TLS and takes no prompts.
+        self._html, self._html_to_ask = (
+            html.substitute(style=style, script=script, playground=playground).encode() for playground in ("no", "yes")
+        )
         self._policy = (
             f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; connect-src 'self'; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -285,38 +344,49 @@ class Page:
         """The page as routes of an ASGI application."""
 
         async def answer(request: Request) -> Response:
-            status, kind, body = await asyncio.to_thread(self._answer, request.method, request.url.path)
+            path, query = request.url.path, request.url.query
+            status, kind, body = await asyncio.to_thread(self._answer, request.method, path, query, self._html_to_ask)
             headers = {**dict(_SAFE), "Content-Security-Policy": self._policy}
             return Response(body, int(status[:3]), headers, kind)
 
-        return [Route(path, answer, methods=["GET"]) for path in ("/ui", "/ui/", "/ui/state.json")]
+        return [Route(path, answer, methods=["GET"]) for path in ("/ui", "/ui/", "/ui/state.json", "/ui/pool.json")]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """As a WSGI application, mounted at `/ui`."""
         method = environ["REQUEST_METHOD"]
-        status, kind, body = self._answer(method, environ.get("PATH_INFO", ""))
+        path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
+        status, kind, body = self._answer(method, path, query, self._html)
         headers = Headers([("Content-Type", kind), ("Content-Length", str(len(body))), *_SAFE])
         headers["Content-Security-Policy"] = self._policy
         start_response(status, headers.items())
         return [] if method == "HEAD" else [body]
 
-    def _answer(self, method: str, path: str) -> tuple[str, str, bytes]:
+    def _answer(self, method: str, path: str, query: str, html: bytes) -> tuple[str, str, bytes]:
         if method not in ("GET", "HEAD"):
             return "405 Method Not Allowed", "text/plain", b"GET or HEAD only\n"
         if path in ("/ui", "/ui/"):
-            return "200 OK", "text/html; charset=utf-8", self._html
+            return "200 OK", "text/html; charset=utf-8", html
         if path == "/ui/state.json":
-            return self._state()
-        return "404 Not Found", "text/plain", b"there is /ui and /ui/state.json\n"
+            return self._told(self._watch.state)
+        if path == "/ui/pool.json":
+            digest = query.removeprefix("digest=")
 
-    def _state(self) -> tuple[str, str, bytes]:
-        asked = asyncio.run_coroutine_threadsafe(self._watch.state(), self._loop)
+            async def pool() -> dict[str, Any] | None:
+                return self._watch.pool(digest)
+
+            return self._told(pool)
+        return "404 Not Found", "text/plain", b"there is /ui, /ui/state.json and /ui/pool.json?digest=DIGEST\n"
+
+    def _told(self, tell: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[str, str, bytes]:
+        asked = asyncio.run_coroutine_threadsafe(tell(), self._loop)
         try:
             state = asked.result(STATE_TIMEOUT_S)
         except Exception as error:  # a page that is looked at must not end anything
             asked.cancel()
             log.warning("the state for /ui could not be had: %s", type(error).__name__)
             return "503 Service Unavailable", "text/plain", b"the router does not answer in time\n"
+        if state is None:
+            return "404 Not Found", "text/plain", b"no pool of this digest is shown any more\n"
         return "200 OK", "application/json", json.dumps(state, separators=(",", ":"), allow_nan=False).encode()
 
 

@@ -107,6 +107,23 @@ def parse_pool_size(value: str | int | float | None) -> PoolSize:
         ) from None
 
 
+def write_pool_size(size: PoolSize) -> str:
+    """The text that `parse_pool_size` reads as this size."""
+    match size:
+        case Full():
+            return "full"
+        case Count(routed):
+            return str(routed)
+        case Share(share):
+            return f"{100 * share:.12g}%"
+        case Mass(mass, cap):
+            return f"mass:{mass!r}" if cap is None else f"mass:{mass!r}:{cap}"
+        case Counts(per_layer):
+            return ",".join(map(str, per_layer))
+        case Bytes(total):
+            return f"{total}B"
+
+
 def check_pool_size(size: PoolSize) -> PoolSize:
     """`size` itself, if its numbers make sense for any model. Raises InvalidRequest."""
     match size:

@@ -171,6 +171,91 @@ def test_the_map_is_what_the_service_holds(
     assert shown.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+# Of a map's cells, how many have each of these colours at their middle.
+COUNT_CELLS = """(canvas, names) => {
+  const copy = document.createElement("canvas");
+  [copy.width, copy.height] = [canvas.width, canvas.height];
+  const pen = copy.getContext("2d", { willReadFrequently: true });
+  const read = (x, y) => String(pen.getImageData(x, y, 1, 1).data);
+  const colours = names.map((name) => {
+    pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
+    pen.fillRect(0, 0, 1, 1);
+    return read(0, 0);
+  });
+  pen.drawImage(canvas, 0, 0);
+  const routed = facts.routed_per_layer, columns = Math.max(...routed), counts = names.map(() => 0);
+  for (const [layer, experts] of routed.entries()) {
+    for (let expert = 0; expert < experts; expert++) {
+      const x = Math.floor(((expert + 0.4) * canvas.width) / columns);
+      const found = colours.indexOf(read(x, Math.floor(((layer + 0.4) * canvas.height) / routed.length)));
+      if (found >= 0) counts[found]++;
+    }
+  }
+  return counts;
+}"""
+
+
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_the_playground_shows_an_answer_as_it_is_made(
+    idle_service: Any, browser: Browser, until: Callable[..., None], viewport: dict[str, int]
+) -> None:
+    service, prompt = idle_service, "SELECT name FROM users WHERE"
+    for seed in range(3):  # whatever the slots held for others
+        service.generate([1, 2, 3], pool=service.random_pool(seed, 20), max_tokens=2)
+    complaints: list[str] = []
+    with browser.new_page(viewport=viewport) as page:  # type: ignore[arg-type]
+        page.set_default_timeout(120_000)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"{service.ready['http_url']}/ui")
+        page.locator("#playground").wait_for()
+        for name, value in (("#pool", "12.5%"), ("#other", "full"), ("#tokens", "24"), ("#prompt", prompt)):
+            page.fill(name, value)
+        page.press("#prompt", "Control+Enter")
+        page.locator("#differences", has_text="token").wait_for()
+        pooled, exact = page.locator(".answer").all()
+        # Which of the pool's experts were read is what the map says once all its cells are filled.
+        pool = service.generate(prompt, pool=pb.PoolPolicy(share=0.125), max_tokens=24, ignore_eos=False)
+        num_experts = pool.usage.pool.num_experts
+        canvas = pooled.locator("canvas")
+
+        def is_filled() -> bool:
+            held, disk, host = canvas.evaluate(COUNT_CELLS, ["held", "disk", "host"])
+            bill = pooled.locator(".bill").inner_text()
+            return bool(
+                disk > 0
+                and held + disk >= num_experts
+                and host == 0
+                and bill.startswith(f"{num_experts} experts, {held} there already, ")
+            )
+
+        until(is_filled, 60)
+        assert pooled.locator(".output").inner_text() == prompt + pool.text
+        whole = service.generate(prompt, max_tokens=24, pool=pb.PoolPolicy(full=pb.Full()), ignore_eos=False)
+        assert exact.locator(".output").inner_text() == prompt + whole.text
+        assert "outside of the pool" not in exact.locator("p.soft").last.inner_text()
+        tints = pooled.locator(".output span[title]").evaluate_all("spans => spans.map((span) => span.title)")
+        assert len(tints) == len(pool.tokens) - 1  # the first token's forward chose the pool
+        mean = sum(float(tint.split()[0]) for tint in tints) / len(tints)
+        assert mean == pytest.approx(100 * pool.usage.out_of_pool_mass, abs=0.2)
+        assert page.locator("#heat canvas").get_attribute("aria-label") == (
+            f"Scores of {len(service.routed_per_layer)} layers, a strip each"
+        )
+        page.locator("#known-pools button", has_text=pool.usage.pool.digest[:12]).click()
+        assert page.locator("#cells canvas").evaluate(COUNT_CELLS, ["held", "disk"]) == [num_experts, 0]
+        row = page.locator("#pools tbody button", has_not_text=pool.usage.pool.digest[:12]).first
+        other = row.inner_text()
+        row.press("Enter")
+        page.locator("#cells-note", has_text=other).wait_for()
+        first, _, both = page.locator("#cells canvas").evaluate(COUNT_CELLS, ["held", "disk", "both"])
+        assert first + both == num_experts
+        assert page.locator("#cells-note").inner_text().startswith(f"{both} experts in both: ")
+        assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+        until(lambda: page.locator("#errors").inner_text().startswith("0 of "), 30)
+        assert page.locator("#waits svg .rate").count() >= 1
+    assert complaints == []
+
+
 def sampled_since(address: str, before: dict[str, float]) -> dict[str, float]:
     """What was added to the samples since `before` was the last of them."""
     mine = [sample for sample in state_at(address)["samples"] if sample["end_unix_s"] >= before["end_unix_s"] - 0.2]

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pager.errors import InvalidRequest, PoolTooSmall
-from pager.pools.pick import check_pool, covered_mass, largest_counts, parse_pool_size, pick_layer, pick_pool
-from pager.types import Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
+from pager.pools.pick import (
+    check_pool,
+    covered_mass,
+    largest_counts,
+    parse_pool_size,
+    pick_layer,
+    pick_pool,
+    write_pool_size,
+)
+from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, RoutingScores, Share
 
 # The released model's layers: 127 routed experts and a shared one, seven routed picks a token.
 RELEASED = RoutingFacts((128, 128), (1, 1), (7, 7))
@@ -39,6 +47,12 @@ class TestParse:
     )
     def test_what_people_write(self, text: str | int | None, size: PoolSize) -> None:
         assert parse_pool_size(text) == size
+
+    @pytest.mark.parametrize(
+        "size", [Full(), Count(7), Share(0.0625), Mass(0.9), Mass(0.5, 9), Counts((0, 3, 4)), Bytes(4096)]
+    )
+    def test_what_is_written_is_read_as_the_same(self, size: PoolSize) -> None:
+        assert parse_pool_size(write_pool_size(size)) == size
 
     @pytest.mark.parametrize(
         "text", ["", "many", "3.5", "32 experts", "%", "ten%", "mass:", "mass:a", "mass:1:b", "x:1"]

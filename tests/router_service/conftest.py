@@ -20,10 +20,12 @@ from pager.errors import NotReady, PagerError, WorkerLost
 from pager.pools.pick import pick_pool
 from pager.types import (
     DriftReport,
+    ExpertKey,
     FinishReason,
     Full,
     GenerateRequest,
     ModelInfo,
+    PageIn,
     PagingCounts,
     RoutingFacts,
     RoutingScores,
@@ -50,6 +52,13 @@ MODEL = ModelInfo(
     tokenizer_sha256="",
     plan="16 slots",
 )
+
+
+# What a worker tells of a watched request's first token, and of the others.
+WATCHED: dict[bool, dict[str, Any]] = {
+    True: {"page_ins": (PageIn(ExpertKey(1, 7), "disk", 0.002), PageIn(ExpertKey(2, 7), "host", 0.004))},
+    False: {"outside_mass": 0.25},
+}
 
 
 class ByteTokenizer:
@@ -149,7 +158,8 @@ class InProcessCluster:
                 finished = last
                 if usage is not None:
                     observer.settled(usage.account)
-                yield TokenChunk(request.id, (token,), chr(token) + self.pad, usage)
+                chunk = TokenChunk(request.id, (token,), chr(token) + self.pad, usage)
+                yield replace(chunk, **WATCHED[index == 0]) if request.is_watched else chunk
         finally:
             del self.open[request.tenant, request.id]
             if not finished:

@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import random
+import re
 import ssl
 import time
 from base64 import b64encode, urlsafe_b64encode
@@ -88,8 +89,19 @@ POSTS: Mapping[str, Any] = {
     "/v1/messages/count_tokens": {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [1]},
+    "/ui/scores": {"prompt": "hi"},
+    "/ui/answers": {"prompt": "hi", "max_tokens": 2},
 }
-GETS = ("/v1/models", "/v1/models/tiny", "/ui", "/ui/", "/ui/state.json", "/metrics")
+GETS = (
+    "/v1/models",
+    "/v1/models/tiny",
+    "/ui/state.json",
+    "/ui/pool.json",
+    "/ui/playground.json",
+    "/ui/pools/tiny",
+    "/metrics",
+)
+OPEN = ("/ui", "/ui/", "/health")  # the page itself is the same for everybody, and has a field for the key
 
 
 def bearer(key: str) -> Pairs:
@@ -145,8 +157,8 @@ async def http(
     api = Api(service.pipeline, None, None, 30.0, gate=gate, audit=audit)
     page = Page(service.watch, asyncio.get_running_loop())
     app = api.app(*page.routes(), metrics_route(service.pipeline.metrics.registry))
-    paths = {getattr(route, "path", "").replace("{name:path}", "tiny") for route in app.routes}
-    assert paths == {*POSTS, *GETS, "/health"}, "what is tested here is all there is"
+    paths = {re.sub(r"{.*}", "tiny", getattr(route, "path", "")) for route in app.routes}
+    assert paths == {*POSTS, *GETS, *OPEN}, "what is tested here is all there is"
     server = HttpServer(app)
     await server.start("127.0.0.1", 0, tls)
     try:
@@ -253,8 +265,12 @@ async def test_every_http_method_and_page_asks_for_a_key(ring: KeyRing) -> None:
             assert (
                 await client.post(url + "/v1/completions", json=POSTS["/v1/completions"], headers=headers)
             ).is_success
-            assert all([(await client.get(url + path, headers=headers)).is_success for path in GETS])
-        assert (await client.get(f"{url}/health")).status_code == 200
+            found = {path: (await client.get(url + path, headers=headers)).status_code for path in GETS}
+            nothing_there = {"/ui/pools/tiny", "/ui/pool.json"}
+            assert found == {path: 404 if path in nothing_there else 200 for path in GETS}
+        pages = [await client.get(url + path, headers=headers) for path in OPEN for headers in ({}, dict(bearer(key)))]
+        assert [page.status_code for page in pages] == [200] * len(pages)
+        assert len({page.content for page in pages[:4]}) == 1, "it tells nobody anything"
 
 
 async def test_the_open_inference_protocol_asks_for_keys_but_for_its_probes(ring: KeyRing) -> None:
@@ -429,7 +445,8 @@ async def test_each_role_does_what_it_is_for(ring: KeyRing) -> None:
         Role.OPERATOR: {"ListPools", "DeletePool", "Abort", "GetModel", "GetResidency"},
         Role.METRICS: {"GetModel"},
     }
-    pages = {Role.INFERENCE: {"/ui"}, Role.OPERATOR: {"/ui", "/ui/state.json", "/metrics"}}
+    asking = {"/ui", "/ui/playground.json"}
+    pages = {Role.INFERENCE: asking, Role.OPERATOR: {"/ui", "/ui/state.json", "/metrics"}}
     pages[Role.METRICS] = pages[Role.OPERATOR]
     gate = ring.gate()
     async with guarded(gate) as service, http(service, gate) as url, httpx.AsyncClient(timeout=60) as client:
@@ -440,7 +457,7 @@ async def test_each_role_does_what_it_is_for(ring: KeyRing) -> None:
                 else:
                     error = await failure(call(service, method, bearer(key)))
                     assert error.code() == grpc.StatusCode.PERMISSION_DENIED, (role, method)
-            for path in ("/ui", "/ui/state.json", "/metrics"):
+            for path in ("/ui", "/ui/playground.json", "/ui/state.json", "/metrics"):
                 status = (await client.get(url + path, headers=dict(bearer(key)))).status_code
                 assert status == (200 if path in pages[role] else 403), (role, path)
             answer = await client.post(

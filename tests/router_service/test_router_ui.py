@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import grpc
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from playwright.sync_api import Browser
@@ -33,7 +34,18 @@ from pager.types import (
     WorkerResidency,
 )
 from router_service.hints import InProcessHints
-from router_service.ui import KEPT, MAX_POOLS, MAX_WORKERS, NUM_SAMPLES, SAMPLE_S, Page, PoolLog, Watch
+from router_service.ui import (
+    KEPT,
+    MAX_POOLS,
+    MAX_WAITS,
+    MAX_WORKERS,
+    NUM_SAMPLES,
+    SAMPLE_S,
+    Page,
+    PoolLog,
+    Served,
+    Watch,
+)
 from tests.support.calls import rest
 
 HOSTILE = "<img src=x onerror='window.broken=1'>"
@@ -82,7 +94,8 @@ class Stage:
     def __init__(self, cluster: Any, hints: Any = None) -> None:
         self.cluster, self.clock, self.pools = cluster, Clock(), PoolLog()
         self.hints = hints or InProcessHints()
-        self.watch = Watch(MODEL, cluster, self.hints, self.pools, clock=self.clock)
+        self.served = Served()
+        self.watch = Watch(MODEL, cluster, self.hints, self.pools, self.served, clock=self.clock)
 
     def beat(self, seconds: float = 1.0) -> None:
         self.clock.now_s += seconds
@@ -138,6 +151,33 @@ def test_samples_are_of_the_last_minutes_only(stage: Stage) -> None:
     for _ in range(2 * NUM_SAMPLES):
         stage.beat(SAMPLE_S)
     assert len(stage.state()["samples"]) == NUM_SAMPLES
+
+
+async def test_what_was_sent_and_what_failed_is_in_the_samples(service: Any, lost: Any) -> None:
+    asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling=pb.SamplingParams(max_tokens=4))
+    await rest(service.stub.Generate(asked))
+    service.cluster.fail["w0"] = service.cluster.fail["w1"] = [(2, lost())]
+    with pytest.raises(grpc.RpcError):
+        await rest(service.stub.Generate(asked))
+    service.watch.beat()
+    state = await service.watch.state()
+    sample = state["samples"][-1]
+    assert (sample["tokens"], sample["answers"], sample["errors"]) == (4 + 2, 1, 1)
+    assert 0 < state["first_token_s"]["median"] <= state["first_token_s"]["p95"] < 60
+    assert sample["first_token_s"] == state["first_token_s"]["median"]
+
+
+def test_times_of_first_tokens_are_kept_for_as_long_as_the_samples(stage: Stage) -> None:
+    assert stage.state()["first_token_s"] == {"median": None, "p95": None}
+    stage.served.waits_s.extend(range(1, 101))
+    stage.beat(SAMPLE_S)
+    stage.beat()
+    assert stage.state()["first_token_s"] == {"median": 51, "p95": 96}
+    assert [sample["first_token_s"] for sample in stage.state()["samples"]] == [51, None]
+    stage.served.waits_s.extend([0.0] * 10 * MAX_WAITS)
+    for _ in range(NUM_SAMPLES):
+        stage.beat(SAMPLE_S)
+    assert stage.state()["first_token_s"] == {"median": 0.0, "p95": 0.0}
 
 
 # --- workers --------------------------------------------------------------------------------------------------------

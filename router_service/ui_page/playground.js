@@ -79,7 +79,7 @@ function showHeat() {
 
 class Run {
   constructor(prompt, asked, title) {
-    Object.assign(this, { prompt, asked, title, tokens: [], expected: new Set(), there: new Set(), paged: new Map(), read: new Set(), bill: null, waiting: 0 });
+    Object.assign(this, { prompt, asked, title, tokens: [], expected: new Set(), resident: () => 0, there: new Set(), paged: new Map(), read: new Set(), bill: null, waiting: 0 });
     this.card = element("section", undefined, "card answer");
     const head = element("div", undefined, "head");
     head.append(element("h3", title), element("p", "", "soft"), element("p", "", "readout"));
@@ -105,8 +105,9 @@ class Run {
     this.expected = keysOf(scores.expected);
     this.card.querySelector(".head .soft").textContent = scores.worker ? `on ${scores.worker}` : "";
     const worker = state?.workers.find((each) => each.id === scores.worker);
-    for (const cell of worker ? this.expected : []) {
-      if (holds(worker, ...cell.split(",").map(Number))) this.there.add(cell);
+    if (worker) this.resident = (layer, expert) => holds(worker, layer, expert);
+    for (const cell of this.expected) {
+      if (this.resident(...cell.split(",").map(Number))) this.there.add(cell);
     }
     this.draw();
   }
@@ -117,7 +118,8 @@ class Run {
       const cell = cellKey(layer, expert);
       if (this.paged.has(cell)) return [[this.paged.get(cell), 1]];
       if (this.there.has(cell)) return [["held", 1]];
-      return this.expected.has(cell) && !this.bill?.pool ? [["soft", 0.35]] : [];
+      if (this.expected.has(cell) && !this.bill?.pool) return [["soft", 0.5]];
+      return [["held", 0.2 * this.resident(layer, expert)]];
     });
     this.map.dataset.cells = number;
   }

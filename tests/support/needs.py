@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +23,7 @@ MARKERS = {
     "redis_server": "redis",
     "chromium": "browser",
     "kubectl": "tools",
+    "helm": "tools",
     "promtool": "tools",
     "prometheus_server": "tools",
     "guidellm": "tools",
@@ -66,6 +67,16 @@ def redis_server() -> Path:
 @pytest.fixture(scope="session")
 def kubectl() -> Path:
     return program("kubectl")
+
+
+@pytest.fixture(scope="session")
+def helm() -> Any:
+    """Helm's own engine, as a library; it is one of the development dependencies."""
+    try:
+        import helm_python
+    except ImportError:
+        pytest.fail("this test needs helm-python-sdk, which is not here; `make install` installs it")
+    return helm_python
 
 
 @pytest.fixture(scope="session")

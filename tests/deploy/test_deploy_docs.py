@@ -79,6 +79,7 @@ def test_every_program_is_one_that_the_reader_was_told_to_have() -> None:
         "docker",
         "kubectl",
         "kind",
+        "helm",
         "openssl",
         "printf",
         "umask",

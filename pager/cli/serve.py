@@ -388,7 +388,7 @@ def _live(service: Client, every_s: float) -> None:
             try:
                 live.update(_shown(_look(service)), refresh=True)
             except (ServiceUnreachable, NotReady) as error:
-                live.update(Text(_message(error), style="red"), refresh=True)
+                live.update(Text(_message(error), style="red", overflow="fold", no_wrap=False), refresh=True)
             time.sleep(every_s)
 
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import termios
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -118,3 +128,25 @@ def test_options_of_serve_are_settings() -> None:
     assert settings.router.tls_client_ca == "ca.pem"
     assert settings.log.format == "json"
     assert flags["router.tls_client_ca"] == "--tls-client-ca"
+
+
+def test_a_terminal_shows_all_of_why_nothing_can_be_seen() -> None:
+    """In lines as wide as it is; the service is looked for again meanwhile."""
+    shown, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    env = environment({"TERM": "xterm", "COLUMNS": "60"})
+    at = f"127.0.0.1:{free_port()}"
+    watching = command("status", "--server", at, "--watch", "--every", "0.1")
+    with subprocess.Popen(watching, stdin=terminal, stdout=terminal, env=env) as process:
+        os.close(terminal)
+        text, give_up_s = "", time.monotonic() + 60
+        while text.count("lookingagain") < 2 and time.monotonic() < give_up_s:
+            text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\s", "", os.read(shown, 65536).decode())
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # the other end is closed
+            while os.read(shown, 65536):
+                pass
+        assert process.wait(60) == 130
+    os.close(shown)
+    assert f"noserviceanswersat{at}" in text
+    assert text.count("lookingagain") >= 2

@@ -510,9 +510,16 @@ def test_the_metrics_port_asks_for_the_role_unless_it_is_open(tmp_path: Path) ->
 
     with listening(is_open=False) as url:
         assert [status(f"{url}/metrics", each) for each in ((), bearer(tenant), bearer(scraper))] == [401, 403, 200]
-        assert [status(f"{url}/ui", each) for each in ((), bearer("x"), bearer(scraper))] == [401, 401, 200]
+        asked = f"{url}/ui/state.json"
+        assert [status(asked, each) for each in ((), bearer("x"), bearer(tenant), bearer(scraper))] == [
+            401,
+            401,
+            403,
+            200,
+        ]
+        assert status(f"{url}/ui") == 200
     with listening(is_open=True) as url:
-        assert (status(f"{url}/metrics"), status(f"{url}/ui"), status(f"{url}/ui/state.json")) == (200, 401, 401)
+        assert (status(f"{url}/metrics"), status(f"{url}/ui"), status(f"{url}/ui/state.json")) == (200, 200, 401)
     audit.close()
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [(line["what"], line["outcome"], line.get("tenant")) for line in lines[:2]] == [

@@ -156,7 +156,7 @@ class WarmFile:
     def _checked(self, document: Any) -> list[list[int]]:
         """Returns the file's experts. Raises ValueError that says what is wrong."""
         if not isinstance(document, dict) or document.get("version") != VERSION:
-            raise ValueError(f"it does not have version {VERSION}")
+            raise ValueError(f"it is not a file of version {VERSION}")
         if document.get("fingerprint") != self._fingerprint:
             raise ValueError("it is of another model")
         experts = document.get("experts")

@@ -264,7 +264,7 @@ def test_of_two_clusters_on_a_machine_the_one_that_is_named_is_joined_and_an_unn
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ([], "no Ray cluster runs on this machine"),
+        ([], "finds no Ray cluster on this machine"),
         (
             ["127.0.0.1:9", "127.0.0.1:10"],
             "is ambiguous: 2 Ray clusters run on this machine, 127.0.0.1:10, 127.0.0.1:9",
@@ -288,7 +288,7 @@ def test_a_service_of_another_kind_is_no_cluster_and_neither_is_one_that_says_no
     monkeypatch.setattr(services, "_find_address_from_flag", lambda flag: {f"127.0.0.1:{port}"})
     try:
         for address in (f"127.0.0.1:{port}", "auto"):
-            with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.* is no Ray cluster \(UNIMPLEMENTED\)"):
+            with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.* is not a Ray cluster \(UNIMPLEMENTED\)"):
                 find_cluster(address)
     finally:
         server.stop(0)

@@ -136,7 +136,7 @@ def test_a_drain_under_load_loses_nothing(service: Any, until: Callable[..., Non
     assert load.errors == []
     assert set(load.answers) == {150}
     assert list(read) == [699, 699]
-    until(lambda: is_said("has drained and is started again") and is_said("experts paged in again"))
+    until(lambda: is_said("has drained and is started again") and is_said("remembered experts in"))
     service.wait_until_idle()  # nothing is leased
 
     last = service.open(PROMPT, max_tokens=900)  # goes on for longer than the others: who asks after it finds nobody

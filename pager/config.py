@@ -665,7 +665,7 @@ def _tls_problems(reading: Reading) -> Iterator[str]:
 
 
 def _caller_problems(reading: Reading, router: RouterConfig) -> Iterator[str]:
-    """Settings of who may call that are unsafe, or can take no effect."""
+    """Settings of who may call that are unsafe, or would have no effect."""
     has_tokens = router.jwt_secret is not None or router.jwt_jwks is not None
     if not (router.asks_for_keys or router.allow_open or router.is_local):
         origin = reading.settings["router.host"].origin
@@ -678,6 +678,6 @@ def _caller_problems(reading: Reading, router: RouterConfig) -> Iterator[str]:
         yield "router.jwt_audience is not set: a JSON web token that was made for another service would be taken"
     for key in ("jwt_audience", "jwt_issuer"):
         if getattr(router, key) is not None and not has_tokens:
-            yield f"router.{key} can take no effect: set router.jwt_secret or router.jwt_jwks too"
+            yield f"router.{key} would have no effect: set router.jwt_secret or router.jwt_jwks too"
     if router.open_metrics and not router.asks_for_keys:
-        yield "router.open_metrics can take no effect: /metrics needs no key where none are set (router.keys)"
+        yield "router.open_metrics would have no effect: /metrics needs no key where none are set (router.keys)"

@@ -1,7 +1,8 @@
-"""What is recorded of every call, whichever front it comes by: metrics, its trace, and one line of a log at its end.
+"""The record of every call, whichever front it arrives by: metrics, its trace, and one log line at its end.
 
-The line says who asked for what, what came of it, and why it was refused. What it says is gathered while the call runs;
-it has no prompt and no answer. Refusals that repeat are sampled. The audit log has what concerns who may do what.
+The line says who called what, how it ended, and why it was refused. Its contents are collected while the call runs;
+they include neither prompt nor answer. Refusals that repeat are sampled. The audit log records calls that concern
+permissions.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from router_service.ui import size_label
 log = logging.getLogger("expert_pager.router")
 
 WINDOW_S = 60.0
-FEW = 10  # of a kind are logged in a window, and then one in EVERY
+FEW = 10  # the first FEW of a kind are logged in each window, and then one in EVERY
 EVERY = 100
-ON_THE_WAY_S, ROUNDED_UP = 0.02, 0.01  # by how much a client's deadline may pass before the router's
-MAX_KINDS = 1024  # tenants name themselves: beyond these, all kinds count as one
+ON_THE_WAY_S, ROUNDED_UP = 0.02, 0.01  # how much earlier a client's deadline may pass than the router's
+MAX_KINDS = 1024  # tenants choose their own names: beyond this number, all kinds count as one
 
 _said: ContextVar[dict[str, Any]] = ContextVar("said")
 
 
 def tell(**said: str | int | float) -> None:
-    """Adds to the line of the present call, if there is one."""
+    """Adds fields to the line of the present call, if there is one."""
     _said.get({}).update(said)
 
 
@@ -59,17 +60,17 @@ def pool_label(asked: PoolPolicy | PoolByDigest | PoolByName) -> str:
 
 
 class AccessLog:
-    """Owns which refusals have been logged lately."""
+    """Writes the access log. Owns the record of which refusals have been logged lately."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._repeats = Repeats(clock)
 
     def begin(self) -> None:
-        """A call begins in this context."""
+        """Begins the record of a call in this context."""
         _said.set({})
 
     def end(self, method: str, tenant: str, code: str, error: PagerError | None, seconds: float) -> None:
-        """Logs the call that began in this context, unless it is one of many refusals alike."""
+        """Logs the call that began in this context, unless it is one of many similar refusals."""
         tenant = tenant_or_invalid(tenant)
         said = {"tenant": tenant, "code": code, "reason": error.reason if error else None, **_said.get({})}
         said["took_ms"] = round(1000 * seconds, 1)
@@ -82,13 +83,13 @@ class AccessLog:
         log.info("%s request_id=%s %s", method, request_id.get(), text, extra=facts(method=method, **said))
 
 
-AUDIT_FILES = 8  # beside the one that is written to
+AUDIT_FILES = 8  # kept beside the current one
 _REFUSALS = (Unauthenticated, PermissionDenied, QuotaExceeded)
 _AUDITED = ("Calibrate", "DeletePool", "GetResidency")
 
 
 class _AuditFile(RotatingFileHandler):
-    """The file of an audit log, which only its owner reads. One that cannot be written to is said so, now and then."""
+    """The file of an audit log, readable by its owner only. When it cannot be written, that is logged now and then."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._complaints = Repeats()
@@ -106,9 +107,10 @@ class _AuditFile(RotatingFileHandler):
 
 
 class AuditLog:
-    """Owns the file of who did what that others may ask about: refusals, changes of pools, and calls of operators.
+    """Owns the audit file, which records who did what: refusals, changes of pools, and calls of operators.
 
-    A JSON object a line, with no prompt and no key; the file is rotated by its size. Refusals that repeat are sampled.
+    It has one JSON object a line, with no prompt and no key, and is rotated by its size. Refusals that repeat are
+    sampled.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -117,17 +119,17 @@ class AuditLog:
             file = _AuditFile(path, max_bytes)
         except OSError as error:
             raise ConfigError(
-                f"router.audit_log {path} cannot be written: {error.strerror or error}; name a file that can"
+                f"router.audit_log {path} cannot be written: {error.strerror or error}; name a file that can be written"
             ) from None
         queue: SimpleQueue[logging.LogRecord] = SimpleQueue()
         self._queue = QueueHandler(queue)
-        self._writer = QueueListener(queue, file)  # in a thread: a disk may take its time
+        self._writer = QueueListener(queue, file)  # in a thread, because disks can be slow
         self._file = file
         self._writer.start()
         self._repeats = Repeats()
 
     def record(self, method: str, code: str, error: PagerError | None, peer: str) -> None:
-        """Writes a line about a call of this context that has ended, if it is one of those."""
+        """Writes a line about a call of this context that has ended, if it belongs in the audit log."""
         caller = present.get()
         left_out: int | None = 0
         if isinstance(error, _REFUSALS):
@@ -148,20 +150,22 @@ class AuditLog:
     def close(self) -> None:
         """Writes what is still to be written, and closes the file."""
         self._writer.stop()
-        with suppress(OSError):  # which was logged when it could not be written
+        with suppress(OSError):  # the failure was logged when the file could not be written
             self._file.close()
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How a call ended. `error` is for its front to turn into an answer, `code` the name of a gRPC status code."""
+    """How a call ended. `error` is for its front to turn into an answer; `code` is the name of a gRPC status code."""
 
     code: str = "OK"
     error: PagerError | None = None
 
 
 class CallRecorder:
-    """Follows calls from their arrival to their end. All that a block raises but cancellation becomes its outcome."""
+    """Records calls from their arrival to their end. Whatever a block raises, except cancellation, becomes the call's
+    outcome.
+    """
 
     def __init__(
         self, metrics: RouterMetrics, audit: AuditLog | None = None, clock: Callable[[], float] = time.monotonic
@@ -177,7 +181,7 @@ class CallRecorder:
     ) -> Iterator[Outcome]:
         """Records the call that this context is for.
 
-        `tenant` is as the caller says, until the caller is known; `deadline_s` is monotonic.
+        `tenant` is what the caller claims, until the caller is known; `deadline_s` is monotonic.
         """
         started_s = self._clock()
         request_id.set("")
@@ -196,10 +200,10 @@ class CallRecorder:
             if error.is_refusal:
                 self._metrics.refused(error.reason)
         except Exception as error:
-            # Not the message: it can quote what the user wrote.
+            # Not the message: it can quote the user's text.
             frames = "".join(traceback.format_tb(error.__traceback__))
             log.error("%s request_id=%s failed with %s\n%s", method, request_id.get(), type(error).__name__, frames)
-            outcome.error = PagerError("internal error; the service's log has it under the request id")
+            outcome.error = PagerError("internal error; see the service's log under the request id")
             outcome.code = code_of(outcome.error).name
         finally:
             tracing.end_call(outcome.code)
@@ -214,9 +218,10 @@ class CallRecorder:
             self._access_log.end(method, tenant, outcome.code, failure, self._clock() - started_s)
 
     def _is_late(self, started_s: float, deadline_s: float | None) -> bool:
-        """Whether a call that its client has ended was at its deadline, which clients see a little before it is here.
+        """Tells whether a call that its client ended had reached its deadline, which passes slightly earlier at the
+        client.
 
-        gRPC rounds the time that a call has up by at most a hundredth on its way, and counts from its arrival.
+        gRPC rounds the time of a call up by at most a hundredth, and counts it from the call's arrival.
         """
         if deadline_s is None:
             return False
@@ -224,14 +229,16 @@ class CallRecorder:
 
 
 class Repeats:
-    """Which of many events of a kind are logged: the first few of a minute, then one in many."""
+    """Decides which of many events of a kind are logged: the first few of a minute, then one in many."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seen: dict[tuple[str, ...], _Seen] = {}
 
     def left_out(self, kind: tuple[str, ...]) -> int | None:
-        """How many of its kind were left out since the last that was logged; None when this one is to be left out."""
+        """Returns how many events of a kind were omitted since the last logged one; None when this one is to be
+        omitted.
+        """
         now_s = self._clock()
         if kind not in self._seen and len(self._seen) >= MAX_KINDS:
             self._seen = {each: seen for each, seen in self._seen.items() if now_s - seen.started_s < WINDOW_S}
@@ -248,7 +255,7 @@ class Repeats:
 
 
 class _Seen:
-    """Events of one kind since `started_s`."""
+    """The count of events of one kind since `started_s`."""
 
     def __init__(self, started_s: float) -> None:
         self.started_s = started_s

@@ -1,4 +1,4 @@
-"""Admission: the bounds on what is in flight, quotas, and refusals for want of room or time."""
+"""Admission: the bounds on what is in flight, quotas, and refusals for lack of room or time."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ class AdmissionLimits:
 
     @property
     def most_tokens(self) -> int:
-        """The bound for one request."""
+        """The most tokens that one request may have."""
         return min(self.max_tokens, self.max_tokens_per_tenant)
 
     @property
     def most_bytes(self) -> int:
-        """The bound for one request."""
+        """The most bytes that one request may have."""
         return min(self.max_bytes, self.max_bytes_per_tenant)
 
 
 class Admission:
-    """The counts of what is in flight. A ticket is held from a request's admission to its end.
+    """Counts what is in flight. A ticket is held from a request's admission to its end.
 
-    `num_requests`, `num_tokens` and `num_bytes` are read by others, from any thread.
+    `num_requests`, `num_tokens` and `num_bytes` may be read from any thread.
     """
 
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -78,7 +78,7 @@ class Admission:
         return self._is_closed
 
     def close(self) -> None:
-        """Refuses every request from now on with NotReady; those in flight go on."""
+        """Refuses every request from now on with NotReady; those in flight continue."""
         self._is_closed = True
 
     def enter(self, tenant: str, num_bytes: int = 0, caller: Caller | None = None) -> Ticket:
@@ -92,7 +92,8 @@ class Admission:
             most = caller.limits.requests_in_flight
             if most is not None and self._requests_of[caller.id] >= most:
                 raise TenantOverloaded(
-                    f"the key has its {most} requests in flight; retry later", retry_after_s=self.retry_after_s()
+                    f"the key has {most} requests in flight, which is its limit; retry later",
+                    retry_after_s=self.retry_after_s(),
                 )
         self._requests[tenant] += 1
         self._bytes[tenant] += num_bytes
@@ -103,12 +104,12 @@ class Admission:
         return Ticket(self, tenant, self._clock(), num_bytes, caller)
 
     def load(self) -> Load:
-        """What is in flight, the tenants with the most requests first. On the event loop only."""
+        """Returns what is in flight, the tenants with the most requests first. Called on the event loop only."""
         tenants = [TenantLoad(tenant, count, self._tokens[tenant]) for tenant, count in self._requests.most_common()]
         return Load(self.num_requests, self.num_tokens, tuple(tenants))
 
     def retry_after_s(self) -> float:
-        """Estimates when the next request in flight ends, from how long they have been lasting."""
+        """Estimates when the next request in flight ends, from how long those in flight have been running."""
         if self._mean_held_s is None:
             return 1.0
         return min(max(self._mean_held_s / max(1, self.num_requests), _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
@@ -118,12 +119,13 @@ class Admission:
             raise NotReady("the service is draining; send the request to another replica", retry_after_s=1.0)
         if self.num_requests >= self._limits.max_requests:
             raise Overloaded(
-                f"all {self._limits.max_requests} requests that the service admits are in flight; retry later",
+                f"{self._limits.max_requests} requests are in flight, which is the service's limit; retry later",
                 retry_after_s=self.retry_after_s(),
             )
         if self._requests[tenant] >= self._limits.max_requests_per_tenant:
             raise TenantOverloaded(
-                f"tenant {tenant!r} has its {self._limits.max_requests_per_tenant} requests in flight; retry later",
+                f"tenant {tenant!r} has {self._limits.max_requests_per_tenant} requests in flight, which is its "
+                "limit; retry later",
                 retry_after_s=self.retry_after_s(),
             )
         self._check_bytes(tenant, num_bytes)
@@ -201,7 +203,7 @@ class Admission:
         for counts, name, amount in held:
             counts[name] -= amount
             if counts[name] <= 0:
-                del counts[name]  # names of tenants come from outside: keep none without a request
+                del counts[name]  # names of tenants come from outside: a name without a request is not kept
         held_s = self._clock() - ticket.entered_s
         before = held_s if self._mean_held_s is None else self._mean_held_s
         self._mean_held_s = before + _SMOOTHING * (held_s - before)
@@ -216,7 +218,7 @@ class Admission:
 
 
 class Ticket:
-    """One admitted request; leaving the block gives back what it holds."""
+    """One admitted request; leaving the block gives back the room that it holds."""
 
     def __init__(self, admission: Admission, tenant: str, entered_s: float, num_bytes: int, caller: Caller) -> None:
         self._admission = admission
@@ -243,7 +245,7 @@ class Ticket:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Marks errors raised in the block for want of room or time as refusals: nothing was done for the call."""
+    """Marks errors that are raised in the block for lack of room or time as refusals: no work was done for the call."""
     try:
         yield
     except (Overloaded, NotReady, DeadlineExceeded) as error:
@@ -258,10 +260,8 @@ def remaining_s(deadline_s: float | None) -> float | None:
 
 # --- quotas -----------------------------------------------------------------------------------------------------------
 #
-# Quotas: how many requests and tokens a caller has had in a minute and a day.
-#
-# Here they are counted by one router; `SharedQuotas` in `router_service.redis` has all routers count together.
-# What is in flight is bounded by `this module`.
+# Quotas bound the requests and tokens of a caller in a minute and in a day. Here one router counts them; with
+# `SharedQuotas` in `router_service.redis` all routers count together. `Admission` bounds what is in flight.
 
 
 Answer = TypeVar("Answer")
@@ -274,18 +274,20 @@ class Quotas:
         self._local = FixedWindowRateLimiter(MemoryStorage())
 
     async def request(self, caller: Caller) -> None:
-        """Counts a request. Raises QuotaExceeded for one too many."""
+        """Counts a request. Raises QuotaExceeded when the quota is used up."""
         for item in _items(caller, "requests"):
             if not await self._ask(FixedWindowRateLimiter.hit, item, caller):
                 raise await self._exceeded(item, caller, "requests")
 
     async def prompt(self, caller: Caller, num_tokens: int) -> None:
-        """Counts the tokens of a prompt. Raises QuotaExceeded, or PromptTooLong for one that no window has room for."""
+        """Counts the tokens of a prompt. Raises QuotaExceeded, or PromptTooLong for one that exceeds a whole window's
+        quota.
+        """
         items = list(_items(caller, "tokens"))
         for item in items:
             if num_tokens > item.amount:
                 raise PromptTooLong(
-                    f"the prompt's {num_tokens} tokens are more than the {item.amount} that the key may use in "
+                    f"the prompt has {num_tokens} tokens, more than the {item.amount} that the key may use in "
                     f"{_window(item)}; send less",
                     field="prompt",
                 )
@@ -294,11 +296,11 @@ class Quotas:
         await self._count(items, caller, num_tokens)
 
     async def answer(self, caller: Caller, num_tokens: int) -> None:
-        """Counts the tokens of an answer, which may go beyond the quota: the next prompt is refused then."""
+        """Counts the tokens of an answer, which may exceed the quota: the next prompt is refused then."""
         await self._count(_items(caller, "tokens"), caller, num_tokens)
 
     async def headers(self, caller: Caller) -> dict[str, str]:
-        """What is left of the present minute, as `x-ratelimit-*` headers; none without a limit."""
+        """Returns what is left of the present minute, as `x-ratelimit-*` headers; none without a limit."""
         found = {}
         for what in ("requests", "tokens"):
             for item in _items(caller, what):
@@ -310,7 +312,7 @@ class Quotas:
         return found
 
     async def close(self) -> None:
-        """Does nothing: nothing is open."""
+        """Does nothing: no connection is open."""
 
     async def _count(self, items: Iterable[RateLimitItem], caller: Caller, num: int) -> None:
         for item in items if num else ():
@@ -328,7 +330,7 @@ class Quotas:
     async def _ask(
         self, question: Callable[..., Awaitable[Answer]], item: RateLimitItem, caller: Caller, **options: int
     ) -> Answer:
-        """Asks this router's own counts."""
+        """Checks against this router's own counts."""
         return await question(self._local, item, caller.id, **options)
 
 

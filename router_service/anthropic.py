@@ -1,4 +1,4 @@
-"""Anthropic's messages: which fields are taken, what they ask of the pipeline, and what goes back."""
+"""Anthropic's messages: which fields are accepted, how they are passed to the pipeline, and how answers are written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from router_service.openai import Many, Strict, in_json, paged
 
 
 class Block(Strict):
-    """A part of a message: a text, a call of a tool, or what a tool has answered."""
+    """A part of a message: a text, a tool call, or a tool's result."""
 
     type: Literal["text", "tool_use", "tool_result"]
     text: str | None = None
@@ -24,7 +24,7 @@ class Block(Strict):
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
     content: str | Many[Block] | None = None
-    is_error: bool | None = Field(default=None, description="templates have no mark for it; the content says it")
+    is_error: bool | None = Field(default=None, description="templates cannot mark errors; say it in the content")
 
     NEUTRAL: ClassVar = {"cache_control": ({"type": "ephemeral"},), "citations": ()}
 
@@ -37,7 +37,7 @@ class Message(Strict):
 
 
 class Tool(Strict):
-    """A tool that an answer may ask to be called."""
+    """A tool that an answer may call."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
@@ -48,7 +48,7 @@ class Tool(Strict):
 
 
 class ToolChoice(Strict):
-    """Whether an answer may, must or must not call a tool."""
+    """The choice whether an answer may, must or must not call a tool."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -61,7 +61,7 @@ class Metadata(Strict):
 
 
 class CountRequest(Strict):
-    """/v1/messages/count_tokens."""
+    """The body of /v1/messages/count_tokens."""
 
     model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
     messages: Many[Message] = Field(min_length=1)
@@ -76,7 +76,7 @@ class CountRequest(Strict):
         return self.tool_choice is not None and self.tool_choice.type in ("any", "tool")
 
     def shown_tools(self) -> list[dict[str, Any]]:
-        """The tools as templates read them. Raises InvalidRequest for a forced call without tools."""
+        """Returns the tools as templates read them. Raises InvalidRequest for a forced call without tools."""
         if not self.tools:
             if self.is_tool_forced:
                 raise InvalidRequest("`tool_choice` needs `tools`", field="tool_choice")
@@ -96,7 +96,9 @@ class CountRequest(Strict):
         ]
 
     def prompt(self, template: ChatTemplate | None) -> str:
-        """Raises InvalidRequest where the model has no template, or the template refuses the messages."""
+        """Renders the prompt. Raises InvalidRequest where the model has no template, or the template refuses the
+        messages.
+        """
         if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or serve it with --chat-template FILE",
@@ -109,17 +111,19 @@ class CountRequest(Strict):
 
 
 class MessagesRequest(CountRequest):
-    """/v1/messages."""
+    """The body of /v1/messages."""
 
     max_tokens: int = Field(ge=1)
-    temperature: float | None = Field(default=None, description="1 by default, as Anthropic's; 0 is greedy")
+    temperature: float | None = Field(default=None, description="1 by default, as in Anthropic's API; 0 is greedy")
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: Many[str] | None = None
     stream: bool | None = None
     metadata: Metadata | None = Field(default=None, description="a digest of user_id is in the access log")
-    pool: str | int | float | None = Field(default=None, description="the pool's size, as `--pool` of the command line")
-    drift: str | float | None = Field(default=None, description="as `--drift` of the command line")
+    pool: str | int | float | None = Field(
+        default=None, description="the pool's size, as with `--pool` on the command line"
+    )
+    drift: str | float | None = Field(default=None, description="as with `--drift` on the command line")
 
     NEUTRAL: ClassVar = {**CountRequest.NEUTRAL, "service_tier": ("auto", "standard_only")}
     REFUSED: ClassVar = {
@@ -155,7 +159,7 @@ def _text(content: str | list[Block] | None) -> str:
 
 
 def _for_template(message: Message) -> list[dict[str, Any]]:
-    """A message as templates read it; what tools have answered becomes messages of theirs."""
+    """Yields a message as templates read it; tool results become messages of their own."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     made: list[dict[str, Any]] = [
@@ -180,14 +184,14 @@ def _for_template(message: Message) -> list[dict[str, Any]]:
 
 
 def stop_reason(usage: Usage, calls: bool) -> str:
-    """Why the answer ended."""
+    """Returns why the answer ended, in Anthropic's words."""
     if usage.finish_reason is FinishReason.LENGTH:
         return "max_tokens"
     return "tool_use" if calls else "end_turn"
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
-    """Tokens, and what was paged."""
+    """Returns the counts of tokens, and what was paged."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_prompt_tokens,
         "cache_read_input_tokens": usage.cached_prompt_tokens,
@@ -197,7 +201,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 
 
 def tool_use(call: ToolCall) -> dict[str, Any]:
-    """A call as a block of an answer."""
+    """Returns a tool call as a block of an answer."""
     return {"type": "tool_use", "id": call.id.replace("call_", "toolu_"), "name": call.name, "input": _object(call)}
 
 
@@ -209,7 +213,7 @@ def _object(call: ToolCall) -> Any:
 
 
 def error_body(error: PagerError, status: int) -> dict[str, Any]:
-    """An error as Anthropic's clients read it."""
+    """Returns an error as Anthropic's clients read it."""
     kinds: Mapping[int, str] = {
         400: "invalid_request_error",
         401: "authentication_error",

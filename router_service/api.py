@@ -41,7 +41,7 @@ from router_service.service import Call, Pipeline
 
 
 def openai_error(error: PagerError, status: int) -> dict[str, Any]:
-    """An error as OpenAI's clients read it; `code` is ErrorInfo's reason."""
+    """Returns an error as OpenAI's clients read it; `code` is ErrorInfo's reason."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     message, param = openai.in_json(error)
@@ -49,7 +49,7 @@ def openai_error(error: PagerError, status: int) -> dict[str, Any]:
 
 
 class Api:
-    """Owns nothing; reads requests, calls the pipeline, and writes what comes back."""
+    """The methods over HTTP. Reads requests, calls the pipeline and writes the answers; owns no state."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Api:
         self._boundary = Boundary(recorder, gate or Gate(), pipeline.stores.quotas, write_timeout_s)
 
     def app(self, *more: Route) -> Starlette:
-        """The application; `more` routes come after its own: pages, for which a caller needs a role."""
+        """Makes the application; `more` routes follow its own: pages that require a role."""
         for page in more:
             page.app = GuardedPage(page.path, page.app, self._boundary.gate, self._audit)
         posts: Mapping[str, tuple[str, Handler, ErrorBody]] = {
@@ -104,11 +104,11 @@ class Api:
     # --- completions --------------------------------------------------------------------------------------------------
 
     async def completions(self, exchange: Exchange, tenant: str) -> None:
-        """POST /v1/completions."""
+        """Answers POST /v1/completions."""
         asked = openai.CompletionRequest.read(await exchange.json())
         call, answers = new_call(exchange, tenant), max(asked.n or 1, asked.best_of or 1)
         if asked.stream and asked.best_of is not None and asked.best_of > (asked.n or 1):
-            raise InvalidRequest("`best_of` cannot be streamed: the best is known at the end", field="best_of")
+            raise InvalidRequest("`best_of` cannot be streamed: the best is known only at the end", field="best_of")
         if asked.max_tokens == 0 and not asked.echo:
             raise InvalidRequest("`max_tokens` 0 asks for nothing without `echo`", field="max_tokens")
         _tell_user(asked.user_digest)
@@ -118,7 +118,7 @@ class Api:
                 f"{len(prompts)} prompts of {answers} answers are more than the {openai.MAX_CHOICES} of a request",
                 field="prompt",
             )
-        if asked.echo or asked.counts_as_it_goes:  # whose tokens are shown, or counted before the end
+        if asked.echo or asked.counts_as_it_goes:  # the prompt's tokens are shown, or counted before the end
             prompts = [await self._ids(call, prompt) for prompt in prompts]
         asks = self._asks(asked, prompts, answers, call)
         choices = [
@@ -170,7 +170,7 @@ class Api:
         *,
         is_first: bool = True,
     ) -> dict[str, Any]:
-        """A choice as it is sent, whole or the part of it that has just come."""
+        """Returns a choice as it is sent: whole, or only the part that a chunk brought."""
         texts = self._known_texts() if asked.echo or asked.logprobs is not None else None
         is_dropped = asked.max_tokens == 0
         text = "" if is_dropped else choice.text
@@ -187,7 +187,7 @@ class Api:
     # --- chat ---------------------------------------------------------------------------------------------------------
 
     async def chat(self, exchange: Exchange, tenant: str) -> None:
-        """POST /v1/chat/completions."""
+        """Answers POST /v1/chat/completions."""
         asked = openai.ChatRequest.read(await exchange.json())
         call = new_call(exchange, tenant)
         _tell_user(asked.user_digest)
@@ -238,7 +238,7 @@ class Api:
     def _answer_of(
         self, asked: openai.ChatRequest | openai.ResponsesRequest | anthropic.MessagesRequest, choice: Choice
     ) -> tuple[str, list[ToolCall], str]:
-        """The text of an answer, the calls in it, and why it ended."""
+        """Returns the text of an answer, the tool calls in it, and why it ended."""
         text, calls, reason = choice.text, [], choice.finish_reason or "stop"
         if asked.is_tool_forced:
             call = forced_call(text)
@@ -259,7 +259,7 @@ class Api:
     # --- responses ----------------------------------------------------------------------------------------------------
 
     async def responses(self, exchange: Exchange, tenant: str) -> None:
-        """POST /v1/responses."""
+        """Answers POST /v1/responses."""
         asked = openai.ResponsesRequest.read(await exchange.json())
         call = new_call(exchange, tenant)
         _tell_user(asked.user_digest)
@@ -293,10 +293,10 @@ class Api:
         text, calls, reason = self._answer_of(asked, choice)
         return openai.response(asked, id_, choice, text, [_call(each) for each in calls], reason)
 
-    # --- Anthropic's --------------------------------------------------------------------------------------------------
+    # --- Anthropic's methods ------------------------------------------------------------------------------------------
 
     async def messages(self, exchange: Exchange, tenant: str) -> None:
-        """POST /v1/messages."""
+        """Answers POST /v1/messages."""
         asked = anthropic.MessagesRequest.read(await exchange.json())
         call = new_call(exchange, tenant)
         if asked.metadata is not None and asked.metadata.user_id is not None:
@@ -330,7 +330,7 @@ class Api:
 
         async def seen(_: int, chunk: TokenChunk) -> None:
             if not choice.texts:
-                usage = {"input_tokens": 0, "output_tokens": 0}  # what they are is known at the end
+                usage = {"input_tokens": 0, "output_tokens": 0}  # the counts are known at the end
                 await event("message_start", message=body | {"content": [], "stop_reason": None, "usage": usage})
                 if not holds_back:
                     await event("content_block_start", index=0, content_block={"type": "text", "text": ""})
@@ -357,7 +357,7 @@ class Api:
         await until_gone(exchange, work())
 
     async def count_tokens(self, exchange: Exchange, tenant: str) -> None:
-        """POST /v1/messages/count_tokens."""
+        """Answers POST /v1/messages/count_tokens."""
         asked = anthropic.CountRequest.read(await exchange.json())
         openai.model_and_pool(asked.model, None, None, self._pipeline.model, self._pipeline.default_pool)
         ids = await self._rendered(new_call(exchange, tenant), lambda: asked.prompt(self._template))
@@ -366,7 +366,7 @@ class Api:
     # --- the tokenizer and the model ----------------------------------------------------------------------------------
 
     async def tokenize(self, exchange: Exchange, tenant: str) -> None:
-        """POST /tokenize."""
+        """Answers POST /tokenize."""
         asked = openai.TokenizeRequest.read(await exchange.json())
         self._pipeline.get_model(asked.model)
         call = new_call(exchange, tenant)
@@ -375,24 +375,26 @@ class Api:
         await exchange.answer(200, {"count": len(ids), "max_model_len": limit, "tokens": list(ids)})
 
     async def detokenize(self, exchange: Exchange, tenant: str) -> None:
-        """POST /detokenize."""
+        """Answers POST /detokenize."""
         asked = openai.DetokenizeRequest.read(await exchange.json())
         model = self._pipeline.get_model(asked.model)
         if len(asked.tokens) > model.token_limit:
-            raise InvalidRequest(f"`tokens` has {len(asked.tokens)} ids and {model.token_limit} fit", field="tokens")
+            raise InvalidRequest(
+                f"`tokens` has {len(asked.tokens)} ids, and at most {model.token_limit} fit", field="tokens"
+            )
         if any(not 0 <= token < model.vocab_size for token in asked.tokens):
             raise InvalidRequest(f"`tokens` has ids outside of the vocabulary of {model.vocab_size}", field="tokens")
         text = await asyncio.to_thread(self._known_texts().decode, asked.tokens)
         await exchange.answer(200, {"prompt": text})
 
     async def models(self, exchange: Exchange, tenant: str) -> None:
-        """GET /v1/models: the model, and the tenant's named pools as models whose parent it is."""
+        """Answers GET /v1/models with the model, and the tenant's named pools as models whose parent it is."""
         listing = await self._pipeline.list_pools(tenant)
         names = [named.name for named in listing.pools]
         await exchange.answer(200, {"object": "list", "data": [self._card(None), *map(self._card, names)]})
 
     async def one_model(self, exchange: Exchange, tenant: str) -> None:
-        """GET /v1/models/NAME."""
+        """Answers GET /v1/models/NAME."""
         name = exchange.path_parameter("name")
         model_name, colon, pool_name = name.partition(":")
         self._pipeline.get_model(model_name)
@@ -415,11 +417,11 @@ class Api:
         }
 
     async def health(self, _: Request) -> Response:
-        """GET /health: whether a worker is ready."""
+        """Answers GET /health: 200 when a worker is ready."""
         is_ready = any(worker.state == "ready" for worker in self._pipeline.cluster.workers())
         return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
 
-    # --- what they share ----------------------------------------------------------------------------------------------
+    # --- helpers of several methods -----------------------------------------------------------------------------------
 
     def _asks(
         self,
@@ -428,8 +430,8 @@ class Api:
         answers: int,
         call: Call,
     ) -> list[Ask]:
-        """An ask for each prompt, with all of its answers; where they may drift, which each does by itself, one for
-        each answer. Several answers to a prompt have seeds in a row.
+        """Returns one ask per prompt, with all of its answers; one per answer where answers may drift, which each does
+        by itself. Several answers to a prompt have consecutive seeds.
         """
         sampling = replace(asked.sampling_of(self._pipeline.model.token_limit), n=answers)
         made = [self._ask(asked, sampling, prompt, call) for prompt in prompts]
@@ -454,7 +456,7 @@ class Api:
         return await self._pipeline.tokenize(call, prompt) if isinstance(prompt, str) else prompt
 
     async def _rendered(self, call: Call, render: Callable[[], str]) -> Sequence[int]:
-        """The tokens of a rendered template, which has the special tokens that it wants."""
+        """Returns the tokens of a rendered template, which already contains the special tokens that it needs."""
         text = await asyncio.to_thread(render)
         return await self._pipeline.tokenize(call, text, add_special_tokens=False)
 
@@ -471,7 +473,7 @@ class Api:
 
 
 def metrics_route(registry: CollectorRegistry) -> Route:
-    """GET /metrics, as on the metrics port."""
+    """Returns the route of GET /metrics, as on the metrics port."""
 
     async def answer(_: Request) -> Response:
         return Response(await asyncio.to_thread(generate_latest, registry), 200, media_type=CONTENT_TYPE_LATEST)
@@ -490,7 +492,7 @@ def _into(choices: Sequence[Choice]) -> Callable[[int, TokenChunk], Any]:
 
 
 def _best(choices: Sequence[Choice], answers: int, kept: int) -> list[Choice]:
-    """Of each prompt's answers those whose tokens were likeliest."""
+    """Returns the answers of each prompt whose tokens were likeliest."""
     found = []
     for start in range(0, len(choices), answers):
         ranked = sorted(choices[start : start + answers], key=lambda choice: -choice.mean_logprob)

@@ -1,4 +1,4 @@
-"""The composition root of the router process: workers, predictors, gRPC server, and how they start and stop."""
+"""The composition root of the router process: workers, predictors, the fronts, and how they start and stop."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("expert_pager.router")
 
 LISTEN_EVERY_S = 0.1
-EXIT_RAY_LOST = os.EX_TEMPFAIL  # what is lost comes back with a new process
+EXIT_RAY_LOST = os.EX_TEMPFAIL  # a new process recovers what was lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,10 @@ class Ready:
 
 
 async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callable[[Ready], None]) -> signal.Signals:
-    """Serves until SIGTERM or SIGINT, which it returns; what is in flight then has `drain_s` to end.
+    """Serves until SIGTERM or SIGINT, which it returns; requests in flight then have `drain_s` to end.
 
-    A second signal ends the wait. Where the embedded Ray loses a daemon it ends in the same way, and then the process,
-    with EXIT_RAY_LOST. Raises PagerError for anything that keeps it from starting.
+    A second signal ends the wait. When the embedded Ray loses a daemon, the service drains in the same way and the
+    process ends with EXIT_RAY_LOST. Raises PagerError for anything that keeps it from starting.
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     async with AsyncExitStack() as stack:
@@ -121,13 +121,13 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
             return stopping.result()
         try:
             server, cluster, ready = starting.result()
-        except RayLost:  # which has been logged, and after which nothing is left to be closed
+        except RayLost:  # the loss has been logged, and nothing is left to close
             end_process(EXIT_RAY_LOST)
         announce(ready)
         await asyncio.wait((stopping, cluster.ray_lost), return_when=asyncio.FIRST_COMPLETED)
         hurrying = asyncio.create_task(signals.get()) if stopping.done() else stopping
         draining = asyncio.create_task(_drain(server, cluster, config.router.drain_s))
-        # A worker that Ray took along does not answer, and nothing says so.
+        # A worker that ended together with Ray does not answer, and nothing reports its end.
         timeout_s = config.router.drain_s if cluster.ray_lost.done() else None
         await asyncio.wait((draining, hurrying), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         hurrying.cancel()
@@ -140,7 +140,7 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
 
 
 async def _drain(server: RouterServer, cluster: Cluster, drain_s: float) -> None:
-    """First what this router has in flight, then what others run on its workers."""
+    """Drains this router's own requests first, then those that other routers run on its workers."""
     end_s = time.monotonic() + drain_s
     if not await server.drain(drain_s):
         await server.cut_off()
@@ -150,8 +150,8 @@ async def _drain(server: RouterServer, cluster: Cluster, drain_s: float) -> None
 def end_process(status: int) -> NoReturn:
     """Ends the process of a service that is closed, without the interpreter's own teardown.
 
-    There, threads that wait for a lost Ray never return, and libraries print reports of their own (nanobind's of leaks,
-    where triton is installed) into a log that has promised lines of JSON.
+    In that teardown, threads that wait for a lost Ray never return, and libraries print reports of their own (nanobind
+    about leaks, where triton is installed) into a log that has to be lines of JSON.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -160,18 +160,18 @@ def end_process(status: int) -> NoReturn:
 
 
 def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
-    """Again and again while starting: Ray's core puts a handler of its own, which aborts, in the place of ours."""
+    """Installs the signal handlers. Repeated while starting, because Ray's core replaces them with one that aborts."""
     for each in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(each, signals.put_nowait, each)
 
 
-# --- the start, in its order ----------------------------------------------------------------------------------------
+# --- start-up, in its order -----------------------------------------------------------------------------------------
 
 
 async def _start(
     stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]
 ) -> tuple[RouterServer, Cluster, Ready]:
-    """Starts everything and leaves on `stack` how to stop it, last started first."""
+    """Starts everything, and registers on `stack` how to stop it, last started first."""
     choices = _choices(config, env)
     _check_ports(config)
     gate, audit = await _open_gate(stack, config.router, choices.redis_url)
@@ -228,19 +228,19 @@ async def _start(
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the operator has chosen for the requests of a router, read from the settings and the environment."""
+    """The operator's choices for the requests of a router, read from the settings and the environment."""
 
     default_pool: PoolPolicy = field(default_factory=PoolPolicy)
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     redis_url: str | None = None
-    pools_path: Path | None = None  # of named pools, where there is no Redis
+    pools_path: Path | None = None  # the folder of named pools, where there is no Redis
     tenants: TenantLabels = field(default_factory=TenantLabels)
     tls: TlsFiles | None = None
     shows_pools: bool = False  # as adapters, in metrics
 
 
 def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
-    """The choices, but for what depends on the model. Raises ConfigError, InvalidRequest."""
+    """Reads the choices, except those that depend on the model. Raises ConfigError, InvalidRequest."""
     pools = config.pools
     size = parse_pool_size(pools.default_size)
     return Choices(
@@ -255,7 +255,9 @@ def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
 
 
 def _with_source(choices: Choices, name: str, passes: Passes) -> Choices:
-    """The choices with the source of a pool that a request leaves open: `auto` is the codebook where there is one."""
+    """Returns the choices with the pool source for requests that name none: `auto` is the codebook where there is
+    one.
+    """
     if name == "auto":
         name = "prefill" if passes.codebook is None else "codebook"
     return replace(choices, default_pool=replace(choices.default_pool, source=PoolSource(name)))
@@ -277,7 +279,9 @@ def _limits(router: RouterConfig) -> AdmissionLimits:
 
 
 def _tls_files(router: RouterConfig) -> TlsFiles | None:
-    """None without TLS. Raises ConfigError for a file that is not there, before the slow part of the start."""
+    """Returns the TLS files; None without TLS. Raises ConfigError for a missing file, before the slow part of the
+    start.
+    """
     if router.tls_cert is None or router.tls_key is None:
         return None
     files = TlsFiles(
@@ -290,7 +294,7 @@ def _tls_files(router: RouterConfig) -> TlsFiles | None:
 async def _open_gate(
     stack: AsyncExitStack, router: RouterConfig, redis_url: str | None
 ) -> tuple[Gate, AuditLog | None]:
-    """The checker of callers and the audit log that the settings ask for. Raises ConfigError."""
+    """Opens the checker of callers and the audit log that the settings ask for. Raises ConfigError."""
     audit = None if router.audit_log is None else AuditLog(Path(router.audit_log), parse_bytes(router.audit_log_bytes))
     if audit is not None:
         stack.callback(audit.close)
@@ -308,7 +312,7 @@ async def _open_gate(
 
 
 def _tokens(router: RouterConfig) -> Tokens | None:
-    """How JSON web tokens are checked; None where none are taken. Raises ConfigError."""
+    """Returns how JSON web tokens are checked; None where none are accepted. Raises ConfigError."""
     secret, jwks = router.jwt_secret, router.jwt_jwks
     if secret is None and jwks is None:
         return None
@@ -323,15 +327,15 @@ def _tokens(router: RouterConfig) -> Tokens | None:
 
 def _log_who_may_call(router: RouterConfig) -> None:
     if router.asks_for_keys:
-        log.info("callers are asked for a key")
+        log.info("callers need a key")
     elif router.is_local:
-        log.info("nobody is asked for a key (router.keys is not set), so the service listens on this machine alone")
+        log.info("no key is required (router.keys is not set), so the service listens on this machine alone")
     else:
-        log.warning("nobody is asked for a key: whoever reaches %s may call (router.allow_open)", router.host)
+        log.warning("no key is required: anyone who reaches %s may call (router.allow_open)", router.host)
 
 
 def _check_ports(config: ServiceConfig) -> None:
-    """Looks at every port that is known before the slow part of the start. Raises PortInUse, ConfigError."""
+    """Checks that every known port is free, before the slow part of the start. Raises PortInUse, ConfigError."""
     router, workers = config.router, config.workers
     _check_port_free(router.host, router.port, "router.port")
     _check_port_free(router.host, router.http_port, "router.http_port")
@@ -344,7 +348,7 @@ def _check_ports(config: ServiceConfig) -> None:
 
 
 def _check_port_free(host: str, port: int, key: str) -> None:
-    """Before the slow part of the start. Raises PortInUse, or ConfigError for a host that is not this machine's."""
+    """Checks that a port is free. Raises PortInUse, or ConfigError for a host that is not this machine's."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -357,12 +361,13 @@ def _check_port_free(host: str, port: int, key: str) -> None:
 
 
 def _tokenizer(config: ServiceConfig) -> Tokenizer | None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several texts at a time, each in a thread of the router
+    # the router encodes several texts at a time itself, each in a thread
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return read_tokenizer(Path(config.model.path))
 
 
 def check_choices(passes: Passes, choices: Choices) -> None:
-    """Raises ConfigError for choices that can take no effect, before anything slow is started."""
+    """Raises ConfigError for choices that would have no effect, before anything slow is started."""
     default = choices.default_pool
     if default.source is PoolSource.PREDICTION and isinstance(default.size, Full):
         raise ConfigError("pools.default_source 'prediction' needs a pools.default_size other than 'full'")
@@ -370,14 +375,14 @@ def check_choices(passes: Passes, choices: Choices) -> None:
         check_can_drift(default)
         passes.check(default)
     except InvalidRequest as error:
-        raise ConfigError(f"the [pools] defaults can take no effect: {error.message}") from None
+        raise ConfigError(f"the [pools] defaults would have no effect: {error.message}") from None
     open_pools(choices.redis_url, choices.pools_path)
 
 
 def check_plan(opened: OpenModel, config: ServiceConfig, default_size: PoolSize) -> None:
-    """Plans for workers of this machine as they will. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
+    """Computes the plan that workers of this machine will compute. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
     if config.cluster.joined is not None or not config.workers.count:
-        return  # they run on other machines
+        return  # these workers run on other machines
     device = resolve_device(config.workers.device)
     planned = plan(needs_of(opened, device), budgets_of(config.workers), Machine.detect(device))
     if not isinstance(default_size, Full):
@@ -397,16 +402,16 @@ async def _connect(stack: AsyncExitStack, config: ServiceConfig, passes: Passes)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
-    """Waits for it. Where it failed, so did the workers, and they have said why."""
+    """Waits for the task. Its failure is ignored, because the workers failed of the same cause and reported it."""
     await asyncio.gather(task, return_exceptions=True)
 
 
-# --- what the fronts share ------------------------------------------------------------------------------------------
+# --- state shared by the fronts -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What every front of a router shares. The cluster behind it is its owner's to close."""
+    """The state that all fronts of a router share. The cluster behind it belongs to its owner, which closes it."""
 
     pipeline: Pipeline
     predictor: Predictor
@@ -422,7 +427,7 @@ class Service:
 def build_service(
     model: ModelInfo, cluster: ClusterPort, passes: Passes, encoder: Encoder, choices: Choices
 ) -> Service:
-    """The choices are those that `check_choices` has found to make sense. A Redis that is down is no error."""
+    """Builds the service from choices that `check_choices` has accepted. An unreachable Redis is not an error."""
     check_choices(passes, choices)
     codewords = () if passes.codebook is None else passes.codebook.names
     metrics = RouterMetrics(choices.tenants, codewords)
@@ -456,7 +461,9 @@ def build_service(
 
 
 def open_stores(model: ModelInfo, metrics: RouterMetrics, choices: Choices) -> Stores:
-    """In Redis, else in this process, and named pools in a folder. Raises ConfigError for two places of named pools."""
+    """Opens the stores: in Redis, or in this process with named pools in a folder. Raises ConfigError if pools have two
+    places.
+    """
     breaker = StoreBreaker(metrics.redis_degraded.set, lambda reason: metrics.redis_failures.labels(reason).inc())
     pools = open_pools(choices.redis_url, choices.pools_path, breaker)
     hints, claims = InProcessHints(), LocalClaims()

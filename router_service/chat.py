@@ -1,6 +1,7 @@
-"""Texts of the HTTP front: chat templates, tool calls, and what single tokens look like.
+"""Texts of the HTTP front: chat templates, tool calls, and the texts of single tokens.
 
-Templates are rendered by transformers (a sandboxed Jinja), with the special tokens that the tokenizer's settings name.
+Templates are rendered by transformers (in a sandboxed Jinja), with the special tokens that the tokenizer's settings
+name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a function that an answer asks for; `arguments` is JSON."""
+    """A call of a function in an answer; `arguments` is JSON."""
 
     id: str
     name: str
@@ -44,7 +45,7 @@ class ChatTemplate:
 
     @classmethod
     def read(cls, model: Path, file: Path | None = None) -> ChatTemplate | None:
-        """The template in `file`, else the model's own; None where it has none.
+        """Reads the template in `file`, else the model's own; returns None where it has none.
 
         Raises ConfigError for a `file` that cannot be read, CheckpointError for damaged settings of the model.
         """
@@ -56,7 +57,7 @@ class ChatTemplate:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; fetch it again") from None
         source = settings.get("chat_template")
-        if isinstance(source, list):  # several by name
+        if isinstance(source, list):  # a list of templates, each with a name
             source = next((each.get("template") for each in source if each.get("name") == "default"), None)
         chosen = file or (model / TEMPLATE_NAME if (model / TEMPLATE_NAME).exists() else None)
         if chosen is not None:
@@ -69,7 +70,7 @@ class ChatTemplate:
         return cls(source, {name: token for name in _SPECIAL if (token := _content(settings.get(name)))})
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
-        """The prompt that the messages make, up to where the assistant's answer begins. Raises InvalidRequest."""
+        """Renders the messages as a prompt, up to where the assistant's answer begins. Raises InvalidRequest."""
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -82,14 +83,15 @@ class ChatTemplate:
                 **self.names,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            # A template refuses what it does not know (a role, an order) by an exception whose text is its author's.
+            # A template refuses an unknown role or order of messages by an exception with a text of its
+            # author.
             reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
             raise InvalidRequest(
-                f"the model's chat template does not take these messages: {reason[:200]}", field="messages"
+                f"the model's chat template refuses these messages: {reason[:200]}", field="messages"
             ) from None
         text = str(rendered[0])
         if len(text) > MAX_RENDERED_CHARACTERS:
-            raise InvalidRequest(f"the messages become {len(text)} characters; send less", field="messages")
+            raise InvalidRequest(f"the rendered messages have {len(text)} characters; send less", field="messages")
         return text
 
 
@@ -105,7 +107,7 @@ _TAGGED = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
 def _tagged_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """Hermes' and Qwen's way: JSON with `name` and `arguments` between <tool_call> tags."""
+    """Reads the calls of Hermes and Qwen: JSON with `name` and `arguments` between <tool_call> tags."""
     calls = []
     for found in _TAGGED.finditer(text):
         call = _call_in(found[1])
@@ -125,7 +127,7 @@ def _call_in(text: str) -> ToolCall | None:
 
 
 def new_call_id() -> str:
-    """An id for a call of a tool."""
+    """Returns an id for a tool call."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
@@ -134,12 +136,14 @@ PARSERS: Mapping[str, Callable[[str], tuple[str, list[ToolCall]]]] = {"<tool_cal
 
 
 def tool_parser(template: ChatTemplate) -> Callable[[str], tuple[str, list[ToolCall]]] | None:
-    """The parser for answers of a model with this template; None where no known one fits."""
+    """Returns the parser for answers of a model with this template; None where no known one fits."""
     return next((parser for mark, parser in PARSERS.items() if mark in template.source), None)
 
 
 def forced_call_schema(tools: Sequence[Mapping[str, Any]], name: str | None) -> str:
-    """JSON schema of an answer that must call the tool of that name, or any of them. Raises InvalidRequest."""
+    """Returns the JSON schema of an answer that must call the tool of that name, or any of them. Raises
+    InvalidRequest.
+    """
     functions = [tool["function"] for tool in tools]
     chosen = [each for each in functions if name is None or each["name"] == name]
     if not chosen:
@@ -160,15 +164,15 @@ def forced_call_schema(tools: Sequence[Mapping[str, Any]], name: str | None) -> 
 
 
 def forced_call(text: str) -> ToolCall | None:
-    """The call in an answer that `forced_call_schema` has shaped; None for one that was cut short."""
+    """Returns the call in an answer that `forced_call_schema` constrained; None for one that was cut short."""
     return _call_in(text)
 
 
-# --- single tokens --------------------------------------------------------------------------------------------------
+# --- texts of single tokens -----------------------------------------------------------------------------------------
 
 
 class TokenTexts:
-    """What single tokens look like. Thread-safe."""
+    """The texts of single tokens. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -177,11 +181,13 @@ class TokenTexts:
         self.of = lru_cache(maxsize=1 << 16)(self._of)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens in a row, special ones included."""
+        """Returns the text of consecutive tokens, special ones included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _of(self, token_id: int) -> tuple[str, bytes]:
-        """The text of one token, and its bytes; a part of a character is named by its bytes, as in OpenAI's answers."""
+        """Returns the text of one token and its bytes. A part of a character is written as its bytes, as in OpenAI's
+        answers.
+        """
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return "", b""
@@ -199,7 +205,7 @@ class TokenTexts:
 
 @lru_cache(maxsize=1)
 def _byte_of() -> dict[str, int]:
-    """The bytes that the characters of byte-level tokens stand for: printable ones for themselves."""
+    """Maps the characters of byte-level tokens to their bytes; printable characters stand for themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -1,6 +1,6 @@
-"""What routers remember: hints to place requests better, and claims of request ids.
+"""The memory of routers: hints that improve placement, and claims of request ids.
 
-Here are the protocols and the stores of one process; `router_service.redis` has the shared ones.
+This module has the protocols and the stores of one process; `router_service.redis` has the shared stores.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ MAX_ENCODED_BYTES = 256 * 1024
 
 
 class HintStore(Protocol):
-    """Pools by prompt prefix, and what the workers of other routers hold."""
+    """Pools by prompt prefix, and the experts that the workers of other routers hold."""
 
     async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
-        """The pool under the first of `keys` that has one."""
+        """Returns the pool under the first of `keys` that has one."""
 
     async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None: ...
 
     async def report(self, workers: Sequence[WorkerResidency]) -> None:
-        """Tells the other routers of this one's ready workers, and renews what this router holds there.
+        """Reports this router's ready workers to the other routers, and renews what it holds in the store.
 
         Called about once a second.
         """
 
     async def residency(self) -> dict[str, WorkerResidency]:
-        """The ready workers of all routers, by worker id."""
+        """Returns the ready workers of all routers, by worker id."""
 
     async def close(self) -> None: ...
 
 
 async def all_workers(own: Sequence[WorkerResidency], hints: HintStore) -> list[WorkerResidency]:
-    """Own workers, then by id those that other routers report."""
+    """Returns this router's workers, then by id those that other routers report."""
     reported = await hints.residency()
     remote = [worker for worker_id, worker in sorted(reported.items()) if worker_id not in {each.id for each in own}]
     return [*own, *remote]
@@ -51,9 +51,10 @@ async def all_workers(own: Sequence[WorkerResidency], hints: HintStore) -> list[
 
 
 def prefix_keys(fingerprint: str, size: PoolSize, tenant: str, token_ids: Sequence[int]) -> tuple[str, ...]:
-    """Keys of a prompt, best first: all of it, then its longest prefix of a power of two (at least 32) tokens.
+    """Returns the keys of a prompt, best first: all of it, then its longest prefix of a power of two (at least 32)
+    tokens.
 
-    The second is more than half of the prompt, so its pool is a fair guess at the whole prompt's.
+    The second is more than half of the prompt, so its pool is a good guess at the whole prompt's.
     """
     count = len(token_ids)
     half = 1 << (count.bit_length() - 1) if count else 0
@@ -64,7 +65,7 @@ def prefix_keys(fingerprint: str, size: PoolSize, tenant: str, token_ids: Sequen
 
 
 def pool_key(fingerprint: str, tenant: str, digest: str) -> str:
-    """Key of a pool by its own digest, for this tenant alone."""
+    """Returns the key of a pool by its digest, for this tenant alone."""
     return _digest("\n".join(("pool", fingerprint, tenant, digest)).encode())
 
 
@@ -88,7 +89,7 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
+# --- stored values --------------------------------------------------------------------------------------------------
 
 
 def encode_pool(pool: ExpertPool) -> bytes:
@@ -96,7 +97,9 @@ def encode_pool(pool: ExpertPool) -> bytes:
 
 
 def decode_pool(data: bytes | None, facts: RoutingFacts) -> ExpertPool | None:
-    """The pool, or None for anything that is not one of this model: other programs can write to a shared store."""
+    """Decodes a pool; None for anything that is not a pool of this model: other programs can write to a shared
+    store.
+    """
     value = _json_object(data)
     layers = value.get("experts") if value is not None and value.get("v") == 1 else None
     if not isinstance(layers, list) or len(layers) != facts.num_layers:
@@ -122,7 +125,7 @@ def encode_worker(worker: WorkerResidency) -> bytes:
 
 
 def decode_worker(worker_id: str, data: bytes | None, facts: RoutingFacts) -> WorkerResidency | None:
-    """The ready worker of another router, or None for anything that is no report of one with this model."""
+    """Decodes the report of another router's worker; None for anything that is not a report about this model."""
     value = _json_object(data)
     if value is None or value.get("v") != 1:
         return None
@@ -154,7 +157,7 @@ MAX_POOLS = 4096
 
 
 class InProcessHints:
-    """The hints of one process. Owns its pools, of which the least recently used goes first."""
+    """The hints of one process. Owns its pools; the least recently used is dropped first."""
 
     def __init__(self, max_pools: int = MAX_POOLS) -> None:
         self._max_pools = max_pools
@@ -191,22 +194,21 @@ class InProcessHints:
 
 # --- claims of request ids --------------------------------------------------------------------------------------------
 #
-# Claims of request ids: a lock that a request holds while it is in flight, at whichever router it is.
-#
-# An id is its tenant's own. Whoever holds a claim learns by it that the request was aborted at another router.
+# A claim is a lock on a request id, held while the request is in flight at whichever router. An id is unique within its
+# tenant only. Through its claim, a router learns that the request was aborted at another router.
 
 
 class Claims(Protocol):
     """The ids in flight at all routers that share them."""
 
     async def claim(self, request_id: str, tenant: str) -> bool:
-        """False when a request of this tenant with this id is in flight, here or at another router."""
+        """Claims an id. Returns False when a request of this tenant with it is in flight, here or at another router."""
 
     async def release(self, request_id: str, tenant: str) -> None:
-        """Gives up a claim that is held here; any other is left alone."""
+        """Releases a claim that is held here; any other is left alone."""
 
     async def mark_aborted(self, request_id: str, tenant: str) -> bool:
-        """Marks a claimed request of this tenant as aborted. False when there is none."""
+        """Marks a claimed request of this tenant as aborted. Returns False when there is none."""
 
     async def is_aborted(self, request_id: str, tenant: str) -> bool: ...
 
@@ -214,7 +216,7 @@ class Claims(Protocol):
 
 
 class LocalClaims:
-    """The claims of one process. Owns the ids in flight at this router, which its admission bounds."""
+    """The claims of one process. Owns the ids in flight at this router, which admission bounds."""
 
     def __init__(self) -> None:
         self._held: set[tuple[str, str]] = set()  # tenant and id
@@ -222,7 +224,7 @@ class LocalClaims:
 
     @property
     def held(self) -> Set[tuple[str, str]]:
-        """Tenant and request id of what is in flight."""
+        """Returns the tenant and request id of everything in flight."""
         return self._held
 
     async def claim(self, request_id: str, tenant: str) -> bool:
@@ -247,4 +249,4 @@ class LocalClaims:
         return (tenant, request_id) in self._aborted
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no connection is open."""

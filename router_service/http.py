@@ -1,7 +1,8 @@
 """The HTTP front: one ASGI application beside the gRPC server, on the router's own event loop.
 
-It calls the pipeline as the gRPC methods do. What is OpenAI's or Anthropic's in it lies in modules of these names; here
-are the server, the life of one exchange (bounds, errors, events, a client that goes or does not read), and the routes.
+It calls the pipeline as the gRPC methods do. What is specific to OpenAI or Anthropic is in the modules of these names.
+This module has the server, the course of one exchange (bounds, errors, events, clients that leave or do not read), and
+the routes.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ MAX_BODY_BYTES = 2 * 2**20
 MAX_DISCARDED_BYTES = 32 * 2**20
 DISCARD_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
-HEAD_TIMEOUT_S = 20.0  # from a connection's first byte of a request to the end of its headers
+HEAD_TIMEOUT_S = 20.0  # from the first byte of a request to the end of its headers
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 4096
 REQUEST_ID = "x-request-id"
@@ -89,11 +90,11 @@ _STATUS: Mapping[grpc.StatusCode, int] = {
 
 
 class BodyTooLarge(InvalidRequest):
-    """The body has more bytes than any that is taken."""
+    """The body has more bytes than the service accepts."""
 
 
 def status_of(error: PagerError) -> int:
-    """The HTTP status of an error: that of its gRPC code, but for a body that is too large."""
+    """Returns the HTTP status of an error: that of its gRPC code, except for a body that is too large."""
     return 413 if isinstance(error, BodyTooLarge) else _STATUS[code_of(error)]
 
 
@@ -116,7 +117,7 @@ class Exchange:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The request's headers, as gRPC's metadata are written."""
+        """The request's headers, in the form of gRPC's metadata."""
         return tuple(
             (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in self._scope["headers"]
         )
@@ -132,11 +133,11 @@ class Exchange:
         return format_address(*self._scope["client"][:2]) if self._scope.get("client") else ""
 
     def path_parameter(self, name: str) -> str:
-        """A part of the path, by its name in the route."""
+        """Returns a part of the path, by its name in the route."""
         return str(self._scope["path_params"][name])
 
     async def json(self) -> Any:
-        """The body. Raises InvalidRequest, BodyTooLarge or DeadlineExceeded."""
+        """Reads the body. Raises InvalidRequest, BodyTooLarge or DeadlineExceeded."""
         kind = Request(self._scope).headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":
             raise InvalidRequest(f"the content type is {kind[:60]!r}; send application/json", field="content-type")
@@ -147,7 +148,7 @@ class Exchange:
             body = from_json(data, allow_inf_nan=False)
         except ValueError as error:
             raise InvalidRequest(f"the body is not JSON: {str(error)[:120]}") from None
-        await asyncio.sleep(0)  # what is in it is checked in a turn of its own
+        await asyncio.sleep(0)  # yields to the event loop before the contents are checked
         return body
 
     async def _body(self) -> bytes:
@@ -161,7 +162,7 @@ class Exchange:
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
-                        raise Cancelled("the client has gone")
+                        raise Cancelled("the client has left")
                     parts.append(message.get("body", b""))
                     num_bytes += len(parts[-1])
                     if num_bytes > MAX_BODY_BYTES:
@@ -170,10 +171,10 @@ class Exchange:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise DeadlineExceeded(f"the body did not come whole within {READ_TIMEOUT_S:g} s; send less") from None
+            raise DeadlineExceeded(f"the whole body did not arrive within {READ_TIMEOUT_S:g} s; send less") from None
 
     async def _discard(self) -> None:
-        """Reads on for a while, since many clients look for an answer only when they have sent everything."""
+        """Reads on for a while, since many clients read the answer only after sending everything."""
         num_bytes = 0
         with suppress(TimeoutError):
             async with asyncio.timeout(DISCARD_TIMEOUT_S):
@@ -184,13 +185,15 @@ class Exchange:
                         return
 
     async def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-        """The whole answer at once. A callable makes a body that is too large to be made on the event loop."""
+        """Sends the whole answer at once. A callable is called in a thread, for a body too large to build on the event
+        loop.
+        """
         data = (await _text_of(body)).encode("utf-8", "replace")
         await self._begin(status, "application/json", {"content-length": str(len(data)), **(headers or {})})
         await self._write(data, more=False)
 
     async def event(self, data: Any, name: str | None = None) -> None:
-        """The next event of a stream, made as in `answer`. Raises SlowReader for a client that reads nothing."""
+        """Sends the next event of a stream, made as in `answer`. Raises SlowReader for a client that does not read."""
         async with self._writing:
             if not self.has_begun:
                 await self._begin(200, "text/event-stream", {"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -199,7 +202,7 @@ class Exchange:
             await self._write(f"{prefix}data: {text}\n\n".encode("utf-8", "replace"), more=True)
 
     async def end(self) -> None:
-        """The stream is over."""
+        """Ends the stream."""
         await self._write(b"", more=False)
 
     async def gone(self) -> None:
@@ -226,23 +229,24 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 async def _text_of(body: Any) -> str:
     if callable(body):
-        # Piece by piece: a whole text in one call would hold the interpreter, and with it the event loop.
+        # Piece by piece: decoding a whole text in one call would hold the interpreter, and with it the event
+        # loop.
         return await asyncio.to_thread(lambda: "".join(_ENCODER.iterencode(body())))
     return _ENCODER.encode(body)
 
 
 def _too_large() -> BodyTooLarge:
-    return BodyTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes; send less, or call the service by gRPC")
+    return BodyTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes; send less, or use gRPC")
 
 
 def tls_names_of(scope: Scope) -> Sequence[str]:
-    """The names in the client's certificate, which TLS has checked."""
+    """Returns the names in the client's certificate, which TLS has checked."""
     names: Sequence[str] = scope.get("state", {}).get("tls_names", ())
     return names
 
 
 def names_in(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The names in a certificate as Python's ssl has it: its alternative names, else its common name."""
+    """Returns the names in a certificate in the form of Python's ssl: its alternative names, else its common name."""
     if not certificate:
         return ()
     found = tuple(str(value) for _, value in certificate.get("subjectAltName", ()))
@@ -265,7 +269,7 @@ class Boundary:
 
 
 class Endpoint:
-    """An ASGI application for one route: the boundary where errors become answers, whatever is thrown below it."""
+    """An ASGI application for one route: the boundary that turns every error below it into an answer."""
 
     def __init__(self, method: str, handler: Handler, error_body: ErrorBody, boundary: Boundary) -> None:
         self._method = method
@@ -289,7 +293,7 @@ class Endpoint:
                     exchange.headers.update(await shared.quotas.headers(caller))
                 await self._handler(exchange, caller.tenant)
             if outcome.error is not None:
-                with suppress(SlowReader, OSError):  # it is recorded, and there is nobody to tell
+                with suppress(SlowReader, OSError):  # the error is recorded, and no client is left to receive it
                     await self._fail(exchange, outcome.error)
 
     @staticmethod
@@ -305,7 +309,7 @@ class Endpoint:
     async def _fail(self, exchange: Exchange, error: PagerError) -> None:
         status = status_of(error)
         body = self._error_body(error, status)
-        if exchange.has_begun:  # of a stream: its last event
+        if exchange.has_begun:  # for a stream, its last event
             await exchange.event(body)
             await exchange.end()
             return
@@ -318,7 +322,7 @@ class Endpoint:
 
 
 class GuardedPage:
-    """An ASGI application before another: a page that only callers with a role for it see."""
+    """An ASGI application in front of another: a page that only callers with one of its roles see."""
 
     def __init__(self, path: str, page: ASGIApp, gate: Gate, audit: AuditLog | None) -> None:
         self._path = path
@@ -358,7 +362,7 @@ def _challenge(error: PagerError, path: str) -> dict[str, str]:
 
 
 def page_guard(gate: Gate, audit: AuditLog | None, *, open_metrics: bool) -> Guard:
-    """Who may see the pages of the metrics port, which has no TLS."""
+    """Returns the check of callers for the pages of the metrics port, which has no TLS."""
 
     def guard(environ: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]], bytes] | None:
         path = str(environ.get("PATH_INFO", ""))
@@ -377,13 +381,13 @@ def page_guard(gate: Gate, audit: AuditLog | None, *, open_metrics: bool) -> Gua
 
 
 async def until_gone(exchange: Exchange, work: Awaitable[None]) -> None:
-    """Does `work`, and gives it up when the client leaves. Raises Cancelled then."""
+    """Awaits `work`, and cancels it when the client leaves. Raises Cancelled then."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(exchange.gone())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Cancelled("the client has gone")
+            raise Cancelled("the client has left")
         working.result()
     finally:
         for task in (working, leaving):
@@ -396,7 +400,7 @@ async def run_all(
 ) -> None:
     """Runs all answers of a call at once; `seen` gets their chunks with their numbers, counted over all asks.
 
-    What is reported of a prompt comes with each of its answers. The first that fails ends the others, and is what is
+    What is reported of a prompt is repeated for each of its answers. The first failure ends the others, and is
     raised.
     """
 
@@ -421,7 +425,7 @@ async def run_all(
 
 
 def new_call(exchange: Exchange, tenant: str) -> Call:
-    """The call of an exchange whose body has been read."""
+    """Returns the call of an exchange whose body has been read."""
     return Call(tenant, exchange.num_bytes, caller=exchange.caller)
 
 
@@ -429,7 +433,7 @@ def new_call(exchange: Exchange, tenant: str) -> Call:
 
 
 class _Protocol(H11Protocol):
-    """Ends a connection that does not send a whole head in time, which uvicorn would keep for ever.
+    """Ends a connection that does not send a whole head in time, which uvicorn would keep forever.
 
     The time of a new connection begins when it is made, that of a later request with its first bytes.
     """
@@ -443,7 +447,7 @@ class _Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and self.conn.their_state is not h11.IDLE:  # the head is whole
+        if self.cycle is not None and self.conn.their_state is not h11.IDLE:  # the head is complete
             self._stop_head_timer()
         elif self._head_timer is None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
@@ -459,7 +463,7 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """A server inside of a process that has its own way with signals."""
+    """A server inside of a process that handles signals itself."""
 
     def capture_signals(self) -> Any:
         return nullcontext()
@@ -477,7 +481,7 @@ class HttpServer:
         self.address = ""
 
     async def start(self, host: str, port: int, tls: TlsFiles | None = None) -> None:
-        """Listens; port 0 takes a free one, found in `self.port`. Raises PortInUse or ConfigError."""
+        """Listens; port 0 takes a free one, which `self.port` then has. Raises PortInUse or ConfigError."""
         config = uvicorn.Config(
             self._app,
             host=host,
@@ -509,7 +513,7 @@ class HttpServer:
             self._serving.result()
 
     async def stop(self, grace_s: float = 0.5) -> None:
-        """Takes no more requests, gives those in flight `grace_s`, and closes. Idempotent."""
+        """Accepts no more requests, gives those in flight `grace_s` to end, and closes. Idempotent."""
         if self._renewing is not None:
             self._renewing.cancel()
         if self._server is None or self._serving is None:
@@ -523,7 +527,7 @@ RENEW_EVERY_S = 2.0
 
 
 async def _renew(tls: TlsFiles, context: ssl.SSLContext) -> None:
-    """Has new handshakes take the files as they are now; what cannot be used is passed over until it can."""
+    """Uses the current files for new handshakes; files that cannot be used are skipped until they can."""
     used, complaint = tls.read(), ""
     while True:
         await asyncio.sleep(RENEW_EVERY_S)
@@ -531,7 +535,7 @@ async def _renew(tls: TlsFiles, context: ssl.SSLContext) -> None:
             found = await asyncio.to_thread(tls.read)
         except ConfigError as error:
             if error.message != complaint:
-                log.warning("%s; HTTP goes on with the certificate as it was", error)
+                log.warning("%s; HTTP continues with the previous certificate", error)
             complaint = error.message
             continue
         complaint = ""
@@ -558,7 +562,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def not_found(paths: Iterable[str]) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
-    """Answers for paths and methods that there are none of."""
+    """Answers for unknown paths and methods."""
     known = ", ".join(sorted(paths))
 
     async def handler(request: Request, error: Exception) -> JSONResponse:

@@ -1,6 +1,6 @@
-"""Who is calling: keys as they are kept, in a file or in Redis, and the one checker in front of every method.
+"""Keys of callers, kept in a file or in Redis, and the one checker of callers in front of every method.
 
-`router_service.keys` checks callers by them, and `expert-pager keys` changes them.
+`Gate` checks callers by them, and `expert-pager keys` changes them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from router_service.tenants import TENANT_KEY, Caller, CallerLimits, Role, check
 log = logging.getLogger("expert_pager.router")
 
 MAX_FILE_BYTES = 8 << 20
-IN_REDIS = "redis"  # what router.keys says instead of a file
-PREFIX = 16  # characters of a hash by which its entry is found; the whole is compared in constant time
+IN_REDIS = "redis"  # the value of router.keys that stands for Redis instead of a file
+PREFIX = 16  # characters of a hash by which its entry is found; the whole hash is compared in constant time
 _TENANT = r"^[A-Za-z0-9._-]{1,64}$"
 _LIMIT = Field(default=None, ge=1, le=2**53)
 
 Headers = Iterable[tuple[str, str | bytes]] | None
 Value = TypeVar("Value")
 
-# --- what is kept ---------------------------------------------------------------------------------------------------
+# --- entries --------------------------------------------------------------------------------------------------------
 
 
 class _Strict(BaseModel):
@@ -61,7 +61,7 @@ class EntryLimits(_Strict):
 
 
 class Entry(_Strict):
-    """One caller that is known: by a key's SHA-256, by a name in a client's certificate, or by a token's tenant."""
+    """One known caller: by a key's SHA-256, by a name in a client's certificate, or by a token's tenant."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
     tenant: str = Field(pattern=_TENANT)
@@ -92,17 +92,17 @@ class _Document(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class KeySet:
-    """All callers that are known, by what shows who they are."""
+    """All known callers, by the credential that identifies them."""
 
     by_sha256: Mapping[str, tuple[str, Caller]] = field(
         default_factory=dict
-    )  # by a prefix, for the whole to be compared
+    )  # by a prefix; the whole is compared afterwards
     by_certificate: Mapping[str, Caller] = field(default_factory=dict)
     by_jwt_tenant: Mapping[str, Caller] = field(default_factory=dict)
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> KeySet:
-        """Raises ConfigError for two entries of one id or one identity."""
+        """Builds the set. Raises ConfigError for two entries with one id or one identity."""
         seen: set[tuple[str, str | None]] = set()
         for each in entries:
             for mark in (("id", each.id), ("sha256", each.sha256), ("certificate", each.certificate),
@@ -118,25 +118,25 @@ class KeySet:
 
 
 def parse_entries(data: bytes, where: str) -> tuple[Entry, ...]:
-    """Raises ConfigError, which quotes no value: one may be a key that was put in the place of its hash."""
+    """Parses entries. Raises ConfigError, which quotes no value: one may be a key put in the place of its hash."""
     try:
         return _Document.model_validate(parse_json(data)).keys
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         at = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where} is no file of keys: {at or 'it'}: {first['msg'][:200]}") from None
+        raise ConfigError(f"{where} is not a file of keys: {at or 'it'}: {first['msg'][:200]}") from None
     except ValueError:
-        raise ConfigError(f'{where} is no file of keys: it is not JSON of the form {{"keys": [...]}}') from None
+        raise ConfigError(f'{where} is not a file of keys: it is not JSON of the form {{"keys": [...]}}') from None
 
 
 def new_key() -> tuple[str, str]:
-    """A key that nobody has, and its SHA-256."""
+    """Returns a new random key, and its SHA-256."""
     key = f"epk_{secrets.token_urlsafe(32)}"
     return key, sha256_of(key)
 
 
 def new_entry(tenant: str, roles: Sequence[Role], limits: EntryLimits, **further: Any) -> Entry:
-    """An entry with an id of its own; `further` has what shows who it is. Raises ConfigError."""
+    """Returns an entry with an id of its own; `further` has its credential. Raises ConfigError."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         return Entry(
@@ -152,23 +152,23 @@ def sha256_of(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# --- where it is kept -----------------------------------------------------------------------------------------------
+# --- stores of entries ----------------------------------------------------------------------------------------------
 
 Edit = Callable[[tuple[Entry, ...]], tuple[Entry, ...]]
 
 
 class KeyStore(Protocol):
-    """Where entries are kept, as the command line sees it."""
+    """The place where entries are kept, as the command line sees it."""
 
     async def entries(self) -> tuple[Entry, ...]:
-        """Raises ConfigError."""
+        """Returns the entries. Raises ConfigError."""
 
     async def change(self, edit: Edit) -> None:
-        """Changes all of it at once; of two at a time, one waits for the other. Raises ConfigError."""
+        """Changes all entries at once; of two concurrent changes, one waits for the other. Raises ConfigError."""
 
 
 class KeyFile:
-    """A JSON file of entries, which only its owner can read. It appears whole or not at all."""
+    """A JSON file of entries, readable by its owner only. It is always replaced as a whole."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -190,7 +190,7 @@ class KeyFile:
     def _write(self, entries: tuple[Entry, ...]) -> None:
         path = self._path.resolve()
         text = json.dumps({"keys": [each.model_dump(mode="json", exclude_defaults=True) for each in entries]}, indent=1)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # which only its owner can read
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # only its owner can read it
         try:
             with os.fdopen(handle, "w") as file:
                 file.write(text + "\n")
@@ -255,7 +255,7 @@ class KeysInRedis:
                     return
         except RedisUnavailableError as error:
             raise ConfigError(f"the keys in Redis cannot be changed: {error}") from None
-        raise ConfigError("the keys in Redis are changed by others all the time; try again")
+        raise ConfigError("the keys in Redis kept changing meanwhile; try again")
 
     async def close(self) -> None:
         with suppress(RedisUnavailableError):
@@ -269,21 +269,19 @@ def read_file(path: Path, what: str) -> bytes:
         raise ConfigError(f"{what} {str(path)!r} cannot be read: {reason_of(error)}") from None
 
 
-# --- the checker ------------------------------------------------------------------------------------------------------
+# --- the checker of callers -------------------------------------------------------------------------------------------
 #
-# Who is calling: the one checker before every front, of API keys, client certificates and JSON web tokens.
-#
-# It holds what was last read of keys, secrets and public keys, and looks again several times a second. Whoever is
-# refused
-# is not told what was wrong.
+# One checker in front of every front, of API keys, client certificates and JSON web tokens. It holds the keys, secrets
+# and public keys as last read, and reads them again several times a second. A refused caller is not told what was
+# wrong.
 
 
-REFRESH_S = 0.25  # a key that is revoked is refused within a second
+REFRESH_S = 0.25  # a revoked key is refused within a second
 MAX_CREDENTIAL_BYTES = 8192
 
 
 class WatchedFile(Generic[Value]):
-    """Owns what a file held when it last made sense. Raises ConfigError only when it is made."""
+    """Owns the last valid contents of a file. Raises ConfigError only when it is made."""
 
     def __init__(self, path: Path, key: str, parse: Callable[[bytes, str], Value]) -> None:
         self._path = path
@@ -294,7 +292,7 @@ class WatchedFile(Generic[Value]):
         self._complaint = ""
 
     def refresh(self) -> None:
-        """Reads the file again. What cannot be used is logged once, and what was read before stays in force."""
+        """Reads the file again. Invalid contents are logged once, and the previous ones stay in force."""
         try:
             data = read_file(self._path, self._key)
             if data != self._data:
@@ -303,14 +301,14 @@ class WatchedFile(Generic[Value]):
                 log.info("%s %s was read again", self._key, self._path)
         except ConfigError as error:
             if error.message != self._complaint:
-                log.warning("%s; going on with what it held before", error)
+                log.warning("%s; continuing with its previous contents", error)
             self._complaint = error.message
             return
         self._complaint = ""
 
 
 class WatchedRedis:
-    """Owns the keys that Redis last held. Until Redis has answered once, none are known."""
+    """Owns the keys as last read from Redis. Until Redis has answered once, no key is known."""
 
     def __init__(self, store: KeysInRedis) -> None:
         self._store = store
@@ -319,7 +317,7 @@ class WatchedRedis:
         self.value = KeySet()
 
     async def refresh(self, thread: Executor | None = None) -> None:
-        """Reads the keys again where their version is another. While Redis is away, the last ones stay in force.
+        """Reads the keys again when their version has changed. While Redis is unreachable, the last ones stay in force.
 
         They are parsed in the thread: ten thousand take half a second.
         """
@@ -332,7 +330,7 @@ class WatchedRedis:
                 log.info("the keys in Redis were read")
         except (RedisUnavailableError, ConfigError) as error:
             if str(error) != self._complaint:
-                log.warning("the keys in Redis cannot be read: %s; going on with those that were read before", error)
+                log.warning("the keys in Redis cannot be read: %s; continuing with those read before", error)
             self._complaint = str(error)
             return
         self._complaint = ""
@@ -342,7 +340,7 @@ class WatchedRedis:
 
 
 def parse_key_set(data: bytes, where: str) -> KeySet:
-    """The callers of a file of keys. Raises ConfigError."""
+    """Parses the callers of a file of keys. Raises ConfigError."""
     return KeySet.of(parse_entries(data, where))
 
 
@@ -354,7 +352,7 @@ _LEEWAY_S = 30
 
 
 def parse_secret(data: bytes, where: str) -> bytes:
-    """The secret of HS256. Raises ConfigError for one that can be guessed."""
+    """Returns the secret of HS256. Raises ConfigError for one that can be guessed."""
     secret = data.strip()
     if len(secret) < MIN_SECRET_BYTES:
         raise ConfigError(f"{where} has {len(secret)} bytes and a secret needs {MIN_SECRET_BYTES}; make a longer one")
@@ -362,13 +360,13 @@ def parse_secret(data: bytes, where: str) -> bytes:
 
 
 def parse_jwks(data: bytes, where: str) -> Mapping[str, Any]:
-    """The public keys of RS256 by their ids. Raises ConfigError."""
+    """Returns the public keys of RS256 by their ids. Raises ConfigError."""
     try:
         keys = [key for key in jwt.PyJWKSet.from_dict(parse_json(data)).keys if key.key_type == "RSA"]
     except (ValueError, AttributeError, jwt.PyJWTError):
         keys = []
     if not keys:
-        raise ConfigError(f"{where} is no JSON web key set with an RSA key")
+        raise ConfigError(f"{where} is not a JSON web key set with an RSA key")
     if any(key.key.key_size < MIN_RSA_BITS for key in keys):
         raise ConfigError(f"{where} has an RSA key of fewer than {MIN_RSA_BITS} bits; make a longer one")
     return {key.key_id or "": key.key for key in keys}
@@ -376,7 +374,7 @@ def parse_jwks(data: bytes, where: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """How JSON web tokens are checked: by a secret (HS256), by public keys (RS256), or by either."""
+    """The check of JSON web tokens: by a secret (HS256), by public keys (RS256), or by either."""
 
     audience: str
     issuer: str | None = None
@@ -385,7 +383,9 @@ class Tokens:
     jwks: WatchedFile[Mapping[str, Any]] | None = None
 
     def caller_of(self, token: str, known: Mapping[str, Caller]) -> Caller | None:
-        """None for a token that is not good. `known` are the entries of tenants, with bounds and the most roles."""
+        """Returns the token's caller; None for an invalid token. `known` are the tenants' entries, with bounds and
+        allowed roles.
+        """
         claims = self._claims(token)
         if claims is None:
             return None
@@ -445,9 +445,10 @@ OPEN_PAGES = ("/ui", "/ui/")
 
 
 class Gate:
-    """The one checker of callers: owns no key, only what was last read of them. Without keys everybody is let in.
+    """The one checker of callers. It owns no key, only what was last read of them. Without keys every caller is
+    admitted.
 
-    It is asked from the event loop and from the threads of the metrics server.
+    It is called from the event loop and from the threads of the metrics server.
     """
 
     def __init__(
@@ -462,17 +463,17 @@ class Gate:
         self.is_on = keys is not None or tokens is not None
         self.trusts_tenant_header = not self.is_on if trusts_tenant_header is None else trusts_tenant_header
         self._watching: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "keys")  # of its own: others are busy for seconds
+        self._thread = ThreadPoolExecutor(1, "keys")  # a thread of its own, because others can be busy for seconds
 
     async def start(self) -> None:
-        """Reads again and again from now on, what is in Redis for the first time."""
+        """Starts to read again at intervals; Redis is read for the first time."""
         if isinstance(self._keys, WatchedRedis):
             await self._keys.refresh(self._thread)
         if self.is_on:
             self._watching = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        """Reads no more."""
+        """Stops reading."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -489,21 +490,22 @@ class Gate:
                     await asyncio.get_running_loop().run_in_executor(self._thread, each.refresh)
                 if isinstance(self._keys, WatchedRedis):
                     await self._keys.refresh(self._thread)
-            except Exception as error:  # or a key that is revoked would stay good for ever
-                log.error("the keys could not be read again: %s; trying on", type(error).__name__)
+            except Exception as error:  # an error must not end the refresh: a revoked key would stay valid forever
+                log.error("the keys could not be read again: %s; trying again", type(error).__name__)
 
     def _sources(self) -> Iterable[object]:
         return (self._keys, self._tokens and self._tokens.secret, self._tokens and self._tokens.jwks)
 
     def check(self, method: str, headers: Headers, tls_names: Iterable[str] = ()) -> Caller:
-        """The caller, who may call the method. Raises Unauthenticated, PermissionDenied or InvalidRequest."""
+        """Returns the caller, if it may call the method. Raises Unauthenticated, PermissionDenied or InvalidRequest."""
         caller = self.caller_of(headers, tls_names)
         if self.is_on and not caller.roles & ROLES_OF.get(method, _INFERENCE):
             raise PermissionDenied("the key does not permit this")
         return caller
 
     def caller_of(self, headers: Headers, tls_names: Iterable[str] = ()) -> Caller:
-        """Who calls, by a call's metadata or headers (names in lower case) and the names in a client's certificate.
+        """Returns the caller, by a call's metadata or headers (names in lower case) and the names in a client's
+        certificate.
 
         Raises Unauthenticated, or PermissionDenied and InvalidRequest for the tenant that is named.
         """
@@ -515,7 +517,7 @@ class Gate:
             return caller
         known = self._known(pairs, tls_names)
         if known is None:
-            raise Unauthenticated("the service asks for a key: send a valid one as `authorization: Bearer KEY`")
+            raise Unauthenticated("the service requires a key: send a valid one as `authorization: Bearer KEY`")
         present.set(known)
         if not any(name == TENANT_KEY for name, _ in pairs):
             return known
@@ -527,7 +529,7 @@ class Gate:
         return caller
 
     def claimed_tenant(self, headers: Headers) -> str:
-        """The tenant of a call that is not checked yet, for metrics and logs."""
+        """Returns the tenant of a call that is not checked yet, for metrics and logs."""
         return "-" if self.is_on else tenant_in(headers)
 
     def _known(self, pairs: Sequence[tuple[str, str | bytes]], tls_names: Iterable[str]) -> Caller | None:
@@ -549,16 +551,16 @@ class Gate:
 
 
 def _credentials(pairs: Iterable[tuple[str, str | bytes]]) -> Iterable[str]:
-    """Every credential that is sent; what is none becomes an empty text, which is refused."""
+    """Returns every credential that is sent. Malformed ones become an empty text, which is refused."""
     for name, value in pairs:
-        if name == "x-api-key":  # as clients of Anthropic's methods send it
+        if name == "x-api-key":  # the header that clients of Anthropic's methods use
             yield value if isinstance(value, str) else ""
         if name != "authorization":
             continue
         scheme, _, rest = (value if isinstance(value, str) else "").partition(" ")
         if scheme.lower() == "bearer":
             yield rest.strip()
-        elif scheme.lower() == "basic":  # as browsers send it, for /ui: the password is the key
+        elif scheme.lower() == "basic":  # browsers send this for /ui: the password is the key
             yield _password(rest.strip())
         else:
             yield ""

@@ -1,7 +1,7 @@
 """Bounds on the size of a message, field by field, checked on its bytes before they are parsed.
 
-Parsing and converting cost time in proportion to bytes, on the event loop. Here a message is walked over at its top
-level only, which costs as much for 8 MiB of text as for a word.
+Parsing and converting take time in proportion to bytes, on the event loop. Here only the top level of a message is
+scanned, which costs as much for 8 MiB of text as for a word.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from pager.sampling import MAX_GRAMMAR_BYTES
 from pager.types import ModelInfo
 
 MAX_MESSAGE_BYTES = 8 * 2**20
-CORE_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES  # beyond it gRPC refuses to receive, and what it says has no details
+CORE_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES  # a larger message is refused by gRPC itself, whose error has no details
 MAX_UNZIPPED_BYTES = (
     2**20
-)  # of a compressed message: what is a thousand times larger when it is read costs a sender little
+)  # of a compressed message: one that unpacks to a thousand times its size costs its sender little
 CORE_METADATA_BYTES = 64 * 2**10
 MAX_METADATA_BYTES = 16 * 2**10
-MAX_FIELDS = 256  # at the top level; the most that is ever needed are the examples of Calibrate
-MAX_OTHER_BYTES = 64 * 2**10  # all fields without a bound of their own: ids, names, what newer clients know
+MAX_FIELDS = 256  # at the top level; Calibrate's examples are the most that is ever needed
+MAX_OTHER_BYTES = 64 * 2**10  # all fields without a bound of their own: ids, names, fields of newer clients
 _MAX_SAMPLING_BYTES = 64 * 2**10 + MAX_GRAMMAR_BYTES
-MAX_JSON_CONTAINERS = 8 * 2**10  # objects and arrays of a body: each costs microseconds to build and to check
+MAX_JSON_CONTAINERS = 8 * 2**10  # objects and arrays of a body: each takes microseconds to build and to check
 MAX_JSON_KEYS = 2**15
-MAX_JSON_VALUES = 2**18  # what stands between commas
+MAX_JSON_VALUES = 2**18  # the values between commas
 _SCANNED_BYTES = 256 * 2**10
 _POOL_HEADER_BYTES = 4 * 2**10
-_TENSOR_HEADER_BYTES = 4 * 2**10  # its name, type, shape and lengths
-_NUMBER_BYTES = 11  # one number of a list, in the longest encoding that is still legal
+_TENSOR_HEADER_BYTES = 4 * 2**10  # a tensor's name, type, shape and lengths
+_NUMBER_BYTES = 11  # one number of a list, in the longest legal encoding
 _LAYER_BYTES = 24
 
 Refusal = Callable[[int], PagerError]
@@ -47,7 +47,7 @@ Refusal = Callable[[int], PagerError]
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A bound on all bytes of one field together, and the error for more."""
+    """A bound on all bytes of one field together, and the error for exceeding it."""
 
     num_bytes: int
     refusal: Refusal
@@ -90,7 +90,7 @@ class MessageBounds:
         """
         if len(data) > MAX_MESSAGE_BYTES:
             raise InvalidRequest(
-                f"the message has {len(data)} bytes and the service takes {MAX_MESSAGE_BYTES}; send less"
+                f"the message has {len(data)} bytes and the service accepts {MAX_MESSAGE_BYTES}; send less"
             )
         bounds = self._bounds.get(method, {})
         weights: Counter[int] = Counter()
@@ -115,8 +115,8 @@ class MessageBounds:
     def _check_example(self, count: int, num_bytes: int) -> None:
         if num_bytes > self._most_example_bytes:
             raise PromptTooLong(
-                f"an example (field {count} of the message) has {num_bytes} bytes and none that fits the model's "
-                f"context has more than {self._most_example_bytes}; cut it",
+                f"an example (field {count} of the message) has {num_bytes} bytes, and one that fits the model's "
+                f"context has at most {self._most_example_bytes}; cut it",
                 field="examples",
             )
 
@@ -124,10 +124,10 @@ class MessageBounds:
 def unzipped(data: bytes) -> bytes:
     """Returns the message that `data` holds in gzip or deflate, or `data` itself where it is not compressed.
 
-    gRPC leaves the bytes as they came (`grpc.per_message_decompression` is off): it would unzip every message, up to
-    the largest size that it receives, before anything could be checked. No legal message begins as a compressed one
-    does: gzip's first byte has a wire type that does not exist, and deflate's would be an unknown field 15. Raises
-    InvalidRequest for one of more than `MAX_UNZIPPED_BYTES`, and for one that is damaged.
+    gRPC leaves the bytes as they came (`grpc.per_message_decompression` is off), because it would decompress every
+    message, up to the largest size that it receives, before anything could be checked. No legal message begins as a
+    compressed one does: gzip's first byte has a wire type that does not exist, and deflate's would be an unknown field
+    15. Raises InvalidRequest for a message of more than `MAX_UNZIPPED_BYTES`, and for a damaged one.
     """
     if data[:2] != b"\x1f\x8b" and (data[:1] != b"\x78" or int.from_bytes(data[:2], "big") % 31):
         return data
@@ -138,7 +138,7 @@ def unzipped(data: bytes) -> bytes:
         raise malformed() from None
     if len(message) > MAX_UNZIPPED_BYTES:
         raise InvalidRequest(
-            f"the compressed message has more than {MAX_UNZIPPED_BYTES} bytes when it is unzipped; send it uncompressed"
+            f"the compressed message has more than {MAX_UNZIPPED_BYTES} bytes when decompressed; send it uncompressed"
         )
     if not unzip.eof:
         raise malformed()
@@ -156,7 +156,7 @@ _MOST_OF: Mapping[bytes, int] = {
 async def check_json(data: bytes) -> None:
     """Checks how many objects, lists, keys and values a JSON text has, before it is parsed. Raises InvalidRequest.
 
-    Only what stands outside of strings counts. A text that is within the bounds with its strings is not scanned.
+    Only what is outside of strings counts. A text that is within the bounds even with its strings is not scanned.
     """
     if not _has_too_many(Counter({mark: data.count(mark) for mark in _MOST_OF})):
         return
@@ -164,7 +164,7 @@ async def check_json(data: bytes) -> None:
     is_in_string, rest = False, b""
     for start in range(0, len(data), _SCANNED_BYTES):
         piece = rest + data[start : start + _SCANNED_BYTES]
-        rest = piece[len(piece.rstrip(b"\\")) :]  # what it escapes may be in the next piece
+        rest = piece[len(piece.rstrip(b"\\")) :]  # the escaped character may be in the next piece
         piece = piece[: len(piece) - len(rest)].replace(b"\\\\", b"").replace(b'\\"', b"")
         parts = piece.split(b'"')
         outside = b"".join(parts[int(is_in_string) :: 2])
@@ -173,7 +173,7 @@ async def check_json(data: bytes) -> None:
         if _has_too_many(found):
             raise InvalidRequest(
                 f"the body has more than {MAX_JSON_CONTAINERS} objects or lists, {MAX_JSON_KEYS} keys or "
-                f"{MAX_JSON_VALUES} values; send less, or call the service by gRPC"
+                f"{MAX_JSON_VALUES} values; send less, or use gRPC"
             )
         await asyncio.sleep(0)
 
@@ -187,13 +187,13 @@ def check_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
     num_bytes = sum(len(key) + len(value) for key, value in metadata or ())
     if num_bytes > MAX_METADATA_BYTES:
         raise InvalidRequest(
-            f"the call's metadata has {num_bytes} bytes and the service takes {MAX_METADATA_BYTES}; send less",
+            f"the call's metadata has {num_bytes} bytes and the service accepts {MAX_METADATA_BYTES}; send less",
             field="metadata",
         )
 
 
 def malformed() -> InvalidRequest:
-    return InvalidRequest("the message cannot be parsed; is it of another version, or text that is not UTF-8?")
+    return InvalidRequest("the message cannot be parsed; does the client have another version, or is a text not UTF-8?")
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def _numbered(kind: type[Message], bounds: Mapping[str, Bound]) -> Mapping[int, 
 
 
 def field_of(data: bytes, number: int, most_bytes: int) -> bytes:
-    """Returns the first field of that number in an unparsed message; empty without one of at most so many bytes.
+    """Returns the first field of that number in an unparsed message; empty without one of at most `most` bytes.
 
     Raises InvalidRequest.
     """
@@ -291,7 +291,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Decodes a number; returns it and where the next one begins."""
+    """Decodes a number; returns it and the position after it."""
     value = 0
     for shift, byte in zip(range(0, 70, 7), data[at : at + 10], strict=False):
         value |= (byte & 127) << shift

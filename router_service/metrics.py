@@ -20,7 +20,7 @@ from router_service.status import CODES
 from router_service.tenants import TenantLabels
 from router_service.ui import Served
 
-INFER = ("ModelInfer", "ModelStreamInfer")  # of the Open Inference Protocol
+INFER = ("ModelInfer", "ModelStreamInfer")  # methods of the Open Inference Protocol
 METHODS = (*(method.name for method in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods), *INFER)
 ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "Responses", "Messages", "Playground")
 """The methods of all fronts that generate."""
@@ -42,7 +42,9 @@ _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 
 def router_families(tenants: Sequence[str], codewords: Sequence[str] = ()) -> tuple[Metric, ...]:
-    """Returns the router's metrics; `tenants` and `codewords` are the values that the labels of that name can have."""
+    """Returns the router's metrics; `tenants` and `codewords` are the values that the labels of those names can
+    have.
+    """
     answers = _answers(every(tenant=tenants), tenants)
     return (*_calls(), *answers, *_pools(), *_codebook(codewords), *_surroundings())
 
@@ -73,12 +75,12 @@ def _calls() -> tuple[Metric, ...]:
         ),
         Metric(
             "router_dropped_calls", _COUNTER,
-            "Calls that came to no method: without a message that gRPC can receive (too large, or in an unknown "
+            "Calls that reached no method: without a message that gRPC can receive (too large, or in an unknown "
             "compression), of an unknown method, or ended by gRPC before the router saw them.",
-            "Does gRPC refuse calls that nobody else counts?", every(reason=DROPS),
+            "Does gRPC refuse calls that no other metric counts?", every(reason=DROPS),
         ),
         Metric(
-            "router_loop_lag_seconds", _HISTOGRAM, "How late a task of the event loop woke up.",
+            "router_loop_lag_seconds", _HISTOGRAM, "Delay with which a task of the event loop woke up.",
             "Does something block all calls?", buckets=metrics.LOOP_LAG_S,
         ),
     )  # fmt: skip
@@ -100,20 +102,20 @@ def _answers(by_tenant: Labels, tenants: Sequence[str]) -> tuple[Metric, ...]:
         ),
         Metric(
             "router_queue_seconds", _HISTOGRAM,
-            "Of requests that their worker is done with, the wait in its line until they were admitted.",
+            "Time that finished requests waited in their worker's line until they were admitted.",
             "Whose requests wait for memory?", by_tenant, metrics.FIRST_TOKEN_S,
         ),
         Metric(
-            "router_prompt_tokens", _COUNTER, "Prompt tokens that workers ran or had cached, however answers ended.",
+            "router_prompt_tokens", _COUNTER, "Prompt tokens that workers ran or had cached, also for failed answers.",
             "Which tenants send how much?", by_tenant,
         ),
         Metric(
-            "router_generated_tokens", _COUNTER, "Tokens that workers have generated, however answers ended.",
+            "router_generated_tokens", _COUNTER, "Tokens that workers have generated, also for failed answers.",
             "Which tenants get how much?", by_tenant,
         ),
         Metric(
             "router_paged_bytes", _COUNTER,
-            "Bytes of experts that workers have read for requests, however these ended, by where from.",
+            "Bytes of experts that workers have read for requests, also for failed ones, by source.",
             "Whose requests cause paging?", every(tenant=tenants, source=("disk", "host")),
         ),
     )  # fmt: skip
@@ -136,7 +138,7 @@ def _pools() -> tuple[Metric, ...]:
             "How far are predicted pools from actual ones, in experts?", every(result=("right", "missing", "surplus")),
         ),
         Metric(
-            "router_escalations", _COUNTER, "Prompts passed on because a predictor's expected recall was too low.",
+            "router_escalations", _COUNTER, "Prompts passed on because the expected recall of a predictor was too low.",
             "Is the cheap predictor good enough?", Labels(("from", "to"), escalations),
         ),
         Metric(
@@ -149,7 +151,7 @@ def _pools() -> tuple[Metric, ...]:
 def _codebook(codewords: Sequence[str]) -> tuple[Metric, ...]:
     return (
         Metric(
-            "router_codeword_requests", _COUNTER, "Requests that got a codeword's pool, by codeword.",
+            "router_codeword_requests", _COUNTER, "Requests that were given a codeword's pool, by codeword.",
             "Which codewords are in use, and how many requests share each?", every(codeword=codewords),
         ),
         Metric(
@@ -159,7 +161,7 @@ def _codebook(codewords: Sequence[str]) -> tuple[Metric, ...]:
         ),
         Metric(
             "router_codebook_coverage_ratio", _HISTOGRAM,
-            "Score mass inside the best codeword's pool over that inside a pool of the prompt's own.",
+            "Score mass inside the best codeword's pool, divided by that inside the prompt's own pool.",
             "How well do codewords suit the prompts?", buckets=metrics.COVERAGE,
         ),
         Metric(
@@ -191,14 +193,14 @@ def _surroundings() -> tuple[Metric, ...]:
         ),
         Metric(
             "router_ray_lost", _COUNTER, "Daemons that the embedded Ray has lost; the router drains and exits then.",
-            "Why does this router start again?", every(daemon=RAY_DAEMONS),
+            "Why does this router restart?", every(daemon=RAY_DAEMONS),
         ),
         Metric(
             "router_workers", _GAUGE, "Workers by state.",
             "How many workers can answer?", every(state=WORKER_STATES),
         ),
         Metric(
-            "router_worker_restarts", _COUNTER, "Times that a worker was started again, as this router saw it.",
+            "router_worker_restarts", _COUNTER, "Restarts of a worker, as this router saw them.",
             "Does a worker keep failing?",
         ),
         Metric(
@@ -209,9 +211,9 @@ def _surroundings() -> tuple[Metric, ...]:
 
 
 GATEWAY = {
-    "vllm:num_requests_waiting": "Requests in the queues of workers that are ready.",
-    "vllm:num_requests_running": "Requests that workers that are ready run.",
-    "vllm:kv_cache_usage_perc": "Share of the KV memory that is reserved, the mean of the workers that are ready.",
+    "vllm:num_requests_waiting": "Requests in the queues of ready workers.",
+    "vllm:num_requests_running": "Requests that ready workers run.",
+    "vllm:kv_cache_usage_perc": "Share of the KV memory that is reserved, the mean of the ready workers.",
 }
 """What endpoint pickers of the Kubernetes gateway inference extension read, under the names that they expect."""
 
@@ -263,7 +265,7 @@ class Adapters:
 
 
 class RouterMetrics:
-    """The metrics of one router, in a registry of its own: one process may have several routers."""
+    """The metrics of one router, in a registry of its own, since one process may have several routers."""
 
     def __init__(self, tenants: TenantLabels | None = None, codewords: Sequence[str] = ()) -> None:
         self.registry = registry = CollectorRegistry()
@@ -308,7 +310,7 @@ class RouterMetrics:
         self._info.labels(*(labels[name] for name in INFO_LABELS)).set(1)
 
     def saw(self, model: str, workers: Sequence[WorkerView]) -> None:
-        """Sets what depends on the workers, which the router has just looked at."""
+        """Sets the metrics that depend on the workers, which the router has just read."""
         states = [worker.state for worker in workers]
         for state in WorkerState:
             self.workers.labels(state).set(states.count(state))
@@ -322,13 +324,13 @@ class RouterMetrics:
             gauge.labels(model).set(value)
 
     def watch_admission(self, admission: Admission) -> None:
-        """Exports what is in flight at every scrape."""
+        """Exports the requests in flight at every scrape."""
         self._requests_in_flight.set_function(lambda: admission.num_requests)
         self._tokens_in_flight.set_function(lambda: admission.num_tokens)
         self._bytes_in_flight.set_function(lambda: admission.num_bytes)
 
     def escalated(self, was: str, is_: str) -> None:
-        """Counts a prompt that went on to a better source."""
+        """Counts a prompt that was passed on to a better source."""
         self._escalations.labels(was, is_).inc()
 
     def shared(self, codeword: Codeword) -> None:
@@ -355,12 +357,14 @@ class RouterMetrics:
             self.served.ended(code)
 
     def refused(self, reason: str) -> None:
-        """Counts a call that was refused before any work; a call with an illegal request is a failure instead."""
+        """Counts a call that was refused before any work; a call with an illegal request counts as a failure
+        instead.
+        """
         if reason in REJECTIONS:
             self._rejections.labels(reason).inc()
 
     def dropped(self, reason: str, count: int = 1) -> None:
-        """Counts calls that came to no method."""
+        """Counts calls that reached no method."""
         self._dropped.labels(reason).inc(count)
 
     def loop_lag(self, seconds: float) -> None:
@@ -371,11 +375,11 @@ class RouterMetrics:
         self.served.waits_s.append(seconds)
 
     def output_token(self, tenant: str, seconds: float) -> None:
-        """Records the mean gap between an answer's tokens, once for each answer of several."""
+        """Records the mean gap between an answer's tokens; called for each of several answers."""
         self._output_token.labels(self._tenants.of(tenant)).observe(seconds)
 
     def settled(self, tenant: str, account: Account) -> None:
-        """Records what a request has used at a worker, at its end there."""
+        """Records what a request has used at a worker, when it ends there."""
         label = self._tenants.of(tenant)
         if account.queue_s is not None:
             self._queue.labels(label).observe(account.queue_s)
@@ -385,13 +389,13 @@ class RouterMetrics:
         self._paged_bytes.labels(label, "host").inc(account.paging.bytes_from_host)
 
     def predicted(self, predicted: ExpertPool, actual: ExpertPool) -> None:
-        """Records how the prediction compares with what the prefill chose."""
+        """Records how the prediction compares with the prefill's choice."""
         layers = list(zip(map(set, predicted.experts), map(set, actual.experts), strict=True))
         self._predicted_experts.labels("right").inc(sum(len(guess & chosen) for guess, chosen in layers))
         self._predicted_experts.labels("missing").inc(sum(len(chosen - guess) for guess, chosen in layers))
         self._predicted_experts.labels("surplus").inc(sum(len(guess - chosen) for guess, chosen in layers))
 
     def restarted(self, worker: str, num_restarts: int) -> None:
-        """Sets how often a worker has been started again until now."""
+        """Sets the number of times that a worker has been restarted until now."""
         self._worker_restarts.inc(max(0, num_restarts - self._restarts_seen.get(worker, 0)))
         self._restarts_seen[worker] = num_restarts

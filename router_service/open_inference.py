@@ -1,7 +1,7 @@
 """The Open Inference Protocol over gRPC, for clients of KServe and Triton: its messages, read and written.
 
-A parameter of a request is a field of /v1/completions, read by the same class, so that both fronts take the same values
-and refuse them in the same words.
+A parameter of a request is a field of /v1/completions, read by the same class, so that both fronts accept the same
+values and refuse them in the same words.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from router_service.requests import Ask
 from router_service.service import Call, Pipeline
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-RECORDED = INFER  # the others are asked by probes, again and again
+RECORDED = INFER  # the other methods are called by probes, again and again
 INPUT, OUTPUT = "text_input", "text_output"
 FINAL = "triton_final_response"
-MAX_IN_FLIGHT = 128  # of one stream; further requests are read when earlier ones have ended
-_IGNORED = ("triton_enable_empty_final_response",)  # the last part of an answer is marked, whether it has text or not
+MAX_IN_FLIGHT = 128  # in one stream; further requests are read when earlier ones have ended
+# the last part of an answer is always marked, whether or not it has text
+_IGNORED = ("triton_enable_empty_final_response",)
 _OF_JSON = ("logit_bias", "response_format", "stop_token_ids")
 _REFUSED = ("model", "prompt", "n", "best_of", "echo", "logprobs", "stream", "stream_options", "suffix", "user")
 
@@ -96,7 +97,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         await self._pipeline.generate(self._call_of(wire, context), ask, add)
         return _response(wire, ask.id, self._pipeline.model, choice.text, choice.usage)
 
-    # Its messages come as bytes: each is checked and parsed as a call of its own, whose error is an answer.
+    # Its messages arrive as bytes: each is checked and parsed as a call of its own, whose error is an answer.
     async def ModelStreamInfer(  # type: ignore[override] # noqa: N802
         self, messages: AsyncIterator[bytes], context: Context
     ) -> None:
@@ -149,7 +150,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         return not self._pipeline.admission.is_closed and any(each.state == WorkerState.READY for each in workers)
 
     def _ask(self, wire: pb.ModelInferRequest) -> Ask:
-        """Raises InvalidRequest, UnknownModel, PoolTooSmall or PromptTooLong."""
+        """Reads a request. Raises InvalidRequest, UnknownModel, PoolTooSmall or PromptTooLong."""
         id_ = requests.request_id(wire.id) if wire.id else requests.new_id()
         request_id.set(id_)
         tracing.note(request_id=id_)
@@ -187,7 +188,7 @@ def _check_outputs(wire: pb.ModelInferRequest) -> None:
 
 
 def _text(wire: pb.ModelInferRequest) -> str:
-    """The prompt. Raises InvalidRequest for anything but one text."""
+    """Returns the prompt. Raises InvalidRequest for anything but one text."""
     names = [each.name for each in wire.inputs]
     if names != [INPUT]:
         raise InvalidRequest(
@@ -213,7 +214,7 @@ def _text(wire: pb.ModelInferRequest) -> str:
 
 
 def _element(raw: Any) -> bytes:
-    """The one element of the one tensor in raw contents. Raises InvalidRequest."""
+    """Returns the one element of the one tensor in raw contents. Raises InvalidRequest."""
     data: bytes = raw[0]
     if len(raw) != 1 or len(data) < 4 or struct.unpack_from("<I", data)[0] != len(data) - 4:
         raise InvalidRequest(
@@ -224,11 +225,11 @@ def _element(raw: Any) -> bytes:
 
 
 def _parameters(given: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
-    """The fields of a completion. Raises InvalidRequest for those that this protocol has no answer for."""
+    """Returns the fields of a completion. Raises InvalidRequest for fields that this protocol has no answer for."""
     fields: dict[str, Any] = {}
     for name, parameter in given.items():
         if name in _REFUSED:
-            raise InvalidRequest(f"`{name}` is no parameter here: one text has one answer", field=name)
+            raise InvalidRequest(f"`{name}` is not a parameter here: one text has one answer", field=name)
         kind = parameter.WhichOneof("parameter_choice")
         if name in _IGNORED or kind is None:
             continue
@@ -245,7 +246,7 @@ def _parameters(given: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
 def _response(
     wire: pb.ModelInferRequest, id_: str, model: ModelInfo, text: str, usage: Usage | None
 ) -> pb.ModelInferResponse:
-    """An answer or a part of it: its contents are raw where the request's were."""
+    """Returns an answer or a part of it; its contents are raw where the request's were."""
     tensor = pb.ModelInferResponse.InferOutputTensor(name=OUTPUT, datatype="BYTES", shape=[1])
     response = pb.ModelInferResponse(model_name=wire.model_name or model.name, model_version=model.fingerprint, id=id_)
     data = text.encode("utf-8", "replace")
@@ -263,7 +264,7 @@ def _response(
 
 
 def _set(parameters: Any, name: str, value: str | int | float | None) -> None:
-    """A parameter of a response; none for a value that is not known."""
+    """Sets a parameter of a response, unless its value is unknown."""
     if isinstance(value, str):
         parameters[name].string_param = value
     elif isinstance(value, int):

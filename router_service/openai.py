@@ -1,7 +1,8 @@
-"""OpenAI's requests and answers: which fields are taken, what they ask of the pipeline, and what goes back.
+"""OpenAI's requests and answers: which fields are accepted, how they are passed to the pipeline, and how answers are
+written.
 
-Every field is taken, taken at the one value that changes nothing, or refused by its name; `docs/http.md` has the table,
-made from these classes.
+Every field is accepted, accepted only at the one value that changes nothing, or refused by name; `docs/http.md` has the
+table, which is made from these classes.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ _NOT_HERE = {
     "prompt_cache_options": "prefixes are recognised by themselves",
     "prompt_cache_retention": "prefixes are recognised by themselves",
 }
-COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is absent, as OpenAI's
+COMPLETION_TOKENS = 16  # for /v1/completions where max_tokens is absent, as in OpenAI's API
 MAX_TOP_LOGPROBS = 20
-MAX_AT_ONCE = 4096  # numbers and tokens of an answer whose JSON is made on the event loop
+MAX_AT_ONCE = 4096  # numbers and tokens of an answer whose JSON is built on the event loop
 _ROLES = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -56,7 +57,7 @@ Many = Annotated[list[T], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
-    """A JSON object in which every key is known. `NEUTRAL` keys have only values that change nothing."""
+    """A JSON object in which every key is known. The keys of `NEUTRAL` only accept values that change nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -65,27 +66,27 @@ class Strict(BaseModel):
 
     @classmethod
     def read(cls, body: Any) -> Self:
-        """Raises InvalidRequest, which names the field and never quotes what a message says."""
+        """Reads the object. Raises InvalidRequest, which names the field and never quotes the message."""
         if not isinstance(body, dict):
             raise InvalidRequest("the body is not a JSON object")
         try:
             return cls.model_validate(body)
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)
-            # Of a value that may be one of several things, the error of the one that it comes closest to.
+            # For a value of several possible types, the error of the type that it comes closest to.
             where, message = max((_place(each, body), str(each["msg"])) for each in found)
             name = ".".join(where)[:200]
             raise InvalidRequest(f"`{name}`: {message}", field=name) from None
 
     @classmethod
     def names(cls) -> Mapping[str, FieldInfo]:
-        """The fields that are taken, by their names in JSON."""
+        """Returns the accepted fields, by their names in JSON."""
         return {info.alias or name: info for name, info in cls.model_fields.items()}
 
     @model_validator(mode="before")
     @classmethod
     def _look_at_names(cls, body: Any) -> Any:
-        """Drops the keys that change nothing, and stops at the first that is refused or not known."""
+        """Drops the keys that change nothing, and stops at the first that is refused or unknown."""
         if not isinstance(body, dict):
             return body
         known, kept = _names_of(cls), {}
@@ -100,7 +101,7 @@ class Strict(BaseModel):
 
     @classmethod
     def reason(cls, name: str) -> str:
-        """Why a key cannot have the value that it has."""
+        """Returns why a key cannot have this value."""
         if name in cls.REFUSED:
             return f"is not supported: {cls.REFUSED[name]}"
         known = " or ".join(json.dumps(each) for each in cls.NEUTRAL[name] or (None,))
@@ -112,7 +113,9 @@ _names_of = lru_cache(maxsize=None)(lambda cls: frozenset(cls.names()))
 
 
 def _place(error: ErrorDetails, body: Any) -> tuple[str, ...]:
-    """Where in the body an error is. pydantic's own path names alternatives of a type, too, which are left out."""
+    """Returns the place of an error in the body. pydantic's own path also names the alternatives of a type, which are
+    left out.
+    """
     where, value = [], body
     for part in error["loc"]:
         if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
@@ -125,11 +128,11 @@ def _place(error: ErrorDetails, body: Any) -> tuple[str, ...]:
 
 
 class StreamOptions(Strict):
-    """What a stream has beside its chunks."""
+    """The options of a stream beside its chunks."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = Field(
-        default=False, description="as vLLM's: every chunk has the usage of its answer so far"
+        default=False, description="as in vLLM: every chunk has the usage of its answer so far"
     )
 
     NEUTRAL: ClassVar = {"include_obfuscation": (False,)}
@@ -141,7 +144,7 @@ class JsonSchema(Strict):
     name: str = ""
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = Field(default=None, description="an answer is held to it, whichever it is")
+    strict: bool | None = Field(default=None, description="every answer is held to the schema")
 
 
 class ResponseFormat(Strict):
@@ -162,12 +165,12 @@ class ResponseFormat(Strict):
 
 
 class Function(Strict):
-    """A function that an answer may ask to be called."""
+    """A function that an answer may call."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="a JSON schema")
-    strict: bool | None = Field(default=None, description="a forced call is held to it, whichever it is")
+    strict: bool | None = Field(default=None, description="every forced call is held to the schema")
 
 
 class Tool(Strict):
@@ -192,7 +195,7 @@ class Sampled(Strict):
     """The fields that completions and chat share."""
 
     model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
-    temperature: float | None = Field(default=None, description="1 by default, as OpenAI's; 0 is greedy")
+    temperature: float | None = Field(default=None, description="1 by default, as in OpenAI's API; 0 is greedy")
     top_p: float | None = Field(default=None, description="above 0, at most 1")
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description=f"at most {MAX_CHOICES}; from one prefill")
     stream: bool | None = Field(default=None, description="server-sent events")
@@ -202,27 +205,31 @@ class Sampled(Strict):
     presence_penalty: float | None = Field(default=None, description="-2 to 2")
     frequency_penalty: float | None = Field(default=None, description="-2 to 2")
     logit_bias: dict[str, float] | None = Field(default=None, description="by token id, at most 1,024")
-    user: str | None = Field(default=None, description="a digest of it is in the access log")
+    user: str | None = Field(default=None, description="its digest is in the access log")
     response_format: ResponseFormat | None = Field(default=None, description="the answer is held to it")
-    pool: str | int | float | None = Field(default=None, description="the pool's size, as `--pool` of the command line")
-    drift: str | float | None = Field(default=None, description="as `--drift` of the command line")
+    pool: str | int | float | None = Field(
+        default=None, description="the pool's size, as with `--pool` on the command line"
+    )
+    drift: str | float | None = Field(default=None, description="as with `--drift` on the command line")
     top_k: int | None = Field(default=None, description="as vLLM's")
     min_p: float | None = Field(default=None, description="as vLLM's")
     min_tokens: int | None = Field(default=None, description="as vLLM's")
     repetition_penalty: float | None = Field(default=None, description="as vLLM's")
     stop_token_ids: Many[int] | None = Field(default=None, description="as vLLM's")
     ignore_eos: bool | None = Field(default=None, description="as vLLM's")
-    guided_json: dict[str, Any] | str | None = Field(default=None, description="a JSON schema; as vLLM's")
+    guided_json: dict[str, Any] | str | None = Field(default=None, description="a JSON schema, as in vLLM")
     guided_regex: str | None = Field(default=None, description="as vLLM's")
-    guided_grammar: str | None = Field(default=None, description="GBNF; as vLLM's")
+    guided_grammar: str | None = Field(default=None, description="GBNF, as in vLLM")
 
     def sampling(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
-        """Raises InvalidRequest for grammars that exclude each other and for biases of what is no token id."""
+        """Returns the sampling. Raises InvalidRequest for grammars that exclude each other and for biases of invalid
+        token ids.
+        """
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         given: dict[str, Any] = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
-            "top_k": max(0, self.top_k) if self.top_k is not None else None,  # -1 is off for vLLM
+            "top_k": max(0, self.top_k) if self.top_k is not None else None,  # vLLM writes -1 for off
             "seed": self.seed,
             "min_p": self.min_p,
             "presence_penalty": self.presence_penalty,
@@ -243,7 +250,7 @@ class Sampled(Strict):
         )
 
     def grammar(self) -> Grammar | None:
-        """The one grammar of the answer. Raises InvalidRequest for more than one."""
+        """Returns the one grammar of the answer. Raises InvalidRequest for more than one."""
         found = []
         if self.response_format is not None and (grammar := self.response_format.grammar) is not None:
             found.append(grammar)
@@ -256,7 +263,7 @@ class Sampled(Strict):
             found.append(Grammar(GrammarKind.EBNF, self.guided_grammar))
         if len(found) > 1:
             raise InvalidRequest(
-                "an answer has one form; give one of response_format and guided_*", field="guided_json"
+                "an answer has one form; give only one of response_format and guided_*", field="guided_json"
             )
         return found[0] if found else None
 
@@ -266,12 +273,12 @@ class Sampled(Strict):
 
     @property
     def counts_as_it_goes(self) -> bool:
-        """Whether each chunk of a stream has a usage."""
+        """Tells whether each chunk of a stream has a usage."""
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 def digest(name: str) -> str:
-    """What stands for a user's name in logs."""
+    """Returns the digest that stands for a user's name in logs."""
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
@@ -286,31 +293,31 @@ Prompts = str | Many[str] | Many[int] | Many[Many[int]]
 
 
 class CompletionRequest(Sampled):
-    """/v1/completions."""
+    """The body of /v1/completions."""
 
     prompt: Prompts = Field(description="a text, token ids, or several of either", union_mode="left_to_right")
     max_tokens: int | None = Field(default=None, ge=0, description=f"{COMPLETION_TOKENS} by default; 0 with `echo`")
-    echo: bool | None = Field(default=None, description="the prompt is part of the answer, also of `logprobs`")
+    echo: bool | None = Field(default=None, description="the answer includes the prompt, and so do `logprobs`")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(
         default=None, ge=1, le=MAX_CHOICES, description="the `n` of the highest mean log-probability; not streamed"
     )
 
-    REFUSED: ClassVar = {"suffix": "the model fills nothing in"}
+    REFUSED: ClassVar = {"suffix": "the model cannot fill in a gap"}
 
     @property
     def has_max_tokens(self) -> bool:
         return self.max_tokens is not None
 
     def sampling_of(self, token_limit: int) -> SamplingParams:
-        """With log-probabilities where answers are shown with them, or chosen by them."""
+        """Returns the sampling, with log-probabilities where answers are shown with them or chosen by them."""
         limit = min(COMPLETION_TOKENS, token_limit) if self.max_tokens is None else max(1, self.max_tokens)
         is_ranked = self.best_of is not None and self.best_of > (self.n or 1)
         logprobs = 0 if self.logprobs is None and is_ranked else self.logprobs
         return self.sampling(limit, logprobs, self.logprobs if self.echo else None)
 
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt by itself. Raises InvalidRequest for none."""
+        """Returns each prompt by itself. Raises InvalidRequest for none."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if not self.prompt:
@@ -333,7 +340,7 @@ class CalledFunction(Strict):
 
 
 class CalledTool(Strict):
-    """A call that an earlier answer asked for."""
+    """A call in an earlier answer."""
 
     id: str
     type: Literal["function"] = "function"
@@ -352,7 +359,7 @@ class Message(Strict):
     NEUTRAL: ClassVar = {"refusal": (), "annotations": ([],), "function_call": (), "audio": ()}
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates read it: plain text, and arguments of calls as objects."""
+        """Returns the message as chat templates read it: plain text, and arguments of calls as objects."""
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
@@ -378,16 +385,16 @@ def _called(call: CalledTool) -> dict[str, Any]:
 
 
 class ChatRequest(Sampled):
-    """/v1/chat/completions."""
+    """The body of /v1/chat/completions."""
 
     messages: Many[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1, description="as max_completion_tokens")
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="what fits, by default")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="by default, as many as fit")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Many[Tool] | None = Field(default=None, description="shown to the model by its chat template")
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
-        default=None, description="`required` or a tool by name: the answer is held to the form of a call"
+        default=None, description="with `required` or the name of a tool, the answer is held to the form of a call"
     )
 
     NEUTRAL: ClassVar = {
@@ -414,7 +421,7 @@ class ChatRequest(Sampled):
         return self.max_completion_tokens is not None or self.max_tokens is not None
 
     def sampling_of(self, token_limit: int) -> SamplingParams:
-        """Raises InvalidRequest for alternatives without log-probabilities."""
+        """Returns the sampling. Raises InvalidRequest for alternatives without log-probabilities."""
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs`", field="top_logprobs")
         limit = self.max_completion_tokens or self.max_tokens or token_limit
@@ -425,7 +432,7 @@ class ChatRequest(Sampled):
         return isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required"
 
     def shown_tools(self) -> list[dict[str, Any]]:
-        """The tools that the template is given. Raises InvalidRequest for a choice without tools."""
+        """Returns the tools that the template is given. Raises InvalidRequest for a choice without tools."""
         if not self.tools:
             if self.is_tool_forced or self.tool_choice == "auto":
                 raise InvalidRequest("`tool_choice` needs `tools`", field="tool_choice")
@@ -443,7 +450,9 @@ class ChatRequest(Sampled):
         return Grammar(GrammarKind.JSON_SCHEMA, forced_call_schema(self.shown_tools(), name))
 
     def prompt(self, template: ChatTemplate | None) -> str:
-        """Raises InvalidRequest where the model has no template, or the template refuses the messages."""
+        """Renders the prompt. Raises InvalidRequest where the model has no template, or the template refuses the
+        messages.
+        """
         if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or serve it with --chat-template FILE",
@@ -453,13 +462,13 @@ class ChatRequest(Sampled):
 
 
 class TextFormat(Strict):
-    """The form of an answer, as /v1/responses has it."""
+    """The form of an answer in /v1/responses."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = ""
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = Field(default=None, description="an answer is held to it, whichever it is")
+    strict: bool | None = Field(default=None, description="every answer is held to the schema")
 
 
 class TextOptions(Strict):
@@ -469,13 +478,13 @@ class TextOptions(Strict):
 
 
 class ResponseTool(Strict):
-    """A function, as /v1/responses has it."""
+    """A function in /v1/responses."""
 
     type: Literal["function"]
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="a JSON schema")
-    strict: bool | None = Field(default=None, description="a forced call is held to it, whichever it is")
+    strict: bool | None = Field(default=None, description="every forced call is held to the schema")
 
 
 class ResponseToolChoice(Strict):
@@ -484,7 +493,7 @@ class ResponseToolChoice(Strict):
 
 
 class InputItem(Strict):
-    """A message, a call, or what a tool has answered."""
+    """A message, a tool call, or a tool's result."""
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -497,7 +506,7 @@ class InputItem(Strict):
     NEUTRAL: ClassVar = {"status": ("completed",)}
 
     def for_template(self) -> dict[str, Any]:
-        """The item as chat templates read it."""
+        """Returns the item as chat templates read it."""
         if self.type == "function_call":
             function = CalledFunction(name=self.name or "", arguments=self.arguments or "{}")
             return {
@@ -513,22 +522,24 @@ class InputItem(Strict):
 
 
 class ResponsesRequest(Strict):
-    """/v1/responses, without anything that is kept between two calls."""
+    """The body of /v1/responses; nothing is kept between two calls."""
 
     model: str = Field(description="the model, or MODEL:POOL for one of the tenant's named pools")
     input: str | Many[InputItem]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(default=None, ge=1, description="what fits, by default")
-    temperature: float | None = Field(default=None, description="1 by default, as OpenAI's; 0 is greedy")
+    max_output_tokens: int | None = Field(default=None, ge=1, description="by default, as many as fit")
+    temperature: float | None = Field(default=None, description="1 by default, as in OpenAI's API; 0 is greedy")
     top_p: float | None = None
     text: TextOptions | None = None
     tools: Many[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     stream: bool | None = None
-    store: bool | None = Field(default=None, description="nothing is stored, whichever it is")
-    user: str | None = Field(default=None, description="a digest of it is in the access log")
-    pool: str | int | float | None = Field(default=None, description="the pool's size, as `--pool` of the command line")
-    drift: str | float | None = Field(default=None, description="as `--drift` of the command line")
+    store: bool | None = Field(default=None, description="nothing is stored either way")
+    user: str | None = Field(default=None, description="its digest is in the access log")
+    pool: str | int | float | None = Field(
+        default=None, description="the pool's size, as with `--pool` on the command line"
+    )
+    drift: str | float | None = Field(default=None, description="as with `--drift` on the command line")
 
     NEUTRAL: ClassVar = {
         "background": (False,),
@@ -565,7 +576,7 @@ class ResponsesRequest(Strict):
         return isinstance(self.tool_choice, ResponseToolChoice) or self.tool_choice == "required"
 
     def shown_tools(self) -> list[dict[str, Any]]:
-        """The tools that the template is given. Raises InvalidRequest for a choice without tools."""
+        """Returns the tools that the template is given. Raises InvalidRequest for a choice without tools."""
         if not self.tools:
             if self.is_tool_forced or self.tool_choice == "auto":
                 raise InvalidRequest("`tool_choice` needs `tools`", field="tool_choice")
@@ -600,7 +611,9 @@ class ResponsesRequest(Strict):
         return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(wanted.schema_))
 
     def prompt(self, template: ChatTemplate | None) -> str:
-        """Raises InvalidRequest where the model has no template, or the template refuses the messages."""
+        """Renders the prompt. Raises InvalidRequest where the model has no template, or the template refuses the
+        messages.
+        """
         if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or serve it with --chat-template FILE",
@@ -615,7 +628,7 @@ class ResponsesRequest(Strict):
 
 
 class TokenizeRequest(Strict):
-    """/tokenize."""
+    """The body of /tokenize."""
 
     model: str = ""
     prompt: str
@@ -625,25 +638,25 @@ class TokenizeRequest(Strict):
 
 
 class DetokenizeRequest(Strict):
-    """/detokenize."""
+    """The body of /detokenize."""
 
     model: str = ""
     tokens: Many[int]
 
 
-# --- what is asked of the pipeline ----------------------------------------------------------------------------------
+# --- what is passed to the pipeline ---------------------------------------------------------------------------------
 
 
 def model_and_pool(
     name: str, size: str | int | float | None, drift: str | float | None, model: ModelInfo, default: PoolPolicy
 ) -> PoolPolicy | PoolByName:
-    """The pool that `model`, `pool` and `drift` of a request ask for. Raises InvalidRequest or UnknownModel."""
+    """Returns the pool that `model`, `pool` and `drift` of a request name. Raises InvalidRequest or UnknownModel."""
     model_name, colon, pool_name = name.partition(":")
     check_model(model_name, model)
     asked_drift = parse_drift(None if drift is None else str(drift))
     if colon:
         if size is not None:
-            raise InvalidRequest("`model` names a pool, which has the size it has; leave `pool` out", field="pool")
+            raise InvalidRequest("`model` names a pool, whose size is fixed; leave `pool` out", field="pool")
         return PoolByName(pool_name, asked_drift)
     if size is None:
         return chosen_pool(default.size, default.source, asked_drift or default.drift, model)
@@ -652,14 +665,14 @@ def model_and_pool(
 
 
 def checked(params: SamplingParams, model: ModelInfo) -> SamplingParams:
-    """Raises InvalidRequest."""
+    """Returns a checked value. Raises InvalidRequest."""
     check_sampling(params)
     check_vocabulary(params, model.vocab_size)
     return params
 
 
 def in_json(error: PagerError) -> tuple[str, str | None]:
-    """The message and the field of an error, with fields named as requests over HTTP name them."""
+    """Returns the message and the field of an error, with fields named as in requests over HTTP."""
     message, name = error.message, error.field or ""
     for inner, outer in (("sampling.regex", "guided_regex"), ("sampling.ebnf", "guided_grammar"), ("sampling.", "")):
         message, name = message.replace(inner, outer), name.replace(inner, outer)
@@ -667,21 +680,21 @@ def in_json(error: PagerError) -> tuple[str, str | None]:
 
 
 def new_id(kind: str) -> str:
-    """An id for an answer, as OpenAI's begin."""
+    """Returns an id for an answer, in the form of OpenAI's."""
     return f"{kind}-{uuid.uuid4().hex}"
 
 
-# --- what goes back -------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Choice:
-    """One answer, as it has come so far. Owned by the call that it is for."""
+    """One answer, as far as it has arrived. Owned by the call that it belongs to."""
 
     index: int
-    prompt: int  # which of several
-    prompt_ids: Sequence[int] = ()  # where they are shown
-    prompt_tokens: int = 0  # where they are counted before the answer has ended
+    prompt: int  # the number of its prompt, where there are several
+    prompt_ids: Sequence[int] = ()  # only where they are shown
+    prompt_tokens: int = 0  # only where they are counted before the answer has ended
     texts: Many[str] = field(default_factory=list)
     token_ids: Many[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -689,7 +702,7 @@ class Choice:
     usage: Usage | None = None
 
     def add(self, chunk: TokenChunk) -> None:
-        """The next chunk of the answer has come."""
+        """Adds the next chunk of the answer."""
         self.texts.append(chunk.text)
         self.token_ids.extend(chunk.token_ids)
         self.logprobs.extend(chunk.logprobs)
@@ -697,7 +710,7 @@ class Choice:
         self.usage = chunk.usage or self.usage
 
     def part(self, chunk: TokenChunk) -> Choice:
-        """A choice that has only what a chunk brings; the prompt comes with the first one."""
+        """Returns a choice with only the contents of a chunk; the prompt comes with the first one."""
         made = Choice(self.index, self.prompt, () if self.texts else self.prompt_ids)
         made.add(chunk)
         return made
@@ -712,7 +725,7 @@ class Choice:
 
     @property
     def usage_so_far(self) -> dict[str, int]:
-        """Its tokens while it is on its way."""
+        """The counts of its tokens until now, while it is incomplete."""
         num_tokens = len(self.token_ids)
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -722,7 +735,7 @@ class Choice:
 
     @property
     def is_large(self) -> bool:
-        """Whether its JSON takes so long to make that nothing else should wait for it."""
+        """Tells whether building its JSON takes so long that nothing else should wait for it."""
         logprobs = (each for part in (self.prompt_logprobs, self.logprobs) for each in part)
         return len(self.prompt_ids) + sum(1 + len(each.top_ids) for each in logprobs) > MAX_AT_ONCE
 
@@ -736,10 +749,10 @@ def finish_reason(usage: Usage) -> str:
 
 
 def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Tokens as OpenAI counts them (a prompt once, however many answers it has), and what was paged."""
+    """Returns the tokens as OpenAI counts them (a prompt once, however many answers it has), and what was paged."""
     ended = [(choice.prompt, choice.usage) for choice in choices if choice.usage is not None]
     prompts = {prompt: usage.prompt_tokens for prompt, usage in ended}
-    cached: dict[int, int] = {}  # what the first answer to a prompt found: the others find what that one left
+    cached: dict[int, int] = {}  # what the first answer to a prompt found cached: later answers find what that one left
     for prompt, usage in ended:
         cached[prompt] = min(usage.cached_prompt_tokens, cached.get(prompt, usage.prompt_tokens))
     prompt_tokens, completion_tokens = sum(prompts.values()), sum(usage.completion_tokens for _, usage in ended)
@@ -753,7 +766,7 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 def paged(usages: Sequence[Usage]) -> dict[str, Any] | None:
-    """What was paged for answers; the pool and the mode are the first one's. None without one."""
+    """Returns what was paged for answers; the pool and the mode are the first one's. None without one."""
     if not usages:
         return None
     first = usages[0]
@@ -774,14 +787,14 @@ def paged(usages: Sequence[Usage]) -> dict[str, Any] | None:
 
 
 def head(kind: str, id_: str, model: str) -> dict[str, Any]:
-    """What every object of an answer begins with."""
+    """Returns the fields with which every object of an answer begins."""
     return {"id": id_, "object": kind, "created": int(time.time()), "model": model}
 
 
 def completion_logprobs(
     texts: TokenTexts, logprobs: Sequence[TokenLogprobs], first: int | None = None, offset: int = 0
 ) -> dict[str, Any]:
-    """`first` is the id of a prompt's first token, of which there is no probability."""
+    """Returns the log-probabilities. `first` is the id of a prompt's first token, which has no probability."""
     tokens: Many[str] = [] if first is None else [texts.of(first)[0]]
     values: list[float | None] = [None] * len(tokens)
     tops: list[dict[str, float] | None] = [None] * len(tokens)
@@ -802,7 +815,7 @@ def completion_logprobs(
 
 
 def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """The log-probabilities of an answer's tokens, as chat completions have them."""
+    """Returns the log-probabilities of an answer's tokens in the form of chat completions."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text, data = texts.of(token_id)
@@ -826,7 +839,7 @@ def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprobs]) -> dict[
 def response(
     asked: ResponsesRequest, id_: str, choice: Choice, text: str, calls: Sequence[Mapping[str, Any]], reason: str
 ) -> dict[str, Any]:
-    """The whole object, of an answer that has ended or has just begun."""
+    """Returns the whole object of an answer that has ended or has just begun."""
     usage = choice.usage
     status = "in_progress" if usage is None else "incomplete" if reason == "length" else "completed"
     output: list[dict[str, Any]] = []
@@ -873,7 +886,7 @@ Event = tuple[str, dict[str, Any]]
 
 
 class ResponseEvents:
-    """The events of a streamed response, numbered as they come."""
+    """The events of a streamed response, numbered in order."""
 
     def __init__(self, id_: str, snapshot: Callable[[], dict[str, Any]]) -> None:
         self._snapshot = snapshot
@@ -881,7 +894,7 @@ class ResponseEvents:
         self._number = 0
 
     def begin(self) -> list[Event]:
-        """Before the first text."""
+        """Returns the events before the first text."""
         item = {"type": "message", "id": self._item_id, "status": "in_progress", "role": "assistant", "content": []}
         return [
             self._event("response.created", response=self._snapshot()),
@@ -891,11 +904,11 @@ class ResponseEvents:
         ]
 
     def delta(self, text: str) -> Event:
-        """Text has come."""
+        """Returns the events for new text."""
         return self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])
 
     def end(self, text: str) -> list[Event]:
-        """The answer is whole."""
+        """Returns the events at the end of the answer."""
         whole = self._snapshot()
         item = {
             "type": "message",

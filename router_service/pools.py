@@ -21,7 +21,7 @@ from pager.store.appearing import create_owned, remove_abandoned
 from pager.types import NamedPool, PoolListing
 
 MAX_POOLS_OF_TENANT = 256
-MAX_POOLS = 16_384  # of all tenants
+MAX_POOLS = 16_384  # of all tenants together
 
 
 class PoolStore(Protocol):
@@ -34,13 +34,13 @@ class PoolStore(Protocol):
         """Returns the pool of that name. Raises DamagedPool."""
 
     async def add(self, tenant: str, named: NamedPool) -> None:
-        """Adds a pool; of two at a time under one name, one is refused. Raises PoolNameInUse or TooManyPools."""
+        """Adds a pool; of two concurrent ones with one name, one is refused. Raises PoolNameInUse or TooManyPools."""
 
     async def replace(self, tenant: str, named: NamedPool) -> None:
         """Adds a pool or replaces the one of that name. Raises TooManyPools."""
 
     async def delete(self, tenant: str, name: str) -> bool:
-        """Deletes a pool; False when there was none."""
+        """Deletes a pool; returns False when there was none."""
 
     async def all_of(self, tenant: str) -> PoolListing: ...
 
@@ -94,13 +94,15 @@ async def listing_of(stored: Iterable[tuple[str, bytes]]) -> PoolListing:
 
 
 def name_in_use(name: str) -> PoolNameInUse:
-    return PoolNameInUse(f"there is a pool {name!r}; choose another name, or ask to `replace` it", field="name")
+    return PoolNameInUse(f"a pool {name!r} exists already; choose another name, or set `replace`", field="name")
 
 
 def check_room(num_of_tenant: int, num_of_all: int) -> None:
     """Checks whether one more pool may be added. Raises TooManyPools."""
     if num_of_tenant >= MAX_POOLS_OF_TENANT:
-        raise TooManyPools(f"this tenant has its {MAX_POOLS_OF_TENANT} named pools; delete one that is not needed")
+        raise TooManyPools(
+            f"this tenant has {MAX_POOLS_OF_TENANT} named pools, which is its limit; delete one that is not needed"
+        )
     if num_of_tenant >= MAX_POOLS - num_of_all:
         raise TooManyPools(
             f"the store of named pools is nearly full, and a tenant may have no more of them than it leaves free for "
@@ -132,7 +134,7 @@ class FolderPools:
             remove_abandoned(folder.glob(f"{_PART}*"), Path.unlink)
         except OSError as error:
             raise ConfigError(
-                f"pools.path {folder} cannot be written: {error.strerror or error}; name a folder that can"
+                f"pools.path {folder} cannot be written: {error.strerror or error}; name a folder that can be written"
             ) from None
 
     async def find(self, tenant: str, name: str) -> NamedPool | None:
@@ -168,7 +170,7 @@ class FolderPools:
         return self._folder / f"{tenant}@{name}{_SUFFIX}"
 
     def _write(self, tenant: str, named: NamedPool, *, is_new: bool) -> None:
-        with self._writing:  # so that those who come together do not find the same room
+        with self._writing:  # so that two calls at once do not both find the last free place
             self._write_one(tenant, named, is_new=is_new)
 
     def _write_one(self, tenant: str, named: NamedPool, *, is_new: bool) -> None:
@@ -184,7 +186,7 @@ class FolderPools:
                 file.flush()
                 os.fsync(file.fileno())
                 if is_new:
-                    os.link(part, path)  # unlike a rename, it fails where there is one
+                    os.link(part, path)  # unlike a rename, a link fails where a file exists
                 else:
                     os.replace(part, path)
         except FileExistsError:
@@ -209,7 +211,8 @@ def _read(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        if error.errno in (errno.EFBIG, errno.EINVAL):  # too large, or no regular file: damaged, and the others are not
+        # too large, or not a regular file: this pool is damaged, and the others are not
+        if error.errno in (errno.EFBIG, errno.EINVAL):
             return b""
         raise
 
@@ -222,5 +225,6 @@ def _translated(what: str) -> Iterator[None]:
     except OSError as error:
         log.error("a named pool cannot be %s: %s", what, error)
         raise PoolStoreUnavailable(
-            f"the named pool cannot be {what}: {error.strerror or type(error).__name__}; the service's log says more"
+            f"the named pool cannot be {what}: {error.strerror or type(error).__name__}; the service's log has the "
+            "details"
         ) from None

@@ -1,6 +1,7 @@
-"""The prediction of a request's pool: remembered for a prompt that starts alike, or scored by a chain of passes.
+"""The prediction of a request's pool: remembered from a prompt that starts alike, or scored by a chain of passes.
 
-A pass is a predictor that runs here: `build_passes` chooses them from the settings and what lies beside the checkpoint.
+A pass is a predictor that runs in the router: `build_passes` chooses them from the settings and the files beside the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class Scorer(Protocol):
 
 
 class RecallEstimate(Protocol):
-    """The share of the prefill's pool, of the same sizes, that a pool picked by these scores is expected to hold."""
+    """An estimate of the share of the prefill's pool that a pool of the same sizes, picked by these scores, holds."""
 
     def __call__(self, scores: RoutingScores, pool: ExpertPool, /) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text in tokens; `ids` is left empty where they are more than was asked for."""
+    """The tokens of a text; `ids` is left empty where there are more than the caller's limit."""
 
     num_tokens: int
     ids: Sequence[int]
@@ -65,14 +66,14 @@ class Encoder(Protocol):
         """The most bytes of text that one token can stand for."""
 
     def encode(self, text: str, most: int, /, *, add_special_tokens: bool = True) -> Encoded:
-        """The ids of at most `most` tokens. Must let other threads run meanwhile. Raises InvalidRequest."""
+        """Returns the ids of at most `most` tokens. Must let other threads run meanwhile. Raises InvalidRequest."""
 
 
 class FairThreads:
-    """Threads that take work of one tenant after the other, however much any of them has waiting.
+    """Threads that take work from one tenant after the other, however much of it waits.
 
-    With two threads or more no tenant has all of them, so that the long work of one never keeps all others waiting. One
-    event loop owns the lines; what waits in them is bounded by admission, and a cancelled caller leaves its line.
+    With two threads or more, no tenant has all of them, so that one tenant's long work never keeps all others waiting.
+    One event loop owns the lines; admission bounds their length, and a cancelled caller leaves its line.
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
@@ -83,7 +84,9 @@ class FairThreads:
         self._lines: dict[str, deque[asyncio.Future[None]]] = {}  # the tenant whose turn is next comes first
 
     async def run(self, tenant: str, work: Callable[[], Result]) -> Result:
-        """What `work` returns or raises, once it had its turn. Work that has begun goes on when the caller leaves."""
+        """Returns or raises the result of `work` once it has had its turn. Work that has begun continues when the
+        caller leaves.
+        """
         loop = asyncio.get_running_loop()
         await self._turn(tenant, loop)
         job = self._threads.submit(work)
@@ -96,7 +99,7 @@ class FairThreads:
         return await asyncio.wrap_future(job)
 
     def close(self) -> None:
-        """Waits for what runs; what has not begun is cancelled."""
+        """Waits for running work; what has not begun is cancelled."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def _turn(self, tenant: str, loop: asyncio.AbstractEventLoop) -> None:
@@ -110,7 +113,7 @@ class FairThreads:
         except asyncio.CancelledError:
             if turn.cancelled():
                 self._forget(tenant, turn)
-            else:  # it had just been given its turn
+            else:  # the cancelled caller had just been given its turn
                 self._leave(tenant)
             raise
 
@@ -125,31 +128,31 @@ class FairThreads:
             turn = self._lines[following][0]
             self._forget(following, turn)
             if following in self._lines:
-                self._lines[following] = self._lines.pop(following)  # behind all others
+                self._lines[following] = self._lines.pop(following)  # moves the tenant behind all others
             if not turn.done():
                 self._running[following] += 1
                 turn.set_result(None)
 
     def _forget(self, tenant: str, turn: asyncio.Future[None]) -> None:
         line = self._lines.get(tenant, deque())
-        with suppress(ValueError):  # passed over already
+        with suppress(ValueError):  # it was skipped already
             line.remove(turn)
         if not line:
             self._lines.pop(tenant, None)
 
 
-PREFILL = "prefill"  # what comes after the last pass: the worker's own choice, which is the reference
-CODEBOOK = "codebook"  # the source of a pool that prompts share
+PREFILL = "prefill"  # follows the last pass: the worker's own choice, which is the reference
+CODEBOOK = "codebook"  # the source of a pool that several prompts share
 
 
 @dataclass(frozen=True, slots=True)
 class Passes:
     """The routing-only passes of a router.
 
-    `available`: how to load each, from the least to the best; a pass is loaded when it is first wanted. `chain`: what
-    scores a prompt, each asked when the one before is expected to recall less than `min_recall` of the prefill's pool.
-    Without `estimate` nothing is expected and the first one does. No pass at all: placement without a prediction.
-    `codebook` holds the pools that prompts share, where the model has one.
+    `available` maps each pass to its loader, from the least to the best; a pass is loaded when it is first used.
+    `chain` lists the passes that score a prompt; each is used when the one before it is expected to recall less than
+    `min_recall` of the prefill's pool. Without `estimate`, the first one is always good enough. Without any pass,
+    requests are placed without a prediction. `codebook` holds the pools that prompts share, where the model has one.
     """
 
     available: Mapping[str, Callable[[], Scorer]] = field(default_factory=dict)
@@ -178,7 +181,7 @@ class Passes:
 
 
 class TextEncoder:
-    """The tokenizer as the router needs it: other threads go on while it works."""
+    """The tokenizer as the router needs it: other threads run while it works."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
@@ -188,31 +191,31 @@ class TextEncoder:
         if self._tokenizer is None:
             raise InvalidRequest("this model has no tokenizer; give the prompt as `token_ids`", field="text")
         encoding = encode_all(self._tokenizer, [text], add_special_tokens=add_special_tokens)[0]
-        # A list of millions of ids takes the GIL for tens of milliseconds to make, and nobody would read it.
+        # A list of millions of ids takes the GIL for tens of milliseconds to make, and nothing would read it.
         return Encoded(len(encoding), encoding.ids if len(encoding) <= most else ())
 
 
 class Scoring:
     """Runs the tokenizer in some threads and the passes in one, tenants in turn, so that the event loop stays free.
 
-    What waits for a thread is bounded by admission; a cancelled caller leaves the line.
+    Admission bounds the work that waits for a thread; a cancelled caller leaves the line.
     """
 
     def __init__(self, available: Mapping[str, Callable[[], Scorer]], encoder: Encoder) -> None:
         self._available = available
-        self._loaded: dict[str, Scorer] = {}  # the passes' thread's own
+        self._loaded: dict[str, Scorer] = {}  # used only in the thread of the passes
         self._encoder = encoder
         self._passes = FairThreads(1, "scoring")
-        # Two at least: while one has a text of megabytes, another has those of other tenants.
+        # At least two: while one works on a text of megabytes, another serves other tenants.
         self._tokenizer = FairThreads(max(2, min(8, len(os.sched_getaffinity(0)) // 4)), "tokenizer")
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The passes, from the least to the best."""
+        """Returns the passes, from the least to the best."""
         return tuple(self._available)
 
     async def encode(self, tenant: str, text: str, most: int, **options: bool) -> Encoded:
-        """The ids of at most `most` tokens; `options` are the encoder's. Raises InvalidRequest."""
+        """Returns the ids of at most `most` tokens; `options` are the encoder's. Raises InvalidRequest."""
         return await self._tokenizer.run(tenant, lambda: self._encoder.encode(text, most, **options))
 
     async def scores(self, tenant: str, name: str, token_ids: Sequence[int]) -> RoutingScores:
@@ -230,9 +233,9 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """A prompt's scores and the pool they make (None for all experts). `is_enough`: no better source is needed.
+    """A prompt's scores and the pool chosen by them (None for all experts). `is_enough`: no better source is needed.
 
-    `codeword` is the codebook's best, where it was asked.
+    `codeword` is the codebook's best one, where the codebook was used.
     """
 
     scores: RoutingScores
@@ -243,7 +246,7 @@ class Scored:
 
 
 class PassChain:
-    """Takes the first pass whose pool is expected to be good enough. `on_escalation` hears (from, to)."""
+    """Takes the first pass whose pool is expected to be good enough. `on_escalation` is called with (from, to)."""
 
     def __init__(
         self, passes: Passes, scoring: Scoring, facts: RoutingFacts, on_escalation: Callable[[str, str], None]
@@ -262,9 +265,9 @@ class PassChain:
         self._passes.check(policy)
 
     async def score(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Scored:
-        """The best that was tried; `is_enough` is False where only the prefill is better. Needs a pass.
+        """Returns the best result that was tried; `is_enough` is False where only the prefill is better. Needs a pass.
 
-        What a prefill will choose is told from the prompt alone; other pools are for all of the document.
+        A prefill's choice is predicted from the prompt alone; other pools are for the whole of prompt and answer.
         """
         chain, size = self._passes.chain, policy.size
         for name, following in zip(chain, (*chain[1:], PREFILL), strict=True):
@@ -279,9 +282,11 @@ class PassChain:
         return scored
 
     async def share(self, tenant: str, token_ids: Sequence[int], size: PoolSize) -> Scored:
-        """The pool of the best codeword by the lexical scores; `is_enough` is False where it does not cover the prompt.
+        """Returns the pool of the best codeword by the lexical scores; `is_enough` is False where it does not cover the
+        prompt.
 
-        The trunk has its say as well where the first pass runs it. Needs a codebook, and a size below all experts.
+        Where the first pass runs the trunk, the trunk's scores count as well. Needs a codebook, and a size below all
+        experts.
         """
         assert self._passes.codebook is not None, "checked before"
         with span("codebook"):
@@ -314,11 +319,11 @@ def _unscored(what: str, field: str) -> InvalidRequest:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`pool` is None where nothing is predicted: a request for all experts, or one left to the prefill.
+    """A predicted pool. `pool` is None where nothing is predicted: for all experts, or where the prefill chooses.
 
-    `policy` is what the worker gets: bytes shared out over the layers, a codeword's pool as a fixed one, and the choice
-    left to the prefill where no pass is expected to be good enough. `codeword` is the codebook's best for the prompt,
-    where it was asked.
+    `policy` is sent to the worker: bytes are shared out over the layers, a codeword's pool is a fixed one, and the
+    choice is left to the prefill where no pass is expected to be good enough. `codeword` is the codebook's best for the
+    prompt, where the codebook was used.
     """
 
     pool: ExpertPool | None
@@ -329,7 +334,7 @@ class Prediction:
 
     @property
     def covering(self) -> str:
-        """The name of the codeword whose pool it is; empty for any other pool."""
+        """Returns the name of the codeword whose pool this is; empty for any other pool."""
         return self.codeword.name if self.codeword is not None and self.codeword.is_covered else ""
 
     @property
@@ -344,9 +349,9 @@ class Prediction:
 
 
 class Predictor:
-    """Tokenizes prompts, scores them and predicts their pools, by what was observed of prompts alike or by a pass.
+    """Tokenizes prompts, scores them and predicts their pools, from observations of similar prompts or by a pass.
 
-    It knows tenants only as a part of keys: one tenant's prompts never shape another's prediction.
+    Tenants are known only as a part of keys: one tenant's prompts never influence another's prediction.
     """
 
     def __init__(self, chain: PassChain, hints: HintStore, facts: RoutingFacts, fingerprint: str) -> None:
@@ -357,19 +362,19 @@ class Predictor:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The passes that can score an example, from the least to the best."""
+        """Returns the passes that can score an example, from the least to the best."""
         return self._chain.scoring.methods
 
     async def encode(self, tenant: str, text: str, most: int, **options: bool) -> Encoded:
-        """The ids of at most `most` tokens; `options` are the encoder's. Raises InvalidRequest."""
+        """Returns the ids of at most `most` tokens; `options` are the encoder's. Raises InvalidRequest."""
         return await self._chain.scoring.encode(tenant, text, most, **options)
 
     async def scores(self, tenant: str, method: str, token_ids: Sequence[int]) -> RoutingScores:
-        """The scores of one pass, which is one of `methods`."""
+        """Returns the scores of one pass, which is one of `methods`."""
         return await self._chain.scoring.scores(tenant, method, token_ids)
 
     async def scored(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Scored | None:
-        """The prompt's scores and the pool of them; None where no pass runs. Raises InvalidRequest."""
+        """Returns the prompt's scores and their pool; None where no pass runs. Raises InvalidRequest."""
         self._chain.check(policy)
         if self._chain.is_empty:
             return None
@@ -379,12 +384,12 @@ class Predictor:
             if shared.is_enough:
                 return shared
             codeword = shared.codeword
-        # What is shown of other requests is what the prediction would be.
+        # Route shows the prediction that Generate would use.
         scored = await self._chain.score(tenant, token_ids, replace(policy, source=PoolSource.PREDICTION))
         return replace(scored, codeword=codeword, is_enough=scored.is_enough and codeword is None)
 
     def close(self) -> None:
-        """Waits for the pass that runs, and ends the threads."""
+        """Waits for the running pass, and ends the threads."""
         self._chain.scoring.close()
 
     async def predict(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Prediction:
@@ -398,10 +403,11 @@ class Predictor:
         if policy.source is PoolSource.CODEBOOK:
             codeword = (await self._chain.share(tenant, token_ids, policy.size)).codeword
             assert codeword is not None
-            # The maps, and so their estimates of recall, know nothing of a prompt that no codeword covers.
+            # The maps, and so their estimates of recall, do not describe a prompt that no codeword covers.
             policy = replace(policy, source=PoolSource.PREFILL)
         if codeword is not None and codeword.is_covered:
-            # Fixed: a worker that knows the pool before the prefill leases only what is missing.
+            # Sent as a fixed pool, because a worker that knows the pool before the prefill leases only what
+            # is missing.
             fixed = PoolPolicy(source=PoolSource.FIXED, fixed=codeword.pool, drift=policy.drift)
             prediction = Prediction(codeword.pool, CODEBOOK, fixed)
         else:
@@ -409,8 +415,8 @@ class Predictor:
         return replace(prediction, codeword=codeword, took_s=time.perf_counter() - started)
 
     async def _predict(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Prediction:
-        # A pool that *is* the prediction depends on the prompt alone, never on what happens to be remembered; and so
-        # does how bytes are shared out.
+        # A pool whose source is the prediction depends on the prompt alone, never on remembered pools; the same
+        # holds for how bytes are shared out.
         observed = None
         if policy.source is PoolSource.PREFILL:
             observed = await self.observed(tenant, token_ids, policy)
@@ -427,17 +433,18 @@ class Predictor:
         return Prediction(None, PREFILL, replace(resolved, source=PoolSource.PREFILL))
 
     async def observed(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> ExpertPool | None:
-        """The pool that a prefill chose for this prompt or a long prefix of it."""
+        """Returns the pool that a prefill chose for this prompt or a long prefix of it."""
         return await self._hints.find_pool(self._keys(tenant, token_ids, policy))
 
     async def learn(
         self, tenant: str, token_ids: Sequence[int], asked: PoolPolicy, ran: PoolPolicy, usage: Usage
     ) -> None:
-        """Remembers the pool that an answer had. `asked` is the request's policy, `ran` what the worker got."""
+        """Remembers the pool that an answer had. `asked` is the request's policy, `ran` the worker's."""
         if usage.pool is None:
             return
         keys: tuple[str, ...] = (self._by_digest(tenant, usage.pool.digest),)
-        was_widened = usage.drift is not None and usage.drift.experts_added > 0  # no longer what the prompt chose
+        # a widened pool is no longer the prompt's choice
+        was_widened = usage.drift is not None and usage.drift.experts_added > 0
         if ran.source is PoolSource.PREFILL and not isinstance(ran.size, Full) and not was_widened:
             keys += self._keys(tenant, token_ids, asked)
         await self._hints.remember_pool(keys, usage.pool)
@@ -460,24 +467,24 @@ MIN_RECALL = 0.5
 
 
 def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
-    """Loads the small file and leaves the trunk to be loaded when it is wanted; `opened` must stay open till then.
+    """Loads the small file, and the trunk only when it is first used; `opened` must stay open until then.
 
-    Raises ConfigError for a choice that can take no effect, CheckpointError for a file that is another model's.
+    Raises ConfigError for a choice that would have no effect, CheckpointError for a file of another model.
     """
     path = Path(opened.checkpoint.path) / PREDICTOR_NAME
     name = config.router if config.router != "auto" else ("fitted" if path.exists() else "trunk")
     if name in ("lexical", "fitted") and not path.exists():
         raise ConfigError(
-            f"router.router is {name!r}, which needs {path}, which is not there; make it with `expert-pager fit-router "
+            f"router.router is {name!r}, and its file {path} is missing; make it with `expert-pager fit-router "
             f"{opened.checkpoint.path} --documents FILE`, or serve with --predictor trunk"
         )
     if config.min_recall is not None and (name == "prefill" or not path.exists()):
         what = (
             "router.router is 'prefill', which predicts nothing"
             if name == "prefill"
-            else f"there is no {path} to estimate it with"
+            else f"its estimate needs {path}, which is missing"
         )
-        raise ConfigError(f"router.min_recall can take no effect: {what}; leave it out")
+        raise ConfigError(f"router.min_recall would have no effect: {what}; leave it out")
     if name == "prefill":
         return Passes()
 
@@ -485,7 +492,7 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
 
     @cache
     def trunk() -> TrunkPredictor:
-        # The workers want the cores; a routing-only pass is short and runs one at a time.
+        # The workers need the cores; a routing-only pass is short and runs one at a time.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
         return TrunkPredictor(opened, resolve_device(config.device), file.stand_ins if file else None)
 
@@ -496,7 +503,7 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
     chain = {"lexical": ("lexical", "fitted"), "trunk": ("trunk",), "fitted": ("fitted",)}[name]
     min_recall = MIN_RECALL if config.min_recall is None else config.min_recall
     if name == "lexical" and min_recall == 0:
-        chain = ("lexical",)  # nothing is ever too little, so the trunk is never wanted
+        chain = ("lexical",)  # every pool is good enough then, so the trunk is never used
     else:
         available |= {"trunk": trunk, "fitted": cache(lambda: FittedPredictor(file, trunk()))}
     codebook = None if name == "trunk" else Codebook.of(file, opened.facts)
@@ -504,6 +511,6 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
 
 
 def load_first(passes: Passes) -> None:
-    """So that the first prompt need not wait for it. Raises CheckpointError."""
+    """Loads the first pass, so that the first prompt need not wait for it. Raises CheckpointError."""
     for name in passes.chain[:1]:
         passes.available[name]()

@@ -45,14 +45,14 @@ TIMEOUT_S = 0.25
 MAX_URL_BYTES = 1 << 16
 
 
-# What a Redis that is there answers when it takes no commands, or no writes, by the code that begins its error.
+# Why a Redis that answers refuses commands or writes, by the code that begins its error.
 _REASON_OF_CODE = {
     "READONLY": "readonly",
     "OOM": "full",
     "MISCONF": "full",
     "BUSY": "busy",
     "LOADING": "loading",
-    "MASTERDOWN": "unreachable",  # a replica that answers nothing until it has its primary back
+    "MASTERDOWN": "unreachable",  # a replica that answers nothing until it is connected to its primary again
     "MOVED": "moved",
     "ASK": "moved",
     "CLUSTERDOWN": "moved",
@@ -62,7 +62,7 @@ _MEANINGS = {
     "timeout": "it does not answer in time",
     "readonly": "it is a replica and takes no writes",
     "full": "it takes no writes: its memory (maxmemory under noeviction) or its disk is full",
-    "busy": "it is busy with somebody's script",
+    "busy": "it is busy with a script",
     "loading": "it is still loading its data",
     "moved": "it is a node of a Redis Cluster, which is not supported; name a single primary",
     "other": "it refused a command",
@@ -107,15 +107,15 @@ def redis_url(env: Mapping[str, str]) -> str | None:
 
 
 def timeouts() -> dict[str, Any]:
-    """The options of a connection that bound how long a command may take."""
+    """Returns the options of a connection that bound how long a command may take."""
     return {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
 
 
 class RedisClient:
-    """A pool of connections. With Redis gone, a command raises RedisUnavailableError within a quarter second.
+    """A pool of connections. When Redis is unreachable, a command raises RedisUnavailableError within a quarter second.
 
-    After any error the next command connects anew: after a failover the address names another server, and the one
-    that was the primary keeps its connections and answers READONLY for ever.
+    After any error the next command connects anew: after a failover the address names another server, and the previous
+    primary keeps its connections and answers READONLY forever.
     """
 
     def __init__(self, url: str) -> None:
@@ -134,13 +134,13 @@ class RedisClient:
             yield self._redis
         except (RedisError, OSError, TimeoutError) as error:
             with suppress(RedisError, OSError, TimeoutError):
-                # Those in use belong to commands that will fail by themselves.
+                # Connections in use belong to commands that will fail by themselves.
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
             # The error's own message can quote the URL.
             raise RedisUnavailableError(_reason(error), type(error).__name__) from None
 
     async def script(self, script: str, keys: tuple[str, ...], *arguments: str | bytes | int) -> Any:
-        """Runs a Lua script on these keys: it compares and acts in one step."""
+        """Runs a Lua script on these keys; it compares and changes in one step."""
         async with self.commands() as redis:
             return await redis.eval(script, len(keys), *keys, *arguments)
 
@@ -191,7 +191,7 @@ class Breaker:
     def failed(self) -> None:
         pause_s = min(_FIRST_PAUSE_S * 2**self._failures, _LONGEST_PAUSE_S)
         self._failures = min(self._failures + 1, 16)
-        # Spread over half to all of the pause, so that routers do not come back in step.
+        # Spread over half to all of the pause, so that routers do not reconnect in step.
         self._asks_again_s = self._clock() + pause_s * (0.5 + 0.5 * self._jitter())
 
     def succeeded(self) -> None:
@@ -203,10 +203,10 @@ class Paused(RedisUnavailableError):
 
 
 class StoreBreaker:
-    """The breaker of one Redis: a replica, or a full one, refuses writes and goes on to answer reads.
+    """The breakers of one Redis. A replica, or a full one, refuses writes but answers reads.
 
     So reads and writes have a breaker each. A failure that concerns both opens both, and a write that succeeds closes
-    both; the store is degraded until either of them is closed.
+    both; the store is degraded until both are closed.
     """
 
     def __init__(
@@ -267,16 +267,16 @@ class StoreBreaker:
         self._on_degraded(True)
 
 
-# --- the stores -------------------------------------------------------------------------------------------------------
+# --- the shared stores ------------------------------------------------------------------------------------------------
 
 
 POOL_TTL_S = 3600
-CLAIM_TTL_MS = 30_000  # renewed once a second; a router that died frees its ids after this
+CLAIM_TTL_MS = 30_000  # renewed once a second; the ids of a router that died are free after this time
 HOLDS_TTL_MS = 5_000
 MAX_WORKERS = 1024
 _ABORTED = b"/aborted"
 
-# Compare and act in one step: the claim may expire, or pass to another router, in between.
+# Compares and changes in one step: the claim may expire, or pass to another router, in between.
 _MARK_ABORTED = """
 local claim = redis.call('get', KEYS[1])
 if not claim then return 0 end
@@ -291,7 +291,9 @@ return 0
 
 
 class RedisHints:
-    """A HintStore in Redis. With Redis gone, each method raises RedisUnavailableError within a quarter second."""
+    """A HintStore in Redis. When Redis is unreachable, each method raises RedisUnavailableError within a quarter
+    second.
+    """
 
     def __init__(self, client: RedisClient, facts: RoutingFacts, fingerprint: str) -> None:
         self._client = client
@@ -340,7 +342,7 @@ class RedisHints:
 
 
 class RedisClaims:
-    """Claims in Redis. With Redis gone, each method raises RedisUnavailableError within a quarter second."""
+    """Claims in Redis. When Redis is unreachable, each method raises RedisUnavailableError within a quarter second."""
 
     def __init__(self, client: RedisClient, fingerprint: str) -> None:
         self._client = client
@@ -350,12 +352,13 @@ class RedisClaims:
 
     async def claim(self, request_id: str, tenant: str) -> bool:
         key = self._key(request_id, tenant)
-        self._held.add(key)  # before the answer: a cancelled caller releases what Redis may have taken
+        self._held.add(key)  # before the answer, so that a cancelled caller releases what Redis may have accepted
         async with self._client.commands() as redis, redis.pipeline() as pipeline:
             pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
             pipeline.get(key)
             _, holder = await pipeline.execute()
-        # By its holder, not by the answer of SET: a renewal in between may have set it for us.
+        # Decided by the claim's holder, not by the answer of SET: a renewal in between may have set it for this
+        # router.
         is_mine = holder is not None and holder.startswith(self._router.encode())
         if not is_mine:
             self._held.discard(key)
@@ -383,7 +386,7 @@ class RedisClaims:
                 pipeline.pexpire(key, CLAIM_TTL_MS)
             pipeline.ping()
             renewed = await pipeline.execute()
-            # Redis lost these, or was away when they were made.
+            # Redis lost these claims, or was unreachable when they were made.
             lost = [key for key, is_there in zip(held, renewed, strict=False) if not is_there]
             for key in lost:
                 if key in self._held:
@@ -397,8 +400,8 @@ class RedisClaims:
         return f"{self._prefix}{tenant}:{request_id}"  # no tenant's name has a colon
 
 
-# Both take the hash of a tenant and that of the counts, where a tenant's number is set to what its hash has: a count
-# that somebody else changed is right again with the tenant's next pool.
+# Both scripts take the hash of a tenant and that of the counts, where a tenant's number is set to the length of its
+# hash: a count that another program changed is right again after the tenant's next pool.
 _PUT = """
 local is_there = redis.call('hexists', KEYS[1], ARGV[2]) == 1
 if is_there and ARGV[4] == 'add' then return 'in use' end
@@ -421,7 +424,7 @@ _COUNTS = "expert-pager:1:named-pool-counts"
 
 
 class RedisPools:
-    """A PoolStore whose methods raise RedisUnavailableError when Redis is gone."""
+    """A PoolStore whose methods raise RedisUnavailableError when Redis is unreachable."""
 
     def __init__(self, client: RedisClient) -> None:
         self._client = client
@@ -464,7 +467,7 @@ def _key(tenant: str) -> str:
 
 
 class _Shared:
-    """What answers in the place of a shared store that is away."""
+    """The base of stores that replace a shared store while it is unreachable."""
 
     def __init__(self, breaker: StoreBreaker) -> None:
         self._breaker = breaker
@@ -483,11 +486,11 @@ class _Shared:
 
 
 class SharedHints(_Shared):
-    """A HintStore that never raises: what the shared store cannot answer, the local one does."""
+    """A HintStore that never raises: the local store answers what the shared one cannot."""
 
     def __init__(self, local: InProcessHints, shared: RedisHints, claims: RedisClaims, breaker: StoreBreaker) -> None:
-        """`claims` are renewed with each report, under one verdict of the breaker: a renewal succeeds where a write is
-        refused, and would hide that.
+        """Makes the store. `claims` are renewed with each report, under one verdict of the breaker: a renewal succeeds
+        where a write is refused, and would hide that.
         """
         super().__init__(breaker)
         self._local = local
@@ -521,7 +524,7 @@ class SharedHints(_Shared):
 
 
 class SharedClaims(_Shared):
-    """Claims that never raise: while the shared ones are away, an id is unique at this router alone."""
+    """Claims that never raise: while the shared ones are unreachable, an id is unique at this router alone."""
 
     def __init__(self, local: LocalClaims, shared: RedisClaims, breaker: StoreBreaker) -> None:
         super().__init__(breaker)
@@ -565,8 +568,8 @@ Way = Callable[[Callable[[], Awaitable[PoolAnswer]]], Awaitable[PoolAnswer]]
 
 
 class SharedPools:
-    """A PoolStore. Redis is asked every time, so that no router goes on with a pool that another one deleted or
-    replaced; while it is away, a pool that was used here before can still be used.
+    """A PoolStore. Redis is read every time, so that no router uses a pool that another one deleted or replaced; while
+    it is unreachable, a pool that was used here before can still be used.
     """
 
     def __init__(self, shared: RedisPools, breaker: StoreBreaker) -> None:
@@ -613,22 +616,22 @@ class SharedPools:
             self._seen.popitem(last=False)
 
     async def _ask(self, way: Way[PoolAnswer], question: Callable[[], Awaitable[PoolAnswer]]) -> PoolAnswer:
-        """`way` is the breaker's read or write. Raises PoolStoreUnavailable."""
+        """Calls Redis; `way` is the breaker's read or write. Raises PoolStoreUnavailable."""
         try:
             return await way(question)
         except RedisUnavailableError as error:
             raise PoolStoreUnavailable(
-                f"the store of named pools (Redis) does not serve this now: {error}; retry later, or give the pool's "
+                f"the store of named pools (Redis) does not answer this now: {error}; retry later, or give the pool's "
                 "experts instead",
                 retry_after_s=max(0.1, self._breaker.pause_s),
             ) from None
 
 
 def open_pools(redis_url: str | None, path: Path | None, breaker: StoreBreaker | None = None) -> PoolStore:
-    """Redis, else a folder, else this process. Raises ConfigError for two of them, and for a folder that is none."""
+    """Opens the store in Redis, a folder or this process. Raises ConfigError for two of them, or an unusable folder."""
     if redis_url is not None and path is not None:
         raise ConfigError(
-            f"named pools are kept in Redis where REDIS_URL names one, so their folder {path} can take no effect; "
+            f"named pools are kept in Redis where REDIS_URL names one, so their folder {path} would have no effect; "
             "keep one of the two"
         )
     if redis_url is not None:
@@ -637,7 +640,7 @@ def open_pools(redis_url: str | None, path: Path | None, breaker: StoreBreaker |
 
 
 class SharedQuotas(Quotas):
-    """Quotas that all routers count together; while Redis is away, each router counts by itself."""
+    """Quotas that all routers count together; while Redis is unreachable, each router counts by itself."""
 
     def __init__(self, url: str, breaker: StoreBreaker) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The checks of a request, with and without a tokenizer, on its way to the one that a worker gets."""
+"""The checks of a request, with and without a tokenizer, and its conversion into the request that a worker gets."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _fixed(ask: PoolAsk, model: ModelInfo) -> PoolPolicy | PoolByDigest | PoolBy
     if ask.source not in (None, PoolSource.FIXED):
         raise InvalidRequest("a pool given in `experts`, `digest` or `name` has the source FIXED", field="pool.source")
     if ask.size is not None:
-        raise InvalidRequest("a fixed pool has the size it has; leave `size` out", field="pool.size")
+        raise InvalidRequest("a fixed pool brings its size; leave `size` out", field="pool.size")
     drift = None if ask.drift is None else check_drift(ask.drift)
     if ask.name is not None:
         return PoolByName(check_name(ask.name, "pool.name"), drift)
@@ -116,7 +116,7 @@ def chosen_pool(size: PoolSize, source: PoolSource, drift: DriftPolicy | None, m
 def calibrated_size(ask: PoolAsk, model: ModelInfo, default: PoolSize) -> PoolSize:
     """Returns the size of a pool to be made from examples. Raises InvalidRequest or PoolTooSmall."""
     if ask != PoolAsk(size=ask.size):
-        raise InvalidRequest("a named pool is made by its size; leave the rest of `pool` out", field="pool")
+        raise InvalidRequest("a named pool is made from a size only; leave the rest of `pool` out", field="pool")
     size = default if ask.size is None else check_pool_size(ask.size)
     if isinstance(size, Full):
         raise InvalidRequest("a pool of all experts needs no examples; give a size below `full`", field="pool.size")
@@ -145,7 +145,7 @@ def _fits(size: PoolSize, model: ModelInfo) -> PoolSize:
 MAX_ID_BYTES = 128
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_ID_BYTES}}}")
 
-Prompt = str | Sequence[int]  # ids as they came, of a number that fits, and not looked at yet
+Prompt = str | Sequence[int]  # the ids as they arrived; their number fits, and their values are unchecked
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ def id_of(request: pb.GenerateRequest) -> str:
 
 
 def new_id() -> str:
-    """An id for a request that brings none."""
+    """Returns an id for a request that brings none."""
     return uuid.uuid4().hex
 
 
@@ -197,7 +197,7 @@ def id_in(data: bytes, number: int) -> str:
 
 
 def ask(id_: str, request: pb.GenerateRequest, model: ModelInfo, default_pool: PoolPolicy) -> Ask:
-    """Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
+    """Reads a Generate message. Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
     check_model(request.model, model)
     wanted = sampling(request.sampling, model)
     return Ask(
@@ -210,13 +210,13 @@ def ask(id_: str, request: pb.GenerateRequest, model: ModelInfo, default_pool: P
 
 
 def route_ask(request: pb.RouteRequest, model: ModelInfo, default_pool: PoolPolicy) -> RouteAsk:
-    """Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
+    """Reads a Route message. Raises InvalidRequest, PromptTooLong, PoolTooSmall or UnknownModel."""
     check_model(request.model, model)
     return RouteAsk(prompt(request, model), pool_policy(decode_ask(request.pool), model, default_pool))
 
 
 def calibrate_ask(request: pb.CalibrateRequest, model: ModelInfo, default_size: PoolSize) -> CalibrateAsk:
-    """Raises InvalidRequest, PoolTooSmall, PromptTooLong or UnknownModel."""
+    """Reads a Calibrate message. Raises InvalidRequest, PoolTooSmall, PromptTooLong or UnknownModel."""
     check_model(request.model, model)
     name = check_name(request.name)
     check_num_examples(len(request.examples))
@@ -289,7 +289,7 @@ def _example(request: pb.Example, index: int, model: ModelInfo) -> Prompt:
 
 
 def check_prompt_length(num_tokens: int, model: ModelInfo, field: str) -> None:
-    """Checks that a prompt has a token and leaves room for another one. Raises InvalidRequest or PromptTooLong."""
+    """Checks that a prompt has a token and leaves room for another. Raises InvalidRequest or PromptTooLong."""
     if not num_tokens:
         raise InvalidRequest("the prompt is empty; give at least one token", field=field)
     if num_tokens >= model.token_limit:
@@ -301,7 +301,7 @@ def check_prompt_length(num_tokens: int, model: ModelInfo, field: str) -> None:
 
 
 def prompt_ids(ids: Sequence[int], model: ModelInfo, field: str) -> tuple[int, ...]:
-    """Returns a prompt of legal length as it goes to a worker. Raises InvalidRequest."""
+    """Returns a prompt of legal length in the form that a worker gets. Raises InvalidRequest."""
     return in_vocabulary(tuple(ids), model, field)
 
 
@@ -316,7 +316,7 @@ def in_vocabulary(ids: tuple[int, ...], model: ModelInfo, field: str) -> tuple[i
 
 
 def sampling(wire: pb.SamplingParams, model: ModelInfo) -> SamplingParams:
-    """Raises InvalidRequest."""
+    """Reads the sampling parameters. Raises InvalidRequest."""
     params = decode_sampling(wire)
     check_sampling(params)
     check_vocabulary(params, model.vocab_size)
@@ -324,7 +324,7 @@ def sampling(wire: pb.SamplingParams, model: ModelInfo) -> SamplingParams:
 
 
 def no_such_pool(name: str) -> UnknownPool:
-    """The error for a name that the tenant has given no pool."""
+    """Returns the error for a name under which the tenant has no pool."""
     return UnknownPool(f"this tenant has no pool {name!r}; make it with Calibrate, or see ListPools", field="pool.name")
 
 
@@ -354,7 +354,9 @@ class Intake:
         return await self.encoded(tenant, prompt)
 
     async def encoded(self, tenant: str, text: str, **options: bool) -> tuple[int, ...]:
-        """The tokens of a prompt of legal length; `options` are the encoder's. Raises InvalidRequest, PromptTooLong."""
+        """Returns the tokens of a prompt of legal length; `options` are the encoder's. Raises InvalidRequest,
+        PromptTooLong.
+        """
         encoded = await self._predictor.encode(tenant, text, self._model.token_limit, **options)
         check_prompt_length(encoded.num_tokens, self._model, "text")
         return prompt_ids(encoded.ids, self._model, "text")
@@ -367,12 +369,12 @@ class Intake:
             check_example(index, encoded.num_tokens, self._model.context_length)
             ids = encoded.ids
         else:
-            await asyncio.sleep(0)  # one conversion at a time, however many examples there are
+            await asyncio.sleep(0)  # yields after each conversion, however many examples there are
             ids = example
         return in_vocabulary(tuple(ids), self._model, f"examples[{index}]")
 
     async def policy(self, pool: PoolPolicy | PoolByDigest | PoolByName, tenant: str) -> PoolPolicy:
-        """Returns the policy, or that of the pool which this tenant named."""
+        """Returns the policy, or that of the pool that this tenant named."""
         match pool:
             case PoolByDigest(digest, drift):
                 return fixed_pool(await self._by_digest(digest, tenant), drift)

@@ -53,18 +53,18 @@ log = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ExpertPager"].full_name
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-READ_TIMEOUT_S = 60.0  # for a message to have come whole; what has come of it is held in memory
+READ_TIMEOUT_S = 60.0  # for a whole message to arrive; the part that has arrived is held in memory
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[[Message, Context], Awaitable[Message | None]]
 Parsed = TypeVar("Parsed", bound=Message)
 
-# The methods that are requests of a tenant, by their paths.
+# The paths of the methods that are requests of a tenant.
 RECORDED = {
     **{f"/{SERVICE_NAME}/{each.name}": each.name for each in pb.DESCRIPTOR.services_by_name["ExpertPager"].methods},
     **{f"/{open_inference.SERVICE_NAME}/{name}": name for name in open_inference.RECORDED},
 }
-# Where the request's id is in a message that is not parsed yet.
+# The field of the request's id in a message that is not parsed yet.
 ID_FIELDS = {
     **dict.fromkeys(("Generate", "Complete"), pb.GenerateRequest.REQUEST_ID_FIELD_NUMBER),
     **dict.fromkeys(open_inference.RECORDED, inference_pb.ModelInferRequest.ID_FIELD_NUMBER),
@@ -78,7 +78,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         self._pipeline = pipeline
         self._write_timeout_s = write_timeout_s
 
-    # It writes to the context, so that a client that reads nothing can be given up.
+    # Writes go to the context, so that a client that reads nothing can be given up.
     async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
         await self._generate(wire, context, lambda chunk: self._send(context, chunk))
 
@@ -89,7 +89,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
         async def merge(chunk: TokenChunk) -> None:
             text = whole.text
-            whole.MergeFrom(encode_response(chunk))  # which appends what is repeated, and replaces the text
+            whole.MergeFrom(encode_response(chunk))  # appends repeated fields, and replaces the text
             whole.text = text + chunk.text
 
         await self._generate(wire, context, merge)
@@ -97,14 +97,14 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
     async def _generate(self, wire: pb.GenerateRequest, context: Context, send: Send) -> None:
         call = _call(wire, context)
-        id_ = requests.id_of(wire)  # before anything that can be refused, so that a refusal is found by it
+        id_ = requests.id_of(wire)  # before anything that can be refused, so that the id identifies a refusal
         request_id.set(id_)
         tracing.note(request_id=id_)
         ask = requests.ask(id_, wire, self._pipeline.model, self._pipeline.default_pool)
         await self._pipeline.generate(call, ask, send)
 
     async def _send(self, context: Context, chunk: TokenChunk) -> None:
-        """Raises SlowReader when the client takes nothing for the time that a write may take."""
+        """Sends a message. Raises SlowReader when the client accepts nothing for as long as a write may take."""
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await context.write(encode_response(chunk))
@@ -147,7 +147,7 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
 
 
 def _caller() -> Caller:
-    """The caller that the boundary has checked."""
+    """Returns the caller that the boundary has checked."""
     caller = present.get()
     assert caller is not None
     return caller
@@ -163,17 +163,17 @@ def _tenant() -> str:
 
 
 def _deadline_s(context: Context) -> float | None:
-    """When the call's deadline passes, on the monotonic clock."""
+    """Returns the time of the call's deadline, on the monotonic clock."""
     remaining_s = context.time_remaining()
     return None if remaining_s is None else time.monotonic() + remaining_s
 
 
 class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps every method of a server. A PagerError reaches the client as the table says; anything else as INTERNAL,
-    with its traceback in the log and nothing of it on the wire.
+    with its traceback in the log and no trace of it on the wire.
 
-    Methods get their message once its bytes are known to be within bounds. To gRPC they are methods that read a stream,
-    which has one message: so the message is read in here, and one that gRPC refuses to receive is noticed.
+    Methods get their message once its bytes are known to be within bounds. gRPC sees methods that read a stream of one
+    message: so the message is read here, and one that gRPC refuses to receive is noticed.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler.request_streaming and name in RECORDED:
             stream = self._streams(handler.stream_stream)
             return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
-        if handler.request_streaming:  # reflection, which answers an empty question with an error of its own
+        if handler.request_streaming:  # reflection, which answers an empty query with an error of its own
             parse = handler.request_deserializer
             return grpc.stream_stream_rpc_method_handler(
                 self._checked_stream(name, handler.stream_stream),
@@ -213,14 +213,17 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if handler.response_streaming
             else grpc.stream_unary_rpc_method_handler
         )
-        # The request stays bytes until it is inside the boundary: what cannot be parsed gets details like any error.
+        # The request stays bytes until it is inside the boundary, so that the error for an unparsable one has
+        # details too.
         guarded = self._guarded(name, method, handler.request_deserializer)
         return wrap(guarded, request_deserializer=None, response_serializer=handler.response_serializer)
 
     def _unknown(self, path: str) -> Any:
         async def call(messages: AsyncIterator[bytes], context: Context) -> None:
             self._metrics.dropped("unknown_method")
-            _fail(context, UnknownMethod(f"there is no method {path[:200]!r} here; is the client of another version?"))
+            _fail(
+                context, UnknownMethod(f"there is no method {path[:200]!r} here; does the client have another version?")
+            )
 
         return call
 
@@ -231,7 +234,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         await self._quotas.request(caller)
 
     def _refuse(self, path: str, context: Context, error: PagerError) -> None:
-        """Has a call that nothing else records end with the status of the error."""
+        """Ends a call that nothing else records with the status of the error."""
         if self._audit is not None:
             self._audit.record(path.rpartition("/")[2], code_of(error).name, error, context.peer())
         _fail(context, error)
@@ -252,19 +255,19 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return call
 
     async def _message(self, name: str, messages: AsyncIterator[bytes], context: Context) -> bytes:
-        """The call's one message, within its bounds. Raises InvalidRequest, PromptTooLong or DeadlineExceeded."""
+        """Reads the call's one message, within its bounds. Raises InvalidRequest, PromptTooLong or DeadlineExceeded."""
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 async for received in messages:
                     return self._checked(name, received)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"the call's message did not come whole within {READ_TIMEOUT_S:g} s; send less, or faster"
+                f"the whole message of the call did not arrive within {READ_TIMEOUT_S:g} s; send less, or faster"
             ) from None
-        # Where gRPC has refused it, the client has gRPC's own status by now, and not this one.
+        # If gRPC has refused it, the client already has gRPC's own status, and not this one.
         self._metrics.dropped("no_message")
         raise InvalidRequest(
-            f"the call ended without a message that can be received: one of at most {CORE_MESSAGE_BYTES} bytes"
+            f"the call ended without a message that the service can receive: one of at most {CORE_MESSAGE_BYTES} bytes"
         )
 
     def _checked(self, name: str, received: bytes) -> bytes:
@@ -275,7 +278,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return data
 
     def _streams(self, method: Callable[[AsyncIterator[bytes], Context], Awaitable[None]]) -> Any:
-        """A stream of requests whose errors are answers, but for those that end the stream."""
+        """Wraps a stream of requests: their errors are answers, except those that end the stream."""
 
         async def call(messages: AsyncIterator[bytes], context: Context) -> None:
             try:
@@ -341,7 +344,9 @@ _OPEN = (
 
 
 def _tls_names(context: Context) -> list[str]:
-    """The names in the client's certificate, which TLS has checked: its alternative names, else its common name."""
+    """Returns the names in the client's certificate, which TLS has checked: its alternative names, else its common
+    name.
+    """
     shown = context.auth_context()
     names = shown.get("x509_subject_alternative_name") or shown.get("x509_common_name") or ()
     return [bytes(name).decode("utf-8", "replace") for name in names]
@@ -372,9 +377,9 @@ def _parsed(parse: Callable[[bytes], Parsed], data: bytes) -> Parsed:
 
 
 def _fail(context: Context, error: PagerError) -> None:
-    """Has the call end with the status of the error."""
+    """Ends the call with the status of the error."""
     wire = to_wire(error, request_id.get() or None)
-    # Not `context.abort`: it raises, and every caller would have to let that through.
+    # Not `context.abort`: it raises, and every caller would have to handle that.
     context.set_code(wire.code)
     context.set_details(wire.message)
     context.set_trailing_metadata(wire.trailing_metadata)
@@ -382,12 +387,12 @@ def _fail(context: Context, error: PagerError) -> None:
 
 NUM_LOOKS = 40
 
-# Of a server that is watched: without it the core keeps no books.
+# Added to watched servers: without it gRPC's core counts nothing.
 WATCHED = ("grpc.enable_channelz", 1)
 
 
 def watched_servers() -> set[int]:
-    """The ids of all servers of this process that are watched and have not ended."""
+    """Returns the ids of all watched servers of this process that have not ended."""
     found: set[int] = set()
     while True:
         page = json.loads(cygrpc.channelz_get_servers(max(found, default=0) + 1))
@@ -397,10 +402,10 @@ def watched_servers() -> set[int]:
 
 
 class UnseenCalls:
-    """Counts what a server's core has started and the service never saw.
+    """Counts the calls that a server's core has started and the service never saw.
 
-    A call that still waits for the event loop is no such call: one counts when it was missing at `NUM_LOOKS` looks in a
-    row. Calls that waited for longer and were counted all the same are set off against those that come after them.
+    A call that still waits for the event loop is not counted: one counts when it was missing at `NUM_LOOKS` looks in a
+    row. Calls that waited longer and were counted anyway are set off against later ones.
     """
 
     def __init__(self, server_id: int) -> None:
@@ -409,7 +414,7 @@ class UnseenCalls:
         self._num_counted = 0
 
     def look(self, num_seen: int) -> int:
-        """How many are new. `num_seen`: how many calls the service has seen until now."""
+        """Returns the number of new unseen calls. `num_seen` is how many calls the service has seen until now."""
         server = json.loads(cygrpc.channelz_get_server(self._server_id))["server"]
         self._missing.append(int(server["data"].get("callsStarted", 0)) - num_seen)
         if len(self._missing) < NUM_LOOKS:
@@ -421,13 +426,13 @@ class UnseenCalls:
 
 PULSE_S = 0.25
 HEARTBEAT_PULSES = 4
-CUT_OFF_S = 2.0  # for the last status to get to those who read
+CUT_OFF_S = 2.0  # for the last status to reach clients that read
 MAX_ANSWER_BYTES = 8 * 2**20
 MAX_PENDING_CALLS = 16384
 _OPTIONS = (
-    ("grpc.so_reuseport", 0),  # else a second server on the port would start, and take half of the calls
+    ("grpc.so_reuseport", 0),  # otherwise a second server on the port would start and take half of the calls
     ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
-    # What gRPC refuses by itself gets a bare status: its bounds lie beyond those that the service checks.
+    # gRPC's own refusals have a bare status: its bounds lie beyond those that the service checks.
     ("grpc.max_metadata_size", CORE_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", CORE_METADATA_BYTES),
     # Calls that wait for the event loop. By default gRPC cancels some beyond 1000, and all that wait for 30 s.
@@ -467,9 +472,9 @@ class RouterServer:
                 *_OPTIONS,
                 WATCHED,
                 ("grpc.max_receive_message_length", CORE_MESSAGE_BYTES),
-                ("grpc.per_message_decompression", 0),  # `unzipped` does it, within bounds
-                # Clients then connect anew, and routers that have come since get their share. What is in flight on a
-                # connection goes on until it ends.
+                ("grpc.per_message_decompression", 0),  # `unzipped` decompresses, within bounds
+                # Clients then reconnect, and routers that have joined since get their share. Requests
+                # in flight on a connection continue until they end.
                 ("grpc.max_connection_age_ms", round(1000 * max_connection_age_s)),
             ),
         )
@@ -488,9 +493,10 @@ class RouterServer:
         self.health_port = 0
 
     async def start(self, host: str, port: int, tls: TlsFiles | None = None, health_port: int | None = None) -> None:
-        """Listens; port 0 takes a free one, found in `self.port` and `self.health_port`.
+        """Listens; port 0 takes a free one, which `self.port` and `self.health_port` then have.
 
-        `health_port` has health alone, and never TLS: who probes a pod cannot speak it. Raises PortInUse, ConfigError.
+        `health_port` has health alone, and never TLS: the probes of a pod do not support it. Raises PortInUse,
+        ConfigError.
         """
         self.port = await self._bind(self._server, host, port, "router.port", tls)
         if health_port is not None:
@@ -506,13 +512,13 @@ class RouterServer:
         await self._lag.start()
 
     async def drain(self, timeout_s: float) -> bool:
-        """NOT_SERVING everywhere, new requests refused, those in flight awaited. True when all ended in time."""
+        """Reports NOT_SERVING, refuses new requests and awaits those in flight. Returns True when all ended in time."""
         self._pipeline.admission.close()
         await self._health.enter_graceful_shutdown()
         return await self._ended_within(timeout_s)
 
     async def cut_off(self) -> None:
-        """What is in flight ends with a status that says to send it again."""
+        """Ends everything in flight with a status that says to send it again."""
         self._pipeline.cluster.cut_off()
         await self._ended_within(CUT_OFF_S)
 
@@ -526,13 +532,15 @@ class RouterServer:
         return True
 
     async def stop(self, grace_s: float = 0.5) -> None:
-        """Cancels what is still in flight after `grace_s`, and returns when that has given back what it held."""
+        """Cancels what is still in flight after `grace_s`, and returns when the cancelled calls have released what they
+        held.
+        """
         if self._pulse is not None:
             self._pulse.cancel()
             await asyncio.gather(self._pulse, return_exceptions=True)
         await self._lag.stop()
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
-        await self._ended_within(CUT_OFF_S)  # gRPC does not wait for what a cancelled call does last
+        await self._ended_within(CUT_OFF_S)  # gRPC does not wait for the cleanup of a cancelled call
 
     async def wait(self) -> None:
         await self._server.wait_for_termination()
@@ -573,7 +581,7 @@ class RouterServer:
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:
-    """Reflection under both of its names; their messages are the same."""
+    """Adds reflection under both of its names; their messages are the same."""
     names = (SERVICE_NAME, open_inference.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]
@@ -587,15 +595,15 @@ def _add_reflection(server: grpc.aio.Server) -> None:
 
 
 async def _logged(step: Callable[[], Awaitable[None]]) -> None:
-    """One failed beat must not end the pulse: readiness would stay as it is for ever."""
+    """Logs a failed beat, which must not end the pulse: readiness would never change again."""
     try:
         await step()
     except Exception:
-        log.exception("the router's pulse failed once; it goes on")
+        log.exception("one beat of the router's pulse failed; the pulse continues")
 
 
 def _bind_error(host: str, port: int, key: str) -> ConfigError | PortInUse:
-    """gRPC says only that it failed; the socket says why."""
+    """Finds the cause of a failed bind: gRPC reports only that it failed, and a socket tells why."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -44,29 +44,31 @@ from router_service.tenants import Caller
 from router_service.ui import PoolLog
 
 Send = Callable[[TokenChunk], Awaitable[None]]
-"""How a front passes a chunk on to its client. Raises SlowReader for a client that does not read."""
+"""Passes a chunk on to the front's client. Raises SlowReader for a client that does not read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who calls, how much the message of the call weighs, and when its time is over. Made when it arrives."""
+    """The caller of a call, the size of its message, and its deadline. Made when the call arrives."""
 
     tenant: str
     num_bytes: int
     deadline_s: float | None = None  # on the monotonic clock
     arrived_s: float = field(default_factory=time.perf_counter)
-    caller: Caller | None = None  # None where it has no bounds of its own
+    caller: Caller | None = None  # None if the caller has no bounds of its own
 
     def check_deadline(self) -> None:
         """Raises DeadlineExceeded once the deadline has passed."""
         if self.deadline_s is not None and self.deadline_s <= time.monotonic():
             with refusing():
-                raise DeadlineExceeded("the deadline was past when the request arrived; allow more time")
+                raise DeadlineExceeded("the deadline had passed when the request arrived; allow more time")
 
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """What the routers of a service share: hints, claims of request ids, tenants' named pools and callers' quotas."""
+    """The stores that the routers of a service share: hints, claims of request ids, tenants' named pools and callers'
+    quotas.
+    """
 
     hints: HintStore
     claims: Claims
@@ -87,7 +89,7 @@ class StreamMeter:
     """
 
     def __init__(self, metrics: RouterMetrics, call: Call, codeword: str = "") -> None:
-        """`codeword`: whose pool the answer has; the worker knows that pool as a fixed one."""
+        """Makes the meter. `codeword` names the pool of the answer; the worker knows that pool as a fixed one."""
         self._metrics = metrics
         self._codeword = codeword
         self._tenant = call.tenant
@@ -101,7 +103,7 @@ class StreamMeter:
         return self._tokens_of.total()
 
     def seen(self, chunk: TokenChunk, predicted: ExpertPool | None) -> TokenChunk:
-        """The chunk to send: a last one without the recall of its prediction gets it."""
+        """Returns the chunk to send: a last one without the recall of its prediction gets it."""
         self.has_started = True
         now_s = time.perf_counter()
         if chunk.token_ids and not self.num_tokens:
@@ -139,10 +141,9 @@ class StreamMeter:
 
 
 class Pipeline:
-    """The methods of the service. Owns how many requests this router has at each worker.
+    """The methods of the service. Owns the counts of the requests that this router has at each worker.
 
-    Each raises PagerErrors that name the field at fault. What a tenant is not told of, it does not have: ids, pools and
-    hints are its own.
+    Each raises PagerErrors that name the field at fault. A tenant sees only its own ids, pools and hints.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class Pipeline:
 
     @asynccontextmanager
     async def _claimed(self, id_: str, tenant: str) -> AsyncIterator[None]:
-        """The id is this request's alone among its tenant's, at every router, until the block is left."""
+        """Holds the id for this request within its tenant, at every router, until the block is left."""
         if not await self.stores.claims.claim(id_, tenant):
             raise DuplicateRequest(f"request id {id_!r} is in use; choose another", field="request_id")
         try:
@@ -227,7 +228,9 @@ class Pipeline:
         return prediction
 
     async def _stream(self, request: GenerateRequest, prediction: Prediction, send: Send, meter: StreamMeter) -> Usage:
-        """Until the first chunk is out, the request of a worker that is lost or drains is placed once more."""
+        """Streams the answer. Until the first chunk is out, a request whose worker is lost or drains is placed once
+        more.
+        """
         lost: set[str] = set()
         while True:
             with nullcontext() if lost else refusing():
@@ -238,7 +241,7 @@ class Pipeline:
                 check_deadline(placement.least_paging_s if is_known else 0.0, remaining_s(request.deadline_s))
             try:
                 return await self._answer(request, placement, send, meter)
-            except (WorkerLost, NotReady):  # gone, or about to go
+            except (WorkerLost, NotReady):  # the worker is gone, or about to go
                 if meter.has_started or lost:
                     raise
                 lost.add(placement.worker_id)
@@ -254,13 +257,14 @@ class Pipeline:
 
     async def _answer(self, request: GenerateRequest, placement: Placement, send: Send, meter: StreamMeter) -> Usage:
         guess = request.predicted if request.pool.source is PoolSource.PREFILL else None
-        self._at_worker[placement.worker_id] += 1  # before anything is waited for: who is placed meanwhile sees it
+        self._at_worker[placement.worker_id] += 1  # before any wait, so that requests placed meanwhile see it
         try:
             await self._check_aborted(request)
             async with aclosing(self.cluster.generate(placement.worker_id, request, meter)) as chunks:
                 async for chunk in chunks:
                     if not meter.has_started:
-                        # Again: an Abort may have looked for the request at the workers before it got there.
+                        # Checked again: an Abort may have looked for the request at the workers
+                        # before it got there.
                         await self._check_aborted(request)
                     chunk = meter.seen(chunk, guess)
                     await send(chunk)
@@ -281,9 +285,9 @@ class Pipeline:
         await self._predictor.learn(request.tenant, ids, request.pool, prediction.policy, usage)
 
     async def abort(self, tenant: str, id_: str) -> bool:
-        """Whether the tenant has a request of this id in flight, here or at another router, which then ends."""
+        """Returns whether the tenant has a request of this id in flight, here or at another router, and ends it."""
         request_id.set(check_request_id(id_))
-        # Marked first: a request on its way to a worker looks for the mark once it has arrived.
+        # Marked first: a request on its way to a worker checks for the mark once it has arrived.
         is_marked = await self.stores.claims.mark_aborted(id_, tenant)
         is_found = await self.cluster.abort(id_, tenant)
         return is_marked or is_found
@@ -338,7 +342,7 @@ class Pipeline:
         call.check_deadline()
         with self.admission.enter(tenant, call.num_bytes, call.caller) as ticket:
             if not ask.replaces and await self.stores.pools.find(tenant, ask.name) is not None:
-                raise name_in_use(ask.name)  # before the work; `add` has the last word
+                raise name_in_use(ask.name)  # before the work; `add` decides finally
             examples = []
             for index, example in enumerate(ask.examples):
                 examples.append(await self._intake.example(tenant, example, index))
@@ -354,11 +358,11 @@ class Pipeline:
         return named
 
     async def list_pools(self, tenant: str) -> PoolListing:
-        """The tenant's named pools."""
+        """Returns the tenant's named pools."""
         return await self.stores.pools.all_of(tenant)
 
     async def delete_pool(self, tenant: str, name: str) -> bool:
-        """False when the tenant had no pool of this name."""
+        """Deletes a pool; returns False when the tenant had no pool of this name."""
         return await self.stores.pools.delete(tenant, check_name(name))
 
     def _method(self, asked: str | None) -> str:
@@ -366,41 +370,41 @@ class Pipeline:
         if not known:
             raise InvalidRequest(
                 "this service runs no routing-only pass (router.router is 'prefill'), so it cannot score examples; "
-                "make the pool with `expert-pager calibrate --model`, which can",
+                "make the pool with `expert-pager calibrate --model` instead",
                 field="method",
             )
         if asked is None:
             return known[-1]
         if asked not in known:
             raise InvalidRequest(
-                f"method {asked[:60]!r} cannot be had here; known are {', '.join(known)}", field="method"
+                f"method {asked[:60]!r} is not available here; these are: {', '.join(known)}", field="method"
             )
         return asked
 
     async def get_pool(self, tenant: str, name: str) -> NamedPool:
-        """The tenant's pool of this name. Raises UnknownPool."""
+        """Returns the tenant's pool of this name. Raises UnknownPool."""
         found = await self.stores.pools.find(tenant, check_name(name))
         if found is None:
             raise no_such_pool(name)
         return found
 
     async def tokenize(self, call: Call, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The tokens of a text that is short enough to be a prompt. Raises InvalidRequest or PromptTooLong."""
+        """Returns the tokens of a text that is short enough to be a prompt. Raises InvalidRequest or PromptTooLong."""
         if not text:
             raise InvalidRequest("the text is empty; give at least one token", field="prompt")
         with self.admission.enter(call.tenant, call.num_bytes, call.caller):
             return await self._intake.encoded(call.tenant, text, add_special_tokens=add_special_tokens)
 
-    # --- what is served ---------------------------------------------------------------------------------------------
+    # --- the model and its workers ----------------------------------------------------------------------------------
 
     def get_model(self, name: str) -> ModelInfo:
-        """The model that is served; an empty name stands for it. Raises UnknownModel for another."""
+        """Returns the served model; an empty name stands for it. Raises UnknownModel for another."""
         check_model(name, self.model)
         ready = [worker for worker in self.cluster.workers() if worker.state == "ready"]
         return replace(self.model, num_slots=max((worker.num_slots for worker in ready), default=0))
 
     async def residency(self) -> list[WorkerResidency]:
-        """What this router's workers hold, as last reported, and what other routers report of theirs."""
+        """Returns what this router's workers hold, as last reported, and what other routers report of theirs."""
         return await all_workers(self.cluster.workers(), self.stores.hints)
 
 

@@ -18,7 +18,7 @@ from pager import errors
 from pager.wire import DOMAIN, error_facts
 
 DEFAULT_RETRY_S = 1.0
-MAX_MESSAGE_CHARACTERS = 1000  # status messages travel in headers, which peers bound to 8 KiB
+MAX_MESSAGE_CHARACTERS = 1000  # status messages travel in headers, which peers limit to 8 KiB
 
 _Code = grpc.StatusCode
 CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
@@ -41,7 +41,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.DuplicateRequest: _Code.ALREADY_EXISTS,
         errors.DeadlineExceeded: _Code.DEADLINE_EXCEEDED,
         errors.Cancelled: _Code.CANCELLED,
-        # The stream's buffer is what ran out. No RetryInfo: a client that does not read will not read next time.
+        # The stream's buffer is full. No RetryInfo: a client that does not read will not read next time.
         errors.SlowReader: _Code.RESOURCE_EXHAUSTED,
         errors.Overloaded: _Code.RESOURCE_EXHAUSTED,
         errors.TenantOverloaded: _Code.RESOURCE_EXHAUSTED,
@@ -53,7 +53,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.ExpertUnavailable: _Code.DATA_LOSS,
         errors.ExpertReadError: _Code.DATA_LOSS,
         errors.ChecksumMismatch: _Code.DATA_LOSS,
-        # What an operator has to repair.
+        # Faults that an operator has to repair.
         errors.CheckpointError: _Code.FAILED_PRECONDITION,
         errors.UnsupportedModel: _Code.FAILED_PRECONDITION,
         errors.ConfigError: _Code.FAILED_PRECONDITION,
@@ -62,7 +62,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.PortInUse: _Code.FAILED_PRECONDITION,
     }
 )
-# Whose quota is used up; what a worker's slots or a slow reader's buffer ran out of is no quota.
+# Bounds of admission and quotas; a worker's slots or a slow reader's buffer are neither.
 QUOTAS: Mapping[type[errors.PagerError], str] = MappingProxyType(
     {errors.Overloaded: "service", errors.TenantOverloaded: "tenant", errors.QuotaExceeded: "key"}
 )

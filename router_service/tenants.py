@@ -1,4 +1,4 @@
-"""Tenants and callers: their legal names, what a caller may do and use, and the tenants that metrics name."""
+"""Tenants and callers: their legal names, permissions and bounds, and the tenants that metrics name."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def tenant_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 
 
 class Role(StrEnum):
-    """What a caller may do."""
+    """A permission of a caller."""
 
-    INFERENCE = "inference"  # generate, with the pools and the requests of its own tenant
-    OPERATOR = "operator"  # see what workers hold, and manage the pools and requests of every tenant
-    METRICS = "metrics"  # read /metrics and /ui
+    INFERENCE = "inference"  # may generate, with the pools and the requests of its own tenant
+    OPERATOR = "operator"  # may see what workers hold, and manage the pools and requests of every tenant
+    METRICS = "metrics"  # may read /metrics and /ui
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +63,17 @@ class CallerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls. `id` names the key, certificate or token, and is no secret; it is empty where nobody is asked."""
+    """The caller of a method. `id` names the key, certificate or token, and is not a secret; it is empty where no key
+    is required.
+    """
 
     tenant: str
     id: str = ""
     roles: frozenset[Role] = frozenset(Role)
     limits: CallerLimits = CallerLimits()
-    priority: int = 0  # of its requests: those of a higher one are admitted first
+    priority: int = 0  # of its requests: those of a higher priority are admitted first
     weight: float = 1.0  # of its tenant's share of a worker
-    acts_for_another: bool = False  # the tenant is another than the key's
+    acts_for_another: bool = False  # the tenant is not the key's own
 
 
 present: ContextVar[Caller | None] = ContextVar("present", default=None)
@@ -79,9 +81,9 @@ present: ContextVar[Caller | None] = ContextVar("present", default=None)
 
 
 class TenantLabels:
-    """The values of the label `tenant`: the tenants that the configuration names, and OTHER_TENANTS for all else.
+    """The values of the label `tenant`: the tenants that the configuration names, and OTHER_TENANTS for all others.
 
-    Tenants name themselves, so any other rule would let a client make series.
+    Tenants choose their own names, so any other rule would let a client create series.
     """
 
     def __init__(self, named: Iterable[str] = ()) -> None:
@@ -94,7 +96,8 @@ class TenantLabels:
         for name in named:
             if not _TENANT.fullmatch(name) or name == OTHER_TENANTS:
                 raise ConfigError(
-                    f"router.metric_tenants names {name!r}, which is not a tenant's name (or is the one of all others)"
+                    f"router.metric_tenants names {name!r}, which is not a tenant's name (or is the name for all "
+                    "others)"
                 )
         if len(named) > MAX_NAMED_TENANTS:
             raise ConfigError(
@@ -112,7 +115,7 @@ class TenantLabels:
 
 
 def tenant_or_invalid(value: str) -> str:
-    """Returns a tenant's name as log lines have it: tenants name themselves."""
+    """Returns a tenant's name as log lines have it, since tenants choose their own names."""
     return value if _TENANT.fullmatch(value) else "(invalid)"
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """The PEM files of a service. With `client_ca`, clients must show a certificate that it has signed."""
+    """The PEM files of a service. With `client_ca`, clients must present a certificate that it has signed."""
 
     cert: Path
     key: Path
@@ -37,14 +37,14 @@ class TlsFiles:
         )
 
     def context(self) -> ssl.SSLContext:
-        """A context for HTTP. Raises ConfigError as `credentials` does."""
+        """Returns a context for HTTP. Raises ConfigError as `credentials` does."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.set_alpn_protocols(["http/1.1"])
         self.load_into(context, self.read())
         return context
 
     def load_into(self, context: ssl.SSLContext, pems: _Pems) -> None:
-        """Handshakes that begin from now on have these."""
+        """Loads the files into a context; handshakes that begin from now on use them."""
         with _as_file(pems.cert) as cert, _as_file(pems.key) as key:
             context.load_cert_chain(cert, key, password="")
         if pems.roots is not None:
@@ -57,14 +57,15 @@ class TlsFiles:
         roots = _pem(self.client_ca, "router.tls_client_ca") if self.client_ca else None
         pems = _Pems(_pem(self.key, "router.tls_key"), _pem(self.cert, "router.tls_cert"), roots)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.set_ciphers("ALL:@SECLEVEL=0")  # how strong a key has to be is the operator's choice
+        context.set_ciphers("ALL:@SECLEVEL=0")  # the operator chooses how strong a key has to be
         try:
             with _as_file(pems.cert) as cert, _as_file(pems.key) as key:
-                context.load_cert_chain(cert, key, password="")  # else a key that has one is asked for at the terminal
+                # otherwise the password of an encrypted key is asked for at the terminal
+                context.load_cert_chain(cert, key, password="")
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"router.tls_cert {str(self.cert)!r} and router.tls_key {str(self.key)!r} are no certificate with its "
-                f"key: {_reason(error)}"
+                f"router.tls_cert {str(self.cert)!r} and router.tls_key {str(self.key)!r} are not a certificate and "
+                f"its key: {_reason(error)}"
             ) from None
         if roots is not None:
             try:
@@ -89,7 +90,7 @@ class _Pems(NamedTuple):
 
 
 class _Renewal:
-    """The callback of gRPC at every handshake: owns the files in use and the last report of unusable ones."""
+    """The callback of gRPC at every handshake. Owns the files in use and the last report of unusable ones."""
 
     def __init__(self, files: TlsFiles, used: _Pems) -> None:
         self._files = files
@@ -100,9 +101,9 @@ class _Renewal:
         """Returns the files' new content, or None to keep what is in use."""
         try:
             found = self._files.read()
-        except ConfigError as error:  # halfway through its renewal, perhaps
+        except ConfigError as error:  # perhaps it is halfway through its renewal
             if error.message != self._complaint:
-                log.warning("%s; going on with the certificate as it was", error)
+                log.warning("%s; continuing with the previous certificate", error)
             self._complaint = error.message
             return None
         self._complaint = ""
@@ -125,7 +126,7 @@ def _pem(path: Path, key: str) -> bytes:
 
 @contextmanager
 def _as_file(text: bytes) -> Iterator[str]:
-    """Yields the path of a file in memory with this content: the file on disk may have changed by now."""
+    """Yields the path of a file in memory with this content, since the file on disk may have changed by now."""
     file = os.memfd_create("pem")
     try:
         os.write(file, text)
@@ -136,4 +137,4 @@ def _as_file(text: bytes) -> Iterator[str]:
 
 def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", None)
-    return reason.replace("_", " ").lower() if isinstance(reason, str) else "what is there is cut off or damaged"
+    return reason.replace("_", " ").lower() if isinstance(reason, str) else "its content is cut off or damaged"

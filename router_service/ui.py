@@ -1,4 +1,4 @@
-"""`/ui`: the page, the state that it shows, and the pools in use."""
+"""The page `/ui`, the state that it shows, and the pools in use."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ LONGEST_SIZE = 40  # characters; a size can name every layer
 
 @dataclass(frozen=True, slots=True)
 class PoolLabel:
-    """What tells one row from another. `name` is the tenant's own; `pool` None while, or because, none is known."""
+    """The identity of a row. `name` is the tenant's own; `pool` is None while, or because, none is known."""
 
     tenant: str
     name: str
-    size: str  # "count:8" and the like; "named" for a named one, the codeword's name for a codeword's
+    size: str  # "count:8" and the like; "named" for a named pool, and the codeword's name for a codeword's
     pool: ExpertPool | None
     is_expected: bool  # predicted; the prefill has not chosen yet
 
 
 @dataclass(slots=True)
 class PoolUse:
-    """One row. Mutable, owned by the log."""
+    """One row of the table. Mutable, owned by the log."""
 
     live: int = 0
     answers: int = 0
     paging: PagingCounts = field(default_factory=PagingCounts)
-    mode: str = ""  # of the last answer
+    mode: str = ""  # the mode of the last answer
 
 
 @dataclass(slots=True)
 class PoolRow:
-    """The use of one pool by all tenants, none of which it names."""
+    """The use of one pool by all tenants, without their names."""
 
     size: str
     pool: ExpertPool | None
@@ -69,7 +69,9 @@ class PoolRow:
 
 @dataclass(slots=True)
 class PoolLog:
-    """Owns the rows, the latest used last. Without live requests, the longest unused is dropped first."""
+    """Owns the rows, the latest used last. Rows without live requests are dropped first, the longest unused one before
+    others.
+    """
 
     rows: dict[PoolLabel, PoolUse] = field(default_factory=dict)
 
@@ -77,7 +79,7 @@ class PoolLog:
     def following(
         self, tenant: str, name: str, policy: PoolPolicy, pool: ExpertPool | None, codeword: str = ""
     ) -> Iterator[LivePool]:
-        """Counts a live request for as long as the block lasts. `pool` is fixed, predicted or that of `codeword`."""
+        """Counts a live request for the duration of the block. `pool` is fixed, predicted or that of `codeword`."""
         is_expected = policy.fixed is None and pool is not None and not isinstance(policy.size, Full)
         size = codeword or ("named" if name else size_label(policy))
         live = LivePool(self, PoolLabel(tenant, name, size, policy.fixed or pool, is_expected))
@@ -99,7 +101,7 @@ class PoolLog:
         return next((each.pool for each in self.rows if each.pool is not None and each.pool.digest == digest), None)
 
     def of_all_tenants(self) -> list[PoolRow]:
-        """What tenants and names keep apart, put together; the latest used first."""
+        """Returns the rows, merged over tenants and names, the latest used first."""
         found: dict[tuple[str, ExpertPool | None, bool], list[tuple[PoolLabel, PoolUse]]] = {}
         for label, use in reversed(self.rows.items()):
             found.setdefault((label.size, label.pool, label.is_expected), []).append((label, use))
@@ -134,7 +136,7 @@ class LivePool:
 
 
 def _sum(uses: list[PoolUse]) -> PoolUse:
-    """All together; the first is the latest."""
+    """Adds up the uses; the first is the latest."""
     return PoolUse(
         live=sum(use.live for use in uses),
         answers=sum(use.answers for use in uses),
@@ -200,11 +202,11 @@ class Watch:
         self._pools = pools
         self._clock = clock
         self._last_s = clock()
-        self._last: dict[str, PagingCounts] = {}  # of each worker that serves
+        self._last: dict[str, PagingCounts] = {}  # the last counts of each worker that serves
         self._samples: deque[Sample] = deque([Sample(time.time())], NUM_SAMPLES)
 
     def beat(self) -> None:
-        """Adds what was paged since the last beat. Of a worker that is new, what it paged before is not counted."""
+        """Adds what was paged since the last beat. What a new worker paged before is not counted."""
         now_s = self._clock()
         if self._samples[-1].seconds >= SAMPLE_S:
             self._samples.append(Sample(time.time()))
@@ -232,7 +234,9 @@ class Watch:
         return None if pool is None else {"digest": digest, "num_experts": pool.num_experts, "experts": pool.experts}
 
     async def state(self) -> dict[str, Any]:
-        """JSON of at most about 200 kB, for anybody who reaches the port: no tenant and no named pool is named."""
+        """Returns JSON of at most about 200 kB, for anyone who reaches the port: it names no tenant and no named
+        pool.
+        """
         workers = await all_workers(self._cluster.workers(), self._hints)
         shown = [_worker(each, self._model) for each in workers[:MAX_WORKERS]]
         rows = sorted(self._pools.of_all_tenants(), key=lambda row: row.use.live, reverse=True)
@@ -283,7 +287,7 @@ def _pool(row: PoolRow, workers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _resident(pool: ExpertPool | None, workers: list[dict[str, Any]]) -> dict[str, int]:
-    """How many of the pool's experts each worker holds."""
+    """Returns how many of the pool's experts each worker holds."""
     if pool is None:
         return {}
     found = {}
@@ -324,7 +328,7 @@ _SAFE = (
 
 
 class Page:
-    """Answers in the threads of the HTTP server, and asks the event loop for the state."""
+    """Answers in the threads of the HTTP server, and gets the state from the event loop."""
 
     def __init__(self, watch: Watch, loop: asyncio.AbstractEventLoop) -> None:
         self._watch = watch
@@ -341,7 +345,7 @@ class Page:
         )
 
     def routes(self) -> list[Route]:
-        """The page as routes of an ASGI application."""
+        """Returns the page as routes of an ASGI application."""
 
         async def answer(request: Request) -> Response:
             path, query = request.url.path, request.url.query
@@ -352,7 +356,7 @@ class Page:
         return [Route(path, answer, methods=["GET"]) for path in ("/ui", "/ui/", "/ui/state.json", "/ui/pool.json")]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """As a WSGI application, mounted at `/ui`."""
+        """Answers as a WSGI application, mounted at `/ui`."""
         method = environ["REQUEST_METHOD"]
         path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
         status, kind, body = self._answer(method, path, query, self._html)
@@ -381,9 +385,9 @@ class Page:
         asked = asyncio.run_coroutine_threadsafe(tell(), self._loop)
         try:
             state = asked.result(STATE_TIMEOUT_S)
-        except Exception as error:  # a page that is looked at must not end anything
+        except Exception as error:  # a failure of the page must not end anything else
             asked.cancel()
-            log.warning("the state for /ui could not be had: %s", type(error).__name__)
+            log.warning("the state for /ui could not be read: %s", type(error).__name__)
             return "503 Service Unavailable", "text/plain", b"the router does not answer in time\n"
         if state is None:
             return "404 Not Found", "text/plain", b"no pool of this digest is shown any more\n"
@@ -399,6 +403,6 @@ def _hash(text: str) -> str:
 
 
 def size_label(policy: PoolPolicy) -> str:
-    """The size that was asked for, in few characters."""
+    """Returns a short text for the size that a request asked for."""
     text = "fixed" if policy.fixed is not None else size_name(policy.size)
     return text if len(text) <= LONGEST_SIZE else f"{text[: LONGEST_SIZE - 1]}…"

@@ -387,14 +387,14 @@ class ChoiceOptions:
     ] = None
 
     def check(self) -> None:
-        """Raises typer.BadParameter unless the experts are given once, and for options that can take no effect."""
+        """Raises typer.BadParameter unless the experts are given once, and for options that would have no effect."""
         given = {"--pool": self.pool, "--examples": self.examples, "--experts-file": self.experts_file}
         if sum(value is not None for value in given.values()) != 1:
             raise typer.BadParameter(f"say once which experts to keep: {', '.join(given)}")
         if (self.examples is None) != (self.size is None):
             raise typer.BadParameter("--examples and --size go together")
         if self.method is not None and self.examples is None:
-            raise typer.BadParameter("--method can take no effect here; it goes with --examples")
+            raise typer.BadParameter("--method would have no effect here; it goes with --examples")
 
     def is_empty(self) -> bool:
         return self == ChoiceOptions()
@@ -444,7 +444,7 @@ def slice_model(
             raise typer.BadParameter("give two folders: MODEL and OUT")
         choice.check()
         if at.server is not None and choice.pool is None:
-            raise typer.BadParameter("--server can take no effect here; it goes with --pool")
+            raise typer.BadParameter("--server would have no effect here; it goes with --pool")
         _cut(paths[0], paths[1], choice, (at, pools), experts, as_json)
         return
     if merge is None or into is None or len(paths) != 1:

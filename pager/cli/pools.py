@@ -80,11 +80,11 @@ class ServerOptions:
     ] = None
 
     def check(self) -> None:
-        """Raises typer.BadParameter for options that can take no effect."""
+        """Raises typer.BadParameter for options that would have no effect."""
         if self.tls_ca is not None and self.server is None:
-            raise typer.BadParameter("--tls-ca can take no effect here; it goes with --server")
+            raise typer.BadParameter("--tls-ca would have no effect here; it goes with --server")
         if self.tls_ca is None and self.tls_identity is not None:
-            raise typer.BadParameter("--tls-identity can take no effect here; it goes with --tls-ca")
+            raise typer.BadParameter("--tls-identity would have no effect here; it goes with --tls-ca")
 
     def service(self) -> Client:
         """A client of the service, to be closed or used as a context. Raises ConfigError."""
@@ -155,7 +155,7 @@ class Place(ServerOptions):
             idle = ["--timeout"]
         if idle:
             needed = "--server" if self.model is not None else "--model"
-            raise typer.BadParameter(f"{', '.join(idle)} can take no effect here; it goes with {needed}")
+            raise typer.BadParameter(f"{', '.join(idle)} would have no effect here; it goes with {needed}")
 
     def local(self) -> Local:
         """The checkpoint of this process. Raises ConfigError for a device that is not there."""

@@ -55,7 +55,7 @@ def test_a_pool_is_made_used_listed_and_deleted(run: Run, checkpoint: Path, exam
     used = answer(run("generate", "hello", *options, "--max-tokens", 2, "--ignore-eos"))["usage"]
     assert (used["mode"], used["pool"]["layers"]) == ("pool", made["pool"]["layers"])
     assert answer(run("route", "hello", *options))["pool"]["layers"] == made["pool"]["layers"]
-    assert "there is a pool 'sql'" in refusal(run(*make, "--pool", 5))
+    assert "a pool 'sql' exists already" in refusal(run(*make, "--pool", 5))
     again = answer(run(*make, "--pool", 5, "--replace", "--json"))
     assert answer(run("pools", "list", *kept, "--json")) == {"pools": [again], "damaged": []}
     assert again["pool"]["digest"] in run("pools", "list", *kept).stdout

@@ -118,7 +118,7 @@ def test_choices_that_can_take_no_effect_are_errors(fit: Fit, checkpoint: Path) 
         with pytest.raises(ConfigError, match=says), passes_of(checkpoint, router=router):
             pass
     for folder, router in ((checkpoint, "trunk"), (checkpoint, "prefill"), (fit(), "prefill")):
-        says, choices = r"router\.min_recall can take no effect", {"router": router, "min_recall": 0.7}
+        says, choices = r"router\.min_recall would have no effect", {"router": router, "min_recall": 0.7}
         with pytest.raises(ConfigError, match=says), passes_of(folder, **choices):
             pass
 

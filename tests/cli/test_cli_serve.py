@@ -200,7 +200,7 @@ def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint:
         (checkpoint, "--pool", "1"): "smaller than the 2",
         (checkpoint, "--predictor", "fitted"): "make it with `expert-pager fit-router",
         (checkpoint, "--router", "best"): "one of auto, lexical, trunk, fitted, prefill, not 'best'",
-        (checkpoint, "--predictor", "prefill", "--pool", "32KiB"): "can take no effect",
+        (checkpoint, "--predictor", "prefill", "--pool", "32KiB"): "would have no effect",
         (checkpoint, "--pools", checkpoint / "config.json"): "cannot be written",
     }.items():
         done = run("serve", *arguments, "--device", "cpu", "--port", 0, "--http-port", 0, "--metrics-port", 0)

@@ -82,4 +82,4 @@ def test_keys_from_their_making_to_their_end(serve: Callable[..., Any], run: Run
         assert {("GetModel", "UNAUTHENTICATED"), ("Models", "UNAUTHENTICATED")} <= outcomes
         for text in (written, service.log):
             assert not any(key in text for key in (acme, house, "epk_none", "SELECT name"))
-        assert "callers are asked for a key" in service.log
+        assert "callers need a key" in service.log

@@ -367,7 +367,7 @@ async def test_a_damaged_file_leaves_the_last_good_one_in_force_and_is_logged(
         watched.refresh()
         assert gate.caller_of(bearer(key)).tenant == "acme"
         assert len(caplog.records) == 1, "once"
-        assert "going on with what it held before" in caplog.text
+        assert "continuing with its previous contents" in caplog.text
         assert key not in caplog.text
     ring.path.unlink()
     watched.refresh()
@@ -829,7 +829,7 @@ async def test_a_redis_that_goes_away_leaves_the_last_keys_in_force(
         for _ in range(2):  # counted by this router alone now
             await call(service, "GetModel", bearer(key))
         assert reason(await failure(call(service, "GetModel", bearer(key)))) == "QUOTA_EXCEEDED"
-        assert "going on with those that were read before" in caplog.text
+        assert "continuing with those read before" in caplog.text
         with pytest.raises(ConfigError, match="cannot be changed"):
             await store.change(lambda _: ())
     await store.close()

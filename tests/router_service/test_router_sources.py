@@ -194,7 +194,7 @@ async def test_without_any_pass_what_needs_one_is_refused(serve: Callable[..., A
         wire = pb.CalibrateRequest(name="p", examples=[pb.Example(text=b"abc")], pool=pb.PoolPolicy(count=3))
         assert "calibrate --model" in await refused(service.stub.Calibrate(wire))
     for default in (PoolPolicy(Count(3), PoolSource.PREDICTION), PoolPolicy(Bytes(6000))):
-        with pytest.raises(ConfigError, match="can take no effect"):
+        with pytest.raises(ConfigError, match="would have no effect"):
             async with serve(passes=Passes(), model=sized, default_pool=default):
                 pass
 

@@ -241,8 +241,8 @@ async def test_a_health_port_in_use_is_named(service: Running) -> None:
     [
         ("tls.crt", None, r"router\.tls_cert .* cannot be read: No such file"),
         ("tls.key", "secret", r"router\.tls_key .* is not a PEM file"),
-        ("tls.key", BEGINNING, r"router\.tls_key .* are no certificate with its key"),
-        ("tls.crt", BEGINNING, r"router\.tls_cert .* are no certificate with its key"),
+        ("tls.key", BEGINNING, r"router\.tls_key .* are not a certificate and its key"),
+        ("tls.crt", BEGINNING, r"router\.tls_cert .* are not a certificate and its key"),
         ("ca.crt", BEGINNING, r"router\.tls_client_ca .* holds no certificate"),
     ],
 )
@@ -258,6 +258,6 @@ def test_a_key_of_another_certificate_is_said_to_be_that_and_not_a_port_in_use(f
     files.renew()
     files.server.key.write_bytes(key)
     with pytest.raises(
-        ConfigError, match=r"tls_cert .* and router\.tls_key .* are no certificate with its key: key val"
+        ConfigError, match=r"tls_cert .* and router\.tls_key .* are not a certificate and its key: key val"
     ):
         files.server.credentials()

@@ -24,7 +24,7 @@ all workers of a node, each of which reports the same bytes: take the maximum, n
 
 For endpoint pickers, routers also report under the names that the Kubernetes gateway inference extension expects of
 model servers, with the label `model_name`: `vllm:num_requests_waiting` and `vllm:num_requests_running` (sums over the
-workers that are ready) and `vllm:kv_cache_usage_perc` (0 to 1, the mean over them). With
+ready workers) and `vllm:kv_cache_usage_perc` (0 to 1, the mean over them). With
 `router.pools_as_adapters`, `vllm:lora_requests_info` shows named pools as adapters (`MODEL:POOL`, as requests name
 them): those that requests of this router run with in `running_lora_adapters`, those that they wait for in
 `waiting_lora_adapters`, and in `max_lora` how many pools of the default size fit into the slots of all workers; its

@@ -167,7 +167,7 @@ async def test_calibrate_can_choose_the_pass(serve: Callable[..., Any], ladder: 
             wire = pb.CalibrateRequest(name="p", examples=examples, pool=pool, method=method, replace=True)
             assert (await service.stub.Calibrate(wire)).pool.method == used
         wire.method = "trunk"
-        assert "known are lexical, fitted" in await refused(service.stub.Calibrate(wire))
+        assert "these are: lexical, fitted" in await refused(service.stub.Calibrate(wire))
 
 
 # --- no pass at all -------------------------------------------------------------------------------------------------

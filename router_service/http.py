@@ -68,8 +68,10 @@ KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 4096
 REQUEST_ID = "x-request-id"
 CHALLENGE = 'Bearer realm="expert-pager"'
-PAGE_CHALLENGE = 'Basic realm="expert-pager: any name, and a key as the password"'  # which browsers ask for themselves
-CLIENT_CLOSED = 499  # as proxies write it: nobody is there to read it
+PAGE_CHALLENGE = (
+    'Basic realm="expert-pager: any name, and a key as the password"'  # browsers ask for the key themselves
+)
+CLIENT_CLOSED = 499  # the status that proxies log; the client has left and does not read it
 
 _Code = grpc.StatusCode
 _STATUS: Mapping[grpc.StatusCode, int] = {
@@ -345,7 +347,7 @@ class GuardedPage:
 def page_refusal(
     gate: Gate, path: str, headers: Iterable[tuple[str, str]], tls_names: Iterable[str] = ()
 ) -> PagerError | None:
-    """Why a caller may not see a page; None for one who may."""
+    """Returns why a caller may not see a page; None for a caller who may."""
     if not gate.is_on or path in OPEN_PAGES:
         return None
     try:

@@ -26,8 +26,8 @@ ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "
 """The methods of all fronts that generate."""
 
 STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
-SOURCES = ("hint", "codebook", "lexical", "trunk", "fitted", "prefill")  # of a predicted pool
-PLACED = ("codeword", "fixed", "predicted")  # where the pool came from that a request was placed by
+SOURCES = ("hint", "codebook", "lexical", "trunk", "fitted", "prefill")  # sources of a predicted pool
+PLACED = ("codeword", "fixed", "predicted")  # the origin of the pool by which a request was placed
 PASSES = ("lexical", "trunk", "fitted", "prefill")
 REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "QUOTA_EXCEEDED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")
 DROPS = ("no_message", "unknown_method", "unseen")
@@ -166,7 +166,7 @@ def _codebook(codewords: Sequence[str]) -> tuple[Metric, ...]:
         ),
         Metric(
             "router_placements", _COUNTER,
-            "Requests placed, by where their pool came from and whether the worker held all of it then.",
+            "Requests placed, by the origin of their pool and whether the worker held all of it.",
             "How often is a codeword placed where its pool is?",
             every(source=PLACED, result=("hit", "miss")),
         ),

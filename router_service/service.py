@@ -237,7 +237,7 @@ class Pipeline:
                 placement = self._place(prediction.pool, lost, prediction.home_key)
                 if prediction.pool is not None:
                     self.metrics.placed(prediction.placed_by, placement.missing_bytes)
-                is_known = request.pool.source is not PoolSource.PREFILL  # else the pool is a guess
+                is_known = request.pool.source is not PoolSource.PREFILL  # otherwise the pool is a guess
                 check_deadline(placement.least_paging_s if is_known else 0.0, remaining_s(request.deadline_s))
             try:
                 return await self._answer(request, placement, send, meter)

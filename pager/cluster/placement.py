@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PRIOR_BYTES_PER_S = 1e9
 _PRIOR_PLACE_S = 0.25
-_CROWDING_S = 0.02  # what one more sequence in a worker's batch costs its neighbours
+_CROWDING_S = 0.02  # the cost of one more request in a worker's batch to the others in it
 _REPORT_AGE_S = 1.5  # a worker reports once a second
 MOST_LOAD = 1.25
 """Times its part of all requests: with more a worker takes no more of its own pools either."""
@@ -66,11 +66,13 @@ class ClusterPort(Protocol):
     def generate(
         self, worker_id: str, request: GenerateRequest, observer: RequestObserver
     ) -> AsyncGenerator[TokenChunk, None]:
-        """Chunks of the answer; the last one carries the usage. Closing it cancels the request on the worker.
+        """Yields the chunks of the answer; the last one carries the usage. Closing it cancels the request on the
+        worker.
 
-        `observer` hears when it was sent, and at its end there what it has used.
+        `observer` is called when the request was sent and, at its end there, with what it has used.
 
-        Raises PagerError: WorkerLost, SlowReader, DeadlineExceeded, Cancelled, and what the worker's engine refuses.
+        Raises PagerError: WorkerLost, SlowReader, DeadlineExceeded, Cancelled, and whatever the worker's engine
+        refuses.
         """
 
     async def abort(self, request_id: str, tenant: str) -> bool: ...
@@ -84,7 +86,7 @@ Worker = TypeVar("Worker", bound=Candidate)
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A worker, the bytes it lacks of the pool, and how long it takes at least to page these in."""
+    """A worker, the bytes of the pool that it lacks, and the least time that paging them in takes."""
 
     worker_id: str
     missing_bytes: int
@@ -147,9 +149,9 @@ def _order(key: str, weights: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
 
 
 def check_deadline(least_s: float, remaining_s: float | None) -> None:
-    """Raises DeadlineExceeded for a request whose deadline passes before its pool can be there.
+    """Raises DeadlineExceeded for a request whose deadline passes before its pool can be loaded.
 
-    The line is the worker's own to judge, which knows the request's place in it.
+    The wait in the worker's line is left to the worker, which knows the request's place in it.
     """
     if remaining_s is not None and least_s > remaining_s:
         raise DeadlineExceeded(
@@ -159,7 +161,9 @@ def check_deadline(least_s: float, remaining_s: float | None) -> None:
 
 
 def _least_paging_s(worker: Candidate, missing_bytes: int) -> float:
-    """By the fastest that was measured, and as if it had paged since its last report. Nobody is refused on a guess."""
+    """Returns the least paging time at the fastest measured throughput, as if the worker had paged since its last
+    report.
+    """
     if not worker.peak_page_in_bytes_per_s:
         return 0.0
     return max(0.0, missing_bytes / worker.peak_page_in_bytes_per_s - _REPORT_AGE_S)

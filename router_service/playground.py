@@ -1,7 +1,8 @@
-"""The playground of `/ui`: a prompt's scores, its answer as it is made with what was paged for it, and pools' experts.
+"""The playground of `/ui`: a prompt's scores, its answer as it is generated with what was paged for it, and pools'
+experts.
 
-It calls the pipeline as every front does, under the same key, bounds and quotas; what it shows beyond the API's answers
-is what the worker of a watched request tells. The page is `ui_page/playground.js`.
+It calls the pipeline as every front does, under the same key, bounds and quotas. What it shows beyond the API's answers
+is reported by the worker of a watched request. The page is `ui_page/playground.js`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from router_service.openai import Strict, model_and_pool
 from router_service.requests import Ask, PoolByName, RouteAsk
 from router_service.service import Pipeline
 
-MAX_TOKENS = 1024  # of an answer that somebody watches
+MAX_TOKENS = 1024  # of a watched answer
 SCORE_DIGITS = 5
 
 
 class PoolAsked(Strict):
-    """A prompt and a pool: a size as `--pool` of the command line, or the name of one of the tenant's own."""
+    """A prompt and a pool: a size as with `--pool` on the command line, or the name of one of the tenant's own."""
 
     prompt: str
     pool: str | None = None
@@ -34,7 +35,7 @@ class PoolAsked(Strict):
 
 
 class AnswerAsked(PoolAsked):
-    """What an answer is asked for with."""
+    """The parameters of a requested answer."""
 
     max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
     temperature: float = 0.0
@@ -42,13 +43,13 @@ class AnswerAsked(PoolAsked):
 
 
 class Playground:
-    """The handlers. Owns nothing."""
+    """The handlers. Owns no state."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
 
     def endpoints(self) -> Mapping[str, tuple[str, str, Handler]]:
-        """By path: the HTTP method, the name that calls are recorded under, and the handler."""
+        """Returns by path: the HTTP method, the name that calls are recorded under, and the handler."""
         return {
             "/ui/playground.json": ("GET", "PlaygroundFacts", self.facts),
             "/ui/pools/{name}": ("GET", "PlaygroundPool", self.pool),
@@ -57,7 +58,7 @@ class Playground:
         }
 
     async def facts(self, exchange: Exchange, tenant: str) -> None:
-        """GET /ui/playground.json: the model, the service's default pool, and the tenant's named pools."""
+        """Answers GET /ui/playground.json with the model, the service's default pool, and the tenant's named pools."""
         model, default = self._pipeline.model, self._pipeline.default_pool
         listing = await self._pipeline.list_pools(tenant)
         found = {
@@ -76,13 +77,13 @@ class Playground:
         await exchange.answer(200, found)
 
     async def pool(self, exchange: Exchange, tenant: str) -> None:
-        """GET /ui/pools/NAME: the experts of one of the tenant's named pools."""
+        """Answers GET /ui/pools/NAME with the experts of one of the tenant's named pools."""
         named = await self._pipeline.get_pool(tenant, exchange.path_parameter("name"))
         told = {"name": named.name, "method": named.method, "num_examples": named.num_examples}
         await exchange.answer(200, told | pool_in_json(named.pool))
 
     async def scores(self, exchange: Exchange, tenant: str) -> None:
-        """POST /ui/scores: what the predictor makes of a prompt, and where it would be answered."""
+        """Answers POST /ui/scores with the predictor's scores of a prompt, and the worker that would answer it."""
         asked = PoolAsked.read(await exchange.json())
         route = await self._pipeline.route(new_call(exchange, tenant), RouteAsk(asked.prompt, self._policy(asked)))
         expected = route.observed or route.pool
@@ -104,14 +105,14 @@ class Playground:
         await exchange.answer(200, found)  # made in a thread: a large model has thousands of scores
 
     async def answer(self, exchange: Exchange, tenant: str) -> None:
-        """POST /ui/answers: server-sent events, a token each; the last one has the bill."""
+        """Answers POST /ui/answers with server-sent events, one per token; the last one has the account."""
         asked = AnswerAsked.read(await exchange.json())
         sampling = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed)
         ask = Ask(
             id=request_id.get(),
             prompt=asked.prompt,
             sampling=openai.checked(sampling, self._pipeline.model),
-            has_max_tokens=False,  # at most so many, where the context has room for them
+            has_max_tokens=False,  # at most this many, where the context has room for them
             pool=self._policy(asked),
             is_watched=True,
         )
@@ -132,7 +133,7 @@ class Playground:
 
 
 def event_of(chunk: TokenChunk) -> dict[str, Any]:
-    """A chunk as the page reads it: what is not there is left out."""
+    """Returns a chunk as the page reads it, without absent fields."""
     event: dict[str, Any] = {"text": chunk.text, "ids": chunk.token_ids}
     if chunk.outside_mass is not None:
         event["outside"] = round(chunk.outside_mass, 4)
@@ -146,7 +147,7 @@ def event_of(chunk: TokenChunk) -> dict[str, Any]:
 
 
 def bill_of(usage: Usage) -> dict[str, Any]:
-    """What an answer was and what it cost."""
+    """Returns what kind of answer it was and what it used."""
     drift = usage.drift
     return {
         "mode": usage.mode,
@@ -178,5 +179,5 @@ def _counts(paging: PagingCounts) -> dict[str, int]:
 
 
 def pool_in_json(pool: ExpertPool) -> dict[str, Any]:
-    """A pool with its experts, layer by layer."""
+    """Returns a pool with its experts, layer by layer."""
     return {"digest": pool.digest, "num_experts": pool.num_experts, "experts": pool.experts}

@@ -30,8 +30,8 @@ from router_service.hints import HintStore, all_workers, size_name
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-KEPT = 256  # beyond those of requests in flight
-MAX_WAITS = 512  # first tokens between two looks, of which the times are kept
+KEPT = 256  # kept beyond those of requests in flight
+MAX_WAITS = 512  # the most first tokens between two looks whose times are kept
 LONGEST_SIZE = 40  # characters; a size can name every layer
 
 
@@ -97,7 +97,7 @@ class PoolLog:
         use.mode = usage.mode
 
     def find(self, digest: str) -> ExpertPool | None:
-        """The pool of this digest, if one of the rows has it."""
+        """Returns the pool of this digest, if one of the rows has it."""
         return next((each.pool for each in self.rows if each.pool is not None and each.pool.digest == digest), None)
 
     def of_all_tenants(self) -> list[PoolRow]:
@@ -147,15 +147,16 @@ def _sum(uses: list[PoolUse]) -> PoolUse:
 
 @dataclass(slots=True)
 class Served:
-    """What this router has sent to its clients since its start. Mutable; its metrics own it."""
+    """The counts of what this router has sent to its clients since its start. Mutable; its metrics own it."""
 
     tokens: int = 0
     answers: int = 0
-    errors: int = 0  # answers that ended otherwise, but for those that their clients left
-    waits_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_WAITS))  # for first tokens, not looked at
+    errors: int = 0  # answers that ended otherwise, except those that their clients left
+    # the times of first tokens since the last look
+    waits_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_WAITS))
 
     def ended(self, code: str) -> None:
-        """Counts a call that was to generate and ended with this gRPC status."""
+        """Counts a call to generate that ended with this gRPC status."""
         self.answers += code == "OK"
         self.errors += code not in ("OK", "CANCELLED")
 
@@ -170,7 +171,9 @@ _SERVING = (WorkerState.READY, WorkerState.DRAINING)
 
 @dataclass(slots=True)
 class Sample:
-    """What was paged in `seconds` until `end_unix_s`, by all workers of this router, and what the router sent."""
+    """The counts of what all workers of this router paged in `seconds` until `end_unix_s`, and of what the router
+    sent.
+    """
 
     end_unix_s: float
     seconds: float = 0.0
@@ -229,7 +232,7 @@ class Watch:
         self._served.waits_s.clear()
 
     def pool(self, digest: str) -> dict[str, Any] | None:
-        """The experts of a pool that is shown; None for one that is not."""
+        """Returns the experts of a pool that is shown; None for one that is not."""
         pool = self._pools.find(digest)
         return None if pool is None else {"digest": digest, "num_experts": pool.num_experts, "experts": pool.experts}
 
@@ -311,7 +314,7 @@ def _sample(sample: Sample) -> dict[str, float | None]:
 
 
 def _share(values: Sequence[float], share: float) -> float | None:
-    """The value below or at which so many of the sorted `values` lie; None of none."""
+    """Returns the value at or below which this share of the sorted `values` lies; None for no values."""
     return round(values[min(len(values) - 1, int(share * len(values)))], 4) if values else None
 
 

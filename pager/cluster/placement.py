@@ -1,13 +1,13 @@
-"""The choice of a worker for a request, and what a router needs of workers.
+"""The choice of a worker for a request, and the interface of the workers to a router.
 
 Pure: no grpc, no ray, no clock; the simulator runs it as the router does.
 
-A pool that is known before its prefill (a codeword's, a named one, one that the request brings) has a home: the first
-ready worker in the pool's own order of all workers, which every router works out alike from names alone (rendezvous
-hashing; Thaler and Ravishankar, 1998). So requests of one pool meet, the pool is paged once, and when a worker comes
-or goes, only the pools move of which it is or was the first. A worker that has more than its part of all requests is
-passed over (Mirrokni et al., "Consistent Hashing with Bounded Loads", 2018), so that a hot pool spreads to the next in
-its order, and from there no further than it has to; cold pools share their home's slots.
+A pool that is known before its prefill (a codeword's, a named one, or one in the request) has a home: the first ready
+worker in the pool's own order of all workers, which every router computes alike from names alone (rendezvous hashing;
+Thaler and Ravishankar, 1998). So requests of one pool meet on one worker, and the pool is paged once. When a worker
+joins or leaves, only the pools move whose first worker it is or was. A worker that has more than its part of all
+requests is skipped (Mirrokni et al., "Consistent Hashing with Bounded Loads", 2018), so that a hot pool spreads to the
+next worker in its order, and no further than it has to; cold pools share their home's slots.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _PRIOR_PLACE_S = 0.25
 _CROWDING_S = 0.02  # the cost of one more request in a worker's batch to the others in it
 _REPORT_AGE_S = 1.5  # a worker reports once a second
 MOST_LOAD = 1.25
-"""Times its part of all requests: with more a worker takes no more of its own pools either."""
+"""A worker with more than this multiple of its part of all requests takes no more of its own pools either."""
 ALWAYS_WELCOME = 4
-"""Requests with which a worker is never too busy for its own: they share a batch, where another would page anew."""
+"""With no more requests than this, a worker always takes its own pools: they share a batch, and another would page anew."""
 
 
 class Candidate(Protocol):
@@ -101,11 +101,12 @@ def place(
     exclude: Collection[str] = (),
     home_key: str = "",
 ) -> Placement:
-    """The ready worker for the request: one of the homes of its pool or, without a `home_key`, any; of these the one on
-    which it starts soonest, by missing bytes, then its queue, then its batch.
+    """Returns the ready worker for the request: one of the homes of its pool or, without a `home_key`, any. Of these it
+    is the one on which the request starts soonest, by missing bytes, then its queue, then its batch.
 
-    `home_key` is the name under which a pool comes again: a codeword's, or a digest. `in_flight` counts what this
-    router has sent to each worker: the workers' own reports are up to a second old. Raises NotReady when there is none.
+    `home_key` is the name under which a pool recurs: a codeword's, or a digest. `in_flight` counts the requests that
+    this router has sent to each worker, since the workers' own reports are up to a second old. Raises NotReady when no
+    worker is ready.
     """
     ready = [worker for worker in workers if worker.state == "ready" and worker.id not in exclude]
     if not ready:
@@ -114,7 +115,7 @@ def place(
     near = ready if pool is None or not home_key else homes(home_key, ready, loads)[:2]
     missing = {worker.id: 0 if pool is None else worker.missing_bytes(pool) for worker in near}
     if near is not ready and (len(near) == 1 or missing[near[0].id] == 0 or missing[near[1].id] > 0):
-        near = near[:1]  # the next one only where it still holds what the home would have to page
+        near = near[:1]  # the second home is considered only where it still holds what the first would have to page
 
     def rank(worker: Candidate) -> tuple[float, int, str]:
         paging_s = missing[worker.id] / (worker.page_in_bytes_per_s or _PRIOR_BYTES_PER_S)
@@ -126,12 +127,13 @@ def place(
 
 
 def homes(key: str, workers: Sequence[Worker], loads: Mapping[str, int]) -> list[Worker]:
-    """The workers in the key's order, without those that have more than their part of all requests; never empty.
+    """Returns the workers in the key's order, without those that have more than their part of all requests; never
+    empty.
 
-    A worker's part is that of its slots, and so is the part of all keys that come to it first.
+    A worker's part is proportional to its slots, and so is the part of all keys whose first worker it is.
     """
     slots = {worker.id: max(1, worker.num_slots) for worker in workers}
-    most = MOST_LOAD * (sum(loads.values()) + 1) / sum(slots.values())  # for each slot
+    most = MOST_LOAD * (sum(loads.values()) + 1) / sum(slots.values())  # per slot
     by_id = {worker.id: worker for worker in workers}
     order = _order(key, tuple(sorted(slots.items())))
     return [by_id[id_] for id_ in order if loads[id_] < max(ALWAYS_WELCOME, most * slots[id_])]
@@ -139,7 +141,7 @@ def homes(key: str, workers: Sequence[Worker], loads: Mapping[str, int]) -> list
 
 @lru_cache(maxsize=4096)
 def _order(key: str, weights: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
-    """Worker ids, best first. One of twice the weight comes first for twice as many keys."""
+    """Returns worker ids, best first. A worker of twice the weight comes first for twice as many keys."""
 
     def score(id_: str, weight: int) -> float:
         digest = hashlib.blake2b(f"{key}\n{id_}".encode(), digest_size=8).digest()

@@ -32,7 +32,7 @@ _REPORT_AGE_S = 1.5  # a worker reports once a second
 MOST_LOAD = 1.25
 """A worker with more than this multiple of its part of all requests takes no more of its own pools either."""
 ALWAYS_WELCOME = 4
-"""With no more requests than this, a worker always takes its own pools: they share a batch, and another would page anew."""
+"""With no more requests than this, a worker takes its own pools: they share a batch, another worker would page anew."""
 
 
 class Candidate(Protocol):

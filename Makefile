@@ -23,6 +23,9 @@ BIN := $(VENV)/bin
 # One thread for the tests' own models: they are small, and workers that run beside them want the other core.
 # COVERAGE=1 reports at the end which lines of pager and router_service the tests' own process ran.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
+FAST := not (ray or redis or browser or tools or gpu or slow)
+# In two processes, a file in one of them.
+BESIDE := --numprocesses 2 --dist loadfile
 INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
@@ -75,16 +78,18 @@ demo: $(INSTALLED)
 
 # What needs no Ray, Redis, browser, Prometheus or kubectl and takes no seconds by itself: under two minutes on two cores.
 test-fast: $(INSTALLED)
-	$(RUN_TESTS) -m "not (ray or redis or browser or tools or gpu or slow)" $(PYTEST_ARGS)
+	$(RUN_TESTS) $(BESIDE) -m "$(FAST)" $(PYTEST_ARGS)
 
 test: test-all test-oldest
 	@echo "make test: all passed"
 
-test-all: $(INSTALLED) redis chromium kubectl prometheus $(GUIDELLM) $(NODE_MODULES)
-	$(RUN_TESTS) $(PYTEST_ARGS)
+# Tests that start services come one after the other: each wants both cores. With PYTEST_ARGS one half may have no test.
+test-all: $(INSTALLED) redis chromium kubectl prometheus
+	$(RUN_TESTS) $(BESIDE) -m "$(FAST)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(RUN_TESTS) $(if $(COVERAGE),--cov-append) -m "not ($(FAST))" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-oldest: $(INSTALLED) $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(RUN_TESTS) tests/models tests/engine tests/library $(PYTEST_ARGS)
+	PYTHONPATH=$(OLDEST) $(RUN_TESTS) $(BESIDE) tests/models tests/engine tests/library $(PYTEST_ARGS)
 
 # With what it needs, but without torch: it goes in front of the environment's own.
 $(OLDEST): $(INSTALLED)

@@ -124,6 +124,7 @@ def test_log_probabilities_are_shown_with_alternatives(run: Run, checkpoint: Pat
     assert shown.count("log-probability -") == 3
 
 
+@pytest.mark.slow
 def test_an_answer_is_held_to_a_schema_in_a_file(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "customer.schema.json"
     number = {"type": "integer", "minimum": 0, "maximum": 99}

@@ -129,6 +129,7 @@ def test_the_router_plans_for_its_workers_as_they_do(
             planned()
 
 
+@pytest.mark.slow
 async def test_an_embedded_cluster_takes_workers_that_are_counted_a_node() -> None:
     cluster = await Cluster.connect(config(count=1, per_node=1))
     try:

@@ -64,6 +64,7 @@ def ask(worker: Worker) -> Usage:
     return asyncio.run(answer())
 
 
+@pytest.mark.slow
 def test_what_was_held_is_there_again_before_the_first_request(start: Callable[[], Worker], tmp_path: Path) -> None:
     first = start()
     assert ask(first).experts_missed > 0

@@ -113,6 +113,7 @@ class RandomGrammars:
         return f"({joined}|{self.regex(depth - 1)})" if self._random.random() < 0.3 else joined
 
 
+@pytest.mark.slow
 def test_answers_to_two_hundred_random_schemas_and_expressions_are_valid(driver: Any) -> None:
     """Greedy and sampled, of several in one batch, beside others without a grammar."""
     makes, free, asked = RandomGrammars(0), [], {}
@@ -152,6 +153,7 @@ def test_a_sequence_gets_the_same_tokens_alone_and_in_company(driver: Any) -> No
     assert all(driver.tokens(each) == driver.tokens(alone) for each in together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
@@ -188,6 +190,7 @@ def test_a_request_can_be_cancelled_while_its_grammar_is_compiled(driver: Any) -
     driver.assert_nothing_held()
 
 
+@pytest.mark.slow
 def test_a_helper_that_was_killed_is_replaced(driver: Any) -> None:
     def ask(text: str) -> str:
         asked: str = driver.submit([9], max_tokens=9, ignore_eos=False, grammar=Grammar(GrammarKind.REGEX, text))

@@ -93,6 +93,7 @@ def test_waiting_requests_can_be_cancelled_by_their_tenant_only(
     driver.assert_nothing_held()
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_running_and_waiting_requests(
     make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
 ) -> None:

@@ -233,6 +233,7 @@ class NeverLaunched:
         """There is none."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [PoolPolicy(Count(100)), EXACT], ids=["pool", "exact"])
 def test_a_prefill_from_a_slow_disk_is_no_hanging_step(
     make_driver: Callable[..., Driver],

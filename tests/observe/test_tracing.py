@@ -24,6 +24,7 @@ def exporter() -> Iterator[InMemorySpanExporter]:
     tracing.stop()
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_when_nobody_asks() -> None:
     code = """
 import sys

@@ -206,6 +206,7 @@ def test_a_request_that_comes_byte_by_byte_has_an_end(server: MetricsServer, mon
     assert status_of(server, "/metrics") == 200
 
 
+@pytest.mark.slow
 def test_clients_that_read_nothing_give_their_threads_back(
     server: MetricsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,6 +241,7 @@ def cases() -> dict[str, Case]:
 CASES = cases()
 
 
+@pytest.mark.slow
 async def test_no_request_keeps_the_event_loop(
     serve: Callable[..., Any],
     make_cluster: type[InProcessCluster],
@@ -420,6 +421,7 @@ async def test_calls_that_grpc_ends_unseen_are_counted(
         await dropped(service, "unseen", num_cancelled)
 
 
+@pytest.mark.slow
 async def test_calls_that_wait_for_the_loop_are_answered(service: Running) -> None:
     """By default gRPC cancels some of more than a thousand, with nothing but CANCELLED."""
     assert set(await get_model_often(service, 4000)) == {grpc.StatusCode.OK}

@@ -124,6 +124,7 @@ def post(port: int, path: str, body: bytes) -> tuple[int, bytes]:
         connection.close()
 
 
+@pytest.mark.slow
 async def test_no_body_keeps_the_event_loop(
     serve: Callable[..., Any], make_cluster: Any, make_worker: Callable[..., Any], model: Any
 ) -> None:

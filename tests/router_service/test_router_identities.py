@@ -185,6 +185,7 @@ async def settled(service: Any, worker: Worker) -> Counted:
             await asyncio.sleep(0.3)
 
 
+@pytest.mark.slow
 async def test_what_enters_is_what_leaves_after_a_storm(serve: Any, cluster: OneWorker) -> None:
     limits = AdmissionLimits(max_requests=11, max_requests_per_tenant=5)
     choices = {"model": cluster.model, "limits": limits, "tenants": TenantLabels(TENANTS[:2])}

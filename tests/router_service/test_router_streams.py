@@ -44,6 +44,7 @@ async def test_a_client_that_goes_away_cancels_on_the_worker(service: Running) -
     assert (await again.read()).text == "a"
 
 
+@pytest.mark.slow
 async def test_the_deadline_reaches_the_worker_and_ends_the_call(service: Running) -> None:
     service.cluster.hold[1] = asyncio.Event()
     call = service.stub.Generate(request("late"), timeout=4)  # enough for the first chunk, wherever it runs
@@ -131,6 +132,7 @@ async def test_a_full_buffer_ends_the_stream_without_an_invitation_to_retry(serv
     assert trailer(error, "grpc-retry-pushback-ms") is None
 
 
+@pytest.mark.slow
 async def test_a_client_that_reads_nothing_gives_up_its_place(
     serve: Callable[..., Any], make_cluster: type[InProcessCluster], model: ModelInfo
 ) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from pager import threads
 from pager.cache.device import Transfer
-from pager.cache.host import HostGrant, HostState, HostTier
+from pager.cache.host import HostTier
+from pager.cache.host_index import HostGrant, HostState
 from pager.cache.stats import Lookup, PagerObserver, Tier
 from pager.errors import ExpertUnavailable
 from pager.memory.plan import NUM_CHECKERS

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pager.cache.host import SHM, HostIndex, HostSegment
+from pager.cache.host_index import SHM, HostIndex, HostSegment
 from pager.cluster.ray_session import WORKER_RESOURCE, RaySession, num_gpus
 from pager.cluster.worker import (
     EngineLoader,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 # --- control of one node's workers ------------------------------------------------------------------------------------
 #
 # One control actor per node holds what its workers share: their processes' lives, and the files of the host tier.
-# Workers map the segment and its index themselves and call the actor for no record (`pager.cache.host`).
+# Workers map the segment and its index themselves and call the actor for no record (`pager.cache.host_index`).
 
 
 log = logging.getLogger(__name__)

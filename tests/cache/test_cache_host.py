@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from pager.cache.host import HostIndex, HostState, HostTier, record_bytes
+from pager.cache.host import HostTier, record_bytes
+from pager.cache.host_index import HostIndex, HostState
 from pager.errors import BudgetError, ChecksumMismatch, ConfigError
 from pager.types import ExpertKey, ExpertShape
 from tests.cache.conftest import CheckWeights, GatedSource, MakePager
@@ -161,7 +162,7 @@ def test_the_record_let_go_of_longest_ago_is_evicted_and_free_ones_before_it(hos
 def test_a_look_up_does_without_the_tier_while_somebody_is_stopped_in_the_middle_of_a_change(
     host: HostTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pager.cache.host.LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("pager.cache.host_index.LOCK_TIMEOUT_S", 0.05)
     stopped = HostIndex(host.name, host.num_records)
     with stopped._locked():
         assert {grant.state for grant in host.acquire(keys(0, 0, 1))} == {HostState.FULL}

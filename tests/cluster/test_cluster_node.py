@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pager.cache.host import HostIndex, HostState
+from pager.cache.host_index import HostIndex, HostState
 from pager.cluster.actors import NodeControl
 from pager.errors import BudgetError, ConfigError
 from pager.types import ExpertKey
@@ -85,7 +85,7 @@ def test_all_experts_fit_into_their_own_bytes(node: NodeControl) -> None:
 
 WORKER = """
 import sys, time
-from pager.cache.host import HostIndex
+from pager.cache.host_index import HostIndex
 from pager.types import ExpertKey
 
 index = HostIndex(sys.argv[1], 3)

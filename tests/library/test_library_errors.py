@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, PreTrainedModel
 
-from pager.cache import host
+from pager.cache import host, host_index
 from pager.errors import (
     BudgetError,
     CheckpointError,
@@ -338,7 +338,8 @@ def remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remains:
     """
     segments = tmp_path / "segments"
     segments.mkdir()
-    monkeypatch.setattr(host, "SHM", segments)
+    for module in (host, host_index):
+        monkeypatch.setattr(module, "SHM", segments)
     before = set(threading.enumerate())
 
     def remains(checkpoint: Path) -> tuple[list[str], list[str], list[str]]:

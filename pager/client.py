@@ -90,6 +90,11 @@ def _status() -> _Call[ServiceStatus]:
     return _Call("GetResidency", pb.GetResidencyRequest(), wire.decode_service_status)
 
 
+def _drain(worker: str | None) -> _Call[None]:
+    what = pb.DrainRequest(router=True) if worker is None else pb.DrainRequest(worker=worker)
+    return _Call("Drain", what, lambda _: None)
+
+
 class _Client:
     """What both clients share: the address, the metadata and how errors are read."""
 
@@ -202,6 +207,14 @@ class Client(_Client):
         """The workers, as `residency` has them, and what is in flight."""
         return self._run(_status(), timeout_s)
 
+    def drain_worker(self, worker: str, *, timeout_s: float | None = None) -> None:
+        """Has a worker take nothing new, end what it has, and be started again. Returns at once. For operators."""
+        self._run(_drain(worker), timeout_s)
+
+    def drain_router(self, *, timeout_s: float | None = None) -> None:
+        """The same for the router that answers, which then ends."""
+        self._run(_drain(None), timeout_s)
+
     def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         """Returns when the service can answer. Raises NotReady when that takes longer than `timeout_s`."""
         end_s = time.monotonic() + timeout_s
@@ -298,6 +311,12 @@ class AsyncClient(_Client):
 
     async def status(self, *, timeout_s: float | None = None) -> ServiceStatus:
         return await self._run(_status(), timeout_s)
+
+    async def drain_worker(self, worker: str, *, timeout_s: float | None = None) -> None:
+        await self._run(_drain(worker), timeout_s)
+
+    async def drain_router(self, *, timeout_s: float | None = None) -> None:
+        await self._run(_drain(None), timeout_s)
 
     async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         end_s = time.monotonic() + timeout_s

@@ -86,6 +86,10 @@ class UnknownMethod(PagerError):
     reason = "UNKNOWN_METHOD"
 
 
+class UnknownWorker(PagerError):
+    reason = "UNKNOWN_WORKER"
+
+
 class UnknownPool(PagerError):
     reason = "UNKNOWN_POOL"
 

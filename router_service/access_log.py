@@ -85,7 +85,7 @@ class AccessLog:
 
 AUDIT_FILES = 8  # kept beside the current one
 _REFUSALS = (Unauthenticated, PermissionDenied, QuotaExceeded)
-_AUDITED = ("Calibrate", "DeletePool", "GetResidency")
+_AUDITED = ("Calibrate", "DeletePool", "GetResidency", "Drain")
 
 
 class _AuditFile(RotatingFileHandler):

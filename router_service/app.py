@@ -109,7 +109,7 @@ async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callabl
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     async with AsyncExitStack() as stack:
-        starting = asyncio.create_task(_start(stack, config, env))
+        starting = asyncio.create_task(_start(stack, config, env, lambda: signals.put_nowait(signal.SIGTERM)))
         stopping = asyncio.create_task(signals.get())
         while not (starting.done() or stopping.done()):
             _listen(signals)
@@ -169,7 +169,7 @@ def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
 
 
 async def _start(
-    stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str]
+    stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str], stop: Callable[[], None]
 ) -> tuple[RouterServer, Cluster, Ready]:
     """Starts everything, and registers on `stack` how to stop it, last started first."""
     choices = _choices(config, env)
@@ -206,6 +206,7 @@ async def _start(
         config.router.max_connection_age_s,
         gate=gate,
         audit=audit,
+        stop=stop,
     )
     stack.push_async_callback(server.stop)
     texts = tokenizer and TokenTexts(tokenizer)

@@ -434,11 +434,14 @@ ROLES_OF: Mapping[str, frozenset[Role]] = {
     "DeletePool": _TENANTS_WORK,
     "Abort": _TENANTS_WORK,
     "GetResidency": frozenset({Role.OPERATOR}),
+    "Drain": frozenset({Role.OPERATOR}),
     "/ui/state.json": frozenset({Role.OPERATOR, Role.METRICS}),
     "/ui/pool.json": frozenset({Role.OPERATOR, Role.METRICS}),
     "/metrics": frozenset({Role.OPERATOR, Role.METRICS}),
 }
 """Who may call a method or see a page: whoever has one of these roles. All others are for inference."""
+KEYS_ALONE = frozenset({"Drain"})
+"""The methods that nobody may call where no keys are set."""
 
 OPEN_PAGES = ("/ui", "/ui/")
 """What everybody may see: a page without a fact in it, which asks for a key."""
@@ -499,6 +502,11 @@ class Gate:
     def check(self, method: str, headers: Headers, tls_names: Iterable[str] = ()) -> Caller:
         """Returns the caller, if it may call the method. Raises Unauthenticated, PermissionDenied or InvalidRequest."""
         caller = self.caller_of(headers, tls_names)
+        if not self.is_on and method in KEYS_ALONE:
+            raise PermissionDenied(
+                "this takes a key with the role operator, and the service has no keys (router.keys); to drain it or a "
+                "worker, send the process SIGTERM"
+            )
         if self.is_on and not caller.roles & ROLES_OF.get(method, _INFERENCE):
             raise PermissionDenied("the key does not permit this")
         return caller

@@ -74,9 +74,11 @@ ID_FIELDS = {
 class ExpertPagerService(pb_grpc.ExpertPagerServicer):
     """The gRPC front: reads requests from protobuf, calls the pipeline and writes what it returns."""
 
-    def __init__(self, pipeline: Pipeline, write_timeout_s: float) -> None:
+    def __init__(self, pipeline: Pipeline, write_timeout_s: float, stop: Callable[[], None]) -> None:
+        """`stop` has the router drain and end."""
         self._pipeline = pipeline
         self._write_timeout_s = write_timeout_s
+        self._stop = stop
 
     # Writes go to the context, so that a client that reads nothing can be given up.
     async def Generate(self, wire: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override] # noqa: N802
@@ -144,6 +146,15 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         facts = self._pipeline.model.facts
         workers = [encode_worker(worker, facts) for worker in await self._pipeline.residency()]
         return pb.GetResidencyResponse(workers=workers, load=encode_load(self._pipeline.admission.load()))
+
+    async def Drain(self, wire: pb.DrainRequest, context: Context) -> pb.DrainResponse:  # noqa: N802
+        if wire.worker:
+            await self._pipeline.drain_worker(wire.worker)
+        elif wire.router:
+            self._stop()
+        else:
+            raise InvalidRequest("say what is to be drained: a `worker` by its name, or the `router`", field="worker")
+        return pb.DrainResponse()
 
 
 def _caller() -> Caller:
@@ -461,7 +472,9 @@ class RouterServer:
         *,
         gate: Gate | None = None,
         audit: AuditLog | None = None,
+        stop: Callable[[], None] = lambda: None,
     ) -> None:
+        """`stop` has the process drain this router and end, as on SIGTERM."""
         self._pipeline = pipeline
         self._watch = watch
         self._boundary = ErrorBoundary(pipeline, bounds, gate, audit)
@@ -482,7 +495,7 @@ class RouterServer:
         self._unseen = UnseenCalls(server_id)
         self._lag = LoopLag(pipeline.metrics.loop_lag)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        pb_grpc.add_ExpertPagerServicer_to_server(ExpertPagerService(pipeline, write_timeout_s), self._server)
+        pb_grpc.add_ExpertPagerServicer_to_server(ExpertPagerService(pipeline, write_timeout_s, stop), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         inference = open_inference.InferenceService(pipeline, write_timeout_s, _call, self._boundary.one_of_stream)
         inference_pb_grpc.add_GRPCInferenceServiceServicer_to_server(inference, self._server)

@@ -403,6 +403,10 @@ class Pipeline:
         ready = [worker for worker in self.cluster.workers() if worker.state == "ready"]
         return replace(self.model, num_slots=max((worker.num_slots for worker in ready), default=0))
 
+    async def drain_worker(self, name: str) -> None:
+        """Has a worker take nothing new, end what it has, and be started again. Raises UnknownWorker or NotReady."""
+        await self.cluster.retire(name)
+
     async def residency(self) -> list[WorkerResidency]:
         """Returns what this router's workers hold, as last reported, and what other routers report of theirs."""
         return await all_workers(self.cluster.workers(), self.stores.hints)

@@ -31,6 +31,7 @@ CODES: Mapping[type[errors.PagerError], grpc.StatusCode] = MappingProxyType(
         errors.UnknownModel: _Code.NOT_FOUND,
         errors.UnknownMethod: _Code.UNIMPLEMENTED,
         errors.UnknownPool: _Code.NOT_FOUND,
+        errors.UnknownWorker: _Code.NOT_FOUND,
         errors.PoolNameInUse: _Code.ALREADY_EXISTS,
         errors.PoolOfAnotherModel: _Code.FAILED_PRECONDITION,
         errors.TooManyPools: _Code.RESOURCE_EXHAUSTED,

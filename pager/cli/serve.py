@@ -374,6 +374,39 @@ def status(
             _live(service, every)
 
 
+@bundled
+def drain(
+    at: ServerOptions,
+    worker: Annotated[str | None, typer.Argument(help="A worker, as `expert-pager status` names it.")] = None,
+    router: Annotated[bool, typer.Option("--router", help="The router that answers, instead of a worker.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have a worker, or a router, take nothing new, end what it has in flight, and end.
+
+    A worker is started again by its router, and reads the experts that it had. A router ends with its process, and with
+    the workers that it started. It takes a key with the role operator, and returns at once.
+
+    Examples:
+
+    `expert-pager drain worker-0`
+
+    `expert-pager drain --router --server router-1:50051`
+    """
+    if (worker is None) != router:
+        raise typer.BadParameter("name a worker, or give --router for the router that answers")
+    at = replace(at, server=at.server or DEFAULT_SERVER)
+    at.check()
+    with at.service() as service:
+        if worker is None:
+            service.drain_router()
+        else:
+            service.drain_worker(worker)
+    if as_json:
+        print_json({"draining": worker or "router"})
+    else:
+        out.print(f"{worker or 'the router'} drains", markup=False)
+
+
 Look = tuple[ModelInfo, ServiceStatus, tuple[NamedPool, ...]]
 
 

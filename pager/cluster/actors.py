@@ -207,6 +207,7 @@ class WorkerActor:
         self._owner = f"{name}-{secrets.token_hex(4)}"
         self._worker = Worker(index, config, bind_host or ray.util.get_node_ip_address(), load)
         self._drain_s = config.workers.drain_s
+        self._is_retiring = False
         signal.signal(signal.SIGTERM, self._terminated)  # Ray creates actors on the main thread
 
     def whereabouts(self) -> Whereabouts:
@@ -233,10 +234,18 @@ class WorkerActor:
     def _terminated(self, *_: object) -> None:
         """Handles SIGTERM on a thread of its own, because the current one is Ray's."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.retire()
+
+    @ray.method(concurrency_group="drain")  # type: ignore[untyped-decorator]
+    def retire(self) -> None:
+        """Drains the worker and ends the process, as SIGTERM does. Returns at once."""
+        if self._is_retiring:
+            return
+        self._is_retiring = True
         Thread(target=self._drain_and_exit, name="drain", daemon=True).start()
 
     def _drain_and_exit(self) -> None:
-        log.info("SIGTERM: draining for %g s at most", self._drain_s)
+        log.info("draining for %g s at most", self._drain_s)
         status = 1
         try:
             self._worker.drain(self._drain_s)

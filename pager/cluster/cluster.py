@@ -21,7 +21,7 @@ from pager.cluster.ray_session import RaySession, pass_on
 from pager.cluster.tokens import WorkerLink
 from pager.cluster.worker import EngineLoader, Health, LoadedModel, WorkerReady, WorkerState, WorkerView
 from pager.config import ServiceConfig
-from pager.errors import NotReady, PagerError, WorkerLost
+from pager.errors import NotReady, PagerError, UnknownWorker, WorkerLost
 from pager.types import GenerateRequest, RequestObserver, TokenChunk
 from pager.wire import decode_bitmap, decode_paging, optional
 
@@ -109,6 +109,12 @@ class WorkerSupervisor:
         """Drains a worker of this router: it refuses new requests and ends those that any router runs on it."""
         if self._process is not None and self.state in (WorkerState.READY, WorkerState.DRAINING):
             await self._launcher.drain(self._process, timeout_s)
+
+    async def retire(self) -> None:
+        """Has the worker drain and end, whichever router started it. Raises NotReady."""
+        if self._process is None or self.state not in (WorkerState.READY, WorkerState.DRAINING):
+            raise NotReady(f"{self.id} is {self.state}; drain it once it is ready", retry_after_s=POLL_S)
+        await self._process.actor.retire.remote()
 
     async def close(self) -> None:
         """Ends the worker if this router started it, and every answer that is open on it."""
@@ -395,6 +401,17 @@ class Cluster:
         """Drains the router's own workers. What other routers run on them may go on for the given time."""
         self._is_draining = True
         await asyncio.gather(*(supervisor.drain(timeout_s) for supervisor in self._supervisors.values()))
+
+    async def retire(self, worker_id: str) -> None:
+        """Has a worker end what it runs, for any router, and then itself; the router that started it starts another.
+
+        Raises UnknownWorker, or NotReady for one that is not ready.
+        """
+        supervisor = self._supervisors.get(worker_id)
+        if supervisor is None:
+            known = ", ".join(sorted(self._supervisors)) or "none"
+            raise UnknownWorker(f"there is no worker {worker_id[:60]!r}; there are {known}", field="worker")
+        await supervisor.retire()
 
     async def close(self) -> None:
         """Ends the router's own workers, their segments and Ray, as far as this process started them. Idempotent."""

@@ -77,6 +77,9 @@ class ClusterPort(Protocol):
 
     async def abort(self, request_id: str, tenant: str) -> bool: ...
 
+    async def retire(self, worker_id: str) -> None:
+        """Has a worker drain and end. Raises UnknownWorker or NotReady."""
+
     def cut_off(self) -> None:
         """Takes no more requests, and ends the open ones with NotReady."""
 

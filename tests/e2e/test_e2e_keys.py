@@ -29,8 +29,9 @@ def test_keys_from_their_making_to_their_end(serve: Callable[..., Any], run: Run
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    acme, house = (
+    acme, initech, house = (
         made("acme", "--requests-per-minute", 1000, "--requests-per-day", 12),
+        made("initech"),
         made("house", "--role", "operator", "--role", "metrics"),
     )
     options = ("--dtype", "float32", "--expert-memory", "25%", "--host", "0.0.0.0", "--keys", keys)
@@ -75,11 +76,25 @@ def test_keys_from_their_making_to_their_end(serve: Callable[..., Any], run: Run
 
             until(is_refused, 30)
             print(f"refused {time.monotonic() - revoked_s:.2f} s after it was revoked")
-        assert service.stop() == 0
+        refused = run("drain", "worker-0", "--server", address, EXPERT_PAGER_API_KEY=initech)
+        assert "the key does not permit this" in refused.stderr
+        with Client(address, api_key=house) as operator, Client(address, api_key=initech) as other:
+            answer = other.generate("SELECT name", SamplingParams(max_tokens=200, ignore_eos=True))
+            next(answer)
+            drained = run("drain", "worker-0", "--server", address, EXPERT_PAGER_API_KEY=house)
+            assert (drained.returncode, drained.stdout) == (0, "worker-0 drains\n"), drained.stderr
+            assert sum(len(chunk.token_ids) for chunk in answer) >= 199, "what was in flight has ended by itself"
+            until(lambda: operator.residency()[0].state != "ready", 60)
+            until(lambda: operator.residency()[0].state == "ready", 120)
+            assert other.generate("SELECT name", SamplingParams(max_tokens=4)).text()
+        ended = run("drain", "--router", "--server", address, "--json", EXPERT_PAGER_API_KEY=house)
+        assert json.loads(ended.stdout) == {"draining": "router"}
+        assert service.process.wait(60) == 0
         written = audit.read_text()
         outcomes = {(line["what"], line["outcome"]) for line in map(json.loads, written.splitlines())}
         assert {("GetResidency", "OK"), ("GetResidency", "PERMISSION_DENIED")} <= outcomes
         assert {("GetModel", "UNAUTHENTICATED"), ("Models", "UNAUTHENTICATED")} <= outcomes
+        assert {("Drain", "OK"), ("Drain", "PERMISSION_DENIED")} <= outcomes
         for text in (written, service.log):
-            assert not any(key in text for key in (acme, house, "epk_none", "SELECT name"))
+            assert not any(key in text for key in (acme, initech, house, "epk_none", "SELECT name"))
         assert "callers need a key" in service.log

@@ -16,7 +16,7 @@ from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from redis.asyncio import Redis
 
 from pager.cluster.worker import WorkerState, WorkerView
-from pager.errors import NotReady, PagerError, WorkerLost
+from pager.errors import NotReady, PagerError, UnknownWorker, WorkerLost
 from pager.pools.pick import pick_pool
 from pager.types import (
     DriftReport,
@@ -106,6 +106,7 @@ class InProcessCluster:
     open: dict[tuple[str, str], GenerateRequest] = field(default_factory=dict)  # by tenant and id
     received: list[tuple[str, GenerateRequest]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    retired: list[str] = field(default_factory=list)
     aborted: set[tuple[str, str]] = field(default_factory=set)
     hold: dict[int, asyncio.Event] = field(default_factory=dict)  # before the n-th chunk
     reached: dict[int, asyncio.Event] = field(default_factory=dict)
@@ -123,6 +124,11 @@ class InProcessCluster:
 
     def change(self, worker_id: str, **facts: Any) -> None:
         self.views[worker_id] = replace(self.views[worker_id], **facts)
+
+    async def retire(self, worker_id: str) -> None:
+        if worker_id not in self.views:
+            raise UnknownWorker(f"there is no worker {worker_id!r}", field="worker")
+        self.retired.append(worker_id)
 
     async def abort(self, request_id: str, tenant: str) -> bool:
         if (tenant, request_id) not in self.open:
@@ -223,7 +229,7 @@ async def running_service(
 ) -> AsyncIterator[Running]:
     cluster = cluster or InProcessCluster()
     scorer = FirstTokenScorer()
-    gate, audit = choices.pop("gate", None), choices.pop("audit", None)
+    gate, audit, stop = choices.pop("gate", None), choices.pop("audit", None), choices.pop("stop", lambda: None)
     service = build_service(
         choices.pop("model", MODEL),
         cluster,
@@ -239,6 +245,7 @@ async def running_service(
         max_connection_age_s,
         gate=gate,
         audit=audit,
+        stop=stop,
     )
     await server.start("127.0.0.1", 0)
     try:

@@ -78,6 +78,7 @@ METHODS: Mapping[str, Any] = {
     "Abort": pb.AbortRequest(request_id="mine"),
     "GetModel": pb.GetModelRequest(),
     "GetResidency": pb.GetResidencyRequest(),
+    "Drain": pb.DrainRequest(worker="w0"),
     "Generate": pb.GenerateRequest(text=b"hi", sampling=pb.SamplingParams(max_tokens=2)),
     "Complete": pb.GenerateRequest(prompt="hi", sampling=pb.SamplingParams(max_tokens=2)),
 }
@@ -441,8 +442,8 @@ async def test_a_tenant_has_its_own_pools_and_requests_alone(ring: KeyRing) -> N
 async def test_each_role_does_what_it_is_for(ring: KeyRing) -> None:
     keys = {role: await ring.add("acme", role) for role in Role}
     allowed = {
-        Role.INFERENCE: set(METHODS) - {"GetResidency"},
-        Role.OPERATOR: {"ListPools", "DeletePool", "Abort", "GetModel", "GetResidency"},
+        Role.INFERENCE: set(METHODS) - {"GetResidency", "Drain"},
+        Role.OPERATOR: {"ListPools", "DeletePool", "Abort", "GetModel", "GetResidency", "Drain"},
         Role.METRICS: {"GetModel"},
     }
     asking = {"/ui", "/ui/playground.json"}
@@ -464,6 +465,35 @@ async def test_each_role_does_what_it_is_for(ring: KeyRing) -> None:
                 url + "/v1/completions", json=POSTS["/v1/completions"], headers=dict(bearer(key))
             )
             assert answer.status_code == (200 if role is Role.INFERENCE else 403)
+
+
+async def test_an_operator_drains_workers_and_routers_and_nobody_else_does(ring: KeyRing, tmp_path: Path) -> None:
+    tenant, operator = await ring.add("acme"), await ring.add("house", Role.OPERATOR)
+    audit, stopped = AuditLog(tmp_path / "audit.jsonl", 1 << 20), asyncio.Event()
+    async with guarded(ring.gate(), audit=audit, stop=stopped.set) as service:
+
+        async def drain(headers: Pairs, **what: Any) -> None:
+            await service.stub.Drain(pb.DrainRequest(**what), metadata=tuple(headers), timeout=60)
+
+        for headers, what, code in (
+            (bearer(tenant), {"worker": "w0"}, grpc.StatusCode.PERMISSION_DENIED),
+            (bearer(operator), {"worker": "w9"}, grpc.StatusCode.NOT_FOUND),
+            (bearer(operator), {}, grpc.StatusCode.INVALID_ARGUMENT),
+            (bearer(operator), {"router": False}, grpc.StatusCode.INVALID_ARGUMENT),
+        ):
+            assert (await failure(drain(headers, **what))).code() == code
+        assert not service.cluster.retired
+        await drain(bearer(operator), worker="w1")
+        assert service.cluster.retired == ["w1"]
+        assert not stopped.is_set()
+        await drain(bearer(operator), router=True)
+        assert stopped.is_set()
+    audit.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line["outcome"] for line in lines if line["what"] == "Drain"].count("OK") == 2
+    async with running_service() as open_service:
+        error = await failure(open_service.stub.Drain(pb.DrainRequest(worker="w0")))
+        assert (error.code(), open_service.cluster.retired) == (grpc.StatusCode.PERMISSION_DENIED, [])
 
 
 async def test_an_operator_names_the_tenant_whose_pools_it_manages(ring: KeyRing) -> None:

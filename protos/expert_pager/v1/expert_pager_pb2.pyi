@@ -490,6 +490,18 @@ class LayerFacts(_message.Message):
     top_k: int
     def __init__(self, routed: _Optional[int] = ..., shared: _Optional[int] = ..., top_k: _Optional[int] = ...) -> None: ...
 
+class DrainRequest(_message.Message):
+    __slots__ = ("worker", "router")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    router: bool
+    def __init__(self, worker: _Optional[str] = ..., router: bool = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GetResidencyRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -79,6 +79,11 @@ class ExpertPagerStub(object):
                 request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.GetResidencyRequest.SerializeToString,
                 response_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.GetResidencyResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expert_pager.v1.ExpertPager/Drain',
+                request_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertPagerServicer(object):
@@ -147,6 +152,14 @@ class ExpertPagerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Returns at once. Has a worker, or the router that is called, take nothing new, end what it has in flight, and end itself.
+        A worker is then started again. Only with a key of an operator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertPagerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -194,6 +207,11 @@ def add_ExpertPagerServicer_to_server(servicer, server):
                     servicer.GetResidency,
                     request_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.GetResidencyRequest.FromString,
                     response_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.GetResidencyResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expert__pager_dot_v1_dot_expert__pager__pb2.DrainRequest.FromString,
+                    response_serializer=expert__pager_dot_v1_dot_expert__pager__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -439,6 +457,33 @@ class ExpertPager(object):
             '/expert_pager.v1.ExpertPager/GetResidency',
             expert__pager_dot_v1_dot_expert__pager__pb2.GetResidencyRequest.SerializeToString,
             expert__pager_dot_v1_dot_expert__pager__pb2.GetResidencyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expert_pager.v1.ExpertPager/Drain',
+            expert__pager_dot_v1_dot_expert__pager__pb2.DrainRequest.SerializeToString,
+            expert__pager_dot_v1_dot_expert__pager__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

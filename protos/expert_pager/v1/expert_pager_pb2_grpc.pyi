@@ -54,6 +54,10 @@ class ExpertPagerStub:
     """The model that is served, its limits, and what the memory planner decided."""
     GetResidency: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.GetResidencyRequest, _expert_pager_pb2.GetResidencyResponse]
     """Which experts every worker holds right now, and what is in flight."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_expert_pager_pb2.DrainRequest, _expert_pager_pb2.DrainResponse]
+    """Returns at once. Has a worker, or the router that is called, take nothing new, end what it has in flight, and end itself.
+    A worker is then started again. Only with a key of an operator.
+    """
 
 @_typing.type_check_only
 class ExpertPagerAsyncStub(ExpertPagerStub):
@@ -76,6 +80,10 @@ class ExpertPagerAsyncStub(ExpertPagerStub):
     """The model that is served, its limits, and what the memory planner decided."""
     GetResidency: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.GetResidencyRequest, _expert_pager_pb2.GetResidencyResponse]  # type: ignore[assignment]
     """Which experts every worker holds right now, and what is in flight."""
+    Drain: _aio.UnaryUnaryMultiCallable[_expert_pager_pb2.DrainRequest, _expert_pager_pb2.DrainResponse]  # type: ignore[assignment]
+    """Returns at once. Has a worker, or the router that is called, take nothing new, end what it has in flight, and end itself.
+    A worker is then started again. Only with a key of an operator.
+    """
 
 class ExpertPagerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -149,5 +157,15 @@ class ExpertPagerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pager_pb2.GetResidencyResponse, _abc.Awaitable[_expert_pager_pb2.GetResidencyResponse]]:
         """Which experts every worker holds right now, and what is in flight."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _expert_pager_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_pager_pb2.DrainResponse, _abc.Awaitable[_expert_pager_pb2.DrainResponse]]:
+        """Returns at once. Has a worker, or the router that is called, take nothing new, end what it has in flight, and end itself.
+        A worker is then started again. Only with a key of an operator.
+        """
 
 def add_ExpertPagerServicer_to_server(servicer: ExpertPagerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -21,13 +21,16 @@ import typer
 from rich.console import Console
 
 from benchmarks.evidence_claims import all_claims
+from benchmarks.evidence_codebook import codebook_claims, codebook_section, measure_held_out
 from benchmarks.evidence_drift import drift_claims, drift_section, measure_drift
 from benchmarks.evidence_facts import Scale
 from benchmarks.evidence_measure import Measured, measure, measure_main, measure_side
 from benchmarks.evidence_page import page
 from pager.lab.report import plot_domains, plot_paging, plot_rises, to_dict
 
-CONTROL_METHODS = ("prefill", "trunk", "lexical", "fitted", "calibrated", "random", "future")
+CONTROL_METHODS = ("prefill", "trunk", "lexical", "fitted", "codebook", "calibrated", "random", "future")
+SPECIAL = {"emo-drift": measure_drift, "emo-codebook": measure_held_out}
+"""What is measured beside the grids, with the model that was trained with pools alone."""
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -48,13 +51,13 @@ def main(
     models: dict[str, tuple[Path, Sequence[str] | None]] = {"emo": (emo, None), "std": (std, CONTROL_METHODS)}
     if part is not None:
         model, methods = models[part.partition("-")[0]]
-        if part == "emo-drift":
-            measure_drift(emo, corpus, work / emo.name, scale)
+        if part in SPECIAL:
+            SPECIAL[part](emo, corpus, work / emo.name, scale)
             return
         parts = {"main": measure_main, "side": measure_side}
         parts[part.partition("-")[2]](model, corpus, work / model.name, scale, methods)
         return
-    _measure_parts([*(f"{name}-{kind}" for kind in ("main", "side") for name in models), "emo-drift"])
+    _measure_parts([*(f"{name}-{kind}" for kind in ("main", "side") for name in models), *SPECIAL])
     found = [measure(model, corpus, work / model.name, scale, methods) for model, methods in models.values()]
     pictures = docs / "evidence"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -62,8 +65,11 @@ def main(
     _store(found, pictures)
     drift = measure_drift(emo, corpus, work / emo.name, scale)
     _write(pictures / "drift.json", {key: value for key, value in drift.items() if key != "conditions"})
-    claims = all_claims(found[0], found[1], drift_claims(drift))
-    text = page(found[0], found[1], claims, drift_section(drift), "make evidence")
+    held_out = measure_held_out(emo, corpus, work / emo.name, scale)
+    _write(pictures / "held-out.json", held_out)
+    claims = all_claims(found[0], found[1], [*drift_claims(drift), *codebook_claims(found[0].main, held_out)])
+    section = codebook_section(held_out) if held_out else None
+    text = page(found[0], found[1], claims, drift_section(drift), "make evidence", section)
     (docs / "evidence.md").write_text(text, encoding="utf-8")
     for claim in claims:
         console.print(f"{claim.at}: {claim.says}: {claim.figure}: {claim.verdict}", markup=False)

@@ -120,7 +120,7 @@ def _rises(emo: Evaluation, std: Evaluation, percent: float) -> list[Claim]:
         return claims
     claims.append(
         Claim(
-            at, f"emo-tiny, `{best}` minus `calibrated` offline: at most 0", _minus(emo, best, "calibrated", percent), 0
+            at, f"emo-tiny, `{best}` minus `calibrated` offline: at most 0", minus(emo, best, "calibrated", percent), 0
         )
     )
     for method in ("random", "frequency"):
@@ -138,7 +138,7 @@ def _routing_passes(emo: Measured) -> list[Claim]:
         claims.append(Claim(at, says, recall, 0.85, at_least=True))
     for percent in MAIN_PERCENTS:
         says = f"lexical minus prefill at {percent:g} %: below 0 nats"
-        claims.append(Claim(at, says, _minus(emo.main, "lexical", "prefill", percent), 0))
+        claims.append(Claim(at, says, minus(emo.main, "lexical", "prefill", percent), 0))
     seconds = emo.facts["speed"].get("lexical")
     ms = None if seconds is None else Interval(seconds * 1e3, seconds * 1e3, seconds * 1e3)
     says = f"lexical: {emo.facts['speed']['tokens']} tokens in at most 0.3 ms on one core"
@@ -147,7 +147,7 @@ def _routing_passes(emo: Measured) -> list[Claim]:
         others = [source for source in PASSES[:2] if (source, percent) in emo.main.grid.cells]
         rival = min(others, key=lambda source: emo.main.rise_replicates(source, percent)[0])
         says = f"fitted minus the better of the others (`{rival}`) at {percent:g} %: at most 0"
-        claims.append(Claim(at, says, _minus(emo.main, "fitted", rival, percent), 0))
+        claims.append(Claim(at, says, minus(emo.main, "fitted", rival, percent), 0))
     for name, found in passes.items():
         source, _, percent_text = name.partition("_")
         error = Interval(**found["estimate_error"]) if "estimate_error" in found else None
@@ -159,7 +159,7 @@ def _routing_passes(emo: Measured) -> list[Claim]:
 def _named_pools(emo: Evaluation) -> list[Claim]:
     says = "one example of the domain minus the pool of the prompt's own prefill at {:g} %: at most 0"
     return [
-        Claim("named pools", says.format(percent), _minus(emo, "named", "prefill", percent), 0)
+        Claim("named pools", says.format(percent), minus(emo, "named", "prefill", percent), 0)
         for percent in MAIN_PERCENTS
     ]
 
@@ -186,7 +186,7 @@ def _specialisation(emo: Measured) -> list[Claim]:
 def _selection(emo: Evaluation) -> list[Claim]:
     claims = []
     for percent in MAIN_PERCENTS:
-        difference = _minus(emo, "greedy", "easy-ep", percent)
+        difference = minus(emo, "greedy", "easy-ep", percent)
         if difference is not None and difference.mean < 0:
             difference = Interval(-difference.mean, -difference.high, -difference.low)
         says = f"emo-tiny: greedy layerwise and EASY-EP at {percent:g} % apart by at most 0.02 nats"
@@ -199,7 +199,8 @@ def _rise(evaluation: Evaluation, method: str, percent: float) -> Interval | Non
     return None if found is None else found.rise
 
 
-def _minus(evaluation: Evaluation, one: str, other: str, percent: float) -> Interval | None:
+def minus(evaluation: Evaluation, one: str, other: str, percent: float) -> Interval | None:
+    """The rise of one method less that of another; None where one of them was not measured."""
     cells = evaluation.grid.cells
     if (one, percent) not in cells or (other, percent) not in cells:
         return None

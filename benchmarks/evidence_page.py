@@ -12,7 +12,9 @@ from pager.lab.report import Evaluation, rise_table, table
 from pager.memory.units import format_bytes
 
 
-def page(emo: Measured, std: Measured, claims: Sequence[Claim], drift: str | None, command: str) -> str:
+def page(
+    emo: Measured, std: Measured, claims: Sequence[Claim], drift: str | None, command: str, held_out: str | None = None
+) -> str:
     """Markdown; pictures are beside it in `evidence/`."""
     short = sum(claim.short_by is None or claim.short_by > 0 for claim in claims)
     sections = [
@@ -52,6 +54,8 @@ def page(emo: Measured, std: Measured, claims: Sequence[Claim], drift: str | Non
         _domains(emo, std),
         _specialisation([emo, std]),
     ]
+    if held_out is not None:
+        sections += ["## Domains that no codeword was fitted to", held_out]
     if drift is not None:
         sections += ["## Drift", drift]
     sections += ["## Conditions", _conditions([emo, std])]

@@ -559,6 +559,11 @@ class PoolConfig:
         "are used from there on. Not set: the pool stays as it is.",
         example="0.3",
     )
+    learn_codewords: bool = _key(
+        True,
+        "Whether the codebook learns from traffic: prompts of all tenants that no codeword covers and that are alike "
+        "become a codeword, by what their gates wanted and without their text. It takes a predictor with a trunk.",
+    )
     path: str | None = _key(
         None,
         "Folder of named pools. A tenant has at most 256 of them, all tenants 16384, and none more than it leaves free "

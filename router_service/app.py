@@ -61,6 +61,7 @@ from router_service.prediction import (
     Predictor,
     Scoring,
     TextEncoder,
+    TrafficCodebook,
     build_passes,
     load_first,
 )
@@ -68,8 +69,10 @@ from router_service.redis import (
     RedisClaims,
     RedisClient,
     RedisHints,
+    RedisLearned,
     SharedClaims,
     SharedHints,
+    SharedLearned,
     SharedQuotas,
     StoreBreaker,
     open_pools,
@@ -235,6 +238,7 @@ class Choices:
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     redis_url: str | None = None
     pools_path: Path | None = None  # the folder of named pools, where there is no Redis
+    learns: bool = True  # codewords, from traffic
     tenants: TenantLabels = field(default_factory=TenantLabels)
     tls: TlsFiles | None = None
     shows_pools: bool = False  # as adapters, in metrics
@@ -249,6 +253,7 @@ def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
         limits=_limits(config.router),
         redis_url=redis_url(env),
         pools_path=_path(pools.path or None),
+        learns=pools.learn_codewords,
         tenants=TenantLabels.parse(config.router.metric_tenants),
         tls=_tls_files(config.router),
         shows_pools=config.router.pools_as_adapters,
@@ -438,7 +443,8 @@ def build_service(
         counts = model.facts.top_k_per_layer if isinstance(size, Full) else largest_counts(size, model.facts)
         metrics.adapters.show(model.name, sum(counts))
     stores = open_stores(model, metrics, choices)
-    chain = PassChain(passes, Scoring(passes.available, encoder), model.facts, metrics.escalated)
+    traffic = _traffic(passes, model, stores, metrics, learns=choices.learns)
+    chain = PassChain(passes, Scoring(passes.available, encoder), model.facts, metrics.escalated, traffic)
     predictor = Predictor(chain, stores.hints, model.facts, model.fingerprint)
     admission = Admission(choices.limits)
     metrics.watch_admission(admission)
@@ -461,6 +467,17 @@ def build_service(
     )
 
 
+def _traffic(
+    passes: Passes, model: ModelInfo, stores: Stores, metrics: RouterMetrics, *, learns: bool
+) -> TrafficCodebook | None:
+    if passes.codebook is None:
+        return None
+    routed = model.facts.routed_per_layer
+    # A learned codeword is found by the trunk's scores alone.
+    learns = learns and passes.judges_by_trunk
+    return TrafficCodebook(passes.codebook, routed, stores.learned, metrics.revised, learns=learns)
+
+
 def open_stores(model: ModelInfo, metrics: RouterMetrics, choices: Choices) -> Stores:
     """Opens the stores: in Redis, or in this process with named pools in a folder. Raises ConfigError if pools have two
     places.
@@ -478,4 +495,5 @@ def open_stores(model: ModelInfo, metrics: RouterMetrics, choices: Choices) -> S
         SharedClaims(claims, shared_claims, breaker),
         pools,
         SharedQuotas(choices.redis_url, breaker),
+        SharedLearned(RedisLearned(client, model.facts, model.fingerprint), breaker),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 
 from expert_pager.v1 import expert_pager_pb2 as pb
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
@@ -14,6 +15,7 @@ from pager.cluster.worker import WorkerState, WorkerView
 from pager.observe import metrics
 from pager.observe.metrics import Instruments, Kind, Labels, Metric, every
 from pager.predict.fitted import Codeword
+from pager.predict.learning import Changes, Learned
 from pager.types import Account, ExpertPool
 from router_service.admission import Admission
 from router_service.status import CODES
@@ -26,7 +28,7 @@ ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "
 """The methods of all fronts that generate."""
 
 STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
-SOURCES = ("hint", "codebook", "lexical", "trunk", "fitted", "prefill")  # sources of a predicted pool
+SOURCES = ("hint", "codebook", "own", "lexical", "trunk", "fitted", "prefill")  # sources of a predicted pool
 PLACED = ("codeword", "fixed", "predicted")  # the origin of the pool by which a request was placed
 PASSES = ("lexical", "trunk", "fitted", "prefill")
 REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "QUOTA_EXCEEDED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")
@@ -36,6 +38,8 @@ REDIS_REASONS = ("unreachable", "timeout", "readonly", "full", "busy", "loading"
 """Why Redis failed, as `router_service.redis` tells failures apart."""
 
 RAY_DAEMONS = ("gcs_server", "raylet")
+LEARNED = "learned"  # in the place of the names of codewords that traffic makes, which nobody knows beforehand
+CODEBOOK_CHANGES = tuple(each.name for each in fields(Changes))
 INFO_LABELS = ("version", "model", "fingerprint")
 
 _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
@@ -151,13 +155,27 @@ def _pools() -> tuple[Metric, ...]:
 def _codebook(codewords: Sequence[str]) -> tuple[Metric, ...]:
     return (
         Metric(
-            "router_codeword_requests", _COUNTER, "Requests that were given a codeword's pool, by codeword.",
-            "Which codewords are in use, and how many requests share each?", every(codeword=codewords),
+            "router_codeword_requests", _COUNTER,
+            "Requests that got a codeword's pool, by codeword; those learned from traffic together.",
+            "Which codewords are in use, and how many requests share each?",
+            every(codeword=(*codewords, LEARNED) if codewords else ()),
         ),
         Metric(
             "router_codebook_fallbacks", _COUNTER,
-            "Requests that no codeword covers, which leave the choice of their pool to their prefill.",
+            "Requests that no codeword covers, which get a pool of their own.",
             "Does the codebook know the traffic?",
+        ),
+        Metric(
+            "router_codebook_version", _GAUGE, "How often what was learned from traffic has been revised.",
+            "Does the codebook learn, and have all routers the same one?",
+        ),
+        Metric(
+            "router_learned_codewords", _GAUGE, "Codewords in force that were learned from traffic.",
+            "How much of the traffic is unlike the documents that were fitted to?",
+        ),
+        Metric(
+            "router_codebook_changes", _COUNTER, "Learned codewords that were born, split, merged or died, by change.",
+            "Does the codebook settle?", every(change=CODEBOOK_CHANGES),
         ),
         Metric(
             "router_codebook_coverage_ratio", _HISTOGRAM,
@@ -295,6 +313,9 @@ class RouterMetrics:
         self._fallbacks = made.counter("router_codebook_fallbacks")
         self._coverage = made.histogram("router_codebook_coverage_ratio")
         self._placements = made.counter("router_placements")
+        self._codebook_version = made.gauge("router_codebook_version")
+        self._learned_codewords = made.gauge("router_learned_codewords")
+        self._codebook_changes = made.counter("router_codebook_changes")
         self.replacements = made.counter("router_replacements")
         self.redis_degraded, self.workers = made.gauge("router_redis_degraded"), made.gauge("router_workers")
         self.ray_lost = made.counter("router_ray_lost")
@@ -337,13 +358,20 @@ class RouterMetrics:
         """Records what the codebook found for a request."""
         self._coverage.observe(codeword.coverage)
         if codeword.is_covered:
-            self._codeword_requests.labels(codeword.name).inc()
+            self._codeword_requests.labels(LEARNED if codeword.is_learned else codeword.name).inc()
         else:
             self._fallbacks.inc()
 
     def placed(self, source: str, missing_bytes: int) -> None:
         """Counts a request that was placed; `source` is one of PLACED."""
         self._placements.labels(source, "miss" if missing_bytes else "hit").inc()
+
+    def revised(self, learned: Learned) -> None:
+        """Records a version of what was learned from traffic, which the router has taken over."""
+        self._codebook_version.set(learned.version)
+        self._learned_codewords.set(len(learned.codewords))
+        for change in CODEBOOK_CHANGES:
+            self._codebook_changes.labels(change).inc(getattr(learned.changes, change))
 
     def began(self, method: str) -> None:
         """Counts a call that arrived."""

@@ -26,7 +26,8 @@ from pager.memory.machine import resolve_device
 from pager.models.open_model import OpenModel
 from pager.observe.tracing import note, span
 from pager.pools.pick import pick_pool, resolve_size
-from pager.predict.fitted import PREDICTOR_NAME, Codebook, Codeword, LexicalPredictor, PredictorFile
+from pager.predict.fitted import PREDICTOR_NAME, Codebook, Codeword, LexicalPredictor, PredictorFile, wanted_by
+from pager.predict.learning import Learned, Observation, observed, revise
 from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from pager.tokenizing import encode_all, longest_token_bytes
 from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores, Usage
@@ -141,8 +142,15 @@ class FairThreads:
             self._lines.pop(tenant, None)
 
 
+REVISE_AFTER = 32  # observations
+MAX_WAITING = 512  # observations, the latest
+MIN_HELD = 0.75  # of the gate mass that a codeword's pool is expected to hold
+MIN_JUDGED_TOKENS = 16  # of an answer, before its gate mass says anything
+MIN_PREFILL_COVERAGE = 0.8  # of a pool that a prefill chose, by a codeword
+
 PREFILL = "prefill"  # follows the last pass: the worker's own choice, which is the reference
 CODEBOOK = "codebook"  # the source of a pool that several prompts share
+OWN = "own"  # of the pool of a prompt that no codeword covers, picked before its prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +171,11 @@ class Passes:
 
     def __post_init__(self) -> None:
         assert set(self.chain) <= set(self.available)
+
+    @property
+    def judges_by_trunk(self) -> bool:
+        """True where the first pass runs the trunk, which then judges what a codeword covers."""
+        return self.chain[:1] not in ((), ("lexical",))
 
     def check(self, policy: PoolPolicy) -> None:
         """Raises InvalidRequest for a policy that needs a pass where there is none."""
@@ -245,13 +258,106 @@ class Scored:
     codeword: Codeword | None = None
 
 
+class LearnedStore(Protocol):
+    """Where routers share what traffic has taught the codebook of a model."""
+
+    async def version(self) -> int | None:
+        """The version that is there; None where there is none, or where it cannot be told."""
+
+    async def load(self) -> Learned | None: ...
+
+    async def save(self, learned: Learned, replaces: int) -> bool:
+        """False where another version than `replaces` is there, which stays."""
+
+
+class TrafficCodebook:
+    """The codebook in force, and what the next version is made of. Owned by the router's event loop.
+
+    Requests in flight keep the pools that they were given. `on_revision` hears of every version that is taken over.
+    """
+
+    def __init__(
+        self,
+        codebook: Codebook,
+        routed_per_layer: Sequence[int],
+        store: LearnedStore | None = None,
+        on_revision: Callable[[Learned], None] = lambda _: None,
+        *,
+        learns: bool = True,
+    ) -> None:
+        self.codebook = codebook
+        self._learns = learns
+        self._routed = tuple(routed_per_layer)
+        self._store = store
+        self.on_revision = on_revision
+        self._learned = Learned()
+        self._waiting: deque[Observation] = deque(maxlen=MAX_WAITING)
+        self._num_others = 0
+
+    def answered(self, codeword: Codeword | None, ran: PoolPolicy, usage: Usage) -> None:
+        """Keeps what an answer says of the codebook. `codeword` was the best for its prompt, where it was asked."""
+        if not self._learns or usage.pool is None or (usage.drift is not None and usage.drift.experts_added):
+            return
+        observation = None
+        if codeword is not None:
+            observation = observed(codeword, is_misfit=self._is_misfit(codeword, usage))
+        elif ran.source is PoolSource.PREFILL:
+            seen_O = wanted_by(usage.pool, self._routed)
+            if self.codebook.best_coverage(seen_O) < MIN_PREFILL_COVERAGE:
+                observation = Observation(seen_O, MIN_PREFILL_COVERAGE)
+        if observation is None:
+            self._num_others += 1
+        else:
+            self._waiting.append(observation)
+
+    async def beat(self) -> None:
+        """Takes over a version that another router has made, and makes one of its own once enough was seen."""
+        if not self._learns:
+            return
+        replaces = self._learned.version
+        if self._store is not None and (found := await self._store.version()) not in (None, replaces):
+            replaces = found  # also a value that cannot be read
+            shared = await self._store.load()
+            if shared is not None:
+                await self._take_over(shared)
+        if len(self._waiting) < REVISE_AFTER:
+            return
+        seen, num_others = list(self._waiting), self._num_others
+        made = await asyncio.to_thread(revise, self._learned, seen, self._routed, num_others)
+        if self._store is None or await self._store.save(made, replaces):
+            # What has come meanwhile stays; `maxlen` drops from the left, so what was folded in may be gone already.
+            folded = set(map(id, seen))
+            self._waiting = deque((each for each in self._waiting if id(each) not in folded), MAX_WAITING)
+            self._num_others -= num_others
+            await self._take_over(made)
+
+    async def _take_over(self, learned: Learned) -> None:
+        self.codebook = await asyncio.to_thread(self.codebook.with_learned, learned.names, learned.means)
+        self._learned = learned
+        self.on_revision(learned)
+
+    def _is_misfit(self, codeword: Codeword, usage: Usage) -> bool:
+        """More of the gates' mass fell outside of the codeword's pool than the codeword lets expect."""
+        expected = None if codeword.pool is None else codeword.pool.covered_mass
+        if not codeword.is_covered or expected is None or usage.completion_tokens < MIN_JUDGED_TOKENS:
+            return False
+        return 1 - usage.out_of_pool_mass < MIN_HELD * expected
+
+
 class PassChain:
     """Takes the first pass whose pool is expected to be good enough. `on_escalation` is called with (from, to)."""
 
     def __init__(
-        self, passes: Passes, scoring: Scoring, facts: RoutingFacts, on_escalation: Callable[[str, str], None]
+        self,
+        passes: Passes,
+        scoring: Scoring,
+        facts: RoutingFacts,
+        on_escalation: Callable[[str, str], None],
+        traffic: TrafficCodebook | None = None,
     ) -> None:
+        """`traffic` has the codebook of `passes`, if there is one."""
         self.scoring = scoring
+        self.traffic = traffic
         self._passes = passes
         self._facts = facts
         self._on_escalation = on_escalation
@@ -282,20 +388,20 @@ class PassChain:
         return scored
 
     async def share(self, tenant: str, token_ids: Sequence[int], size: PoolSize) -> Scored:
-        """Returns the pool of the best codeword by the lexical scores; `is_enough` is False where it does not cover the
-        prompt.
+        """The pool of the best codeword, or where it does not cover the prompt, one of the prompt's own.
 
-        Where the first pass runs the trunk, the trunk's scores count as well. Needs a codebook, and a size below all
-        experts.
+        The latter takes the trunk, which has its say where the first pass runs it; `is_enough` is False without.
+        Needs a codebook, and a size below all experts.
         """
-        assert self._passes.codebook is not None, "checked before"
+        assert self.traffic is not None, "checked before"
         with span("codebook"):
             scores = await self.scoring.scores(tenant, "lexical", token_ids)
-            uses_trunk = self._passes.chain[0] != "lexical"
-            trunk = await self.scoring.scores(tenant, "trunk", token_ids) if uses_trunk else None
-            codeword = self._passes.codebook.assign(scores, size, trunk)
+            trunk = None
+            if self._passes.judges_by_trunk:
+                trunk = await self.scoring.scores(tenant, "trunk", token_ids)
+            codeword = self.traffic.codebook.assign(scores, size, trunk)
             note(codeword=codeword.name, coverage=round(codeword.coverage, 4))
-        return Scored(scores, codeword.pool, None, codeword.is_covered, codeword)
+        return Scored(scores, codeword.pool, None, codeword.pool is not None, codeword)
 
     def _judged(self, scores: RoutingScores, size: PoolSize) -> Scored:
         if isinstance(size, Full):
@@ -327,7 +433,7 @@ class Prediction:
     """
 
     pool: ExpertPool | None
-    source: str  # "hint", "codebook", "trunk" (whatever the scores say), "prefill", "fixed" or "full"
+    source: str  # "hint", "codebook", "own", "trunk" (whatever the scores say), "prefill", "fixed" or "full"
     policy: PoolPolicy
     codeword: Codeword | None = None
     took_s: float = 0.0
@@ -340,7 +446,9 @@ class Prediction:
     @property
     def home_key(self) -> str:
         """The name under which its pool comes again, for placement; empty for a pool of the prompt's own."""
-        return self.covering or ("" if self.policy.fixed is None else self.policy.fixed.digest)
+        if self.policy.fixed is None or self.source == OWN:
+            return ""
+        return self.covering or self.policy.fixed.digest
 
     @property
     def placed_by(self) -> str:
@@ -351,7 +459,8 @@ class Prediction:
 class Predictor:
     """Tokenizes prompts, scores them and predicts their pools, from observations of similar prompts or by a pass.
 
-    Tenants are known only as a part of keys: one tenant's prompts never influence another's prediction.
+    Tenants are known only as a part of keys: one tenant's prompts never influence another's prediction, but for the
+    codewords that are learned from all traffic.
     """
 
     def __init__(self, chain: PassChain, hints: HintStore, facts: RoutingFacts, fingerprint: str) -> None:
@@ -405,11 +514,10 @@ class Predictor:
             assert codeword is not None
             # The maps, and so their estimates of recall, do not describe a prompt that no codeword covers.
             policy = replace(policy, source=PoolSource.PREFILL)
-        if codeword is not None and codeword.is_covered:
-            # Sent as a fixed pool, because a worker that knows the pool before the prefill leases only what
-            # is missing.
+        if codeword is not None and codeword.pool is not None:
+            # Fixed: a worker that knows the pool before the prefill leases only what is missing.
             fixed = PoolPolicy(source=PoolSource.FIXED, fixed=codeword.pool, drift=policy.drift)
-            prediction = Prediction(codeword.pool, CODEBOOK, fixed)
+            prediction = Prediction(codeword.pool, CODEBOOK if codeword.is_covered else OWN, fixed)
         else:
             prediction = await self._predict(tenant, token_ids, policy)
         return replace(prediction, codeword=codeword, took_s=time.perf_counter() - started)
@@ -436,10 +544,23 @@ class Predictor:
         """Returns the pool that a prefill chose for this prompt or a long prefix of it."""
         return await self._hints.find_pool(self._keys(tenant, token_ids, policy))
 
+    @property
+    def codewords(self) -> tuple[str, ...]:
+        """The names of the codewords in force."""
+        return () if self._chain.traffic is None else self._chain.traffic.codebook.names
+
+    async def beat(self) -> None:
+        """Brings the codebook up to what was learned; called about once a second."""
+        if self._chain.traffic is not None:
+            await self._chain.traffic.beat()
+
     async def learn(
-        self, tenant: str, token_ids: Sequence[int], asked: PoolPolicy, ran: PoolPolicy, usage: Usage
+        self, tenant: str, token_ids: Sequence[int], asked: PoolPolicy, prediction: Prediction, usage: Usage
     ) -> None:
-        """Remembers the pool that an answer had. `asked` is the request's policy, `ran` the worker's."""
+        """Remembers the pool that an answer had, and what it says of the codebook. `asked` is the request's policy."""
+        ran = prediction.policy
+        if self._chain.traffic is not None:
+            self._chain.traffic.answered(prediction.codeword, ran, usage)
         if usage.pool is None:
             return
         keys: tuple[str, ...] = (self._by_digest(tenant, usage.pool.digest),)

@@ -26,6 +26,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from pager.errors import ConfigError, PoolStoreUnavailable
 from pager.pools.pick import decode_named, encode_named
+from pager.predict.learning import Learned, decode_learned, encode_learned
 from pager.reading import read_bounded
 from pager.types import ExpertPool, NamedPool, PoolListing, RoutingFacts, WorkerResidency
 from router_service import pools
@@ -560,6 +561,59 @@ class SharedClaims(_Shared):
         await self._local.close()
         with suppress(RedisUnavailableError):
             await self._shared.close()
+
+
+LEARNED_TTL_S = 30 * 24 * 3600
+_SAVE_LEARNED = """
+local found = redis.call('hget', KEYS[1], 'version')
+if found and found ~= ARGV[1] then return 0 end
+redis.call('hset', KEYS[1], 'version', ARGV[2], 'learned', ARGV[3])
+redis.call('expire', KEYS[1], ARGV[4])
+return 1
+"""
+
+
+class RedisLearned:
+    """A LearnedStore whose methods raise RedisUnavailableError when Redis is gone."""
+
+    def __init__(self, client: RedisClient, facts: RoutingFacts, fingerprint: str) -> None:
+        self._client = client
+        self._num_outputs = sum(facts.routed_per_layer)
+        self._key = f"expert-pager:1:{fingerprint}:learned-codewords"
+
+    async def version(self) -> int | None:
+        async with self._client.commands() as redis:
+            found = await redis.hget(self._key, "version")
+        return int(found) if found is not None and found.isdigit() else None
+
+    async def load(self) -> Learned | None:
+        async with self._client.commands() as redis:
+            return decode_learned(await redis.hget(self._key, "learned"), self._num_outputs)
+
+    async def save(self, learned: Learned, replaces: int) -> bool:
+        data = encode_learned(learned)
+        saved = await self._client.script(_SAVE_LEARNED, (self._key,), replaces, learned.version, data, LEARNED_TTL_S)
+        return bool(saved)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+class SharedLearned(_Shared):
+    """A LearnedStore that never raises: while the shared one is away, each router learns by itself."""
+
+    def __init__(self, shared: RedisLearned, breaker: StoreBreaker) -> None:
+        super().__init__(breaker)
+        self._shared = shared
+
+    async def version(self) -> int | None:
+        return await self._read(self._shared.version, None)
+
+    async def load(self) -> Learned | None:
+        return await self._read(self._shared.load, None)
+
+    async def save(self, learned: Learned, replaces: int) -> bool:
+        return await self._write(lambda: self._shared.save(learned, replaces), True)
 
 
 MAX_CACHED = 256

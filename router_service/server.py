@@ -589,8 +589,7 @@ class RouterServer:
 
     async def _heartbeat(self) -> None:
         self._watch.beat()
-        workers = self._pipeline.cluster.workers()
-        await self._pipeline.stores.hints.report([each for each in workers if each.state == WorkerState.READY])
+        await self._pipeline.beat()
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:

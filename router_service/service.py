@@ -37,7 +37,7 @@ from router_service.admission import Admission, Quotas, refusing, remaining_s
 from router_service.hints import Claims, HintStore, all_workers
 from router_service.metrics import RouterMetrics
 from router_service.pools import PoolStore, name_in_use
-from router_service.prediction import Prediction, Predictor, Scored
+from router_service.prediction import LearnedStore, Prediction, Predictor, Scored
 from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model, no_such_pool
 from router_service.requests import request_id as check_request_id
 from router_service.tenants import Caller
@@ -66,14 +66,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """The stores that the routers of a service share: hints, claims of request ids, tenants' named pools and callers'
-    quotas.
+    """The stores that the routers of a service share: hints, claims of request ids, tenants' named pools, callers'
+    quotas, and what the codebook has learned (None where this process alone learns it).
     """
 
     hints: HintStore
     claims: Claims
     pools: PoolStore
     quotas: Quotas = field(default_factory=Quotas)
+    learned: LearnedStore | None = None
 
     async def close(self) -> None:
         await self.hints.close()
@@ -282,7 +283,13 @@ class Pipeline:
         if usage.predicted_recall is not None:
             self.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
         ids = request.prompt_token_ids
-        await self._predictor.learn(request.tenant, ids, request.pool, prediction.policy, usage)
+        await self._predictor.learn(request.tenant, ids, request.pool, prediction, usage)
+
+    async def beat(self) -> None:
+        """Tells the other routers of this one's workers, and learns from them and from traffic; about once a second."""
+        ready = [worker for worker in self.cluster.workers() if worker.state == "ready"]
+        await self.stores.hints.report(ready)
+        await self._predictor.beat()
 
     async def abort(self, tenant: str, id_: str) -> bool:
         """Returns whether the tenant has a request of this id in flight, here or at another router, and ends it."""
@@ -401,7 +408,8 @@ class Pipeline:
         """Returns the served model; an empty name stands for it. Raises UnknownModel for another."""
         check_model(name, self.model)
         ready = [worker for worker in self.cluster.workers() if worker.state == "ready"]
-        return replace(self.model, num_slots=max((worker.num_slots for worker in ready), default=0))
+        num_slots = max((worker.num_slots for worker in ready), default=0)
+        return replace(self.model, num_slots=num_slots, codewords=self._predictor.codewords)
 
     async def drain_worker(self, name: str) -> None:
         """Has a worker take nothing new, end what it has, and be started again. Raises UnknownWorker or NotReady."""

@@ -431,17 +431,14 @@ class Local:
         return policy
 
     def _shared(self, ids: tuple[int, ...], policy: PoolPolicy) -> PoolPolicy:
-        """The pool of the codeword that covers the prompt, else the prefill's own. Raises InvalidRequest."""
+        """The pool of the codeword that covers the prompt, else one of its own. Raises InvalidRequest."""
         with self._open() as opened:
             passes = build_passes(opened, RouterConfig(device=self.device))
             passes.check(policy)
             assert passes.codebook is not None
             scores, trunk = (passes.available[name]().scores(ids) for name in ("lexical", "trunk"))
             codeword = passes.codebook.assign(scores, policy.size, trunk)
-            if codeword.is_covered:
-                return PoolPolicy(source=PoolSource.FIXED, fixed=codeword.pool, drift=policy.drift)
-            size = resolve_size(policy.size, scores, opened.facts)
-            return replace(policy, size=size, source=PoolSource.PREFILL)
+            return PoolPolicy(source=PoolSource.FIXED, fixed=codeword.pool, drift=policy.drift)
 
     @contextmanager
     def _open(self) -> Iterator[OpenModel]:

@@ -1,5 +1,7 @@
 """Fits a codebook: clusters of documents by the gate mass that a cluster's shared pool leaves outside, in numpy alone.
 
+And shows what a fitted one learns from a stream of prompts.
+
 Legend: N prompts, D documents, C codewords, O routed experts of all layers side by side, S shares of the experts.
 """
 
@@ -10,14 +12,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pager.predict.fitted import COVERAGE_SHARE, LENGTHS, MEANS, THRESHOLDS, inside_share
+from pager.predict.fitted import (
+    COVERAGE_SHARE,
+    LENGTHS,
+    MEANS,
+    THRESHOLDS,
+    Codebook,
+    Codeword,
+    inside_share,
+    own_scores,
+)
+from pager.predict.learning import Learned, Observation, observed, revise
+from pager.types import RoutingScores, Share
 
 CHOICES = (8, 16, 32, 64, 96)  # of the number of codewords
 SHARES_S = (1 / 4, 1 / 8, 1 / 16)  # of a layer's experts in the pools by which codewords are judged
 MIN_GAIN = 0.1  # of the mass lost to sharing, for twice as many codewords
 ROUNDS = 20
 MIN_MEMBERS = 4  # documents of a codeword
-MAX_FALLBACK = 0.15  # of prompts like those that were fitted to
+MAX_FALLBACK = 0.1  # of prompts like those that were fitted to
 MIN_DOCUMENTS = 8
 FOLDS = 4
 JUDGED_SHARE = 1 / 8
@@ -101,14 +114,12 @@ class CodebookFitter:
         """1 where the pool of that share, picked from each row, has an expert: [X, O]."""
         return inside_share(rows_XO, share, self._routed)
 
-    def shared(self, means_CO: np.ndarray, scored_NO: np.ndarray, share: float) -> np.ndarray:
-        """Each prompt's shared pool, as a service finds it: [N, O]."""
-        inside_CO = self.inside(means_CO, share)
-        return np.asarray(inside_CO[(scored_NO @ inside_CO.T).argmax(1)])
+    def best(self, means_CO: np.ndarray, evidence_NO: np.ndarray) -> np.ndarray:
+        """The number of each prompt's codeword, as a service finds it: [N]."""
+        return np.asarray((evidence_NO @ self.inside(means_CO, JUDGED_SHARE).T).argmax(1))
 
-    def coverage(self, means_CO: np.ndarray, scored_NO: np.ndarray, seen_NO: np.ndarray) -> np.ndarray:
+    def coverage(self, means_CO: np.ndarray, best_N: np.ndarray, seen_NO: np.ndarray) -> np.ndarray:
         """Each prompt's coverage by what was seen of it, as a service finds it: [N]."""
-        best_N = (scored_NO @ self.inside(means_CO, JUDGED_SHARE).T).argmax(1)
         own_N = (seen_NO * self.inside(seen_NO, COVERAGE_SHARE)).sum(1)
         held_N = (seen_NO * self.inside(means_CO, COVERAGE_SHARE)[best_N]).sum(1)
         return np.asarray(held_N / np.maximum(own_N, 1e-9))
@@ -120,7 +131,8 @@ class CodebookFitter:
             means_CO = self.clusters(np.flatnonzero(fold_D != fold), count)
             held_N = np.flatnonzero(fold_D[self._document_N] == fold)
             scored_NO = self._scored_NO[held_N]
-            lost.append(self._gain(self.inside(scored_NO, JUDGED_SHARE), means_CO, scored_NO, held_N))
+            best_N = self.best(means_CO, scored_NO + self._trunk_NO[held_N])
+            lost.append(self._gain(scored_NO, means_CO[best_N], held_N))
         return float(np.concatenate(lost).mean())
 
     def _thresholds(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,14 +177,20 @@ class CodebookFitter:
         scored_NO, trunk_NO = scored_NO[of_N], self._trunk_NO[of_N]
         found = []
         for seen_NO in (scored_NO, trunk_NO):
-            gain_N = self._gain(self.inside(seen_NO, JUDGED_SHARE), means_CO, scored_NO, of_N)
-            found.append(np.stack([self.coverage(means_CO, scored_NO, seen_NO), gain_N, self._length_N[of_N]]))
+            best_N = self.best(means_CO, scored_NO + seen_NO)
+            coverage_N = self.coverage(means_CO, best_N, seen_NO)
+            own_NO = own_scores(coverage_N[:, None], scored_NO, seen_NO, means_CO[best_N])
+            gain_N = self._gain(own_NO, means_CO[best_N], of_N)
+            found.append(np.stack([coverage_N, gain_N, self._length_N[of_N]]))
         return found[0], found[1]
 
-    def _gain(self, own_NO: np.ndarray, means_CO: np.ndarray, scored_NO: np.ndarray, of_N: np.ndarray) -> np.ndarray:
-        """The mass of its document, by layer, that each prompt has in its own pool beyond the shared one: [N]."""
-        shared_NO = self.shared(means_CO, scored_NO, JUDGED_SHARE)
-        gain_N = (self._wanted_DO[self._document_N[of_N]] * (own_NO - shared_NO)).sum(1)
+    def _gain(self, own_NO: np.ndarray, shared_NO: np.ndarray, of_N: np.ndarray) -> np.ndarray:
+        """The mass of its document, by layer, that each prompt has in its own pool beyond the shared one: [N].
+
+        Both are given by the scores that they are picked from.
+        """
+        more_NO = self.inside(own_NO, JUDGED_SHARE) - self.inside(shared_NO, JUDGED_SHARE)
+        gain_N = (self._wanted_DO[self._document_N[of_N]] * more_NO).sum(1)
         return np.asarray(gain_N / max(sum(count > 0 for count in self._routed), 1))
 
     def _means(self, wanted_DO: np.ndarray, nearest_D: np.ndarray, before_CO: np.ndarray) -> np.ndarray:
@@ -216,3 +234,51 @@ def _cut(known_2N: np.ndarray, unknown_2N: np.ndarray) -> float:
         return 0.0
     best = float(coverage_N[order_N[min(int(total_N.argmax()) + 1, len(order_N) - 1)]])
     return min(best, float(np.quantile(known_2N[0], MAX_FALLBACK))) if known_2N.shape[1] else best
+
+
+# --- a codebook that learns -------------------------------------------------------------------------------------------
+
+SIZE = Share(1 / 8)  # of the pools that a stream of prompts asks for
+REVISE_EVERY = 32  # observations, as a router does
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt of a stream, as the passes score it."""
+
+    domain: str
+    lexical: RoutingScores
+    trunk: RoutingScores
+
+
+class TrafficStream:
+    """Serves prompts one after the other with a codebook that learns from them, as a router does."""
+
+    def __init__(self, codebook: Codebook, routed_per_layer: Sequence[int]) -> None:
+        self.codebook = codebook
+        self.learned = Learned()
+        self._routed = tuple(routed_per_layer)
+        self._waiting: list[Observation] = []
+        self._num_others = 0
+
+    def serve(self, prompt: Prompt) -> Codeword:
+        """The codeword that the prompt gets, which is learned from."""
+        codeword = self.look(prompt)
+        observation = observed(codeword)
+        if observation is None:
+            self._num_others += 1
+        else:
+            self._waiting.append(observation)
+        if len(self._waiting) >= REVISE_EVERY:
+            self.learned = revise(self.learned, self._waiting, self._routed, self._num_others)
+            self.codebook = self.codebook.with_learned(self.learned.names, self.learned.means)
+            self._waiting, self._num_others = [], 0
+        return codeword
+
+    def look(self, prompt: Prompt) -> Codeword:
+        """The codeword that the prompt would get."""
+        return self.codebook.assign(prompt.lexical, SIZE, prompt.trunk)
+
+    def shared(self, prompts: Sequence[Prompt]) -> float:
+        """The share of prompts that a codeword covers; nothing is learned from them."""
+        return float(np.mean([self.look(prompt).is_covered for prompt in prompts]))

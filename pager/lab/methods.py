@@ -22,6 +22,7 @@ from pager.errors import ConfigError, InvalidRequest, PoolTooSmall
 from pager.lab.corpus import Subject, Text, digest_of
 from pager.lab.recording import Examples, Layers, PooledOutcome, Probe
 from pager.pools.pick import largest_counts, mean_scores, pick_layer, pick_pool, resolve_size, share_out
+from pager.predict.fitted import MEANS, Codebook
 from pager.types import Bytes, ExpertPool, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores, Share
 
 FULL = "full"
@@ -51,14 +52,15 @@ class Method:
     `says` completes "chosen by ..." in a report. `examples` scores the experts for some examples, and `documents` for
     each document of an evaluation, at every size. `choose` chooses for each document of an evaluation where that is
     more than taking the best of `documents`. `shared_out_by` is the method whose scores share experts out over layers,
-    where it is another one. `needs`: maps fitted to the checkpoint, or other documents of the domain.
+    where it is another one. `needs`: maps fitted to the checkpoint, a codebook fitted with them, or other documents of
+    the domain.
     """
 
     says: str
     examples: OfExamples | None = None
     documents: OfDocuments | None = None
     choose: Choose | None = None
-    needs: Literal["router", "others"] | None = None
+    needs: Literal["router", "codebook", "others"] | None = None
     shared_out_by: str | None = None
     is_mass: bool = True  # its scores are gate probabilities
     is_layer_by_layer: bool = False  # a layer's scores depend on what the layers below it chose
@@ -215,6 +217,8 @@ def _obstacle(subject: Subject, name: str) -> str | None:
     method = METHODS[name]
     if method.needs == "router" and subject.predictor_file is None:
         return f"needs a router fitted to {subject.path}; run expert-pager fit-router"
+    if method.needs == "codebook" and not (subject.predictor_file and MEANS in subject.predictor_file.weights):
+        return f"needs a codebook fitted to {subject.path}; run expert-pager fit-router"
     if method.needs == "others" and not subject.is_calibrated:
         return "chooses from other documents of each domain; give --calibration"
     return None
@@ -266,6 +270,18 @@ def _predicted_of_prompt(source: str) -> OfDocuments:
     return lambda subject: list(subject.predicted(source))
 
 
+def _codebook(subject: Subject, size: PoolSize) -> Choice:
+    """What a service gives each prompt: the pool of the codeword that covers it, else one of its own."""
+    assert subject.predictor_file is not None, "checked by methods_for"
+    codebook = Codebook.of(subject.predictor_file, subject.facts)
+    assert codebook is not None, "checked by methods_for"
+    pools = [
+        codebook.assign(lexical, size, trunk).pool
+        for lexical, trunk in zip(subject.predicted("lexical"), subject.predicted("trunk"), strict=True)
+    ]
+    return Choice([_fixed(pool) for pool in pools if pool is not None])
+
+
 def _mean_of_prompt(subject: Subject) -> list[RoutingScores]:
     return [RoutingScores(mean.prompt_LR, "mean", subject.cut.prompt_tokens) for mean in subject.full[1]]
 
@@ -299,6 +315,10 @@ METHODS: dict[str, Method] = {
     "fitted": Method(
         "the routing-only pass and the token counts, fitted",
         examples=_predicted("fitted"), documents=_predicted_of_prompt("fitted"), needs="router",
+    ),
+    "codebook": Method(
+        "the codeword that covers the prompt, or between it and the prompt's own where none does", choose=_codebook,
+        needs="codebook",
     ),
     "mean": Method(
         "the mean gate probability over the prompt, with all experts", examples=_mean, documents=_mean_of_prompt

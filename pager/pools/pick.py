@@ -29,16 +29,16 @@ from pager.types import (
 )
 
 
-def share_out(scores: RoutingScores, total_experts: int, facts: RoutingFacts) -> Counts:
+def share_out(scores: RoutingScores, total_experts: int, facts: RoutingFacts, power: float = 1.0) -> Counts:
     """How many routed experts each layer keeps when all layers together keep `total_experts` (or all there are).
 
     Every layer gets what one token picks; beyond that, a layer's share of its experts is in proportion to the router
     mass of its quarter of most wanted ones: where mass lies on a few experts, missing one of them costs most. (Router
     mass left outside is a worse guide: early layers spread theirs evenly, and hardly notice.) Ties go to the smaller
-    count, then to the lower layer. A larger total takes no expert away from any layer. Raises PoolTooSmall below one
-    token's picks.
+    count, then to the lower layer. A larger total takes no expert away from any layer. `power` is that of the mass: 0
+    keeps the same share of every layer. Raises PoolTooSmall below one token's picks.
     """
-    gains_LR = [_claim(mean_R) / (np.arange(len(mean_R)) + 0.5) for mean_R in scores.mean_LR]
+    gains_LR = [_claim(mean_R, power) / (np.arange(len(mean_R)) + 0.5) for mean_R in scores.mean_LR]
     return Counts(_share_out(gains_LR, total_experts, facts))
 
 
@@ -47,10 +47,10 @@ def share_out_evenly(total_experts: int, facts: RoutingFacts) -> Counts:
     return Counts(_share_out([np.zeros(routed) for routed in facts.routed_per_layer], total_experts, facts))
 
 
-def _claim(mean_R: np.ndarray) -> float:
-    """In experts: the mass of the most wanted quarter, times how many the layer has."""
-    wanted = np.sort(mean_R)[::-1][: -(-len(mean_R) // 4)].sum()
-    return round(len(mean_R) * float(wanted) / max(float(mean_R.sum()), 1e-300), 9)
+def _claim(mean_R: np.ndarray, power: float) -> float:
+    """In experts: the mass of the most wanted quarter to a power, times how many the layer has."""
+    wanted = float(np.sort(mean_R)[::-1][: -(-len(mean_R) // 4)].sum()) / max(float(mean_R.sum()), 1e-300)
+    return round(len(mean_R) * math.pow(wanted, power), 9)
 
 
 def _share_out(gains_LR: Sequence[np.ndarray], total_experts: int, facts: RoutingFacts) -> tuple[int, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pager.errors import CheckpointError, ConfigError, InvalidRequest
-from pager.pools.pick import pick_layer, pick_pool
+from pager.pools.pick import largest_counts, pick_layer, pick_pool, share_out
 from pager.reading import one_line, parse_json
-from pager.types import Count, ExpertPool, PoolSize, RoutingFacts, RoutingScores
+from pager.types import Count, ExpertPool, PoolSize, RoutingFacts, RoutingScores, Share
 
 PENALTIES = (0.1, 1.0, 10.0)
 """Of the regression, in observations: with few of them only the larger keep the estimate near their mean."""
@@ -301,21 +302,30 @@ def _stored(weight: np.ndarray) -> np.ndarray:
 
 
 COVERAGE_SHARE = 1 / 16  # of the experts, in the pools that tell whether a prompt is covered: the smallest tell it best
+LAYER_POWER = 0.5  # how far a share of all experts is shared out over the layers by what they need: half way
 MAX_SIZES = 32  # whose pools are kept; sizes are the callers' choice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Codeword:
-    """The codeword that suits a prompt best at one size.
+    """The codeword that suits a prompt best at one size, and the pool that the prompt gets.
 
     `coverage` is the mass of what was seen of the prompt that a small pool of the codeword holds, over what a pool of
-    that size picked for the prompt alone holds: low for a prompt unlike anything that was fitted to.
+    that size picked for the prompt alone holds: low for a prompt unlike anything that was fitted to. `pool` is the
+    codeword's where the coverage is at least `threshold`, else one between the codeword's and what the trunk saw of the
+    prompt, `seen_O`; None where no trunk looked, and the prefill should choose.
     """
 
     name: str
-    pool: ExpertPool
+    pool: ExpertPool | None
     coverage: float
-    is_covered: bool  # the coverage is at least the codebook's threshold
+    threshold: float
+    seen_O: np.ndarray | None = None
+    is_learned: bool = False  # from traffic, not from the documents that were fitted to
+
+    @property
+    def is_covered(self) -> bool:
+        return self.coverage >= self.threshold
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -327,7 +337,10 @@ class _Pools:
 
 
 class Codebook:
-    """The codewords of one model. Keeps the pools of the sizes asked for last; owned by one thread, else immutable."""
+    """The codewords of one model: those fitted to documents, then those learned from traffic.
+
+    Immutable but for the pools of the sizes asked for last, which it keeps; owned by one thread.
+    """
 
     def __init__(self, weights: Mapping[str, np.ndarray], facts: RoutingFacts) -> None:
         """`weights` are those of a predictor file that has a codebook."""
@@ -336,28 +349,56 @@ class Codebook:
         # By the scores alone and by the trunk's, [2, P]: the fewer tokens were seen, the less their scores agree.
         self._thresholds_2P, self._log_lengths_P = weights[THRESHOLDS], np.log(weights[LENGTHS])
         self._covering_CO = inside_share(self._means_CO, COVERAGE_SHARE, facts.routed_per_layer)
-        self._sizes: OrderedDict[PoolSize, _Pools] = OrderedDict()
+        self._sizes: dict[PoolSize, _Pools] = {}  # replaced as a whole: another thread may read it
         self.names = codeword_names(weights[MEANS])
+        self.num_fitted = len(self.names)
 
     @classmethod
     def of(cls, file: PredictorFile, facts: RoutingFacts) -> Codebook | None:
         """The codebook of a file; None where the file was fitted without one."""
         return cls(file.weights, facts) if MEANS in file.weights else None
 
+    def with_learned(self, names: Sequence[str], means: Sequence[np.ndarray]) -> Codebook:
+        """The fitted codewords with learned ones of these means [O], and pools of all sizes that this codebook has.
+
+        May be called in another thread than the owner's.
+        """
+        made = copy(self)
+        made.names = (*self.names[: self.num_fitted], *names)
+        made._means_CO = np.stack([*self._means_CO[: self.num_fitted], *means])
+        made._covering_CO = inside_share(made._means_CO, COVERAGE_SHARE, self._facts.routed_per_layer)
+        made._sizes = {
+            size: made._make(size, of_size.pools[: self.num_fitted]) for size, of_size in self._sizes.items()
+        }
+        return made
+
     def assign(self, scores: RoutingScores, size: PoolSize, trunk: RoutingScores | None = None) -> Codeword:
-        """The codeword whose pool of `size` holds the most mass of the lexical scores. Raises PoolTooSmall.
+        """The codeword whose pool of `size` holds the most mass of the lexical scores and the trunk's together.
 
         Whether it covers the prompt is judged by the trunk's scores where there are any: a map that was fitted to
-        documents makes whatever it is asked into something like them, and the trunk does not agree with it then.
+        documents makes whatever it is asked into something like them, and the trunk does not agree with it then. For
+        the same reason the trunk alone finds a learned codeword, which is taken where it covers more.
+        Raises PoolTooSmall.
         """
-        of_size = self._of_size(size)
-        best = int((of_size.inside_CO @ np.concatenate(scores.mean_LR)).argmax())
-        seen_O = np.concatenate((trunk or scores).mean_LR)
-        own_O = inside_share(seen_O[None], COVERAGE_SHARE, self._facts.routed_per_layer)[0]
-        coverage = min(1.0, float(self._covering_CO[best] @ seen_O / max(own_O @ seen_O, 1e-300)))
-        thresholds_P = self._thresholds_2P[int(trunk is not None)]
-        is_covered = coverage >= np.interp(np.log(max(scores.num_tokens, 1)), self._log_lengths_P, thresholds_P)
-        return Codeword(self.names[best], of_size.pools[best], coverage, bool(is_covered))
+        lexical_O = np.concatenate(scores.mean_LR)
+        seen_O = lexical_O if trunk is None else np.concatenate(trunk.mean_LR)
+        inside_CO, num = self._of_size(size).inside_CO, self.num_fitted
+        best = int((inside_CO[:num] @ (lexical_O + seen_O)).argmax())
+        coverage = self._coverage(best, seen_O)
+        if trunk is not None and len(self.names) > num:
+            learned = num + int((inside_CO[num:] @ seen_O).argmax())
+            best, coverage = max((best, coverage), (learned, self._coverage(learned, seen_O)), key=itemgetter(1))
+        threshold = self._threshold(scores.num_tokens, trunk is not None)
+        pool: ExpertPool | None = self._of_size(size).pools[best]
+        if coverage < threshold:
+            own_O = own_scores(coverage, lexical_O, seen_O, self._means_CO[best])
+            pool = None if trunk is None else self._pick(own_O, size)
+        seen = None if trunk is None else seen_O
+        return Codeword(self.names[best], pool, coverage, threshold, seen, best >= num)
+
+    def best_coverage(self, seen_O: np.ndarray) -> float:
+        """The coverage of the codeword that covers most of what was seen of a prompt."""
+        return self._coverage(int((self._covering_CO @ seen_O).argmax()), seen_O)
 
     def pool(self, name: str, size: PoolSize) -> ExpertPool:
         """The pool of a codeword. Smaller pools of a codeword lie inside its larger ones. Raises InvalidRequest."""
@@ -365,20 +406,52 @@ class Codebook:
             raise InvalidRequest(f"{name[:60]!r} is not a codeword of this model; GetModel lists them")
         return self._of_size(size).pools[self.names.index(name)]
 
-    def _of_size(self, size: PoolSize) -> _Pools:
-        if size not in self._sizes:
-            self._sizes[size] = self._make(size)
-            if len(self._sizes) > MAX_SIZES:
-                self._sizes.popitem(last=False)
-        self._sizes.move_to_end(size)
-        return self._sizes[size]
+    def _coverage(self, codeword: int, seen_O: np.ndarray) -> float:
+        own_O = inside_share(seen_O[None], COVERAGE_SHARE, self._facts.routed_per_layer)[0]
+        return min(1.0, float(self._covering_CO[codeword] @ seen_O / max(own_O @ seen_O, 1e-300)))
 
-    def _make(self, size: PoolSize) -> _Pools:
-        routed = self._facts.routed_per_layer
-        ends = np.cumsum(routed)[:-1]
-        means = (RoutingScores(tuple(np.split(mean_O, ends)), "codebook", 1) for mean_O in self._means_CO)
-        pools = tuple(pick_pool(mean, size, self._facts) for mean in means)
-        return _Pools(pools, np.stack([_inside(pool, routed) for pool in pools]))
+    def _threshold(self, num_tokens: int, by_trunk: bool) -> float:
+        return float(np.interp(np.log(max(num_tokens, 1)), self._log_lengths_P, self._thresholds_2P[int(by_trunk)]))
+
+    def _of_size(self, size: PoolSize) -> _Pools:
+        found = self._sizes.get(size)
+        if found is None:
+            found = self._make(size)
+            kept = list(self._sizes.items())[-MAX_SIZES + 1 :]
+            self._sizes = {**dict(kept), size: found}
+        return found
+
+    def _make(self, size: PoolSize, known: Sequence[ExpertPool] = ()) -> _Pools:
+        """The pools of one size, of which the first are known."""
+        pools = (*known, *(self._pick(mean_O, size) for mean_O in self._means_CO[len(known) :]))
+        return _Pools(pools, np.stack([_inside(pool, self._facts.routed_per_layer) for pool in pools]))
+
+    def _pick(self, scores_O: np.ndarray, size: PoolSize) -> ExpertPool:
+        """The pool of these scores; a share of all experts is shared out over the layers half way to what they need."""
+        ends = np.cumsum(self._facts.routed_per_layer)[:-1]
+        scores = RoutingScores(tuple(np.split(scores_O, ends)), "codebook", 1)
+        if isinstance(size, Share):
+            size = share_out(scores, sum(largest_counts(size, self._facts)), self._facts, LAYER_POWER)
+        return pick_pool(scores, size, self._facts)
+
+
+def own_scores(
+    coverage: float | np.ndarray, lexical_O: np.ndarray, seen_O: np.ndarray, mean_O: np.ndarray
+) -> np.ndarray:
+    """What a prompt that a codeword does not cover is expected to want: [O], or [N, O] with `coverage` [N, 1].
+
+    The less the codeword covers, the more counts what the trunk saw of the prompt itself; the more, the rest: half
+    the lexical scores, half the codeword, of which the prompt's own pool then shares a core.
+    """
+    trust = coverage**2
+    return np.asarray((1 - trust) * seen_O + trust / 2 * (lexical_O + mean_O))
+
+
+def wanted_by(pool: ExpertPool, routed_per_layer: Sequence[int]) -> np.ndarray:
+    """What a prompt wants whose prefill chose this pool: [O], each of a layer's experts alike."""
+    inside_O = _inside(pool, routed_per_layer)
+    counts_O = np.repeat([max(len(layer), 1) for layer in pool.experts], routed_per_layer)
+    return np.asarray(inside_O / counts_O)
 
 
 def codeword_names(means_CO: np.ndarray) -> tuple[str, ...]:

@@ -46,7 +46,8 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases())
 def test_it_adds_up_and_no_layer_gets_less_than_a_token_needs_or_more_than_it_has(case: Case) -> None:
     facts, scores, total = case
-    for counts in (share_out(scores, total, facts).per_layer, share_out_evenly(total, facts).per_layer):
+    ways = (share_out(scores, total, facts), share_out(scores, total, facts, 0.5), share_out_evenly(total, facts))
+    for counts in (way.per_layer for way in ways):
         assert sum(counts) == min(total, sum(facts.routed_per_layer))
         limits = zip(facts.top_k_per_layer, counts, facts.routed_per_layer, strict=True)
         assert all(top_k <= count <= routed for top_k, count, routed in limits)
@@ -55,12 +56,14 @@ def test_it_adds_up_and_no_layer_gets_less_than_a_token_needs_or_more_than_it_ha
 @given(cases())
 def test_one_more_expert_takes_none_away_from_any_layer(case: Case) -> None:
     facts, scores, total = case
-    fewer, more = (share_out(scores, number, facts).per_layer for number in (total, total + 1))
-    grown = [more_ - fewer_ for fewer_, more_ in zip(fewer, more, strict=True)]
-    assert min(grown) >= 0
-    assert sum(grown) == (1 if total < sum(facts.routed_per_layer) else 0)
-    if sum(grown):
-        assert set(pick_pool(scores, Counts(fewer), facts).keys()) < set(pick_pool(scores, Counts(more), facts).keys())
+    for power in (0.5, 1.0):
+        fewer, more = (share_out(scores, number, facts, power).per_layer for number in (total, total + 1))
+        grown = [more_ - fewer_ for fewer_, more_ in zip(fewer, more, strict=True)]
+        assert min(grown) >= 0
+        assert sum(grown) == (1 if total < sum(facts.routed_per_layer) else 0)
+        if sum(grown):
+            pools = [pick_pool(scores, Counts(counts), facts) for counts in (fewer, more)]
+            assert set(pools[0].keys()) < set(pools[1].keys())
 
 
 @given(cases())

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from pager.errors import InvalidRequest
 from pager.lab.fit import DocumentReading, FitOptions, fit_router, with_codebook
+from pager.pools.pick import largest_counts, pick_pool
 from pager.predict.fitted import MEANS, Codebook, LexicalPredictor, PredictorFile, codeword_names
 from pager.types import Count, RoutingScores, Share
 from tests.predict.test_predict_fitted import FACTS, ROUTED, SIZE, VOCABULARY, World
@@ -48,7 +49,8 @@ def test_documents_of_a_topic_share_a_codeword_and_its_pool(
     found: dict[int, list[str]] = {}
     for reading in readings[60:]:
         codeword = codebook.assign(lexical.scores(reading.token_ids[:64]), Count(SIZE), reading.trunk[1])
-        assert codeword.pool == codebook.pool(codeword.name, Count(SIZE))
+        if codeword.is_covered:
+            assert codeword.pool == codebook.pool(codeword.name, Count(SIZE))
         found.setdefault(topic_of(reading), []).append(codeword.name)
     commonest = sum(max(map(names.count, names)) for names in found.values())
     assert commonest > 0.8 * 40
@@ -68,6 +70,62 @@ def test_a_trunk_that_sees_something_else_leaves_a_prompt_uncovered(
         strange += codebook.assign(scores, Count(SIZE), RoutingScores(elsewhere, "trunk", 64)).is_covered
     assert covered >= 0.7 * 40
     assert strange <= 0.1 * 40
+
+
+def test_a_prompt_that_no_codeword_covers_gets_a_pool_between_its_own_and_the_nearest(
+    file: PredictorFile, codebook: Codebook, readings: list[DocumentReading]
+) -> None:
+    lexical = LexicalPredictor(file)
+    random = np.random.default_rng(2)
+    seen_alike, shared_alike = [], []
+    for reading in readings[60:]:
+        scores, seen = lexical.scores(reading.token_ids[:64]), reading.trunk[1].mean_LR
+        for noise in (0.5, 1.0):
+            strange = tuple(
+                (1 - noise) * mean_R + noise * random.permutation(mean_R) if len(mean_R) else mean_R for mean_R in seen
+            )
+            trunk = RoutingScores(strange, "trunk", 64)
+            codeword = codebook.assign(scores, Count(SIZE), trunk)
+            if codeword.is_covered:
+                continue
+            assert codeword.pool is not None
+            seen_alike.append(codeword.pool.recall_of(pick_pool(trunk, Count(SIZE), FACTS)))
+            shared_alike.append(codeword.pool.recall_of(codebook.pool(codeword.name, Count(SIZE))))
+            without = codebook.assign(scores, Count(SIZE))
+            assert without.is_covered or without.pool is None
+    assert len(seen_alike) > 40
+    assert np.mean(seen_alike) > 0.6
+    assert 0.25 < np.mean(shared_alike) < 0.9
+
+
+def test_a_share_is_shared_out_over_the_layers_and_a_count_is_not(codebook: Codebook) -> None:
+    name = codebook.names[0]
+    shared_out, alike = codebook.pool(name, Share(0.25)), codebook.pool(name, Count(5))
+    assert [len(layer) for layer in alike.experts] == [5, 0, 5, 5]
+    total = sum(largest_counts(Share(0.25), FACTS))
+    assert shared_out.num_experts == total
+    assert shared_out.covered_mass is not None
+
+
+def test_learned_codewords_join_without_changing_the_fitted_ones(
+    file: PredictorFile, codebook: Codebook, readings: list[DocumentReading]
+) -> None:
+    random = np.random.default_rng(3)
+    new_O = np.concatenate([random.dirichlet(np.full(count, 0.2)) for count in ROUTED if count])
+    trunk = RoutingScores(tuple(np.split(new_O, np.cumsum(ROUTED)[:-1])), "trunk", 64)
+    scores = LexicalPredictor(file).scores(readings[60].token_ids[:64])
+    before = codebook.assign(scores, Count(SIZE), trunk)
+    assert not before.is_covered
+    learning = codebook.with_learned(["t00-0123"], [new_O])
+    after = learning.assign(scores, Count(SIZE), trunk)
+    assert (after.name, after.is_covered, after.is_learned, after.coverage) == ("t00-0123", True, True, 1.0)
+    assert after.pool == pick_pool(trunk, Count(SIZE), FACTS)
+    assert codebook.names == learning.names[:-1]
+    for name in codebook.names:
+        assert learning.pool(name, Count(SIZE)) is codebook.pool(name, Count(SIZE))
+    assert not codebook.assign(scores, Count(SIZE), trunk).is_covered
+    assert learning.assign(scores, Count(SIZE)).name in codebook.names
+    assert learning.with_learned((), ()).names == codebook.names
 
 
 def test_pools_of_a_codeword_lie_inside_one_another(codebook: Codebook) -> None:

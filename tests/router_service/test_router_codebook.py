@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,22 @@ import numpy as np
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 
-from pager.predict.fitted import LENGTHS, MEANS, THRESHOLDS, Codebook
-from pager.types import Count, DriftPolicy, Full, PoolPolicy, PoolSource, RoutingScores
+from pager.predict.fitted import LENGTHS, MEANS, THRESHOLDS, Codebook, Codeword
+from pager.predict.learning import Learned
+from pager.types import (
+    Count,
+    DriftPolicy,
+    ExpertPool,
+    FinishReason,
+    Full,
+    PagingCounts,
+    PoolPolicy,
+    PoolSource,
+    RoutingScores,
+    Usage,
+)
 from pager.wire import decode_pool
-from router_service.prediction import Passes, Scorer
+from router_service.prediction import REVISE_AFTER, Passes, Scorer, TrafficCodebook
 from tests.router_service.conftest import FACTS, FirstTokenScorer, scores_for
 from tests.support.calls import failure
 
@@ -27,6 +40,19 @@ SHARED = pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_CODEBOOK)
 def passes() -> Passes:
     scorer = FirstTokenScorer("lexical")
     return Passes({"lexical": lambda: scorer}, ("lexical",), lambda *_: 0.5, codebook=CODEBOOK)
+
+
+def with_trunk(elsewhere: str | None = None) -> Passes:
+    """Passes whose trunk sees the same as the lexical one, or always what prompts that begin so want."""
+    lexical, trunk = FirstTokenScorer("lexical"), FirstTokenScorer("trunk")
+    fixed = None if elsewhere is None else scores_for(ord(elsewhere), "trunk")
+
+    class Trunk:
+        def scores(self, token_ids: Any, /) -> RoutingScores:
+            return fixed or trunk.scores(token_ids)
+
+    available: dict[str, Callable[[], Scorer]] = {"lexical": lambda: lexical, "trunk": Trunk, "fitted": lambda: lexical}
+    return replace(passes(), available=available, chain=("fitted",))
 
 
 async def generate(service: Any, text: bytes, pool: pb.PoolPolicy | None) -> tuple[pb.Usage, Any]:
@@ -100,17 +126,95 @@ async def test_a_prompt_that_no_codeword_covers_gets_the_pool_of_its_prefill(ser
         assert sum(service.metric("codeword_requests_total", codeword=name) for name in CODEBOOK.names) == 0
 
 
-async def test_the_trunk_judges_where_the_first_pass_runs_it(serve: Callable[..., Any]) -> None:
-    lexical, elsewhere = FirstTokenScorer("lexical"), scores_for(ord("c"), "trunk")
-
-    class Trunk:
-        def scores(self, _: Any, /) -> RoutingScores:
-            return elsewhere
-
-    available: dict[str, Callable[[], Scorer]] = {"lexical": lambda: lexical, "trunk": Trunk, "fitted": lambda: lexical}
-    async with serve(passes=replace(passes(), available=available, chain=("fitted",))) as service:
+async def test_a_prompt_that_the_trunk_finds_uncovered_gets_a_pool_of_its_own_before_its_prefill(
+    serve: Callable[..., Any],
+) -> None:
+    async with serve(passes=with_trunk(elsewhere="c")) as service:
         usage, request = await generate(service, b"a", SHARED)
-        assert (usage.codeword, request.pool.source) == ("", PoolSource.PREFILL)
+        assert (usage.codeword, request.pool.source) == ("", PoolSource.FIXED)
+        assert service.metric("codebook_fallbacks_total") == 1
+        assert service.metric("route_seconds_count", source="own") == 1
+        routed = await service.stub.Route(pb.RouteRequest(text=b"a", pool=SHARED))
+        assert (routed.codeword, decode_pool(routed.pool).experts) == ("", request.pool.fixed.experts)
+
+
+async def test_prompts_that_none_covers_become_a_codeword_without_a_pause(serve: Callable[..., Any]) -> None:
+    async with serve(passes=with_trunk()) as service:
+        holds = service.cluster.hold[1] = asyncio.Event()
+        reached = service.cluster.reached[1] = asyncio.Event()
+        early = asyncio.create_task(generate(service, b"cc", SHARED))
+        await reached.wait()
+        del service.cluster.hold[1]
+        before = service.cluster.received[0][1].pool.fixed
+        names: Sequence[str] = ()
+        while len(names) <= 2:  # the router looks once a second
+            await generate(service, b"cc", SHARED)
+            names = (await service.stub.GetModel(pb.GetModelRequest())).codewords
+        assert tuple(names[:2]) == CODEBOOK.names
+        (learned,) = names[2:]
+        usage, _ = await generate(service, b"cde", SHARED)
+        assert usage.codeword == learned
+        assert (await service.stub.Route(pb.RouteRequest(text=b"c", pool=SHARED))).codeword == learned
+        holds.set()
+        usage, _ = await early
+        assert (usage.codeword, usage.pool.digest) == ("", before.digest)
+        assert service.metric("learned_codewords") == 1
+        assert service.metric("codebook_changes_total", change="born") == 1
+        assert service.metric("codeword_requests_total", codeword="learned") >= 1
+        known, _ = await generate(service, b"a", SHARED)
+        assert known.codeword == CODEBOOK.names[0]
+        assert learned in {row["size"] for row in (await service.watch.state())["pools"]}
+
+
+async def test_a_codebook_that_may_not_learn_stays_as_it_was_fitted(serve: Callable[..., Any]) -> None:
+    async with serve(passes=with_trunk(), learns=False) as service:
+        for _ in range(REVISE_AFTER + 1):
+            await generate(service, b"c", SHARED)
+        await service.pipeline.beat()
+        assert tuple((await service.stub.GetModel(pb.GetModelRequest())).codewords) == CODEBOOK.names
+        assert service.metric("codebook_version") == 0
+
+
+class Answers:
+    """What answers say of a codebook: usages of the codeword of one prompt."""
+
+    def __init__(self) -> None:
+        self.traffic = TrafficCodebook(CODEBOOK, FACTS.routed_per_layer)
+
+    def codeword(self, lexical: str, trunk: str) -> Codeword:
+        seen = replace(scores_for(ord(trunk), "trunk"), num_tokens=64)
+        return self.traffic.codebook.assign(scores_for(ord(lexical), "lexical"), Count(3), seen)
+
+    async def many(self, codeword: Codeword | None, policy: PoolPolicy, pool: ExpertPool, outside: float) -> Learned:
+        usage = Usage("pool", FinishReason.STOP, 4, 32, pool, PagingCounts(), outside, None, 0.0, 0.0, "a model")
+        for _ in range(REVISE_AFTER):
+            self.traffic.answered(codeword, policy, usage)
+        revisions: list[Learned] = []
+        self.traffic.on_revision = revisions.append
+        await self.traffic.beat()
+        return revisions[-1] if revisions else Learned()
+
+
+async def test_answers_whose_mass_fell_outside_of_a_codewords_pool_are_learned_from() -> None:
+    answers = Answers()
+    codeword = answers.codeword("a", "a")
+    assert codeword.is_covered
+    assert codeword.pool is not None
+    assert codeword.pool.covered_mass is not None
+    fixed = PoolPolicy(source=PoolSource.FIXED, fixed=codeword.pool)
+    expected = 1 - codeword.pool.covered_mass
+    assert (await answers.many(codeword, fixed, codeword.pool, expected)).version == 0
+    assert len((await answers.many(codeword, fixed, codeword.pool, 0.95)).codewords) == 1
+
+
+async def test_pools_that_prefills_chose_are_learned_from() -> None:
+    answers = Answers()
+    known, new = CODEBOOK.pool(CODEBOOK.names[0], Count(3)), ExpertPool(((), (1, 4, 6), (0, 2, 5)))
+    assert (await answers.many(None, PoolPolicy(Count(3)), known, 0.5)).version == 0
+    learned = await answers.many(None, PoolPolicy(Count(3)), new, 0.5)
+    assert len(learned.codewords) == 1
+    made = answers.traffic.codebook.pool(learned.names[0], Count(3))
+    assert made.experts == new.experts
 
 
 async def test_a_codewords_pool_can_be_widened_by_drift(serve: Callable[..., Any]) -> None:

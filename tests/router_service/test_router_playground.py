@@ -16,9 +16,11 @@ from playwright.sync_api import Browser, Page
 from pager.threads import LoopThread
 from pager.types import Full
 from router_service.keys import Gate
+from router_service.prediction import Passes
 from router_service.tenants import Role
 from tests.router_service.conftest import FACTS, MODEL, Running, scores_for
 from tests.router_service.test_router_keys import KeyRing, bearer, call, guarded, http, within
+from tests.support.waiting import until
 
 PROMPT = "hello"
 NUM_EXPERTS = 2 * 2  # of a pool of two a layer: the first layer is dense
@@ -55,6 +57,20 @@ async def test_scores_and_an_answer_with_its_bill(service: Running) -> None:
     assert (bill["mode"], bill["pool"]["num_experts"], bill["completion_tokens"]) == ("pool", NUM_EXPERTS, 4)
     assert [len(layer) for layer in bill["pool"]["experts"]] == [0, 2, 2]
     assert (bill["experts_hit"], bill["bytes_from_disk"], bill["first_token_ms"]) == (11, 5, 750.0)
+
+
+async def test_a_service_without_a_predictor_has_no_scores(serve: Any) -> None:
+    async with (
+        serve(passes=Passes()) as service,
+        http(service, Gate()) as url,
+        httpx.AsyncClient(base_url=url, timeout=60) as client,
+    ):
+        scored = (await client.post("/ui/scores", json={"prompt": PROMPT, "pool": "2"})).json()
+        assert (scored["source"], scored["scores"], scored["expected"]) == ("prefill", [], None)
+        *_, last = await events(client, {"prompt": PROMPT, "pool": "2", "max_tokens": 2})
+        assert last["bill"]["pool"]["num_experts"] == NUM_EXPERTS
+        again = (await client.post("/ui/scores", json={"prompt": PROMPT, "pool": "2"})).json()
+        assert (again["expected"], again["is_observed"]) == (last["bill"]["pool"], True)  # what its prefill chose
 
 
 async def test_an_exact_answer_has_no_pool(service: Running) -> None:
@@ -223,6 +239,19 @@ def test_the_map_the_bill_and_the_difference(browser: Browser) -> None:
             page.click("#save")
         assert json.loads(saved.value.path().read_text()) == page.evaluate("() => looked[0].experts")
         assert saved.value.suggested_filename in page.locator("#slice-line").inner_text()
+
+
+def test_tokens_are_shown_as_they_come_until_somebody_stops_them(browser: Browser) -> None:
+    with served() as (url, service), visiting(browser, url) as page:
+        service.cluster.hold[2] = asyncio.Event()
+        ask(page, PROMPT, pool="2", tokens="5")
+        page.locator(".output", has_text=f"{PROMPT}he").wait_for()
+        page.locator(".answer canvas[aria-label*='2 read']").wait_for()
+        assert page.locator(".bill").inner_text() == ""
+        page.click("#stop")
+        page.locator("#ask-error", has_text="Stopped.").wait_for()
+        until(lambda: service.cluster.cancelled, 60)
+        assert page.locator("#stop").is_disabled()
 
 
 def test_an_error_is_said_where_the_answer_would_be(browser: Browser) -> None:

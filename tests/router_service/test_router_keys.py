@@ -439,6 +439,85 @@ async def test_a_tenant_has_its_own_pools_and_requests_alone(ring: KeyRing) -> N
         await rest(running)
 
 
+async def test_over_http_a_tenant_has_its_own_pools_and_requests_alone(ring: KeyRing) -> None:
+    acme, rival = await ring.add("acme"), await ring.add("rival")
+    cluster = InProcessCluster(hold={1: asyncio.Event()}, reached={1: asyncio.Event()})
+    gate = ring.gate()
+    guard, headers = guarded(gate, cluster=cluster), dict(bearer(rival))
+    async with guard as service, http(service, gate) as url, httpx.AsyncClient(timeout=60) as client:
+        await call(service, "Calibrate", bearer(acme))
+        for path, body in POSTS.items():
+            named = body | {"model": "tiny:law"} if "model" in body else body | {"pool": "law"}
+            assert (await client.post(url + path, json=named, headers=headers)).status_code in (400, 404), path
+            as_acme = await client.post(url + path, json=body, headers=headers | {"x-tenant-id": "acme"})
+            assert as_acme.status_code == 403, path
+        for path in GETS:
+            refused = await client.get(url + path, headers=headers | {"x-tenant-id": "acme"})
+            assert refused.status_code == 403, path
+        listed = (await client.get(f"{url}/v1/models", headers=headers)).json()["data"]
+        assert [card["id"] for card in listed] == ["tiny"]
+        assert (await client.get(f"{url}/v1/models/tiny:law", headers=headers)).status_code == 404
+        assert not cluster.received
+        ask = POSTS["/v1/completions"] | {"model": "tiny:law", "max_tokens": 4}
+        mine = {**dict(bearer(acme)), "x-request-id": "mine"}
+        running = asyncio.create_task(client.post(f"{url}/v1/completions", json=ask, headers=mine))
+        await cluster.reached[1].wait()
+        assert not (await call(service, "Abort", bearer(rival))).aborted
+        same_id = asyncio.create_task(
+            client.post(
+                f"{url}/v1/completions", json=POSTS["/v1/completions"], headers=headers | {"x-request-id": "mine"}
+            )
+        )
+        assert (await client.post(f"{url}/v1/completions", json=ask, headers=mine)).status_code == 409
+        assert (await call(service, "Abort", bearer(acme))).aborted
+        cluster.hold[1].set()
+        await running
+        assert (await same_id).status_code == 200, "an id is its tenant's own"
+        assert {request.tenant for _, request in cluster.received} == {"acme", "rival"}
+
+
+async def test_over_http_a_revoked_key_is_refused_within_a_second_everywhere(ring: KeyRing) -> None:
+    key = await ring.add("acme", *Role)
+    gate = ring.gate()
+    async with guarded(gate) as service, http(service, gate) as url, httpx.AsyncClient(timeout=60) as client:
+        headers = dict(bearer(key))
+        assert (await client.get(f"{url}/v1/models", headers=headers)).status_code == 200
+        await ring.revoke(key)
+
+        async def is_refused() -> bool:
+            return (await client.get(f"{url}/v1/models", headers=headers)).status_code == 401
+
+        assert await within(30, is_refused) < 1 or _is_busy()
+        for path, body in POSTS.items():
+            assert (await client.post(url + path, json=body, headers=headers)).status_code == 401, path
+        for path in GETS:
+            assert (await client.get(url + path, headers=headers)).status_code == 401, path
+
+
+async def test_what_admission_refuses_says_over_http_when_to_come_again(ring: KeyRing) -> None:
+    key = await ring.add("acme", requests_in_flight=1, requests_per_minute=100)
+    cluster = InProcessCluster(hold={0: asyncio.Event()}, reached={0: asyncio.Event()})
+    gate = ring.gate()
+    guard, headers = guarded(gate, cluster=cluster), dict(bearer(key))
+    async with guard as service, http(service, gate) as url, httpx.AsyncClient(timeout=60) as client:
+
+        def ask() -> Awaitable[httpx.Response]:
+            return client.post(f"{url}/v1/completions", json=POSTS["/v1/completions"], headers=headers)
+
+        first = asyncio.ensure_future(ask())
+        await cluster.reached[0].wait()
+        refused = await ask()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "tenant_overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["x-ratelimit-remaining-requests"] == "98"
+        cluster.hold[0].set()
+        assert (await first).status_code == 200
+        for worker in list(cluster.views):
+            cluster.change(worker, state="starting")
+        away = await ask()
+        assert (away.status_code, int(away.headers["retry-after"]) >= 1) == (503, True)
+
+
 async def test_each_role_does_what_it_is_for(ring: KeyRing) -> None:
     keys = {role: await ring.add("acme", role) for role in Role}
     allowed = {

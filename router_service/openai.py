@@ -557,6 +557,8 @@ class ResponsesRequest(Strict):
         "prompt": "there are no stored prompts; send `input`",
         "reasoning": "the models served here have no such switch",
         "max_tool_calls": "tools are called by the client",
+        "access_programs": "access is by key",
+        "image": "answers are text",
         "background_options": "nothing is run in the background",
         "context_management": "send less as `input`",
         **_NOT_HERE,

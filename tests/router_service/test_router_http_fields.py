@@ -98,3 +98,69 @@ def test_usage_says_which_tokens_of_a_prompt_were_cached() -> None:
     assert (told["prompt_tokens"], told["prompt_tokens_details"]) == (70, {"cached_tokens": 16})
     told = anthropic.usage_of(usage(40, 32))
     assert (told["input_tokens"], told["cache_read_input_tokens"]) == (8, 32)
+
+
+# --- what the table calls done is done --------------------------------------------------------------------------------
+
+SAMPLED = (
+    *("temperature", "top_p", "n", "stream", "stream_options", "stop", "seed", "presence_penalty", "frequency_penalty"),
+    *("logit_bias", "user", "response_format", "pool", "drift", "top_k", "min_p", "min_tokens", "repetition_penalty"),
+    *("stop_token_ids", "ignore_eos", "guided_json", "guided_regex", "guided_grammar", "max_tokens", "logprobs"),
+)
+DONE: dict[type[Strict], tuple[str, ...]] = {
+    openai.CompletionRequest: (*SAMPLED, "prompt", "best_of", "echo"),
+    openai.ChatRequest: (*(*SAMPLED, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"),),
+    openai.ResponsesRequest: (
+        *("input", "instructions", "max_output_tokens", "temperature", "top_p", "text", "tools", "tool_choice"),
+        *("stream", "pool", "drift"),
+    ),
+}
+SCHEMA = {"type": "object", "properties": {}}
+CHANGING: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "stop": ["x"],
+    "seed": 3,
+    "presence_penalty": 1.0,
+    "frequency_penalty": 1.0,
+    "logit_bias": {"1": 2.0},
+    "response_format": {"type": "json_object"},
+    "top_k": 3,
+    "min_p": 0.1,
+    "min_tokens": 1,
+    "repetition_penalty": 1.5,
+    "stop_token_ids": [1],
+    "ignore_eos": True,
+    "guided_json": SCHEMA,
+    "guided_regex": "a",
+    "guided_grammar": 'root ::= "a"',
+    "max_tokens": 7,
+    "max_completion_tokens": 7,
+    "max_output_tokens": 7,
+    "text": {"format": {"type": "json_object"}},
+}
+"""Values of fields that say how an answer is sampled. All others are about the answer's form or the prompt."""
+OTHERS = {
+    *("model", "prompt", "messages", "input", "instructions", "n", "best_of", "stream", "stream_options", "echo"),
+    *("user", "pool", "drift", "tools", "tool_choice", "logprobs", "top_logprobs", "store"),
+}
+
+
+@pytest.mark.parametrize("cls", DONE)
+def test_the_fields_of_the_apis_are_taken(cls: type[Strict]) -> None:
+    assert set(DONE[cls]) <= set(cls.names())
+
+
+@pytest.mark.parametrize("cls", DONE)
+def test_no_field_is_taken_and_ignored(cls: Any) -> None:
+    plain = cls.read(SMALLEST[cls]).sampling_of(100)
+    for name in set(cls.names()) - OTHERS:
+        assert cls.read(SMALLEST[cls] | {name: CHANGING[name]}).sampling_of(100) != plain, name
+
+
+def test_log_probabilities_are_asked_for_by_each_api_in_its_way() -> None:
+    completion, chat = SMALLEST[openai.CompletionRequest], SMALLEST[openai.ChatRequest]
+    asked = openai.CompletionRequest.read(completion | {"logprobs": 3, "echo": True}).sampling_of(100)
+    assert (asked.logprobs, asked.prompt_logprobs) == (3, 3)
+    assert openai.CompletionRequest.read(completion | {"best_of": 2}).sampling_of(100).logprobs == 0
+    assert openai.ChatRequest.read(chat | {"logprobs": True, "top_logprobs": 2}).sampling_of(100).logprobs == 2

@@ -391,7 +391,8 @@ class RouterConfig:
     router: str = _key(
         "auto",
         "Predictor of a prompt's pool. lexical and fitted need the model's router.safetensors; prefill is none, so "
-        "that the prompt's prefill alone chooses; auto is fitted where there is that file, else trunk.",
+        "that the prompt's prefill alone chooses; auto is fitted where there is that file, else trunk, and prefill for "
+        "families whose gates no predictor reads.",
         _one_of("auto", "lexical", "trunk", "fitted", "prefill"),
         renamed={"fused": "prefill"},
     )

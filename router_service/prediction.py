@@ -593,7 +593,16 @@ def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
     Raises ConfigError for a choice that would have no effect, CheckpointError for a file of another model.
     """
     path = Path(opened.checkpoint.path) / PREDICTOR_NAME
-    name = config.router if config.router != "auto" else ("fitted" if path.exists() else "trunk")
+    name = config.router
+    if not opened.family.gates_are_known:
+        if name not in ("auto", "prefill"):
+            raise ConfigError(
+                f"router.router is {name!r}, and no predictor reads the gates of {opened.family.model_type}, which "
+                "pick in ways of their own; leave it out, so that each prompt's prefill chooses its pool"
+            )
+        name = "prefill"
+    elif name == "auto":
+        name = "fitted" if path.exists() else "trunk"
     if name in ("lexical", "fitted") and not path.exists():
         raise ConfigError(
             f"router.router is {name!r}, and its file {path} is missing; make it with `expert-pager fit-router "

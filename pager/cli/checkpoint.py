@@ -146,13 +146,14 @@ def _ways_to_run(found: OpenModel) -> dict[str, str]:
     """For each way to run the model "yes", or why not."""
     from pager.engine.attention import check_served
 
-    service = "yes"
+    gates_are_known = found.family.gates_are_known
+    service = "yes" if gates_are_known else "yes, without predictions: its gates pick in ways of their own"
     try:
         check_served(found)
     except UnsupportedModel as error:
         service = error.message
     pools = found.family.unpoolable or "yes"
-    if any(each.pick is None for each in found.family.layers):
+    if not gates_are_known:
         pools = "its gates pick in ways of their own; whether a pool restricts them is tried when it is loaded"
     return {"exact": "yes", "pools": pools, "service": service}
 

@@ -1,7 +1,7 @@
 """Attention over KV blocks, as an attention function of transformers, and rotary embeddings that depend on a row alone.
 
-Legend: B rows, S new tokens a row, C tokens of context read, N token slots, H query heads, G key/value heads,
-D head dimension.
+Legend: B rows, S new tokens a row, C tokens of context read, W tokens of a window, N token slots, H query heads,
+G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModelForCausalLM
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pager.engine.kv import KvCache, heads_of
+from pager.engine.kv import KvCache, LayerAttention, layers_by_config
 from pager.errors import PagerError, UnsupportedModel
-from pager.models.layout import AttentionCall, try_forward
-from pager.models.open_model import OpenModel
+from pager.memory.plan import PREFILL_CHUNK_TOKENS
+from pager.models.layout import AttentionCall, Sees, try_forward
+from pager.models.open_model import OpenModel, model_class_of
 from pager.reading import one_line
 
 if TYPE_CHECKING:
@@ -38,36 +39,76 @@ _WITHOUT_EFFECT = frozenset(
         "position_ids", "return_dict", "sliding_window", "use_cache",
     }
 )  # fmt: skip
-"""Arguments that change nothing here: no training, positions are in the keys already, and `check` saw the window."""
+"""Arguments that change nothing here: no training, positions are in the keys already, and `layers_of` saw the window
+that transformers' own masks have."""
+
+SINK_WIDTH = 8
+"""By how much queries and keys are widened for sinks: by one, and what kernels want to be aligned to."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptStep:
-    """The tokens `start:end` of a forward's only row, which are of one prompt, and what its queries see.
+    """The tokens `start:end` of a forward's only row, which are of one prompt, after `num_past` others of it.
 
-    `read_1C` [1, C]: token slots of the context, the new tokens included; None where the new tokens are the whole
-    context, which is then causal. `mask_SC` [S, C]: True where a query sees a slot.
+    `read_1C` [1, C]: token slots of the context, the new tokens included; None where the new tokens are all of it.
     """
 
     start: int
     end: int
+    num_past: int = 0
     read_1C: torch.Tensor | None = None
-    mask_SC: torch.Tensor | None = None
+
+
+class RowContexts:
+    """What the queries of B rows of one token each see, by how far back their layer looks. Made once for all layers."""
+
+    def __init__(self, slots_BC: Tensor, position_B1: Tensor, dtype: torch.dtype, *, is_full: bool) -> None:
+        """`slots_BC`: token slots of each row's positions; rows end at `position_B1`. `is_full`: the only one at C."""
+        self._slots_BC = slots_BC
+        self._position_B1 = position_B1
+        self._dtype = dtype
+        self._is_full = is_full
+        self._seen: dict[int | None, tuple[Tensor, Tensor | None]] = {}
+
+    def seen(self, window: int | None) -> tuple[Tensor, Tensor | None]:
+        """Token slots to read [B, C], and a mask to add [B, 1, 1, C]: 0 where a query sees a slot. None: all it reads.
+
+        A masked position still takes part with weight 0, and 0 * NaN is NaN: so it reads the row's own first token,
+        never what another request left behind.
+        """
+        if window is not None and window >= self._slots_BC.shape[1]:
+            window = None
+        if window not in self._seen:
+            self._seen[window] = self._all() if window is None else self._last(window)
+        return self._seen[window]
+
+    def _all(self) -> tuple[Tensor, Tensor | None]:
+        if self._is_full:
+            return self._slots_BC, None
+        is_there_BC = torch.arange(self._slots_BC.shape[1], device=self._slots_BC.device) <= self._position_B1
+        return torch.where(is_there_BC, self._slots_BC, self._slots_BC[:, :1]), self._added(is_there_BC)
+
+    def _last(self, window: int) -> tuple[Tensor, Tensor | None]:
+        place_BW = self._position_B1 + torch.arange(1 - window, 1, device=self._slots_BC.device)
+        read_BW = self._slots_BC.gather(1, place_BW.clamp_min(0))
+        return read_BW, None if self._is_full else self._added(place_BW >= 0)
+
+    def _added(self, is_there_BC: Tensor) -> Tensor:
+        """To add: each layer's attention would make that of a mask of bools for itself."""
+        return torch.where(is_there_BC, 0.0, -torch.inf).to(self._dtype)[:, None, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KvStep:
-    """Where one forward writes its keys and values, and what its queries see. The same for every layer.
+    """Where one forward writes its keys and values, and what its queries see.
 
     `write_T` [B*S]: token slots of the new tokens. A forward runs either `prompts`, one after the other in a single
-    row, or one token for each of B rows. Of these, `read_BC` [B, C] are token slots of the context, the new token
-    included, and `mask` (broadcast to [B, H, 1, C]) is 0 where a query sees a slot; None where it sees all it reads.
+    row, or one token for each of B rows, which see their `rows`.
     """
 
     cache: KvCache
     write_T: torch.Tensor
-    read_BC: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    rows: RowContexts | None = None
     prompts: Sequence[PromptStep] = ()
 
 
@@ -81,69 +122,107 @@ def attend(
     scaling: float | None = None,
     kv_step: KvStep | None = None,
     on_layer: Callable[[], None] | None = None,
-    **arguments: object,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] → ([B, S, H, D], None).
 
-    `on_layer` is called first, before the layer writes anything; what it raises leaves the forward. Raises
-    UnsupportedModel for an argument that it would have to leave out of account, which `check` looks for at the start.
+    `s_aux` [H] among the arguments is a layer's sinks. `on_layer` is called first, before the layer writes anything;
+    what it raises leaves the forward. Raises UnsupportedModel for an argument that it would have to leave out of
+    account, which `layers_of` looks for at the start.
     """
-    if attention_mask is not None or not arguments.keys() <= _WITHOUT_EFFECT:
-        _refuse_arguments(module, attention_mask, arguments)
     assert kv_step is not None, "a model set up for the engine runs through its ModelRunner only"
+    cache, layer = kv_step.cache, int(module.layer_idx)  # type: ignore[arg-type]
+    s_aux: torch.Tensor | None = arguments.pop("s_aux", None)
+    if attention_mask is not None or not arguments.keys() <= _WITHOUT_EFFECT:
+        _refuse_arguments(layer, attention_mask, arguments)
+    if (s_aux is not None) is not cache.layers[layer].has_sinks:
+        _refuse_arguments(layer, None, {"s_aux": s_aux if s_aux is not None else "left out"})
     if on_layer is not None:
         on_layer()
-    cache, layer = kv_step.cache, int(module.layer_idx)  # type: ignore[arg-type]
     cache.k[layer].index_copy_(0, kv_step.write_T, key.transpose(1, 2).flatten(0, 1))
     cache.v[layer].index_copy_(0, kv_step.write_T, value.transpose(1, 2).flatten(0, 1))
 
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     if kv_step.prompts:
         own = (query, key, value)
-        parts = [_attend_part(part, cache, layer, own, scaling) for part in kv_step.prompts]
+        parts = [_attend_prompt(part, cache, layer, own, scaling, s_aux) for part in kv_step.prompts]
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0], None
-    assert kv_step.read_BC is not None, "rows of one token read their context from blocks"
-    rows = max(1, cache.gather_tokens // kv_step.read_BC.shape[1])
+    assert kv_step.rows is not None, "rows of one token read their context from blocks"
+    read_BC, mask = kv_step.rows.seen(cache.layers[layer].window)
+    rows = max(1, cache.gather_tokens // read_BC.shape[1])
     if len(query) <= rows:
-        return _attend_one_token(query, *cache.gather(layer, kv_step.read_BC), kv_step.mask, scaling), None
-    assert kv_step.mask is not None, "rows have contexts of different lengths"
-    some = zip(query.split(rows), kv_step.read_BC.split(rows), kv_step.mask.split(rows), strict=True)
-    parts = [_attend_one_token(q, *cache.gather(layer, read_BC), mask, scaling) for q, read_BC, mask in some]
+        return _attend_one_token(query, *cache.gather(layer, read_BC), mask, scaling, s_aux), None
+    assert mask is not None, "rows have contexts of different lengths"
+    some = zip(query.split(rows), read_BC.split(rows), mask.split(rows), strict=True)
+    parts = [_attend_one_token(q, *cache.gather(layer, read), mask, scaling, s_aux) for q, read, mask in some]
     return torch.cat(parts), None
 
 
-def _refuse_arguments(module: torch.nn.Module, mask: torch.Tensor | None, arguments: Mapping[str, object]) -> None:
+def _refuse_arguments(layer: int, mask: torch.Tensor | None, arguments: Mapping[str, object]) -> None:
     unknown = [name for name, value in arguments.items() if name not in _WITHOUT_EFFECT and value is not None]
     if mask is not None or unknown:
         what = f"the argument {unknown[0]}" if unknown else "a mask of its own"
-        raise UnsupportedModel(f"layer {module.layer_idx} attends with {what}, which is not supported by the service")
+        raise UnsupportedModel(f"layer {layer} attends with {what}, which is not supported by the service")
 
 
-def _attend_part(
+def _attend_prompt(
     part: PromptStep,
     cache: KvCache,
     layer: int,
     own: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scaling: float | None,
+    scaling: float,
+    sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[1, S, H, D] for the tokens of one prompt, of `own` query, key and value of the whole row."""
+    """[1, S, H, D] for the tokens of one prompt, of `own` query, key and value of the whole row.
+
+    Where a mask is needed, a part of the queries at a time: the plan has room for so many rows of it.
+    """
     query, key, value = (tensor[:, :, part.start : part.end] for tensor in own)
-    if part.read_1C is not None:
-        key, value = cache.gather(layer, part.read_1C)
-    return _attend_prompt(query, key, value, part.mask_SC, scaling)
+    num_past, num_new, window = part.num_past, query.shape[2], cache.layers[layer].window
+    if part.read_1C is None and sinks_H is None and (window is None or window >= num_new):
+        return _attend_tokens(query, key, value, None, scaling, None)
+    outputs = []
+    for start in range(num_past, num_past + num_new, PREFILL_CHUNK_TOKENS):
+        end = min(start + PREFILL_CHUNK_TOKENS, num_past + num_new)
+        first = 0 if window is None else max(0, start - window + 1)
+        if part.read_1C is not None:
+            seen = cache.gather(layer, part.read_1C[:, first:end])
+        else:
+            seen = key[:, :, first:end], value[:, :, first:end]
+        place_S1 = torch.arange(start, end, device=query.device)[:, None]
+        place_C = torch.arange(first, end, device=query.device)
+        mask_SC = place_C <= place_S1
+        if window is not None:
+            mask_SC &= place_C > place_S1 - window
+        queries = query[:, :, start - num_past : end - num_past]
+        outputs.append(_attend_tokens(queries, *seen, mask_SC, scaling, sinks_H))
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
-def _attend_prompt(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+def _attend_tokens(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attends from the tokens of a prompt; causally without a mask.
+    """Attends from the tokens of a prompt; causally without a mask. A GPU has each key and value once a query head.
 
     On a CPU in fp32 whatever the dtype: in half precision torch compiles and keeps 0.7 MB for every length of prompt.
+    Its kernels there want values as wide as keys.
     """
-    dtype = query.dtype
-    if query.device.type == "cpu":
+    dtype, width, on_cpu = query.dtype, value.shape[3], query.device.type == "cpu"
+    if on_cpu:
         query, key, value = query.float(), key.float(), value.float()
+        if key.shape[3] > width:
+            value = pad(value, (0, key.shape[3] - width))
+    if sinks_H is not None:
+        query, key, value, mask = _with_sinks(query, key, value, mask, sinks_H.view(-1, 1) / scaling)
+        if on_cpu:
+            value = pad(value, (0, SINK_WIDTH))
     is_grouped = query.shape[1] != key.shape[1]
-    if is_grouped and query.device.type != "cpu":  # torch's frugal kernels take no groups everywhere
+    if is_grouped and not on_cpu:  # torch's frugal kernels take no groups everywhere
         queries_a_key = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(queries_a_key, 1), value.repeat_interleave(queries_a_key, 1)
         is_grouped = False
@@ -151,62 +230,116 @@ def _attend_prompt(
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, is_causal=causal, enable_gqa=is_grouped
     )
-    return out.transpose(1, 2).to(dtype)
+    return out[..., :width].transpose(1, 2).to(dtype)
 
 
 def _attend_one_token(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attends from one token a row. Query heads that share a key head stand in as its query tokens."""
     rows, num_heads, _, head_dim = query.shape
     grouped = query.view(rows, key.shape[1], -1, head_dim)
+    if sinks_H is not None:
+        sinks = sinks_H.view(*grouped.shape[1:3]) / scaling
+        grouped, key, value, mask = _with_sinks(grouped, key, value, mask, sinks)
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(rows, 1, num_heads, head_dim)
+    return out.reshape(rows, 1, num_heads, value.shape[3])
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same attention with a further key that all queries see, whose value is 0.
+
+    It alone has something in a further dimension, where each query has its sink: `sinks`, broadcast to [heads, tokens]
+    of the query, so that the kernels need no logits of their own for it.
+    """
+    dim = key.shape[3]
+    query, key, value = pad(query, (0, SINK_WIDTH)), pad(key, (0, SINK_WIDTH, 0, 1)), pad(value, (0, 0, 0, 1))
+    query[..., dim] = sinks.to(query.dtype)
+    key[:, :, -1, dim] = 1
+    return query, key, value, None if mask is None else pad(mask, (0, 1), value=mask.dtype == torch.bool)
 
 
 def install(model: PreTrainedModel) -> None:
-    """Makes `model` attend over blocks. Raises UnsupportedModel as `check` does.
+    """Makes `model` attend over blocks, of a cache for its `layers_of`.
 
     No mask function is registered under the name: transformers then builds no mask, as it does for other engines'
     attention.
     """
-    check(model.config)
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
 
 
-def check_served(opened: OpenModel) -> None:
-    """Raises UnsupportedModel, before anything is loaded, for a model that only the library runs."""
-    check(opened.config)
-    for each in opened.family.layers:
-        if each.pick is None:
-            raise _refused(opened.config, f"the gate of {each.experts} picks in a way of its own")
+def layers_of(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
+    """What each layer of a model keeps and sees.
 
-
-def check(config: PretrainedConfig) -> None:
-    """Raises UnsupportedModel, which names the layer, unless every layer attends as `attend` does: to all that came
-    before, with keys and values of one shape, and with no argument that would be left out of account.
+    Raises UnsupportedModel, which names the layer, unless every layer attends as `attend` does: to what came before, or
+    the last of it, by keys and values alone, and with no argument that would be left out of account.
     """
+    with torch.device("meta"):
+        model = model_class_of(config)(deepcopy(config)).eval()
+    return _layers_of(model)
+
+
+def check_served(opened: OpenModel) -> tuple[LayerAttention, ...]:
+    """The same for a checkpoint, before anything of it is loaded. Raises UnsupportedModel."""
+    return _layers_of(opened.whole)
+
+
+def layers_in_library(opened: OpenModel) -> tuple[LayerAttention, ...]:
+    """The same for a model that the service may not run; as far as its config says it, then."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(deepcopy(config)).eval()
+        return check_served(opened)
+    except UnsupportedModel:
+        return layers_by_config(opened.config)
+
+
+def _layers_of(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
+    config = model.config
+    try:
         _refuse_other_mixers(model)
-        _check_calls(try_forward(model).attention, config)
+        if (rotary := getattr(model.base_model, "rotary_emb", None)) is None:
+            why = "it has no rotary embedding for all its layers, which is where positions are looked at"
+            raise _refused(config, why)
+        _refuse_other_tables(rotary, config)
+        return _checked(try_forward(model).attention, try_forward(model, with_masks=True).attention, config)
     except PagerError:
         raise
     except Exception as error:  # what a family needs beyond this interface, a mask for one, fails in its own way
         raise _refused(config, f"it does not run without transformers' own attention ({one_line(error)})") from error
 
 
-def _check_calls(calls: Sequence[AttentionCall], config: PretrainedConfig) -> None:
-    by_layer = {call.layer: call for call in calls}
+def _checked(
+    calls: Sequence[AttentionCall], masked: Sequence[AttentionCall], config: PretrainedConfig
+) -> tuple[LayerAttention, ...]:
+    """`masked` are the same calls with the masks that transformers makes for its own attention."""
+    by_layer = {call.layer: (call, with_mask) for call, with_mask in zip(calls, masked, strict=True)}
+    layers = []
     for layer in range(config.num_hidden_layers):
         if layer not in by_layer:
             raise _refused(config, f"layer {layer} does not attend through transformers' attention interface")
-        if reason := _foreign(by_layer[layer], config):
+        call, with_mask = by_layer[layer]
+        reason = _foreign(call)
+        if reason is None and (with_mask.sees is None or with_mask.layer != layer):
+            reason = "with a mask of its own"
+        if reason is not None:
             raise _refused(config, f"layer {layer} attends {reason}")
+        assert with_mask.sees is not None
+        try:
+            window = _window(with_mask.sees, int(config.max_position_embeddings))
+        except ValueError as error:
+            raise _refused(config, f"layer {layer} attends {error}") from None
+        has_sinks = "s_aux" in call.arguments
+        layers.append(LayerAttention(call.query[0], call.key[0], call.key[1], call.value[1], window, has_sinks))
     if len(calls) != config.num_hidden_layers:
         raise _refused(config, f"{len(calls)} attentions in {config.num_hidden_layers} layers")
+    return tuple(layers)
 
 
 def _refuse_other_mixers(model: PreTrainedModel) -> None:
@@ -218,29 +351,38 @@ def _refuse_other_mixers(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.conv._ConvNd):
             raise _refused(config, f"{name} is a convolution, which keeps a state of its own for each request")
-    if getattr(getattr(model, "model", None), "rotary_emb", None) is None:
-        raise _refused(config, "it has no rotary embedding for all its layers, which is where positions are looked at")
 
 
-def _foreign(call: AttentionCall, config: PretrainedConfig) -> str | None:
+def _foreign(call: AttentionCall) -> str | None:
     """How the call asks for more than `attend` does; None where it does not."""
-    window = call.arguments.get("sliding_window")
-    if window is not None and int(str(window)) < config.max_position_embeddings:
-        return (
-            f"with a sliding window of {window} tokens; set sliding_window to null in its config.json if it was "
-            "trained without one"
-        )
-    if call.key != call.value or call.key != heads_of(config):
-        keys, values, expected = (f"{heads} of {width}" for heads, width in (call.key, call.value, heads_of(config)))
-        return f"with keys in heads of another shape than its config says: {keys}, values {values}, not {expected}"
-    if call.query[1] != call.key[1] or call.query[0] % call.key[0]:
-        return f"with {call.query[0]} query heads of {call.query[1]} for {call.key[0]} of {call.key[1]}"
+    if call.key[0] != call.value[0] or call.query[1] != call.key[1] or call.query[0] % call.key[0]:
+        shapes = (f"{heads} of {width}" for heads, width in (call.query, call.key, call.value))
+        return "with heads that do not fit to each other: queries {}, keys {}, values {}".format(*shapes)
+    if call.key[1] < call.value[1]:
+        return f"with values in heads of {call.value[1]}, wider than its keys of {call.key[1]}"
     if call.arguments.get("is_causal", True) is not True:
         return "to what comes after a token too"
     if call.has_mask:
         return "with a mask of its own"
-    unknown = sorted(call.arguments.keys() - _WITHOUT_EFFECT - {"scaling"})
+    sinks = call.arguments.get("s_aux")
+    if sinks is not None and getattr(sinks, "shape", None) != (call.query[0],):
+        return "with sinks that are not one number a head"
+    unknown = sorted(call.arguments.keys() - _WITHOUT_EFFECT - {"scaling", "s_aux"})
     return f"with the argument {unknown[0]}" if unknown else None
+
+
+def _window(sees: Sees, context_tokens: int) -> int | None:
+    """How many tokens a query sees, itself included; None for all. Raises ValueError where those are not the last."""
+    keys = torch.arange(context_tokens + 1)
+    window = None
+    for place in sorted({context_tokens - 1, context_tokens - 2, context_tokens // 2} - {-1, 0}, reverse=True):
+        seen = torch.as_tensor(sees(0, 0, torch.tensor(place), keys)).expand(len(keys)).nonzero().flatten()
+        num_seen = len(seen)
+        if window is None:
+            window = num_seen
+        if num_seen != min(window, place + 1) or not seen.equal(keys[place + 1 - num_seen : place + 1]):
+            raise ValueError("to other tokens than the last ones before each")
+    return None if window is None or window >= context_tokens else window
 
 
 def _refused(config: PretrainedConfig, why: str) -> UnsupportedModel:
@@ -250,6 +392,7 @@ def _refused(config: PretrainedConfig, why: str) -> UnsupportedModel:
 
 
 SAME_FOR_EVERY_LENGTH = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
+_BY_ROW = frozenset({"dynamic", "longrope"})
 
 
 class RowRotary(nn.Module):
@@ -300,17 +443,34 @@ def install_rotary(model: PreTrainedModel) -> RowRotary | None:
 
     Raises UnsupportedModel for a rope type that is not known to depend on a row alone.
     """
-    rotary: Any = model.model.rotary_emb
+    rotary: Any = model.base_model.rotary_emb
     if isinstance(rotary, RowRotary):
         return rotary
-    kinds = set(rotary.rope_type.values()) if isinstance(rotary.rope_type, dict) else {rotary.rope_type}
-    if kinds <= SAME_FOR_EVERY_LENGTH:
+    _refuse_other_tables(rotary, model.config)
+    if _rope_types(rotary) <= SAME_FOR_EVERY_LENGTH:
         return None
-    if not kinds <= {"dynamic", "longrope"} or isinstance(rotary.rope_type, dict):
-        known = ", ".join(sorted({"dynamic", "longrope", *SAME_FOR_EVERY_LENGTH}))
-        raise UnsupportedModel(
-            f"rope_type {rotary.rope_type!r} is not supported where requests share a batch, since the length of one "
-            f"could change the answer of another; supported are {known}. pager.load_model runs it as transformers does"
-        )
-    model.model.rotary_emb = RowRotary(rotary)
-    return model.model.rotary_emb  # type: ignore[no-any-return]
+    model.base_model.rotary_emb = RowRotary(rotary)
+    return model.base_model.rotary_emb  # type: ignore[no-any-return]
+
+
+def _rope_types(rotary: Any) -> set[str]:
+    return set(rotary.rope_type.values()) if isinstance(rotary.rope_type, dict) else {rotary.rope_type}
+
+
+def _has_one_table(rotary: Any) -> bool:
+    """It gives cosines and sines, the same for all layers."""
+    device = rotary.inv_freq.device if hasattr(rotary, "inv_freq") else None
+    if device is None or isinstance(rotary.rope_type, dict):
+        return False
+    return isinstance(rotary(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, device=device)), tuple)
+
+
+def _refuse_other_tables(rotary: Any, config: PretrainedConfig) -> None:
+    kinds = _rope_types(rotary)
+    if kinds <= SAME_FOR_EVERY_LENGTH or (kinds <= _BY_ROW and _has_one_table(rotary)):
+        return
+    known = ", ".join(sorted(_BY_ROW | SAME_FOR_EVERY_LENGTH))
+    raise UnsupportedModel(
+        f"rope_type {rotary.rope_type!r} is not supported where requests share a batch, since the length of one "
+        f"could change the answer of another; supported are {known}. pager.load_model runs it as transformers does"
+    )

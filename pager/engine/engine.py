@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from tokenizers import Tokenizer
 
 from pager import threads
+from pager.engine.attention import layers_of
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.grammar import Grammars
 from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent, failure_of
@@ -71,7 +72,8 @@ class Engine:
         self._observer = observer or EngineObserver()
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
         plan = paged.plan
-        cache = KvCache(config, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
+        layers = layers_of(paged.config)
+        cache = KvCache(layers, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
         self._cache = cache
         self._runner = ModelRunner(paged.model, cache, paged.device, on_layer=self._on_layer)
         self._decoder = Decoder(paged, self._runner)

@@ -196,7 +196,7 @@ def put_under_pools(model: PreTrainedModel, family: Family, layers: Mapping[str,
 
     Returns why they cannot be, where they cannot: the model then runs with all its experts only.
     """
-    if all(each.pick is not None for each in family.layers):
+    if family.gates_are_known:
         for each in family.layers:
             assert each.gate is not None
             _become(model.get_submodule(each.gate), PooledGate, paging=layers[each.experts], pooled_pick=each.pick)

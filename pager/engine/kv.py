@@ -1,6 +1,6 @@
 """Keys and values: which request owns which block (integers), the tensors behind the blocks, and prefixes in common.
 
-Legend: L layers, N token slots (blocks times BLOCK_TOKENS), G key/value heads, D head dimension.
+Legend: N token slots (blocks times BLOCK_TOKENS), G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -130,38 +133,65 @@ class BlockPool:
         return block
 
 
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer keeps of a token, and what its queries see: all that came before, or the last `window` tokens.
+
+    With `has_sinks` each query head has a logit of its own beside those of the tokens, which takes a share for nothing.
+    """
+
+    num_query_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+    has_sinks: bool = False
+
+    @property
+    def key_width(self) -> int:
+        return self.num_kv_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.num_kv_heads * self.value_dim
+
+
 class KvCache:
-    """The tensors `k[L, N, G, D]` and `v[L, N, G, D]`. A token slot is `block * BLOCK_TOKENS + offset`.
+    """The tensors `k` [N, G, D] and `v` [N, G, D] of every layer. A token slot is `block * BLOCK_TOKENS + offset`.
 
     `gather_tokens` is how many of them `gather` takes at a time.
     """
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        layers: Sequence[LayerAttention],
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device,
         *,
         gather_tokens: int = GATHER_TOKENS,
     ) -> None:
-        num_kv_heads, head_dim = heads_of(config)
-        shape = (config.num_hidden_layers, num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = tuple(layers)
+        num_slots = num_blocks * BLOCK_TOKENS
+        zeros, empty = (partial(make, dtype=dtype, device=device) for make in (torch.zeros, torch.empty))
+        self.k = [zeros(num_slots, each.num_kv_heads, each.key_dim) for each in layers]
+        self.v = [zeros(num_slots, each.num_kv_heads, each.value_dim) for each in layers]
+        self.dtype = dtype
         self.gather_tokens = gather_tokens
         # Kept, because every layer of every step needs them: new ones would cost a page fault per 4 KiB each time.
-        self._gathered = torch.empty(2, gather_tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._gathered_k = empty(gather_tokens * max(each.key_width for each in layers))
+        self._gathered_v = empty(gather_tokens * max(each.value_width for each in layers))
 
     def gather(self, layer: int, slots_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, G, C, D] of these token slots; valid until the next call."""
         slots_T = slots_BC.reshape(-1)
-        shape = (*slots_BC.shape, *self.k.shape[2:])
-        k, v = (
-            torch.index_select(held[layer], 0, slots_T, out=gathered[: len(slots_T)]).view(shape).transpose(1, 2)
-            for held, gathered in zip((self.k, self.v), self._gathered, strict=True)
-        )
-        return k, v
+
+        def taken(held: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+            shape_TGD = (len(slots_T), *held.shape[1:])
+            out = buffer[: math.prod(shape_TGD)].view(shape_TGD)
+            return torch.index_select(held, 0, slots_T, out=out).view(*slots_BC.shape, *held.shape[1:]).transpose(1, 2)
+
+        return taken(self.k[layer], self._gathered_k), taken(self.v[layer], self._gathered_v)
 
     def copy_block(self, source: int, to: int) -> None:
         """Has a block contain what another one contains."""
@@ -171,13 +201,12 @@ class KvCache:
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(tensor.nbytes for tensor in (*self.k, *self.v))
 
 
-def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(layers: Sequence[LayerAttention], dtype: torch.dtype) -> int:
     """Bytes that one token's keys and values take in all layers."""
-    num_kv_heads, head_dim = heads_of(config)
-    return 2 * int(config.num_hidden_layers) * num_kv_heads * head_dim * dtype.itemsize
+    return sum(each.key_width + each.value_width for each in layers) * dtype.itemsize
 
 
 def blocks_for(num_tokens: int) -> int:
@@ -194,11 +223,12 @@ def token_slots(tables: Sequence[Sequence[int]], device: torch.device) -> torch.
     return slots.flatten(1).to(device)
 
 
-def heads_of(config: PretrainedConfig) -> tuple[int, int]:
-    """How many key/value heads there are, and their dimension."""
+def layers_by_config(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
+    """What the layers of a model keep as far as its config says it: all of them the same."""
     num_heads = largest(config, "num_attention_heads") or 1
     head_dim = largest(config, "head_dim") or config.hidden_size // num_heads
-    return largest(config, "num_key_value_heads") or num_heads, head_dim
+    num_kv_heads = largest(config, "num_key_value_heads") or num_heads
+    return (LayerAttention(num_heads, num_kv_heads, head_dim, head_dim),) * int(config.num_hidden_layers)
 
 
 # --- prefixes in common -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pager.cache.lease import Lease
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import NoObserver, PagerObserver, UsageMeter
 from pager.cache.trace import TraceHeader, TraceRecorder
+from pager.engine.attention import layers_in_library
 from pager.engine.experts import OpenStep, attach
 from pager.engine.gates import NO_COPIES
 from pager.engine.kv import kv_bytes_per_token
@@ -240,12 +241,13 @@ def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
 
 def needs_of(opened: OpenModel, device: str, num_readers: int = NUM_READERS) -> Needs:
     """What the planner has to know of a model that is to run on `device`, with torch's threads as they are now."""
+    layers = layers_in_library(opened)
     return Needs(
         trunk_bytes=opened.trunk_bytes,
         expert_bytes=opened.expert_bytes,
         facts=opened.facts,
-        kv_bytes_per_token=kv_bytes_per_token(opened.config, opened.dtype),
+        kv_bytes_per_token=kv_bytes_per_token(layers, opened.dtype),
         context_tokens=opened.config.max_position_embeddings,
         staging_bytes=staging_bytes(opened, device, num_readers=num_readers, num_buffers=STAGING_BUFFERS),
-        workspace=workspace_of(opened, device, num_readers=num_readers),
+        workspace=workspace_of(opened, device, layers, num_readers=num_readers),
     )

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pager.cache.device import DeviceSlots
 from pager.engine import attention
-from pager.engine.attention import KvStep, PromptStep
+from pager.engine.attention import KvStep, PromptStep, RowContexts
 from pager.engine.kv import KvCache, blocks_for, token_slots
 from pager.engine.paged_model import PagedModel
 from pager.engine.sampler import logprobs_of
@@ -143,7 +143,6 @@ class DecodeBatch:
     @torch.inference_mode(False)  # what is made in that mode could not be changed outside of it
     def __init__(self, rows: Sequence[RowStart], device: torch.device) -> None:
         self._slots_BC = token_slots([row.blocks for row in rows], device)
-        self._positions_C = torch.arange(self._slots_BC.shape[1], device=device)
         self.token_B1 = torch.tensor([[row.token_id] for row in rows], device=device)
         self.position_B1 = torch.tensor([[row.position] for row in rows], device=device)
         self.context = 1 + max(row.position for row in rows)
@@ -155,18 +154,10 @@ class DecodeBatch:
 
     def kv_step(self, cache: KvCache, padded_context: int | None = None) -> KvStep:
         """What the next step reads and writes. With `padded_context`, nothing in it changes shape until that does."""
-        context = padded_context or self.context
-        slots_BC = self._slots_BC[:, :context]
+        slots_BC = self._slots_BC[:, : padded_context or self.context]
         write_B = self._slots_BC.gather(1, self.position_B1)[:, 0]
-        if len(slots_BC) == 1 and padded_context is None:
-            return KvStep(cache, write_B, slots_BC)
-        mask_BC = self._positions_C[:context] <= self.position_B1
-        # A masked position still takes part with weight 0, and 0 * NaN is NaN: so it reads the row's own first token,
-        # never what another request left behind.
-        read_BC = torch.where(mask_BC, slots_BC, slots_BC[:, :1])
-        # To add: each layer's attention would make that of a mask of bools for itself.
-        added_BC = torch.where(mask_BC, 0.0, -torch.inf).to(cache.k.dtype)
-        return KvStep(cache, write_B, read_BC, added_BC[:, None, None])
+        is_full = len(slots_BC) == 1 and padded_context is None
+        return KvStep(cache, write_B, RowContexts(slots_BC, self.position_B1, cache.dtype, is_full=is_full))
 
     def advance(self, token_B: torch.Tensor) -> None:
         """Makes the sampled tokens the next step's input."""
@@ -196,7 +187,8 @@ class ModelRunner:
     ) -> None:
         """`on_layer` is called before every layer of a forward. What it raises leaves the forward there.
 
-        Raises UnsupportedModel where the model's attention cannot run over blocks, or rows not beside each other.
+        `cache` is made for the model's `attention.layers_of`. Raises UnsupportedModel where rows cannot run beside each
+        other.
         """
         attention.install(model)
         self._rotary = attention.install_rotary(model)
@@ -224,13 +216,9 @@ class ModelRunner:
         for part in parts:
             start, end = part.num_past, part.num_past + len(part.token_ids)
             slots_C = token_slots([part.blocks], self.device)[0, :end]
-            read_1C = mask_SC = None
-            if start:
-                read_1C = slots_C[None]
-                position_S = torch.arange(start, end, device=self.device)
-                mask_SC = torch.arange(end, device=self.device) <= position_S[:, None]
             writes.append(slots_C[start:])
-            prompts.append(PromptStep(num_before, num_before + end - start, read_1C, mask_SC))
+            read_1C = slots_C[None] if start else None
+            prompts.append(PromptStep(num_before, num_before + end - start, start, read_1C))
             num_before += end - start
         token_1T = torch.tensor([[token for part in parts for token in part.token_ids]], device=self.device)
         position_1T = torch.tensor([[position for part in parts for position in part.positions]], device=self.device)
@@ -350,7 +338,8 @@ def choose(seconds: dict[int, list[float]]) -> int:
 
 def step_seconds(paged: PagedModel, counts: list[int]) -> dict[int, list[float]]:
     """The median time of a decode step of each of BATCHES, by the number of threads; they take turns."""
-    cache = KvCache(paged.config, blocks_for(CONTEXT_TOKENS), paged.dtype, paged.device)
+    layers = attention.layers_of(paged.config)
+    cache = KvCache(layers, blocks_for(CONTEXT_TOKENS), paged.dtype, paged.device)
     runner = ModelRunner(paged.model, cache, paged.device)
     pool = ExpertPool(tuple(tuple(range(routed)) for routed in paged.facts.routed_per_layer))
     policy = PoolPolicy(Count(max(paged.facts.routed_per_layer)), PoolSource.FIXED, pool)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from pager.engine import KERNEL_CACHES
+from pager.engine.attention import SINK_WIDTH
 from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES
-from pager.engine.kv import heads_of
+from pager.engine.kv import LayerAttention
 from pager.memory.plan import NUM_CHECKERS, Workspace
-from pager.models.families import largest
 from pager.models.open_model import OpenModel
 from pager.store.reads import STAGING_BYTES
 
@@ -47,10 +49,10 @@ _CUBLAS_BYTES = 64 * MIB  # cuBLAS and cuBLASLt, 32 MiB each on the newest GPUs
 _CUDA_SEGMENT_BYTES = 20 * MIB  # what torch takes from the device for anything between 1 and 10 MiB
 
 
-def workspace_of(opened: OpenModel, device: str, *, num_readers: int) -> Workspace:
+def workspace_of(opened: OpenModel, device: str, layers: Sequence[LayerAttention], *, num_readers: int) -> Workspace:
     """What a forward of this model takes on `device`, with as many threads as torch has now."""
     on_cpu = torch.device(device).type == "cpu"
-    shapes = _Shapes(opened, on_cpu)
+    shapes = _Shapes(opened, layers, on_cpu)
     is_half = opened.dtype != torch.float32
     # On a GPU twice: a graph has its own of all that.
     fixed_bytes = shapes.cpu_bytes(num_readers) if on_cpu else 2 * (_CUBLAS_BYTES + 2 * _CUDA_SEGMENT_BYTES)
@@ -87,14 +89,18 @@ def staging_bytes(opened: OpenModel, device: str, *, num_readers: int, num_buffe
 class _Shapes:
     """The widths of a model that decide what a token takes."""
 
-    def __init__(self, opened: OpenModel, on_cpu: bool) -> None:
+    def __init__(self, opened: OpenModel, layers: Sequence[LayerAttention], on_cpu: bool) -> None:
         config, facts = opened.config, opened.facts
         self.on_cpu = on_cpu
         self.item = opened.dtype.itemsize
         self.hidden = int(config.hidden_size)
         self.vocabulary = int(config.vocab_size)
-        self.num_kv_heads, self.head_dim = heads_of(config)
-        self.num_heads = largest(config, "num_attention_heads") or 1
+        self.keys, self.values = max(each.key_width for each in layers), max(each.value_width for each in layers)
+        self.head_dim = max(each.key_dim for each in layers)
+        self.queries = max(each.num_query_heads * each.key_dim for each in layers)
+        self.is_grouped = any(each.num_query_heads != each.num_kv_heads for each in layers)
+        self.is_latent = any(each.key_dim != each.value_dim for each in layers)
+        self.has_sinks = any(each.has_sinks for each in layers)
         self.expert = opened.family.shape
         self.is_quantised = opened.record is not None
         self.expert_bytes = opened.expert_bytes
@@ -112,14 +118,20 @@ class _Shapes:
 
     def gather_bytes(self) -> int:
         """A token of context in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.item
+        return (self.keys + self.values) * self.item
 
     def context_bytes(self) -> int:
-        """The same as a prompt's attention wants it: in fp32 on a CPU, repeated for its queries on a GPU."""
+        """The same as a prompt's attention wants it: in fp32 on a CPU, where values are as wide as keys, repeated for
+        its queries on a GPU; and what sinks make of it.
+        """
+        item = FP32 if self.on_cpu else self.item
+        copies = 2 * self.keys * item * self.has_sinks * (1 + SINK_WIDTH / self.head_dim)
         if self.on_cpu:
-            return 2 * self.num_kv_heads * self.head_dim * FP32 if self.item < FP32 else 0
-        is_grouped = self.num_heads != self.num_kv_heads
-        return 2 * self.num_heads * self.head_dim * self.item if is_grouped else 0
+            copies += (self.keys + self.values) * FP32 if self.item < FP32 else 0
+            copies += self.keys * FP32 if self.is_latent else 0
+        elif self.is_grouped:
+            copies += 2 * self.queries * item
+        return math.ceil(copies)
 
     def draw_bytes(self) -> int:
         """A row whose token is drawn under top-p: logits, as they came and as they were changed, with a grammar's mask;
@@ -144,11 +156,12 @@ class _Shapes:
         return threads + kept + copied + surplus
 
     def _attention(self) -> int:
-        queries, keys = self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim
-        rotated = queries * (2 * self.item + 5 * FP32) + keys * self.item
+        queries, keys = self.queries, self.keys + self.values
+        rotated = queries * (2 * self.item + 5 * FP32) + keys * self.item * (3 if self.is_latent else 1)
         attended = (queries + keys) * (self.item + FP32) + 2 * queries * (self.item + FP32)
         repeated = 0 if self.on_cpu else 2 * queries * self.item
-        return max(rotated, attended + repeated) + self.hidden * self.item
+        widened = self.context_bytes() + 2 * queries * FP32 if self.is_latent or self.has_sinks else 0
+        return max(rotated, attended + repeated + widened) + self.hidden * self.item
 
     def _routing(self) -> int:
         """Logits, the scores without what is outside the pool, probabilities, and the same in float64 to add up."""

@@ -238,6 +238,11 @@ class Family:
     facts: RoutingFacts
     unpoolable: str | None
 
+    @property
+    def gates_are_known(self) -> bool:
+        """Every gate is one matrix and a known way of picking, so that its logits are there to be read."""
+        return all(each.pick is not None for each in self.layers)
+
 
 def family_of(model: PreTrainedModel) -> Family:
     """What `model`, which is on the meta device and whole, says of itself. Raises UnsupportedModel."""

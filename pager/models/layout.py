@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -179,13 +180,19 @@ def _one_expert(
 # is known before any weight is read.
 
 
-NAME = "expert_pager_trial"
+NAME, NAME_WITH_MASKS = "expert_pager_trial", "expert_pager_trial_masks"
 NUM_TOKENS = 3
+
+Sees = Callable[[Any, Any, Tensor, Tensor], Tensor]
+"""A mask as transformers describes it: by batch row, head, and the places of a query and a key, whether it sees it."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One call of the attention function. Shapes are [heads, head dimension]; `arguments` are those that are given."""
+    """One call of the attention function. Shapes are [heads, head dimension]; `arguments` are those that are given.
+
+    `sees` is the mask that transformers makes for the layer, where the trial asks for masks; `has_mask`: any other.
+    """
 
     module: str
     layer: int | None
@@ -193,6 +200,7 @@ class AttentionCall:
     key: tuple[int, int]
     value: tuple[int, int]
     has_mask: bool
+    sees: Sees | None
     arguments: Mapping[str, object]
 
 
@@ -215,53 +223,76 @@ class Trial:
 class _Running(threading.local):
     trial: Trial
     names: Mapping[Any, str]
+    masks: list[tuple[Tensor, Sees]]
 
 
 _running = _Running()
 
 
 @torch.no_grad()
-def try_forward(model: PreTrainedModel, *, own_attention: bool = True, with_mask: bool = False) -> Trial:
+def try_forward(
+    model: PreTrainedModel, *, own_attention: bool = True, with_mask: bool = False, with_masks: bool = False
+) -> Trial:
     """Runs `model`, which is on the meta device and keeps these functions. Raises whatever the model does.
 
-    With `own_attention` transformers builds no mask, as it does for engines that have attention of their own; without,
-    attention is not looked at. `with_mask` gives a mask of padding in the place of positions.
+    With `own_attention` transformers builds no mask, as it does for engines that have attention of their own, unless
+    `with_masks`; without, attention is not looked at. `with_mask` gives a mask of padding in the place of positions.
     """
-    model.set_attn_implementation(NAME if own_attention else "eager")
+    name = NAME_WITH_MASKS if with_masks else NAME
+    model.set_attn_implementation(name if own_attention else "eager")
     model.set_experts_implementation(NAME)
-    for module in model.modules():  # tables that grow with the longest position ask for its value, which there is not
-        kind = getattr(module, "rope_type", None)
-        if isinstance(kind, str | dict):
-            module.rope_type = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
-    _running.trial = trial = Trial()
     inputs = {"input_ids": torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")}
     if own_attention:
         inputs["position_ids"] = torch.arange(NUM_TOKENS, device="meta")[None]
-    if with_mask:
+    if with_mask or with_masks:
         inputs["attention_mask"] = torch.ones(1, NUM_TOKENS, dtype=torch.bool, device="meta")
+    _running.trial = trial = Trial()
+    _running.masks = []
     _running.names = {module: name for name, module in model.named_modules()}
     try:
-        model(**inputs, use_cache=False)
+        with _plain_tables(model):
+            model(**inputs, use_cache=False)
     finally:
-        del _running.trial, _running.names
+        del _running.trial, _running.names, _running.masks
     return trial
+
+
+@contextmanager
+def _plain_tables(model: PreTrainedModel) -> Iterator[None]:
+    """Tables that grow with the longest position ask for its value, which there is not."""
+    kinds = {each: kind for each in model.modules() if isinstance(kind := getattr(each, "rope_type", None), str | dict)}
+    for module, kind in kinds.items():
+        module.rope_type = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            module.rope_type = kind
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **arguments: Any
 ) -> tuple[Tensor, None]:
     (_, heads, tokens, _), width = query.shape, value.shape[3]
+    sees = next((sees for mask, sees in _running.masks if mask is attention_mask), None)
     call = AttentionCall(
         module=_running.names[module],
         layer=getattr(module, "layer_idx", None),
         query=(query.shape[1], query.shape[3]),
         key=(key.shape[1], key.shape[3]),
         value=(value.shape[1], value.shape[3]),
-        has_mask=attention_mask is not None,
+        has_mask=attention_mask is not None and sees is None,
+        sees=sees,
         arguments={name: argument for name, argument in arguments.items() if argument is not None},
     )
     _running.trial.attention.append(call)
     return query.new_empty(len(query), tokens, heads, width), None
+
+
+def _mask(*_: Any, mask_function: Sees, **__: Any) -> Tensor:
+    mask = torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool, device="meta")
+    _running.masks.append((mask, mask_function))
+    return mask
 
 
 def _experts(module: Any, hidden_TD: Tensor, index_TK: Tensor, _: Tensor) -> Tensor:
@@ -270,4 +301,6 @@ def _experts(module: Any, hidden_TD: Tensor, index_TK: Tensor, _: Tensor) -> Ten
 
 
 AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(NAME_WITH_MASKS, _attend)
+AttentionMaskInterface.register(NAME_WITH_MASKS, _mask)
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)

@@ -229,7 +229,7 @@ class OpenModel:
         left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
         if left:
             raise CheckpointError(f"nothing was loaded for {', '.join(left[:3])} ({len(left)} tensors)")
-        object.__setattr__(model, "gates_are_known", all(each.pick for each in self.family.layers))
+        object.__setattr__(model, "gates_are_known", self.family.gates_are_known)
         model.generation_config = self._generation_config()
         model.get_output_embeddings().register_forward_pre_hook(_own_strides)
         return model

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import router_service.prediction
 from pager.config import RouterConfig
@@ -121,6 +122,18 @@ def test_choices_that_can_take_no_effect_are_errors(fit: Fit, checkpoint: Path) 
         says, choices = r"router\.min_recall would have no effect", {"router": router, "min_recall": 0.7}
         with pytest.raises(ConfigError, match=says), passes_of(folder, **choices):
             pass
+
+
+def test_gates_that_pick_in_ways_of_their_own_leave_the_choice_to_the_prefill(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_local_experts=4)).save_pretrained(tmp_path)
+    for router in ("auto", "prefill"):
+        with passes_of(tmp_path, router=router) as passes:
+            assert passes == Passes()
+    for router in ("lexical", "trunk", "fitted"):
+        with pytest.raises(ConfigError, match=f"'{router}', and no predictor reads the gates of gpt_oss"):
+            passes_of(tmp_path, router=router).__enter__()
 
 
 def test_a_router_fitted_to_another_model_is_refused(fit: Fit) -> None:

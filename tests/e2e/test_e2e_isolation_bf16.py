@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pager
+from pager.engine.attention import layers_of
 from pager.engine.kv import BlockPool, KvCache
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.runner import DecodeBatch, ModelRunner, PromptPart, RowStart
@@ -48,7 +49,7 @@ def policy_of(sequence: int) -> PoolPolicy:
 
 def forced_logits(paged: PagedModel, sequences: list[int]) -> torch.Tensor:
     """[B, FORCED, V]: what follows each token when all of them are given, the sequences running together."""
-    cache = KvCache(paged.config, paged.plan.num_kv_blocks, paged.dtype, paged.device)
+    cache = KvCache(layers_of(paged.config), paged.plan.num_kv_blocks, paged.dtype, paged.device)
     runner = ModelRunner(paged.model, cache, paged.device)
     blocks = BlockPool(paged.plan.num_kv_blocks)
     with ExitStack() as held:

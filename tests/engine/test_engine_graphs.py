@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from pager.engine import decoding, experts
+from pager.engine.attention import layers_of
 from pager.engine.decoding import device_step
 from pager.engine.kv import BlockPool, KvCache
 from pager.engine.paged_model import PagedModel, load_paged_model
@@ -323,7 +324,7 @@ def test_the_step_asks_the_device_for_nothing(
 ) -> None:
     paged, meta = paged_on_meta, torch.device("meta")
     blocks = BlockPool(32)
-    cache = KvCache(paged.config, 32, torch.bfloat16, meta)
+    cache = KvCache(layers_of(paged.config), 32, torch.bfloat16, meta)
     runner = ModelRunner(paged.model, cache, meta)
     documents, starts, draws = [], [], []
     for row in range(num_rows):

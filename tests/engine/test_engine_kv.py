@@ -11,10 +11,13 @@ from pager.engine.kv import (
     KvCache,
     blocks_for,
     kv_bytes_per_token,
+    layers_by_config,
     token_slots,
 )
 
-CONFIG = MixtralConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+LAYERS = layers_by_config(
+    MixtralConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+)
 
 
 def keys_of(tenant: str, blocks: list[int]) -> list[bytes]:
@@ -134,9 +137,9 @@ def test_two_that_ran_the_same_at_once_leave_it_once() -> None:
 
 
 def test_the_tensors_take_what_the_arithmetic_says() -> None:
-    cache = KvCache(CONFIG, 5, torch.float32, torch.device("cpu"))
-    assert cache.nbytes == 5 * BLOCK_TOKENS * kv_bytes_per_token(CONFIG, torch.float32)
-    assert kv_bytes_per_token(CONFIG, torch.bfloat16) == 2 * 3 * 2 * 8 * 2
+    cache = KvCache(LAYERS, 5, torch.float32, torch.device("cpu"))
+    assert cache.nbytes == 5 * BLOCK_TOKENS * kv_bytes_per_token(LAYERS, torch.float32)
+    assert kv_bytes_per_token(LAYERS, torch.bfloat16) == 2 * 3 * 2 * 8 * 2
 
 
 def test_slots_follow_the_block_table_and_padding_stays_within_it() -> None:

@@ -26,7 +26,7 @@ from pager.cluster.loading import load_engine
 from pager.cluster.worker import WorkerObserver
 from pager.config import ModelConfig, ServiceConfig
 from pager.engine import attention
-from pager.engine.kv import BlockPool, KvCache
+from pager.engine.kv import BlockPool, KvCache, layers_by_config
 from pager.engine.paged_model import load_paged_model
 from pager.engine.runner import DecodeBatch, ModelRunner, PromptPart, RowStart
 from pager.errors import CheckpointError, UnsupportedModel
@@ -107,7 +107,6 @@ def test_prompts_of_different_lengths_decode_together_as_each_alone(family: str,
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "flex_olmo", "mellum"])
 def test_other_families_that_pass_the_check_decode_as_alone(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, **{**SMALL, "head_dim": 8}, num_experts=8, moe_intermediate_size=16)
-    attention.check(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -124,10 +123,10 @@ def assert_each_decodes_as_alone(model: PreTrainedModel, chunk: int) -> None:
     expected = [generate(model, prompt, count) for prompt in prompts]
 
     pool = BlockPool(32)
-    cache = KvCache(model.config, 32, torch.float32, CPU)
+    cache = KvCache(attention.layers_of(model.config), 32, torch.float32, CPU)
     # What an earlier owner left must not show, whatever it is.
-    cache.k.fill_(math.nan)
-    cache.v.fill_(math.nan)
+    for held in (*cache.k, *cache.v):
+        held.fill_(math.nan)
     runner = ModelRunner(model, cache, CPU)
     tables, tokens = [], []
     for prompt in prompts:
@@ -151,18 +150,16 @@ def assert_each_decodes_as_alone(model: PreTrainedModel, chunk: int) -> None:
 def test_a_rope_type_that_nothing_is_known_about_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model("olmoe")
     monkeypatch.setattr(model.model.rotary_emb, "rope_type", "dynamic_yarn")
-    cache = KvCache(model.config, 1, torch.float32, CPU)
+    cache = KvCache(layers_by_config(model.config), 1, torch.float32, CPU)
     with pytest.raises(UnsupportedModel, match=r"rope_type 'dynamic_yarn'.*supported are .*longrope"):
         ModelRunner(model, cache, CPU)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a sliding window": ("mixtral", {"sliding_window": 32}, r"layer 0 attends with a sliding window of 32 tokens"),
-    "sinks": ("gpt_oss", {"sliding_window": 1 << 20}, r"layer 0 attends with the argument s_aux"),
-    "latent heads": (
+    "values wider than keys": (
         "deepseek_v3",
-        {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "n_group": 1},
-        r"layer 0 attends with keys in heads of another shape .*4 of 16, values 4 of 8",
+        {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": 8, "n_group": 1},
+        r"layer 0 attends with values in heads of 24, wider than its keys of 16",
     ),
     "linear attention": ("qwen3_next", {"num_experts": 4}, r"layer 0 is of the kind 'linear_attention'"),
     "a convolution": ("lfm2_moe", {"layer_types": ["full_attention", "conv"]}, r"layer 1 is of the kind 'conv'"),
@@ -174,32 +171,40 @@ def test_what_the_service_cannot_attend_to_is_refused_by_layer_and_argument(what
     model_type, fields, message = REFUSED[what]
     config = AutoConfig.for_model(model_type, **{**SMALL, **fields})
     with pytest.raises(UnsupportedModel, match=message) as caught:
-        attention.check(config)
+        attention.layers_of(config)
     assert caught.value.message.startswith(f"{model_type} is not supported by the service: ")
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "emo"])
 def test_plain_attention_passes_the_check(family: str) -> None:
     config = small_model(family).config
-    attention.check(config)
-    attention.check(AutoConfig.for_model("mixtral", **SMALL, sliding_window=SMALL["max_position_embeddings"]))
+    assert attention.layers_of(config) == layers_by_config(config)
+
+
+def test_a_window_is_that_of_transformers_own_masks() -> None:
+    for window, expected in ((32, 32), (1, 1), (SMALL["max_position_embeddings"], None), (None, None)):
+        config = AutoConfig.for_model("mixtral", **SMALL, sliding_window=window)
+        assert {each.window for each in attention.layers_of(config)} == {expected}
 
 
 def test_an_argument_that_attention_would_leave_out_is_refused_when_it_comes() -> None:
     model = small_model("olmoe")
-    runner = ModelRunner(model, KvCache(model.config, 1, torch.float32, CPU), CPU)
+    runner = ModelRunner(model, KvCache(layers_by_config(model.config), 1, torch.float32, CPU), CPU)
     layer = model.model.layers[1].self_attn
     own = layer.forward
-    layer.forward = lambda *args, **kwargs: own(*args, s_aux=torch.zeros(4), **kwargs)
-    with pytest.raises(UnsupportedModel, match="layer 1 attends with the argument s_aux"):
-        runner.prefill([PromptPart([1, 2, 3], [0])])
+    for name in ("s_aux", "softcap"):
+        layer.forward = lambda *args, name=name, **kwargs: own(*args, **{name: torch.zeros(4)}, **kwargs)
+        with pytest.raises(UnsupportedModel, match=f"layer 1 attends with the argument {name}"):
+            runner.prefill([PromptPart([1, 2, 3], [0])])
 
 
 def test_attention_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
-    MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, sliding_window=32)).save_pretrained(tmp_path)
+    kinds = {"layer_types": ["full_attention", "linear_attention"], "num_experts": 4, "moe_intermediate_size": 16}
+    config = AutoConfig.for_model("qwen3_next", **SMALL, **kinds, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, tmp_path / SINGLE_NAME)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         load_paged_model(tmp_path)
-    with pytest.raises(UnsupportedModel, match="sliding window of 32"):
+    with pytest.raises(UnsupportedModel, match="layer 1 is of the kind 'linear_attention'"):
         load_engine(ServiceConfig(model=ModelConfig(path=str(tmp_path))), lambda _: None, WorkerObserver(), None)

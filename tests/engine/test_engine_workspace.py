@@ -14,6 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -24,10 +28,10 @@ from transformers import (
 )
 
 from pager.engine import attention
-from pager.engine.attention import KvStep
+from pager.engine.attention import KvStep, RowContexts
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
-from pager.engine.kv import KvCache, kv_bytes_per_token
+from pager.engine.kv import KvCache, kv_bytes_per_token, layers_by_config
 from pager.engine.paged_model import PagedModel, load_paged_model, needs_of
 from pager.memory.plan import Budgets
 from pager.models.emo import EmoConfig, EmoForCausalLM
@@ -64,6 +68,16 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": lambda: MixtralForCausalLM(
         MixtralConfig(**SIZES, intermediate_size=512, num_local_experts=8, num_experts_per_tok=2)
     ),
+    "gpt-oss": lambda: GptOssForCausalLM(
+        GptOssConfig(**SIZES, intermediate_size=128, num_local_experts=8, num_experts_per_tok=2, head_dim=64)
+    ),
+    "deepseek-v3": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **{**SIZES, "num_key_value_heads": SIZES["num_attention_heads"]}, moe_intermediate_size=64,
+            n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
+            q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+        )
+    ),
     "qwen3-dense-layer": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             **SIZES, intermediate_size=1500, moe_intermediate_size=128, num_experts=16, num_experts_per_tok=4,
@@ -71,7 +85,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
 }  # fmt: skip
-"""Different things are the widest in each: pairs, gathered weights, pairs, an expert's inside, a dense layer."""
+"""Different things are the widest in each: pairs, gathered weights, pairs, an expert's inside, keys with sinks, latent
+keys, a dense layer."""
 
 # Tokens of the prompt, and after it. An exact prompt and one with a given pool run in chunks where all experts fit.
 WORK = {"exact": (CONTEXT - 1, 1), "whole-pool": (CONTEXT - 1, 1), "chunks": (CONTEXT - 1, 1), "decode": (400, 3)}
@@ -90,7 +105,7 @@ def paged(path: Path, request: pytest.FixtureRequest) -> Iterator[PagedModel]:
     """KV for ROWS whole contexts, and a slot for every expert."""
     opened = OpenModel.open(path, request.param)
     with opened.checkpoint:
-        kv_memory = ROWS * CONTEXT * kv_bytes_per_token(opened.config, opened.dtype)
+        kv_memory = ROWS * CONTEXT * kv_bytes_per_token(attention.check_served(opened), opened.dtype)
     budgets = Budgets(expert_memory="100%", host_memory=0, kv_memory=kv_memory, max_running=ROWS)
     loaded = load_paged_model(path, dtype=request.param, budgets=budgets)
     yield loaded
@@ -158,17 +173,19 @@ def test_no_work_takes_more_than_the_plan_has_for_it(paged: PagedModel, path: Pa
 def attend_five(gather_tokens: int) -> torch.Tensor:
     """The attention of five rows over 80 tokens each."""
     generator = torch.Generator().manual_seed(0)
-    cache = KvCache(MixtralConfig(**SIZES), 64, torch.float32, torch.device("cpu"), gather_tokens=gather_tokens)
-    cache.k.normal_(generator=generator)
-    cache.v.normal_(generator=generator)
+    layers = layers_by_config(MixtralConfig(**SIZES))
+    cache = KvCache(layers, 64, torch.float32, torch.device("cpu"), gather_tokens=gather_tokens)
+    for held in (*cache.k, *cache.v):
+        held.normal_(generator=generator)
     layer = torch.nn.Module()
     object.__setattr__(layer, "layer_idx", 1)  # as a module's plain attribute
     rows, context = 5, 80
     query = torch.randn(rows, 6, 1, 32, generator=generator)
     key, value = torch.randn(2, rows, 2, 1, 32, generator=generator)
     read_BC = torch.stack([torch.randperm(64 * 16, generator=generator)[:context] for _ in range(rows)])
-    mask = torch.rand(rows, 1, 1, context, generator=generator) < 0.7
-    output, _ = attention.attend(layer, query, key, value, None, kv_step=KvStep(cache, read_BC[:, -1], read_BC, mask))
+    positions_B1 = torch.randint(0, context, (rows, 1), generator=generator)
+    seen = RowContexts(read_BC, positions_B1, torch.float32, is_full=False)
+    output, _ = attention.attend(layer, query, key, value, None, kv_step=KvStep(cache, read_BC[:, -1], seen))
     return output
 
 

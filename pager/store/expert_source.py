@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -218,7 +218,10 @@ class CheckpointExperts(_StoredExperts):
         self._experts_per_layer = tuple(experts_per_layer)
         self._stored = find_experts(checkpoint, pieces, self._experts_per_layer, shape)
         first = next(iter(self._stored.values()))
-        self.stored_dtype = first[0].pieces[0].spec.dtype
+        dtypes = {piece.spec.dtype for stored in self._stored.values() for piece in pieces_of(stored)}
+        # Where some are in another float than the rest: what holds them all.
+        is_plain = dtypes <= PLAIN_FLOATS
+        self.stored_dtype = reduce(torch.promote_types, dtypes) if is_plain else first[0].pieces[0].spec.dtype
         self.stored_bytes = sum(piece.nbytes for piece in pieces_of(first))
         self.is_staged = any(parameter.make for stored in self._stored.values() for parameter in stored)
         used = sorted({piece.spec.file for stored in self._stored.values() for piece in pieces_of(stored)})
@@ -354,13 +357,6 @@ def find_experts(
     for spec in (piece.spec for each in parameters if not each.decodes for piece in each.pieces):
         if spec.dtype not in PLAIN_FLOATS:
             raise CheckpointError(f"tensor {spec.name!r} is stored as {spec.dtype}; experts must be in floating point")
-    direct = [piece.spec for each in parameters if each.make is None for piece in each.pieces]
-    for spec in direct:
-        if spec.dtype != direct[0].dtype:
-            raise CheckpointError(
-                f"experts are stored in two dtypes: {direct[0].name!r} as {direct[0].dtype}, {spec.name!r} as "
-                f"{spec.dtype}; convert the checkpoint to one"
-            )
     return found
 
 

@@ -135,12 +135,19 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
         Checkpoint.open(sharded)
 
 
-def test_a_tensor_that_its_shard_lacks_is_named(sharded: Path) -> None:
+def test_an_index_names_files_and_what_is_in_them_counts(sharded: Path) -> None:
     index = json.loads((sharded / INDEX).read_text())
-    index["weight_map"]["model.extra.weight"] = FIRST_SHARD
+    with Checkpoint.open(sharded) as checkpoint:
+        expected = checkpoint.specs
+    places, (first, *_, last) = index["weight_map"], sorted(index["weight_map"])
+    places["model.extra.weight"] = FIRST_SHARD
+    del places[first]
+    places[last] = next(shard for shard in places.values() if shard != places[last])
     (sharded / INDEX).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=rf"{FIRST_SHARD} lacks tensor 'model\.extra\.weight'"):
-        Checkpoint.open(sharded)
+    with Checkpoint.open(sharded) as checkpoint:
+        assert checkpoint.specs == expected
+        with pytest.raises(CheckpointError, match=r"'model\.extra\.weight'"):
+            checkpoint.require("model.extra.weight", (1,))
 
 
 @pytest.mark.parametrize("shard", ["../other/model.safetensors", "/etc/passwd", "a/b", 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +158,15 @@ def test_an_expert_of_another_shape_is_named(model: Model, save: Save) -> None:
         model.open_experts(save(model, 3))
 
 
-def test_mixed_dtypes_are_refused_by_name(model: Model, save: Save) -> None:
-    name = model.names(ExpertKey(2, 0))[2]
-    model.tensors[name] = model.tensors[name].bfloat16()
-    with pytest.raises(CheckpointError, match=f"two dtypes.*{name}.*bfloat16"):
-        model.open_experts(save(model, 3))
+def test_experts_in_several_floats_are_read_as_they_are(model: Model, save: Save) -> None:
+    gate, up, down = model.names(ExpertKey(2, 0))
+    model.tensors[gate], model.tensors[up] = model.tensors[gate].bfloat16(), model.tensors[up].half()
+    with closing(model.open_experts(save(model, 3))) as source:
+        assert source.stored_dtype == torch.float32
+        gate_up, down_read = model.blank(torch.float32)
+        source.read(ExpertKey(2, 0), gate_up, down_read)
+    assert gate_up.equal(torch.cat([model.tensors[gate].float(), model.tensors[up].float()]))
+    assert down_read.equal(model.tensors[down])
 
 
 def test_integer_experts_are_refused(model: Model, save: Save) -> None:

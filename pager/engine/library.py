@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -96,6 +97,7 @@ def load_model(  # noqa: PLR0913 - its keywords are the library's interface
     # would not do: torch runs none of them after a forward that the keyboard interrupted.
     model.model.forward = forwards.around(model.model.forward)
     model.expert_paging = paged
+    model.document_forwards = forwards
     model.__class__ = _paged_class(model.__class__)
     return model
 
@@ -107,6 +109,7 @@ class PagedCausalLM:
     """The additions of a loaded model's class to that of transformers, whose name it keeps."""
 
     expert_paging: PagedModel
+    document_forwards: LibraryForwards
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +143,21 @@ class PagedCausalLM:
     def peft_config(self) -> None:
         self.__dict__.pop("_peft_config", None)
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Generates as transformers does. Raises ConfigError for what would choose other pools than the prompt does."""
+        given = dict(zip(("inputs", "generation_config"), args, strict=False)) | options
+        chosen = given.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        for name, why in _NOT_WITH_POOLS.items():
+            if options.get(name, getattr(chosen, name, None)) and not self.document_forwards.is_exact:
+                raise ConfigError(f"{name} has no place beside pool_size: {why}; leave one of them out")
+        prompts = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        prompt = next((each for each in prompts if each is not None), None)
+        with self.document_forwards.generating(None if prompt is None else int(prompt.shape[1])):
+            return super().generate(*args, **options)  # type: ignore[misc]
+
+    def set_experts_implementation(self, *_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(f"a paged model has one experts implementation: {_ANSWERS['experts_implementation']}")
+
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         raise ConfigError(
             "a paged model has not all its experts in memory and cannot be saved; copy "
@@ -150,6 +168,10 @@ class PagedCausalLM:
         raise TypeError(NO_COPIES)
 
 
+_NOT_WITH_POOLS = {
+    "prefill_chunk_size": "a pool is chosen by the first forward, which has to see the whole prompt",
+    "assistant_early_exit": "a pool is chosen layer by layer, and the draft runs some of them only",
+}
 _ONE_DEVICE = "a paged model is on one device: give device='cuda', or device='auto' for a GPU where there is one"
 _LESS_MEMORY = "what does not fit is paged: give expert_memory, the most that routed experts may take ('25%', '8GiB')"
 _NO_QUANTIZATION = (
@@ -238,6 +260,12 @@ def _paged_class(kind: type[Any]) -> type[Any]:
     return type(kind.__name__, (PagedCausalLM, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
+class _Prompt(threading.local):
+    """How many tokens the prompt has that this thread answers; None where it does not, or that is not known."""
+
+    num_tokens: int | None = None
+
+
 class LibraryForwards:
     """Gives every forward its documents: new ones for rows without a past, the cache's own for the rest.
 
@@ -250,7 +278,8 @@ class LibraryForwards:
         self._loaded_as = _trunk_kind(paged.model)
         self._context_tokens = int(paged.config.max_position_embeddings)
         self._has_warned = False
-        self._is_exact = isinstance(policy.size, Full)
+        self.is_exact = isinstance(policy.size, Full)
+        self._prompt = _Prompt()
         self._exact = RequestRouting(paged.facts, PoolPolicy(), device=paged.device)
         self._own_step: StepRouting | None = None  # as opposed to one that the caller opened; of the thread that steps
 
@@ -278,7 +307,7 @@ class LibraryForwards:
                 return forward(**kwargs)  # the model will say so
             if inputs.shape[1] > self._context_tokens:
                 self._warn_of_length(inputs.shape[1])
-            if self._is_exact:
+            if self.is_exact:
                 with self._step([self._exact], prefill=True):
                     return forward(**kwargs)
             return self._run_pooled(forward, kwargs, inputs)
@@ -295,11 +324,26 @@ class LibraryForwards:
                 self._context_tokens,
             )
 
+    @contextmanager
+    def generating(self, num_tokens: int | None) -> Iterator[None]:
+        """Around an answer of this thread to a prompt of so many tokens; None: not known."""
+        before, self._prompt.num_tokens = self._prompt.num_tokens, num_tokens
+        try:
+            yield
+        finally:
+            self._prompt.num_tokens = before
+
     def _run_pooled(self, forward: Callable[..., Any], kwargs: dict[str, Any], inputs: Tensor) -> Any:
         num_rows, num_tokens = inputs.shape[:2]
         cache = kwargs.get("past_key_values")
         num_past = int(cache.get_seq_length()) if cache is not None else 0
         valid_BT = _valid_tokens(kwargs.get("attention_mask"), num_rows, num_past + num_tokens)
+        in_prompt = self._prompt.num_tokens
+        if not num_past and in_prompt is not None and in_prompt < num_tokens:
+            # An assistant's first candidates come with the prompt, and choose no experts.
+            shape, device = (num_rows, num_tokens), inputs.device
+            valid_BT = torch.ones(shape, dtype=torch.bool, device=device) if valid_BT is None else valid_BT.clone()
+            valid_BT[:, in_prompt:] = False
         documents, has_past = self._documents(cache, num_rows, num_past, valid_BT)
         if cache is not None:
             carry_documents(cache, documents)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
-from pager.errors import InvalidRequest
+from pager.errors import ConfigError, InvalidRequest
 
 Load = Callable[..., PreTrainedModel]
 MakeSmall = Callable[..., Any]
@@ -190,6 +190,34 @@ class TestGenerate:
             with masked_gates(made.plain, num_routed=4, num_rows=num_rows):
                 model, expected = pooled, seeded(made.plain, prompt, options)
         assert seeded(model, prompt, options).equal(expected)
+
+    @pytest.mark.parametrize("pool_size", [None, 4])
+    def test_an_assistant_changes_nothing(self, made: Any, load: Load, pool_size: int | None) -> None:
+        """Its first candidates come in one forward with the prompt, whose pool they must not choose."""
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        ends = {name: getattr(made.plain.config, name) for name in ("pad_token_id", "eos_token_id", "vocab_size")}
+        assistant = LlamaForCausalLM(LlamaConfig(**sizes, **ends)).eval()
+        model = load(made.path, pool_size=pool_size, expert_memory="100%")
+        for seed in range(4):
+            prompt = made.prompt(1, 20, seed=seed)
+            expected = generate(model, prompt)
+            assert generate(model, prompt, assistant_model=assistant).equal(expected)
+            assert generate(model, prompt.repeat(1, 2), prompt_lookup_num_tokens=3).equal(
+                generate(model, prompt.repeat(1, 2))
+            )
+
+    @pytest.mark.parametrize("option", [{"prefill_chunk_size": 8}, {"assistant_early_exit": 1}])
+    def test_what_would_choose_another_pool_is_refused(
+        self, made: Any, pooled: PreTrainedModel, load: Load, option: dict[str, int]
+    ) -> None:
+        exact = load(made.path, expert_memory="40%")
+        prompt = made.prompt(1, 20)
+        assert generate(exact, prompt, **option).equal(generate(made.plain, prompt))
+        (name,) = option
+        with pytest.raises(ConfigError, match=f"{name} has no place beside pool_size"):
+            generate(pooled, prompt, **option)
+        with pytest.raises(ConfigError, match=f"{name} has no place beside pool_size"):
+            pooled.generate(prompt, GenerationConfig(**option, max_new_tokens=4))
 
     def test_a_static_cache(self, made: Any, pooled: PreTrainedModel, load: Load) -> None:
         exact = load(made.path, expert_memory="40%")

@@ -41,6 +41,14 @@ def test_what_changes_nothing_is_fine(model: PreTrainedModel) -> None:
     torch.testing.assert_close(model.float().to("cpu").eval()(INPUTS).logits, before)
 
 
+def test_other_experts_implementations_are_refused(model: PreTrainedModel) -> None:
+    before = model(INPUTS).logits
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        with pytest.raises(ConfigError, match="experts are computed where they are paged to"):
+            model.set_experts_implementation(name)
+    torch.testing.assert_close(model(INPUTS).logits, before)
+
+
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_is_refused_and_harms_nothing(model: PreTrainedModel, duplicate: Callable[[Any], Any]) -> None:
     before = model(INPUTS).logits

@@ -500,7 +500,7 @@ class EmoModel(EmoPreTrainedModel):
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer for a draft that exits early
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,

@@ -377,10 +377,14 @@ class ChoiceOptions:
             metavar="FILE",
         ),
     ] = None
+    codeword: Annotated[
+        str | None,
+        typer.Option(help="The experts of a codeword of the codebook that `fit-router` made.", metavar="NAME"),
+    ] = None
     size: Annotated[
         str | None,
         typer.Option(
-            help="With --examples: a number of experts a layer (32), or a share of all ('12.5%').", metavar="SIZE"
+            help="With --examples and --codeword: a number of experts a layer (32), or a share of all ('12.5%').", metavar="SIZE"
         ),
     ] = None
     method: Annotated[
@@ -390,10 +394,11 @@ class ChoiceOptions:
     def check(self) -> None:
         """Raises typer.BadParameter unless the experts are given once, and for options that would have no effect."""
         given = {"--pool": self.pool, "--examples": self.examples, "--experts-file": self.experts_file}
+        given["--codeword"] = self.codeword
         if sum(value is not None for value in given.values()) != 1:
             raise typer.BadParameter(f"say once which experts to keep: {', '.join(given)}")
-        if (self.examples is None) != (self.size is None):
-            raise typer.BadParameter("--examples and --size go together")
+        if (self.examples is None and self.codeword is None) != (self.size is None):
+            raise typer.BadParameter("--examples and --codeword need --size, and nothing else takes it")
         if self.method is not None and self.examples is None:
             raise typer.BadParameter("--method would have no effect here; it goes with --examples")
 
@@ -495,6 +500,8 @@ def _chosen(
 
     if choice.experts_file is not None:
         return _of_file(choice.experts_file), f"a list of experts, {choice.experts_file.name}"
+    if choice.codeword is not None:
+        return _of_codeword(opened, choice.codeword, choice.size), f"the codeword {choice.codeword!r} of its codebook"
     if choice.pool is not None:
         named = _find(choice.pool, *where)
         how = f"the named pool {named.name!r}, {_how(named)}"
@@ -503,6 +510,20 @@ def _chosen(
         named = _calibrated(opened.checkpoint.path, choice.examples, choice)
         how = f"{_how(named)}, {choice.examples.name}"
     return pool_for(named, opened.checkpoint.fingerprint, opened.facts), how
+
+
+def _of_codeword(opened: OpenModel, name: str, size: str | None) -> ExpertPool:
+    from pager.pools.pick import parse_pool_size
+    from pager.predict.fitted import PREDICTOR_NAME, Codebook, PredictorFile
+
+    path, codebook = opened.checkpoint.path, None
+    if (path / PREDICTOR_NAME).is_file():
+        codebook = Codebook.of(PredictorFile.load(path, opened.checkpoint.fingerprint), opened.facts)
+    if codebook is None:
+        raise ConfigError(f"{path} has no codebook; make one with `expert-pager fit-router {path} --documents FILE`")
+    if name not in codebook.names:
+        raise InvalidRequest(f"{name[:60]!r} is no codeword of {path}; it has {', '.join(codebook.names)}")
+    return codebook.pool(name, parse_pool_size(size))
 
 
 def _how(named: NamedPool) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from demo.__main__ import service
 
@@ -77,6 +78,26 @@ def test_eviction_policy() -> None:
     assert set(misses) > {"segmented-lru", "lru", "optimum"}
     assert misses["optimum"] == min(misses.values())
     assert re.search(r"[1-9]\d* evictions", shown), "the policy was not used by the cache"
+
+
+@pytest.mark.slow
+def test_slice_training(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    shown = run(EXAMPLES / "slice_training.py", tmp_path)
+    assert "slice: 48 of 768 experts" in shown
+    found = re.search(r"loss of all experts ([\d.]+), of the slice ([\d.]+), of the trained slice ([\d.]+)", shown)
+    assert found is not None, shown
+    whole, before, after = map(float, found.groups())
+    assert whole < before, "leaving out experts cost nothing, so there is nothing to win back"
+    assert after < before - (before - whole) / 2
+    assert "48 experts and 0 gates differ" in shown
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    original = load_file(ROOT / "models" / "emo-tiny" / "model.safetensors")
+    kept = json.loads((tmp_path / "slice" / "config.json").read_text())["expert_slice"]["experts"]
+    trained = tuple(f"model.layers.{layer}.mlp.experts.{each}." for layer, row in enumerate(kept) for each in row)
+    changed = {name for name in original if not original[name].equal(merged[name])}
+    assert changed
+    assert all(name.startswith(trained) for name in changed)
 
 
 @pytest.mark.slow

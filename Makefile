@@ -54,7 +54,7 @@ $(INSTALLED): pyproject.toml client/pyproject.toml
 		{ echo "$(PYTHON) is older than 3.11; run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ./client --editable '.[serve,otel,lab,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ./client --editable '.[serve,otel,lab,bench,tuning,dev]'
 	@# Without what it asks for: a protobuf of one major version back, though it runs with this one.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'tritonclient>=2.60' 'python-rapidjson>=1.20'
 	@touch $@

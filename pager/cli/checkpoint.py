@@ -384,7 +384,7 @@ class ChoiceOptions:
     size: Annotated[
         str | None,
         typer.Option(
-            help="With --examples and --codeword: a number of experts a layer (32), or a share of all ('12.5%').", metavar="SIZE"
+            help="With --examples and --codeword: experts a layer (32), or a share of all ('12.5%').", metavar="SIZE"
         ),
     ] = None
     method: Annotated[

@@ -196,8 +196,8 @@ class KvCache:
     def copy_block(self, source: int, to: int) -> None:
         """Has a block contain what another one contains."""
         of, into = (slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS) for block in (source, to))
-        for held in (self.k, self.v):
-            held[:, into] = held[:, of]
+        for held in (*self.k, *self.v):
+            held[into] = held[of]
 
     @property
     def nbytes(self) -> int:

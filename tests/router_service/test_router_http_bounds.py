@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from expert_pager.v1 import expert_pager_pb2 as pb
 
 from pager.errors import InvalidRequest
 from pager.observe.metrics import INTERVAL_S
@@ -19,6 +20,7 @@ from pager.sampling import MAX_PROMPT_LOGPROBS
 from pager.tokenizing import read_tokenizer
 from pager.types import TokenChunk, TokenLogprobs
 from router_service import http as front
+from router_service.admission import AdmissionLimits
 from router_service.api import Api
 from router_service.chat import ChatTemplate, TokenTexts
 from router_service.http import HEAD_TIMEOUT_S, MAX_BODY_BYTES, HttpServer
@@ -258,3 +260,47 @@ async def test_log_probabilities_of_a_long_prompt_do_not_keep_it_either(
             await asyncio.sleep(2 * INTERVAL_S)
             assert (status, answer.count(b"-1.5")) == (200, 2 * num_tokens)
             assert max(large.held_s) < MAX_HELD_S
+
+
+NUM_STREAMS, NUM_TOKENS = 256, 40
+
+
+@pytest.mark.slow
+async def test_256_streams_of_events_cost_no_more_than_those_of_grpc(serve: Callable[..., Any], model: Any) -> None:
+    """By processor time, client and service together: the time on a clock is others' on a busy machine."""
+    prompt = "SELECT name FROM users WHERE id = 12345; "[:NUM_TOKENS]
+    sampling = pb.SamplingParams(max_tokens=NUM_TOKENS)
+    limits = AdmissionLimits(max_requests_per_tenant=NUM_STREAMS)
+    roomy = replace(model, context_length=256, kv_token_limit=256)
+    async with serve(model=roomy, limits=limits) as service, fronted(service.pipeline) as server:
+        body = json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": NUM_TOKENS, "stream": True}).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+        asked = head.encode() + b"content-type: application/json\r\n\r\n" + body
+
+        async def by_http() -> str:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(asked)
+            lines = (await reader.read()).decode().splitlines()
+            writer.close()
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            assert "data: [DONE]" in lines
+            return "".join(event["choices"][0]["text"] for event in events)
+
+        async def by_grpc() -> str:
+            return "".join(
+                [
+                    each.text
+                    async for each in service.stub.Generate(pb.GenerateRequest(prompt=prompt, sampling=sampling))
+                ]
+            )
+
+        costs = {}
+        for name, call in (("grpc", by_grpc), ("http", by_http), ("grpc", by_grpc), ("http", by_http)):
+            started_s = time.process_time()
+            texts = await asyncio.gather(*(call() for _ in range(NUM_STREAMS)))
+            took_s = time.process_time() - started_s
+            costs[name] = min(took_s, costs.get(name, took_s))
+            assert set(texts) == {prompt}
+        print({name: f"{1e6 * cost / NUM_STREAMS / NUM_TOKENS:.0f} us a token" for name, cost in costs.items()})
+        assert costs["http"] <= costs["grpc"] / 0.95
+        assert costs["http"] / NUM_STREAMS / NUM_TOKENS < 1e-3

@@ -11,9 +11,10 @@ import grpc
 import numpy as np
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
+from redis.asyncio import Redis
 
 from pager.predict.fitted import LENGTHS, MEANS, THRESHOLDS, Codebook, Codeword
-from pager.predict.learning import Learned
+from pager.predict.learning import Learned, Observation, revise
 from pager.types import (
     Count,
     DriftPolicy,
@@ -28,8 +29,10 @@ from pager.types import (
 )
 from pager.wire import decode_pool
 from router_service.prediction import REVISE_AFTER, Passes, Scorer, TrafficCodebook
-from tests.router_service.conftest import FACTS, FirstTokenScorer, scores_for
+from router_service.redis import RedisClient, RedisLearned
+from tests.router_service.conftest import FACTS, FirstTokenScorer, Running, scores_for
 from tests.support.calls import failure
+from tests.support.processes import RedisProcess
 
 # Two codewords, each for the prompts that begin with a letter of one residue; what lies between is covered by neither.
 MEANS_CO = np.stack([np.concatenate(scores_for(ord(letter), "lexical").mean_LR) for letter in "ae"])
@@ -259,3 +262,78 @@ async def test_a_codebook_that_is_not_there_is_refused(serve: Callable[..., Any]
     async with serve(passes=passes()) as service:
         everything = pb.PoolPolicy(full=pb.Full(), source=pb.POOL_SOURCE_CODEBOOK)
         assert "all experts" in await refused(generate(service, b"a", everything))
+
+
+async def learned_names(service: Running, text: bytes, count: int) -> list[str]:
+    """Sends prompts that begin so until the router knows as many learned codewords."""
+    names: Sequence[str] = ()
+    while len(names) < len(CODEBOOK.names) + count:
+        if text:
+            await generate(service, text, SHARED)
+        names = (await service.stub.GetModel(pb.GetModelRequest())).codewords
+    return list(names[len(CODEBOOK.names) :])
+
+
+async def test_routers_share_what_their_codebooks_learn_and_go_on_without_redis(
+    serve: Callable[..., Any], redis: RedisProcess
+) -> None:
+    async with serve(passes=with_trunk(), redis_url=redis.url) as one:
+        async with serve(passes=with_trunk(), redis_url=redis.url) as two:
+            names = await learned_names(one, b"c", 1)
+            assert await learned_names(two, b"", 1) == names
+            usage, _ = await generate(two, b"c", SHARED)
+            assert usage.codeword == names[0]
+        async with serve(passes=with_trunk(), redis_url=redis.url) as later:
+            assert await learned_names(later, b"", 1) == names
+        redis.kill()
+        assert (await learned_names(one, b"g", 2))[0] == names[0]
+
+
+async def test_a_version_replaces_only_the_one_that_it_was_made_of(redis: RedisProcess) -> None:
+    client, stranger = RedisClient(redis.url), Redis.from_url(redis.url)
+    store = RedisLearned(client, FACTS, "f")
+    try:
+        assert (await store.version(), await store.load()) == (None, None)
+        seen_O = np.concatenate(scores_for(ord("c"), "trunk").mean_LR)
+        batch = [Observation(seen_O, 0.9)] * REVISE_AFTER
+        first = revise(Learned(), batch, FACTS.routed_per_layer)
+        second = revise(first, batch, FACTS.routed_per_layer)
+        assert await store.save(first, 0)
+        assert not await store.save(replace(first, num_seen=7), 0)
+        assert await store.save(second, 1)
+        found = await store.load()
+        assert found is not None
+        assert (await store.version(), found.version, found.names, found.num_seen) == (
+            2,
+            2,
+            first.names,
+            second.num_seen,
+        )
+        key = "expert-pager:1:f:learned-codewords"
+        assert await stranger.ttl(key) > 0
+        # What somebody else wrote is replaced by the next version that is made.
+        await stranger.hset(key, mapping={"version": 9, "learned": b"no tensors"})
+        traffic = TrafficCodebook(CODEBOOK, FACTS.routed_per_layer, store)
+        usage = Usage(
+            "pool",
+            FinishReason.STOP,
+            4,
+            32,
+            CODEBOOK.pool(CODEBOOK.names[0], Count(3)),
+            PagingCounts(),
+            0.0,
+            None,
+            0.0,
+            0.0,
+            "a model",
+        )
+        stray = replace(scores_for(ord("c"), "trunk"), num_tokens=64)
+        codeword = CODEBOOK.assign(scores_for(ord("a"), "lexical"), Count(3), stray)
+        for _ in range(REVISE_AFTER):
+            traffic.answered(codeword, PoolPolicy(), usage)
+        await traffic.beat()
+        assert await store.version() == 1
+        assert len(traffic.codebook.names) == 3
+    finally:
+        await store.close()
+        await stranger.aclose()

@@ -12,6 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pager.models.open_model import OpenModel
+from pager.predict.fitted import Codebook, PredictorFile
+from pager.types import Share
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TEXTS = ["SELECT a FROM b WHERE c = 1", "SELECT d FROM e", "INSERT INTO f"]
 
@@ -73,6 +77,22 @@ def test_a_slice_answers_within_the_commands(run: Run, checkpoint: Path, example
     assert answered["usage"]["completion_tokens"] == 3
 
 
+def test_the_experts_of_a_codeword(run: Run, tmp_path: Path) -> None:
+    model = Path(__file__).parents[2] / "models" / "emo-tiny"
+    with OpenModel.open(model).checkpoint as checkpoint:
+        file = PredictorFile.load(model, checkpoint.fingerprint)
+    codebook = Codebook.of(file, OpenModel.open(model).facts)
+    assert codebook is not None
+    name = codebook.names[1]
+    made = answer(run("slice", model, tmp_path / "slice", "--codeword", name, "--size", "6.25%", "--json"))
+    routed = [tuple(each for each in layer if each < 127) for layer in made["experts"]]
+    assert tuple(routed) == codebook.pool(name, Share(0.0625)).experts
+    assert f"the codeword '{name}' of its codebook" in (tmp_path / "slice" / "README.md").read_text()
+    unknown = run("slice", model, tmp_path / "other", "--codeword", "c99-0000", "--size", "6.25%")
+    assert f"'c99-0000' is no codeword of {model}; it has {codebook.names[0]}, {name}" in unknown.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_trained_slice_is_merged_back(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2], [2, 3, 4], [5, 6, 7]]))
     made = run("slice", checkpoint, tmp_path / "slice", "--experts-file", tmp_path / "list.json")
@@ -101,8 +121,10 @@ def test_a_trained_slice_is_merged_back(run: Run, checkpoint: Path, tmp_path: Pa
     [
         (("MODEL", "OUT"), "say once which experts to keep"),
         (("MODEL", "OUT", "--pool", "a", "--experts-file", "f"), "say once which experts to keep"),
-        (("MODEL", "OUT", "--examples", "f"), "--examples and --size go together"),
-        (("MODEL", "OUT", "--pool", "a", "--size", "4"), "--examples and --size go together"),
+        (("MODEL", "OUT", "--pool", "a", "--codeword", "c"), "say once which experts to keep"),
+        (("MODEL", "OUT", "--examples", "f"), "--examples and --codeword need --size"),
+        (("MODEL", "OUT", "--codeword", "c"), "--examples and --codeword need --size"),
+        (("MODEL", "OUT", "--pool", "a", "--size", "4"), "--examples and --codeword need --size"),
         (("MODEL", "OUT", "--pool", "a", "--method", "mean"), "--method would have no effect"),
         (("MODEL", "--pool", "a"), "give two folders"),
         (("MODEL", "OUT", "--experts-file", "f", "--server", "localhost:1"), "--server would have no effect"),
@@ -154,6 +176,10 @@ def test_other_refusals_are_one_line(run: Run, checkpoint: Path, examples: Path,
         ((checkpoint, out, "--pool", "law", "--pools", tmp_path / "pools"), "has no pool 'law'"),
         ((checkpoint, out, *chosen, "--experts", "int8"), "--experts is bf16"),
         ((checkpoint, out, "--examples", examples, "--size", "full"), "the model itself"),
+        (
+            (checkpoint, out, "--codeword", "c00", "--size", 4),
+            "has no codebook; make one with `expert-pager fit-router",
+        ),
         ((packed, out, *chosen), "is packed; slice the checkpoint that it was made from"),
         ((out, "--merge", packed, "--into", checkpoint), "is packed"),
         ((out, "--merge", checkpoint, "--into", checkpoint), "is not a slice"),

@@ -339,7 +339,10 @@ class AsyncClient(_Client):
 
 
 class _Stream:
-    """One answer on its way. Its last chunk carries the usage."""
+    """The answer to one request, on its way. Its last chunk carries the usage.
+
+    Of several answers (`SamplingParams.n`) each chunk has the `index`, and the last one of each a usage of its own.
+    """
 
     def __init__(self, call: Any, request_id: str, address: str) -> None:
         self.request_id = request_id
@@ -357,6 +360,13 @@ class _Stream:
         return chunk
 
 
+def _texts(chunks: Iterable[TokenChunk]) -> list[str]:
+    found = {0: ""}
+    for chunk in chunks:
+        found[chunk.index] = found.get(chunk.index, "") + chunk.text
+    return [found[index] for index in sorted(found)]
+
+
 class Answer(_Stream):
     """An iterator over the chunks of an answer; as a context, it ends the request when the block is left."""
 
@@ -370,8 +380,12 @@ class Answer(_Stream):
             raise _translated(error, self._address) from None
 
     def text(self) -> str:
-        """Reads to the end, and returns the text from here on."""
-        return "".join(chunk.text for chunk in self)
+        """Reads to the end, and returns the text from here on; of several answers the first one's."""
+        return self.texts()[0]
+
+    def texts(self) -> list[str]:
+        """Reads to the end, and returns the text of each answer from here on."""
+        return _texts(self)
 
     def __enter__(self) -> Answer:
         return self
@@ -400,8 +414,12 @@ class AsyncAnswer(_Stream):
         return self._seen(message)
 
     async def text(self) -> str:
-        """Reads to the end, and returns the text from here on."""
-        return "".join([chunk.text async for chunk in self])
+        """Reads to the end, and returns the text from here on; of several answers the first one's."""
+        return (await self.texts())[0]
+
+    async def texts(self) -> list[str]:
+        """Reads to the end, and returns the text of each answer from here on."""
+        return _texts([chunk async for chunk in self])
 
     async def __aenter__(self) -> AsyncAnswer:
         return self

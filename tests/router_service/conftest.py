@@ -158,14 +158,17 @@ class InProcessCluster:
                     if error_at[1] is None:
                         return
                     raise error_at[1]
-                token = request.prompt_token_ids[index % len(request.prompt_token_ids)]
-                last = index == count - 1
-                usage = self._usage(request) if last else None
-                finished = last
-                if usage is not None:
-                    observer.settled(usage.account)
-                chunk = TokenChunk(request.id, (token,), chr(token) + self.pad, usage)
-                yield replace(chunk, **WATCHED[index == 0]) if request.is_watched else chunk
+                for answer in range(request.sampling.n):  # the second begins with the second byte
+                    token = request.prompt_token_ids[(index + answer) % len(request.prompt_token_ids)]
+                    usage = self._usage(request) if index == count - 1 else None
+                    num_going_on = request.sampling.n - 1 - (answer if usage else 0)
+                    chunk = TokenChunk(
+                        request.id, (token,), chr(token) + self.pad, usage, index=answer, num_going_on=num_going_on
+                    )
+                    finished = chunk.is_last
+                    if chunk.is_last and usage is not None:
+                        observer.settled(usage.account)
+                    yield replace(chunk, **WATCHED[index == 0]) if request.is_watched else chunk
         finally:
             del self.open[request.tenant, request.id]
             if not finished:

@@ -107,6 +107,21 @@ async def test_log_probabilities_are_asked_for_and_arrive(service: Running, clie
     assert (request.sampling.logprobs, request.sampling.logit_bias) == (2, ((5, 1.5),))
 
 
+async def test_several_answers_come_apart(service: Running, client: Any) -> None:
+    sampling = SamplingParams(max_tokens=3, n=2)
+    assert await client.generate("hi", sampling).texts() == ["hih", "ihi"]
+    assert await client.generate("hi", sampling).text() == "hih"
+    chunks = [chunk async for chunk in client.generate("hi", sampling)]
+    assert [(chunk.index, chunk.usage is not None) for chunk in chunks] == [
+        *[(0, False), (1, False)] * 2,
+        *[(0, True), (1, True)],
+    ]
+    assert [request.sampling.n for _, request in service.cluster.received] == [2, 2, 2]
+    assert service.pipeline.admission.num_tokens == 0
+    with pytest.raises(InvalidRequest, match=r"sampling\.n"):
+        await client.generate("hi", SamplingParams(n=33)).text()
+
+
 async def test_leaving_the_block_ends_the_request(service: Running, client: Any) -> None:
     service.cluster.hold[1] = asyncio.Event()
     async with client.generate("hi", TWO) as answer:

@@ -294,7 +294,7 @@ async def test_256_streams_of_events_cost_no_more_than_those_of_grpc(serve: Call
                 ]
             )
 
-        costs = {}
+        costs: dict[str, float] = {}
         for name, call in (("grpc", by_grpc), ("http", by_http), ("grpc", by_grpc), ("http", by_http)):
             started_s = time.process_time()
             texts = await asyncio.gather(*(call() for _ in range(NUM_STREAMS)))

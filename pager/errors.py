@@ -134,10 +134,12 @@ class PoolTooLarge(PagerError, ValueError):
 
     reason = "POOL_TOO_LARGE"
 
-    def __init__(self, needed: int, slots: int, *, field: str | None = "pool") -> None:
+    def __init__(self, needed: int, slots: int, *, num_guaranteed: int = 0, field: str | None = "pool") -> None:
+        """`slots` are those that the tenant can have, beside `num_guaranteed` that are other tenants'."""
+        beside = f" beside {num_guaranteed} that other tenants are guaranteed" if num_guaranteed else ""
         super().__init__(
-            f"the pool needs {needed} expert slots and this worker has {slots}; ask for a smaller pool or raise "
-            "expert_memory",
+            f"the pool needs {needed} expert slots and this worker has {slots}{beside}; ask for a smaller pool or "
+            "raise expert_memory",
             field=field,
         )
         self.needed = needed

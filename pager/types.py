@@ -324,6 +324,7 @@ class GenerateRequest:
     priority: int = 0  # its class: those of a higher one are admitted first
     weight: float = 1.0  # of its tenant: how much of the worker it is entitled to, beside the weights of others
     is_watched: bool = False  # its chunks say which experts were read for it, and what each token left outside
+    guaranteed_share: float = 0.0  # of its tenant: the share of the worker's slots of which no stranger takes one
 
 
 @dataclass(frozen=True, slots=True)

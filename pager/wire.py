@@ -366,6 +366,7 @@ def encode_request(request: GenerateRequest, ticket: int) -> worker_pb2.Submit:
         priority=request.priority,
         weight=request.weight,
         watched=request.is_watched,
+        guaranteed_share=request.guaranteed_share,
     )
 
 
@@ -389,6 +390,7 @@ def decode_request(message: worker_pb2.Submit) -> GenerateRequest:
         priority=message.priority,
         weight=message.weight or 1.0,
         is_watched=message.watched,
+        guaranteed_share=message.guaranteed_share,
     )
 
 

@@ -26,6 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import jwt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pager.cache.shares import MOST_GUARANTEED
 from pager.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthenticated
 from pager.reading import parse_json, read_bounded, reason_of
 from router_service.redis import RedisClient, RedisUnavailableError
@@ -72,6 +73,7 @@ class Entry(_Strict):
     limits: EntryLimits = EntryLimits()
     priority: int = Field(default=0, ge=-100, le=100)
     weight: float = Field(default=1.0, ge=0.01, le=100.0)
+    guaranteed_share: float = Field(default=0.0, ge=0.0, le=MOST_GUARANTEED)
     created: str = Field(default="", max_length=40)
 
     @model_validator(mode="after")
@@ -99,10 +101,11 @@ class KeySet:
     )  # by a prefix; the whole is compared afterwards
     by_certificate: Mapping[str, Caller] = field(default_factory=dict)
     by_jwt_tenant: Mapping[str, Caller] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)  # that tenants are guaranteed of each worker's slots
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> KeySet:
-        """Builds the set. Raises ConfigError for two entries with one id or one identity."""
+        """Builds the set. Raises ConfigError for two entries with one id or one identity, or too much guaranteed."""
         seen: set[tuple[str, str | None]] = set()
         for each in entries:
             for mark in (("id", each.id), ("sha256", each.sha256), ("certificate", each.certificate),
@@ -110,10 +113,20 @@ class KeySet:
                 if mark[1] is not None and mark in seen:
                     raise ConfigError(f"two keys have the same {mark[0]} as key {each.id!r}; revoke one")
                 seen.add(mark)
+        shares: dict[str, float] = {}
+        for each in entries:
+            if each.guaranteed_share:
+                shares[each.tenant] = max(each.guaranteed_share, shares.get(each.tenant, 0.0))
+        if (total := sum(shares.values())) > MOST_GUARANTEED + 1e-9:
+            raise ConfigError(
+                f"{len(shares)} tenants are guaranteed {total:.0%} of the slots together, and {MOST_GUARANTEED:.0%} "
+                "can be, as others have to run too; guarantee less (`guaranteed_share`)"
+            )
         return cls(
             {each.sha256[:PREFIX]: (each.sha256, each.caller) for each in entries if each.sha256 is not None},
             {each.certificate: each.caller for each in entries if each.certificate is not None},
             {each.tenant: each.caller for each in entries if each.jwt},
+            shares,
         )
 
 
@@ -526,15 +539,21 @@ class Gate:
         known = self._known(pairs, tls_names)
         if known is None:
             raise Unauthenticated("the service requires a key: send a valid one as `authorization: Bearer KEY`")
+        known = self._with_share(known)
         present.set(known)
         if not any(name == TENANT_KEY for name, _ in pairs):
             return known
         named = tenant_of(pairs)
         if named != known.tenant and not self.trusts_tenant_header and Role.OPERATOR not in known.roles:
             raise PermissionDenied("the key does not permit this")
-        caller = replace(known, tenant=named, acts_for_another=named != known.tenant)
+        caller = self._with_share(replace(known, tenant=named, acts_for_another=named != known.tenant))
         present.set(caller)
         return caller
+
+    def _with_share(self, caller: Caller) -> Caller:
+        """What is guaranteed is the tenant's, whichever of its keys is shown, and whoever acts for it."""
+        share = 0.0 if self._keys is None else self._keys.value.shares.get(caller.tenant, 0.0)
+        return caller if share == caller.guaranteed_share else replace(caller, guaranteed_share=share)
 
     def claimed_tenant(self, headers: Headers) -> str:
         """Returns the tenant of a call that is not checked yet, for metrics and logs."""

@@ -187,6 +187,7 @@ class Pipeline:
                 sent = replace(sent, traceparent=traceparent() or trace_context.get(), tracestate=tracestate())
                 if call.caller is not None:
                     sent = replace(sent, priority=call.caller.priority, weight=call.caller.weight)
+                    sent = replace(sent, guaranteed_share=call.caller.guaranteed_share)
                 if prediction.policy.source is not PoolSource.FIXED:
                     sent = replace(sent, predicted=prediction.pool)
                 name = ask.pool.name if isinstance(ask.pool, PoolByName) else ""

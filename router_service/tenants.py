@@ -73,6 +73,7 @@ class Caller:
     limits: CallerLimits = CallerLimits()
     priority: int = 0  # of its requests: those of a higher priority are admitted first
     weight: float = 1.0  # of its tenant's share of a worker
+    guaranteed_share: float = 0.0  # of its tenant: of each worker's slots, which no other tenant takes
     acts_for_another: bool = False  # the tenant is not the key's own
 
 

@@ -99,6 +99,7 @@ requests = st.builds(
     tracestate=st.none() | st.text(min_size=1, max_size=8),
     priority=st.integers(-100, 100),
     weight=st.floats(0.01, 100.0),
+    guaranteed_share=st.floats(0.0, 0.9),
     is_watched=st.booleans(),
 )
 paging_counts = st.builds(PagingCounts, counts, counts, counts, counts, finite)

@@ -135,6 +135,12 @@ class Lease:
             self._awaited.discard(key.layer)
 
 
+_NO_SLOT = (
+    "every expert slot is held, promised, or in a share that another tenant is guaranteed; raise expert_memory or try "
+    "again later"
+)
+
+
 class _Wave(NamedTuple):
     keys: list[ExpertKey]
     was_there: bool
@@ -158,9 +164,9 @@ def demand_waves(
             bound.append(wave)
             todo = [key for key in todo if key not in wave.keys]
         if not bound:
-            if ledger.wait_for_room():
+            if ledger.wait_for_room(holding):
                 continue
-            raise SlotsExhausted("every expert slot is held or promised; raise expert_memory or try again later")
+            raise SlotsExhausted(_NO_SLOT)
         if unpaged and not bound[0].was_there:
             yield unpaged  # to compute while the first wave is being read
             unpaged = ()
@@ -179,12 +185,12 @@ def _bind_some(ledger: Ledger, holding: Holding, todo: Sequence[ExpertKey]) -> _
         index = ledger.index
         loaded = [key for key in todo if index.is_loaded(key)]
         group = loaded or sorted(todo, key=lambda key: not index.is_loading(key))
-        room = holding.reserved + index.num_unreserved
-        if not loaded and index.slots_needed(group) > room:
+        room = holding.reserved + ledger.room(holding)
+        if not loaded and ledger.slots_needed(holding, group) > room:
             room = min(room, max(1, (room + len(holding.keys)) // 2))
         wave: list[ExpertKey] = []
         for key in group:
-            room -= index.slots_needed([key])
+            room -= ledger.slots_needed(holding, [key])
             if room < 0:
                 break
             wave.append(key)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from pager.cache.device import Transfer
 from pager.cache.index import CacheIndex, SlotPlan
+from pager.cache.shares import COMMON, Shares
 from pager.cache.stats import Cause, Lookup, PagerObserver, Regrets, Tier, UsageMeter, read_from
 from pager.cache.tiers import Fetched, Priority
 from pager.cache.trace import TraceRecorder
@@ -129,6 +130,7 @@ class Ledger:
         self._observer = observer
         self._queue_reads = queue_reads
         self._trace = trace
+        self._shares = Shares(index.num_slots)
         self._loads: dict[ExpertKey, Load] = {}
         self._holdings: set[Holding] = set()
         self._prefetches = PrefetchList()
@@ -148,19 +150,47 @@ class Ledger:
             self._holdings.add(holding)
             return holding
 
+    def guarantee(self, tenant: str, num_slots: int) -> None:
+        """Guarantees the tenant so many slots, of which no other takes one, whenever it asks; 0 ends it."""
+        with self._changed:
+            if tenant == COMMON or num_slots == self._shares.asked(tenant):
+                return
+            held = ((each.meter.tenant, each.keys.keys(), each.reserved) for each in self._holdings)
+            self._shares.guarantee(tenant, num_slots, held)
+            self._changed.notify_all()
+
+    def account(self, tenant: str) -> str:
+        """Whose slots the tenant uses: its own name where it is guaranteed some, and one name for all others."""
+        with self.lock:
+            return self._shares.account(tenant)
+
+    def within_reach(self, tenant: str) -> int:
+        """The slots that the tenant could have if it were alone: all but those that others are guaranteed."""
+        with self.lock:
+            return self._shares.within_reach(tenant)
+
+    def room(self, holding: Holding) -> int:
+        """The unreserved slots that the holding can have now."""
+        return max(0, self._room(holding.meter))
+
+    def slots_needed(self, holding: Holding, keys: Collection[ExpertKey]) -> int:
+        """How many slots holding `keys` takes: an expert that its account pins already takes none."""
+        account = self._account(holding.meter)
+        with self.lock:
+            return sum(self._shares.pays_for(account, key, is_loading=self.index.is_loading(key)) for key in keys)
+
     def reserve(self, holding: Holding, num_slots: int) -> bool:
         """Promises `num_slots` more to the holding, all or nothing."""
         with self.lock:
-            if not self.index.reserve(num_slots):
+            if num_slots > self.room(holding):
                 return False
-            holding.reserved += num_slots
+            self._promise(holding, num_slots)
             return True
 
     def unreserve(self, holding: Holding) -> None:
         """Gives back what is promised to the holding and not bound."""
         with self._changed:
-            self.index.unreserve(holding.reserved)
-            holding.reserved = 0
+            self._promise(holding, -holding.reserved)
             self._changed.notify_all()
 
     def move_reservation(self, giver: Holding, taker: Holding, at_most: int) -> None:
@@ -168,6 +198,7 @@ class Ledger:
         with self.lock:
             if giver.released or taker.released:
                 return
+            assert self._account(giver.meter) == self._account(taker.meter), "promises stay in their account"
             count = min(giver.reserved, at_most)
             giver.reserved -= count
             taker.reserved += count
@@ -183,11 +214,16 @@ class Ledger:
                 raise Cancelled("the lease was released, or the pager closed, before its experts were bound")
             new = [key for key in dict.fromkeys(keys) if key not in holding.keys]
             available = holding.reserved if reservation is None else reservation
-            plan = self.index.plan(new, reservation=available)
+            needed = self.slots_needed(holding, new)
+            if needed > available + self.room(holding):
+                return False
+            plan = self._plan(new, holding.meter, available)
             if plan is None:
                 return False
             self._carry_out(plan, holding.cause, holding.meter)
-            holding.reserved -= plan.paid
+            self._promise(holding, -min(available, needed), paid=plan.paid)
+            for key in new:
+                self._shares.pin(self._account(holding.meter), key)
             holding.keys.update(dict.fromkeys(new))
             coming = [*plan.in_flight, *(load.key for load in plan.loads)]
             for key in coming:
@@ -222,12 +258,13 @@ class Ledger:
         """
         with self._changed:
             self._transfer.mark_released([self.index.slot_of(key) for key in keys])
-            unreserved = self.index.num_unreserved
+            account, room = self._account(holding.meter), self._room(holding.meter)
             for key in keys:
                 del holding.keys[key]
                 self.index.unpin(key)
+                self._shares.unpin(account, key, is_loading=self.index.is_loading(key))
                 self._stop_waiting(holding, key)
-            self.reserve(holding, self.index.num_unreserved - unreserved)
+            self._promise(holding, min(self._room(holding.meter) - room, self.index.num_unreserved))
             if self._trace is not None:
                 self._trace.let_go(keys)
             self._changed.notify_all()
@@ -242,13 +279,11 @@ class Ledger:
             new = [key for key in wanted if key not in holding.keys]
             gone = [key for key in holding.keys if key not in wanted]
             freed = sum(self.index.is_loaded(key) and self.index.pins(key) == 1 for key in gone)
-            if self.index.slots_needed(new) + num_slots > holding.reserved + freed + self.index.num_unreserved:
+            if self.slots_needed(holding, new) + num_slots > holding.reserved + freed + self.room(holding):
                 return False
             self.let_go_of_experts(holding, gone)
             fits = self.bind(holding, new)
-            surplus = max(0, holding.reserved - num_slots)
-            self.index.unreserve(surplus)
-            holding.reserved -= surplus
+            self._promise(holding, -max(0, holding.reserved - num_slots))
             fits = fits and self.reserve(holding, num_slots - holding.reserved)
             assert fits, "it was counted before"
             self._changed.notify_all()
@@ -286,14 +321,14 @@ class Ledger:
             slots = [self.index.slot_of(key) for key in keys]
         self._transfer.await_installed(slots)
 
-    def wait_for_room(self) -> bool:
+    def wait_for_room(self, holding: Holding) -> bool:
         """Waits out reads that only hold a slot because nobody waits for them any more, or not yet.
 
         False when there is no slot to be had even after them.
         """
 
         def has_room() -> bool:
-            return self.index.num_unreserved > 0
+            return self.room(holding) > 0
 
         self._wait_until(lambda: has_room() or all(load.waiters for load in self._loads.values()))
         with self.lock:
@@ -343,11 +378,14 @@ class Ledger:
             load = self._loads.get(key)
             if load is None:
                 meter = self._prefetches.take(key)
-                plan = None if meter is None else self.index.plan([key], spare=self._prefetches.protected)
+                plan = None if meter is None else self._plan_prefetch(key, meter)
                 if meter is None or plan is None or self._closed:
                     return None
                 self._carry_out(plan, Cause.PREFETCH, meter)
+                account = self._account(meter)
+                self._shares.pin(account, key)
                 self.index.unpin(key)
+                self._shares.unpin(account, key, is_loading=True)
                 load = self._loads[key]
             if load.reading:
                 return None
@@ -359,6 +397,7 @@ class Ledger:
         with self._changed:
             load = self._loads.pop(key)
             self.index.installed(key)
+            self._shares.arrived(key)
             now_s = time.monotonic()
             if load.payer.is_closed:
                 self._observer.uncharged(fetched.source, fetched.nbytes)
@@ -374,6 +413,7 @@ class Ledger:
         with self._changed:
             load = self._loads.pop(key)
             self.index.abandon(key)
+            self._shares.gone(key)
             self._regrets.lost(key)
             self.num_failed_loads += 1
             for holding in load.waiters:
@@ -398,6 +438,7 @@ class Ledger:
         """Asserts that index, loads and holdings tell the same story."""
         with self.lock:
             self.index.check_integrity()
+            self._shares.check_integrity(self.index.num_unreserved)
             assert self.index.num_reserved == sum(holding.reserved for holding in self._holdings)
             for key in {*self.index.loaded(), *self._loads}:
                 assert self.index.pins(key) == sum(key in holding.keys for holding in self._holdings), key
@@ -408,10 +449,47 @@ class Ledger:
             for holding in self._holdings:
                 assert holding.pending == {key for key in holding.keys if key in self._loads}
 
+    def _account(self, meter: UsageMeter) -> str:
+        return self._shares.account(meter.tenant)
+
+    def _room(self, meter: UsageMeter) -> int:
+        with self.lock:
+            return self._shares.room(self._account(meter), self.index.num_unreserved)
+
+    def _promise(self, holding: Holding, num_slots: int, *, paid: int = 0) -> None:
+        """Promises slots to the holding, or takes promised ones back, of which the index has taken `paid` already."""
+        holding.reserved += num_slots
+        self._shares.promise(self._account(holding.meter), num_slots)
+        if num_slots > 0:
+            fits = self.index.reserve(num_slots)
+            assert fits, "what an account has room for, there is"
+        else:
+            self.index.unreserve(-num_slots - paid)
+
+    def _plan(self, keys: Sequence[ExpertKey], meter: UsageMeter, reservation: int) -> SlotPlan | None:
+        """A plan that evicts nothing that is in another's guaranteed share.
+
+        While that share came after promises that are older, it may have to: these are kept first.
+        """
+        if self._shares.is_any_guaranteed and self.index.num_free < len(keys):
+            plan = self.index.plan(keys, reservation=reservation, spare=self._shares.protected(self._account(meter)))
+            if plan is not None:
+                return plan
+        return self.index.plan(keys, reservation=reservation)
+
+    def _plan_prefetch(self, key: ExpertKey, meter: UsageMeter) -> SlotPlan | None:
+        spare: Collection[ExpertKey] = self._prefetches.protected
+        if self._shares.is_any_guaranteed:
+            if self._room(meter) <= 0:
+                return None
+            spare = {*spare, *self._shares.protected(self._account(meter))}
+        return self.index.plan([key], spare=spare)
+
     def _carry_out(self, plan: SlotPlan, cause: Cause, payer: UsageMeter) -> None:
         for key in plan.victims:
             self._transfer.evict(key, self.index.slot_of(key))
             self._prefetches.forget(key)
+            self._shares.gone(key)
         self.index.commit(plan)
         for load in plan.loads:
             self._loads[load.key] = Load(load.slot, payer, [])
@@ -439,6 +517,7 @@ class Ledger:
         if not load.waiters and not load.reading:
             del self._loads[key]
             self.index.abandon(key)
+            self._shares.gone(key)
 
     def _count_lookups(self, meter: UsageMeter, *, hits: int, in_flight: int = 0, misses: int = 0) -> None:
         self._count(meter, PagingCounts(experts_hit=hits + in_flight, experts_missed=misses))

@@ -96,26 +96,40 @@ class ExpertPager:
         """A number that grows while bytes arrive in slots, and stands still where none do."""
         return self._tiers.bytes_read + self._ledger.counts.bytes_from_host
 
+    def guarantee(self, tenant: str, share: float) -> None:
+        """Guarantees the tenant that share of all slots, whatever others ask for; 0 ends it."""
+        self._ledger.guarantee(tenant, int(share * self.num_slots))
+
+    def account(self, tenant: str) -> str:
+        """The tenant's name where it is guaranteed slots, else the one name of all others: who share their slots."""
+        return self._ledger.account(tenant)
+
+    def check_size(self, num_slots: int, tenant: str = "") -> None:
+        """Raises PoolTooLarge for more slots than the tenant can ever have: all that no other is guaranteed."""
+        within_reach = self._ledger.within_reach(tenant)
+        if num_slots > within_reach:
+            raise PoolTooLarge(num_slots, within_reach, num_guaranteed=self.num_slots - within_reach)
+
     def reserve(self, num_slots: int, usage: UsageMeter | None = None) -> Lease | None:
         """Promises slots for experts that are not known yet, all or nothing; None when they are not to be had now.
 
         Raises PoolTooLarge when they never will be.
         """
-        if num_slots > self.num_slots:
-            raise PoolTooLarge(num_slots, self.num_slots)
-        holding = self._ledger.open(Cause.LEASE, usage or UsageMeter())
+        usage = usage or UsageMeter()
+        self.check_size(num_slots, usage.tenant)
+        holding = self._ledger.open(Cause.LEASE, usage)
         return self._lease_if(self._ledger.reserve(holding, num_slots), holding)
 
     def reserve_pool(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> Lease | None:
         """A lease with all of `keys` bound and their reads started; None, with nothing done, when they do not fit now.
 
         Experts that other leases hold take no slot of their own, so overlapping pools fit together.
-        Raises PoolTooLarge when the pool alone has more experts than there are slots.
+        Raises PoolTooLarge when the pool alone has more experts than there are slots for its tenant.
         """
         paged = [key for key in dict.fromkeys(keys) if key not in self._resident]
-        if len(paged) > self.num_slots:
-            raise PoolTooLarge(len(paged), self.num_slots)
-        holding = self._ledger.open(Cause.LEASE, usage or UsageMeter())
+        usage = usage or UsageMeter()
+        self.check_size(len(paged), usage.tenant)
+        holding = self._ledger.open(Cause.LEASE, usage)
         return self._lease_if(self._ledger.bind(holding, paged), holding)
 
     def prefetch(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> None:

@@ -48,6 +48,7 @@ class TierReads:
 class UsageMeter:
     """The account of one request while it runs: its lease, its demands and its prefetches add to it. Mutable."""
 
+    tenant: str = ""  # whose request it is, for what it is guaranteed of the slots
     counts: PagingCounts = field(default_factory=PagingCounts)
     reads: dict[Tier, TierReads] = field(default_factory=dict)
     is_closed: bool = False  # what is read from here on is charged to nobody

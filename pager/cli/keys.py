@@ -42,10 +42,27 @@ class LimitOptions:
     tokens_per_day: Limit = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StandingOptions:
+    """How requests of a caller stand beside others'."""
+
+    priority: Annotated[
+        int, typer.Option(help="Requests of a higher one are admitted first.", min=-100, max=100, metavar="N")
+    ] = 0
+    weight: Annotated[
+        float, typer.Option(help="Share of a worker, beside other tenants' weights.", min=0.01, max=100, metavar="W")
+    ] = 1.0
+    guaranteed_share: Annotated[
+        float,
+        typer.Option(help="Share of each worker's slots that no other tenant takes.", min=0, max=0.9, metavar="SHARE"),
+    ] = 0.0
+
+
 @keys_app.command("add")
 @bundled
 def add_key(
     limits: LimitOptions,
+    standing: StandingOptions,
     tenant: Annotated[str, typer.Option(help="Whose requests are those that come with it.", metavar="NAME")],
     keys: KeysFile = None,
     role: Annotated[
@@ -58,12 +75,6 @@ def add_key(
         str | None,
         typer.Option(help="Make no key: know the client by this name in its certificate.", metavar="NAME"),
     ] = None,
-    priority: Annotated[
-        int, typer.Option(help="Requests of a higher one are admitted first.", min=-100, max=100, metavar="N")
-    ] = 0,
-    weight: Annotated[
-        float, typer.Option(help="Share of a worker, beside other tenants' weights.", min=0.01, max=100, metavar="W")
-    ] = 1.0,
     jwt: Annotated[bool, typer.Option("--jwt", help="Make no key: bound the tenant's JSON web tokens.")] = False,
 ) -> None:
     """Make a key and print it, this once: the service keeps its SHA-256. It is good within a second.
@@ -81,9 +92,8 @@ def add_key(
             raise typer.BadParameter(f"--role is one of {', '.join(Role)}, not {each[:40]!r}")
         roles.append(Role(each))
     key, sha256 = new_key()
-    further = {"priority": priority, "weight": weight}
     identity = {"certificate": certificate, "jwt": jwt, "sha256": None if certificate or jwt else sha256}
-    entry = new_entry(tenant, roles, EntryLimits(**asdict(limits)), **further, **identity)
+    entry = new_entry(tenant, roles, EntryLimits(**asdict(limits)), **asdict(standing), **identity)
     _with_store(keys, lambda store: store.change(lambda entries: (*entries, entry)))
     if entry.sha256 is not None:
         print(key, flush=True)

@@ -126,7 +126,8 @@ class Engine:
         check_answers(request, policy, self._max_running)
         if policy.fixed is not None:
             check_pool(policy.fixed, self._paged.facts)
-        num_slots, width = self._paged.slots_needed(policy), self._expert_width
+        self._paged.pager.guarantee(request.tenant, request.guaranteed_share)
+        num_slots, width = self._paged.slots_needed(policy, request.tenant), self._expert_width
         with panics_as_errors():
             sequence = Request(request, self._texts, now_s, deadline_s, self._eos_ids, num_slots=num_slots, width=width)
         sequence.prefix = self._prefix_of(sequence)
@@ -322,11 +323,15 @@ class Engine:
         return found
 
     def _decode(self) -> None:
-        """Runs a forward for all requests that hold their experts, and one for the exact ones, which page."""
+        """Runs a forward for all requests that hold their experts, and one for the exact ones of each account."""
         able = self._able()
-        exact = [sequence for sequence in able if sequence.is_exact]
+        exact: dict[str, list[Request]] = {}
+        for sequence in able:
+            if sequence.is_exact:  # whose forwards evict, each from the slots of its own account
+                exact.setdefault(self._paged.pager.account(sequence.request.tenant), []).append(sequence)
         self._decode_pooled([sequence for sequence in able if not sequence.is_exact])
-        self._decode_long("exact", exact)
+        for account, sequences in exact.items():
+            self._decode_long(f"exact {account}", sequences)
 
     def _decode_waiting(self) -> None:
         """Runs one forward for those whose experts are still being read, where there is nothing else to do."""
@@ -494,11 +499,15 @@ class Engine:
         return min(num_left, room) if sequence.may_be_chunked(self._paged) else num_left
 
     def _may_join(self, sequence: Request, first: Request, num_tokens: int, room: int) -> bool:
-        """Whether the prompt may run in the forward of another: both hold their experts, or both page as they go."""
+        """Whether the prompt may run in the forward of another: both hold their experts, or both page as they go, into
+        slots of the same account.
+        """
+        account_of = self._paged.pager.account
         return (
             0 < num_tokens <= room
             and self._decoder.shares_prefills
             and sequence.is_exact == first.is_exact
+            and (not first.is_exact or account_of(sequence.request.tenant) == account_of(first.request.tenant))
             and sequence.request.sampling.prompt_logprobs is None
             and first.request.sampling.prompt_logprobs is None
         )

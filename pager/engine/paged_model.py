@@ -23,7 +23,7 @@ from pager.engine.experts import OpenStep, attach
 from pager.engine.gates import NO_COPIES
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.workspace import staging_bytes, workspace_of
-from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, UnsupportedModel
+from pager.errors import ConfigError, InvalidRequest, UnsupportedModel
 from pager.memory.machine import Machine
 from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Needs, Plan, plan
 from pager.models.open_model import OpenModel
@@ -125,8 +125,11 @@ class PagedModel:
         self.check_policy(policy)
         return RequestRouting(self.facts, policy, device=self.device, lease=lease, meter=meter)
 
-    def slots_needed(self, policy: PoolPolicy) -> int:
-        """The slots to reserve before a request starts. Raises PoolTooLarge, and what `check_policy` raises."""
+    def slots_needed(self, policy: PoolPolicy, tenant: str = "") -> int:
+        """The slots to reserve before a request of the tenant starts.
+
+        Raises PoolTooLarge, and what `check_policy` raises.
+        """
         self.check_policy(policy)
         if policy.fixed is not None:
             needed = policy.fixed.num_experts
@@ -134,13 +137,12 @@ class PagedModel:
             return max(self.facts.top_k_per_layer, default=0)
         else:
             needed = sum(largest_counts(policy.size, self.facts))
-        if needed > self.pager.num_slots:
-            raise PoolTooLarge(needed, self.pager.num_slots)
+        self.pager.check_size(needed, tenant)
         return needed
 
     def reserve(self, policy: PoolPolicy, usage: UsageMeter | None = None) -> Lease | None:
         """All the slots a request will need, or None when not to be had now. A known pool starts to load at once."""
-        needed = self.slots_needed(policy)
+        needed = self.slots_needed(policy, "" if usage is None else usage.tenant)
         if policy.fixed is not None:
             return self.pager.reserve_pool(policy.fixed.keys(), usage)
         return self.pager.reserve(needed, usage)

@@ -126,7 +126,7 @@ class Request:
         self._fate: PagerError | None = None
         self._spare_blocks: Ordered[int] = ()  # for the further answers
         self._told = PagingCounts()  # what the usages of answers have said
-        self._meter = UsageMeter(page_ins=deque() if request.is_watched else None)
+        self._meter = UsageMeter(request.tenant, page_ins=deque() if request.is_watched else None)
         self._is_prefetched = False
         self._spent_until_s = math.nan
         self._awaits_slots_since_s = math.nan

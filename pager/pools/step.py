@@ -64,7 +64,7 @@ class StepRouting:
             self._outside = OutsideMass(
                 facts, len(requests), rows, valid, per_expert=self._may_drift, device=requests[0].device
             )
-        self.meter = requests[0].meter if len(requests) == 1 else UsageMeter()
+        self.meter = requests[0].meter if len(requests) == 1 else UsageMeter(requests[0].meter.tenant)
 
     @property
     def pages_on_demand(self) -> bool:
@@ -165,7 +165,7 @@ class StepRouting:
             parts = self.meter.counts.split(len(self.requests))
             for request, part in zip(self.requests, parts, strict=True):
                 request.meter.counts += part
-            self.meter = UsageMeter()
+            self.meter = UsageMeter(self.requests[0].meter.tenant)
 
     def _choose(self, layer: int, logits_TE: Tensor, open_requests: list[int]) -> None:
         num_shared = self._facts.shared_per_layer[layer]

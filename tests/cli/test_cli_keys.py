@@ -32,7 +32,7 @@ def test_a_key_is_printed_once_and_kept_as_its_hash(run: Run, tmp_path: Path) ->
     listed = run("keys", "list", "--keys", path, "--json").stdout
     assert json.loads(listed)["keys"][0] | {"created": ""} == {
         "id": entry["id"], "tenant": "acme", "certificate": None, "jwt": False, "kind": "key", "created": "",
-        "roles": ["inference", "operator"], "priority": 0, "weight": 1.0,
+        "roles": ["inference", "operator"], "priority": 0, "weight": 1.0, "guaranteed_share": 0.0,
         "limits": {"requests_in_flight": None, "tokens_in_flight": None, "requests_per_minute": None,
                    "requests_per_day": None, "tokens_per_minute": None, "tokens_per_day": 5000},
     }  # fmt: skip

@@ -56,7 +56,7 @@ class Driver:
 
     def submit(self, prompt: Sequence[int], pool: PoolPolicy | None = None, **options: Any) -> str:
         """Options of SamplingParams and GenerateRequest, by name."""
-        names = ("tenant", "id", "deadline_s", "predicted", "priority", "weight", "is_watched")
+        names = ("tenant", "id", "deadline_s", "predicted", "priority", "weight", "is_watched", "guaranteed_share")
         fields = {name: options.pop(name) for name in names if name in options}
         fields.setdefault("id", f"request-{next(self._numbers)}")
         fields.setdefault("tenant", "t")

@@ -11,7 +11,7 @@ import pytest
 from pager.engine.interface import EngineObserver
 from pager.engine.runner import ModelRunner, PromptPart
 from pager.engine.turns import TenantCounters
-from pager.errors import Cancelled, ExpertUnavailable
+from pager.errors import Cancelled, ExpertUnavailable, PoolTooLarge
 from pager.store.expert_source import CheckpointExperts, Destination
 from pager.types import Count, ExpertPool, Full, PoolPolicy
 from tests.engine.conftest import EXPERT_BYTES, Driver
@@ -262,3 +262,41 @@ def test_a_higher_class_goes_first(make_driver: Drivers, random_prompt: Prompts)
     high = driver.submit(random_prompt(9, 10), EXACT, max_tokens=4, priority=1)
     driver.finish()
     assert driver.order_of_first_tokens == [high, *low]
+
+
+def test_strangers_leave_a_guaranteed_tenant_its_experts_and_are_answered_as_before(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools
+) -> None:
+    own = random_pool(0)
+    strangers = [(random_prompt(n, 10), EXACT if n % 2 else PoolPolicy(fixed=random_pool(n))) for n in range(1, 7)]
+    expected = alone(make_driver(60), strangers)
+    driver = make_driver(2 * own.num_experts)
+    gold: dict[str, Any] = {"tenant": "gold", "guaranteed_share": 0.5, "max_tokens": 4}
+    driver.submit(random_prompt(20, 10), PoolPolicy(fixed=own), **gold)
+    driver.finish()
+    names = [
+        driver.submit(prompt, policy, max_tokens=6, tenant=f"t{n}") for n, (prompt, policy) in enumerate(strangers)
+    ]
+    driver.finish()
+    assert [driver.tokens(name) for name in names] == expected
+    again = driver.submit(random_prompt(21, 10), PoolPolicy(fixed=own), **gold)
+    driver.finish()
+    paging = driver.usage(again).paging
+    assert (paging.experts_hit, paging.experts_missed) == (own.num_experts, 0)
+    with pytest.raises(PoolTooLarge, match="that other tenants are guaranteed"):
+        driver.submit(random_prompt(22, 10), PoolPolicy(Count(5)), tenant="t9")
+    driver.assert_nothing_held()
+
+
+def test_exact_requests_of_a_guaranteed_tenant_page_in_its_own_slots(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools
+) -> None:
+    own = random_pool(0)
+    driver = make_driver(2 * own.num_experts)
+    options: list[dict[str, Any]] = [{"tenant": "gold", "guaranteed_share": 0.5}, {"tenant": "t1"}, {"tenant": "t2"}]
+    prompts = [random_prompt(n, 12) for n in range(3)]
+    expected = alone(make_driver(60), [(prompt, EXACT) for prompt in prompts])
+    names = [driver.submit(prompt, EXACT, max_tokens=6, **each) for prompt, each in zip(prompts, options, strict=True)]
+    driver.finish()
+    assert [driver.tokens(name) for name in names] == expected
+    driver.assert_nothing_held()

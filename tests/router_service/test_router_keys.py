@@ -878,6 +878,28 @@ async def test_a_key_s_priority_and_weight_reach_the_worker(ring: KeyRing) -> No
             new_entry("acme", (), EntryLimits(), sha256=sha256, **wrong)
 
 
+async def test_what_a_tenant_is_guaranteed_reaches_the_worker_whichever_key_it_shows(ring: KeyRing) -> None:
+    (first, one), (second, other), (operator, third) = new_key(), new_key(), new_key()
+    entries = (
+        new_entry("acme", (), EntryLimits(), sha256=one, guaranteed_share=0.25),
+        new_entry("acme", (), EntryLimits(), sha256=other),
+        new_entry("ops", (Role.OPERATOR, Role.INFERENCE), EntryLimits(), sha256=third, guaranteed_share=0.5),
+    )
+    await ring.file.change(lambda _: entries)
+    async with guarded(ring.gate()) as service:
+        for key in (first, second):
+            await call(service, "Generate", bearer(key))
+        await call(service, "Generate", (*bearer(operator), ("x-tenant-id", "acme")))
+        await call(service, "Generate", bearer(operator))
+        shares = [(sent.tenant, sent.guaranteed_share) for _, sent in service.cluster.received]
+        assert shares == [("acme", 0.25)] * 3 + [("ops", 0.5)]
+    with pytest.raises(ConfigError, match="guaranteed_share"):
+        new_entry("acme", (), EntryLimits(), sha256=one, guaranteed_share=0.95)
+    too_much = new_entry("other", (), EntryLimits(), jwt=True, guaranteed_share=0.2)
+    with pytest.raises(ConfigError, match=r"3 tenants are guaranteed 95% of the slots together, and 90% can be"):
+        await ring.file.change(lambda entries: (*entries, too_much))
+
+
 async def test_what_a_key_has_in_flight_is_bounded(ring: KeyRing) -> None:
     key, other = await ring.add("acme", requests_in_flight=1), await ring.add("acme", tokens_in_flight=5)
     cluster = InProcessCluster(hold={1: asyncio.Event()}, reached={1: asyncio.Event()})

@@ -16,7 +16,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "remaining_s", "predicted", "traceparent", "tracestate", "priority", "weight", "watched")
+    __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "remaining_s", "predicted", "traceparent", "tracestate", "priority", "weight", "watched", "guaranteed_share")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     WATCHED_FIELD_NUMBER: _ClassVar[int]
+    GUARANTEED_SHARE_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     request_id: str
     tenant: str
@@ -45,7 +46,8 @@ class Submit(_message.Message):
     priority: int
     weight: float
     watched: bool
-    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt: _Optional[_Union[_expert_pager_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_expert_pager_pb2.SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[_expert_pager_pb2.PoolPolicy, _Mapping]] = ..., fixed: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., remaining_s: _Optional[float] = ..., predicted: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., priority: _Optional[int] = ..., weight: _Optional[float] = ..., watched: bool = ...) -> None: ...
+    guaranteed_share: float
+    def __init__(self, ticket: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., prompt: _Optional[_Union[_expert_pager_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_expert_pager_pb2.SamplingParams, _Mapping]] = ..., pool: _Optional[_Union[_expert_pager_pb2.PoolPolicy, _Mapping]] = ..., fixed: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., remaining_s: _Optional[float] = ..., predicted: _Optional[_Union[_expert_pager_pb2.Pool, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., priority: _Optional[int] = ..., weight: _Optional[float] = ..., watched: bool = ..., guaranteed_share: _Optional[float] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket",)

@@ -123,6 +123,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.offload
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.formats
 
 # Ten minutes of faults under load, and what must hold meanwhile and afterwards; CHAOS_ARGS="--minutes 1 --seed 3".
 chaos: redis $(INSTALLED)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+
 from benchmarks.report import ROOT
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import check_checkpoint, write_checkpoint
 from pager.cli.options import bytes_progress
 from pager.models.open_model import OpenModel
 from pager.store.pack import pack
+from pager.store.quantised import RecordFormat
 
 WORK = ROOT / "build" / "benchmarks"
 
@@ -37,3 +40,21 @@ def checkpoints(work: Path, shape: str, num_layers: int) -> tuple[Path, Path]:
                 progress=progress,
             )
     return plain, packed
+
+
+def quantised(plain: Path, out: Path, kind: str, dtype: torch.dtype) -> Path:
+    """The same checkpoint packed with its experts in `kind`; made once and kept. Raises PagerError."""
+    if not out.exists():
+        opened = OpenModel.open(plain)
+        opened.checkpoint.close()
+        with bytes_progress(f"packing {out.name}") as progress:
+            pack(
+                plain,
+                out,
+                pieces=opened.pieces,
+                experts_per_layer=opened.facts.experts_per_layer,
+                shape=opened.family.shape,
+                dtype=RecordFormat.of(kind, dtype),
+                progress=progress,
+            )
+    return out

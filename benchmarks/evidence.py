@@ -24,6 +24,7 @@ from benchmarks.evidence_claims import all_claims
 from benchmarks.evidence_codebook import codebook_claims, codebook_section, measure_held_out
 from benchmarks.evidence_drift import drift_claims, drift_section, measure_drift
 from benchmarks.evidence_facts import Scale
+from benchmarks.evidence_formats import format_claims, format_section, measure_formats
 from benchmarks.evidence_measure import Measured, measure, measure_main, measure_side
 from benchmarks.evidence_page import page
 from pager.lab.report import plot_domains, plot_paging, plot_rises, to_dict
@@ -54,10 +55,14 @@ def main(
         if part in SPECIAL:
             SPECIAL[part](emo, corpus, work / emo.name, scale)
             return
+        if part.endswith("-formats"):
+            measure_formats(model, corpus, work / model.name, scale)
+            return
         parts = {"main": measure_main, "side": measure_side}
         parts[part.partition("-")[2]](model, corpus, work / model.name, scale, methods)
         return
-    _measure_parts([*(f"{name}-{kind}" for kind in ("main", "side") for name in models), *SPECIAL])
+    kinds = ("main", "side", "formats")
+    _measure_parts([*(f"{name}-{kind}" for kind in kinds for name in models), *SPECIAL])
     found = [measure(model, corpus, work / model.name, scale, methods) for model, methods in models.values()]
     pictures = docs / "evidence"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -67,9 +72,19 @@ def main(
     _write(pictures / "drift.json", {key: value for key, value in drift.items() if key != "conditions"})
     held_out = measure_held_out(emo, corpus, work / emo.name, scale)
     _write(pictures / "held-out.json", held_out)
-    claims = all_claims(found[0], found[1], [*drift_claims(drift), *codebook_claims(found[0].main, held_out)])
-    section = codebook_section(held_out) if held_out else None
-    text = page(found[0], found[1], claims, drift_section(drift), "make evidence", section)
+    formats = {model.name: measure_formats(model, corpus, work / model.name, scale) for model in (emo, std)}
+    stored = {
+        name: {key: value for key, value in facts.items() if key != "conditions"} for name, facts in formats.items()
+    }
+    _write(pictures / "formats.json", stored)
+    of_codebook = codebook_claims(found[0].main, held_out)
+    claims = all_claims(found[0], found[1], [*drift_claims(drift), *of_codebook, *format_claims(formats)])
+    others = {
+        **({"Domains that no codeword was fitted to": codebook_section(held_out)} if held_out else {}),
+        "Drift": drift_section(drift),
+        "Quantised experts": format_section(formats),
+    }
+    text = page(found[0], found[1], claims, others, "make evidence")
     (docs / "evidence.md").write_text(text, encoding="utf-8")
     for claim in claims:
         console.print(f"{claim.at}: {claim.says}: {claim.figure}: {claim.verdict}", markup=False)

@@ -51,14 +51,14 @@ class Claim:
         return mean if low == mean == high else f"{mean} [{low}, {high}]"
 
 
-def all_claims(emo: Measured, std: Measured, drift: Sequence[Claim] = ()) -> list[Claim]:
+def all_claims(emo: Measured, std: Measured, others: Sequence[Claim] = ()) -> list[Claim]:
     return [
         *_full_models(emo, std),
         *[claim for percent in MAIN_PERCENTS for claim in _rises(emo.main, std.main, percent)],
         *_routing_passes(emo),
         *_named_pools(emo.main),
         *_specialisation(emo),
-        *drift,
+        *others,
         *_selection(emo.main),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.evidence_claims import LEAST_RISE, Claim
@@ -12,10 +12,8 @@ from pager.lab.report import Evaluation, rise_table, table
 from pager.memory.units import format_bytes
 
 
-def page(
-    emo: Measured, std: Measured, claims: Sequence[Claim], drift: str | None, command: str, held_out: str | None = None
-) -> str:
-    """Markdown; pictures are beside it in `evidence/`."""
+def page(emo: Measured, std: Measured, claims: Sequence[Claim], others: Mapping[str, str], command: str) -> str:
+    """Markdown; pictures are beside it in `evidence/`. `others` are sections by heading."""
     short = sum(claim.short_by is None or claim.short_by > 0 for claim in claims)
     sections = [
         "# Evidence",
@@ -54,10 +52,7 @@ def page(
         _domains(emo, std),
         _specialisation([emo, std]),
     ]
-    if held_out is not None:
-        sections += ["## Domains that no codeword was fitted to", held_out]
-    if drift is not None:
-        sections += ["## Drift", drift]
+    sections += [part for heading, text in others.items() for part in (f"## {heading}", text)]
     sections += ["## Conditions", _conditions([emo, std])]
     return "\n\n".join(section for section in sections if section) + "\n"
 

@@ -32,7 +32,7 @@ from pager.memory.machine import resolve_device
 from pager.memory.plan import Budgets, Machine, Needs, Plan, describe
 from pager.memory.plan import plan as make_plan
 from pager.memory.units import format_bytes
-from pager.reading import read_json_file, reason_of
+from pager.reading import read_json_file, reason_of, shown
 
 if TYPE_CHECKING:
     from pager.models.open_model import OpenModel
@@ -127,6 +127,8 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
 
 def _format_of(found: OpenModel) -> str:
     """What is read for an expert, what that costs, and what a slot holds."""
+    from pager.models.formats import quantisation_of
+
     source = found.open_experts()
     source.close()
     held = str(found.dtype).removeprefix("torch.")
@@ -139,7 +141,9 @@ def _format_of(found: OpenModel) -> str:
             f"here) and held as {held}"
         )
     stored = str(source.stored_dtype).removeprefix("torch.")
-    return f"{stored}, held as stored" if stored == held else f"{stored}, converted to {held} on its way into a slot"
+    method = quantisation_of(found.checkpoint).get("quant_method")
+    said = f"; its config calls it quantised by {shown(method)}, which its weights are not" if method else ""
+    return f"{stored}, {'held as stored' if stored == held else f'converted to {held} on its way into a slot'}{said}"
 
 
 def _ways_to_run(found: OpenModel) -> dict[str, str]:

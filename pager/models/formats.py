@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.quantizers import HfQuantizer
 
-DECODED = ("fp8", "mxfp4")
+DECODED = ("fp8", "mxfp4", "compressed-tensors")
 """The methods whose tensors are decoded, as a config's `quant_method` names them."""
 
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|absmax|quant_map|(weight|input)_scale(_inv)?|scales|weight_packed)$")
@@ -48,7 +48,7 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
 
     Raises UnsupportedModel, which names the method and its bits, and CheckpointError for a config that is none.
     """
-    config = _quantisation(checkpoint)
+    config = quantisation_of(checkpoint)
     found = _quantised_name(checkpoint, config)
     if found is None:
         return None
@@ -57,6 +57,8 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
         raise _refused(checkpoint, config, found)
     try:
         read = AutoHfQuantizer.from_config({**config, "dequantize": True}, pre_quantized=True)
+        if method == "compressed-tensors":
+            read.validate_environment()  # which chooses how it reads; those of others ask for more than reading takes
     except ImportError as error:
         raise UnsupportedModel(
             f"{checkpoint.path} is quantised by {shown(method)}, which takes a package that is not installed "
@@ -106,7 +108,7 @@ def _for_partial_blocks(operation: Any) -> Any:
     return _Fp8Dequantize(operation.hf_quantizer) if type(operation) is Fp8Dequantize else operation
 
 
-def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def quantisation_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What the config says of quantisation, also where a checkpoint has other models beside the language model."""
     text = checkpoint.config.get("text_config")
     holders = (checkpoint.config, text if isinstance(text, Mapping) else {})

@@ -118,6 +118,7 @@ class ExpertParameter:
         self._names = {
             pattern: names if self.is_stacked else _of_all_experts(names, num_experts)
             for pattern, names in stored.names.items()
+            if not pattern.rstrip("$").endswith("weight_shape")  # known from the weights, and no value without reading
         }
         self._make: Callable[[Sequence[Tensor]], Tensor] | None = None
         if not _is_as_stored(stored.operations):

@@ -170,6 +170,7 @@ def _open_plain(directory: Path, files: dict[str, DataFile]) -> dict[str, Tensor
 def _read_weight_map(directory: Path) -> dict[str, str]:
     path = directory / INDEX_NAME
     if not path.exists():
+        _refuse_other_containers(directory)
         raise CheckpointError(
             f"{directory} holds no {SINGLE_NAME}, {INDEX_NAME} or {PACK_NAME}; other weight formats are not read"
         )
@@ -346,9 +347,25 @@ class Checkpoint:
         return spec
 
 
+_CONTAINERS = {".gguf": "a GGUF file", ".bin": "pickled weights", ".pth": "pickled weights", ".pt": "pickled weights"}
+
+
+def _refuse_other_containers(path: Path) -> None:
+    """Raises CheckpointError where weights are in a file of another kind: `path` itself, or one in it."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in files:
+        what = _CONTAINERS.get(file.suffix)
+        if what is not None and file.is_file():
+            raise CheckpointError(
+                f"{file} is {what}, which is not read here; fetch the model's safetensors, or load it with "
+                "transformers and save that (save_pretrained)"
+            )
+
+
 def _open(path: str | Path) -> tuple[Path, dict[str, Any], WeightFiles]:
     directory = Path(path)
     if not directory.is_dir():
+        _refuse_other_containers(directory)
         raise CheckpointError(f"{directory} is not a directory; give the folder of a downloaded or packed checkpoint")
     if (directory / "adapter_config.json").exists():
         put = "put the adapter on what pager.load_model returns (model.load_adapter)"
@@ -360,6 +377,8 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any], WeightFiles]:
             f"{directory} holds an adapter beside a model (adapter_config.json), and transformers would load both; "
             f"move the adapter to a folder of its own, and {put}, or merge it into the model with PEFT"
         )
+    if not (directory / "config.json").exists():
+        _refuse_other_containers(directory)
     return directory, read_json_object(directory / "config.json"), open_weights(directory)
 
 

@@ -398,8 +398,8 @@ def _stored(
 def _check_made(parameter: Made, pieces: Sequence[StoredPiece], expected: tuple[int, ...]) -> None:
     name = pieces[0].spec.name
     try:
-        with torch.device("meta"):
-            made = parameter.make([torch.empty(piece.shape, dtype=piece.spec.dtype) for piece in pieces])
+        like = [torch.empty(piece.shape, dtype=piece.spec.dtype, device="meta") for piece in pieces]
+        made = parameter.make(like)
     except Exception as error:  # the operations are those of a family, and check their inputs in their own ways
         raise CheckpointError(
             f"no parameter of an expert can be made of tensor {name!r}, shape {pieces[0].spec.shape}: {one_line(error)}"

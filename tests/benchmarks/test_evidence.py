@@ -74,7 +74,7 @@ def test_a_page_is_made_of_what_was_measured(corpus: Path, two_models: list[Path
     unmeasured = [claim.says for claim in claims if claim.measured is None]
     fitted = ("lexical", "fitted", "recall estimate", "one example")
     assert all(any(words in says for words in fitted) for says in unmeasured)
-    text = page(found[0], found[1], claims, None, "make evidence")
+    text = page(found[0], found[1], claims, {}, "make evidence")
     assert all(
         f"## {title}" in text
         for title in ("Claims and verdicts", "Memory and reads saved", "Pool sizes chosen by layer", "Domains")

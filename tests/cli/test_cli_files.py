@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from tests.support.checkpoints import lively, saved
+from tests.support.checkpoints import add_to_config, lively, saved
 from tests.support.quantised import emo, fp8_checkpoint, qwen3_moe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -110,6 +110,14 @@ def test_a_pack_of_quantised_experts(run: Run, tmp_path: Path, kind: str, expert
     wrong = run("inspect", tmp_path / "packed", "--dtype", "float32", "--plan")
     assert wrong.returncode == 1
     assert "pack the model again with --dtype float32" in wrong.stderr
+
+
+def test_inspect_says_that_weights_are_not_what_the_config_calls_them(run: Run, tmp_path: Path) -> None:
+    path = saved(lively(emo()), tmp_path / "plain")
+    add_to_config(path, quantization_config={"quant_method": "fp8"})
+    words = json.loads(run("inspect", path, "--json").stdout)["format"]
+    assert words.startswith("float32, converted to bfloat16 on its way into a slot; its config calls it")
+    assert words.endswith("quantised by 'fp8', which its weights are not")
 
 
 def test_a_kind_of_experts_that_there_is_not(run: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -157,6 +157,20 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError, match=r"config\.json is not valid: its quantization_config"):
             load(made.path)
 
+    @pytest.mark.parametrize(
+        ("name", "message"), [("model-Q8_0.gguf", "GGUF file"), ("pytorch_model.bin", "pickled weights")]
+    )
+    def test_weights_in_another_container(self, small: MakeSmall, load: Load, name: str, message: str) -> None:
+        made = small("olmoe")
+        (made.path / "model.safetensors").rename(made.path / name)
+        with pytest.raises(CheckpointError, match=f"{name}.*{message}.*safetensors"):
+            load(made.path)
+
+    def test_a_gguf_file_instead_of_a_folder(self, load: Load, tmp_path: Path) -> None:
+        (tmp_path / "model.gguf").write_bytes(b"GGUF")
+        with pytest.raises(CheckpointError, match=r"model\.gguf is a GGUF file.*safetensors"):
+            load(tmp_path / "model.gguf")
+
     def test_an_adapter_beside_a_model(self, small: MakeSmall, load: Load) -> None:
         made = small("olmoe")
         (made.path / "adapter_config.json").write_text("{}")

@@ -10,14 +10,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    PreTrainedModel,
+)
 
 from pager.errors import ConfigError
 from pager.models.open_model import OpenModel
 from pager.store.pack import pack
 from pager.types import ExpertKey
 from tests.support.checkpoints import lively, saved
-from tests.support.quantised import deepseek_v3, emo, fp8_checkpoint, mxfp4_checkpoint, quantised_pack, qwen3_moe
+from tests.support.quantised import (
+    compressed_checkpoint,
+    deepseek_v3,
+    emo,
+    fp8_checkpoint,
+    mxfp4_checkpoint,
+    quantised_pack,
+    qwen3_moe,
+)
 
 Load = Callable[..., PreTrainedModel]
 
@@ -79,8 +93,26 @@ class TestDecodedExperts:
         )
         check(load(path, expert_memory=share), plain.float().eval())
 
+    @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+    @pytest.mark.parametrize("num_bits", [4, 8])
+    def test_compressed_tensors(self, tmp_path: Path, load: Load, share: float | str, num_bits: int) -> None:
+        pytest.importorskip("compressed_tensors")
+        path = compressed_checkpoint(tmp_path / "packed", num_bits)
+        plain = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        )
+        check(load(path, expert_memory=share), plain.float().eval())
+
 
 class TestBytes:
+    @pytest.mark.parametrize("num_bits", [4, 8])
+    def test_an_expert_of_compressed_tensors_is_read_as_it_is_stored(self, tmp_path: Path, num_bits: int) -> None:
+        pytest.importorskip("compressed_tensors")
+        weights, outputs = 3 * 128 * 256, 2 * 128 + 256
+        scales = 2 * (weights // 32 if num_bits == 4 else outputs)
+        read, held = bytes_of_an_expert(compressed_checkpoint(tmp_path / "packed", num_bits))
+        assert (read, held) == (weights * num_bits // 8 + scales, 2 * weights)
+
     def test_an_expert_in_fp8_is_read_as_it_is_stored(self, tmp_path: Path) -> None:
         path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
         weights, scales = 3 * 128 * 256, 3 * 2 * 4
@@ -133,6 +165,13 @@ class TestQuantisedPacks:
             else:
                 torch.testing.assert_close(found, wanted, **TOLERANCE)
                 assert paged.generate(PROMPT, **GREEDY).equal(plain.generate(PROMPT, **GREEDY))
+
+    @torch.no_grad()
+    def test_a_quantised_checkpoint_is_packed_anew(self, tmp_path: Path, load: Load) -> None:
+        path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+        packed = load(quantised_pack(path, tmp_path / "packed", "int8", torch.float32), expert_memory="40%")
+        found, wanted = packed(PROMPT).logits, load(path)(PROMPT).logits
+        assert 0 < (found - wanted).norm() <= 0.03 * wanted.norm()
 
     def test_a_budget_holds_more_experts(self, tmp_path: Path, load: Load) -> None:
         path = saved(lively(emo()).to(torch.bfloat16), tmp_path / "plain")

@@ -17,6 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from pager.models import EmoConfig, EmoForCausalLM
 from pager.models.open_model import OpenModel
@@ -88,6 +89,34 @@ def mxfp4_checkpoint(path: Path) -> Path:
         )
     save_file(tensors, path / "model.safetensors")
     add_to_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    return path
+
+
+def compressed_checkpoint(path: Path, num_bits: int) -> Path:
+    """Qwen3-MoE with its linear layers packed by compressed-tensors: 4 bits in groups of 32, or 8 an output.
+
+    With transformers that decode experts only, these alone.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    part = ".weight" if hasattr(CompressedTensorsHfQuantizer, "serialized_names") else ".experts."
+    saved(lively(qwen3_moe(), std=0.08), path)
+    tensors, group, most = load_file(path / "model.safetensors"), 32 if num_bits == 4 else None, 2 ** (num_bits - 1) - 1
+    for name in [each for each in tensors if each.endswith("_proj.weight") and part in each]:
+        weight = tensors.pop(name)
+        groups = weight.unflatten(1, (-1, group or weight.shape[1]))
+        scales = (groups.abs().amax(2) / most).bfloat16()
+        steps = (groups / scales.float()[..., None]).round().clamp(-most - 1, most).to(torch.int8).flatten(1)
+        tensors[f"{name}_packed"], tensors[f"{name}_scale"] = pack_to_int32(steps, num_bits), scales
+        tensors[f"{name}_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, path / "model.safetensors")
+    strategy = {"strategy": "group" if group else "channel", "group_size": group}
+    groups_of = {"weights": {"num_bits": num_bits, "type": "int", "symmetric": True, **strategy}, "targets": ["Linear"]}
+    packed: dict[str, Any] = {"format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"]}
+    if part == ".experts.":
+        packed["ignore"] = ["lm_head", "re:.*self_attn.*"]
+    method = {"quant_method": "compressed-tensors", "config_groups": {"group_0": groups_of}}
+    add_to_config(path, quantization_config=method | packed)
     return path
 
 

@@ -351,7 +351,7 @@ _CONTAINERS = {".gguf": "a GGUF file", ".bin": "pickled weights", ".pth": "pickl
 
 
 def _refuse_other_containers(path: Path) -> None:
-    """Raises CheckpointError where weights are in a file of another kind: `path` itself, or one in it."""
+    """Refuses weights in a file of another kind, `path` itself or one in it, by a CheckpointError."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         what = _CONTAINERS.get(file.suffix)

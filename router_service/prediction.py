@@ -234,6 +234,21 @@ class Scoring:
     async def scores(self, tenant: str, name: str, token_ids: Sequence[int]) -> RoutingScores:
         return await self._passes.run(tenant, lambda: self._pass(name).scores(token_ids))
 
+    async def assigned(
+        self, tenant: str, codebook: Codebook, token_ids: Sequence[int], size: PoolSize, *, by_trunk: bool
+    ) -> tuple[RoutingScores, Codeword]:
+        """Returns the lexical scores and the codeword that they assign, together with the trunk's where it counts.
+
+        In the passes' thread, which so owns the codebook: a size that is new takes a pool for each codeword.
+        """
+
+        def assign() -> tuple[RoutingScores, Codeword]:
+            scores = self._pass("lexical").scores(token_ids)
+            trunk = self._pass("trunk").scores(token_ids) if by_trunk else None
+            return scores, codebook.assign(scores, size, trunk)
+
+        return await self._passes.run(tenant, assign)
+
     def close(self) -> None:
         self._tokenizer.close()
         self._passes.close()
@@ -395,11 +410,8 @@ class PassChain:
         """
         assert self.traffic is not None, "checked before"
         with span("codebook"):
-            scores = await self.scoring.scores(tenant, "lexical", token_ids)
-            trunk = None
-            if self._passes.judges_by_trunk:
-                trunk = await self.scoring.scores(tenant, "trunk", token_ids)
-            codeword = self.traffic.codebook.assign(scores, size, trunk)
+            codebook, by_trunk = self.traffic.codebook, self._passes.judges_by_trunk
+            scores, codeword = await self.scoring.assigned(tenant, codebook, token_ids, size, by_trunk=by_trunk)
             note(codeword=codeword.name, coverage=round(codeword.coverage, 4))
         return Scored(scores, codeword.pool, None, codeword.pool is not None, codeword)
 

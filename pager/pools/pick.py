@@ -55,22 +55,21 @@ def _claim(mean_R: np.ndarray, power: float) -> float:
 
 def _share_out(gains_LR: Sequence[np.ndarray], total_experts: int, facts: RoutingFacts) -> tuple[int, ...]:
     """`gains_LR`: what a layer's n-th expert brings, descending."""
-    counts = list(facts.top_k_per_layer)
-    if total_experts < sum(counts):
+    counts_L = np.array(facts.top_k_per_layer, dtype=np.int64)
+    least = int(counts_L.sum())
+    if total_experts < least:
         raise PoolTooSmall(
-            f"{total_experts} routed experts in all layers together are fewer than the {sum(counts)} that the routers "
-            f"pick for one token; ask for at least {sum(counts)}",
+            f"{total_experts} routed experts in all layers together are fewer than the {least} that the routers "
+            f"pick for one token; ask for at least {least}",
             field="pool.size",
         )
-    candidates = sorted(
-        (-float(gain), place, layer)
-        for layer, gains_R in enumerate(gains_LR)
-        for place, gain in enumerate(gains_R)
-        if place >= facts.top_k_per_layer[layer]
-    )
-    for _, _, layer in candidates[: total_experts - sum(counts)]:
-        counts[layer] += 1
-    return tuple(counts)
+    gains = np.concatenate([gains_R[top_k:] for gains_R, top_k in zip(gains_LR, counts_L, strict=True)])
+    sizes_L = [max(len(gains_R) - top_k, 0) for gains_R, top_k in zip(gains_LR, counts_L, strict=True)]
+    layer = np.repeat(np.arange(len(sizes_L)), sizes_L)
+    place = np.concatenate([top_k + np.arange(size) for top_k, size in zip(counts_L, sizes_L, strict=True)])
+    best = np.lexsort((layer, place, -gains))[: total_experts - least]
+    counts_L += np.bincount(layer[best], minlength=len(counts_L))
+    return tuple(counts_L.tolist())
 
 
 def parse_pool_size(value: str | int | float | None) -> PoolSize:

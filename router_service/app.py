@@ -20,7 +20,8 @@ from pager import __version__
 from pager.cluster.cluster import Cluster, RayLost
 from pager.cluster.placement import ClusterPort
 from pager.cluster.ray_session import LOOPBACK
-from pager.cluster.worker import LoadedModel, budgets_of
+from pager.cluster.views import LoadedModel
+from pager.cluster.worker import budgets_of
 from pager.config import RouterConfig, ServiceConfig
 from pager.engine.paged_model import needs_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, PortInUse

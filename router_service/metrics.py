@@ -11,7 +11,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 
-from pager.cluster.worker import WorkerState, WorkerView
+from pager.cluster.views import WorkerState, WorkerView
 from pager.observe import metrics
 from pager.observe.metrics import Instruments, Kind, Labels, Metric, every
 from pager.predict.fitted import Codeword

@@ -22,7 +22,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from pager.cluster.worker import WorkerState
+from pager.cluster.views import WorkerState
 from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, SlowReader, UnknownMethod
 from pager.memory.units import format_address
 from pager.observe import tracing

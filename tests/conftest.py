@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Generator
 
@@ -13,6 +14,8 @@ pytest_plugins = ("tests.support.needs",)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and consoles that are made at import would keep that width
 
 # How fast an example runs, and which examples are tried, would otherwise differ from one run to the next.
 settings.register_profile(

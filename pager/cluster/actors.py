@@ -21,16 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pager.cache.host_index import SHM, HostIndex, HostSegment
 from pager.cluster.ray_session import WORKER_RESOURCE, RaySession, num_gpus
-from pager.cluster.worker import (
-    EngineLoader,
-    Health,
-    HostAccess,
-    LoadedEngine,
-    Sink,
-    Worker,
-    WorkerObserver,
-    WorkerReady,
-)
+from pager.cluster.views import Health, WorkerReady
+from pager.cluster.worker import EngineLoader, HostAccess, LoadedEngine, Sink, Worker, WorkerObserver
 from pager.config import ServiceConfig
 from pager.errors import ConfigError, NotReady, PagerError
 from pager.observe import logs

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pager.cache.pager import CacheOptions, ExpertPager
-from pager.cluster.worker import Experts, HostAccess, LoadedEngine, LoadedModel, Sink, WorkerObserver, budgets_of
+from pager.cluster.views import LoadedModel
+from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver, budgets_of
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.engine.attention import check_served
 from pager.engine.engine import Engine

@@ -23,7 +23,7 @@ from pager.errors import DeadlineExceeded, NotReady
 from pager.types import ExpertPool, GenerateRequest, RequestObserver, TokenChunk
 
 if TYPE_CHECKING:
-    from pager.cluster.worker import WorkerView
+    from pager.cluster.views import WorkerView
 
 _PRIOR_BYTES_PER_S = 1e9
 _PRIOR_PLACE_S = 0.25

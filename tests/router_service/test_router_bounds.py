@@ -21,7 +21,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
-from pager.cluster.worker import WorkerView
+from pager.cluster.views import WorkerView
 from pager.errors import InvalidRequest
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
 from pager.pools.pick import encode_named

@@ -17,7 +17,8 @@ from expert_pager.v1 import worker_pb2
 
 from pager.cluster.actors import load_engine
 from pager.cluster.tokens import WorkerLink
-from pager.cluster.worker import Worker, WorkerState, WorkerView
+from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.worker import Worker
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import NotReady
 from pager.types import GenerateRequest, RequestObserver, TokenChunk

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pager.cluster.placement import check_deadline, place
-from pager.cluster.worker import WorkerView
+from pager.cluster.views import WorkerView
 from pager.errors import DeadlineExceeded, NotReady
 from pager.types import ExpertPool
 

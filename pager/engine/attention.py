@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NAME = "expert_pager_blocks"
 
 _PLAIN_KINDS = frozenset({"full_attention", "sliding_attention"})
-"""Entries of a config's `layer_types` whose attention is as its arguments say."""
+"""Entries of a config's `layer_types` whose attention is fully described by its arguments."""
 
 _WITHOUT_EFFECT = frozenset(
     {
@@ -124,7 +124,8 @@ def attend(
     on_layer: Callable[[], None] | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] → ([B, S, H, D], None).
+    """Implements transformers' attention interface: query [B, H, S, D], key and value [B, G, S, D] → ([B, S, H, D],
+    None).
 
     `s_aux` [H] among the arguments is a layer's sinks. `on_layer` is called first, before the layer writes anything;
     what it raises leaves the forward. Raises UnsupportedModel for an argument that it would have to leave out of
@@ -241,7 +242,7 @@ def _attend_one_token(
     scaling: float,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attends from one token a row. Query heads that share a key head stand in as its query tokens."""
+    """Attends from one token a row. Query heads that share a key head are treated as its query tokens."""
     rows, num_heads, _, head_dim = query.shape
     grouped = query.view(rows, key.shape[1], -1, head_dim)
     if sinks_H is not None:
@@ -269,8 +270,7 @@ def _with_sinks(
 def install(model: PreTrainedModel) -> None:
     """Makes `model` attend over blocks, of a cache for its `layers_of`.
 
-    No mask function is registered under the name: transformers then builds no mask, as it does for other engines'
-    attention.
+    No mask function is registered under the name, so transformers builds no mask, as for other engines' attention.
     """
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
@@ -311,7 +311,7 @@ def _layers_of(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
         return _checked(try_forward(model).attention, try_forward(model, with_masks=True).attention, config)
     except PagerError:
         raise
-    except Exception as error:  # what a family needs beyond this interface, a mask for one, fails in its own way
+    except Exception as error:  # what a family needs beyond this interface, such as a mask, fails in its own way
         raise _refused(config, f"it does not run without transformers' own attention ({one_line(error)})") from error
 
 
@@ -343,7 +343,7 @@ def _checked(
 
 
 def _refuse_other_mixers(model: PreTrainedModel) -> None:
-    """Layers that hand something from token to token by other ways than keys and values."""
+    """Raises UnsupportedModel for layers that pass state from token to token in other ways than keys and values."""
     config = model.config
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in _PLAIN_KINDS:
@@ -361,7 +361,7 @@ def _foreign(call: AttentionCall) -> str | None:
     if call.key[1] < call.value[1]:
         return f"with values in heads of {call.value[1]}, wider than its keys of {call.key[1]}"
     if call.arguments.get("is_causal", True) is not True:
-        return "to what comes after a token too"
+        return "to later tokens too"
     if call.has_mask:
         return "with a mask of its own"
     sinks = call.arguments.get("s_aux")
@@ -396,7 +396,7 @@ _BY_ROW = frozenset({"dynamic", "longrope"})
 
 
 class RowRotary(nn.Module):
-    """Stands in for a model's rotary embedding: each row gets the tables that transformers gives it alone.
+    """Replaces a model's rotary embedding: each row gets the tables that transformers gives it when it runs alone.
 
     Some rope types choose their frequencies by the longest position of a forward. In transformers that is the longest
     row of the batch, so a short prompt would be computed differently while a long one decodes beside it.
@@ -410,9 +410,10 @@ class RowRotary(nn.Module):
     def __init__(self, rotary: Any) -> None:
         super().__init__()
         self.prompt_tokens = 0
-        self._angles: Callable[..., tuple[Tensor, Tensor]] = inspect.unwrap(type(rotary).forward)  # without the update
+        # without the update of the tables
+        self._angles: Callable[..., tuple[Tensor, Tensor]] = inspect.unwrap(type(rotary).forward)
         config, device = rotary.config, rotary.inv_freq.device
-        # New ones: earlier forwards may have left another table in `rotary`.
+        # Computed anew: earlier forwards may have left another table in `rotary`.
         self._short: Any = type(rotary)(config=config).to(device)
         self._long: Any = None
         if rotary.rope_type == "longrope":
@@ -421,12 +422,12 @@ class RowRotary(nn.Module):
             self._long.inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](config, device, seq_len=self._short_tokens + 1)
 
     def is_long(self, num_tokens: int) -> bool:
-        """Whether a prompt of so many tokens takes another table than shorter ones."""
+        """Tells whether a prompt of this many tokens takes another table than shorter ones."""
         return self._long is not None and num_tokens > self._short_tokens
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, D] at `position_ids` [B, S]."""
+        """Returns cos and sin [B, S, D] at `position_ids` [B, S]."""
         short_cos_BSD, short_sin_BSD = self._angles(self._short, x, position_ids)
         if self._long is None:
             return short_cos_BSD, short_sin_BSD
@@ -439,7 +440,7 @@ class RowRotary(nn.Module):
 
 
 def install_rotary(model: PreTrainedModel) -> RowRotary | None:
-    """Makes the rows of `model`'s batches independent of each other; None where they are already.
+    """Makes the rows of `model`'s batches independent of each other; returns None where they are already.
 
     Raises UnsupportedModel for a rope type that is not known to depend on a row alone.
     """

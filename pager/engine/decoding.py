@@ -33,12 +33,12 @@ class Token:
 
 
 Outcome = Token | PagerError
-"""A request's next token, or why it can have none."""
+"""A request's next token, or the error that ends the request."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Group:
-    """Device state of requests that decode together; kept from step to step while they stay the same."""
+    """The device state of requests that decode together; kept from step to step while the group stays the same."""
 
     sequences: tuple[Request, ...]
     step: StepRouting
@@ -48,7 +48,7 @@ class _Group:
 
 
 class Decoder:
-    """Owns the groups and the runner. Every failure is given to the requests it belongs to."""
+    """Owns the groups and the runner. Every failure is attributed to the requests that it belongs to."""
 
     def __init__(self, paged: PagedModel, runner: ModelRunner) -> None:
         self._paged = paged
@@ -60,20 +60,20 @@ class Decoder:
 
     @property
     def num_layers_run(self) -> int:
-        """The layers of all forwards, the present one included; for any thread."""
+        """Returns the layers that all forwards have run, the present one included; for any thread."""
         return self._runner.num_layers_run
 
     @property
     def shares_prefills(self) -> bool:
-        """Whether prompts may run in one forward."""
+        """Tells whether prompts may run in one forward."""
         return self._runner.shares_prefills
 
     def prefill(self, parts: Sequence[tuple[Request, int]]) -> Sequence[Sequence[Outcome]]:
-        """Runs the next tokens of each prompt, as many as its part says, by one forward. Returns the first token of
-        each of its answers after the last of a prompt, else nothing.
+        """Runs the next tokens of each prompt, as many as its part says, by one forward. Returns the first
+        token of each of its answers after the last part of a prompt, else nothing.
 
-        What is raised within the forward, as by those who wait for it no more, leaves it. Then each prompt runs by
-        itself, and what is raised again is its outcome.
+        An exception within the forward, as for requests that were cancelled, leaves it. Then each prompt runs by
+        itself, and an exception there is its outcome.
         """
         try:
             return self._run_prompts(parts)
@@ -112,7 +112,7 @@ class Decoder:
         return found
 
     def _sample(self, sequences: Sequence[Request], logits_NV: torch.Tensor) -> list[Outcome]:
-        """The first tokens of answers. Where that fails for one, each is sampled by itself."""
+        """Samples the first tokens of answers. Where that fails for one, each is sampled by itself."""
         if not sequences:
             return []
         try:
@@ -130,7 +130,7 @@ class Decoder:
     def _take_prompt_logprobs(
         self, parts: Sequence[tuple[Request, int]], kept: list[torch.Tensor], logits_NV: torch.Tensor
     ) -> None:
-        assert len(parts) == 1, "the logits of every token take the memory of a forward"
+        assert len(parts) == 1, "the logits of every token need the memory of a forward"
         ((sequence, count),) = parts
         start, num_top = sequence.num_prefilled, sequence.request.sampling.prompt_logprobs
         assert num_top is not None
@@ -138,10 +138,11 @@ class Decoder:
         sequence.prompt_logprobs += self._runner.prompt_logprobs(kept, logits_NV, next_ids, num_top)
 
     def decode(self, name: str, sequences: Iterable[Request]) -> list[Outcome]:
-        """Decodes the next token of each by one forward. `name` says which group of the last step this continues.
+        """Decodes the next token of each request by one forward. `name` identifies the group of the last step that
+        continues.
 
-        Where it fails, be it for an expert or whatever else one of them needs, each request runs by itself, so that
-        only those fail that cannot run.
+        Where the forward fails for an expert or anything else that one request needs, each request runs by itself, so
+        that only those fail that cannot run.
         """
         sequences = tuple(sequences)
         try:
@@ -152,7 +153,7 @@ class Decoder:
             self._groups.pop(name, None)
             if len(sequences) == 1:
                 return [_told(error, sequences[0])]
-            if not isinstance(error, Cancelled | NotReady):  # a step that nobody waits for ends so
+            if not isinstance(error, Cancelled | NotReady):  # this is how a step ends whose requests were all cancelled
                 log.warning(
                     "a step for %d requests failed (%s); each runs by itself", len(sequences), type(error).__name__
                 )
@@ -200,7 +201,7 @@ class Decoder:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        """Adds a forward's time to `forward_s`, with that of forwards within it once."""
+        """Adds a forward's time to `forward_s`; the time of forwards within it is counted once."""
         before_s, started_s = self.forward_s, time.perf_counter()
         try:
             yield
@@ -211,7 +212,7 @@ class Decoder:
         group = self._groups.get(name)
         if group is None or group.sequences != sequences:
             group = self._new_group(sequences)
-            # A request whose pool is suspended for a while comes back to a group that stood still meanwhile.
+            # A request whose pool was suspended for a while returns to a group that was paused meanwhile.
             self._groups = {
                 other: kept for other, kept in self._groups.items() if set(sequences).isdisjoint(kept.sequences)
             }
@@ -233,7 +234,9 @@ class Decoder:
 
 @torch.inference_mode()
 def device_step(runner: ModelRunner, batch: DecodeBatch, sampler: Sampler, padded_context: int) -> torch.Tensor:
-    """[B] next tokens, which are the next step's input: all of a step but what the host has to draw and to count."""
+    """Returns [B] next tokens, which are the next step's input. This is the whole step except what the host draws and
+    counts.
+    """
     token_B = sampler.pick(runner.decode(batch, padded_context))
     batch.feed(token_B)
     return token_B
@@ -250,11 +253,11 @@ def _outcomes(sampler: Sampler, token_ids: list[int], logits_BV: torch.Tensor | 
 
 def _no_token(why: int) -> PagerError:
     if why == NOT_FINITE:
-        return PagerError("the model gave a logit that is not a finite number; the checkpoint may be damaged")
+        return PagerError("the model produced a logit that is not a finite number; the checkpoint may be damaged")
     assert why == NOTHING_ALLOWED
     return InvalidRequest(
-        "no token may come next: what the grammar allows, min_tokens forbids, or the vocabulary does not have; change "
-        "one of them",
+        "no token is allowed next: what the grammar allows is forbidden by min_tokens, or missing in the vocabulary; "
+        "change one of them",
         field="sampling",
     )
 
@@ -265,6 +268,6 @@ def _routing(sequence: Request) -> RequestRouting:
 
 
 def _told(error: BaseException, sequence: Request) -> PagerError:
-    """Returns `error`, with which the request's forward ended, as its client may see it."""
+    """Returns `error`, which ended the request's forward, in the form that its client may see."""
     kind = "ran out of device memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
     return failure_of(error, sequence.request.id, f"the model's forward {kind}")

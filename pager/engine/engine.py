@@ -1,8 +1,8 @@
 """Continuous batching: every request has its own pool, and all of them share the step.
 
 A request waits, is admitted when KV and slots for its whole life can be had at once, has its prompt run in one forward
-(in parts where its pool is known before), and then decodes with the others, one forward for all. `step` is that story.
-A forward that has to wait for reads holds up nobody whose experts are there: they decode meanwhile.
+(in parts where its pool is known before), and then decodes with the others, one forward for all. `step` follows this
+order. A forward that has to wait for reads does not delay requests whose experts are loaded: they decode meanwhile.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ from pager.types import Account, FinishReason, GenerateRequest, TokenChunk, Usag
 
 log = logging.getLogger(__name__)
 
-ADMISSION_RETRY_S = 0.01  # reads that end free slots without telling
-ADMISSION_TRIES = 8  # a step, so that a long line costs a step little
+ADMISSION_RETRY_S = 0.01  # reads that end free slots without a signal
+ADMISSION_TRIES = 8  # tries per step, so that a long line costs a step little
 IDLE_POLL_S = 0.002
-CHECK_S = 0.05  # how often a forward that waits for reads looks for who is cancelled or overdue
+CHECK_S = 0.05  # how often a forward that waits for reads checks for cancelled and overdue requests
 
 
 class Engine:
-    """One model on one device. `submit`, `cancel` and `status` are for any thread; `step` for one at a time."""
+    """One model on one device. `submit`, `cancel` and `status` may be called from any thread; `step` from one at a
+    time.
+    """
 
     def __init__(
         self,
@@ -55,14 +57,15 @@ class Engine:
         sink: Callable[[list[StreamEvent]], None],
         observer: EngineObserver | None = None,
     ) -> None:
-        """`sink` is called by the thread that steps: after each step and, in a long one, with what happened so far.
+        """Makes the engine. `sink` is called by the stepping thread: after each step, and during a long one with what
+        happened so far.
 
-        Raises UnsupportedModel where the model cannot run over KV blocks, or requests not beside each other.
+        Raises UnsupportedModel where the model cannot run over KV blocks, or requests cannot share a batch.
         """
         config = paged.model.config
         self._paged = paged
         self._texts = TokenTexts(getattr(tokenizer, "backend_tokenizer", tokenizer))
-        # Beyond these the plan has no working memory.
+        # Beyond these bounds the plan has no working memory.
         self._max_running = min(limits.max_running, paged.plan.max_running)
         self._limits = limits
         self._prefill_chunk_tokens = min(
@@ -89,15 +92,15 @@ class Engine:
         self._tenants = TenantCounters()
         self._expert_width = max(paged.facts.experts_per_layer)
         self._num_ended = 0
-        self._read_ahead_for: tuple[Request | None, int] = (None, 0)  # and how many had ended then
-        self._joining: list[Request] = []  # in the order in which they came, some while their grammars are compiled
+        self._read_ahead_for: tuple[Request | None, int] = (None, 0)  # and how many had ended by then
+        self._joining: list[Request] = []  # in order of arrival; some wait for their grammars to be compiled
         self._prefilling: list[Request] = []
         self._running: list[Request] = []
         self._events: list[StreamEvent] = []
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
-        self._in_forward: Ordered[Request] = ()  # of a forward that may take long: nothing of theirs is given back
-        self._may_interrupt = False  # what runs now is that forward, and not a short one while it waits
+        self._in_forward: Ordered[Request] = ()  # in a forward that may take long: nothing that they hold is given back
+        self._may_interrupt = False  # the current forward is that one, and not a short one that runs while it waits
         self._is_stepping = False
         self._num_steps_begun = 0
         self._next_decode_s = 0.0
@@ -105,10 +108,10 @@ class Engine:
         self._num_steps = 0
         self._stepping = threading.Lock()  # held while `run` runs
 
-    # From any thread.
+    # Methods for any thread.
 
     def submit(self, request: GenerateRequest) -> None:
-        """Queues the request; its chunks, or one Failure, go to the sink. Raises what can be known at once.
+        """Queues the request; its chunks, or one Failure, go to the sink. Raises whatever can be known at once.
 
         That is InvalidRequest, PromptTooLong, PoolTooSmall, PoolTooLarge, UnsupportedModel, DeadlineExceeded,
         DuplicateRequest, Overloaded, NotReady.
@@ -118,7 +121,9 @@ class Engine:
         if request.deadline_s is not None:
             left_s = request.deadline_s - now_s
             if not left_s > 0:
-                raise DeadlineExceeded(f"the deadline passed {-left_s:.3f} s before the request came", field="deadline")
+                raise DeadlineExceeded(
+                    f"the deadline passed {-left_s:.3f} s before the request arrived", field="deadline"
+                )
             if len(self._line):
                 self._clock.check(self.status().waiting, left_s)
             deadline_s = request.deadline_s
@@ -143,7 +148,7 @@ class Engine:
         if not self._limits.prefix_cache:
             return None
         request = sequence.request
-        # A prompt of which only a part can run at a time runs whole where each part would page anew.
+        # A prompt whose parts would each page anew runs whole.
         in_parts = sequence.policy.fixed is not None or self._paged.fully_resident
         return Prefix(
             request,
@@ -155,7 +160,7 @@ class Engine:
 
     def cancel(self, request_id: str, tenant: str) -> bool:
         """Ends the request with Failure(Cancelled): before the next step or, where a long forward runs for it alone,
-        before the next layer. False when that tenant has none such.
+        before the next layer. Returns False when that tenant has no such request.
         """
         return self._inbox.cancel(request_id, tenant)
 
@@ -181,7 +186,7 @@ class Engine:
     def stop(self, drain_s: float = 0.0) -> None:
         """Refuses new requests, lets the present ones end for `drain_s`, fails the rest with NotReady. Idempotent.
 
-        Returns when `run` steps no more. Not for the thread that it runs on.
+        Returns when `run` has ended. Must not be called on the thread that it runs on.
         """
         self._inbox.close()
         self._inbox.wait_until_empty(drain_s)
@@ -197,12 +202,12 @@ class Engine:
         if self._stepping.acquire(timeout=threads.TIMEOUT_S):
             self._stepping.release()
 
-    # From the thread that steps.
+    # Methods for the stepping thread.
 
     def run(self) -> None:
-        """Steps until `stop`; once. On the thread that loaded the model: torch computes with a team of threads for each
-        thread that calls it, and where those are more than the processors, all of them sleep between two operations
-        when they should spin, which halves the speed of a small model.
+        """Steps until `stop`; called once, on the thread that loaded the model. torch computes with a team of threads
+        for each thread that calls it; where these outnumber the processors, all of them sleep between two operations
+        instead of spinning, which halves the speed of a small model.
         """
         with self._stepping:
             threads.call(self, Engine._leave)
@@ -211,13 +216,15 @@ class Engine:
                     worked = self.step()
                 except BaseException:  # the thread must not end while there are requests
                     log.exception("a step failed; every request in flight fails with it")
-                    self._fail_all(PagerError("the engine failed; the worker's log says more"))
+                    self._fail_all(PagerError("the engine failed; the worker's log has the details"))
                     continue
                 if not worked:
                     self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
 
     def step(self) -> bool:
-        """Decodes a token of each request, admits, runs prompts by one forward. Returns False with nothing to run."""
+        """Decodes a token of each request, admits, runs prompts by one forward. Returns False when there is nothing to
+        run.
+        """
         started_s = time.monotonic()
         self._num_steps_begun += 1
         self._is_stepping = True
@@ -257,7 +264,7 @@ class Engine:
                 self._end_early(sequence, Cancelled("the request was cancelled"))
 
     def _join(self, sequence: Request, now_s: float) -> None:
-        """Puts the sequence into the line, unless it has ended or its grammar is none."""
+        """Puts the request into the line, unless it has ended or its grammar cannot be used."""
         if sequence.has_ended:
             return
         with self._on_behalf_of(sequence, "its grammar failed"):
@@ -288,7 +295,7 @@ class Engine:
 
     @contextmanager
     def _long_forward(self, sequences: Ordered[Request]) -> Iterator[None]:
-        """Surrounds a forward that may take long: between its layers, and while it waits, others are attended to."""
+        """Surrounds a forward that may take long: between its layers, and while it waits, other requests are served."""
         self._in_forward, self._may_interrupt = sequences, True
         try:
             yield
@@ -296,9 +303,9 @@ class Engine:
             self._in_forward, self._may_interrupt = (), False
 
     def _on_layer(self) -> None:
-        """Called before every layer of every forward: ends whoever is cancelled or overdue, if the forward is long.
+        """Called before every layer of every forward: ends cancelled and overdue requests, if the forward is long.
 
-        Requests that are not in the forward end at once. Raises, and the forward is left, when none in it goes on.
+        Requests that are not in the forward end at once. Raises, and so leaves the forward, when none in it continues.
         """
         if not self._may_interrupt:
             return
@@ -309,10 +316,10 @@ class Engine:
         if self._inbox.is_halted:
             raise _shutting_down()
         if all(sequence.fate is not None for sequence in self._in_forward):
-            raise Cancelled("nobody waits for this forward any more")
+            raise Cancelled("no request waits for this forward any more")
 
     def _able(self) -> list[Request]:
-        """The running requests whose next forward waits for nothing, or pages as it goes."""
+        """Returns the running requests whose next forward waits for nothing, or pages as it goes."""
         found = []
         for sequence in tuple(self._running):
             if sequence.awaits_slots or sequence in self._in_forward:
@@ -334,7 +341,7 @@ class Engine:
             self._decode_long(f"exact {account}", sequences)
 
     def _decode_waiting(self) -> None:
-        """Runs one forward for those whose experts are still being read, where there is nothing else to do."""
+        """Runs one forward for requests whose experts are still being read, where there is nothing else to do."""
         waiting = [sequence for sequence in self._running if not (sequence.is_exact or sequence.awaits_slots)]
         self._decode_long("pooled", waiting)
 
@@ -371,8 +378,8 @@ class Engine:
         self._num_tokens += sum(len(sequence.output_ids) for sequence in sequences) - num_before
 
     def _meanwhile(self) -> float | None:
-        """Called while a forward waits for reads: does what `_on_layer` does, and decodes a token for those that hold
-        their experts. Returns the seconds until it is to be called again; None in a forward that is not long.
+        """Called while a forward waits for reads: does what `_on_layer` does, and decodes a token for requests that
+        hold their experts. Returns the seconds until the next call; None in a forward that is not long.
         """
         if not self._may_interrupt:
             return None
@@ -381,7 +388,9 @@ class Engine:
         return CHECK_S if due_s is None else min(CHECK_S, due_s)
 
     def _decode_meanwhile(self) -> float | None:
-        """Decodes for those that hold their experts, as long apart as it takes. Returns the seconds until then."""
+        """Decodes for requests that hold their experts, with pauses as long as such a step takes. Returns the seconds
+        until the next one.
+        """
         able = [sequence for sequence in self._able() if not sequence.is_exact]
         if not able:
             return None
@@ -396,7 +405,7 @@ class Engine:
             return
         self._next_admission_s = now_s + ADMISSION_RETRY_S
         if not self._resume(suspended) or not len(self._line):
-            return  # an answer that has begun comes before those that have not
+            return  # answers that have begun come before those that have not
         self._charge(now_s)
         refused: list[Request] = []
         for number, sequence in enumerate(self._candidates()):
@@ -453,7 +462,7 @@ class Engine:
         return self._line.candidates(claim=claim, ordered=ordered, group=lambda sequence: sequence.group)
 
     def _charge(self, now_s: float, ended: Ordered[Request] = ()) -> None:
-        """Charges tenants for what their requests have used since it was called last; or those that end, alone."""
+        """Charges tenants for what their requests have used since the last call; or only for those that end."""
         holding = tuple(dict.fromkeys(sequence.first for sequence in (*self._prefilling, *self._running)))
         num_alike = Counter(sequence.group for sequence in holding)
         costs: dict[str, float] = {}
@@ -468,7 +477,9 @@ class Engine:
             self._observer.shared_out(tenant, given, entitled)
 
     def _resume(self, suspended: list[Request]) -> bool:
-        """Gives those that drift their slots, in the order of arrival. Returns False where some have to wait on."""
+        """Gives drifting requests their slots, in the order of arrival. Returns False where some have to keep
+        waiting.
+        """
         for sequence in sorted(suspended, key=lambda each: each.submitted_s):
             with self._on_behalf_of(sequence, "resuming it failed"):
                 if not sequence.acquire_change():
@@ -476,7 +487,7 @@ class Engine:
         return True
 
     def _prefill(self) -> None:
-        """Runs prompts whose experts are there, as many as one forward takes; the very first, if nobody decodes."""
+        """Runs prompts whose experts are loaded, as many as one forward takes; the very first, if nothing decodes."""
         decoding = bool(self._able()) if self._prefilling else False
         parts: list[tuple[Request, int]] = []
         room = self._prefill_chunk_tokens
@@ -494,7 +505,9 @@ class Engine:
             self._run_prompts(parts)
 
     def _tokens_to_run(self, sequence: Request, room: int) -> int:
-        """How many tokens of its prompt run next: all that are left, or as many as there is `room` for in a part."""
+        """Returns how many tokens of its prompt run next: all that are left, or as many as there is `room` for in a
+        part.
+        """
         num_left = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
         return min(num_left, room) if sequence.may_be_chunked(self._paged) else num_left
 
@@ -520,7 +533,7 @@ class Engine:
                 sequence.prefill_started_s = started_s
         with self._long_forward(sequences):
             outcomes = self._decoder.prefill(parts)
-        # None where it was left, or failed.
+        # None where the forward was left, or failed.
         self._num_tokens += sum(sequence.num_prefilled for sequence in sequences) - num_before
         now_s = time.monotonic()
         for sequence, first_tokens in zip(sequences, outcomes, strict=True):
@@ -528,7 +541,7 @@ class Engine:
                 self._take_first(sequence, first_tokens, now_s)
 
     def _take_first(self, sequence: Request, outcomes: Ordered[Outcome], now_s: float) -> None:
-        """After a part of its prompt has run: it goes on waiting, or its answers decode from now on."""
+        """Continues a request after a part of its prompt has run: it waits on, or its answers decode from now on."""
         for part in sequence.take_prompt_logprobs():
             tenant = sequence.request.tenant
             self._events.append(TokenChunk(sequence.request.id, (), "", None, tenant, prompt_logprobs=part))
@@ -591,7 +604,7 @@ class Engine:
 
     @contextmanager
     def _on_behalf_of(self, sequence: Request, what: str) -> Iterator[None]:
-        """Has whatever is raised in the block fail that request alone; the log says `what` failed."""
+        """Makes any exception in the block fail that request alone; the log says `what` failed."""
         try:
             yield
         except ENDS_THE_PROCESS:
@@ -608,10 +621,12 @@ class Engine:
         self._events.append(Failure(sequence.request.id, error, sequence.request.tenant, account))
 
     def _end(self, sequence: Request, outcome: str, usage: Usage | None = None) -> Account:
-        """Gives back at once what the request holds, wherever it stood. Raises nothing: what ended cannot fail."""
+        """Gives back at once what the request holds, whatever its state. Raises nothing: the end of a request cannot
+        fail.
+        """
         account, rows = sequence.account(self._paged), sequence.rows
         self._settle_with_tenant(sequence)
-        with _errors_logged(f"request {sequence.request.id} could not give back everything"):
+        with _errors_logged(f"request {sequence.request.id} could not give back all that it held"):
             sequence.release(self._blocks)
         self._running = [row for row in self._running if row not in rows]
         if sequence in self._prefilling:
@@ -626,7 +641,7 @@ class Engine:
         return account
 
     def _settle_with_tenant(self, sequence: Request) -> None:
-        """Charges the tenant of a request that ends; one that has not joined the line yet is not known there."""
+        """Charges the tenant of a request that ends; a request that has not joined the line yet is unknown there."""
         was_admitted = not math.isnan(sequence.admitted_s)
         if not was_admitted and sequence not in self._line:
             return
@@ -642,7 +657,7 @@ class Engine:
         try:
             self._sink(events)
         except Exception:
-            log.exception("the sink of the engine's events failed; %d events are lost", len(events))
+            log.exception("the sink of the engine's events failed; %d events were lost", len(events))
 
     def _fail_all(self, error: PagerError) -> None:
         self._inbox.take()
@@ -657,7 +672,7 @@ def _shutting_down() -> NotReady:
 
 @contextmanager
 def _errors_logged(what: str) -> Iterator[None]:
-    """Logs what is raised in the block, as nobody's answer depends on it."""
+    """Logs exceptions in the block, on which no answer depends."""
     try:
         yield
     except ENDS_THE_PROCESS:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMALL_EXPERT_BYTES = 128 * 1024
-"""Up to here a call of a kernel costs more than copying an expert, so the copies are multiplied by one call."""
+"""Up to this size a kernel call costs more than copying an expert, so copies are multiplied by one call."""
 
 COPIED_PAIRS = 256
 """The most experts that are copied together."""
@@ -33,14 +33,14 @@ COPIED_ROWS = 1024
 """The most rows that are computed when every token goes through every copied expert."""
 
 HALF_PRECISION_ROWS = 16
-"""Of a oneDNN tile. It compiles a kernel of 0.7 MB, in a millisecond, for every number of rows that it meets."""
+"""The rows of a oneDNN tile. oneDNN compiles a kernel of 0.7 MB, in a millisecond, for every new number of rows."""
 
 Kernel = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """`kernel(module, hidden_TD, slot_TK, weights_TK)` → [T, D]: the weighted sum of each token's experts."""
 
 
 def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """[T, D] from experts that are all in their slots."""
+    """Returns [T, D] from experts that are all in their slots."""
     if hidden_TD.device.type != "cpu":
         return grouped(module, hidden_TD, slot_TK, weights_TK)
     num_tokens, num_picks = slot_TK.shape
@@ -55,7 +55,7 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
         return sorted_pairs(module, hidden_TD, slot_TK, weights_TK)
     slot_U, place_TK = slot_TK.unique(return_inverse=True)
     num_rows = num_tokens * len(slot_U)
-    # In half precision a batched product of matrices is dear, one of vectors is not.
+    # In half precision a batched product of matrices is slow, one of vectors is not.
     is_shared = 2 * len(slot_U) <= slot_TK.numel() or hidden_TD.dtype == torch.float32
     if is_shared and num_rows <= COPIED_ROWS:
         return _run_copied_experts(module, hidden_TD, slot_U, place_TK, weights_TK)
@@ -63,7 +63,9 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
 
 
 def is_plain(module: Any) -> bool:
-    """The experts are gate, up and down matrices as they are multiplied, without biases or norms of their own."""
+    """Tells whether the experts are gate, up and down matrices in multiplication layout, without biases or norms of
+    their own.
+    """
     if quantised_in(module):
         return False
     others = ("has_bias", "is_transposed", "has_post_expert_norm")
@@ -71,7 +73,7 @@ def is_plain(module: Any) -> bool:
 
 
 def any_expert(module: Any, slot: int, hidden_ND: Tensor) -> Tensor:
-    """[N, D] from the expert in a slot, whatever its module says of its parameters."""
+    """Returns [N, D] from the expert in a slot, whatever parameters its module has."""
     quantised = quantised_in(module)
     if quantised is not None:
         return quantised.down(slot, module._apply_gate(quantised.gate_up(slot, hidden_ND)))
@@ -102,12 +104,12 @@ class QuantisedSlabs:
 
 
 def quantised_in(module: Any) -> QuantisedSlabs | None:
-    """What a module's experts are in, where that is 8 or 4 bits."""
+    """Returns the format of a module's experts, where that is 8 or 4 bits."""
     return getattr(module, "quantised", None)
 
 
 def quantised_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """One token's experts in 8 or 4 bits, one after the other."""
+    """Computes one token's experts in 8 or 4 bits, one after the other."""
     quantised, slots = module.quantised, slot_TK[0].tolist()
     inner_PF = module._apply_gate(torch.cat([quantised.gate_up(slot, hidden_TD) for slot in slots]))
     out_PD = torch.cat([quantised.down(slot, inner_PF[place, None]) for place, slot in enumerate(slots)])
@@ -121,7 +123,8 @@ def _projected(module: Any, name: str, slot: int, hidden: Tensor) -> Tensor:
 
 
 def grouped(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """One product for all pairs, the one for a GPU. In bf16 on compute capability 9.0 and 10 it fetches nothing.
+    """Computes one grouped product for all pairs, for a GPU. In bf16 on compute capability 9.0 and 10 it fetches
+    nothing.
 
     Elsewhere torch fetches the counts of rows, and multiplies expert by expert.
     """
@@ -130,7 +133,7 @@ def grouped(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor)
 
 
 def pairs_in_place(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """A product of matrix and vector a pair, with the weights where they lie."""
+    """Computes a product of matrix and vector per pair, with the weights in their slots."""
     gate_up, down = module.gate_up_proj, module.down_proj
     slots = slot_TK.flatten().tolist()
     inner_P2F = hidden_TD.new_empty(len(slots), gate_up.shape[1])
@@ -144,7 +147,7 @@ def pairs_in_place(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: 
 
 
 def copied_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The weights of every pair copied together: one product for gates and ups, one for downs."""
+    """Copies the weights of every pair together: one product for gates and ups, one for downs."""
     num_tokens, num_picks = slot_TK.shape
     slot_P = slot_TK.flatten()
     inner_T = torch.bmm(
@@ -156,7 +159,9 @@ def copied_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Te
 
 
 def copied_experts(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The weights of every distinct expert copied together, all tokens through each, and of that the pairs' outputs."""
+    """Copies the weights of every distinct expert together, runs all tokens through each, and picks the pairs'
+    outputs.
+    """
     slot_U, place_TK = slot_TK.unique(return_inverse=True)
     return _run_copied_experts(module, hidden_TD, slot_U, place_TK, weights_TK)
 
@@ -166,19 +171,19 @@ def _run_copied_experts(module: Any, hidden_TD: Tensor, slot_U: Tensor, place_TK
     inner_T = torch.mm(hidden_TD, module.gate_up_proj.index_select(0, slot_U).flatten(0, 1).t())
     inner_TUF = module._apply_gate(inner_T.view(num_tokens, num_experts, -1))
     out_UTD = torch.bmm(inner_TUF.transpose(0, 1), module.down_proj.index_select(0, slot_U).transpose(1, 2))
-    # Picked, not multiplied by zero: what a token's other experts made of it may be infinite.
+    # Picked, not multiplied by zero: a token's output of other experts may be infinite.
     rows_TK = place_TK * num_tokens + torch.arange(num_tokens)[:, None]
     out_PD = out_UTD.flatten(0, 1).index_select(0, rows_TK.flatten())
     return _weighted(out_PD.view(*place_TK.shape, -1), weights_TK)
 
 
 def _weighted(out_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """[T, D] in the dtype of the outputs; added up in that of the weights, as some families' are fp32."""
+    """Returns [T, D] in the dtype of the outputs, added up in that of the weights, which some families keep in fp32."""
     return torch.bmm(weights_TK.unsqueeze(1), out_TKD.to(weights_TK.dtype)).squeeze(1).to(out_TKD.dtype)
 
 
 def sorted_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """A product for each expert with all its tokens, with the weights where they lie."""
+    """Computes a product for each expert with all its tokens, with the weights in their slots."""
     outputs = PairOutputs(module, hidden_TD, slot_TK, weights_TK)
     outputs.add_all()
     return outputs.total()
@@ -187,11 +192,11 @@ def sorted_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Te
 class PairOutputs:
     """The outputs of (token, expert) pairs, sorted by expert and computed a few experts at a time.
 
-    They are added up in the same order however many calls of `add` it took.
+    They are added up in the same order however many calls of `add` they took.
     """
 
     def __init__(self, module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
-        """`index_TK` names experts by any integers: expert ids or slots."""
+        """Sorts the pairs. `index_TK` names experts by any integers: expert ids or slots."""
         self._module = module
         self._is_plain = is_plain(module)
         self._shape_TK = index_TK.shape
@@ -218,7 +223,7 @@ class PairOutputs:
                 inner = module._apply_gate(torch.mv(gate_up, self._hidden_PD[start])[None])[0]
                 torch.mv(down, inner, out=self._out_PD[start])
                 continue
-            num_rows = _padded(end - start) if self._is_half else end - start  # the surplus is computed for nobody
+            num_rows = _padded(end - start) if self._is_half else end - start  # the surplus rows are discarded
             out_ND = torch.mm(
                 module._apply_gate(torch.mm(self._hidden_PD[start : start + num_rows], gate_up.t())), down.t()
             )
@@ -229,7 +234,7 @@ class PairOutputs:
         self.add(self._range_of, self._range_of)
 
     def total(self) -> Tensor:
-        """[T, D], after every pair was computed."""
+        """Returns [T, D], after every pair was computed."""
         weighted_PD = torch.empty_like(
             self._out_PD, dtype=torch.promote_types(self._out_PD.dtype, self._weights_P.dtype)
         )
@@ -238,7 +243,7 @@ class PairOutputs:
 
 
 def _padded(num_rows: int) -> int:
-    """The number of rows to compute in half precision: few different ones, and not many more than asked for."""
+    """Returns the number of rows to compute in half precision: one of a few values, not much above `num_rows`."""
     for few in (4, 8):
         if num_rows <= few:
             return few
@@ -263,13 +268,14 @@ class OpenStep(threading.local):
 
 
 class LayerExperts:
-    """Stands behind one layer's experts module: from expert ids to slots to outputs."""
+    """Runs one layer's experts: maps expert ids to slots, and slots to outputs."""
 
     def __init__(self, pager: ExpertPager, layer: ExpertLayer, open_step: OpenStep) -> None:
         self.pager = pager
         self.layer = layer.layer
         self.name = layer.experts
-        self.scores_by_sigmoid = False  # how its router makes masses of logits, where that had to be tried
+        # whether its gate turns logits into masses by sigmoid, where that had to be tried
+        self.scores_by_sigmoid = False
         self._slot_of_E = pager.slots.slot_of_LE[layer.layer]
         self._open_step = open_step
 
@@ -278,24 +284,26 @@ class LayerExperts:
 
     @property
     def step(self) -> StepRouting:
-        """The step that the calling thread has open. Raises ConfigError outside of one."""
+        """Returns the step that the calling thread has open. Raises ConfigError outside of one."""
         step = self._open_step.routing
         if step is None:
             raise ConfigError(
-                "a layer of a paged model cannot run by itself, as nothing says whose tokens it gets; call the model "
+                "a layer of a paged model cannot run by itself, as it is not known whose tokens it gets; call the "
+                "model "
                 "or its inner model (model.model), or open expert_paging.step(...) around the call"
             )
         return step
 
     def run(self, module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """[T, D]: the weighted sum of each token's experts. Raises ExpertUnavailable."""
+        """Returns [T, D]: the weighted sum of each token's experts. Raises ExpertUnavailable."""
         step = self.step
         if step.pages_on_demand:
             return self._run_in_waves(module, step, hidden_TD, index_TK, weights_TK)
         for request in step.awaiting:
             assert request.lease is not None, "without a lease, experts are paged on demand"
             request.lease.wait(self.layer)
-        # Where a row's logits are not finite it picks from outside of its pool too: from no slot, and to no avail.
+        # A row whose logits are not finite also picks from outside of its pool: it reads no slot, and its
+        # result is discarded.
         slot_TK = self._slot_of_E.take(index_TK).clamp_min_(0)
         return run_slots(module, hidden_TD, slot_TK, weights_TK)
 
@@ -329,7 +337,7 @@ def experts_in_slots(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_T
 
 
 class _Forward(torch.autograd.Function):
-    """Experts in a forward that autograd records, as one with an adapter's weights is; there is no way back.
+    """Wraps experts in a forward that autograd records, such as one with an adapter's weights; it has no backward.
 
     By the time of a backward the slots hold other experts, which autograd would not notice.
     """
@@ -357,7 +365,7 @@ def attach(
     open_step: OpenStep,
     record: RecordFormat | None = None,
 ) -> str | None:
-    """Puts every sparse layer of `model` (without expert weights) on the pager's slots and its router under the pools.
+    """Connects every sparse layer of `model` (without expert weights) to the pager's slots, and its gate to the pools.
 
     `open_step` tells all of these layers which step a thread has open; `record` is what quantised experts are in.
     Returns why the model runs with all its experts only, where it does.
@@ -367,8 +375,8 @@ def attach(
     for each in family.layers:
         experts: Any = model.get_submodule(each.experts)
         experts.paging = layers[each.experts] = LayerExperts(pager, each, open_step)
-        experts.num_experts = pager.slots.total_slots  # what the kernels index is the slab
-        # Plain attributes: the slabs belong to the pager and must not show up in the model's parameters.
+        experts.num_experts = pager.slots.total_slots  # the kernels index the slab
+        # Plain attributes: the slabs belong to the pager and must not appear among the model's parameters.
         if quantised is not None:
             experts.quantised = quantised
         for name, slab in {} if quantised else pager.slots.slabs.items():

@@ -1,8 +1,8 @@
-"""Gates under pools: what a token may pick is restricted where its gate picks.
+"""Gates under pools: the experts that a token may pick are restricted where its gate picks.
 
 A gate that is one matrix and a known way of picking becomes a `PooledGate`, which chooses once, within the pool. Any
-other one runs as it is, and what it computes is masked on the way (`GateMask`): its logits, and what it takes the
-largest of. Whether that restricts it, and nothing else, is tried with the model's own weights when it is loaded.
+other gate runs unchanged, and a `GateMask` masks its intermediate values: its logits, and the input of its top-k.
+Whether that restricts it, and changes nothing else, is tried with the model's own weights when it is loaded.
 
 Legend: T tokens, E experts of a layer, K experts a token picks, D hidden.
 """
@@ -34,13 +34,13 @@ NO_COPIES = "a paged model cannot be copied or pickled: its experts are in a cac
 TRIED_TOKENS = 24
 
 Restrict = Callable[[Tensor], Tensor | None]
-"""From gate logits [T, E], whose softmax is the mass of experts, to which each token may pick: None for all."""
+"""Maps gate logits [T, E], whose softmax is the mass of experts, to the experts each token may pick: None for all."""
 
 
 class PooledGate:
     """A gate that picks in a known way: it computes the same logits, and chooses once, within the step's pools.
 
-    By itself a gate would choose among all experts first, for nothing.
+    The original gate would first choose among all experts, needlessly.
     """
 
     weight: Tensor
@@ -51,14 +51,14 @@ class PooledGate:
         raise TypeError(NO_COPIES)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., D] → logits [T, E], weights [T, K], indices [T, K], as transformers' gates return them."""
+        """Returns logits [T, E], weights [T, K], indices [T, K] for [..., D], as transformers' gates do."""
         layer = self.paging
         logits_TE = linear(hidden_states.reshape(-1, self.weight.shape[1]), self.weight)
         return logits_TE, *self.pooled_pick(self, logits_TE, layer.step.allowed(layer.layer, logits_TE))
 
 
 class MaskedBlock:
-    """A block whose gate picks in a way of its own: while a step has pools, it runs under a `GateMask`."""
+    """A block whose gate picks in an unknown way: while a step has pools, it runs under a `GateMask`."""
 
     paging: LayerExperts
     num_experts_masked: int
@@ -145,7 +145,7 @@ class GateMask(TorchFunctionMode):
         return logits if self._allowed_TE is None else logits.masked_fill(self._outside(logits), -torch.inf)
 
     def _inside(self, scores: Tensor) -> Tensor:
-        """Scores among which every one inside of the pool is larger than all that are outside."""
+        """Returns scores of which every one inside of the pool is larger than all outside."""
         lowest = torch.finfo(scores.dtype).min if scores.dtype.is_floating_point else 0
         return scores.clamp_min(lowest).masked_fill(self._outside(scores), -torch.inf)
 
@@ -157,7 +157,7 @@ class GateMask(TorchFunctionMode):
 
 @dataclass(slots=True)
 class _Trial:
-    """One forward in which picks are kept. `masked` counts the blocks whose logits were found.
+    """One forward in which picks are recorded. `masked` counts the blocks whose logits were found.
 
     `share` of each layer's experts is allowed, but no fewer than a token picks; None: no mask at all. `others`: as many
     experts, none of them the same where there are enough.
@@ -169,7 +169,7 @@ class _Trial:
     picks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def allowed(self, num_experts: int, num_picks: int, device: torch.device) -> Tensor | None:
-        """[E] bool: experts spread over the layer, so that every group of them has some."""
+        """Returns [E] bools: experts spread over the layer, so that every group has some."""
         if self.share is None:
             return None
         count = max(num_picks, int(self.share * num_experts))
@@ -187,14 +187,14 @@ _running = _Running()
 
 
 def unmasked() -> AbstractContextManager[object]:
-    """Around a block's experts: nothing that they compute is looked at, where the block runs under a mask."""
+    """Surrounds a block's experts: what they compute is not examined where the block runs under a mask."""
     return torch._C.DisableTorchFunction() if _running.mask is not None else nullcontext()
 
 
 def put_under_pools(model: PreTrainedModel, family: Family, layers: Mapping[str, LayerExperts]) -> str | None:
     """Makes the gates of `model` pick within the pools of the step that runs; `layers` are by experts module.
 
-    Returns why they cannot be, where they cannot: the model then runs with all its experts only.
+    Returns why they cannot be restricted, if so: the model then runs with all its experts only.
     """
     if family.gates_are_known:
         for each in family.layers:
@@ -227,7 +227,7 @@ _kinds: dict[tuple[type[Any], type[nn.Module]], type[nn.Module]] = {}
 
 
 def _become(module: nn.Module, role: type[Any], **attributes: Any) -> None:
-    """`module` of a class that does what `role` does before its own."""
+    """Gives `module` a class that does what `role` does before its own."""
     kind = type(module)
     if (role, kind) not in _kinds:
         _kinds[role, kind] = type(f"{role.__name__}{kind.__name__}", (role, kind), {})
@@ -237,10 +237,11 @@ def _become(module: nn.Module, role: type[Any], **attributes: Any) -> None:
 
 
 def _tried(model: PreTrainedModel, family: Family) -> str | None:
-    """Why the gates cannot be restricted by masks; None where every layer's picks show that they can."""
+    """Returns why masks cannot restrict the gates; None where every layer's picks show that they can."""
     try:
         free, everything = (_run(model, _Trial(share)) for share in (None, 1.0))
-        pooled = [_run(model, _Trial(0.5, others)) for others in (False, True)]  # what is picked whatever is in neither
+        # finds what is picked although it is in neither pool
+        pooled = [_run(model, _Trial(0.5, others)) for others in (False, True)]
     except Exception as error:  # a family's code fails in its own ways
         return f"its gates fail under a mask ({one_line(error)})"
     if free.masked < len(family.layers):
@@ -248,7 +249,7 @@ def _tried(model: PreTrainedModel, family: Family) -> str | None:
     for each in family.layers:
         weights_TK, index_TK = free.picks[each.experts]
         if not all(map(torch.equal, everything.picks[each.experts], (weights_TK, index_TK))):
-            return f"the gate of {each.experts} picks otherwise under a mask that allows all"
+            return f"the gate of {each.experts} picks differently under a mask that allows all"
         if not all(_stays_inside(trial, each) for trial in pooled):
             return f"the gate of {each.experts} picks from outside of a pool"
     return None
@@ -264,7 +265,7 @@ def _stays_inside(trial: _Trial, layer: ExpertLayer) -> bool:
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, trial: _Trial) -> _Trial:
-    """A forward of random tokens through the trunk alone."""
+    """Runs a forward of random tokens through the trunk alone."""
     embeddings: Any = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, len(embeddings.weight), (1, TRIED_TOKENS), generator=generator)
@@ -277,7 +278,7 @@ def _run(model: PreTrainedModel, trial: _Trial) -> _Trial:
 
 
 def _keep_picks(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The function registered with transformers: no experts at all."""
+    """Stands for the experts in a trial: records the picks and computes nothing. Registered with transformers."""
     assert _running.trial is not None
     _running.trial.picks[module.paging.name] = (weights_TK, index_TK)
     return torch.zeros_like(hidden_TD)

@@ -1,8 +1,8 @@
-"""Grammars that answers are held to: compiled by a process of their own, then a mask for every token.
+"""Grammars that constrain answers: compiled by a separate process, then a mask for every token.
 
-xgrammar compiles them. A grammar of a few bytes can take hours and all memory, and what runs in C++ cannot be left:
-so a helper process compiles, which the system ends when one grammar has taken too much, and the request fails that
-brought it. The helper is started for the first grammar and ends when none came for a while. It learns the vocabulary
+xgrammar compiles them. A grammar of a few bytes can take hours and all memory, and C++ code cannot be interrupted. So a
+helper process compiles; the system ends it when one grammar has taken too much, and the request with that grammar
+fails. The helper is started for the first grammar and ends when none has come for a while. It receives the vocabulary
 and grammars, nothing else.
 
 Run as a program, this module is that helper.
@@ -41,9 +41,9 @@ log = logging.getLogger(__name__)
 COMPILE_CPU_S = 5.0
 COMPILE_BYTES = 512 * 2**20
 COMPILED_BYTES = 32 * 2**20
-MASK_S = 10.0  # of one answer, all its masks together
+MASK_S = 10.0  # for one answer, all its masks together
 IDLE_S = 60.0
-_WALL_S = 120.0  # on a machine that has more to do
+_WALL_S = 120.0  # wall-clock time on a machine that is otherwise busy
 _KEPT = 64
 _KEPT_BYTES = 64 * 2**20
 _MESSAGE_CHARACTERS = 300
@@ -53,29 +53,30 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "TMPDIR")
 class Grammars:
     """Compiles grammars for one vocabulary, one after the other, and keeps those that were used last.
 
-    `compile` is for any thread and returns at once. Also what cannot be compiled is kept, so that it is tried once.
+    `compile` is for any thread and returns at once. Failures are kept too, so that they are tried once.
     """
 
     def __init__(self, texts: TokenTexts, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._texts = texts
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")  # owner of what follows
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")  # the only thread that uses the following
         self._kept: OrderedDict[Grammar, xgrammar.CompiledGrammar | InvalidRequest] = OrderedDict()
         self._kept_bytes = 0
         self._vocabulary: xgrammar.TokenizerInfo | None = None
         self._helper: _Helper | None = None
 
     def compile(self, grammar: Grammar) -> Future[xgrammar.CompiledGrammar]:
-        """Ends with the compiled grammar, InvalidRequest, or NotReady for what may be tried again.
+        """Returns a future of the compiled grammar, InvalidRequest, or NotReady for a failure that may be retried.
 
-        Raises InvalidRequest for what can be known at once, NotReady once it is closed. What is cancelled before its
-        turn is not compiled.
+        Raises InvalidRequest for what can be known at once, NotReady once it is closed. A grammar that is cancelled
+        before its turn is not compiled.
         """
         field = f"sampling.{grammar.kind}"
         if find_spec("xgrammar") is None:
             raise InvalidRequest(
-                "this worker cannot hold an answer to a grammar: it has no xgrammar; install expert-pager[grammar]",
+                "this worker cannot constrain answers by a grammar, because xgrammar is missing; install "
+                "expert-pager[grammar]",
                 field=field,
             )
         if not self._eos_ids or not self._texts.tokenizer.get_vocab_size():
@@ -132,7 +133,7 @@ class Grammars:
             vocab_size=self._vocab_size,
             stop_token_ids=ends,
         )
-        # A token that has no text in an answer is no part of what a grammar sees.
+        # A grammar does not see tokens that have no text in an answer.
         tokens = [self._texts.token(token_id) or "" for token_id in range(self._vocab_size)]
         return xgrammar.TokenizerInfo(
             tokens,
@@ -148,7 +149,7 @@ def _bytes_of(found: xgrammar.CompiledGrammar | InvalidRequest) -> int:
 
 
 class GrammarMask:
-    """Which tokens the grammar of one answer allows next. Mutable; owned by the answer's sequence."""
+    """The tokens that the grammar of one answer allows next. Mutable; owned by the answer's request."""
 
     def __init__(self, compiled: xgrammar.CompiledGrammar, grammar: Grammar) -> None:
         import xgrammar
@@ -161,11 +162,11 @@ class GrammarMask:
         self._spent_s = 0.0
 
     def allowed(self, output_ids: Sequence[int]) -> np.ndarray:
-        """[V] bools. Raises InvalidRequest once the grammar has taken too long to follow."""
+        """Returns [V] bools. Raises InvalidRequest once the grammar has taken too long to follow."""
         started_s = time.perf_counter()
         for token_id in output_ids[self._num_seen :]:
             if not self._matcher.accept_token(token_id):
-                raise PagerError(f"token {self._num_seen} of the answer is none that its grammar allows")
+                raise PagerError(f"token {self._num_seen} of the answer is not one that its grammar allows")
             self._num_seen += 1
         self._matcher.fill_next_token_bitmask(self._bits)
         self._spent_s += time.perf_counter() - started_s
@@ -204,12 +205,12 @@ class _Helper:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it is sure to be there for one more grammar."""
+        """Tells whether the process is certain to serve one more grammar."""
         is_recent = time.monotonic() - self._used_s < IDLE_S / 2
         return is_recent and self.end.alive and self._process.poll() is None
 
     def compile(self, grammar: Grammar) -> dict[str, str]:
-        """{"compiled": ...} or {"error": ...}. Raises NotReady."""
+        """Returns {"compiled": ...} or {"error": ...}. Raises NotReady."""
         self._used_s = time.monotonic()
         if not self.end.alive or not self._tell(json.dumps({"kind": grammar.kind, "text": grammar.text})):
             self.end()
@@ -231,7 +232,7 @@ class _Helper:
         return True
 
     def _hear(self) -> dict[str, str] | None:
-        """The next line; None where the process has ended, or said nothing for too long."""
+        """Returns the next line; None where the process has ended, or sent nothing for too long."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], _WALL_S)[0]:
             return None
@@ -249,11 +250,11 @@ def _end(process: subprocess.Popen[str]) -> None:
                 pipe.close()
 
 
-# --- the helper -----------------------------------------------------------------------------------------------------
+# --- the helper process ---------------------------------------------------------------------------------------------
 
 
 def _serve() -> None:
-    """Reads the vocabulary, then a grammar a line, until none comes for IDLE_S; a line for each."""
+    """Reads the vocabulary, then one grammar a line, until none comes for IDLE_S; answers each with a line."""
     import xgrammar
 
     vocabulary = xgrammar.TokenizerInfo.deserialize_json(sys.stdin.readline())
@@ -293,7 +294,7 @@ def _compiled(compiler: xgrammar.GrammarCompiler, kind: str, text: str) -> xgram
 
 
 def _reason(error: Exception) -> str:
-    """The last part of what xgrammar says, which begins with a time and a place in its own sources."""
+    """Returns the last part of xgrammar's message, which begins with a time and a place in its own sources."""
     return str(error).rpartition(": ")[2].strip()[:_MESSAGE_CHARACTERS] or type(error).__name__
 
 

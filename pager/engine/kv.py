@@ -1,4 +1,4 @@
-"""Keys and values: which request owns which block (integers), the tensors behind the blocks, and prefixes in common.
+"""Keys and values: which request owns which block (integers), the tensors behind the blocks, and shared prefixes.
 
 Legend: N token slots (blocks times BLOCK_TOKENS), G key/value heads, D head dimension.
 """
@@ -30,18 +30,18 @@ BLOCK_TOKENS = KV_BLOCK_TOKENS
 
 
 class BlockPool:
-    """Which KV blocks are held, by how many requests, and what the full ones contain. Knows no tensors.
+    """The KV blocks: which are held, by how many requests, and what the full ones contain. Knows no tensors.
 
     Blocks are handed out all at once for a request's whole life, so a running request never waits for one. A full block
-    can be published under a key that stands for all that its content depends on (`pager.engine.kv`): requests that
-    begin alike then hold the same block. Nobody writes to a published block. When nobody holds it, it counts as free,
-    and it is evicted, least recently used first, once there are no blocks without content left.
+    can be published under a key that stands for everything that its content depends on (`PrefixKeys`): requests that
+    begin alike then hold the same block. A published block is never written to. When no request holds it, it counts as
+    free, and it is evicted, least recently used first, once no blocks without content are left.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._blank = list(reversed(range(num_blocks)))  # held by nobody, without content
-        self._idle: dict[int, None] = {}  # published and held by nobody, least recently used first
+        self._blank = list(reversed(range(num_blocks)))  # not held, without content
+        self._idle: dict[int, None] = {}  # published and not held, least recently used first
         self._num_holders = [0] * num_blocks
         self._key_of: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
@@ -59,13 +59,13 @@ class BlockPool:
         return len(self._published)
 
     def find(self, keys: Iterable[bytes]) -> tuple[int, ...]:
-        """The blocks published under the first of `keys`, up to the first key that has none. They stay evictable."""
+        """Returns the blocks published under `keys`, up to the first key that has none. They stay evictable."""
         found = takewhile(lambda block: block is not None, map(self._published.get, keys))
         return tuple(block for block in found if block is not None)
 
     def allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> tuple[int, ...] | None:
-        """Blocks for `num_tokens` tokens, the first of them `shared`, which `find` gave; None, and nothing taken, when
-        there are not enough now.
+        """Returns blocks for `num_tokens` tokens, the first of them `shared`, which `find` returned; None, and nothing
+        taken, when there are not enough now.
         """
         count = blocks_for(num_tokens) - len(shared)
         num_idle = sum(block in self._idle for block in shared)
@@ -79,24 +79,26 @@ class BlockPool:
         return taken
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """One more holds `blocks`, which are held; `free` gives them back for each."""
+        """Counts one more holder of `blocks`, which are held; each holder gives them back with `free`."""
         for block in blocks:
             assert self._num_holders[block], f"block {block} is held by nobody"
             self._num_holders[block] += 1
 
     def publish(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
-        """Makes the content of full blocks, which are held and whose keys these are, available to other requests.
+        """Makes the content of full blocks, which are held and have these keys, available to other requests.
 
         A block whose content is published already, by whichever block, stays as it is.
         """
         for block, key in zip(blocks, keys, strict=True):
-            assert self._num_holders[block], f"block {block} is published and nobody holds it"
+            assert self._num_holders[block], f"block {block} is published but not held"
             if self._key_of[block] is None and key not in self._published:
                 self._key_of[block] = key
                 self._published[key] = block
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Gives back what `allocate` gave. Of published blocks the last are evicted first: they need those before."""
+        """Gives back what `allocate` returned. The last published blocks are evicted first: they are of no use without
+        those before.
+        """
         for block in reversed(blocks):
             assert self._num_holders[block], f"block {block} is freed twice"
             self._num_holders[block] -= 1
@@ -108,7 +110,9 @@ class BlockPool:
                 self._idle[block] = None
 
     def check_integrity(self) -> None:
-        """Every block is held, blank or idle, and exactly one of them; every key has one block, and the other way."""
+        """Checks that every block is held, blank or idle, and exactly one of them, and that keys and blocks match one
+        to one.
+        """
         blank = set(self._blank)
         assert len(blank) == len(self._blank), "a block is twice in the free list"
         for block, (num_holders, key) in enumerate(zip(self._num_holders, self._key_of, strict=True)):
@@ -183,7 +187,7 @@ class KvCache:
         self._gathered_v = empty(gather_tokens * max(each.value_width for each in layers))
 
     def gather(self, layer: int, slots_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, G, C, D] of these token slots; valid until the next call."""
+        """Returns keys and values [B, G, C, D] of these token slots; valid until the next call."""
         slots_T = slots_BC.reshape(-1)
 
         def taken(held: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
@@ -194,7 +198,7 @@ class KvCache:
         return taken(self.k[layer], self._gathered_k), taken(self.v[layer], self._gathered_v)
 
     def copy_block(self, source: int, to: int) -> None:
-        """Has a block contain what another one contains."""
+        """Copies the content of one block into another."""
         of, into = (slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS) for block in (source, to))
         for held in (*self.k, *self.v):
             held[into] = held[of]
@@ -214,8 +218,8 @@ def blocks_for(num_tokens: int) -> int:
 
 
 def token_slots(tables: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """[B, max blocks * BLOCK_TOKENS] int64: the token slot of each position of each block table. What lies beyond a
-    table's end repeats its first block.
+    """Returns [B, max blocks * BLOCK_TOKENS] int64: the token slot of each position of each block table. Positions
+    beyond a table's end repeat its first block.
     """
     width = max(map(len, tables))
     padded = torch.tensor([[*table, *[table[0]] * (width - len(table))] for table in tables])
@@ -231,28 +235,25 @@ def layers_by_config(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
     return (LayerAttention(num_heads, num_kv_heads, head_dim, head_dim),) * int(config.num_hidden_layers)
 
 
-# --- prefixes in common -----------------------------------------------------------------------------------------------
+# --- shared prefixes --------------------------------------------------------------------------------------------------
 #
-# Which keys and values a request may take over from earlier ones that began alike, and which it leaves to later ones.
-#
-# Keys and values hold only under the experts that computed them. So a prefix is shared between requests whose pool is
-# the
-# same for all of it: a pool that was known before the prefill, all experts, or the pool that an earlier prefill chose
-# where that is asked for as a fixed one. A prefill that has yet to choose takes nothing over, because its pool depends
-# on
-# the whole prompt.
+# Keys and values that a request takes over from earlier ones that began alike, and those that it leaves to later ones.
+# They hold only under the experts that computed them. So a prefix is shared between requests whose pool is the same for
+# all of it: a pool that was known before the prefill, all experts, or the pool that an earlier prefill chose, where a
+# request brings it as a fixed one. A prefill that has yet to choose takes nothing over, because its pool depends on the
+# whole prompt.
 
 
 class PrefixKeys:
     """The keys of a request's full blocks, each of which stands for all tokens up to the end of its block.
 
-    They stand for all else that keys and values depend on, too, and for whoever may share them. They are SHA-256, so
-    that nobody can find tokens whose key is that of others. Mutable: it grows with the request.
+    They also stand for everything else that keys and values depend on, and for who may share them. They are SHA-256, so
+    that tokens with another request's key cannot be constructed. Mutable: it grows with the request.
     """
 
     def __init__(self, pool: ExpertPool | None, tenant: str | None, *, is_long: bool = False) -> None:
-        """`pool` None: all experts. `tenant` None: shared by all. `is_long`: rotated by longrope's table for long
-        prompts.
+        """Starts without blocks. `pool` None: all experts. `tenant` None: shared by all. `is_long`: rotated by
+        longrope's table for long prompts.
         """
         experts = None if pool is None else [sorted(map(int, layer)) for layer in pool.experts]
         self._scope = hashlib.sha256(json.dumps([tenant, experts, is_long]).encode()).digest()
@@ -262,11 +263,11 @@ class PrefixKeys:
         return len(self._keys)
 
     def between(self, start: int, end: int) -> Sequence[bytes]:
-        """The keys of these blocks."""
+        """Returns the keys of these blocks."""
         return self._keys[start:end]
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Adds the full blocks of `token_ids`, which follow the blocks that there are."""
+        """Adds the full blocks of `token_ids`, which follow the present blocks."""
         key = self._keys[-1] if self._keys else self._scope
         for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             content = array("q", token_ids[start : start + BLOCK_TOKENS])
@@ -280,8 +281,8 @@ class Prefix:
     def __init__(
         self, request: GenerateRequest, policy: PoolPolicy, tenant: str | None, *, is_long: bool, max_tokens: int
     ) -> None:
-        """`policy` has a predicted pool filled in. `tenant` and `is_long` as for `PrefixKeys`. `max_tokens`: so many
-        tokens can run at most after those that are taken over.
+        """Prepares the keys. `policy` has a predicted pool filled in. `tenant` and `is_long` are as for `PrefixKeys`.
+        `max_tokens` is how many tokens can run at most after those that are taken over.
         """
         self._prompt = request.prompt_token_ids
         self._tenant = tenant
@@ -295,14 +296,15 @@ class Prefix:
             self._keys.extend(self._prompt)
 
     def fork(self) -> Prefix:
-        """The part of another answer to the same prompt, which publishes what follows the prompt by itself."""
+        """Returns the part of another answer to the same prompt; it publishes by itself what follows the prompt."""
         forked = copy.copy(self)
         forked._keys = copy.deepcopy(self._keys)
         return forked
 
     def find(self, blocks: BlockPool) -> tuple[int, ...]:
-        """The blocks that the prompt can take over now. At least one token is left to run, whose logits are wanted; all
-        are, where those of the whole prompt are wanted or where the rest would be longer than can run after others.
+        """Returns the blocks that the prompt can take over now. At least one token is left to run, since its logits are
+        needed; all are left where the logits of the whole prompt are needed, or where the rest is longer than can run
+        after others.
         """
         if self._keys is None or self._reports_prompt:
             return ()
@@ -312,9 +314,10 @@ class Prefix:
     def publish(
         self, blocks: BlockPool, held: Sequence[int], output_ids: Sequence[int], pool: ExpertPool | None
     ) -> None:
-        """Makes the full ones of `held` available, once the forward that gave the last of `output_ids` has succeeded.
+        """Makes the full blocks of `held` available, once the forward that produced the last of `output_ids` has
+        succeeded.
 
-        `pool` is what everything so far was computed under; None: all experts.
+        `pool` is the pool under which everything so far was computed; None: all experts.
         """
         num_full = (len(self._prompt) + len(output_ids) - 1) // BLOCK_TOKENS
         if num_full <= self._num_published:
@@ -327,6 +330,6 @@ class Prefix:
         self._num_published = num_full
 
     def _tokens(self, output_ids: Sequence[int], start: int, end: int) -> Sequence[int]:
-        """Those between two positions of prompt and answer."""
+        """Returns the tokens between two positions of prompt and answer."""
         num_prompt = len(self._prompt)
         return [*self._prompt[start:end], *output_ids[max(0, start - num_prompt) : max(0, end - num_prompt)]]

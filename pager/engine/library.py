@@ -50,19 +50,19 @@ def load_model(  # noqa: PLR0913 - its keywords are the library's interface
     num_readers: int = NUM_READERS,
     **of_transformers: Any,
 ) -> PreTrainedModel:
-    """A transformers model whose routed experts live in at most `expert_memory` bytes of slots.
+    """Loads a transformers model whose routed experts live in at most `expert_memory` bytes of slots.
 
-    `path` is a folder, or a name on the hub with or without a revision: "ORGANISATION/NAME@REVISION".
-    `expert_memory` is bytes, "64MiB" or a share of all routed experts ("25%", 0.25); None lets the planner choose.
-    Shared experts belong to the trunk and are outside of it. `dtype` None or "auto" is the checkpoint's, as in
-    transformers; a float32 checkpoint takes half the memory with "bfloat16". `device` "auto" is a GPU where there is
-    one. What else `from_pretrained` takes and this does not is answered by a ConfigError that says what to do.
+    `path` is a folder, or a name on the hub with or without a revision: "ORGANISATION/NAME@REVISION". `expert_memory`
+    is bytes, "64MiB" or a share of all routed experts ("25%", 0.25); None lets the planner choose. Shared experts
+    belong to the trunk and are not included. `dtype` None or "auto" is the checkpoint's, as in transformers; a float32
+    checkpoint takes half the memory with "bfloat16". `device` "auto" is a GPU where there is one. For any other option
+    of `from_pretrained`, a ConfigError says what to use instead.
 
-    `pool_size` None is exact: the logits equal those of the unpaged model whatever the budget, up to rounding: what is
-    resident decides in which order experts are added up. 32 (routed experts a layer), "12.5%" or 0.125 (of all experts,
-    shared included), "16,24,32" (a number for each layer), "64MiB" (shared out evenly over the layers) or
-    "mass:0.9[:cap]" restricts each document to the pool that its first forward chooses, layer by layer, frozen for what
-    follows with the same cache. A row without a past starts a document; padding (attention_mask) is left out.
+    `pool_size` None is exact: the logits equal those of the unpaged model whatever the budget, up to rounding, because
+    the order in which experts are added up depends on which are loaded. 32 (routed experts a layer), "12.5%" or 0.125
+    (of all experts, shared included), "16,24,32" (a number for each layer), "64MiB" (shared out evenly over the layers)
+    or "mass:0.9[:cap]" restricts each document to the pool that its first forward chooses, layer by layer, frozen for
+    later forwards with the same cache. A row without a past starts a document; padding (attention_mask) is left out.
 
     With `drift` ("0.3", "0.3:exact", "0.3:widen:32" or a DriftPolicy), forwards with a past measure the gate mass
     outside of their documents' pools, whether they run one token or several, and a pool may be widened, or its document
@@ -73,8 +73,8 @@ def load_model(  # noqa: PLR0913 - its keywords are the library's interface
     `save_pretrained`, which would write a checkpoint without experts, raise ConfigError. Copying it raises TypeError.
     `with load_model(...) as model` closes it at the end.
 
-    Any number of threads may run the model, each with caches of its own; their forwards take turns.
-    Raises CheckpointError (an OSError); UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest
+    Any number of threads may run the model, each with caches of its own; their forwards take turns. Raises
+    CheckpointError (an OSError); UnsupportedModel, BudgetError, ConfigError, PoolTooSmall, InvalidRequest
     (ValueErrors).
     """
     _refuse_options(of_transformers)
@@ -93,8 +93,8 @@ def load_model(  # noqa: PLR0913 - its keywords are the library's interface
         paged.close()
         raise
     model = paged.model
-    # The inner model, which every forward passes: `model(...)`, `model.generate(...)` and `model.model(...)`. Hooks
-    # would not do: torch runs none of them after a forward that the keyboard interrupted.
+    # The inner model, through which every forward goes: `model(...)`, `model.generate(...)` and `model.model(...)`.
+    # Hooks are not enough: torch runs none of them after a forward that a keyboard interrupt ended.
     model.model.forward = forwards.around(model.model.forward)
     model.expert_paging = paged
     model.document_forwards = forwards
@@ -106,7 +106,7 @@ _EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 class PagedCausalLM:
-    """The additions of a loaded model's class to that of transformers, whose name it keeps."""
+    """The additions of a loaded model's class to the class of transformers, whose name it keeps."""
 
     expert_paging: PagedModel
     document_forwards: LibraryForwards
@@ -128,14 +128,14 @@ class PagedCausalLM:
 
     @peft_config.setter
     def peft_config(self, adapters: dict[str, Any]) -> None:
-        """Raises ConfigError for an adapter of experts: PEFT finds no such parameters here and leaves it out."""
+        """Raises ConfigError for an adapter of experts: PEFT finds no such parameters here and would ignore it."""
         for name, adapter in adapters.items():
             targets = getattr(adapter, "target_parameters", None) or ()
             paged = [target for target in targets if target.rpartition(".")[2] in _EXPERT_PARAMETERS]
             if paged:
                 raise ConfigError(
                     f"adapter {name!r} is for {', '.join(paged)}, and a paged model's experts take no adapters; merge "
-                    "it into the whole model with transformers, and load what that saves"
+                    "it into the whole model with transformers, and load the result"
                 )
         self.__dict__["_peft_config"] = adapters
 
@@ -188,17 +188,17 @@ _ANSWERS = {
     "quantization_config": _NO_QUANTIZATION,
     "load_in_8bit": _NO_QUANTIZATION,
     "load_in_4bit": _NO_QUANTIZATION,
-    "trust_remote_code": "no code from a checkpoint is ever run; the family has to be a supported one",
-    "attn_implementation": "call model.set_attn_implementation(...) on what it returns",
+    "trust_remote_code": "code from a checkpoint is never run; the family has to be a supported one",
+    "attn_implementation": "call set_attn_implementation(...) on the returned model",
     "experts_implementation": "its experts are computed where they are paged to",
-    "low_cpu_mem_usage": "it never takes more than its plan (expert_paging.plan), so leave it out",
-    "use_safetensors": "it reads nothing else, so leave it out",
+    "low_cpu_mem_usage": "it never takes more memory than its plan (expert_paging.plan), so leave it out",
+    "use_safetensors": "it reads no other format, so leave it out",
     **dict.fromkeys(("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder"), _LOCAL),
 }
 
 
 def _refuse_options(options: Mapping[str, object]) -> None:
-    """Raises ConfigError for one of transformers', TypeError for one that nobody knows."""
+    """Raises ConfigError for an option of transformers, TypeError for an unknown one."""
     for name in options:
         if name in _ANSWERS:
             raise ConfigError(f"load_model has no option {name}: {_ANSWERS[name]}")
@@ -210,7 +210,7 @@ def _refuse_options(options: Mapping[str, object]) -> None:
 
 
 def _policy_of_rows(paged: PagedModel, wanted: PoolPolicy) -> PoolPolicy:
-    """Returns `wanted` with bytes shared out over the layers: a prefill, which chooses layer by layer, cannot do that.
+    """Returns `wanted` with bytes shared out over the layers, which a prefill that chooses layer by layer cannot do.
 
     Logs a warning for a pool that the slots do not hold. Raises InvalidRequest, PoolTooSmall, UnsupportedModel.
     """
@@ -234,7 +234,7 @@ def _policy_of_rows(paged: PagedModel, wanted: PoolPolicy) -> PoolPolicy:
 
 
 def _check_in_model(size: PoolSize, facts: RoutingFacts) -> None:
-    """Raises InvalidRequest for a pool of more experts than there are, which would be all of them and no pool."""
+    """Raises InvalidRequest for a pool of more experts than there are, which would restrict nothing."""
     routed_L = facts.routed_per_layer
     largest, all_bytes = max(routed_L, default=0), sum(routed_L) * facts.expert_bytes
     match size:
@@ -247,7 +247,7 @@ def _check_in_model(size: PoolSize, facts: RoutingFacts) -> None:
         case _:
             return
     raise InvalidRequest(
-        f"the pool would be of {beyond}; ask for fewer, or leave pool_size out for all of them", field="pool.size"
+        f"the pool would have {beyond}; ask for fewer, or leave pool_size out for all of them", field="pool.size"
     )
 
 
@@ -267,9 +267,9 @@ class _Prompt(threading.local):
 
 
 class LibraryForwards:
-    """Gives every forward its documents: new ones for rows without a past, the cache's own for the rest.
+    """Gives every forward its documents: new ones for rows without a past, the cache's own for the others.
 
-    What a forward needs lives in its cache and on its thread's stack, so any number of threads may run the model.
+    The state of a forward is in its cache and on its thread's stack, so any number of threads may run the model.
     """
 
     def __init__(self, paged: PagedModel, policy: PoolPolicy) -> None:
@@ -281,10 +281,11 @@ class LibraryForwards:
         self.is_exact = isinstance(policy.size, Full)
         self._prompt = _Prompt()
         self._exact = RequestRouting(paged.facts, PoolPolicy(), device=paged.device)
-        self._own_step: StepRouting | None = None  # as opposed to one that the caller opened; of the thread that steps
+        # the step that it opened itself, as opposed to the caller's; of the thread that steps
+        self._own_step: StepRouting | None = None
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` of the inner model, run in a step of the documents that its arguments name.
+        """Runs `forward` of the inner model in a step of the documents that its arguments name.
 
         Raises InvalidRequest for a cache that was filled without pools, ConfigError for a model that was moved or
         converted.
@@ -304,7 +305,7 @@ class LibraryForwards:
             if inputs is None:
                 inputs = kwargs.get("inputs_embeds")
             if inputs is None:
-                return forward(**kwargs)  # the model will say so
+                return forward(**kwargs)  # the model reports the error
             if inputs.shape[1] > self._context_tokens:
                 self._warn_of_length(inputs.shape[1])
             if self.is_exact:
@@ -318,8 +319,8 @@ class LibraryForwards:
         if not self._has_warned:
             self._has_warned = True
             log.warning(
-                "a prompt of %d tokens is longer than this model's context of %d: what it says past that may make no "
-                "sense, and the plan has no memory for it",
+                "a prompt of %d tokens is longer than this model's context of %d: tokens past that may make no "
+                "sense, and the plan has no memory for them",
                 num_tokens,
                 self._context_tokens,
             )
@@ -352,7 +353,7 @@ class LibraryForwards:
         measures = self._policy.drift is not None and all(has_past)
         with self._step(documents, rows=rows, valid=valid, prefill=not measures):
             output = forward(**kwargs)
-        if cache is None and (made := _cache_of(output)) is not None:  # of the kind that the model makes for itself
+        if cache is None and (made := _cache_of(output)) is not None:  # a cache that the model makes for itself
             carry_documents(made, documents)
         for document in dict.fromkeys(documents):
             answer_drift(document)
@@ -394,7 +395,7 @@ class LibraryForwards:
 
 
 class DocumentCache:
-    """The class of a transformers cache with which documents travel: whatever happens to its rows happens to them."""
+    """The class of a transformers cache that carries documents: operations on its rows apply to the documents too."""
 
     documents: Sequence[RequestRouting]
 
@@ -445,13 +446,15 @@ def _named(kind: tuple[torch.dtype, torch.device]) -> str:
 
 
 def _cache_of(output: Any) -> Cache | None:
-    """The cache that a forward returned, as a field of its output or in a tuple."""
+    """Returns the cache that a forward returned, as a field of its output or in a tuple."""
     values = output if isinstance(output, tuple) else output.values()
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def _valid_tokens(mask: Any, num_rows: int, num_tokens: int) -> Tensor | None:
-    """[B, past + new] bool from a 2-D attention mask. Raises InvalidRequest for one that cannot tell padding."""
+    """Returns [B, past + new] bools from a 2-D attention mask. Raises InvalidRequest for one that cannot tell
+    padding.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != num_rows or mask.shape[1] < num_tokens:

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a transformers model whose routed experts live in slots."""
+"""The steps from a checkpoint on disk to a transformers model whose routed experts live in slots."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class PagedModel:
-    """A transformers model, the pager its experts live in, and which of them the running forward may use.
+    """A transformers model, the pager that its experts live in, and the experts that the running forward may use.
 
     Any thread may open a step. Steps of different threads take turns: one at a time uses the slots, so that each has
     all of them and finds its own requests. A thread may open further steps within its own.
@@ -52,7 +52,7 @@ class PagedModel:
         *,
         closing: ExitStack,
     ) -> None:
-        """`closing` is what `close` closes."""
+        """Wraps a loaded model. `closing` lists what `close` closes."""
         self.model = model
         self.pager = pager
         self.plan = planned
@@ -75,7 +75,7 @@ class PagedModel:
 
     @property
     def fully_resident(self) -> bool:
-        """There is a slot for every routed expert."""
+        """Tells whether there is a slot for every routed expert."""
         return self.pager.num_slots >= sum(self.facts.routed_per_layer)
 
     @property
@@ -92,7 +92,7 @@ class PagedModel:
         valid: Tensor | None = None,
         prefill: bool = False,
     ) -> Iterator[StepRouting]:
-        """Runs the block in a new step of these requests, and hands what it measured to them. T tokens in flattened
+        """Runs the block in a new step of these requests, and hands its measurements to them. T tokens in flattened
         [B·S] order; see `StepRouting` for the arguments and `running` for the rest.
         """
         step = StepRouting(requests, rows=rows, valid=valid, prefill=prefill)
@@ -102,7 +102,8 @@ class PagedModel:
 
     @contextmanager
     def running(self, step: StepRouting) -> Iterator[None]:
-        """Has what the model runs in the block belong to the requests of `step`. Waits for the steps of other threads.
+        """Makes what the model runs in the block belong to the requests of `step`. Waits for the steps of other
+        threads.
 
         Raises ConfigError once the model is closed.
         """
@@ -121,7 +122,7 @@ class PagedModel:
     def routing(
         self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None
     ) -> RequestRouting:
-        """The routing of a new request. Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
+        """Returns the routing of a new request. Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
         self.check_policy(policy)
         return RequestRouting(self.facts, policy, device=self.device, lease=lease, meter=meter)
 
@@ -148,7 +149,7 @@ class PagedModel:
         return self.pager.reserve(needed, usage)
 
     def check_policy(self, policy: PoolPolicy) -> None:
-        """Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
+        """Checks a policy. Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
         check_can_drift(policy)
         if policy.drift is not None:
             check_drift(policy.drift)
@@ -166,12 +167,12 @@ class PagedModel:
         largest_counts(policy.size, self.facts)
 
     def close(self) -> None:
-        """Stops the readers and lets go of the tiers. The model cannot run afterwards. Idempotent."""
+        """Stops the readers and releases the tiers. The model cannot run afterwards. Idempotent."""
         self._is_closed = True
         self._closing.close()
 
 
-@torch.inference_mode(False)  # reader threads fill the slots, which they could not if the caller's mode marked them
+@torch.inference_mode(False)  # reader threads fill the slots, which they could not do if the caller's mode marked them
 def load_paged_model(
     path: str | Path,
     *,
@@ -185,16 +186,16 @@ def load_paged_model(
 ) -> PagedModel:
     """Plans the memory, loads trunk and shared experts and opens the experts' tiers.
 
-    Where the plan has a host tier, `host_tier` makes it; without one, it is this process's own. The model owns it then.
-    `trace` names a file to record every access to an expert in (`pager.cache.trace`).
-    Raises CheckpointError, UnsupportedModel, BudgetError, ConfigError.
+    Where the plan has a host tier, `host_tier` makes it; without one, the tier is this process's own. The model then
+    owns it. `trace` names a file to record every access to an expert in (`pager.cache.trace`). Raises CheckpointError,
+    UnsupportedModel, BudgetError, ConfigError.
     """
     cache, budgets = cache or CacheOptions(), budgets or Budgets()
     if cache.num_readers < 1:
-        raise ConfigError(f"num_readers must be at least 1, not {cache.num_readers}: nobody would read an expert")
+        raise ConfigError(f"num_readers must be at least 1, not {cache.num_readers}: no thread would read experts")
     opened = OpenModel.open(path, dtype)
     with opened.checkpoint, ExitStack() as closing:
-        machine = Machine.detect(device)  # refuses a device that is none
+        machine = Machine.detect(device)  # refuses an unknown device
         if opened.record is not None:
             opened.record.check_machine(device, opened.dtype)
         planned = plan(needs_of(opened, device, cache.num_readers), budgets, machine)
@@ -227,7 +228,7 @@ def load_paged_model(
 
 
 def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:
-    """The last of their layers: every token uses them, so they stay in memory."""
+    """Returns the shared experts, the last of their layers: every token uses them, so they stay in memory."""
     layers = zip(facts.experts_per_layer, facts.shared_per_layer, strict=True)
     return [
         ExpertKey(layer, expert)
@@ -237,7 +238,7 @@ def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:
 
 
 def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
-    """A host tier that no other process shares. Raises BudgetError."""
+    """Makes a host tier that no other process shares. Raises BudgetError."""
     return HostTier.create(planned.host_bytes, opened.slot_shape, opened.slot_dtype)
 
 

@@ -41,7 +41,7 @@ from pager.types import (
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
-LOGPROBS_A_CHUNK = 1024  # of the prompt: 300 KB with all the alternatives that there may be
+LOGPROBS_A_CHUNK = 1024  # tokens of the prompt: 300 KB with the most alternatives
 
 
 def record_spans(sequence: Request, outcome: str) -> None:
@@ -54,7 +54,7 @@ def record_spans(sequence: Request, outcome: str) -> None:
 def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
     """Yields queue, prefill and decode, which follow each other, and what was paged from each tier, which overlaps."""
     now_s = time.monotonic()
-    unix_s = time.time() - now_s  # what turns monotonic seconds into unix seconds
+    unix_s = time.time() - now_s  # the difference between monotonic and unix seconds
 
     def part(name: str, start_s: float, end_s: float, **facts: int | str) -> tracing.Part:
         return tracing.Part(name, unix_s + start_s, unix_s + (now_s if math.isnan(end_s) else end_s), facts)
@@ -89,20 +89,20 @@ class Request:
         num_slots: int = 0,
         width: int = 1024,
     ) -> None:
-        """`num_slots` is what it reserves; `width` is more than the number of any expert."""
+        """Makes a waiting request that reserves `num_slots`; `width` is more than the number of any expert."""
         sampling = request.sampling
         self.request = request
         self.policy = effective_policy(request)
         expected = self.policy.fixed or request.predicted
         num_tokens = len(request.prompt_token_ids) + sampling.n * sampling.max_tokens
-        self.index = 0  # of its answer
-        self.others: Ordered[Request] = ()  # of the first answer, the further ones, once the prompt has run
-        self._first: Request | None = None  # of a further one
+        self.index = 0  # the number of its answer
+        self.others: Ordered[Request] = ()  # for the first answer: the further ones, once the prompt has run
+        self._first: Request | None = None  # for a further answer
         self.want = Want(num_slots, num_tokens, None if expected is None else as_bits(expected.experts, width))
         self.spent = Spent()
         self.submitted_s = now_s
         self.deadline_s = deadline_s
-        self.place = 0  # in line when it joined, the first being 1
+        self.place = 0  # its place in line when it joined, the first being 1
         self.admitted_s = math.nan
         self.prefill_started_s = math.nan
         self.first_token_s = math.nan
@@ -112,16 +112,16 @@ class Request:
         self.draw = self._new_draw()
         self.compiling: Future[CompiledGrammar] | None = None
         self._compiled: CompiledGrammar | None = None
-        self.prefix: Prefix | None = None  # where prefixes are shared
+        self.prefix: Prefix | None = None  # None where prefixes are not shared
         self.blocks: Ordered[int] = ()
         self.lease: Lease | None = None
         self.routing: RequestRouting | None = None
-        self.step: StepRouting | None = None  # that its decode forwards run in
-        self.change: Change | None = None  # that drift asks for: it decodes on once its slots can be had
-        self.num_cached = 0  # tokens of the prompt whose keys and values were there
-        self.num_prefilled = 0  # and all that need not run any more
-        self.prompt_logprobs: list[TokenLogprobs] = []  # that nobody has taken yet
-        self.is_answered = False  # its answer is whole
+        self.step: StepRouting | None = None  # the step that its decode forwards run in
+        self.change: Change | None = None  # drift's pending change: decoding continues once the slots for it can be had
+        self.num_cached = 0  # tokens of the prompt whose keys and values were taken over
+        self.num_prefilled = 0  # all tokens that need not run any more
+        self.prompt_logprobs: list[TokenLogprobs] = []  # those that were not taken yet
+        self.is_answered = False  # its answer is complete
         self._has_ended = False
         self._fate: PagerError | None = None
         self._spare_blocks: Ordered[int] = ()  # for the further answers
@@ -153,12 +153,12 @@ class Request:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more comes of the request, whichever of its answers this is."""
+        """Tells whether the request has ended, whichever of its answers this is."""
         return self.first._has_ended
 
     @property
     def fate(self) -> PagerError | None:
-        """What the request ends with once the forward that it is in has been left."""
+        """The error that the request ends with once its current forward has been left."""
         return self.first._fate
 
     @fate.setter
@@ -177,23 +177,23 @@ class Request:
 
     @property
     def kv_tokens(self) -> int:
-        """The tokens whose keys and values are kept: all but the last, which nothing follows."""
+        """The number of tokens whose keys and values are kept: all but the last, which no token follows."""
         return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
 
     @property
     def reads(self) -> Mapping[Tier, TierReads]:
-        """What was read for it, by tier."""
+        """The bytes that were read for it, by tier."""
         return self._meter.reads
 
     def prefetch(self, paged: PagedModel) -> None:
-        """Asks for the experts that the router predicted, once. A known pool's are read when it is reserved."""
+        """Prefetches the experts that the router predicted, once. A known pool's are read when it is reserved."""
         predicted = self.request.predicted
         if predicted is not None and self.policy.fixed is None and not self._is_prefetched:
             self._is_prefetched = True
             paged.pager.prefetch(predicted.keys(), self._meter)
 
     def read_ahead(self, paged: PagedModel) -> None:
-        """Asks for the experts of its known pool, as it is next, as far as there are slots that nobody has reserved."""
+        """Prefetches the experts of its known pool when it is next, as far as there are slots without a reservation."""
         if self.policy.fixed is not None:
             paged.pager.prefetch(self.policy.fixed.keys(), self._meter)
 
@@ -211,7 +211,7 @@ class Request:
         return self.spent.cost(before)
 
     def acquire(self, paged: PagedModel, blocks: BlockPool) -> bool:
-        """Takes KV and slots for its whole life, or nothing. Raises PagerError where it never can."""
+        """Takes KV and slots for its whole life, or nothing. Raises PagerError where that can never succeed."""
         shared = () if self.prefix is None else self.prefix.find(blocks)
         taken = blocks.allocate(self.kv_tokens, shared)
         if taken is None:
@@ -257,7 +257,7 @@ class Request:
                 cache.copy_block(own[0], taken[0])
 
     def _answer(self, index: int) -> Request:
-        """The request as its answer of that number begins."""
+        """Returns the request in the state in which its answer of that number begins."""
         answer = copy.copy(self)
         answer.index, answer._first = index, self
         answer.blocks = ()
@@ -271,19 +271,19 @@ class Request:
         return answer
 
     def leave(self, blocks: BlockPool) -> None:
-        """Its answer is whole and others go on: gives back what is its own."""
+        """Gives back what only this answer holds: it is complete, and others continue."""
         self.is_answered = True
         held, self.blocks = self.blocks, ()
         blocks.free(held)
 
     @property
     def num_going_on(self) -> int:
-        """How many other answers of the request are not whole yet."""
+        """The number of other answers of the request that are incomplete."""
         return sum(not answer.is_answered and answer is not self for answer in self.rows)
 
     def release(self, blocks: BlockPool) -> None:
         """Gives back everything; the request has ended."""
-        assert not self.has_ended, "a sequence ends once"
+        assert not self.has_ended, "a request ends once"
         self.first._has_ended = True
         self.first.leave_grammar()
         self.first._give_back(blocks)
@@ -302,7 +302,7 @@ class Request:
 
     @property
     def is_exact(self) -> bool:
-        """Whether its forwards page experts as they go, so that it shares none with requests that hold theirs."""
+        """Tells whether its forwards page experts as they go, so that it shares none with requests that hold theirs."""
         return self.routing is not None and self.routing.is_exact
 
     @property
@@ -311,11 +311,13 @@ class Request:
         return None if self.policy.fixed is None else self.want.experts
 
     def shares_pool(self, other: Request) -> bool:
-        """Whether both run in the same experts, by what is known before their prefills."""
+        """Tells whether both run in the same experts, by what is known before their prefills."""
         return self.group is not None and self.group == other.group
 
     def may_be_chunked(self, paged: PagedModel) -> bool:
-        """Whether its prompt may run in parts: not before its pool is chosen, nor where each part would page anew."""
+        """Tells whether its prompt may run in parts: not before its pool is chosen, nor where each part would page
+        anew.
+        """
         return self.routing is not None and self.routing.is_frozen and (paged.fully_resident or not self.is_exact)
 
     @property
@@ -323,7 +325,7 @@ class Request:
         return self.compiling is not None and not self.compiling.done()
 
     def take_grammar(self) -> None:
-        """Holds the answer to the grammar that was compiled for it. Raises InvalidRequest where it could not be."""
+        """Constrains the answer by the grammar that was compiled for it. Raises InvalidRequest where that failed."""
         compiling, self.compiling = self.compiling, None
         if compiling is not None:
             self._compiled = compiling.result()
@@ -334,13 +336,13 @@ class Request:
         return None if grammar is None or self._compiled is None else GrammarMask(self._compiled, grammar)
 
     def leave_grammar(self) -> None:
-        """Nobody needs its grammar any more; one whose turn has not come is not compiled."""
+        """Releases its grammar; one that has not been compiled yet is cancelled."""
         if self.compiling is not None:
             self.compiling.cancel()
 
     @property
     def awaits_experts(self) -> bool:
-        """Whether experts of its changed pool are still being read, so that others decode meanwhile."""
+        """Tells whether experts of its changed pool are still being read, so that others decode meanwhile."""
         lease = self.lease
         if self.routing is None or not self.routing.awaits_experts or lease is None:
             return False
@@ -348,17 +350,17 @@ class Request:
 
     @property
     def awaits_slots(self) -> bool:
-        """Whether drift asks for more slots than there are now: it holds none until it can have all."""
+        """Tells whether drift needs more slots than there are now: it holds none until it can have all."""
         return self.change is not None
 
     def join(self, step: StepRouting) -> None:
-        """Runs its next decode forwards in `step`; what another one has measured is settled before."""
+        """Runs its next decode forwards in `step`; the measurements of an earlier step are settled before."""
         if self.step is not None and self.step is not step:
             self.step.settle()
         self.step = step
 
     def answer_drift(self) -> None:
-        """Widens its pool or goes exact between two decode steps, where its policy says so."""
+        """Widens its pool or makes it exact between two decode steps, where its policy says so."""
         routing, step = self.routing, self.step
         if routing is None or step is None or routing.monitor is None:
             return
@@ -368,7 +370,7 @@ class Request:
             self._awaits_slots_since_s = time.monotonic()
 
     def acquire_change(self) -> bool:
-        """Takes the slots that it awaits, all or nothing. Returns whether it has them."""
+        """Takes the slots that it waits for, all or nothing. Returns whether it has them."""
         assert self.routing is not None
         assert self.change is not None
         if not make_change(self.routing, self.change):
@@ -378,7 +380,7 @@ class Request:
         return True
 
     def is_paged_in(self, paged: PagedModel) -> bool:
-        """Whether nothing that it asked for ahead of its prefill is still being read."""
+        """Tells whether everything that was prefetched for it has been read."""
         lease, predicted = self.lease, self.request.predicted
         if self.policy.fixed is not None:
             return lease is None or lease.failed is not None or lease.ready()
@@ -389,12 +391,12 @@ class Request:
         return self.num_prefilled == len(self.request.prompt_token_ids)
 
     def prompt_part(self, num_tokens: int) -> PromptPart:
-        """The next tokens of its prompt, as a forward runs them."""
+        """Returns the next tokens of its prompt, as a forward runs them."""
         prompt, start = self.request.prompt_token_ids, self.num_prefilled
         return PromptPart(prompt[start : start + num_tokens], self.blocks, start, len(prompt))
 
     def row_start(self) -> RowStart:
-        """Where its next decode step starts: the last sampled token has not run yet."""
+        """Returns where its next decode step starts: the last sampled token has not run yet."""
         position = len(self.request.prompt_token_ids) + len(self.output_ids) - 1
         return RowStart(self.blocks, self.output_ids[-1], position)
 
@@ -416,19 +418,23 @@ class Request:
         return text, None
 
     def publish(self, blocks: BlockPool) -> None:
-        """Leaves what its forwards have computed so far to requests that begin alike, until drift changes its pool."""
+        """Publishes what its forwards have computed so far for requests that begin alike, until drift changes its
+        pool.
+        """
         routing = self.routing
         if self.prefix is not None and routing is not None and not routing.has_changed:
             self.prefix.publish(blocks, self.blocks, self.output_ids, routing.pool)
 
     def take_prompt_logprobs(self) -> Iterator[tuple[TokenLogprobs, ...]]:
-        """Yields what is known of the prompt's tokens and was not taken before, in parts that fit into a message."""
+        """Yields the prompt's log-probabilities that are known and were not taken before, in parts that fit into a
+        message.
+        """
         taken, self.prompt_logprobs = self.prompt_logprobs, []
         for start in range(0, len(taken), LOGPROBS_A_CHUNK):
             yield tuple(taken[start : start + LOGPROBS_A_CHUNK])
 
     def take_page_ins(self) -> tuple[PageIn, ...]:
-        """The experts that were read for a watched request since the last call; none for another."""
+        """Returns the experts that were read for a watched request since the last call; none for another."""
         untaken, taken = self._meter.page_ins, []
         while untaken:  # readers add to it meanwhile
             key, source, now_s = untaken.popleft()
@@ -436,7 +442,7 @@ class Request:
         return tuple(taken)
 
     def take_outside(self) -> float | None:
-        """What the last token of a watched request left outside of its pool. Waits for the device."""
+        """Returns the gate mass of a watched request's last token outside of its pool. Waits for the device."""
         if not self.request.is_watched or self.step is None or self.routing is None:
             return None
         self.step.settle()
@@ -449,7 +455,7 @@ class Request:
         return (self.last_token_s - self.first_token_s) / num_more if num_more > 0 else None
 
     def account(self, paged: PagedModel) -> Account:
-        """Closes its account, as it is about to end, and returns it: what is read for it later is charged to nobody."""
+        """Closes its account, as it is about to end, and returns it: later reads for it are charged to no request."""
         paged.pager.close_account(self._meter)
         was_admitted = not math.isnan(self.admitted_s)
         return Account(
@@ -500,7 +506,9 @@ class Request:
 
 
 def effective_policy(request: GenerateRequest) -> PoolPolicy:
-    """The request's policy, with the prediction filled in where that is to be the pool. Raises InvalidRequest."""
+    """Returns the request's policy, with the prediction filled in where that is to be the pool. Raises
+    InvalidRequest.
+    """
     policy = request.pool
     if policy.source is not PoolSource.PREDICTION or policy.fixed is not None:
         return policy

@@ -1,4 +1,5 @@
-"""Forwards of the model over KV blocks, their recording as CUDA graphs, and how many threads compute them on a CPU.
+"""Forwards of the model over KV blocks, their recording as CUDA graphs, and the number of threads that compute them on
+a CPU.
 
 Legend: B rows, S new tokens a row, C tokens of context, V vocabulary, L layers, E experts of a layer.
 """
@@ -30,11 +31,11 @@ from pager.types import Count, ExpertPool, PoolPolicy, PoolSource, TokenLogprobs
 log = logging.getLogger(__name__)
 
 STEPS_BEFORE_CAPTURE = 4
-"""Of a group: one that changes sooner than that is never recorded. A new shape runs once before it is."""
+"""Steps of a group before it is recorded: one that changes sooner never is. A new shape first runs once unrecorded."""
 
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
-"""Records what a step does on the device without doing it. What it returns does that, and returns what the step did."""
+"""Records a step's device work without doing it. The returned function does it, and returns the step's result."""
 
 
 class CudaCapture:
@@ -42,12 +43,12 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._latest: torch.cuda.CUDAGraph | None = None  # memory that no graph shares any more is gone for good
+        self._latest: torch.cuda.CUDAGraph | None = None  # memory that no graph shares any more is lost for good
 
     def __call__(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # The outer block goes back to this stream even if the capture cannot be ended. What other threads ask of the
-        # device, as those that read experts do, is no part of it.
+        # The outer block restores this stream even if the capture cannot be ended. Device work of other
+        # threads, such as those that read experts, is not captured.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
@@ -63,7 +64,7 @@ class CudaCapture:
 
 
 def capture_on(device: torch.device) -> Capture | None:
-    """Returns what records steps on this device; None where they are not recorded."""
+    """Returns the function that records steps on this device; None where they are not recorded."""
     return CudaCapture() if device.type == "cuda" else None
 
 
@@ -97,7 +98,9 @@ class GroupGraph:
         self._replay: Step | None = None
 
     def replay(self, *made_for: object, record: Callable[[], Step | None]) -> Step | None:
-        """Returns the replay of the next step; None when that is to be run. `made_for` is all that a graph serves."""
+        """Returns the replay of the next step; None when the step itself has to run. `made_for` is everything that a
+        graph depends on.
+        """
         if self._made_for != made_for:
             self._made_for, self._replay = made_for, None
             self._num_to_run = max(1, self._num_to_run)
@@ -110,7 +113,7 @@ class GroupGraph:
 
 @dataclass(frozen=True, slots=True)
 class RowStart:
-    """Where a row of a batch stands: its block table, the token to run next, and that token's position."""
+    """The start of a batch's row: its block table, the token to run next, and that token's position."""
 
     blocks: Sequence[int]
     token_id: int
@@ -135,12 +138,12 @@ class PromptPart:
 
 
 class DecodeBatch:
-    """Device state of a fixed set of requests, one token a step each. Made anew when the set changes; mutable.
+    """The device state of a fixed set of requests, one token a step each. Made anew when the set changes; mutable.
 
-    Its tensors stay where they are, so that a step which was recorded finds in them what the last one left.
+    Its tensors stay in place, so that a recorded step finds in them what the last one left.
     """
 
-    @torch.inference_mode(False)  # what is made in that mode could not be changed outside of it
+    @torch.inference_mode(False)  # tensors made in inference mode could not be changed outside of it
     def __init__(self, rows: Sequence[RowStart], device: torch.device) -> None:
         self._slots_BC = token_slots([row.blocks for row in rows], device)
         self.token_B1 = torch.tensor([[row.token_id] for row in rows], device=device)
@@ -165,17 +168,17 @@ class DecodeBatch:
         self.count_step()
 
     def feed(self, token_B: torch.Tensor) -> None:
-        """The device's part of `advance`."""
+        """Does the device's part of `advance`."""
         self.token_B1.copy_(token_B[:, None])
         self.position_B1 += 1
 
     def count_step(self) -> None:
-        """The host's part of `advance`."""
+        """Does the host's part of `advance`."""
         self.context += 1
 
 
 class ModelRunner:
-    """Owns the KV tensors and calls the model. One thread only; `num_layers_run` may be read by any."""
+    """Owns the KV tensors and calls the model. Used by one thread; `num_layers_run` may be read by any."""
 
     def __init__(
         self,
@@ -185,7 +188,8 @@ class ModelRunner:
         *,
         on_layer: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_layer` is called before every layer of a forward. What it raises leaves the forward there.
+        """Sets the model up. `on_layer` is called before every layer of a forward; an exception from it leaves the
+        forward.
 
         `cache` is made for the model's `attention.layers_of`. Raises UnsupportedModel where rows cannot run beside each
         other.
@@ -201,16 +205,18 @@ class ModelRunner:
         self.device = device
 
     def is_long(self, num_tokens: int) -> bool:
-        """Whether a prompt of so many tokens has other keys than a shorter one that begins alike."""
+        """Tells whether a prompt of this many tokens has other keys than a shorter one that begins alike."""
         return self._rotary is not None and self._rotary.is_long(num_tokens)
 
     @property
     def shares_prefills(self) -> bool:
-        """Whether prompts may run together: not where a row's length decides on its rotary tables."""
+        """Tells whether prompts may run together: not where a row's length decides on its rotary tables."""
         return self._rotary is None
 
     def prefill(self, parts: Sequence[PromptPart]) -> torch.Tensor:
-        """[N, V] logits after the last token of each part; one forward. Several only where it `shares_prefills`."""
+        """Returns [N, V] logits after the last token of each part, by one forward. Takes several only where it
+        `shares_prefills`.
+        """
         assert len(parts) == 1 or self.shares_prefills, "the lengths of these prompts would change each other's answers"
         writes, prompts, num_before = [], [], 0
         for part in parts:
@@ -244,14 +250,17 @@ class ModelRunner:
     def prompt_logprobs(
         self, kept: Sequence[Tensor], logits_1V: Tensor, next_ids: Sequence[int], num_top: int
     ) -> list[TokenLogprobs]:
-        """The log-probabilities of `next_ids`, which follow the tokens of a forward whose hidden states were kept.
+        """Returns the log-probabilities of `next_ids`, which follow the tokens of a forward whose hidden states were
+        kept.
 
-        Logits are made for some of the tokens at a time: as many as fit into what the layers have left of memory.
+        Logits are computed for some of the tokens at a time: as many as fit into the memory that the layers leave.
         Raises UnsupportedModel where the model does more with its head's output than return it.
         """
         hidden_SD = kept[0][0]
         if not torch.allclose(self._head(hidden_SD[-1:]).float(), logits_1V.float(), rtol=1e-2, atol=1e-2):
-            raise UnsupportedModel("this model changes what its head gives, so that logits of its prompt are not known")
+            raise UnsupportedModel(
+                "this model changes the output of its head, so that logits of its prompt are not known"
+            )
         num_tokens = max(4, min(256, 2 * hidden_SD.shape[1] * len(hidden_SD) // logits_1V.shape[1]))
         found: list[TokenLogprobs] = []
         for start in range(0, len(next_ids), num_tokens):
@@ -260,12 +269,12 @@ class ModelRunner:
         return found
 
     def padded_context(self, batch: DecodeBatch) -> int:
-        """What to `decode` with where a step is to have the shapes of the last one."""
+        """The context to `decode` with where a step is to have the shapes of the last one."""
         return batch.padded_context(self._cache)
 
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, padded_context: int | None = None) -> torch.Tensor:
-        """[B, V] logits of every row's next token; one forward. It asks nothing of the device."""
+        """Returns [B, V] logits of every row's next token, by one forward. It does not wait for the device."""
         step = batch.kv_step(self._cache, padded_context)
         return self._forward(batch.token_B1, batch.position_B1, step)[:, -1]
 
@@ -279,7 +288,7 @@ class ModelRunner:
         prompt_tokens: int = 0,
         kept: torch.Tensor | int = 1,
     ) -> torch.Tensor:
-        """[B, kept, V] logits of every row's last tokens, or of those at the places that `kept` has."""
+        """Returns [B, kept, V] logits of every row's last tokens, or of those at the places that `kept` has."""
         if self._rotary is not None:
             self._rotary.prompt_tokens = prompt_tokens
         output = self._model(
@@ -300,19 +309,19 @@ class ModelRunner:
 
 
 # More threads make a small model slower: OpenMP starts and ends a team for each operation, and a team waits for its
-# last thread, which another process may keep from its core.
+# last thread, whose core another process may be using.
 BATCHES = (1, 8)
 CONTEXT_TOKENS = 64
-TIME_S = 1.0  # no round is begun after that; there is one of each
+TIME_S = 1.0  # no round begins after that; there is at least one
 MAX_ROUNDS = 15
-WORTH = 1.1  # a step has to be so many times as fast to be worth more threads, which others could use
+WORTH = 1.1  # a step has to be this many times as fast to justify more threads, which others could use
 
 
 def use_fastest_num_threads(paged: PagedModel, most: int) -> int:
     """Measures which number of threads computes steps fastest, sets it for this thread and later ones, and returns it.
 
-    To be called before anything is paged, by the thread that will step. Nothing is paged for it either: experts are
-    taken from slots that nobody has filled yet.
+    To be called before anything is paged, by the thread that will step. The measurement pages nothing: it uses slots as
+    if they held experts.
     """
     if paged.device.type != "cpu" or most == 1:
         torch.set_num_threads(most)
@@ -327,7 +336,7 @@ def use_fastest_num_threads(paged: PagedModel, most: int) -> int:
 
 
 def choose(seconds: dict[int, list[float]]) -> int:
-    """The number of threads, from the seconds of a step of each batch with each number, in rising order."""
+    """Returns the number of threads, from the seconds of a step of each batch with each number, in rising order."""
     chosen, *others = seconds
     for count in others:
         gains = [before / now for before, now in zip(seconds[chosen], seconds[count], strict=True)]
@@ -354,7 +363,7 @@ def step_seconds(paged: PagedModel, counts: list[int]) -> dict[int, list[float]]
                 torch.set_num_threads(count)
                 for times, num_rows in zip(taken[count], BATCHES, strict=True):
                     started_s = time.perf_counter()
-                    lease = paged.pager.reserve(0)  # of nothing: all is there
+                    lease = paged.pager.reserve(0)  # reserves nothing: every expert counts as loaded
                     requests = [RequestRouting(paged.facts, policy, lease=lease) for _ in range(num_rows)]
                     with paged.step(requests):
                         runner.decode(DecodeBatch([row] * num_rows, paged.device))
@@ -365,7 +374,7 @@ def step_seconds(paged: PagedModel, counts: list[int]) -> dict[int, list[float]]
 
 @contextmanager
 def _all_in_slots(slots: DeviceSlots) -> Iterator[None]:
-    """Has the map find every expert in some slot, whatever its bytes are."""
+    """Makes the map find every expert in some slot, whatever its bytes are."""
     slot_of_LE = slots.slot_of_LE
     held_LE = slot_of_LE.clone()
     is_absent_LE = held_LE < 0

@@ -1,9 +1,9 @@
 """Draws the next token of every row of a batch.
 
-A sampled row costs one number from its sequence's own generator, turned into a token by the inverse of the row's
-cumulative distribution. So a seed gives the same tokens whatever else is in the batch, on any device, and all rows
-are drawn together. What is drawn from is what transformers' Temperature-, TopK-, TopP- and MinPLogitsWarper leave of
-the logits, after what `pager.engine.sampler` does to those of single rows.
+A sampled row costs one number from its request's own generator, turned into a token by the inverse of the row's
+cumulative distribution. So a seed gives the same tokens whatever else is in the batch, on any device, and all rows are
+drawn together. The distribution is what transformers' Temperature-, TopK-, TopP- and MinPLogitsWarper leave of the
+logits, after the edits of single rows below.
 
 Legend: B rows, M rows of one kind, V vocabulary.
 """
@@ -22,28 +22,26 @@ from torch import Tensor
 from pager.sampling import MAX_LOGPROBS
 from pager.types import SamplingParams, TokenLogprobs
 
-# --- logits of single rows --------------------------------------------------------------------------------------------
+# --- edits of single rows' logits -------------------------------------------------------------------------------------
 #
-# What is done to the logits of single rows before a token is picked, and what is reported of them.
-#
-# In transformers' order: bias, repetition penalty, presence and frequency penalties, what may not be picked before
-# `min_tokens`, the grammar. Each row is worked on by itself, so that nothing depends on what else is in the batch, and
-# the tokens concerned are few: all but a grammar's mask costs in proportion to them, not to the vocabulary.
-#
-# Legend: B rows of a batch, M rows that are worked on, N pairs of such a row and a token, V vocabulary, T tokens.
+# Edits of single rows' logits before a token is picked, and their log-probabilities.
+# In transformers' order: bias, repetition penalty, presence and frequency penalties, tokens that may not be picked
+# before `min_tokens`, the grammar. Each row is edited by itself, so that nothing depends on what else is in the batch,
+# and few tokens are concerned: all edits but a grammar's mask cost in proportion to them, not to the vocabulary.
+# Legend: B rows of a batch, M rows that are edited, N pairs of such a row and a token, V vocabulary, T tokens.
 
 
 class Mask(Protocol):
-    """What a grammar allows next. Mutable; owned by one sequence."""
+    """The mask of what a grammar allows next. Mutable; owned by one request."""
 
     def allowed(self, output_ids: Sequence[int]) -> np.ndarray:
-        """[V] bools, after all of `output_ids`, which only ever grow from call to call."""
+        """Returns [V] bools, after all of `output_ids`, which only ever grow from call to call."""
 
 
 class Context:
-    """The tokens of one sequence as its sampling parameters look at them; mutable, owned by the sequence.
+    """The tokens of one request as its sampling parameters see them; mutable, owned by the request.
 
-    It follows `output_ids`, which the sequence adds to. A token that was drawn and then lost is never seen.
+    It follows `output_ids`, to which the request appends. A token that was drawn and then lost is never seen.
     """
 
     def __init__(
@@ -53,26 +51,26 @@ class Context:
         output_ids: Sequence[int] = (),
         end_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """`end_ids` are those that end the answer."""
+        """Starts before the answer. `end_ids` are the tokens that end it."""
         self.params = params
         self.output_ids = output_ids
         self.end_ids = np.array(sorted(end_ids), np.int64)
         self.mask: Mask | None = None
         self.has_penalty = bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
         first = dict.fromkeys(prompt_ids if params.repetition_penalty != 1 else ())
-        self.ids = np.array(list(first), np.int64)  # each once, in the order in which they came
-        self.counts = np.zeros(len(first))  # in the answer
+        self.ids = np.array(list(first), np.int64)  # each once, in the order in which they first occurred
+        self.counts = np.zeros(len(first))  # occurrences in the answer
         self._place_of = {token_id: place for place, token_id in enumerate(first)}
         self._num_seen = 0
 
     @property
     def changes_logits(self) -> bool:
-        """Whether its rows are worked on at all, at any step."""
+        """Tells whether its rows are edited at any step."""
         params = self.params
         return bool(self.has_penalty or params.logit_bias or params.min_tokens or params.grammar)
 
     def catch_up(self) -> None:
-        """Counts the tokens that have come since the last time."""
+        """Counts the tokens that were appended since the last call."""
         for token_id in self.output_ids[self._num_seen :] if self.has_penalty else ():
             place = self._place_of.setdefault(token_id, len(self.ids))
             if place == len(self.ids):
@@ -82,10 +80,10 @@ class Context:
 
 
 class LogitEdits:
-    """The work on the rows of a fixed list of sequences. `prepare` is the host's part, `apply` the device's."""
+    """The edits of the rows of a fixed list of requests. `prepare` is the host's part, `apply` the device's."""
 
     def __init__(self, contexts: Sequence[tuple[int, Context]], device: torch.device) -> None:
-        """With the row of each."""
+        """Takes each context with its row."""
         self._contexts = contexts
         self._device = device
         self._bias = self._pairs([[each[0] for each in context.params.logit_bias] for _, context in contexts])
@@ -96,7 +94,7 @@ class LogitEdits:
         self._allowed_MV: Tensor | None = None
 
     def prepare(self) -> None:
-        """Looks at the tokens that have come by now."""
+        """Reads the tokens that were appended until now."""
         for _, context in self._contexts:
             context.catch_up()
         rows = [context for _, context in self._contexts]
@@ -125,7 +123,7 @@ class LogitEdits:
         self._minus_N = self._floats(np.concatenate(minus))
 
     def apply(self, logits_BV: Tensor) -> Tensor:
-        """[B, V] in float32; rows that nothing is done to keep their values."""
+        """Returns [B, V] in float32; rows without edits keep their values."""
         logits_BV = logits_BV.to(torch.float32, copy=True)
         if self._bias is not None:
             logits_BV[self._bias] += self._bias_N
@@ -141,7 +139,7 @@ class LogitEdits:
         return logits_BV
 
     def _pairs(self, ids: Sequence[Sequence[int] | np.ndarray]) -> tuple[Tensor, Tensor] | None:
-        """[N] rows and [N] token ids, from the ids of each row; None where there are none."""
+        """Returns [N] rows and [N] token ids, from the ids of each row; None where there are none."""
         lengths = [len(each) for each in ids]
         if not any(lengths):
             return None
@@ -154,14 +152,16 @@ class LogitEdits:
 
 
 def logprobs_of(logits_TV: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Of each row's token, and of as many of the likeliest as the row wants. A row's do not depend on the others'."""
+    """Returns the log-probability of each row's token, and of as many of the likeliest as the row wants. Rows do not
+    depend on each other.
+    """
     logits_TV = logits_TV.float()
     total_T1 = logits_TV.logsumexp(dim=-1, keepdim=True)
     id_T1 = torch.tensor(token_ids, device=logits_TV.device)[:, None]
     logprob_T = (logits_TV.gather(1, id_T1) - total_T1)[:, 0].tolist()
     if not any(num_top):
         return [TokenLogprobs(*pair) for pair in zip(token_ids, logprob_T, strict=True)]
-    # As many for every row as any might want: of equal logits the same ones are found, whatever others want.
+    # As many for every row as any might want: among equal logits the same ones are found, whatever others want.
     top_TN, top_id_TN = logits_TV.topk(min(MAX_LOGPROBS, logits_TV.shape[-1]), dim=-1)
     top = zip(top_id_TN.tolist(), (top_TN - total_T1).tolist(), strict=True)
     return [
@@ -170,17 +170,19 @@ def logprobs_of(logits_TV: Tensor, token_ids: Sequence[int], num_top: Sequence[i
     ]
 
 
-# --- the draw ---------------------------------------------------------------------------------------------------------
+# --- drawing tokens ---------------------------------------------------------------------------------------------------
 
 
 NOT_FINITE = -1
-"""The id of a row whose logits hold NaN or infinity: that sequence cannot go on, the others can."""
+"""The id of a row whose logits hold NaN or infinity: that request cannot continue, the others can."""
 NOTHING_ALLOWED = -2
-"""The id of a row of which its grammar and its other parameters leave no token."""
+"""The id of a row for which its grammar and its other parameters leave no token."""
 
 
 class Draw:
-    """One sequence's parameters, its generator and the tokens they look at; mutable, owned by the sequence."""
+    """One request's sampling parameters, its generator and the tokens that they depend on; mutable, owned by the
+    request.
+    """
 
     def __init__(self, params: SamplingParams, context: Context | None = None) -> None:
         self.params = params
@@ -191,7 +193,7 @@ class Draw:
         self._is_last_due = False
 
     def next_uniform(self) -> float:
-        """In [0, 1)."""
+        """Returns the next number in [0, 1)."""
         if not self._is_last_due:
             self._last = self._random.random()
         self._is_last_due = False
@@ -199,7 +201,7 @@ class Draw:
         return self._last
 
     def rewind(self, num_tokens: int) -> None:
-        """The sequence has so many tokens: a number that was drawn for a step that failed then is the next one again.
+        """Returns to the state after this many tokens: a number that was drawn for a failed step is the next one again.
 
         So a seed gives the same tokens whatever failed in between.
         """
@@ -216,13 +218,13 @@ class _Rows:
     temperature_M1: torch.Tensor
     top_k_M1: torch.Tensor | None
     top_p_M1: torch.Tensor | None
-    min_p_M1: torch.Tensor | None  # where one of the rows has it
-    drawn_M1: torch.Tensor  # of the host, page-locked for a GPU
+    min_p_M1: torch.Tensor | None  # None where no row has it
+    drawn_M1: torch.Tensor  # on the host, page-locked for a GPU
     uniform_M1: torch.Tensor
 
 
 class Sampler:
-    """Samples for a fixed list of sequences; make a new one when the batch changes.
+    """Samples for a fixed list of requests; make a new one when the batch changes.
 
     Neither of its halves waits for the device. Between two calls of `draw` the ids of the first must have been fetched.
     """
@@ -242,16 +244,18 @@ class Sampler:
 
     @property
     def is_recordable(self) -> bool:
-        """Its device's part looks at nothing that the host says or wants to know from step to step."""
+        """Tells whether its device part neither reads from the host nor reports to it from step to step."""
         return self._edits is None and not self._reported
 
     def sample(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """[B] int64 ids on the logits' device, NOT_FINITE or NOTHING_ALLOWED where a row has no distribution."""
+        """Returns [B] int64 ids on the logits' device, NOT_FINITE or NOTHING_ALLOWED where a row has no
+        distribution.
+        """
         self.draw()
         return self.pick(logits_BV)
 
     def draw(self) -> None:
-        """The host's part of `sample`: a number from every sampled row's generator."""
+        """Does the host's part of `sample`: draws a number from every sampled row's generator."""
         if self._edits is not None:
             self._edits.prepare()
         for rows in self._groups:
@@ -259,7 +263,7 @@ class Sampler:
             rows.uniform_M1.copy_(rows.drawn_M1, non_blocking=True)
 
     def pick(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """The device's part of `sample`."""
+        """Does the device's part of `sample`."""
         peak_B, id_B = logits_BV.max(dim=-1)
         is_finite_B = peak_B.isfinite()
         if self._edits is not None:
@@ -272,7 +276,9 @@ class Sampler:
         return torch.where(is_finite_B, id_B, NOT_FINITE)
 
     def logprobs(self, logits_BV: torch.Tensor, token_ids: Sequence[int]) -> dict[int, TokenLogprobs]:
-        """By row, of the tokens that were picked from these logits: for rows that want them and have a token."""
+        """Returns by row the log-probabilities of the tokens that were picked from these logits, for rows that want
+        them.
+        """
         rows = [row for row in self._reported if token_ids[row] >= 0]
         if not rows:
             return {}
@@ -327,7 +333,9 @@ def _softmax(logits_MV: torch.Tensor, temperature_M1: torch.Tensor) -> torch.Ten
 
 
 def _inverse(weight_MV: torch.Tensor, uniform_M1: torch.Tensor) -> torch.Tensor:
-    """[M] columns: the first whose cumulative weight exceeds `uniform` of the total; never one of weight zero."""
+    """Returns [M] columns: the first whose cumulative weight exceeds `uniform` of the total; never one of weight
+    zero.
+    """
     cumulative_MV = weight_MV.cumsum(dim=-1)
     target_M1 = uniform_M1 * cumulative_MV[:, -1:]
     column_M = torch.searchsorted(cumulative_MV, target_M1, right=True)[:, 0]

@@ -1,4 +1,4 @@
-"""Arrivals and cancellations from other threads, the checks at the door, and how long the line lasts."""
+"""Arrivals and cancellations from other threads, the checks of arriving requests, and the pace of the waiting line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RequestBounds:
     vocab_size: int
 
     def check(self, request: GenerateRequest) -> None:
-        """Raises InvalidRequest or PromptTooLong. Pools are checked by whoever reserves them."""
+        """Raises InvalidRequest or PromptTooLong. Pools are checked where they are reserved."""
         check_sampling(request.sampling)
         check_vocabulary(request.sampling, self.vocab_size)
         if not request.prompt_token_ids:
@@ -78,15 +78,15 @@ REMEMBERED_ADMISSIONS = 32
 
 
 class LineClock:
-    """Measures how long one place in the line lasts, by those admitted from it lately: the wait of each, divided by the
-    place at which it joined.
+    """Measures how long one place in the line takes, from recent admissions: the wait of each, divided by the place at
+    which it joined.
 
-    Only the present line counts. What was measured before it was last empty says nothing about who is in it now.
+    Only the present line counts. Measurements from before it was last empty say nothing about the requests in it now.
     """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=REMEMBERED_ADMISSIONS)
-        self.place_s: float | None = None  # None until somebody was admitted from this line
+        self.place_s: float | None = None  # None until the first admission from this line
 
     def forget(self) -> None:
         """Begins a new line."""
@@ -94,16 +94,16 @@ class LineClock:
         self.place_s = None
 
     def admitted(self, place: int, waited_s: float) -> None:
-        """Takes note that a request which joined at `place`, the first being 1, has waited for so long."""
+        """Records that a request which joined at `place`, the first being 1, has waited this long."""
         self._recent.append(waited_s / place)
         self.place_s = statistics.median(self._recent)
 
     def check(self, num_ahead: int, left_s: float) -> None:
-        """Raises DeadlineExceeded for a request that would wait behind so many others for longer than `left_s`."""
+        """Raises DeadlineExceeded for a request that would wait behind this many others for longer than `left_s`."""
         place_s = self.place_s
         if place_s is not None and num_ahead * place_s > left_s:
             raise DeadlineExceeded(
-                f"{num_ahead} requests are in line, each place of which has lasted {place_s:.2f} s, and the deadline "
+                f"{num_ahead} requests are in line, each place takes {place_s:.2f} s, and the deadline "
                 f"leaves {left_s:.2f} s; allow more time or retry later",
                 field="deadline",
             )
@@ -122,7 +122,9 @@ class Inbox:
         self._changed = threading.Condition()
 
     def put(self, sequence: Request) -> None:
-        """Raises NotReady when closed, DuplicateRequest for an id that its tenant uses, Overloaded at the bound."""
+        """Adds a request. Raises NotReady when closed, DuplicateRequest for an id that its tenant uses, Overloaded at
+        the bound.
+        """
         key = _key_of(sequence)
         with self._changed:
             if not self._is_open:
@@ -133,7 +135,8 @@ class Inbox:
                 )
             if len(self._live) >= self._max_live:
                 raise Overloaded(
-                    f"this worker has {len(self._live)} requests of all tenants, running or waiting, and takes no more",
+                    f"this worker has {len(self._live)} requests of all tenants, running or waiting, and accepts no "
+                    "more",
                     retry_after_s=1.0,
                 )
             self._live[key] = sequence
@@ -151,7 +154,7 @@ class Inbox:
             return True
 
     def take(self) -> tuple[list[Request], list[Request]]:
-        """Takes what has arrived and what was cancelled since the last time."""
+        """Takes what has arrived and what was cancelled since the last call."""
         with self._changed:
             taken = self._arrived, self._cancelled
             self._arrived, self._cancelled = [], []
@@ -169,13 +172,13 @@ class Inbox:
             self._changed.notify_all()
 
     def halt(self) -> None:
-        """Asks the engine's thread to stop."""
+        """Tells the engine's thread to stop."""
         with self._changed:
             self.is_halted = True
             self._changed.notify_all()
 
     def wait_for_news(self, timeout_s: float | None) -> None:
-        """Waits until something comes; returns at once when something has, or when the thread is to stop."""
+        """Waits until there is news; returns at once when there is some, or when the thread is to stop."""
         with self._changed:
             if not (self._arrived or self._cancelled or self.is_halted):
                 self._changed.wait(timeout_s)

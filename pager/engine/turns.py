@@ -1,6 +1,7 @@
-"""Whose turn it is: which waiting request adds least to what is there, who has been passed, what tenants were given.
+"""The order of admission: which waiting request adds least to what is loaded, how often each was passed, what tenants
+were given.
 
-Pure: no tensors, clocks or threads. The same facts give the same order, so that a recorded day can be run again.
+Pure: no tensors, clocks or threads. The same facts give the same order, so that a recorded day can be replayed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Experts = int
 
 
 def as_bits(experts_per_layer: Iterable[Iterable[int]], width: int) -> Experts:
-    """The set of these experts; `width` is more than the number of any expert."""
+    """Returns the set of these experts; `width` is more than the number of any expert."""
     bits = 0
     for layer, experts in enumerate(experts_per_layer):
         for expert in experts:
@@ -27,7 +28,7 @@ def as_bits(experts_per_layer: Iterable[Iterable[int]], width: int) -> Experts:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What one waiting request takes: `experts` where they are known before its prefill, and `num_slots` in any case.
+    """The needs of one waiting request: `experts` where they are known before its prefill, and `num_slots` in any case.
 
     `num_tokens` are those of its prompt and its answer.
     """
@@ -41,9 +42,9 @@ def by_overlap(wants: Sequence[Want], loaded: Experts, held: Experts) -> Iterato
     """Yields the indices of `wants` in the order in which to admit them, each once; pure.
 
     Requests of one pool come together. The next pool is the one that pages the fewest experts for each of its waiting
-    tokens, given those that are `loaded` and those that the pools before it bring; between pools alike, the one that
+    tokens, given those that are `loaded` and those that the pools before it load; between equal pools, the one that
     takes the fewest slots beside those `held` by running requests, then the one that has waited longest. Requests whose
-    experts are not known keep the order in which they came where they reserve the same: nothing else tells them apart.
+    experts are not known keep their order of arrival where they reserve the same: nothing else distinguishes them.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, want in enumerate(wants):
@@ -67,18 +68,18 @@ def by_overlap(wants: Sequence[Want], loaded: Experts, held: Experts) -> Iterato
 
 
 class WaitingLine(Generic[T]):
-    """Requests in the order in which they came, with bounded overtaking.
+    """Requests in order of arrival, with bounded overtaking.
 
-    A later item may pass earlier ones, because those do not fit yet or because others are asked first, but nobody is
-    passed more than `max_overtakes` times: once the first in line has been, everybody waits for it. Items of one group
+    A later item may pass earlier ones, because those do not fit yet or because others are tried first, but no item is
+    passed more than `max_overtakes` times: once the first in line has been, all others wait for it. Items of one group
     (requests of one pool) that are admitted in the same sweep pass the others together, as one: they share their slots.
-    So none starves, provided that what is admitted ends and each item fits into an empty engine.
+    So none starves, provided that admitted items end and each item fits into an empty engine.
     """
 
     def __init__(self, max_overtakes: int) -> None:
         self._max_overtakes = max_overtakes
         self._times_passed: dict[T, int] = {}  # in order of arrival
-        self._sweep: list[T] = []  # the line as it was asked last, in the order of its claims
+        self._sweep: list[T] = []  # the line as it was last read, in the order of its claims
         self._group: Hashable = None  # of the item admitted last in this sweep
         self._passed_by_group: set[T] = set()
 
@@ -95,7 +96,7 @@ class WaitingLine(Generic[T]):
         self._times_passed[item] = 0
 
     def remove(self, item: T) -> None:
-        """Takes out an item that leaves without having been admitted; nobody is passed by that."""
+        """Removes an item that leaves without having been admitted; that counts as passing no item."""
         del self._times_passed[item]
 
     def candidates(
@@ -105,11 +106,11 @@ class WaitingLine(Generic[T]):
         ordered: Callable[[Sequence[T]], Iterable[T]] = iter,
         group: Callable[[T], Hashable] = lambda _: None,
     ) -> Iterator[T]:
-        """Yields who may be admitted now, in the order to try, taking account of what is admitted while iterating.
+        """Yields the items that may be admitted now, in the order to try, taking account of admissions while iterating.
 
         Items with a lesser `claim` come first; among equal ones `ordered` decides. Behind an item that was admitted
-        come all others of its `group` (None is no group). Whoever passes somebody passes the first in line too, as long
-        as claims do not change, so that one has always been passed most.
+        come all others of its `group` (None is no group). An item that passes any other passes the first in line too,
+        as long as claims do not change, so that the first is always the one passed most.
         """
         self._sweep = line = sorted(self._times_passed, key=claim)
         self._group, self._passed_by_group = None, set()
@@ -135,7 +136,7 @@ class WaitingLine(Generic[T]):
                     yield from with_group(item)
 
     def admit(self, item: T, group: Hashable = None) -> None:
-        """Takes `item` out of the line, by which it passes everybody before it who is not passed by its group yet."""
+        """Takes `item` out of the line; it passes every item before it that its group has not passed yet."""
         if group is None or group != self._group:
             self._group, self._passed_by_group = group, set()
         for earlier in self._sweep or list(self._times_passed):
@@ -147,17 +148,17 @@ class WaitingLine(Generic[T]):
         del self._times_passed[item]
 
     def _due(self) -> T | None:
-        """The first in line, if it has been passed as often as may be."""
+        """Returns the first in line, if it has been passed as often as allowed."""
         first = next((item for item in self._sweep if item in self), None)
         return first if first is not None and self._times_passed[first] >= self._max_overtakes else None
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a tenant is charged for, in prompt tokens.
+    """The prices that tenants are charged, in prompt tokens.
 
-    An output token takes a row of a step of its own. An expert that is paged in costs what reading it takes of the
-    machine; all slots for a second, what others could have decoded with them.
+    An output token takes a row of a step of its own. An expert that is paged in costs the machine's time to read it;
+    all slots for a second cost what other requests could have decoded with them.
     """
 
     output_token: float = 2.0
@@ -178,7 +179,7 @@ class Spent:
     slot_s: float = 0.0
 
     def cost(self, before: Spent, prices: Prices = DEFAULT_PRICES) -> float:
-        """What was used since `before`, in prompt tokens."""
+        """Returns the price of what was used since `before`, in prompt tokens."""
         return (
             self.prompt_tokens
             - before.prompt_tokens
@@ -203,14 +204,14 @@ class _Tenant:
 class TenantCounters:
     """What every tenant was given, by weight: a virtual counter that decides whose request is next. Knows no clock.
 
-    A tenant that comes back is lifted to the least counter of those that are active: it cannot save up time in which it
-    asked for nothing. After Sheng et al., Fairness in Serving Large Language Models (2024), which counts tokens; here
-    paging and slots count too.
+    A tenant that returns is lifted to the least counter of the active ones: it cannot save up time in which it had no
+    requests. After Sheng et al., Fairness in Serving Large Language Models (2024), which counts tokens; here paging and
+    slots count too.
     """
 
     MAX_IDLE = 4096
     SLACK = 512.0
-    """Counters that are no further above the least one count as equal, so that overlap has requests to choose from."""
+    """Counters up to this much above the least one count as equal, so that overlap has requests to choose from."""
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant] = {}
@@ -220,7 +221,7 @@ class TenantCounters:
         return self._tenants[tenant].counter
 
     def arrived(self, tenant: str, weight: float = 1.0) -> None:
-        """Counts one more waiting request of the tenant, whose weight is the one that came last."""
+        """Counts one more waiting request of the tenant, whose weight is that of its latest request."""
         found = self._tenants.setdefault(tenant, _Tenant(weight, self._floor))
         if not found.is_active:
             found.counter = max(found.counter, self._lowest())
@@ -261,7 +262,8 @@ class TenantCounters:
     def claims(self) -> Callable[[str], tuple[float, bool]]:
         """Returns the function that ranks tenants now, the least first.
 
-        Those within SLACK of the least counter that waits are alike, but that one of which nothing runs comes first.
+        Tenants within SLACK of the least waiting counter rank equal, except that one without running requests comes
+        first.
         """
         counters = [tenant.counter for tenant in self._tenants.values() if tenant.num_waiting]
         enough = min(counters, default=0.0) + self.SLACK

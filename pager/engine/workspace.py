@@ -1,8 +1,9 @@
-"""How much memory a forward takes beside weights and KV: upper bounds from the model's shapes, and what keeps to them.
+"""The memory that a forward takes beside weights and KV: upper bounds from the model's shapes, and the means to keep to
+them.
 
 Legend: T tokens, K experts a token picks (shared ones included), E experts of a layer, D hidden, F expert intermediate,
-H query heads, G key/value heads, V vocabulary. Counted is what is alive at a time, as if every reader of a name were
-late to let go of it; tests/engine/test_engine_workspace.py holds the counts to what torch allocates.
+H query heads, G key/value heads, V vocabulary. The counts cover what is alive at a time, as if every variable were
+released late; tests/engine/test_engine_workspace.py compares them with what torch allocates.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ MIB = 2**20
 FP32 = 4
 INT64 = 8
 
-KERNEL_BYTES = 3 * MIB // 4  # one that torch compiled for half precision
+KERNEL_BYTES = 3 * MIB // 4  # of a kernel that torch compiled for half precision
 
 KEPT_BYTES = 4 * MIB
 """The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`. Below it are the experts
 that a step of 16 rows copies together (`pager.engine.kernels`): to have them mapped anew cost a third of the step."""
-_ARENA_BYTES = MIB // 8  # what a thread takes from the system at a time for next to nothing
-_SMALL_BUFFERS = 16  # of 1 MiB at most, as many as a forward has at a time: malloc keeps their places
-_LARGER_BUFFERS = 3  # and of those between 1 MiB and KEPT_BYTES
+_ARENA_BYTES = MIB // 8  # what a thread takes from the system at a time at almost no cost
+_SMALL_BUFFERS = 16  # buffers of 1 MiB at most, as many as a forward has at a time: malloc keeps their places
+_LARGER_BUFFERS = 3  # buffers between 1 MiB and KEPT_BYTES
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
 
 _ATTENTION_QUERIES, _ATTENTION_KEYS = 256, 512  # the tile of torch's attention on a CPU, one a thread
@@ -54,12 +55,12 @@ def workspace_of(opened: OpenModel, device: str, layers: Sequence[LayerAttention
     on_cpu = torch.device(device).type == "cpu"
     shapes = _Shapes(opened, layers, on_cpu)
     is_half = opened.dtype != torch.float32
-    # On a GPU twice: a graph has its own of all that.
+    # Twice on a GPU: a graph has memory of its own for all of that.
     fixed_bytes = shapes.cpu_bytes(num_readers) if on_cpu else 2 * (_CUBLAS_BYTES + 2 * _CUDA_SEGMENT_BYTES)
     token_bytes, context_bytes, draw_bytes = shapes.token_bytes(), shapes.context_bytes(), shapes.draw_bytes()
     if not on_cpu:
-        # The caching allocator cuts what is below 10 MiB out of segments of 20, and keeps what is freed: a third for
-        # the trunk's weights, many of which are of such a size, and a quarter for what comes and goes.
+        # The caching allocator cuts what is below 10 MiB out of segments of 20, and keeps freed memory: a third
+        # for the trunk's weights, many of which have such a size, and a quarter for temporary tensors.
         fixed_bytes += opened.trunk_bytes // 3
         token_bytes, context_bytes, draw_bytes = (
             nbytes + nbytes // 4 for nbytes in (token_bytes, context_bytes, draw_bytes)
@@ -76,7 +77,9 @@ def workspace_of(opened: OpenModel, device: str, layers: Sequence[LayerAttention
 
 
 def staging_bytes(opened: OpenModel, device: str, *, num_readers: int, num_buffers: int) -> int:
-    """What experts pass through: page-locked buffers before a GPU, and what each thread that reads converts in."""
+    """Returns the bytes that experts pass through: page-locked buffers before a GPU, and what each reading thread
+    converts in.
+    """
     if not any(opened.facts.experts_per_layer):
         return 0
     pack = opened.checkpoint.pack
@@ -87,7 +90,7 @@ def staging_bytes(opened: OpenModel, device: str, *, num_readers: int, num_buffe
 
 
 class _Shapes:
-    """The widths of a model that decide what a token takes."""
+    """The widths of a model that decide how much a token takes."""
 
     def __init__(self, opened: OpenModel, layers: Sequence[LayerAttention], on_cpu: bool) -> None:
         config, facts = opened.config, opened.facts
@@ -110,7 +113,7 @@ class _Shapes:
         self.dense = _dense_intermediate(opened)
 
     def token_bytes(self) -> int:
-        """A token on its way through the layers: a layer's input, and the widest of what it becomes inside."""
+        """Returns the bytes of a token in the layers: a layer's input, and the widest of its intermediate values."""
         position = 8 * INT64 + 4 * self.head_dim * FP32  # ids, slots, row, mask; cosines and sines
         streams = 3 * self.hidden * self.item + 2 * self.hidden * FP32  # input, residual, normed; the norm's fp32
         dense = 4 * self.dense * self.item
@@ -134,17 +137,19 @@ class _Shapes:
         return math.ceil(copies)
 
     def draw_bytes(self) -> int:
-        """A row whose token is drawn under top-p: logits, as they came and as they were changed, with a grammar's mask;
-        sorted ones and their ids, and float64 for the rest.
+        """Returns the bytes of a row whose token is drawn under top-p: logits, original and edited, with a grammar's
+        mask; sorted ones and their ids, and float64 for the rest.
         """
         per_token = 2 * self.item + 3 * FP32 + 3 + 2 * (FP32 + INT64) + 6 * 8 + 2
         return self.vocabulary * per_token
 
     def cpu_bytes(self, num_readers: int) -> int:
-        """Whatever the batch: what each thread keeps, the weights of small experts side by side, rows for nobody."""
+        """Returns what any batch takes: what each thread keeps, the weights of small experts side by side, discarded
+        rows.
+        """
         tile = _ATTENTION_QUERIES * (_ATTENTION_KEYS + 2 + self.head_dim) * FP32
         threads = torch.get_num_threads() * (tile + _GEMM_BYTES)
-        num_threads = num_readers + NUM_CHECKERS + 1  # who reads, who checks, who steps
+        num_threads = num_readers + NUM_CHECKERS + 1  # readers, checkers, and the stepping thread
         kept = _SMALL_BUFFERS * MIB + _LARGER_BUFFERS * KEPT_BYTES + num_threads * _ARENA_BYTES
         copied = 0
         if self.is_quantised:  # many rows are multiplied with a copy of the matrix
@@ -164,17 +169,19 @@ class _Shapes:
         return max(rotated, attended + repeated + widened) + self.hidden * self.item
 
     def _routing(self) -> int:
-        """Logits, the scores without what is outside the pool, probabilities, and the same in float64 to add up."""
+        """Returns the bytes of logits, the scores within the pool, probabilities, and the same in float64 to add up."""
         return self.num_experts * (2 * self.item + 4 * FP32 + 2 * 8 + 2) + self._picks()
 
     def _picks(self) -> int:
         return self.top_k * (3 * FP32 + 6 * INT64)
 
     def _experts(self) -> int:
-        """Pairs of token and expert: inputs and outputs side by side; then the outputs weighted, twice."""
+        """Returns the bytes of pairs of token and expert: inputs and outputs side by side; then the outputs weighted,
+        twice.
+        """
         pairs, hidden, inner = self.top_k, self.hidden, self.expert.intermediate
         side_by_side = 2 * pairs * hidden * self.item
-        # On a CPU an expert at a time, which may be every token's; on a GPU all at once.
+        # On a CPU one expert at a time, which may be every token's; on a GPU all at once.
         within = (4 * inner + hidden) * self.item * (1 if self.on_cpu else pairs)
         weighted = 2 * pairs * hidden * FP32 + hidden * (FP32 + self.item)
         return self.num_experts * self.item + self._picks() + side_by_side + max(within, weighted)
@@ -185,21 +192,24 @@ def _kernel_bytes() -> int:
 
 
 def _dense_intermediate(opened: OpenModel) -> int:
-    """The width of the widest feed-forward layer of the trunk: of layers without experts, or beside the routed ones."""
+    """Returns the width of the trunk's widest feed-forward layer, of layers without experts or beside the routed
+    ones.
+    """
     modules = opened.build_empty().named_modules()
     return max((int(each.weight.shape[0]) for name, each in modules if name.endswith(".gate_proj")), default=0)
 
 
 def return_freed_memory() -> None:
-    """Has malloc give freed buffers back to the system, for a process that is held to a plan; and what is free now.
+    """Makes malloc return freed buffers to the system, for a process that is held to a plan; and returns those free
+    now.
 
-    By itself glibc raises its threshold to the largest buffer that was freed, up to 32 MiB, and keeps as much twice in
+    By itself glibc raises its threshold to the largest buffer that was freed, up to 32 MiB, and keeps twice as much in
     the arena of every thread that freed one. Costs a page fault per 4 KiB of each buffer of KEPT_BYTES or more.
     """
     try:
         libc = ctypes.CDLL(None)
         mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):  # another C library, which has habits of its own
+    except (OSError, AttributeError):  # another C library, which may behave differently
         log.info("the C library has no mallopt; how much freed memory it keeps is not known")
         return
     for option in (_MALLOC_MMAP_THRESHOLD, _MALLOC_TRIM_THRESHOLD):
@@ -208,7 +218,7 @@ def return_freed_memory() -> None:
 
 
 def limit_device_memory(plan: Plan, device: torch.device) -> None:
-    """Has torch's allocator on a GPU refuse what goes beyond the plan; it lets go of what it keeps first."""
+    """Makes torch's allocator on a GPU refuse anything beyond the plan; it releases its cached memory first."""
     if device.type == "cuda":
         total_bytes = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.device_bytes / total_bytes), device)

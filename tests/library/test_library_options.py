@@ -138,7 +138,7 @@ OF_TRANSFORMERS = {
     "quantization_config": ({"bits": 4}, "lower expert_memory"),
     "load_in_8bit": (True, "lower expert_memory"),
     "max_memory": ({0: "8GiB"}, "give expert_memory"),
-    "trust_remote_code": (True, "no code from a checkpoint is ever run"),
+    "trust_remote_code": (True, "code from a checkpoint is never run"),
     "attn_implementation": ("eager", r"model\.set_attn_implementation"),
     "revision": ("main", "snapshot_download"),
 }

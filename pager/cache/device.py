@@ -24,13 +24,13 @@ class Transfer(Protocol):
     """Moves experts into slots. Thread-safe, if callers fill no slot twice at a time nor while it is in use."""
 
     is_in_place: bool
-    """`buffers` are the slots themselves. Others are few: who holds one must not wait for a second."""
+    """`buffers` are the slots themselves. Otherwise buffers are few: a holder of one must not wait for a second."""
 
     def buffers(self, slot: int) -> tuple[Tensor, ...]:
-        """CPU tensors, one a parameter, to fill on behalf of the slot; `install` or `discard` comes next."""
+        """Returns CPU tensors, one per parameter, to fill for the slot; `install` or `discard` comes next."""
 
     def install(self, key: ExpertKey, slot: int) -> None:
-        """Moves the slot's `buffers`, which are filled, into the slot and enters it in the map."""
+        """Moves the slot's filled `buffers` into the slot and enters it in the map."""
 
     def discard(self, slot: int) -> None:
         """Gives back the slot's `buffers`, which could not be filled."""
@@ -42,20 +42,20 @@ class Transfer(Protocol):
         """Takes the expert out of the map once the last reader of its slot is done."""
 
     def await_installed(self, slots: Sequence[int]) -> None:
-        """Has computations that are started from now on see the bytes of these slots."""
+        """Makes computations that start from now on see the bytes of these slots."""
 
     def mark_released(self, slots: Sequence[int]) -> None:
         """Makes the computations started so far the last readers of these slots."""
 
 
 class CpuTransfer:
-    """A transfer whose reads land in the slot itself. Computations are synchronous: there is nothing to wait for."""
+    """A transfer whose reads land in the slot itself. Computations are synchronous, so nothing has to be waited for."""
 
     is_in_place = True
 
     def __init__(self, slabs: Sequence[Tensor], slot_of_LE: Tensor) -> None:
         self._slabs = tuple(slabs)
-        # The same memory, and ten times as fast where little is done with it at a time.
+        # The same memory, and ten times as fast for small operations.
         self._slot_of_LE: Any = slot_of_LE.numpy()
         self._slabs_bytes = [_bytes(slab) for slab in slabs]
 
@@ -87,7 +87,7 @@ class CpuTransfer:
 @dataclass(slots=True)
 class _Staging:
     tensors: tuple[Tensor, ...]
-    copied: torch.cuda.Event  # behind the last copy out of it
+    copied: torch.cuda.Event  # follows the last copy out of it
 
 
 class CudaTransfer:
@@ -101,7 +101,7 @@ class CudaTransfer:
     is_in_place = False
 
     def __init__(self, slabs: Sequence[Tensor], slot_of_LE: Tensor) -> None:
-        """The stream that is current now is the one that computes with the slots."""
+        """Makes the transfer. The current stream is taken for the one that computes with the slots."""
         self._slabs = tuple(slabs)
         self._slot_of_LE = slot_of_LE
         self._compute = torch.cuda.current_stream(slot_of_LE.device)
@@ -145,7 +145,7 @@ class CudaTransfer:
             if not tickets:
                 return
             latest, event = max(tickets, key=lambda pair: pair[0])
-            if latest > self._awaited:  # one in-order stream: the latest install is behind all the others
+            if latest > self._awaited:  # one in-order stream: the latest install follows all others
                 self._compute.wait_event(event)
                 self._awaited = latest
 
@@ -183,15 +183,15 @@ def _event() -> torch.cuda.Event:
 
 
 def _pinned(slab: Tensor) -> Tensor:
-    """A page-locked tensor like one slot of `slab`."""
+    """Returns a page-locked tensor like one slot of `slab`."""
     return torch.empty(slab.shape[1:], dtype=slab.dtype, pin_memory=True)
 
 
 class DeviceSlots:
-    """One slab [S + P, ...] a parameter of an expert, and `slot_of_LE` (int32 [L, E], -1 where absent), on `device`.
+    """One slab [S + P, ...] per parameter of an expert, and `slot_of_LE` (int32 [L, E], -1 where absent), on `device`.
 
-    Allocated once, so memory never exceeds `nbytes`. Knows no policy: the pager says what goes where, and
-    `transfer` moves it.
+    Allocated once, so memory never exceeds `nbytes`. Knows no policy: the pager decides what goes where, and `transfer`
+    moves it.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class DeviceSlots:
         max_experts: int,
         num_pinned: int = 0,
     ) -> None:
-        """Raises BudgetError when the device has not enough memory."""
+        """Allocates the slabs. Raises BudgetError when the device has not enough memory."""
         self.num_slots = num_slots
         self.num_pinned = num_pinned
         self.shape = shape
@@ -224,7 +224,7 @@ class DeviceSlots:
 
     @property
     def gate_up(self) -> Tensor:
-        """Of experts with a gate: gates and ups."""
+        """The gates and ups of experts with a gate."""
         return self.slabs["gate_up_proj"]
 
     @property
@@ -233,21 +233,21 @@ class DeviceSlots:
 
     @property
     def total_slots(self) -> int:
-        """The pinned ones included: the length of each slab."""
+        """The length of each slab, the pinned slots included."""
         return self.num_slots + self.num_pinned
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one expert in a slot."""
+        """The bytes of one expert in a slot."""
         return self.shape.num_elements * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slabs, the pinned slots included."""
+        """The bytes of all slabs, the pinned slots included."""
         return self.total_slots * self.record_bytes
 
     def _allocate(self, *shape: int) -> Tensor:
-        """Takes memory of the device. On a CPU it begins with a page, as reads past the page cache need it."""
+        """Takes memory of the device. On a CPU it begins at a page, as reads past the page cache require."""
         if self.device.type != "cpu":
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         nbytes = math.prod(shape) * self.dtype.itemsize
@@ -255,6 +255,6 @@ class DeviceSlots:
             return torch.empty(shape, dtype=self.dtype)
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # a disk writes to few large pieces in fewer requests
-            with suppress(OSError):  # a kernel without them
+            with suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=self.dtype).view(shape)

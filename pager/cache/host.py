@@ -1,8 +1,8 @@
 """The host tier: a shared-memory segment of expert records that every worker of a node maps.
 
-A record is an expert's parameters one after the other, in the dtype they are served in. The segment is records and
-nothing else, so that a budget for all experts holds all of them; whose weights a record holds is in the index, a file
-beside it. Bytes are checked when they come from the disk, once: a record is trusted from then on.
+A record is an expert's parameters one after the other, in the dtype they are served in. The segment consists of records
+only, so that a budget for all experts holds all of them; the index, a file beside it, says which expert a record holds.
+Bytes are checked once, when they come from the disk: a record is trusted from then on.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["HostGrant", "HostIndex", "HostState", "HostTier"]
 
 
 class HostTier:
-    """One process's view of the segment. `create` makes it (and owns the files), `attach` maps one that is there.
+    """One process's view of the segment. `create` makes it (and owns the files), `attach` maps an existing one.
 
-    Thread-safe: a record is written by the one that claimed it and read by those that pinned it. Never larger than the
-    budget it was created with.
+    Thread-safe: a record is written by its claimer and read by those that pinned it. Never larger than the budget it
+    was created with.
     """
 
     def __init__(self, name: str, num_records: int, shape: ExpertShape, dtype: torch.dtype) -> None:
-        """Use `create` or `attach`."""
+        """Not for callers; use `create` or `attach`."""
         self.path = SHM / name
         self.num_records = num_records
         self.nbytes = num_records * record_bytes(shape, dtype)
@@ -59,12 +59,14 @@ class HostTier:
         found = os.fstat(file).st_size
         if found != self.nbytes:
             os.close(file)
-            raise ConfigError(f"the host tier at {self.path} has {found} bytes and not {self.nbytes}: another model's")
+            raise ConfigError(
+                f"the host tier at {self.path} has {found} bytes instead of {self.nbytes}: it is another model's"
+            )
         return file
 
     @classmethod
     def create(cls, budget_bytes: int, shape: ExpertShape, dtype: torch.dtype, *, name: str | None = None) -> Self:
-        """A new segment of as many records as `budget_bytes` hold, readable by this user alone.
+        """Makes a new segment of as many records as `budget_bytes` hold, readable by this user alone.
 
         All its memory is taken now. Raises BudgetError when the budget holds no record or the machine has not enough
         shared memory, ConfigError when the name is taken.
@@ -81,11 +83,11 @@ class HostTier:
 
     @classmethod
     def attach(cls, name: str, num_records: int, shape: ExpertShape, dtype: torch.dtype) -> Self:
-        """Maps the segment that another process created. Raises ConfigError when it is not there or of another size."""
+        """Maps the segment that another process created. Raises ConfigError when it is missing or of another size."""
         return cls(name, num_records, shape, dtype)
 
     def used_bytes(self) -> tuple[int, int]:
-        """The bytes of the records in use by any process, and of these the pinned ones."""
+        """Returns the bytes of the records in use by any process, and how many of these are pinned."""
         record = self.nbytes // self.num_records
         return self.index.num_resident * record, self.index.num_pinned * record
 
@@ -98,7 +100,7 @@ class HostTier:
         return self.index.lookup_or_claim(keys)
 
     def tensors(self, record: int) -> tuple[Tensor, ...]:
-        """The parameters in a record, in place."""
+        """Returns the parameters in a record, in place."""
         assert self._tensors is not None, "the host tier is closed"
         return tuple(part[record] for part in self._tensors)
 
@@ -116,14 +118,14 @@ class HostTier:
             self.index.unpin(grants)
 
     def close(self) -> None:
-        """Unmaps the segment; its creator removes it. Idempotent. Nobody may be reading."""
+        """Unmaps the segment; its creator removes it. Idempotent. No thread may be reading."""
         mapping, self._mapping = self._mapping, None
         if mapping is None:
             return
         self._unlock()
         self._tensors = None
         self.index.close()
-        with suppress(BufferError):  # a view of it is still alive somewhere; the mapping goes with it
+        with suppress(BufferError):  # a view of it is still alive; the mapping goes with it
             mapping.close()
         if self._segment is not None:
             self._segment.close()
@@ -135,7 +137,9 @@ def record_bytes(shape: ExpertShape, dtype: torch.dtype) -> int:
 
 
 def _page_lock(data: Tensor) -> Callable[[], None]:
-    """Page-locks the memory where there is a GPU, so that copies from it are asynchronous; returns what undoes it."""
+    """Page-locks the memory where there is a GPU, so that copies from it are asynchronous; returns a function that
+    undoes it.
+    """
     if not torch.cuda.is_available():
         return lambda: None
     runtime: Any = torch.cuda.cudart()

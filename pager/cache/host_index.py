@@ -1,17 +1,17 @@
-"""Who may read or write which record of the host tier: a table in shared memory, beside the records.
+"""The right to read or write each record of the host tier: a table in shared memory, beside the records.
 
-Every process of a node that maps the segment maps the table too, and changes it under one lock; nobody is asked over a
-socket. What holds it together when a process is killed, at whatever point, is the kernel, which drops a dead process's
-locks:
+Every process of a node that maps the segment maps the table too, and changes it under one lock, without a call to
+another process. When a process is killed, at whatever point, the kernel keeps the table consistent by dropping the dead
+process's locks:
 
 - A lock on one byte of the table's file is the *mutex* of all changes.
 - Each process has a *row* of its own, and a lock on the byte of that row for as long as it lives. The claims and pins
-  of a row that nobody holds the lock of are void: whoever is kept from a record by one clears that row.
+  of a row without a lock are void: a process that they keep from a record clears that row.
 
 A record is free (no key), being filled (its `filler` is a row), or complete. The three fields and the pins are the
-whole state, each is written in one store, and in an order that leaves nothing but a claim of the writer's when it is
-killed in between: that is undone with its row. A process that is stopped, not dead, inside a change (microseconds)
-holds the others up until it goes on or is killed; a look-up does without the host tier after LOCK_TIMEOUT_S.
+whole state. Each is written in one store, and in an order that leaves nothing but a claim of the writer's when it is
+killed in between; that is undone with its row. A process that is stopped, not dead, inside a change (microseconds)
+delays the others until it continues or is killed; a look-up does without the host tier after LOCK_TIMEOUT_S.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _NEVER = np.iinfo(np.int64).max
 
 
 class HostState(StrEnum):
-    HIT = "hit"  # the record holds the expert; pinned for the asker until `unpin`
-    CLAIMED = "claimed"  # the asker fills the record, then publishes or abandons it; pinned as well
-    BUSY = "busy"  # somebody else is filling it; nothing is pinned
-    FULL = "full"  # no record can be had now; nothing is pinned
+    HIT = "hit"  # the record holds the expert; pinned for the caller until `unpin`
+    CLAIMED = "claimed"  # the caller fills the record, then publishes or abandons it; pinned as well
+    BUSY = "busy"  # another caller is filling it; nothing is pinned
+    FULL = "full"  # no record is free now; nothing is pinned
 
 
 @dataclass(frozen=True, slots=True)
 class HostGrant:
-    """What the asker may do. `record` means something for HIT and CLAIMED only."""
+    """What the caller may do with an expert. `record` is meaningful for HIT and CLAIMED only."""
 
     key: ExpertKey
     state: HostState
@@ -65,13 +65,13 @@ class HostGrant:
 
 
 class HostSegment:
-    """The files of a host tier, made and removed by one process: records, and the table of who may use them.
+    """The files of a host tier, made and removed by one process: the records, and the table of their use.
 
-    It holds a lock on both, which says that they are no leftovers (`pager.store.appearing`).
+    It holds a lock on both, which shows that they are not leftovers (`pager.store.appearing`).
     """
 
     def __init__(self, name: str, num_records: int, record_bytes: int) -> None:
-        """All memory is taken now, readable by this user alone.
+        """Makes the files. All memory is taken now, readable by this user alone.
 
         Raises BudgetError when the machine has not enough shared memory, ConfigError when the name is taken.
         """
@@ -81,7 +81,8 @@ class HostSegment:
         try:
             for path, nbytes in zip(self._paths, (self.nbytes, _Table.nbytes(num_records)), strict=True):
                 self._files.append(create_owned(path))
-                os.posix_fallocate(self._files[-1], 0, nbytes)  # a sparse one kills the process where memory runs out
+                # a sparse file would kill the process when memory runs out
+                os.posix_fallocate(self._files[-1], 0, nbytes)
             with mmap.mmap(self._files[1], _Table.nbytes(num_records)) as mapping:
                 _Table.format(mapping, num_records)
         except FileExistsError:
@@ -89,19 +90,22 @@ class HostSegment:
         except OSError as error:
             self.close()
             raise BudgetError(
-                f"{self.nbytes} bytes of shared memory for host_memory are not to be had ({error.strerror}); lower it, "
+                f"{self.nbytes} bytes of shared memory for host_memory cannot be allocated ({error.strerror}); lower "
+                "it, "
                 f"or make {SHM} larger"
             ) from error
 
     @classmethod
     def within(cls, budget_bytes: int, name: str, record_bytes: int) -> Self:
-        """As many records as `budget_bytes` hold. Raises BudgetError where that is none, and as the constructor."""
+        """Makes as many records as `budget_bytes` hold. Raises BudgetError where that is none, and as the
+        constructor.
+        """
         if budget_bytes < record_bytes:
             raise BudgetError(f"host_memory of {budget_bytes} bytes holds no expert; the least is {record_bytes} bytes")
         return cls(name, budget_bytes // record_bytes, record_bytes)
 
     def close(self) -> None:
-        """Removes the files; who has mapped them keeps the memory. Idempotent."""
+        """Removes the files; processes that have mapped them keep the memory. Idempotent."""
         for path, file in zip(self._paths, self._files, strict=False):
             path.unlink(missing_ok=True)
             os.close(file)
@@ -136,11 +140,11 @@ class _Table:
         table = cls(mapping, num_records)
         table.key_R[:] = _FREE
         table.header[:] = (_VERSION, num_records, 0, 0)
-        del table  # its views, or the mapping could not be closed
+        del table  # drops its views, since the mapping could not be closed otherwise
 
 
 class HostIndex:
-    """One process's way to the table. Thread-safe, and safe beside other processes."""
+    """One process's access to the table. Thread-safe, and safe beside other processes."""
 
     def __init__(self, name: str, num_records: int) -> None:
         """Attaches to the table of a segment and takes a row. Raises ConfigError when that is not possible."""
@@ -165,16 +169,16 @@ class HostIndex:
 
     @property
     def num_resident(self) -> int:
-        """Records in use."""
+        """The number of records in use."""
         return int(np.count_nonzero(self._table.key_R != _FREE)) if self._file >= 0 else 0
 
     @property
     def num_pinned(self) -> int:
-        """Of these, the ones that somebody reads or fills."""
+        """The number of records in use that are being read or filled."""
         return int(np.count_nonzero(self._table.pins_OR.any(axis=0))) if self._file >= 0 else 0
 
     def lookup_or_claim(self, keys: Sequence[ExpertKey]) -> list[HostGrant]:
-        """A grant for each key, in order. Never waits long."""
+        """Returns a grant for each key, in order. Never waits long."""
         with self._locked(LOCK_TIMEOUT_S) as is_locked:
             if not is_locked:
                 return [HostGrant(key, HostState.FULL) for key in keys]
@@ -185,23 +189,23 @@ class HostIndex:
             return grants
 
     def publish(self, grants: Sequence[HostGrant]) -> None:
-        """The claimed records are complete, anybody may read them; their pins stay."""
+        """Marks the claimed records as complete, readable by all; their pins stay."""
         with self._locked():
             for each in grants:
-                assert self._table.filler_R[each.record] == self._row + 1, f"{each} is not ours to fill"
+                assert self._table.filler_R[each.record] == self._row + 1, f"{each} is not claimed here"
                 self._table.stamp_R[each.record] = self._tick()
                 self._table.filler_R[each.record] = 0
 
     def abandon(self, grants: Sequence[HostGrant]) -> None:
-        """The claimed records could not be filled, and are free."""
+        """Frees the claimed records, which could not be filled."""
         with self._locked():
             for each in grants:
-                assert self._table.filler_R[each.record] == self._row + 1, f"{each} is not ours to fill"
+                assert self._table.filler_R[each.record] == self._row + 1, f"{each} is not claimed here"
                 self._free(each.record)
                 self._table.pins_OR[self._row, each.record] = 0
 
     def unpin(self, grants: Sequence[HostGrant]) -> None:
-        """The records have been read, or filled and published."""
+        """Unpins records that have been read, or filled and published."""
         with self._locked():
             for each in grants:
                 assert self._table.pins_OR[self._row, each.record] > 0, f"{each} is not pinned"
@@ -209,7 +213,9 @@ class HostIndex:
                 self._table.pins_OR[self._row, each.record] -= 1
 
     def clear_dead(self) -> None:
-        """Takes back the claims and pins of processes that are gone, as a look-up does that they keep from a record."""
+        """Takes back the claims and pins of processes that have ended, as a look-up does where they keep it from a
+        record.
+        """
         with self._locked():
             self._clear_dead()
 
@@ -226,7 +232,7 @@ class HostIndex:
         os.close(file)
 
     def check_integrity(self) -> None:
-        """Asserts everything that the docstring of this module says, when nobody is killed."""
+        """Asserts every invariant in the docstring of this module, provided that no process is killed."""
         with self._locked():
             table = self._table
             used = table.key_R[table.key_R != _FREE]
@@ -237,7 +243,7 @@ class HostIndex:
             assert (table.stamp_R[table.key_R == _FREE] == 0).all(), "a free record is taken first"
             filled = np.flatnonzero(table.filler_R)
             assert (pins_R[filled] == 1).all(), "a claim is pinned, once"
-            assert (table.pins_OR[table.filler_R[filled] - 1, filled] == 1).all(), "by whoever fills it"
+            assert (table.pins_OR[table.filler_R[filled] - 1, filled] == 1).all(), "by its filler"
             assert (table.pins_OR[table.is_owned_O == 0] == 0).all(), "only a process pins"
 
     # --- changes, under the lock ------------------------------------------------------------------------------------
@@ -245,7 +251,7 @@ class HostIndex:
     def _grant_all(self, keys: Sequence[ExpertKey]) -> list[HostGrant]:
         table = self._table
         pins_OR = table.pins_OR[: int(table.header[3])]
-        # What is evicted next has the lowest stamp: a free record (0), then the one let go of longest ago.
+        # The record evicted next has the lowest stamp: a free one (0), then the least recently released.
         order_R = np.where(pins_OR.any(axis=0), _NEVER, table.stamp_R)
         return [self._grant(key, order_R) for key in keys]
 
@@ -268,19 +274,19 @@ class HostIndex:
         return HostGrant(key, state, record)
 
     def _free(self, record: int | Any) -> None:
-        """In this order: until the last store it is a claim of a row."""
+        """Frees a record, in this order: until the last store it is a claim of a row."""
         self._table.key_R[record] = _FREE
         self._table.stamp_R[record] = 0
         self._table.filler_R[record] = 0
 
     def _clear(self, row: int) -> None:
-        """Can be done again from its beginning, when whoever does it is killed."""
+        """Clears a row. It can be repeated from its beginning when the process that does it is killed."""
         self._free(self._table.filler_R == row + 1)
         self._table.pins_OR[row] = 0
         self._table.is_owned_O[row] = 0
 
     def _clear_dead(self) -> bool:
-        """Whether there was one."""
+        """Clears the rows of dead processes. Returns whether there was one."""
         owned = (int(row) for row in np.flatnonzero(self._table.is_owned_O))
         dead = [row for row in owned if row != self._row and not _is_held(self._file, _ROWS_AT + row)]
         for row in dead:
@@ -304,7 +310,7 @@ class HostIndex:
 
     @contextmanager
     def _locked(self, timeout_s: float = -1) -> Iterator[bool]:
-        """The mutex. False when it is not to be had within `timeout_s`; then nothing may be changed."""
+        """Holds the mutex. Yields False when it could not be had within `timeout_s`; then nothing may be changed."""
         if not self._thread.acquire(timeout=timeout_s):
             yield False
             return
@@ -340,12 +346,14 @@ def _try_hold(file: int, byte: int) -> bool:
 
 
 def _set_lock(file: int, kind: int, byte: int, *, wait: bool = False) -> None:
-    """A lock of the open file (OFD), not of the process: several in one process do not meet, and it ends with it."""
+    """Sets a lock of the open file (OFD), not of the process: several in one process are independent, and it ends with
+    the file.
+    """
     fcntl.fcntl(file, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
 
 def _is_held(file: int, byte: int) -> bool:
-    """By another open file than this one."""
+    """Tells whether another open file than this one holds the lock."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))
     return bool(answer[0] != fcntl.F_UNLCK)

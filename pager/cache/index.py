@@ -1,4 +1,4 @@
-"""Which expert is in which slot, which request holds it, what is promised, and which expert to evict next.
+"""The state of the slots: which expert is in each, which request holds it, what is promised, and what is evicted next.
 
 Pure integers: no tensors, devices, clocks or locks.
 
@@ -9,9 +9,9 @@ A slot is in one of four states, and every slot in exactly one:
     held       loaded, with at least one pin
     evictable  loaded, no pin; the policy knows it
 
-`num_reserved` slots are promised to leases that have not bound them yet. What keeps the promise is the
-invariant `num_free + num_evictable >= num_reserved`: whatever takes a slot out of these two states pays with
-a reservation or needs an unreserved one.
+`num_reserved` slots are promised to leases that have not bound them yet. The promise is kept by the invariant
+`num_free + num_evictable >= num_reserved`: whatever takes a slot out of these two states pays with a reservation or
+needs an unreserved one.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from pager.types import ExpertKey
 
 # --- eviction policies ------------------------------------------------------------------------------------------------
 #
-# Which expert to evict next. Pure: knows keys, and no slots, tensors, devices or clocks.
+# The choice of the expert to evict next. Pure: knows keys, and no slots, tensors, devices or clocks.
 
 
 class EvictionPolicy(Protocol):
-    """An order over the experts that nobody holds. The index tells it what happens and asks for victims.
+    """An order over the experts that no request holds. The index reports every event to it and takes victims from it.
 
     An expert is *evictable* from `add` to `remove`. `use` may come for any expert, resident or not.
     """
 
     def use(self, key: ExpertKey) -> None:
-        """Somebody asked for `key`, whether it was there or not. Called before the expert is held."""
+        """Records that `key` was asked for, whether it was loaded or not. Called before the expert is held."""
 
     def add(self, key: ExpertKey) -> None:
-        """`key` is in a slot and nobody holds it any more (or nobody ever did: a prefetch)."""
+        """Records that `key` is in a slot and not held any more (or never was: a prefetch)."""
 
     def remove(self, key: ExpertKey) -> None:
-        """`key` is held again, or evicted."""
+        """Records that `key` is held again, or evicted."""
 
     def victims(self) -> Iterator[ExpertKey]:
-        """The evictable experts, next victim first. The caller may pass over some."""
+        """Yields the evictable experts, next victim first. The caller may skip some."""
 
     def __len__(self) -> int:
-        """How many experts are evictable."""
+        """Returns how many experts are evictable."""
 
 
 class LRU:
-    """Evicts what was let go of longest ago: list and order are one structure, every operation is O(1)."""
+    """Evicts the least recently released expert: list and order are one structure, every operation is O(1)."""
 
     def __init__(self) -> None:
-        # Not a dict: after many evictions the front of one is a run of holes that every look has to pass.
+        # Not a dict: after many evictions the front of one is a run of holes that every look-up has to pass.
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()
 
     def use(self, key: ExpertKey) -> None:
-        """Recency is set when an expert is let go of, so a use needs no note."""
+        """Does nothing: recency is set when an expert is released."""
 
     def add(self, key: ExpertKey) -> None:
         self._order[key] = None
@@ -76,11 +76,12 @@ class LRU:
 
 
 class LFU:
-    """Evicts what was used least often since the start, evicted or not; of equals, what was let go of longest ago."""
+    """Evicts the expert used least often since the start, evicted or not; among equals, the least recently released."""
 
     def __init__(self) -> None:
         self._uses: Counter[ExpertKey] = Counter()
-        self._count_of: dict[ExpertKey, int] = {}  # of the evictable ones, as counted when they became so
+        # counts of the evictable experts at the time when they became evictable
+        self._count_of: dict[ExpertKey, int] = {}
         self._by_count: dict[int, OrderedDict[ExpertKey, None]] = {}
 
     def use(self, key: ExpertKey) -> None:
@@ -105,9 +106,10 @@ class LFU:
 
 
 class LFRU:
-    """Evicts the lowest number of uses divided by the time since the last one, time being counted in uses.
+    """Evicts the expert with the lowest number of uses divided by the time since the last one, time being counted in
+    uses.
 
-    Every score changes with time: victims are sorted when they are asked for, which costs as much as there are.
+    Every score changes with time: victims are sorted on demand, at a cost in proportion to their number.
     """
 
     def __init__(self) -> None:
@@ -128,7 +130,7 @@ class LFRU:
         del self._evictable[key]
 
     def victims(self) -> Iterator[ExpertKey]:
-        yield from sorted(self._evictable, key=self._score)  # stable: of equals, what was let go of longest ago
+        yield from sorted(self._evictable, key=self._score)  # stable: among equals, the least recently released first
 
     def __len__(self) -> int:
         return len(self._evictable)
@@ -141,9 +143,9 @@ class LeastStale:
     """Evicts by passes over the layers rather than by time (after SpecMD's policy of that name, arXiv 2602.03921).
 
     A use in a layer below the last one begins a pass. First go the experts that no recent pass used, oldest pass first;
-    of one pass, those whose layer the current one has left behind, for they are needed last, the latest left first; of
-    one layer, what was let go of longest ago. Experts of a pass and a layer are kept together, and only those groups
-    are sorted when victims are asked for.
+    within one pass, those whose layer the current one has passed, because they are needed last, the most recently
+    passed first; within one layer, the least recently released. Experts of a pass and a layer are kept together, and
+    only those groups are sorted on demand.
     """
 
     def __init__(self) -> None:
@@ -151,7 +153,7 @@ class LeastStale:
         self._layer = 0
         self._num_layers = 1
         self._pass_of: dict[ExpertKey, int] = {}
-        self._group_of: dict[ExpertKey, tuple[int, int]] = {}  # of the evictable ones: pass and layer
+        self._group_of: dict[ExpertKey, tuple[int, int]] = {}  # pass and layer of the evictable experts
         self._groups: dict[tuple[int, int], OrderedDict[ExpertKey, None]] = {}
 
     def use(self, key: ExpertKey) -> None:
@@ -179,7 +181,7 @@ class LeastStale:
         return len(self._group_of)
 
     def _score(self, group: tuple[int, int]) -> float:
-        # An expert ahead of the pass has not had its turn: its last use counts as one of this pass.
+        # An expert ahead of the pass has not been reached yet: its last use counts as one of this pass.
         last_pass, layer = group
         layers_until_next = (layer - self._layer - 1) % self._num_layers
         return last_pass + (layer > self._layer) - (layers_until_next + 1) / (self._num_layers + 1)
@@ -190,11 +192,11 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
 }  # fmt: skip
 
 DEFAULT_POLICY = "least-stale"
-"""Waits for the fewest bytes on mixed traffic: `benchmarks/results/policies_*.md`, to which a test holds it."""
+"""It waits for the fewest bytes on mixed traffic, as `benchmarks/results/policies_*.md` shows and a test checks."""
 
 
 def make_policy(name: str) -> EvictionPolicy:
-    """A fresh policy. Raises ConfigError for an unknown name."""
+    """Returns a new policy. Raises ConfigError for an unknown name."""
     if name not in POLICIES:
         raise ConfigError(f"unknown eviction policy {name!r}; choose one of {', '.join(sorted(POLICIES))}")
     return POLICIES[name]()
@@ -205,7 +207,7 @@ def make_policy(name: str) -> EvictionPolicy:
 
 @dataclass(frozen=True, slots=True)
 class SlotLoad:
-    """Read `key` into `slot`."""
+    """The order to read `key` into `slot`."""
 
     key: ExpertKey
     slot: int
@@ -213,13 +215,13 @@ class SlotLoad:
 
 @dataclass(frozen=True, slots=True)
 class SlotPlan:
-    """What holding some experts takes: made by `CacheIndex.plan`, changes nothing until it is committed."""
+    """What holding some experts requires: made by `CacheIndex.plan`, changes nothing until it is committed."""
 
-    hits: tuple[ExpertKey, ...]  # loaded
-    in_flight: tuple[ExpertKey, ...]  # being read for somebody else
-    loads: tuple[SlotLoad, ...]  # to be read by whoever commits the plan
+    hits: tuple[ExpertKey, ...]  # loaded already
+    in_flight: tuple[ExpertKey, ...]  # being read for another request
+    loads: tuple[SlotLoad, ...]  # to be read by the caller that commits the plan
     victims: tuple[ExpertKey, ...]  # evicted to make room for the loads
-    paid: int  # how many reserved slots of the caller it uses up
+    paid: int  # how many of the caller's reserved slots it uses up
     version: int
 
 
@@ -255,17 +257,17 @@ class CacheIndex:
 
     @property
     def num_unreserved(self) -> int:
-        """Slots that can be had now without breaking a promise."""
+        """The slots that can be taken now without breaking a promise."""
         return self.num_free + self.num_evictable - self._reserved
 
     @property
     def num_resident(self) -> int:
-        """Slots that hold an expert or will: loading, held and evictable ones."""
+        """The slots that hold an expert or will: loading, held and evictable ones."""
         return len(self._entries)
 
     @property
     def num_held(self) -> int:
-        """Slots that cannot be evicted: held and loading ones."""
+        """The slots that cannot be evicted: held and loading ones."""
         return len(self._entries) - self.num_evictable
 
     def is_loaded(self, key: ExpertKey) -> bool:
@@ -285,14 +287,14 @@ class CacheIndex:
         return 0 if entry is None else entry.pins
 
     def slot_of(self, key: ExpertKey) -> int:
-        """The slot of a loaded or loading expert. Raises KeyError for an absent one."""
+        """Returns the slot of a loaded or loading expert. Raises KeyError for an absent one."""
         return self._entries[key].slot
 
     def loaded(self) -> Iterator[ExpertKey]:
         return (key for key, entry in self._entries.items() if not entry.loading)
 
     def slots_needed(self, keys: Collection[ExpertKey]) -> int:
-        """How many unreserved slots holding `keys` takes: an expert that somebody holds takes none."""
+        """Returns how many unreserved slots holding `keys` takes: an expert that is held already takes none."""
         return sum(key not in self._entries or self.is_evictable(key) for key in keys)
 
     def reserve(self, num_slots: int) -> bool:
@@ -309,7 +311,7 @@ class CacheIndex:
     def plan(
         self, keys: Sequence[ExpertKey], *, reservation: int = 0, spare: Collection[ExpertKey] = ()
     ) -> SlotPlan | None:
-        """How to hold all of `keys` (distinct), or None when they do not fit now.
+        """Plans how to hold all of `keys` (distinct); None when they do not fit now.
 
         Pays with the caller's `reservation` first, then with unreserved slots. `spare` may not be victims.
         """
@@ -323,7 +325,7 @@ class CacheIndex:
         untouchable = {*hits, *spare} if num_victims else set()
         candidates = (key for key in self._policy.victims() if key not in untouchable)
         victims = tuple(islice(candidates, num_victims))
-        if len(victims) < num_victims:  # only `spare` can cause it
+        if len(victims) < num_victims:  # only `spare` can cause this
             return None
         free = islice(reversed(self._free), len(misses) - num_victims)
         slots = [*free, *(self._entries[key].slot for key in victims)]
@@ -362,7 +364,7 @@ class CacheIndex:
             self._policy.add(key)
 
     def installed(self, key: ExpertKey) -> None:
-        """The data of a loading expert is complete."""
+        """Marks a loading expert as complete."""
         entry = self._entries[key]
         assert entry.loading, f"{key} is not loading"
         self._version += 1
@@ -371,20 +373,20 @@ class CacheIndex:
             self._policy.add(key)
 
     def abandon(self, key: ExpertKey) -> None:
-        """A load was cancelled or failed: its slot is free and all pins on it are void."""
+        """Ends a load that was cancelled or failed: its slot is free and all pins on it are void."""
         assert self._entries[key].loading, f"{key} is not loading"
         self._version += 1
         self._free.append(self._entries.pop(key).slot)
 
     def refresh(self, key: ExpertKey) -> None:
-        """An evictable expert will be wanted soon: it goes to where a fresh one would be in the order."""
+        """Moves an evictable expert that will be needed soon to the place of a fresh one in the order."""
         if self.is_evictable(key):
             self._version += 1
             self._policy.remove(key)
             self._policy.add(key)
 
     def check_integrity(self) -> None:
-        """Asserts everything that the docstring of this module says."""
+        """Asserts every invariant in the docstring of this module."""
         used = [entry.slot for entry in self._entries.values()]
         assert sorted([*used, *self._free]) == list(range(self.num_slots)), "a slot is free or used, and once"
         assert all(entry.pins >= 0 for entry in self._entries.values())

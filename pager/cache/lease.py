@@ -1,4 +1,4 @@
-"""A lease is one request's hold on its experts; an exact forward holds them in waves."""
+"""Leases, by which requests hold their experts; an exact forward holds them in waves."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pager.types import ExpertKey, PagingCounts
 class Lease:
     """Experts pinned in slots, and slots promised for those to come. Leaving the block releases it.
 
-    Owned by one request: one thread binds and waits; `release` may come from any. A failed read fails this lease
+    Owned by one request: one thread binds and waits; `release` may be called from any. A failed read fails this lease
     for good: `failed` is set and every `wait` raises it.
     """
 
     def __init__(self, ledger: Ledger, holding: Holding, always_resident: Container[ExpertKey], pager: object) -> None:
         self._ledger = ledger
-        self._pager = pager  # its reader threads end when nobody refers to it
+        self._pager = pager  # its reader threads end when nothing refers to it
         self._holding = holding
         self._always_resident = always_resident
         self._limit = holding.reserved + len(holding.keys)
@@ -32,8 +32,8 @@ class Lease:
     def bind(self, layer: int, experts: Sequence[int]) -> None:
         """Takes experts of `layer` within the reservation: pins hits, joins reads in flight, starts the missing ones.
 
-        Returns at once. Always-resident experts and those held already cost nothing. What a shared expert did not cost
-        stays reserved until `shrink`. Raises ValueError beyond the reservation, Cancelled for a released lease.
+        Returns at once. Always-resident experts and those held already cost nothing. Slots saved by a shared read stay
+        reserved until `shrink`. Raises ValueError beyond the reservation, Cancelled for a released lease.
         """
         keys = self._new([ExpertKey(layer, expert) for expert in experts])
         if len(self._holding.keys) + len(keys) > self._limit:
@@ -53,7 +53,7 @@ class Lease:
     def become(self, keys: Sequence[ExpertKey], num_slots: int = 0) -> bool:
         """Holds `keys` and `num_slots` promised slots from now on, and nothing else; between steps only.
 
-        False, and nothing changed, when that does not fit now. Nothing at all always does.
+        Returns False, with nothing changed, when that does not fit now. Holding nothing always fits.
         """
         paged = [key for key in dict.fromkeys(keys) if key not in self._always_resident]
         if not self._ledger.become(self._holding, paged, num_slots):
@@ -65,11 +65,11 @@ class Lease:
         return True
 
     def wait(self, layer: int) -> None:
-        """Returns when the bound experts of `layer` can be computed with; the time goes to `usage.stall_s`.
+        """Returns when the bound experts of `layer` can be computed with; the time is added to `usage.stall_s`.
 
-        On a GPU the compute stream waits for the copies, not the host. Call it before computing even when `ready()`;
-        it is free from the second call on. Raises ExpertUnavailable when any read of this lease failed, Cancelled
-        after `release`.
+        On a GPU the compute stream waits for the copies, not the host. Call it before computing even when `ready()`; it
+        is free from the second call on. Raises ExpertUnavailable when any read of this lease failed, Cancelled after
+        `release`.
         """
         if layer in self._awaited and self._holding.failed is None:
             return
@@ -77,19 +77,19 @@ class Lease:
         self._awaited.add(layer)
 
     def ready(self) -> bool:
-        """Nothing bound is still being read, and nothing failed."""
+        """Tells whether all bound experts have been read, and none failed."""
         return self._holding.ready
 
     def release(self) -> None:
-        """Lets go of everything. Idempotent, from any thread, between steps: a running forward needs its slots.
+        """Releases everything. Idempotent, from any thread, between steps: a running forward needs its slots.
 
-        Queued reads that nobody else waits for are cancelled; running ones come to their end.
+        Queued reads that no other lease waits for are cancelled; running ones finish.
         """
         self._awaited.clear()
         self._ledger.release(self._holding)
 
     def lend_reservation(self, borrower: Holding) -> None:
-        """Moves what is unbound to `borrower`, for the time of an exact forward."""
+        """Lends the unbound reservation to `borrower` for the time of an exact forward."""
         self._ledger.move_reservation(self._holding, borrower, self._holding.reserved)
 
     def take_back_reservation(self, borrower: Holding) -> None:
@@ -101,7 +101,7 @@ class Lease:
 
     @property
     def capacity(self) -> int:
-        """What a lease could hold if there were no other."""
+        """The number of slots that a lease could hold if there were no other."""
         return self._ledger.index.num_slots
 
     @property
@@ -110,7 +110,7 @@ class Lease:
 
     @property
     def num_reserved(self) -> int:
-        """Slots promised and not bound yet."""
+        """The number of slots promised and not bound yet."""
         return self._holding.reserved
 
     @property
@@ -144,17 +144,17 @@ _NO_SLOT = (
 class _Wave(NamedTuple):
     keys: list[ExpertKey]
     was_there: bool
-    """When it was bound. Later, the speed of reads would decide what is yielded together, and so how sums round."""
+    """Sorted when bound. Later, the speed of reads would decide what is yielded together, and so how sums round."""
 
 
 def demand_waves(
     ledger: Ledger, holding: Holding, keys: Sequence[ExpertKey], always_resident: Sequence[ExpertKey]
 ) -> Generator[tuple[int, ...], None, None]:
-    """Yields every expert once, in waves that stay pinned until the next one is asked for; the holding ends empty.
+    """Yields every expert once, in waves that stay pinned until the next one is taken; the holding ends empty.
 
-    Loaded experts come first, always-resident ones with them, then those in flight, then the missing ones. While a
-    wave is computed the next one is being read: when not everything fits, a wave takes half of the slots.
-    Raises ExpertUnavailable, and SlotsExhausted when not one slot is to be had.
+    Loaded experts come first, always-resident ones with them, then those in flight, then the missing ones. While a wave
+    is computed the next one is being read: when not everything fits, a wave takes half of the slots. Raises
+    ExpertUnavailable, and SlotsExhausted when no slot can be had.
     """
     todo = list(keys)
     unpaged = tuple(key.expert for key in always_resident)
@@ -168,7 +168,7 @@ def demand_waves(
                 continue
             raise SlotsExhausted(_NO_SLOT)
         if unpaged and not bound[0].was_there:
-            yield unpaged  # to compute while the first wave is being read
+            yield unpaged  # something to compute while the first wave is being read
             unpaged = ()
         current = bound.popleft().keys
         ledger.wait(holding, current)
@@ -180,7 +180,7 @@ def demand_waves(
 
 
 def _bind_some(ledger: Ledger, holding: Holding, todo: Sequence[ExpertKey]) -> _Wave | None:
-    """Binds what fits of the first group of `todo`: those loaded now, or else all. None when nothing does."""
+    """Binds what fits of the first group of `todo`: the loaded ones, or else all. Returns None when nothing fits."""
     with ledger.lock:
         index = ledger.index
         loaded = [key for key in todo if index.is_loaded(key)]

@@ -1,4 +1,6 @@
-"""Who holds which experts, which of them are being read and for whom, and what was asked for ahead of its use."""
+"""The record of which requests hold which experts, which experts are being read and for whom, and which are
+prefetched.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ from pager.types import ExpertKey, PagingCounts
 
 
 class PrefetchList:
-    """The wanted experts that no reader has come to yet, and the protected ones that a prefetch may not evict.
+    """The experts to prefetch that no reader has taken yet, and the protected ones that a prefetch may not evict.
 
     An expert that was prefetched is protected from other prefetches until it is used or evicted by a lease, and for
-    PROTECTED_BATCHES at most: what a request that never came had asked for must not block the list for ever.
+    PROTECTED_BATCHES at most: the prefetches of a request that never came must not block the list forever.
     """
 
     PROTECTED_BATCHES = 16
@@ -34,7 +36,7 @@ class PrefetchList:
         self._batch = 0
 
     def start_batch(self) -> int:
-        """The number of the batch that begins now; the protection of old ones lapses."""
+        """Returns the number of the batch that begins now; the protection of old ones lapses."""
         self._batch += 1
         oldest = self._batch - self.PROTECTED_BATCHES
         for key in [key for key, batch in self._protected.items() if batch <= oldest]:
@@ -42,14 +44,14 @@ class PrefetchList:
         return self._batch
 
     def want(self, key: ExpertKey, meter: UsageMeter) -> bool:
-        """False when it was wanted already."""
+        """Adds a key. Returns False when it was on the list already."""
         if key in self._wanted:
             return False
         self._wanted[key] = meter
         return True
 
     def take(self, key: ExpertKey) -> UsageMeter | None:
-        """The meter to charge, and the key is wanted no more; None when it was not wanted."""
+        """Takes a key off the list and returns the meter to charge; None when it was not on it."""
         return self._wanted.pop(key, None)
 
     def is_wanted(self, key: ExpertKey) -> bool:
@@ -63,7 +65,7 @@ class PrefetchList:
         return self._protected
 
     def forget(self, key: ExpertKey) -> None:
-        """The expert is in use, or evicted: neither wanted nor protected."""
+        """Drops an expert that is in use, or evicted: neither wanted nor protected."""
         self._wanted.pop(key, None)
         self._protected.pop(key, None)
 
@@ -75,14 +77,14 @@ to be called again, or None where there is nothing to do. What it raises ends th
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """What one lease or one exact forward holds. Changed by the ledger alone, under its lock."""
+    """The experts and slots that one lease or one exact forward holds. Changed by the ledger alone, under its lock."""
 
     cause: Cause
     order: int
     meter: UsageMeter
-    reserved: int = 0  # promised slots that no expert was bound to yet
+    reserved: int = 0  # promised slots without a bound expert
     keys: dict[ExpertKey, None] = field(default_factory=dict)  # pinned, in the order of binding
-    pending: set[ExpertKey] = field(default_factory=set)  # of these, what is not read yet
+    pending: set[ExpertKey] = field(default_factory=set)  # the pinned experts that are not read yet
     failed: ExpertUnavailable | None = None
     released: bool = False
 
@@ -102,7 +104,7 @@ class Load:
 
 
 def _nothing_meanwhile() -> None:
-    """Returns at once: nobody has work to do while a read is waited for."""
+    """Returns at once: there is no other work while a read is waited for."""
 
 
 _URGENCY = {Cause.DEMAND: 0, Cause.LEASE: 1, Cause.PREFETCH: 2}
@@ -120,7 +122,7 @@ class Ledger:
         trace: TraceRecorder | None = None,
     ) -> None:
         self.index = index  # read it under `lock`
-        self.counts = PagingCounts()  # since the start, and so are the next three
+        self.counts = PagingCounts()  # since the start, like the next three
         self.num_hits_in_flight = 0
         self.num_evictions = 0
         self.num_failed_loads = 0
@@ -139,10 +141,10 @@ class Ledger:
         self._closed = False
         self.meanwhile: Meanwhile = _nothing_meanwhile
 
-    # What leases and exact forwards do.
+    # Methods for leases and exact forwards.
 
     def open(self, cause: Cause, meter: UsageMeter) -> Holding:
-        """A holding of nothing. Whoever opens it has to `release` it."""
+        """Returns an empty holding. The caller has to `release` it."""
         with self.lock:
             if self._closed:
                 raise Cancelled("the pager is closed")
@@ -188,7 +190,7 @@ class Ledger:
             return True
 
     def unreserve(self, holding: Holding) -> None:
-        """Gives back what is promised to the holding and not bound."""
+        """Gives back the slots that are promised to the holding and not bound."""
         with self._changed:
             self._promise(holding, -holding.reserved)
             self._changed.notify_all()
@@ -204,10 +206,10 @@ class Ledger:
             taker.reserved += count
 
     def bind(self, holding: Holding, keys: Sequence[ExpertKey], *, reservation: int | None = None) -> bool:
-        """Pins `keys` and queues the reads they need; False, with nothing changed, when they do not fit now.
+        """Pins `keys` and queues the reads they need; returns False, with nothing changed, when they do not fit now.
 
-        Pays with up to `reservation` (default: all) of the holding's promised slots, then with unreserved ones.
-        Keys it holds already are passed over. Raises Cancelled for a released holding.
+        Pays with up to `reservation` (default: all) of the holding's promised slots, then with unreserved ones. Keys
+        that it holds already are skipped. Raises Cancelled for a released holding.
         """
         with self.lock:
             if holding.released or self._closed:
@@ -241,7 +243,9 @@ class Ledger:
             return True
 
     def hit(self, keys: Sequence[ExpertKey], meter: UsageMeter) -> bool:
-        """Counts a hit of each key when all are loaded, and pins none: for caches that never evict. Else False."""
+        """Counts a hit of each key and returns True if all are loaded, without pinning any: for caches that never
+        evict.
+        """
         with self.lock:
             if self._closed or self._trace is not None or not all(map(self.index.is_loaded, keys)):
                 return False
@@ -252,9 +256,9 @@ class Ledger:
         return True
 
     def let_go_of_experts(self, holding: Holding, keys: Sequence[ExpertKey]) -> None:
-        """Unpins `keys` and keeps their slots reserved, where they are not held by others too.
+        """Unpins `keys` and keeps their slots reserved, where other holdings do not hold them too.
 
-        A queued read that nobody waits for any more is cancelled.
+        A queued read that no holding waits for any more is cancelled.
         """
         with self._changed:
             self._transfer.mark_released([self.index.slot_of(key) for key in keys])
@@ -270,9 +274,9 @@ class Ledger:
             self._changed.notify_all()
 
     def become(self, holding: Holding, keys: Sequence[ExpertKey], num_slots: int) -> bool:
-        """Has the holding hold `keys` and `num_slots` promised slots, and nothing else.
+        """Makes the holding hold `keys` and `num_slots` promised slots, and nothing else.
 
-        False, with nothing changed, when that does not fit now. Raises Cancelled for a released holding.
+        Returns False, with nothing changed, when that does not fit now. Raises Cancelled for a released holding.
         """
         with self._changed:
             wanted = dict.fromkeys(keys)
@@ -299,7 +303,7 @@ class Ledger:
                 holding.released = True
 
     def wait(self, holding: Holding, keys: Collection[ExpertKey]) -> None:
-        """Until `keys`, which the holding holds, can be computed with.
+        """Waits until `keys`, which the holding holds, can be computed with.
 
         Raises the holding's ExpertUnavailable as soon as any of its reads has failed, Cancelled when it is released.
         """
@@ -317,14 +321,14 @@ class Ledger:
             if holding.failed is not None:
                 raise holding.failed
             if holding.released:
-                raise Cancelled("the lease was released while its experts were on their way")
+                raise Cancelled("the lease was released while its experts were being read")
             slots = [self.index.slot_of(key) for key in keys]
         self._transfer.await_installed(slots)
 
     def wait_for_room(self, holding: Holding) -> bool:
         """Waits out reads that only hold a slot because nobody waits for them any more, or not yet.
 
-        False when there is no slot to be had even after them.
+        Returns False when there is no free slot even after them.
         """
 
         def has_room() -> bool:
@@ -335,7 +339,7 @@ class Ledger:
             return has_room()
 
     def _wait_until(self, is_over: Callable[[], bool]) -> None:
-        """Returns when `is_over`, which is asked under the lock; `meanwhile` is called until then, and may raise."""
+        """Returns when `is_over`, which is called under the lock; `meanwhile` is called until then, and may raise."""
         while True:
             with self.lock:
                 if is_over():
@@ -348,7 +352,7 @@ class Ledger:
     def _must_wait(holding: Holding, keys: Collection[ExpertKey]) -> bool:
         return holding.failed is None and not holding.released and not holding.pending.isdisjoint(keys)
 
-    # What prefetches do.
+    # Methods for prefetches.
 
     def prefetch(self, keys: Sequence[ExpertKey], meter: UsageMeter) -> None:
         with self.lock:
@@ -370,10 +374,12 @@ class Ledger:
         with self.lock:
             return any(self._prefetches.is_wanted(key) or key in self._loads for key in keys)
 
-    # What reader threads do.
+    # Methods for reader threads.
 
     def begin(self, key: ExpertKey) -> int | None:
-        """The slot to read `key` into; None when the read has become pointless. A prefetch gets its slot here."""
+        """Returns the slot to read `key` into; None when the read is not needed any more. A prefetch gets its slot
+        here.
+        """
         with self.lock:
             load = self._loads.get(key)
             if load is None:
@@ -393,7 +399,7 @@ class Ledger:
             return load.slot
 
     def finish(self, key: ExpertKey, fetched: Fetched) -> None:
-        """The expert is in its slot: everybody who waits for it may go on."""
+        """Records that the expert is in its slot, and wakes everything that waits for it."""
         with self._changed:
             load = self._loads.pop(key)
             self.index.installed(key)
@@ -409,7 +415,7 @@ class Ledger:
             self._changed.notify_all()
 
     def fail(self, key: ExpertKey, error: ExpertUnavailable) -> None:
-        """The read failed: exactly the holdings that bound the expert fail, and its slot is free."""
+        """Records that the read failed: exactly the holdings that bound the expert fail, and its slot is free."""
         with self._changed:
             load = self._loads.pop(key)
             self.index.abandon(key)
@@ -420,12 +426,12 @@ class Ledger:
                 del holding.keys[key]
                 holding.pending.discard(key)
                 if holding.failed is None:
-                    holding.failed = copy.copy(error)  # each raises its own, with its own traceback
+                    holding.failed = copy.copy(error)  # each raises its own copy, with its own traceback
                     holding.failed.__cause__ = error.__cause__
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Fails what still waits and cancels what is queued; running reads come to their end. Idempotent."""
+        """Fails what still waits and cancels what is queued; running reads finish. Idempotent."""
         with self._changed:
             self._closed = True
             self._prefetches = PrefetchList()
@@ -435,7 +441,7 @@ class Ledger:
             self._changed.notify_all()
 
     def check_integrity(self) -> None:
-        """Asserts that index, loads and holdings tell the same story."""
+        """Asserts that index, loads and holdings agree."""
         with self.lock:
             self.index.check_integrity()
             self._shares.check_integrity(self.index.num_unreserved)

@@ -1,7 +1,7 @@
 """The expert pager: brings experts into device slots and keeps the recently used ones there.
 
 One engine thread reserves, binds, waits and demands; prefetches and releases may come from any thread. Reader threads
-fill the slots. The state is in `Ledger`, the reading in `Tiers`; this is where they meet.
+fill the slots. The state is in `Ledger`, the reading in `Tiers`; this module connects them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["CacheOptions", "CacheStats", "ExpertPager", "Lease", "PagerObserver"
 class CacheOptions:
     """How a cache evicts and reads.
 
-    Reads leave the page cache out where the source can, and `bypass_page_cache` or (None) `why_bypass` says so. An
+    Reads bypass the page cache where the source can, and `bypass_page_cache` or (None) `why_bypass` decides so. An
     expert that could not be read is tried again `retry_after_s` later at the earliest.
     """
 
@@ -60,8 +60,8 @@ class ExpertPager:
     ) -> None:
         """Reads `resident` (always-active experts) into the pinned slots before it returns.
 
-        Source, host tier and trace stay the caller's to close, after this. Raises ExpertUnavailable for a resident
-        expert, ConfigError for the policy.
+        The caller closes source, host tier and trace after this. Raises ExpertUnavailable for a resident expert,
+        ConfigError for the policy.
         """
         if len(resident) != slots.num_pinned:
             raise ValueError(f"{len(resident)} resident experts for {slots.num_pinned} pinned slots")
@@ -93,7 +93,7 @@ class ExpertPager:
 
     @property
     def progress(self) -> int:
-        """A number that grows while bytes arrive in slots, and stands still where none do."""
+        """A number that grows while bytes arrive in slots, and stays the same while none do."""
         return self._tiers.bytes_read + self._ledger.counts.bytes_from_host
 
     def guarantee(self, tenant: str, share: float) -> None:
@@ -111,7 +111,7 @@ class ExpertPager:
             raise PoolTooLarge(num_slots, within_reach, num_guaranteed=self.num_slots - within_reach)
 
     def reserve(self, num_slots: int, usage: UsageMeter | None = None) -> Lease | None:
-        """Promises slots for experts that are not known yet, all or nothing; None when they are not to be had now.
+        """Promises slots for experts that are not known yet, all or nothing; None when they are not free now.
 
         Raises PoolTooLarge when they never will be.
         """
@@ -121,7 +121,8 @@ class ExpertPager:
         return self._lease_if(self._ledger.reserve(holding, num_slots), holding)
 
     def reserve_pool(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> Lease | None:
-        """A lease with all of `keys` bound and their reads started; None, with nothing done, when they do not fit now.
+        """Returns a lease with all of `keys` bound and their reads started; None, with nothing done, when they do not
+        fit now.
 
         Experts that other leases hold take no slot of their own, so overlapping pools fit together.
         Raises PoolTooLarge when the pool alone has more experts than there are slots for its tenant.
@@ -133,21 +134,22 @@ class ExpertPager:
         return self._lease_if(self._ledger.bind(holding, paged), holding)
 
     def prefetch(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> None:
-        """Asks for experts ahead of their use, best effort: after all leases, into slots that nobody needs or reserved.
+        """Queues experts to read ahead of their use, best effort: after all leases, into slots that are neither needed
+        nor reserved.
 
-        Never blocks, and evicts nothing that was prefetched and not used yet. At most `num_readers` reads at a time are
-        busy with it.
+        Never blocks, and evicts nothing that was prefetched and not used yet. At most `num_readers` of its reads run at
+        a time.
         """
         paged = [key for key in dict.fromkeys(keys) if key not in self._resident]
         self._ledger.prefetch(paged, usage or UsageMeter(is_closed=True))
 
     def close_account(self, usage: UsageMeter) -> None:
-        """What is read from now on is not charged to it any more."""
+        """Closes an account: later reads are not charged to it any more."""
         with self._ledger.lock:
             usage.is_closed = True
 
     def prefetch_pending(self, keys: Sequence[ExpertKey]) -> bool:
-        """Are any of these still to be read, for whomever?"""
+        """Tells whether any of these are still to be read, for any request."""
         return self._ledger.prefetch_pending(keys)
 
     def demand(
@@ -156,8 +158,8 @@ class ExpertPager:
         """Yields waves: disjoint subsets of `experts`, together all of them, each in its slots until the next step.
 
         Every missing expert is read once; the next wave is read while the current one is computed. Uses the unbound
-        reservation of `lease` where one is given (so that progress is certain), and unreserved slots.
-        Raises ExpertUnavailable, or SlotsExhausted when no slot is to be had. Close the iterator if you leave it early.
+        reservation of `lease` where one is given (so that progress is certain), and unreserved slots. Raises
+        ExpertUnavailable, or SlotsExhausted when no slot can be had. Close the iterator if you leave it early.
         """
         keys = [ExpertKey(layer, expert) for expert in dict.fromkeys(experts)]
         holding = self._ledger.open(Cause.DEMAND, usage or UsageMeter())
@@ -177,7 +179,8 @@ class ExpertPager:
             self._ledger.release(holding)
 
     def hit_for_good(self, layer: int, experts: Collection[int], usage: UsageMeter | None = None) -> bool:
-        """Whether `experts` are in slots that they never leave, as there is one for every expert: no lease, no demand.
+        """Tells whether `experts` are in slots that they never leave, as there is one for every expert: no lease, no
+        demand.
 
         Counts a hit of each where that is so, and nothing otherwise.
         """
@@ -202,7 +205,7 @@ class ExpertPager:
             )
 
     def resident_experts(self) -> tuple[tuple[int, ...], ...]:
-        """Per layer the paged experts whose weights are in a slot, ascending: a hint for placement."""
+        """Returns per layer the paged experts whose weights are in a slot, ascending: a hint for placement."""
         layers: list[list[int]] = [[] for _ in range(self.slots.slot_of_LE.shape[0])]
         with self._ledger.lock:
             for key in self._ledger.index.loaded():
@@ -210,7 +213,7 @@ class ExpertPager:
         return tuple(tuple(sorted(layer)) for layer in layers)
 
     def check_integrity(self) -> None:
-        """Asserts that all books agree, and that the map on the device says what the index says."""
+        """Asserts that ledger and list agree, and that the map on the device matches the index."""
         with self._ledger.lock:
             self._ledger.check_integrity()
             index = self._ledger.index
@@ -221,18 +224,21 @@ class ExpertPager:
                 if slot >= 0
             }
             loaded = {key: index.slot_of(key) for key in index.loaded()}
-            unknown = {*self._resident, *(key for key in in_map if index.is_loading(key))}  # entered, not yet told
+            # entered in the map, not yet reported
+            unknown = {*self._resident, *(key for key in in_map if index.is_loading(key))}
             paged = {key: slot for key, slot in in_map.items() if key not in unknown}
             assert paged == loaded, "the map and the index disagree"
 
     def close(self) -> None:
-        """Cancels what is queued, fails who waits for it, and joins the readers. Idempotent."""
+        """Cancels what is queued, fails what waits for it, and joins the readers. Idempotent."""
         self._readers.stop()
         self._ledger.close()
         self._readers.join()
 
     def call_while_waiting(self, meanwhile: Meanwhile) -> None:
-        """Registers what a thread that waits for a read calls first, and again when that says so."""
+        """Registers a function that a thread calls first when it waits for a read, and again after the time that it
+        returns.
+        """
         self._ledger.meanwhile = meanwhile
 
     def _read_past_page_cache(self, source: ExpertSource, host: HostTier | None, asked: bool | None) -> None:
@@ -243,13 +249,13 @@ class ExpertPager:
             free_bytes=Machine.detect().memory_bytes,
         )
         if asked is False or not (asked or why):
-            log.info("experts are read through the page cache%s", "" if asked is None else ", as asked for")
+            log.info("experts are read through the page cache%s", "" if asked is None else ", as requested")
             return
         why_not = source.bypass_page_cache(self.slots.dtype)
         if why_not:
             log.info("experts are read through the page cache: %s", why_not)
         else:
-            log.info("experts are read past the page cache: %s", why if asked is None else "as asked for")
+            log.info("experts are read past the page cache: %s", why if asked is None else "as requested")
 
     def _lease_if(self, fits: bool, holding: Holding) -> Lease | None:
         if fits:
@@ -258,7 +264,7 @@ class ExpertPager:
         return None
 
     def _read(self, keys: Sequence[ExpertKey], turn: Turn) -> None:
-        """One queued run of experts, on a reader thread."""
+        """Reads one queued run of experts, on a reader thread."""
         begun = {key: self._ledger.begin(key) for key in keys}
         slots = {key: slot for key, slot in begun.items() if slot is not None}
         waiting = set(slots)
@@ -269,7 +275,7 @@ class ExpertPager:
                     self._ledger.finish(key, result)
                 else:
                     self._ledger.fail(key, result)
-        except Exception as error:  # a dead reader would leave its waiters waiting for ever
+        except Exception as error:  # a dead reader would leave its waiters waiting forever
             for key in waiting:
                 wrapped = ExpertUnavailable(f"reading expert {key.expert} of layer {key.layer} failed: {error!r}", key)
                 wrapped.__cause__ = error

@@ -1,4 +1,4 @@
-"""What paging cost: for one request, for the whole pager, and which evictions and prefetches were wasted."""
+"""The costs of paging: for one request, for the whole pager, and which evictions and prefetches were wasted."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Tier(StrEnum):
 
 
 class Lookup(StrEnum):
-    """What a request for an expert met in a tier."""
+    """The result of looking an expert up in a tier."""
 
     HIT = "hit"
-    HIT_IN_FLIGHT = "hit_in_flight"  # already being read for somebody else
+    HIT_IN_FLIGHT = "hit_in_flight"  # already being read for another request
     MISS = "miss"
 
 
 class Cause(StrEnum):
-    """Why an expert was wanted."""
+    """The reason why an expert was needed."""
 
     LEASE = "lease"
     DEMAND = "demand"
@@ -51,8 +51,9 @@ class UsageMeter:
     tenant: str = ""  # whose request it is, for what it is guaranteed of the slots
     counts: PagingCounts = field(default_factory=PagingCounts)
     reads: dict[Tier, TierReads] = field(default_factory=dict)
-    is_closed: bool = False  # what is read from here on is charged to nobody
-    page_ins: deque[tuple[ExpertKey, Tier, float]] | None = None  # that nobody has taken yet, where they are wanted
+    is_closed: bool = False  # later reads are charged to no request
+    # those not taken yet; None where they are not recorded
+    page_ins: deque[tuple[ExpertKey, Tier, float]] | None = None
 
     def add_read(self, key: ExpertKey, source: Tier, nbytes: int, started_s: float, ended_s: float) -> None:
         if self.page_ins is not None:
@@ -78,44 +79,46 @@ class CacheStats:
     failed_loads: int
     capacity_bytes: int
     resident_bytes: int  # loaded or loading
-    held_bytes: int  # of these, what cannot be evicted now
+    held_bytes: int  # the part that cannot be evicted now
     reserved_bytes: int  # promised to leases and not bound yet
 
     @property
     def hit_rate(self) -> float:
-        """Of all experts asked for, the share that needed no read of its own; 1.0 when none was."""
+        """The share of all requested experts that needed no read of their own; 1.0 when none was requested."""
         total = self.paging.num_lookups
         return self.paging.experts_hit / total if total else 1.0
 
 
 class PagerObserver(Protocol):
-    """Told of every fact once, from any thread and under the pager's lock: be quick and don't call back."""
+    """Receives every event once, from any thread and under the pager's lock: be quick and do not call back."""
 
     def lookups(self, tier: Tier, result: Lookup, count: int) -> None: ...
 
     def transferred(self, source: Tier, destination: Tier, nbytes: int, seconds: float) -> None: ...
 
     def paged(self, cause: Cause, count: int, again: int) -> None:
-        """`count` experts were given slots to be read into, of which `again` had been evicted within a minute."""
+        """Called when `count` experts were given slots to be read into, `again` of which had been evicted within a
+        minute.
+        """
 
     def prefetched(self, used: int, wasted: int) -> None:
-        """So many prefetched experts were used for the first time, or evicted without a use."""
+        """Called when prefetched experts were used for the first time, or evicted without a use."""
 
     def evicted(self, cause: Cause, count: int) -> None: ...
 
     def stalled(self, seconds: float, cause: Cause) -> None: ...
 
     def uncharged(self, source: Tier, nbytes: int) -> None:
-        """An expert was read for no request: at the start, or for one that has ended."""
+        """Called when an expert was read for no request: at the start, or for one that has ended."""
 
     def quarantined(self, tier: Tier) -> None: ...
 
     def traced(self, written: int, lost: int) -> None:
-        """So many events of the trace were written to its file, or found no room to wait for a full or slow disk."""
+        """Called when events of the trace were written to its file, or lost because of a full or slow disk."""
 
 
 class NoObserver:
-    """Ignores everything."""
+    """An observer that ignores everything."""
 
     def lookups(self, tier: Tier, result: Lookup, count: int) -> None:
         pass
@@ -149,7 +152,7 @@ REGRETTED_WITHIN_S = 60.0
 
 
 class Regrets:
-    """Owns when each expert was last evicted, and which prefetched ones nobody has used yet.
+    """Owns the times of each expert's last eviction, and the prefetched experts that were not used yet.
 
     An eviction is regretted when its expert is read again within REGRETTED_WITHIN_S; a prefetch is wasted when its
     expert is evicted before its first use.
@@ -161,7 +164,7 @@ class Regrets:
         self._unused: set[ExpertKey] = set()
 
     def evicted(self, keys: Iterable[ExpertKey]) -> int:
-        """How many of them a prefetch had brought in vain."""
+        """Records evictions. Returns how many of the experts a prefetch had read in vain."""
         now_s = self._clock()
         self._evicted_s.update(dict.fromkeys(keys, now_s))
         wasted = self._unused.intersection(keys)
@@ -169,14 +172,16 @@ class Regrets:
         return len(wasted)
 
     def loaded(self, keys: Iterable[ExpertKey], *, ahead: bool) -> int:
-        """How many of them were evicted a moment ago. `ahead`: nobody has asked for them yet."""
+        """Records loads. Returns how many of them were evicted shortly before. `ahead`: no request has used them
+        yet.
+        """
         soonest_s = self._clock() - REGRETTED_WITHIN_S
         if ahead:
             self._unused.update(keys)
         return sum(self._evicted_s.pop(key, -1e300) >= soonest_s for key in keys)
 
     def used(self, keys: Iterable[ExpertKey]) -> int:
-        """How many of them were prefetched, and are used for the first time now."""
+        """Records uses. Returns how many of the experts were prefetched, and are used for the first time now."""
         if not self._unused:
             return 0
         used = self._unused.intersection(keys)
@@ -184,5 +189,5 @@ class Regrets:
         return len(used)
 
     def lost(self, key: ExpertKey) -> None:
-        """It could not be read: neither used nor wasted."""
+        """Records a failed read: neither used nor wasted."""
         self._unused.discard(key)

@@ -24,11 +24,11 @@ from pager.types import ExpertKey
 
 
 def why_bypass(*, experts_bytes: int, slots_bytes: int, has_host_tier: bool, free_bytes: int) -> str:
-    """Why experts should be read past the page cache; empty where it is of use.
+    """Returns why experts should be read past the page cache; an empty text where the page cache helps.
 
-    It is where it can keep all experts beside the slots, at no cost: what leaves a slot comes back at the speed of
-    memory. Where it can't, it costs processor time for every byte, and memory that others want, and under a cyclic
-    scan of more than it holds it keeps nothing.
+    It helps where it can keep all experts beside the slots, at no cost: what leaves a slot returns at the speed of
+    memory. Otherwise it costs processor time for every byte, and memory that others need, and under a cyclic scan of
+    more than it holds it keeps nothing.
     """
     if has_host_tier:
         return "the host tier keeps what was read"
@@ -41,11 +41,11 @@ def why_bypass(*, experts_bytes: int, slots_bytes: int, has_host_tier: bool, fre
 
 
 Priority = tuple[int, int]
-"""(how urgent, in which order): the lower is read first. Ties go by layer, then by place in the files."""
+"""(urgency, order): the lower is read first. Ties are broken by layer, then by place in the files."""
 
 
 class Turn:
-    """Of a thread to read. Over when `end` is called, at the latest with the thread's work."""
+    """A thread's permission to read, over when `end` is called or, at the latest, with the thread's work."""
 
     def __init__(self, pass_on: Callable[[], None]) -> None:
         self._pass_on = pass_on
@@ -61,12 +61,12 @@ class Readers:
     """A priority queue of keys and the threads that call `work(keys, turn)` on them.
 
     `num_readers` of them have a turn at a time. There are NUM_CHECKERS threads more: `work` may end its turn when it
-    has read most, and while it reads the rest and checks it another thread prepares the next read. So a disk has never
-    to wait for a processor, and what is most urgent when a turn is free still comes first.
+    has read most, and while it reads the rest and checks it another thread prepares the next read. So a disk never has
+    to wait for a processor, and whatever is most urgent when a turn is free still comes first.
 
     A thread takes a run of keys at a time: neighbours in a file, of one layer and one priority, MOST_BYTES or a single
-    expert, and not more than leaves as much for every other turn. Knows no slots: a key may be queued twice or have
-    become pointless, and `work` finds out. `work` must not raise.
+    expert, and not more than leaves as much for every other turn. Knows no slots: a key may be queued twice or be
+    obsolete, which `work` finds out. `work` must not raise.
     """
 
     def __init__(
@@ -75,7 +75,9 @@ class Readers:
         work: Callable[[Sequence[ExpertKey], Turn], None],
         place_of: Callable[[ExpertKey], FileRange],
     ) -> None:
-        """`work` is a bound method and held weakly: threads don't keep a forgotten pager's memory alive."""
+        """Starts the threads. `work` is a bound method and held weakly: threads do not keep a forgotten pager's memory
+        alive.
+        """
         self._num_readers = num_readers
         self._free_turns = num_readers
         self._work = weakref.WeakMethod(work)
@@ -99,7 +101,7 @@ class Readers:
             self._changed.notify(min(len(keys), self._free_turns))
 
     def stop(self) -> None:
-        """Drops what is queued; threads end after the read they are in. Idempotent, safe in a finalizer."""
+        """Drops what is queued; threads end after their current read. Idempotent, safe in a finalizer."""
         with self._changed:
             self._stopped = True
             self._queue.clear()
@@ -111,7 +113,7 @@ class Readers:
                 thread.join(timeout_s)
 
     def end(self) -> None:
-        """Stops, and waits a bounded time."""
+        """Stops, and waits for a bounded time."""
         self.stop()
         self.join(threads.TIMEOUT_S)
 
@@ -123,7 +125,7 @@ class Readers:
                 return
             turn = Turn(self._pass_on_turn)
             work(run, turn)
-            del work  # or this thread, waiting for its next run, would keep the pager alive
+            del work  # otherwise this thread, waiting for its next run, would keep the pager alive
 
     def _pass_on_turn(self) -> None:
         with self._changed:
@@ -131,10 +133,10 @@ class Readers:
             self._changed.notify()
 
     def _next_run(self, turn: Turn | None) -> list[ExpertKey]:
-        """What to do with the next turn; `turn` was this thread's last. Empty when it is time to stop."""
+        """Returns the keys of the next turn; `turn` was this thread's last. Empty when it is time to stop."""
         with self._changed:
             if turn is not None and not turn.is_over:
-                self._free_turns += 1  # nobody is woken for it: this thread takes it, if anybody
+                self._free_turns += 1  # no thread is woken for it: this thread takes it, if any
             while not (self._queue and self._free_turns) and not self._stopped:
                 self._changed.wait()
             if self._stopped:
@@ -167,7 +169,9 @@ _LOOKUPS = {
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A slot was filled with `nbytes` read from `source`, in `seconds` or, of a read of several, its part of them."""
+    """A slot that was filled with `nbytes` from `source`, in `seconds`: for a read of several experts, its part of
+    them.
+    """
 
     source: Tier
     nbytes: int
@@ -191,7 +195,7 @@ class Quarantine:
             self._until[key] = self._clock() + self._retry_after_s
 
     def remaining_s(self, key: ExpertKey) -> float:
-        """Seconds until another try; 0 for an expert that may be tried."""
+        """Returns the seconds until another try; 0 for an expert that may be tried."""
         with self._lock:
             remaining = self._until.get(key, 0.0) - self._clock()
             if remaining <= 0:
@@ -220,14 +224,14 @@ class Tiers:
 
     @property
     def bytes_read(self) -> int:
-        """From the disk; grows in the middle of a read too."""
+        """The bytes read from the disk; the number also grows during a read."""
         return self._source.bytes_read
 
     def fetch(self, slots: Mapping[ExpertKey, int], on_most: Callable[[], None] | None = None) -> Outcomes:
-        """Puts each expert into its slot and the map; yields each as it is there, or why no tier has it.
+        """Puts each expert into its slot and the map; yields each once it is there, or why no tier has it.
 
-        Must be taken to its end: what was not yielded has neither failed nor arrived. `on_most` may be called when
-        most of what comes from the disk is there.
+        The iterator must be exhausted: experts that were not yielded have neither failed nor arrived. `on_most` may be
+        called when most of what comes from the disk has arrived.
         """
         rest = slots
         if self._host is not None:
@@ -238,7 +242,7 @@ class Tiers:
             yield from self.fetch_from_disk(part, on_most if part is together[-1] else None)
 
     def fetch_from_disk(self, slots: Mapping[ExpertKey, int], on_most: Callable[[], None] | None = None) -> Outcomes:
-        """`fetch` past the host tier, all in one go: each expert holds one of the transfer's buffers meanwhile."""
+        """Fetches past the host tier, all in one go: each expert holds one of the transfer's buffers meanwhile."""
         wanted = [Destination(key, self._transfer.buffers(slot)) for key, slot in slots.items()]
         waiting = dict(slots)
         try:
@@ -256,8 +260,8 @@ class Tiers:
     def _acquire(
         self, host: HostTier, slots: Mapping[ExpertKey, int]
     ) -> tuple[dict[ExpertKey, HostGrant], dict[ExpertKey, int]]:
-        """The grants with a record, and the slots of the experts without: nobody waits for another process to fill
-        one, it may be dead.
+        """Returns the grants with a record, and the slots of the experts without. There is no wait for a process that
+        fills a record, because it may be dead.
         """
         held, rest = {}, {}
         for grant in host.acquire(list(slots)):
@@ -275,7 +279,9 @@ class Tiers:
         slots: Mapping[ExpertKey, int],
         on_most: Callable[[], None] | None,
     ) -> Outcomes:
-        """Ends every grant in `held`, whatever happens: those of a kind together, as each change of the index costs."""
+        """Ends every grant in `held`, whatever happens: those of a kind together, since each change of the index has a
+        cost.
+        """
         hits = [grant for grant in held.values() if grant.state is HostState.HIT]
         claimed = {key: grant for key, grant in held.items() if grant.state is HostState.CLAIMED}
         try:
@@ -308,7 +314,7 @@ class Tiers:
             host.unpin(grants)
 
     def _read_disk(self, wanted: Sequence[Destination], tier: Tier, on_most: Callable[[], None] | None) -> Outcomes:
-        """Each expert's part of the time is that of its bytes."""
+        """Reads experts from the disk; each one's part of the time is in proportion to its bytes."""
         fit = []
         for each in wanted:
             error = self._quarantined(each.key)

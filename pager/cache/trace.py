@@ -1,14 +1,14 @@
-"""A record of which experts were held and let go of, in order: keys only, nothing of any prompt.
+"""A record of which experts were held and released, in order: keys only, nothing of any prompt.
 
 A trace is JSON lines, gzipped when its name ends in `.gz`: a header, then one event a line.
 
     {"format": "expert-pager-trace", "version": 1, "fingerprint": "…", "expert_bytes": 24576, "routed_per_layer": [127]}
     ["lease", 0, 5, 0, 17]      held for a lease: layer 0, expert 5 and layer 0, expert 17
     ["let_go", 0, 5]
-    ["lost", 12]                12 events could not be kept here; whatever was held counts as let go of
+    ["lost", 12]                12 events could not be kept here; everything held counts as released
 
-It is written a block of lines at a time, each a gzip member of its own, so that whatever ends the process or fills the
-disk leaves a file that is whole up to there.
+It is written a block of lines at a time, each a gzip member of its own, so that the file is complete up to the last
+block whatever ends the process or fills the disk.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 FORMAT, VERSION = "expert-pager-trace", 1
 LET_GO, LOST = "let_go", "lost"
 FLUSH_EVERY_S = 2.0
-"""What a process that is killed may lose, and how often a disk that was full is tried again."""
+"""The time whose events a killed process may lose, and the pause before a full disk is tried again."""
 BLOCK_BYTES = 1 << 20
-"""So much is written before its time."""
+"""A block of this size is written at once."""
 MAX_QUEUED_BYTES = 1 << 24
-"""So much waits for a disk that is full or slow; further events are counted and lost."""
+"""The most that waits for a full or slow disk; further events are counted and lost."""
 MAX_EXPERTS = 1 << 24
-"""Of a header: far more than any model has."""
+"""The most experts in a header: far more than any model has."""
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Counted = Callable[[int, int], None]
@@ -54,7 +54,7 @@ Counted = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class TraceHeader:
-    """Whose experts these are. `expert_bytes` is what reading one costs."""
+    """The model whose experts these are. `expert_bytes` is the cost of reading one."""
 
     fingerprint: str
     expert_bytes: int
@@ -67,7 +67,7 @@ class TraceHeader:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Experts held together for a lease or an exact forward, or (`cause` None) let go of together."""
+    """Experts held together for a lease or an exact forward, or (`cause` None) released together."""
 
     cause: Cause | None
     keys: tuple[ExpertKey, ...]
@@ -75,7 +75,9 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """`num_lost` events were not recorded; `is_cut` where the file ends in the middle of one, which is left out."""
+    """A trace that was read. `num_lost` events were not recorded; `is_cut` where the file ends in the middle of one,
+    which is left out.
+    """
 
     header: TraceHeader
     accesses: tuple[Access, ...]
@@ -84,10 +86,10 @@ class Trace:
 
 
 class TraceRecorder:
-    """Writes a trace in a thread of its own, so that whoever reports an access only queues it. Thread-safe.
+    """Writes a trace in a thread of its own, so that reporting an access only queues it. Thread-safe.
 
-    The queue is bounded. While the disk is full or does not answer, events wait, and what no longer fits is lost; both
-    are counted. The recording goes on when there is space again.
+    The queue is bounded. While the disk is full or does not answer, events wait, and those that do not fit are lost;
+    both are counted. Recording continues when there is space again.
     """
 
     def __init__(self, path: Path, header: TraceHeader, counted: Counted = lambda written, lost: None) -> None:
@@ -99,8 +101,8 @@ class TraceRecorder:
         self._num_lost = 0  # since the last line of the queue
         self._is_closing = False
         self._file: int | None = None
-        self._size = 0  # of what was written whole
-        self._block: tuple[bytes, int] | None = None  # what is to be written next, and how many events it has
+        self._size = 0  # of what was written completely
+        self._block: tuple[bytes, int] | None = None  # the block to be written next, and the number of its events
         self._is_failing = False
         try:
             self._write_block()
@@ -121,7 +123,7 @@ class TraceRecorder:
             self._put(LET_GO, keys)
 
     def close(self) -> None:
-        """Writes what is queued, as far as the disk takes it within a bounded time. Idempotent."""
+        """Writes what is queued, as far as the disk accepts it within a bounded time. Idempotent."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -162,7 +164,9 @@ class TraceRecorder:
         return self._is_closing or (self._queued.num_bytes >= BLOCK_BYTES and not self._is_failing)
 
     def _write_block(self) -> bool:
-        """Appends what is queued; False when that is nothing. Raises OSError, and then leaves the file as it was."""
+        """Appends what is queued; returns False when that is nothing. Raises OSError, and then leaves the file as it
+        was.
+        """
         if self._block is None:
             with self._changed:
                 taken, self._queued = self._queued, _Queued([])
@@ -190,7 +194,7 @@ class TraceRecorder:
         if not self._is_failing:
             self._is_failing = True
             log.warning(
-                "the trace %s cannot be written: %s; it is tried again, and what does not fit into %d MiB is lost",
+                "the trace %s cannot be written: %s; the write will be retried, and events beyond %d MiB are lost",
                 self._path, reason_of(error), MAX_QUEUED_BYTES >> 20,
             )  # fmt: skip
 
@@ -208,7 +212,7 @@ class TraceRecorder:
 
 @dataclass(slots=True)
 class _Queued:
-    """Lines that wait to be written; those that are no events take no part in the counts."""
+    """Lines that wait to be written; those that are not events do not count."""
 
     lines: list[str]
     num_events: int = 0
@@ -221,7 +225,7 @@ class _Queued:
 
 
 def read_trace(path: Path) -> Trace:
-    """A file that is cut is read up to where it is whole. Raises ConfigError for one that is no trace."""
+    """Reads a trace; a cut file up to its last complete event. Raises ConfigError for a file that is not a trace."""
     lines = read_lines(path)
     try:
         header = _header(next(lines, (1, ""))[1], path)
@@ -246,23 +250,25 @@ def read_trace(path: Path) -> Trace:
 def _header(line: str, path: Path) -> TraceHeader:
     value = _json(line)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ConfigError(f"{path} is no trace: its first line is not the header of one")
+        raise ConfigError(f"{path} is not a trace: its first line is not the header of one")
     if value.get("version") != VERSION:
         raise ConfigError(f"{path} has trace version {value.get('version')!r}; this program reads version {VERSION}")
     fingerprint, nbytes, routed = (value.get(name) for name in ("fingerprint", "expert_bytes", "routed_per_layer"))
     if fingerprint is None or nbytes is None or routed is None:
-        raise ConfigError(f"{path} is no trace: its header lacks a field")
+        raise ConfigError(f"{path} is not a trace: its header lacks a field")
     if type(nbytes) is not int or not 0 < nbytes < 2**50:
-        raise ConfigError(f"{path} is no trace: an expert of it has {nbytes!r} bytes")
+        raise ConfigError(f"{path} is not a trace: one of its experts has {nbytes!r} bytes")
     if not isinstance(routed, list) or not all(type(count) is int and count >= 0 for count in routed):
-        raise ConfigError(f"{path} is no trace: its routed_per_layer is not a list of numbers of experts")
+        raise ConfigError(f"{path} is not a trace: its routed_per_layer is not a list of numbers of experts")
     if not 0 < sum(routed) <= MAX_EXPERTS:
-        raise ConfigError(f"{path} is no trace: its model has {sum(routed)} experts; 1 to {MAX_EXPERTS} are possible")
+        raise ConfigError(
+            f"{path} is not a trace: its model has {sum(routed)} experts; 1 to {MAX_EXPERTS} are possible"
+        )
     return TraceHeader(str(fingerprint), nbytes, tuple(routed))
 
 
 class _EventReader:
-    """Turns lines into accesses. Where events were lost, it lets go of whatever was held until then."""
+    """Turns lines into accesses. Where events were lost, it releases everything that was held until then."""
 
     _CAUSES: ClassVar[dict[str, Cause | None]] = {LET_GO: None, **{cause.value: cause for cause in Cause}}
 
@@ -272,7 +278,7 @@ class _EventReader:
         self.num_lost = 0
 
     def read(self, number: int, line: str) -> list[Access]:
-        """Raises ConfigError, naming the line."""
+        """Reads a line. Raises ConfigError, naming the line."""
         value = _json(line)
         if not isinstance(value, list) or not value or not all(type(part) is int and part >= 0 for part in value[1:]):
             raise self._no_event(number)
@@ -291,7 +297,7 @@ class _EventReader:
         return [Access(cause, keys)]
 
     def _no_event(self, number: int) -> ConfigError:
-        return ConfigError(f"line {number} of {self._path} is no event of a trace")
+        return ConfigError(f"line {number} of {self._path} is not an event of a trace")
 
 
 def _line(value: Any) -> str:

@@ -106,4 +106,4 @@ def test_a_trace_that_is_cut_or_has_a_hole_is_replayed_and_said(run: Run, tmp_pa
 def test_a_trace_of_experts_without_bytes(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(json.dumps(HEADER | {"expert_bytes": 0}) + "\n")
-    assert "an expert of it has 0 bytes" in refusal(run("replay", path))
+    assert "one of its experts has 0 bytes" in refusal(run("replay", path))

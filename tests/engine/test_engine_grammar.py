@@ -223,7 +223,7 @@ def test_a_grammar_whose_state_is_lost_fails_its_request_alone(driver: Any) -> N
     sequences[bad].output_ids.append(0)  # an end of sequence that the grammar does not allow there
     finish(driver)
     assert isinstance(driver.failures[bad], PagerError)
-    assert "none that its grammar allows" in str(driver.failures[bad])
+    assert "not one that its grammar allows" in str(driver.failures[bad])
     assert len(driver.tokens(other)) == 40
 
 

@@ -453,7 +453,7 @@ def test_a_sink_that_fails_does_not_stop_the_engine(
     request_id = driver.submit(random_prompt(1, 5), max_tokens=6)
     driver.finish()
     assert len(driver.tokens(request_id)) == 5, "the first was lost"
-    assert "1 events are lost" in caplog.text
+    assert "1 events were lost" in caplog.text
     driver.assert_nothing_held()
 
 

@@ -1,4 +1,4 @@
-"""Clients that are programs of others: Node, curl and buf as the documentation calls them, and guidellm to its end."""
+"""The service as the README starts it, and its calls word for word: from Python, Node, curl and buf. guidellm, too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,15 @@ from tests.support.processes import program_of
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "SELECT name FROM users WHERE"
+
+
+@pytest.fixture(scope="module")
+def started(serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The service that the README starts."""
+    (command,) = (block for block in blocks("README.md", "console") if "expert-pager serve models/emo-tiny --" in block)
+    model, *options = command.split()[3:]
+    with serve(tmp_path_factory.mktemp("readme") / "service", ROOT / model, *options) as running:
+        yield running
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -50,54 +60,65 @@ def commands(program: str) -> list[str]:
     return [each for page in pages for each in blocks(page, "console") if each.startswith(f"$ {program} ")]
 
 
-def test_the_node_client_of_the_readme(node: tuple[Path, Path], idle_service: Any) -> None:
+def test_the_python_client_of_the_readme(started: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (block for block in blocks("README.md", "python") if block.startswith("from pager import Client"))
+    exec(here(example, started), {})
+    text, facts = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    expected = started.generate(PROMPT, max_tokens=24, ignore_eos=False)
+    assert text == expected.text
+    found = re.fullmatch(r"(\d+) experts, \d+ of them there already, \d+ bytes paged", facts)
+    assert found
+    assert int(found[1]) == expected.usage.pool.num_experts
+
+
+def test_the_node_client_of_the_readme(node: tuple[Path, Path], started: Any) -> None:
     program, packages = node
     (example,) = blocks("README.md", "js")
-    printed = output(program, "-e", here(example, idle_service), NODE_PATH=str(packages))
-    assert printed == idle_service.generate(PROMPT, max_tokens=24, ignore_eos=False).text
+    printed = output(program, "-e", here(example, started), NODE_PATH=str(packages))
+    assert printed == started.generate(PROMPT, max_tokens=24, ignore_eos=False).text
 
 
-def test_openai_in_node(node: tuple[Path, Path], idle_service: Any) -> None:
+def test_openai_in_node(node: tuple[Path, Path], started: Any) -> None:
     program, packages = node
     asked = {"model": "emo-tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "pool": "12.5%", "stream": True}
     script = f"""
         const OpenAI = require("openai")
-        const client = new OpenAI({{ baseURL: "{idle_service.ready["http_url"]}/v1", apiKey: "none" }})
+        const client = new OpenAI({{ baseURL: "{started.ready["http_url"]}/v1", apiKey: "none" }})
         client.completions.create({json.dumps(asked)}).then(async (answer) => {{
             for await (const part of answer) process.stdout.write(part.choices[0].text)
         }})
     """
     printed = output(program, "-e", script, NODE_PATH=str(packages))
     pool = pb.PoolPolicy(share=0.125)
-    assert printed == idle_service.generate(PROMPT, max_tokens=24, ignore_eos=False, pool=pool).text
+    assert printed == started.generate(PROMPT, max_tokens=24, ignore_eos=False, pool=pool).text
 
 
-def test_the_commands_of_the_documentation(idle_service: Any) -> None:
+def test_the_commands_of_the_documentation(started: Any) -> None:
     (by_grpc,) = commands("buf")
-    expected = idle_service.generate(PROMPT, max_tokens=24, ignore_eos=False)
-    assert json.loads(shell(by_grpc, idle_service))["text"] == expected.text
+    expected = started.generate(PROMPT, max_tokens=24, ignore_eos=False)
+    assert json.loads(shell(by_grpc, started))["text"] == expected.text
     completion, streamed, message = commands("curl")
     pool = pb.PoolPolicy(share=0.125)
-    expected = idle_service.generate(PROMPT, max_tokens=24, ignore_eos=False, pool=pool)
-    assert json.loads(shell(completion, idle_service))["choices"][0]["text"] == expected.text
-    lines = shell(streamed, idle_service).split("\n\n")
+    expected = started.generate(PROMPT, max_tokens=24, ignore_eos=False, pool=pool)
+    assert json.loads(shell(completion, started))["choices"][0]["text"] == expected.text
+    lines = shell(streamed, started).split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     parts = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     assert "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
-    assert json.loads(shell(message, idle_service))["content"][0]["text"]
+    assert json.loads(shell(message, started))["content"][0]["text"]
 
 
 @pytest.mark.slow
-def test_the_table_of_guidellm_agrees_with_the_metrics(guidellm: Path, idle_service: Any, tmp_path: Path) -> None:
+def test_the_table_of_guidellm_agrees_with_the_metrics(guidellm: Path, started: Any, tmp_path: Path) -> None:
     count, names = 24, ("prompt_tokens_total", "generated_tokens_total", "time_to_first_token_seconds_sum")
 
     def metrics() -> list[float]:
-        found = idle_service.metrics("router")
+        found = started.metrics("router")
         return [found.total(f"expert_pager_router_{name}") for name in names]
 
     before = metrics()
     asked = {
-        "backend": f"kind=openai_http,target={idle_service.ready['http_url']},model=emo-tiny",
+        "backend": f"kind=openai_http,target={started.ready['http_url']},model=emo-tiny",
         "profile": "kind=concurrent,streams=4",
         "constraint": f"kind=max_requests,count={count}",
         "tokenizer": f"kind=hf_auto,model={EMO_TINY}",

@@ -248,7 +248,11 @@ def _attend_one_token(
     if sinks_H is not None:
         sinks = sinks_H.view(*grouped.shape[1:3]) / scaling
         grouped, key, value, mask = _with_sinks(grouped, key, value, mask, sinks)
-    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    is_half_on_cpu = query.device.type == "cpu" and query.dtype != torch.float32
+    attend = scaled_dot_product_attention
+    if is_half_on_cpu and key.shape[2] * max(key.shape[3], value.shape[3]) <= MOST_FP32_VALUES:
+        attend = _attend_in_fp32
+    out = attend(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(rows, 1, num_heads, value.shape[3])
 
 
@@ -265,6 +269,30 @@ def _with_sinks(
     query[..., dim] = sinks.to(query.dtype)
     key[:, :, -1, dim] = 1
     return query, key, value, None if mask is None else pad(mask, (0, 1), value=mask.dtype == torch.bool)
+
+
+FP32_VALUES, MOST_FP32_VALUES = 2**18, 2**20
+"""How many keys are converted at a time, and of one head at most: buffers whose places malloc keeps (`workspace`)."""
+
+
+def _attend_in_fp32(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+    """[B, G, Q, D] in half precision, computed from a few rows or heads at a time in fp32.
+
+    For a single query torch's kernel for half precision takes two to nine times as long: it packs whole tiles.
+    """
+    num_rows, num_heads, num_tokens, head_dim = key.shape
+    head_values = num_tokens * max(head_dim, value.shape[3])
+    heads, rows = max(1, FP32_VALUES // head_values), max(1, FP32_VALUES // (head_values * num_heads))
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    query = query.float()
+    mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+    for row in range(0, num_rows, rows):
+        some_mask = mask if mask is None or len(mask) == 1 else mask[row : row + rows]
+        for head in range(0, num_heads, heads):
+            part = (slice(row, row + rows), slice(head, head + heads))
+            keys, values = key[part].float(), value[part].float()
+            out[part] = scaled_dot_product_attention(query[part], keys, values, attn_mask=some_mask, scale=scale)
+    return out
 
 
 def install(model: PreTrainedModel) -> None:

@@ -208,3 +208,21 @@ def test_attention_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         load_paged_model(tmp_path)
     with pytest.raises(UnsupportedModel, match="layer 1 is of the kind 'linear_attention'"):
         load_engine(ServiceConfig(model=ModelConfig(path=str(tmp_path))), lambda _: None, WorkerObserver(), None)
+
+
+@pytest.mark.parametrize("num_values", [attention.FP32_VALUES, 40, 1])
+def test_one_token_in_half_precision_attends_as_in_double(monkeypatch: pytest.MonkeyPatch, num_values: int) -> None:
+    """Rows and heads are computed a few at a time: all at once, some rows, and a single head of a single row."""
+    monkeypatch.setattr(attention, "FP32_VALUES", num_values)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    query, key, value = random(3, 4, 1, 8), random(3, 5, 2, 8).transpose(1, 2), random(3, 5, 2, 8).transpose(1, 2)
+    mask = torch.zeros(3, 1, 1, 5, dtype=torch.bfloat16)
+    mask[1, ..., 2:] = mask[2, ..., 4:] = -math.inf
+    found = attention._attend_one_token(query, key, value, mask, 0.5, None)
+    scores = query.double().view(3, 2, 2, 8) @ key.double().transpose(2, 3) * 0.5 + mask.double()
+    expected = (scores.softmax(-1) @ value.double()).reshape(3, 1, 4, 8)
+    assert torch.equal(found, expected.bfloat16())

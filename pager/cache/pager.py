@@ -92,6 +92,12 @@ class ExpertPager:
         return self.slots.num_slots
 
     @property
+    def num_unreserved(self) -> int:
+        """Slots that can be had now: free or evictable ones that are not promised to anybody."""
+        with self._ledger.lock:
+            return self._ledger.index.num_unreserved
+
+    @property
     def progress(self) -> int:
         """A number that grows while bytes arrive in slots, and stays the same while none do."""
         return self._tiers.bytes_read + self._ledger.counts.bytes_from_host

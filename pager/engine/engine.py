@@ -38,7 +38,7 @@ from pager.types import Account, FinishReason, GenerateRequest, TokenChunk, Usag
 log = logging.getLogger(__name__)
 
 ADMISSION_RETRY_S = 0.01  # reads that end free slots without a signal
-ADMISSION_TRIES = 8  # tries per step, so that a long line costs a step little
+ADMISSION_TRIES = 32  # tries per step, so that a long line costs a step little
 IDLE_POLL_S = 0.002
 CHECK_S = 0.05  # how often a forward that waits for reads checks for cancelled and overdue requests
 
@@ -99,6 +99,7 @@ class Engine:
         self._events: list[StreamEvent] = []
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
+        self._room_at_refusal: tuple[int, int, int] | None = None  # None where something else has changed since
         self._in_forward: Ordered[Request] = ()  # in a forward that may take long: nothing that they hold is given back
         self._may_interrupt = False  # the current forward is that one, and not a short one that runs while it waits
         self._is_stepping = False
@@ -274,7 +275,7 @@ class Engine:
             self._line.add(sequence)
             self._tenants.arrived(sequence.request.tenant, sequence.request.weight)
             sequence.place = len(self._line)
-            self._next_admission_s = now_s
+            self._admit_soon()
 
     def _end_overdue(self, now_s: float) -> None:
         if now_s < self._soonest_deadline_s:
@@ -404,9 +405,18 @@ class Engine:
         if not (suspended or len(self._line)) or now_s < self._next_admission_s:
             return
         self._next_admission_s = now_s + ADMISSION_RETRY_S
-        if not self._resume(suspended) or not len(self._line):
+        if not self._resume(suspended) or not len(self._line) or self._room_at_refusal == self._room():
             return  # answers that have begun come before those that have not
         self._charge(now_s)
+        refused = self._admit_some(now_s)
+        self._room_at_refusal = self._room() if refused else None
+        if refused and self._read_ahead_for != (refused[0], self._num_ended):
+            self._read_ahead_for = (refused[0], self._num_ended)
+            with self._on_behalf_of(refused[0], "reading its experts ahead failed"):
+                refused[0].read_ahead(self._paged)
+
+    def _admit_some(self, now_s: float) -> list[Request]:
+        """Lets in who fits. Returns who was refused, in the order in which they were tried."""
         refused: list[Request] = []
         for number, sequence in enumerate(self._candidates()):
             if any(sequence.shares_pool(other) for other in refused):
@@ -415,16 +425,32 @@ class Engine:
                 if number == 0:
                     sequence.prefetch(self._paged)  # before it is reserved: a prefetch takes no promised slot
                 is_full = self._num_rows + sequence.num_rows > self._max_running
-                if is_full or not sequence.acquire(self._paged, self._blocks):
-                    refused.append(sequence)
-                else:
+                if not is_full and self._may_fit(sequence) and sequence.acquire(self._paged, self._blocks):
                     self._let_in(sequence, now_s)
+                else:
+                    refused.append(sequence)
                 if is_full or len(refused) == ADMISSION_TRIES:
                     break
-        if refused and self._read_ahead_for != (refused[0], self._num_ended):
-            self._read_ahead_for = (refused[0], self._num_ended)
-            with self._on_behalf_of(refused[0], "reading its experts ahead failed"):
-                refused[0].read_ahead(self._paged)
+        return refused
+
+    def _may_fit(self, sequence: Request) -> bool:
+        """False where there are surely too few slots, which is cheaper to say than to try."""
+        holding = (*self._prefilling, *self._running)
+        experts = sequence.group
+        if experts is None or any(other.group is None or other.has_drifted for other in holding):
+            return True  # some are held of which nothing is known here
+        held = 0
+        for other in holding:
+            held |= other.group or 0
+        return (experts & ~held).bit_count() <= self._paged.pager.num_unreserved
+
+    def _admit_soon(self) -> None:
+        """Has the next step look at the line: somebody has come, or given back what others may wait for."""
+        self._next_admission_s, self._room_at_refusal = 0.0, None
+
+    def _room(self) -> tuple[int, int, int]:
+        """What admission depends on, beside who has come and who has ended: slots and blocks that can be had, rows."""
+        return self._paged.pager.num_unreserved, self._blocks.num_free, self._num_rows
 
     @property
     def _num_rows(self) -> int:
@@ -456,7 +482,7 @@ class Engine:
                 loaded = held | as_bits(self._paged.pager.resident_experts(), self._expert_width)
             return (sequences[index] for index in by_overlap([each.want for each in sequences], loaded, held))
 
-        def claim(sequence: Request) -> tuple[int, float, bool]:
+        def claim(sequence: Request) -> tuple[int, float, int]:
             return -sequence.request.priority, *of_tenant(sequence.request.tenant)
 
         return self._line.candidates(claim=claim, ordered=ordered, group=lambda sequence: sequence.group)
@@ -558,7 +584,7 @@ class Engine:
         self._running += sequence.rows
         if sequence.lease is not None and not sequence.is_exact:  # an exact one pages within its reservation
             sequence.lease.shrink()
-            self._next_admission_s = 0.0
+            self._admit_soon()
         for row, outcome in zip(sequence.rows, outcomes, strict=True):
             if not sequence.has_ended:
                 self._take(row, outcome, now_s)
@@ -634,7 +660,7 @@ class Engine:
         if sequence in self._line:
             self._line.remove(sequence)
         self._num_ended += 1
-        self._next_admission_s = 0.0
+        self._admit_soon()
         with _errors_logged(f"the observer failed at the end of request {sequence.request.id}"):
             self._observer.ended(outcome, account, usage, sequence.token_s)
         self._inbox.remove(sequence)

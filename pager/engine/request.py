@@ -310,6 +310,11 @@ class Request:
         """Its pool, where that is known before its prefill: requests of one group share their slots."""
         return None if self.policy.fixed is None else self.want.experts
 
+    @property
+    def has_drifted(self) -> bool:
+        """Whether it may hold other experts than those of its group."""
+        return self.routing is not None and self.routing.has_changed
+
     def shares_pool(self, other: Request) -> bool:
         """Tells whether both run in the same experts, by what is known before their prefills."""
         return self.group is not None and self.group == other.group

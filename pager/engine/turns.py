@@ -70,16 +70,23 @@ def by_overlap(wants: Sequence[Want], loaded: Experts, held: Experts) -> Iterato
 class WaitingLine(Generic[T]):
     """Requests in order of arrival, with bounded overtaking.
 
-    A later item may pass earlier ones, because those do not fit yet or because others are tried first, but no item is
-    passed more than `max_overtakes` times: once the first in line has been, all others wait for it. Items of one group
-    (requests of one pool) that are admitted in the same sweep pass the others together, as one: they share their slots.
-    So none starves, provided that admitted items end and each item fits into an empty engine.
+    Items that arrive while others wait belong to the next round; once `max_overtakes` of it have been admitted early,
+    to the one after it. Within a round items may be admitted in any order, as a round comes to an end. A later item, or
+    one with a greater claim, may also pass earlier ones, because those do not fit yet or because it is tried first; but
+    no item is passed in this way more than `max_overtakes` times: once the first in line has been, only items of its
+    round and claim are admitted. Items of one group (requests of one pool) that are admitted in the same sweep pass the
+    others together, as one: they share their slots. So none starves, provided that admitted items end and each item
+    fits into an empty engine.
     """
 
     def __init__(self, max_overtakes: int) -> None:
         self._max_overtakes = max_overtakes
         self._times_passed: dict[T, int] = {}  # in order of arrival
+        self._round_of: dict[T, int] = {}  # never falling, in order of arrival: the first in line has the present one
+        self._open_round = 0  # which new items join
+        self._num_early = 0  # admissions from that round while an earlier one lasts
         self._sweep: list[T] = []  # the line as it was last read, in the order of its claims
+        self._claim: Callable[[T], Any] = _no_claim  # that it was read with
         self._group: Hashable = None  # of the item admitted last in this sweep
         self._passed_by_group: set[T] = set()
 
@@ -93,11 +100,15 @@ class WaitingLine(Generic[T]):
         return item in self._times_passed
 
     def add(self, item: T) -> None:
+        present = next(iter(self._round_of.values()), -1)
+        if present == self._open_round or self._num_early >= self._max_overtakes:
+            self._open_round, self._num_early = self._open_round + 1, 0
+        self._round_of[item] = self._open_round
         self._times_passed[item] = 0
 
     def remove(self, item: T) -> None:
         """Removes an item that leaves without having been admitted; that counts as passing no item."""
-        del self._times_passed[item]
+        del self._times_passed[item], self._round_of[item]
 
     def candidates(
         self,
@@ -112,7 +123,9 @@ class WaitingLine(Generic[T]):
         come all others of its `group` (None is no group). An item that passes any other passes the first in line too,
         as long as claims do not change, so that the first is always the one passed most.
         """
-        self._sweep = line = sorted(self._times_passed, key=claim)
+        claims = {item: claim(item) for item in self._times_passed}
+        self._claim = claims.get
+        self._sweep = line = sorted(claims, key=claims.__getitem__)
         self._group, self._passed_by_group = None, set()
         tried: set[T] = set()
 
@@ -126,31 +139,37 @@ class WaitingLine(Generic[T]):
                     tried.add(other)
                     yield other
 
-        for _, equals in groupby(line, key=claim):
-            for item in ordered(list(equals)):
-                while (due := self._due()) is not None and due != item:
-                    if due in tried:
-                        return
-                    yield from with_group(due)
-                if item in self and item not in tried:
+        for _, equals in groupby(line, key=claims.__getitem__):
+            for item in ordered([item for item in equals if item in self and self._may_go(item)]):
+                if item in self and item not in tried and self._may_go(item):
                     yield from with_group(item)
 
     def admit(self, item: T, group: Hashable = None) -> None:
         """Takes `item` out of the line; it passes every item before it that its group has not passed yet."""
         if group is None or group != self._group:
             self._group, self._passed_by_group = group, set()
+            is_early = next(iter(self._round_of.values())) < self._round_of[item] == self._open_round
+            self._num_early += is_early
         for earlier in self._sweep or list(self._times_passed):
             if earlier == item:
                 break
-            if earlier in self._times_passed and earlier not in self._passed_by_group:
+            if earlier in self and earlier not in self._passed_by_group and not self._goes_with(item, earlier):
                 self._times_passed[earlier] += 1
                 self._passed_by_group.add(earlier)
-        del self._times_passed[item]
+        self.remove(item)
 
-    def _due(self) -> T | None:
-        """Returns the first in line, if it has been passed as often as allowed."""
-        first = next((item for item in self._sweep if item in self), None)
-        return first if first is not None and self._times_passed[first] >= self._max_overtakes else None
+    def _goes_with(self, item: T, earlier: T) -> bool:
+        """Whether `item` may go before `earlier` without passing it."""
+        return self._round_of[item] <= self._round_of[earlier] and self._claim(item) == self._claim(earlier)
+
+    def _may_go(self, item: T) -> bool:
+        """Whether `item` need not wait for the first in line, as it must for one that was passed often enough."""
+        first = next((other for other in self._sweep if other in self), item)
+        return self._times_passed[first] < self._max_overtakes or self._goes_with(item, first)
+
+
+def _no_claim(_: object) -> int:
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +214,7 @@ class _Tenant:
     counter: float
     num_waiting: int = 0
     num_running: int = 0
+    was_admitted: bool = False  # any request of it since it became active
 
     @property
     def is_active(self) -> bool:
@@ -224,7 +244,7 @@ class TenantCounters:
         """Counts one more waiting request of the tenant, whose weight is that of its latest request."""
         found = self._tenants.setdefault(tenant, _Tenant(weight, self._floor))
         if not found.is_active:
-            found.counter = max(found.counter, self._lowest())
+            found.counter, found.was_admitted = max(found.counter, self._lowest()), False
         found.weight = weight
         found.num_waiting += 1
 
@@ -232,6 +252,7 @@ class TenantCounters:
         found = self._tenants[tenant]
         found.num_waiting -= 1
         found.num_running += 1
+        found.was_admitted = True
 
     def ended(self, tenant: str, *, was_admitted: bool) -> None:
         found = self._tenants[tenant]
@@ -259,18 +280,18 @@ class TenantCounters:
             if tenant.num_waiting
         }
 
-    def claims(self) -> Callable[[str], tuple[float, bool]]:
+    def claims(self) -> Callable[[str], tuple[float, int]]:
         """Returns the function that ranks tenants now, the least first.
 
-        Tenants within SLACK of the least waiting counter rank equal, except that one without running requests comes
-        first.
+        Tenants within SLACK of the least waiting counter rank equal, except that those that were idle and have had
+        nothing admitted since come first, then those without running requests.
         """
         counters = [tenant.counter for tenant in self._tenants.values() if tenant.num_waiting]
         enough = min(counters, default=0.0) + self.SLACK
 
-        def claim(name: str) -> tuple[float, bool]:
+        def claim(name: str) -> tuple[float, int]:
             tenant = self._tenants[name]
-            return 0.0 if tenant.counter <= enough else tenant.counter, tenant.num_running > 0
+            return 0.0 if tenant.counter <= enough else tenant.counter, tenant.was_admitted + (tenant.num_running > 0)
 
         return claim
 

@@ -51,16 +51,20 @@ def test_no_overtaking_at_all_is_plain_first_in_first_out() -> None:
     arrivals_a_step=st.integers(1, 5),
 )
 def test_none_starves(sizes: list[int], max_overtakes: int, arrivals_a_step: int) -> None:
-    """Ten units of memory and a crowd of requests: each is passed a bounded number of times, and gets in."""
+    """Ten units of memory and a crowd of requests: each gets in, and is passed a bounded number of times by those who
+    came when the first in line did not fit any more.
+    """
     capacity, lifetime = 10, 3
     line: WaitingLine[int] = WaitingLine(max_overtakes)
     running: dict[int, int] = {}  # item → the step at which it ends
     passed = dict.fromkeys(range(len(sizes)), 0)
+    rounds: dict[int, int] = {}
     arrived, step = 0, 0
     admitted: list[int] = []
     while len(admitted) < len(sizes):
         for _ in range(arrivals_a_step):
             if arrived < len(sizes):
+                rounds[arrived] = 1 + rounds[next(iter(line))] if len(line) else 0
                 line.add(arrived)
                 arrived += 1
         running = {item: end for item, end in running.items() if end > step}
@@ -69,7 +73,7 @@ def test_none_starves(sizes: list[int], max_overtakes: int, arrivals_a_step: int
                 for earlier in line:
                     if earlier == item:
                         break
-                    passed[earlier] += 1
+                    passed[earlier] += rounds[item] > rounds[earlier]
                 line.admit(item)
                 admitted.append(item)
                 running[item] = step + lifetime
@@ -77,6 +81,44 @@ def test_none_starves(sizes: list[int], max_overtakes: int, arrivals_a_step: int
         assert step < 10 * len(sizes) * lifetime, "somebody starves"
     assert sorted(admitted) == list(range(len(sizes)))
     assert max(passed.values()) <= max_overtakes
+
+
+def test_those_who_came_together_go_in_any_order_before_those_who_came_later() -> None:
+    """Eight wait behind one that does not fit, and the last of them is always preferred; then more come than may pass.
+
+    With a bound on how often each is passed, whoever came, the eight would go in the order in which they came.
+    """
+    line: WaitingLine[int] = WaitingLine(max_overtakes=2)
+    line.add(0)
+    for item in range(1, 9):
+        line.add(item)
+    line.admit(0)
+    for late in range(9, 20):
+        line.add(late)
+    order: list[int] = []
+    while len(order) < 10:
+        item = next(iter(line.candidates(ordered=reversed)))
+        line.admit(item)
+        order.append(item)
+    assert order[:2] == [19, 18], "as many as may pass"
+    assert order[2:] == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
+def test_one_that_does_not_fit_is_not_passed_for_ever_by_its_own_round() -> None:
+    """The round of one that waits takes no more once it was passed often enough: those who come wait behind it."""
+    line: WaitingLine[str] = WaitingLine(max_overtakes=2)
+    for name in ("poor", "rich", "richer"):
+        line.add(name)
+    claims = {"poor": 1, "rich": 0, "richer": 0}  # the first has been given much: it keeps its round, and waits
+    for number in range(20):
+        name = f"rich {number}"
+        claims[name] = 0
+        line.add(name)
+        others = [item for item in line.candidates(claim=claims.__getitem__) if item != "rich"]
+        if not others:
+            break
+        line.admit(others[0])
+    assert number < 8, "the one that does not fit is passed again and again"
 
 
 def test_a_group_passes_the_others_as_one() -> None:
@@ -246,6 +288,16 @@ def test_of_tenants_alike_the_one_of_which_nothing_runs_comes_first() -> None:
     counters.charge({"flood": counters.SLACK + 1})
     counters.admitted("small")
     counters.arrived("small")
+    assert counters.claims()("small") < counters.claims()("flood")
+
+
+def test_of_tenants_alike_one_that_comes_goes_before_one_of_which_nothing_runs_just_now() -> None:
+    counters = TenantCounters()
+    for tenant in ("flood", "flood"):
+        counters.arrived(tenant)
+    counters.admitted("flood")
+    counters.arrived("small")
+    counters.ended("flood", was_admitted=True)
     assert counters.claims()("small") < counters.claims()("flood")
 
 

@@ -249,10 +249,10 @@ def _attend_one_token(
         sinks = sinks_H.view(*grouped.shape[1:3]) / scaling
         grouped, key, value, mask = _with_sinks(grouped, key, value, mask, sinks)
     is_half_on_cpu = query.device.type == "cpu" and query.dtype != torch.float32
-    attend = scaled_dot_product_attention
     if is_half_on_cpu and key.shape[2] * max(key.shape[3], value.shape[3]) <= MOST_FP32_VALUES:
-        attend = _attend_in_fp32
-    out = attend(grouped, key, value, attn_mask=mask, scale=scaling)
+        out = _attend_in_fp32(grouped, key, value, mask, scaling)
+    else:
+        out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(rows, 1, num_heads, value.shape[3])
 
 

@@ -70,6 +70,7 @@ def observed(make_lasting_driver: Callable[..., Driver]) -> tuple[Driver, Ends]:
     [
         (1, SAMPLED),
         (BLOCK_TOKENS, SAMPLED | {"max_tokens": 1}),
+        (2 * BLOCK_TOKENS, SAMPLED),
         (
             2 * BLOCK_TOKENS + 3,
             SAMPLED

@@ -67,8 +67,8 @@ def options(
 
 def main() -> None:
     """Runs a command. Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong usage, 130 interrupted."""
-    # But for a model that is named as on the hub, all is read from local files; libraries that would look further, or
-    # chat on stderr, are told not to.
+    # Except for a model that is named as on the hub, everything is read from local files; libraries that would look
+    # further, or print progress on stderr, are configured not to.
     keep_offline()
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
@@ -76,11 +76,11 @@ def main() -> None:
         ("RUST_BACKTRACE", "0"),
     ):
         os.environ.setdefault(name, value)
-    # A file's name may be no text; that it is printed is no reason to fail.
+    # A file's name may not be valid text; printing it must not fail.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # A failure is one line, the last one: what was logged on the way shows where a command sets logging up.
+    # A failure is one line, the last one; what was logged before shows only where a command sets logging up.
     for name in ("pager", "expert_pager"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     try:
@@ -88,13 +88,13 @@ def main() -> None:
     except PagerError as error:
         if _debug:
             raise
-        # Not the message alone: here its user may know the file at fault.
+        # Not the message alone: the user of the command line may know the file at fault.
         print_error(f"{error} [{error.status}]" if error.status else str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output has gone, as `| head` does; stdout must not be flushed again at exit.
+        # The reader of the output has closed it, as `| head` does; stdout must not be flushed again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:

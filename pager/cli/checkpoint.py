@@ -126,7 +126,7 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
 
 
 def _format_of(found: OpenModel) -> str:
-    """What is read for an expert, what that costs, and what a slot holds."""
+    """Describes what is read for an expert, what that costs, and what a slot holds."""
     from pager.models.formats import quantisation_of
 
     source = found.open_experts()
@@ -147,7 +147,7 @@ def _format_of(found: OpenModel) -> str:
 
 
 def _ways_to_run(found: OpenModel) -> dict[str, str]:
-    """For each way to run the model "yes", or why not."""
+    """Returns for each way to run the model "yes", or why not."""
     from pager.engine.attention import check_served
 
     gates_are_known = found.family.gates_are_known
@@ -158,7 +158,7 @@ def _ways_to_run(found: OpenModel) -> dict[str, str]:
         service = error.message
     pools = found.family.unpoolable or "yes"
     if not gates_are_known:
-        pools = "its gates pick in ways of their own; whether a pool restricts them is tried when it is loaded"
+        pools = "its gates pick in an unknown way; whether a pool can restrict them is tried when it is loaded"
     return {"exact": "yes", "pools": pools, "service": service}
 
 
@@ -194,7 +194,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _range(counts: list[int]) -> str:
-    """A count of experts: '32', or '8 to 32' where layers differ; dense layers do not count."""
+    """Formats a count of experts: '32', or '8 to 32' where layers differ; dense layers do not count."""
     sparse = [count for count in counts if count] or [0]
     return str(sparse[0]) if min(sparse) == max(sparse) else f"{min(sparse)} to {max(sparse)}"
 
@@ -262,7 +262,7 @@ def pack(
     chosen = DTYPES[dtype] if dtype else None
     source = OpenModel.open(model, dtype or "auto")
     with source.checkpoint as checkpoint, bytes_progress("packing") as progress:
-        # Read first, so that another model's is refused before the work begins.
+        # Read first, so that a file of another model is refused before the work begins.
         router = PredictorFile.load(model, checkpoint.fingerprint) if (model / PREDICTOR_NAME).is_file() else None
         odd = write_pack(
             model,
@@ -338,7 +338,7 @@ def verify(
 
 
 def _warn_of(odd: Sequence[OddItem]) -> None:
-    """Warns of matrices that no checksum can find: bytes that were never written have one too."""
+    """Prints warnings about matrices that a checksum cannot detect: bytes that were never written have one too."""
     for item in odd[:MOST_WARNINGS]:
         err.print(f"warning: {item.name} in {item.file}: {item.reason}", markup=False)
     if len(odd) > MOST_WARNINGS:
@@ -361,7 +361,7 @@ MAX_EXPERTS_FILE_BYTES = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceOptions:
-    """The ways to say which experts a slice keeps."""
+    """The options that say which experts a slice keeps."""
 
     pool: Annotated[
         str | None,
@@ -400,7 +400,7 @@ class ChoiceOptions:
         given = {"--pool": self.pool, "--examples": self.examples, "--experts-file": self.experts_file}
         given["--codeword"] = self.codeword
         if sum(value is not None for value in given.values()) != 1:
-            raise typer.BadParameter(f"say once which experts to keep: {', '.join(given)}")
+            raise typer.BadParameter(f"say exactly once which experts to keep: {', '.join(given)}")
         if (self.examples is None and self.codeword is None) != (self.size is None):
             raise typer.BadParameter("--examples and --codeword need --size, and nothing else takes it")
         if self.method is not None and self.examples is None:
@@ -499,7 +499,7 @@ def _cut(
 def _chosen(
     opened: OpenModel, choice: ChoiceOptions, where: tuple[ServerOptions, Path | None]
 ) -> tuple[ExpertPool, str]:
-    """The experts to keep, and what chose them in words."""
+    """Returns the experts to keep, and a text that says what chose them."""
     from pager.pools.pick import pool_for
 
     if choice.experts_file is not None:
@@ -561,7 +561,9 @@ def _calibrated(model: Path, examples: Path, choice: ChoiceOptions) -> NamedPool
 
 
 def _of_file(path: Path) -> ExpertPool:
-    """The pool that a file lists. Raises InvalidRequest; whether the model has these experts is checked later."""
+    """Returns the pool that a file lists. Raises InvalidRequest; whether the model has these experts is checked
+    later.
+    """
     from pager.types import ExpertPool
 
     try:
@@ -590,7 +592,8 @@ def _merge(part: Path, whole: Path, output: Path, as_json: bool) -> None:
     out.print(f"{output}: {merged.num_experts} experts and {merged.num_gates} gates differ from {whole}", markup=False)
     if merged.others:
         err.print(
-            f"warning: so do {len(merged.others)} tensors that every prompt uses, first {merged.others[0]}; train the "
+            f"warning: {len(merged.others)} tensors that every prompt uses differ too, first {merged.others[0]}; "
+            "train the "
             "experts alone if nothing else may change",
             markup=False,
         )

@@ -157,7 +157,7 @@ def _print(result: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """The way tokens are drawn, and where an answer ends."""
+    """The options for how tokens are drawn, and where an answer ends."""
 
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate at most. Default: 128, or what fits.", metavar="N")
@@ -173,19 +173,27 @@ class SamplingOptions:
     min_p: Annotated[
         float, typer.Option(help="Draw from tokens with at least this share of the likeliest one's probability.")
     ] = 0.0
-    presence_penalty: Annotated[float, typer.Option(help="Subtracted for tokens that the answer has.")] = 0.0
-    frequency_penalty: Annotated[float, typer.Option(help="The same for each time that it has them.")] = 0.0
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: fewer tokens of prompt and answer again.")] = 1.0
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted once for tokens that the answer already has.")] = (
+        0.0
+    )
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Subtracted for each time that the answer already has a token.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens of prompt and answer are repeated less.")
+    ] = 1.0
     logprobs: Annotated[
-        int | None, typer.Option(help="Show log-probabilities, with so many alternatives (0 to 20).", metavar="N")
+        int | None, typer.Option(help="Show log-probabilities, with this many alternatives (0 to 20).", metavar="N")
     ] = None
     json_schema: Annotated[
-        Path | None, typer.Option(help="Hold the answer to the JSON schema in this file.", metavar="FILE")
+        Path | None, typer.Option(help="Constrain the answer to the JSON schema in this file.", metavar="FILE")
     ] = None
-    regex: Annotated[str | None, typer.Option(help="Hold the answer to this expression.", metavar="REGEX")] = None
+    regex: Annotated[
+        str | None, typer.Option(help="Constrain the answer to this regular expression.", metavar="REGEX")
+    ] = None
 
     def read(self) -> SamplingParams:
-        """Raises InvalidRequest for values that no request may have."""
+        """Returns the sampling parameters. Raises InvalidRequest for values that no request may have."""
         sampling = SamplingParams(
             max_tokens=128 if self.max_tokens is None else self.max_tokens,
             temperature=self.temperature,
@@ -248,7 +256,7 @@ def generate(
 
 def _grammar(json_schema: Path | None, regex: str | None) -> Grammar | None:
     if json_schema is not None and regex is not None:
-        raise typer.BadParameter("--json-schema and --regex exclude each other; give one of them")
+        raise typer.BadParameter("--json-schema and --regex exclude each other; give only one")
     if regex is not None:
         return Grammar(GrammarKind.REGEX, regex)
     if json_schema is None:
@@ -352,7 +360,7 @@ class Local:
             paged.close()
 
     def route(self, prompt: Prompt, ask: PoolAsk, named: NamedPool | None = None, router: str = "auto") -> Routed:
-        """The scores that a routing-only pass gives the prompt, and the pool that `ask` makes of them."""
+        """Returns the scores that a routing-only pass gives the prompt, and the pool that `ask` makes of them."""
         ids = encode(read_tokenizer(self.model), prompt)
         if router not in ("auto", "lexical", "trunk", "fitted"):
             raise InvalidRequest(f"--predictor is one of lexical, trunk and fitted, not {router!r}")
@@ -376,9 +384,11 @@ class Local:
         sample: Sequence[str],
         budgets: Budgets,
     ) -> NamedPool:
-        """Makes a pool from examples; `sample` is what the method `frequency` counts over. Raises PagerError.
+        """Makes a pool from examples; `sample` has the documents that the method `frequency` counts over. Raises
+        PagerError.
 
-        Without a method, that of a service: the best routing-only pass; where none was fitted, the mean of a whole run.
+        Without a method, it uses the one that a service would: the best routing-only pass; where none was fitted, the
+        mean of a whole run.
         """
         check_num_examples(len(examples))
         if isinstance(size, Full):
@@ -415,7 +425,7 @@ class Local:
             paged.close()
 
     def _policy(self, ids: tuple[int, ...], ask: PoolAsk, named: NamedPool | None) -> PoolPolicy:
-        """The request's policy, with what the service would have filled in."""
+        """Returns the request's policy, with the values that the service would have filled in."""
         if named is not None:
             with self._open() as opened:
                 fixed = pool_for(named, opened.checkpoint.fingerprint, opened.facts)
@@ -456,7 +466,7 @@ def _check_ids(ids: Sequence[int], opened: OpenModel) -> None:
 
 
 def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> tuple[int, ...]:
-    """The prompt's token ids. Raises InvalidRequest for text without a tokenizer."""
+    """Returns the prompt's token ids. Raises InvalidRequest for text without a tokenizer."""
     if not isinstance(prompt, str):
         return prompt
     if tokenizer is None:
@@ -465,7 +475,7 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> tuple[int, ...]:
 
 
 def _silent() -> Tokenizer:
-    """The tokenizer of a checkpoint that has none: every id has an empty text."""
+    """Returns the tokenizer of a checkpoint that has none: every id has an empty text."""
     return Tokenizer(BPE())
 
 

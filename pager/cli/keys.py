@@ -47,7 +47,7 @@ class StandingOptions:
     """How requests of a caller stand beside others'."""
 
     priority: Annotated[
-        int, typer.Option(help="Requests of a higher one are admitted first.", min=-100, max=100, metavar="N")
+        int, typer.Option(help="Requests of a higher priority are admitted first.", min=-100, max=100, metavar="N")
     ] = 0
     weight: Annotated[
         float, typer.Option(help="Share of a worker, beside other tenants' weights.", min=0.01, max=100, metavar="W")
@@ -63,26 +63,28 @@ class StandingOptions:
 def add_key(
     limits: LimitOptions,
     standing: StandingOptions,
-    tenant: Annotated[str, typer.Option(help="Whose requests are those that come with it.", metavar="NAME")],
+    tenant: Annotated[str, typer.Option(help="The tenant whose requests come with this key.", metavar="NAME")],
     keys: KeysFile = None,
     role: Annotated[
         list[str] | None,
         typer.Option(
-            help="What it is for: inference (default), operator, metrics. To be given once or more.", metavar="ROLE"
+            help="What the key permits: inference (default), operator, metrics. May be repeated.", metavar="ROLE"
         ),
     ] = None,
     certificate: Annotated[
         str | None,
-        typer.Option(help="Make no key: know the client by this name in its certificate.", metavar="NAME"),
+        typer.Option(help="Make no key: identify the client by this name in its certificate.", metavar="NAME"),
     ] = None,
-    jwt: Annotated[bool, typer.Option("--jwt", help="Make no key: bound the tenant's JSON web tokens.")] = False,
+    jwt: Annotated[
+        bool, typer.Option("--jwt", help="Make no key: set the bounds for the tenant's JSON web tokens.")
+    ] = False,
 ) -> None:
-    """Make a key and print it, this once: the service keeps its SHA-256. It is good within a second.
+    """Make a key and print it, this once: the service keeps only its SHA-256. It is valid within a second.
 
     Example: `expert-pager keys add --tenant acme --keys keys.json --requests-per-minute 600 > acme.key`
     """
     if certificate is not None and jwt:
-        raise typer.BadParameter("--certificate and --jwt name two ways to know a client; give one of them")
+        raise typer.BadParameter("--certificate and --jwt are two ways to identify a client; give only one")
     with serve_extra("keys"):
         from router_service.keys import EntryLimits, new_entry, new_key
         from router_service.tenants import Role
@@ -102,7 +104,7 @@ def add_key(
 
 @keys_app.command("list")
 def list_keys(keys: KeysFile = None, as_json: AsJson = False) -> None:
-    """List the keys, without anything that could be used as one.
+    """List the keys, without their secret part.
 
     Example: `expert-pager keys list --keys keys.json`
     """
@@ -119,7 +121,7 @@ def list_keys(keys: KeysFile = None, as_json: AsJson = False) -> None:
 def revoke_key(
     id: Annotated[str, typer.Argument(metavar="ID", help="As in `keys list`.")], keys: KeysFile = None
 ) -> None:
-    """Revoke a key: within a second it is refused. What it has in flight ends by itself.
+    """Revoke a key: it is refused within a second. Its requests in flight continue to their end.
 
     Example: `expert-pager keys revoke k3f9a01c2d4e5 --keys keys.json`
     """
@@ -145,7 +147,9 @@ def _limits(entry: Entry) -> str:
 
 
 def _with_store(path: Path | None, work: Callable[[KeyStore], Awaitable[Answer]]) -> Answer:
-    """What `work` makes of the keys in the file or, without one, in Redis. Raises ConfigError without either."""
+    """Returns the result of `work` on the keys in the file or, without one, in Redis. Raises ConfigError without
+    either.
+    """
     with serve_extra("keys"):
         from router_service.keys import KeyFile, KeysInRedis
         from router_service.redis import RedisClient, RedisUnavailableError, redis_url
@@ -153,7 +157,7 @@ def _with_store(path: Path | None, work: Callable[[KeyStore], Awaitable[Answer]]
         return asyncio.run(_awaited(work(KeyFile(path))))
     url = redis_url(os.environ)
     if url is None:
-        raise ConfigError("keys are kept nowhere: give --keys FILE, or set REDIS_URL")
+        raise ConfigError("there is no store of keys: give --keys FILE, or set REDIS_URL")
 
     async def run() -> Answer:
         client = RedisClient(url)

@@ -45,7 +45,7 @@ Documents = Annotated[
 ]
 Calibration = Annotated[
     list[str],
-    typer.Option(help="Other documents of the same domains, for the methods that choose from such.", metavar="GLOB"),
+    typer.Option(help="Other documents of the same domains, for the methods that choose from them.", metavar="GLOB"),
 ]
 
 
@@ -53,22 +53,22 @@ def evaluate(
     model: ModelPath,
     documents: Documents,
     calibration: Calibration = [],  # noqa: B006 - typer reads it
-    methods: Annotated[str | None, typer.Option(help="Names with commas between. Default: all there are.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas. Default: all of them.")] = None,
     sizes: Annotated[
         str, typer.Option(help="Percent of a layer's experts, shared ones included.")
     ] = "100,50,25,12.5,6.25",
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens that the pool is chosen from.", min=1)] = 64,
-    context_tokens: Annotated[int, typer.Option(help="Documents are cut to so many tokens.", min=2)] = 512,
-    max_documents: Annotated[int | None, typer.Option(help="Of each domain. Default: all.", min=1)] = None,
-    calibration_documents: Annotated[int, typer.Option(help="Of each domain.", min=1)] = 160,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a document from which its pool is chosen.", min=1)] = 64,
+    context_tokens: Annotated[int, typer.Option(help="Documents are cut to this many tokens.", min=2)] = 512,
+    max_documents: Annotated[int | None, typer.Option(help="Documents of each domain. Default: all.", min=1)] = None,
+    calibration_documents: Annotated[int, typer.Option(help="Calibration documents of each domain.", min=1)] = 160,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for JSON, Markdown and plots; goes on where it was stopped.")
+        Path | None, typer.Option("--out", help="Folder for JSON, Markdown and plots; continues where it was stopped.")
     ] = None,
     expert_memory: ExpertMemory = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME")] = "float32",
-    seed: Annotated[int, typer.Option(help="Draws documents, resamples and random pools.", min=0)] = 0,
-    resamples: Annotated[int, typer.Option(help="Of the documents, for the intervals.", min=10)] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed for drawing documents, resamples and random pools.", min=0)] = 0,
+    resamples: Annotated[int, typer.Option(help="Resamples of the documents, for the intervals.", min=10)] = 1000,
     as_json: AsJson = False,
 ) -> None:
     """Measure what a pool chosen from a prompt costs: loss and agreement with the full model on what comes after.
@@ -159,10 +159,10 @@ def clusters(
     documents: Documents,
     compare: Compare = None,
     out_file: Annotated[Path, typer.Option("--out", help="The page to write.", metavar="FILE")] = Path("clusters.html"),
-    num_clusters: Annotated[int, typer.Option("--clusters", help="Groups of tokens.", min=2, max=128)] = 32,
+    num_clusters: Annotated[int, typer.Option("--clusters", help="Number of groups of tokens.", min=2, max=128)] = 32,
     max_documents: Annotated[int, typer.Option(help="Documents of each domain.", min=1)] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each document, from its start.", min=1)] = 256,
-    seed: Annotated[int, typer.Option(help="Draws the documents and starts the clustering.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing documents and for the clustering.", min=0)] = 0,
     expert_memory: ExpertMemory = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -225,24 +225,24 @@ def fit_router(
     output: Annotated[
         Path | None, typer.Option(help="Where to write. Default: router.safetensors in the model's folder.")
     ] = None,
-    max_documents: Annotated[int, typer.Option(help="Documents to read at most, all files together.", min=8)] = 2560,
-    max_tokens: Annotated[int, typer.Option(help="A document's tokens that are read at most.", min=32)] = 512,
+    max_documents: Annotated[int, typer.Option(help="The most documents to read, over all files.", min=8)] = 2560,
+    max_tokens: Annotated[int, typer.Option(help="The most tokens to read of a document.", min=32)] = 512,
     codewords: Annotated[
         int | None,
         typer.Option(
-            help="Pools that requests share. Default: as many as documents that were held out ask for.", min=1
+            help="Number of pools that requests share. Default: as many as held-out documents call for.", min=1
         ),
     ] = None,
     codebook_only: Annotated[
-        bool, typer.Option("--codebook-only", help="Keep the passes of the model's file, and fit the codebook alone.")
+        bool, typer.Option("--codebook-only", help="Keep the passes of the model's file, and fit only the codebook.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Which documents are taken, and pool sizes drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for choosing documents and drawing pool sizes.")] = 0,
     expert_memory: ExpertMemory = None,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit the passes `lexical` and `fitted`, and a codebook, to documents of the kinds that will be asked for.
+    """Fit the passes `lexical` and `fitted`, and a codebook, to documents like the expected prompts.
 
     A few hundred to a few thousand documents, minutes; no gradients. Writes a small file beside the checkpoint, which
     `--predictor lexical` and `--predictor fitted` use. A codebook has the pools that alike requests share.
@@ -325,7 +325,7 @@ def replay(
 
     recorded = read_trace(trace)
     if recorded.is_cut:
-        err.print(f"{trace} is cut: it is replayed up to where it is whole", markup=False)
+        err.print(f"{trace} is cut off: it is replayed up to its last complete event", markup=False)
     if recorded.num_lost:
         err.print(f"{recorded.num_lost} events of {trace} were lost while it was recorded", markup=False)
     tables = replay_budgets(recorded, [budget.strip() for budget in budgets.split(",")])

@@ -1,7 +1,7 @@
-"""Options that several commands share, one by one and in bundles.
+"""Options that several commands share, singly and in bundles.
 
 A bundle is a dataclass whose fields are options. A command takes it as one parameter and is decorated with `bundled`,
-which has Typer see the options.
+which expands it for Typer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pager.types import DriftReport, ExpertPool, PoolAsk, PoolSource, Usage
 
 
 def bundled(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as Typer takes it: a parameter whose type is a bundle becomes the options of its fields."""
+    """Returns the command as Typer takes it: a parameter whose type is a bundle becomes the options of its fields."""
     hints = get_type_hints(command, include_extras=True)
     bundles: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     options: list[inspect.Parameter] = []
@@ -70,12 +70,12 @@ def _options_of(bundle: type[Any]) -> list[inspect.Parameter]:
 # --- the prompt -------------------------------------------------------------------------------------------------------
 
 Prompt = str | tuple[int, ...]
-MAX_BYTES = 1 << 26  # a prompt in a file
+MAX_BYTES = 1 << 26  # for a prompt in a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """The ways to give a prompt."""
+    """The options that give a prompt."""
 
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.")] = None
     prompt_file: Annotated[
@@ -84,9 +84,13 @@ class PromptOptions:
     token_ids: Annotated[str | None, typer.Option(help="A prompt of token ids: '1,2,3'.", metavar="IDS")] = None
 
     def read(self) -> Prompt:
-        """The one prompt given. Raises typer.BadParameter unless it is one, InvalidRequest for bad text or ids."""
+        """Returns the prompt. Raises typer.BadParameter unless it is given exactly once, InvalidRequest for bad text or
+        ids.
+        """
         if sum(given is not None for given in (self.prompt, self.prompt_file, self.token_ids)) != 1:
-            raise typer.BadParameter("give the prompt once: as an argument, with --prompt-file or with --token-ids")
+            raise typer.BadParameter(
+                "give the prompt exactly once: as an argument, with --prompt-file or with --token-ids"
+            )
         if self.token_ids is not None:
             return _ids(self.token_ids)
         if self.prompt_file is not None:
@@ -108,7 +112,7 @@ def _ids(text: str) -> tuple[int, ...]:
 def _file(name: str) -> str:
     try:
         data = sys.stdin.buffer.read(MAX_BYTES + 1) if name == "-" else read_bounded(name, MAX_BYTES)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: an impossible file name
         raise InvalidRequest(f"prompt file {name} cannot be read: {reason_of(error)}") from None
     if len(data) > MAX_BYTES:
         raise InvalidRequest(f"the prompt has more than the {MAX_BYTES} bytes that one may have")
@@ -132,7 +136,7 @@ Pool = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class PoolOptions:
-    """The pool of a prompt: of a size, or named."""
+    """The options for the pool of a prompt: its size, or its name."""
 
     pool: Pool = None
     pool_name: Annotated[
@@ -140,7 +144,7 @@ class PoolOptions:
     ] = None
 
     def ask(self) -> PoolAsk:
-        """What the options ask for; nothing set means the service's default, and all experts in this process.
+        """Returns what the options ask for; without any, the service's default, and all experts in this process.
 
         Raises typer.BadParameter for options that exclude each other, InvalidRequest for values.
         """
@@ -149,7 +153,7 @@ class PoolOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPoolOptions(PoolOptions):
-    """The pool of an answer: also what chooses it, one used before, and what to do about drift."""
+    """The options for the pool of an answer: also its source, an earlier pool, and the drift policy."""
 
     pool_source: Annotated[
         PoolSource | None,
@@ -197,11 +201,11 @@ def _pool_ask(
     return PoolAsk(parsed, source, digest=digest, name=name, drift=parse_drift(drift))
 
 
-# --- one by one -------------------------------------------------------------------------------------------------------
+# --- single options ---------------------------------------------------------------------------------------------------
 
 
 def model_folder(value: str | Path) -> Path:
-    """The folder of a model given as one, or as on the hub. Raises CheckpointError."""
+    """Returns the folder of a model given as a folder, or as on the hub. Raises CheckpointError."""
     return local_folder(value)
 
 
@@ -236,7 +240,7 @@ Dtype = Annotated[
 ]
 
 
-# --- what is printed --------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 #
 # How the commands print, and the check for the extras that some of them need.
 
@@ -248,14 +252,14 @@ _LAB = ("sklearn", "scipy", "matplotlib")
 
 @contextmanager
 def serve_extra(purpose: str) -> Iterator[None]:
-    """Goes around imports: ConfigError, with what to install, where a package of the `serve` extra is missing."""
+    """Surrounds imports: ConfigError, with what to install, where a package of the `serve` extra is missing."""
     with _extra(purpose, "serve", _SERVE):
         yield
 
 
 @contextmanager
 def lab_extra(purpose: str) -> Iterator[None]:
-    """Goes around imports in the same way for the `lab` extra."""
+    """Surrounds imports in the same way for the `lab` extra."""
     with _extra(purpose, "lab", _LAB):
         yield
 

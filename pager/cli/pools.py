@@ -59,24 +59,25 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """The address of a service, and how to talk to it."""
+    """The options for the address of a service, and for the connection."""
 
     server: Annotated[
-        str | None, typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
+        str | None, typer.Option("--server", "-s", help="Use a running service instead.", metavar="HOST:PORT")
     ] = None
-    tenant: Annotated[str, typer.Option(help="Tenant to name to the service, and whose named pools to use.")] = (
-        "default"
-    )
-    timeout: Annotated[
-        float | None, typer.Option(help="Seconds until the service must be done.", metavar="SECONDS")
-    ] = None
+    tenant: Annotated[str, typer.Option(help="Tenant of the call, and of the named pools.")] = "default"
+    timeout: Annotated[float | None, typer.Option(help="Deadline of the call, in seconds.", metavar="SECONDS")] = None
     tls_ca: Annotated[
         Path | None,
-        typer.Option(help="With --server: use TLS, and trust whoever this certificate has signed.", metavar="PEM"),
+        typer.Option(
+            help="With --server: use TLS, and trust servers whose certificate this one has signed.", metavar="PEM"
+        ),
     ] = None
     tls_identity: Annotated[
         Path | None,
-        typer.Option(help="With --tls-ca, for a service that asks: own certificate and key in a file.", metavar="PEM"),
+        typer.Option(
+            help="With --tls-ca, for a service that requires it: the client's certificate and key in a file.",
+            metavar="PEM",
+        ),
     ] = None
 
     def check(self) -> None:
@@ -87,7 +88,7 @@ class ServerOptions:
             raise typer.BadParameter("--tls-identity would have no effect here; it goes with --tls-ca")
 
     def service(self) -> Client:
-        """A client of the service, to be closed or used as a context. Raises ConfigError."""
+        """Returns a client of the service, to be closed or used as a context. Raises ConfigError."""
         import grpc
 
         from pager.client import Client
@@ -108,7 +109,8 @@ class ServerOptions:
 
 
 def api_key(env: Mapping[str, str]) -> str | None:
-    """The key to call a service with: EXPERT_PAGER_API_KEY, or what the file EXPERT_PAGER_API_KEY_FILE holds.
+    """Returns the key to call a service with: EXPERT_PAGER_API_KEY, or the content of the file
+    EXPERT_PAGER_API_KEY_FILE.
 
     Raises ConfigError.
     """
@@ -158,7 +160,7 @@ class Place(ServerOptions):
             raise typer.BadParameter(f"{', '.join(idle)} would have no effect here; it goes with {needed}")
 
     def local(self) -> Local:
-        """The checkpoint of this process. Raises ConfigError for a device that is not there."""
+        """Opens the checkpoint in this process. Raises ConfigError for a missing device."""
         from pager.cli.generate import Local
 
         assert self.model is not None
@@ -176,7 +178,9 @@ def _pem(path: Path, option: str) -> bytes:
 
 
 def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer]]) -> Answer:
-    """The result of `work` on the store in `folder` or, without one, in Redis. Raises ConfigError without either."""
+    """Returns the result of `work` on the store in `folder` or, without one, in Redis. Raises ConfigError without
+    either.
+    """
 
     async def run() -> Answer:
         store = _open_pools(folder)
@@ -189,7 +193,7 @@ def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer
 
 
 def find_named(folder: Path | None, tenant: str, name: str) -> NamedPool:
-    """A tenant's named pool. Raises UnknownPool, DamagedPool, InvalidRequest."""
+    """Returns a tenant's named pool. Raises UnknownPool, DamagedPool, InvalidRequest."""
     from pager.pools.pick import check_name
 
     check_name(name, "pool.name")
@@ -201,7 +205,7 @@ def find_named(folder: Path | None, tenant: str, name: str) -> NamedPool:
 
 
 def checked_tenant(tenant: str) -> str:
-    """`tenant` itself, checked, as it becomes a part of a file's name. Raises InvalidRequest."""
+    """Returns `tenant`, checked, since it becomes a part of a file's name. Raises InvalidRequest."""
     from router_service.tenants import check_tenant
 
     try:
@@ -217,7 +221,7 @@ def _open_pools(folder: Path | None) -> PoolStore:
         from router_service.pools import FolderPools
 
         if folder is None:
-            raise ConfigError("named pools are kept nowhere: give --pools FOLDER, set REDIS_URL, or ask a --server")
+            raise ConfigError("there is no store of named pools: give --pools FOLDER, set REDIS_URL, or ask a --server")
         return FolderPools(folder)
     with serve_extra("REDIS_URL"):
         from router_service.redis import open_pools, redis_url
@@ -242,7 +246,7 @@ def calibrate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="How it is chosen: trunk, lexical or fitted; with --model also prefill, mean, greedy, easy-ep, "
+            help="What chooses it: trunk, lexical or fitted; with --model also prefill, mean, greedy, easy-ep, "
             "frequency and random. Default: the best pass; with --model and nothing fitted, mean.",
             metavar="METHOD",
         ),
@@ -250,7 +254,7 @@ def calibrate(
     sample: Annotated[
         Path | None, typer.Option(help="Documents of all kinds, for the method frequency.", metavar="FILE")
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Take the place of a pool of that name.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing pool of that name.")] = False,
     pools: PoolsFolder = None,
     expert_memory: ExpertMemory = None,
     as_json: AsJson = False,
@@ -293,7 +297,7 @@ def calibrate(
 
 
 def _check_kept(folder: Path | None, tenant: str, name: str, replaces: bool) -> None:
-    """Before the work: that there is a store, and the name is free. Raises ConfigError, PoolNameInUse."""
+    """Checks before the work that there is a store, and that the name is free. Raises ConfigError, PoolNameInUse."""
     from router_service.pools import name_in_use
 
     if name in with_pools(folder, lambda store: store.all_of(tenant)).names and not replaces:
@@ -340,7 +344,7 @@ def delete_pool(
     at: ServerOptions,
     pools: PoolsFolder = None,
 ) -> None:
-    """Delete a named pool. Requests under way go on with it.
+    """Delete a named pool. Requests in flight continue with it.
 
     Example: `expert-pager pools delete law --server localhost:50051`
     """

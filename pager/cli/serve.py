@@ -50,10 +50,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("expert_pager.router")
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-SECRETS = {"REDIS_URL": "a secret, not shown", "REDIS_URL_FILE": None}  # None: a path, which is none
+SECRETS = {"REDIS_URL": "a secret, not shown", "REDIS_URL_FILE": None}  # None: a path, which is not secret
 _FILES = ("router.tls_cert", "router.tls_key", "router.tls_client_ca", "router.jwt_secret", "router.jwt_jwks")
 
-# Parameters of `serve` by the setting that they override.
+# Maps parameters of `serve` to the settings that they override.
 SETTINGS = {
     "model.path": "model",
     "model.name": "name",
@@ -104,12 +104,12 @@ def serve(
     kv_memory: KvMemory = None,
     max_running: Annotated[int | None, typer.Option(help="Requests a worker runs at once.", metavar="N")] = None,
     pool: Annotated[
-        str | None, typer.Option(help="Pool of requests that name none. Default: full.", metavar="SIZE")
+        str | None, typer.Option(help="Pool of requests that do not choose one. Default: full.", metavar="SIZE")
     ] = None,
     drift: Annotated[
         str | None,
         typer.Option(
-            help="Widen the default pool when an answer leaves it: 0.3 or 0.3:exact. Default: it stays as it is.",
+            help="Widen the default pool when an answer drifts from it: 0.3 or 0.3:exact. Default: never.",
             metavar="DRIFT",
         ),
     ] = None,
@@ -130,7 +130,7 @@ def serve(
     ] = None,
     keys: Annotated[
         str | None,
-        typer.Option(help="Ask callers for a key of this file (see `expert-pager keys`), or `redis`.", metavar="FILE"),
+        typer.Option(help="Require a key of this file (see `expert-pager keys`), or `redis`.", metavar="FILE"),
     ] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port, 0 for a free one. Default: 50051.", metavar="N")] = None,
     chat_template: Annotated[
@@ -196,7 +196,7 @@ def serve(
 
 
 def with_model_here(settings: ServiceConfig) -> ServiceConfig:
-    """The settings with a folder for the model; one that is named as on the hub is downloaded first."""
+    """Returns the settings with a folder for the model; one that is named as on the hub is downloaded first."""
     model = HubModel.parse(settings.model.path)
     if model is None:
         return settings
@@ -206,7 +206,7 @@ def with_model_here(settings: ServiceConfig) -> ServiceConfig:
 
 
 def given(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values given on the command line by setting, and the name of each setting there."""
+    """Returns the values given on the command line by setting, and the name of each setting there."""
     overrides = {key: parameters[name] for key, name in SETTINGS.items()}
     return overrides, {key: "MODEL" if name == "model" else _flag(name) for key, name in SETTINGS.items()}
 
@@ -236,7 +236,7 @@ def _announce(ready: Ready, as_json: bool, log_format: str) -> None:
 
 def check_config(
     context: typer.Context,
-    check: Annotated[bool, typer.Option("--check", help="Say all that is wrong; the default.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Report everything that is wrong; the default.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print what is in force, and where it comes from.")] = False,
 ) -> None:
     """Check or print the settings of `serve`, whose arguments and options it takes. Starts nothing.
@@ -266,7 +266,7 @@ def check_config(
 
 
 def _parsed(context: typer.Context) -> dict[str, Any]:
-    """The rest of the command line, as `serve` reads it. Ends the program for wrong usage, as `serve` would."""
+    """Returns the rest of the command line, as `serve` reads it. Ends the program for wrong usage, as `serve` would."""
     assert context.parent is not None, "a command of expert-pager"
     group: Any = context.parent.command
     command = group.get_command(context.parent, "serve")
@@ -275,11 +275,11 @@ def _parsed(context: typer.Context) -> dict[str, Any]:
 
 
 def _beyond_the_schema(reading: Reading, env: Mapping[str, str]) -> Iterator[str]:
-    """Yields the problems that would fail a start and can be seen without one."""
+    """Yields the problems that would make a start fail and can be found without one."""
     settings = config_of(reading)
     is_on_hub = HubModel.parse(settings.model.path) is not None
     if settings.model.path and not is_on_hub and not (Path(settings.model.path) / "config.json").is_file():
-        yield _said(reading, "model.path", "is no checkpoint folder: it has no config.json")
+        yield _said(reading, "model.path", "is not a checkpoint folder: it has no config.json")
     for key in _FILES:
         value = reading.value(key)
         if value is not None and not os.access(value, os.R_OK):
@@ -328,7 +328,7 @@ def _in_force(reading: Reading, env: Mapping[str, str]) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
-    """A value in TOML. A text of several lines is the content of a file, not its name: maybe a secret."""
+    """Formats a value in TOML. A text of several lines is the content of a file, not its name, and may be a secret."""
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str):
@@ -347,11 +347,11 @@ DEFAULT_SERVER = "localhost:50051"
 @bundled
 def status(
     at: ServerOptions,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=0.1)] = 1.0,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between two updates.", min=0.1)] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a service does: its workers, the tenant's named pools, and the requests in flight by tenant.
+    """Show the state of a service: its workers, the tenant's named pools, and the requests in flight by tenant.
 
     Requests and tokens are those of the router that answers. Where keys are on, it takes one with the role operator.
 
@@ -415,7 +415,7 @@ def _look(service: Client) -> Look:
 
 
 def _live(service: Client, every_s: float) -> None:
-    """Shows the service until the program is interrupted; one that is away for a while is waited for."""
+    """Shows the service until the program is interrupted; while the service does not answer, it keeps trying."""
     with Live(console=out, auto_refresh=False, screen=False) as live:
         while True:
             try:
@@ -426,7 +426,7 @@ def _live(service: Client, every_s: float) -> None:
 
 
 def _message(error: PagerError) -> str:
-    return f"{error.message}; looking again"
+    return f"{error.message}; trying again"
 
 
 def _print(look: Look, as_json: bool) -> None:
@@ -437,7 +437,7 @@ def _print(look: Look, as_json: bool) -> None:
 
 
 def facts_of(look: Look) -> dict[str, Any]:
-    """The status as JSON has it."""
+    """Returns the status as JSON has it."""
     model, service, pools = look
     workers = [
         {

@@ -1,4 +1,4 @@
-"""How a model routes the tokens of documents: traces, clusters, whether experts follow domains, and the report of it.
+"""Clusters of tokens by routing: traces of documents, their clusters, how experts follow domains, and the report of it.
 
 Legend: T tokens, L layers, R routed experts of a layer, C columns: the routed experts of all layers side by side,
 K clusters, D domains, N documents, P components.
@@ -90,14 +90,14 @@ def cluster_tokens(probs_TC: np.ndarray, num_clusters: int, seed: int) -> TokenC
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Each row divided by its length; a row of zeros stays."""
+    """Returns each row divided by its length; a row of zeros stays."""
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     units: np.ndarray = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
     return units
 
 
 def _families(centres_KP: np.ndarray) -> np.ndarray:
-    """The family of each cluster, [K]: their centres are near one another. Numbered by their largest clusters."""
+    """Returns the family of each cluster, [K]: clusters with near centres. Numbered by their largest clusters."""
     if len(centres_KP) < 2:
         return np.zeros(len(centres_KP), dtype=int)
     grouping = AgglomerativeClustering(min(MAX_FAMILIES, len(centres_KP)), linkage="ward")
@@ -108,13 +108,13 @@ def _families(centres_KP: np.ndarray) -> np.ndarray:
 
 
 def counts_of(label_T: np.ndarray, kind_T: np.ndarray, num_clusters: int, num_kinds: int) -> np.ndarray:
-    """The number of a cluster's tokens of each kind (a domain, a piece of text): [K, kinds] int64."""
+    """Returns the number of a cluster's tokens of each kind (a domain, a piece of text): [K, kinds] int64."""
     counts = np.bincount(label_T * num_kinds + kind_T, minlength=num_clusters * num_kinds)
     return counts.reshape(num_clusters, num_kinds)
 
 
 def concentration(count_KX: np.ndarray, largest: int) -> float:
-    """The share of all tokens that are among the `largest` most frequent kinds of their own cluster, 0 to 1."""
+    """Returns the share of all tokens that are among the `largest` most frequent kinds of their own cluster, 0 to 1."""
     top_KX = -np.sort(-count_KX, axis=1)[:, :largest]
     return float(top_KX.sum() / max(1, count_KX.sum()))
 
@@ -139,7 +139,7 @@ class LayerCoverage:
 def coverage(
     probs_NTC: Sequence[np.ndarray], domain_N: np.ndarray, num_domains: int, facts: RoutingFacts, share: float = 0.125
 ) -> tuple[LayerCoverage, ...]:
-    """The coverage of every sparse layer. A document's pool is its experts of the largest gate probability.
+    """Computes the coverage of every sparse layer. A document's pool is its experts of the largest gate probability.
 
     `share` is of all experts of a layer, shared ones included, but a pool never has fewer than a token picks. The
     probabilities are of an unrestricted forward in every layer.
@@ -180,7 +180,7 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-# --- documents, traced ------------------------------------------------------------------------------------------------
+# --- traces of documents ----------------------------------------------------------------------------------------------
 
 
 LENGTH_STEP = 64
@@ -189,9 +189,9 @@ LENGTH_STEP = 64
 
 @dataclass(frozen=True, slots=True)
 class TracedDocument:
-    """A document's first tokens and how they are routed.
+    """A document's first tokens and their routing.
 
-    `pieces` joined are its text to there; `probs_TC` is float32, each layer sums to 1.
+    `pieces` joined are its text up to there; `probs_TC` is float32, each layer sums to 1.
     """
 
     domain: str
@@ -201,7 +201,7 @@ class TracedDocument:
 
 
 class GateTracer:
-    """Runs documents through a model with all its experts and keeps the gates' probabilities. One at a time."""
+    """Runs documents through a model with all its experts and records the gates' probabilities. One at a time."""
 
     def __init__(self, paged: PagedModel, tokenizer: Tokenizer) -> None:
         self._paged = paged
@@ -218,13 +218,13 @@ class GateTracer:
         return TracedDocument(document.domain, document.name, pieces, self.probabilities(ids))
 
     def probabilities(self, token_ids: Ids) -> np.ndarray:
-        """The gates' probabilities over the routed experts, the layers side by side: [T, C] float32."""
+        """Returns the gates' probabilities over the routed experts, the layers side by side: [T, C] float32."""
         probs_LTR: dict[int, np.ndarray] = {}
 
         def keep(layer: int, probs_TR: Tensor, _: Tensor) -> None:
             probs_LTR[layer] = probs_TR[: len(token_ids)].cpu().numpy()
 
-        # No token of the text looks at the padding behind it.
+        # No token of the text attends to the padding behind it.
         num_padding = min(-len(token_ids) % LENGTH_STEP, self.max_tokens - len(token_ids))
         with recording(self._paged, keep):
             run_document(self._paged, token_ids, num_padding=num_padding)
@@ -245,7 +245,7 @@ def trace_documents(
 
 
 def text_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """Yields the text between the ends of neighbouring tokens: joined, it is the text again.
+    """Yields the text between the ends of neighbouring tokens; joined, it is the whole text.
 
     A token may be a part of a character; the character then belongs to its first token, and the others are empty.
     """
@@ -266,7 +266,7 @@ EXAMPLES_A_PIECE = 2
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model's view of the documents. `domain_share`: tokens in the main domain of their cluster; `word_share`:
+    """One model's report on the documents. `domain_share`: tokens in the main domain of their cluster; `word_share`:
     tokens among the ten commonest of their cluster; both shares of all tokens, 0 to 1.
     """
 
@@ -316,7 +316,7 @@ def make_report(
 
 
 def summary(report: ModelReport) -> dict[str, Any]:
-    """The figures of a report, for scripts."""
+    """Returns the figures of a report, for scripts."""
     return {
         "model": report.name,
         "documents": len(report.documents),
@@ -338,7 +338,7 @@ def summary(report: ModelReport) -> dict[str, Any]:
 
 
 def model_payload(report: ModelReport, shown: Sequence[int]) -> dict[str, Any]:
-    """One model as JSON for the page: counts over all documents, texts of the documents `shown` only."""
+    """Returns one model as JSON for the page: counts over all documents, texts of the documents `shown` only."""
     return {
         "name": report.name,
         "tokens": report.num_tokens,
@@ -350,7 +350,7 @@ def model_payload(report: ModelReport, shown: Sequence[int]) -> dict[str, Any]:
 
 
 def _shown_documents(report: ModelReport, shown: Sequence[int]) -> dict[str, Any]:
-    """The documents that the page shows, their pieces renumbered: the page gets no others."""
+    """Returns the documents that the page shows, with their pieces renumbered: the page gets no others."""
     number_of: dict[int, int] = {}
     starts = np.cumsum([0, *(len(document.pieces) for document in report.documents)])
     documents = []
@@ -391,7 +391,7 @@ def _cluster_payload(
 
 
 def _typical(report: ModelReport, mine_T: np.ndarray, common_W: np.ndarray) -> list[tuple[int, int, int]]:
-    """The pieces that set a cluster's text apart from all text most: (piece, times here, times anywhere)."""
+    """Returns the pieces that set a cluster's text apart from all text most: (piece, times here, times anywhere)."""
     here_W = np.bincount(report.piece_T[mine_T], minlength=len(common_W))
     share_W = here_W / max(1, len(mine_T))
     gain_W = share_W * np.log(np.maximum(share_W, 1e-12) / (common_W / common_W.sum()))
@@ -401,7 +401,9 @@ def _typical(report: ModelReport, mine_T: np.ndarray, common_W: np.ndarray) -> l
 
 
 def _examples(report: ModelReport, mine_T: np.ndarray, shown: Sequence[int], starts: np.ndarray) -> list[list[int]]:
-    """A cluster's tokens, nearest to its centre first, as [document as shown, token]: few of a document or a piece."""
+    """Returns a cluster's tokens, nearest to its centre first, as [document as shown, token]: few of a document or a
+    piece.
+    """
     place_of = {document: place for place, document in enumerate(shown)}
     found: list[list[int]] = []
     documents: Counter[int] = Counter()
@@ -422,7 +424,7 @@ def _examples(report: ModelReport, mine_T: np.ndarray, shown: Sequence[int], sta
 
 
 def _coverage_payload(layer: LayerCoverage) -> dict[str, Any]:
-    """One layer as JSON: shares of documents in percent, of gate probability in hundredths of a percent."""
+    """Returns one layer as JSON: shares of documents in percent, of gate probability in hundredths of a percent."""
     return {
         "layer": layer.layer,
         "pool": layer.pool,
@@ -434,7 +436,7 @@ def _coverage_payload(layer: LayerCoverage) -> dict[str, Any]:
 
 
 def _figure(value: float) -> float | None:
-    """A rounded number, or None for NaN, which JSON does not have."""
+    """Returns a rounded number, or None for NaN, which JSON does not have."""
     return None if np.isnan(value) else round(value, 4)
 
 
@@ -443,9 +445,9 @@ LONGEST_NAME = 90
 
 
 def build_page(reports: Sequence[ModelReport], seed: int, max_tokens: int) -> str:
-    """The page for one model, or for two of the same documents. At most MAX_PAGE_BYTES in UTF-8.
+    """Builds the page for one model, or for two of the same documents. At most MAX_PAGE_BYTES in UTF-8.
 
-    It shows every document if they fit, else as many of each domain as do, and says so. Raises InvalidRequest when
+    It shows every document if they fit, else as many of each domain as do, and states that. Raises InvalidRequest when
     even one of each does not fit.
     """
     names = _names(reports)
@@ -542,7 +544,7 @@ def _method(reports: Sequence[ModelReport], num_shown: int, seed: int, max_token
 
 
 def slice_line(model: str) -> str:
-    """The command that writes a domain's experts as a checkpoint of their own."""
+    """Returns the command that writes a domain's experts as a checkpoint of their own."""
     return f"expert-pager slice {shlex.quote(model)} OUT --examples FILE --size 12.5%"
 
 
@@ -563,12 +565,12 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """The hash by which the page's content security policy admits its own script and style, and no other."""
+    """Returns the hash by which the page's content security policy admits its own script and style, and no other."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def embed_json(value: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it can end the element or start a comment."""
+    """Returns JSON that can stand inside a script element: nothing in it can end the element or start a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     # A lone surrogate cannot be written as UTF-8.

@@ -25,28 +25,28 @@ from pager.predict.fitted import (
 from pager.predict.learning import Learned, Observation, observed, revise
 from pager.types import RoutingScores, Share
 
-CHOICES = (8, 16, 32, 64, 96)  # of the number of codewords
-SHARES_S = (1 / 4, 1 / 8, 1 / 16)  # of a layer's experts in the pools by which codewords are judged
-MIN_GAIN = 0.1  # of the mass lost to sharing, for twice as many codewords
+CHOICES = (8, 16, 32, 64, 96)  # numbers of codewords to choose from
+SHARES_S = (1 / 4, 1 / 8, 1 / 16)  # shares of a layer's experts in the pools by which codewords are judged
+MIN_GAIN = 0.1  # relative gain in the mass lost to sharing that justifies twice as many codewords
 ROUNDS = 20
 MIN_MEMBERS = 4  # documents of a codeword
 MAX_FALLBACK = 0.1  # of prompts like those that were fitted to
 MIN_DOCUMENTS = 8
 FOLDS = 4
 JUDGED_SHARE = 1 / 8
-COARSE = 16  # clusters, of which some are held out to see what unknown documents look like
+COARSE = 16  # clusters, of which some are held out as unknown documents
 
 
 _Judged = tuple[np.ndarray, np.ndarray]
-"""By a pass's scores and by the trunk's: coverage, gain and length of prompts, [3, N]."""
+"""Coverage, gain and length of prompts, [3, N], by a pass's scores and by the trunk's."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodebookFit:
-    """The tensors of a codebook, and what held-out documents say of it.
+    """The tensors of a codebook, and its results on held-out documents.
 
-    `lost_mass`: by number of codewords, the gate mass that documents which the clusters had not seen lose to sharing
-    (an eighth of the experts): outside of the codeword's pool, but inside a pool of their own scores.
+    `lost_mass`: by number of codewords, the gate mass that documents unknown to the clusters lose to sharing (an eighth
+    of the experts): outside of the codeword's pool, but inside a pool of their own scores.
     """
 
     weights: dict[str, np.ndarray]
@@ -58,7 +58,9 @@ class CodebookFit:
 
 
 class CodebookFitter:
-    """Documents by what their gates wanted, [D, O], and prompts of them by what a pass and the trunk score, [N, O]."""
+    """Fits to documents, by what their gates wanted, [D, O], and prompts of them, by the scores of a pass and the
+    trunk, [N, O].
+    """
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class CodebookFitter:
         scores_after: Callable[[np.ndarray], np.ndarray],
         seed: int = 0,
     ) -> None:
-        """The scores should be as good as those of prompts that were not fitted to.
+        """Takes scores that should be as good as those of prompts that were not fitted to.
 
         `scores_after` takes numbers of documents and returns [N, O] scores by a pass fitted to these alone.
         """
@@ -96,7 +98,9 @@ class CodebookFitter:
         return CodebookFit({MEANS: means_CO, LENGTHS: lengths_P, THRESHOLDS: thresholds_2P}, lost_mass)
 
     def clusters(self, of_D: np.ndarray, count: int) -> np.ndarray:
-        """The means [C, O] of clusters of the documents `of_D`, each in the one whose pools hold most of its mass."""
+        """Returns the means [C, O] of clusters of the documents `of_D`, each in the one whose pools hold most of its
+        mass.
+        """
         wanted_DO = self._wanted_DO[of_D]
         random = np.random.default_rng(self._seed)
         means_CO = wanted_DO[random.permutation(len(wanted_DO))[:count]].copy()
@@ -111,7 +115,7 @@ class CodebookFitter:
         return self._means(wanted_DO, nearest_D, means_CO)
 
     def inside(self, rows_XO: np.ndarray, share: float) -> np.ndarray:
-        """1 where the pool of that share, picked from each row, has an expert: [X, O]."""
+        """Returns [X, O]: 1 where the pool of that share, picked from each row, has an expert."""
         return inside_share(rows_XO, share, self._routed)
 
     def best(self, means_CO: np.ndarray, evidence_NO: np.ndarray) -> np.ndarray:
@@ -119,7 +123,7 @@ class CodebookFitter:
         return np.asarray((evidence_NO @ self.inside(means_CO, JUDGED_SHARE).T).argmax(1))
 
     def coverage(self, means_CO: np.ndarray, best_N: np.ndarray, seen_NO: np.ndarray) -> np.ndarray:
-        """Each prompt's coverage by what was seen of it, as a service finds it: [N]."""
+        """Returns each prompt's coverage by what was seen of it, as a service finds it: [N]."""
         own_N = (seen_NO * self.inside(seen_NO, COVERAGE_SHARE)).sum(1)
         held_N = (seen_NO * self.inside(means_CO, COVERAGE_SHARE)[best_N]).sum(1)
         return np.asarray(held_N / np.maximum(own_N, 1e-9))
@@ -136,13 +140,12 @@ class CodebookFitter:
         return float(np.concatenate(lost).mean())
 
     def _thresholds(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The lengths of prompts, [P], and the coverages below which such a prompt gets a pool of its own, [2, P].
+        """Returns the lengths of prompts, [P], and the coverages below which such a prompt gets a pool of its own, [2,
+        P]: by a pass's scores, and by the trunk's.
 
-        By a pass's scores, and by the trunk's.
-
-        Groups of clusters take turns to be unknown to codebook and pass, beside documents of the other groups that are
-        left out as well. The best cut is the one by which most gate mass is gained, were half of all prompts unknown;
-        but no more than MAX_FALLBACK of the known ones fall below.
+        Groups of clusters take turns to be unknown to codebook and pass, together with documents of the other groups
+        that are left out as well. The best cut is the one that gains most gate mass if half of all prompts are unknown,
+        with no more than MAX_FALLBACK of the known ones below it.
         """
         num_documents = len(self._wanted_DO)
         coarse_CO = self.clusters(np.arange(num_documents), min(COARSE, num_documents))
@@ -194,7 +197,9 @@ class CodebookFitter:
         return np.asarray(gain_N / max(sum(count > 0 for count in self._routed), 1))
 
     def _means(self, wanted_DO: np.ndarray, nearest_D: np.ndarray, before_CO: np.ndarray) -> np.ndarray:
-        """The mean of each cluster: of all pools of a size, the one picked from it holds most of the members' mass."""
+        """Returns the mean of each cluster: of all pools of a size, the one picked from it holds most of the members'
+        mass.
+        """
         counts_C = np.bincount(nearest_D, minlength=len(before_CO))
         sums_CO = np.zeros_like(before_CO)
         np.add.at(sums_CO, nearest_D, wanted_DO)
@@ -202,7 +207,7 @@ class CodebookFitter:
 
 
 def _nearest_root(rows_DO: np.ndarray, points_CO: np.ndarray, rounds: int = 8) -> np.ndarray:
-    """The number of each row's cluster after k-means of the square roots, which weighs rare experts up: [D]."""
+    """Returns each row's cluster after k-means of the square roots, which gives rare experts more weight: [D]."""
     roots_DO, points_CO = np.sqrt(rows_DO), np.sqrt(points_CO)
     for _ in range(rounds):
         nearest_D = ((points_CO**2).sum(1) - 2 * roots_DO @ points_CO.T).argmin(1)
@@ -223,7 +228,9 @@ def _refilled(nearest_D: np.ndarray, mass_D: np.ndarray, count: int) -> np.ndarr
 
 
 def _cut(known_2N: np.ndarray, unknown_2N: np.ndarray) -> float:
-    """The coverage that cuts known from unknown prompts, each given by its coverage and what its own pool gains it."""
+    """Returns the coverage that separates known from unknown prompts, each given by its coverage and its own pool's
+    gain.
+    """
     coverage_N, gain_N = np.concatenate([known_2N, unknown_2N], 1)
     weight_N = np.repeat(
         [1 / max(known_2N.shape[1], 1), 1 / max(unknown_2N.shape[1], 1)], [known_2N.shape[1], unknown_2N.shape[1]]

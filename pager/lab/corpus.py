@@ -1,4 +1,6 @@
-"""What is measured: a model, and documents that are read from files of JSON lines, sampled, cut and tokenized."""
+"""The subject of measurements: a model, and documents that are read from files of JSON lines, sampled, cut and
+tokenized.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from pager.types import RoutingScores
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text. `name` is its "id", or else the file and line that it stands in."""
+    """One text. `name` is its "id", or else its file and line."""
 
     domain: str
     name: str
@@ -35,15 +37,17 @@ class Document:
 
 
 def tokenizer_of(model: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint. Raises InvalidRequest where there is none, CheckpointError for a damaged one."""
+    """Returns the tokenizer of a checkpoint. Raises InvalidRequest where there is none, CheckpointError for a damaged
+    one.
+    """
     tokenizer = read_tokenizer(model)
     if tokenizer is None:
-        raise InvalidRequest(f"{model} has no tokenizer.json, which documents need to become tokens")
+        raise InvalidRequest(f"{model} has no tokenizer.json, which is needed to tokenize documents")
     return tokenizer
 
 
 def files_of(patterns: Sequence[str]) -> list[Path]:
-    """The files that patterns name, sorted, each once. Raises InvalidRequest for a pattern that names none."""
+    """Returns the files that patterns name, sorted, each once. Raises InvalidRequest for a pattern that names none."""
     found: set[Path] = set()
     for pattern in patterns:
         files = [Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
@@ -54,7 +58,7 @@ def files_of(patterns: Sequence[str]) -> list[Path]:
 
 
 def documents_of(file: Path) -> Iterator[Document]:
-    """The documents of a file that have text; their domain is the file's name up to its first dot.
+    """Yields the documents of a file that have text; their domain is the file's name up to its first dot.
 
     Raises InvalidRequest, which names file and line.
     """
@@ -78,7 +82,7 @@ def sample_documents(patterns: Sequence[str], max_documents: int, seed: int) -> 
         kept = _reservoir(documents, max_documents, np.random.default_rng([seed, *domain.encode()]))
         found += [document for _, document in sorted(kept, key=lambda pair: pair[0])]
     if not found:
-        raise InvalidRequest(f"the {sum(map(len, files.values()))} files hold no document with text")
+        raise InvalidRequest(f"the {sum(map(len, files.values()))} files contain no document with text")
     return found
 
 
@@ -132,7 +136,7 @@ def read_examples(path: Path) -> list[str]:
 
 
 def _bounded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file. Raises InvalidRequest, also for more than a calibration ever reads."""
+    """Yields the lines of a file. Raises InvalidRequest, also for more than a calibration ever reads."""
     num_characters = 0
     try:
         for number, line in read_lines(path):
@@ -174,7 +178,7 @@ class Cut:
     context_tokens: int = 512
 
     def check(self, largest_context: int) -> Cut:
-        """`self`, with a context that the model has. Raises InvalidRequest for a prompt that leaves no room."""
+        """Returns `self`, with a context that the model has. Raises InvalidRequest for a prompt that leaves no room."""
         context = min(self.context_tokens, largest_context)
         if not 0 < 2 * self.prompt_tokens <= context:
             raise InvalidRequest(
@@ -210,12 +214,12 @@ def read_texts(
 
 
 def domains_of(texts: Sequence[Text]) -> list[str]:
-    """The domains of texts, sorted."""
+    """Returns the domains of texts, sorted."""
     return sorted({text.domain for text in texts})
 
 
 def digest_of(texts: Sequence[Text]) -> str:
-    """A name of the tokens: two evaluations with the same digest read the same."""
+    """Returns a digest of the tokens: two evaluations with the same digest read the same tokens."""
     digest = hashlib.blake2b(digest_size=12)
     for text in texts:
         digest.update(f"{text.domain}\0{' '.join(map(str, text.token_ids))}\0".encode())
@@ -223,7 +227,7 @@ def digest_of(texts: Sequence[Text]) -> str:
 
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer, cut: Cut) -> list[Text]:
-    """The tokens of those documents that are long enough."""
+    """Yields the tokens of those documents that are long enough."""
     encodings = encode_all(tokenizer, [document.text for document in documents], add_special_tokens=False)
     return [
         Text(document.domain, document.name, tuple(encoding.ids[: cut.context_tokens]))
@@ -233,7 +237,7 @@ def _encode(documents: Sequence[Document], tokenizer: Tokenizer, cut: Cut) -> li
 
 
 def _first(documents: Sequence[Document], tokenizer: Tokenizer, cut: Cut, count: int) -> list[Text]:
-    """The tokens of the first `count` documents that are long enough; the others need not become tokens."""
+    """Returns the tokens of the first `count` documents that are long enough, without tokenizing the others."""
     texts: list[Text] = []
     start = 0
     while len(texts) < count and start < len(documents):
@@ -244,21 +248,21 @@ def _first(documents: Sequence[Document], tokenizer: Tokenizer, cut: Cut, count:
 
 
 def _place(document: Document, seed: int) -> bytes:
-    """The place of a document in the draw."""
+    """Returns the place of a document in the draw."""
     return hashlib.blake2b(f"{seed}\0{document.name}\0{document.text}".encode()).digest()
 
 
 # --- the model under evaluation ---------------------------------------------------------------------------------------
 
 
-FEW_EXAMPLES = 5  # of a domain, for the methods that the paper gives one to five
-SAMPLE_PER_DOMAIN = 20  # documents that the global frequency is counted over
+FEW_EXAMPLES = 5  # per domain, for the methods that the paper gives one to five
+SAMPLE_PER_DOMAIN = 20  # documents over which the global frequency is counted
 OTHERS_PER_DOMAIN = 16  # documents that take turns to be the one example of their domain
 PERCENTS = (50.0, 25.0, 12.5, 6.25)
 
 
 def parse_percents(text: str) -> tuple[float, ...]:
-    """Pool sizes in percent of a layer's experts, from "25,12.5%". Raises InvalidRequest."""
+    """Parses pool sizes in percent of a layer's experts, from "25,12.5%". Raises InvalidRequest."""
     try:
         percents = tuple(float(part) for part in text.replace("%", "").split(","))
     except ValueError:
@@ -270,7 +274,7 @@ def parse_percents(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationAsk:
-    """An evaluation to be made: of which model, on which documents, how. `methods` None: all that are to be had."""
+    """The parameters of an evaluation: its model, documents and methods. `methods` None: all that are available."""
 
     model: Path
     documents: tuple[str, ...]
@@ -288,7 +292,7 @@ class EvaluationAsk:
 
 
 class Subject:
-    """The model and its texts. What was computed once is remembered; nothing else of it changes."""
+    """The model and its texts. Results that were computed once are kept; nothing else in it changes."""
 
     def __init__(
         self,
@@ -300,7 +304,9 @@ class Subject:
         calibration: Sequence[Text] = (),
         seed: int = 0,
     ) -> None:
-        """`calibration` are other documents of the same domains; empty where none were given."""
+        """Takes the model and texts. `calibration` are other documents of the same domains; empty where none were
+        given.
+        """
         self.path = path
         self.paged = paged
         self.facts = paged.facts
@@ -317,7 +323,7 @@ class Subject:
         self._predicted: dict[str, list[RoutingScores]] = {}
 
     def calibration(self, domain: str) -> Sequence[tuple[int, ...]]:
-        """The other documents of a domain. Raises InvalidRequest where there are none."""
+        """Returns the other documents of a domain. Raises InvalidRequest where there are none."""
         found = self._calibration.get(domain, [])
         if not found:
             given = "no calibration documents were given" if not self._calibration else f"none are of {domain!r}"
@@ -332,23 +338,25 @@ class Subject:
 
     @cached_property
     def predictor_file(self) -> PredictorFile | None:
-        """The maps fitted to this checkpoint; None where there are none. Raises CheckpointError for damaged ones."""
+        """Returns the maps fitted to this checkpoint; None where there are none. Raises CheckpointError for damaged
+        ones.
+        """
         present = (self.path / PREDICTOR_NAME).is_file()
         return PredictorFile.load(self.path, self.paged.fingerprint) if present else None
 
     @cached_property
     def full(self) -> tuple[list[PooledOutcome], list[GateMeans]]:
-        """The outcome of every text with all experts, and what the gates wanted."""
+        """The outcome of every text with all experts, and the mean gate probabilities."""
         return self.forwards.full(self.ids)
 
     @cached_property
     def calibration_means(self) -> Mapping[str, Sequence[RoutingScores]]:
-        """Each calibration document's mean gate probabilities, over all of it."""
+        """The mean gate probabilities of each calibration document, over all of it."""
         return {domain: self._mean_scores(self.calibration(domain)) for domain in self.domains}
 
     @cached_property
     def probe(self) -> Probe:
-        """The probe of the methods that need more than scores.
+        """Returns the probe of the methods that need more than scores.
 
         `frequency` counts over all domains' calibration documents.
         """
@@ -357,7 +365,7 @@ class Subject:
 
     @cached_property
     def easy_ep(self) -> Mapping[str, RoutingScores]:
-        """EASY-EP's scores of a few examples of each domain, good for every size."""
+        """Returns EASY-EP's scores of a few examples of each domain, valid for every size."""
         examples = {domain: self.few(domain) for domain in self.domains}
         return {
             domain: RoutingScores(self.probe.easy_ep(few), "easy-ep", sum(map(len, few)))
@@ -365,18 +373,18 @@ class Subject:
         }
 
     def few(self, domain: str) -> Sequence[tuple[int, ...]]:
-        """As many examples of a domain as the paper gives a method."""
+        """Returns as many examples of a domain as the paper gives a method."""
         return self.calibration(domain)[:FEW_EXAMPLES]
 
     def predicted(self, source: str) -> Sequence[RoutingScores]:
-        """The scores that a routing-only pass gives each prompt. Raises InvalidRequest as `router` does."""
+        """Returns the scores that a routing-only pass gives each prompt. Raises InvalidRequest as `router` does."""
         if source not in self._predicted:
             score = self.router(source)
             self._predicted[source] = [score(prompt) for prompt in self.prompts]
         return self._predicted[source]
 
     def router(self, source: str) -> Callable[[Sequence[int]], RoutingScores]:
-        """The routing-only pass of this name. Raises InvalidRequest where the checkpoint has none fitted."""
+        """Returns the routing-only pass of this name. Raises InvalidRequest where the checkpoint has none fitted."""
         if source == "trunk":
             return self._trunk.scores
         if self.predictor_file is None:
@@ -388,7 +396,9 @@ class Subject:
         return FittedPredictor(self.predictor_file, self._trunk).scores
 
     def one_example_each(self) -> list[tuple[int, ...]]:
-        """One other document of its domain for every text: of the calibration where given, else of the texts."""
+        """Returns one other document of its domain for every text: of the calibration where given, else of the
+        texts.
+        """
         turns = dict.fromkeys(self.domains, 0)
         return [self._another(text, turns) for text in self.texts]
 

@@ -1,8 +1,8 @@
 """Fits `router.safetensors` in closed form, from documents that a model has read.
 
-First what a model says of documents, then the fit: ridge regressions around typical points, in numpy only.
-Legend: T tokens, K experts a token picks, R routed experts of a layer, O those of all layers side by side, D hidden,
-N prompts, I inputs, Z features, M typical points, C columns of tokens, V vocabulary.
+The first part reads documents with a model; the second is the fit: ridge regressions around typical points, in numpy
+only. Legend: T tokens, K experts a token picks, R routed experts of a layer, O those of all layers side by side, D
+hidden, N prompts, I inputs, Z features, M typical points, C columns of tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STAND_IN_DOCUMENTS = 320  # of those to be read: some 100,000 tokens for a vecto
 
 StandIns = dict[int, np.ndarray]  # [R, D] float32 by sparse layer
 Steps = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-"""Shows progress: called with a name and a number of steps, it gives a context whose value is called after each."""
+"""Shows progress: called with a name and a number of steps, it returns a context whose value is called after each."""
 
 
 def fit_checkpoint(
@@ -72,7 +72,7 @@ def fit_checkpoint(
 def add_codebook(
     model: Path, paged: PagedModel, documents: Sequence[Ids], steps: Steps, num_codewords: int | None = None
 ) -> tuple[PredictorFile, CodebookFit]:
-    """Fits a codebook alone: the model's file with it, all else as it was.
+    """Fits only a codebook, and returns the model's file with it.
 
     Raises InvalidRequest for too few documents, CheckpointError where there is no file.
     """
@@ -96,7 +96,7 @@ def add_codebook(
 def with_codebook(
     file: PredictorFile, readings: Sequence[DocumentReading], vocabulary: int, options: FitOptions
 ) -> tuple[PredictorFile, CodebookFit]:
-    """Fits a codebook to readings: the file with it, all else as it was."""
+    """Fits a codebook to readings, and returns the file with it, otherwise unchanged."""
     fitter = _Fitter(readings, vocabulary, options)
     fit = fitter.codebook(file.routed_per_layer, fitter.lexical().unseen_NO)
     facts = dict(file.facts) | {"codebook_documents": str(len(readings)), "codewords": str(fit.num_codewords)}
@@ -115,12 +115,12 @@ def _fit_stand_ins(paged: PagedModel, documents: Sequence[Ids], seed: int, steps
     return fit.fit()
 
 
-# --- what a model says of documents -----------------------------------------------------------------------------------
+# --- reading documents with a model -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DocumentReading:
-    """A document as its model read it.
+    """The reading of one document by its model.
 
     `wanted_O`: each routed expert's mean probability over all of the document. `trunk`: the trunk's scores of some of
     its beginnings, each a prompt of `num_tokens`. `prefill_pools`: pools that prefills chose, each with the number
@@ -134,7 +134,7 @@ class DocumentReading:
 
 
 class StandInFit:
-    """The stand-ins for routed experts: adds up documents, then fits. Owned by the model's thread."""
+    """Computes the stand-ins for routed experts: adds up documents, then fits. Owned by the model's thread."""
 
     def __init__(self, paged: PagedModel) -> None:
         self._paged = paged
@@ -149,7 +149,7 @@ class StandInFit:
         self._num_tokens += len(token_ids)
 
     def fit(self) -> StandIns:
-        """The vector of each routed expert, from all documents added so far."""
+        """Returns the vector of each routed expert, from all documents added so far."""
         fitted = {}
         for layer, (gram_RR, cross_RD) in self._sums.items():
             fitted[layer] = ridge_of_sums(gram_RR.numpy(), cross_RD.numpy(), self._num_tokens, PENALTY)
@@ -162,7 +162,7 @@ class StandInFit:
         hidden_TD, index_TK, weights_TK = inputs
         added_TD = moe_TD.float()
         num_shared = self._paged.facts.shared_per_layer[layer]
-        if num_shared:  # last among a token's picks; past the hook
+        if num_shared:  # last among a token's picks; called past the hook
             shared = slice(index_TK.shape[1] - num_shared, None)
             added_TD = added_TD - experts.forward(hidden_TD, index_TK[:, shared], weights_TK[:, shared]).float()
         probs_RT = self._probs_TR.double().T
@@ -206,12 +206,12 @@ class DocumentReader:
 
 
 def prompt_lengths(num_tokens: int) -> list[int]:
-    """The lengths of the beginnings of a document that are read as prompts."""
+    """Returns the lengths of the beginnings of a document that are read as prompts."""
     return [length for length in PROMPT_LENGTHS if 2 * length <= num_tokens]
 
 
 def sizes_of_pools(facts: RoutingFacts) -> list[Share]:
-    """The sizes to learn from: those of POOL_SIZES that hold a token's picks."""
+    """Returns the sizes to learn from: those of POOL_SIZES that hold a token's picks."""
     top_k, experts = max(facts.top_k_per_layer), max(facts.experts_per_layer)
     return [size for size in POOL_SIZES if size.share * experts - 1 >= top_k] or [POOL_SIZES[-1]]
 
@@ -220,13 +220,13 @@ def sizes_of_pools(facts: RoutingFacts) -> list[Share]:
 
 
 MAX_COLUMNS = 8192
-MIN_PROMPTS = 2  # that a token must occur in, to be a column
-MAX_SAMPLE = 4096  # rows that typical points are sought among
+MIN_PROMPTS = 2  # prompts in which a token must occur to become a column
+MAX_SAMPLE = 4096  # rows among which typical points are sought
 ROUNDS = 12
 
 
 def common_tokens(prompts: Sequence[np.ndarray], vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """The most widespread tokens and the weight of each, a rarer one's larger: `(columns [C], weights [C])`."""
+    """Returns the most widespread tokens and the weight of each, a rarer one's larger: `(columns [C], weights [C])`."""
     spread_V = np.zeros(vocabulary, np.int64)
     for ids in prompts:
         spread_V[np.unique(ids)] += 1
@@ -237,7 +237,9 @@ def common_tokens(prompts: Sequence[np.ndarray], vocabulary: int) -> tuple[np.nd
 
 
 def sublinear_counts(prompts: Sequence[np.ndarray], columns_C: np.ndarray, vocabulary: int) -> np.ndarray:
-    """The token counts of prompts as log(1 + count), each vector of length 1 over all tokens of its prompt: [N, C]."""
+    """Returns prompts' token counts as log(1 + count), each vector of length 1 over all tokens of its prompt: [N,
+    C].
+    """
     column_V = np.full(vocabulary, -1)
     column_V[columns_C] = np.arange(len(columns_C))
     rows_NC = np.zeros((len(prompts), len(columns_C)), np.float32)
@@ -250,7 +252,7 @@ def sublinear_counts(prompts: Sequence[np.ndarray], columns_C: np.ndarray, vocab
 
 
 def ridge(inputs_NI: np.ndarray, outputs_NO: np.ndarray, penalty: float) -> np.ndarray:
-    """The least-squares map [I, O], with `penalty` in units of the inputs' mean squared norm."""
+    """Returns the least-squares map [I, O], with `penalty` in units of the inputs' mean squared norm."""
     num_rows, num_inputs = inputs_NI.shape
     strength = np.float32(max(penalty * float((inputs_NI**2).sum(dtype=np.float64)) / num_rows, 1e-12))
     if num_rows <= num_inputs:
@@ -263,22 +265,26 @@ def ridge(inputs_NI: np.ndarray, outputs_NO: np.ndarray, penalty: float) -> np.n
 
 
 def ridge_of_sums(gram_II: np.ndarray, cross_IO: np.ndarray, num_rows: int, penalty: float) -> np.ndarray:
-    """The map of `ridge` from `inputs.T @ inputs` and `inputs.T @ outputs`, for more rows than fit: [I, O] float32."""
+    """Returns the map of `ridge` from `inputs.T @ inputs` and `inputs.T @ outputs`, for more rows than fit: [I, O]
+    float32.
+    """
     strength = max(penalty * float(np.trace(gram_II)) / num_rows, 1e-12)
     return np.asarray(np.linalg.solve(gram_II + strength * np.eye(len(gram_II)), cross_IO), np.float32)
 
 
 def main_directions(rows_NO: np.ndarray, count: int) -> np.ndarray:
-    """The orthonormal main directions, largest first, as many as the rows can tell apart, at most `count`: [O, Z]."""
+    """Returns the orthonormal main directions, largest first, as many as the rows distinguish, at most `count`: [O,
+    Z].
+    """
     values_O, vectors_OO = np.linalg.eigh(rows_NO.T @ rows_NO)
     count = max(1, min(count, int((values_O > 1e-6 * values_O[-1]).sum())))
     basis_OZ = vectors_OO[:, ::-1][:, :count]
-    # A direction's sign is arbitrary; pin it, so that it does not depend on the library.
+    # A direction's sign is arbitrary; fixed here, so that it does not depend on the library.
     return np.asarray(basis_OZ * np.where(basis_OZ[np.abs(basis_OZ).argmax(0), np.arange(count)] < 0, -1, 1))
 
 
 def typical_points(rows_NZ: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The centres of k-means over a sample of the rows: [M, Z]."""
+    """Returns the centres of k-means over a sample of the rows: [M, Z]."""
     random = np.random.default_rng(seed)
     sample_NZ = rows_NZ[random.permutation(len(rows_NZ))[:MAX_SAMPLE]]
     points_MZ = sample_NZ[: max(1, min(count, len(sample_NZ)))].copy()
@@ -292,7 +298,7 @@ def typical_points(rows_NZ: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 MIN_DOCUMENTS = 8
-JUDGED_SHARE = 8  # of experts, in the pools by which passes are judged
+JUDGED_SHARE = 8  # an eighth of the experts, in the pools by which passes are judged
 FOLDS = 3
 
 
@@ -300,7 +306,7 @@ FOLDS = 3
 class FitOptions:
     """The numbers of features and typical points; ridge penalties in units of the inputs' mean squared norm.
 
-    `codewords` None: as many as held-out documents ask for.
+    `codewords` None: as many as held-out documents call for.
     """
 
     lexical_features: int = 48
@@ -315,10 +321,10 @@ class FitOptions:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The file, and how well its passes did on documents that their maps had not seen, by source.
+    """The file, and how well its passes did on documents unknown to their maps, by source.
 
-    `recall` of prefills' pools; `recall_error`, the mean absolute error of its estimates; `mass`, how much of a
-    document's gate mass a pool of an eighth of the experts holds, over what the best such pool does.
+    `recall` of prefills' pools; `recall_error`, the mean absolute error of its estimates; `mass`, the share of a
+    document's gate mass that a pool of an eighth of the experts holds, over that of the best such pool.
     """
 
     file: PredictorFile
@@ -337,9 +343,9 @@ def fit_router(
     stand_ins: Mapping[int, np.ndarray] | None = None,
     options: FitOptions | None = None,
 ) -> Fit:
-    """Fits the file. The readings should be in random order, as folds of them take turns. Raises InvalidRequest.
+    """Fits the file. The readings should be in random order, since folds of them take turns. Raises InvalidRequest.
 
-    `stand_ins` are those of the trunk that made the readings; the file takes them along.
+    `stand_ins` are those of the trunk that made the readings; the file includes them.
     """
     _check_documents(len(readings))
     return _Fitter(readings, vocabulary, options or FitOptions()).fit(routed_per_layer, fingerprint, stand_ins or {})
@@ -347,12 +353,12 @@ def fit_router(
 
 def _check_documents(num_documents: int) -> None:
     if num_documents < MIN_DOCUMENTS:
-        raise InvalidRequest(f"a router is fitted to at least {MIN_DOCUMENTS} documents; {num_documents} were given")
+        raise InvalidRequest(f"a fit needs at least {MIN_DOCUMENTS} documents; {num_documents} were given")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lexical:
-    """The lexical pass: its tensors, the prompts' features, and outputs of Stages that had not seen the document."""
+    """The lexical pass: its tensors, the prompts' features, and outputs of Stages to which the document was unknown."""
 
     weights: dict[str, np.ndarray]
     features_NZ: np.ndarray
@@ -401,7 +407,7 @@ class _Fitter:
         return fitter.fit(options.codewords)
 
     def _scores_after(self, of_D: np.ndarray) -> np.ndarray:
-        """The prompts' scores by a lexical pass that was fitted to some of the documents alone: [N, O]."""
+        """Returns the prompts' scores by a lexical pass that was fitted to some of the documents alone: [N, O]."""
         fitter = _Fitter([self._readings[number] for number in of_D], self._vocabulary, self._options)
         file = PredictorFile("", (), fitter.lexical().weights, {})
         predictor, stage = LexicalPredictor(file), file.stage("lexical")
@@ -417,7 +423,8 @@ class _Fitter:
         trunk_NO = np.stack([np.concatenate(trunk.mean_LR) for trunk in self._trunk]).astype(np.float32)
         trunk_mean_O = trunk_NO.mean(0)
         trunk_NO -= trunk_mean_O
-        balance = np.sqrt((trunk_NO**2).sum() / max(float((lexical_NZ**2).sum()), 1e-12))  # both sources weigh alike
+        # both sources have equal weight
+        balance = np.sqrt((trunk_NO**2).sum() / max(float((lexical_NZ**2).sum()), 1e-12))
         inputs_NI = np.concatenate([lexical_NZ * balance, trunk_NO], 1)
         down_IZ, fitted_NZ = self._features(inputs_NI, options.fitted_features, options.penalty)
         down_IZ[: lexical_NZ.shape[1]] *= balance
@@ -434,7 +441,9 @@ class _Fitter:
         return self._judge(file, {"lexical": lexical.unseen_NO, "fitted": unseen_fitted_NO}, codebook)
 
     def _features(self, inputs_NI: np.ndarray, count: int, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        """What ridge regression keeps of the inputs, each prompt's as if unseen: `(down [I, Z], features [N, Z])`."""
+        """Returns what ridge regression keeps of the inputs, each prompt's as if unseen: `(down [I, Z], features [N,
+        Z])`.
+        """
         wanted_NO = self._wanted_NO - self._mean_O
         map_IO = ridge(inputs_NI, wanted_NO, penalty)
         basis_OZ = main_directions(inputs_NI @ map_IO, count)
@@ -442,11 +451,13 @@ class _Fitter:
         for seen_N in self._turns():
             map_of_seen_IZ = ridge(inputs_NI[seen_N], wanted_NO[seen_N], penalty) @ basis_OZ
             features_NZ[~seen_N] = inputs_NI[~seen_N] @ map_of_seen_IZ
-        scale = max(float(features_NZ.std()), 1e-12)  # to about 1, where half precision is at its best
+        scale = max(float(features_NZ.std()), 1e-12)  # scaled to about 1, where half precision is most accurate
         return (map_IO @ basis_OZ / scale).astype(np.float32), features_NZ / np.float32(scale)
 
     def _stage(self, features_NZ: np.ndarray, points: int) -> tuple[Stage, np.ndarray]:
-        """The Stage of all prompts, and the outputs [N, O] of Stages that had not seen the prompt's document."""
+        """Returns the Stage of all prompts, and the outputs [N, O] of Stages to which the prompt's document was
+        unknown.
+        """
         keys, offsets = self._nearness(features_NZ, points)
         unseen_NO = np.empty_like(self._wanted_NO)
         for seen_N in self._turns():
@@ -454,7 +465,9 @@ class _Fitter:
         return self._head(keys, offsets, features_NZ, np.ones(len(features_NZ), bool)), unseen_NO
 
     def _nearness(self, features_NZ: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits that fall with the squared distance from typical points, in units of the usual one to the nearest."""
+        """Returns logits that fall with the squared distance from typical points, in units of the usual one to the
+        nearest.
+        """
         points_MZ = typical_points(features_NZ, min(points, self._num_documents // 4), self._options.seed)
         squares_M = (points_MZ**2).sum(1)
         distance_N = (features_NZ**2).sum(1) + (squares_M - 2 * features_NZ @ points_MZ.T).min(1)
@@ -465,13 +478,14 @@ class _Fitter:
         blank = np.zeros((len(offsets) + features_NZ.shape[1], 0), np.float32)
         inner_NI = Stage(keys, offsets, blank, self._mean_O).inner(features_NZ[seen_N])
         halves = np.split(inner_NI, [len(offsets)], 1)
-        scales = [max(float(np.sqrt((half**2).sum(1).mean())), 1e-6) for half in halves]  # so that both weigh alike
+        # so that both have equal weight
+        scales = [max(float(np.sqrt((half**2).sum(1).mean())), 1e-6) for half in halves]
         scale_I = np.repeat(np.array(scales, np.float32), [half.shape[1] for half in halves])
         head_IO = ridge(inner_NI / scale_I, self._wanted_NO[seen_N] - self._mean_O, self._options.penalty)
         return Stage(keys, offsets, (head_IO / scale_I[:, None]).astype(np.float32), self._mean_O)
 
     def _turns(self) -> list[np.ndarray]:
-        """The prompts of other documents, for each fold."""
+        """Yields the prompts of other documents, for each fold."""
         return [self._fold_N != fold for fold in range(FOLDS)]
 
     def _judge(self, file: PredictorFile, unseen: dict[str, np.ndarray], codebook: CodebookFit) -> Fit:

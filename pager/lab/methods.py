@@ -1,9 +1,8 @@
 """The selection methods, every way to choose a pool by name, and the grid of all of them at every size.
 
 A method chooses from example texts (`select`, as `expert-pager calibrate` does), for each document of an evaluation
-(`choose`), or both. What is known of a document is its prompt, unless the method says otherwise. Rules 17 to 20 of EMO
-name the paper's methods.
-Legend: L layers, R routed experts of a layer.
+(`choose`), or both. A method knows only the prompt of a document, unless it says otherwise. Rules 17 to 20 of EMO name
+the paper's methods. Legend: L layers, R routed experts of a layer.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from pager.types import Bytes, ExpertPool, PoolPolicy, PoolSize, PoolSource, Rou
 
 FULL = "full"
 BY_LAYER = "+layers"
-"""Behind a method's name: the same bytes in all, shared out over the layers."""
+"""The suffix of a method's name for the same bytes in all, shared out over the layers."""
 RENAMED = {"fused": "prefill"}
-"""Names of earlier versions, which are still read."""
+"""Names of earlier versions, which are still accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A policy a document; pools that are still open are chosen by the first `voters` tokens (None: the prompt)."""
+    """A policy per document; pools that are still open are chosen by the first `voters` tokens (None: the prompt)."""
 
     policies: Sequence[PoolPolicy]
     voters: int | None = None
@@ -67,16 +66,17 @@ class Method:
 
 
 def current_name(name: str) -> str:
-    """`name`, or what it is called today, with what stands behind it."""
+    """Returns the current name for `name`, with its suffix."""
     base = name.removesuffix(BY_LAYER)
     return RENAMED.get(base, base) + name[len(base) :]
 
 
-# --- from examples ----------------------------------------------------------------------------------------------------
+# --- methods that choose from examples --------------------------------------------------------------------------------
 
 
 def select(method: str, probe: Probe, examples: Examples, size: PoolSize, *, seed: int = 0) -> ExpertPool:
-    """The pool of `size` that `method` chooses from one or more examples, as token ids. Only `random` has a seed.
+    """Returns the pool of `size` that `method` chooses from one or more examples, as token ids. Only `random` has a
+    seed.
 
     Raises InvalidRequest for an unknown method and for examples that the method cannot use, PoolTooSmall.
     """
@@ -89,7 +89,9 @@ def select(method: str, probe: Probe, examples: Examples, size: PoolSize, *, see
 
 
 def score(method: str, probe: Probe, examples: Examples, size: PoolSize, *, seed: int = 0) -> RoutingScores:
-    """The scores behind `select`. Those of `prefill` and `greedy` hold for this size alone, which is not in bytes."""
+    """Returns the scores behind `select`. Those of `prefill` and `greedy` hold for this size alone, which is not in
+    bytes.
+    """
     of_examples = method_of(method).examples
     assert of_examples is not None
     if not examples or not all(examples):
@@ -102,7 +104,7 @@ def score(method: str, probe: Probe, examples: Examples, size: PoolSize, *, seed
 
 
 def method_of(name: str) -> Method:
-    """The method that chooses from examples under this name. Raises InvalidRequest where there is none."""
+    """Returns the method that chooses from examples under this name. Raises InvalidRequest where there is none."""
     name = current_name(name)
     if name not in FROM_EXAMPLES:
         known = ", ".join(FROM_EXAMPLES)
@@ -115,7 +117,7 @@ def _mean(probe: Probe, examples: Examples, _: PoolSize, __: int) -> Layers:
 
 
 def _greedy(probe: Probe, examples: Examples, size: PoolSize, _: int) -> Layers:
-    """Layer by layer, each measured with the layers below pruned to what they chose from all the examples together."""
+    """Scores layer by layer, each with the layers below pruned to what they chose from all the examples together."""
     facts, counts = probe.facts, largest_counts(size, probe.facts)
     means: list[np.ndarray] = []
     chosen: list[tuple[int, ...]] = []
@@ -126,7 +128,7 @@ def _greedy(probe: Probe, examples: Examples, size: PoolSize, _: int) -> Layers:
 
 
 def _prefill(probe: Probe, examples: Examples, size: PoolSize, _: int) -> Layers:
-    """What each example would choose for itself as a prompt, averaged: of one example, the pool of that request."""
+    """Averages what each example would choose for itself as a prompt: for one example, the pool of that request."""
     return _average([probe.prefill_probabilities(example, size) for example in examples], examples)
 
 
@@ -138,7 +140,8 @@ def _predicted(source: str) -> OfExamples:
 
 
 def random_layers(facts: RoutingFacts, seed: int) -> Layers:
-    """Scores whose order is a shuffle of each layer's experts: a larger pool holds the smaller ones of the same seed.
+    """Returns scores whose order is a shuffle of each layer's experts: a larger pool holds the smaller ones of the same
+    seed.
 
     Numpy's legacy generator draws the same numbers in every version, and those of `torch.randperm` after
     `torch.manual_seed(seed)`, which the reference implementation used.
@@ -157,17 +160,17 @@ def random_layers(facts: RoutingFacts, seed: int) -> Layers:
 
 
 def _average(layers_of: Sequence[Layers], examples: Examples) -> Layers:
-    """The mean over all tokens, from each example's own."""
+    """Returns the mean over all tokens, from each example's own."""
     weights = np.array([len(example) for example in examples], dtype=np.float64)
     weights /= weights.sum()
     return tuple(np.tensordot(weights, np.stack(layer), axes=1) for layer in zip(*layers_of, strict=True))
 
 
-# --- for the documents of an evaluation -------------------------------------------------------------------------------
+# --- methods for the documents of an evaluation -----------------------------------------------------------------------
 
 
 def methods_for(subject: Subject, names: Sequence[str] | None) -> list[str]:
-    """`names`, checked; None: all that this checkpoint and these documents allow. Raises InvalidRequest."""
+    """Returns `names`, checked; None: all that this checkpoint and these documents allow. Raises InvalidRequest."""
     if names is None:
         return [name for name in METHODS if _obstacle(subject, name) is None]
     names = [current_name(name) for name in names]
@@ -179,14 +182,14 @@ def methods_for(subject: Subject, names: Sequence[str] | None) -> list[str]:
                 "that has scores"
             )
         if name.endswith(BY_LAYER) and _sharing(base) is None:
-            raise InvalidRequest(f"{base!r} has no scores of its own to share experts out over layers by")
+            raise InvalidRequest(f"{base!r} has no scores by which to share experts out over layers")
         if (obstacle := _obstacle(subject, base)) is not None:
             raise InvalidRequest(f"method {name!r} {obstacle}")
     return names
 
 
 def choose(subject: Subject, name: str, size: PoolSize) -> Choice:
-    """A policy for each document. Raises PoolTooSmall for a size below what a gate picks for one token."""
+    """Returns a policy for each document. Raises PoolTooSmall for a size below what a gate picks for one token."""
     counts = largest_counts(size, subject.facts)
     base = name.removesuffix(BY_LAYER)
     method = METHODS[base]
@@ -203,12 +206,12 @@ def choose(subject: Subject, name: str, size: PoolSize) -> Choice:
 
 
 def size_of(percent: float) -> PoolSize:
-    """A share of all experts of a layer, shared ones included."""
+    """Returns a share of all experts of a layer, shared ones included."""
     return Share(percent / 100)
 
 
 def _sharing(base: str) -> OfDocuments | None:
-    """The scores that share experts out over layers for a method."""
+    """Returns the scores that share experts out over layers for a method."""
     method = METHODS[base]
     return METHODS[method.shared_out_by].documents if method.shared_out_by else method.documents
 
@@ -242,7 +245,7 @@ def _from_whole(subject: Subject, size: PoolSize) -> Choice:
 
 
 def _one_example(subject: Subject, size: PoolSize) -> Choice:
-    """The pool of one other document, layer by layer over all of it; examples that occur often run once."""
+    """Chooses the pool of one other document, layer by layer over all of it; examples that occur often run once."""
     examples = subject.one_example_each()
     distinct = list(dict.fromkeys(examples))
     pools = dict(zip(distinct, subject.forwards.pools(distinct, size), strict=True))
@@ -250,7 +253,7 @@ def _one_example(subject: Subject, size: PoolSize) -> Choice:
 
 
 def _named(subject: Subject, size: PoolSize) -> Choice:
-    """What `expert-pager calibrate` makes of one example where no method is given."""
+    """Chooses as `expert-pager calibrate` does from one example where no method is given."""
     examples, score = subject.one_example_each(), subject.router("fitted")
     pools = {ids: pick_pool(score(ids), size, subject.facts) for ids in dict.fromkeys(examples)}
     return Choice([_fixed(pools[ids]) for ids in examples])
@@ -360,7 +363,7 @@ class Cell:
     """One method at one size over all documents. `inside_NE`: which experts each pool has; None with all experts."""
 
     nats_N: np.ndarray
-    agreed_N: np.ndarray  # predictions that are the full model's too
+    agreed_N: np.ndarray  # predictions that equal the full model's
     inside_NE: np.ndarray | None
     seconds: float
 
@@ -378,7 +381,9 @@ class CellStore:
     """A folder of cells made under the same conditions. Without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None, conditions: str) -> None:
-        """`conditions` names all that a cell depends on beside its method and size. Raises ConfigError."""
+        """Opens the folder. `conditions` names all that a cell depends on beside its method and size. Raises
+        ConfigError.
+        """
         self._folder = folder
         self._conditions = conditions
         if folder is not None:
@@ -398,7 +403,7 @@ class CellStore:
                     return None
                 return _one_cell({key: stored[key] for key in stored.files})
         except (OSError, ValueError, KeyError, EOFError):
-            return None  # it is made again, and written over
+            return None  # it is measured again, and overwritten
 
     def save(self, name: str, cell: Cell) -> None:
         """Writes a cell, whole or not at all."""
@@ -432,7 +437,7 @@ def _one_cell(stored: dict[str, np.ndarray]) -> Cell:
 
 
 def pack_pools(pools: list[ExpertPool], routed_per_layer: tuple[int, ...]) -> np.ndarray:
-    """Pools as bits, one row each: bool [N, E]."""
+    """Returns pools as bits, one row each: bool [N, E]."""
     inside_NE = np.zeros((len(pools), sum(routed_per_layer)), bool)
     starts = np.cumsum([0, *routed_per_layer])
     for row, pool in enumerate(pools):
@@ -494,7 +499,7 @@ def run_grid(
 
 
 def conditions_of(subject: Subject, calibration: Sequence[Text]) -> str:
-    """A digest of all that a cell depends on beside its method and size."""
+    """Returns a digest of all that a cell depends on beside its method and size."""
     router = "none" if subject.predictor_file is None else _digest_of_weights(subject.predictor_file.weights)
     parts = (
         "expert-pager cell 1",
@@ -509,7 +514,7 @@ def conditions_of(subject: Subject, calibration: Sequence[Text]) -> str:
 
 
 def predicted_tokens(texts: Sequence[Text], prompt_tokens: int) -> np.ndarray:
-    """The number of tokens of each document that are predicted: [N]."""
+    """Returns the number of tokens of each document that are predicted: [N]."""
     return np.array([len(text.token_ids) - prompt_tokens for text in texts])
 
 

@@ -27,7 +27,7 @@ from pager.types import ExpertKey, ExpertPool, PoolPolicy, PoolSize, PoolSource,
 
 Ids = Sequence[int]
 Examples = Sequence[Ids]
-Layers = tuple[np.ndarray, ...]  # a float64 [R] a layer, empty where dense
+Layers = tuple[np.ndarray, ...]  # a float64 [R] per layer, empty where dense
 Predictor = Callable[[Ids], RoutingScores]
 OnGate = Callable[[int, Tensor, Tensor], None]  # layer, probs_TR over the routed experts, index_TK as the pool allows
 OnExperts = Callable[
@@ -39,7 +39,7 @@ EVERY_EXPERT = PoolPolicy()
 
 @contextmanager
 def recording(paged: PagedModel, on_gate: OnGate, on_experts: OnExperts | None = None) -> Iterator[None]:
-    """Inside, `on_gate` is called after every gate of a forward, and `on_experts` after the experts of its layer.
+    """Calls `on_gate` after every gate of a forward in this context, and `on_experts` after the experts of its layer.
 
     In a layer the gate comes first.
     """
@@ -72,7 +72,7 @@ def run_document(
 
 
 def mean_probabilities(paged: PagedModel, documents: Examples, policy: PoolPolicy = EVERY_EXPERT) -> Layers:
-    """Each routed expert's mean gate probability over all tokens of documents that run one after the other."""
+    """Returns each routed expert's mean gate probability over all tokens of documents that run one after the other."""
     totals = _Totals(paged.facts)
     with recording(paged, totals.add):
         for document in documents:
@@ -81,16 +81,18 @@ def mean_probabilities(paged: PagedModel, documents: Examples, policy: PoolPolic
 
 
 class Probe:
-    """What the selection methods ask of a model. Means are over all tokens of all examples.
+    """The measurements of a model that the selection methods need. Means are over all tokens of all examples.
 
-    One thread only, the model's own. Examples run one at a time, unpadded. Every method raises InvalidRequest for
-    token ids that the model does not have and for examples longer than its context.
+    One thread only, the model's own. Examples run one at a time, unpadded. Every method raises InvalidRequest for token
+    ids that the model does not have and for examples longer than its context.
     """
 
     def __init__(
         self, paged: PagedModel, *, predictors: Mapping[str, Predictor] | None = None, sample: Examples = ()
     ) -> None:
-        """`predictors` are the routing-only passes by name, `sample` the documents that `frequency` counts over."""
+        """Takes a model. `predictors` are the routing-only passes by name, `sample` the documents that `frequency`
+        counts over.
+        """
         self._paged = paged
         self._predictors = dict(predictors or {})
         self._sample = sample
@@ -101,15 +103,17 @@ class Probe:
         return self._paged.facts
 
     def mean_probabilities(self, examples: Examples) -> Layers:
-        """Each routed expert's mean gate probability, with all experts."""
+        """Returns each routed expert's mean gate probability, with all experts."""
         return mean_probabilities(self._paged, self._checked(examples))
 
     def prefill_probabilities(self, example: Ids, size: PoolSize) -> Layers:
-        """The same of one example as a request's prefill sees it: each layer chooses its pool and runs with it."""
+        """Returns the same of one example as a request's prefill sees it: each layer chooses its pool and runs with
+        it.
+        """
         return mean_probabilities(self._paged, self._checked([example]), PoolPolicy(size))
 
     def layer_probabilities(self, examples: Examples, below: Sequence[Sequence[int]]) -> np.ndarray:
-        """[R] of layer `len(below)`, while the layers below it have only these routed experts."""
+        """Returns [R] of layer `len(below)`, while the layers below it have only these routed experts."""
         totals, target = _Totals(self.facts), len(below)
         above = [tuple(range(routed)) for routed in self.facts.routed_per_layer[target:]]
         policy = PoolPolicy(source=PoolSource.FIXED, fixed=ExpertPool((*map(tuple, below), *above)))
@@ -126,7 +130,8 @@ class Probe:
         return totals.means(sum(map(len, examples)))[target]
 
     def easy_ep(self, examples: Examples) -> Layers:
-        """Sum over the tokens that pick an expert of its weighted output's norm, times how far MoE turns the token.
+        """Sums, over the tokens that pick an expert, its weighted output's norm, times how far the MoE block turns the
+        token.
 
         arXiv 2504.06792, as the authors of EMO coded it (rule 19). Each rank of the picks runs again by itself, so that
         any kernel and budget will do.
@@ -150,7 +155,9 @@ class Probe:
         return tuple(score_E[:num].numpy() for score_E, num in zip(totals, routed, strict=True))
 
     def frequency(self) -> Layers:
-        """Each expert's share of the picks over a sample of everything the model reads, whatever the examples."""
+        """Returns each expert's share of the picks over a sample of everything the model reads, whatever the
+        examples.
+        """
         if not self._sample:
             raise InvalidRequest(
                 "the frequency of experts is counted over a sample of documents, and none was given; give some, or "
@@ -162,7 +169,7 @@ class Probe:
         return self._frequency
 
     def predicted(self, source: str, example: Ids) -> RoutingScores:
-        """What a routing-only pass ("trunk", "lexical" or "fitted") expects of one example."""
+        """Returns what a routing-only pass ("trunk", "lexical" or "fitted") expects of one example."""
         if source not in self._predictors:
             remedy = (
                 "load a TrunkPredictor" if source == "trunk" else "run `expert-pager fit-router` on this checkpoint"
@@ -200,7 +207,7 @@ class Probe:
 
 
 class _Totals:
-    """Gate probabilities added up over tokens, layer by layer."""
+    """Sums of gate probabilities over tokens, layer by layer."""
 
     def __init__(self, facts: RoutingFacts) -> None:
         self._total = [torch.zeros(routed, dtype=torch.float64) for routed in facts.routed_per_layer]
@@ -213,11 +220,11 @@ class _Totals:
 
 
 class _LayerReached(Exception):
-    """Ends a forward at the layer that was asked about; what lies above it need not run."""
+    """Ends a forward at the requested layer; the layers above it need not run."""
 
 
 def _nothing(*_: object) -> None:
-    """An `on_gate` that records nothing."""
+    """Records nothing: an `on_gate` for runs without a recording."""
 
 
 # --- rows of many documents, each under a pool of its own -------------------------------------------------------------
@@ -228,16 +235,16 @@ def _nothing(*_: object) -> None:
 # L layers, R routed experts of a layer, K experts a token picks, N tokens of one expert.
 
 
-BATCH_TOKENS = 8192  # at most; fewer where what they work with would take more than BATCH_BYTES
+BATCH_TOKENS = 8192  # an upper bound; fewer where their working memory would exceed BATCH_BYTES
 BATCH_BYTES = 256 * 2**20
-HEAD_TOKENS = 512  # logits of so many tokens exist at a time
+HEAD_TOKENS = 512  # tokens whose logits exist at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PooledOutcome:
     """One document under one pool: the predictions of the tokens after its prompt."""
 
-    nats: float  # added up
+    nats: float  # summed
     best_P: np.ndarray  # int32: the likeliest token at each place
     pool: ExpertPool | None  # None for all experts
 
@@ -257,7 +264,7 @@ class Forwards:
         self.paged = paged
         self.prompt_tokens = prompt_tokens
         self._batch_tokens = batch_tokens or _batch_tokens(paged)
-        self._running: list[int] = []  # the texts of the batch that is running
+        self._running: list[int] = []  # the texts of the running batch
 
     def outcomes(
         self, texts: Sequence[Ids], policies: Sequence[PoolPolicy], *, voters: int | None = None
@@ -274,7 +281,7 @@ class Forwards:
         return [outcome for outcome in outcomes if outcome is not None]
 
     def pools(self, texts: Sequence[Ids], size: PoolSize) -> list[ExpertPool]:
-        """The pool that each whole text would choose for itself, layer by layer."""
+        """Returns the pool that each whole text would choose for itself, layer by layer."""
         pools: dict[int, ExpertPool] = {}
         longest = max(map(len, texts))
         for rows, _, routings in self._run(texts, [PoolPolicy(size)] * len(texts), longest):
@@ -284,13 +291,13 @@ class Forwards:
         return [pools[row] for row in range(len(texts))]
 
     def full(self, texts: Sequence[Ids]) -> tuple[list[PooledOutcome], list[GateMeans]]:
-        """The outcomes with all experts, and what the gates wanted."""
+        """Returns the outcomes with all experts, and the mean gate probabilities."""
         with self._recording(texts) as means:
             outcomes = self.outcomes(texts, [EVERY_EXPERT] * len(texts))
         return outcomes, means
 
     def means(self, texts: Sequence[Ids]) -> list[GateMeans]:
-        """What the gates want of each text with all experts."""
+        """Returns the mean gate probabilities of each text with all experts."""
         with self._recording(texts) as means:
             for _ in self._run(texts, [EVERY_EXPERT] * len(texts), self.prompt_tokens):
                 pass
@@ -300,7 +307,7 @@ class Forwards:
     def _run(
         self, texts: Sequence[Ids], policies: Sequence[PoolPolicy], voters: int
     ) -> Iterator[tuple[list[int], Tensor, list[RequestRouting]]]:
-        """Runs batch by batch: the texts' numbers, their hidden states [B, S, D] and their routing."""
+        """Yields batch by batch the texts' numbers, their hidden states [B, S, D] and their routing."""
         device = self.paged.device
         for rows in batches([len(text) for text in texts], self._batch_tokens):
             lengths = [len(texts[row]) for row in rows]
@@ -329,7 +336,7 @@ class Forwards:
 
     @contextmanager
     def _recording(self, texts: Sequence[Ids]) -> Iterator[list[GateMeans]]:
-        """Every text's means, once the batches that ran inside are done."""
+        """Yields a list that has every text's means, once the batches that ran inside are done."""
         dense = [np.zeros(0)] * self.paged.facts.num_layers
         prompts, wholes = ([list(dense) for _ in texts] for _ in range(2))
         found: list[GateMeans] = []
@@ -355,7 +362,7 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def _batch_tokens(paged: PagedModel) -> int:
-    """The tokens of a batch. Each is copied for each of its experts, on the way in and on the way out."""
+    """Returns the tokens of a batch. Each is copied for each of its experts, on the way in and on the way out."""
     copies = 2 * max(paged.facts.top_k_per_layer, default=1) + 2
     token_bytes = copies * int(paged.config.hidden_size) * paged.dtype.itemsize
     return max(1, min(BATCH_TOKENS, BATCH_BYTES // token_bytes))
@@ -371,7 +378,9 @@ two differ by rounding."""
 
 @contextmanager
 def experts_in_bulk(paged: PagedModel) -> Iterator[None]:
-    """Inside, the model computes in bulk, if all experts fit into its slots and it computes in float32 on a CPU."""
+    """Makes the model compute in bulk in this context, if all experts fit into its slots and it computes in float32 on
+    a CPU.
+    """
     is_plain = paged.dtype == torch.float32 and paged.record is None
     if not paged.fully_resident or not is_plain or paged.device.type != "cpu":
         yield
@@ -390,7 +399,7 @@ def experts_in_bulk(paged: PagedModel) -> Iterator[None]:
 
 
 def _run_in_bulk(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The function that transformers calls for a layer's experts: [T, D]."""
+    """Computes a layer's experts for transformers: [T, D]."""
     layer: experts.LayerExperts = module.paging
     slot_P = layer.pager.slots.slot_of_LE[layer.layer][index_TK].flatten()
     order_P = slot_P.argsort()

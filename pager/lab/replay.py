@@ -1,4 +1,4 @@
-"""A recorded trace under other eviction policies and budgets, as a table and as metrics."""
+"""Replays of a recorded trace under other eviction policies and budgets, as a table and as metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pager.observe.metrics import Instruments, Kind, Labels, Metric
 from pager.types import ExpertKey
 
 OPTIMUM = "optimum"
-"""Belady's rule: evict what is needed last. Without pins, no policy misses less."""
+"""Belady's rule: evict the expert that is needed last. Without pins, no policy misses less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def replay(trace: Trace, policy: str, num_slots: int) -> ReplayResult:
 
 
 def replay_all(trace: Trace, num_slots: int) -> list[ReplayResult]:
-    """The results of every policy, the fewest misses first, the optimum at the end."""
+    """Returns the results of every policy, the fewest misses first, the optimum at the end."""
     results = sorted((replay(trace, name, num_slots) for name in POLICIES), key=lambda result: result.misses)
     return [*results, replay(trace, OPTIMUM, num_slots)]
 
@@ -55,8 +55,8 @@ class _Cache:
     def __init__(self, num_slots: int, policy: EvictionPolicy) -> None:
         self._num_slots = num_slots
         self._policy = policy
-        self._pins: dict[ExpertKey, int] = {}  # of what is resident
-        self._passing: Counter[ExpertKey] = Counter()  # held and not resident: there was no room
+        self._pins: dict[ExpertKey, int] = {}  # of resident experts
+        self._passing: Counter[ExpertKey] = Counter()  # held without a slot, because there was no room
 
     def run(self, accesses: Sequence[Access]) -> tuple[int, int]:
         hits = misses = 0
@@ -206,7 +206,7 @@ def curve(trace: Trace, tables: Sequence[BudgetResults]) -> Iterator[CurvePoint]
 
 
 def write_curve(points: Iterable[CurvePoint], path: Path) -> None:
-    """Replaces the file in one step: a collector never reads half of it. Raises ConfigError."""
+    """Replaces the file in one step, so that a collector never reads half of it. Raises ConfigError."""
     registry = CollectorRegistry()
     made = Instruments(REPLAY_FAMILIES, registry)
     for point in points:

@@ -1,4 +1,4 @@
-"""An evaluation: from a checkpoint to figures with intervals, as one JSON object, Markdown tables and plots."""
+"""Evaluations: from a checkpoint to figures with intervals, as one JSON object, Markdown tables and plots."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Bootstrap:
     """Resamples of the documents, the same for every quantity: differences and quotients are paired by document."""
 
     def __init__(self, domains: Sequence[str], *, resamples: int = 1000, seed: int = 0) -> None:
-        """`domains` [N] names each document's domain."""
+        """Draws the resamples. `domains` [N] names each document's domain."""
         random = np.random.default_rng(seed)
         of_document = np.asarray(domains)
         self.domains = sorted(set(domains))
@@ -66,15 +66,15 @@ class Bootstrap:
         }
 
     def of_domain(self, domain: str, values_N: np.ndarray, weights_N: np.ndarray) -> Interval:
-        """The sum of the values over the sum of the weights, of this domain's documents."""
+        """Returns the sum of the values over the sum of the weights, of this domain's documents."""
         return Interval.of(*self._ratio(domain, values_N, weights_N))
 
     def mean_over_domains(self, values_N: np.ndarray, weights_N: np.ndarray) -> Interval:
-        """The plain mean over the domains of what `of_domain` gives."""
+        """Returns the plain mean over the domains of what `of_domain` returns."""
         return Interval.of(*self.replicates(values_N, weights_N))
 
     def replicates(self, values_N: np.ndarray, weights_N: np.ndarray) -> tuple[float, np.ndarray]:
-        """The mean over domains, and its resamples [M], for what is made of several such means."""
+        """Returns the mean over domains, and its resamples [M], for quantities made of several such means."""
         ratios = [self._ratio(domain, values_N, weights_N) for domain in self.domains]
         mean = float(np.mean([ratio for ratio, _ in ratios]))
         return mean, np.mean([replicates for _, replicates in ratios], axis=0)
@@ -86,7 +86,7 @@ class Bootstrap:
 
 
 def experts_read(pools: Sequence[ExpertPool], num_slots: int, policy: str = "lru") -> list[int]:
-    """The number of experts that each pool finds missing, when each is released before the next is taken.
+    """Returns the number of experts that each pool finds missing, when each is released before the next is taken.
 
     `num_slots` holds the largest pool. Starts empty.
     """
@@ -154,7 +154,7 @@ class Evaluation:
         return next((each for each in self.figures if (each.method, each.percent) == (method, percent)), None)
 
     def rise_replicates(self, method: str, percent: float) -> tuple[float, np.ndarray]:
-        """The rise and its resamples, to be compared with another's."""
+        """Returns the rise and its resamples, to be compared with another's."""
         cell = self.grid.cells[method, percent]
         return self.bootstrap.replicates(cell.nats_N - self.grid.full.nats_N, self.tokens_N)
 
@@ -188,7 +188,7 @@ class Evaluation:
         )
 
     def _memory(self, cell: Cell) -> tuple[float, float, float]:
-        """The routed experts kept, bytes of experts resident and bytes paged: means a document."""
+        """Returns means per document: the routed experts kept, bytes of experts resident and bytes paged."""
         plan, facts = self.subject.paged.plan, self.subject.facts
         routed = sum(facts.routed_per_layer)
         order = np.random.default_rng(self.seed).permutation(len(self.tokens_N))
@@ -202,7 +202,7 @@ class Evaluation:
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:
-    """The content of the JSON file."""
+    """Returns the content of the JSON file."""
     subject = evaluation.subject
     plan = subject.paged.plan
     texts = subject.texts
@@ -240,7 +240,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def to_markdown(evaluation: Evaluation) -> str:
-    """The report in Markdown: rises by method and size, agreement and memory, losses by domain."""
+    """Returns the report in Markdown: rises by method and size, agreement and memory, losses by domain."""
     return (
         "\n\n".join(
             [
@@ -258,7 +258,9 @@ def to_markdown(evaluation: Evaluation) -> str:
 
 
 def rise_table(evaluations: Sequence[Evaluation]) -> str:
-    """A table of the rise of the loss in nats a token with its 95 % interval, a row a method, a column a size."""
+    """Returns a table of the rise of the loss in nats a token with its 95 % interval, a row a method, a column a
+    size.
+    """
     rows = []
     for evaluation in evaluations:
         for method in _methods(evaluation):
@@ -269,7 +271,7 @@ def rise_table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, its first column text and the others figures."""
+    """Returns a table in Markdown, its first column text and the others figures."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -409,10 +411,10 @@ def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
     return [*written, *plots]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- plots ------------------------------------------------------------------------------------------------------------
 
 
-SMALLEST_RISE = 1e-3  # nats; what is below is drawn there, on a logarithmic axis
+SMALLEST_RISE = 1e-3  # nats; smaller values are drawn there, on a logarithmic axis
 
 
 def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -476,7 +478,7 @@ def plot_domains(evaluation: Evaluation, path: Path) -> Path:
 
 
 def _by_method(figures: Sequence[Figures]) -> dict[str, list[Figures]]:
-    """The figures of each method, by ascending size."""
+    """Returns the figures of each method, by ascending size."""
     return {
         method: sorted((each for each in figures if each.method == method), key=lambda each: each.percent)
         for method in dict.fromkeys(each.method for each in figures)
@@ -484,7 +486,7 @@ def _by_method(figures: Sequence[Figures]) -> dict[str, list[Figures]]:
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    """Line styles without end; neighbours differ in colour and marker."""
+    """Yields line styles without end; neighbours differ in colour and marker."""
     colours = mpl.colormaps["tab10"]
     for number in itertools.count():
         yield {"color": colours(number % 10), "marker": "os^vD<>pPX"[number % 10], "linestyle": "-:"[number // 10 % 2]}

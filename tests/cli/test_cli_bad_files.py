@@ -99,7 +99,7 @@ def test_a_trace_that_is_cut_or_has_a_hole_is_replayed_and_said(run: Run, tmp_pa
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert (found["cut"], found["lost_events"], found["results"][0]["misses"]) == (True, 3, 2)
-    assert "is cut: it is replayed up to where it is whole" in result.stderr
+    assert "is cut off: it is replayed up to its last complete event" in result.stderr
     assert "3 events of" in result.stderr
 
 

@@ -123,7 +123,7 @@ def test_what_can_not_be_made_is_one_line(run: Run, checkpoint: Path, examples: 
         choices = [each for pair in (base | {options[0]: options[1]}).items() for each in pair]
         assert says in refusal(run("calibrate", *choices, "--model", checkpoint))
     nowhere = run("calibrate", "--name", "p", "--examples", examples, "--pool", 4, "--model", checkpoint)
-    assert "named pools are kept nowhere" in refusal(nowhere)
+    assert "there is no store of named pools" in refusal(nowhere)
 
 
 def test_a_pool_of_another_model_is_refused(run: Run, checkpoint: Path, examples: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_everything_that_is_wrong_is_said_with_its_place_and_what_to_do(
         "--device must be auto, cpu, cuda or cuda:N, not 'tpu'",
         "router.tls_cert is set and router.tls_key is not; TLS takes both",
         f"router.tls_cert 'absent.crt' (from {path}) is not a file that can be read",
-        f"model.path '{tmp_path / 'no-model'}' (from MODEL) is no checkpoint folder",
+        f"model.path '{tmp_path / 'no-model'}' (from MODEL) is not a checkpoint folder",
         "'huge' is not a pool size; write a number of routed experts (32)",
         "router.port and router.metrics_port are both 9464; choose another for one",
     ):

@@ -80,7 +80,7 @@ def test_inspect_says_how_a_model_of_another_family_runs(run: Run, tmp_path: Pat
     assert (found["family"], found["layout"]) == ("gpt_oss", "stacked")
     assert found["runs"]["exact"] == "yes"
     assert "tried when it is loaded" in found["runs"]["pools"]
-    assert found["runs"]["service"] == "yes, without predictions: its gates pick in ways of their own"
+    assert found["runs"]["service"] == "yes, without predictions: its gates pick in an unknown way"
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "git lfs pull" in run("inspect", tmp_path).stderr
 

@@ -58,7 +58,7 @@ def test_certificates_and_tokens_need_no_key(run: Run, tmp_path: Path) -> None:
     [
         (("add", "--tenant", "a b"), "tenant"),
         (("add", "--tenant", "a", "--role", "root"), "inference, operator, metrics"),
-        (("add", "--tenant", "a", "--jwt", "--certificate", "x"), "give one of them"),
+        (("add", "--tenant", "a", "--jwt", "--certificate", "x"), "give only one"),
         (("add", "--tenant", "a", "--tokens-per-day", "0"), "tokens-per-day"),
         (("revoke", "nobody"), "there is no key 'nobody'"),
     ],

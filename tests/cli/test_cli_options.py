@@ -71,5 +71,5 @@ def test_options_that_can_take_no_effect_are_refused() -> None:
 def test_a_prompt_is_given_once() -> None:
     assert PromptOptions(prompt="hi").read() == "hi"
     assert PromptOptions(token_ids="1, 2").read() == (1, 2)
-    with pytest.raises(typer.BadParameter, match="give the prompt once"):
+    with pytest.raises(typer.BadParameter, match="give the prompt exactly once"):
         PromptOptions(prompt="hi", token_ids="1").read()

@@ -111,7 +111,7 @@ def test_a_trained_slice_is_merged_back(run: Run, checkpoint: Path, tmp_path: Pa
     tensors["model.norm.weight"] *= torch.tensor(2.0)
     save_file(tensors, path, metadata={"format": "pt"})
     again = run("slice", "--merge", tmp_path / "slice", "--into", checkpoint, tmp_path / "again")
-    assert "1 tensors that every prompt uses, first model.norm.weight" in again.stderr
+    assert "1 tensors that every prompt uses differ too, first model.norm.weight" in again.stderr
     told = answer(run("slice", "--merge", tmp_path / "slice", "--into", checkpoint, tmp_path / "third", "--json"))
     assert told["changed"] == {"experts": 1, "gates": 0, "others": ["model.norm.weight"]}
 
@@ -119,9 +119,9 @@ def test_a_trained_slice_is_merged_back(run: Run, checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("MODEL", "OUT"), "say once which experts to keep"),
-        (("MODEL", "OUT", "--pool", "a", "--experts-file", "f"), "say once which experts to keep"),
-        (("MODEL", "OUT", "--pool", "a", "--codeword", "c"), "say once which experts to keep"),
+        (("MODEL", "OUT"), "say exactly once which experts to keep"),
+        (("MODEL", "OUT", "--pool", "a", "--experts-file", "f"), "say exactly once which experts to keep"),
+        (("MODEL", "OUT", "--pool", "a", "--codeword", "c"), "say exactly once which experts to keep"),
         (("MODEL", "OUT", "--examples", "f"), "--examples and --codeword need --size"),
         (("MODEL", "OUT", "--codeword", "c"), "--examples and --codeword need --size"),
         (("MODEL", "OUT", "--pool", "a", "--size", "4"), "--examples and --codeword need --size"),

@@ -145,7 +145,7 @@ def test_bad_lines_are_named(write: Callable[..., str]) -> None:
     with pytest.raises(InvalidRequest, match=r'line 1 of .*a\.jsonl has no "text"'):
         sample_documents([pattern], 5, 0)
     write("a.jsonl", {"text": "\n"})
-    with pytest.raises(InvalidRequest, match="hold no document with text"):
+    with pytest.raises(InvalidRequest, match="contain no document with text"):
         sample_documents([pattern], 5, 0)
     with pytest.raises(InvalidRequest, match="no file matches"):
         sample_documents([f"{pattern}.nothing"], 5, 0)

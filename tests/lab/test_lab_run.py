@@ -169,7 +169,7 @@ def test_sizes_below_a_token_s_picks_are_left_out_and_said(ask: EvaluationAsk) -
         (("fuzed",), "'fuzed' is not a method; known are prefill"),
         (("lexical",), "needs a router fitted"),
         (("calibrated",), "give --calibration"),
-        (("greedy+layers",), "no scores of its own"),
+        (("greedy+layers",), "no scores by which"),
     ],
 )
 def test_methods_that_can_not_be_had_are_refused(ask: EvaluationAsk, methods: tuple[str, ...], message: str) -> None:

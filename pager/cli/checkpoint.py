@@ -151,7 +151,7 @@ def _ways_to_run(found: OpenModel) -> dict[str, str]:
     from pager.engine.attention import check_served
 
     gates_are_known = found.family.gates_are_known
-    service = "yes" if gates_are_known else "yes, without predictions: its gates pick in ways of their own"
+    service = "yes" if gates_are_known else "yes, without predictions: its gates pick in an unknown way"
     try:
         check_served(found)
     except UnsupportedModel as error:

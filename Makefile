@@ -113,6 +113,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.http_front $(MODEL)
 	$(BIN)/python -m benchmarks.traffic $(MODEL) $(if $(CORPUS),--corpus "$(CORPUS)")
 	$(BIN)/python -m benchmarks.prefix $(MODEL)
+	$(BIN)/python -m benchmarks.simulator $(MODEL)
 	$(BIN)/python -m benchmarks.page_in
 	$(BIN)/python -m benchmarks.host_tier
 	$(BIN)/python -m benchmarks.residency $(MODEL)

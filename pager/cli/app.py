@@ -44,6 +44,7 @@ app.command("pack")(checkpoint.pack)
 app.command("verify")(checkpoint.verify)
 app.command("slice")(checkpoint.slice_model)
 app.command("replay")(lab.replay)
+app.command("simulate")(lab.simulate)
 
 _debug = False
 

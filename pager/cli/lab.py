@@ -1,11 +1,12 @@
-"""The commands of the lab: `expert-pager eval`, `clusters`, `fit-router` and `replay`."""
+"""The commands of the lab: `expert-pager eval`, `clusters`, `fit-router`, `replay` and `simulate`."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,7 @@ from pager.cli.options import (
     Dtype,
     ExpertMemory,
     ModelPath,
+    bundled,
     busy,
     err,
     lab_extra,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from pager.lab.fit import Fit
     from pager.lab.replay import BudgetResults
     from pager.lab.report import Evaluation, Figures
+    from pager.lab.simulate import Arrival, Outcome
 
 Documents = Annotated[
     list[str],
@@ -369,3 +372,119 @@ def _print_replay(trace: Trace, tables: Sequence[BudgetResults]) -> None:
             ],
         )
     out.print(f"{len(trace.accesses)} events of model {header.fingerprint[:16]}", markup=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnOptions:
+    """Traffic that is drawn where there is no trace."""
+
+    requests: Annotated[int, typer.Option(help="Of drawn traffic.", min=1, metavar="N")] = 100_000
+    tenants: Annotated[int, typer.Option(help="Of drawn traffic, by Zipf's law.", min=1, metavar="N")] = 100
+    per_second: Annotated[float, typer.Option(help="Requests of drawn traffic, in the mean.", metavar="RATE")] = 10.0
+    seed: Annotated[int, typer.Option(help="Of drawn traffic.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatIfOptions:
+    """What is asked beside the traffic as it is."""
+
+    another_like: Annotated[
+        str | None, typer.Option(help="Also with one tenant more, which sends what this one sends.", metavar="TENANT")
+    ] = None
+    lose_at: Annotated[
+        float | None, typer.Option(help="Lose a worker so many seconds after the first request.", min=0, metavar="S")
+    ] = None
+    compare: Annotated[bool, typer.Option("--compare", help="Also with other rules of placement and admission.")] = (
+        False
+    )
+
+
+@bundled
+def simulate(
+    drawn: DrawnOptions,
+    what_if: WhatIfOptions,
+    model: Annotated[str, typer.Option(help="The model's folder, whose codebook has the pools.", metavar="MODEL")],
+    costs: Annotated[Path, typer.Option(help="What work costs: measured with --server, else read.", metavar="FILE")],
+    trace: Annotated[
+        Path | None,
+        typer.Argument(help="The JSON log of a router. Without it, traffic is drawn.", show_default=False),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Measure the costs at this idle service first, in about a minute.", metavar="HOST:PORT"),
+    ] = None,
+    pool: Annotated[str, typer.Option(help="The size of the codewords' pools.", metavar="SIZE")] = "12.5%",
+    workers: Annotated[int, typer.Option(help="How many; one more is simulated beside it.", min=1, max=1024)] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Forecast what a service makes of a trace: tokens/s, first tokens, bytes paged; and what if there were more.
+
+    Placement, admission, fairness and eviction are the service's own; forwards and reads take what was measured.
+
+    Examples:
+
+    `expert-pager simulate --model ./model --costs costs.json --server localhost:50051 --requests 10000`
+
+    `expert-pager simulate router.log --model ./model --costs costs.json --workers 4 --another-like acme`
+    """
+    from pager.lab.simulate import OTHERS, SERVICE, Rules, Simulation
+    from pager.lab.traffic import Drawn, Pools, Trace, measure, read_costs, read_log, with_another, write_costs
+    from pager.pools.pick import parse_pool_size
+
+    pools = Pools.of(Path(model), parse_pool_size(pool))
+    if server is not None:
+        with busy(f"measuring at {server}"):
+            write_costs(measure(server, pools), costs)
+    taking = read_costs(costs)
+    if trace is None:
+        asked = Drawn(drawn.requests, drawn.tenants, drawn.per_second, seed=drawn.seed)
+        read = Trace(asked.arrivals(sorted(pools.codewords)))
+    else:
+        read = read_log(trace)
+    if read.num_left_out:
+        err.print(f"left out {read.num_left_out} requests with pools of their own", markup=False)
+    asked_for: list[tuple[str, Rules, int, Sequence[Arrival]]] = [
+        ("as it is", SERVICE, workers, read.arrivals),
+        ("with one worker more", SERVICE, workers + 1, read.arrivals),
+    ]
+    if what_if.another_like is not None:
+        more = with_another(read.arrivals, what_if.another_like)
+        asked_for.append((f"with another {what_if.another_like}", SERVICE, workers, more))
+    if what_if.compare:
+        asked_for += [(rules.name, rules, workers, read.arrivals) for rules in OTHERS]
+    by_name = pools.known_and_drawn({arrival.pool for arrival in read.arrivals})
+    found: dict[str, Outcome] = {}
+    for name, rules, num_workers, arrivals in asked_for:
+        with busy(f"simulating {len(arrivals)} requests, {name}"):
+            found[name] = Simulation(by_name, taking, num_workers, rules, what_if.lose_at).run(arrivals)
+    if as_json:
+        print_json({"requests": len(read.arrivals), "left_out": read.num_left_out, "results": _outcomes(found)})
+        return
+    print_table(
+        f"{len(read.arrivals)} requests, {workers} workers",
+        ("", "tokens/s", "first token s, p50", "p99", "worst tenant's p99", "paged", "was there", "refused", "failed"),
+        [(name, *_shown(row)) for name, row in _outcomes(found).items()],
+    )
+
+
+def _shown(row: dict[str, Any]) -> tuple[str, ...]:
+    times = (f"{row[name]:.3f}" for name in ("first_token_p50_s", "first_token_p99_s", "worst_tenant_p99_s"))
+    paged, there = format_bytes(row["bytes_paged"]), f"{row['placed_resident']:.1%}"
+    return (f"{row['tokens_per_s']:.0f}", *times, paged, there, str(row["refused"]), str(row["failed"]))
+
+
+def _outcomes(found: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "workers": outcome.num_workers,
+            "tokens_per_s": outcome.tokens_per_s,
+            "first_token_p50_s": outcome.first_token_at(50),
+            "first_token_p99_s": outcome.first_token_at(99),
+            "worst_tenant_p99_s": outcome.worst_tenant_at(99),
+            "bytes_paged": outcome.bytes_paged,
+            "placed_resident": outcome.num_resident / max(1, outcome.num_placed),
+            "refused": outcome.num_refused,
+            "failed": outcome.num_failed,
+        }
+        for name, outcome in found.items()
+    }

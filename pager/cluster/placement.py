@@ -36,7 +36,7 @@ ALWAYS_WELCOME = 4
 
 
 class Candidate(Protocol):
-    """A worker as last reported: `pager.cluster.worker.WorkerView`, or one of a simulation."""
+    """A worker as last reported: `pager.cluster.views.WorkerView`, or one of a simulation."""
 
     @property
     def id(self) -> str: ...

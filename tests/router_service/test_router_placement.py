@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pager.client import AsyncClient
 from pager.cluster.placement import check_deadline, place
 from pager.cluster.views import WorkerView
-from pager.errors import DeadlineExceeded, NotReady
+from pager.errors import ConfigError, DeadlineExceeded, NotReady
+from pager.lab.traffic import Measuring, Pools
 from pager.types import ExpertPool
+from tests.router_service.conftest import FACTS
 
 POOL = ExpertPool(((), (0, 1), (2, 3)))
 
@@ -121,3 +125,36 @@ def test_a_worker_that_is_worse_in_every_way_is_never_preferred(
     if chosen.worker_id == "a":  # equal in everything that counts: the lower id
         assert worse.missing_bytes(POOL) == better.missing_bytes(POOL)
         assert (worse.waiting, worse.running) == (better.waiting, better.running)
+
+
+class ShortMeasuring(Measuring):
+    ROWS = (1, 2, 3)
+    TOKENS = 6
+    SHORT, LONG = 4, 20
+
+
+async def test_what_work_costs_is_measured_at_a_running_service(
+    serve: Callable[..., Any], make_cluster: Callable[..., Any], make_worker: Callable[..., WorkerView]
+) -> None:
+    views = {name: make_worker(name, num_slots=number) for number, name in ((16, "w0"), (14, "w1"))}
+    cluster = make_cluster(views=views)
+    async with serve(cluster) as service, AsyncClient(f"127.0.0.1:{service.server.port}") as client:
+        costs = await ShortMeasuring(client, Pools(FACTS, (0, 3, 3), {})).run()
+        assert (costs.num_slots, costs.expert_bytes) == (14, 1000)
+        assert costs.step_s > 0
+        assert costs.page_bytes_per_s > 0
+        used: dict[str, Counter[str]] = {}
+        for worker, request in cluster.received:
+            assert request.pool.fixed is not None
+            used.setdefault(worker, Counter())[request.pool.fixed.digest] += 1
+        assert set(used) == {"w0", "w1"}, "every worker has the same to do"
+        busiest = [counts.most_common(1)[0] for counts in used.values()]
+        assert busiest[0][1] == busiest[1][1]
+        assert busiest[0][0] != busiest[1][0], "each in a pool that is at home there"
+        prompts = [request.prompt_token_ids for _, request in cluster.received]
+        assert len(set(prompts)) > len(prompts) // 2, "what is cached of a prompt would cost nothing"
+    for name in views:
+        cluster.change(name, state="draining")
+    async with serve(cluster) as service, AsyncClient(f"127.0.0.1:{service.server.port}") as client:
+        with pytest.raises(ConfigError, match="no worker is ready"):
+            await ShortMeasuring(client, Pools(FACTS, (0, 3, 3), {})).run()

@@ -1,0 +1,133 @@
+"""The simulator's forecast beside the truth: two workers on one machine, all at once and by Poisson arrivals.
+
+python -m benchmarks.simulator [MODEL]  about 2 minutes on 2 cores
+python -m benchmarks.simulator --quick  a smoke run that writes no file
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, quieten
+from benchmarks.service import service
+from pager.client import AsyncClient
+from pager.errors import PagerError
+from pager.lab.simulate import SERVICE, Arrival, Costs, Outcome, Simulation
+from pager.lab.traffic import Drawn, Pools, measure
+from pager.types import ExpertPool, PoolAsk, SamplingParams, Share
+
+MODEL = ROOT / "models" / "emo-tiny"
+NUM_WORKERS = 2
+MAX_RUNNING = 32  # as the service has it where nothing else is asked for
+NUM_POOLS = 12
+LOAD = 0.7  # of the forecast's tokens/s with everything sent at once
+GOAL = 0.20
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A checkpoint with a codebook.")] = MODEL,
+    memory: Annotated[str, typer.Option(help="Of a worker, for experts.")] = "25%",
+    requests: Annotated[int, typer.Option(min=8, help="Of each of the two traces.")] = 300,
+    results: Annotated[Path, typer.Option(help="Directory for the table.")] = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="Short, and no file is written.")] = False,
+) -> None:
+    """Measure what the simulator is off by."""
+    quieten()
+    os.environ["EXPERT_PAGER_WORKERS_COUNT"] = str(NUM_WORKERS)
+    requests = 8 if quick else requests
+    pools, found = Pools.of(model, Share(0.125)), conditions()
+    by_digest = {pool.digest: pool for pool in list(pools.codewords.values())[:NUM_POOLS]}  # as the router names them
+    with tempfile.TemporaryDirectory() as folder, service(model, Path(folder), MAX_RUNNING, None, memory) as ready:
+        report = Report(
+            "simulator",
+            f"{model.name}, bfloat16, {NUM_WORKERS} workers with {memory} of the experts each, pools of 12.5 %",
+            found | {"threads": f"{ready['plan']['num_threads']} of torch in each worker"},
+        )
+        report.start()
+        with console.status("measuring what work costs"):
+            costs = replace(measure(ready["address"], pools), max_running=MAX_RUNNING)
+        console.print(asdict(costs))
+        rows = []
+        drawn = Drawn(requests, 8, 1.0, burst_share=0.0, seed=1)
+        at_once = [replace(arrival, at_s=0.0) for arrival in drawn.arrivals(list(by_digest))]
+        forecast = Simulation(by_digest, costs, NUM_WORKERS).run(at_once)
+        rows += _rows("all at once", forecast, _truth(ready["address"], at_once, by_digest))
+        per_s = LOAD * forecast.tokens_per_s / drawn.output_tokens
+        poisson = replace(drawn, per_s=per_s, seed=2).arrivals(list(by_digest))
+        forecast = Simulation(by_digest, costs, NUM_WORKERS).run(poisson)
+        rows += _rows(f"{per_s:.1f} requests/s", forecast, _truth(ready["address"], poisson, by_digest))
+        report.add(_table(rows, requests, costs))
+    if not quick:
+        report.write(results)
+
+
+def _table(rows: Sequence[tuple[str, ...]], requests: int, costs: Costs) -> Table:
+    notes = (
+        f"{requests} requests for {NUM_POOLS} codewords by Zipf's law, prompts of 32 to 96 tokens, answers likewise.",
+        "Costs, measured against the same service before: "
+        + ", ".join(f"{name} {value:.3g}" for name, value in asdict(costs).items()),
+    )
+    columns = ("traffic", "figure", "forecast", "truth", "forecast / truth", f"within {GOAL:.0%}")
+    return Table("Forecast and truth", columns, rows, notes)
+
+
+def _rows(name: str, forecast: Outcome, truth: Outcome) -> list[tuple[str, ...]]:
+    figures = (
+        ("tokens/s", forecast.tokens_per_s, truth.tokens_per_s, 0),
+        ("first token s, p50", forecast.first_token_at(50), truth.first_token_at(50), 3),
+        ("first token s, p99", forecast.first_token_at(99), truth.first_token_at(99), 3),
+        ("MiB paged", forecast.bytes_paged / 2**20, truth.bytes_paged / 2**20, 1),
+    )
+    return [
+        (name, figure, f"{said:.{digits}f}", f"{was:.{digits}f}", f"{said / max(was, 1e-9):.2f}",
+         "yes" if abs(said / max(was, 1e-9) - 1) <= GOAL else "no")
+        for figure, said, was, digits in figures
+    ]  # fmt: skip
+
+
+def _truth(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:
+    """What the service made of the same requests."""
+    return asyncio.run(_replayed(address, arrivals, pools))
+
+
+async def _replayed(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:
+    random = np.random.default_rng(3)
+    outcome = Outcome(SERVICE, NUM_WORKERS)
+    async with AsyncClient(address, timeout_s=300) as client:
+        vocabulary = (await client.model()).vocab_size
+        prompts = [tuple(map(int, random.integers(0, vocabulary - 4, each.prompt_tokens))) for each in arrivals]
+        began_s = outcome.began_s = time.perf_counter() + 0.1
+
+        async def one(arrival: Arrival, prompt: tuple[int, ...]) -> None:
+            await asyncio.sleep(began_s + arrival.at_s - time.perf_counter())
+            sent_s, first_s = time.perf_counter(), 0.0
+            sampling = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
+            try:
+                async for chunk in client.generate(prompt, sampling, PoolAsk(fixed=pools[arrival.pool])):
+                    first_s = first_s or time.perf_counter()
+                    outcome.num_tokens += len(chunk.token_ids)
+                    if chunk.usage is not None:
+                        outcome.bytes_paged += chunk.usage.paging.bytes_paged
+            except PagerError as error:
+                outcome.num_failed += 1
+                console.print(f"failed: {error}", markup=False)
+                return
+            outcome.first_token_s.append(first_s - sent_s)
+            outcome.ended_s = max(outcome.ended_s, time.perf_counter())
+
+        await asyncio.gather(*map(one, arrivals, prompts))
+    return outcome
+
+
+if __name__ == "__main__":
+    typer.run(main)

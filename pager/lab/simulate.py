@@ -1,0 +1,523 @@
+"""A service in simulated time: the router's and the engine's own pure code on traffic, against measured costs.
+
+Placement (`pager.cluster.placement`), admission and fairness (`pager.engine.turns`), slots and eviction
+(`pager.cache.index`) are what a service runs; only forwards, reads and the way between them are replaced by what they
+take (`Costs`). Steps in which nothing is admitted and nobody ends are taken together, so that a request costs a few
+events, however long its answer.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from pager.cache.index import DEFAULT_POLICY, CacheIndex, make_policy
+from pager.cluster.placement import place
+from pager.engine.turns import Experts, Spent, TenantCounters, WaitingLine, Want, as_bits, by_overlap
+from pager.types import ExpertKey, ExpertPool
+
+CHUNK_TOKENS = 512  # of prompts in one forward
+MAX_OVERTAKES = 8
+ADMISSION_TRIES = 8
+CHARGE_EVERY_S = 0.05
+REPORT_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a worker's work takes on the machine in question, and what room it has."""
+
+    step_s: float  # a decode forward with one row
+    row_s: float  # and each further row of it
+    pool_s: float  # and each further pool whose rows are in it
+    prefill_s: float  # a forward over prompts
+    prompt_token_s: float  # and each token of them
+    page_bytes_per_s: float
+    request_s: float  # the way to the worker and back, up to the first token
+    expert_bytes: int
+    num_slots: int
+    max_running: int = 32
+    max_waiting: int = 256
+    restart_s: float = 30.0  # from the loss of a worker until another is ready, with nothing loaded
+
+
+@dataclass(frozen=True)
+class NamedExperts(ExpertPool):
+    """A pool under the name by which requests share it, with what the simulation asks of it made once."""
+
+    name: str = ""
+    bits: Experts = 0
+    listed: tuple[ExpertKey, ...] = ()
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @classmethod
+    def of(cls, name: str, pool: ExpertPool, width: int) -> NamedExperts:
+        """`width` is more than the number of any expert."""
+        return cls(pool.experts, None, name, as_bits(pool.experts, width), pool.keys())
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of a trace."""
+
+    at_s: float
+    tenant: str
+    pool: str
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How requests are placed and admitted: as the service does, or by a rule to compare with."""
+
+    name: str
+    placement: str = "homes"  # or "least loaded", "round robin"
+    admission: str = "overlap"  # or "first come"
+
+
+SERVICE = Rules("as the service does")
+OTHERS = (
+    Rules("first come, first served", admission="first come"),
+    Rules("placed in turn", placement="round robin"),
+    Rules("placed where least is running", placement="least loaded"),
+)
+
+
+class _Request:
+    """One request on its way. Compared and hashed by identity."""
+
+    __slots__ = (
+        "admitted_s",
+        "arrival",
+        "decoded_before",
+        "first_s",
+        "number",
+        "pool",
+        "spent",
+        "spent_s",
+        "want",
+        "was_lost",
+    )
+
+    def __init__(self, number: int, arrival: Arrival, pool: NamedExperts) -> None:
+        self.number = number
+        self.arrival = arrival
+        self.pool = pool
+        self.want = Want(len(pool.listed), arrival.prompt_tokens + arrival.output_tokens, pool.bits)
+        self.admitted_s = self.first_s = self.spent_s = math.nan
+        self.decoded_before = 0  # steps of its worker before its first decode step
+        self.spent = Spent()
+        self.was_lost = False
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a trace."""
+
+    rules: Rules
+    num_workers: int
+    first_token_s: list[float] = field(default_factory=list)
+    by_tenant: dict[str, list[float]] = field(default_factory=dict)
+    num_tokens: int = 0
+    bytes_paged: int = 0
+    num_placed: int = 0
+    num_resident: int = 0  # placed where all of their pool was
+    num_refused: int = 0
+    num_failed: int = 0
+    began_s: float = math.inf
+    ended_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / max(self.ended_s - self.began_s, 1e-9)
+
+    def first_token_at(self, percent: float) -> float:
+        """The time within which that part of the requests had its first token."""
+        return float(np.percentile(self.first_token_s, percent)) if self.first_token_s else math.nan
+
+    def worst_tenant_at(self, percent: float) -> float:
+        """The largest of the tenants' own such times; of those with ten requests at least, where there are any."""
+        often = [times for times in self.by_tenant.values() if len(times) >= 10] or list(self.by_tenant.values())
+        return max((float(np.percentile(times, percent)) for times in often), default=math.nan)
+
+
+class _Worker:
+    """One worker: its line, its slots, and the stretch of steps that it is in. A `Candidate` of placement."""
+
+    place_s = None
+    peak_page_in_bytes_per_s = None
+
+    def __init__(self, id_: str, costs: Costs, rules: Rules) -> None:
+        self.id = id_
+        self.costs = costs
+        self.is_fair = rules.admission == "overlap"
+        self.state = "ready"
+        self.num_slots = costs.num_slots
+        self.page_in_bytes_per_s = costs.page_bytes_per_s
+        self.waiting = self.running = 0  # as last reported
+        self.bytes_paged = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins with nothing loaded and nobody in line."""
+        self.line: WaitingLine[_Request] = WaitingLine(MAX_OVERTAKES)
+        self.tenants = TenantCounters()
+        self.index = CacheIndex(self.costs.num_slots, make_policy(DEFAULT_POLICY))
+        self.resident: Experts = 0
+        self.holders: Counter[NamedExperts] = Counter()
+        self.held: Experts = 0
+        self.coming: deque[tuple[float, ExpertKey]] = deque()  # reads in order, by their ends
+        self.prefilling: list[_Request] = []
+        self.decoding: list[tuple[int, int, _Request]] = []  # a heap by the step at which they end
+        self.num_decoded = 0  # steps
+        self.charged_s = 0.0
+        self.num_ended = 0
+        self.read_ahead_for: tuple[_Request | None, int] = (None, 0)  # and how many had ended then
+        self.stretch: tuple[float, float, int, Sequence[_Request]] | None = None  # start, a step's time, steps, prompts
+        self.due_s = math.inf
+        self.version = 0
+
+    @property
+    def num_live(self) -> int:
+        return len(self.line) + len(self.prefilling) + len(self.decoding)
+
+    def missing_bytes(self, pool: ExpertPool) -> int:
+        assert isinstance(pool, NamedExperts)
+        return (pool.bits & ~self.resident).bit_count() * self.costs.expert_bytes
+
+    # Slots.
+
+    def install(self, now_s: float) -> None:
+        while self.coming and self.coming[0][0] <= now_s:
+            self.index.installed(self.coming.popleft()[1])
+
+    def load(self, keys: Sequence[ExpertKey], now_s: float, spare: Sequence[ExpertKey] = ()) -> bool:
+        """Pins `keys` and queues the reads they need; False where they do not fit now."""
+        plan = self.index.plan(keys, spare=spare)
+        if plan is None:
+            return False
+        self.index.commit(plan)
+        if plan.victims:
+            self.resident &= ~_bits(plan.victims, self.width)
+        if plan.loads:
+            self.resident |= _bits([load.key for load in plan.loads], self.width)
+            ends_s = max(now_s, self.coming[-1][0] if self.coming else 0.0)
+            each_s = self.costs.expert_bytes / self.costs.page_bytes_per_s
+            for number, load in enumerate(plan.loads, 1):
+                self.coming.append((ends_s + number * each_s, load.key))
+            self.bytes_paged += len(plan.loads) * self.costs.expert_bytes
+        return True
+
+    width = 0  # more than the number of any expert; set by the simulation
+
+    def acquire(self, request: _Request, now_s: float) -> bool:
+        pool = request.pool
+        if pool not in self.holders:
+            new = (pool.bits & ~self.held).bit_count() - len(
+                self.coming
+            )  # what comes may be nobody's, and cost nothing
+            if new > self.index.num_unreserved or not self.load(pool.listed, now_s):
+                return False
+            self.held |= pool.bits
+        self.holders[pool] += 1
+        return True
+
+    def release(self, pool: NamedExperts) -> None:
+        self.holders[pool] -= 1
+        if not self.holders[pool]:
+            del self.holders[pool]
+            for key in pool.listed:
+                self.index.unpin(key)
+            self.held = 0
+            for other in self.holders:
+                self.held |= other.bits
+
+    def ready_s(self, pool: NamedExperts) -> float:
+        """When all of the pool will be there."""
+        if not self.coming:
+            return 0.0
+        bits, width = pool.bits, self.width
+        ends = (end_s for end_s, key in self.coming if bits >> (key.layer * width + key.expert) & 1)
+        return max(ends, default=0.0)
+
+    # Turns.
+
+    def candidates(self) -> Iterator[_Request]:
+        if len(self.line) == 1 or not self.is_fair:
+            return self.line.candidates()
+        of_tenant = self.tenants.claims()
+        loaded, held = self.resident, self.held
+
+        def ordered(requests: Sequence[_Request]) -> Iterator[_Request]:
+            return (requests[index] for index in by_overlap([each.want for each in requests], loaded, held))
+
+        return self.line.candidates(
+            claim=lambda request: of_tenant(request.arrival.tenant),
+            ordered=ordered,
+            group=lambda request: request.pool.bits,
+        )
+
+    def admit(self, now_s: float) -> None:
+        if not len(self.line):
+            return
+        if len(self.line) > 1 and now_s - self.charged_s > CHARGE_EVERY_S:
+            self.charge(now_s, [*self.prefilling, *(request for _, _, request in self.decoding)])
+            self.charged_s = now_s
+        refused: list[_Request] = []
+        for request in self.candidates():
+            if any(request.pool is other.pool for other in refused):
+                continue
+            is_full = len(self.prefilling) + len(self.decoding) >= self.costs.max_running
+            if is_full or not self.acquire(request, now_s):
+                refused.append(request)
+            else:
+                self.line.admit(request, request.pool.bits)
+                self.tenants.admitted(request.arrival.tenant)
+                self.prefilling.append(request)
+                request.admitted_s = request.spent_s = now_s
+            if is_full or len(refused) == (ADMISSION_TRIES if self.is_fair else 1):
+                break
+        if refused and self.is_fair and self.read_ahead_for != (refused[0], self.num_ended):
+            self.read_ahead_for = (refused[0], self.num_ended)
+            self.read_ahead(refused[0].pool, now_s)
+
+    def read_ahead(self, pool: NamedExperts, now_s: float) -> None:
+        """Reads what fits of the pool that is next into slots that nobody holds."""
+        missing, width = pool.bits & ~self.resident, self.width
+        room = self.index.num_unreserved - (pool.bits & self.resident & ~self.held).bit_count()
+        if not missing or room <= 0:
+            return
+        keys = [key for key in pool.listed if missing >> (key.layer * width + key.expert) & 1][:room]
+        if self.load(keys, now_s, spare=pool.listed):
+            for key in keys:
+                self.index.unpin(key)
+
+    def charge(self, now_s: float, requests: Iterable[_Request]) -> None:
+        costs: dict[str, float] = {}
+        for request in requests:
+            share = len(request.pool.listed) / self.num_slots / max(1, self.holders[request.pool])
+            output = 0 if math.isnan(request.first_s) else self.num_decoded - request.decoded_before + 1
+            spent = Spent(
+                0 if math.isnan(request.first_s) else request.arrival.prompt_tokens,
+                min(output, request.arrival.output_tokens),
+                0.0,
+                request.spent.slot_s + share * (now_s - request.spent_s),
+            )
+            tenant = request.arrival.tenant
+            costs[tenant] = costs.get(tenant, 0.0) + spent.cost(request.spent)
+            request.spent, request.spent_s = spent, now_s
+        self.tenants.charge(costs)
+
+    # Steps.
+
+    def arrive(self, request: _Request, now_s: float) -> None:
+        self.line.add(request)
+        self.tenants.arrived(request.arrival.tenant)
+        if self.stretch is None:
+            self.due_s = min(self.due_s, now_s)
+            self.version += 1
+            return
+        start_s, step_s, num_steps, prompts = self.stretch
+        num_begun = max(1, math.ceil((now_s - start_s) / step_s)) if step_s else num_steps
+        if num_begun < num_steps and not prompts:
+            self.stretch = (start_s, step_s, num_begun, prompts)
+            self.due_s = start_s + num_begun * step_s
+            self.version += 1
+
+    def step(self, now_s: float) -> Iterator[_Request]:
+        """Ends the stretch that is due, and begins the next. Yields who has had its last token."""
+        self.install(now_s)
+        prompts: Sequence[_Request] = ()
+        if self.stretch is not None:
+            _, _, num_steps, prompts = self.stretch
+            self.num_decoded += num_steps if self.decoding else 0
+            while self.decoding and self.decoding[0][0] <= self.num_decoded:
+                yield self.end(heapq.heappop(self.decoding)[2], now_s)
+            for request in prompts:
+                self.prefilling.remove(request)
+                request.first_s = now_s
+                request.decoded_before = self.num_decoded
+                if request.arrival.output_tokens == 1:
+                    yield self.end(request, now_s)
+                    continue
+                last = self.num_decoded + request.arrival.output_tokens - 1
+                heapq.heappush(self.decoding, (last, request.number, request))
+        self.admit(now_s)
+        self.begin_stretch(now_s)
+
+    def end(self, request: _Request, now_s: float) -> _Request:
+        self.num_ended += 1
+        self.charge(now_s, [request])
+        self.tenants.ended(request.arrival.tenant, was_admitted=True)
+        self.release(request.pool)
+        return request
+
+    def begin_stretch(self, now_s: float) -> None:
+        costs, rows = self.costs, len(self.decoding)
+        decode_s = 0.0
+        if rows:
+            pools = {request.pool.name for _, _, request in self.decoding} if len(self.holders) > 1 else (None,)
+            decode_s = costs.step_s + (rows - 1) * costs.row_s + (len(pools) - 1) * costs.pool_s
+        prompts: list[_Request] = []
+        ready_s, room = math.inf, CHUNK_TOKENS
+        for request in self.prefilling:
+            there_s = self.ready_s(request.pool)
+            waits_alike = bool(prompts) and request.pool is prompts[0].pool
+            if there_s > now_s and (rows or prompts) and not waits_alike:
+                ready_s = min(ready_s, there_s)
+                continue
+            tokens = request.arrival.prompt_tokens
+            if prompts and tokens > room:
+                continue
+            room -= tokens
+            prompts.append(request)
+        self.version += 1
+        if prompts:
+            forward_s = costs.prefill_s + (CHUNK_TOKENS - room) * costs.prompt_token_s
+            ends_s = max(now_s + decode_s + forward_s, self.ready_s(prompts[0].pool))
+            self.stretch = (now_s, ends_s - now_s, 1, prompts)
+            self.due_s = ends_s
+        elif rows:
+            num_steps = self.decoding[0][0] - self.num_decoded
+            if ready_s < math.inf:
+                num_steps = min(num_steps, max(1, math.ceil((ready_s - now_s) / decode_s)))
+            self.stretch = (now_s, decode_s, num_steps, ())
+            self.due_s = now_s + num_steps * decode_s
+        else:
+            self.stretch, self.due_s = None, math.inf
+
+    def lose(self) -> list[_Request]:
+        """Ends its process. Returns who was there."""
+        requests = [*self.line, *self.prefilling, *(request for _, _, request in self.decoding)]
+        version = self.version
+        self.begin()
+        self.state, self.version = "dead", version + 1
+        return requests
+
+
+def _bits(keys: Iterable[ExpertKey], width: int) -> Experts:
+    bits = 0
+    for key in keys:
+        bits |= 1 << (key.layer * width + key.expert)
+    return bits
+
+
+class Simulation:
+    """A router and its workers. `run` takes a trace from its first request to its last token."""
+
+    def __init__(
+        self,
+        pools: Mapping[str, ExpertPool],
+        costs: Costs,
+        num_workers: int,
+        rules: Rules = SERVICE,
+        lose_at_s: float | None = None,
+    ) -> None:
+        """`lose_at_s`: when the first worker is lost, counted from the first request."""
+        width = 1 + max((expert for pool in pools.values() for layer in pool.experts for expert in layer), default=0)
+        self.pools = {name: NamedExperts.of(name, pool, width) for name, pool in pools.items()}
+        self.costs = costs
+        self.workers = [_Worker(f"w{number}", costs, rules) for number in range(num_workers)]
+        for worker in self.workers:
+            worker.width = width
+        self.by_id = {worker.id: worker for worker in self.workers}
+        self.rules = rules
+        self.in_flight: Counter[str] = Counter()
+        self.outcome = Outcome(rules, num_workers)
+        self._lose_at_s = lose_at_s
+        self._events: list[tuple[float, int, _Worker, int]] = []
+        self._numbers = count()
+        self._next_report_s = 0.0
+
+    def run(self, arrivals: Iterable[Arrival]) -> Outcome:
+        """Arrivals come in the order of their times."""
+        trace = iter(arrivals)
+        following = next(trace, None)
+        if following is not None:
+            self.outcome.began_s = following.at_s
+            if self._lose_at_s is not None:
+                heapq.heappush(self._events, (following.at_s + self._lose_at_s, -1, self.workers[0], -1))
+        half_way_s = self.costs.request_s / 2
+        while following is not None or self._events:
+            if following is not None and (not self._events or following.at_s + half_way_s <= self._events[0][0]):
+                request = _Request(next(self._numbers), following, self.pools[following.pool])
+                self.send(request, following.at_s + half_way_s)
+                following = next(trace, None)
+                continue
+            now_s, _, worker, version = heapq.heappop(self._events)
+            if version == -1:
+                self.lose(worker, now_s)
+            elif version == worker.version:
+                for request in worker.step(now_s):
+                    self.ended(worker, request, now_s)
+                self.expect(worker)
+        self.outcome.bytes_paged += sum(worker.bytes_paged for worker in self.workers)
+        return self.outcome
+
+    def send(self, request: _Request, now_s: float) -> None:
+        while now_s >= self._next_report_s:
+            self.report()
+            self._next_report_s += REPORT_EVERY_S
+            if self._next_report_s < now_s - REPORT_EVERY_S:
+                self._next_report_s = now_s
+        worker = self.chosen(request)
+        if worker is None or worker.num_live >= self.costs.max_running + self.costs.max_waiting:
+            self.outcome.num_refused += 1
+            return
+        self.outcome.num_placed += 1
+        self.outcome.num_resident += request.pool.bits & ~worker.resident == 0
+        self.in_flight[worker.id] += 1
+        worker.arrive(request, now_s)
+        self.expect(worker)
+
+    def chosen(self, request: _Request) -> _Worker | None:
+        ready = [worker for worker in self.workers if worker.state == "ready"]
+        if not ready:
+            return None
+        if self.rules.placement == "round robin":
+            return ready[self.outcome.num_placed % len(ready)]
+        if self.rules.placement == "least loaded":
+            return min(ready, key=lambda worker: (self.in_flight[worker.id], worker.id))
+        pool = request.pool
+        return self.by_id[place(pool, ready, in_flight=self.in_flight, home_key=pool.name).worker_id]
+
+    def report(self) -> None:
+        for worker in self.workers:
+            worker.waiting = len(worker.line)
+            worker.running = len(worker.prefilling) + len(worker.decoding)
+
+    def expect(self, worker: _Worker) -> None:
+        if worker.due_s < math.inf:
+            heapq.heappush(self._events, (worker.due_s, next(self._numbers), worker, worker.version))
+
+    def ended(self, worker: _Worker, request: _Request, now_s: float) -> None:
+        self.in_flight[worker.id] -= 1
+        outcome, arrival = self.outcome, request.arrival
+        took_s = request.first_s - arrival.at_s + self.costs.request_s / 2
+        outcome.first_token_s.append(took_s)
+        outcome.by_tenant.setdefault(arrival.tenant, []).append(took_s)
+        outcome.num_tokens += arrival.output_tokens
+        outcome.ended_s = max(outcome.ended_s, now_s)
+
+    def lose(self, worker: _Worker, now_s: float) -> None:
+        """The worker is lost, or another one is ready in its place."""
+        if worker.state == "dead":
+            worker.state = "ready"
+            return
+        for request in worker.lose():
+            self.in_flight[worker.id] -= 1
+            if math.isnan(request.first_s) and not request.was_lost:
+                request.was_lost = True
+                self.send(request, now_s)
+            else:
+                self.outcome.num_failed += 1
+        heapq.heappush(self._events, (now_s + self.costs.restart_s, -1, worker, -1))

@@ -1,0 +1,360 @@
+"""Traffic to simulate, from a service's log or drawn, and what a service's work costs, by a short run against it.
+
+Legend: L layers, R routed experts of a layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pager.client import AsyncClient
+from pager.errors import ConfigError, InvalidRequest
+from pager.lab.simulate import Arrival, Costs
+from pager.models.open_model import OpenModel
+from pager.predict.fitted import PREDICTOR_NAME, Codebook, PredictorFile
+from pager.reading import parse_json, read_bounded, read_lines, reason_of
+from pager.types import ExpertPool, PoolAsk, PoolSize, RoutingFacts, SamplingParams
+
+METHODS = frozenset({"Generate", "Complete", "Completions", "ChatCompletions", "Responses", "Messages"})
+MAX_REQUESTS = 10_000_000
+
+
+# --- pools ----------------------------------------------------------------------------------------------------------
+
+
+def drawn_pool(name: str, sizes: Sequence[int], facts: RoutingFacts) -> ExpertPool:
+    """A pool of so many experts in each layer, the same for a name whenever it is drawn."""
+    random = np.random.default_rng(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
+    layers = (
+        tuple(sorted(map(int, random.permutation(routed)[:size])))
+        for routed, size in zip(facts.routed_per_layer, sizes, strict=True)
+    )
+    return ExpertPool(tuple(layers))
+
+
+@dataclass(frozen=True, eq=False)
+class Pools:
+    """The pools of one model at one size: its codewords', and drawn ones for names whose experts are not known."""
+
+    facts: RoutingFacts
+    sizes: tuple[int, ...]  # experts in each layer
+    codewords: Mapping[str, ExpertPool]
+
+    @classmethod
+    def of(cls, model: Path, size: PoolSize) -> Pools:
+        """Raises ConfigError for a model without a codebook, CheckpointError for one that cannot be read."""
+        opened = OpenModel.open(model)
+        try:
+            facts = opened.facts
+            path = Path(opened.checkpoint.path) / PREDICTOR_NAME
+            file = PredictorFile.load(path, opened.checkpoint.fingerprint) if path.exists() else None
+        finally:
+            opened.checkpoint.close()
+        codebook = None if file is None else Codebook.of(file, facts)
+        if codebook is None:
+            raise ConfigError(f"{model} has no codebook, whose pools requests share; make one with `fit-router`")
+        found = {name: codebook.pool(name, size) for name in codebook.names}
+        first = next(iter(found.values()))
+        return cls(facts, tuple(map(len, first.experts)), found)
+
+    def known_and_drawn(self, names: Iterable[str]) -> dict[str, ExpertPool]:
+        """The pool of each name."""
+        known = dict(self.codewords)
+        return {name: known.get(name) or drawn_pool(name, self.sizes, self.facts) for name in names}
+
+
+# --- traces ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests in the order of their arrivals; `num_left_out` had no pool that others share."""
+
+    arrivals: Sequence[Arrival]
+    num_left_out: int = 0
+
+
+def read_log(path: Path) -> Trace:
+    """The requests in the log of a service (`log.format = "json"`), .gz or not, by when they came.
+
+    Lines of anything else are passed over. Raises ConfigError for a file without a request.
+    """
+    found: list[Arrival] = []
+    num_left_out = 0
+    try:
+        for _, line in read_lines(path):
+            value = _request_line(line)
+            if value is None:
+                continue
+            pool = _pool_of(value)
+            if not pool:
+                num_left_out += 1
+                continue
+            ended_s = datetime.fromisoformat(value["time"]).timestamp()
+            arrival = Arrival(
+                ended_s - float(value["took_ms"]) / 1000,
+                str(value["tenant"]),
+                pool,
+                max(1, int(value["prompt_tokens"])),
+                max(1, int(value["completion_tokens"])),
+            )
+            found.append(arrival)
+    except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
+        raise ConfigError(f"the log {path} cannot be read: {reason_of(error)}") from None
+    if not found:
+        raise ConfigError(
+            f'{path} has no request that shared a pool; give the JSON log of a router (`log.format = "json"`), or '
+            "leave it out and let traffic be drawn"
+        )
+    found.sort(key=lambda arrival: arrival.at_s)
+    return Trace(found, num_left_out)
+
+
+def _request_line(line: str) -> dict[str, Any] | None:
+    try:
+        value = parse_json(line.strip())
+    except ValueError:
+        return None
+    is_request = isinstance(value, dict) and value.get("method") in METHODS and "completion_tokens" in value
+    return value if is_request and isinstance(value, dict) else None
+
+
+def _pool_of(value: Mapping[str, Any]) -> str:
+    """The name under which requests share the pool: a codeword's, a tenant's own, or a digest; empty for no such."""
+    codeword, pool = value.get("codeword"), str(value.get("pool", ""))
+    if codeword and codeword != "none":
+        return str(codeword)
+    if pool.startswith("named:"):
+        return f"{value['tenant']}/{pool}"
+    return pool if pool.startswith("fixed:") else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Traffic that is drawn: Poisson arrivals, tenants and pools by Zipf's law, and bursts of one pool."""
+
+    num_requests: int = 100_000
+    num_tenants: int = 100
+    per_s: float = 10.0
+    prompt_tokens: int = 64  # of the mean; lengths are drawn between half and one and a half of it
+    output_tokens: int = 64
+    burst_share: float = 0.1  # of the requests, which come in bursts
+    burst_requests: int = 50  # of one pool and tenant, ten times as fast as all the rest
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises InvalidRequest."""
+        if not 1 <= self.num_requests <= MAX_REQUESTS or self.num_tenants < 1 or not self.per_s > 0:
+            raise InvalidRequest(
+                f"traffic is drawn of 1 to {MAX_REQUESTS:,} requests, one tenant at least, and more than 0 a second"
+            )
+
+    def arrivals(self, pools: Sequence[str]) -> list[Arrival]:
+        """The requests, which are for the given pools."""
+        self.check()
+        random = np.random.default_rng(self.seed)
+        count, num_bursts = self.num_requests, int(self.burst_share * self.num_requests / self.burst_requests)
+        num_steady = count - num_bursts * self.burst_requests
+        at_N = np.cumsum(random.exponential(count / num_steady / self.per_s, num_steady))
+        tenant_N, pool_N = _zipf(random, self.num_tenants, num_steady), _zipf(random, len(pools), num_steady)
+        for _ in range(num_bursts):
+            start_s = random.uniform(0, at_N[num_steady - 1])
+            burst_B = start_s + np.cumsum(random.exponential(0.1 / self.per_s, self.burst_requests))
+            at_N = np.concatenate([at_N, burst_B])
+        one_each = np.repeat(_zipf(random, self.num_tenants, num_bursts), self.burst_requests)
+        tenant_N = np.concatenate([tenant_N, one_each])
+        pool_N = np.concatenate([pool_N, np.repeat(_zipf(random, len(pools), num_bursts), self.burst_requests)])
+        prompt_N, output_N = (
+            random.integers(max(1, mean // 2), mean + mean // 2 + 1, count).tolist()
+            for mean in (self.prompt_tokens, self.output_tokens)
+        )
+        order = np.argsort(at_N, kind="stable").tolist()
+        at_s, tenants, names = at_N.tolist(), [f"t{number}" for number in range(self.num_tenants)], list(pools)
+        return [Arrival(at_s[n], tenants[tenant_N[n]], names[pool_N[n]], prompt_N[n], output_N[n]) for n in order]
+
+
+def _zipf(random: np.random.Generator, num: int, count: int) -> np.ndarray:
+    shares = 1 / np.arange(1, num + 1)
+    return random.choice(num, count, p=shares / shares.sum())
+
+
+def with_another(arrivals: Sequence[Arrival], like: str) -> list[Arrival]:
+    """The trace with one tenant more, which sends what `like` sends, a moment later. Raises InvalidRequest."""
+    added = [
+        Arrival(each.at_s + 0.001, f"another-{like}", each.pool, each.prompt_tokens, each.output_tokens)
+        for each in arrivals
+        if each.tenant == like
+    ]
+    if not added:
+        raise InvalidRequest(f"no request of the trace is of a tenant {like[:80]!r}")
+    return sorted([*arrivals, *added], key=lambda each: each.at_s)
+
+
+# --- costs ----------------------------------------------------------------------------------------------------------
+
+
+def read_costs(path: Path) -> Costs:
+    """Raises ConfigError."""
+    try:
+        value = parse_json(read_bounded(path, 1 << 20))
+        known = {each.name: each.type for each in fields(Costs)}
+        if not isinstance(value, dict) or not set(value) <= set(known):
+            raise ValueError(f"its fields are {', '.join(known)}")
+        if not all(isinstance(each, int | float) and each >= 0 for each in value.values()):
+            raise ValueError("its values are numbers, 0 or more")
+        return Costs(**value)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"the costs in {path} cannot be read: {reason_of(error)}") from None
+
+
+def write_costs(costs: Costs, path: Path) -> None:
+    """Raises ConfigError."""
+    try:
+        path.write_text(json.dumps(asdict(costs), indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"the costs cannot be written to {path}: {reason_of(error)}") from None
+
+
+@dataclass
+class _Answer:
+    """When an answer's tokens came, and what it says of itself."""
+
+    began_s: float
+    token_s: list[float] = field(default_factory=list)
+    bytes_paged: int = 0
+    at_worker_s: float = 0.0  # from its arrival there until its first token
+
+    @property
+    def first_s(self) -> float:
+        return self.token_s[0] - self.began_s
+
+    @property
+    def gap_s(self) -> float:
+        """Between two tokens, over the later half, when all prompts of its wave have run."""
+        later = self.token_s[len(self.token_s) // 2 :]
+        return (later[-1] - later[0]) / (len(later) - 1)
+
+
+class Measuring:
+    """A short run against a service that has nothing else to do; all of its workers are loaded alike."""
+
+    ROWS = (1, 4, 12)
+    TOKENS = 48
+    SHORT, LONG = 16, 256
+
+    def __init__(self, client: AsyncClient, pools: Pools, seed: int = 0) -> None:
+        self._client = client
+        self._pools = pools
+        self._random = np.random.default_rng(seed)
+        self._num_drawn = 0
+        self._vocabulary = 256
+
+    async def run(self) -> Costs:
+        """Raises what the client raises."""
+        model = await self._client.model()
+        self._vocabulary = model.vocab_size
+        workers = [worker for worker in await self._client.residency() if worker.state == "ready"]
+        self._homes: dict[str, list[ExpertPool]] = {worker.id: [] for worker in workers}
+        if not workers:
+            raise ConfigError("no worker is ready, so that none is home to a pool; wait until the service is")
+        await self._find_homes()
+        own = {id_: pools[0] for id_, pools in self._homes.items()}
+        await self._wave(own.values(), 2, self.SHORT)
+        short = await self._several(lambda: self._wave(own.values(), 4, self.SHORT))
+        long = await self._several(lambda: self._wave(own.values(), 4, self.LONG))
+        token_s = max(0.0, (_first(long) - _first(short)) / (self.LONG - self.SHORT))
+        way_s = statistics.median(each.first_s - each.at_worker_s for each in short)
+        gaps = {}
+        for rows in self.ROWS:
+            gaps[rows] = _gap(await self._wave(list(own.values()) * rows, self.TOKENS, self.SHORT))
+        first = self.ROWS[0]
+        row_s = max(0.0, float(np.mean([(gaps[rows] - gaps[first]) / (rows - first) for rows in self.ROWS[1:]])))
+        half, most = self.ROWS[-1] // 2, self.ROWS[-1]
+        both = [pool for pools in self._homes.values() for pool in pools[:2]]
+        pool_s = max(0.0, _gap(await self._wave(both * half, self.TOKENS, self.SHORT)) - gaps[most])
+        return Costs(
+            step_s=gaps[first],
+            row_s=row_s,
+            pool_s=pool_s,
+            prefill_s=max(1e-6, statistics.median(each.at_worker_s for each in short) - self.SHORT * token_s),
+            prompt_token_s=token_s,
+            page_bytes_per_s=await self._page_in_rate(_first(short)),
+            request_s=max(1e-6, way_s),
+            expert_bytes=max(worker.expert_bytes for worker in workers),
+            num_slots=min(worker.num_slots for worker in workers),
+        )
+
+    async def _find_homes(self) -> None:
+        """Draws pools until every worker is the home of three."""
+        for _ in range(64 * len(self._homes)):
+            pool = self._new_pool()
+            answer = await self._client.route(self._prompt(1), PoolAsk(fixed=pool))
+            found = self._homes.get(answer.worker or "")
+            if found is not None and len(found) < 3:
+                found.append(pool)
+            if all(len(pools) == 3 for pools in self._homes.values()):
+                return
+        raise ConfigError("some workers are home to no pool; is the service idle, and are all workers ready?")
+
+    async def _page_in_rate(self, warm_s: float) -> float:
+        """Bytes/s of a worker, from pools that are there nowhere, for one worker after the other."""
+        rates = []
+        for _ in range(8):
+            (answer,) = await self._wave([self._new_pool()], 2, self.SHORT)
+            if answer.bytes_paged:
+                rates.append(answer.bytes_paged / max(1e-4, answer.first_s - warm_s))
+        return statistics.median(rates) if rates else 1e9
+
+    async def _several(self, wave: Callable[[], Awaitable[list[_Answer]]], times: int = 6) -> list[_Answer]:
+        return [answer for _ in range(times) for answer in await wave()]
+
+    async def _wave(self, pools: Iterable[ExpertPool], tokens: int, prompt_tokens: int) -> list[_Answer]:
+        return list(await asyncio.gather(*(self._answer(pool, tokens, prompt_tokens) for pool in pools)))
+
+    async def _answer(self, pool: ExpertPool, tokens: int, prompt_tokens: int) -> _Answer:
+        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        found = _Answer(time.perf_counter())
+        async for chunk in self._client.generate(self._prompt(prompt_tokens), sampling, PoolAsk(fixed=pool)):
+            found.token_s += [time.perf_counter()] * len(chunk.token_ids)
+            if chunk.usage is not None:
+                found.bytes_paged = chunk.usage.paging.bytes_paged
+                found.at_worker_s = chunk.usage.time_to_first_token_s
+        return found
+
+    def _new_pool(self) -> ExpertPool:
+        self._num_drawn += 1
+        return drawn_pool(f"measured-{self._num_drawn}", self._pools.sizes, self._pools.facts)
+
+    def _prompt(self, num_tokens: int) -> tuple[int, ...]:
+        """Never one that was sent before: what is cached of it would not run."""
+        return tuple(map(int, self._random.integers(0, self._vocabulary - 4, num_tokens)))
+
+
+def measure(address: str, pools: Pools) -> Costs:
+    """What work costs at an idle service. Raises what the client raises, and ConfigError where it is not idle."""
+
+    async def run() -> Costs:
+        async with AsyncClient(address, timeout_s=120, api_key=os.environ.get("EXPERT_PAGER_API_KEY")) as client:
+            return await Measuring(client, pools).run()
+
+    return asyncio.run(run())
+
+
+def _first(answers: Iterable[_Answer]) -> float:
+    return statistics.median(answer.first_s for answer in answers)
+
+
+def _gap(answers: Iterable[_Answer]) -> float:
+    return statistics.median(answer.gap_s for answer in answers)

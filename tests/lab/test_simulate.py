@@ -1,0 +1,215 @@
+"""The simulator runs the service's own rules, and forecasts from a log, from drawn traffic, and from measured costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from pager.cli.app import app
+from pager.errors import ConfigError, InvalidRequest
+from pager.lab.simulate import OTHERS, SERVICE, Arrival, Costs, Simulation
+from pager.lab.traffic import Drawn, drawn_pool, read_costs, read_log, with_another, write_costs
+from pager.types import ExpertPool, RoutingFacts
+
+FACTS = RoutingFacts(experts_per_layer=(64, 64), shared_per_layer=(0, 0), top_k_per_layer=(2, 2))
+POOLS = {f"c{number:02d}": drawn_pool(f"c{number:02d}", (8, 8), FACTS) for number in range(12)}
+COSTS = Costs(
+    step_s=0.004,
+    row_s=0.0005,
+    pool_s=0.001,
+    prefill_s=0.006,
+    prompt_token_s=0.0001,
+    page_bytes_per_s=1e8,
+    request_s=0.002,
+    expert_bytes=100_000,
+    num_slots=40,
+    restart_s=5.0,
+)
+PAGING_S = 16 * COSTS.expert_bytes / COSTS.page_bytes_per_s
+
+
+def one(at_s: float = 0.0, pool: str = "c00", tenant: str = "t", prompt: int = 10, output: int = 5) -> Arrival:
+    return Arrival(at_s, tenant, pool, prompt, output)
+
+
+def test_a_request_alone_takes_what_its_parts_take() -> None:
+    outcome = Simulation(POOLS, COSTS, 1).run([one()])
+    first_s = COSTS.request_s + max(COSTS.prefill_s + 10 * COSTS.prompt_token_s, PAGING_S)
+    assert outcome.first_token_s == [pytest.approx(first_s)]
+    assert outcome.ended_s == pytest.approx(first_s - COSTS.request_s / 2 + 4 * COSTS.step_s)
+    assert (outcome.num_tokens, outcome.bytes_paged) == (5, 16 * COSTS.expert_bytes)
+    warm = Simulation(POOLS, COSTS, 1).run([one(), one(1.0)])
+    assert warm.first_token_s[1] == pytest.approx(COSTS.request_s + COSTS.prefill_s + 10 * COSTS.prompt_token_s)
+    assert warm.bytes_paged == outcome.bytes_paged
+
+
+def test_requests_of_one_pool_share_steps_and_others_cost_their_pool() -> None:
+    def seconds(pools: list[str]) -> float:
+        costs = replace(COSTS, page_bytes_per_s=math.inf)
+        return Simulation(POOLS, costs, 1).run([one(pool=pool, output=101) for pool in pools]).ended_s
+
+    alone, together, apart = seconds(["c00"]), seconds(["c00"] * 2), seconds(["c00", "c01"])
+    assert together - alone == pytest.approx(100 * COSTS.row_s + 10 * COSTS.prompt_token_s)
+    assert apart - together == pytest.approx(100 * COSTS.pool_s)
+
+
+def test_an_arrival_ends_a_stretch_of_steps_at_the_next_one() -> None:
+    outcome = Simulation(POOLS, replace(COSTS, request_s=0.0), 1).run([one(output=1000), one(1.0)])
+    waited_s = outcome.first_token_s[0] - (COSTS.step_s + COSTS.prefill_s + 10 * COSTS.prompt_token_s)
+    assert -1e-9 <= waited_s <= COSTS.step_s, "it waits for the step that runs, and its forward comes after one more"
+
+
+requests = st.lists(
+    st.builds(
+        one,
+        at_s=st.floats(0, 3),
+        pool=st.sampled_from(sorted(POOLS)),
+        tenant=st.sampled_from(["a", "b", "c"]),
+        prompt=st.integers(1, 600),
+        output=st.integers(1, 40),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrivals=requests, num_workers=st.integers(1, 3), rules=st.sampled_from([SERVICE, *OTHERS]), loses=st.booleans())
+def test_every_request_ends_once_under_any_rules(
+    arrivals: list[Arrival], num_workers: int, rules: object, loses: bool
+) -> None:
+    arrivals = sorted(arrivals, key=lambda arrival: arrival.at_s)
+    costs = replace(COSTS, max_running=4, max_waiting=6)
+    simulation = Simulation(POOLS, costs, num_workers, rules, 1.0 if loses else None)  # type: ignore[arg-type]
+    outcome = simulation.run(arrivals)
+    assert len(outcome.first_token_s) + outcome.num_refused + outcome.num_failed == len(arrivals)
+    assert not any(math.isnan(first_s) or first_s < costs.request_s for first_s in outcome.first_token_s)
+    assert all(count == 0 for count in simulation.in_flight.values())
+    for worker in simulation.workers:
+        worker.install(math.inf)
+        worker.index.check_integrity()
+        assert (worker.num_live, worker.held, worker.index.num_held) == (0, 0, 0)
+        loaded = sum(1 << (key.layer * worker.width + key.expert) for key in worker.index.loaded())
+        assert worker.resident == loaded
+    again = Simulation(POOLS, costs, num_workers, rules, 1.0 if loses else None)  # type: ignore[arg-type]
+    assert again.run(arrivals).first_token_s == outcome.first_token_s, "the same trace gives the same forecast"
+
+
+def mixed(per_s: float = 60.0, count: int = 1500) -> list[Arrival]:
+    return Drawn(count, 20, per_s, prompt_tokens=40, output_tokens=30).arrivals(sorted(POOLS))
+
+
+def test_homes_page_less_and_answer_sooner_than_placement_that_knows_no_pools() -> None:
+    service, *others = (Simulation(POOLS, COSTS, 4, rules).run(mixed()) for rules in (SERVICE, *OTHERS))
+    for other in others[1:]:
+        assert service.bytes_paged < 0.6 * other.bytes_paged
+        assert service.first_token_at(99) < other.first_token_at(99)
+        assert service.num_resident > other.num_resident
+    assert service.bytes_paged < others[0].bytes_paged, "first come, first served pages pools again"
+
+
+def test_a_worker_more_helps_and_a_worker_lost_costs() -> None:
+    trace = mixed(80.0)
+    few, more = (Simulation(POOLS, COSTS, count).run(trace) for count in (2, 3))
+    assert more.first_token_at(99) < few.first_token_at(99)
+    lost = Simulation(POOLS, COSTS, 3, SERVICE, 5.0).run(trace)
+    assert lost.first_token_at(99) > more.first_token_at(99)
+    assert lost.num_failed > 0
+    assert len(lost.first_token_s) + lost.num_failed == len(trace)
+
+
+def test_drawn_traffic_is_what_was_asked_for_and_the_same_again() -> None:
+    drawn = Drawn(20_000, 50, 25.0, seed=3)
+    arrivals = drawn.arrivals(sorted(POOLS))
+    assert arrivals == drawn.arrivals(sorted(POOLS))
+    times = [arrival.at_s for arrival in arrivals]
+    assert times == sorted(times)
+    assert len(arrivals) / times[-1] == pytest.approx(25.0, rel=0.1)
+    assert np.mean([arrival.output_tokens for arrival in arrivals]) == pytest.approx(64, rel=0.05)
+    assert len({arrival.tenant for arrival in arrivals}) == 50
+    for wrong in (Drawn(0), Drawn(num_tenants=0), Drawn(per_s=0.0), Drawn(per_s=math.nan), Drawn(10**9)):
+        with pytest.raises(InvalidRequest, match="traffic is drawn of"):
+            wrong.arrivals(["c00"])
+
+
+def test_another_tenant_sends_what_one_sends() -> None:
+    more = with_another([one(0.0, tenant="a"), one(1.0, tenant="b")], "a")
+    assert [arrival.tenant for arrival in more] == ["a", "another-a", "b"]
+    with pytest.raises(InvalidRequest, match="no request of the trace is of a tenant 'z'"):
+        with_another(more, "z")
+
+
+def log_line(**facts: object) -> str:
+    line = {
+        "time": "2026-11-30T12:00:10.000+00:00", "level": "INFO", "method": "Generate", "tenant": "acme", "code": "OK",
+        "pool": "12.5%", "codeword": "c01", "prompt_tokens": 7, "completion_tokens": 9, "took_ms": 4000.0,
+    }  # fmt: skip
+    return json.dumps(line | facts) + "\n"
+
+
+def test_a_routers_log_is_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "router.log"
+    others = ["not json\n", json.dumps({"message": "started"}) + "\n", log_line(method="GetModel")]
+    lines = [
+        log_line(),
+        *others,
+        log_line(time="2026-11-30T12:00:09.000+00:00", took_ms=500.0, codeword="none", pool="named:law"),
+        log_line(codeword="none"),
+        log_line(code="DEADLINE_EXCEEDED", took_ms=5000.0, completion_tokens=0),
+    ]
+    path.write_text("".join(lines))
+    trace = read_log(path)
+    assert trace.num_left_out == 1
+    found = [(each.pool, each.tenant, each.prompt_tokens, each.output_tokens) for each in trace.arrivals]
+    assert found == [("c01", "acme", 7, 1), ("c01", "acme", 7, 9), ("acme/named:law", "acme", 7, 9)]
+    times = [each.at_s - trace.arrivals[0].at_s for each in trace.arrivals]
+    assert times == pytest.approx([0.0, 1.0, 3.5])
+    path.write_text("".join(others))
+    with pytest.raises(ConfigError, match=r"has no request that shared a pool.*log\.format"):
+        read_log(path)
+    path.write_text(log_line(time="yesterday"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_log(path)
+
+
+def test_costs_are_read_as_they_were_written_and_nothing_else_is(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    write_costs(COSTS, path)
+    assert read_costs(path) == COSTS
+    for wrong in ("{}", "[]", '{"step_s": "x"}', path.read_text().replace("step_s", "stop_s"), "{"):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match="the costs in"):
+            read_costs(path)
+
+
+def test_the_command_forecasts_a_log_and_what_if(tmp_path: Path) -> None:
+    model = Path(__file__).parents[2] / "models" / "emo-tiny"
+    write_costs(replace(COSTS, num_slots=190), tmp_path / "costs.json")
+    (tmp_path / "log").write_text("".join(log_line(took_ms=1000.0 * number) for number in range(1, 30)))
+    command = ["simulate", str(tmp_path / "log"), "--model", str(model), "--costs", str(tmp_path / "costs.json")]
+    result = CliRunner().invoke(app, [*command, "--another-like", "acme", "--compare", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["requests"] == 29
+    names = ("as it is", "with one worker more", "with another acme", *(rules.name for rules in OTHERS))
+    assert tuple(found["results"]) == names
+    assert [found["results"][name]["workers"] for name in names[:3]] == [2, 3, 2]
+    drawn = ["simulate", *command[2:], "--requests", "50", "--tenants", "3", "--per-second", "5", "--workers", "1"]
+    result = CliRunner().invoke(app, drawn)
+    assert result.exit_code == 0, result.output
+    assert "50 requests, 1 workers" in result.stdout
+
+
+def test_a_pool_is_drawn_by_its_name() -> None:
+    pool = drawn_pool("named:law", (3, 5), FACTS)
+    assert pool == drawn_pool("named:law", (3, 5), FACTS) != drawn_pool("named:tax", (3, 5), FACTS)
+    assert isinstance(pool, ExpertPool)
+    assert [len(layer) for layer in pool.experts] == [3, 5]

@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Encoding, Tokenizer, decoders
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders
 
 from pager.errors import CheckpointError, InvalidRequest
-from pager.reading import check_text, read_bounded, reason_of
+from pager.reading import check_text, one_line, read_bounded, read_json_file, reason_of
 
 TOKENIZER_NAME = "tokenizer.json"
+SETTINGS_NAME = "tokenizer_config.json"
+_ADDED_NAME = "added_tokens.json"
+_OTHER_TOKENIZER_FILES = (
+    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tiktoken.model", "tekken.json",
+)  # fmt: skip
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MAX_TOKENIZER_BYTES = 1 << 28
 """Several times the largest vocabularies there are."""
 
@@ -44,22 +52,94 @@ def is_panic(error: BaseException) -> bool:
 
 
 def read_tokenizer(model: Path) -> Tokenizer | None:
-    """Reads the tokenizer of a checkpoint's folder; None without one. Raises CheckpointError if it cannot be read."""
+    """Reads the tokenizer of a checkpoint's folder: `tokenizer.json`, and tokens that other files add to it. Without
+    that file, what transformers makes of those that are there; None where there are none.
+
+    Raises CheckpointError if it cannot be read.
+    """
     path = model / TOKENIZER_NAME
     if not path.exists():
-        return None
+        found = [name for name in _OTHER_TOKENIZER_FILES if (model / name).exists()]
+        return _converted(model, found) if found else None
     try:
         data = read_bounded(path, MAX_TOKENIZER_BYTES)
         with panics_as_errors():
             tokenizer = Tokenizer.from_buffer(data)
-            # What a training script left on would cut or fill up prompts without a word.
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            return tokenizer
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; fetch it again") from None
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer: {error}; fetch it again") from None
+    _add_tokens(tokenizer, model)
+    return _whole(tokenizer)
+
+
+def _whole(tokenizer: Tokenizer) -> Tokenizer:
+    """What a training script left on would cut or fill up prompts without a word."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _converted(model: Path, found: Sequence[str]) -> Tokenizer:
+    """The tokenizer that transformers makes of other files."""
+    from transformers import AutoTokenizer  # seconds to import, and seldom needed
+
+    try:
+        for name in found:
+            read_bounded(model / name, MAX_TOKENIZER_BYTES)
+        with panics_as_errors():
+            made = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        return _whole(made.backend_tokenizer)
+    except Exception as error:  # every family's tokenizer fails in its own way
+        raise CheckpointError(
+            f"{model} has no {TOKENIZER_NAME}, and transformers makes none of {', '.join(found)} ({one_line(error)}); "
+            f"save one with AutoTokenizer.from_pretrained(...).save_pretrained(...), or remove these files to serve "
+            "token ids alone"
+        ) from None
+
+
+def _add_tokens(tokenizer: Tokenizer, model: Path) -> None:
+    """Adds what `added_tokens.json` and the tokenizer's settings list beside it. Raises CheckpointError."""
+    settings, legacy = (_object(model / name) for name in (SETTINGS_NAME, _ADDED_NAME))
+    described = settings.get("added_tokens_decoder")  # as transformers, which looks at the older file without it only
+    special = {_content(value) for name, value in settings.items() if name.endswith("_token")}
+    listed: dict[int, AddedToken] = {}
+    try:
+        for content, token_id in legacy.items() if described is None else ():
+            listed[int(token_id)] = AddedToken(content, special=content in special, normalized=False)
+        for token_id, token in (described or {}).items():
+            flags = {name: bool(token.get(name, False)) for name in _TOKEN_FLAGS}
+            listed[int(token_id)] = AddedToken(_content(token), **flags)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{model / SETTINGS_NAME} or {_ADDED_NAME} lists added tokens that are none ({error}); fetch them again"
+        ) from None
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token_id, token in sorted(listed.items()):
+        if token.content in known:
+            continue
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != token_id:
+            raise CheckpointError(
+                f"{model} adds the token {token.content!r} as {token_id}, and {TOKENIZER_NAME} has it, or room for it, "
+                f"at {tokenizer.token_to_id(token.content)}; the files are not of the same tokenizer, fetch them again"
+            )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json_file(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}; fetch it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object; fetch it again")
+    return value
+
+
+def _content(token: Any) -> str:
+    """A token as settings write it: its text, or an object that has it."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
 
 
 def longest_token_bytes(tokenizer: Tokenizer) -> int:

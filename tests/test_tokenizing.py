@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
 from pager.errors import CheckpointError, InvalidRequest
 from pager.tokenizing import (
@@ -44,6 +47,64 @@ def test_a_regular_expression_that_gives_up_is_the_texts_fault(giving_up: Tokeni
     with pytest.raises(InvalidRequest):
         encode_all(giving_up, ["abc", "a" * 40 + "!"])
     assert encode(giving_up, "abc").ids
+
+
+def copied(folder: Path, **settings: Any) -> Path:
+    shutil.copy(MODEL / "tokenizer.json", folder)
+    for name, value in settings.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+@pytest.mark.parametrize("is_described", [False, True])
+def test_tokens_that_other_files_add_count(tmp_path: Path, is_described: bool) -> None:
+    before = read_tokenizer(MODEL)
+    assert before is not None
+    size = before.get_vocab_size()
+    files: dict[str, Any] = {
+        "added_tokens": {"<|end|>": size, "<|call|>": size + 1},
+        "tokenizer_config": {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"},
+    }
+    if is_described:
+        kinds = {"<|end|>": True, "<|call|>": False}
+        described = {str(size + n): {"content": text, "special": kinds[text]} for n, text in enumerate(kinds)}
+        files["tokenizer_config"]["added_tokens_decoder"] = described
+        files["added_tokens"] = {"<|other|>": size}
+    tokenizer = read_tokenizer(copied(tmp_path, **files))
+    assert tokenizer is not None
+    text = "a<|end|>b<|call|>"
+    assert encode(tokenizer, text).ids == [*encode(before, "a").ids, size, *encode(before, "b").ids, size + 1]
+    assert tokenizer.decode([size, size + 1], skip_special_tokens=True) == "<|call|>"
+    if is_described:
+        assert encode(tokenizer, text).ids == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
+
+
+@pytest.mark.parametrize("added", [{"<|x|>": 3}, {"<|x|>": 10**9}])
+def test_added_tokens_of_another_tokenizer_are_refused(tmp_path: Path, added: dict[str, int]) -> None:
+    with pytest.raises(CheckpointError, match=r"adds the token '<\|x\|>' as \d+, .* not of the same tokenizer"):
+        read_tokenizer(copied(tmp_path, added_tokens=added))
+
+
+@pytest.mark.parametrize("added", [{"<|x|>": "x"}, {"<|x|>": None}, [1]])
+def test_added_tokens_that_are_none_are_refused(tmp_path: Path, added: Any) -> None:
+    with pytest.raises(CheckpointError, match="fetch"):
+        read_tokenizer(copied(tmp_path, added_tokens=added))
+
+
+def test_without_its_file_a_tokenizer_is_what_transformers_makes_of_others(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
+    assert read_tokenizer(tmp_path) is None
+    (tmp_path / "vocab.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json, and transformers makes none of vocab\.json"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(alphabet)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert encode(tokenizer, "ab").ids == [alphabet.index("a"), alphabet.index("b")]
+    assert tokenizer.decode(encode(tokenizer, "ab c").ids) == "ab c"
 
 
 def test_only_panics_are_translated(giving_up: Tokenizer) -> None:

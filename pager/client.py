@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +22,7 @@ from google.rpc.status_pb2 import Status
 from pager import wire
 from pager.errors import Cancelled, DeadlineExceeded, InvalidRequest, NotReady, PagerError, ServiceUnreachable
 from pager.types import (
+    CHOSEN_BY_SERVICE,
     ModelInfo,
     NamedPool,
     PoolAsk,
@@ -157,15 +158,17 @@ class Client(_Client):
         pool: Pool = None,
         *,
         has_max_tokens: bool = True,
+        unset: Collection[str] = (),
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> Answer:
         """Starts an answer, to be iterated over.
 
-        Without `sampling`, or with `has_max_tokens` False, the service's default length is used, or what there is room
-        for. Errors, also those of the request itself, are raised while the answer is read.
+        Without `sampling`, the service's default length is used, or what there is room for, and tokens are drawn as the
+        model's own settings say; the same holds for the fields `unset` of it, and for its length with `has_max_tokens`
+        False. Errors, also those of the request itself, are raised while the answer is read.
         """
-        request = _generate(prompt, sampling, pool, has_max_tokens, request_id)
+        request = _generate(prompt, sampling, pool, _unset(sampling, has_max_tokens, unset), request_id)
         return Answer(self._stub.Generate(request, **self._options(timeout_s)), request.request_id, self.address)
 
     def route(self, prompt: Prompt, pool: Pool = None, *, timeout_s: float | None = None) -> RouteAnswer:
@@ -272,11 +275,12 @@ class AsyncClient(_Client):
         pool: Pool = None,
         *,
         has_max_tokens: bool = True,
+        unset: Collection[str] = (),
         request_id: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncAnswer:
         """Starts an answer, to be iterated over with `async for`; see `Client.generate`."""
-        request = _generate(prompt, sampling, pool, has_max_tokens, request_id)
+        request = _generate(prompt, sampling, pool, _unset(sampling, has_max_tokens, unset), request_id)
         return AsyncAnswer(self._stub.Generate(request, **self._options(timeout_s)), request.request_id, self.address)
 
     async def route(self, prompt: Prompt, pool: Pool = None, *, timeout_s: float | None = None) -> RouteAnswer:
@@ -437,7 +441,7 @@ def _is_being_cancelled() -> bool:
 
 
 def _generate(
-    prompt: Prompt, sampling: SamplingParams | None, pool: Pool, has_max_tokens: bool, request_id: str | None
+    prompt: Prompt, sampling: SamplingParams | None, pool: Pool, unset: Collection[str], request_id: str | None
 ) -> pb.GenerateRequest:
     """A request with an id of its own, by which it can be aborted while nothing of it has arrived yet."""
     return wire.encode_generate(
@@ -445,8 +449,14 @@ def _generate(
         sampling or SamplingParams(),
         _ask(pool),
         request_id=uuid.uuid4().hex if request_id is None else request_id,
-        has_max_tokens=has_max_tokens and sampling is not None,
+        unset=unset,
     )
+
+
+def _unset(sampling: SamplingParams | None, has_max_tokens: bool, unset: Collection[str]) -> Collection[str]:
+    if sampling is None:
+        return CHOSEN_BY_SERVICE
+    return unset if has_max_tokens else {*unset, "max_tokens"}
 
 
 def _ask(pool: Pool) -> PoolAsk:

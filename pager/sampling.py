@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 from pager.errors import InvalidRequest
 from pager.reading import parse_json
-from pager.types import GrammarKind, SamplingParams
+from pager.types import DRAWN_BY, GrammarKind, SamplingParams
 
 MAX_TEMPERATURE = 100.0
 MAX_TOKENS = 2**31 - 1
@@ -25,6 +26,24 @@ MAX_GRAMMAR_BYTES = 64 * 2**10
 MAX_ANSWERS = 32
 MAX_PROMPT_LOGPROBS = 2**19
 """Numbers that a request may have reported of its prompt: tokens times one more than the alternatives to each."""
+
+
+def default_sampling(generation_config: Any) -> SamplingParams:
+    """What holds where a request says nothing, by a model's generation_config.json: as in transformers, where
+    `do_sample` decides whether anything is drawn. Raises InvalidRequest for values that no request may have.
+    """
+    drawn = DRAWN_BY if getattr(generation_config, "do_sample", None) else ("repetition_penalty",)
+    given = {name: value for name in drawn if (value := getattr(generation_config, name, None)) is not None}
+    if "temperature" in drawn:
+        given.setdefault("temperature", 1.0)
+    params = SamplingParams(**given)
+    check_sampling(params)
+    return params
+
+
+def filled(params: SamplingParams, unset: Collection[str], defaults: SamplingParams) -> SamplingParams:
+    """Returns `params` with what the model's settings say for those fields that a request has left unset."""
+    return replace(params, **{name: getattr(defaults, name) for name in DRAWN_BY if name in unset})
 
 
 def check_sampling(params: SamplingParams) -> None:

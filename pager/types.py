@@ -308,6 +308,12 @@ class SamplingParams:
     n: int = 1  # answers, from one prefill and in one pool; answer i has seed + i
 
 
+DRAWN_BY = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""The fields of sampling for which a model's own settings may have defaults."""
+CHOSEN_BY_SERVICE = ("max_tokens", *DRAWN_BY)
+"""Those that a service fills in where they are absent: by its room, and by these settings."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """A validated request, as the worker receives it. Of those in flight, tenant and id together name one."""
@@ -522,6 +528,8 @@ class ModelInfo:
     plan: str
     num_slots: int = 0
     codewords: tuple[str, ...] = ()
+    # What holds where a request says nothing, by the model's own settings; clients are not told.
+    sampling: SamplingParams = field(default=SamplingParams(), kw_only=True)
 
     @property
     def token_limit(self) -> int:

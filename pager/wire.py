@@ -8,7 +8,7 @@ Router, worker and client use the same functions: `worker.proto` carries the pub
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from google.rpc.status_pb2 import Status
 
 from pager.errors import InvalidRequest, PagerError
 from pager.types import (
+    CHOSEN_BY_SERVICE,
     DRIFT_WINDOW,
     Account,
     AnswerMode,
@@ -256,13 +257,16 @@ Prompt = str | Sequence[int]
 
 
 def encode_generate(
-    prompt: Prompt, sampling: SamplingParams, pool: PoolAsk, *, request_id: str = "", has_max_tokens: bool = True
+    prompt: Prompt, sampling: SamplingParams, pool: PoolAsk, *, request_id: str = "", unset: Collection[str] = ()
 ) -> pb.GenerateRequest:
-    """Without `has_max_tokens` the length of the answer is left to the service. Raises InvalidRequest."""
+    """The fields `unset` of sampling are left to the service. Raises InvalidRequest."""
     with _refusing():
         message = pb.GenerateRequest(request_id=request_id, sampling=encode_sampling(sampling), pool=encode_ask(pool))
-        if not has_max_tokens:
-            message.sampling.ClearField("max_tokens")
+        for name in CHOSEN_BY_SERVICE:
+            if name in unset:
+                message.sampling.ClearField(name)
+            else:
+                setattr(message.sampling, name, getattr(sampling, name))
         return _with_prompt(message, prompt)
 
 
@@ -321,15 +325,15 @@ def encode_sampling(sampling: SamplingParams) -> pb.SamplingParams:
     return message
 
 
-def decode_sampling(message: pb.SamplingParams) -> SamplingParams:
-    """Sampling parameters, with the defaults of `SamplingParams` for absent fields."""
+def decode_sampling(message: pb.SamplingParams, defaults: SamplingParams = _DEFAULT_SAMPLING) -> SamplingParams:
+    """Sampling parameters, with `defaults` for absent fields."""
     given: dict[str, Any] = {
         name: tuple(value) if name in _REPEATED else value
         for name in _SAMPLING
         if (value := optional(message, name)) is not None
     }
     bias = tuple(sorted(message.logit_bias.items()))
-    return SamplingParams(**given, logit_bias=bias, grammar=_decode_grammar(message))
+    return replace(defaults, **given, logit_bias=bias, grammar=_decode_grammar(message))
 
 
 def _decode_grammar(message: pb.SamplingParams) -> Grammar | None:

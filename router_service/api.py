@@ -447,7 +447,7 @@ class Api:
         return Ask(
             id=request_id.get(),
             prompt=prompt,
-            sampling=openai.checked(sampling, model),
+            sampling=openai.checked(sampling, model, asked),
             has_max_tokens=asked.has_max_tokens,
             pool=openai.model_and_pool(asked.model, asked.pool, asked.drift, model, default),
         )

@@ -163,7 +163,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         return Ask(
             id=id_,
             prompt=text,
-            sampling=openai.checked(asked.sampling_of(model.token_limit), model),
+            sampling=openai.checked(asked.sampling_of(model.token_limit), model, asked),
             has_max_tokens=asked.has_max_tokens,
             pool=openai.model_and_pool(name, asked.pool, asked.drift, model, default),
         )

@@ -23,8 +23,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pager.errors import InvalidRequest, PagerError
 from pager.pools.drift import parse_drift
 from pager.pools.pick import parse_pool_size
-from pager.sampling import MAX_ANSWERS, check_sampling, check_vocabulary
+from pager.sampling import MAX_ANSWERS, check_sampling, check_vocabulary, filled
 from pager.types import (
+    DRAWN_BY,
     FinishReason,
     Grammar,
     GrammarKind,
@@ -666,8 +667,13 @@ def model_and_pool(
     return chosen_pool(parsed, default.source, asked_drift or default.drift, model)
 
 
-def checked(params: SamplingParams, model: ModelInfo) -> SamplingParams:
-    """Returns a checked value. Raises InvalidRequest."""
+def checked(params: SamplingParams, model: ModelInfo, asked: Any = None) -> SamplingParams:
+    """Returns a checked value; what `asked` leaves out, it has from the model's own settings. Raises InvalidRequest."""
+    if asked is not None:
+        unset = {name for name in DRAWN_BY if getattr(asked, name, None) is None}
+        if not model.sampling.temperature:
+            unset.discard("temperature")  # these APIs have a default of their own, which is not greedy
+        params = filled(params, unset, model.sampling)
     check_sampling(params)
     check_vocabulary(params, model.vocab_size)
     return params

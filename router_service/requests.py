@@ -317,7 +317,7 @@ def in_vocabulary(ids: tuple[int, ...], model: ModelInfo, field: str) -> tuple[i
 
 def sampling(wire: pb.SamplingParams, model: ModelInfo) -> SamplingParams:
     """Reads the sampling parameters. Raises InvalidRequest."""
-    params = decode_sampling(wire)
+    params = decode_sampling(wire, model.sampling)
     check_sampling(params)
     check_vocabulary(params, model.vocab_size)
     return params

@@ -38,6 +38,7 @@ from pager.types import (
     Mass,
     PageIn,
     PagingCounts,
+    PoolAsk,
     PoolPolicy,
     PoolSource,
     SamplingParams,
@@ -215,6 +216,17 @@ def test_no_field_of_sampling_parameters_is_left_out() -> None:
     assert grammars == set(GrammarKind)
     fields = {*public.SamplingParams.DESCRIPTOR.fields_by_name} - grammars
     assert fields == {field.name for field in dataclasses.fields(SamplingParams)} - {"grammar"}
+
+
+def test_what_a_caller_said_is_told_from_what_it_left_to_the_service() -> None:
+    own = SamplingParams(temperature=0.7, top_k=20, repetition_penalty=1.1)
+    said = wire.encode_generate("a", SamplingParams(max_tokens=3, temperature=0.0, top_k=0), PoolAsk())
+    found = wire.decode_sampling(said.sampling, own)
+    assert (found.max_tokens, found.temperature, found.top_k, found.repetition_penalty) == (3, 0.0, 0, 1.0)
+    left = wire.encode_generate("a", SamplingParams(top_k=5), PoolAsk(), unset={"max_tokens", "temperature"})
+    found = wire.decode_sampling(left.sampling, own)
+    assert (found.temperature, found.top_k, found.repetition_penalty) == (0.7, 5, 1.0)
+    assert not left.sampling.HasField("max_tokens")
 
 
 def test_sampling_parameters_that_are_not_used_cost_no_byte() -> None:

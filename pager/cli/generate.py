@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,9 +48,10 @@ from pager.models.open_model import OpenModel
 from pager.pools.drift import check_can_drift
 from pager.pools.pick import check_example, check_num_examples, mean_scores, pick_pool, pool_for, resolve_size
 from pager.reading import read_bounded, reason_of
-from pager.sampling import MAX_GRAMMAR_BYTES, check_sampling
+from pager.sampling import MAX_GRAMMAR_BYTES, check_sampling, filled
 from pager.tokenizing import read_tokenizer
 from pager.types import (
+    CHOSEN_BY_SERVICE,
     Bytes,
     ExpertPool,
     Full,
@@ -162,17 +163,21 @@ class SamplingOptions:
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate at most. Default: 128, or what fits.", metavar="N")
     ] = None
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.")] = 1.0
-    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0 for all.")] = 0
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. Default: as the model's generation_config.json says, else 0.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens with this much probability. Default: the same.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens; 0 for all. Default: the same.")] = None
     seed: Annotated[int | None, typer.Option(help="Makes a draw repeatable.", metavar="N")] = None
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.", metavar="TEXT")] = (
         None
     )
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False
     min_p: Annotated[
-        float, typer.Option(help="Draw from tokens with at least this share of the likeliest one's probability.")
-    ] = 0.0
+        float | None, typer.Option(help="Draw from tokens with at least this share of the likeliest one's probability.")
+    ] = None
     presence_penalty: Annotated[float, typer.Option(help="Subtracted once for tokens that the answer already has.")] = (
         0.0
     )
@@ -180,8 +185,8 @@ class SamplingOptions:
         float, typer.Option(help="Subtracted for each time that the answer already has a token.")
     ] = 0.0
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens of prompt and answer are repeated less.")
-    ] = 1.0
+        float | None, typer.Option(help="Above 1: tokens of prompt and answer are repeated less.")
+    ] = None
     logprobs: Annotated[
         int | None, typer.Option(help="Show log-probabilities, with this many alternatives (0 to 20).", metavar="N")
     ] = None
@@ -192,20 +197,21 @@ class SamplingOptions:
         str | None, typer.Option(help="Constrain the answer to this regular expression.", metavar="REGEX")
     ] = None
 
+    @property
+    def unset(self) -> frozenset[str]:
+        """The fields that the service, or the model's own settings, decide on."""
+        return frozenset(name for name in CHOSEN_BY_SERVICE if getattr(self, name) is None)
+
     def read(self) -> SamplingParams:
         """Returns the sampling parameters. Raises InvalidRequest for values that no request may have."""
+        given = {name: getattr(self, name) for name in CHOSEN_BY_SERVICE if name not in self.unset}
         sampling = SamplingParams(
-            max_tokens=128 if self.max_tokens is None else self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
+            **given,
             seed=self.seed,
             stop=tuple(self.stop or ()),
             ignore_eos=self.ignore_eos,
-            min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
             logprobs=self.logprobs,
             grammar=_grammar(self.json_schema, self.regex),
         )
@@ -240,9 +246,8 @@ def generate(
     """
     place.check({"--expert-memory": expert_memory, "--kv-memory": kv_memory})
     ask, asked, sampling = pool.ask(), prompt.read(), draw.read()
-    has_max_tokens = draw.max_tokens is not None
     if place.server is not None:
-        chunks = _from_server(place, asked, sampling, has_max_tokens, ask)
+        chunks = _from_server(place, asked, sampling, draw.unset, ask)
     else:
         if ask.digest is not None:
             raise typer.BadParameter("--pool-digest names a pool that a service remembers; it needs --server")
@@ -250,7 +255,7 @@ def generate(
         budgets = Budgets(expert_memory=expert_memory, host_memory=0, kv_memory=kv_memory, max_running=1)
         with busy("loading"):
             local = place.local()
-        chunks = _started(local.generate(asked, sampling, has_max_tokens, ask, named, budgets))
+        chunks = _started(local.generate(asked, sampling, draw.unset, ask, named, budgets))
     _show(chunks, as_json)
 
 
@@ -268,9 +273,9 @@ def _grammar(json_schema: Path | None, regex: str | None) -> Grammar | None:
 
 
 def _from_server(
-    place: Place, prompt: Prompt, sampling: SamplingParams, has_max_tokens: bool, ask: PoolAsk
+    place: Place, prompt: Prompt, sampling: SamplingParams, unset: frozenset[str], ask: PoolAsk
 ) -> Iterator[TokenChunk]:
-    with place.service() as service, service.generate(prompt, sampling, ask, has_max_tokens=has_max_tokens) as answer:
+    with place.service() as service, service.generate(prompt, sampling, ask, unset=unset) as answer:
         yield from answer
 
 
@@ -338,12 +343,14 @@ class Local:
         self,
         prompt: Prompt,
         sampling: SamplingParams,
-        has_max_tokens: bool,
+        unset: Collection[str],
         ask: PoolAsk,
         named: NamedPool | None,
         budgets: Budgets,
     ) -> Iterator[TokenChunk]:
-        """Yields chunks, the last one with the usage. `named` is the pool of `ask.name`. Raises PagerError."""
+        """Yields chunks, the last one with the usage. `unset` fields of `sampling` are as the model's own settings say.
+        `named` is the pool of `ask.name`. Raises PagerError.
+        """
         tokenizer = read_tokenizer(self.model)
         ids = encode(tokenizer, prompt)
         policy = self._policy(ids, ask, named)
@@ -351,7 +358,8 @@ class Local:
         try:
             events: deque[StreamEvent] = deque()
             engine = Engine(paged, tokenizer or _silent(), EngineLimits(), sink=events.extend)
-            if not has_max_tokens:
+            sampling = filled(sampling, unset, paged.default_sampling)
+            if "max_tokens" in unset:
                 room = paged.config.max_position_embeddings - len(ids)
                 sampling = replace(sampling, max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room)))
             engine.submit(GenerateRequest("cli", "default", ids, sampling, policy))

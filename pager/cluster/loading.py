@@ -144,6 +144,7 @@ def _info(config: ServiceConfig, paged: PagedModel) -> LoadedModel:
         kv_token_limit=plan.kv_tokens,
         vocab_size=paged.config.vocab_size,
         facts=paged.facts,
+        sampling=paged.default_sampling,
         num_slots=plan.num_slots,
         expert_bytes=plan.expert_bytes,
         plan_facts=plan.to_dict() | {"num_threads": torch.get_num_threads()},

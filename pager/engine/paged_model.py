@@ -23,14 +23,15 @@ from pager.engine.experts import OpenStep, attach
 from pager.engine.gates import NO_COPIES
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.workspace import staging_bytes, workspace_of
-from pager.errors import ConfigError, InvalidRequest, UnsupportedModel
+from pager.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedModel
 from pager.memory.machine import Machine
 from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Needs, Plan, plan
 from pager.models.open_model import OpenModel
 from pager.pools.drift import RequestRouting, check_can_drift, check_drift
 from pager.pools.pick import largest_counts
 from pager.pools.step import StepRouting
-from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts
+from pager.sampling import default_sampling
+from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +78,15 @@ class PagedModel:
     def fully_resident(self) -> bool:
         """Tells whether there is a slot for every routed expert."""
         return self.pager.num_slots >= sum(self.facts.routed_per_layer)
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What holds where a request says nothing. Raises CheckpointError for settings that no request may have."""
+        try:
+            return default_sampling(self.model.generation_config)
+        except InvalidRequest as error:
+            path = self.path / "generation_config.json"
+            raise CheckpointError(f"{path} is not valid: {error.message}; repair it or remove it") from None
 
     @property
     def open_step(self) -> StepRouting | None:

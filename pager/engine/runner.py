@@ -201,6 +201,8 @@ class ModelRunner:
         self._model: Callable[..., object] = model
         self._base = model.base_model
         self._head = model.get_output_embeddings()
+        suppressed: list[int] = getattr(model.generation_config, "suppress_tokens", None) or []
+        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=device) if suppressed else None
         self._cache = cache
         self.device = device
 
@@ -257,7 +259,8 @@ class ModelRunner:
         Raises UnsupportedModel where the model does more with its head's output than return it.
         """
         hidden_SD = kept[0][0]
-        if not torch.allclose(self._head(hidden_SD[-1:]).float(), logits_1V.float(), rtol=1e-2, atol=1e-2):
+        last_1V = self._without_suppressed(self._head(hidden_SD[-1:]))
+        if not torch.allclose(last_1V.float(), logits_1V.float(), rtol=1e-2, atol=1e-2):
             raise UnsupportedModel(
                 "this model changes the output of its head, so that logits of its prompt are not known"
             )
@@ -300,8 +303,11 @@ class ModelRunner:
             kv_step=step,
             on_layer=self._begin_layer,
         )
-        logits_BSV: torch.Tensor = output.logits  # type: ignore[attr-defined]
-        return logits_BSV
+        return self._without_suppressed(output.logits)  # type: ignore[attr-defined]
+
+    def _without_suppressed(self, logits: Tensor) -> Tensor:
+        """Logits in which the tokens that the model's own settings rule out have none."""
+        return logits if self._suppressed is None else logits.index_fill(-1, self._suppressed, -torch.inf)
 
     def _begin_layer(self) -> None:
         self.num_layers_run += 1

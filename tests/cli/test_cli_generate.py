@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import pager
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -55,6 +60,35 @@ def test_a_predicted_pool_is_the_routers(run: Run, checkpoint: Path) -> None:
     done = run("generate", "def f(x):", "--model", checkpoint, *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["usage"]["pool"]["layers"] == routed["pool"]["layers"]
+
+
+def test_a_models_own_settings_hold_as_in_the_library(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    """Where an option does not say otherwise."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    options = ("--model", model, "--dtype", "auto", "--device", "cpu", "--max-tokens", 8, "--ignore-eos", "--json")
+    prompt = [5, 6, 7, 5, 6]
+
+    def answer(**settings: Any) -> list[int]:
+        (model / "generation_config.json").write_text(json.dumps({"pad_token_id": 0, **settings}))
+        done = run("generate", "--token-ids", "5,6,7,5,6", *options)
+        assert done.returncode == 0, done.stderr
+        found: list[int] = json.loads(done.stdout)["token_ids"]
+        with pager.load_model(model) as loaded:
+            ids = torch.tensor([prompt])
+            output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+        assert found == output[0, len(prompt) :].tolist()
+        return found
+
+    greedy = answer()
+    assert set(answer(suppress_tokens=greedy)).isdisjoint(greedy)
+    assert answer(repetition_penalty=5.0) != greedy
+    assert answer(do_sample=True, temperature=3.0, top_k=1) == greedy
+    warm = ("generate", "--token-ids", "5,6,7,5,6", *options, "--seed", "1")
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 50.0}))
+    assert json.loads(run(*warm).stdout)["token_ids"] != greedy
+    assert json.loads(run(*warm, "--temperature", "0").stdout)["token_ids"] == greedy
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 1e6}))
+    assert "generation_config.json is not valid: sampling.temperature = 1000000.0" in run(*warm).stderr
 
 
 def test_bad_requests_are_one_line(run: Run, checkpoint: Path) -> None:

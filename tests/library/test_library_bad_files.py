@@ -59,7 +59,7 @@ def config_of(folders: dict[str, Path]) -> Iterator[Callable[[str], dict[str, An
 def generate(folder: Path) -> None:
     local = Local(folder, "cpu", "float32")
     budgets = Budgets(expert_memory="50%")
-    list(local.generate((1, 2, 3), SamplingParams(max_tokens=2), True, PoolAsk(), None, budgets))
+    list(local.generate((1, 2, 3), SamplingParams(max_tokens=2), (), PoolAsk(), None, budgets))
 
 
 def refusal_of(folder: Path) -> PagerError | None:

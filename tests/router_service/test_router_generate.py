@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -10,7 +11,8 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 from pager.errors import PagerError
-from pager.types import Mass
+from pager.types import Mass, ModelInfo, SamplingParams
+from router_service.openai import CompletionRequest, checked
 from tests.router_service.conftest import Running
 from tests.support.calls import details, failure, rest, trailer
 
@@ -33,6 +35,30 @@ async def test_an_answer_can_come_in_one_message(service: Running) -> None:
     error = await failure(service.stub.Complete(wire))
     assert error.code() is grpc.StatusCode.INTERNAL
     assert service.pipeline.admission.num_requests == 0
+
+
+async def test_what_a_request_leaves_out_the_models_settings_say(serve: Callable[..., Any], model: ModelInfo) -> None:
+    own = SamplingParams(temperature=0.6, top_k=20, repetition_penalty=1.1)
+    async with serve(model=replace(model, sampling=own)) as service:
+        await answer(service.stub, text_request())
+        await answer(
+            service.stub, pb.GenerateRequest(text=b"abc", sampling=pb.SamplingParams(temperature=0.0, max_tokens=2))
+        )
+    unsaid, said = (request.sampling for _, request in service.cluster.received)
+    assert (unsaid.temperature, unsaid.top_k, unsaid.repetition_penalty, unsaid.max_tokens) == (0.6, 20, 1.1, 4)
+    assert (said.temperature, said.top_k) == (0.0, 20)
+
+
+def test_over_http_a_temperature_is_one_where_neither_says_any(model: ModelInfo) -> None:
+    own = replace(model, sampling=SamplingParams(temperature=0.6, top_p=0.9))
+    for fields, expected in (({}, (0.6, 0.9)), ({"temperature": 0.2, "top_p": 1.0}, (0.2, 1.0))):
+        asked = CompletionRequest.read({"model": "m", "prompt": "a", **fields})
+        found = checked(asked.sampling_of(8), own, asked)
+        assert (found.temperature, found.top_p) == expected
+    asked = CompletionRequest.read({"model": "m", "prompt": "a"})
+    greedy = replace(model, sampling=SamplingParams(repetition_penalty=1.2))
+    found = checked(asked.sampling_of(8), greedy, asked)
+    assert (found.temperature, found.repetition_penalty) == (1.0, 1.2)
 
 
 async def test_a_prompt_can_be_a_string(service: Running) -> None:

@@ -165,7 +165,7 @@ def _stream(subject: Subject, corpus: Path, tokenizer: Tokenizer, held_out: Sequ
     stream = TrafficStream(_codebook(subject), subject.facts.routed_per_layer)
     num_served = STAGES[-1][1]
     # Another draw than that of the documents that the router was fitted to.
-    known = _prompts(subject, known_files, tokenizer, num_served * len(held_out) // 8, seed=1)
+    known = _prompts(subject, known_files, tokenizer, max(1, num_served * len(held_out) // 8), seed=1)
     order = np.random.default_rng(0).permutation(len(known))
     before = stream.shared([known[number] for number in order[:KNOWN_BEFORE]])
     for number in order[:KNOWN_BEFORE]:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import evidence_codebook
 from benchmarks.evidence import CONTROL_METHODS, _draw, _store
 from benchmarks.evidence_claims import Claim, all_claims
+from benchmarks.evidence_codebook import codebook_claims, codebook_section, measure_held_out
 from benchmarks.evidence_drift import ACTIONS, drift_claims, drift_section, measure_drift
 from benchmarks.evidence_facts import Scale
 from benchmarks.evidence_measure import measure
@@ -74,6 +76,10 @@ def test_a_page_is_made_of_what_was_measured(corpus: Path, two_models: list[Path
     unmeasured = [claim.says for claim in claims if claim.measured is None]
     fitted = ("lexical", "fitted", "recall estimate", "one example")
     assert all(any(words in says for words in fitted) for says in unmeasured)
+    learned = {"stream": {"legal": {"after": 0.9}}}
+    shared = {claim.says: claim.verdict for claim in codebook_claims(found[0].main, learned)}
+    assert shared.pop("after 200 documents of legal: at least 0.8 of its next ones share a codeword") == "holds"
+    assert set(shared.values()) == {"not measured"}
     text = page(found[0], found[1], claims, {}, "make evidence")
     assert all(
         f"## {title}" in text
@@ -102,6 +108,30 @@ def test_drift_is_measured_where_the_domain_changes(corpus: Path, two_models: li
         assert facts[where]["widened"]["pool_experts"] >= facts[where]["pool"]["pool_experts"]
     assert [claim.at for claim in drift_claims(facts)] == ["drift", "drift"]
     assert "| in the prompt: widened |" in drift_section(facts)
+
+
+@pytest.mark.slow
+def test_a_codebook_is_measured_on_domains_that_it_was_not_fitted_to(
+    corpus: Path, two_models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert measure_held_out(two_models[0], corpus, tmp_path, SCALE) == {}
+    small = {"CODEWORDS": 2, "STAGES": ((0, 2), (2, 4)), "LOOKED_AT": 2, "KNOWN_BEFORE": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(evidence_codebook, name, value)
+    with_new = tmp_path / "corpus"
+    with_new.mkdir()
+    for file in corpus.iterdir():
+        (with_new / file.name).write_bytes(file.read_bytes())
+        (with_new / file.name.replace("digits", "legal")).write_bytes(file.read_bytes())
+    facts = measure_held_out(two_models[0], with_new, tmp_path, SCALE)
+    assert facts["fit documents"] == 12
+    assert facts["rises"].keys() == {"prefill_25", "codebook_25", "prefill_12.5", "codebook_12.5"}
+    assert facts["stream"].keys() == facts["covered"].keys() == {"legal"}
+    assert len(facts["stream"]["legal"]["stages"]) == 2
+    assert measure_held_out(two_models[0], with_new, tmp_path, SCALE) == facts
+    text = codebook_section(facts)
+    assert text.count("| legal |") == 2
+    assert "codewords were learned" in text
 
 
 def test_a_claim_is_judged_by_its_mean() -> None:

@@ -68,7 +68,7 @@ def _play(page: Page, address: str, path: Path) -> Path:
         page.fill(field, value)
     page.press("#prompt", "Control+Enter")
     page.locator("#differences", has_text="token").wait_for()
-    page.wait_for_function("() => runs.every((run) => run.bill && !run.waiting && !run.drawing)")
+    page.wait_for_function("() => runs.every((run) => run.bill && !run.queue.length && !run.drawing)")
     page.locator("#known-pools button").first.click()
     page.evaluate("() => window.scrollTo(0, 0)")
     page.screenshot(path=path)

@@ -97,6 +97,7 @@ class Engine:
         self._prefilling: list[Request] = []
         self._running: list[Request] = []
         self._events: list[StreamEvent] = []
+        self._watched: list[Request] = []  # those in flight that tell what is read for them while it is read
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
         self._room_at_refusal: tuple[int, int, int] | None = None  # None where something else has changed since
@@ -273,6 +274,8 @@ class Engine:
             if not len(self._line):
                 self._clock.forget()
             self._line.add(sequence)
+            if sequence.request.is_watched:
+                self._watched.append(sequence)
             self._tenants.arrived(sequence.request.tenant, sequence.request.weight)
             sequence.place = len(self._line)
             self._admit_soon()
@@ -574,9 +577,6 @@ class Engine:
         error = sequence.fate or next((each for each in outcomes if isinstance(each, PagerError)), None)
         if error is not None:
             self._fail(sequence, error)
-        elif not outcomes and (page_ins := sequence.take_page_ins()):
-            request = sequence.request
-            self._events.append(TokenChunk(request.id, (), "", None, request.tenant, page_ins=page_ins))
         if error is not None or not outcomes:
             return
         sequence.share_prompt(self._blocks, self._cache)
@@ -659,6 +659,8 @@ class Engine:
             self._prefilling.remove(sequence)
         if sequence in self._line:
             self._line.remove(sequence)
+        if sequence in self._watched:
+            self._watched.remove(sequence)
         self._num_ended += 1
         self._admit_soon()
         with _errors_logged(f"the observer failed at the end of request {sequence.request.id}"):
@@ -677,6 +679,10 @@ class Engine:
             self._tenants.ended(sequence.request.tenant, was_admitted=was_admitted)
 
     def _deliver(self) -> None:
+        for sequence in self._watched:
+            if page_ins := sequence.take_page_ins():
+                request = sequence.request
+                self._events.append(TokenChunk(request.id, (), "", None, request.tenant, page_ins=page_ins))
         events, self._events = self._events, []
         if not events:
             return

@@ -1,6 +1,6 @@
 // --- playground: a prompt's scores, its answers as they are made, and what was paged for them ---
 
-const SLOWEST_FILL_MS = 1200, STILL = matchMedia("(prefers-reduced-motion: reduce)");
+const FILL_FRAMES = 40, STILL = matchMedia("(prefers-reduced-motion: reduce)");
 let runs = []; // of the present prompt: one, or two beside each other
 let stopping = null; // the AbortController of what runs
 let heat = null; // the scores that are shown
@@ -79,7 +79,7 @@ function showHeat() {
 
 class Run {
   constructor(prompt, asked, title) {
-    Object.assign(this, { prompt, asked, title, tokens: [], expected: new Set(), resident: () => 0, there: new Set(), paged: new Map(), read: new Set(), bill: null, waiting: 0 });
+    Object.assign(this, { prompt, asked, title, tokens: [], expected: new Set(), resident: () => 0, there: new Set(), paged: new Map(), read: new Set(), bill: null, queue: [] });
     this.card = element("section", undefined, "card answer");
     const head = element("div", undefined, "head");
     head.append(element("h3", title), element("p", "", "soft"), element("p", "", "readout"));
@@ -124,34 +124,32 @@ class Run {
     this.map.dataset.cells = number;
   }
 
-  // Cells fill in the order of the reads and at their pace, or slower where that would be too fast to see.
+  // Cells fill in the order of the reads, a few a frame: what came within milliseconds could not be seen otherwise.
   fill(pageIns) {
-    const last = Math.max(...pageIns.map(([, , , ms]) => ms)), first = Math.min(...pageIns.map(([, , , ms]) => ms));
-    const slowing = STILL.matches ? 0 : Math.max(1, SLOWEST_FILL_MS / Math.max(1, last - first));
-    for (const [layer, expert, source, ms] of pageIns) {
-      this.waiting++;
+    for (const [layer, expert, source] of pageIns) {
       this.read.add(cellKey(layer, expert));
-      setTimeout(() => {
-        this.waiting--;
-        const cell = cellKey(layer, expert);
-        this.there.delete(cell);
-        this.paged.set(cell, source);
-        this.drawSoon();
-      }, slowing * (ms - first));
+      this.queue.push([cellKey(layer, expert), source]);
     }
+    this.drawSoon();
   }
 
   drawSoon() {
     this.drawing ??= requestAnimationFrame(() => {
       this.drawing = null;
+      const number = STILL.matches ? this.queue.length : Math.ceil(this.queue.length / FILL_FRAMES);
+      for (const [cell, source] of this.queue.splice(0, number)) {
+        this.there.delete(cell);
+        this.paged.set(cell, source);
+      }
       this.settle();
       this.draw();
+      if (this.queue.length) this.drawSoon();
     });
   }
 
   // Once the pool is known, what was not read for it was there.
   settle() {
-    if (!this.bill?.pool || this.waiting) return;
+    if (!this.bill?.pool || this.queue.length) return;
     this.there = new Set([...keysOf(this.bill.pool)].filter((cell) => !this.paged.has(cell)));
   }
 

@@ -85,7 +85,9 @@ def test_a_watched_request_tells_what_was_read_for_it_and_what_its_tokens_left_o
     of_pool = [page_in for chunk in driver.chunks[ids[0]] for page_in in chunk.page_ins]
     assert {page_in.key for page_in in of_pool} <= set(pooled.pool.keys())
     assert all(page_in.at_s <= pooled.time_to_first_token_s for page_in in of_pool)
-    masses = [chunk.outside_mass for chunk in driver.chunks[ids[0]]]
+    first = next(number for number, chunk in enumerate(driver.chunks[ids[0]]) if chunk.token_ids)
+    assert any(chunk.page_ins for chunk in driver.chunks[ids[0]][:first]), "what a prefill reads is told meanwhile"
+    masses = [chunk.outside_mass for chunk in driver.chunks[ids[0]] if chunk.token_ids]
     assert masses[0] is None  # its forward chose the pool
     measured = [mass for mass in masses[1:] if mass is not None]
     assert len(measured) == pooled.completion_tokens - 1

@@ -156,7 +156,6 @@ class Run {
   take(event) {
     if (event.error) throw new Error(event.error.message);
     if (event.ids.length) {
-      this.firstMs ??= performance.now();
       this.lastMs = performance.now();
       const span = element("span", event.text);
       if (event.outside !== undefined) {
@@ -182,8 +181,7 @@ class Run {
     // What was read ahead of the prefill is a hit to it, and was not there when the request came.
     const there = isPlain ? [...keysOf(bill.pool)].filter((cell) => !this.read.has(cell)).length : bill.experts_hit;
     this.billLine.textContent = `${plural(number, "expert")}${isPlain ? "" : " asked for"}, ${there} there already, ${read} paged, ${milliseconds(bill.first_token_ms)} to the first token`;
-    const seconds = (this.lastMs - this.firstMs) / 1000, words = [bill.mode, plural(bill.completion_tokens, "token")];
-    if (this.tokens.length > 1 && seconds > 0) words.push(`${((this.tokens.length - 1) / seconds).toFixed(1)} tokens/s here`);
+    const words = [bill.mode, `${plural(bill.completion_tokens, "token")} in ${milliseconds(this.lastMs - this.askedMs)}`];
     if (bill.pool) words.push(`${percent(bill.out_of_pool_mass, 1)} outside of the pool`);
     if (bill.codeword) words.push(`codeword ${bill.codeword}`);
     if (bill.widenings) words.push(`widened ${bill.widenings} times by ${plural(bill.experts_added, "expert")}`);
@@ -198,6 +196,7 @@ class Run {
     showHeat();
     this.begin(scores);
     const body = { prompt: this.prompt, ...this.asked, ...settings.drift, max_tokens: settings.tokens };
+    this.askedMs = performance.now();
     const response = await send("/ui/answers", body, signal);
     if (!response.ok) await answerOf(response);
     for await (const event of eventsOf(response)) this.take(event);

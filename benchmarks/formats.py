@@ -64,7 +64,7 @@ def main(
     torch.set_num_threads(threads)
     if quick:
         shape, layers, rounds = "emo-micro", 2, 2
-    effort = Effort(rounds, 4 if quick else 48, NUM_READERS)
+    effort = Effort(rounds, 4 if quick else 24, NUM_READERS)
     try:
         plain, packed = checkpoints(work, shape, layers)
         paths = {PLAIN: packed} | {
@@ -117,6 +117,8 @@ def speed_table(title: str, paths: Mapping[str, Path], share: float, effort: Eff
             format_bytes(expert_bytes[name]),
             figure(rates(runs)),
             ratio(rates(runs), plain),
+            f"{1e3 * processor_s(runs):.1f} ms",
+            f"{processor_s(found[PLAIN]) / processor_s(runs):.2f}",
             str(AIMS.get((share, name), "")),
             format_bytes(round(statistics.median(run.nbytes / run.num_tokens for run in runs))),
         )
@@ -124,11 +126,12 @@ def speed_table(title: str, paths: Mapping[str, Path], share: float, effort: Eff
     ]
     return Table(
         title,
-        ("experts in", "an expert", "tokens/s", "ratio", "aim", "paged in a token"),
+        ("experts in", "an expert", "tokens/s", "ratio", "processor, a token", "ratio", "aim", "paged in a token"),
         rows,
         (
             f"Ratio: of medians, beside {PLAIN}, which takes turns with the others. The prefill is not in the time. "
             f"{effort.num_rounds} repeats of {effort.num_steps} steps; brackets: smallest and largest.",
+            "Processor: the time of all threads of the process, and how many times as much bfloat16 takes.",
             "What is missing is read while decoding, from the operating system's page cache.",
         ),
     )
@@ -158,6 +161,11 @@ def memory_table(paths: Mapping[str, Path], effort: Effort) -> Table:
         rows,
         (f"A prompt of {PROMPT_TOKENS} tokens and {effort.num_steps} tokens after it, the second time.",),
     )
+
+
+def processor_s(runs: list[Decoded]) -> float:
+    """Of all threads, a token: what a machine that others use as well can still say."""
+    return statistics.median(run.processor_s / run.num_tokens for run in runs)
 
 
 def rates(runs: list[Decoded]) -> list[float]:

@@ -26,13 +26,15 @@ PREFILL_IMPLEMENTATION = "grouped_mm"
 class Decoded:
     """Decode steps of a whole batch, the prefill left out. `nbytes` were paged in meanwhile.
 
-    `forward_s` of the time were the model's forwards; 0 where nobody looked.
+    `forward_s` of the time were the model's forwards, `processor_s` is what all threads of the process took; 0 where
+    nobody looked.
     """
 
     num_tokens: int
     seconds: float
     nbytes: int = 0
     forward_s: float = 0.0
+    processor_s: float = 0.0
 
     @property
     def rate(self) -> float:

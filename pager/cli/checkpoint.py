@@ -41,6 +41,20 @@ if TYPE_CHECKING:
 
 
 MOST_WARNINGS = 10
+TESTED = frozenset(
+    {
+        "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3",
+        "deepseek_v32", "deepseek_v4", "dots1", "dots3_note_text", "emo", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+        "flint", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa",
+        "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_text", "inkling_text",
+        "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
+        "minimax_m3_vl_text", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe",
+        "qwen3_next", "qwen4_exp_text", "solar_open", "zaya",
+    }
+)  # fmt: skip
+"""Families whose small random models are tested against plain transformers, as docs/families.md says."""
+ONLY_EXACT = frozenset({"deepseek_v4", "inkling_text", "zaya"})
+"""Those of them whose gates no mask restricts."""
 POOL_SIZES = ("12.5%", "25%", "50%", "full")
 
 
@@ -103,6 +117,7 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
         "layout": found.layout_name,
         "format": _format_of(found),
         "runs": _ways_to_run(found),
+        "tested": _tests_of(found),
         "packed": checkpoint.is_packed,
         "checksums": all(spec.checksum for spec in checkpoint.specs.values()),
         "fingerprint": checkpoint.fingerprint,
@@ -157,9 +172,22 @@ def _ways_to_run(found: OpenModel) -> dict[str, str]:
     except UnsupportedModel as error:
         service = error.message
     pools = found.family.unpoolable or "yes"
-    if not gates_are_known:
-        pools = "its gates pick in an unknown way; whether a pool can restrict them is tried when it is loaded"
+    if found.family.model_type in ONLY_EXACT:
+        pools = "no: no mask restricts its gates, as tests of its family show"
+    elif not gates_are_known:
+        pools = "yes, by a mask on its gates, which is tried when it is loaded"
+        if found.family.model_type not in TESTED:
+            pools = "its gates pick in an unknown way; whether a pool can restrict them is tried when it is loaded"
     return {"exact": "yes", "pools": pools, "service": service}
+
+
+def _tests_of(found: OpenModel) -> str:
+    if found.family.model_type not in TESTED:
+        return "no: this family is not among those that were tried; logits should equal those of plain transformers"
+    return (
+        "small random models of this family against plain transformers, in float32: logits within 1e-4 at any budget, "
+        "the same greedy tokens; in the service the same, alone and among others"
+    )
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -178,6 +206,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("layout", facts["layout"]),
         ("format", facts["format"]),
         *((name, facts["runs"][name]) for name in ("exact", "pools", "service")),
+        ("tested", facts["tested"]),
         ("fingerprint", facts["fingerprint"]),
         ("layers", f"{facts['layers']}{dense}"),
         ("experts", f"{experts}; a token picks {_range(facts['top_k_per_layer'])} routed ones"),

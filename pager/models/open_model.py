@@ -209,6 +209,7 @@ class OpenModel:
         """Reads headers only. Raises CheckpointError unless every tensor is there, in its shape and a usable dtype."""
         self._trunk_tensors([])
         self.open_experts().close()
+        self._generation_config()
 
     def load_trunk(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The model with everything but its experts in memory, loaded by transformers. Raises CheckpointError."""

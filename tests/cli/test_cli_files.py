@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from pager.cli.checkpoint import ONLY_EXACT, TESTED
 from tests.support.checkpoints import add_to_config, lively, saved
+from tests.support.families import FAMILIES, NOT_POOLED
 from tests.support.quantised import emo, fp8_checkpoint, qwen3_moe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -79,7 +81,8 @@ def test_inspect_says_how_a_model_of_another_family_runs(run: Run, tmp_path: Pat
     found = json.loads(run("inspect", tmp_path, "--json").stdout)
     assert (found["family"], found["layout"]) == ("gpt_oss", "stacked")
     assert found["runs"]["exact"] == "yes"
-    assert "tried when it is loaded" in found["runs"]["pools"]
+    assert found["runs"]["pools"] == "yes, by a mask on its gates, which is tried when it is loaded"
+    assert found["tested"].startswith("small random models of this family against plain transformers")
     assert found["runs"]["service"] == "yes, without predictions: its gates pick in an unknown way"
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "git lfs pull" in run("inspect", tmp_path).stderr
@@ -124,6 +127,19 @@ def test_a_kind_of_experts_that_there_is_not(run: Run, checkpoint: Path, tmp_pat
     done = run("pack", checkpoint, tmp_path / "packed", "--experts", "int3")
     assert done.returncode == 1
     assert "experts cannot be packed as 'int3'; use int8 or int4" in done.stderr
+
+
+def test_the_families_that_inspect_calls_tested_are() -> None:
+    assert FAMILIES.keys() <= TESTED, "an older transformers has fewer"
+    assert NOT_POOLED.keys() == ONLY_EXACT
+
+
+def test_settings_that_loading_would_refuse_are_refused(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    done = run("inspect", model)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "generation_config.json is malformed" in done.stderr
 
 
 def test_an_unsupported_family_is_refused_by_name(run: Run, checkpoint: Path, tmp_path: Path) -> None:

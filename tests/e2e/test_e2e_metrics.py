@@ -111,7 +111,7 @@ def test_no_label_names_a_request_a_prompt_a_tenant_or_an_expert(marked: Any) ->
     allowed = {
         "le", "tier", "result", "source", "destination", "cause", "outcome", "method", "code", "reason", "state",
         "version", "model", "dtype", "device", "fingerprint", "plan",  # of the one series that says what is served
-        "tenant", "from", "to", "daemon", "codeword", "model_name",
+        "tenant", "from", "to", "daemon", "codeword", "change", "model_name",
         "implementation", "major", "minor", "patchlevel",  # of Python
     }  # fmt: skip
     for target in ("router", "worker-0"):

@@ -189,7 +189,7 @@ async def test_the_metrics_can_be_scraped_and_name_no_one(service: Running) -> N
     assert samples[f"{prefix}_generated_tokens_total", other] == 3
     assert ("process_open_fds", ()) in samples
     labels = {name for _, pairs in samples for name, _ in pairs}
-    named = {"le", "method", "code", "source", "state", "result", "reason", "tenant", "from", "to", "daemon"}
+    named = {"le", "method", "code", "source", "state", "result", "reason", "tenant", "from", "to", "daemon", "change"}
     assert labels == named | {
         "model",
         "model_name",

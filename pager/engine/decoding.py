@@ -40,7 +40,7 @@ Outcome = Token | PagerError
 class _Group:
     """The device state of requests that decode together; kept from step to step while the group stays the same."""
 
-    sequences: tuple[Request, ...]
+    requests: tuple[Request, ...]
     step: StepRouting
     batch: DecodeBatch
     sampler: Sampler
@@ -87,85 +87,85 @@ class Decoder:
         return [outcomes for part in parts for outcomes in self.prefill([part])]
 
     def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> Sequence[Sequence[Outcome]]:
-        sequences = [sequence for sequence, _ in parts]
+        requests = [request for request, _ in parts]
         part_of_T = torch.arange(len(parts)).repeat_interleave(torch.tensor([count for _, count in parts]))
-        keeps_hidden = any(sequence.request.sampling.prompt_logprobs is not None for sequence in sequences)
+        keeps_hidden = any(request.asked.sampling.prompt_logprobs is not None for request in requests)
         with (
             self._timed(),
             self._paged.step(
-                [_routing(sequence) for sequence in sequences],
+                [_routing(request) for request in requests],
                 rows=part_of_T.to(self._runner.device) if len(parts) > 1 else None,
                 prefill=True,
             ),
             self._runner.keeping_hidden() if keeps_hidden else nullcontext() as kept,
         ):
-            logits_NV = self._runner.prefill([sequence.prompt_part(count) for sequence, count in parts])
+            logits_NV = self._runner.prefill([request.prompt_part(count) for request, count in parts])
             if kept is not None:
                 self._take_prompt_logprobs(parts, kept, logits_NV)
-        for sequence, count in parts:
-            sequence.num_prefilled += count
-        rows = [(n, row) for n, sequence in enumerate(sequences) if sequence.is_prefilled for row in sequence.fork()]
+        for request, count in parts:
+            request.num_prefilled += count
+        rows = [(n, row) for n, request in enumerate(requests) if request.is_prefilled for row in request.fork()]
         tokens = self._sample([row for _, row in rows], logits_NV[[n for n, _ in rows]])
         found: list[list[Outcome]] = [[] for _ in parts]
         for (n, _), token in zip(rows, tokens, strict=True):
             found[n].append(token)
         return found
 
-    def _sample(self, sequences: Sequence[Request], logits_NV: torch.Tensor) -> list[Outcome]:
+    def _sample(self, requests: Sequence[Request], logits_NV: torch.Tensor) -> list[Outcome]:
         """Samples the first tokens of answers. Where that fails for one, each is sampled by itself."""
-        if not sequences:
+        if not requests:
             return []
         try:
-            for sequence in sequences:
-                sequence.draw.rewind(len(sequence.output_ids))
-            sampler = Sampler([sequence.draw for sequence in sequences], self._runner.device)
+            for request in requests:
+                request.draw.rewind(len(request.output_ids))
+            sampler = Sampler([request.draw for request in requests], self._runner.device)
             return _outcomes(sampler, sampler.sample(logits_NV).tolist(), logits_NV)
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
-            if len(sequences) == 1:
-                return [_told(error, sequences[0])]
-        return [self._sample([sequence], logits_NV[n : n + 1])[0] for n, sequence in enumerate(sequences)]
+            if len(requests) == 1:
+                return [_told(error, requests[0])]
+        return [self._sample([request], logits_NV[n : n + 1])[0] for n, request in enumerate(requests)]
 
     def _take_prompt_logprobs(
         self, parts: Sequence[tuple[Request, int]], kept: list[torch.Tensor], logits_NV: torch.Tensor
     ) -> None:
         assert len(parts) == 1, "the logits of every token need the memory of a forward"
-        ((sequence, count),) = parts
-        start, num_top = sequence.num_prefilled, sequence.request.sampling.prompt_logprobs
+        ((request, count),) = parts
+        start, num_top = request.num_prefilled, request.asked.sampling.prompt_logprobs
         assert num_top is not None
-        next_ids = sequence.request.prompt_token_ids[start + 1 : start + count + 1]
-        sequence.prompt_logprobs += self._runner.prompt_logprobs(kept, logits_NV, next_ids, num_top)
+        next_ids = request.asked.prompt_token_ids[start + 1 : start + count + 1]
+        request.prompt_logprobs += self._runner.prompt_logprobs(kept, logits_NV, next_ids, num_top)
 
-    def decode(self, name: str, sequences: Iterable[Request]) -> list[Outcome]:
+    def decode(self, name: str, requests: Iterable[Request]) -> list[Outcome]:
         """Decodes the next token of each request by one forward. `name` identifies the group of the last step that
         continues.
 
         Where the forward fails for an expert or anything else that one request needs, each request runs by itself, so
         that only those fail that cannot run.
         """
-        sequences = tuple(sequences)
+        requests = tuple(requests)
         try:
-            return self._run(self._group(name, sequences))
+            return self._run(self._group(name, requests))
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
             self._groups.pop(name, None)
-            if len(sequences) == 1:
-                return [_told(error, sequences[0])]
+            if len(requests) == 1:
+                return [_told(error, requests[0])]
             if not isinstance(error, Cancelled | NotReady):  # this is how a step ends whose requests were all cancelled
                 log.warning(
-                    "a step for %d requests failed (%s); each runs by itself", len(sequences), type(error).__name__
+                    "a step for %d requests failed (%s); each runs by itself", len(requests), type(error).__name__
                 )
-        return [self._decode_alone(sequence) for sequence in sequences]
+        return [self._decode_alone(request) for request in requests]
 
-    def _decode_alone(self, sequence: Request) -> Outcome:
+    def _decode_alone(self, request: Request) -> Outcome:
         try:
-            return self._run(self._new_group((sequence,)))[0]
+            return self._run(self._new_group((request,)))[0]
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
-            return _told(error, sequence)
+            return _told(error, request)
 
     def _run(self, group: _Group) -> list[Outcome]:
         batch, sampler, step = group.batch, group.sampler, group.step
@@ -208,27 +208,27 @@ class Decoder:
         finally:
             self.forward_s = before_s + time.perf_counter() - started_s
 
-    def _group(self, name: str, sequences: tuple[Request, ...]) -> _Group:
+    def _group(self, name: str, requests: tuple[Request, ...]) -> _Group:
         group = self._groups.get(name)
-        if group is None or group.sequences != sequences:
-            group = self._new_group(sequences)
+        if group is None or group.requests != requests:
+            group = self._new_group(requests)
             # A request whose pool was suspended for a while returns to a group that was paused meanwhile.
             self._groups = {
-                other: kept for other, kept in self._groups.items() if set(sequences).isdisjoint(kept.sequences)
+                other: kept for other, kept in self._groups.items() if set(requests).isdisjoint(kept.requests)
             }
             self._groups[name] = group
         return group
 
-    def _new_group(self, sequences: tuple[Request, ...]) -> _Group:
-        step = StepRouting([_routing(sequence) for sequence in sequences])
-        for sequence in sequences:
-            sequence.draw.rewind(len(sequence.output_ids))
-            sequence.join(step)
+    def _new_group(self, requests: tuple[Request, ...]) -> _Group:
+        step = StepRouting([_routing(request) for request in requests])
+        for request in requests:
+            request.draw.rewind(len(request.output_ids))
+            request.join(step)
         return _Group(
-            sequences=sequences,
+            requests=requests,
             step=step,
-            batch=DecodeBatch([sequence.row_start() for sequence in sequences], self._runner.device),
-            sampler=Sampler([sequence.draw for sequence in sequences], self._runner.device),
+            batch=DecodeBatch([request.row_start() for request in requests], self._runner.device),
+            sampler=Sampler([request.draw for request in requests], self._runner.device),
         )
 
 
@@ -262,12 +262,12 @@ def _no_token(why: int) -> PagerError:
     )
 
 
-def _routing(sequence: Request) -> RequestRouting:
-    assert sequence.routing is not None, "the request was not admitted"
-    return sequence.routing
+def _routing(request: Request) -> RequestRouting:
+    assert request.routing is not None, "the request was not admitted"
+    return request.routing
 
 
-def _told(error: BaseException, sequence: Request) -> PagerError:
+def _told(error: BaseException, request: Request) -> PagerError:
     """Returns `error`, which ended the request's forward, in the form that its client may see."""
     kind = "ran out of device memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-    return failure_of(error, sequence.request.id, f"the model's forward {kind}")
+    return failure_of(error, request.asked.id, f"the model's forward {kind}")

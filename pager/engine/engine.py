@@ -136,28 +136,28 @@ class Engine:
         self._paged.pager.guarantee(request.tenant, request.guaranteed_share)
         num_slots, width = self._paged.slots_needed(policy, request.tenant), self._expert_width
         with panics_as_errors():
-            sequence = Request(request, self._texts, now_s, deadline_s, self._eos_ids, num_slots=num_slots, width=width)
-        sequence.prefix = self._prefix_of(sequence)
+            queued = Request(request, self._texts, now_s, deadline_s, self._eos_ids, num_slots=num_slots, width=width)
+        queued.prefix = self._prefix_of(queued)
         if request.sampling.grammar is not None:
-            sequence.compiling = self._grammars.compile(request.sampling.grammar)
+            queued.compiling = self._grammars.compile(request.sampling.grammar)
         try:
-            self._inbox.put(sequence)
+            self._inbox.put(queued)
         except PagerError:
-            sequence.leave_grammar()
+            queued.leave_grammar()
             raise
 
-    def _prefix_of(self, sequence: Request) -> Prefix | None:
+    def _prefix_of(self, request: Request) -> Prefix | None:
         if not self._limits.prefix_cache:
             return None
-        request = sequence.request
+        asked = request.asked
         # A prompt whose parts would each page anew runs whole.
-        in_parts = sequence.policy.fixed is not None or self._paged.fully_resident
+        in_parts = request.policy.fixed is not None or self._paged.fully_resident
         return Prefix(
-            request,
-            sequence.policy,
-            None if self._limits.share_prefixes else request.tenant,
-            is_long=self._runner.is_long(len(request.prompt_token_ids)),
-            max_tokens=len(request.prompt_token_ids) if in_parts else self._prefill_chunk_tokens,
+            asked,
+            request.policy,
+            None if self._limits.share_prefixes else asked.tenant,
+            is_long=self._runner.is_long(len(asked.prompt_token_ids)),
+            max_tokens=len(asked.prompt_token_ids) if in_parts else self._prefill_chunk_tokens,
         )
 
     def cancel(self, request_id: str, tenant: str) -> bool:
@@ -167,7 +167,7 @@ class Engine:
         return self._inbox.cancel(request_id, tenant)
 
     def status(self) -> EngineStatus:
-        running = len(self._prefilling) + len({id(sequence.first) for sequence in tuple(self._running)})
+        running = len(self._prefilling) + len({id(request.first) for request in tuple(self._running)})
         return EngineStatus(
             waiting=max(0, len(self._inbox) - running),
             running=running,
@@ -252,25 +252,25 @@ class Engine:
 
     def _take_in(self, now_s: float) -> None:
         arrived, cancelled = self._inbox.take()
-        for sequence in arrived:
-            if sequence.has_ended:
+        for request in arrived:
+            if request.has_ended:
                 continue
-            self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
-            self._joining.append(sequence)
-        for sequence in self._joining[:]:
-            if sequence.has_ended or not sequence.awaits_grammar:
-                self._joining.remove(sequence)
-                self._join(sequence, now_s)
-        for sequence in cancelled:
-            if not sequence.has_ended:
-                self._end_early(sequence, Cancelled("the request was cancelled"))
+            self._soonest_deadline_s = min(self._soonest_deadline_s, request.deadline_s)
+            self._joining.append(request)
+        for request in self._joining[:]:
+            if request.has_ended or not request.awaits_grammar:
+                self._joining.remove(request)
+                self._join(request, now_s)
+        for request in cancelled:
+            if not request.has_ended:
+                self._end_early(request, Cancelled("the request was cancelled"))
 
-    def _join(self, sequence: Request, now_s: float) -> None:
+    def _join(self, request: Request, now_s: float) -> None:
         """Puts the request into the line, unless it has ended or its grammar cannot be used."""
-        if sequence.has_ended:
+        if request.has_ended:
             return
-        with self._on_behalf_of(sequence, "its grammar failed"):
-            sequence.take_grammar()
+        with self._on_behalf_of(request, "its grammar failed"):
+            request.take_grammar()
             if not len(self._line):
                 self._clock.forget()
             self._line.add(sequence)
@@ -284,23 +284,23 @@ class Engine:
         if now_s < self._soonest_deadline_s:
             return
         self._soonest_deadline_s = math.inf
-        for sequence in self._inbox.live():
-            if sequence.deadline_s <= now_s:
-                given = f"{len(sequence.output_ids)} of at most {sequence.request.sampling.max_tokens} tokens"
-                self._end_early(sequence, DeadlineExceeded(f"the deadline passed after {given}", field="deadline"))
+        for request in self._inbox.live():
+            if request.deadline_s <= now_s:
+                given = f"{len(request.output_ids)} of at most {request.asked.sampling.max_tokens} tokens"
+                self._end_early(request, DeadlineExceeded(f"the deadline passed after {given}", field="deadline"))
             else:
-                self._soonest_deadline_s = min(self._soonest_deadline_s, sequence.deadline_s)
+                self._soonest_deadline_s = min(self._soonest_deadline_s, request.deadline_s)
 
-    def _end_early(self, sequence: Request, error: PagerError) -> None:
-        if any(row in self._in_forward for row in sequence.rows):
-            sequence.fate = sequence.fate or error
+    def _end_early(self, request: Request, error: PagerError) -> None:
+        if any(row in self._in_forward for row in request.rows):
+            request.fate = request.fate or error
         else:
-            self._fail(sequence, error)
+            self._fail(request, error)
 
     @contextmanager
-    def _long_forward(self, sequences: Ordered[Request]) -> Iterator[None]:
+    def _long_forward(self, requests: Ordered[Request]) -> Iterator[None]:
         """Surrounds a forward that may take long: between its layers, and while it waits, other requests are served."""
-        self._in_forward, self._may_interrupt = sequences, True
+        self._in_forward, self._may_interrupt = requests, True
         try:
             yield
         finally:
@@ -319,67 +319,67 @@ class Engine:
         self._deliver()
         if self._inbox.is_halted:
             raise _shutting_down()
-        if all(sequence.fate is not None for sequence in self._in_forward):
+        if all(request.fate is not None for request in self._in_forward):
             raise Cancelled("no request waits for this forward any more")
 
     def _able(self) -> list[Request]:
         """Returns the running requests whose next forward waits for nothing, or pages as it goes."""
         found = []
-        for sequence in tuple(self._running):
-            if sequence.awaits_slots or sequence in self._in_forward:
+        for request in tuple(self._running):
+            if request.awaits_slots or request in self._in_forward:
                 continue
-            with self._on_behalf_of(sequence, "its lease failed"):
-                if not sequence.awaits_experts:
-                    found.append(sequence)
+            with self._on_behalf_of(request, "its lease failed"):
+                if not request.awaits_experts:
+                    found.append(request)
         return found
 
     def _decode(self) -> None:
         """Runs a forward for all requests that hold their experts, and one for the exact ones of each account."""
         able = self._able()
         exact: dict[str, list[Request]] = {}
-        for sequence in able:
-            if sequence.is_exact:  # whose forwards evict, each from the slots of its own account
-                exact.setdefault(self._paged.pager.account(sequence.request.tenant), []).append(sequence)
-        self._decode_pooled([sequence for sequence in able if not sequence.is_exact])
-        for account, sequences in exact.items():
-            self._decode_long(f"exact {account}", sequences)
+        for request in able:
+            if request.is_exact:  # whose forwards evict, each from the slots of its own account
+                exact.setdefault(self._paged.pager.account(request.asked.tenant), []).append(request)
+        self._decode_pooled([request for request in able if not request.is_exact])
+        for account, requests in exact.items():
+            self._decode_long(f"exact {account}", requests)
 
     def _decode_waiting(self) -> None:
         """Runs one forward for requests whose experts are still being read, where there is nothing else to do."""
-        waiting = [sequence for sequence in self._running if not (sequence.is_exact or sequence.awaits_slots)]
+        waiting = [request for request in self._running if not (request.is_exact or request.awaits_slots)]
         self._decode_long("pooled", waiting)
 
-    def _decode_long(self, name: str, sequences: Ordered[Request]) -> None:
-        if not sequences:
+    def _decode_long(self, name: str, requests: Ordered[Request]) -> None:
+        if not requests:
             return
-        with self._long_forward(sequences):
-            outcomes = self._decoder.decode(name, sequences)
-        self._take_all(sequences, outcomes)
+        with self._long_forward(requests):
+            outcomes = self._decoder.decode(name, requests)
+        self._take_all(requests, outcomes)
 
-    def _decode_pooled(self, sequences: Ordered[Request]) -> None:
-        if not sequences:
+    def _decode_pooled(self, requests: Ordered[Request]) -> None:
+        if not requests:
             return
         started_s = time.monotonic()
         around, self._may_interrupt = self._may_interrupt, False
         try:
-            outcomes = self._decoder.decode("pooled", sequences)
+            outcomes = self._decoder.decode("pooled", requests)
         finally:
             self._may_interrupt = around
-        self._take_all(sequences, outcomes)
+        self._take_all(requests, outcomes)
         now_s = time.monotonic()
         self._next_decode_s = now_s + (now_s - started_s)
 
-    def _take_all(self, sequences: Ordered[Request], outcomes: Ordered[Outcome]) -> None:
+    def _take_all(self, requests: Ordered[Request], outcomes: Ordered[Outcome]) -> None:
         now_s = time.monotonic()
-        num_before = sum(len(sequence.output_ids) for sequence in sequences)
-        for sequence, outcome in zip(sequences, outcomes, strict=True):
-            if sequence.has_ended:
+        num_before = sum(len(request.output_ids) for request in requests)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if request.has_ended:
                 continue  # with another of its answers
-            with self._on_behalf_of(sequence, "taking a token failed"):
-                self._take(sequence, outcome, now_s)
-                if not sequence.has_ended:
-                    sequence.answer_drift()
-        self._num_tokens += sum(len(sequence.output_ids) for sequence in sequences) - num_before
+            with self._on_behalf_of(request, "taking a token failed"):
+                self._take(request, outcome, now_s)
+                if not request.has_ended:
+                    request.answer_drift()
+        self._num_tokens += sum(len(request.output_ids) for request in requests) - num_before
 
     def _meanwhile(self) -> float | None:
         """Called while a forward waits for reads: does what `_on_layer` does, and decodes a token for requests that
@@ -395,7 +395,7 @@ class Engine:
         """Decodes for requests that hold their experts, with pauses as long as such a step takes. Returns the seconds
         until the next one.
         """
-        able = [sequence for sequence in self._able() if not sequence.is_exact]
+        able = [request for request in self._able() if not request.is_exact]
         if not able:
             return None
         if self._next_decode_s <= time.monotonic():
@@ -404,7 +404,7 @@ class Engine:
         return max(0.0, self._next_decode_s - time.monotonic())
 
     def _admit(self, now_s: float) -> None:
-        suspended = [sequence for sequence in self._running if sequence.awaits_slots]
+        suspended = [request for request in self._running if request.awaits_slots]
         if not (suspended or len(self._line)) or now_s < self._next_admission_s:
             return
         self._next_admission_s = now_s + ADMISSION_RETRY_S
@@ -421,25 +421,25 @@ class Engine:
     def _admit_some(self, now_s: float) -> list[Request]:
         """Lets in who fits. Returns who was refused, in the order in which they were tried."""
         refused: list[Request] = []
-        for number, sequence in enumerate(self._candidates()):
-            if any(sequence.shares_pool(other) for other in refused):
+        for number, request in enumerate(self._candidates()):
+            if any(request.shares_pool(other) for other in refused):
                 continue
-            with self._on_behalf_of(sequence, "its admission failed"):
+            with self._on_behalf_of(request, "its admission failed"):
                 if number == 0:
-                    sequence.prefetch(self._paged)  # before it is reserved: a prefetch takes no promised slot
-                is_full = self._num_rows + sequence.num_rows > self._max_running
-                if not is_full and self._may_fit(sequence) and sequence.acquire(self._paged, self._blocks):
-                    self._let_in(sequence, now_s)
+                    request.prefetch(self._paged)  # before it is reserved: a prefetch takes no promised slot
+                is_full = self._num_rows + request.num_rows > self._max_running
+                if not is_full and self._may_fit(request) and request.acquire(self._paged, self._blocks):
+                    self._let_in(request, now_s)
                 else:
-                    refused.append(sequence)
+                    refused.append(request)
                 if is_full or len(refused) == ADMISSION_TRIES:
                     break
         return refused
 
-    def _may_fit(self, sequence: Request) -> bool:
+    def _may_fit(self, request: Request) -> bool:
         """False where there are surely too few slots, which is cheaper to say than to try."""
         holding = (*self._prefilling, *self._running)
-        experts = sequence.group
+        experts = request.group
         if experts is None or any(other.group is None or other.has_drifted for other in holding):
             return True  # some are held of which nothing is known here
         held = 0
@@ -458,16 +458,16 @@ class Engine:
     @property
     def _num_rows(self) -> int:
         """The rows of a decode step once all prompts have run."""
-        return len(self._running) + sum(sequence.num_rows for sequence in self._prefilling)
+        return len(self._running) + sum(request.num_rows for request in self._prefilling)
 
-    def _let_in(self, sequence: Request, now_s: float) -> None:
-        self._line.admit(sequence, sequence.group)
-        self._tenants.admitted(sequence.request.tenant)
-        self._prefilling.append(sequence)
-        sequence.admitted_s = now_s
-        self._clock.admitted(sequence.place, now_s - sequence.submitted_s)
-        self._observer.queued(now_s - sequence.submitted_s)
-        sequence.prefetch(self._paged)
+    def _let_in(self, request: Request, now_s: float) -> None:
+        self._line.admit(request, request.group)
+        self._tenants.admitted(request.asked.tenant)
+        self._prefilling.append(request)
+        request.admitted_s = now_s
+        self._clock.admitted(request.place, now_s - request.submitted_s)
+        self._observer.queued(now_s - request.submitted_s)
+        request.prefetch(self._paged)
 
     def _candidates(self) -> Iterator[Request]:
         """Yields waiting requests in the order to try: by class, by what their tenants were given, then by overlap."""
@@ -475,33 +475,33 @@ class Engine:
             return self._line.candidates()
         of_tenant = self._tenants.claims()
         held = 0
-        for sequence in (*self._prefilling, *self._running):
-            held |= sequence.want.experts or 0
+        for request in (*self._prefilling, *self._running):
+            held |= request.want.experts or 0
         loaded: Experts | None = None
 
-        def ordered(sequences: Ordered[Request]) -> Iterator[Request]:
+        def ordered(requests: Ordered[Request]) -> Iterator[Request]:
             nonlocal loaded
             if loaded is None:
                 loaded = held | as_bits(self._paged.pager.resident_experts(), self._expert_width)
-            return (sequences[index] for index in by_overlap([each.want for each in sequences], loaded, held))
+            return (requests[index] for index in by_overlap([each.want for each in requests], loaded, held))
 
-        def claim(sequence: Request) -> tuple[int, float, int]:
-            return -sequence.request.priority, *of_tenant(sequence.request.tenant)
+        def claim(request: Request) -> tuple[int, float, int]:
+            return -request.asked.priority, *of_tenant(request.asked.tenant)
 
-        return self._line.candidates(claim=claim, ordered=ordered, group=lambda sequence: sequence.group)
+        return self._line.candidates(claim=claim, ordered=ordered, group=lambda request: request.group)
 
     def _charge(self, now_s: float, ended: Ordered[Request] = ()) -> None:
         """Charges tenants for what their requests have used since the last call; or only for those that end."""
-        holding = tuple(dict.fromkeys(sequence.first for sequence in (*self._prefilling, *self._running)))
-        num_alike = Counter(sequence.group for sequence in holding)
+        holding = tuple(dict.fromkeys(request.first for request in (*self._prefilling, *self._running)))
+        num_alike = Counter(request.group for request in holding)
         costs: dict[str, float] = {}
-        for sequence in ended or holding:
-            held = sequence.lease.num_bound + sequence.lease.num_reserved if sequence.lease is not None else 0
+        for request in ended or holding:
+            held = request.lease.num_bound + request.lease.num_reserved if request.lease is not None else 0
             share = held / max(1, self._paged.pager.num_slots)
-            if sequence.group is not None:
-                share /= max(1, num_alike[sequence.group])
-            tenant = sequence.request.tenant
-            costs[tenant] = costs.get(tenant, 0.0) + sequence.spend(now_s, share, self._paged)
+            if request.group is not None:
+                share /= max(1, num_alike[request.group])
+            tenant = request.asked.tenant
+            costs[tenant] = costs.get(tenant, 0.0) + request.spend(now_s, share, self._paged)
         for tenant, (given, entitled) in self._tenants.charge(costs).items():
             self._observer.shared_out(tenant, given, entitled)
 
@@ -509,9 +509,9 @@ class Engine:
         """Gives drifting requests their slots, in the order of arrival. Returns False where some have to keep
         waiting.
         """
-        for sequence in sorted(suspended, key=lambda each: each.submitted_s):
-            with self._on_behalf_of(sequence, "resuming it failed"):
-                if not sequence.acquire_change():
+        for request in sorted(suspended, key=lambda each: each.submitted_s):
+            with self._on_behalf_of(request, "resuming it failed"):
+                if not request.acquire_change():
                     return False
         return True
 
@@ -520,27 +520,27 @@ class Engine:
         decoding = bool(self._able()) if self._prefilling else False
         parts: list[tuple[Request, int]] = []
         room = self._prefill_chunk_tokens
-        for sequence in tuple(self._prefilling):
-            with self._on_behalf_of(sequence, "its prefill failed"):
-                waits_alike = bool(parts) and sequence.shares_pool(parts[0][0])
-                if not (decoding or parts) or waits_alike or sequence.is_paged_in(self._paged):
-                    num_tokens = self._tokens_to_run(sequence, room)
-                    if not parts or self._may_join(sequence, parts[0][0], num_tokens, room):
-                        parts.append((sequence, num_tokens))
+        for request in tuple(self._prefilling):
+            with self._on_behalf_of(request, "its prefill failed"):
+                waits_alike = bool(parts) and request.shares_pool(parts[0][0])
+                if not (decoding or parts) or waits_alike or request.is_paged_in(self._paged):
+                    num_tokens = self._tokens_to_run(request, room)
+                    if not parts or self._may_join(request, parts[0][0], num_tokens, room):
+                        parts.append((request, num_tokens))
                         room -= num_tokens
             if parts and room <= 0:
                 break
         if parts:
             self._run_prompts(parts)
 
-    def _tokens_to_run(self, sequence: Request, room: int) -> int:
+    def _tokens_to_run(self, request: Request, room: int) -> int:
         """Returns how many tokens of its prompt run next: all that are left, or as many as there is `room` for in a
         part.
         """
-        num_left = len(sequence.request.prompt_token_ids) - sequence.num_prefilled
-        return min(num_left, room) if sequence.may_be_chunked(self._paged) else num_left
+        num_left = len(request.asked.prompt_token_ids) - request.num_prefilled
+        return min(num_left, room) if request.may_be_chunked(self._paged) else num_left
 
-    def _may_join(self, sequence: Request, first: Request, num_tokens: int, room: int) -> bool:
+    def _may_join(self, request: Request, first: Request, num_tokens: int, room: int) -> bool:
         """Whether the prompt may run in the forward of another: both hold their experts, or both page as they go, into
         slots of the same account.
         """
@@ -548,112 +548,112 @@ class Engine:
         return (
             0 < num_tokens <= room
             and self._decoder.shares_prefills
-            and sequence.is_exact == first.is_exact
-            and (not first.is_exact or account_of(sequence.request.tenant) == account_of(first.request.tenant))
-            and sequence.request.sampling.prompt_logprobs is None
-            and first.request.sampling.prompt_logprobs is None
+            and request.is_exact == first.is_exact
+            and (not first.is_exact or account_of(request.asked.tenant) == account_of(first.asked.tenant))
+            and request.asked.sampling.prompt_logprobs is None
+            and first.asked.sampling.prompt_logprobs is None
         )
 
     def _run_prompts(self, parts: Ordered[tuple[Request, int]]) -> None:
-        sequences = [sequence for sequence, _ in parts]
-        started_s, num_before = time.monotonic(), sum(sequence.num_prefilled for sequence in sequences)
-        for sequence in sequences:
-            if math.isnan(sequence.prefill_started_s):
-                sequence.prefill_started_s = started_s
-        with self._long_forward(sequences):
+        requests = [request for request, _ in parts]
+        started_s, num_before = time.monotonic(), sum(request.num_prefilled for request in requests)
+        for request in requests:
+            if math.isnan(request.prefill_started_s):
+                request.prefill_started_s = started_s
+        with self._long_forward(requests):
             outcomes = self._decoder.prefill(parts)
         # None where the forward was left, or failed.
-        self._num_tokens += sum(sequence.num_prefilled for sequence in sequences) - num_before
+        self._num_tokens += sum(request.num_prefilled for request in requests) - num_before
         now_s = time.monotonic()
-        for sequence, first_tokens in zip(sequences, outcomes, strict=True):
-            with self._on_behalf_of(sequence, "taking its first token failed"):
-                self._take_first(sequence, first_tokens, now_s)
+        for request, first_tokens in zip(requests, outcomes, strict=True):
+            with self._on_behalf_of(request, "taking its first token failed"):
+                self._take_first(request, first_tokens, now_s)
 
-    def _take_first(self, sequence: Request, outcomes: Ordered[Outcome], now_s: float) -> None:
+    def _take_first(self, request: Request, outcomes: Ordered[Outcome], now_s: float) -> None:
         """Continues a request after a part of its prompt has run: it waits on, or its answers decode from now on."""
-        for part in sequence.take_prompt_logprobs():
-            tenant = sequence.request.tenant
-            self._events.append(TokenChunk(sequence.request.id, (), "", None, tenant, prompt_logprobs=part))
-        error = sequence.fate or next((each for each in outcomes if isinstance(each, PagerError)), None)
+        for part in request.take_prompt_logprobs():
+            tenant = request.asked.tenant
+            self._events.append(TokenChunk(request.asked.id, (), "", None, tenant, prompt_logprobs=part))
+        error = request.fate or next((each for each in outcomes if isinstance(each, PagerError)), None)
         if error is not None:
             self._fail(sequence, error)
         if error is not None or not outcomes:
             return
-        sequence.share_prompt(self._blocks, self._cache)
-        self._prefilling.remove(sequence)
-        self._running += sequence.rows
-        if sequence.lease is not None and not sequence.is_exact:  # an exact one pages within its reservation
-            sequence.lease.shrink()
+        request.share_prompt(self._blocks, self._cache)
+        self._prefilling.remove(request)
+        self._running += request.rows
+        if request.lease is not None and not request.is_exact:  # an exact one pages within its reservation
+            request.lease.shrink()
             self._admit_soon()
-        for row, outcome in zip(sequence.rows, outcomes, strict=True):
-            if not sequence.has_ended:
+        for row, outcome in zip(request.rows, outcomes, strict=True):
+            if not request.has_ended:
                 self._take(row, outcome, now_s)
 
-    def _take(self, sequence: Request, outcome: Outcome, now_s: float) -> None:
-        outcome = sequence.fate or outcome
+    def _take(self, request: Request, outcome: Outcome, now_s: float) -> None:
+        outcome = request.fate or outcome
         if isinstance(outcome, PagerError):
-            self._fail(sequence.first, outcome)
+            self._fail(request.first, outcome)
             return
-        if not sequence.output_ids:
-            self._observer.first_token(now_s - sequence.submitted_s)
-        text, reason = sequence.accept(outcome.id, now_s)
-        sequence.publish(self._blocks)
-        num_going_on = sequence.num_going_on
-        usage = None if reason is None else self._account(sequence, reason, is_last=not num_going_on)
+        if not request.output_ids:
+            self._observer.first_token(now_s - request.submitted_s)
+        text, reason = request.accept(outcome.id, now_s)
+        request.publish(self._blocks)
+        num_going_on = request.num_going_on
+        usage = None if reason is None else self._account(request, reason, is_last=not num_going_on)
         chunk = TokenChunk(
-            sequence.request.id,
+            request.asked.id,
             (outcome.id,),
             text,
             usage,
-            sequence.request.tenant,
+            request.asked.tenant,
             () if outcome.logprobs is None else (outcome.logprobs,),
-            page_ins=sequence.take_page_ins(),
-            outside_mass=sequence.take_outside(),
-            index=sequence.index,
+            page_ins=request.take_page_ins(),
+            outside_mass=request.take_outside(),
+            index=request.index,
             num_going_on=num_going_on,
         )
         if reason is not None and num_going_on:
-            self._running.remove(sequence)
-            sequence.leave(self._blocks)
+            self._running.remove(request)
+            request.leave(self._blocks)
         elif reason is not None:
-            self._end(sequence.first, reason.value, usage)
+            self._end(request.first, reason.value, usage)
         self._events.append(chunk)
 
-    def _account(self, sequence: Request, reason: FinishReason, *, is_last: bool) -> Usage:
+    def _account(self, request: Request, reason: FinishReason, *, is_last: bool) -> Usage:
         """Returns the usage of an answer that is about to end well; with a request's last one its account is closed."""
         if is_last:
-            sequence.account(self._paged)
-        usage = sequence.usage(reason, self._paged.fingerprint)
+            request.account(self._paged)
+        usage = request.usage(reason, self._paged.fingerprint)
         if is_last:
-            record_spans(sequence.first, reason.value)
+            record_spans(request.first, reason.value)
         return usage
 
     @contextmanager
-    def _on_behalf_of(self, sequence: Request, what: str) -> Iterator[None]:
+    def _on_behalf_of(self, request: Request, what: str) -> Iterator[None]:
         """Makes any exception in the block fail that request alone; the log says `what` failed."""
         try:
             yield
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
-            failure = failure_of(error, sequence.request.id, what)
-            if not sequence.has_ended:
-                self._fail(sequence.first, failure)
+            failure = failure_of(error, request.asked.id, what)
+            if not request.has_ended:
+                self._fail(request.first, failure)
 
-    def _fail(self, sequence: Request, error: PagerError) -> None:
-        with _errors_logged(f"the spans of request {sequence.request.id} failed"):
-            record_spans(sequence, error.reason.lower())
-        account = self._end(sequence, error.reason.lower())
-        self._events.append(Failure(sequence.request.id, error, sequence.request.tenant, account))
+    def _fail(self, request: Request, error: PagerError) -> None:
+        with _errors_logged(f"the spans of request {request.asked.id} failed"):
+            record_spans(request, error.reason.lower())
+        account = self._end(request, error.reason.lower())
+        self._events.append(Failure(request.asked.id, error, request.asked.tenant, account))
 
-    def _end(self, sequence: Request, outcome: str, usage: Usage | None = None) -> Account:
+    def _end(self, request: Request, outcome: str, usage: Usage | None = None) -> Account:
         """Gives back at once what the request holds, whatever its state. Raises nothing: the end of a request cannot
         fail.
         """
-        account, rows = sequence.account(self._paged), sequence.rows
-        self._settle_with_tenant(sequence)
-        with _errors_logged(f"request {sequence.request.id} could not give back all that it held"):
-            sequence.release(self._blocks)
+        account, rows = request.account(self._paged), request.rows
+        self._settle_with_tenant(request)
+        with _errors_logged(f"request {request.asked.id} could not give back all that it held"):
+            request.release(self._blocks)
         self._running = [row for row in self._running if row not in rows]
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
@@ -663,20 +663,20 @@ class Engine:
             self._watched.remove(sequence)
         self._num_ended += 1
         self._admit_soon()
-        with _errors_logged(f"the observer failed at the end of request {sequence.request.id}"):
-            self._observer.ended(outcome, account, usage, sequence.token_s)
-        self._inbox.remove(sequence)
+        with _errors_logged(f"the observer failed at the end of request {request.asked.id}"):
+            self._observer.ended(outcome, account, usage, request.token_s)
+        self._inbox.remove(request)
         return account
 
-    def _settle_with_tenant(self, sequence: Request) -> None:
+    def _settle_with_tenant(self, request: Request) -> None:
         """Charges the tenant of a request that ends; a request that has not joined the line yet is unknown there."""
-        was_admitted = not math.isnan(sequence.admitted_s)
-        if not was_admitted and sequence not in self._line:
+        was_admitted = not math.isnan(request.admitted_s)
+        if not was_admitted and request not in self._line:
             return
-        with _errors_logged(f"charging the tenant of request {sequence.request.id} failed"):
+        with _errors_logged(f"charging the tenant of request {request.asked.id} failed"):
             if was_admitted:
-                self._charge(time.monotonic(), [sequence])
-            self._tenants.ended(sequence.request.tenant, was_admitted=was_admitted)
+                self._charge(time.monotonic(), [request])
+            self._tenants.ended(request.asked.tenant, was_admitted=was_admitted)
 
     def _deliver(self) -> None:
         for sequence in self._watched:
@@ -693,8 +693,8 @@ class Engine:
 
     def _fail_all(self, error: PagerError) -> None:
         self._inbox.take()
-        for sequence in self._inbox.live():
-            self._fail(sequence, error)
+        for request in self._inbox.live():
+            self._fail(request, error)
         self._deliver()
 
 

@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 LOGPROBS_A_CHUNK = 1024  # tokens of the prompt: 300 KB with the most alternatives
 
 
-def record_spans(sequence: Request, outcome: str) -> None:
+def record_spans(request: Request, outcome: str) -> None:
     """Records the spans of a request that has ended, however far it came; nothing where it has no trace."""
-    request = sequence.request
-    if request.traceparent is not None:
-        tracing.record(request.traceparent, _parts(sequence, outcome), request.tracestate)
+    asked = request.asked
+    if asked.traceparent is not None:
+        tracing.record(asked.traceparent, _parts(request, outcome), asked.tracestate)
 
 
-def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
+def _parts(request: Request, outcome: str) -> Iterator[tracing.Part]:
     """Yields queue, prefill and decode, which follow each other, and what was paged from each tier, which overlaps."""
     now_s = time.monotonic()
     unix_s = time.time() - now_s  # the difference between monotonic and unix seconds
@@ -59,13 +59,13 @@ def _parts(sequence: Request, outcome: str) -> Iterator[tracing.Part]:
     def part(name: str, start_s: float, end_s: float, **facts: int | str) -> tracing.Part:
         return tracing.Part(name, unix_s + start_s, unix_s + (now_s if math.isnan(end_s) else end_s), facts)
 
-    prefill_s, first_s = sequence.prefill_started_s, sequence.first_token_s
-    yield part("queue", sequence.submitted_s, sequence.admitted_s)
+    prefill_s, first_s = request.prefill_started_s, request.first_token_s
+    yield part("queue", request.submitted_s, request.admitted_s)
     if not math.isnan(prefill_s):
-        yield part("prefill", prefill_s, first_s, num_tokens=sequence.num_prefilled - sequence.num_cached)
+        yield part("prefill", prefill_s, first_s, num_tokens=request.num_prefilled - request.num_cached)
     if not math.isnan(first_s):
-        yield part("decode", first_s, now_s, num_tokens=sequence.num_output_tokens, outcome=outcome)
-    for tier, reads in sequence.reads.items():
+        yield part("decode", first_s, now_s, num_tokens=request.num_output_tokens, outcome=outcome)
+    for tier, reads in request.reads.items():
         facts = {"num_experts": reads.num_experts, "num_bytes": reads.num_bytes}
         yield part(f"page {tier.value}", reads.started_s, reads.ended_s, **facts)
 
@@ -91,7 +91,7 @@ class Request:
     ) -> None:
         """Makes a waiting request that reserves `num_slots`; `width` is more than the number of any expert."""
         sampling = request.sampling
-        self.request = request
+        self.asked = request
         self.policy = effective_policy(request)
         expected = self.policy.fixed or request.predicted
         num_tokens = len(request.prompt_token_ids) + sampling.n * sampling.max_tokens
@@ -136,7 +136,7 @@ class Request:
 
     def _new_draw(self) -> Draw:
         """Answer i of several has seed + i."""
-        sampling, prompt = self.request.sampling, self.request.prompt_token_ids
+        sampling, prompt = self.asked.sampling, self.asked.prompt_token_ids
         if sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + self.index)
         return Draw(sampling, Context(sampling, prompt, self.output_ids, self.end_ids))
@@ -173,12 +173,12 @@ class Request:
     @property
     def num_rows(self) -> int:
         """The rows of a decode step that the request takes once its prompt has run."""
-        return self.request.sampling.n
+        return self.asked.sampling.n
 
     @property
     def kv_tokens(self) -> int:
         """The number of tokens whose keys and values are kept: all but the last, which no token follows."""
-        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens - 1
+        return len(self.asked.prompt_token_ids) + self.asked.sampling.max_tokens - 1
 
     @property
     def reads(self) -> Mapping[Tier, TierReads]:
@@ -187,7 +187,7 @@ class Request:
 
     def prefetch(self, paged: PagedModel) -> None:
         """Prefetches the experts that the router predicted, once. A known pool's are read when it is reserved."""
-        predicted = self.request.predicted
+        predicted = self.asked.predicted
         if predicted is not None and self.policy.fixed is None and not self._is_prefetched:
             self._is_prefetched = True
             paged.pager.prefetch(predicted.keys(), self._meter)
@@ -236,7 +236,7 @@ class Request:
     @property
     def _num_common_blocks(self) -> int:
         """The blocks that all answers share: those that the prompt fills."""
-        return len(self.request.prompt_token_ids) // BLOCK_TOKENS
+        return len(self.asked.prompt_token_ids) // BLOCK_TOKENS
 
     def fork(self) -> Ordered[Request]:
         """Makes the further answers, once, when the prompt has run and before first tokens are drawn. Returns all."""
@@ -253,7 +253,7 @@ class Request:
             taken, self._spare_blocks = self._spare_blocks[: len(own)], self._spare_blocks[len(own) :]
             blocks.hold(common)
             answer.blocks = (*common, *taken)
-            if len(self.request.prompt_token_ids) % BLOCK_TOKENS and own:
+            if len(self.asked.prompt_token_ids) % BLOCK_TOKENS and own:
                 cache.copy_block(own[0], taken[0])
 
     def _answer(self, index: int) -> Request:
@@ -266,8 +266,8 @@ class Request:
         answer.draw.context.mask = self._new_mask()
         answer.prefix = None if self.prefix is None else self.prefix.fork()
         answer.routing = None if self.routing is None else self.routing.fork()
-        answer._detokenizer = Detokenizer(self._texts, self.request.prompt_token_ids)
-        answer._stops = StopMatcher(self.request.sampling.stop)
+        answer._detokenizer = Detokenizer(self._texts, self.asked.prompt_token_ids)
+        answer._stops = StopMatcher(self.asked.sampling.stop)
         return answer
 
     def leave(self, blocks: BlockPool) -> None:
@@ -337,7 +337,7 @@ class Request:
             self.draw.context.mask = self._new_mask()
 
     def _new_mask(self) -> GrammarMask | None:
-        grammar = self.request.sampling.grammar
+        grammar = self.asked.sampling.grammar
         return None if grammar is None or self._compiled is None else GrammarMask(self._compiled, grammar)
 
     def leave_grammar(self) -> None:
@@ -386,23 +386,23 @@ class Request:
 
     def is_paged_in(self, paged: PagedModel) -> bool:
         """Tells whether everything that was prefetched for it has been read."""
-        lease, predicted = self.lease, self.request.predicted
+        lease, predicted = self.lease, self.asked.predicted
         if self.policy.fixed is not None:
             return lease is None or lease.failed is not None or lease.ready()
         return predicted is None or not paged.pager.prefetch_pending(predicted.keys())
 
     @property
     def is_prefilled(self) -> bool:
-        return self.num_prefilled == len(self.request.prompt_token_ids)
+        return self.num_prefilled == len(self.asked.prompt_token_ids)
 
     def prompt_part(self, num_tokens: int) -> PromptPart:
         """Returns the next tokens of its prompt, as a forward runs them."""
-        prompt, start = self.request.prompt_token_ids, self.num_prefilled
+        prompt, start = self.asked.prompt_token_ids, self.num_prefilled
         return PromptPart(prompt[start : start + num_tokens], self.blocks, start, len(prompt))
 
     def row_start(self) -> RowStart:
         """Returns where its next decode step starts: the last sampled token has not run yet."""
-        position = len(self.request.prompt_token_ids) + len(self.output_ids) - 1
+        position = len(self.asked.prompt_token_ids) + len(self.output_ids) - 1
         return RowStart(self.blocks, self.output_ids[-1], position)
 
     def accept(self, token_id: int, now_s: float) -> tuple[str, FinishReason | None]:
@@ -411,7 +411,7 @@ class Request:
         if len(self.output_ids) == 1:
             self.first_token_s = now_s
         self.last_token_s = now_s
-        sampling = self.request.sampling
+        sampling = self.asked.sampling
         if token_id in self.end_ids:
             return self._rest(), FinishReason.STOP
         text = self._stops.feed(self._detokenizer.feed(token_id))
@@ -448,7 +448,7 @@ class Request:
 
     def take_outside(self) -> float | None:
         """Returns the gate mass of a watched request's last token outside of its pool. Waits for the device."""
-        if not self.request.is_watched or self.step is None or self.routing is None:
+        if not self.asked.is_watched or self.step is None or self.routing is None:
             return None
         self.step.settle()
         return self.routing.take_outside()
@@ -482,12 +482,12 @@ class Request:
         pool, mode = self.routing.pool, self._mode()
         out_of_pool_mass = self.routing.out_of_pool_mass()
         monitor = self.routing.monitor
-        predicted, first = self.request.predicted, self.routing.first_pool
+        predicted, first = self.asked.predicted, self.routing.first_pool
         recall = predicted.recall_of(first) if predicted and first and self.policy.fixed is None else None
         return Usage(
             mode=mode,
             finish_reason=reason,
-            prompt_tokens=len(self.request.prompt_token_ids),
+            prompt_tokens=len(self.asked.prompt_token_ids),
             completion_tokens=len(self.output_ids),
             pool=pool,
             paging=self._meter.counts - told,

@@ -121,35 +121,33 @@ class Inbox:
         self.is_halted = False
         self._changed = threading.Condition()
 
-    def put(self, sequence: Request) -> None:
+    def put(self, request: Request) -> None:
         """Adds a request. Raises NotReady when closed, DuplicateRequest for an id that its tenant uses, Overloaded at
         the bound.
         """
-        key = _key_of(sequence)
+        key = _key_of(request)
         with self._changed:
             if not self._is_open:
                 raise NotReady("this worker is shutting down; send the request to another", retry_after_s=1.0)
             if key in self._live:
-                raise DuplicateRequest(
-                    f"request id {sequence.request.id!r} is in use; choose another", field="request_id"
-                )
+                raise DuplicateRequest(f"request id {request.asked.id!r} is in use; choose another", field="request_id")
             if len(self._live) >= self._max_live:
                 raise Overloaded(
                     f"this worker has {len(self._live)} requests of all tenants, running or waiting, and accepts no "
                     "more",
                     retry_after_s=1.0,
                 )
-            self._live[key] = sequence
-            self._arrived.append(sequence)
+            self._live[key] = request
+            self._arrived.append(request)
             self._changed.notify_all()
 
     def cancel(self, request_id: str, tenant: str) -> bool:
         """Notes the cancellation. Returns whether that tenant has such a request."""
         with self._changed:
-            sequence = self._live.get((tenant, request_id))
-            if sequence is None:
+            request = self._live.get((tenant, request_id))
+            if request is None:
                 return False
-            self._cancelled.append(sequence)
+            self._cancelled.append(request)
             self._changed.notify_all()
             return True
 
@@ -160,10 +158,10 @@ class Inbox:
             self._arrived, self._cancelled = [], []
             return taken
 
-    def remove(self, sequence: Request) -> None:
+    def remove(self, request: Request) -> None:
         """Removes a request that has ended; its id may be used again."""
         with self._changed:
-            del self._live[_key_of(sequence)]
+            del self._live[_key_of(request)]
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -195,5 +193,5 @@ class Inbox:
         return len(self._live)
 
 
-def _key_of(sequence: Request) -> tuple[str, str]:
-    return sequence.request.tenant, sequence.request.id
+def _key_of(request: Request) -> tuple[str, str]:
+    return request.asked.tenant, request.asked.id

@@ -182,7 +182,7 @@ def test_an_answer_that_fails_ends_its_request_and_no_other(
     asked = driver.submit(random_prompt(6, 20), POOLS["prefill"], n=3, **SAMPLED)
     other = driver.submit(random_prompt(7, 20), POOLS["prefill"], n=2, **SAMPLED)
     driver.engine.step()
-    (broken,) = (row for row in driver.engine._running if row.request.id == asked and row.index == 1)
+    (broken,) = (row for row in driver.engine._running if row.asked.id == asked and row.index == 1)
 
     def fail(*_: object) -> None:
         raise PagerError("no text")

@@ -248,7 +248,7 @@ def test_two_answers_that_need_each_others_slots_both_get_them(
     num_waits = 0
     while driver.engine.status().running + driver.engine.status().waiting:
         driver.engine.step()
-        num_waits += any(sequence.awaits_slots for sequence in driver.engine._running)
+        num_waits += any(each.awaits_slots for each in driver.engine._running)
     assert num_waits, "they would have fitted side by side, and this shows nothing"
     for id_, other in zip(ids, expected, strict=True):
         assert driver.usage(id_).drift.widenings > 0
@@ -259,7 +259,7 @@ def test_two_answers_that_need_each_others_slots_both_get_them(
 
 
 def _wait_for_slots(driver: Any, request: str) -> None:
-    while not any(each.request.id == request and each.awaits_slots for each in driver.engine._running):
+    while not any(each.asked.id == request and each.awaits_slots for each in driver.engine._running):
         assert request not in driver.chunks or driver.chunks[request][-1].usage is None, "it never had to wait"
         driver.engine.step()
 
@@ -272,11 +272,11 @@ def test_an_answer_that_waits_for_slots_holds_none_and_comes_before_new_ones(
     driver.submit(random_prompt(1, 8), fixed, max_tokens=60)
     drifting = driver.submit(random_prompt(2, 24), pooled(WIDEN), max_tokens=30)
     _wait_for_slots(driver, drifting)
-    (sequence,) = [each for each in driver.engine._running if each.awaits_slots]
-    assert (sequence.lease.num_bound, sequence.lease.num_reserved) == (0, 0)
+    (waiting,) = [each for each in driver.engine._running if each.awaits_slots]
+    assert (waiting.lease.num_bound, waiting.lease.num_reserved) == (0, 0)
     given = len(driver.tokens(drifting))
     late = driver.submit(random_prompt(4, 8), fixed, max_tokens=2)  # whose pool is in slots
-    while sequence.awaits_slots:
+    while waiting.awaits_slots:
         assert not driver.tokens(late)
         assert len(driver.tokens(drifting)) == given
         driver.engine.step()

@@ -53,29 +53,29 @@ class Broken:
 
 @dataclass(frozen=True)
 class Place:
-    """A method of a sequence, or of its attribute `of`, and which call of it raises."""
+    """A method of a request, or of its attribute `of`, and which call of it raises."""
 
     name: str
     number: int = 1
     of: str = ""
 
-    def put(self, sequence: Request, raiser: Callable[..., Any], *, once: bool = False) -> None:
-        """Into a sequence that has just been submitted. A lease and its routing it will have once it is admitted."""
+    def put(self, request: Request, raiser: Callable[..., Any], *, once: bool = False) -> None:
+        """Breaks a request that has just been submitted. A lease and its routing it will have once it is admitted."""
         if self.of.partition(".")[0] not in ("lease", "routing"):
-            self._break(sequence, raiser, once)
+            self._break(request, raiser, once)
             return
-        acquire = sequence.acquire
+        acquire = request.acquire
 
         def acquire_and_break(paged: PagedModel, blocks: BlockPool) -> bool:
             taken = acquire(paged, blocks)
             if taken:
-                self._break(sequence, raiser, once)
+                self._break(request, raiser, once)
             return taken
 
-        sequence.acquire = acquire_and_break  # type: ignore[method-assign]
+        request.acquire = acquire_and_break  # type: ignore[method-assign]
 
-    def _break(self, sequence: Request, raiser: Callable[..., Any], once: bool) -> None:
-        owner = reduce(getattr, filter(None, self.of.split(".")), sequence)
+    def _break(self, request: Request, raiser: Callable[..., Any], once: bool) -> None:
+        owner = reduce(getattr, filter(None, self.of.split(".")), request)
         setattr(owner, self.name, Broken(getattr(owner, self.name), self.number, raiser, once=once))
 
 
@@ -145,10 +145,10 @@ def submit_all(
 VICTIM = "r2"
 
 
-def sequence_of(driver: Any, request_id: str) -> Request:
-    sequence: Request
-    (sequence,) = (each for each in driver.engine._inbox.live() if each.request.id == request_id)
-    return sequence
+def request_of(driver: Any, request_id: str) -> Request:
+    request: Request
+    (request,) = (each for each in driver.engine._inbox.live() if each.asked.id == request_id)
+    return request
 
 
 Answers = dict[str, tuple[list[int], str, tuple[object, ...]]]
@@ -206,7 +206,7 @@ def test_a_fault_fails_the_request_that_it_belongs_to_and_no_other(
 ) -> None:
     driver = make_driver()
     ids = submit_all(driver)
-    PLACES[place].put(sequence_of(driver, VICTIM), raiser)
+    PLACES[place].put(request_of(driver, VICTIM), raiser)
     driver.finish()
     error = check_only_the_victim_failed(driver, ids, undisturbed)
     assert error.reason == "INTERNAL"
@@ -225,7 +225,7 @@ def test_a_shared_step_that_fails_once_is_run_again_and_changes_no_answer(
     """Numbers that were drawn and mass that was measured for it count once."""
     driver = make_driver()
     ids = submit_all(driver)
-    PLACES[place].put(sequence_of(driver, VICTIM), fail, once=True)
+    PLACES[place].put(request_of(driver, VICTIM), fail, once=True)
     driver.finish()
     assert "each runs by itself" in caplog.text
     assert answers(driver, ids) == undisturbed
@@ -238,8 +238,8 @@ def test_spans_that_fail_do_so_for_their_request(
     undisturbed: Answers,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def record(sequence: Request, outcome: str) -> None:
-        fail() if sequence.request.id == VICTIM else record_spans(sequence, outcome)
+    def record(request: Request, outcome: str) -> None:
+        fail() if request.asked.id == VICTIM else record_spans(request, outcome)
 
     monkeypatch.setattr(engine_module, "record_spans", record)
     driver = make_driver()
@@ -299,7 +299,7 @@ def test_what_cannot_be_given_back_costs_nobody_an_answer(
 ) -> None:
     driver = make_driver()
     ids = submit_all(driver)
-    Place("release").put(sequence_of(driver, VICTIM), fail)
+    Place("release").put(request_of(driver, VICTIM), fail)
     driver.finish()
     assert not driver.failures
     assert answers(driver, ids) == undisturbed
@@ -328,7 +328,7 @@ def test_a_fault_while_a_request_is_failed_leaves_its_failure_as_it_is(
     monkeypatch.setattr(engine_module, "record_spans", panic)
     driver = make_driver()
     submit_all(driver)
-    Place("release").put(sequence_of(driver, VICTIM), panic)
+    Place("release").put(request_of(driver, VICTIM), panic)
     driver.engine.cancel(VICTIM, "t")
     driver.engine.step()
     assert isinstance(driver.failures[VICTIM], Cancelled)

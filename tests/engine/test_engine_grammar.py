@@ -219,8 +219,8 @@ def test_a_grammar_whose_state_is_lost_fails_its_request_alone(driver: Any) -> N
     other = driver.submit([9], max_tokens=40, temperature=1.0, seed=1)
     while not driver.tokens(bad):
         driver.engine.step()
-    sequences = {each.request.id: each for each in driver.engine._inbox.live()}
-    sequences[bad].output_ids.append(0)  # an end of sequence that the grammar does not allow there
+    live = {each.asked.id: each for each in driver.engine._inbox.live()}
+    live[bad].output_ids.append(0)  # an end of sequence that the grammar does not allow there
     finish(driver)
     assert isinstance(driver.failures[bad], PagerError)
     assert "not one that its grammar allows" in str(driver.failures[bad])

@@ -348,7 +348,7 @@ def test_a_sequence_whose_logits_are_not_finite_fails_alone(
     assert driver.tokens(healthy) == driver.tokens(expected)
     with torch.no_grad():
         embedding[poisoned_token] = kept
-    # It gets the KV blocks that the poisoned sequence has left.
+    # It gets the KV blocks that the poisoned request has left.
     after = driver.submit(random_prompt(1, 8), PoolPolicy(Count(3)), max_tokens=12)
     driver.finish()
     assert driver.tokens(after) == driver.tokens(expected)

@@ -77,8 +77,8 @@ def cancel(driver: Any, request: str) -> None:
 
 
 def run_out_of_time(driver: Any, request: str) -> None:
-    (sequence,) = [each for each in driver.engine._inbox.live() if each.request.id == request]
-    sequence.deadline_s = driver.engine._soonest_deadline_s = time.monotonic()
+    (running,) = [each for each in driver.engine._inbox.live() if each.asked.id == request]
+    running.deadline_s = driver.engine._soonest_deadline_s = time.monotonic()
 
 
 def shut_down(driver: Any, _: str) -> None:

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def sample_alone(logits_V: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
-    """`count` draws of one sequence, all from the same logits."""
+    """`count` draws of one request, all from the same logits."""
     ids: list[int] = Sampler([Draw(params)] * count, CPU).sample(logits_V.expand(count, -1)).tolist()
     return ids
 

@@ -97,7 +97,7 @@ def _drain(worker: str | None) -> _Call[None]:
 
 
 class _Client:
-    """What both clients share: the address, the metadata and how errors are read."""
+    """The base of both clients: the address, the metadata and how errors are read."""
 
     def __init__(self, address: str, tenant: str, timeout_s: float | None, api_key: str | None) -> None:
         if not tenant.isascii() or not tenant.isprintable():
@@ -479,7 +479,7 @@ def _health_request(service: str) -> bytes:
 
 
 def _is_serving(response: bytes) -> bool:
-    """Whether a HealthCheckResponse has the status SERVING, which is 1, in its first field."""
+    """Tells whether a HealthCheckResponse has the status SERVING, which is 1, in its first field."""
     return response == b"\x08\x01"
 
 

@@ -30,7 +30,7 @@ _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP)(_|$)"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a value has to be beyond its type: `expected` completes "must be"."""
+    """A condition on a value beyond its type: `expected` completes "must be"."""
 
     expected: str
     passes: Callable[[Any], bool]
@@ -46,13 +46,13 @@ class Setting:
 
 @dataclass(slots=True)
 class Reading:
-    """What was given, by key ("workers.count"), and all that is wrong with it, a sentence each."""
+    """The given values, by key ("workers.count"), and everything that is wrong with them, a sentence each."""
 
     settings: dict[str, Setting] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def value(self, key: str) -> Any:
-        """None where it was not given."""
+        """Returns the value; None where it was not given."""
         return self.settings[key].value if key in self.settings else None
 
 
@@ -161,7 +161,7 @@ def _parse_toml(data: bytes) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """As a message may have it: a file's content, given where its name belongs, may be a secret."""
+    """Returns a value as a message may show it: a file's content, given where its name belongs, may be a secret."""
     return "a text of several lines" if isinstance(value, str) and "\n" in value.strip() else repr(value)
 
 
@@ -444,7 +444,7 @@ class RouterConfig:
     keys: str | None = _key(
         None,
         "JSON file of API keys, which `expert-pager keys` writes, or redis for those in Redis; read again when they "
-        "change. Not set: nobody is asked for a key.",
+        "change. Not set: no key is required.",
         example="keys.json",
     )
     jwt_secret: str | None = _key(
@@ -503,7 +503,7 @@ class RouterConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the service."""
+        """Tells whether only this machine can reach the service."""
         return is_loopback(self.host)
 
 
@@ -540,7 +540,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """What a request gets that does not say it itself, and where named pools are kept."""
+    """The defaults of requests, and the place where named pools are kept."""
 
     default_size: str | int = _key(
         "full",
@@ -621,7 +621,7 @@ def read_config(
     overrides: Mapping[str, Any] | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> Reading:
-    """As `load_config`; what is wrong, all of it, is in the answer."""
+    """Reads as `load_config` does; everything that is wrong is in the result."""
     env = env or {}
     reading = SCHEMA.read(path, env, overrides or {}, flags or {})
     if env.get(RAY_ADDRESS) and reading.value("cluster.ray_address") in (None, "auto"):
@@ -638,7 +638,7 @@ def read_config(
 
 
 def config_of(reading: Reading) -> ServiceConfig:
-    """What is in force, without what has a problem."""
+    """Returns the values in force, without those that have a problem."""
     given: dict[str, dict[str, Any]] = {name: {} for name in SCHEMA.sections}
     for key, setting in reading.settings.items():
         section, name = key.split(".")

@@ -69,7 +69,7 @@ class UnknownModel(PagerError):
 
 
 class Unauthenticated(PagerError):
-    """The service asks for a key and got none that it knows. It does not say what was wrong with it."""
+    """The service requires a key and got none that it knows. It does not say what was wrong with it."""
 
     reason = "UNAUTHENTICATED"
 
@@ -111,7 +111,7 @@ class TooManyPools(PagerError):
 
 
 class DamagedPool(PagerError):
-    """What is stored under the name is not a pool."""
+    """The value stored under the name is not a pool."""
 
     reason = "DAMAGED_POOL"
 

@@ -29,7 +29,7 @@ MAX_PROMPT_LOGPROBS = 2**19
 
 
 def default_sampling(generation_config: Any) -> SamplingParams:
-    """What holds where a request says nothing, by a model's generation_config.json: as in transformers, where
+    """Returns what holds where a request says nothing, by a model's generation_config.json: as in transformers, where
     `do_sample` decides whether anything is drawn. Raises InvalidRequest for values that no request may have.
     """
     drawn = DRAWN_BY if getattr(generation_config, "do_sample", None) else ("repetition_penalty",)

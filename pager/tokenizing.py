@@ -74,7 +74,7 @@ def read_tokenizer(model: Path) -> Tokenizer | None:
 
 
 def _whole(tokenizer: Tokenizer) -> Tokenizer:
-    """What a training script left on would cut or fill up prompts without a word."""
+    """Returns what a training script left on would cut or fill up prompts without a word."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -215,7 +215,7 @@ class TokenTexts:
         return None if token is None or token in self._special else str(token)
 
     def text(self, tokens: Sequence[str]) -> str:
-        """What the tokens read as in a row, as `Tokenizer.decode` has it."""
+        """Returns what the tokens read as in a row, as `Tokenizer.decode` has it."""
         return " ".join(tokens) if self._decoder is None else str(self._decoder.decode(list(tokens)))
 
     def byte(self, token_id: int) -> int | None:
@@ -269,7 +269,9 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What is left when no more tokens come: a character that stayed open becomes replacement characters."""
+        """Returns what is left when no more tokens come: a character that stayed open becomes replacement
+        characters.
+        """
         text = self._advance(self._text())
         self._open = b""
         return text
@@ -309,14 +311,16 @@ class Detokenizer:
         return text
 
     def _instead_of_bytes(self) -> list[str]:
-        """What stands for byte tokens that are shown. Where one was wrong, whatever bytes follow are wrong, too."""
+        """Returns what stands for byte tokens that are shown. Where one was wrong, whatever bytes follow are wrong,
+        too.
+        """
         return [ANCHOR, WRONG_BYTE] if self._is_broken else [ANCHOR]
 
     def _text(self) -> str:
         return self._texts.text(self._window + [BYTE_TOKENS[byte] for byte in self._open])
 
     def _advance(self, text: str) -> str:
-        """What of `text`, the window's, was not shown yet."""
+        """Returns what of `text`, the window's, was not shown yet."""
         new = text[_num_common(self._shown, text) :]
         if new:
             self._shown = text
@@ -324,7 +328,9 @@ class Detokenizer:
 
 
 def _num_finished(data: bytes | bytearray) -> int | None:
-    """How many of these bytes make whole characters, the others being open; None where they cannot become any."""
+    """Returns how many of these bytes make whole characters, the others being open; None where they cannot become
+    any.
+    """
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -363,7 +369,7 @@ class StopMatcher:
         return safe
 
     def flush(self) -> str:
-        """What was held back, when no more text comes."""
+        """Returns what was held back, when no more text comes."""
         safe, self._held = self._held, ""
         return safe
 

@@ -39,7 +39,7 @@ class ExpertShape:
 
     @classmethod
     def of(cls, parameters: Mapping[str, tuple[int, ...]], *, hidden: int, intermediate: int) -> ExpertShape:
-        """That of an expert with these parameters, which may be SwiGLU's."""
+        """Returns the shape of an expert with these parameters, which may be SwiGLU's."""
         swiglu = cls(hidden, intermediate)
         return swiglu if dict(swiglu.named) == parameters else cls(hidden, intermediate, tuple(parameters.items()))
 
@@ -62,7 +62,8 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class RoutingFacts:
-    """What a pool has to respect: per layer, how many experts there are, how many are shared, how many a token picks.
+    """The facts that a pool has to respect: per layer, how many experts there are, how many are shared, how many a
+    token picks.
 
     A dense layer has 0 everywhere. `top_k` counts routed experts only. `expert_bytes` is one expert's size in the
     serving dtype; 0 where nobody said.
@@ -198,7 +199,7 @@ class DriftPolicy:
 
 @dataclass(frozen=True, slots=True)
 class DriftReport:
-    """What was done about drift in one answer. `peak_mass` is the largest windowed mass seen outside the pool.
+    """The report of drift in one answer. `peak_mass` is the largest windowed mass seen outside the pool.
 
     `exact_from` is the first answer token, counted from 0, that had all experts; None where none had.
     `experts_left_out` counts, over all widenings, the experts that were wanted and for which the worker has no slots.
@@ -213,7 +214,9 @@ class DriftReport:
 
 @dataclass(frozen=True, slots=True)
 class PoolPolicy:
-    """What a request asks of its pool. `fixed` is given exactly when `source` is FIXED. `drift` None: never widened."""
+    """The pool that a request asks for. `fixed` is given exactly when `source` is FIXED. `drift` None: never
+    widened.
+    """
 
     size: PoolSize = field(default_factory=Full)
     source: PoolSource = PoolSource.PREFILL
@@ -223,7 +226,7 @@ class PoolPolicy:
 
 @dataclass(frozen=True, slots=True)
 class PoolAsk:
-    """What a caller asks of its pool; what is None is left to the service's defaults.
+    """The pool that a caller asks for; fields that are None are left to the service's defaults.
 
     At most one of `fixed`, `digest` (of a pool that this tenant was given before) and `name` (of a named pool) is set,
     and none of them beside a `size`.
@@ -274,7 +277,7 @@ class GrammarKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What the text of an answer has to be, as a whole."""
+    """The grammar that the whole text of an answer has to follow."""
 
     kind: GrammarKind
     text: str = ""
@@ -282,7 +285,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn and what is reported of it. `temperature == 0` is greedy.
+    """The parameters by which the next token is drawn, and what is reported of it. `temperature == 0` is greedy.
 
     The defaults restrict, change and report nothing. Presence and frequency penalties count the tokens of the answer,
     the repetition penalty those of the prompt, too. `logprobs` is a number of alternatives; None reports none at all.
@@ -335,7 +338,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class PagingCounts:
-    """What paging has cost: for one request, or for one worker since it started. Two of them add up.
+    """The cost of paging: for one request, or for one worker since it started. Two of them add up.
 
     A hit is an expert that was in a device slot already, or being read for another request. Bytes are charged to the
     request that caused a read, not to those that joined it. `stall_s` is the time that forwards waited for experts.
@@ -360,7 +363,7 @@ class PagingCounts:
         return PagingCounts(*map(operator.add, _counted(self), _counted(other)))
 
     def __sub__(self, before: PagingCounts) -> PagingCounts:
-        """What was added since `before`."""
+        """Returns what was added since `before`."""
         return PagingCounts(*map(operator.sub, _counted(self), _counted(before)))
 
     def split(self, num_parts: int) -> list[PagingCounts]:
@@ -381,7 +384,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What a request has used at its worker, however it ended. Every request that a worker took has one at its end.
+    """The usage of a request at its worker, however it ended. Every request that a worker took has one at its end.
 
     Prompt tokens are those that were run or found in the prefix cache. `queue_s` is None for a request that was never
     admitted.
@@ -398,10 +401,10 @@ class RequestObserver(Protocol):
     """Hears of one request at its worker."""
 
     def sent(self) -> None:
-        """It is on its way."""
+        """Called when the request has been sent."""
 
     def settled(self, account: Account) -> None:
-        """It has ended there, and what it has used: once, and also after nobody reads its answer any more.
+        """Called when it has ended there, with what it has used: once, and also after its answer is not read any more.
 
         Never for a request that the worker did not take, nor for one whose worker, or the way there, was lost.
         """
@@ -421,7 +424,7 @@ class PageIn:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one answer was and what it cost.
+    """The mode of one answer, and its cost.
 
     `mode`: exact (every expert that the gate wanted was available), pool (restricted to the pool asked for), degraded
     (the pool covers less than the policy asked for: a mass cap was hit).
@@ -506,7 +509,7 @@ class TokenChunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether nothing more comes of the request."""
+        """Tells whether nothing more comes of the request."""
         return self.usage is not None and not self.num_going_on
 
 
@@ -539,7 +542,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class RouteAnswer:
-    """What a service predicts for a prompt, and where Generate would go.
+    """The prediction of a service for a prompt, and the worker that Generate would use.
 
     `source` is the predictor, and `scores` has each routed expert's score, layer by layer, empty where dense; there are
     none where only the worker's prefill scores. `observed` is the pool that a prefill chose for this prompt before.
@@ -561,7 +564,7 @@ class RouteAnswer:
 
 @dataclass(frozen=True, slots=True)
 class WorkerResidency:
-    """What one worker holds right now. `resident` has a bit mask of its routed experts for each layer.
+    """The experts that one worker holds now. `resident` has a bit mask of its routed experts for each layer.
 
     A remote worker is known only through another router; its state and load may be some seconds old.
     """
@@ -588,7 +591,9 @@ class WorkerResidency:
 
 @dataclass(frozen=True, slots=True)
 class TenantLoad:
-    """What one tenant has in flight at a router. Tokens are those of prompts and those that may be generated."""
+    """The requests that one tenant has in flight at a router. Tokens are those of prompts and those that may be
+    generated.
+    """
 
     tenant: str
     num_requests: int
@@ -597,7 +602,7 @@ class TenantLoad:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a router has in flight."""
+    """The requests that a router has in flight."""
 
     num_requests: int = 0
     num_tokens: int = 0

@@ -211,7 +211,7 @@ def encode_ask(ask: PoolAsk) -> pb.PoolPolicy | None:
 
 
 def decode_ask(message: pb.PoolPolicy) -> PoolAsk:
-    """What a caller asks of its pool. Raises InvalidRequest for an unknown source or drift action."""
+    """Returns what a caller asks of its pool. Raises InvalidRequest for an unknown source or drift action."""
     fixed = message.WhichOneof("fixed")
     layers = tuple(tuple(sorted(layer.experts)) for layer in message.experts.layers)
     return PoolAsk(

@@ -156,7 +156,7 @@ class AuditLog:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a call ended. `error` is for its front to turn into an answer; `code` is the name of a gRPC status code."""
+    """The end of a call. `error` is for its front to turn into an answer; `code` is the name of a gRPC status code."""
 
     code: str = "OK"
     error: PagerError | None = None

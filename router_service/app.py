@@ -96,7 +96,7 @@ EXIT_RAY_LOST = os.EX_TEMPFAIL  # a new process recovers what was lost
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What is served, and where."""
+    """The served model, and the addresses."""
 
     address: str
     http_url: str

@@ -262,7 +262,7 @@ Handler = Callable[[Exchange, str], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """What all endpoints share."""
+    """The state that all endpoints share."""
 
     recorder: CallRecorder
     gate: Gate

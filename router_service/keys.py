@@ -551,7 +551,7 @@ class Gate:
         return caller
 
     def _with_share(self, caller: Caller) -> Caller:
-        """What is guaranteed is the tenant's, whichever of its keys is shown, and whoever acts for it."""
+        """Returns the caller with its tenant's guarantee, whichever key is shown and whoever acts for the tenant."""
         share = 0.0 if self._keys is None else self._keys.value.shares.get(caller.tenant, 0.0)
         return caller if share == caller.guaranteed_share else replace(caller, guaranteed_share=share)
 

@@ -174,7 +174,7 @@ class Passes:
 
     @property
     def judges_by_trunk(self) -> bool:
-        """True where the first pass runs the trunk, which then judges what a codeword covers."""
+        """Tells whether the first pass runs the trunk, which then judges what a codeword covers."""
         return self.chain[:1] not in ((), ("lexical",))
 
     def check(self, policy: PoolPolicy) -> None:
@@ -274,7 +274,7 @@ class Scored:
 
 
 class LearnedStore(Protocol):
-    """Where routers share what traffic has taught the codebook of a model."""
+    """The store in which routers share what traffic has taught the codebook of a model."""
 
     async def version(self) -> int | None:
         """The version that is there; None where there is none, or where it cannot be told."""
@@ -282,7 +282,7 @@ class LearnedStore(Protocol):
     async def load(self) -> Learned | None: ...
 
     async def save(self, learned: Learned, replaces: int) -> bool:
-        """False where another version than `replaces` is there, which stays."""
+        """Saves the codewords; returns False where another version than `replaces` is stored, which stays."""
 
 
 class TrafficCodebook:
@@ -464,7 +464,7 @@ class Prediction:
 
     @property
     def placed_by(self) -> str:
-        """What kind of pool the request is placed by, as metrics name it."""
+        """Returns what kind of pool the request is placed by, as metrics name it."""
         return "codeword" if self.covering else "fixed" if self.home_key else "predicted"
 
 

@@ -422,7 +422,7 @@ class Pipeline:
 
 
 def _home_key(policy: PoolPolicy, scored: Scored | None) -> str:
-    """As `Prediction.home_key`, of a prompt that is placed without being run."""
+    """Returns the home key, as `Prediction.home_key`, of a prompt that is placed without being run."""
     if policy.fixed is not None:
         return policy.fixed.digest
     word = None if scored is None else scored.codeword

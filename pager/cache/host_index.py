@@ -57,7 +57,7 @@ class HostState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HostGrant:
-    """What the caller may do with an expert. `record` is meaningful for HIT and CLAIMED only."""
+    """The right of the caller to use an expert. `record` is meaningful for HIT and CLAIMED only."""
 
     key: ExpertKey
     state: HostState

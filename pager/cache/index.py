@@ -215,7 +215,9 @@ class SlotLoad:
 
 @dataclass(frozen=True, slots=True)
 class SlotPlan:
-    """What holding some experts requires: made by `CacheIndex.plan`, changes nothing until it is committed."""
+    """The slots that holding some experts requires: made by `CacheIndex.plan`, changes nothing until it is
+    committed.
+    """
 
     hits: tuple[ExpertKey, ...]  # loaded already
     in_flight: tuple[ExpertKey, ...]  # being read for another request

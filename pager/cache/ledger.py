@@ -162,7 +162,9 @@ class Ledger:
             self._changed.notify_all()
 
     def account(self, tenant: str) -> str:
-        """Whose slots the tenant uses: its own name where it is guaranteed some, and one name for all others."""
+        """Returns the account whose slots the tenant uses: its own name where it is guaranteed some, and one name for
+        all others.
+        """
         with self.lock:
             return self._shares.account(tenant)
 
@@ -176,7 +178,7 @@ class Ledger:
         return max(0, self._room(holding.meter))
 
     def slots_needed(self, holding: Holding, keys: Collection[ExpertKey]) -> int:
-        """How many slots holding `keys` takes: an expert that its account pins already takes none."""
+        """Returns how many slots holding `keys` takes: an expert that its account pins already takes none."""
         account = self._account(holding.meter)
         with self.lock:
             return sum(self._shares.pays_for(account, key, is_loading=self.index.is_loading(key)) for key in keys)

@@ -32,7 +32,7 @@ __all__ = ["CacheOptions", "CacheStats", "ExpertPager", "Lease", "PagerObserver"
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """How a cache evicts and reads.
+    """The options of how a cache evicts and reads.
 
     Reads bypass the page cache where the source can, and `bypass_page_cache` or (None) `why_bypass` decides so. An
     expert that could not be read is tried again `retry_after_s` later at the earliest.

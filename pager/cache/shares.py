@@ -1,4 +1,4 @@
-"""What tenants are guaranteed of the slots, and what each of them has. Pure: no tensors, clocks or locks.
+"""The slots that tenants are guaranteed, and those that each of them has. Pure: no tensors, clocks or locks.
 
 Every guaranteed tenant has an account of its own, and all others share one. An account has used the distinct experts
 that its holdings pin, the slots promised to it, and its experts that are still arriving; an expert that two accounts
@@ -29,7 +29,7 @@ MOST_GUARANTEED = 0.9
 
 
 class _Account:
-    """What one account has. `guaranteed` is 0 for the common one."""
+    """The slots of one account. `guaranteed` is 0 for the common one."""
 
     def __init__(self, guaranteed: int) -> None:
         self.guaranteed = guaranteed
@@ -114,7 +114,7 @@ class Shares:
         return num_unreserved - self._num_paid_twice - owed
 
     def pays_for(self, account: str, key: ExpertKey, *, is_loading: bool) -> bool:
-        """Whether pinning the expert takes a slot of the account."""
+        """Tells whether pinning the expert takes a slot of the account."""
         if key in self._accounts[account].pins:
             return False
         owner = self._arriving.get(key) if is_loading else None
@@ -124,7 +124,7 @@ class Shares:
         return self._accounts[account].pins[key]
 
     def protected(self, account: str) -> set[ExpertKey]:
-        """What may not be evicted for the account: others' experts in slots that they are guaranteed."""
+        """Returns what may not be evicted for the account: others' experts in slots that they are guaranteed."""
         found: set[ExpertKey] = set()
         for name, other in self._accounts.items():
             if name != account and other.owed:

@@ -36,7 +36,7 @@ class Cause(StrEnum):
 
 @dataclass(slots=True)
 class TierReads:
-    """What was read from one tier for one request; from the first read's start to the last one's end, monotonic."""
+    """The reads from one tier for one request; from the first read's start to the last one's end, monotonic."""
 
     started_s: float
     ended_s: float = 0.0

@@ -44,7 +44,7 @@ class LimitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StandingOptions:
-    """How requests of a caller stand beside others'."""
+    """The options for the standing of a caller's requests beside others'."""
 
     priority: Annotated[
         int, typer.Option(help="Requests of a higher priority are admitted first.", min=-100, max=100, metavar="N")

@@ -386,7 +386,7 @@ class DrawnOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WhatIfOptions:
-    """What is asked beside the traffic as it is."""
+    """The options for variations of the traffic."""
 
     another_like: Annotated[
         str | None, typer.Option(help="Also with one tenant more, which sends what this one sends.", metavar="TENANT")

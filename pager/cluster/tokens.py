@@ -74,7 +74,7 @@ class RequestFailure(Protocol):
 
 
 class TokenEngine(Protocol):
-    """What the transport needs of an engine. Both methods are thread-safe and return at once."""
+    """The interface that the transport needs of an engine. Both methods are thread-safe and return at once."""
 
     def submit(self, request: GenerateRequest) -> None: ...
     def cancel(self, request_id: str, tenant: str) -> bool: ...
@@ -374,7 +374,9 @@ class AnswerStream:
         self._accounts: list[Account] = []
 
     def account(self, usage: Usage) -> Account:
-        """What the request has used, once `usage` is that of its last answer: the prompt was run for all of them."""
+        """Returns what the request has used, once `usage` is that of its last answer: the prompt was run for all of
+        them.
+        """
         self._accounts.append(usage.account)
         return replace(
             usage.account,

@@ -1,4 +1,4 @@
-"""What a router knows of its workers and their model: frozen values, made anew when something has changed."""
+"""A router's view of its workers and their model: frozen values, made anew when something has changed."""
 
 from __future__ import annotations
 

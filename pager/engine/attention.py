@@ -60,7 +60,9 @@ class PromptStep:
 
 
 class RowContexts:
-    """What the queries of B rows of one token each see, by how far back their layer looks. Made once for all layers."""
+    """The context that the queries of B rows of one token each see, by how far back their layer looks. Made once for
+    all layers.
+    """
 
     def __init__(self, slots_BC: Tensor, position_B1: Tensor, dtype: torch.dtype, *, is_full: bool) -> None:
         """`slots_BC`: token slots of each row's positions; rows end at `position_B1`. `is_full`: the only one at C."""
@@ -94,13 +96,13 @@ class RowContexts:
         return read_BW, None if self._is_full else self._added(place_BW >= 0)
 
     def _added(self, is_there_BC: Tensor) -> Tensor:
-        """To add: each layer's attention would make that of a mask of bools for itself."""
+        """Returns an additive mask: each layer's attention would otherwise convert a mask of bools."""
         return torch.where(is_there_BC, 0.0, -torch.inf).to(self._dtype)[:, None, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KvStep:
-    """Where one forward writes its keys and values, and what its queries see.
+    """The places where one forward writes its keys and values, and the context that its queries see.
 
     `write_T` [B*S]: token slots of the new tokens. A forward runs either `prompts`, one after the other in a single
     row, or one token for each of B rows, which see their `rows`.
@@ -305,7 +307,7 @@ def install(model: PreTrainedModel) -> None:
 
 
 def layers_of(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
-    """What each layer of a model keeps and sees.
+    """Returns what each layer of a model keeps and sees.
 
     Raises UnsupportedModel, which names the layer, unless every layer attends as `attend` does: to what came before, or
     the last of it, by keys and values alone, and with no argument that would be left out of account.
@@ -382,7 +384,7 @@ def _refuse_other_mixers(model: PreTrainedModel) -> None:
 
 
 def _foreign(call: AttentionCall) -> str | None:
-    """How the call asks for more than `attend` does; None where it does not."""
+    """Returns how the call asks for more than `attend` does; None where it does not."""
     if call.key[0] != call.value[0] or call.query[1] != call.key[1] or call.query[0] % call.key[0]:
         shapes = (f"{heads} of {width}" for heads, width in (call.query, call.key, call.value))
         return "with heads that do not fit to each other: queries {}, keys {}, values {}".format(*shapes)
@@ -400,7 +402,9 @@ def _foreign(call: AttentionCall) -> str | None:
 
 
 def _window(sees: Sees, context_tokens: int) -> int | None:
-    """How many tokens a query sees, itself included; None for all. Raises ValueError where those are not the last."""
+    """Returns how many tokens a query sees, itself included; None for all. Raises ValueError where those are not the
+    last.
+    """
     keys = torch.arange(context_tokens + 1)
     window = None
     for place in sorted({context_tokens - 1, context_tokens - 2, context_tokens // 2} - {-1, 0}, reverse=True):
@@ -487,7 +491,7 @@ def _rope_types(rotary: Any) -> set[str]:
 
 
 def _has_one_table(rotary: Any) -> bool:
-    """It gives cosines and sines, the same for all layers."""
+    """Tells whether it returns cosines and sines that are the same for all layers."""
     device = rotary.inv_freq.device if hasattr(rotary, "inv_freq") else None
     if device is None or isinstance(rotary.rope_type, dict):
         return False

@@ -437,7 +437,7 @@ class Engine:
         return refused
 
     def _may_fit(self, request: Request) -> bool:
-        """False where there are surely too few slots, which is cheaper to say than to try."""
+        """Returns False where there are certainly too few slots, which is cheaper than trying."""
         holding = (*self._prefilling, *self._running)
         experts = request.group
         if experts is None or any(other.group is None or other.has_drifted for other in holding):
@@ -452,7 +452,9 @@ class Engine:
         self._next_admission_s, self._room_at_refusal = 0.0, None
 
     def _room(self) -> tuple[int, int, int]:
-        """What admission depends on, beside who has come and who has ended: slots and blocks that can be had, rows."""
+        """Returns what admission depends on, beside who has come and who has ended: slots and blocks that can be had,
+        rows.
+        """
         return self._paged.pager.num_unreserved, self._blocks.num_free, self._num_rows
 
     @property
@@ -541,8 +543,8 @@ class Engine:
         return min(num_left, room) if request.may_be_chunked(self._paged) else num_left
 
     def _may_join(self, request: Request, first: Request, num_tokens: int, room: int) -> bool:
-        """Whether the prompt may run in the forward of another: both hold their experts, or both page as they go, into
-        slots of the same account.
+        """Tells whether the prompt may run in the forward of another: both hold their experts, or both page as they go,
+        into slots of the same account.
         """
         account_of = self._paged.pager.account
         return (

@@ -139,7 +139,8 @@ class BlockPool:
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What one layer keeps of a token, and what its queries see: all that came before, or the last `window` tokens.
+    """The state that one layer keeps of a token, and the tokens that its queries see: all that came before, or the last
+    `window` tokens.
 
     With `has_sinks` each query head has a logit of its own beside those of the tokens, which takes a share for nothing.
     """
@@ -228,7 +229,7 @@ def token_slots(tables: Sequence[Sequence[int]], device: torch.device) -> torch.
 
 
 def layers_by_config(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
-    """What the layers of a model keep as far as its config says it: all of them the same."""
+    """Returns what the layers of a model keep as far as its config says it: all of them the same."""
     num_heads = largest(config, "num_attention_heads") or 1
     head_dim = largest(config, "head_dim") or config.hidden_size // num_heads
     num_kv_heads = largest(config, "num_key_value_heads") or num_heads

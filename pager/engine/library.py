@@ -261,7 +261,7 @@ def _paged_class(kind: type[Any]) -> type[Any]:
 
 
 class _Prompt(threading.local):
-    """How many tokens the prompt has that this thread answers; None where it does not, or that is not known."""
+    """The number of tokens of the prompt that this thread answers; None without one, or where it is not known."""
 
     num_tokens: int | None = None
 

@@ -81,7 +81,9 @@ class PagedModel:
 
     @property
     def default_sampling(self) -> SamplingParams:
-        """What holds where a request says nothing. Raises CheckpointError for settings that no request may have."""
+        """Returns what holds where a request says nothing. Raises CheckpointError for settings that no request may
+        have.
+        """
         try:
             return default_sampling(self.model.generation_config)
         except InvalidRequest as error:
@@ -253,7 +255,9 @@ def own_host_tier(opened: OpenModel, planned: Plan) -> HostTier:
 
 
 def needs_of(opened: OpenModel, device: str, num_readers: int = NUM_READERS) -> Needs:
-    """What the planner has to know of a model that is to run on `device`, with torch's threads as they are now."""
+    """Returns what the planner has to know of a model that is to run on `device`, with torch's threads as they are
+    now.
+    """
     layers = layers_in_library(opened)
     return Needs(
         trunk_bytes=opened.trunk_bytes,

@@ -312,7 +312,7 @@ class Request:
 
     @property
     def has_drifted(self) -> bool:
-        """Whether it may hold other experts than those of its group."""
+        """Tells whether it may hold other experts than those of its group."""
         return self.routing is not None and self.routing.has_changed
 
     def shares_pool(self, other: Request) -> bool:

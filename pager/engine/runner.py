@@ -156,7 +156,9 @@ class DecodeBatch:
         return min(-(-self.context // unit) * unit, self._slots_BC.shape[1], cache.gather_tokens)
 
     def kv_step(self, cache: KvCache, padded_context: int | None = None) -> KvStep:
-        """What the next step reads and writes. With `padded_context`, nothing in it changes shape until that does."""
+        """Returns what the next step reads and writes. With `padded_context`, nothing in it changes shape until that
+        does.
+        """
         slots_BC = self._slots_BC[:, : padded_context or self.context]
         write_B = self._slots_BC.gather(1, self.position_B1)[:, 0]
         is_full = len(slots_BC) == 1 and padded_context is None

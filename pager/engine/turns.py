@@ -159,11 +159,11 @@ class WaitingLine(Generic[T]):
         self.remove(item)
 
     def _goes_with(self, item: T, earlier: T) -> bool:
-        """Whether `item` may go before `earlier` without passing it."""
+        """Tells whether `item` may go before `earlier` without passing it."""
         return self._round_of[item] <= self._round_of[earlier] and self._claim(item) == self._claim(earlier)
 
     def _may_go(self, item: T) -> bool:
-        """Whether `item` need not wait for the first in line, as it must for one that was passed often enough."""
+        """Tells whether `item` need not wait for the first in line, as it must for one that was passed often enough."""
         first = next((other for other in self._sweep if other in self), item)
         return self._times_passed[first] < self._max_overtakes or self._goes_with(item, first)
 
@@ -190,7 +190,7 @@ DEFAULT_PRICES = Prices()
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a request has used by some moment; counts only grow. `slot_s` is the share of all slots, in seconds."""
+    """The usage of a request by some moment; counts only grow. `slot_s` is the share of all slots, in seconds."""
 
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -222,7 +222,8 @@ class _Tenant:
 
 
 class TenantCounters:
-    """What every tenant was given, by weight: a virtual counter that decides whose request is next. Knows no clock.
+    """The counters of what every tenant was given, by weight: a virtual counter that decides whose request is next.
+    Knows no clock.
 
     A tenant that returns is lifted to the least counter of the active ones: it cannot save up time in which it had no
     requests. After Sheng et al., Fairness in Serving Large Language Models (2024), which counts tokens; here paging and

@@ -51,7 +51,7 @@ _CUDA_SEGMENT_BYTES = 20 * MIB  # what torch takes from the device for anything 
 
 
 def workspace_of(opened: OpenModel, device: str, layers: Sequence[LayerAttention], *, num_readers: int) -> Workspace:
-    """What a forward of this model takes on `device`, with as many threads as torch has now."""
+    """Returns what a forward of this model takes on `device`, with as many threads as torch has now."""
     on_cpu = torch.device(device).type == "cpu"
     shapes = _Shapes(opened, layers, on_cpu)
     is_half = opened.dtype != torch.float32

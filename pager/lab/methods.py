@@ -274,7 +274,7 @@ def _predicted_of_prompt(source: str) -> OfDocuments:
 
 
 def _codebook(subject: Subject, size: PoolSize) -> Choice:
-    """What a service gives each prompt: the pool of the codeword that covers it, else one of its own."""
+    """Returns what a service gives each prompt: the pool of the codeword that covers it, else one of its own."""
     assert subject.predictor_file is not None, "checked by methods_for"
     codebook = Codebook.of(subject.predictor_file, subject.facts)
     assert codebook is not None, "checked by methods_for"

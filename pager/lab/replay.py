@@ -26,7 +26,9 @@ OPTIMUM = "optimum"
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What a policy hit and missed, in experts. `num_slots` is the budget; every miss is a read that is waited for."""
+    """The hits and misses of a policy, in experts. `num_slots` is the budget; every miss is a read that is waited
+    for.
+    """
 
     policy: str
     num_slots: int

@@ -31,7 +31,7 @@ REPORT_EVERY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a worker's work takes on the machine in question, and what room it has."""
+    """The costs of a worker's work on the machine in question, and its room."""
 
     step_s: float  # a decode forward with one row
     row_s: float  # and each further row of it
@@ -77,7 +77,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How requests are placed and admitted: as the service does, or by a rule to compare with."""
+    """The rules by which requests are placed and admitted: as the service does, or by a rule to compare with."""
 
     name: str
     placement: str = "homes"  # or "least loaded", "round robin"
@@ -121,7 +121,7 @@ class _Request:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a trace."""
+    """The outcome of a trace."""
 
     rules: Rules
     num_workers: int

@@ -229,7 +229,7 @@ def write_costs(costs: Costs, path: Path) -> None:
 
 @dataclass
 class _Answer:
-    """When an answer's tokens came, and what it says of itself."""
+    """The times of an answer's tokens, and its usage."""
 
     began_s: float
     token_s: list[float] = field(default_factory=list)
@@ -343,7 +343,9 @@ class Measuring:
 
 
 def measure(address: str, pools: Pools) -> Costs:
-    """What work costs at an idle service. Raises what the client raises, and ConfigError where it is not idle."""
+    """Returns what work costs at an idle service. Raises what the client raises, and ConfigError where it is not
+    idle.
+    """
 
     async def run() -> Costs:
         async with AsyncClient(address, timeout_s=120, api_key=os.environ.get("EXPERT_PAGER_API_KEY")) as client:

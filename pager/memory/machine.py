@@ -1,4 +1,4 @@
-"""How much memory this process may use: the device's free memory, or what host and control group leave."""
+"""The memory that this process may use: the device's free memory, or what host and control group leave."""
 
 from __future__ import annotations
 

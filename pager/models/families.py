@@ -1,4 +1,4 @@
-"""What paging needs to know of a model: which layers have experts, of what shape, and how a token's are picked.
+"""The facts of a model that paging needs: which layers have experts, of what shape, and how a token's are picked.
 
 There is no table of families. The experts are the modules behind transformers' experts interface; how many of them a
 token picks shows in a forward on the meta device; and how a gate picks is tried against the gate itself.
@@ -245,7 +245,7 @@ class Family:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """What `model`, which is on the meta device and whole, says of itself. Raises UnsupportedModel."""
+    """Returns what `model`, which is on the meta device and whole, says of itself. Raises UnsupportedModel."""
     config = model.config.get_text_config()
     modules = dict(expert_modules(model))
     num_layers = int(config.num_hidden_layers)
@@ -287,7 +287,7 @@ def routed_probabilities(logits_TE: Tensor, num_shared: int) -> Tensor:
 
 
 def _num_picks(model: PreTrainedModel) -> Mapping[str, int]:
-    """By experts module, how many experts a token picks. Raises UnsupportedModel where nothing says so."""
+    """Returns by experts module how many experts a token picks. Raises UnsupportedModel where nothing says so."""
     for with_mask in (True, False):  # some families look at the values of a mask, of which there are none
         with suppress(Exception):  # each fails in its own way
             trial = try_forward(model, own_attention=False, with_mask=with_mask)

@@ -109,7 +109,9 @@ def _for_partial_blocks(operation: Any) -> Any:
 
 
 def quantisation_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What the config says of quantisation, also where a checkpoint has other models beside the language model."""
+    """Returns what the config says of quantisation, also where a checkpoint has other models beside the language
+    model.
+    """
     text = checkpoint.config.get("text_config")
     holders = (checkpoint.config, text if isinstance(text, Mapping) else {})
     found = (holder.get("quantization_config") for holder in holders)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What one parameter is made of: stored names in natural order, by the pattern that they match.
+    """The parts that one parameter is made of: stored names in natural order, by the pattern that they match.
 
     `converter` is None where the one tensor is the parameter.
     """
@@ -109,7 +109,7 @@ def locate(model: PreTrainedModel, names: Iterable[str], quantised: Format | Non
 
 
 class ExpertParameter:
-    """Where one parameter of a layer's experts is stored, and which part of it is whose."""
+    """The place where one parameter of a layer's experts is stored, and the part of each expert."""
 
     def __init__(self, stored: Stored, num_experts: int, name: str, model: PreTrainedModel) -> None:
         self.stored = stored
@@ -215,7 +215,7 @@ class ExpertsCall:
 
 @dataclass(slots=True)
 class Trial:
-    """What a forward called, in order."""
+    """The calls of a forward, in order."""
 
     attention: list[AttentionCall] = field(default_factory=list)
     experts: list[ExpertsCall] = field(default_factory=list)

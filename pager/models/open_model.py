@@ -92,7 +92,9 @@ class OpenModel:
 
     @property
     def record(self) -> RecordFormat | None:
-        """What the experts of a pack are quantised to, in slots too; None where slots hold the serving dtype."""
+        """Returns what the experts of a pack are quantised to, in slots too; None where slots hold the serving
+        dtype.
+        """
         return self.checkpoint.pack.record if self.checkpoint.pack is not None else None
 
     @property
@@ -118,7 +120,9 @@ class OpenModel:
 
     @cached_property
     def expert_parameters(self) -> Mapping[int, tuple[ExpertParameter, ...]]:
-        """By layer, where each parameter of its experts is stored. Raises CheckpointError where one is nowhere."""
+        """Returns by layer where each parameter of its experts is stored. Raises CheckpointError where one is
+        nowhere.
+        """
         found = {}
         for each in self.family.layers:
             parameters = []
@@ -135,14 +139,14 @@ class OpenModel:
 
     @property
     def layout_name(self) -> str:
-        """How the experts are stored, in words."""
+        """Returns how the experts are stored, in words."""
         if self.checkpoint.is_packed:
             return "one extent an expert"
         kinds = (str(each) for parameters in self.expert_parameters.values() for each in parameters)
         return "; ".join(dict.fromkeys(kinds))
 
     def pieces(self, key: ExpertKey) -> tuple[tuple[str | Row, ...] | Made, ...]:
-        """What each parameter of an expert is stored as. Raises CheckpointError."""
+        """Returns what each parameter of an expert is stored as. Raises CheckpointError."""
         return tuple(each.of_expert(key.expert) for each in self.expert_parameters[key.layer])
 
     @property
@@ -162,7 +166,7 @@ class OpenModel:
         return sum(piece.nbytes for each in pieces for piece in each[1]) + 3 * FP32 * largest if pieces else 0
 
     def seconds_to_make(self) -> float:
-        """How long it takes this machine to make one expert of what is stored, tried with zeros."""
+        """Returns how long it takes this machine to make one expert of what is stored, tried with zeros."""
         pieces = [(made, [piece.zero_() for piece in each]) for made, each in self._pieces_to_make("cpu")]
         started_s = time.perf_counter()
         for made, each in pieces:
@@ -170,7 +174,7 @@ class OpenModel:
         return time.perf_counter() - started_s
 
     def _pieces_to_make(self, device: str = "meta") -> list[tuple[Made, list[Tensor]]]:
-        """What one expert's parameters are made of, with tensors like it, of unknown values."""
+        """Returns what one expert's parameters are made of, with tensors like it, of unknown values."""
         if self.checkpoint.is_packed:
             return []
         first = self.pieces(ExpertKey(self.family.layers[0].layer, 0))
@@ -326,7 +330,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 class _InDtype(TorchFunctionMode):
-    """What this thread makes without a dtype is of this one. torch's default would be every other thread's too."""
+    """A context in which tensors that this thread makes without a dtype get this one. torch's default would be every
+    other thread's too.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -395,7 +401,7 @@ def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 class _WithoutExperts:
-    """What a model class becomes while its trunk is loaded: its experts have no parameters."""
+    """The state of a model class while its trunk is loaded: its experts have no parameters."""
 
     @classmethod
     def get_init_context(cls, dtype: torch.dtype, *args: Any) -> Any:

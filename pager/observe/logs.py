@@ -42,7 +42,7 @@ def configure(kind: str, source: str) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what gRPC logs, with a traceback, when it has a status or a message for a call that has ended.
+    """Returns False for what gRPC logs, with a traceback, when it has a status or a message for a call that has ended.
 
     Its caller has gone, or gRPC has refused the call itself. A failure of a method is another message.
     """

@@ -33,7 +33,8 @@ from pager.types import (
 
 
 def parse_drift(value: str | float | None) -> DriftPolicy | None:
-    """What a person wrote: 0.3, "0.3:exact", "0.3:widen:32" (threshold, action, tokens that are averaged), or "off".
+    """Parses what a user wrote: 0.3, "0.3:exact", "0.3:widen:32" (threshold, action, tokens that are averaged), or
+    "off".
 
     Raises InvalidRequest.
     """
@@ -141,7 +142,9 @@ class DriftMonitor:
         return max(1, self.policy.window // LOOKS_PER_WINDOW)
 
     def is_due(self, num_unread: int = 0) -> bool:
-        """Whether it is time to look, if `num_unread` more tokens are added first; never once the answer is exact."""
+        """Tells whether it is time to look, if `num_unread` more tokens are added first; never once the answer is
+        exact.
+        """
         read = self._open.num_tokens if self._open is not None else 0
         return self._exact_from is None and read + num_unread >= self.tokens_per_look
 
@@ -194,7 +197,8 @@ class DriftMonitor:
         return float(self.policy.threshold * (left / max(1, left_at_first)) ** THRESHOLD_FALL)
 
     def wanted(self, num_in_pool: int) -> tuple[ExpertKey, ...]:
-        """What to add to a pool of `num_in_pool`: the most wanted in the trial first; without one, in the window.
+        """Returns what to add to a pool of `num_in_pool`: the most wanted in the trial first; without one, in the
+        window.
 
         Layers compete: where the pool still fits, nothing is added. Equal mass goes to the lower key.
         """
@@ -223,7 +227,9 @@ class DriftMonitor:
         self._window.clear()
 
     def became_exact(self) -> None:
-        """Nothing lies outside any more. A token's prediction needs the one before it, so the next but one is exact."""
+        """Records that the answer became exact: nothing lies outside any more. A token's prediction needs the one
+        before it, so the next but one is exact.
+        """
         self._exact_from = self._num_measured + 1
 
     def report(self) -> DriftReport:
@@ -262,7 +268,7 @@ class _Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a request becomes, and what its lease is to hold for that."""
+    """A change of a request's pool, and the experts that its lease is to hold for it."""
 
     kind: _Kind
     held: tuple[ExpertKey, ...] = ()
@@ -395,7 +401,7 @@ class RequestRouting:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether every sparse layer has its pool."""
+        """Tells whether every sparse layer has its pool."""
         return self.is_exact or all(
             chosen is not None or not num_experts
             for chosen, num_experts in zip(self._experts, self.facts.experts_per_layer, strict=True)
@@ -417,12 +423,12 @@ class RequestRouting:
 
     @property
     def has_changed(self) -> bool:
-        """Whether drift has changed which experts it may use."""
+        """Tells whether drift has changed which experts it may use."""
         return self._first_pool is not None
 
     @property
     def degraded(self) -> bool:
-        """Whether the pool covers less than the mass that was asked for, as the cap did not allow more."""
+        """Tells whether the pool covers less than the mass that was asked for, as the cap did not allow more."""
         pool, size = self.pool, self.policy.size
         if pool is None or not isinstance(size, Mass) or self.policy.source is PoolSource.FIXED:
             return False
@@ -498,7 +504,9 @@ class RequestRouting:
 
     @property
     def is_measured(self) -> bool:
-        """Whether there is a pool to be outside of: in force, or suspended for a trial of which experts are wanted."""
+        """Tells whether there is a pool to be outside of: in force, or suspended for a trial of which experts are
+        wanted.
+        """
         return not self.is_exact or (self.monitor is not None and self.monitor.is_on_trial)
 
     def add_outside(self, outside: Outside) -> None:

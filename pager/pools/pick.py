@@ -30,7 +30,8 @@ from pager.types import (
 
 
 def share_out(scores: RoutingScores, total_experts: int, facts: RoutingFacts, power: float = 1.0) -> Counts:
-    """How many routed experts each layer keeps when all layers together keep `total_experts` (or all there are).
+    """Returns how many routed experts each layer keeps when all layers together keep `total_experts` (or all there
+    are).
 
     Every layer gets what one token picks; beyond that, a layer's share of its experts is in proportion to the router
     mass of its quarter of most wanted ones: where mass lies on a few experts, missing one of them costs most. (Router
@@ -48,7 +49,7 @@ def share_out_evenly(total_experts: int, facts: RoutingFacts) -> Counts:
 
 
 def _claim(mean_R: np.ndarray, power: float) -> float:
-    """In experts: the mass of the most wanted quarter to a power, times how many the layer has."""
+    """Returns in experts the mass of the most wanted quarter to a power, times how many the layer has."""
     wanted = float(np.sort(mean_R)[::-1][: -(-len(mean_R) // 4)].sum()) / max(float(mean_R.sum()), 1e-300)
     return round(len(mean_R) * math.pow(wanted, power), 9)
 
@@ -73,10 +74,9 @@ def _share_out(gains_LR: Sequence[np.ndarray], total_experts: int, facts: Routin
 
 
 def parse_pool_size(value: str | int | float | None) -> PoolSize:
-    """What a person wrote: None or "full", 32 (routed experts a layer), "12.5%" or 0.125 (of all experts, shared
-    included), "mass:0.9" or "mass:0.9:48" (the fewest experts with that gate mass, at most 48), "16,24,32" (a count
-    for every layer, 0 where it has none), "64MiB" (of routed experts, shared out over the layers). Raises
-    InvalidRequest.
+    """Parses what a user wrote: None or "full", 32 (routed experts a layer), "12.5%" or 0.125 (of all experts, shared
+    included), "mass:0.9" or "mass:0.9:48" (the fewest experts with that gate mass, at most 48), "16,24,32" (a count for
+    every layer, 0 where it has none), "64MiB" (of routed experts, shared out over the layers). Raises InvalidRequest.
     """
     if value is None:
         return Full()
@@ -332,7 +332,7 @@ def encode_named(named: NamedPool) -> bytes:
 
 
 def decode_named(data: bytes, name: str) -> NamedPool:
-    """What `encode_named` made of the pool of that name. Raises DamagedPool: others can write to a store."""
+    """Returns what `encode_named` made of the pool of that name. Raises DamagedPool: others can write to a store."""
     try:
         value = parse_json(data[: MAX_ENCODED_BYTES + 1])
     except ValueError:

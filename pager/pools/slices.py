@@ -50,7 +50,7 @@ _GATE = re.compile(r".*\blayers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight")
 
 @dataclass(frozen=True, slots=True)
 class SliceRecord:
-    """What a slice was cut from: the whole model's fingerprint, and by layer the whole's ids of the slice's experts."""
+    """The origin of a slice: the whole model's fingerprint, and by layer the whole's ids of the slice's experts."""
 
     fingerprint: str
     experts: tuple[tuple[int, ...], ...]
@@ -127,7 +127,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """What was written."""
+    """The result of writing a slice."""
 
     record: SliceRecord
     num_experts: int
@@ -189,7 +189,7 @@ def cut(
 
 
 def kept_experts(pool: ExpertPool, facts: RoutingFacts) -> tuple[tuple[int, ...], ...]:
-    """By layer, the pool's experts and behind them the shared ones. Raises InvalidRequest, PoolTooSmall."""
+    """Returns by layer the pool's experts and behind them the shared ones. Raises InvalidRequest, PoolTooSmall."""
     check_pool(pool, facts)
     layers = zip(pool.experts, facts.routed_per_layer, facts.experts_per_layer, strict=True)
     return tuple((*routed, *range(num_routed, num_experts)) for routed, num_routed, num_experts in layers)
@@ -291,7 +291,7 @@ has the kept experts under `{SLICE_FIELD}`.
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """How many experts, gates and other tensors of the whole have changed; `others` by name."""
+    """The numbers of experts, gates and other tensors of the whole that have changed; `others` by name."""
 
     num_experts: int
     num_gates: int

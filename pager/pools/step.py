@@ -21,7 +21,7 @@ from pager.types import RoutingFacts
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What the requests of a step are, taken together."""
+    """The state of the requests of a step, taken together."""
 
     pages_on_demand: bool
     is_exact: bool
@@ -72,13 +72,15 @@ class StepRouting:
 
     @property
     def restricts(self) -> bool:
-        """Whether routers have to ask: some request has a pool, chooses one, or has its mass measured."""
+        """Tells whether routers have to ask: some request has a pool, chooses one, or has its mass measured."""
         now = self._now()
         return not (now.is_exact and now.is_frozen) or now.is_measured
 
     @property
     def is_steady(self) -> bool:
-        """Whether its forwards do the same from here on, but for their numbers: leased pools that will not change."""
+        """Tells whether its forwards do the same from here on, but for their numbers: leased pools that will not
+        change.
+        """
         return not self._now().pages_on_demand and self._state is not None
 
     def recording(self) -> AbstractContextManager[None]:
@@ -140,7 +142,7 @@ class StepRouting:
         return tuple(request for request in self.requests if request.awaits_experts) if self._may_drift else ()
 
     def num_unsettled(self, request: RequestRouting) -> int:
-        """How many of the request's tokens were measured and not handed over yet. Does not synchronise."""
+        """Returns how many of the request's tokens were measured and not handed over yet. Does not synchronise."""
         if self._outside is None:
             return 0
         return sum(self._outside.num_tokens(n) for n, other in enumerate(self.requests) if other is request)
@@ -287,11 +289,11 @@ class OutsideMass:
         self._num_calls += self._num_recorded
 
     def num_tokens(self, index: int) -> int:
-        """How many tokens of that request were added since the last `take`."""
+        """Returns how many tokens of that request were added since the last `take`."""
         return self._tokens_N[index] * self._num_calls // max(1, self._num_sparse)
 
     def take(self) -> list[Outside]:
-        """What every request's tokens left outside; empty where nothing was added. Starts anew."""
+        """Returns what every request's tokens left outside; empty where nothing was added. Starts anew."""
         if self._num_calls == 0:
             return []
         counts = [tokens * self._num_calls for tokens in self._tokens_N]

@@ -438,7 +438,7 @@ class Codebook:
 def own_scores(
     coverage: float | np.ndarray, lexical_O: np.ndarray, seen_O: np.ndarray, mean_O: np.ndarray
 ) -> np.ndarray:
-    """What a prompt that a codeword does not cover is expected to want: [O], or [N, O] with `coverage` [N, 1].
+    """Returns what a prompt that a codeword does not cover is expected to want: [O], or [N, O] with `coverage` [N, 1].
 
     The less the codeword covers, the more counts what the trunk saw of the prompt itself; the more, the rest: half
     the lexical scores, half the codeword, of which the prompt's own pool then shares a core.
@@ -448,7 +448,7 @@ def own_scores(
 
 
 def wanted_by(pool: ExpertPool, routed_per_layer: Sequence[int]) -> np.ndarray:
-    """What a prompt wants whose prefill chose this pool: [O], each of a layer's experts alike."""
+    """Returns what a prompt wants whose prefill chose this pool: [O], each of a layer's experts alike."""
     inside_O = _inside(pool, routed_per_layer)
     counts_O = np.repeat([max(len(layer), 1) for layer in pool.experts], routed_per_layer)
     return np.asarray(inside_O / counts_O)

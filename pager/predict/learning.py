@@ -1,4 +1,4 @@
-"""What traffic teaches a codebook: codewords for prompts that none of the fitted ones suits. Pure, in numpy alone.
+"""Learning a codebook from traffic: codewords for prompts that none of the fitted ones suits. Pure, in numpy alone.
 
 Legend: C learned codewords, N observations, M of them that no codeword suits, O routed experts of all layers side by
 side.
@@ -36,7 +36,7 @@ NAME = re.compile(r"t[0-9]{2,16}-[0-9a-f]{4}")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Observation:
-    """What one prompt wanted: [O], each layer's mass adds up to 1 or is 0. No text, no caller.
+    """The experts that one prompt wanted: [O], each layer's mass adds up to 1 or is 0. No text, no caller.
 
     `codeword` is the learned one that served it, empty where none suited it. `threshold` is the coverage from which a
     codeword suits a prompt of its length.
@@ -59,7 +59,7 @@ class LearnedCodeword:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a revision did to the codewords."""
+    """The changes that a revision made to the codewords."""
 
     born: int = 0
     split: int = 0
@@ -88,7 +88,8 @@ class Learned:
 
 
 def observed(codeword: Codeword, *, is_misfit: bool = False) -> Observation | None:
-    """What a prompt that got this codeword says of the codebook; None where a fitted one suits it, or no trunk looked.
+    """Returns what a prompt that got this codeword says of the codebook; None where a fitted one suits it, or no trunk
+    looked.
 
     `is_misfit`: the answer wanted clearly more outside of the codeword's pool than the prompt let expect.
     """

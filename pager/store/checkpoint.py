@@ -419,7 +419,8 @@ class HubModel:
 
     @classmethod
     def parse(cls, source: str | Path) -> Self | None:
-        """None for a folder of this machine: one that is there, or whose first part is. `hf:` is always the hub.
+        """Parses a name; None for a folder of this machine: one that is there, or whose first part is. `hf:` is always
+        the hub.
 
         Raises CheckpointError for what follows `hf:` and is no name.
         """
@@ -488,7 +489,7 @@ def _online() -> Iterator[None]:
 
 
 def _why(model: HubModel, error: BaseException) -> str:
-    """What to tell the user of a download that failed."""
+    """Returns what to tell the user of a download that failed."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

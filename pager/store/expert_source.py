@@ -1,4 +1,4 @@
-"""Where experts are read from: the seam between the disk tier and the cache.
+"""The source that experts are read from: the seam between the disk tier and the cache.
 
 An expert is a record: its parameters one after the other (`ExpertShape`). A plain checkpoint stores it in pieces, which
 are read straight into their places where they are the record's own bytes, and are converted on the way where not.
@@ -47,7 +47,8 @@ ExpertPieces = Callable[[ExpertKey], Sequence[tuple[str | Row, ...] | Made]]
 
 
 class Destination(NamedTuple):
-    """Where an expert's bytes go: a tensor for each parameter, CPU, contiguous, of any dtype in floating point.
+    """The destination of an expert's bytes: a tensor for each parameter, CPU, contiguous, of any dtype in floating
+    point.
 
     The bytes go straight into tensors of the stored dtype, and into others through a buffer of STAGING_BYTES.
     """
@@ -168,7 +169,7 @@ class _StoredExperts:
 
 
 class ReadPlan(NamedTuple):
-    """What to read for one expert, with the dtype that it is stored in, and what to do once it is there."""
+    """The reads for one expert, with the dtype that it is stored in, and what to do once they are done."""
 
     stretches: Sequence[tuple[torch.dtype, Stretch]]
     finish: Sequence[Callable[[], object]] = ()
@@ -326,7 +327,7 @@ class PackedExperts(_StoredExperts):
 def find_experts(
     checkpoint: Checkpoint, pieces: ExpertPieces, experts_per_layer: Sequence[int], shape: ExpertShape
 ) -> Mapping[ExpertKey, tuple[StoredParameter, ...]]:
-    """Where each expert's parameters are stored, in layer order.
+    """Returns where each expert's parameters are stored, in layer order.
 
     Raises CheckpointError unless all are there, in the given shapes and, where nothing decodes them, in floating point,
     those that are read as they are in one dtype.

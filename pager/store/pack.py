@@ -276,7 +276,7 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What `record` wrote, and which of the recorded values look damaged: zeros have a checksum, too."""
+    """The result of `record`, with the recorded values that look damaged: zeros have a checksum, too."""
 
     manifest: Manifest
     odd: tuple[OddItem, ...]

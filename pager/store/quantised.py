@@ -29,7 +29,7 @@ _TILES = 2  # an argument of the packer that has no effect on a CPU
 
 @dataclass(frozen=True, slots=True)
 class RecordFormat:
-    """How the experts of a pack are quantised. `scales` is also the dtype that they are multiplied in.
+    """The format in which the experts of a pack are quantised. `scales` is also the dtype that they are multiplied in.
 
     In 8 bits each output has a scale, and weights are symmetric about zero. In 4 bits each group of inputs has a scale
     and the value of its middle, and the bytes lie as the packer of this processor lays them: `layout` tells two apart.
@@ -181,7 +181,7 @@ def pack_int4(steps_NK: Tensor) -> Tensor:
 
 @cache
 def layout_here() -> str:
-    """What tells this processor's layout of 4-bit matrices from others: a checksum of one of known numbers."""
+    """Returns what tells this processor's layout of 4-bit matrices from others: a checksum of one of known numbers."""
     numbers = torch.arange(128 * 64, dtype=torch.int32).view(128, 64)
     known = (7 * numbers + numbers // 64) % 16  # no two rows that a layout may swap are alike
     return xxhash.xxh3_64(pack_int4(known).numpy().tobytes()).hexdigest()

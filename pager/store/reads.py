@@ -259,7 +259,7 @@ _gap = memoryview(bytearray(PAGE_BYTES))  # takes the padding between two stretc
 
 
 class FileRange(NamedTuple):
-    """Where an expert lies on disk. Ranges compare in the order of the bytes; `file` only tells files apart."""
+    """The place of an expert on disk. Ranges compare in the order of the bytes; `file` only tells files apart."""
 
     file: int
     start: int

@@ -60,3 +60,34 @@ def test_docstrings_begin_with_what_a_thing_is_or_does() -> None:
                     if FRAGMENT.match(text):
                         found.append(f"{file.relative_to(ROOT)}: {text.splitlines()[0]}")
     assert not found, "\n".join(found)
+
+
+# A noun clause in place of a sentence: what a function does, or what a thing is, has to be guessed from its name.
+CLAUSE = re.compile(r"(?:What|Who|Whose|Whoever|Whether|How|Where|That of)\b")
+
+
+def test_functions_say_what_they_do_and_classes_what_they_are() -> None:
+    found = []
+    for folder in ("pager", "router_service"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    text = ast.get_docstring(node) or ""
+                    if CLAUSE.match(text):
+                        found.append(f"{file.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert not found, "\n".join(found)
+
+
+RIDDLES = re.compile(
+    r"\b(?:nobody is (?:asked|told)|whoever asks|let go of longest|is told of every|as asked for)\b", re.I
+)
+
+
+def test_nothing_is_personified_in_docstrings_and_comments() -> None:
+    files = [*(ROOT / "pager").rglob("*.py"), *(ROOT / "router_service").rglob("*.py")]
+    found = [
+        f"{file.relative_to(ROOT)}: {match.group()}"
+        for file in files
+        for match in RIDDLES.finditer(file.read_text(encoding="utf-8"))
+    ]
+    assert not found, "in plain words, please: " + ", ".join(found)

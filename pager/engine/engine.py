@@ -273,11 +273,11 @@ class Engine:
             request.take_grammar()
             if not len(self._line):
                 self._clock.forget()
-            self._line.add(sequence)
-            if sequence.request.is_watched:
-                self._watched.append(sequence)
-            self._tenants.arrived(sequence.request.tenant, sequence.request.weight)
-            sequence.place = len(self._line)
+            self._line.add(request)
+            if request.asked.is_watched:
+                self._watched.append(request)
+            self._tenants.arrived(request.asked.tenant, request.asked.weight)
+            request.place = len(self._line)
             self._admit_soon()
 
     def _end_overdue(self, now_s: float) -> None:
@@ -578,7 +578,7 @@ class Engine:
             self._events.append(TokenChunk(request.asked.id, (), "", None, tenant, prompt_logprobs=part))
         error = request.fate or next((each for each in outcomes if isinstance(each, PagerError)), None)
         if error is not None:
-            self._fail(sequence, error)
+            self._fail(request, error)
         if error is not None or not outcomes:
             return
         request.share_prompt(self._blocks, self._cache)
@@ -657,12 +657,12 @@ class Engine:
         with _errors_logged(f"request {request.asked.id} could not give back all that it held"):
             request.release(self._blocks)
         self._running = [row for row in self._running if row not in rows]
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
-        if sequence in self._line:
-            self._line.remove(sequence)
-        if sequence in self._watched:
-            self._watched.remove(sequence)
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+        if request in self._line:
+            self._line.remove(request)
+        if request in self._watched:
+            self._watched.remove(request)
         self._num_ended += 1
         self._admit_soon()
         with _errors_logged(f"the observer failed at the end of request {request.asked.id}"):
@@ -681,10 +681,10 @@ class Engine:
             self._tenants.ended(request.asked.tenant, was_admitted=was_admitted)
 
     def _deliver(self) -> None:
-        for sequence in self._watched:
-            if page_ins := sequence.take_page_ins():
-                request = sequence.request
-                self._events.append(TokenChunk(request.id, (), "", None, request.tenant, page_ins=page_ins))
+        for request in self._watched:
+            if page_ins := request.take_page_ins():
+                asked = request.asked
+                self._events.append(TokenChunk(asked.id, (), "", None, asked.tenant, page_ins=page_ins))
         events, self._events = self._events, []
         if not events:
             return

@@ -116,8 +116,8 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
         "family": found.family.model_type,
         "layout": found.layout_name,
         "format": _format_of(found),
-        "runs": _ways_to_run(found),
-        "tested": _tests_of(found),
+        "runs": (runs := _ways_to_run(found)),
+        "tested": _tests_of(found, runs["service"]),
         "packed": checkpoint.is_packed,
         "checksums": all(spec.checksum for spec in checkpoint.specs.values()),
         "fingerprint": checkpoint.fingerprint,
@@ -181,12 +181,13 @@ def _ways_to_run(found: OpenModel) -> dict[str, str]:
     return {"exact": "yes", "pools": pools, "service": service}
 
 
-def _tests_of(found: OpenModel) -> str:
+def _tests_of(found: OpenModel, service: str) -> str:
     if found.family.model_type not in TESTED:
         return "no: this family is not among those that were tried; logits should equal those of plain transformers"
+    served = "; in the service the same, alone and among others" if service.startswith("yes") else ""
     return (
         "small random models of this family against plain transformers, in float32: logits within 1e-4 at any budget, "
-        "the same greedy tokens; in the service the same, alone and among others"
+        f"the same greedy tokens{served}"
     )
 
 

@@ -269,6 +269,11 @@ class ModelConfig:
         "What clients call the model. Not set: the name of the checkpoint's folder, or its name on the hub.",
         example="emo-tiny",
     )
+    special_tokens: bool = _key(
+        True,
+        "Whether texts of requests may spell special tokens, such as <|im_end|>, which then are those tokens. Not so: "
+        "such a text is refused; a chat template writes them all the same, and prompts of token ids may hold any.",
+    )
     chat_template: str | None = _key(
         None,
         "File with the chat template (Jinja) of the HTTP API. Not set: the checkpoint's own.",

@@ -6,7 +6,7 @@ gives up, say) it raises a PanicException, which is not an Exception: it would e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,23 @@ def _content(token: Any) -> str:
     """A token as settings write it: its text, or an object that has it."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else ""
+
+
+def special_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The texts that a tokenizer reads as special tokens."""
+    return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+
+
+def refuse_special(texts: Iterable[str], special: Sequence[str], field: str) -> None:
+    """Raises InvalidRequest for a text that spells one of these special tokens."""
+    for text in texts:
+        found = next((each for each in special if each in text), None)
+        if found is not None:
+            raise InvalidRequest(
+                f"a text spells the special token {found!r}, which texts of requests may not hold in this service "
+                "(model.special_tokens); write it in another way",
+                field=field,
+            )
 
 
 def longest_token_bytes(tokenizer: Tokenizer) -> int:

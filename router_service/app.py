@@ -33,7 +33,7 @@ from pager.observe import tracing
 from pager.observe.metrics import MetricsServer, leave_out_of_collections
 from pager.pools.drift import check_can_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size
-from pager.tokenizing import read_tokenizer
+from pager.tokenizing import read_tokenizer, special_texts
 from pager.types import Full, ModelInfo, PoolPolicy, PoolSize, PoolSource
 from router_service.access_log import AuditLog
 from router_service.admission import Admission, AdmissionLimits
@@ -188,10 +188,12 @@ async def _start(
     choices = _with_source(choices, config.pools.default_source, passes)
     check_choices(passes, choices)
     tokenizer = _tokenizer(config)
+    refused = () if config.model.special_tokens or tokenizer is None else special_texts(tokenizer)
     template = ChatTemplate.read(Path(config.model.path), _path(config.model.chat_template))
+    template = template and replace(template, refused=refused)
     check_plan(opened, config, choices.default_pool.size)
     cluster = await _connect(stack, config, passes)
-    service = build_service(cluster.model(), cluster, passes, TextEncoder(tokenizer), choices)
+    service = build_service(cluster.model(), cluster, passes, TextEncoder(tokenizer, refused), choices)
     stack.push_async_callback(service.close)
     metrics = service.pipeline.metrics
     cluster.ray_lost.add_done_callback(lambda lost: metrics.ray_lost.labels(lost.result()).inc())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders
 
 from pager.errors import CheckpointError, ConfigError, InvalidRequest
 from pager.reading import parse_json, read_bounded, reason_of
+from pager.tokenizing import refuse_special
 
 TEMPLATE_NAME = "chat_template.jinja"
 SETTINGS_NAME = "tokenizer_config.json"
@@ -42,6 +43,7 @@ class ChatTemplate:
 
     source: str
     names: Mapping[str, str]
+    refused: Sequence[str] = ()  # special tokens that messages may not spell
 
     @classmethod
     def read(cls, model: Path, file: Path | None = None) -> ChatTemplate | None:
@@ -71,6 +73,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
         """Renders the messages as a prompt, up to where the assistant's answer begins. Raises InvalidRequest."""
+        refuse_special(_texts([*messages, *(tools or ())]), self.refused, "messages")
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -93,6 +96,19 @@ class ChatTemplate:
         if len(text) > MAX_RENDERED_CHARACTERS:
             raise InvalidRequest(f"the rendered messages have {len(text)} characters; send less", field="messages")
         return text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yields every text, however deep, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield str(name)
+            yield from _texts(each)
+    elif isinstance(value, Sequence):
+        for each in value:
+            yield from _texts(each)
 
 
 def _content(token: Any) -> str | None:

@@ -29,7 +29,7 @@ from pager.pools.pick import pick_pool, resolve_size
 from pager.predict.fitted import PREDICTOR_NAME, Codebook, Codeword, LexicalPredictor, PredictorFile, wanted_by
 from pager.predict.learning import Learned, Observation, observed, revise
 from pager.predict.trunk import FittedPredictor, TrunkPredictor
-from pager.tokenizing import encode_all, longest_token_bytes
+from pager.tokenizing import encode_all, longest_token_bytes, refuse_special
 from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores, Usage
 from router_service.hints import HintStore, pool_key, prefix_keys
 
@@ -196,13 +196,17 @@ class Passes:
 class TextEncoder:
     """The tokenizer as the router needs it: other threads run while it works."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, refused: Sequence[str] = ()) -> None:
+        """`refused` are special tokens that texts of requests may not spell; a rendered template may."""
         self._tokenizer = tokenizer
+        self._refused = refused
         self.longest_token_bytes = 1 if tokenizer is None else longest_token_bytes(tokenizer)
 
     def encode(self, text: str, most: int, /, *, add_special_tokens: bool = True) -> Encoded:
         if self._tokenizer is None:
             raise InvalidRequest("this model has no tokenizer; give the prompt as `token_ids`", field="text")
+        if add_special_tokens:  # a rendered template has its own
+            refuse_special([text], self._refused, "text")
         encoding = encode_all(self._tokenizer, [text], add_special_tokens=add_special_tokens)[0]
         # A list of millions of ids takes the GIL for tens of milliseconds to make, and nothing would read it.
         return Encoded(len(encoding), encoding.ids if len(encoding) <= most else ())

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pager.errors import ConfigError, InvalidRequest
+from pager.tokenizing import special_texts
 from router_service.chat import ChatTemplate, forced_call, forced_call_schema, tool_parser
+from router_service.prediction import TextEncoder
+from tests.support.checkpoints import byte_tokenizer
 from tests.support.values import some
 
 TOOL = {"type": "function", "function": {"name": "rooms", "parameters": {"type": "object", "properties": {}}}}
@@ -18,6 +22,34 @@ HERMES = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}<tool_
 @pytest.fixture
 def hermes() -> ChatTemplate:
     return ChatTemplate(HERMES, {})
+
+
+def test_messages_may_be_kept_from_spelling_special_tokens() -> None:
+    tokenizer = byte_tokenizer(["<|end|>", "<|call|>"])
+    special = special_texts(tokenizer)
+    assert special == ("<|end|>", "<|call|>")
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", {}, special)
+    assert template.render([{"role": "user", "content": "a"}], None) == "a<|end|>"
+    parts = [{"type": "text", "text": "x<|call|>"}]
+    for messages, tools in (
+        ([{"role": "user", "content": "a<|end|>b"}], None),
+        ([{"role": "user", "content": parts}], None),
+        ([{"role": "user", "content": "a"}], [{"name": "f<|end|>"}]),
+    ):
+        with pytest.raises(InvalidRequest, match=r"spells the special token '<\|(end|call)\|>'") as caught:
+            template.render(messages, tools)
+        assert caught.value.field == "messages"
+    assert replace(template, refused=()).render([{"content": "b<|end|>"}], None) == "b<|end|><|end|>"
+
+
+def test_texts_may_be_kept_from_spelling_special_tokens() -> None:
+    tokenizer = byte_tokenizer(["<|end|>"])
+    encoder = TextEncoder(tokenizer, special_texts(tokenizer))
+    assert encoder.encode("ab", 9).num_tokens == 2
+    assert encoder.encode("a<|end|>", 9, add_special_tokens=False).num_tokens == 2
+    with pytest.raises(InvalidRequest, match=r"special token '<\|end\|>'"):
+        encoder.encode("a<|end|>", 9)
+    assert TextEncoder(tokenizer).encode("a<|end|>", 9).num_tokens == 2
 
 
 def test_a_template_is_the_file_else_the_models_own(tmp_path: Path) -> None:

@@ -93,10 +93,11 @@ class _Fp8Dequantize(Fp8Dequantize):  # type: ignore[misc]
     """
 
     def _dequantize_one(self, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None) -> Tensor:
-        block = self.hf_quantizer.quantization_config.weight_block_size
         rows, columns = quantized.shape[-2:]
-        grid = block and tuple(-(-size // of_block) for size, of_block in zip((rows, columns), block, strict=True))
-        if not block or tuple(scales.shape[-2:]) != grid or not (rows % block[0] or columns % block[1]):
+        asked = self.hf_quantizer.quantization_config.weight_block_size or (rows, columns)
+        block = tuple(min(pair) for pair in zip(asked, (rows, columns), strict=True))
+        grid = tuple(-(-size // of_block) for size, of_block in zip((rows, columns), block, strict=True))
+        if tuple(scales.shape[-2:]) != grid or not (rows % block[0] or columns % block[1]):
             return super()._dequantize_one(quantized, scales, output_dtype)  # type: ignore[no-any-return]
         whole = quantized.new_zeros((*quantized.shape[:-2], grid[0] * block[0], grid[1] * block[1]))
         whole[..., :rows, :columns] = quantized

@@ -128,12 +128,17 @@ class EngineRun:
         return usages
 
     def submit(
-        self, prompt: Sequence[int], num_tokens: int, policy: PoolPolicy, predicted: ExpertPool | None = None
+        self,
+        prompt: Sequence[int],
+        num_tokens: int,
+        policy: PoolPolicy,
+        predicted: ExpertPool | None = None,
+        tenant: str = "benchmark",
     ) -> str:
         """The request's name, which its chunks have too."""
         self._num_requests += 1
         name, sampling = str(self._num_requests), SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        self._engine.submit(GenerateRequest(name, "benchmark", tuple(prompt), sampling, policy, predicted=predicted))
+        self._engine.submit(GenerateRequest(name, tenant, tuple(prompt), sampling, policy, predicted=predicted))
         return name
 
     def step(self) -> list[TokenChunk]:

@@ -143,9 +143,18 @@ class Client:
         self._channel = self._loop.run_until_complete(self._connect(address))
         self._stub: Any = pb_grpc.ExpertPagerStub(self._channel)
 
-    def wave(self, prompts: Sequence[Sequence[int]], num_tokens: int, pool: Mapping[str, Any] | None = None) -> Wave:
-        """Sends all requests at once; `pool` has the fields of their PoolPolicy, without which they are exact."""
-        return self._loop.run_until_complete(self._wave(prompts, num_tokens, pool))
+    def wave(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        pool: Mapping[str, Any] | None = None,
+        arrivals_s: Sequence[float] | None = None,
+    ) -> Wave:
+        """Sends all requests at once, or at these times after the start.
+
+        `pool` has the fields of their PoolPolicy, without which they are exact.
+        """
+        return self._loop.run_until_complete(self._wave(prompts, num_tokens, pool, arrivals_s or [0.0] * len(prompts)))
 
     def close(self) -> None:
         self._loop.run_until_complete(self._channel.close(None))
@@ -155,11 +164,23 @@ class Client:
     async def _connect(address: str) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(address)
 
-    async def _wave(self, prompts: Sequence[Sequence[int]], num_tokens: int, pool: Mapping[str, Any] | None) -> Wave:
+    async def _wave(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        pool: Mapping[str, Any] | None,
+        arrivals_s: Sequence[float],
+    ) -> Wave:
+        async def arrive(prompt: Sequence[int], arrival_s: float) -> tuple[float, int]:
+            await asyncio.sleep(arrival_s)
+            sent_s = time.perf_counter()
+            first_s, nbytes = await self._answer(prompt, num_tokens, pool)
+            return first_s - sent_s, nbytes
+
         started_s = time.perf_counter()
-        answers = await asyncio.gather(*(self._answer(prompt, num_tokens, pool) for prompt in prompts))
+        answers = await asyncio.gather(*map(arrive, prompts, arrivals_s))
         seconds = time.perf_counter() - started_s
-        firsts = [first_s - started_s for first_s, _ in answers]
+        firsts = [first_s for first_s, _ in answers]
         return Wave(len(prompts) * num_tokens, seconds, firsts, sum(nbytes for _, nbytes in answers))
 
     async def _answer(

@@ -76,10 +76,11 @@ def test_exactness_fails_where_an_answer_differs(synthetic: Path, tmp_path: Path
 
 
 def test_mixed_traffic_is_measured_in_a_quarter_of_the_memory_beside_all_of_it() -> None:
-    """With the model of the repository: its fitted router predicts the pools."""
+    """With the model of the repository: its codebook chooses the pools."""
     done = run("traffic", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^2 x 2 .* 0\.75 ", done.stdout, re.MULTILINE)
+    for row in (r"2 x 2 .* 0\.75 ", r"25% +\d", r"alone +\d", r"beside a flood +\d", r"beside it, first come, .* \d"):
+        assert re.search(rf"^{row}", done.stdout, re.MULTILINE), row
 
 
 def test_prompts_of_a_domain_are_different_and_as_long_as_asked() -> None:

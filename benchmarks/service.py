@@ -210,7 +210,7 @@ def service(
         "WORKERS_KV_MEMORY": KV_MEMORY,
         "WORKERS_MAX_RUNNING": str(max_running),
         "WORKERS_PREFIX_CACHE": "false",  # the waves are the same prompts again
-        "ROUTER_MAX_REQUESTS_PER_TENANT": str(max_running),
+        "ROUTER_MAX_REQUESTS_PER_TENANT": str(max(max_running, min(4 * max_running, 256))),  # some wait
     }
     if threads is not None:
         options["WORKERS_NUM_THREADS"] = str(threads)

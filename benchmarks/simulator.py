@@ -37,7 +37,7 @@ GOAL = 0.20
 def main(
     model: Annotated[Path, typer.Argument(help="A checkpoint with a codebook.")] = MODEL,
     memory: Annotated[str, typer.Option(help="Of a worker, for experts.")] = "25%",
-    requests: Annotated[int, typer.Option(min=8, help="Of each of the two traces.")] = 300,
+    requests: Annotated[int, typer.Option(min=8, max=128, help="Of each of the two traces.")] = 128,
     results: Annotated[Path, typer.Option(help="Directory for the table.")] = RESULTS,
     quick: Annotated[bool, typer.Option("--quick", help="Short, and no file is written.")] = False,
 ) -> None:
@@ -47,7 +47,10 @@ def main(
     requests = 8 if quick else requests
     pools, found = Pools.of(model, Share(0.125)), conditions()
     by_digest = {pool.digest: pool for pool in list(pools.codewords.values())[:NUM_POOLS]}  # as the router names them
-    with tempfile.TemporaryDirectory() as folder, service(model, Path(folder), MAX_RUNNING, None, memory) as ready:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        service(model, Path(folder), MAX_RUNNING, None, memory) as ready,
+    ):
         report = Report(
             "simulator",
             f"{model.name}, bfloat16, {NUM_WORKERS} workers with {memory} of the experts each, pools of 12.5 %",

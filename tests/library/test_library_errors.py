@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -132,6 +133,19 @@ class TestCheckpoints:
         save_file(weights | {name.replace("weight", ending): torch.ones(4)}, made.path / "model.safetensors")
         add_to_config(made.path, quantization_config=config)
         with pytest.raises(UnsupportedModel, match=f"{message}.*dequantize"):
+            load(made.path)
+
+    def test_a_format_whose_package_is_not_installed(
+        self, small: MakeSmall, load: Load, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = small("olmoe")
+        rewrite(made.path, lambda tensors: tensors.update({"model.layers.0.x.weight_packed": torch.ones(1)}))
+        groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}}
+        method = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+        add_to_config(made.path, quantization_config=method)
+        monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+        monkeypatch.setitem(sys.modules, "compressed_tensors.quantization", None)
+        with pytest.raises(UnsupportedModel, match=r"'compressed-tensors'.*install expert-pager\[formats\]"):
             load(made.path)
 
     def test_a_quantised_expert_without_scales(self, small: MakeSmall, load: Load) -> None:

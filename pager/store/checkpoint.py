@@ -347,7 +347,7 @@ class Checkpoint:
         return spec
 
 
-_CONTAINERS = {".gguf": "a GGUF file", ".bin": "pickled weights", ".pth": "pickled weights", ".pt": "pickled weights"}
+_CONTAINERS = {".gguf": "GGUF tensors", ".bin": "pickled weights", ".pth": "pickled weights", ".pt": "pickled weights"}
 
 
 def _refuse_other_containers(path: Path) -> None:
@@ -357,7 +357,7 @@ def _refuse_other_containers(path: Path) -> None:
         what = _CONTAINERS.get(file.suffix)
         if what is not None and file.is_file():
             raise CheckpointError(
-                f"{file} is {what}, which is not read here; fetch the model's safetensors, or load it with "
+                f"{file} holds {what}, which are not read here; fetch the model's safetensors, or load it with "
                 "transformers and save that (save_pretrained)"
             )
 

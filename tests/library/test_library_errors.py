@@ -172,7 +172,7 @@ class TestCheckpoints:
             load(made.path)
 
     @pytest.mark.parametrize(
-        ("name", "message"), [("model-Q8_0.gguf", "GGUF file"), ("pytorch_model.bin", "pickled weights")]
+        ("name", "message"), [("model-Q8_0.gguf", "GGUF tensors"), ("pytorch_model.bin", "pickled weights")]
     )
     def test_weights_in_another_container(self, small: MakeSmall, load: Load, name: str, message: str) -> None:
         made = small("olmoe")
@@ -182,7 +182,7 @@ class TestCheckpoints:
 
     def test_a_gguf_file_instead_of_a_folder(self, load: Load, tmp_path: Path) -> None:
         (tmp_path / "model.gguf").write_bytes(b"GGUF")
-        with pytest.raises(CheckpointError, match=r"model\.gguf is a GGUF file.*safetensors"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf holds GGUF tensors.*safetensors"):
             load(tmp_path / "model.gguf")
 
     def test_an_adapter_beside_a_model(self, small: MakeSmall, load: Load) -> None:

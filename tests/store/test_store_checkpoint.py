@@ -184,8 +184,10 @@ def test_missing_directory_config_and_weights_are_told_apart(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Checkpoint.open(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="other weight formats are not read"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin holds pickled weights"):
         Checkpoint.open(tmp_path)
 
 

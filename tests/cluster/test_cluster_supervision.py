@@ -172,8 +172,7 @@ RECORD_BYTES = 3 * 8 * 4 * 4
 
 def hold_two_records(host: HostAccess) -> None:
     """One that is read and one that is half written, as a worker holds them when it is killed in the middle."""
-    opened = SimpleNamespace(family=SimpleNamespace(shape=ExpertShape(8, 4)))
-    opened.dtype = torch.float32
+    opened = SimpleNamespace(slot_shape=ExpertShape(8, 4), slot_dtype=torch.float32)
     tier = host.attach(opened, SimpleNamespace(host_bytes=6 * RECORD_BYTES))  # type: ignore[arg-type]
     read, _ = tier.acquire([ExpertKey(os.getpid(), expert) for expert in range(2)])
     tier.publish([read])

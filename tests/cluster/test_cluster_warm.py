@@ -103,8 +103,8 @@ def test_more_than_there_is_room_for_is_some_of_each_layer(start: Callable[[], W
     [
         ("", "is ignored"),
         ("{", "is ignored"),
-        ("[]", "it does not have version 1"),
-        ('{"version": 2}', "it does not have version 1"),
+        ("[]", "it is not a file of version 1"),
+        ('{"version": 2}', "it is not a file of version 1"),
         ('{"version": 1, "fingerprint": "other"}', "of another model"),
         ('{"version": 1, "fingerprint": "f", "experts": [[1]]}', "does not have 2 layers"),
         ('{"version": 1, "fingerprint": "f", "experts": [[1], [9]]}', "layer 1 has 2 routed experts"),

@@ -59,15 +59,16 @@ def main(
         report.start()
         with console.status("measuring what work costs"):
             costs = replace(measure(ready["address"], pools), max_running=MAX_RUNNING)
+            workers = asyncio.run(_workers(ready["address"]))
         console.print(asdict(costs))
         rows = []
         drawn = Drawn(requests, 8, 1.0, burst_share=0.0, seed=1)
         at_once = [replace(arrival, at_s=0.0) for arrival in drawn.arrivals(list(by_digest))]
-        forecast = Simulation(by_digest, costs, NUM_WORKERS).run(at_once)
+        forecast = Simulation(by_digest, costs, workers).run(at_once)
         rows += _rows("all at once", forecast, _truth(ready["address"], at_once, by_digest))
         per_s = LOAD * forecast.tokens_per_s / drawn.output_tokens
         poisson = replace(drawn, per_s=per_s, seed=2).arrivals(list(by_digest))
-        forecast = Simulation(by_digest, costs, NUM_WORKERS).run(poisson)
+        forecast = Simulation(by_digest, costs, workers).run(poisson)
         rows += _rows(f"{per_s:.1f} requests/s", forecast, _truth(ready["address"], poisson, by_digest))
         report.add(_table(rows, requests, costs))
     if not quick:
@@ -101,6 +102,12 @@ def _rows(name: str, forecast: Outcome, truth: Outcome) -> list[tuple[str, ...]]
 def _truth(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:
     """What the service made of the same requests."""
     return asyncio.run(_replayed(address, arrivals, pools))
+
+
+async def _workers(address: str) -> list[str]:
+    """Their ids, by which pools have the same homes in the simulation."""
+    async with AsyncClient(address) as client:
+        return [worker.id for worker in await client.residency()]
 
 
 async def _replayed(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -25,6 +25,7 @@ from pager.types import ExpertKey, ExpertPool
 CHUNK_TOKENS = 512  # of prompts in one forward
 MAX_OVERTAKES = 8
 ADMISSION_TRIES = 8
+READ_AHEAD = 16  # pools read ahead that do not evict each other, as `pager.cache.ledger.PrefetchList` has it
 CHARGE_EVERY_S = 0.05
 REPORT_EVERY_S = 1.0
 
@@ -175,6 +176,7 @@ class _Worker:
         self.resident: Experts = 0
         self.holders: Counter[NamedExperts] = Counter()
         self.held: Experts = 0
+        self.ahead: deque[NamedExperts] = deque(maxlen=READ_AHEAD)  # what is read ahead evicts none of these
         self.coming: deque[tuple[float, ExpertKey]] = deque()  # reads in order, by their ends
         self.prefilling: list[_Request] = []
         self.decoding: list[tuple[int, int, _Request]] = []  # a heap by the step at which they end
@@ -200,7 +202,7 @@ class _Worker:
         while self.coming and self.coming[0][0] <= now_s:
             self.index.installed(self.coming.popleft()[1])
 
-    def load(self, keys: Sequence[ExpertKey], now_s: float, spare: Sequence[ExpertKey] = ()) -> bool:
+    def load(self, keys: Sequence[ExpertKey], now_s: float, spare: Collection[ExpertKey] = ()) -> bool:
         """Pins `keys` and queues the reads they need; False where they do not fit now."""
         plan = self.index.plan(keys, spare=spare)
         if plan is None:
@@ -228,6 +230,8 @@ class _Worker:
             if new > self.index.num_unreserved or not self.load(pool.listed, now_s):
                 return False
             self.held |= pool.bits
+            if pool in self.ahead:
+                self.ahead.remove(pool)
         self.holders[pool] += 1
         return True
 
@@ -297,7 +301,8 @@ class _Worker:
         if not missing or room <= 0:
             return
         keys = [key for key in pool.listed if missing >> (key.layer * width + key.expert) & 1][:room]
-        if self.load(keys, now_s, spare=pool.listed):
+        self.ahead.append(pool)
+        if self.load(keys, now_s, spare={key for other in self.ahead for key in other.listed}):
             for key in keys:
                 self.index.unpin(key)
 
@@ -418,21 +423,25 @@ class Simulation:
         self,
         pools: Mapping[str, ExpertPool],
         costs: Costs,
-        num_workers: int,
+        workers: int | Sequence[str],
         rules: Rules = SERVICE,
         lose_at_s: float | None = None,
     ) -> None:
-        """`lose_at_s`: when the first worker is lost, counted from the first request."""
+        """`workers`: how many, or their ids, by which pools have their homes.
+
+        `lose_at_s`: when the first worker is lost, counted from the first request.
+        """
         width = 1 + max((expert for pool in pools.values() for layer in pool.experts for expert in layer), default=0)
         self.pools = {name: NamedExperts.of(name, pool, width) for name, pool in pools.items()}
         self.costs = costs
-        self.workers = [_Worker(f"w{number}", costs, rules) for number in range(num_workers)]
+        names = [f"w{number}" for number in range(workers)] if isinstance(workers, int) else workers
+        self.workers = [_Worker(name, costs, rules) for name in names]
         for worker in self.workers:
             worker.width = width
         self.by_id = {worker.id: worker for worker in self.workers}
         self.rules = rules
         self.in_flight: Counter[str] = Counter()
-        self.outcome = Outcome(rules, num_workers)
+        self.outcome = Outcome(rules, len(self.workers))
         self._lose_at_s = lose_at_s
         self._events: list[tuple[float, int, _Worker, int]] = []
         self._numbers = count()

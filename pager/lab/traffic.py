@@ -276,14 +276,12 @@ class Measuring:
         long = await self._several(lambda: self._wave(own.values(), 4, self.LONG))
         token_s = max(0.0, (_first(long) - _first(short)) / (self.LONG - self.SHORT))
         way_s = statistics.median(each.first_s - each.at_worker_s for each in short)
-        gaps = {}
-        for rows in self.ROWS:
-            gaps[rows] = _gap(await self._wave(list(own.values()) * rows, self.TOKENS, self.SHORT))
+        gaps = {rows: await self._gap(list(own.values()) * rows) for rows in self.ROWS}
         first = self.ROWS[0]
         row_s = max(0.0, float(np.mean([(gaps[rows] - gaps[first]) / (rows - first) for rows in self.ROWS[1:]])))
         half, most = self.ROWS[-1] // 2, self.ROWS[-1]
         both = [pool for pools in self._homes.values() for pool in pools[:2]]
-        pool_s = max(0.0, _gap(await self._wave(both * half, self.TOKENS, self.SHORT)) - gaps[most])
+        pool_s = max(0.0, await self._gap(both * half) - gaps[most])
         return Costs(
             step_s=gaps[first],
             row_s=row_s,
@@ -310,12 +308,15 @@ class Measuring:
 
     async def _page_in_rate(self, warm_s: float) -> float:
         """Bytes/s of a worker, from pools that are there nowhere, for one worker after the other."""
-        rates = []
+        num_bytes, seconds = 0, 0.0
         for _ in range(8):
             (answer,) = await self._wave([self._new_pool()], 2, self.SHORT)
-            if answer.bytes_paged:
-                rates.append(answer.bytes_paged / max(1e-4, answer.first_s - warm_s))
-        return statistics.median(rates) if rates else 1e9
+            num_bytes, seconds = num_bytes + answer.bytes_paged, seconds + answer.first_s - warm_s
+        return num_bytes / max(seconds, 1e-3) or 1e9
+
+    async def _gap(self, pools: Sequence[ExpertPool]) -> float:
+        """The time between two tokens where so many requests run, the median of three waves."""
+        return statistics.median([_gap(await self._wave(pools, self.TOKENS, self.SHORT)) for _ in range(3)])
 
     async def _several(self, wave: Callable[[], Awaitable[list[_Answer]]], times: int = 6) -> list[_Answer]:
         return [answer for _ in range(times) for answer in await wave()]

@@ -45,6 +45,7 @@ def main(out: Path, num_steps: int = NUM_STEPS) -> None:
     settings = TrainingArguments(
         output_dir=str(out / "steps"), max_steps=num_steps, per_device_train_batch_size=NUM_ROWS, learning_rate=RATE,
         lr_scheduler_type="linear", save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, seed=0,
+        dataloader_pin_memory=False,
     )  # fmt: skip
     documents = [{"input_ids": row, "labels": row} for row in rows]
     Trainer(model=adapted, args=settings, train_dataset=documents).train()

@@ -13,7 +13,7 @@ from benchmarks.synthetic import check_checkpoint, write_checkpoint
 from pager.cli.options import bytes_progress
 from pager.models.open_model import OpenModel
 from pager.store.pack import pack
-from pager.store.quantised import RecordFormat
+from pager.store.pack_format import RecordFormat
 
 WORK = ROOT / "build" / "benchmarks"
 

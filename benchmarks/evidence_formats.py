@@ -21,7 +21,7 @@ from pager.lab.corpus import Cut, Text, digest_of, read_texts
 from pager.lab.recording import EVERY_EXPERT, Forwards
 from pager.lab.report import Bootstrap, Interval, table
 from pager.memory.plan import Budgets
-from pager.store.quantised import KINDS
+from pager.store.pack_format import KINDS
 
 DTYPE = torch.bfloat16
 MOST_NATS = {"int8": 0.002, "int4": 0.02}

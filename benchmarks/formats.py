@@ -29,7 +29,7 @@ from pager.errors import PagerError
 from pager.memory.plan import NUM_READERS, Budgets
 from pager.memory.units import format_bytes
 from pager.models.open_model import OpenModel
-from pager.store.quantised import KINDS
+from pager.store.pack_format import KINDS
 from pager.types import PoolPolicy
 
 PLAIN = "bfloat16"

@@ -22,8 +22,8 @@ from benchmarks.measure import alternate
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten, ratio
 from benchmarks.shapes import SHAPES
 from pager.cache.device import DeviceSlots
-from pager.cache.host import HostTier
 from pager.cache.pager import CacheOptions, ExpertPager
+from pager.cache.tiers import HostTier
 from pager.cli.options import print_error
 from pager.errors import PagerError
 from pager.models.open_model import OpenModel

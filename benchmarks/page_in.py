@@ -28,8 +28,8 @@ from benchmarks.raw_read import RawReader, extents_of
 from benchmarks.report import RESULTS, Report, Table, conditions, console, figure, quieten, ratio
 from benchmarks.shapes import SHAPES
 from pager.cache.device import DeviceSlots
-from pager.cache.host import HostTier
 from pager.cache.pager import CacheOptions, ExpertPager
+from pager.cache.tiers import HostTier
 from pager.cli.options import print_error
 from pager.errors import PagerError
 from pager.memory.units import format_bytes

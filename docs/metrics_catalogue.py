@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pager.lab.replay import REPLAY_FAMILIES
 from pager.observe.metrics import Kind, Metric
 from pager.observe.worker_metrics import WORKER_FAMILIES
+from router_service.admission import OTHER_TENANTS
 from router_service.metrics import router_families
-from router_service.tenants import OTHER_TENANTS
 
 _INTRO = """\
 # Metrics

@@ -29,7 +29,7 @@ PUBLIC = "expert_pager/v1/expert_pager.proto"
 
 
 def cli_page() -> str:
-    from pager.cli.app import app
+    from pager.cli import app
 
     command = get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="expert-pager"), name="expert-pager")

@@ -28,10 +28,10 @@ from pager.errors import ConfigError, PagerError, PermissionDenied, QuotaExceede
 from pager.observe import tracing
 from pager.observe.logs import facts, request_id
 from pager.types import PoolPolicy
+from router_service.admission import present, tenant_or_invalid
 from router_service.metrics import RouterMetrics
 from router_service.requests import PoolByDigest, PoolByName
 from router_service.status import code_of
-from router_service.tenants import present, tenant_or_invalid
 from router_service.ui import size_label
 
 log = logging.getLogger("expert_pager.router")

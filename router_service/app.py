@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pager import __version__
 from pager.cluster.cluster import Cluster, RayLost
-from pager.cluster.placement import ClusterPort
+from pager.cluster.placement import ClusterPort, LoadedModel
 from pager.cluster.ray_session import LOOPBACK
-from pager.cluster.views import LoadedModel
 from pager.cluster.worker import budgets_of
 from pager.config import RouterConfig, ServiceConfig
 from pager.engine.paged_model import needs_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, PortInUse
-from pager.memory.machine import Machine, resolve_device
-from pager.memory.plan import plan
+from pager.memory.plan import Machine, plan, resolve_device
 from pager.memory.units import format_address, parse_bytes
 from pager.models.open_model import OpenModel
 from pager.observe import tracing
@@ -36,7 +34,7 @@ from pager.pools.pick import largest_counts, parse_pool_size
 from pager.tokenizing import read_tokenizer, special_texts
 from pager.types import Full, ModelInfo, PoolPolicy, PoolSize, PoolSource
 from router_service.access_log import AuditLog
-from router_service.admission import Admission, AdmissionLimits
+from router_service.admission import Admission, AdmissionLimits, TenantLabels
 from router_service.api import Api, metrics_route
 from router_service.chat import ChatTemplate, TokenTexts
 from router_service.hints import InProcessHints, LocalClaims
@@ -53,7 +51,6 @@ from router_service.keys import (
     parse_key_set,
     parse_secret,
 )
-from router_service.message_bounds import MessageBounds
 from router_service.metrics import RouterMetrics
 from router_service.prediction import (
     Encoder,
@@ -79,9 +76,9 @@ from router_service.redis import (
     open_pools,
     redis_url,
 )
+from router_service.requests import MessageBounds
 from router_service.server import RouterServer
 from router_service.service import Pipeline, Stores
-from router_service.tenants import TenantLabels
 from router_service.tls import TlsFiles
 from router_service.ui import Page, PoolLog, Watch
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence, Set
 from typing import Any, Protocol
 
-from pager.cluster.views import WorkerState
+from pager.cluster.placement import WorkerState
 from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share, WorkerResidency
 
 SHORTEST_PREFIX = 32

@@ -48,13 +48,11 @@ from pager.observe.metrics import Guard
 from pager.types import TokenChunk
 from router_service import requests
 from router_service.access_log import AuditLog, CallRecorder
-from router_service.admission import Quotas
+from router_service.admission import Caller, Quotas
 from router_service.keys import OPEN_PAGES, Gate
-from router_service.message_bounds import MAX_METADATA_BYTES, check_json
-from router_service.requests import Ask
+from router_service.requests import MAX_METADATA_BYTES, Ask, check_json
 from router_service.service import Call, Pipeline
 from router_service.status import DEFAULT_RETRY_S, code_of
-from router_service.tenants import Caller
 from router_service.tls import TlsFiles
 
 log = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pager.cache.shares import MOST_GUARANTEED
 from pager.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthenticated
 from pager.reading import parse_json, read_bounded, reason_of
+from router_service.admission import TENANT_KEY, Caller, CallerLimits, Role, check_tenant, present, tenant_in, tenant_of
 from router_service.redis import RedisClient, RedisUnavailableError
-from router_service.tenants import TENANT_KEY, Caller, CallerLimits, Role, check_tenant, present, tenant_in, tenant_of
 
 log = logging.getLogger("expert_pager.router")
 

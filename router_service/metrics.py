@@ -11,15 +11,14 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.placement import WorkerState, WorkerView
 from pager.observe import metrics
 from pager.observe.metrics import Instruments, Kind, Labels, Metric, every
 from pager.predict.fitted import Codeword
 from pager.predict.learning import Changes, Learned
 from pager.types import Account, ExpertPool
-from router_service.admission import Admission
+from router_service.admission import Admission, TenantLabels
 from router_service.status import CODES
-from router_service.tenants import TenantLabels
 from router_service.ui import Served
 
 INFER = ("ModelInfer", "ModelStreamInfer")  # methods of the Open Inference Protocol

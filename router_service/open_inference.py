@@ -18,7 +18,7 @@ from expert_pager.inference import open_inference_pb2_grpc as pb_grpc
 from google.protobuf.message import Message
 
 from pager import __version__
-from pager.cluster.views import WorkerState
+from pager.cluster.placement import WorkerState
 from pager.errors import InvalidRequest, PagerError, SlowReader, UnknownModel
 from pager.observe import tracing
 from pager.observe.logs import request_id

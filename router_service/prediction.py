@@ -22,7 +22,7 @@ import torch
 
 from pager.config import RouterConfig
 from pager.errors import ConfigError, InvalidRequest
-from pager.memory.machine import resolve_device
+from pager.memory.plan import resolve_device
 from pager.models.open_model import OpenModel
 from pager.observe.tracing import note, span
 from pager.pools.pick import pick_pool, resolve_size

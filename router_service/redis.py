@@ -30,7 +30,7 @@ from pager.predict.learning import Learned, decode_learned, encode_learned
 from pager.reading import read_bounded
 from pager.types import ExpertPool, NamedPool, PoolListing, RoutingFacts, WorkerResidency
 from router_service import pools
-from router_service.admission import Quotas
+from router_service.admission import Caller, Quotas
 from router_service.hints import (
     InProcessHints,
     LocalClaims,
@@ -40,7 +40,6 @@ from router_service.hints import (
     encode_worker,
 )
 from router_service.pools import FolderPools, MemoryPools, PoolStore, check_room, listing_of, name_in_use
-from router_service.tenants import Caller
 
 TIMEOUT_S = 0.25
 MAX_URL_BYTES = 1 << 16

@@ -22,7 +22,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from pager.cluster.views import WorkerState
+from pager.cluster.placement import WorkerState
 from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, SlowReader, UnknownMethod
 from pager.memory.units import format_address
 from pager.observe import tracing
@@ -32,8 +32,9 @@ from pager.types import TokenChunk
 from pager.wire import encode_load, encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
 from router_service import open_inference, requests
 from router_service.access_log import AuditLog, CallRecorder
+from router_service.admission import Caller, present
 from router_service.keys import Gate
-from router_service.message_bounds import (
+from router_service.requests import (
     CORE_MESSAGE_BYTES,
     CORE_METADATA_BYTES,
     MAX_OTHER_BYTES,
@@ -44,7 +45,6 @@ from router_service.message_bounds import (
 )
 from router_service.service import Call, Pipeline, Send
 from router_service.status import code_of, to_wire
-from router_service.tenants import Caller, present
 from router_service.tls import TlsFiles
 from router_service.ui import Watch
 

@@ -33,14 +33,13 @@ from pager.types import (
     WorkerResidency,
 )
 from router_service.access_log import pool_label, tell
-from router_service.admission import Admission, Quotas, refusing, remaining_s
+from router_service.admission import Admission, Caller, Quotas, refusing, remaining_s
 from router_service.hints import Claims, HintStore, all_workers
 from router_service.metrics import RouterMetrics
 from router_service.pools import PoolStore, name_in_use
 from router_service.prediction import LearnedStore, Prediction, Predictor, Scored
 from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model, no_such_pool
 from router_service.requests import request_id as check_request_id
-from router_service.tenants import Caller
 from router_service.ui import PoolLog
 
 Send = Callable[[TokenChunk], Awaitable[None]]

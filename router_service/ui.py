@@ -22,8 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pager import __version__
-from pager.cluster.placement import ClusterPort
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.placement import ClusterPort, WorkerState, WorkerView
 from pager.types import ExpertPool, Full, ModelInfo, PagingCounts, PoolPolicy, Usage, WorkerResidency
 from router_service.hints import HintStore, all_workers, size_name
 

@@ -12,16 +12,14 @@ from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
 from pager.cache.device import DeviceSlots
-from pager.cache.host import HostTier
 from pager.cache.index import DEFAULT_POLICY, CacheIndex, make_policy
 from pager.cache.lease import Lease, demand_waves
 from pager.cache.ledger import Holding, Ledger, Meanwhile
 from pager.cache.stats import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
-from pager.cache.tiers import Fetched, Readers, Tiers, Turn, why_bypass
+from pager.cache.tiers import Fetched, HostTier, Readers, Tiers, Turn, why_bypass
 from pager.cache.trace import TraceRecorder
 from pager.errors import ExpertUnavailable, PoolTooLarge
-from pager.memory.machine import Machine
-from pager.memory.plan import NUM_READERS
+from pager.memory.plan import NUM_READERS, Machine
 from pager.store.expert_source import ExpertSource
 from pager.types import ExpertKey
 

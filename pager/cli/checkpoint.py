@@ -28,8 +28,7 @@ from pager.cli.options import (
 )
 from pager.cli.pools import PoolsFolder, ServerOptions, checked_tenant, find_named
 from pager.errors import ConfigError, InvalidRequest, PoolTooSmall, UnknownPool, UnsupportedModel
-from pager.memory.machine import resolve_device
-from pager.memory.plan import Budgets, Machine, Needs, Plan, describe
+from pager.memory.plan import Budgets, Machine, Needs, Plan, describe, resolve_device
 from pager.memory.plan import plan as make_plan
 from pager.memory.units import format_bytes
 from pager.reading import read_json_file, reason_of, shown
@@ -142,7 +141,7 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
 
 def _format_of(found: OpenModel) -> str:
     """Describes what is read for an expert, what that costs, and what a slot holds."""
-    from pager.models.formats import quantisation_of
+    from pager.models.layout import quantisation_of
 
     source = found.open_experts()
     source.close()
@@ -285,7 +284,7 @@ def pack(
     from pager.models.open_model import DTYPES, OpenModel
     from pager.predict.fitted import PREDICTOR_NAME, PredictorFile
     from pager.store.pack import pack as write_pack
-    from pager.store.quantised import RecordFormat
+    from pager.store.pack_format import RecordFormat
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -578,8 +577,7 @@ def _find(name: str, at: ServerOptions, folder: Path | None) -> NamedPool:
 def _calibrated(model: Path, examples: Path, choice: ChoiceOptions) -> NamedPool:
     from pager.cli.generate import Local
     from pager.lab.corpus import read_examples
-    from pager.memory.machine import resolve_device
-    from pager.memory.plan import Budgets
+    from pager.memory.plan import Budgets, resolve_device
     from pager.pools.pick import parse_pool_size
     from pager.types import Full
 

@@ -86,8 +86,8 @@ def add_key(
     if certificate is not None and jwt:
         raise typer.BadParameter("--certificate and --jwt are two ways to identify a client; give only one")
     with serve_extra("keys"):
+        from router_service.admission import Role
         from router_service.keys import EntryLimits, new_entry, new_key
-        from router_service.tenants import Role
     roles = []
     for each in role or ():
         if each not in list(Role):

@@ -26,8 +26,7 @@ from pager.cli.options import (
     steps_progress,
 )
 from pager.errors import InvalidRequest, PagerError
-from pager.memory.machine import resolve_device
-from pager.memory.plan import Budgets
+from pager.memory.plan import Budgets, resolve_device
 from pager.memory.units import format_bytes
 
 if TYPE_CHECKING:

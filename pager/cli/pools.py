@@ -31,8 +31,7 @@ from pager.cli.options import (
 )
 from pager.config import API_KEY, API_KEY_FILE
 from pager.errors import ConfigError, InvalidRequest, UnknownPool
-from pager.memory.machine import resolve_device
-from pager.memory.plan import Budgets
+from pager.memory.plan import Budgets, resolve_device
 from pager.pools.pick import check_name, check_num_examples
 from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
 from pager.types import Full, NamedPool
@@ -206,7 +205,7 @@ def find_named(folder: Path | None, tenant: str, name: str) -> NamedPool:
 
 def checked_tenant(tenant: str) -> str:
     """Returns `tenant`, checked, since it becomes a part of a file's name. Raises InvalidRequest."""
-    from router_service.tenants import check_tenant
+    from router_service.admission import check_tenant
 
     try:
         return check_tenant(tenant)

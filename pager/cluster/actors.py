@@ -20,8 +20,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pager.cache.host_index import SHM, HostIndex, HostSegment
+from pager.cluster.placement import Health, WorkerReady
 from pager.cluster.ray_session import WORKER_RESOURCE, RaySession, num_gpus
-from pager.cluster.views import Health, WorkerReady
 from pager.cluster.worker import EngineLoader, HostAccess, LoadedEngine, Sink, Worker, WorkerObserver
 from pager.config import ServiceConfig
 from pager.errors import ConfigError, NotReady, PagerError
@@ -29,7 +29,7 @@ from pager.observe import logs
 from pager.store.appearing import remove_abandoned
 
 if TYPE_CHECKING:
-    from pager.cache.host import HostTier
+    from pager.cache.tiers import HostTier
     from pager.memory.plan import Plan
     from pager.models.open_model import OpenModel
 
@@ -165,7 +165,7 @@ class NodeHostTier:
 
     def attach(self, opened: OpenModel, plan: Plan) -> HostTier:
         """Returns this worker's view of the segment. Raises BudgetError, ConfigError."""
-        from pager.cache.host import HostTier, record_bytes
+        from pager.cache.tiers import HostTier, record_bytes
 
         shape, dtype = opened.slot_shape, opened.slot_dtype
         model = f"{shape} of {dtype}"

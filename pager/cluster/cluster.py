@@ -17,9 +17,9 @@ import ray
 from expert_pager.v1 import worker_pb2 as pb
 
 from pager.cluster.actors import Launcher, OthersWorkers, OwnWorkers, WorkerProcess, load_engine, remove_leftovers
+from pager.cluster.placement import Health, LoadedModel, WorkerReady, WorkerState, WorkerView
 from pager.cluster.ray_session import RaySession, pass_on
 from pager.cluster.tokens import WorkerLink
-from pager.cluster.views import Health, LoadedModel, WorkerReady, WorkerState, WorkerView
 from pager.cluster.worker import EngineLoader
 from pager.config import ServiceConfig
 from pager.errors import NotReady, PagerError, UnknownWorker, WorkerLost

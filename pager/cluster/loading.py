@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pager.cache.pager import CacheOptions, ExpertPager
-from pager.cluster.views import LoadedModel
+from pager.cluster.placement import LoadedModel
 from pager.cluster.worker import Experts, HostAccess, LoadedEngine, Sink, WorkerObserver, budgets_of
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.engine.attention import check_served
@@ -25,8 +25,7 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.runner import use_fastest_num_threads
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
-from pager.memory.machine import resolve_device
-from pager.memory.plan import describe
+from pager.memory.plan import describe, resolve_device
 from pager.models.open_model import OpenModel
 from pager.observe.worker_metrics import TierBytes
 from pager.tokenizing import read_tokenizer

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from expert_pager.v1 import worker_pb2 as pb
 
 from pager import __version__
+from pager.cluster.placement import Health, LoadedModel, WorkerReady
 from pager.cluster.tokens import StreamEvent, SubmissionObserver, TokenEngine, TokenServer
-from pager.cluster.views import Health, LoadedModel, WorkerReady
 from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
@@ -40,7 +40,7 @@ from pager.types import PagingCounts, RoutingFacts
 from pager.wire import encode_bitmap, encode_paging
 
 if TYPE_CHECKING:
-    from pager.cache.host import HostTier
+    from pager.cache.tiers import HostTier
     from pager.memory.plan import Plan
     from pager.models.open_model import OpenModel
 

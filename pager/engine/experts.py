@@ -18,7 +18,7 @@ from pager.engine.gates import NO_COPIES, put_under_pools, unmasked
 from pager.errors import ConfigError
 from pager.models.families import ExpertLayer, Family
 from pager.pools.step import StepRouting
-from pager.store.quantised import RecordFormat, scales_of
+from pager.store.pack_format import RecordFormat, scales_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,8 +22,7 @@ from pager.cache.pager import CacheOptions
 from pager.engine.gates import NO_COPIES
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import ConfigError, InvalidRequest
-from pager.memory.machine import resolve_device
-from pager.memory.plan import NUM_READERS, Budgets
+from pager.memory.plan import NUM_READERS, Budgets, resolve_device
 from pager.memory.units import format_bytes
 from pager.pools.drift import RequestRouting, answer_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size

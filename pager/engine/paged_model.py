@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pager.cache.device import DeviceSlots
-from pager.cache.host import HostTier
 from pager.cache.lease import Lease
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import NoObserver, PagerObserver, UsageMeter
+from pager.cache.tiers import HostTier
 from pager.cache.trace import TraceHeader, TraceRecorder
 from pager.engine.attention import layers_in_library
 from pager.engine.experts import OpenStep, attach
@@ -24,8 +24,7 @@ from pager.engine.gates import NO_COPIES
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.workspace import staging_bytes, workspace_of
 from pager.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedModel
-from pager.memory.machine import Machine
-from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Needs, Plan, plan
+from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Machine, Needs, Plan, plan
 from pager.models.open_model import OpenModel
 from pager.pools.drift import RequestRouting, check_can_drift, check_drift
 from pager.pools.pick import largest_counts

@@ -34,12 +34,11 @@ from pager.models.families import (
     family_of,
     without_choices,
 )
-from pager.models.formats import Format, format_of
-from pager.models.layout import ExpertParameter, Layout, Stored, locate
+from pager.models.layout import ExpertParameter, Format, Layout, Stored, format_of, locate
 from pager.reading import one_line, shown
 from pager.store.checkpoint import Checkpoint, read_json_object
 from pager.store.expert_source import ExpertSource, Made, Row, open_experts
-from pager.store.quantised import RecordFormat
+from pager.store.pack_format import RecordFormat
 from pager.store.safetensors import PLAIN_FLOATS
 from pager.types import ExpertKey, ExpertShape, RoutingFacts
 

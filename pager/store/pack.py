@@ -30,8 +30,7 @@ from pager.store.expert_source import (
     find_experts,
     pieces_of,
 )
-from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader, all_keys
-from pager.store.quantised import RecordFormat
+from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader, RecordFormat, all_keys
 from pager.store.reads import raw_bytes
 from pager.store.safetensors import PLAIN_FLOATS, OddItem, TensorSpec, ValueRange, holes_of, layout, odd_tensor
 from pager.types import ExpertKey, ExpertShape

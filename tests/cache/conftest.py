@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pager.cache.device import DeviceSlots
-from pager.cache.host import HostTier
 from pager.cache.pager import CacheOptions, ExpertPager
+from pager.cache.tiers import HostTier
 from pager.errors import ChecksumMismatch, ExpertUnavailable
 from pager.store.expert_source import Destination
 from pager.store.reads import FileRange

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pager.cache.device import DeviceSlots
-from pager.cache.host import HostTier
 from pager.cache.pager import ExpertPager
+from pager.cache.tiers import HostTier
 from pager.types import ExpertKey
 from tests.cache.conftest import GatedSource
 

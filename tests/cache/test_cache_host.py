@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from pager.cache.host import HostTier, record_bytes
 from pager.cache.host_index import HostIndex, HostState
+from pager.cache.tiers import HostTier, record_bytes
 from pager.errors import BudgetError, ChecksumMismatch, ConfigError
 from pager.types import ExpertKey, ExpertShape
 from tests.cache.conftest import CheckWeights, GatedSource, MakePager
@@ -212,7 +212,7 @@ def test_bad_budgets_and_names_are_refused(host: HostTier) -> None:
 WORKER = """
 import os, sys
 import torch
-from pager.cache.host import HostTier
+from pager.cache.tiers import HostTier
 from pager.cache.pager import ExpertPager
 from pager.cache.device import DeviceSlots
 from pager.store.reads import FileRange

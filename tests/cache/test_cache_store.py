@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pager.cache.device import DeviceSlots
-from pager.cache.host import HostTier
 from pager.cache.pager import CacheOptions, ExpertPager
-from pager.cache.tiers import why_bypass
+from pager.cache.tiers import HostTier, why_bypass
 from pager.errors import ChecksumMismatch, ExpertUnavailable
 from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import ExpertSource, PackedExperts, open_experts

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pager.cluster.cluster import Cluster
+from pager.cluster.placement import WorkerState
 from pager.cluster.ray_session import RaySession
-from pager.cluster.views import WorkerState
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent

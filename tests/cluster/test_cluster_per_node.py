@@ -13,12 +13,12 @@ import pytest
 
 from pager.cluster.actors import OwnWorkers, load_engine
 from pager.cluster.cluster import Cluster
+from pager.cluster.placement import WorkerReady, WorkerState
 from pager.cluster.ray_session import OBJECT_STORE_BYTES, WORKER_RESOURCE, RaySession, start_embedded, stop_ray
-from pager.cluster.views import WorkerReady, WorkerState
 from pager.cluster.worker import Worker, WorkerObserver
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig, load_config
 from pager.errors import BudgetError, ConfigError, PortInUse
-from pager.memory.machine import Machine
+from pager.memory.plan import Machine
 from pager.models.open_model import OpenModel
 from pager.types import Full
 from router_service.app import check_plan

@@ -16,8 +16,8 @@ import ray
 from ray._private.parameter import RayParams
 
 from pager.cluster.cluster import Cluster
+from pager.cluster.placement import WorkerState
 from pager.cluster.ray_session import OBJECT_STORE_BYTES, WORKER_RESOURCE, _EmbeddedNode, start_embedded, stop_ray
-from pager.cluster.views import WorkerState
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import NotReady, WorkerLost
 from pager.types import Count, GenerateRequest, PoolPolicy, SamplingParams

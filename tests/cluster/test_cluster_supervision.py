@@ -22,8 +22,8 @@ import torch
 
 from pager.cluster.actors import OwnWorkers
 from pager.cluster.cluster import Cluster, _metrics_targets
+from pager.cluster.placement import LoadedModel, WorkerState, WorkerView
 from pager.cluster.ray_session import RaySession
-from pager.cluster.views import LoadedModel, WorkerState, WorkerView
 from pager.cluster.worker import HostAccess, LoadedEngine
 from pager.config import ClusterConfig, ModelConfig, RouterConfig, ServiceConfig, WorkerConfig
 from pager.errors import Cancelled, CheckpointError, DuplicateRequest, NotReady, PagerError, WorkerLost

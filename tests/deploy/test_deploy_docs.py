@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pager.cli.app import app
+from pager.cli import app
 from tests.deploy.conftest import Render, Rendered
 from tests.support.values import some
 

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, QuantisedSlabs, run_slots
 from pager.models.emo import EmoConfig, EmoExperts
-from pager.store.quantised import KINDS, RecordFormat
+from pager.store.pack_format import KINDS, RecordFormat
 from pager.types import ExpertShape
 
 NUM_SLOTS, NUM_PICKS = 40, 4

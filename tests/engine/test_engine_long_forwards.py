@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pager.cluster.cluster import WorkerSupervisor
-from pager.cluster.views import Health
+from pager.cluster.placement import Health
 from pager.engine.runner import ModelRunner
 from pager.errors import Cancelled, DeadlineExceeded, NotReady, PagerError
 from pager.store.reads import DataFile

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from pager.cli.app import app
+from pager.cli import app
 from pager.errors import ConfigError, InvalidRequest
 from pager.lab.simulate import OTHERS, SERVICE, Arrival, Costs, Simulation
 from pager.lab.traffic import Drawn, drawn_pool, read_costs, read_log, with_another, write_costs

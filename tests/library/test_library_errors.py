@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, PreTrainedModel
 
-from pager.cache import host, host_index
+from pager.cache import host_index, tiers
 from pager.errors import (
     BudgetError,
     CheckpointError,
@@ -366,7 +366,7 @@ def remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remains:
     """
     segments = tmp_path / "segments"
     segments.mkdir()
-    for module in (host, host_index):
+    for module in (tiers, host_index):
         monkeypatch.setattr(module, "SHM", segments)
     before = set(threading.enumerate())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import FineGrainedFP8Config
 
-from pager.models.formats import _Fp8Dequantize
+from pager.models.layout import _Fp8Dequantize
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from pager.errors import ConfigError
 from pager.observe.metrics import Kind, Metric
 from pager.observe.worker_metrics import MODEL_LABELS, WORKER_FAMILIES, TierBytes, WorkerMetrics
 from pager.types import ExpertPool, FinishReason, PagingCounts, Usage
+from router_service.admission import MAX_NAMED_TENANTS, TenantLabels, tenant_in
 from router_service.metrics import INFO_LABELS, RouterMetrics, router_families
-from router_service.tenants import MAX_NAMED_TENANTS, TenantLabels, tenant_in
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 TENANTS = ("acme", "initech", "other")

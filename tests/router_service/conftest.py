@@ -15,7 +15,7 @@ import pytest
 from expert_pager.v1 import expert_pager_pb2_grpc as pb_grpc
 from redis.asyncio import Redis
 
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.placement import WorkerState, WorkerView
 from pager.errors import NotReady, PagerError, UnknownWorker, WorkerLost
 from pager.pools.pick import pick_pool
 from pager.types import (

@@ -21,22 +21,22 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
-from pager.cluster.views import WorkerView
+from pager.cluster.placement import WorkerView
 from pager.errors import InvalidRequest
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
 from pager.pools.pick import encode_named
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertPool, ModelInfo, NamedPool, PoolPolicy, RoutingFacts, RoutingScores
 from router_service import server
-from router_service.message_bounds import (
+from router_service.pools import MAX_POOLS_OF_TENANT
+from router_service.prediction import Passes, TextEncoder
+from router_service.requests import (
     MAX_MESSAGE_BYTES,
     MAX_METADATA_BYTES,
     MAX_UNZIPPED_BYTES,
     _fields,
     unzipped,
 )
-from router_service.pools import MAX_POOLS_OF_TENANT
-from router_service.prediction import Passes, TextEncoder
 from tests.router_service.conftest import InProcessCluster, Running
 from tests.support.values import some
 

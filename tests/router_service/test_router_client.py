@@ -19,7 +19,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pager import AsyncClient, Client, Count, DriftPolicy, ExpertPool, PoolAsk, SamplingParams
-from pager.cluster.views import WorkerView
+from pager.cluster.placement import WorkerView
 from pager.errors import (
     Cancelled,
     DeadlineExceeded,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pager.cluster.views import WorkerState
+from pager.cluster.placement import WorkerState
 from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share, WorkerResidency
 from router_service.hints import (
     MAX_ENCODED_BYTES,

@@ -24,7 +24,7 @@ from router_service.admission import AdmissionLimits
 from router_service.api import Api
 from router_service.chat import ChatTemplate, TokenTexts
 from router_service.http import HEAD_TIMEOUT_S, MAX_BODY_BYTES, HttpServer
-from router_service.message_bounds import MAX_JSON_CONTAINERS, MAX_JSON_KEYS, MAX_JSON_VALUES, check_json
+from router_service.requests import MAX_JSON_CONTAINERS, MAX_JSON_KEYS, MAX_JSON_VALUES, check_json
 from tests.router_service.test_router_bounds import CONTEXT, MAX_HELD_S, large_service
 from tests.support.files import EMO_TINY
 from tests.support.values import some
@@ -154,8 +154,8 @@ async def test_no_body_keeps_the_event_loop(
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 async def test_what_is_within_strings_does_not_count(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router_service.message_bounds._SCANNED_BYTES", size)
-    monkeypatch.setattr("router_service.message_bounds._MOST_OF", {b"{": 2, b"[": 2, b":": 3, b",": 3})
+    monkeypatch.setattr("router_service.requests._SCANNED_BYTES", size)
+    monkeypatch.setattr("router_service.requests._MOST_OF", {b"{": 2, b"[": 2, b":": 3, b",": 3})
     for text in ("{[:,{[:,{[:,", '"{"{"{"{', '\\"{\\"{\\"{\\', "\\\\\\", "é{,{,{,{,"):
         await check_json(json.dumps({"a": text, text: 1}, ensure_ascii=False).encode())
     wrong: Any

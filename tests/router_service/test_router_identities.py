@@ -16,16 +16,15 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from expert_pager.v1 import worker_pb2
 
 from pager.cluster.actors import load_engine
+from pager.cluster.placement import WorkerState, WorkerView
 from pager.cluster.tokens import WorkerLink
-from pager.cluster.views import WorkerState, WorkerView
 from pager.cluster.worker import Worker
 from pager.config import ModelConfig, ServiceConfig, WorkerConfig
 from pager.errors import NotReady
 from pager.types import GenerateRequest, RequestObserver, TokenChunk
-from router_service.admission import AdmissionLimits
+from router_service.admission import AdmissionLimits, TenantLabels
 from router_service.metrics import REJECTIONS, STATUSES
 from router_service.prediction import Passes
-from router_service.tenants import TenantLabels
 from tests.support.calls import reason, trailer
 
 MODEL = Path(__file__).parents[2] / "models" / "emo-tiny"

@@ -41,6 +41,7 @@ from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
 from pager.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthenticated
 from pager.observe.metrics import MetricsServer
 from router_service.access_log import AuditLog
+from router_service.admission import Caller, CallerLimits, Role
 from router_service.api import Api, metrics_route
 from router_service.http import HttpServer, page_guard
 from router_service.keys import (
@@ -60,7 +61,6 @@ from router_service.keys import (
     parse_secret,
 )
 from router_service.redis import RedisClient
-from router_service.tenants import Caller, CallerLimits, Role
 from router_service.tls import TlsFiles
 from router_service.ui import Page
 from tests.router_service.conftest import InProcessCluster, Running, running_service

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pager.client import AsyncClient
-from pager.cluster.placement import check_deadline, place
-from pager.cluster.views import WorkerView
+from pager.cluster.placement import WorkerView, check_deadline, place
 from pager.errors import ConfigError, DeadlineExceeded, NotReady
 from pager.lab.traffic import Measuring, Pools
 from pager.types import ExpertPool

@@ -15,9 +15,9 @@ from playwright.sync_api import Browser, Page
 
 from pager.threads import LoopThread
 from pager.types import Full
+from router_service.admission import Role
 from router_service.keys import Gate
 from router_service.prediction import Passes
-from router_service.tenants import Role
 from tests.router_service.conftest import FACTS, MODEL, Running, scores_for
 from tests.router_service.test_router_keys import KeyRing, bearer, call, guarded, http, within
 from tests.support.waiting import until

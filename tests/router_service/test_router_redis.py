@@ -15,7 +15,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.placement import WorkerState, WorkerView
 from pager.errors import ConfigError
 from pager.types import ExpertPool, RoutingFacts, WorkerResidency
 from router_service.hints import Claims, HintStore, InProcessHints, LocalClaims, encode_pool

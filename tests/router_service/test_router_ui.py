@@ -18,7 +18,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from playwright.sync_api import Browser
 from prometheus_client import CollectorRegistry
 
-from pager.cluster.views import WorkerState, WorkerView
+from pager.cluster.placement import WorkerState, WorkerView
 from pager.observe.metrics import MetricsServer
 from pager.types import (
     Count,

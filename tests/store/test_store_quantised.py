@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pager.errors import ConfigError, UnsupportedModel
-from pager.store.quantised import GROUP, KINDS, MOST_ROWS, RecordFormat
+from pager.store.pack_format import GROUP, KINDS, MOST_ROWS, RecordFormat
 from pager.types import ExpertShape
 
 SHAPE = ExpertShape(hidden=128, intermediate=32)

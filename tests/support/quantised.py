@@ -22,7 +22,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from pager.models import EmoConfig, EmoForCausalLM
 from pager.models.open_model import OpenModel
 from pager.store.pack import pack
-from pager.store.quantised import RecordFormat
+from pager.store.pack_format import RecordFormat
 from tests.support.checkpoints import add_to_config, lively, saved
 
 BLOCK = 128

@@ -56,7 +56,8 @@ $(INSTALLED): pyproject.toml client/pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ./client --editable '.[serve,otel,lab,bench,tuning,dev]'
 	@# Without what it asks for: a protobuf of one major version back, though it runs with this one.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'tritonclient>=2.60' 'python-rapidjson>=1.20'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'tritonclient>=2.60' 'python-rapidjson>=1.20' \
+		'ml_dtypes>=0.5'
 	@touch $@
 
 # Clients that the tests call the service with. guidellm stands beside this environment's packages, as it wants some of

@@ -33,10 +33,13 @@ def truncate(folder: Path) -> None:
 
 
 def lose_tensor(folder: Path) -> None:
-    path = folder / "model.safetensors.index.json"
+    name, path = "model.layers.2.mlp.experts.3.up_proj.weight", folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    del index["weight_map"]["model.layers.2.mlp.experts.3.up_proj.weight"]
+    shard = folder / index["weight_map"].pop(name)
     path.write_text(json.dumps(index))
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, metadata={"format": "pt"})
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:

@@ -137,7 +137,7 @@ OF_TRANSFORMERS = {
     "torch_dtype": (torch.float16, "it is called dtype"),
     "quantization_config": ({"bits": 4}, "lower expert_memory"),
     "load_in_8bit": (True, "lower expert_memory"),
-    "max_memory": ({0: "8GiB"}, "set expert_memory"),
+    "max_memory": ({0: "8GiB"}, "give expert_memory"),
     "trust_remote_code": (True, "code from a checkpoint is never run"),
     "attn_implementation": ("eager", r"set_attn_implementation"),
     "revision": ("main", "snapshot_download"),

@@ -50,6 +50,7 @@ async def a_busy_service(service: Running) -> Any:
     return call
 
 
+@pytest.mark.slow
 async def test_status_shows_workers_pools_and_load() -> None:
     async with running_service() as service:
         service.cluster.change("w1", state="starting", resident=())
@@ -69,6 +70,7 @@ async def test_status_shows_workers_pools_and_load() -> None:
         await rest(call)
 
 
+@pytest.mark.slow
 async def test_status_follows_a_service() -> None:
     async with running_service() as service:
         at = ("--server", f"127.0.0.1:{service.server.port}", "--watch", "--every", "0.1", "--json")
@@ -130,6 +132,7 @@ def test_options_of_serve_are_settings() -> None:
     assert flags["router.tls_client_ca"] == "--tls-client-ca"
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_all_of_why_nothing_can_be_seen() -> None:
     """In lines as wide as it is; the service is looked for again meanwhile."""
     shown, terminal = pty.openpty()

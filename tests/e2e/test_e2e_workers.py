@@ -264,7 +264,7 @@ def test_admission_refuses_at_once_beyond_its_bounds(routers: Routers) -> None:
     refused = second.refusal(PROMPT, max_tokens=2, tenant="c")
     assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
     assert refused.retry_s is not None
-    assert "all 4 requests" in refused.message
+    assert "4 requests are in flight" in refused.message
     assert routers.first.generate(PROMPT, pool=8, max_tokens=2).usage.completion_tokens == 2  # it has its own bounds
     for call in calls:
         next(call)  # they were running all the time

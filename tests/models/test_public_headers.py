@@ -296,6 +296,7 @@ def write_header(folder: Path, released: Released) -> None:
         file.truncate(8 + len(text) + end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASED)
 def test_every_tensor_of_a_released_checkpoint_has_its_place(name: str, tmp_path: Path) -> None:
     released = RELEASED[name]()

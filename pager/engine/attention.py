@@ -495,7 +495,8 @@ def _has_one_table(rotary: Any) -> bool:
     device = rotary.inv_freq.device if hasattr(rotary, "inv_freq") else None
     if device is None or isinstance(rotary.rope_type, dict):
         return False
-    return isinstance(rotary(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, device=device)), tuple)
+    angles = inspect.unwrap(type(rotary).forward)  # without the update of the tables, which asks for values
+    return isinstance(angles(rotary, torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, device=device)), tuple)
 
 
 def _refuse_other_tables(rotary: Any, config: PretrainedConfig) -> None:

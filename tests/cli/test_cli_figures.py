@@ -25,6 +25,7 @@ RISES = {
     "trunk": 0.105748,
     "lexical": 0.038737,
     "fitted": 0.063738,
+    "codebook": 0.050987,
     "mean": 0.089969,
     "one-example": 0.032886,
     "named": 0.051405,

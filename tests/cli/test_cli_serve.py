@@ -129,7 +129,7 @@ def test_a_pool_made_from_examples_is_named(run: Run, service: dict[str, Any], t
     for arguments, message in {
         make: "[ALREADY_EXISTS]",
         ("generate", "hello", "--pool-name", "sql", "--server", service["address"]): "[NOT_FOUND]",
-        (*make, "--method", "greedy", "--replace"): "known are trunk",
+        (*make, "--method", "greedy", "--replace"): "these are: trunk",
     }.items():
         done = run(*arguments)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.utils import import_utils
 
 from pager.cache import host_index, tiers
 from pager.errors import (
@@ -145,8 +146,11 @@ class TestCheckpoints:
         add_to_config(made.path, quantization_config=method)
         monkeypatch.setitem(sys.modules, "compressed_tensors", None)
         monkeypatch.setitem(sys.modules, "compressed_tensors.quantization", None)
+        is_there = import_utils.is_compressed_tensors_available  # it remembers its answer
+        is_there.cache_clear()
         with pytest.raises(UnsupportedModel, match=r"'compressed-tensors'.*install expert-pager\[formats\]"):
             load(made.path)
+        is_there.cache_clear()
 
     def test_a_quantised_expert_without_scales(self, small: MakeSmall, load: Load) -> None:
         made = small("olmoe")

@@ -17,6 +17,8 @@ import torch
 
 import pager
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 WITHOUT_SERVE_EXTRA = """

@@ -16,6 +16,8 @@ from pager.models.open_model import OpenModel
 from pager.predict.fitted import Codebook, PredictorFile
 from pager.types import Share
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TEXTS = ["SELECT a FROM b WHERE c = 1", "SELECT d FROM e", "INSERT INTO f"]
 

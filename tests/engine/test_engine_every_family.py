@@ -112,7 +112,8 @@ def test_every_other_family_is_refused_before_it_loads(name: str, tmp_path: Path
     with opened.checkpoint, pytest.raises(UnsupportedModel) as caught:
         check_served(opened)
     assert caught.value.message.startswith(f"{small_config(FAMILIES[name]).model_type} is not supported by the service")
-    said = caught.value.message.replace("deepseek_sparse_attention", "indexed_attention")  # its name in transformers 5.17
+    # as transformers 5.17 calls that kind of layers
+    said = caught.value.message.replace("deepseek_sparse_attention", "indexed_attention")
     assert NOT_SERVED[name] in said
 
 

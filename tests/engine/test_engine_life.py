@@ -46,6 +46,8 @@ from pager.types import (
 )
 from tests.engine.conftest import Driver
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 ALL_EXPERTS = ExpertPool((tuple(range(15)),) * 4)
 

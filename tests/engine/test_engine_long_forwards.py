@@ -22,6 +22,8 @@ from pager.types import Count, ExpertPool, Full, PoolPolicy
 from tests.engine.conftest import Driver
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.slow
+
 EMO_TINY = Path(__file__).parents[2] / "models" / "emo-tiny"
 EXACT, POOL = PoolPolicy(Full()), PoolPolicy(Count(4))
 KINDS = [

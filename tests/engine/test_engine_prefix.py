@@ -18,6 +18,8 @@ from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolP
 from tests.engine.conftest import Driver
 from tests.support.checkpoints import lively, saved
 
+pytestmark = pytest.mark.slow
+
 Prompts = Callable[[int, int], list[int]]
 Pools = Callable[..., ExpertPool]
 Drivers = Callable[..., Driver]

@@ -22,6 +22,8 @@ from pager.memory.plan import Budgets
 from pager.types import PoolAsk, SamplingParams
 from tests.library.conftest import MODELS
 
+pytestmark = pytest.mark.slow
+
 MakeSmall = Callable[..., Any]
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 10**5, 10**9, 2**63, 10**30, 0.0, 0.5, -1.5, 1e300, "", "x", "4", "__class__",

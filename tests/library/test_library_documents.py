@@ -13,6 +13,8 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCa
 
 from pager.errors import ConfigError, InvalidRequest
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[..., PreTrainedModel]
 MakeSmall = Callable[..., Any]
 MaskedGates = Callable[..., Any]

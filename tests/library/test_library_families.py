@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[..., PreTrainedModel]
 MakeSmall = Callable[..., Any]
 MaskedGates = Callable[..., Any]

@@ -37,6 +37,8 @@ from pager.types import (
     Share,
 )
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CHECKPOINT = GOLDEN / "ckpt_emo_tiny"
 RECORDED = {"greedy": "greedy", "easy-ep": "easy_ep", "random": "random_s0_"}

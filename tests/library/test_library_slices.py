@@ -22,6 +22,8 @@ from pager.store.pack import record as record_checksums
 from pager.store.reads import raw_bytes
 from pager.types import ExpertPool, PoolPolicy, PoolSource
 
+pytestmark = pytest.mark.slow
+
 MakeSmall = Callable[..., Any]
 
 FAMILIES = ("emo", "olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "flex_olmo")

@@ -23,6 +23,8 @@ from pager.errors import ConfigError
 from pager.models.open_model import OpenModel
 from pager.types import Count, DriftPolicy, PoolPolicy
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[..., PreTrainedModel]
 MakeSmall = Callable[..., Any]
 Run = Callable[[], Any]

@@ -17,6 +17,8 @@ from pager.observe.metrics import MAX_CONNECTIONS, MetricsServer
 from pager.observe.worker_metrics import OUTCOMES, TierBytes, WorkerMetrics
 from pager.types import Account, DriftReport, ExpertPool, FinishReason, PagingCounts, Usage
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def metrics() -> WorkerMetrics:

@@ -40,6 +40,8 @@ from router_service.requests import (
 from tests.router_service.conftest import InProcessCluster, Running
 from tests.support.values import some
 
+pytestmark = pytest.mark.slow
+
 PREFIX = "/expert_pager.v1.ExpertPager/"
 MAX_HELD_S = 0.05
 TOO_MANY = MAX_MESSAGE_BYTES // 2 - 64  # fields of two bytes in one message

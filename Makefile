@@ -85,9 +85,9 @@ test: test-all test-oldest
 	@echo "make test: all passed"
 
 # Tests that start services come one after the other: each wants both cores. With PYTEST_ARGS one half may have no test.
-test-all: $(INSTALLED) redis chromium kubectl prometheus
-	$(RUN_TESTS) $(BESIDE) -m "$(FAST)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	$(RUN_TESTS) $(if $(COVERAGE),--cov-append) -m "not ($(FAST))" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+test-all: $(INSTALLED) redis chromium kubectl prometheus $(GUIDELLM) $(NODE_MODULES)
+	$(RUN_TESTS) $(BESIDE) -m "not ray" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(RUN_TESTS) $(if $(COVERAGE),--cov-append) -m ray $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-oldest: $(INSTALLED) $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(RUN_TESTS) $(BESIDE) tests/models tests/engine tests/library $(PYTEST_ARGS)

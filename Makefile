@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 # One thread for the tests' own models: they are small, and workers that run beside them want the other core.
 # COVERAGE=1 reports at the end which lines of pager and router_service the tests' own process ran.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
-FAST := not (ray or redis or browser or tools or gpu or slow)
+FAST := not (ray or redis or browser or tools or gpu or slow or alone)
 # In two processes, a file in one of them.
 BESIDE := --numprocesses 2 --dist loadfile
 INSTALLED := $(VENV)/.installed
@@ -86,8 +86,8 @@ test: test-all test-oldest
 
 # Tests that start services come one after the other: each wants both cores. With PYTEST_ARGS one half may have no test.
 test-all: $(INSTALLED) redis chromium kubectl prometheus $(GUIDELLM) $(NODE_MODULES)
-	$(RUN_TESTS) $(BESIDE) -m "not ray" $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	$(RUN_TESTS) $(if $(COVERAGE),--cov-append) -m ray $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(RUN_TESTS) $(BESIDE) -m "not (ray or alone)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(RUN_TESTS) $(if $(COVERAGE),--cov-append) -m "ray or alone" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-oldest: $(INSTALLED) $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(RUN_TESTS) $(BESIDE) tests/models tests/engine tests/library $(PYTEST_ARGS)

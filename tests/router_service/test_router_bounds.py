@@ -40,7 +40,7 @@ from router_service.requests import (
 from tests.router_service.conftest import InProcessCluster, Running
 from tests.support.values import some
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PREFIX = "/expert_pager.v1.ExpertPager/"
 MAX_HELD_S = 0.05

@@ -29,6 +29,8 @@ from tests.router_service.test_router_bounds import CONTEXT, MAX_HELD_S, large_s
 from tests.support.files import EMO_TINY
 from tests.support.values import some
 
+pytestmark = pytest.mark.alone
+
 COMPLETIONS, CHAT, RESPONSES, MESSAGES = "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"
 MODEL = '{"model":"tiny","max_tokens":1'
 PROMPT = f'{MODEL},"prompt":'

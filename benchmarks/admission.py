@@ -18,7 +18,7 @@ from benchmarks.measure import alternate
 from benchmarks.page_cache import drop
 from benchmarks.prompts import prompts_of
 from benchmarks.report import Table, console, figure, ratio
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.models.open_model import OpenModel
 from pager.pools.pick import largest_counts
 from pager.types import ExpertPool, PoolPolicy, Share

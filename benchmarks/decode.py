@@ -25,8 +25,7 @@ from benchmarks.models import (
 )
 from benchmarks.prompts import prompts_of
 from benchmarks.report import Table, console, figure, ratio
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes
 from pager.types import PoolPolicy
 
 if TYPE_CHECKING:

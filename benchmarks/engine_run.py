@@ -18,7 +18,7 @@ from pager.cache.pager import CacheOptions
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
 from pager.engine.paged_model import PagedModel, load_paged_model
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.pools.pick import largest_counts
 from pager.types import (
     Count,

@@ -24,8 +24,7 @@ from benchmarks.measure import alternate
 from benchmarks.models import Decode
 from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten, ratio
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes
 from pager.types import PoolPolicy, Share, Usage
 
 MODEL = ROOT / "models" / "emo-tiny"

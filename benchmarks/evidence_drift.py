@@ -20,9 +20,9 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
 from pager.lab.corpus import Cut, Text, digest_of, domains_of, read_texts
 from pager.lab.report import Bootstrap, Interval, table
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
-from pager.pools.drift import RequestRouting, answer_drift
+from pager.memory import Budgets, format_bytes
+from pager.pools.drift import answer_drift
+from pager.pools.step import RequestRouting
 from pager.types import DriftAction, DriftPolicy, DriftReport, PoolPolicy, Share
 
 POOL = Share(0.25)

@@ -20,7 +20,7 @@ from pager.engine.paged_model import load_paged_model
 from pager.lab.corpus import Cut, Text, digest_of, read_texts
 from pager.lab.recording import EVERY_EXPERT, Forwards
 from pager.lab.report import Bootstrap, Interval, table
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.store.pack_format import KINDS
 
 DTYPE = torch.bfloat16

@@ -9,7 +9,7 @@ from benchmarks.evidence_claims import LEAST_RISE, Claim
 from benchmarks.evidence_measure import Measured
 from pager.lab.methods import BY_LAYER, METHODS
 from pager.lab.report import Evaluation, rise_table, table
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 
 
 def page(emo: Measured, std: Measured, claims: Sequence[Claim], others: Mapping[str, str], command: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.models import load_library, load_plain
 from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, quieten
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

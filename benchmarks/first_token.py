@@ -17,8 +17,7 @@ from benchmarks.page_cache import drop
 from benchmarks.prompts import prompts_of
 from benchmarks.raw_read import RawReader, extents_of
 from benchmarks.report import Table, console, figure, ratio
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes
 from pager.models.open_model import OpenModel
 from pager.pools.pick import largest_counts
 from pager.types import ExpertPool, PoolPolicy, Share

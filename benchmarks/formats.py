@@ -26,8 +26,7 @@ from benchmarks.report import RESULTS, Report, Table, conditions, figure, quiete
 from benchmarks.shapes import SHAPES
 from pager.cli.options import print_error
 from pager.errors import PagerError
-from pager.memory.plan import NUM_READERS, Budgets
-from pager.memory.units import format_bytes
+from pager.memory import NUM_READERS, Budgets, format_bytes
 from pager.models.open_model import OpenModel
 from pager.store.pack_format import KINDS
 from pager.types import PoolPolicy

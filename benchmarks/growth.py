@@ -30,8 +30,7 @@ from benchmarks.shapes import SHAPES, Shape
 from benchmarks.synthetic import write_checkpoint
 from pager.cli.options import print_error
 from pager.errors import PagerError
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes
 from pager.types import ExpertPool
 
 WORK = ROOT / "build" / "benchmarks"

@@ -26,7 +26,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import write_checkpoint
 from pager.cli.options import bytes_progress, print_error
 from pager.errors import PagerError
-from pager.memory.units import format_bytes, parse_bytes
+from pager.memory import format_bytes, parse_bytes
 
 WORK = ROOT / "build" / "benchmarks"
 TIMEOUT_S = 900

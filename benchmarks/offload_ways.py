@@ -23,8 +23,7 @@ from benchmarks.engine_run import fixed, load_engine, random_pools
 from benchmarks.models import Decoded, decode_by_generate, endless
 from benchmarks.prompts import prompts_of
 from benchmarks.report import quieten
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes
 from pager.models.open_model import moe_blocks
 from pager.types import PoolPolicy
 

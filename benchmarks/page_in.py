@@ -32,7 +32,7 @@ from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.tiers import HostTier
 from pager.cli.options import print_error
 from pager.errors import PagerError
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 from pager.models.open_model import OpenModel
 from pager.types import ExpertPool
 

@@ -27,8 +27,7 @@ from pager.cache.trace import Trace, read_trace
 from pager.engine.interface import EngineLimits
 from pager.lab.corpus import Cut, read_texts
 from pager.lab.replay import OPTIMUM, ReplayResult, replay_all
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes
 from pager.types import PoolPolicy, Share
 
 MODEL = ROOT / "models" / "emo-tiny"

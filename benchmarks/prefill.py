@@ -19,8 +19,7 @@ from benchmarks.engine_run import load_engine
 from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, quieten
 from pager.engine.paged_model import PagedModel
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes
 from pager.models.open_model import OpenModel, moe_blocks
 from pager.pools.pick import largest_counts
 from pager.types import ExpertKey, ExpertPool, PoolPolicy, Share

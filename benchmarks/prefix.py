@@ -23,7 +23,7 @@ from benchmarks.engine_run import EngineRun, fixed, load_engine, random_pools
 from benchmarks.measure import alternate
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, figure, quieten, ratio
 from pager.engine.interface import EngineLimits
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.types import PoolPolicy, Usage
 
 MODEL = ROOT / "models" / "emo-tiny"

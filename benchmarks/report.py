@@ -19,7 +19,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 BUSY_PERCENT = 10

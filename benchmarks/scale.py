@@ -26,8 +26,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import check_checkpoint, write_checkpoint
 from pager.cli.options import bytes_progress, print_error
 from pager.errors import PagerError
-from pager.memory.plan import Budgets, Plan
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, Plan, format_bytes
 from pager.types import PoolPolicy, Share
 
 WORK = ROOT / "build" / "benchmarks"

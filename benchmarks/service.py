@@ -33,7 +33,7 @@ from benchmarks.measure import alternate
 from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten, ratio
 from pager.engine.interface import EngineLimits
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.types import PoolPolicy
 
 MODEL = ROOT / "models" / "emo-tiny"

@@ -21,7 +21,7 @@ from benchmarks.report import console
 from benchmarks.shapes import SHAPES, Shape
 from pager.cli.options import bytes_progress, print_error
 from pager.errors import CheckpointError, ConfigError, InsufficientDisk, PagerError
-from pager.memory.units import format_bytes, parse_bytes
+from pager.memory import format_bytes, parse_bytes
 from pager.store.checkpoint import INDEX_NAME, SINGLE_NAME
 from pager.store.reads import raw_bytes
 from pager.store.safetensors import layout

@@ -30,7 +30,7 @@ from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console,
 from benchmarks.service import KV_MEMORY, Client, Wave, first_tokens_ms, service
 from pager.engine.interface import EngineLimits
 from pager.engine.paged_model import PagedModel
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.pools.pick import pick_pool
 from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
 from pager.types import PoolPolicy, Share

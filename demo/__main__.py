@@ -22,7 +22,7 @@ from demo.prompts import PROMPTS
 from pager import Client, Count, SamplingParams, Share
 from pager.cli.options import out, print_table
 from pager.errors import PagerError
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 from pager.types import ExpertPool, ModelInfo, PoolSize, Usage
 
 MODEL = Path(__file__).parents[1] / "models" / "emo-tiny"

@@ -19,8 +19,7 @@ from pager.cache.index import POLICIES
 from pager.cache.trace import Trace, read_trace
 from pager.engine.paged_model import load_paged_model
 from pager.lab.replay import replay_all
-from pager.memory.plan import Budgets
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes
 from pager.types import ExpertKey, PoolPolicy, Share
 
 MODEL = Path(__file__).parents[1] / "models" / "emo-tiny"

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 import pager
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 
 MODEL = Path(__file__).parents[1] / "models" / "emo-tiny"
 PROMPT = "-- Which team has more than 20 points?\nSELECT TEAM FROM table WHERE"

@@ -165,8 +165,9 @@ class Client(_Client):
         """Starts an answer, to be iterated over.
 
         Without `sampling`, the service's default length is used, or what there is room for, and tokens are drawn as the
-        model's own settings say; the same holds for the fields `unset` of it, and for its length with `has_max_tokens`
-        False. Errors, also those of the request itself, are raised while the answer is read.
+        model's own settings say. Fields of `sampling` that `unset` names are chosen by the service too, and so is its
+        length with `has_max_tokens` False. Errors, also those of the request itself, are raised while the answer is
+        read.
         """
         request = _generate(prompt, sampling, pool, _unset(sampling, has_max_tokens, unset), request_id)
         return Answer(self._stub.Generate(request, **self._options(timeout_s)), request.request_id, self.address)
@@ -211,11 +212,14 @@ class Client(_Client):
         return self._run(_status(), timeout_s)
 
     def drain_worker(self, worker: str, *, timeout_s: float | None = None) -> None:
-        """Has a worker take nothing new, end what it has, and be started again. Returns at once. For operators."""
+        """Drains a worker: it refuses new requests, finishes those it has, and is started again. Returns at once.
+
+        For operators.
+        """
         self._run(_drain(worker), timeout_s)
 
     def drain_router(self, *, timeout_s: float | None = None) -> None:
-        """The same for the router that answers, which then ends."""
+        """Drains the router that answers, which then ends. Returns at once. For operators."""
         self._run(_drain(None), timeout_s)
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> None:

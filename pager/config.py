@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from pager.errors import ConfigError
-from pager.memory.units import parse_bytes, parse_bytes_or_share
+from pager.memory import parse_bytes, parse_bytes_or_share
 from pager.reading import read_bounded, reason_of
 
 MAX_FILE_BYTES = 1 << 16  # every setting there is takes a few kilobytes
@@ -567,8 +567,8 @@ class PoolConfig:
     )
     learn_codewords: bool = _key(
         True,
-        "Whether the codebook learns from traffic: prompts of all tenants that no codeword covers and that are alike "
-        "become a codeword, by what their gates wanted and without their text. It takes a predictor with a trunk.",
+        "Whether the codebook learns from traffic: similar prompts that no codeword covers, of any tenant, become a "
+        "new codeword. It keeps which experts they wanted, not their text. It needs a predictor that runs the trunk.",
     )
     path: str | None = _key(
         None,

@@ -74,7 +74,7 @@ def read_tokenizer(model: Path) -> Tokenizer | None:
 
 
 def _whole(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns what a training script left on would cut or fill up prompts without a word."""
+    """Turns off truncation and padding, which a training script may have left on: they would alter prompts silently."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -259,7 +259,10 @@ Prompt = str | Sequence[int]
 def encode_generate(
     prompt: Prompt, sampling: SamplingParams, pool: PoolAsk, *, request_id: str = "", unset: Collection[str] = ()
 ) -> pb.GenerateRequest:
-    """The fields `unset` of sampling are left to the service. Raises InvalidRequest."""
+    """Leaves the fields `unset` of sampling to the service. Raises InvalidRequest."""
+    if unknown := sorted(set(unset) - set(CHOSEN_BY_SERVICE)):
+        fields = ", ".join(CHOSEN_BY_SERVICE)
+        raise InvalidRequest(f"{unknown[0]!r} cannot be left to the service; these fields can: {fields}", field="unset")
     with _refusing():
         message = pb.GenerateRequest(request_id=request_id, sampling=encode_sampling(sampling), pool=encode_ask(pool))
         for name in CHOSEN_BY_SERVICE:

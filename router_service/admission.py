@@ -33,7 +33,7 @@ from pager.types import Load, TenantLoad
 
 # --- tenants and callers ----------------------------------------------------------------------------------------------
 #
-# Tenants and callers: their legal names, permissions and bounds, and the tenants that metrics name.
+# Their legal names, permissions and bounds, and the tenants that metrics name.
 
 
 DEFAULT_TENANT = "default"

@@ -159,7 +159,7 @@ def _text(content: str | list[Block] | None) -> str:
 
 
 def _for_template(message: Message) -> list[dict[str, Any]]:
-    """Yields a message as templates read it; tool results become messages of their own."""
+    """Returns a message as templates read it; tool results become messages of their own."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     made: list[dict[str, Any]] = [

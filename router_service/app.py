@@ -24,8 +24,7 @@ from pager.cluster.worker import budgets_of
 from pager.config import RouterConfig, ServiceConfig
 from pager.engine.paged_model import needs_of
 from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, PortInUse
-from pager.memory.plan import Machine, plan, resolve_device
-from pager.memory.units import format_address, parse_bytes
+from pager.memory import Machine, format_address, parse_bytes, plan, resolve_device
 from pager.models.open_model import OpenModel
 from pager.observe import tracing
 from pager.observe.metrics import MetricsServer, leave_out_of_collections

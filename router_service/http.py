@@ -41,7 +41,7 @@ from pager.errors import (
     SlowReader,
     Unauthenticated,
 )
-from pager.memory.units import format_address
+from pager.memory import format_address
 from pager.observe import tracing
 from pager.observe.logs import request_id, trace_context, traceparent_of
 from pager.observe.metrics import Guard

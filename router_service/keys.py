@@ -282,12 +282,7 @@ def read_file(path: Path, what: str) -> bytes:
         raise ConfigError(f"{what} {str(path)!r} cannot be read: {reason_of(error)}") from None
 
 
-# --- the checker of callers -------------------------------------------------------------------------------------------
-#
-# One checker in front of every front, of API keys, client certificates and JSON web tokens. It holds the keys, secrets
-# and public keys as last read, and reads them again several times a second. A refused caller is not told what was
-# wrong.
-
+# --- keys as last read ------------------------------------------------------------------------------------------------
 
 REFRESH_S = 0.25  # a revoked key is refused within a second
 MAX_CREDENTIAL_BYTES = 8192
@@ -432,7 +427,11 @@ class Tokens:
             return None
 
 
-# --- the checker ----------------------------------------------------------------------------------------------------
+# --- the checker of callers -------------------------------------------------------------------------------------------
+#
+# One checker in front of every front, of API keys, client certificates and JSON web tokens. It holds the keys, secrets
+# and public keys as last read, and reads them again several times a second. A refused caller is not told what was
+# wrong.
 
 _ALL = frozenset(Role)
 _TENANTS_WORK = frozenset({Role.INFERENCE, Role.OPERATOR})

@@ -257,7 +257,10 @@ class Adapters:
 
     @contextmanager
     def following(self, name: str, runs: Callable[[], bool]) -> Iterator[None]:
-        """A request for a pool of this name, which may be none, is in flight in the block; `runs` once it is served."""
+        """Counts a request with this pool as in flight during the block; `runs` tells whether it is being served.
+
+        `name` may be empty.
+        """
         key = object()
         if name:
             self._live[key] = (name, runs)
@@ -326,7 +329,7 @@ class RouterMetrics:
         self._gateway = [Gauge(name, meaning, ["model_name"], registry=registry) for name, meaning in GATEWAY.items()]
 
     def describe(self, **labels: str) -> None:
-        """Sets version, model and default pool as labels of `expert_pager_router_info`."""
+        """Sets what is served as the labels of `expert_pager_router_info`."""
         self._info.labels(*(labels[name] for name in INFO_LABELS)).set(1)
 
     def saw(self, model: str, workers: Sequence[WorkerView]) -> None:

@@ -38,8 +38,6 @@ class AnswerAsked(PoolAsked):
     """The parameters of a requested answer."""
 
     max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
-    temperature: float = 0.0
-    seed: int | None = None
 
 
 class Playground:
@@ -64,15 +62,9 @@ class Playground:
         found = {
             "model": model.name,
             "routed_per_layer": model.facts.routed_per_layer,
-            "expert_bytes": model.facts.expert_bytes,
-            "token_limit": model.token_limit,
             "max_tokens": MAX_TOKENS,
             "default_pool": write_pool_size(default.size),
-            "default_source": default.source,
-            "pools": [
-                {"name": each.name, "digest": each.pool.digest, "experts": each.pool.num_experts}
-                for each in listing.pools
-            ],
+            "pools": [{"name": each.name, "digest": each.pool.digest} for each in listing.pools],
         }
         await exchange.answer(200, found)
 
@@ -94,12 +86,9 @@ class Playground:
                 "num_tokens": route.num_tokens,
                 "scores": [[round(score, SCORE_DIGITS) for score in layer] for layer in route.scores],
                 "expected": None if expected is None else pool_in_json(expected),
-                "is_observed": route.observed is not None,
                 "expected_recall": route.expected_recall,
                 "codeword": route.codeword or None,
-                "coverage": route.coverage,
                 "worker": route.worker,
-                "missing_bytes": route.missing_bytes,
             }
 
         await exchange.answer(200, found)  # made in a thread: a large model has thousands of scores
@@ -107,7 +96,7 @@ class Playground:
     async def answer(self, exchange: Exchange, tenant: str) -> None:
         """Answers POST /ui/answers with server-sent events, one per token; the last one has the account."""
         asked = AnswerAsked.read(await exchange.json())
-        sampling = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed)
+        sampling = SamplingParams(max_tokens=asked.max_tokens)
         ask = Ask(
             id=request_id.get(),
             prompt=asked.prompt,
@@ -138,9 +127,8 @@ def event_of(chunk: TokenChunk) -> dict[str, Any]:
     if chunk.outside_mass is not None:
         event["outside"] = round(chunk.outside_mass, 4)
     if chunk.page_ins:
-        event["page_ins"] = [
-            [*each.key, each.source, round(1000 * each.at_s, 3)] for each in chunk.page_ins
-        ]  # layer, expert, tier, milliseconds
+        # layer, expert, tier, milliseconds
+        event["page_ins"] = [[*each.key, each.source, round(1000 * each.at_s, 3)] for each in chunk.page_ins]
     if chunk.usage is not None:
         event["bill"] = bill_of(chunk.usage)
     return event

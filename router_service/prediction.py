@@ -22,7 +22,7 @@ import torch
 
 from pager.config import RouterConfig
 from pager.errors import ConfigError, InvalidRequest
-from pager.memory.plan import resolve_device
+from pager.memory import resolve_device
 from pager.models.open_model import OpenModel
 from pager.observe.tracing import note, span
 from pager.pools.pick import pick_pool, resolve_size
@@ -356,7 +356,7 @@ class TrafficCodebook:
         self.on_revision(learned)
 
     def _is_misfit(self, codeword: Codeword, usage: Usage) -> bool:
-        """More of the gates' mass fell outside of the codeword's pool than the codeword lets expect."""
+        """Tells whether more of the gates' mass fell outside of the codeword's pool than is to be expected of it."""
         expected = None if codeword.pool is None else codeword.pool.covered_mass
         if not codeword.is_covered or expected is None or usage.completion_tokens < MIN_JUDGED_TOKENS:
             return False
@@ -407,9 +407,9 @@ class PassChain:
         return scored
 
     async def share(self, tenant: str, token_ids: Sequence[int], size: PoolSize) -> Scored:
-        """The pool of the best codeword, or where it does not cover the prompt, one of the prompt's own.
+        """Returns the pool of the best codeword. Where none covers the prompt, the trunk picks one for it; without a
+        trunk, `is_enough` is False.
 
-        The latter takes the trunk, which has its say where the first pass runs it; `is_enough` is False without.
         Needs a codebook, and a size below all experts.
         """
         assert self.traffic is not None, "checked before"
@@ -461,15 +461,20 @@ class Prediction:
 
     @property
     def home_key(self) -> str:
-        """The name under which its pool comes again, for placement; empty for a pool of the prompt's own."""
-        if self.policy.fixed is None or self.source == OWN:
-            return ""
-        return self.covering or self.policy.fixed.digest
+        """The name under which its pool recurs, for placement; empty for a pool of the prompt's own."""
+        return "" if self.policy.fixed is None else home_key(self.policy.fixed, self.codeword)
 
     @property
     def placed_by(self) -> str:
         """Returns what kind of pool the request is placed by, as metrics name it."""
         return "codeword" if self.covering else "fixed" if self.home_key else "predicted"
+
+
+def home_key(fixed: ExpertPool | None, codeword: Codeword | None) -> str:
+    """Returns the name under which a pool recurs: its codeword's, or its digest; empty for a pool of a prompt's own."""
+    if codeword is not None:
+        return codeword.name if codeword.is_covered else ""
+    return "" if fixed is None else fixed.digest
 
 
 class Predictor:

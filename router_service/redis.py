@@ -719,9 +719,11 @@ class SharedQuotas(Quotas):
             try:
                 return await question(self._shared, item, caller.id, **options)
             except (StorageError, OSError, TimeoutError) as error:
-                raise RedisUnavailableError("unreachable", type(error).__name__) from None
+                cause = getattr(error, "storage_error", error)
+                raise RedisUnavailableError(_reason(cause), type(cause).__name__) from None
 
+        through = self._breaker.write if question is FixedWindowRateLimiter.hit else self._breaker.read
         try:
-            return await self._breaker.write(ask)
+            return await through(ask)
         except RedisUnavailableError:
             return await super()._ask(question, item, caller, **options)

@@ -17,7 +17,7 @@ from expert_pager.v1 import expert_pager_pb2 as pb
 from google.protobuf.message import Message
 
 from pager.errors import InvalidRequest, PagerError, PromptTooLong, UnknownModel, UnknownPool
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 from pager.pools.drift import check_can_drift, check_drift
 from pager.pools.pick import (
     MAX_EXAMPLES,
@@ -58,9 +58,8 @@ from router_service.prediction import Predictor
 
 MAX_MESSAGE_BYTES = 8 * 2**20
 CORE_MESSAGE_BYTES = 2 * MAX_MESSAGE_BYTES  # a larger message is refused by gRPC itself, whose error has no details
-MAX_UNZIPPED_BYTES = (
-    2**20
-)  # of a compressed message: one that unpacks to a thousand times its size costs its sender little
+# Of a compressed message: one that unpacks to a thousand times its size costs its sender little.
+MAX_UNZIPPED_BYTES = 2**20
 CORE_METADATA_BYTES = 64 * 2**10
 MAX_METADATA_BYTES = 16 * 2**10
 MAX_FIELDS = 256  # at the top level; Calibrate's examples are the most that is ever needed
@@ -229,7 +228,7 @@ def malformed() -> InvalidRequest:
     return InvalidRequest("the message cannot be parsed; does the client have another version, or is a text not UTF-8?")
 
 
-# --- bounds ---------------------------------------------------------------------------------------------------------
+# --- the bound of each field ------------------------------------------------------------------------------------------
 
 
 def _text_bound(model: ModelInfo, longest_token_bytes: int) -> Bound:

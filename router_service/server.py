@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from pager.cluster.placement import WorkerState
 from pager.errors import ConfigError, DeadlineExceeded, InvalidRequest, PagerError, PortInUse, SlowReader, UnknownMethod
-from pager.memory.units import format_address
+from pager.memory import format_address
 from pager.observe import tracing
 from pager.observe.logs import request_id, trace_context, traceparent_of
 from pager.observe.metrics import LoopLag
@@ -151,7 +151,9 @@ class ExpertPagerService(pb_grpc.ExpertPagerServicer):
         if wire.worker:
             await self._pipeline.drain_worker(wire.worker)
         elif wire.router:
-            self._stop()
+            if not self._pipeline.admission.is_closed:  # a second signal would cut off what is in flight
+                self._pipeline.admission.close()
+                self._stop()
         else:
             raise InvalidRequest("say what is to be drained: a `worker` by its name, or the `router`", field="worker")
         return pb.DrainResponse()

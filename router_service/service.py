@@ -24,6 +24,7 @@ from pager.types import (
     GenerateRequest,
     ModelInfo,
     NamedPool,
+    PagingCounts,
     PoolListing,
     PoolPolicy,
     PoolSource,
@@ -37,7 +38,7 @@ from router_service.admission import Admission, Caller, Quotas, refusing, remain
 from router_service.hints import Claims, HintStore, all_workers
 from router_service.metrics import RouterMetrics
 from router_service.pools import PoolStore, name_in_use
-from router_service.prediction import LearnedStore, Prediction, Predictor, Scored
+from router_service.prediction import LearnedStore, Prediction, Predictor, home_key
 from router_service.requests import Ask, CalibrateAsk, Intake, PoolByName, RouteAsk, check_model, no_such_pool
 from router_service.requests import request_id as check_request_id
 from router_service.ui import PoolLog
@@ -96,11 +97,9 @@ class StreamMeter:
         self._arrived_s = call.arrived_s
         self._first_s = self._last_s = 0.0
         self._tokens_of: Counter[int] = Counter()  # by the number of the answer
+        self.num_tokens = 0
+        self.paging = PagingCounts()  # each answer's usage has what was paged since the one before it ended
         self.has_started = False
-
-    @property
-    def num_tokens(self) -> int:
-        return self._tokens_of.total()
 
     def seen(self, chunk: TokenChunk, predicted: ExpertPool | None) -> TokenChunk:
         """Returns the chunk to send: a last one without the recall of its prediction gets it."""
@@ -113,11 +112,13 @@ class StreamMeter:
         if chunk.token_ids:
             self._last_s = now_s
             self._tokens_of[chunk.index] += len(chunk.token_ids)
+            self.num_tokens += len(chunk.token_ids)
             self._metrics.served.tokens += len(chunk.token_ids)
         tell(completion_tokens=self.num_tokens)
         usage = chunk.usage
         if usage is None:
             return chunk
+        self.paging += usage.paging
         if usage.pool is not None and predicted is not None:
             if chunk.is_last:
                 self._metrics.predicted(predicted, usage.pool)
@@ -196,7 +197,7 @@ class Pipeline:
                     adapter = self.metrics.adapters.following(name, lambda: meter.has_started)
                     with self._live_pools.following(*shown) as live, adapter, meter:
                         usage = await self._stream(sent, prediction, send, meter)
-                        live.answered(usage)
+                        live.answered(replace(usage, paging=meter.paging))
                 finally:
                     if call.caller is not None:
                         await self.stores.quotas.answer(call.caller, meter.num_tokens)
@@ -322,7 +323,9 @@ class Pipeline:
             is_left_to_prefill = policy.fixed is None and (scored is None or not scored.is_enough)
             try:
                 known = observed or (None if is_left_to_prefill else pool)
-                placement = self._place(known, set(), _home_key(policy, scored))
+                placement = self._place(
+                    known, set(), home_key(policy.fixed, None if scored is None else scored.codeword)
+                )
             except NotReady:
                 placement = None
         answer = RouteAnswer("prefill", len(prompt), pool=pool, observed=observed)
@@ -412,17 +415,12 @@ class Pipeline:
         return replace(self.model, num_slots=num_slots, codewords=self._predictor.codewords)
 
     async def drain_worker(self, name: str) -> None:
-        """Has a worker take nothing new, end what it has, and be started again. Raises UnknownWorker or NotReady."""
+        """Drains a worker: it refuses new requests, finishes those it has, and is started again.
+
+        Raises UnknownWorker or NotReady.
+        """
         await self.cluster.retire(name)
 
     async def residency(self) -> list[WorkerResidency]:
         """Returns what this router's workers hold, as last reported, and what other routers report of theirs."""
         return await all_workers(self.cluster.workers(), self.stores.hints)
-
-
-def _home_key(policy: PoolPolicy, scored: Scored | None) -> str:
-    """Returns the home key, as `Prediction.home_key`, of a prompt that is placed without being run."""
-    if policy.fixed is not None:
-        return policy.fixed.digest
-    word = None if scored is None else scored.codeword
-    return word.name if word is not None and word.is_covered else ""

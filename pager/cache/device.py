@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pager.errors import BudgetError
-from pager.memory.plan import STAGING_BUFFERS
+from pager.memory import STAGING_BUFFERS
 from pager.types import ExpertKey, ExpertShape
 
 

@@ -19,7 +19,7 @@ from pager.cache.stats import CacheStats, Cause, NoObserver, PagerObserver, Usag
 from pager.cache.tiers import Fetched, HostTier, Readers, Tiers, Turn, why_bypass
 from pager.cache.trace import TraceRecorder
 from pager.errors import ExpertUnavailable, PoolTooLarge
-from pager.memory.plan import NUM_READERS, Machine
+from pager.memory import NUM_READERS, Machine
 from pager.store.expert_source import ExpertSource
 from pager.types import ExpertKey
 

@@ -24,8 +24,7 @@ from pager.cache.device import Transfer
 from pager.cache.host_index import SHM, HostGrant, HostIndex, HostSegment, HostState
 from pager.cache.stats import Lookup, PagerObserver, Tier
 from pager.errors import BudgetError, ConfigError, ExpertUnavailable
-from pager.memory.plan import NUM_CHECKERS
-from pager.memory.units import format_bytes
+from pager.memory import NUM_CHECKERS, format_bytes
 from pager.store.expert_source import Destination, ExpertSource
 from pager.store.reads import MOST_BYTES, FileRange
 from pager.types import ExpertKey, ExpertShape
@@ -35,10 +34,8 @@ from pager.types import ExpertKey, ExpertShape
 # The host tier: a shared-memory segment of expert records that every worker of a node maps.
 #
 # A record is an expert's parameters one after the other, in the dtype they are served in. The segment consists of
-# records
-# only, so that a budget for all experts holds all of them; the index, a file beside it, says which expert a record
-# holds.
-# Bytes are checked once, when they come from the disk: a record is trusted from then on.
+# records only, so that a budget for all experts holds all of them; the index, a file beside it, says which expert a
+# record holds. Bytes are checked once, when they come from the disk: a record is trusted from then on.
 
 
 __all__ = ["HostGrant", "HostIndex", "HostState", "HostTier"]

@@ -16,7 +16,7 @@ from pager.cli.keys import keys_app
 from pager.cli.options import print_error
 from pager.cli.pools import pools_app
 from pager.errors import PagerError
-from pager.store.checkpoint import keep_offline
+from pager.store.hub import keep_offline
 
 app = typer.Typer(
     name="expert-pager",

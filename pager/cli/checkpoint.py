@@ -28,9 +28,8 @@ from pager.cli.options import (
 )
 from pager.cli.pools import PoolsFolder, ServerOptions, checked_tenant, find_named
 from pager.errors import ConfigError, InvalidRequest, PoolTooSmall, UnknownPool, UnsupportedModel
-from pager.memory.plan import Budgets, Machine, Needs, Plan, describe, resolve_device
-from pager.memory.plan import plan as make_plan
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, Machine, Needs, Plan, describe, format_bytes, resolve_device
+from pager.memory import plan as make_plan
 from pager.reading import read_json_file, reason_of, shown
 
 if TYPE_CHECKING:
@@ -575,9 +574,9 @@ def _find(name: str, at: ServerOptions, folder: Path | None) -> NamedPool:
 
 
 def _calibrated(model: Path, examples: Path, choice: ChoiceOptions) -> NamedPool:
-    from pager.cli.generate import Local
+    from pager.cli.local import Local
     from pager.lab.corpus import read_examples
-    from pager.memory.plan import Budgets, resolve_device
+    from pager.memory import Budgets, resolve_device
     from pager.pools.pick import parse_pool_size
     from pager.types import Full
 

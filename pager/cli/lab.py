@@ -26,8 +26,7 @@ from pager.cli.options import (
     steps_progress,
 )
 from pager.errors import InvalidRequest, PagerError
-from pager.memory.plan import Budgets, resolve_device
-from pager.memory.units import format_bytes
+from pager.memory import Budgets, format_bytes, resolve_device
 
 if TYPE_CHECKING:
     from pager.cache.trace import Trace

@@ -30,9 +30,9 @@ from rich.progress import (
 from rich.table import Table
 
 from pager.errors import ConfigError, InvalidRequest
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 from pager.reading import check_text, read_bounded, reason_of
-from pager.store.checkpoint import local_folder
+from pager.store.hub import local_folder
 from pager.types import DriftReport, ExpertPool, PoolAsk, PoolSource, Usage
 
 

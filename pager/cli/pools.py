@@ -31,13 +31,13 @@ from pager.cli.options import (
 )
 from pager.config import API_KEY, API_KEY_FILE
 from pager.errors import ConfigError, InvalidRequest, UnknownPool
-from pager.memory.plan import Budgets, resolve_device
+from pager.memory import Budgets, resolve_device
 from pager.pools.pick import check_name, check_num_examples
 from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
 from pager.types import Full, NamedPool
 
 if TYPE_CHECKING:
-    from pager.cli.generate import Local
+    from pager.cli.local import Local
     from pager.client import Client
     from pager.types import NamedPool
     from router_service.pools import PoolStore
@@ -160,7 +160,7 @@ class Place(ServerOptions):
 
     def local(self) -> Local:
         """Opens the checkpoint in this process. Raises ConfigError for a missing device."""
-        from pager.cli.generate import Local
+        from pager.cli.local import Local
 
         assert self.model is not None
         return Local(self.model, resolve_device(self.device), self.dtype)

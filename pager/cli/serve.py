@@ -1,4 +1,4 @@
-"""The commands of the service: `expert-pager serve`, `status`, and `config`, which only checks settings."""
+"""The commands of the service: `expert-pager serve`, `status` and `drain`, and `config`, which only checks settings."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from pager.cli.options import (
 from pager.cli.pools import ServerOptions
 from pager.config import SCHEMA, Reading, ServiceConfig, config_of, load_config, read_config, shown
 from pager.errors import NotReady, PagerError, ServiceUnreachable
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 from pager.observe import logs
 from pager.pools.drift import parse_drift
 from pager.pools.pick import parse_pool_size
-from pager.store.checkpoint import HubModel
+from pager.store.hub import HubModel
 from pager.types import ModelInfo, NamedPool, ServiceStatus
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from pager.store.appearing import remove_abandoned
 
 if TYPE_CHECKING:
     from pager.cache.tiers import HostTier
-    from pager.memory.plan import Plan
+    from pager.memory import Plan
     from pager.models.open_model import OpenModel
 
 # --- control of one node's workers ------------------------------------------------------------------------------------

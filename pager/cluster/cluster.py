@@ -37,7 +37,7 @@ POLL_S = 1.0
 HEALTH_TIMEOUT_S = 5.0  # how long a worker's process may take to answer after its stream broke
 EXIT_TIMEOUT_S = 10.0  # how long a process that has drained may take to exit
 EXIT_POLL_S = 0.1
-FIRST_PAUSE_S = 0.5
+FIRST_PAUSE_S, MOST_DOUBLINGS = 0.5, 16
 HEALTHY_S = 60.0  # a loss after this long without one counts as the first
 LOSSES_BEFORE_GIVING_UP = 3  # applies only while the worker has never been ready
 
@@ -113,9 +113,17 @@ class WorkerSupervisor:
 
     async def retire(self) -> None:
         """Has the worker drain and end, whichever router started it. Raises NotReady."""
-        if self._process is None or self.state not in (WorkerState.READY, WorkerState.DRAINING):
+        if self.state is WorkerState.DRAINING:
+            return
+        if self._process is None or self.state is not WorkerState.READY:
             raise NotReady(f"{self.id} is {self.state}; drain it once it is ready", retry_after_s=POLL_S)
-        await self._process.actor.retire.remote()
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await self._process.actor.retire.remote()
+        except ray.exceptions.RayActorError:
+            return  # it had nothing to end, and has ended before it could answer
+        except (TimeoutError, ray.exceptions.RayError):
+            raise NotReady(f"{self.id} does not answer; try again", retry_after_s=POLL_S) from None
 
     async def close(self) -> None:
         """Ends the worker if this router started it, and every answer that is open on it."""
@@ -152,7 +160,8 @@ class WorkerSupervisor:
             if not self.first_ready.done() and self._num_losses >= LOSSES_BEFORE_GIVING_UP:
                 times = f"{self._num_losses} times before it was ready"
                 self.first_ready.set_exception(WorkerLost(f"{self.id} was lost {times}; the last time: {lost}"))
-            await asyncio.sleep(min(self._launcher.longest_pause_s, FIRST_PAUSE_S * 2 ** (self._num_losses - 1)))
+            pause_s = FIRST_PAUSE_S * 2 ** min(self._num_losses - 1, MOST_DOUBLINGS)
+            await asyncio.sleep(min(self._launcher.longest_pause_s, pause_s))
             self._num_restarts += 1
             self._enter(WorkerState.STARTING)
 
@@ -481,9 +490,12 @@ class Cluster:
 
     async def _discover(self, others: OthersWorkers) -> None:
         while True:
-            for name in await others.names():
-                if name not in self._supervisors:
-                    self._supervise(name, others)
+            try:
+                for name in await others.names():
+                    if name not in self._supervisors:
+                        self._supervise(name, others)
+            except ray.exceptions.RayError as error:
+                log.warning("the workers of other routers could not be listed: %s; trying again", _first_line(error))
             await asyncio.sleep(POLL_S)
 
     def _supervise(self, name: str, others: OthersWorkers | None = None) -> None:

@@ -25,7 +25,7 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.runner import use_fastest_num_threads
 from pager.engine.workspace import limit_device_memory, return_freed_memory
 from pager.errors import ConfigError
-from pager.memory.plan import describe, resolve_device
+from pager.memory import describe, resolve_device
 from pager.models.open_model import OpenModel
 from pager.observe.worker_metrics import TierBytes
 from pager.tokenizing import read_tokenizer

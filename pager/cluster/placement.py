@@ -1,11 +1,11 @@
-"""The choice of a worker for a request, and the interface of the workers to a router.
+"""The choice of a worker for a request, the interface of the workers to a router, and what a router knows of them.
 
-Pure: no grpc, no ray, no clock; the simulator runs it as the router does.
+Pure: no grpc, no ray, no clock; the simulator runs the choice as the router does.
 
 A pool that is known before its prefill (a codeword's, a named one, or one in the request) has a home: the first ready
-worker in the pool's own order of all workers, which every router computes alike from names alone (rendezvous hashing;
-Thaler and Ravishankar, 1998). So requests of one pool meet on one worker, and the pool is paged once. When a worker
-joins or leaves, only the pools move whose first worker it is or was. A worker that has more than its part of all
+worker in the pool's own order of all workers, which every router computes alike from their names and slots (rendezvous
+hashing; Thaler and Ravishankar, 1998). So requests of one pool meet on one worker, and the pool is paged once. When a
+worker joins or leaves, only the pools move whose first worker it is or was. A worker that has more than its part of all
 requests is skipped (Mirrokni et al., "Consistent Hashing with Bounded Loads", 2018), so that a hot pool spreads to the
 next worker in its order, and no further than it has to; cold pools share their home's slots.
 """
@@ -42,7 +42,7 @@ ALWAYS_WELCOME = 4
 
 
 class Candidate(Protocol):
-    """A worker as last reported: `pager.cluster.placement.WorkerView`, or one of a simulation."""
+    """A worker as last reported: a `WorkerView`, or one of a simulation."""
 
     @property
     def id(self) -> str: ...

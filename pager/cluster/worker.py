@@ -30,8 +30,7 @@ from pager.cluster.tokens import StreamEvent, SubmissionObserver, TokenEngine, T
 from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.interface import EngineObserver
 from pager.errors import PagerError, PortInUse
-from pager.memory.plan import NUM_READERS, Budgets
-from pager.memory.units import format_address
+from pager.memory import NUM_READERS, Budgets, format_address
 from pager.observe import tracing
 from pager.observe.metrics import LoopLag, MetricsServer, leave_out_of_collections
 from pager.observe.worker_metrics import EngineLoad, TierBytes, WorkerMetrics
@@ -41,7 +40,7 @@ from pager.wire import encode_bitmap, encode_paging
 
 if TYPE_CHECKING:
     from pager.cache.tiers import HostTier
-    from pager.memory.plan import Plan
+    from pager.memory import Plan
     from pager.models.open_model import OpenModel
 
 log = logging.getLogger(__name__)

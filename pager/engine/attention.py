@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pager.engine.kv import KvCache, LayerAttention, layers_by_config
 from pager.errors import PagerError, UnsupportedModel
-from pager.memory.plan import PREFILL_CHUNK_TOKENS
+from pager.memory import PREFILL_CHUNK_TOKENS
 from pager.models.layout import AttentionCall, Sees, try_forward
 from pager.models.open_model import OpenModel, model_class_of
 from pager.reading import one_line

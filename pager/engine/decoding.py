@@ -17,8 +17,7 @@ from pager.engine.request import Request
 from pager.engine.runner import DecodeBatch, GroupGraph, ModelRunner, Recorder, Step, capture_on
 from pager.engine.sampler import NOT_FINITE, NOTHING_ALLOWED, Sampler
 from pager.errors import ENDS_THE_PROCESS, Cancelled, InvalidRequest, NotReady, PagerError
-from pager.pools.drift import RequestRouting
-from pager.pools.step import StepRouting
+from pager.pools.step import RequestRouting, StepRouting
 from pager.types import TokenLogprobs
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tokenizers import Tokenizer
@@ -30,7 +29,7 @@ from pager.engine.runner import ModelRunner
 from pager.engine.scheduler import Inbox, LineClock, RequestBounds, check_answers
 from pager.engine.turns import Experts, TenantCounters, WaitingLine, as_bits, by_overlap
 from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
-from pager.memory.plan import PREFILL_CHUNK_TOKENS
+from pager.memory import PREFILL_CHUNK_TOKENS
 from pager.pools.pick import check_pool
 from pager.tokenizing import TokenTexts, panics_as_errors
 from pager.types import Account, FinishReason, GenerateRequest, TokenChunk, Usage
@@ -101,7 +100,9 @@ class Engine:
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
         self._room_at_refusal: tuple[int, int, int] | None = None  # None where something else has changed since
-        self._in_forward: Ordered[Request] = ()  # in a forward that may take long: nothing that they hold is given back
+        self._in_forward: Sequence[
+            Request
+        ] = ()  # in a forward that may take long: nothing that they hold is given back
         self._may_interrupt = False  # the current forward is that one, and not a short one that runs while it waits
         self._is_stepping = False
         self._num_steps_begun = 0
@@ -298,7 +299,7 @@ class Engine:
             self._fail(request, error)
 
     @contextmanager
-    def _long_forward(self, requests: Ordered[Request]) -> Iterator[None]:
+    def _long_forward(self, requests: Sequence[Request]) -> Iterator[None]:
         """Surrounds a forward that may take long: between its layers, and while it waits, other requests are served."""
         self._in_forward, self._may_interrupt = requests, True
         try:
@@ -349,14 +350,14 @@ class Engine:
         waiting = [request for request in self._running if not (request.is_exact or request.awaits_slots)]
         self._decode_long("pooled", waiting)
 
-    def _decode_long(self, name: str, requests: Ordered[Request]) -> None:
+    def _decode_long(self, name: str, requests: Sequence[Request]) -> None:
         if not requests:
             return
         with self._long_forward(requests):
             outcomes = self._decoder.decode(name, requests)
         self._take_all(requests, outcomes)
 
-    def _decode_pooled(self, requests: Ordered[Request]) -> None:
+    def _decode_pooled(self, requests: Sequence[Request]) -> None:
         if not requests:
             return
         started_s = time.monotonic()
@@ -369,7 +370,7 @@ class Engine:
         now_s = time.monotonic()
         self._next_decode_s = now_s + (now_s - started_s)
 
-    def _take_all(self, requests: Ordered[Request], outcomes: Ordered[Outcome]) -> None:
+    def _take_all(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> None:
         now_s = time.monotonic()
         num_before = sum(len(request.output_ids) for request in requests)
         for request, outcome in zip(requests, outcomes, strict=True):
@@ -481,7 +482,7 @@ class Engine:
             held |= request.want.experts or 0
         loaded: Experts | None = None
 
-        def ordered(requests: Ordered[Request]) -> Iterator[Request]:
+        def ordered(requests: Sequence[Request]) -> Iterator[Request]:
             nonlocal loaded
             if loaded is None:
                 loaded = held | as_bits(self._paged.pager.resident_experts(), self._expert_width)
@@ -492,7 +493,7 @@ class Engine:
 
         return self._line.candidates(claim=claim, ordered=ordered, group=lambda request: request.group)
 
-    def _charge(self, now_s: float, ended: Ordered[Request] = ()) -> None:
+    def _charge(self, now_s: float, ended: Sequence[Request] = ()) -> None:
         """Charges tenants for what their requests have used since the last call; or only for those that end."""
         holding = tuple(dict.fromkeys(request.first for request in (*self._prefilling, *self._running)))
         num_alike = Counter(request.group for request in holding)
@@ -556,7 +557,7 @@ class Engine:
             and first.asked.sampling.prompt_logprobs is None
         )
 
-    def _run_prompts(self, parts: Ordered[tuple[Request, int]]) -> None:
+    def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> None:
         requests = [request for request, _ in parts]
         started_s, num_before = time.monotonic(), sum(request.num_prefilled for request in requests)
         for request in requests:
@@ -571,7 +572,7 @@ class Engine:
             with self._on_behalf_of(request, "taking its first token failed"):
                 self._take_first(request, first_tokens, now_s)
 
-    def _take_first(self, request: Request, outcomes: Ordered[Outcome], now_s: float) -> None:
+    def _take_first(self, request: Request, outcomes: Sequence[Outcome], now_s: float) -> None:
         """Continues a request after a part of its prompt has run: it waits on, or its answers decode from now on."""
         for part in request.take_prompt_logprobs():
             tenant = request.asked.tenant

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from pager.errors import PagerError
-from pager.memory.plan import PREFILL_CHUNK_TOKENS
+from pager.memory import PREFILL_CHUNK_TOKENS
 from pager.types import Account, TokenChunk, Usage
 
 log = logging.getLogger(__name__)

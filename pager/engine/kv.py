@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pager.memory.plan import GATHER_TOKENS, KV_BLOCK_TOKENS
+from pager.memory import GATHER_TOKENS, KV_BLOCK_TOKENS
 from pager.models.families import largest
 from pager.types import ExpertPool, Full, GenerateRequest, PoolPolicy
 

@@ -22,12 +22,11 @@ from pager.cache.pager import CacheOptions
 from pager.engine.gates import NO_COPIES
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import ConfigError, InvalidRequest
-from pager.memory.plan import NUM_READERS, Budgets, resolve_device
-from pager.memory.units import format_bytes
-from pager.pools.drift import RequestRouting, answer_drift, parse_drift
+from pager.memory import NUM_READERS, Budgets, format_bytes, resolve_device
+from pager.pools.drift import answer_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size
-from pager.pools.step import StepRouting
-from pager.store.checkpoint import local_folder
+from pager.pools.step import RequestRouting, StepRouting
+from pager.store.hub import local_folder
 from pager.types import Bytes, Count, Counts, DriftPolicy, Full, PoolPolicy, PoolSize, RoutingFacts
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from pager.engine.gates import NO_COPIES
 from pager.engine.kv import kv_bytes_per_token
 from pager.engine.workspace import staging_bytes, workspace_of
 from pager.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedModel
-from pager.memory.plan import NUM_READERS, STAGING_BUFFERS, Budgets, Machine, Needs, Plan, plan
+from pager.memory import NUM_READERS, STAGING_BUFFERS, Budgets, Machine, Needs, Plan, plan
 from pager.models.open_model import OpenModel
-from pager.pools.drift import RequestRouting, check_can_drift, check_drift
+from pager.pools.drift import check_can_drift, check_drift
 from pager.pools.pick import largest_counts
-from pager.pools.step import StepRouting
+from pager.pools.step import RequestRouting, StepRouting
 from pager.sampling import default_sampling
 from pager.types import Bytes, ExpertKey, Full, PoolPolicy, RoutingFacts, SamplingParams
 

@@ -6,8 +6,7 @@ import copy
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,8 +21,8 @@ from pager.engine.sampler import Context, Draw
 from pager.engine.turns import Experts, Spent, Want, as_bits
 from pager.errors import InvalidRequest, PagerError
 from pager.observe import tracing
-from pager.pools.drift import Change, RequestRouting, answer_drift, make_change
-from pager.pools.step import StepRouting
+from pager.pools.drift import Change, answer_drift, make_change
+from pager.pools.step import RequestRouting, StepRouting
 from pager.tokenizing import Detokenizer, StopMatcher, TokenTexts
 from pager.types import (
     Account,
@@ -96,7 +95,7 @@ class Request:
         expected = self.policy.fixed or request.predicted
         num_tokens = len(request.prompt_token_ids) + sampling.n * sampling.max_tokens
         self.index = 0  # the number of its answer
-        self.others: Ordered[Request] = ()  # for the first answer: the further ones, once the prompt has run
+        self.others: Sequence[Request] = ()  # for the first answer: the further ones, once the prompt has run
         self._first: Request | None = None  # for a further answer
         self.want = Want(num_slots, num_tokens, None if expected is None else as_bits(expected.experts, width))
         self.spent = Spent()
@@ -113,7 +112,7 @@ class Request:
         self.compiling: Future[CompiledGrammar] | None = None
         self._compiled: CompiledGrammar | None = None
         self.prefix: Prefix | None = None  # None where prefixes are not shared
-        self.blocks: Ordered[int] = ()
+        self.blocks: Sequence[int] = ()
         self.lease: Lease | None = None
         self.routing: RequestRouting | None = None
         self.step: StepRouting | None = None  # the step that its decode forwards run in
@@ -124,7 +123,7 @@ class Request:
         self.is_answered = False  # its answer is complete
         self._has_ended = False
         self._fate: PagerError | None = None
-        self._spare_blocks: Ordered[int] = ()  # for the further answers
+        self._spare_blocks: Sequence[int] = ()  # for the further answers
         self._told = PagingCounts()  # what the usages of answers have said
         self._meter = UsageMeter(request.tenant, page_ins=deque() if request.is_watched else None)
         self._is_prefetched = False
@@ -147,7 +146,7 @@ class Request:
         return self if self._first is None else self._first
 
     @property
-    def rows(self) -> Ordered[Request]:
+    def rows(self) -> Sequence[Request]:
         """All answers of the request: one until its prompt has run."""
         return (self.first, *self.first.others)
 
@@ -238,7 +237,7 @@ class Request:
         """The blocks that all answers share: those that the prompt fills."""
         return len(self.asked.prompt_token_ids) // BLOCK_TOKENS
 
-    def fork(self) -> Ordered[Request]:
+    def fork(self) -> Sequence[Request]:
         """Makes the further answers, once, when the prompt has run and before first tokens are drawn. Returns all."""
         if len(self.rows) < self.num_rows:
             self.others = tuple(self._answer(index) for index in range(1, self.num_rows))

@@ -25,7 +25,7 @@ from pager.engine.kv import KvCache, blocks_for, token_slots
 from pager.engine.paged_model import PagedModel
 from pager.engine.sampler import logprobs_of
 from pager.errors import UnsupportedModel
-from pager.pools.drift import RequestRouting
+from pager.pools.step import RequestRouting
 from pager.types import Count, ExpertPool, PoolPolicy, PoolSource, TokenLogprobs
 
 log = logging.getLogger(__name__)

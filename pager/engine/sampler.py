@@ -24,10 +24,10 @@ from pager.types import SamplingParams, TokenLogprobs
 
 # --- edits of single rows' logits -------------------------------------------------------------------------------------
 #
-# Edits of single rows' logits before a token is picked, and their log-probabilities.
-# In transformers' order: bias, repetition penalty, presence and frequency penalties, tokens that may not be picked
-# before `min_tokens`, the grammar. Each row is edited by itself, so that nothing depends on what else is in the batch,
-# and few tokens are concerned: all edits but a grammar's mask cost in proportion to them, not to the vocabulary.
+# Edits of single rows' logits before a token is picked, and their log-probabilities. In transformers' order: bias,
+# repetition penalty, presence and frequency penalties, tokens that may not be picked before `min_tokens`, the grammar.
+# Each row is edited by itself, so that nothing depends on what else is in the batch, and few tokens are concerned: all
+# edits but a grammar's mask cost in proportion to them, not to the vocabulary.
 # Legend: B rows of a batch, M rows that are edited, N pairs of such a row and a token, V vocabulary, T tokens.
 
 

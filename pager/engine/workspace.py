@@ -21,12 +21,12 @@ from pager.engine import KERNEL_CACHES
 from pager.engine.attention import SINK_WIDTH
 from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES
 from pager.engine.kv import LayerAttention
-from pager.memory.plan import NUM_CHECKERS, Workspace
+from pager.memory import NUM_CHECKERS, Workspace
 from pager.models.open_model import OpenModel
 from pager.store.reads import STAGING_BYTES
 
 if TYPE_CHECKING:
-    from pager.memory.plan import Plan
+    from pager.memory import Plan
 
 log = logging.getLogger(__name__)
 

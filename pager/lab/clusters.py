@@ -30,7 +30,7 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
 from pager.lab.corpus import Document, tokenizer_of
 from pager.lab.recording import Ids, recording, run_document
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.tokenizing import encode
 from pager.types import RoutingFacts
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest, PagerError
 from pager.lab.recording import Forwards, GateMeans, PooledOutcome, Probe, experts_in_bulk
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.models.open_model import OpenModel
 from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
 from pager.predict.trunk import FittedPredictor, TrunkPredictor

@@ -22,7 +22,7 @@ from pager.engine.paged_model import PagedModel
 from pager.errors import InvalidRequest
 from pager.models.families import routed_probabilities
 from pager.models.open_model import moe_blocks
-from pager.pools.drift import RequestRouting
+from pager.pools.step import RequestRouting
 from pager.types import ExpertKey, ExpertPool, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores
 
 Ids = Sequence[int]
@@ -231,8 +231,8 @@ def _nothing(*_: object) -> None:
 #
 # Rows of many documents through a paged model, each under a pool of its own, whatever its budget of experts.
 #
-# Legend: B rows, S tokens a row (padded), T = B·S, V vocabulary, P predicted tokens of a document, D hidden,
-# L layers, R routed experts of a layer, K experts a token picks, N tokens of one expert.
+# Legend: B rows, S tokens a row (padded), T = B·S, V vocabulary, P predicted tokens of a document, D hidden, L layers,
+# R routed experts of a layer, K experts a token picks, N tokens of one expert.
 
 
 BATCH_TOKENS = 8192  # an upper bound; fewer where their working memory would exceed BATCH_BYTES

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pager.cache.index import POLICIES, EvictionPolicy, make_policy
 from pager.cache.trace import Access, Trace
 from pager.errors import ConfigError
-from pager.memory.units import format_bytes, parse_bytes_or_share
+from pager.memory import format_bytes, parse_bytes_or_share
 from pager.observe.metrics import Instruments, Kind, Labels, Metric
 from pager.types import ExpertKey
 

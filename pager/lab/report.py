@@ -30,7 +30,7 @@ from pager.lab.methods import (
     run_grid,
     unpack_pools,
 )
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 from pager.types import ExpertPool
 
 

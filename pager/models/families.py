@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 # Bounds on the values of a `config.json`, checked before a model is made of it.
 #
 # A size that no model has is the sign of a damaged or hostile file, and would cost minutes or all memory before it
-# fails
-# by itself. Missing fields have their family's defaults, and each family checks what it demands beyond this.
+# fails by itself. Missing fields have their family's defaults, and each family checks what it demands beyond this.
 
 
 MAX_EXPERTS = 1 << 18

@@ -45,10 +45,8 @@ if TYPE_CHECKING:
 #
 # The formats that a checkpoint's weights can be in beside plain floats: which are decoded, and which are refused.
 #
-# transformers reads each format by operations that its loader applies to whole layers: a quantised tensor and what it
-# is
-# scaled by become the tensor that they stand for. Here the same operations decode one expert, or one tensor of the
-# trunk.
+# transformers reads each format by operations that its loader applies to whole layers: a quantised tensor and its
+# scales become the tensor that they stand for. Here the same operations decode one expert, or one tensor of the trunk.
 
 
 DECODED = ("fp8", "mxfp4", "compressed-tensors")

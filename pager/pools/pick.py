@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pager.errors import DamagedPool, InvalidRequest, PagerError, PoolOfAnotherModel, PoolTooSmall, PromptTooLong
-from pager.memory.units import format_bytes, parse_bytes
+from pager.memory import format_bytes, parse_bytes
 from pager.reading import parse_json
 from pager.types import (
     Bytes,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pager.errors import CheckpointError, InvalidRequest, UnsupportedModel
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 from pager.models.open_model import OpenModel
 from pager.pools.pick import check_pool
 from pager.reading import shown

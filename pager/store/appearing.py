@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pager.errors import ConfigError, InsufficientDisk, PagerError
-from pager.memory.units import format_bytes
+from pager.memory import format_bytes
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from pager.store.reads import DataFile
 #
 # The project parses it itself, because positional reads need the offsets.
 #
-# Format: 8 bytes little-endian header length, that much JSON `{name: {dtype, shape, data_offsets}}`, then the
-# data, which the tensors cover without gap or overlap.
+# Format: 8 bytes little-endian header length, that much JSON `{name: {dtype, shape, data_offsets}}`, then the data,
+# which the tensors cover without gap or overlap.
 
 
 _LFS_POINTER = b"version https://git-lfs"

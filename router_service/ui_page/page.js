@@ -383,7 +383,7 @@ function askForKey(error) {
   $("key-form").hidden = false;
   $("key-note").textContent = key ? error.message : "This service asks for a key. It is kept in this page's memory alone.";
   $("status").className = "status";
-  $("status-text").textContent = "Nobody is shown anything without a key.";
+  $("status-text").textContent = "Enter a key to see this service.";
 }
 
 async function ask() {

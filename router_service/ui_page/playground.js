@@ -27,7 +27,7 @@ async function openPlayground() {
     if (error.status === 401) askForKey(error);
     else if (error.status === 403 && !mayLook) {
       askForKey(error);
-      $("key-note").textContent = `${error.message}: it is neither for asking nor for looking.`;
+      $("key-note").textContent = `${error.message}: it may neither send prompts nor see the service's state.`;
     }
     return;
   }
@@ -40,14 +40,14 @@ async function openPlayground() {
     $("model").textContent = facts.model;
     document.title = `${facts.model} · expert-pager`;
     $("status").className = "status ok";
-    $("status-text").textContent = "This key asks; what others do is not shown to it.";
+    $("status-text").textContent = "This key may send prompts. It may not see the service's state.";
   }
   showKnownPools();
 }
 
 function showKnownPools() {
   const mine = runs.filter((run) => run.bill?.pool).map((run) => ({ ...run.bill.pool, size: `the pool of ${run.title}` }));
-  const named = facts.pools.map((pool) => ({ ...pool, experts: undefined, size: `the named pool ${pool.name}`, from: `/ui/pools/${pool.name}` }));
+  const named = facts.pools.map((pool) => ({ ...pool, size: `the named pool ${pool.name}`, from: `/ui/pools/${pool.name}` }));
   const pools = [...mine.filter((pool, index) => mine.findIndex((other) => other.digest === pool.digest) === index), ...named];
   $("known-pools").hidden = !pools.length;
   $("known-pools").querySelector(".buttons").replaceChildren(
@@ -113,7 +113,6 @@ class Run {
   }
 
   draw() {
-    const number = this.there.size + this.paged.size;
     paint(this.map, facts.routed_per_layer, `The pool of ${this.title}: ${this.there.size} experts there already, ${this.paged.size} read, ${this.expected.size} expected`, (layer, expert) => {
       const cell = cellKey(layer, expert);
       if (this.paged.has(cell)) return [[this.paged.get(cell), 1]];
@@ -121,7 +120,6 @@ class Run {
       if (this.expected.has(cell) && !this.bill?.pool) return [["soft", 0.5]];
       return [["held", 0.2 * this.resident(layer, expert)]];
     });
-    this.map.dataset.cells = number;
   }
 
   // Cells fill in the order of the reads, a few a frame: what came within milliseconds could not be seen otherwise.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from pager.cache.tiers import Readers, Turn
-from pager.memory.plan import NUM_CHECKERS
+from pager.memory import NUM_CHECKERS
 from pager.store.reads import FileRange
 from pager.types import ExpertKey
 

@@ -24,7 +24,7 @@ from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
 from pager.engine.paged_model import load_paged_model
 from pager.errors import InvalidRequest, PoolTooSmall, WorkerLost
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.types import (
     Count,
     ExpertPool,

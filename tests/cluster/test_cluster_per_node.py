@@ -18,7 +18,7 @@ from pager.cluster.ray_session import OBJECT_STORE_BYTES, WORKER_RESOURCE, RaySe
 from pager.cluster.worker import Worker, WorkerObserver
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig, load_config
 from pager.errors import BudgetError, ConfigError, PortInUse
-from pager.memory.plan import Machine
+from pager.memory import Machine
 from pager.models.open_model import OpenModel
 from pager.types import Full
 from router_service.app import check_plan

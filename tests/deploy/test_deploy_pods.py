@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pager.config import ServiceConfig, load_config
-from pager.memory.units import parse_bytes
+from pager.memory import parse_bytes
 from tests.deploy.conftest import Render, Rendered
 from tests.support.values import some
 

@@ -18,7 +18,7 @@ from pager.engine.attention import layers_of
 from pager.engine.kv import BlockPool, KvCache
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.engine.runner import DecodeBatch, ModelRunner, PromptPart, RowStart
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.types import ExpertPool, PoolPolicy, PoolSource
 from tests.support.values import some
 

@@ -17,7 +17,7 @@ from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import PagerError
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.types import ExpertKey, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams, TokenChunk, Usage
 from tests.support.checkpoints import letters_tokenizer
 

@@ -19,7 +19,7 @@ from pager.engine.attention import check_served
 from pager.engine.interface import EngineLimits
 from pager.engine.paged_model import load_paged_model
 from pager.errors import UnsupportedModel
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.models.open_model import OpenModel
 from pager.types import Count, Full, PoolPolicy
 from tests.engine.conftest import Driver

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import CheckpointError, InvalidRequest
 from pager.lab.fit import PENALTY, DocumentReader, DocumentReading, Fit, StandInFit, StandIns, fit_router
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.pools.pick import pick_pool
 from pager.predict.fitted import LexicalPredictor
 from pager.predict.trunk import FittedPredictor, TrunkPredictor

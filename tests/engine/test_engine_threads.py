@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwe
 from pager.engine import runner
 from pager.engine.paged_model import load_paged_model
 from pager.engine.runner import BATCHES, choose, step_seconds, use_fastest_num_threads
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.models import EmoConfig, EmoForCausalLM
 
 pytestmark = pytest.mark.slow

@@ -33,7 +33,7 @@ from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
 from pager.engine.kv import KvCache, kv_bytes_per_token, layers_by_config
 from pager.engine.paged_model import PagedModel, load_paged_model, needs_of
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.models.emo import EmoConfig, EmoForCausalLM
 from pager.models.open_model import OpenModel
 from pager.types import Count, ExpertPool, GenerateRequest, PoolPolicy, SamplingParams

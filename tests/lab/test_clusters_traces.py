@@ -15,7 +15,7 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
 from pager.lab.clusters import GateTracer
 from pager.lab.corpus import Document
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.models import EmoForCausalLM
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"

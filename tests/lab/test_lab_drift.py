@@ -15,7 +15,7 @@ from benchmarks.evidence_drift import ChangingText, changing_texts, read
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest
 from pager.lab.corpus import Text
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.types import Count, DriftAction, DriftPolicy, PoolPolicy
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.lab.recording import Forwards, batches, experts_in_bulk
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.types import Count, ExpertPool, PoolPolicy, PoolSource
 
 PROMPT = 12

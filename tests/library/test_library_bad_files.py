@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pager
-from pager.cli.generate import Local
+from pager.cli.local import Local
 from pager.errors import CheckpointError, PagerError
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.types import PoolAsk, SamplingParams
 from tests.library.conftest import MODELS
 

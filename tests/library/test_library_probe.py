@@ -19,7 +19,7 @@ from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import InvalidRequest, PoolTooSmall
 from pager.lab.methods import FROM_EXAMPLES, random_layers, score, select
 from pager.lab.recording import Probe
-from pager.memory.plan import Budgets
+from pager.memory import Budgets
 from pager.pools.pick import check_pool, pick_pool
 from pager.predict.trunk import TrunkPredictor
 from pager.types import (

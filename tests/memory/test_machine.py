@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from pager.errors import ConfigError
-from pager.memory.plan import Machine, cgroup_free_bytes
+from pager.memory import Machine, cgroup_free_bytes
 
 
 def write_group(folder: Path, names: tuple[str, str], limit: str, used: int, stat: str) -> None:

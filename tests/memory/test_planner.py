@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pager.errors import BudgetError, ConfigError
-from pager.memory.plan import KV_BLOCK_TOKENS, Budgets, Machine, Needs, Workspace, describe, plan
+from pager.memory import KV_BLOCK_TOKENS, Budgets, Machine, Needs, Workspace, describe, plan
 from pager.types import RoutingFacts
 
 MIB = 2**20

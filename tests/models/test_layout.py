@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
     DeepseekV3Config,
+    FineGrainedFP8Config,
     Glm4MoeConfig,
     GptOssConfig,
     MixtralConfig,
@@ -19,7 +21,7 @@ from transformers import (
 
 from pager.models import EmoConfig
 from pager.models.families import expert_modules, expert_parameters
-from pager.models.layout import ExpertParameter, locate
+from pager.models.layout import ExpertParameter, _Fp8Dequantize, locate
 from pager.models.open_model import model_class_of
 from pager.store.expert_source import Row
 
@@ -128,3 +130,17 @@ def test_the_names_of_a_released_checkpoint_make_every_parameter(name: str) -> N
                 assert isinstance(pieces, tuple), "these lie in their places as they are stored"
                 paged |= {piece.name if isinstance(piece, Row) else piece for piece in pieces}
     assert paged <= set(stored)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((256, 128), 128), ((192, 128), 128), ((576, 200), 128), ((64, 96), 128), ((64, 96), 2**40)]
+)
+def test_each_block_keeps_its_own_scale(shape: tuple[int, int], block: int) -> None:
+    """Among them 192 rows, which transformers would take for two blocks of 96; and blocks as large as no memory."""
+    config = FineGrainedFP8Config(weight_block_size=(block, block), dequantize=True)
+    draws = torch.Generator().manual_seed(0)
+    stored = torch.randn(shape, generator=draws).to(torch.float8_e4m3fn)
+    scales = torch.rand(*(-(-size // block) for size in shape), generator=draws)
+    rows, columns = (torch.arange(size) // block for size in shape)
+    decoded = _Fp8Dequantize(SimpleNamespace(quantization_config=config))._dequantize_one(stored, scales, torch.float32)
+    assert decoded.equal(stored.float() * scales[rows][:, columns])

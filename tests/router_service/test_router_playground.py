@@ -70,7 +70,7 @@ async def test_a_service_without_a_predictor_has_no_scores(serve: Any) -> None:
         *_, last = await events(client, {"prompt": PROMPT, "pool": "2", "max_tokens": 2})
         assert last["bill"]["pool"]["num_experts"] == NUM_EXPERTS
         again = (await client.post("/ui/scores", json={"prompt": PROMPT, "pool": "2"})).json()
-        assert (again["expected"], again["is_observed"]) == (last["bill"]["pool"], True)  # what its prefill chose
+        assert again["expected"] == last["bill"]["pool"]  # what its prefill chose
 
 
 async def test_an_exact_answer_has_no_pool(service: Running) -> None:
@@ -85,7 +85,6 @@ async def test_an_exact_answer_has_no_pool(service: Running) -> None:
     [
         ("/ui/answers", {"max_tokens": 0}, 400, "max_tokens"),
         ("/ui/answers", {"max_tokens": 10**6}, 400, "max_tokens"),
-        ("/ui/answers", {"temperature": -1.0}, 400, "temperature"),
         ("/ui/answers", {"pool": "lots"}, 400, "pool.size"),
         ("/ui/answers", {"name": "law"}, 404, "pool.name"),
         ("/ui/answers", {"name": "law", "pool": "2"}, 400, "pool"),
@@ -132,7 +131,7 @@ async def test_a_tenant_sees_its_own_pools_alone(tmp_path: Path) -> None:
         (named,) = (await client.get("/ui/playground.json", headers=dict(bearer(acme)))).json()["pools"]
         assert (named["name"], named["digest"]) == (made.name, made.pool.digest)
         mine = (await client.get("/ui/pools/law", headers=dict(bearer(acme)))).json()
-        assert sum(map(len, mine["experts"])) == mine["num_experts"] == named["experts"]
+        assert sum(map(len, mine["experts"])) == mine["num_experts"] == made.pool.num_experts
         assert (await client.get("/ui/playground.json", headers=dict(bearer(rival)))).json()["pools"] == []
         assert (await client.get("/ui/pools/law", headers=dict(bearer(rival)))).status_code == 404
         by_name = {"prompt": PROMPT, "name": "law", "max_tokens": 1}

@@ -17,8 +17,8 @@ from pager.cli import main
 from pager.cli.serve import with_model_here
 from pager.config import load_config
 from pager.errors import CheckpointError
-from pager.store import checkpoint as hub
-from pager.store.checkpoint import HubModel, local_folder
+from pager.store import hub
+from pager.store.hub import HubModel, local_folder
 from tests.support.files import ROOT
 from tests.support.processes import free_port
 

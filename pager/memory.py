@@ -164,7 +164,7 @@ def cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pr
 
 
 def _memory_groups(root: Path, own: Path) -> list[tuple[Path, str]]:
-    """Yields pairs of the memory controller's mount point and this process's path in it; v2 is the line `0::/path`."""
+    """Returns pairs of the memory controller's mount point and this process's path in it; v2 is the line `0::/path`."""
     try:
         lines = own.read_text().splitlines()
     except OSError:

@@ -101,8 +101,8 @@ class Lease:
 
     @property
     def capacity(self) -> int:
-        """The number of slots that a lease could hold if there were no other."""
-        return self._ledger.index.num_slots
+        """The number of slots that the lease could hold if its tenant were alone."""
+        return self._ledger.within_reach(self._holding.meter.tenant)
 
     @property
     def num_bound(self) -> int:

@@ -126,6 +126,7 @@ class Ledger:
         self.num_hits_in_flight = 0
         self.num_evictions = 0
         self.num_failed_loads = 0
+        self.num_guarantees = 0  # how often one was given or changed
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         self._transfer = transfer
@@ -153,12 +154,13 @@ class Ledger:
             return holding
 
     def guarantee(self, tenant: str, num_slots: int) -> None:
-        """Guarantees the tenant so many slots, of which no other takes one, whenever it asks; 0 ends it."""
+        """Guarantees the tenant `num_slots` slots that no other tenant can take; 0 ends the guarantee."""
         with self._changed:
             if tenant == COMMON or num_slots == self._shares.asked(tenant):
                 return
             held = ((each.meter.tenant, each.keys.keys(), each.reserved) for each in self._holdings)
             self._shares.guarantee(tenant, num_slots, held)
+            self.num_guarantees += 1
             self._changed.notify_all()
 
     def account(self, tenant: str) -> str:
@@ -207,17 +209,17 @@ class Ledger:
             giver.reserved -= count
             taker.reserved += count
 
-    def bind(self, holding: Holding, keys: Sequence[ExpertKey], *, reservation: int | None = None) -> bool:
+    def bind(self, holding: Holding, keys: Sequence[ExpertKey]) -> bool:
         """Pins `keys` and queues the reads they need; returns False, with nothing changed, when they do not fit now.
 
-        Pays with up to `reservation` (default: all) of the holding's promised slots, then with unreserved ones. Keys
+        Pays with the holding's promised slots, then with unreserved ones. Keys
         that it holds already are skipped. Raises Cancelled for a released holding.
         """
         with self.lock:
             if holding.released or self._closed:
                 raise Cancelled("the lease was released, or the pager closed, before its experts were bound")
             new = [key for key in dict.fromkeys(keys) if key not in holding.keys]
-            available = holding.reserved if reservation is None else reservation
+            available = holding.reserved
             needed = self.slots_needed(holding, new)
             if needed > available + self.room(holding):
                 return False

@@ -96,6 +96,11 @@ class ExpertPager:
             return self._ledger.index.num_unreserved
 
     @property
+    def num_guarantees(self) -> int:
+        """How often a tenant's guarantee was given or changed."""
+        return self._ledger.num_guarantees
+
+    @property
     def progress(self) -> int:
         """A number that grows while bytes arrive in slots, and stays the same while none do."""
         return self._tiers.bytes_read + self._ledger.counts.bytes_from_host

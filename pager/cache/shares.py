@@ -54,7 +54,7 @@ class Shares:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self._accounts: dict[str, _Account] = {COMMON: _Account(0)}
-        self._asked: dict[str, int] = {}  # of every tenant that ever had a guarantee
+        self._asked: dict[str, int] = {}  # by tenant, in the order of their first requests
         self._num_holders: Counter[ExpertKey] = Counter()  # accounts that pin an expert
         self._num_paid_twice = 0  # pins of an account on experts that another one pins as well
         self._arriving: dict[ExpertKey, str] = {}  # being read and pinned by nobody: whose they are
@@ -87,13 +87,15 @@ class Shares:
         `holdings` are all that there are: of each its tenant, what it pins, and what is promised to it.
         """
         self._asked[tenant] = num_slots
-        others = sum(each.guaranteed for name, each in self._accounts.items() if name not in (COMMON, tenant))
-        num_slots = max(0, min(num_slots, int(MOST_GUARANTEED * self.num_slots) - others))
-        if num_slots == self.guaranteed(tenant):
+        self._asked = {name: asked for name, asked in self._asked.items() if asked}
+        left, guarantees = int(MOST_GUARANTEED * self.num_slots), {COMMON: 0}
+        for name, asked in self._asked.items():  # those that asked first come first
+            if slots := min(asked, left):
+                guarantees[name], left = slots, left - slots
+        if guarantees == {name: each.guaranteed for name, each in self._accounts.items()}:
             return
         kept = {name: each.kept for name, each in self._accounts.items()}
-        guarantees = {name: each.guaranteed for name, each in self._accounts.items()} | {tenant: num_slots}
-        self._accounts = {name: _Account(slots) for name, slots in guarantees.items() if slots or name == COMMON}
+        self._accounts = {name: _Account(slots) for name, slots in guarantees.items()}
         for name, account in self._accounts.items():
             account.kept = kept.get(name, OrderedDict())
         self._num_holders, self._num_paid_twice = Counter(), 0
@@ -119,9 +121,6 @@ class Shares:
             return False
         owner = self._arriving.get(key) if is_loading else None
         return owner is None or (owner != account and self._accounts[owner].guaranteed > 0)
-
-    def num_pins(self, account: str, key: ExpertKey) -> int:
-        return self._accounts[account].pins[key]
 
     def protected(self, account: str) -> set[ExpertKey]:
         """Returns what may not be evicted for the account: others' experts in slots that they are guaranteed."""

@@ -620,7 +620,6 @@ def _merge(part: Path, whole: Path, output: Path, as_json: bool) -> None:
     if merged.others:
         err.print(
             f"warning: {len(merged.others)} tensors that every prompt uses differ too, first {merged.others[0]}; "
-            "train the "
-            "experts alone if nothing else may change",
+            "train the experts alone if nothing else may change",
             markup=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from pager.cli.options import (
     busy,
     err,
     lab_extra,
+    model_folder,
     out,
     print_json,
     print_table,
     steps_progress,
 )
+from pager.cli.pools import api_key
 from pager.errors import InvalidRequest, PagerError
 from pager.memory import Budgets, format_bytes, resolve_device
 
@@ -376,10 +379,10 @@ def _print_replay(trace: Trace, tables: Sequence[BudgetResults]) -> None:
 class DrawnOptions:
     """Traffic that is drawn where there is no trace."""
 
-    requests: Annotated[int, typer.Option(help="Of drawn traffic.", min=1, metavar="N")] = 100_000
-    tenants: Annotated[int, typer.Option(help="Of drawn traffic, by Zipf's law.", min=1, metavar="N")] = 100
+    requests: Annotated[int, typer.Option(help="Requests to draw.", min=1, metavar="N")] = 100_000
+    tenants: Annotated[int, typer.Option(help="Tenants to draw, by Zipf's law.", min=1, metavar="N")] = 100
     per_second: Annotated[float, typer.Option(help="Requests of drawn traffic, in the mean.", metavar="RATE")] = 10.0
-    seed: Annotated[int, typer.Option(help="Of drawn traffic.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of the drawn traffic.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,7 +404,9 @@ class WhatIfOptions:
 def simulate(
     drawn: DrawnOptions,
     what_if: WhatIfOptions,
-    model: Annotated[str, typer.Option(help="The model's folder, whose codebook has the pools.", metavar="MODEL")],
+    model: Annotated[
+        Path, typer.Option(help="The model, whose codebook has the pools.", parser=model_folder, metavar="MODEL")
+    ],
     costs: Annotated[Path, typer.Option(help="What work costs: measured with --server, else read.", metavar="FILE")],
     trace: Annotated[
         Path | None,
@@ -412,7 +417,9 @@ def simulate(
         typer.Option(help="Measure the costs at this idle service first, in about a minute.", metavar="HOST:PORT"),
     ] = None,
     pool: Annotated[str, typer.Option(help="The size of the codewords' pools.", metavar="SIZE")] = "12.5%",
-    workers: Annotated[int, typer.Option(help="How many; one more is simulated beside it.", min=1, max=1024)] = 2,
+    workers: Annotated[
+        int, typer.Option(help="Workers of the service; one more is simulated as well.", min=1, max=1024)
+    ] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Forecast what a service makes of a trace: tokens/s, first tokens, bytes paged; and what if there were more.
@@ -429,10 +436,12 @@ def simulate(
     from pager.lab.traffic import Drawn, Pools, Trace, measure, read_costs, read_log, with_another, write_costs
     from pager.pools.pick import parse_pool_size
 
-    pools = Pools.of(Path(model), parse_pool_size(pool))
+    if trace is not None and drawn != DrawnOptions():
+        raise typer.BadParameter("--requests, --tenants, --per-second and --seed have no effect with a TRACE")
+    pools = Pools.of(model, parse_pool_size(pool))
     if server is not None:
         with busy(f"measuring at {server}"):
-            write_costs(measure(server, pools), costs)
+            write_costs(measure(server, pools, api_key(os.environ)), costs)
     taking = read_costs(costs)
     if trace is None:
         asked = Drawn(drawn.requests, drawn.tenants, drawn.per_second, seed=drawn.seed)
@@ -459,7 +468,7 @@ def simulate(
         print_json({"requests": len(read.arrivals), "left_out": read.num_left_out, "results": _outcomes(found)})
         return
     print_table(
-        f"{len(read.arrivals)} requests, {workers} workers",
+        f"{len(read.arrivals)} requests, {workers} {'worker' if workers == 1 else 'workers'}",
         ("", "tokens/s", "first token s, p50", "p99", "worst tenant's p99", "paged", "was there", "refused", "failed"),
         [(name, *_shown(row)) for name, row in _outcomes(found).items()],
     )

@@ -39,7 +39,6 @@ from pager.types import Full, NamedPool
 if TYPE_CHECKING:
     from pager.cli.local import Local
     from pager.client import Client
-    from pager.types import NamedPool
     from router_service.pools import PoolStore
 
 
@@ -193,8 +192,6 @@ def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer
 
 def find_named(folder: Path | None, tenant: str, name: str) -> NamedPool:
     """Returns a tenant's named pool. Raises UnknownPool, DamagedPool, InvalidRequest."""
-    from pager.pools.pick import check_name
-
     check_name(name, "pool.name")
     checked_tenant(tenant)
     found = with_pools(folder, lambda store: store.find(tenant, name))

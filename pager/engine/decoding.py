@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,9 +103,10 @@ class Decoder:
                 self._take_prompt_logprobs(parts, kept, logits_NV)
         for request, count in parts:
             request.num_prefilled += count
-        rows = [(n, row) for n, request in enumerate(requests) if request.is_prefilled for row in request.fork()]
+        forked = [_forked(request) if request.is_prefilled else () for request in requests]
+        rows = [(n, row) for n, found in enumerate(forked) if not isinstance(found, PagerError) for row in found]
         tokens = self._sample([row for _, row in rows], logits_NV[[n for n, _ in rows]])
-        found: list[list[Outcome]] = [[] for _ in parts]
+        found: list[list[Outcome]] = [[each] if isinstance(each, PagerError) else [] for each in forked]
         for (n, _), token in zip(rows, tokens, strict=True):
             found[n].append(token)
         return found
@@ -207,6 +208,11 @@ class Decoder:
         finally:
             self.forward_s = before_s + time.perf_counter() - started_s
 
+    def keep_groups(self, names: Collection[str]) -> None:
+        """Drops the groups of other names, which hold prompts and tensors of requests that may have ended."""
+        if not self._groups.keys() <= set(names):
+            self._groups = {name: group for name, group in self._groups.items() if name in names}
+
     def _group(self, name: str, requests: tuple[Request, ...]) -> _Group:
         group = self._groups.get(name)
         if group is None or group.requests != requests:
@@ -264,6 +270,16 @@ def _no_token(why: int) -> PagerError:
 def _routing(request: Request) -> RequestRouting:
     assert request.routing is not None, "the request was not admitted"
     return request.routing
+
+
+def _forked(request: Request) -> Sequence[Request] | PagerError:
+    """Returns the rows of the request's answers, or the error that keeps it from having them."""
+    try:
+        return request.fork()
+    except ENDS_THE_PROCESS:
+        raise
+    except BaseException as error:
+        return _told(error, request)
 
 
 def _told(error: BaseException, request: Request) -> PagerError:

@@ -12,13 +12,12 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 
 from pager import threads
-from pager.engine.attention import layers_of
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.grammar import Grammars
 from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent, failure_of
@@ -74,8 +73,7 @@ class Engine:
         self._observer = observer or EngineObserver()
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
         plan = paged.plan
-        layers = layers_of(paged.config)
-        cache = KvCache(layers, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
+        cache = KvCache(paged.layers, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
         self._cache = cache
         self._runner = ModelRunner(paged.model, cache, paged.device, on_layer=self._on_layer)
         self._decoder = Decoder(paged, self._runner)
@@ -99,7 +97,7 @@ class Engine:
         self._watched: list[Request] = []  # those in flight that tell what is read for them while it is read
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
-        self._room_at_refusal: tuple[int, int, int] | None = None  # None where something else has changed since
+        self._room_at_refusal: tuple[int, int, int, int] | None = None  # None where something else has changed since
         self._in_forward: Sequence[
             Request
         ] = ()  # in a forward that may take long: nothing that they hold is given back
@@ -340,10 +338,11 @@ class Engine:
         exact: dict[str, list[Request]] = {}
         for request in able:
             if request.is_exact:  # whose forwards evict, each from the slots of its own account
-                exact.setdefault(self._paged.pager.account(request.asked.tenant), []).append(request)
+                exact.setdefault(self._account_of(request), []).append(request)
         self._decode_pooled([request for request in able if not request.is_exact])
         for account, requests in exact.items():
             self._decode_long(f"exact {account}", requests)
+        self._decoder.keep_groups({"pooled", *(f"exact {account}" for account in exact)})
 
     def _decode_waiting(self) -> None:
         """Runs one forward for requests whose experts are still being read, where there is nothing else to do."""
@@ -409,21 +408,26 @@ class Engine:
         if not (suspended or len(self._line)) or now_s < self._next_admission_s:
             return
         self._next_admission_s = now_s + ADMISSION_RETRY_S
-        if not self._resume(suspended) or not len(self._line) or self._room_at_refusal == self._room():
-            return  # answers that have begun come before those that have not
+        held_up = self._resume(suspended)  # answers that have begun come before those that have not
+        if self._room_at_refusal == self._room() or all(self._account_of(each) in held_up for each in self._line):
+            return
         self._charge(now_s)
-        refused = self._admit_some(now_s)
+        refused = self._admit_some(now_s, held_up)
         self._room_at_refusal = self._room() if refused else None
         if refused and self._read_ahead_for != (refused[0], self._num_ended):
             self._read_ahead_for = (refused[0], self._num_ended)
             with self._on_behalf_of(refused[0], "reading its experts ahead failed"):
                 refused[0].read_ahead(self._paged)
 
-    def _admit_some(self, now_s: float) -> list[Request]:
-        """Lets in who fits. Returns who was refused, in the order in which they were tried."""
+    def _admit_some(self, now_s: float, held_up: Collection[str]) -> list[Request]:
+        """Admits waiting requests that fit, but none of the accounts `held_up`. Returns those that were refused, in the
+        order in which they were tried.
+        """
         refused: list[Request] = []
         for number, request in enumerate(self._candidates()):
-            if any(request.shares_pool(other) for other in refused):
+            account = self._account_of(request)
+            alike = (other for other in refused if self._account_of(other) == account)
+            if account in held_up or any(request.shares_pool(other) for other in alike):
                 continue
             with self._on_behalf_of(request, "its admission failed"):
                 if number == 0:
@@ -438,7 +442,7 @@ class Engine:
         return refused
 
     def _may_fit(self, request: Request) -> bool:
-        """Returns False where there are certainly too few slots, which is cheaper than trying."""
+        """Returns False where there are certainly too few slots, which is cheaper to tell than to try."""
         holding = (*self._prefilling, *self._running)
         experts = request.group
         if experts is None or any(other.group is None or other.has_drifted for other in holding):
@@ -446,17 +450,21 @@ class Engine:
         held = 0
         for other in holding:
             held |= other.group or 0
-        return (experts & ~held).bit_count() <= self._paged.pager.num_unreserved
+        return (experts | held).bit_count() <= self._paged.pager.num_slots
 
     def _admit_soon(self) -> None:
         """Has the next step look at the line: somebody has come, or given back what others may wait for."""
         self._next_admission_s, self._room_at_refusal = 0.0, None
 
-    def _room(self) -> tuple[int, int, int]:
+    def _room(self) -> tuple[int, int, int, int]:
         """Returns what admission depends on, beside who has come and who has ended: slots and blocks that can be had,
-        rows.
+        rows, and how often guarantees have changed.
         """
-        return self._paged.pager.num_unreserved, self._blocks.num_free, self._num_rows
+        pager = self._paged.pager
+        return pager.num_unreserved, self._blocks.num_free, self._num_rows, pager.num_guarantees
+
+    def _account_of(self, request: Request) -> str:
+        return self._paged.pager.account(request.asked.tenant)
 
     @property
     def _num_rows(self) -> int:
@@ -491,7 +499,9 @@ class Engine:
         def claim(request: Request) -> tuple[int, float, int]:
             return -request.asked.priority, *of_tenant(request.asked.tenant)
 
-        return self._line.candidates(claim=claim, ordered=ordered, group=lambda request: request.group)
+        return self._line.candidates(
+            claim=claim, ordered=ordered, group=lambda request: request.group, lane=self._account_of
+        )
 
     def _charge(self, now_s: float, ended: Sequence[Request] = ()) -> None:
         """Charges tenants for what their requests have used since the last call; or only for those that end."""
@@ -508,15 +518,18 @@ class Engine:
         for tenant, (given, entitled) in self._tenants.charge(costs).items():
             self._observer.shared_out(tenant, given, entitled)
 
-    def _resume(self, suspended: list[Request]) -> bool:
-        """Gives drifting requests their slots, in the order of arrival. Returns False where some have to keep
-        waiting.
+    def _resume(self, suspended: list[Request]) -> set[str]:
+        """Gives drifting requests their slots, in the order of arrival within each account. Returns the accounts of
+        those that have to keep waiting.
         """
+        held_up: set[str] = set()
         for request in sorted(suspended, key=lambda each: each.submitted_s):
+            if (account := self._account_of(request)) in held_up:
+                continue
             with self._on_behalf_of(request, "resuming it failed"):
                 if not request.acquire_change():
-                    return False
-        return True
+                    held_up.add(account)
+        return held_up
 
     def _prefill(self) -> None:
         """Runs prompts whose experts are loaded, as many as one forward takes; the very first, if nothing decodes."""
@@ -547,12 +560,11 @@ class Engine:
         """Tells whether the prompt may run in the forward of another: both hold their experts, or both page as they go,
         into slots of the same account.
         """
-        account_of = self._paged.pager.account
         return (
             0 < num_tokens <= room
             and self._decoder.shares_prefills
             and request.is_exact == first.is_exact
-            and (not first.is_exact or account_of(request.asked.tenant) == account_of(first.asked.tenant))
+            and (not first.is_exact or self._account_of(request) == self._account_of(first))
             and request.asked.sampling.prompt_logprobs is None
             and first.asked.sampling.prompt_logprobs is None
         )

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,10 +19,10 @@ from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import NoObserver, PagerObserver, UsageMeter
 from pager.cache.tiers import HostTier
 from pager.cache.trace import TraceHeader, TraceRecorder
-from pager.engine.attention import layers_in_library
+from pager.engine.attention import layers_in_library, layers_of
 from pager.engine.experts import OpenStep, attach
 from pager.engine.gates import NO_COPIES
-from pager.engine.kv import kv_bytes_per_token
+from pager.engine.kv import LayerAttention, kv_bytes_per_token
 from pager.engine.workspace import staging_bytes, workspace_of
 from pager.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedModel
 from pager.memory import NUM_READERS, STAGING_BUFFERS, Budgets, Machine, Needs, Plan, plan
@@ -130,6 +131,11 @@ class PagedModel:
                 self._open_step.routing = around
                 step.share_costs(self.pager.close_account)
 
+    @cached_property
+    def layers(self) -> tuple[LayerAttention, ...]:
+        """What each layer keeps and sees, as the engine runs it. Raises UnsupportedModel."""
+        return layers_of(self.config)
+
     def routing(
         self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None
     ) -> RequestRouting:
@@ -146,7 +152,7 @@ class PagedModel:
         if policy.fixed is not None:
             needed = policy.fixed.num_experts
         elif isinstance(policy.size, Full):
-            return max(self.facts.top_k_per_layer, default=0)
+            needed = max(self.facts.top_k_per_layer, default=0)
         else:
             needed = sum(largest_counts(policy.size, self.facts))
         self.pager.check_size(needed, tenant)

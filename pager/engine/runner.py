@@ -355,8 +355,7 @@ def choose(seconds: dict[int, list[float]]) -> int:
 
 def step_seconds(paged: PagedModel, counts: list[int]) -> dict[int, list[float]]:
     """The median time of a decode step of each of BATCHES, by the number of threads; they take turns."""
-    layers = attention.layers_of(paged.config)
-    cache = KvCache(layers, blocks_for(CONTEXT_TOKENS), paged.dtype, paged.device)
+    cache = KvCache(paged.layers, blocks_for(CONTEXT_TOKENS), paged.dtype, paged.device)
     runner = ModelRunner(paged.model, cache, paged.device)
     pool = ExpertPool(tuple(tuple(range(routed)) for routed in paged.facts.routed_per_layer))
     policy = PoolPolicy(Count(max(paged.facts.routed_per_layer)), PoolSource.FIXED, pool)

@@ -41,6 +41,12 @@ class RequestBounds:
                 f"{self.context_tokens}; shorten the prompt or ask for fewer tokens",
                 field="prompt" if prompt >= self.context_tokens else "sampling.max_tokens",
             )
+        if prompt + answer - 1 > self.kv_tokens:
+            raise PromptTooLong(
+                f"{prompt} prompt tokens and max_tokens {answer} need KV for {prompt + answer - 1} tokens and there is "
+                f"room for {self.kv_tokens}; shorten the prompt, ask for fewer tokens or raise kv_memory",
+                field="prompt" if prompt >= self.kv_tokens else "sampling.max_tokens",
+            )
         num_common = prompt // BLOCK_TOKENS
         num_blocks = num_common + request.sampling.n * (blocks_for(prompt + answer - 1) - num_common)
         if request.sampling.n > 1 and num_blocks * BLOCK_TOKENS > self.kv_tokens:
@@ -49,12 +55,6 @@ class RequestBounds:
                 f"{num_blocks * BLOCK_TOKENS} tokens and there is room for {self.kv_tokens}; ask for fewer or shorter "
                 "answers or raise kv_memory",
                 field="sampling.n",
-            )
-        if prompt + answer - 1 > self.kv_tokens:
-            raise PromptTooLong(
-                f"{prompt} prompt tokens and max_tokens {answer} need KV for {prompt + answer - 1} tokens and there is "
-                f"room for {self.kv_tokens}; shorten the prompt, ask for fewer tokens or raise kv_memory",
-                field="prompt" if prompt >= self.kv_tokens else "sampling.max_tokens",
             )
 
 

@@ -67,11 +67,15 @@ def by_overlap(wants: Sequence[Want], loaded: Experts, held: Experts) -> Iterato
         loaded, held = loaded | brought, held | brought
 
 
+def _alike(_: object) -> int:
+    return 0
+
+
 class WaitingLine(Generic[T]):
     """Requests in order of arrival, with bounded overtaking.
 
     Items that arrive while others wait belong to the next round; once `max_overtakes` of it have been admitted early,
-    to the one after it. Within a round items may be admitted in any order, as a round comes to an end. A later item, or
+    to the one after it. Within a round items may be admitted in any order: a round is finite. A later item, or
     one with a greater claim, may also pass earlier ones, because those do not fit yet or because it is tried first; but
     no item is passed in this way more than `max_overtakes` times: once the first in line has been, only items of its
     round and claim are admitted. Items of one group (requests of one pool) that are admitted in the same sweep pass the
@@ -82,11 +86,12 @@ class WaitingLine(Generic[T]):
     def __init__(self, max_overtakes: int) -> None:
         self._max_overtakes = max_overtakes
         self._times_passed: dict[T, int] = {}  # in order of arrival
-        self._round_of: dict[T, int] = {}  # never falling, in order of arrival: the first in line has the present one
+        self._round_of: dict[T, int] = {}  # never decreases along the line; the first has the present one
         self._open_round = 0  # which new items join
         self._num_early = 0  # admissions from that round while an earlier one lasts
         self._sweep: list[T] = []  # the line as it was last read, in the order of its claims
-        self._claim: Callable[[T], Any] = _no_claim  # that it was read with
+        self._claim: Callable[[T], Any] = _alike  # that it was read with
+        self._lane: Callable[[T], Hashable] = _alike
         self._group: Hashable = None  # of the item admitted last in this sweep
         self._passed_by_group: set[T] = set()
 
@@ -113,18 +118,20 @@ class WaitingLine(Generic[T]):
     def candidates(
         self,
         *,
-        claim: Callable[[T], Any] = lambda _: 0,
+        claim: Callable[[T], Any] = _alike,
         ordered: Callable[[Sequence[T]], Iterable[T]] = iter,
         group: Callable[[T], Hashable] = lambda _: None,
+        lane: Callable[[T], Hashable] = _alike,
     ) -> Iterator[T]:
         """Yields the items that may be admitted now, in the order to try, taking account of admissions while iterating.
 
         Items with a lesser `claim` come first; among equal ones `ordered` decides. Behind an item that was admitted
         come all others of its `group` (None is no group). An item that passes any other passes the first in line too,
-        as long as claims do not change, so that the first is always the one passed most.
+        as long as claims do not change, so that the first is always the one passed most. Items of different lanes do
+        not wait for each other's room, so they do not count as passing one another.
         """
         claims = {item: claim(item) for item in self._times_passed}
-        self._claim = claims.get
+        self._claim, self._lane = claims.get, lane
         self._sweep = line = sorted(claims, key=claims.__getitem__)
         self._group, self._passed_by_group = None, set()
         tried: set[T] = set()
@@ -153,6 +160,8 @@ class WaitingLine(Generic[T]):
         for earlier in self._sweep or list(self._times_passed):
             if earlier == item:
                 break
+            if self._lane(earlier) != self._lane(item):
+                continue
             if earlier in self and earlier not in self._passed_by_group and not self._goes_with(item, earlier):
                 self._times_passed[earlier] += 1
                 self._passed_by_group.add(earlier)
@@ -164,12 +173,9 @@ class WaitingLine(Generic[T]):
 
     def _may_go(self, item: T) -> bool:
         """Tells whether `item` need not wait for the first in line, as it must for one that was passed often enough."""
-        first = next((other for other in self._sweep if other in self), item)
+        lane = self._lane(item)
+        first = next((other for other in self._sweep if other in self and self._lane(other) == lane), item)
         return self._times_passed[first] < self._max_overtakes or self._goes_with(item, first)
-
-
-def _no_claim(_: object) -> int:
-    return 0
 
 
 @dataclass(frozen=True, slots=True)

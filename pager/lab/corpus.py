@@ -227,7 +227,7 @@ def digest_of(texts: Sequence[Text]) -> str:
 
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer, cut: Cut) -> list[Text]:
-    """Yields the tokens of those documents that are long enough."""
+    """Returns the tokens of those documents that are long enough."""
     encodings = encode_all(tokenizer, [document.text for document in documents], add_special_tokens=False)
     return [
         Text(document.domain, document.name, tuple(encoding.ids[: cut.context_tokens]))

@@ -485,7 +485,7 @@ class _Fitter:
         return Stage(keys, offsets, (head_IO / scale_I[:, None]).astype(np.float32), self._mean_O)
 
     def _turns(self) -> list[np.ndarray]:
-        """Yields the prompts of other documents, for each fold."""
+        """Returns the prompts of other documents, for each fold."""
         return [self._fold_N != fold for fold in range(FOLDS)]
 
     def _judge(self, file: PredictorFile, unseen: dict[str, np.ndarray], codebook: CodebookFit) -> Fit:

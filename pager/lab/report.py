@@ -401,8 +401,6 @@ def evaluate_subject(
 
 def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
     """Writes `evaluation.json`, `evaluation.md` and plots into a folder that exists."""
-    from pager.lab.report import write_plots
-
     written = [folder / "evaluation.json", folder / "evaluation.md"]
     written[0].write_text(json.dumps(to_dict(evaluation), indent=1) + "\n", encoding="utf-8")
     plots = write_plots(evaluation, folder)

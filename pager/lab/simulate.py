@@ -219,14 +219,11 @@ class _Worker:
             self.bytes_paged += len(plan.loads) * self.costs.expert_bytes
         return True
 
-    width = 0  # more than the number of any expert; set by the simulation
-
     def acquire(self, request: _Request, now_s: float) -> bool:
         pool = request.pool
         if pool not in self.holders:
-            new = (pool.bits & ~self.held).bit_count() - len(
-                self.coming
-            )  # what comes may be nobody's, and cost nothing
+            # What comes may be nobody's, and cost nothing.
+            new = (pool.bits & ~self.held).bit_count() - len(self.coming)
             if new > self.index.num_unreserved or not self.load(pool.listed, now_s):
                 return False
             self.held |= pool.bits
@@ -479,7 +476,8 @@ class Simulation:
             if self._next_report_s < now_s - REPORT_EVERY_S:
                 self._next_report_s = now_s
         worker = self.chosen(request)
-        if worker is None or worker.num_live >= self.costs.max_running + self.costs.max_waiting:
+        is_too_large = len(request.pool.listed) > self.costs.num_slots
+        if worker is None or is_too_large or worker.num_live >= self.costs.max_running + self.costs.max_waiting:
             self.outcome.num_refused += 1
             return
         self.outcome.num_placed += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
+import math
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -111,6 +111,8 @@ def read_log(path: Path) -> Trace:
                 max(1, int(value["completion_tokens"])),
             )
             found.append(arrival)
+            if len(found) > MAX_REQUESTS:
+                raise ValueError(f"it has more than {MAX_REQUESTS:,} requests; cut it")
     except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
         raise ConfigError(f"the log {path} cannot be read: {reason_of(error)}") from None
     if not found:
@@ -156,9 +158,11 @@ class Drawn:
 
     def check(self) -> None:
         """Raises InvalidRequest."""
-        if not 1 <= self.num_requests <= MAX_REQUESTS or self.num_tenants < 1 or not self.per_s > 0:
+        counts = (self.num_requests, self.num_tenants)
+        if not all(1 <= count <= MAX_REQUESTS for count in counts) or not 0 < self.per_s < math.inf:
             raise InvalidRequest(
-                f"traffic is drawn of 1 to {MAX_REQUESTS:,} requests, one tenant at least, and more than 0 a second"
+                f"traffic is drawn of 1 to {MAX_REQUESTS:,} requests and tenants, and more than 0 a second, not of "
+                f"{self.num_requests} requests of {self.num_tenants} tenants at {self.per_s:g} a second"
             )
 
     def arrivals(self, pools: Sequence[str]) -> list[Arrival]:
@@ -169,10 +173,11 @@ class Drawn:
         num_steady = count - num_bursts * self.burst_requests
         at_N = np.cumsum(random.exponential(count / num_steady / self.per_s, num_steady))
         tenant_N, pool_N = _zipf(random, self.num_tenants, num_steady), _zipf(random, len(pools), num_steady)
-        for _ in range(num_bursts):
-            start_s = random.uniform(0, at_N[num_steady - 1])
-            burst_B = start_s + np.cumsum(random.exponential(0.1 / self.per_s, self.burst_requests))
-            at_N = np.concatenate([at_N, burst_B])
+        bursts = [
+            random.uniform(0, at_N[-1]) + np.cumsum(random.exponential(0.1 / self.per_s, self.burst_requests))
+            for _ in range(num_bursts)
+        ]
+        at_N = np.concatenate([at_N, *bursts])
         one_each = np.repeat(_zipf(random, self.num_tenants, num_bursts), self.burst_requests)
         tenant_N = np.concatenate([tenant_N, one_each])
         pool_N = np.concatenate([pool_N, np.repeat(_zipf(random, len(pools), num_bursts), self.burst_requests)])
@@ -205,15 +210,23 @@ def with_another(arrivals: Sequence[Arrival], like: str) -> list[Arrival]:
 # --- costs ----------------------------------------------------------------------------------------------------------
 
 
+WHOLE = frozenset({"expert_bytes", "num_slots", "max_running", "max_waiting"})
+ABOVE_0 = frozenset({"step_s", "page_bytes_per_s", "expert_bytes", "num_slots", "max_running"})
+
+
 def read_costs(path: Path) -> Costs:
     """Raises ConfigError."""
     try:
         value = parse_json(read_bounded(path, 1 << 20))
-        known = {each.name: each.type for each in fields(Costs)}
+        known = [each.name for each in fields(Costs)]
         if not isinstance(value, dict) or not set(value) <= set(known):
             raise ValueError(f"its fields are {', '.join(known)}")
-        if not all(isinstance(each, int | float) and each >= 0 for each in value.values()):
-            raise ValueError("its values are numbers, 0 or more")
+        for name, each in value.items():
+            kind = int if name in WHOLE else int | float
+            if isinstance(each, bool) or not isinstance(each, kind) or not 0 <= each < math.inf:
+                raise ValueError(f"its {name} is {each!r}; it must be a {'whole ' * (name in WHOLE)}number, 0 or more")
+            if not each and name in ABOVE_0:
+                raise ValueError(f"its {name} is 0; it must be above 0")
         return Costs(**value)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"the costs in {path} cannot be read: {reason_of(error)}") from None
@@ -343,13 +356,13 @@ class Measuring:
         return tuple(map(int, self._random.integers(0, self._vocabulary - 4, num_tokens)))
 
 
-def measure(address: str, pools: Pools) -> Costs:
+def measure(address: str, pools: Pools, api_key: str | None = None) -> Costs:
     """Returns what work costs at an idle service. Raises what the client raises, and ConfigError where it is not
     idle.
     """
 
     async def run() -> Costs:
-        async with AsyncClient(address, timeout_s=120, api_key=os.environ.get("EXPERT_PAGER_API_KEY")) as client:
+        async with AsyncClient(address, timeout_s=120, api_key=api_key) as client:
             return await Measuring(client, pools).run()
 
     return asyncio.run(run())

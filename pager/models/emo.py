@@ -102,7 +102,7 @@ class EmoConfig(PreTrainedConfig):
         return min(self.num_shared_experts, self.experts_in_layer(layer))
 
     def always_active_in_layer(self, layer: int) -> tuple[int, ...]:
-        """Returns how many experts every token uses with their own share of the common softmax."""
+        """Returns the experts that every token uses, each with its own share of the common softmax."""
         if not self.experts_in_layer(layer):
             return ()
         if self.always_active_experts_per_layer is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pager.errors import InvalidRequest
+from pager.errors import InvalidRequest, PoolTooLarge
 from pager.types import (
     DriftAction,
     DriftPolicy,
@@ -297,9 +297,16 @@ def answer_drift(request: RequestRouting) -> Change | None:
 
 
 def make_change(request: RequestRouting, change: Change) -> bool:
-    """Changes the request; False, with nothing changed, without the slots for it."""
+    """Changes the request; False, with nothing changed, without the slots for it.
+
+    Raises PoolTooLarge where the slots can never be had, as when another tenant was guaranteed them meanwhile.
+    """
     monitor, lease = request.monitor, request.lease
     assert monitor is not None, "only drift changes a request"
+    if lease is not None:
+        needed = len(change.held) + change.num_slots
+        if needed > max(lease.capacity, lease.num_bound + lease.num_reserved):
+            raise PoolTooLarge(needed, lease.capacity)
     if lease is not None and not lease.become(change.held, change.num_slots):
         return False
     if change.kind is _Kind.EXACT:

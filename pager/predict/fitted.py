@@ -23,8 +23,6 @@ from pager.types import Count, ExpertPool, PoolSize, RoutingFacts, RoutingScores
 PENALTIES = (0.1, 1.0, 10.0)
 """Of the regression, in observations: with few of them only the larger keep the estimate near their mean."""
 
-_FLOOR = 1e-6
-
 
 def recall_features(scores: RoutingScores, pool: ExpertPool) -> np.ndarray:
     """Returns [F] features, all of about 1: the length of the prompt, the size of the pool, how clear the scores' cut
@@ -34,7 +32,7 @@ def recall_features(scores: RoutingScores, pool: ExpertPool) -> np.ndarray:
     layers = list(zip(scores.mean_LR, pool.experts, strict=True))
     by_layer_L4 = np.array([_layer_features(*layer) for layer in layers])
     share, mass, cut, _ = by_layer_L4[[len(mean_R) > 0 for mean_R, _ in layers]].mean(0)
-    length, size = math.log(max(scores.num_tokens, 1)) / 4, 1 + math.log(max(share, _FLOOR)) / 2
+    length, size = math.log(max(scores.num_tokens, 1)) / 4, 1 + math.log(max(share, FLOOR)) / 2
     plain = np.array([1.0, length, size, mass, cut])
     uneven = np.concatenate([mean_R * len(mean_R) - 1 for mean_R, _ in layers])
     detail = np.concatenate([by_layer_L4[:, 1:].ravel(), uneven / math.sqrt(len(uneven))])
@@ -76,7 +74,7 @@ def _layer_features(mean_R: np.ndarray, experts: Sequence[int]) -> tuple[float, 
     count, routed = len(experts), len(mean_R)
     if not routed:
         return 0.0, 0.0, 0.0, 0.0
-    order_R = np.maximum(np.sort(mean_R)[::-1], _FLOOR)
+    order_R = np.maximum(np.sort(mean_R)[::-1], FLOOR)
     high, low = order_R[count // 2], order_R[min(routed - 1, count + count // 2)]
     spread = math.log(routed) + float((order_R * np.log(order_R)).sum())
     return count / routed, float(mean_R[list(experts)].sum()), math.log(high / low), spread
@@ -414,11 +412,10 @@ class Codebook:
         return float(np.interp(np.log(max(num_tokens, 1)), self._log_lengths_P, self._thresholds_2P[int(by_trunk)]))
 
     def _of_size(self, size: PoolSize) -> _Pools:
-        found = self._sizes.get(size)
-        if found is None:
-            found = self._make(size)
-            kept = list(self._sizes.items())[-MAX_SIZES + 1 :]
-            self._sizes = {**dict(kept), size: found}
+        found = self._sizes.pop(size, None) or self._make(size)
+        self._sizes[size] = found  # the one asked for last is the last
+        if len(self._sizes) > MAX_SIZES:
+            del self._sizes[next(iter(self._sizes))]
         return found
 
     def _make(self, size: PoolSize, known: Sequence[ExpertPool] = ()) -> _Pools:

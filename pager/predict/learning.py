@@ -283,7 +283,7 @@ def encode_learned(learned: Learned) -> bytes:
 
 
 def decode_learned(data: bytes | None, num_outputs: int) -> Learned | None:
-    """The value, or None for anything that is none of a model with so many routed experts: others can write there."""
+    """Returns the value; None for data that is invalid or of another model, since others can write to the store."""
     if data is None or len(data) > MAX_ENCODED_BYTES:
         return None
     try:
@@ -292,15 +292,15 @@ def decode_learned(data: bytes | None, num_outputs: int) -> Learned | None:
         if facts["v"] != 1:
             return None
         num_codewords, num_recent = len(facts["codewords"]), len(facts["recent"])
-        rows_XO = _rows(tensors.get("rows"), num_codewords + num_recent, num_outputs)
         if num_codewords > MAX_CODEWORDS or num_recent > MAX_STRANGERS + MAX_MEMBERS:
             return None
+        rows_XO = _rows(tensors.get("rows"), num_codewords + num_recent, num_outputs)
         codewords = tuple(
-            LearnedCodeword(_name(name), row_O, _count(weight), _count(used))
+            LearnedCodeword(_name(name), row_O, _count(weight, least=1), _count(used))
             for (name, weight, used), row_O in zip(facts["codewords"], rows_XO, strict=False)
         )
         recent = tuple(
-            Observation(row_O, float(threshold), str(name))
+            Observation(row_O, _threshold(threshold), str(name))
             for (threshold, name), row_O in zip(facts["recent"], rows_XO[num_codewords:], strict=True)
         )
         version, num_seen, num_named = (_count(facts[key]) for key in ("version", "seen", "named"))
@@ -322,7 +322,13 @@ def _name(value: Any) -> str:
     return value
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 53:
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 1 << 53:
         raise ValueError(value)
     return value
+
+
+def _threshold(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(value)
+    return float(value)

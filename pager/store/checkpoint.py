@@ -220,8 +220,7 @@ class Checkpoint:
         """Opens the directory and checks all that can be checked without reading weights.
 
         Raises CheckpointError for a directory, config, index, shard or header that is missing, malformed or
-        truncated, a tensor that its shard lacks or that is stored in an unsupported dtype, and files that a
-        recorded manifest contradicts.
+        truncated, a tensor stored in an unsupported dtype, and files that a recorded manifest contradicts.
         """
         directory, config, weights = _open(path)
         try:

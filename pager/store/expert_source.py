@@ -349,11 +349,12 @@ def find_experts(
         )
     found = {
         key: tuple(
-            _stored(checkpoint, parameter, expected, experts_per_layer[key.layer], is_first=key.expert == 0)
+            _stored(checkpoint, parameter, expected, experts_per_layer[key.layer])
             for parameter, expected in zip(parameters, shape.shapes, strict=True)
         )
         for key, parameters in wanted.items()
     }
+    _check_made(wanted, found, shape)
     parameters = [each for stored in found.values() for each in stored]
     for spec in (piece.spec for each in parameters if not each.decodes for piece in each.pieces):
         if spec.dtype not in PLAIN_FLOATS:
@@ -371,8 +372,6 @@ def _stored(
     parameter: tuple[str | Row, ...] | Made,
     expected: tuple[int, ...],
     num_experts: int,
-    *,
-    is_first: bool,
 ) -> StoredParameter:
     """Finds what a parameter is stored as. Raises CheckpointError for shapes that do not make the expected one."""
     if not isinstance(parameter, Made):
@@ -391,12 +390,25 @@ def _stored(
         else StoredPiece(checkpoint.specs[piece.name], piece.row)
         for piece in parameter.pieces
     )
-    if is_first:  # the others of the layer go the same way
-        _check_made(parameter, pieces, expected)
     return StoredParameter(pieces, parameter.make, parameter.decodes)
 
 
-def _check_made(parameter: Made, pieces: Sequence[StoredPiece], expected: tuple[int, ...]) -> None:
+def _check_made(
+    wanted: Mapping[ExpertKey, tuple[tuple[str | Row, ...] | Made, ...]],
+    found: Mapping[ExpertKey, tuple[StoredParameter, ...]],
+    shape: ExpertShape,
+) -> None:
+    """Tries what makes parameters: once for each layer and kind of stored pieces. Raises CheckpointError."""
+    tried: set[object] = set()
+    for key, parameters in wanted.items():
+        for number, (parameter, stored) in enumerate(zip(parameters, found[key], strict=True)):
+            like = (key.layer, number, tuple((piece.shape, piece.spec.dtype) for piece in stored.pieces))
+            if isinstance(parameter, Made) and like not in tried:
+                _try_to_make(parameter, stored.pieces, shape.shapes[number])
+                tried.add(like)
+
+
+def _try_to_make(parameter: Made, pieces: Sequence[StoredPiece], expected: tuple[int, ...]) -> None:
     name = pieces[0].spec.name
     try:
         like = [torch.empty(piece.shape, dtype=piece.spec.dtype, device="meta") for piece in pieces]

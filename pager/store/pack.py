@@ -129,13 +129,13 @@ def _plan(
             if spec.name not in paged
         ),
     )
-    source = CheckpointExperts(checkpoint, pieces, experts_per_layer, shape)
-    if dtype is None and source.stored_dtype not in PLAIN_FLOATS:
-        source.close()
+    if dtype is None and any(each.decodes for stored in experts.values() for each in stored):
+        stored_bytes = sum(piece.nbytes for piece in pieces_of(next(iter(experts.values()))))
         raise ConfigError(
-            f"the experts of {checkpoint.path} are quantised ({source.stored_bytes} bytes each) and a pack would hold "
+            f"the experts of {checkpoint.path} are quantised ({stored_bytes} bytes each) and a pack would hold "
             "them decoded; give the dtype to decode them to, or run the checkpoint as it is"
         )
+    source = CheckpointExperts(checkpoint, pieces, experts_per_layer, shape)
     expert_dtype = dtype or source.stored_dtype
     trunk_names = (spec.name for spec in trunk)
     header = PackHeader.plan(checkpoint.fingerprint, experts_per_layer, shape, record or expert_dtype, trunk_names)

@@ -204,7 +204,7 @@ class ValueRange:
         """Says what is odd about the values, or None. A vector may be constant, as an untrained norm's weights are."""
         if self.has_nan:
             return "it holds values that are not a number"
-        if self.least == -math.inf or (self.greatest == math.inf and self.least != math.inf):
+        if self.least == -math.inf or (self.greatest == math.inf and self.least <= self.greatest):
             return "it holds infinite values"
         if self.least == self.greatest and num_dimensions > 1:
             return f"all its values are {self.least:g}"
@@ -212,7 +212,7 @@ class ValueRange:
 
 
 def odd_tensor(spec: TensorSpec, values: ValueRange) -> Iterator[OddItem]:
-    """Returns what is odd about a tensor, if anything."""
+    """Yields what is odd about a tensor, if anything."""
     num_dimensions = 0 if spec.nbytes == spec.dtype.itemsize else len(spec.shape)
     if reason := values.oddity(num_dimensions):
         yield OddItem(spec.name, spec.file, reason)

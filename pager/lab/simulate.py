@@ -157,9 +157,11 @@ class _Worker:
     place_s = None
     peak_page_in_bytes_per_s = None
 
-    def __init__(self, id_: str, costs: Costs, rules: Rules) -> None:
+    def __init__(self, id_: str, costs: Costs, rules: Rules, width: int) -> None:
+        """`width` is more than the number of any expert."""
         self.id = id_
         self.costs = costs
+        self.width = width
         self.is_fair = rules.admission == "overlap"
         self.state = "ready"
         self.num_slots = costs.num_slots
@@ -432,9 +434,7 @@ class Simulation:
         self.pools = {name: NamedExperts.of(name, pool, width) for name, pool in pools.items()}
         self.costs = costs
         names = [f"w{number}" for number in range(workers)] if isinstance(workers, int) else workers
-        self.workers = [_Worker(name, costs, rules) for name in names]
-        for worker in self.workers:
-            worker.width = width
+        self.workers = [_Worker(name, costs, rules, width) for name in names]
         self.by_id = {worker.id: worker for worker in self.workers}
         self.rules = rules
         self.in_flight: Counter[str] = Counter()

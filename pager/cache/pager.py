@@ -97,7 +97,7 @@ class ExpertPager:
 
     @property
     def num_guarantees(self) -> int:
-        """How often a tenant's guarantee was given or changed."""
+        """The number of times that a tenant was given a guarantee or had it changed."""
         return self._ledger.num_guarantees
 
     @property

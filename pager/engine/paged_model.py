@@ -133,7 +133,7 @@ class PagedModel:
 
     @cached_property
     def layers(self) -> tuple[LayerAttention, ...]:
-        """What each layer keeps and sees, as the engine runs it. Raises UnsupportedModel."""
+        """The attention of each layer as the engine runs it: what it keeps and what it sees. Raises UnsupportedModel."""
         return layers_of(self.config)
 
     def routing(

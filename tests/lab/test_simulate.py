@@ -205,7 +205,7 @@ def test_the_command_forecasts_a_log_and_what_if(tmp_path: Path) -> None:
     drawn = ["simulate", *command[2:], "--requests", "50", "--tenants", "3", "--per-second", "5", "--workers", "1"]
     result = CliRunner().invoke(app, drawn)
     assert result.exit_code == 0, result.output
-    assert "50 requests, 1 workers" in result.stdout
+    assert "50 requests, 1 worker" in result.stdout
 
 
 def test_a_pool_is_drawn_by_its_name() -> None:

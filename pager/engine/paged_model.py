@@ -133,7 +133,7 @@ class PagedModel:
 
     @cached_property
     def layers(self) -> tuple[LayerAttention, ...]:
-        """The attention of each layer as the engine runs it: what it keeps and what it sees. Raises UnsupportedModel."""
+        """The attention of each layer in the engine: what it keeps and what it sees. Raises UnsupportedModel."""
         return layers_of(self.config)
 
     def routing(

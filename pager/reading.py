@@ -1,4 +1,5 @@
-"""Reads the files that a user hands over: regular ones only, and bounded before they cost anything.
+"""Reads the files that a user hands over: regular ones only, and bounded before they cost anything. Replaces files that
+others read.
 
 What is wrong is raised as OSError or ValueError with a reason that fits into a message; the callers know what kind of
 file it was meant to be, name it and say what to do.
@@ -11,9 +12,11 @@ import gzip
 import json
 import os
 import stat
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -58,6 +61,23 @@ def read_bounded(path: str | Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"it has more than the {max_bytes} bytes that are read of such a file", str(path))
     return data
+
+
+def replace_file(path: Path, data: bytes, mode: int = 0o600, *, is_durable: bool = False) -> None:
+    """Replaces a file in one step, so that nobody reads half of it; a failure leaves nothing behind. Raises OSError."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            os.fchmod(handle, mode)
+            if is_durable:
+                file.flush()
+                os.fsync(handle)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
 
 
 def parse_json(data: bytes | str) -> Any:

@@ -24,6 +24,8 @@ MAX_BIASED_TOKENS = 1024
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_BYTES = 64 * 2**10
 MAX_ANSWERS = 32
+TOP_K_WHERE_DRAWN = 50
+"""What transformers' `generate` takes where `do_sample` is set and neither the model nor the caller says otherwise."""
 MAX_PROMPT_LOGPROBS = 2**19
 """Numbers that a request may have reported of its prompt: tokens times one more than the alternatives to each."""
 
@@ -35,7 +37,7 @@ def default_sampling(generation_config: Any) -> SamplingParams:
     drawn = DRAWN_BY if getattr(generation_config, "do_sample", None) else ("repetition_penalty",)
     given = {name: value for name in drawn if (value := getattr(generation_config, name, None)) is not None}
     if "temperature" in drawn:
-        given.setdefault("temperature", 1.0)
+        given = {"temperature": 1.0, "top_k": TOP_K_WHERE_DRAWN} | given
     params = SamplingParams(**given)
     check_sampling(params)
     return params

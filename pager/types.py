@@ -10,7 +10,7 @@ import math
 import operator
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import reduce
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -395,6 +395,11 @@ class Account:
     paging: PagingCounts = PagingCounts()
     queue_s: float | None = None
     cached_prompt_tokens: int = 0  # of the prompt's, those whose keys and values were there
+
+    def with_answer(self, answer: Account) -> Account:
+        """Returns the account with another answer to its prompt, which was run for all of them."""
+        completion_tokens = self.completion_tokens + answer.completion_tokens
+        return replace(answer, completion_tokens=completion_tokens, paging=self.paging + answer.paging)
 
 
 class RequestObserver(Protocol):

@@ -39,6 +39,9 @@ from router_service.playground import Playground
 from router_service.requests import Ask
 from router_service.service import Call, Pipeline
 
+WithTools = openai.ChatRequest | openai.ResponsesRequest | anthropic.MessagesRequest
+STARTED_UNIX_S = int(time.time())
+
 
 def openai_error(error: PagerError, status: int) -> dict[str, Any]:
     """Returns an error as OpenAI's clients read it; `code` is ErrorInfo's reason."""
@@ -206,7 +209,7 @@ class Api:
 
             await exchange.answer(200, whole if any(choice.is_large for choice in choices) else whole())
             return
-        holds_back = bool(asked.shown_tools()) and (asked.is_tool_forced or self._parse_tools is not None)
+        holds_back = self._holds_back(asked)
 
         async def delta(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> None:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -235,9 +238,11 @@ class Api:
 
         await until_gone(exchange, work())
 
-    def _answer_of(
-        self, asked: openai.ChatRequest | openai.ResponsesRequest | anthropic.MessagesRequest, choice: Choice
-    ) -> tuple[str, list[ToolCall], str]:
+    def _holds_back(self, asked: WithTools) -> bool:
+        """Tells whether the text of a stream waits for its end, because calls of tools may be in it."""
+        return bool(asked.shown_tools()) and (asked.is_tool_forced or self._parse_tools is not None)
+
+    def _answer_of(self, asked: WithTools, choice: Choice) -> tuple[str, list[ToolCall], str]:
         """Returns the text of an answer, the tool calls in it, and why it ended."""
         text, calls, reason = choice.text, [], choice.finish_reason or "stop"
         if asked.is_tool_forced:
@@ -270,21 +275,23 @@ class Api:
             await until_gone(exchange, run_all(self._pipeline, call, [ask], _into([choice])))
             await exchange.answer(200, self._response(asked, id_, choice))
             return
-        events = openai.ResponseEvents(id_, lambda: self._response(asked, id_, choice))
+        holds_back = self._holds_back(asked)
+        events = openai.ResponseEvents(id_, lambda: self._response(asked, id_, choice), holds_back=holds_back)
+
+        async def send(found: list[openai.Event]) -> None:
+            for name, event in found:
+                await exchange.event(event, name)
 
         async def seen(_: int, chunk: TokenChunk) -> None:
             if not choice.texts:
-                for name, event in events.begin():
-                    await exchange.event(event, name)
+                await send(events.begin())
             choice.add(chunk)
-            if chunk.text:
-                name, event = events.delta(chunk.text)
-                await exchange.event(event, name)
+            if chunk.text and not holds_back:
+                await send(events.delta(chunk.text))
 
         async def work() -> None:
             await run_all(self._pipeline, call, [ask], seen)
-            for name, event in events.end(choice.text):
-                await exchange.event(event, name)
+            await send(events.end())
             await exchange.end()
 
         await until_gone(exchange, work())
@@ -318,7 +325,7 @@ class Api:
             }
             await exchange.answer(200, body)
             return
-        holds_back = bool(asked.shown_tools()) and (asked.is_tool_forced or self._parse_tools is not None)
+        holds_back = self._holds_back(asked)
 
         async def event(name: str, **fields: Any) -> None:
             await exchange.event({"type": name, **fields}, name)
@@ -479,9 +486,6 @@ def metrics_route(registry: CollectorRegistry) -> Route:
         return Response(await asyncio.to_thread(generate_latest, registry), 200, media_type=CONTENT_TYPE_LATEST)
 
     return Route("/metrics", answer, methods=["GET"])
-
-
-STARTED_UNIX_S = int(time.time())
 
 
 def _into(choices: Sequence[Choice]) -> Callable[[int, TokenChunk], Any]:

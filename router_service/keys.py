@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import secrets
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pager.cache.shares import MOST_GUARANTEED
 from pager.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthenticated
-from pager.reading import parse_json, read_bounded, reason_of
+from pager.reading import parse_json, read_bounded, reason_of, replace_file
 from router_service.admission import TENANT_KEY, Caller, CallerLimits, Role, check_tenant, present, tenant_in, tenant_of
 from router_service.redis import RedisClient, RedisUnavailableError
 
@@ -203,19 +202,8 @@ class KeyFile:
     def _write(self, entries: tuple[Entry, ...]) -> None:
         path = self._path.resolve()
         text = json.dumps({"keys": [each.model_dump(mode="json", exclude_defaults=True) for each in entries]}, indent=1)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # only its owner can read it
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            if path.exists():
-                os.chmod(part, path.stat().st_mode & 0o777)
-            os.replace(part, path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(part)
-            raise
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+        replace_file(path, f"{text}\n".encode(), mode, is_durable=True)
 
 
 @contextmanager

@@ -894,54 +894,65 @@ Event = tuple[str, dict[str, Any]]
 
 
 class ResponseEvents:
-    """The events of a streamed response, numbered in order."""
+    """The events of a streamed response, numbered in order. Text that `holds_back` keeps comes with the end."""
 
-    def __init__(self, id_: str, snapshot: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, id_: str, snapshot: Callable[[], dict[str, Any]], *, holds_back: bool) -> None:
         self._snapshot = snapshot
         self._item_id = f"msg_{id_}"
+        self._holds_back = holds_back
         self._number = 0
 
     def begin(self) -> list[Event]:
         """Returns the events before the first text."""
-        item = {"type": "message", "id": self._item_id, "status": "in_progress", "role": "assistant", "content": []}
-        return [
+        events = [
             self._event("response.created", response=self._snapshot()),
             self._event("response.in_progress", response=self._snapshot()),
+        ]
+        return events if self._holds_back else [*events, *self._begin_message()]
+
+    def delta(self, text: str) -> list[Event]:
+        """Returns the event for new text."""
+        return [self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])]
+
+    def end(self) -> list[Event]:
+        """Returns the events at the end of the answer."""
+        whole, events = self._snapshot(), []
+        for index, item in enumerate(whole["output"]):
+            if item["type"] == "message":
+                text = item["content"][0]["text"]
+                if self._holds_back:
+                    events += [*self._begin_message(), *self.delta(text)]
+                events += [
+                    self._event("response.output_text.done", **self._place, text=text, logprobs=[]),
+                    self._event("response.content_part.done", **self._place, part=_part(text)),
+                ]
+            else:
+                events += self._call(item, index)
+            events.append(self._event("response.output_item.done", output_index=index, item=item))
+        name = "response.incomplete" if whole["status"] == "incomplete" else "response.completed"
+        return [*events, self._event(name, response=whole)]
+
+    def _begin_message(self) -> list[Event]:
+        item = {"type": "message", "id": self._item_id, "status": "in_progress", "role": "assistant", "content": []}
+        return [
             self._event("response.output_item.added", output_index=0, item=item),
             self._event("response.content_part.added", **self._place, part=_part("")),
         ]
 
-    def delta(self, text: str) -> Event:
-        """Returns the events for new text."""
-        return self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])
-
-    def end(self, text: str) -> list[Event]:
-        """Returns the events at the end of the answer."""
-        whole = self._snapshot()
-        item = {
-            "type": "message",
-            "id": self._item_id,
-            "status": "completed",
-            "role": "assistant",
-            "content": [_part(text)],
-        }
-        calls = [each for each in whole["output"] if each["type"] == "function_call"]
-        events = [
-            self._event("response.output_text.done", **self._place, text=text, logprobs=[]),
-            self._event("response.content_part.done", **self._place, part=_part(text)),
-            self._event("response.output_item.done", output_index=0, item=item),
+    def _call(self, item: Mapping[str, Any], index: int) -> list[Event]:
+        begun = {**item, "status": "in_progress", "arguments": ""}
+        place, arguments = {"item_id": item["id"], "output_index": index}, item["arguments"]
+        return [
+            self._event("response.output_item.added", output_index=index, item=begun),
+            self._event("response.function_call_arguments.delta", **place, delta=arguments),
+            self._event("response.function_call_arguments.done", **place, name=item["name"], arguments=arguments),
         ]
-        for index, call in enumerate(calls, 1):
-            events.append(self._event("response.output_item.added", output_index=index, item=call))
-            events.append(self._event("response.output_item.done", output_index=index, item=call))
-        name = "response.incomplete" if whole["status"] == "incomplete" else "response.completed"
-        return [*events, self._event(name, response=whole)]
 
     @property
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
 
-    def _event(self, name: str, **fields: Any) -> Event:
+    def _event(self, name: str, /, **fields: Any) -> Event:
         self._number += 1
         return name, {"type": name, "sequence_number": self._number - 1, **fields}
 

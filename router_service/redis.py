@@ -594,9 +594,6 @@ class RedisLearned:
         saved = await self._client.script(_SAVE_LEARNED, (self._key,), replaces, learned.version, data, LEARNED_TTL_S)
         return bool(saved)
 
-    async def close(self) -> None:
-        await self._client.close()
-
 
 class SharedLearned(_Shared):
     """A LearnedStore that never raises: while the shared one is away, each router learns by itself."""
@@ -710,7 +707,8 @@ class SharedQuotas(Quotas):
 
     async def close(self) -> None:
         bridge: Any = self._storage.bridge
-        await bridge.get_connection().aclose()
+        with suppress(RedisError, OSError, TimeoutError):
+            await bridge.get_connection().aclose()
 
     async def _ask(
         self, question: Callable[..., Awaitable[Answer]], item: RateLimitItem, caller: Caller, **options: int

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -29,9 +29,27 @@ from router_service.hints import HintStore, all_workers, size_name
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-KEPT = 256  # kept beyond those of requests in flight
+log = logging.getLogger("expert_pager.router")
+
+KEPT = 256  # rows kept beyond those of requests in flight
 MAX_WAITS = 512  # the most first tokens between two looks whose times are kept
 LONGEST_SIZE = 40  # characters; a size can name every layer
+SAMPLE_S = 5.0
+NUM_SAMPLES = 60
+MAX_WORKERS = 32
+MAX_POOLS = 40
+_COUNTS = tuple(each.name for each in fields(PagingCounts))
+_SERVING = (WorkerState.READY, WorkerState.DRAINING)
+STATE_PATH, POOL_PATH = "/ui/state.json", "/ui/pool.json"
+STATE_TIMEOUT_S = 5.0
+_SAFE = (
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+_Answer = tuple[str, str, bytes]  # status, type and body
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +176,6 @@ class Served:
         """Counts a call to generate that ended with this gRPC status."""
         self.answers += code == "OK"
         self.errors += code not in ("OK", "CANCELLED")
-
-
-SAMPLE_S = 5.0
-NUM_SAMPLES = 60
-MAX_WORKERS = 32
-MAX_POOLS = 40
-_COUNTS = tuple(each.name for each in fields(PagingCounts))
-_SERVING = (WorkerState.READY, WorkerState.DRAINING)
 
 
 @dataclass(slots=True)
@@ -317,18 +327,6 @@ def _share(values: Sequence[float], share: float) -> float | None:
     return round(values[min(len(values) - 1, int(share * len(values)))], 4) if values else None
 
 
-log = logging.getLogger("expert_pager.router")
-
-STATE_TIMEOUT_S = 5.0
-_SAFE = (
-    ("Cache-Control", "no-store"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("X-Frame-Options", "DENY"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Cross-Origin-Resource-Policy", "same-origin"),
-)
-
-
 class Page:
     """Answers in the threads of the HTTP server, and gets the state from the event loop."""
 
@@ -351,49 +349,64 @@ class Page:
 
         async def answer(request: Request) -> Response:
             path, query = request.url.path, request.url.query
-            status, kind, body = await asyncio.to_thread(self._answer, request.method, path, query, self._html_to_ask)
+            found = self._fixed(request.method, path, self._html_to_ask)
+            if found is None:
+                try:
+                    async with asyncio.timeout(STATE_TIMEOUT_S):
+                        state = await self._state(path, query)
+                    found = await asyncio.to_thread(_in_json, state)
+                except Exception as error:
+                    found = _failed(error)
+            status, kind, body = found
             headers = {**dict(_SAFE), "Content-Security-Policy": self._policy}
             return Response(body, int(status[:3]), headers, kind)
 
-        return [Route(path, answer, methods=["GET"]) for path in ("/ui", "/ui/", "/ui/state.json", "/ui/pool.json")]
+        return [Route(path, answer, methods=["GET"]) for path in ("/ui", "/ui/", STATE_PATH, POOL_PATH)]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answers as a WSGI application, mounted at `/ui`."""
         method = environ["REQUEST_METHOD"]
         path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
-        status, kind, body = self._answer(method, path, query, self._html)
+        status, kind, body = self._fixed(method, path, self._html) or self._from_thread(path, query)
         headers = Headers([("Content-Type", kind), ("Content-Length", str(len(body))), *_SAFE])
         headers["Content-Security-Policy"] = self._policy
         start_response(status, headers.items())
         return [] if method == "HEAD" else [body]
 
-    def _answer(self, method: str, path: str, query: str, html: bytes) -> tuple[str, str, bytes]:
+    def _fixed(self, method: str, path: str, html: bytes) -> _Answer | None:
+        """Returns the answer, if the state has no part in it."""
         if method not in ("GET", "HEAD"):
             return "405 Method Not Allowed", "text/plain", b"GET or HEAD only\n"
         if path in ("/ui", "/ui/"):
             return "200 OK", "text/html; charset=utf-8", html
-        if path == "/ui/state.json":
-            return self._told(self._watch.state)
-        if path == "/ui/pool.json":
-            digest = query.removeprefix("digest=")
+        if path not in (STATE_PATH, POOL_PATH):
+            known = f"there is /ui, {STATE_PATH} and {POOL_PATH}?digest=DIGEST\n"
+            return "404 Not Found", "text/plain", known.encode()
+        return None
 
-            async def pool() -> dict[str, Any] | None:
-                return self._watch.pool(digest)
+    async def _state(self, path: str, query: str) -> dict[str, Any] | None:
+        """Returns what is asked for; None for a pool that is not shown. Runs on the event loop."""
+        return await self._watch.state() if path == STATE_PATH else self._watch.pool(query.removeprefix("digest="))
 
-            return self._told(pool)
-        return "404 Not Found", "text/plain", b"there is /ui, /ui/state.json and /ui/pool.json?digest=DIGEST\n"
-
-    def _told(self, tell: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[str, str, bytes]:
-        asked = asyncio.run_coroutine_threadsafe(tell(), self._loop)
+    def _from_thread(self, path: str, query: str) -> _Answer:
+        asked = asyncio.run_coroutine_threadsafe(self._state(path, query), self._loop)
         try:
-            state = asked.result(STATE_TIMEOUT_S)
-        except Exception as error:  # a failure of the page must not end anything else
+            return _in_json(asked.result(STATE_TIMEOUT_S))
+        except Exception as error:
             asked.cancel()
-            log.warning("the state for /ui could not be read: %s", type(error).__name__)
-            return "503 Service Unavailable", "text/plain", b"the router does not answer in time\n"
-        if state is None:
-            return "404 Not Found", "text/plain", b"no pool of this digest is shown any more\n"
-        return "200 OK", "application/json", json.dumps(state, separators=(",", ":"), allow_nan=False).encode()
+            return _failed(error)
+
+
+def _failed(error: Exception) -> _Answer:
+    """Returns the answer for a state that could not be read: a failure of the page must not end anything else."""
+    log.warning("the state for /ui could not be read: %s", type(error).__name__)
+    return "503 Service Unavailable", "text/plain", b"the router does not answer in time\n"
+
+
+def _in_json(state: dict[str, Any] | None) -> _Answer:
+    if state is None:
+        return "404 Not Found", "text/plain", b"no pool of this digest is shown any more\n"
+    return "200 OK", "application/json", json.dumps(state, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _part(name: str) -> str:

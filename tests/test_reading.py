@@ -23,6 +23,7 @@ from pager.reading import (
     read_bounded,
     read_documents,
     read_lines,
+    replace_file,
 )
 
 
@@ -135,3 +136,15 @@ def test_a_byte_of_a_command_line_that_is_no_text_is_refused() -> None:
     assert check_text("ä€😀", "the prompt") == "ä€😀"
     with pytest.raises(InvalidRequest, match="character 1 is half of a pair"):
         check_text(os.fsdecode(b"a\xff b"), "the prompt")
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    replace_file(path, b"first")
+    replace_file(path, b"second", 0o644, is_durable=True)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"second", 0o644)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        replace_file(folder, b"third")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
@@ -23,6 +22,7 @@ from pager.cluster.tokens import WorkerLink
 from pager.cluster.worker import EngineLoader
 from pager.config import ServiceConfig
 from pager.errors import NotReady, PagerError, UnknownWorker, WorkerLost
+from pager.reading import replace_file
 from pager.types import GenerateRequest, RequestObserver, TokenChunk
 from pager.wire import decode_bitmap, decode_paging, optional
 
@@ -301,11 +301,7 @@ def write_targets(path: Path, router: str | None, workers: Mapping[str, str]) ->
     if router is not None:
         groups.insert(0, {"targets": [router], "labels": {"job": ROUTER_JOB}})
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(groups, file, indent=2)
-        os.fchmod(file.fileno(), 0o644)  # Prometheus runs as another user
-    os.replace(temporary, path)
+    replace_file(path, json.dumps(groups, indent=2).encode(), 0o644)  # Prometheus runs as another user
 
 
 ATTACH_TIMEOUT_S = 60.0

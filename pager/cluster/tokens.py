@@ -12,7 +12,6 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import grpc.aio
@@ -21,7 +20,7 @@ from expert_pager.v1 import worker_pb2_grpc
 
 from pager.errors import DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.observe.logs import facts, trace_id_of
-from pager.types import Account, GenerateRequest, PagingCounts, RequestObserver, TokenChunk, Usage
+from pager.types import Account, GenerateRequest, RequestObserver, TokenChunk
 from pager.wire import (
     decode_account,
     decode_chunk,
@@ -33,9 +32,6 @@ from pager.wire import (
     encode_error,
     encode_request,
 )
-
-# --- server: the worker's end -----------------------------------------------------------------------------------------
-
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +54,10 @@ SERVER_OPTIONS = (
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.max_concurrent_streams", 128),  # per connection; a router has one stream and now and then an Abort
 )
+RETRY_AFTER_S = 1.0  # a killed worker with a small model is back after some seconds; others may serve at once
+
+
+# --- server: the worker's end -----------------------------------------------------------------------------------------
 
 
 class RequestFailure(Protocol):
@@ -226,28 +226,34 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
         """Adds a chunk. One that cannot be encoded fails only its own request: the engine ends it, and later events are
         dropped.
         """
-        owner = self._owners[key]
+        owner = self._count_answer(key, chunk)
         try:
             step.chunks.append(encode_chunk(chunk, owner.ticket))
         except Exception as error:
-            account = None if chunk.usage is None else chunk.usage.account
-            step.failures.append(_failure(owner.ticket, error, account))
+            step.failures.append(_failure(owner.ticket, error, owner.used if chunk.is_last else None))
             self._owners[key] = owner._replace(has_failed=True)
             self._engine.cancel(*key)
             if chunk.is_last:
                 self._ended(key, PagerError.reason.lower())
             return
         if chunk.usage is not None and chunk.is_last:
-            self._ended(key, chunk.usage.finish_reason.value, chunk.usage.completion_tokens)
+            self._ended(key, chunk.usage.finish_reason.value, owner.used.completion_tokens)
+
+    def _count_answer(self, key: RequestKey, chunk: TokenChunk) -> _Owner:
+        """Adds what an answer has used to its request's account, if the chunk is the last one of an answer."""
+        if chunk.usage is not None:
+            owner = self._owners[key]
+            self._owners[key] = owner._replace(used=owner.used.with_answer(chunk.usage.account))
+        return self._owners[key]
 
     def _settle_failed(self, step: pb.Step, event: StreamEvent, key: RequestKey) -> None:
         """Handles the last event of a request that its router knows to have failed: only its usage still matters."""
         if not isinstance(event, TokenChunk):
             account = event.account
-        elif event.usage is not None and event.is_last:
-            account = event.usage.account
         else:
-            return
+            account = self._count_answer(key, event).used
+            if not event.is_last:
+                return
         step.failures.append(pb.Failure(ticket=self._owners[key].ticket, account=encode_account(account)))
         self._forget(key)
 
@@ -300,6 +306,7 @@ class _Owner(NamedTuple):
     stream: _RouterStream
     ticket: int
     trace_id: str
+    used: Account = Account()  # by those of its answers that have ended
     has_failed: bool = False  # its router was told that it failed, and the engine has not ended it yet
 
 
@@ -357,9 +364,6 @@ def _failure(ticket: int, error: Exception, account: Account | None = None) -> p
 # --- client: the router's end -----------------------------------------------------------------------------------------
 
 
-RETRY_AFTER_S = 1.0  # a killed worker with a small model is back after some seconds; others may serve at once
-
-
 class AnswerStream:
     """The chunks of one request, at most `limit` of them unread. Owned by its `WorkerLink`; read by one task."""
 
@@ -371,18 +375,7 @@ class AnswerStream:
         self._error: PagerError | None = None
         self._finished = False
         self._waiter: asyncio.Future[None] | None = None
-        self._accounts: list[Account] = []
-
-    def account(self, usage: Usage) -> Account:
-        """Returns what the request has used, once `usage` is that of its last answer: the prompt was run for all of
-        them.
-        """
-        self._accounts.append(usage.account)
-        return replace(
-            usage.account,
-            completion_tokens=sum(each.completion_tokens for each in self._accounts),
-            paging=sum((each.paging for each in self._accounts), PagingCounts()),
-        )
+        self.used = Account()  # by those of its answers that have ended
 
     def push(self, chunk: TokenChunk) -> bool:
         """Adds a chunk. Returns False when the reader is too slow: the stream has failed with SlowReader and drops what
@@ -545,9 +538,9 @@ class WorkerLink:
                     self._leave(message.ticket)
             ended = answer or self._left.get(message.ticket)
             if message.HasField("usage") and ended is not None:
-                account = ended.account(decode_usage(message.usage))
+                ended.used = ended.used.with_answer(decode_usage(message.usage).account)
                 if not message.num_going_on:
-                    self._settle(message.ticket, account)
+                    self._settle(message.ticket, ended.used)
         for failure in step.failures:
             answer = self._answers.get(failure.ticket)
             if answer is not None:

@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import statistics
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from pager.memory import NUM_READERS, Budgets, format_address
 from pager.observe import tracing
 from pager.observe.metrics import LoopLag, MetricsServer, leave_out_of_collections
 from pager.observe.worker_metrics import EngineLoad, TierBytes, WorkerMetrics
+from pager.reading import replace_file
 from pager.threads import LoopThread
 from pager.types import PagingCounts, RoutingFacts
 from pager.wire import encode_bitmap, encode_paging
@@ -79,10 +79,8 @@ class WarmFile:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"version": VERSION, "fingerprint": self._fingerprint, "experts": content}, file)
-            os.replace(temporary, self._path)
+            document = {"version": VERSION, "fingerprint": self._fingerprint, "experts": content}
+            replace_file(self._path, json.dumps(document).encode())
         except OSError as error:
             log.warning("the list of this worker's experts could not be saved to %s: %s", self._path, error)
         else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pager.cache.trace import Access, Trace
 from pager.errors import ConfigError
 from pager.memory import format_bytes, parse_bytes_or_share
 from pager.observe.metrics import Instruments, Kind, Labels, Metric
+from pager.reading import replace_file
 from pager.types import ExpertKey
 
 OPTIMUM = "optimum"
@@ -220,10 +219,6 @@ def write_curve(points: Iterable[CurvePoint], path: Path) -> None:
         ):
             made.gauge(name).labels(point.policy, point.budget).set(value)
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(generate_latest(registry))
-            os.fchmod(file.fileno(), 0o644)  # its collector runs as another user
-        os.replace(temporary, path)
+        replace_file(path, generate_latest(registry), 0o644)  # its collector runs as another user
     except OSError as error:
         raise ConfigError(f"the curve cannot be written to {path}: {error.strerror}") from None

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from pager.cluster.cluster import write_targets
 
 
@@ -18,3 +20,11 @@ def test_the_file_is_replaced_as_a_whole_and_others_can_read_it(tmp_path: Path) 
     assert path.stat().st_ino != first
     assert path.stat().st_mode & 0o777 == 0o644
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_leaves_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "targets.json"
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_targets(path, None, {})
+    assert list(tmp_path.iterdir()) == [path]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -478,13 +479,54 @@ async def test_several_answers_end_one_by_one_and_are_settled_once(transport: Tr
     parts = [replace(chunk("a", f"{index}"), index=index, num_going_on=2) for index in range(3)]
     transport.engine.step(*parts, *parts)  # six at once: two for each answer
     for num_going_on, index in ((2, 1), (1, 2), (0, 0)):
-        last = chunk("a", "end", last=True)
-        assert last.usage is not None
-        usage = replace(last.usage, completion_tokens=3, paging=PagingCounts(experts_hit=index))
-        transport.engine.step(replace(last, usage=usage, index=index, num_going_on=num_going_on))
+        transport.engine.step(part_of("a", index, num_going_on))
     await asyncio.wait_for(reading, 30)
     assert [(piece.index, piece.text) for piece in found[6:]] == [(1, "end"), (2, "end"), (0, "end")]
     assert [piece.is_last for piece in found] == [False] * 8 + [True]
     (account,) = observer.accounts
     assert (account.prompt_tokens, account.completion_tokens, account.paging.experts_hit) == (3, 9, 3)
     assert link.num_open == 0
+
+
+def part_of(request_id: str, index: int, num_going_on: int, text: str = "end") -> TokenChunk:
+    """The last chunk of one of several answers: three tokens, and as many hits as its index says."""
+    last = chunk(request_id, text, last=True)
+    assert last.usage is not None
+    usage = replace(last.usage, completion_tokens=3, paging=PagingCounts(experts_hit=index))
+    return replace(last, usage=usage, index=index, num_going_on=num_going_on)
+
+
+async def test_the_workers_log_counts_the_tokens_of_all_answers(
+    transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = await transport.link()
+    reading = asyncio.create_task(collect(link.generate(replace(request("a"), sampling=SamplingParams(n=2)))))
+    await eventually(lambda: transport.engine.runs("a"))
+    with caplog.at_level(logging.INFO, "pager.cluster.tokens"):
+        transport.engine.step(part_of("a", 1, 1), part_of("a", 0, 0))
+        await reading
+    (record,) = [record for record in caplog.records if "outcome=stop" in record.getMessage()]
+    assert record.facts["completion_tokens"] == 6  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+async def test_a_request_of_several_answers_of_which_one_cannot_be_sent_is_settled_once_and_whole(
+    transport: Transport, bad: int
+) -> None:
+    """Whichever of the three it is: half of a pair is no text that protobuf takes."""
+    observer, link = Heard(), await transport.link()
+    asked = replace(request("a"), sampling=SamplingParams(n=3))
+    reading = asyncio.create_task(collect(link.generate(asked, observer)))
+    await eventually(lambda: transport.engine.runs("a"))
+    del transport.engine.open["a", "t"]  # the engine has ended it before it can be cancelled
+    transport.engine.step(
+        *(part_of("a", index, 2 - index, "half \ud800" if index == bad else "end") for index in range(3))
+    )
+    with pytest.raises(PagerError, match="internal error"):
+        await reading
+    await eventually(lambda: observer.accounts)
+    again = asyncio.create_task(collect(link.generate(request("a"))))
+    await eventually(lambda: transport.engine.runs("a"))
+    transport.engine.finish("a")
+    await again
+    assert [(each.completion_tokens, each.paging.experts_hit) for each in observer.accounts] == [(9, 3)]

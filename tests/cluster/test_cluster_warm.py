@@ -132,3 +132,6 @@ def test_what_is_saved_is_read_and_nothing_held_is_not_saved(tmp_path: Path, cap
     (tmp_path / "file").write_text("")
     WarmFile(tmp_path / "file", "w", "f", FACTS).save([[1], [1]])
     assert "could not be saved" in caplog.text
+    (tmp_path / "folder" / "w.json").mkdir(parents=True)
+    WarmFile(tmp_path / "folder", "w", "f", FACTS).save([[1], [1]])
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["w.json"], "no part of a file is left"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     PreTrainedModel,
@@ -22,6 +24,7 @@ from transformers import (
 import pager  # noqa: F401 - from here on transformers knows the family
 from pager.engine.sampler import Context, Draw, LogitEdits, Sampler
 from pager.errors import InvalidRequest
+from pager.sampling import default_sampling
 from pager.types import Count, PoolPolicy, PoolSource, SamplingParams, TokenLogprobs
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
@@ -206,3 +209,24 @@ def test_a_token_that_the_model_does_not_have_is_refused(make_driver: Callable[.
     with pytest.raises(InvalidRequest, match="256") as caught:
         make_driver(60).submit([1], **{field: value})
     assert caught.value.field == f"sampling.{field}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_k": 7}, {"top_k": 0, "temperature": 2.0}, {"top_p": 0.6}, {"min_p": 0.01, "temperature": 0.5}],
+    ids=str,
+)
+def test_what_a_models_settings_leave_open_when_they_ask_for_draws_is_as_in_generate(
+    plain: PreTrainedModel, random_prompt: Callable[..., list[int]], settings: dict[str, Any]
+) -> None:
+    """The same tokens can be drawn, and each has the same probability up to rounding."""
+    config = GenerationConfig(do_sample=True, pad_token_id=1, **settings)
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    made: Any = plain.generate(torch.tensor([random_prompt(1, 9)]), generation_config=config, **options)
+    params, num_draws = replace(default_sampling(config), seed=1), 20_000
+    drawn = Sampler([Draw(params)] * num_draws, CPU).sample(made.logits[0].float().expand(num_draws, -1))
+    counts_V = torch.bincount(drawn, minlength=made.logits[0].shape[1])
+    expected_V = made.scores[0][0].softmax(dim=-1)
+    assert counts_V[expected_V == 0].sum() == 0
+    margin_V = 5 * (num_draws * expected_V * (1 - expected_V)).sqrt() + 1
+    assert ((counts_V - num_draws * expected_V).abs() <= margin_V).all()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from openai import AsyncOpenAI
 
 from pager.errors import ConfigError, InvalidRequest
 from pager.tokenizing import special_texts
+from pager.types import ModelInfo
+from router_service.api import Api
 from router_service.chat import ChatTemplate, forced_call, forced_call_schema, tool_parser
 from router_service.prediction import TextEncoder
 from tests.support.checkpoints import byte_tokenizer
@@ -101,3 +108,53 @@ def test_a_forced_call_has_the_schema_of_its_tool() -> None:
     call = some(forced_call('{"name": "rooms", "arguments": {}}'))
     assert (call.name, call.arguments) == ("rooms", "{}")
     assert forced_call('{"name": "roo') is None
+
+
+@asynccontextmanager
+async def openai_client(service: Any, template: ChatTemplate) -> AsyncIterator[AsyncOpenAI]:
+    app = Api(service.pipeline, None, template, 30.0).app()
+    http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+    async with AsyncOpenAI(base_url="http://router/v1", api_key="none", http_client=http) as client:
+        yield client
+
+
+@pytest.mark.parametrize("beside", ["Looking. ", ""])
+async def test_a_streamed_response_has_calls_of_tools_as_calls(
+    serve: Callable[..., Any], model: ModelInfo, hermes: ChatTemplate, beside: str
+) -> None:
+    """The workers answer with the prompt."""
+    text = f'{beside}<tool_call>{{"name": "rooms", "arguments": {{"floor": 2}}}}</tool_call>'
+    tool: Any = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
+    ask: Any = {"model": "tiny", "input": text, "tools": [tool], "max_output_tokens": len(text)}
+    async with (
+        serve(model=replace(model, context_length=512, kv_token_limit=512)) as service,
+        openai_client(service, hermes) as client,
+    ):
+        whole = await client.responses.create(**ask)
+        events = [event async for event in await client.responses.create(**ask, stream=True)]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == beside.strip()
+    (called,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert json.loads(called.arguments) == {"floor": 2}
+    arguments = [event for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(event.delta for event in arguments) == called.arguments
+    done = {event.output_index: event.item for event in events if event.type == "response.output_item.done"}
+    added = {event.output_index: event.item for event in events if event.type == "response.output_item.added"}
+    assert events[-1].type == "response.incomplete"
+    assert [done[index] for index in sorted(done)] == events[-1].response.output
+    assert [each.type for each in added.values()] == [each.type for each in whole.output]
+    assert [added[index].id for index in added] == [done[index].id for index in added]
+    assert [each.type for each in whole.output] == ["message"] * bool(beside) + ["function_call"]
+
+
+async def test_a_streamed_response_without_tools_is_sent_as_it_is_made(
+    serve: Callable[..., Any], model: ModelInfo, hermes: ChatTemplate
+) -> None:
+    async with serve(model=model) as service, openai_client(service, hermes) as client:
+        stream = await client.responses.create(model="tiny", input="abc", max_output_tokens=3, stream=True)
+        events = [event async for event in stream]
+    assert [event.delta for event in events if event.type == "response.output_text.delta"] == ["a", "b", "c"]
+    assert [event.type for event in events if event.type.startswith("response.output_item")] == [
+        "response.output_item.added",
+        "response.output_item.done",
+    ]

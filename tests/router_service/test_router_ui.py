@@ -8,15 +8,18 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 from playwright.sync_api import Browser
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
 
 from pager.cluster.placement import WorkerState, WorkerView
 from pager.observe.metrics import MetricsServer
@@ -278,6 +281,34 @@ async def test_requests_are_followed(service: Any) -> None:
     (row,) = (await service.watch.state())["pools"]
     assert (row["tenants"], row["live"], row["answers"]) == (1, 0, 1)
     assert row["digest"] == last.usage.pool.digest
+
+
+async def test_what_several_answers_paged_is_added_up(service: Any) -> None:
+    """Each answer's usage has what was paged since the one before it ended."""
+    asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), pool=pb.PoolPolicy(count=2))
+    asked.sampling.n, asked.sampling.max_tokens = 3, 2
+    usages = [message.usage for message in await rest(service.stub.Generate(asked)) if message.HasField("usage")]
+    (row,) = (await service.watch.state())["pools"]
+    assert (row["answers"], row["experts_hit"]) == (1, sum(usage.experts_hit for usage in usages))
+    assert len(usages) == 3
+    assert row["bytes_paged"] == 3 * (5 + 7)
+
+
+async def test_no_thread_waits_for_the_event_loop(cluster: Any) -> None:
+    """The only thread that there is reads the hints, while the page waits for them."""
+
+    class Hints(InProcessHints):
+        async def residency(self) -> dict[str, WorkerResidency]:
+            await asyncio.to_thread(threading.get_ident)
+            return await super().residency()
+
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    app = Starlette(routes=Page(Stage(cluster, Hints()).watch, asyncio.get_running_loop()).routes())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+        found = await client.get("/ui/state.json")
+        assert (found.status_code, found.json()["model"]["name"]) == (200, MODEL.name)
+        assert (await client.get("/ui/pool.json?digest=none")).status_code == 404
+        assert (await client.get("/ui")).headers["content-type"] == "text/html; charset=utf-8"
 
 
 # --- over HTTP, in a browser ----------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class CallRecorder:
         try:
             yield outcome
         except asyncio.CancelledError:
-            outcome.code = "DEADLINE_EXCEEDED" if self._is_late(started_s, deadline_s) else "CANCELLED"
+            outcome.code = "DEADLINE_EXCEEDED" if is_late(self._clock(), started_s, deadline_s) else "CANCELLED"
             raise
         except PagerError as error:
             outcome.code, outcome.error = code_of(error).name, error
@@ -217,15 +217,14 @@ class CallRecorder:
             self._metrics.ended(method, outcome.code, tenant)
             self._access_log.end(method, tenant, outcome.code, failure, self._clock() - started_s)
 
-    def _is_late(self, started_s: float, deadline_s: float | None) -> bool:
-        """Tells whether a call that its client ended had reached its deadline, which passes slightly earlier at the
-        client.
 
-        gRPC rounds the time of a call up by at most a hundredth, and counts it from the call's arrival.
-        """
-        if deadline_s is None:
-            return False
-        return deadline_s - self._clock() <= ON_THE_WAY_S + ROUNDED_UP * (deadline_s - started_s)
+def is_late(now_s: float, arrived_s: float, deadline_s: float | None) -> bool:
+    """Tells whether a call that its client has ended had reached its deadline, which passes slightly earlier at the
+    client.
+
+    gRPC rounds the time of a call up by at most a hundredth, and counts it from the call's arrival.
+    """
+    return deadline_s is not None and deadline_s - now_s <= ON_THE_WAY_S + ROUNDED_UP * (deadline_s - arrived_s)
 
 
 class Repeats:

@@ -31,7 +31,7 @@ from pager.observe.metrics import LoopLag
 from pager.types import TokenChunk
 from pager.wire import encode_load, encode_model, encode_named_pool, encode_response, encode_route_answer, encode_worker
 from router_service import open_inference, requests
-from router_service.access_log import AuditLog, CallRecorder
+from router_service.access_log import AuditLog, CallRecorder, is_late
 from router_service.admission import Caller, present
 from router_service.keys import Gate
 from router_service.requests import (
@@ -269,6 +269,7 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     async def _message(self, name: str, messages: AsyncIterator[bytes], context: Context) -> bytes:
         """Reads the call's one message, within its bounds. Raises InvalidRequest, PromptTooLong or DeadlineExceeded."""
+        began_s, deadline_s = time.monotonic(), _deadline_s(context)
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 async for received in messages:
@@ -277,6 +278,8 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             raise DeadlineExceeded(
                 f"the whole message of the call did not arrive within {READ_TIMEOUT_S:g} s; send less, or faster"
             ) from None
+        if is_late(time.monotonic(), began_s, deadline_s):  # the call has ended, and the client knows why
+            raise DeadlineExceeded("the deadline passed before the message of the call arrived; allow more time")
         # If gRPC has refused it, the client already has gRPC's own status, and not this one.
         self._metrics.dropped("no_message")
         raise InvalidRequest(

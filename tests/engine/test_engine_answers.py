@@ -237,7 +237,9 @@ def test_an_answer_that_ends_early_gives_its_blocks_back(
     options = SAMPLED | {"max_tokens": 60, "stop_token_ids": tuple(range(20))}
     asked = driver.submit(prompt, POOLS["prefill"], n=6, **options)
     held = []
-    while driver.engine.status().running + driver.engine.status().waiting:
+    for _ in range(1000):
+        if not driver.engine.status().running + driver.engine.status().waiting:
+            break
         driver.engine.step()
         held.append(driver.engine.status().kv_blocks_used)
     found = answers(driver, asked)

@@ -45,6 +45,7 @@ from pager.types import (
     TokenChunk,
 )
 from tests.engine.conftest import Driver
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -126,8 +127,9 @@ def test_a_clock_that_is_set_moves_no_deadline(
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + jump_s)
     after = driver.submit(random_prompt(2, 20), PoolPolicy(Count(3)), max_tokens=8, deadline_s=time.monotonic() + 600)
-    soon = driver.submit(random_prompt(3, 20), PoolPolicy(Count(3)), max_tokens=8, deadline_s=time.monotonic() + 0.3)
-    time.sleep(0.31)
+    soon_s = time.monotonic() + 2
+    soon = driver.submit(random_prompt(3, 20), PoolPolicy(Count(3)), max_tokens=8, deadline_s=soon_s)
+    until(lambda: time.monotonic() > soon_s)
     driver.finish()
     assert [len(driver.tokens(each)) for each in (before, after)] == [8, 8]
     assert isinstance(driver.failures[soon], DeadlineExceeded)

@@ -102,7 +102,6 @@ def test_slice_training(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_notebook(tmp_path: Path) -> None:
     """Its code cells, run in order as one program; pictures are drawn without a display."""
-    pytest.importorskip("matplotlib")
     notebook = json.loads((EXAMPLES / "pools.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"), "clear its outputs"

@@ -96,7 +96,6 @@ class TestDecodedExperts:
     @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
     @pytest.mark.parametrize("num_bits", [4, 8])
     def test_compressed_tensors(self, tmp_path: Path, load: Load, share: float | str, num_bits: int) -> None:
-        pytest.importorskip("compressed_tensors")
         path = compressed_checkpoint(tmp_path / "packed", num_bits)
         plain = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
@@ -107,7 +106,6 @@ class TestDecodedExperts:
 class TestBytes:
     @pytest.mark.parametrize("num_bits", [4, 8])
     def test_an_expert_of_compressed_tensors_is_read_as_it_is_stored(self, tmp_path: Path, num_bits: int) -> None:
-        pytest.importorskip("compressed_tensors")
         weights, outputs = 3 * 128 * 256, 2 * 128 + 256
         scales = 2 * (weights // 32 if num_bits == 4 else outputs)
         read, held = bytes_of_an_expert(compressed_checkpoint(tmp_path / "packed", num_bits))

@@ -33,6 +33,7 @@ from router_service.redis import RedisClient, RedisLearned
 from tests.router_service.conftest import FACTS, FirstTokenScorer, Running, scores_for
 from tests.support.calls import failure
 from tests.support.processes import RedisProcess
+from tests.support.waiting import POLL_S
 
 # Two codewords, each for the prompts that begin with a letter of one residue; what lies between is covered by neither.
 MEANS_CO = np.stack([np.concatenate(scores_for(ord(letter), "lexical").mean_LR) for letter in "ae"])
@@ -271,6 +272,7 @@ async def learned_names(service: Running, text: bytes, count: int) -> list[str]:
         if text:
             await generate(service, text, SHARED)
         names = (await service.stub.GetModel(pb.GetModelRequest())).codewords
+        await asyncio.sleep(POLL_S)  # the routers learn once a second, on this event loop
     return list(names[len(CODEBOOK.names) :])
 
 
@@ -335,5 +337,5 @@ async def test_a_version_replaces_only_the_one_that_it_was_made_of(redis: RedisP
         assert await store.version() == 1
         assert len(traffic.codebook.names) == 3
     finally:
-        await store.close()
+        await client.close()
         await stranger.aclose()

@@ -140,7 +140,7 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
 
 def _format_of(found: OpenModel) -> str:
     """Describes what is read for an expert, what that costs, and what a slot holds."""
-    from pager.models.layout import quantisation_of
+    from pager.models.formats import quantisation_of
 
     source = found.open_experts()
     source.close()

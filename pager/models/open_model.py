@@ -34,7 +34,8 @@ from pager.models.families import (
     family_of,
     without_choices,
 )
-from pager.models.layout import ExpertParameter, Format, Layout, Stored, format_of, locate
+from pager.models.formats import Format, format_of
+from pager.models.layout import ExpertParameter, Layout, Stored, locate
 from pager.reading import one_line, shown
 from pager.store.checkpoint import Checkpoint, read_json_object
 from pager.store.expert_source import ExpertSource, Made, Row, open_experts
@@ -384,6 +385,10 @@ class DecodedTensor(StoredTensor):
         except CheckpointError as error:
             self.failed.append(error)
             raise
+        except Exception as error:  # what decodes checks its tensors in ways of its own
+            first = next(iter(self.stored.names.values()))[0]
+            self.failed.append(CheckpointError(f"tensor {first!r} makes no {self.name!r}: {one_line(error)}"))
+            raise self.failed[-1] from error
 
     @property
     def dtype(self) -> torch.dtype:

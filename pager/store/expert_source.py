@@ -156,8 +156,11 @@ class _StoredExperts:
         results: list[int | ExpertUnavailable] = []
         for each, plan in zip(destinations, plans, strict=True):
             if each.key not in errors:
-                for finish in plan.finish:
-                    finish()
+                try:
+                    for finish in plan.finish:
+                        finish()
+                except Exception as error:  # what makes an expert checks values in ways of its own
+                    errors[each.key] = _unmakeable(each.key, plan, error)
             results.append(errors.get(each.key, sum(stretch.nbytes for _, stretch in plan.stretches)))
         return results
 
@@ -429,6 +432,17 @@ def _checked(shape: ExpertShape, destination: Destination) -> Destination:
     if found != shape.shapes:
         raise ValueError(f"the parameters of an expert must have shapes {shape.shapes}, not {found}")
     return destination
+
+
+def _unmakeable(key: ExpertKey, plan: ReadPlan, error: Exception) -> ExpertReadError:
+    _, first = plan.stretches[0]
+    made = ExpertReadError(
+        f"expert {key.expert} of layer {key.layer} cannot be made of what is stored: {one_line(error)}",
+        key,
+        f"byte {first.offset} of {first.file.path}",
+    )
+    made.__cause__ = error
+    return made
 
 
 def _error(failure: FailedRead) -> ExpertUnavailable:

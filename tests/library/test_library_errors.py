@@ -118,7 +118,8 @@ class TestCheckpoints:
     @pytest.mark.parametrize(
         ("ending", "config", "message"),
         [
-            ("qweight", {"quant_method": "gptq", "bits": 4}, "quantised by 'gptq' to 4 bits"),
+            ("qweight", {"quant_method": "gptq", "bits": 3}, "quantised by 'gptq' to 3 bits"),
+            ("qweight", {"quant_method": "awq", "bits": 4, "version": "gemv"}, "by 'awq' \\('gemv'\\) to 4 bits"),
             ("absmax", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised by 'bitsandbytes' to 4 bits"),
             ("weight_scale", {"quant_method": "fbgemm_fp8"}, "quantised by 'fbgemm_fp8' "),
             ("weight_packed", {}, "quantised by 'a method that its config does not name' "),

@@ -24,10 +24,13 @@ from pager.store.pack import pack
 from pager.types import ExpertKey
 from tests.support.checkpoints import lively, saved
 from tests.support.quantised import (
+    GROUP,
+    awq_checkpoint,
     compressed_checkpoint,
     deepseek_v3,
     emo,
     fp8_checkpoint,
+    gptq_checkpoint,
     mxfp4_checkpoint,
     quantised_pack,
     qwen3_moe,
@@ -102,8 +105,32 @@ class TestDecodedExperts:
         )
         check(load(path, expert_memory=share), plain.float().eval())
 
+    @pytest.mark.parametrize(
+        ("num_bits", "kind", "in_order"), [(4, "gptq", False), (8, "gptq", True), (2, "gptq_v2", True)]
+    )
+    def test_gptq(
+        self, tmp_path: Path, load: Load, share: float | str, num_bits: int, kind: str, in_order: bool
+    ) -> None:
+        path, plain = gptq_checkpoint(tmp_path, num_bits, kind, in_order=in_order)
+        check(load(path, expert_memory=share), AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
+
+    def test_awq(self, tmp_path: Path, load: Load, share: float | str) -> None:
+        path, plain = awq_checkpoint(tmp_path)
+        check(load(path, expert_memory=share), AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
+
 
 class TestBytes:
+    def test_an_expert_of_gptq_is_read_as_it_is_stored(self, tmp_path: Path) -> None:
+        weights, of_groups = 3 * 128 * 256, 2 * 128 * 256 // GROUP + 256 * 128 // GROUP
+        inputs = 2 * 256 + 128
+        path, _ = gptq_checkpoint(tmp_path)
+        assert bytes_of_an_expert(path) == (weights // 2 + of_groups // 2 + 2 * of_groups + 4 * inputs, 2 * weights)
+
+    def test_an_expert_of_awq_is_read_as_it_is_stored(self, tmp_path: Path) -> None:
+        weights, of_groups = 3 * 128 * 256, 2 * 128 * 256 // GROUP + 256 * 128 // GROUP
+        path, _ = awq_checkpoint(tmp_path)
+        assert bytes_of_an_expert(path) == (weights // 2 + of_groups // 2 + 2 * of_groups, 2 * weights)
+
     @pytest.mark.parametrize("num_bits", [4, 8])
     def test_an_expert_of_compressed_tensors_is_read_as_it_is_stored(self, tmp_path: Path, num_bits: int) -> None:
         weights, outputs = 3 * 128 * 256, 2 * 128 + 256

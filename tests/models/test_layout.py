@@ -21,7 +21,8 @@ from transformers import (
 
 from pager.models import EmoConfig
 from pager.models.families import expert_modules, expert_parameters
-from pager.models.layout import ExpertParameter, _Fp8Dequantize, locate
+from pager.models.formats import _Fp8Dequantize
+from pager.models.layout import ExpertParameter, locate
 from pager.models.open_model import model_class_of
 from pager.store.expert_source import Row
 

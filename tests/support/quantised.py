@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,88 @@ def compressed_checkpoint(path: Path, num_bits: int) -> Path:
     method = {"quant_method": "compressed-tensors", "config_groups": {"group_0": groups_of}}
     add_to_config(path, quantization_config=method | packed)
     return path
+
+
+GROUP = 32
+
+
+def in_groups(weight_OI: Tensor, num_bits: int, group_I: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps [I, O], and zeros and scales [G, O], of least and greatest weights of the groups that inputs are in."""
+    most, num_groups = 2**num_bits - 1, int(group_I.max()) + 1
+    parts = [weight_OI[:, group_I == group] for group in range(num_groups)]
+    least = torch.stack([part.amin(1) for part in parts]).clamp(max=0)
+    greatest = torch.stack([part.amax(1) for part in parts]).clamp(min=0)
+    scales_GO = ((greatest - least) / most).half()
+    zeros_GO = (-least / scales_GO.float()).round().clamp(0, most).long()
+    steps_IO = (weight_OI.t() / scales_GO.float()[group_I] + zeros_GO[group_I]).round().clamp(0, most).long()
+    return steps_IO, zeros_GO, scales_GO
+
+
+def in_words(numbers: Tensor, num_bits: int, dim: int) -> Tensor:
+    """Numbers that follow each other along `dim` in words of 32 bits, the first in the lowest."""
+    each = numbers.movedim(dim, -1).unflatten(-1, (-1, 32 // num_bits))
+    words = sum(each[..., place] << (num_bits * place) for place in range(each.shape[-1]))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).movedim(-1, dim).contiguous()
+
+
+def gptq_parts(weight_OI: Tensor, num_bits: int, kind: str, *, in_order: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight as GPTQ stores it, and what that stands for; groups of any inputs unless they are `in_order`."""
+    inputs = weight_OI.shape[1]
+    order = torch.arange(inputs) if in_order else torch.randperm(inputs, generator=torch.Generator().manual_seed(4))
+    group_I = order // GROUP
+    steps_IO, zeros_GO, scales_GO = in_groups(weight_OI, num_bits, group_I)
+    stored_zeros = (zeros_GO - 1) % 2**num_bits if kind == "gptq" else zeros_GO
+    parts = {
+        "qweight": in_words(steps_IO, num_bits, 0),
+        "qzeros": in_words(stored_zeros, num_bits, 1),
+        "scales": scales_GO,
+        "g_idx": group_I.int(),
+    }
+    return parts, ((steps_IO - zeros_GO[group_I]) * scales_GO.float()[group_I]).t()
+
+
+def awq_parts(weight_OI: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight as AWQ stores it, and what that stands for."""
+    group_I = torch.arange(weight_OI.shape[1]) // GROUP
+    steps_IO, zeros_GO, scales_GO = in_groups(weight_OI, 4, group_I)
+
+    def interleaved(numbers: Tensor) -> Tensor:
+        eights = numbers.unflatten(1, (-1, 8))
+        return in_words(eights[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4, 1)
+
+    parts = {"qweight": interleaved(steps_IO), "qzeros": interleaved(zeros_GO), "scales": scales_GO}
+    return parts, ((steps_IO - zeros_GO[group_I]) * scales_GO.float()[group_I]).t()
+
+
+def checkpoint_in_parts(
+    path: Path, parts_of: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], **config: Any
+) -> tuple[Path, Path]:
+    """Qwen3-MoE whose linear layers are stored in parts, one layer's output projection apart; and beside it what
+    these stand for, in float32.
+    """
+    plain = saved(lively(qwen3_moe(), std=0.08), path / "plain")
+    saved(qwen3_moe(), path / "quantised")
+    tensors = load_file(plain / "model.safetensors")
+    stored = dict(tensors)
+    kept = ("model.layers.1.self_attn.o_proj.weight",)
+    for name in [each for each in tensors if each.endswith("_proj.weight") and each not in kept]:
+        parts, decoded = parts_of(stored.pop(name))
+        tensors[name] = decoded.contiguous()
+        stored |= {name.replace("weight", end): part for end, part in parts.items()}
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, path / "quantised" / "model.safetensors", metadata={"format": "pt"})
+    add_to_config(path / "quantised", quantization_config=config)
+    return path / "quantised", plain
+
+
+def gptq_checkpoint(path: Path, num_bits: int = 4, kind: str = "gptq", *, in_order: bool = False) -> tuple[Path, Path]:
+    config = {"quant_method": "gptq", "bits": num_bits, "group_size": GROUP, "checkpoint_format": kind}
+    return checkpoint_in_parts(path, lambda weight: gptq_parts(weight, num_bits, kind, in_order=in_order), **config)
+
+
+def awq_checkpoint(path: Path) -> tuple[Path, Path]:
+    config = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+    return checkpoint_in_parts(path, awq_parts, **config)
 
 
 def emo() -> PreTrainedModel:

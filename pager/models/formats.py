@@ -1,0 +1,337 @@
+"""The formats that a checkpoint's weights can be in beside plain floats: which are decoded, and which are refused.
+
+transformers reads some formats by operations that its loader applies to whole layers: a quantised tensor and its scales
+become the tensor that they stand for. Here the same operations decode one expert, or one tensor of the trunk. Formats
+that transformers leaves to packages for GPUs (GPTQ, AWQ, NVFP4) get an operation of the same kind here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from pager.errors import CheckpointError, UnsupportedModel
+from pager.reading import one_line, shown
+from pager.store.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DECODED = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq")
+"""The methods whose tensors are decoded, as a config's `quant_method` names them."""
+
+_QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|absmax|quant_map|(weight|input)_scale(_inv)?|scales|weight_packed)$")
+_PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2})
+_PACKED_ENDS = ("weight", "_blocks", "_scales")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format whose tensors are decoded when they are read. `words` is its name with its sizes.
+
+    `quantiser` adds its operations to a model's conversions, as transformers' quantisers do.
+    """
+
+    method: str
+    words: str
+    quantiser: Any = field(repr=False, compare=False)
+
+
+def format_of(checkpoint: Checkpoint) -> Format | None:
+    """The format of a checkpoint's weights; None where they are plain floats, whatever its config says.
+
+    Raises UnsupportedModel, which names the method and its bits, and CheckpointError for a config that is none.
+    """
+    config = quantisation_of(checkpoint)
+    found = _quantised_name(checkpoint, config)
+    if found is None:
+        return None
+    method = config.get("quant_method")
+    if method not in DECODED:
+        raise _refused(checkpoint, config, found)
+    try:
+        quantiser = _quantiser(checkpoint, config, found)
+    except ImportError as error:
+        raise UnsupportedModel(
+            f"{checkpoint.path} is quantised by {shown(method)}, which takes a package that is not installed "
+            f"({one_line(error)}); install expert-pager[formats]"
+        ) from error
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # each method checks its own fields in its own way
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} is not valid: its quantization_config: {one_line(error)}"
+        ) from error
+    return Format(str(method), _words(config), quantiser)
+
+
+def conversions_of(model: PreTrainedModel, found: Format | None) -> list[Any]:
+    """transformers' renamings and converters for checkpoints of `model`, which decode where `found` is a format."""
+    conversions: list[Any] = get_model_conversion_mapping(model, None, found.quantiser if found else None)
+    for each in conversions:
+        if isinstance(each, WeightConverter):
+            each.operations = [_for_partial_blocks(operation) for operation in each.operations]
+    return conversions
+
+
+def decodes(operation: Any) -> bool:
+    """The operation makes plain tensors of quantised ones."""
+    return hasattr(operation, "hf_quantizer")
+
+
+def quantisation_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Returns what the config says of quantisation, also where a checkpoint has other models beside the language
+    model.
+    """
+    text = checkpoint.config.get("text_config")
+    holders = (checkpoint.config, text if isinstance(text, Mapping) else {})
+    found = (holder.get("quantization_config") for holder in holders)
+    return next((each for each in found if isinstance(each, Mapping)), {})
+
+
+def _quantised_name(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | None:
+    """A tensor that stands for another one; None where there is none."""
+    specs = checkpoint.specs.values()
+    found = (spec.name for spec in specs if _QUANTISED.search(spec.name))
+    packed = (spec.name for spec in specs if config and spec.dtype in _PACKED and spec.name.endswith(_PACKED_ENDS))
+    return next(found, None) or next(packed, None)
+
+
+def _quantiser(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -> Any:
+    """Raises UnsupportedModel for a kind of the method that is not decoded, and what each method raises for fields."""
+    method = config.get("quant_method")
+    if method in _VARIANTS:
+        parts = _VARIANTS[method](config)
+        if parts is None:
+            raise _refused(checkpoint, config, tensor)
+        return InParts(parts)
+    read = AutoHfQuantizer.from_config({**config, "dequantize": True}, pre_quantized=True)
+    if method == "compressed-tensors":
+        read.validate_environment()  # which chooses how it reads; those of others ask for more than reading takes
+    return read
+
+
+def _bits(config: Mapping[str, Any]) -> Any:
+    bits = next((config[name] for name in ("bits", "w_bit", "weight_bits", "num_bits") if name in config), None)
+    return bits or (4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else None)
+
+
+def _words(config: Mapping[str, Any]) -> str:
+    match config.get("quant_method"):
+        case "fp8":
+            block = config.get("weight_block_size", (128, 128))
+            return f"fp8 in blocks of {block[0]} x {block[1]}" if block else "fp8"
+        case "mxfp4":
+            return "mxfp4 in blocks of 32"
+        case "gptq" | "awq" as method:
+            group = config.get("group_size", 128)
+            return f"{method}, {config['bits']} bits in groups of {group if group != -1 else 'all inputs'}"
+        case method:
+            return f"{method}, {shown(config.get('format', 'of no named format'))}"
+
+
+def _refused(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -> UnsupportedModel:
+    method, bits = config.get("quant_method", "a method that its config does not name"), _bits(config)
+    kind = next((config[name] for name in ("checkpoint_format", "version", "quant_algo") if config.get(name)), None)
+    return UnsupportedModel(
+        f"{checkpoint.path} is quantised by {shown(method)}{f' ({shown(kind)})' if kind else ''}"
+        f"{f' to {shown(bits)} bits' if bits else ''} (tensor {tensor!r}), which is not supported: experts are read as "
+        f"float32, bfloat16 or float16, or decoded from {', '.join(DECODED)}. Fetch the checkpoint that it was made "
+        "from, or load it with transformers, dequantize() it and save that, which `expert-pager pack --experts int8` "
+        "makes small again"
+    )
+
+
+class _Fp8Dequantize(Fp8Dequantize):  # type: ignore[misc]
+    """transformers' own for weights that end within a block, as DeepSeek-V3's `kv_a_proj_with_mqa` do.
+
+    It takes the sizes of blocks from the number of scales, and so would refuse those weights or share out their scales
+    evenly.
+    """
+
+    def _dequantize_one(self, quantized: Tensor, scales: Tensor, output_dtype: torch.dtype | None = None) -> Tensor:
+        rows, columns = quantized.shape[-2:]
+        asked = self.hf_quantizer.quantization_config.weight_block_size or (rows, columns)
+        block = tuple(min(pair) for pair in zip(asked, (rows, columns), strict=True))
+        grid = tuple(-(-size // of_block) for size, of_block in zip((rows, columns), block, strict=True))
+        if tuple(scales.shape[-2:]) != grid or not (rows % block[0] or columns % block[1]):
+            return super()._dequantize_one(quantized, scales, output_dtype)  # type: ignore[no-any-return]
+        whole = quantized.new_zeros((*quantized.shape[:-2], grid[0] * block[0], grid[1] * block[1]))
+        whole[..., :rows, :columns] = quantized
+        decoded: Tensor = super()._dequantize_one(whole, scales, output_dtype)
+        return decoded[..., :rows, :columns]
+
+
+def _for_partial_blocks(operation: Any) -> Any:
+    return _Fp8Dequantize(operation.hf_quantizer) if type(operation) is Fp8Dequantize else operation
+
+
+# --- formats whose weights are stored in parts ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A weight in several tensors: the last parts of their names, and what decodes them.
+
+    `decode` gets the parts by these names, those that are there, and returns the weight, [outputs, inputs]. Of meta
+    tensors it returns one of the right shape. It raises ValueError for parts that do not fit together.
+    """
+
+    ends: tuple[str, ...]
+    decode: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+class InParts:
+    """What adds the decoding of weights in parts to a model's conversions, in the place of transformers' quantiser."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    def update_weight_conversions(self, conversions: Sequence[Any], *_: Any) -> list[Any]:
+        """Has every converter of weights take their parts, decoded first, and adds one for all other weights."""
+        operation = _DecodeParts(self)
+        ends = self.parts.ends
+        updated = []
+        for each in conversions:
+            sources = getattr(each, "_original_source_patterns", [])
+            if isinstance(each, WeightConverter) and all(source.endswith(".weight") for source in sources):
+                stems = [source.removesuffix("weight") for source in sources]
+                with_parts = [f"{stem}{end}$" for stem in stems for end in dict.fromkeys(("weight", *ends))]
+                made = WeightConverter(with_parts, list(each._original_target_patterns), [operation, *each.operations])
+                made.scope_prefix, made.base_model_prefix = each.scope_prefix, each.base_model_prefix
+                updated.append(made)
+            else:
+                updated.append(each)
+        return [*updated, WeightConverter([f"{end}$" for end in ends], ["weight"], [operation])]
+
+
+class _DecodeParts:
+    """The operation of a converter that makes weights of their parts; weights that are stored as such pass."""
+
+    def __init__(self, quantiser: InParts) -> None:
+        self.hf_quantizer = quantiser
+
+    def convert(
+        self, input_dict: Mapping[str, Any], full_layer_name: str | None = None, **_: Any
+    ) -> dict[str, list[Tensor]]:
+        by_stem: dict[str, dict[str, list[Tensor]]] = {}
+        for pattern, tensors in input_dict.items():
+            stem, dot, end = pattern.rstrip("$").rpartition(".")
+            by_stem.setdefault(stem + dot, {})[end] = tensors if isinstance(tensors, list) else [tensors]
+        return {f"{stem}weight$" if stem else str(full_layer_name): self._decoded(by_stem[stem]) for stem in by_stem}
+
+    def _decoded(self, parts: Mapping[str, list[Tensor]]) -> list[Tensor]:
+        if parts.keys() == {"weight"}:
+            return parts["weight"]
+        each_module = zip(*parts.values(), strict=True)
+        return [self.hf_quantizer.parts.decode(dict(zip(parts, tensors, strict=True))) for tensors in each_module]
+
+
+def _required(parts: Mapping[str, Tensor], *names: str) -> list[Tensor]:
+    missing = [name for name in names if name not in parts]
+    if missing:
+        raise ValueError(f"there is no {missing[0]} beside {next(iter(parts))}")
+    return [parts[name] for name in names]
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """The unsigned numbers of `bits` bits in int32 `words`, the lowest bits first: [..., W] to [..., W * 32 / bits]."""
+    if words.dtype != torch.int32 or words.dim() != 2:
+        raise ValueError(f"packed weights are matrices in int32, not {words.dtype} of shape {tuple(words.shape)}")
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    numbers: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
+    return numbers.to(torch.uint8).flatten(-2)
+
+
+def _scaled(steps_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group_I: Tensor) -> Tensor:
+    """`(steps - zero) * scale` in float32, the zero and scale being those of an input's group: [O, I]."""
+    weight_IO = steps_IO.float()
+    weight_IO -= zeros_GO.float()[group_I]
+    weight_IO *= scales_GO.float()[group_I]
+    return weight_IO.t()
+
+
+def _groups(num_inputs: int, num_groups: int, device: torch.device) -> Tensor:
+    """The group of each input where groups are neighbours of equal number."""
+    if not num_groups or num_inputs % num_groups:
+        raise ValueError(f"{num_inputs} inputs are not in {num_groups} groups of equal size")
+    return torch.arange(num_inputs, device=device) // (num_inputs // num_groups)
+
+
+def _gptq(config: Mapping[str, Any]) -> Parts | None:
+    """GPTQ, as AutoGPTQ and GPTQModel write it.
+
+    `qweight` int32 [I * bits / 32, O]: each word has 32 / bits steps of one output, of inputs that follow each other,
+    the first in the lowest bits. `qzeros` int32 [G, O * bits / 32]: the groups' zeros, packed along the outputs, stored
+    less one in `gptq` and as they are in `gptq_v2`. `scales` [G, O]. `g_idx` int32 [I]: the group of each input, which
+    are any where activations gave the order. A weight is (step - zero) * scale.
+    """
+    bits, kind = config.get("bits"), config.get("checkpoint_format") or "gptq"
+    if bits not in (2, 4, 8) or kind not in ("gptq", "gptq_v2"):
+        return None
+    less_one = kind == "gptq"
+
+    def decode(parts: Mapping[str, Tensor]) -> Tensor:
+        qweight, qzeros, scales_GO = _required(parts, "qweight", "qzeros", "scales")
+        steps_IO = _unpacked(qweight.t(), bits).t()
+        zeros_GO = _unpacked(qzeros, bits)[:, : scales_GO.shape[1]]
+        if less_one:
+            zeros_GO = (zeros_GO + 1) & (2**bits - 1)
+        _check_groups(steps_IO, zeros_GO, scales_GO)
+        group_I = parts.get("g_idx")
+        if group_I is None:
+            group_I = _groups(len(steps_IO), len(scales_GO), qweight.device)
+        elif group_I.shape != steps_IO.shape[:1]:
+            raise ValueError(f"its {len(group_I)} inputs (g_idx) and {len(steps_IO)} of qweight are not the same")
+        elif not group_I.is_meta and not 0 <= int(group_I.min()) <= int(group_I.max()) < len(scales_GO):
+            raise ValueError(f"g_idx names groups that are not among its {len(scales_GO)}")
+        return _scaled(steps_IO, zeros_GO, scales_GO, group_I.long())
+
+    return Parts(("qweight", "qzeros", "scales", "g_idx"), decode)
+
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where in a word the steps of outputs that follow each other are."""
+
+
+def _awq(config: Mapping[str, Any]) -> Parts | None:
+    """AWQ in its version `gemm`, as AutoAWQ writes it.
+
+    `qweight` int32 [I, O / 8]: each word has the steps of eight outputs, in the order 0, 2, 4, 6, 1, 3, 5, 7 from the
+    lowest bits on. `qzeros` int32 [G, O / 8], packed alike, and `scales` [G, O], of groups of inputs that follow each
+    other. A weight is (step - zero) * scale.
+    """
+    is_gemm = str(config.get("version") or "gemm").lower() == "gemm"
+    if config.get("bits", config.get("w_bit")) != 4 or not is_gemm or config.get("zero_point") is False:
+        return None
+
+    def in_order(words: Tensor) -> Tensor:
+        eights: Tensor = _unpacked(words, 4).unflatten(-1, (-1, 8))
+        return eights[..., _AWQ_ORDER].flatten(-2)
+
+    def decode(parts: Mapping[str, Tensor]) -> Tensor:
+        qweight, qzeros, scales_GO = _required(parts, "qweight", "qzeros", "scales")
+        steps_IO, zeros_GO = in_order(qweight), in_order(qzeros)
+        _check_groups(steps_IO, zeros_GO, scales_GO)
+        return _scaled(steps_IO, zeros_GO, scales_GO, _groups(len(steps_IO), len(scales_GO), qweight.device))
+
+    return Parts(("qweight", "qzeros", "scales"), decode)
+
+
+def _check_groups(steps_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor) -> None:
+    if zeros_GO.shape != scales_GO.shape or scales_GO.shape[1:] != steps_IO.shape[1:]:
+        found = ", ".join(str(tuple(each.shape)) for each in (steps_IO, zeros_GO, scales_GO))
+        raise ValueError(f"weights, zeros and scales of shapes {found} do not belong together")
+
+
+_VARIANTS: Mapping[Any, Callable[[Mapping[str, Any]], Parts | None]] = {"gptq": _gptq, "awq": _awq}
+"""By method: how its weights are decoded; None for kinds that are not."""

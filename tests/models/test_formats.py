@@ -1,0 +1,95 @@
+"""Weights in parts: what they decode to, against the formats' own packages and definitions, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pager.models.formats import _VARIANTS, Parts
+from tests.support.quantised import awq_parts, gptq_parts
+
+WEIGHT_OI = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4}
+AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4}
+
+
+def parts_of(config: Mapping[str, Any]) -> Parts:
+    found = _VARIANTS[config["quant_method"]](config)
+    assert found is not None
+    return found
+
+
+def stored(config: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    if config["quant_method"] == "awq":
+        return awq_parts(WEIGHT_OI)
+    return gptq_parts(WEIGHT_OI, config["bits"], config.get("checkpoint_format", "gptq"), in_order=False)
+
+
+@pytest.mark.parametrize("config", [AWQ, *({**GPTQ, "bits": bits} for bits in (2, 4, 8))])
+def test_what_is_decoded_is_what_was_stored(config: dict[str, Any]) -> None:
+    tensors, expected = stored(config)
+    decode = parts_of(config).decode
+    assert decode(tensors).equal(expected)
+    on_meta = decode({name: tensor.to("meta") for name, tensor in tensors.items()})
+    assert on_meta.shape == expected.shape
+
+
+def test_gptq_without_g_idx_has_groups_in_order() -> None:
+    tensors, expected = gptq_parts(WEIGHT_OI, 4, "gptq_v2", in_order=True)
+    del tensors["g_idx"]
+    assert parts_of({**GPTQ, "checkpoint_format": "gptq_v2"}).decode(tensors).equal(expected)
+
+
+def test_awq_as_compressed_tensors_converts_it() -> None:
+    """Against the one package that reads AWQ without a GPU."""
+    convert = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    converter = convert.AutoAWQConverter(group_size=32)
+    tensors, _ = awq_parts(WEIGHT_OI)
+    scheme = next(iter(converter.update_config(None).config_groups.values()))
+    converted = converter.process({f"layer.{name}": tensor for name, tensor in tensors.items()})
+    compressor = compressors.BaseCompressor.get_value_from_registry("pack-quantized")
+    named = {name.removeprefix("layer."): tensor for name, tensor in converted.items()}
+    named["weight_scale"] = named["weight_scale"].float()
+    assert parts_of(AWQ).decode(tensors).equal(compressor.decompress(named, scheme)["weight"])
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (GPTQ, {"scales": None}, "there is no scales beside qweight"),
+        (AWQ, {"qzeros": None}, "there is no qzeros beside qweight"),
+        (GPTQ, {"g_idx": torch.full((64,), 2).int()}, "g_idx names groups that are not among its 2"),
+        (GPTQ, {"g_idx": torch.full((64,), -1).int()}, "g_idx names groups that are not among its 2"),
+        (GPTQ, {"g_idx": torch.zeros(63).int()}, "its 63 inputs"),
+        (GPTQ, {"qweight": torch.zeros(8, 48)}, "matrices in int32, not torch.float32"),
+        (GPTQ, {"qweight": torch.zeros(8).int()}, "matrices in int32, not torch.int32 of shape"),
+        (GPTQ, {"scales": torch.ones(2, 40)}, "do not belong together"),
+        (AWQ, {"scales": torch.ones(3, 48)}, "do not belong together"),
+        (AWQ, {"scales": torch.ones(0, 48), "qzeros": torch.ones(0, 6).int()}, "not in 0 groups of equal size"),
+    ],
+)
+def test_parts_that_do_not_fit_together(config: dict[str, Any], change: dict[str, Tensor | None], message: str) -> None:
+    tensors, _ = stored(config)
+    changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        parts_of(config).decode(changed)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**GPTQ, "bits": 3},
+        {**GPTQ, "bits": None},
+        {**GPTQ, "checkpoint_format": "marlin"},
+        {**AWQ, "bits": 8},
+        {**AWQ, "version": "gemv"},
+        {**AWQ, "zero_point": False},
+    ],
+)
+def test_kinds_that_are_not_decoded(config: dict[str, Any]) -> None:
+    assert _VARIANTS[config["quant_method"]](config) is None

@@ -26,12 +26,14 @@ from pager.store.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DECODED = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq")
+DECODED = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq")
 """The methods whose tensors are decoded, as a config's `quant_method` names them."""
 
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|absmax|quant_map|(weight|input)_scale(_inv)?|scales|weight_packed)$")
 _PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2})
 _PACKED_ENDS = ("weight", "_blocks", "_scales")
+_KINDS = ("checkpoint_format", "version", "quant_algo", "format")
+"""The fields in which methods name their kinds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def _quantised_name(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | 
 def _quantiser(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -> Any:
     """Raises UnsupportedModel for a kind of the method that is not decoded, and what each method raises for fields."""
     method = config.get("quant_method")
-    if method in _VARIANTS:
+    if method in _VARIANTS and not (method == "compressed-tensors" and NVFP4 not in _formats_within(config)):
         parts = _VARIANTS[method](config)
         if parts is None:
             raise _refused(checkpoint, config, tensor)
@@ -134,14 +136,17 @@ def _words(config: Mapping[str, Any]) -> str:
             return "mxfp4 in blocks of 32"
         case "gptq" | "awq" as method:
             group = config.get("group_size", 128)
-            return f"{method}, {config['bits']} bits in groups of {group if group != -1 else 'all inputs'}"
+            bits = config.get("bits", config.get("w_bit"))
+            return f"{method}, {bits} bits in groups of {group if group != -1 else 'all inputs'}"
+        case "modelopt":
+            return "modelopt, nvfp4 in groups of 16"
         case method:
             return f"{method}, {shown(config.get('format', 'of no named format'))}"
 
 
 def _refused(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -> UnsupportedModel:
     method, bits = config.get("quant_method", "a method that its config does not name"), _bits(config)
-    kind = next((config[name] for name in ("checkpoint_format", "version", "quant_algo") if config.get(name)), None)
+    kind = next((config[name] for name in _KINDS if config.get(name)), None)
     return UnsupportedModel(
         f"{checkpoint.path} is quantised by {shown(method)}{f' ({shown(kind)})' if kind else ''}"
         f"{f' to {shown(bits)} bits' if bits else ''} (tensor {tensor!r}), which is not supported: experts are read as "
@@ -230,7 +235,7 @@ class _DecodeParts:
         return {f"{stem}weight$" if stem else str(full_layer_name): self._decoded(by_stem[stem]) for stem in by_stem}
 
     def _decoded(self, parts: Mapping[str, list[Tensor]]) -> list[Tensor]:
-        if parts.keys() == {"weight"}:
+        if parts.keys() == {"weight"} and parts["weight"][0].is_floating_point():
             return parts["weight"]
         each_module = zip(*parts.values(), strict=True)
         return [self.hf_quantizer.parts.decode(dict(zip(parts, tensors, strict=True))) for tensors in each_module]
@@ -327,11 +332,81 @@ def _awq(config: Mapping[str, Any]) -> Parts | None:
     return Parts(("qweight", "qzeros", "scales"), decode)
 
 
+NVFP4 = "nvfp4-pack-quantized"
+"""compressed-tensors' name of the format, which both of its users' weights are decoded by."""
+
+
+def _nvfp4(config: Mapping[str, Any]) -> Parts | None:
+    """NVFP4 as compressed-tensors writes it, which decodes it.
+
+    `weight_packed` uint8 [O, I / 2]: two numbers of four bits in a byte. `weight_scale` float8_e4m3fn [O, I / 16]: a
+    scale for 16 inputs. `weight_global_scale` float32 [1]: what these are to be divided by.
+    """
+    groups = config.get("config_groups")
+    if _formats_within(config) != {NVFP4} or not isinstance(groups, Mapping):
+        return None
+    scheme = _nvfp4_scheme(next(iter(groups.values())))
+
+    def decode(parts: Mapping[str, Tensor]) -> Tensor:
+        packed, scale, global_scale = _required(parts, "weight_packed", "weight_scale", "weight_global_scale")
+        return _decompressed(packed, scale, global_scale, scheme)
+
+    return Parts(("weight_packed", "weight_scale", "weight_global_scale"), decode)
+
+
+def _modelopt(config: Mapping[str, Any]) -> Parts | None:
+    """NVFP4 as NVIDIA's modelopt writes it: `weight`, `weight_scale` and `weight_scale_2`, the inverse of what
+    compressed-tensors divides by. Only weights in bytes are quantised.
+    """
+    from compressed_tensors.quantization import quant_scheme
+
+    if str(config.get("quant_algo")).upper() != "NVFP4":
+        return None
+    scheme = _nvfp4_scheme({**quant_scheme.NVFP4, "targets": ["Linear"]})
+
+    def decode(parts: Mapping[str, Tensor]) -> Tensor:
+        packed, scale, inverse = _required(parts, "weight", "weight_scale", "weight_scale_2")
+        return _decompressed(packed, scale, 1 / inverse, scheme)
+
+    return Parts(("weight", "weight_scale", "weight_scale_2"), decode)
+
+
+def _formats_within(config: Mapping[str, Any]) -> set[Any]:
+    """The formats that a config of compressed-tensors names, for all groups or for each."""
+    groups = config.get("config_groups")
+    of_groups = groups.values() if isinstance(groups, Mapping) else ()
+    own = {group["format"] for group in of_groups if isinstance(group, Mapping) and group.get("format")}
+    return own or {config.get("format")}
+
+
+def _nvfp4_scheme(group: Any) -> Any:
+    """Raises pydantic's ValidationError for what is none."""
+    from compressed_tensors.quantization import QuantizationScheme
+
+    return QuantizationScheme.model_validate(group)
+
+
+def _decompressed(packed: Tensor, scale: Tensor, global_scale: Tensor, scheme: Any) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+
+    found, expected = (tuple(each.shape) for each in (packed, scale))
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or expected != (found[0], found[1] // 8) or found[1] % 8:
+        raise ValueError(f"weights {packed.dtype} {found} and scales of shape {expected} are not those of nvfp4")
+    parts = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": global_scale}
+    decoded: Tensor = BaseCompressor.get_value_from_registry(NVFP4).decompress(parts, scheme)["weight"]
+    return decoded
+
+
 def _check_groups(steps_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor) -> None:
     if zeros_GO.shape != scales_GO.shape or scales_GO.shape[1:] != steps_IO.shape[1:]:
         found = ", ".join(str(tuple(each.shape)) for each in (steps_IO, zeros_GO, scales_GO))
         raise ValueError(f"weights, zeros and scales of shapes {found} do not belong together")
 
 
-_VARIANTS: Mapping[Any, Callable[[Mapping[str, Any]], Parts | None]] = {"gptq": _gptq, "awq": _awq}
+_VARIANTS: Mapping[Any, Callable[[Mapping[str, Any]], Parts | None]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _nvfp4,
+    "modelopt": _modelopt,
+}
 """By method: how its weights are decoded; None for kinds that are not."""

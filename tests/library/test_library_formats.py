@@ -31,7 +31,9 @@ from tests.support.quantised import (
     emo,
     fp8_checkpoint,
     gptq_checkpoint,
+    modelopt_checkpoint,
     mxfp4_checkpoint,
+    nvfp4_checkpoint,
     quantised_pack,
     qwen3_moe,
 )
@@ -118,8 +120,25 @@ class TestDecodedExperts:
         path, plain = awq_checkpoint(tmp_path)
         check(load(path, expert_memory=share), AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
 
+    @pytest.mark.parametrize("make", [nvfp4_checkpoint, modelopt_checkpoint])
+    def test_nvfp4(
+        self, tmp_path: Path, load: Load, share: float | str, make: Callable[[Path], tuple[Path, Path]]
+    ) -> None:
+        pytest.importorskip("compressed_tensors")
+        path, plain = make(tmp_path)
+        check(load(path, expert_memory=share), AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
+
 
 class TestBytes:
+    @pytest.mark.parametrize("make", [nvfp4_checkpoint, modelopt_checkpoint])
+    def test_an_expert_in_nvfp4_is_read_as_it_is_stored(
+        self, tmp_path: Path, make: Callable[[Path], tuple[Path, Path]]
+    ) -> None:
+        pytest.importorskip("compressed_tensors")
+        weights = 3 * 128 * 256
+        path, _ = make(tmp_path)
+        assert bytes_of_an_expert(path) == (weights // 2 + weights // 16 + 3 * 4, 2 * weights)
+
     def test_an_expert_of_gptq_is_read_as_it_is_stored(self, tmp_path: Path) -> None:
         weights, of_groups = 3 * 128 * 256, 2 * 128 * 256 // GROUP + 256 * 128 // GROUP
         inputs = 2 * 256 + 128

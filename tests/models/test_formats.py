@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from pager.models.formats import _VARIANTS, Parts
-from tests.support.quantised import awq_parts, gptq_parts
+from tests.support.quantised import awq_parts, gptq_parts, modelopt_parts, nvfp4_decoded, nvfp4_parts
 
 WEIGHT_OI = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4}
+
+
+NVFP4: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+        "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True,
+    }}},
+}  # fmt: skip
+MODELOPT: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 
 
 def parts_of(config: Mapping[str, Any]) -> Parts:
@@ -58,6 +68,37 @@ def test_awq_as_compressed_tensors_converts_it() -> None:
     assert parts_of(AWQ).decode(tensors).equal(compressor.decompress(named, scheme)["weight"])
 
 
+@pytest.mark.parametrize("config", [NVFP4, MODELOPT])
+def test_nvfp4_is_what_its_own_package_makes_of_it(config: dict[str, Any]) -> None:
+    """Bit for bit, and so is what its definition says."""
+    pytest.importorskip("compressed_tensors")
+    tensors, expected = (nvfp4_parts if config is NVFP4 else modelopt_parts)(WEIGHT_OI)
+    decode = parts_of(config).decode
+    assert decode(tensors).equal(expected)
+    assert decode({name: tensor.to("meta") for name, tensor in tensors.items()}).shape == WEIGHT_OI.shape
+    if config is NVFP4:
+        assert nvfp4_decoded(tensors).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (NVFP4, {"weight_global_scale": None}, "there is no weight_global_scale beside weight_packed"),
+        (NVFP4, {"weight_scale": torch.ones(48, 3)}, "not those of nvfp4"),
+        (MODELOPT, {"weight_scale": None}, "there is no weight_scale beside weight"),
+        (MODELOPT, {"weight": torch.zeros(48, 32)}, "weights torch.float32"),
+    ],
+)
+def test_parts_that_are_not_those_of_nvfp4(
+    config: dict[str, Any], change: dict[str, Tensor | None], message: str
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    tensors, _ = (nvfp4_parts if config is NVFP4 else modelopt_parts)(WEIGHT_OI)
+    changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        parts_of(config).decode(changed)
+
+
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
@@ -89,7 +130,10 @@ def test_parts_that_do_not_fit_together(config: dict[str, Any], change: dict[str
         {**AWQ, "bits": 8},
         {**AWQ, "version": "gemv"},
         {**AWQ, "zero_point": False},
+        {**NVFP4, "config_groups": {"a": {"format": "nvfp4-pack-quantized"}, "b": {"format": "pack-quantized"}}},
+        {**MODELOPT, "quant_algo": "FP8"},
     ],
 )
 def test_kinds_that_are_not_decoded(config: dict[str, Any]) -> None:
+    pytest.importorskip("compressed_tensors")
     assert _VARIANTS[config["quant_method"]](config) is None

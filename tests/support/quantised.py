@@ -203,6 +203,55 @@ def awq_checkpoint(path: Path) -> tuple[Path, Path]:
     return checkpoint_in_parts(path, awq_parts, **config)
 
 
+def nvfp4_parts(weight_OI: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight as compressed-tensors stores it in NVFP4, and what its own decompressor makes of that."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import quant_scheme
+
+    scheme = quant_scheme.QuantizationScheme(**quant_scheme.NVFP4, targets=["Linear"])
+    groups = weight_OI.unflatten(1, (-1, 16)).abs().amax(2)
+    whole = 448 * 6 / groups.max().reshape(1)
+    scales = (groups / 6 * whole).to(torch.float8_e4m3fn)
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    plain = {"weight": weight_OI, "weight_scale": scales.float(), "weight_global_scale": whole}
+    parts = compressor.compress(plain, scheme)
+    return parts, compressor.decompress(parts, scheme)["weight"]
+
+
+def nvfp4_checkpoint(path: Path) -> tuple[Path, Path]:
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    group = {"weights": weights, "targets": ["Linear"]}
+    kind = {"format": "nvfp4-pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"]}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **kind}
+    return checkpoint_in_parts(path, nvfp4_parts, **config)
+
+
+def modelopt_parts(weight_OI: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The same as modelopt stores it, whose overall scale is the inverse."""
+    parts, _ = nvfp4_parts(weight_OI)
+    whole = 1 / parts["weight_global_scale"]
+    stored = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"], "weight_scale_2": whole}
+    return stored, nvfp4_decoded({**parts, "weight_global_scale": 1 / whole})
+
+
+def nvfp4_decoded(parts: dict[str, Tensor]) -> Tensor:
+    """What a table of the sixteen numbers and the scales of 16 inputs make of parts, in the order of the definition."""
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    packed, scales = parts["weight_packed"].long(), parts["weight_scale"].float() / parts["weight_global_scale"]
+    halves = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+    return (numbers[halves].unflatten(1, (-1, 16)) * scales[..., None]).flatten(1).bfloat16()
+
+
+def modelopt_checkpoint(path: Path) -> tuple[Path, Path]:
+    config = {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "producer": {"name": "modelopt"},
+        "ignore": ["lm_head"],
+    }
+    return checkpoint_in_parts(path, modelopt_parts, **config)
+
+
 def emo() -> PreTrainedModel:
     """Three layers of eight routed experts and a shared one."""
     own = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 3, "num_experts": 9}

@@ -239,7 +239,8 @@ def nvfp4_decoded(parts: dict[str, Tensor]) -> Tensor:
     numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     packed, scales = parts["weight_packed"].long(), parts["weight_scale"].float() / parts["weight_global_scale"]
     halves = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
-    return (numbers[halves].unflatten(1, (-1, 16)) * scales[..., None]).flatten(1).bfloat16()
+    groups: Tensor = numbers[halves].unflatten(1, (-1, 16))
+    return (groups * scales[..., None]).flatten(1).bfloat16()
 
 
 def modelopt_checkpoint(path: Path) -> tuple[Path, Path]:

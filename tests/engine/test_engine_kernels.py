@@ -44,7 +44,7 @@ def written_out(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Ten
     return torch.einsum("tkf,tkdf,tk->td", inner_TKF, down[slot_TK], weights_TK.double())
 
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -58,7 +58,7 @@ def test_each_kernel_is_the_weighted_sum(name: str, num_tokens: int, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("num_tokens", "num_used"), [(1, 40), (3, 40), (20, 6), (COPIED_PAIRS, 40)])
+@pytest.mark.parametrize(("num_tokens", "num_used"), [(1, 40), (3, 40), (20, 6), (COPIED_PAIRS, 40), (1500, 40)])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(48, 24), (256, 192)], ids=["small", "large"])
 def test_whatever_is_chosen_is_the_weighted_sum(
     hidden: int, intermediate: int, num_tokens: int, num_used: int, dtype: torch.dtype

@@ -24,7 +24,7 @@ from pager.memory import Budgets
 from pager.store.pack_format import KINDS
 
 DTYPE = torch.bfloat16
-MOST_NATS = {"int8": 0.002, "int4": 0.02}
+MOST_NATS = {"int8": 0.002, "int4": 0.02, "fp8": 0.02}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def measure_formats(model: Path, corpus: Path, folder: Path, scale: Scale) -> Fa
     cut = Cut()
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     texts = read_texts([str(corpus / "*.valid.jsonl*")], tokenizer, cut, max_documents=scale.max_documents)
-    conditions = f"1 {digest_of(texts)} {DTYPE}"
+    conditions = f"2 {digest_of(texts)} {DTYPE}"
     path = folder / "formats.json"
     stored: Facts = json.loads(path.read_text()) if path.exists() else {}
     if stored.get("conditions") == conditions:

@@ -177,7 +177,9 @@ async def _start(
     gate, audit = await _open_gate(stack, config.router, choices.redis_url)
     tracing.start("expert-pager-router", __version__, env)
     stack.callback(tracing.stop)
-    opened = OpenModel.open(config.model.path, config.model.dtype)
+    is_here = config.cluster.joined is None and config.workers.count > 0
+    device = resolve_device(config.workers.device) if is_here else config.workers.device
+    opened = OpenModel.open(config.model.path, config.model.dtype, device=device)
     stack.callback(opened.checkpoint.close)
     opened.check()
     passes = build_passes(opened, config.router)

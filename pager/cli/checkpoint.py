@@ -81,7 +81,7 @@ def inspect(
     from pager.models.open_model import OpenModel
 
     resolved = resolve_device(device)
-    found = OpenModel.open(model, dtype)
+    found = OpenModel.open(model, dtype, device=resolved)
     with found.checkpoint:
         found.check()
         needs = needs_of(found, resolved)
@@ -262,7 +262,7 @@ def pack(
     ] = None,
     experts: Annotated[
         str | None,
-        typer.Option(help="Quantise the experts: int8, half of bfloat16, or int4, a third.", metavar="KIND"),
+        typer.Option(help="Quantise the experts: int8 or fp8, half of bfloat16, or int4, a third.", metavar="KIND"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -272,7 +272,7 @@ def pack(
     used wherever the original can. What `expert-pager fit-router` left beside the original goes along.
 
     Slots hold quantised experts as they are stored, so that a budget holds more of them, and a CPU multiplies with them
-    as they are; the trunk is not quantised. They can be served in the dtype that they are packed for only.
+    as they are; the trunk is not quantised. int8 and int4 can be served in the dtype that they are packed for only.
 
     Examples:
 

@@ -210,7 +210,7 @@ def load_paged_model(
     cache, budgets = cache or CacheOptions(), budgets or Budgets()
     if cache.num_readers < 1:
         raise ConfigError(f"num_readers must be at least 1, not {cache.num_readers}: no thread would read experts")
-    opened = OpenModel.open(path, dtype)
+    opened = OpenModel.open(path, dtype, device=device)
     with opened.checkpoint, ExitStack() as closing:
         machine = Machine.detect(device)  # refuses an unknown device
         if opened.record is not None:

@@ -105,7 +105,7 @@ class _Shapes:
         self.is_latent = any(each.key_dim != each.value_dim for each in layers)
         self.has_sinks = any(each.has_sinks for each in layers)
         self.expert = opened.family.shape
-        self.is_quantised = opened.record is not None
+        self.record = opened.record
         self.expert_bytes = opened.expert_bytes
         self.num_experts = max(facts.experts_per_layer)
         picks = zip(facts.top_k_per_layer, facts.shared_per_layer, strict=True)
@@ -152,8 +152,9 @@ class _Shapes:
         num_threads = num_readers + NUM_CHECKERS + 1  # readers, checkers, and the stepping thread
         kept = _SMALL_BUFFERS * MIB + _LARGER_BUFFERS * KEPT_BYTES + num_threads * _ARENA_BYTES
         copied = 0
-        if self.is_quantised:  # many rows are multiplied with a copy of the matrix
+        if self.record:  # many rows are multiplied with a copy of the matrix
             copied = 2 * self.expert.intermediate * self.expert.hidden * self.item
+            copied += self.record.scratch_bytes(max(self.expert.hidden, 2 * self.expert.intermediate))
         elif self.expert_bytes <= SMALL_EXPERT_BYTES:
             rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item
             copied = COPIED_PAIRS * self.expert_bytes * 2 // 3 + rows

@@ -29,10 +29,15 @@ from transformers.core_model_loading import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pager.models.formats import Format, conversions_of, decodes
-from pager.store.expert_source import Made, Row
+from pager.store.checkpoint import Checkpoint
+from pager.store.expert_source import AsBytes, Made, Row
+from pager.store.pack_format import BLOCK, num_blocks
+from pager.store.safetensors import TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_BLOCK_SCALES = "_scale_inv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +139,56 @@ class ExpertParameter:
         )
         return pieces if self._make is None else Made(pieces, self._make, self.stored.is_decoded)
 
+    def as_bytes(self, expert: int) -> tuple[AsBytes, AsBytes]:
+        """Returns an expert's weights and their scales, as parts of a record that holds what is stored."""
+        assert self.stored.converter is not None, "what is stored as it is has no scales"
+        patterns = [each for each in self.stored.converter.source_patterns if each in self._names]
+        weights, scales = (
+            tuple(
+                Row(self._names[each][0], expert) if self.is_stacked else self._names[each][expert]
+                for each in patterns
+                if each.rstrip("$").endswith(_BLOCK_SCALES) == is_scale
+            )
+            for is_scale in (False, True)
+        )
+        return AsBytes(weights), AsBytes(scales)
+
     def __str__(self) -> str:
         others = [type(each).__name__.lower() for each in self.stored.operations if not decodes(each)]
         kept = [each for each in others if each not in ("mergemodulelist", "concatenate")]
         return ", ".join(["stacked" if self.is_stacked else "one tensor an expert", *kept])
+
+
+def is_held_in_blocks(
+    parameters: Iterable[ExpertParameter], num_experts: int, checkpoint: Checkpoint, found: Format
+) -> bool:
+    """Tells whether a record of fp8 in blocks can hold what is stored of a layer's experts, byte by byte.
+
+    Gate and up may lie one after the other where each ends with a whole block.
+    """
+    if found.method != "fp8":
+        return False
+    for parameter in parameters:
+        stored = parameter.stored
+        if not (stored.is_decoded and _is_as_stored([each for each in stored.operations if not decodes(each)])):
+            return False
+        for expert in range(num_experts):
+            weights, scales = (
+                [checkpoint.specs.get(each if isinstance(each, str) else each.name) for each in part.pieces]
+                for part in parameter.as_bytes(expert)
+            )
+            pairs = list(zip(weights, scales, strict=False))
+            if len(weights) != len(scales) or not all(_are_blocks(*pair, whole=len(pairs) > 1) for pair in pairs):
+                return False
+    return True
+
+
+def _are_blocks(weight: TensorSpec | None, scale: TensorSpec | None, *, whole: bool) -> bool:
+    """Tells whether a tensor is in 8 bits with such a scale for each block; `whole`: and ends with a whole one."""
+    if weight is None or scale is None or (weight.dtype, scale.dtype) != (torch.float8_e4m3fn, torch.float32):
+        return False
+    rows, columns = weight.shape[-2:]
+    return scale.shape[-2:] == (num_blocks(rows), num_blocks(columns)) and not (whole and rows % BLOCK)
 
 
 def _is_as_stored(operations: Sequence[Any]) -> bool:

@@ -35,11 +35,11 @@ from pager.models.families import (
     without_choices,
 )
 from pager.models.formats import Format, format_of
-from pager.models.layout import ExpertParameter, Layout, Stored, locate
+from pager.models.layout import ExpertParameter, Layout, Stored, is_held_in_blocks, locate
 from pager.reading import one_line, shown
 from pager.store.checkpoint import Checkpoint, read_json_object
-from pager.store.expert_source import ExpertSource, Made, Row, open_experts
-from pager.store.pack_format import RecordFormat
+from pager.store.expert_source import AsBytes, ExpertSource, Made, Row, open_experts
+from pager.store.pack_format import MATRICES, RecordFormat
 from pager.store.safetensors import PLAIN_FLOATS
 from pager.types import ExpertKey, ExpertShape, RoutingFacts
 
@@ -61,10 +61,11 @@ class OpenModel:
     dtype: torch.dtype
     quantised: Format | None  # what the checkpoint's tensors are decoded from
     whole: PreTrainedModel = field(repr=False, compare=False)  # on the meta device, its experts included
+    is_for_cpu: bool = True
 
     @classmethod
-    def open(cls, path: str | Path, dtype: torch.dtype | str | None = None) -> OpenModel:
-        """Opens a checkpoint.
+    def open(cls, path: str | Path, dtype: torch.dtype | str | None = None, *, device: str = "cpu") -> OpenModel:
+        """Opens a checkpoint, to run on `device`: what slots hold depends on what computes there.
 
         Raises CheckpointError for a damaged one, UnsupportedModel for a model that cannot be paged, ConfigError for the
         dtype.
@@ -82,20 +83,33 @@ class OpenModel:
         except BaseException:
             checkpoint.close()
             raise
-        opened = cls(checkpoint, config, family, family.facts, chosen, quantised, whole)
+        opened = cls(checkpoint, config, family, family.facts, chosen, quantised, whole, not device.startswith("cuda"))
         expert_bytes = opened.slot_shape.num_elements * opened.slot_dtype.itemsize
-        return replace(opened, facts=replace(family.facts, expert_bytes=expert_bytes))
+        # In place, as a copy would look for every tensor again.
+        object.__setattr__(opened, "facts", replace(family.facts, expert_bytes=expert_bytes))
+        return opened
 
     @property
     def expert_bytes(self) -> int:
         return self.facts.expert_bytes
 
-    @property
+    @cached_property
     def record(self) -> RecordFormat | None:
-        """Returns what the experts of a pack are quantised to, in slots too; None where slots hold the serving
+        """Returns what experts are quantised to in slots, as they are stored; None where slots hold the serving
         dtype.
         """
-        return self.checkpoint.pack.record if self.checkpoint.pack is not None else None
+        if self.checkpoint.pack is not None:
+            return self.checkpoint.pack.record
+        quantised, layers = self.quantised, self.family.layers
+        if quantised is None or not self.is_for_cpu or self.family.shape.parameters:
+            return None
+        if not all(f"{each.experts}.{name}" in self.layout.stored for each in layers for name in MATRICES):
+            return None  # which is refused where it is read
+        is_held = all(
+            is_held_in_blocks(self.expert_parameters[each.layer], each.num_experts, self.checkpoint, quantised)
+            for each in layers
+        )
+        return RecordFormat("fp8", self.dtype) if is_held else None
 
     @property
     def slot_shape(self) -> ExpertShape:
@@ -149,6 +163,10 @@ class OpenModel:
         """Returns what each parameter of an expert is stored as. Raises CheckpointError."""
         return tuple(each.of_expert(key.expert) for each in self.expert_parameters[key.layer])
 
+    def _parts(self, key: ExpertKey) -> tuple[AsBytes, ...]:
+        """Returns what each part of a record that holds what is stored is made of."""
+        return tuple(part for each in self.expert_parameters[key.layer] for part in each.as_bytes(key.expert))
+
     @property
     def quantised_names(self) -> frozenset[str]:
         """The stored tensors that are decoded: what they hold, and what that is scaled by."""
@@ -175,7 +193,7 @@ class OpenModel:
 
     def _pieces_to_make(self, device: str = "meta") -> list[tuple[Made, list[Tensor]]]:
         """Returns what one expert's parameters are made of, with tensors like it, of unknown values."""
-        if self.checkpoint.is_packed:
+        if self.checkpoint.is_packed or self.record:
             return []
         first = self.pieces(ExpertKey(self.family.layers[0].layer, 0))
         made = [parameter for parameter in first if isinstance(parameter, Made)]
@@ -190,7 +208,8 @@ class OpenModel:
 
     def open_experts(self) -> ExpertSource:
         """The disk tier. Raises CheckpointError when an expert is missing or misshapen."""
-        return open_experts(self.checkpoint, self.pieces, self.facts.experts_per_layer, self.slot_shape)
+        pieces = self._parts if self.record else self.pieces
+        return open_experts(self.checkpoint, pieces, self.facts.experts_per_layer, self.slot_shape)
 
     def build_empty(self) -> PreTrainedModel:
         """The model on the meta device, its experts' parameters taken out."""

@@ -42,7 +42,14 @@ class Made:
     decodes: bool = False  # the pieces are quantised, and what they are scaled by
 
 
-ExpertPieces = Callable[[ExpertKey], Sequence[tuple[str | Row, ...] | Made]]
+@dataclass(frozen=True, slots=True)
+class AsBytes:
+    """One part of a record of bytes: the bytes of stored tensors or rows, one after the other, of whatever dtype."""
+
+    pieces: tuple[str | Row, ...]
+
+
+ExpertPieces = Callable[[ExpertKey], Sequence[tuple[str | Row, ...] | Made | AsBytes]]
 """For each parameter of an expert, the stored tensors or rows that lie in it one after the other, or what makes it."""
 
 
@@ -209,6 +216,7 @@ class StoredParameter:
     pieces: tuple[StoredPiece, ...]
     make: Callable[[Sequence[Tensor]], Tensor] | None = None
     decodes: bool = False
+    is_bytes: bool = False  # of a record of bytes, whatever dtypes the pieces have
 
 
 class CheckpointExperts(_StoredExperts):
@@ -226,6 +234,8 @@ class CheckpointExperts(_StoredExperts):
         # Where some are in another float than the rest: what holds them all.
         is_plain = dtypes <= PLAIN_FLOATS
         self.stored_dtype = reduce(torch.promote_types, dtypes) if is_plain else first[0].pieces[0].spec.dtype
+        if first[0].is_bytes:
+            self.stored_dtype = torch.uint8
         self.stored_bytes = sum(piece.nbytes for piece in pieces_of(first))
         self.is_staged = any(parameter.make for stored in self._stored.values() for parameter in stored)
         used = sorted({piece.spec.file for stored in self._stored.values() for piece in pieces_of(stored)})
@@ -263,6 +273,7 @@ class CheckpointExperts(_StoredExperts):
                 parts = tuple(torch.empty(piece.shape, dtype=piece.spec.dtype) for piece in parameter.pieces)
                 finish.append(partial(_convert, parameter.make, parts, out))
             for piece, part in zip(parameter.pieces, parts, strict=True):
+                part = part.view(piece.spec.dtype) if parameter.is_bytes else part
                 file = self._files[piece.spec.file]
                 stretch = Stretch(key, file, piece.offset, piece.nbytes, piece.checksum, (part,))
                 stretches.append((piece.spec.dtype, stretch))
@@ -342,7 +353,7 @@ def find_experts(
         piece if isinstance(piece, str) else piece.name
         for parameters in wanted.values()
         for parameter in parameters
-        for piece in (parameter.pieces if isinstance(parameter, Made) else parameter)
+        for piece in (parameter if isinstance(parameter, tuple) else parameter.pieces)
     ]
     missing = [name for name in names if name not in checkpoint.specs]
     if missing:
@@ -359,7 +370,8 @@ def find_experts(
     }
     _check_made(wanted, found, shape)
     parameters = [each for stored in found.values() for each in stored]
-    for spec in (piece.spec for each in parameters if not each.decodes for piece in each.pieces):
+    plain = [each for each in parameters if not each.decodes and not each.is_bytes]
+    for spec in (piece.spec for each in plain for piece in each.pieces):
         if spec.dtype not in PLAIN_FLOATS:
             raise CheckpointError(f"tensor {spec.name!r} is stored as {spec.dtype}; experts must be in floating point")
     return found
@@ -372,21 +384,21 @@ def pieces_of(stored: Iterable[StoredParameter]) -> Iterable[StoredPiece]:
 
 def _stored(
     checkpoint: Checkpoint,
-    parameter: tuple[str | Row, ...] | Made,
+    parameter: tuple[str | Row, ...] | Made | AsBytes,
     expected: tuple[int, ...],
     num_experts: int,
 ) -> StoredParameter:
     """Finds what a parameter is stored as. Raises CheckpointError for shapes that do not make the expected one."""
     if not isinstance(parameter, Made):
-        part = (expected[0] // len(parameter), *expected[1:])
-        return StoredParameter(
-            tuple(
-                StoredPiece(checkpoint.require(piece, part))
-                if isinstance(piece, str)
-                else StoredPiece(checkpoint.require(piece.name, (num_experts, *part)), piece.row)
-                for piece in parameter
-            )
-        )
+        names = parameter.pieces if isinstance(parameter, AsBytes) else parameter
+        found = []
+        for piece in names:
+            name = piece if isinstance(piece, str) else piece.name
+            itemsize = checkpoint.specs[name].dtype.itemsize if isinstance(parameter, AsBytes) else 1
+            part = (expected[0] // len(names), *expected[1:-1], *(each // itemsize for each in expected[1:][-1:]))
+            shape = part if piece is name else (num_experts, *part)
+            found.append(StoredPiece(checkpoint.require(name, shape), None if isinstance(piece, str) else piece.row))
+        return StoredParameter(tuple(found), is_bytes=isinstance(parameter, AsBytes))
     pieces = tuple(
         StoredPiece(checkpoint.specs[piece])
         if isinstance(piece, str)
@@ -397,7 +409,7 @@ def _stored(
 
 
 def _check_made(
-    wanted: Mapping[ExpertKey, tuple[tuple[str | Row, ...] | Made, ...]],
+    wanted: Mapping[ExpertKey, tuple[tuple[str | Row, ...] | Made | AsBytes, ...]],
     found: Mapping[ExpertKey, tuple[StoredParameter, ...]],
     shape: ExpertShape,
 ) -> None:

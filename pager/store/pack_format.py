@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pager.errors import CheckpointError, ConfigError, UnsupportedModel
 from pager.reading import parse_json
@@ -34,10 +35,11 @@ from pager.types import ExpertKey, ExpertShape
 #
 # Experts in 8 or 4 bits, as packs and slots hold them: bytes that torch's own kernels multiply with.
 #
-# Legend: N output and K input features of a matrix, G groups of GROUP inputs that share a scale, S slots.
+# Legend: N output and K input features of a matrix, G groups of GROUP inputs that share a scale, B blocks of BLOCK rows
+# or columns, S slots.
 
 
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "fp8")
 MATRICES = ("gate_up_proj", "down_proj")
 GROUP = 32
 """The inputs that share a scale and a zero in 4 bits. More of them save little: 64 are 4.5 bits a weight, these 5."""
@@ -50,8 +52,9 @@ _TILES = 2  # an argument of the packer that has no effect on a CPU
 class RecordFormat:
     """The format in which the experts of a pack are quantised. `scales` is also the dtype that they are multiplied in.
 
-    In 8 bits each output has a scale, and weights are symmetric about zero. In 4 bits each group of inputs has a scale
-    and the value of its middle, and the bytes lie as the packer of this processor lays them: `layout` tells two apart.
+    In int8 each output has a scale, and weights are symmetric about zero. In int4 each group of inputs has a scale and
+    the value of its middle, and the bytes lie as the packer of this processor lays them: `layout` tells two apart. In
+    fp8 each block of BLOCK x BLOCK has a scale in float32, as published checkpoints have, and `scales` binds nothing.
     """
 
     kind: str
@@ -63,7 +66,7 @@ class RecordFormat:
     def of(cls, kind: str, scales: torch.dtype) -> RecordFormat:
         """The format of this machine. Raises ConfigError for a kind that is none."""
         if kind not in KINDS:
-            raise ConfigError(f"experts cannot be packed as {kind!r}; use {' or '.join(KINDS)}")
+            raise ConfigError(f"experts cannot be packed as {kind!r}; use {', '.join(KINDS)}")
         if scales not in PLAIN_FLOATS or scales == torch.float64:
             raise ConfigError(f"experts cannot be multiplied in {scales}; use float32, bfloat16 or float16")
         own = (layout_here(), torch.backends.cpu.get_cpu_capability()) if kind == "int4" else ("", "")
@@ -83,8 +86,12 @@ class RecordFormat:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        each = "output" if self.kind == "int8" else f"{GROUP} inputs of an output"
-        return f"{self.kind}, a scale in {str(self.scales).removeprefix('torch.')} for each {each}"
+        each = {"int8": "output", "int4": f"{GROUP} inputs of an output", "fp8": f"block of {BLOCK} x {BLOCK}"}
+        return f"{self.kind}, a scale in {str(self.scale_dtype).removeprefix('torch.')} for each {each[self.kind]}"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.kind == "fp8" else self.scales
 
     def check_machine(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Checks that this machine computes with these bytes in `dtype`. Raises UnsupportedModel, ConfigError."""
@@ -99,7 +106,7 @@ class RecordFormat:
                 f"experts were packed as {self.kind} for processors with {self.processor} and this torch, with {here}, "
                 "lays them out in another way; pack the model again on this machine"
             )
-        if dtype != self.scales:
+        if self.kind != "fp8" and dtype != self.scales:
             held, asked = (str(each).removeprefix("torch.") for each in (self.scales, dtype))
             raise ConfigError(
                 f"experts packed as {self.kind} for {held} cannot be served as {asked}; use dtype {held}, or pack the "
@@ -120,6 +127,10 @@ class RecordFormat:
                 parts[name] = (num_outputs, num_inputs)
                 parts[scales_of(name)] = (num_outputs * self.scales.itemsize,)
                 continue
+            if self.kind == "fp8":
+                parts[name] = (num_outputs, num_inputs)
+                parts[scales_of(name)] = (num_blocks(num_outputs), num_blocks(num_inputs) * FP32)
+                continue
             if num_outputs % _ROWS_OF_PACKER or num_inputs % GROUP:
                 raise UnsupportedModel(
                     f"{name} of {num_outputs} x {num_inputs} cannot be packed as int4: that takes multiples of "
@@ -131,26 +142,36 @@ class RecordFormat:
 
     def quantised(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """The record's parts, as bytes, of an expert's matrices in float32."""
-        make = quantise_int8 if self.kind == "int8" else quantise_int4
-        return [part.contiguous().view(torch.uint8) for matrix in matrices for part in make(matrix, self.scales)]
+        make = {"int8": quantise_int8, "int4": quantise_int4, "fp8": quantise_fp8}[self.kind]
+        return [part.contiguous().view(torch.uint8) for matrix in matrices for part in make(matrix, self.scale_dtype)]
 
     def views(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Slabs or single parts of bytes as what they hold."""
-        held = torch.int8 if self.kind == "int8" else torch.uint8
+        held = torch.uint8 if self.kind == "int4" else torch.int8
         typed = {name: parts[name].view(held) for name in MATRICES}
-        return typed | {scales_of(name): parts[scales_of(name)].view(self.scales) for name in MATRICES}
+        return typed | {scales_of(name): parts[scales_of(name)].view(self.scale_dtype) for name in MATRICES}
 
     def product(self, hidden_TK: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         """[T, N]: `hidden_TK`, in the dtype of the scales, times one matrix.
 
-        Above MOST_ROWS, and in float32, torch's kernel for 8 bits takes longer than a copy of the matrix and a product
-        with that does.
+        Above MOST_ROWS, and in float32, torch's kernel for int8 takes longer than a copy of the matrix and a product
+        with that does. For fp8 it has none, and a row in half precision is multiplied with halves.
         """
         if self.kind == "int4":
             return torch._weight_int4pack_mm_for_cpu(hidden_TK, weight, GROUP, scales)
+        if self.kind == "fp8":
+            if len(hidden_TK) == 1 and hidden_TK.dtype != torch.float32 and weight.shape[1] <= MOST_HALF_INPUTS:
+                return product_fp8(hidden_TK, weight, scales)
+            return torch.mm(hidden_TK, decoded_fp8(weight, scales, hidden_TK.dtype).t())
         if len(hidden_TK) <= MOST_ROWS and hidden_TK.dtype != torch.float32:
             return torch._weight_int8pack_mm(hidden_TK, weight, scales)
         return torch.mm(hidden_TK, weight.to(hidden_TK.dtype).t()).mul_(scales)
+
+    def scratch_bytes(self, size: int) -> int:
+        """The most that a product takes beside a copy of its matrix, which has at most `size` rows and columns."""
+        if self.kind != "fp8":
+            return 0
+        return size * (max(_FP8_ROWS * HALF, BLOCK * (HALF + FP32)) + 4 * num_blocks(size) * FP32)
 
     def matrices(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
         """The matrices that an expert's parts, as bytes, stand for, in the dtype of the scales."""
@@ -158,6 +179,8 @@ class RecordFormat:
         return [self._matrix(typed[name], typed[scales_of(name)]) for name in MATRICES]
 
     def _matrix(self, weight: Tensor, scales: Tensor) -> Tensor:
+        if self.kind == "fp8":
+            return decoded_fp8(weight, scales, self.scales)
         if self.kind == "int8":
             return weight.to(self.scales) * scales[:, None]
         unit = torch.eye(2 * weight.shape[1], dtype=self.scales)
@@ -204,6 +227,80 @@ def layout_here() -> str:
     numbers = torch.arange(128 * 64, dtype=torch.int32).view(128, 64)
     known = (7 * numbers + numbers // 64) % 16  # no two rows that a layout may swap are alike
     return xxhash.xxh3_64(pack_int4(known).numpy().tobytes()).hexdigest()
+
+
+# FP8, e4m3: a sign, 4 bits of exponent and 3 of fraction. torch converts such numbers one by one, 28 times as slowly as
+# their bits are put where a float16 has them, which is then 1/256 of the value, also of the smallest ones.
+
+
+BLOCK = 128
+FP32, HALF = 4, 2
+MOST_HALF_INPUTS = 2**15
+"""The most inputs whose products with halves, each 1.75 at most, add up within the range of a float16."""
+
+_FP8_ROWS = 4 * BLOCK  # decoded at a time: they stay in the processor's cache until they are multiplied
+_FP8_LARGEST, _HALF_FP8 = 448.0, 2.0**8
+_HALF_BITS = -0x4080  # of an int16: a float16's sign, lower 4 bits of exponent and upper 3 of fraction
+
+
+def num_blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def quantise_fp8(weight_NK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`(float8_e4m3fn [N, K], scales [B, B])`: each block's largest weight is 448, the largest number, of its scale."""
+    num_outputs, num_inputs = weight_NK.shape
+    whole = pad(weight_NK.abs(), (0, -num_inputs % BLOCK, 0, -num_outputs % BLOCK))
+    scales_BB = (whole.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3)) / _FP8_LARGEST).to(dtype)
+    sizes_BB = scales_BB.float().clamp_min(torch.finfo(torch.float32).tiny)
+    sizes_NK = _over_columns(sizes_BB, num_inputs).repeat_interleave(BLOCK, 0)[:num_outputs]
+    return (weight_NK / sizes_NK).clamp(-_FP8_LARGEST, _FP8_LARGEST).to(torch.float8_e4m3fn), scales_BB
+
+
+def decoded_fp8(weight_NK: Tensor, scales_BB: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, K]: the numbers of these bytes, given as int8, times their blocks' scales; rounded once, to `dtype`."""
+    decoded_NK = torch.empty(weight_NK.shape, dtype=dtype)
+    columns_BK = _over_columns(scales_BB * _HALF_FP8, weight_NK.shape[1])
+    bits = torch.empty(BLOCK, weight_NK.shape[1], dtype=torch.int16)
+    for rows, scales_K, out in zip(weight_NK.split(BLOCK), columns_BK, decoded_NK.split(BLOCK), strict=True):
+        if dtype == torch.float32:
+            out.copy_(_halves(rows, bits)).mul_(scales_K)
+        else:
+            out.copy_(_halves(rows, bits).float().mul_(scales_K))
+    return decoded_NK
+
+
+def product_fp8(hidden_1K: Tensor, weight_NK: Tensor, scales_BB: Tensor) -> Tensor:
+    """[1, N]: one row in half precision times a matrix of these bytes.
+
+    The scales go into the row, once for each block of outputs, and what that makes of it is brought to at most 1: a
+    float16 then holds it with more digits than bfloat16 does, and the products' sums as well.
+    """
+    row_BK = hidden_1K.float() * _over_columns(scales_BB * _HALF_FP8, weight_NK.shape[1])
+    sizes_B1 = row_BK.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    rows = (row_BK / sizes_B1).half().unbind()
+    out_N = torch.empty(len(weight_NK), dtype=torch.float16)
+    outs = out_N.split(BLOCK)
+    bits = torch.empty(min(_FP8_ROWS, len(weight_NK)), weight_NK.shape[1], dtype=torch.int16)
+    block = 0
+    for some in weight_NK.split(_FP8_ROWS):
+        for halves in _halves(some, bits).split(BLOCK):
+            torch.mv(halves, rows[block], out=outs[block])
+            block += 1
+    sizes_N = sizes_B1.expand(-1, BLOCK).flatten()[: len(out_N)]
+    return out_N.float().mul_(sizes_N).to(hidden_1K.dtype)[None]
+
+
+def _halves(bytes_NK: Tensor, bits: Tensor) -> Tensor:
+    """1/256 of the numbers of these bytes, in the memory of `bits`. A byte that is no number reads as 480 / 256."""
+    bits = bits[: len(bytes_NK)]
+    bits.copy_(bytes_NK).mul_(1 << 7).bitwise_and_(_HALF_BITS)
+    return bits.view(torch.float16)
+
+
+def _over_columns(scales_BB: Tensor, num_inputs: int) -> Tensor:
+    """[B, K]: each column's scale, for each block of rows."""
+    return scales_BB.repeat_interleave(BLOCK, 1)[:, :num_inputs]
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from pager.cli.checkpoint import ONLY_EXACT, TESTED
 from tests.support.checkpoints import add_to_config, lively, saved
 from tests.support.families import FAMILIES, NOT_POOLED
-from tests.support.quantised import emo, fp8_checkpoint, qwen3_moe
+from tests.support.quantised import emo, fp8_checkpoint, mxfp4_checkpoint, qwen3_moe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -92,8 +92,10 @@ def test_inspect_says_what_is_read_and_what_is_held(run: Run, tmp_path: Path) ->
     path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
     done = run("inspect", path)
     assert done.returncode == 0, done.stderr
-    words = " ".join(done.stdout.split())
-    assert "fp8 in blocks of 128 x 128; an expert is read as 96.0 KiB, decoded when it enters a slot" in words
+    assert "fp8, a scale in float32 for each block of 128 x 128; held as stored" in " ".join(done.stdout.split())
+    decoded = run("inspect", mxfp4_checkpoint(tmp_path / "mxfp4"))
+    words = " ".join(decoded.stdout.split())
+    assert "mxfp4 in blocks of 32; an expert is read as 53.0 KiB, decoded when it enters a slot" in words
     assert "held as bfloat16" in words
     refused = run("pack", path, tmp_path / "packed")
     assert refused.returncode == 1

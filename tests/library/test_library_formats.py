@@ -52,17 +52,19 @@ def check(paged: PreTrainedModel, plain: PreTrainedModel) -> None:
     assert paged.generate(PROMPT, **GREEDY).equal(plain.generate(PROMPT, **GREEDY))
 
 
-def bytes_of_an_expert(path: Path) -> tuple[int, int]:
-    """The bytes that reading one expert reads from the files, and those that it takes in a slot."""
-    opened = OpenModel.open(path, "bfloat16")
+def bytes_of_an_expert(path: Path, device: str = "cpu") -> tuple[int, int]:
+    """The bytes that reading one expert reads from the files, and those that it takes in a slot of `device`."""
+    opened = OpenModel.open(path, "bfloat16", device=device)
     with opened.checkpoint:
         source = opened.open_experts()
         try:
             layer = opened.family.layers[0].layer
-            tensors = [torch.empty(shape, dtype=torch.bfloat16) for shape in source.shape.shapes]
+            tensors = [torch.empty(shape, dtype=opened.slot_dtype) for shape in source.shape.shapes]
             read = source.read(ExpertKey(layer, 3), *tensors)
             assert (source.bytes_read, source.stored_bytes) == (read, read)
-            return read, sum(tensor.nbytes for tensor in tensors)
+            held = sum(tensor.nbytes for tensor in tensors)
+            assert opened.expert_bytes == held
+            return read, held
         finally:
             source.close()
 
@@ -157,9 +159,18 @@ class TestBytes:
         read, held = bytes_of_an_expert(compressed_checkpoint(tmp_path / "packed", num_bits))
         assert (read, held) == (weights * num_bits // 8 + scales, 2 * weights)
 
-    def test_an_expert_in_fp8_is_read_as_it_is_stored(self, tmp_path: Path) -> None:
+    def test_an_expert_in_fp8_is_read_and_held_as_it_is_stored(self, tmp_path: Path) -> None:
         path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
         weights, scales = 3 * 128 * 256, 3 * 2 * 4
+        assert bytes_of_an_expert(path) == (weights + scales, weights + scales)
+
+    def test_an_expert_in_fp8_is_decoded_where_nothing_computes_with_its_bytes(self, tmp_path: Path) -> None:
+        """For a GPU, and where gate and up do not end with whole blocks."""
+        path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+        weights, scales = 3 * 128 * 256, 3 * 2 * 4
+        assert bytes_of_an_expert(path, "cuda") == (weights + scales, 2 * weights)
+        path, _ = fp8_checkpoint(qwen3_moe(moe_intermediate_size=96), tmp_path / "cut")
+        weights = 3 * 96 * 256
         assert bytes_of_an_expert(path) == (weights + scales, 2 * weights)
 
     def test_an_expert_in_mxfp4_is_read_as_it_is_stored(self, tmp_path: Path) -> None:
@@ -184,8 +195,46 @@ def test_a_pack_holds_decoded_experts_and_the_trunk_as_stored(tmp_path: Path, lo
     check(load(tmp_path / "packed", expert_memory="30%"), load(path))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_experts_held_in_fp8_are_those_that_decoding_gives(tmp_path: Path, load: Load, dtype: torch.dtype) -> None:
+    """To the bit, by transformers' own operations; and each prompt's logits are those of the decoded pack."""
+    path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+    held, decoded = (OpenModel.open(path, dtype, device=device) for device in ("cpu", "cuda"))
+    with (
+        held.checkpoint,
+        decoded.checkpoint,
+        closing(held.open_experts()) as ours,
+        closing(decoded.open_experts()) as theirs,
+    ):
+        for key in (ExpertKey(0, 0), ExpertKey(1, 7)):
+            for mine, other in zip(held.read_expert(ours, key), decoded.read_expert(theirs, key), strict=True):
+                assert mine.dtype == other.dtype == dtype
+                assert mine.equal(other)
+    pack(
+        path, tmp_path / "packed", pieces=held.pieces, experts_per_layer=held.facts.experts_per_layer,
+        shape=held.family.shape, dtype=dtype, quantised=held.quantised_names,
+    )  # fmt: skip
+    found, wanted = (
+        load(each, dtype=dtype, expert_memory="30%")(PROMPT).logits for each in (path, tmp_path / "packed")
+    )
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
+    else:
+        assert (found - wanted).norm() <= 0.05 * wanted.norm()
+
+
+@torch.no_grad()
+def test_a_budget_holds_twice_the_experts_in_fp8(tmp_path: Path, load: Load) -> None:
+    path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+    paging = load(path, dtype="bfloat16", expert_memory=6 * 3 * 128 * 256 * 2).expert_paging
+    assert paging.pager.num_slots == 11
+    paging.model(PROMPT)
+    assert paging.pager.stats().paging.bytes_from_disk % paging.plan.expert_bytes == 0
+
+
 class TestQuantisedPacks:
-    @pytest.mark.parametrize("kind", ["int8", "int4"])
+    @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @torch.no_grad()
     def test_a_model_with_its_decoded_experts_says_the_same(

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from pager.errors import ConfigError, UnsupportedModel
-from pager.store.pack_format import GROUP, KINDS, MOST_ROWS, RecordFormat
+from pager.store.pack_format import BLOCK, GROUP, KINDS, MOST_ROWS, RecordFormat, decoded_fp8, product_fp8, quantise_fp8
 from pager.types import ExpertShape
 
 SHAPE = ExpertShape(hidden=128, intermediate=32)
-HALF_A_STEP = {"int8": 0.51 / 127, "int4": 0.55 / 15}  # of the range of an output's weights, and the scale's rounding
+HALF_A_STEP = {
+    "int8": 0.51 / 127,
+    "int4": 0.55 / 15,
+    "fp8": 1 / 16,
+}  # of the range of an output's weights, and the scale's rounding
 
 
 def matrices(seed: int = 0) -> list[Tensor]:
@@ -79,9 +83,64 @@ def test_eight_bits_are_the_rounded_weights() -> None:
     assert scales.view(torch.float32).equal(torch.full((2 * SHAPE.intermediate,), 0.5))
 
 
+class TestFp8:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_every_number_decodes_as_torch_converts_it(self, dtype: torch.dtype) -> None:
+        numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        finite = numbers.isfinite()
+        rows = numbers.expand(3, -1).contiguous()
+        scales = torch.tensor([[0.1234567, 3.9e-5]])
+        wanted = (rows * scales.repeat_interleave(BLOCK, 1)).to(dtype)
+        found = decoded_fp8(rows.to(torch.float8_e4m3fn).view(torch.int8), scales, dtype)
+        assert found[:, finite].equal(wanted[:, finite])
+        assert int(finite.sum()) == 254
+
+    @pytest.mark.parametrize("shape", [(2 * BLOCK, BLOCK), (5 * BLOCK + 72, 2 * BLOCK + 8), (40, 24)])
+    def test_blocks_have_the_scales_of_their_largest_weights(self, shape: tuple[int, int]) -> None:
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        weight[:8] *= 1e-3
+        weight[-BLOCK:] *= 1e-5
+        stored, scales = quantise_fp8(weight, torch.float32)
+        for row, column in torch.cartesian_prod(*map(torch.arange, scales.shape)).tolist():
+            where = (slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK))
+            assert scales[row, column] == weight[where].abs().max() / 448
+            torch.testing.assert_close(
+                stored[where].float() * scales[row, column], weight[where], rtol=1 / 16, atol=float(scales[row, column])
+            )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("size", [1e-30, 1.0, 1e4])
+    def test_a_row_of_any_size_is_multiplied_as_precisely_as_with_the_decoded_matrix(
+        self, dtype: torch.dtype, size: float
+    ) -> None:
+        if dtype == torch.float16 and size < 1:
+            pytest.skip("no float16 is that small")
+        draws = torch.Generator().manual_seed(6)
+        weight = torch.randn(5 * BLOCK + 72, 3 * BLOCK + 8, generator=draws) * 0.02
+        weight[BLOCK:] *= 1e-3
+        stored, scales = quantise_fp8(weight, torch.float32)
+        row = torch.randn(1, weight.shape[1], generator=draws)
+        row = (row * size).to(dtype)
+        wanted = row.double() @ decoded_fp8(stored.view(torch.int8), scales, torch.float32).double().t()
+        found = product_fp8(row, stored.view(torch.int8), scales).double()
+        for some, exact in zip(found.split(BLOCK, 1), wanted.split(BLOCK, 1), strict=True):
+            assert (some - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
+
+    def test_a_row_of_zeros_gives_zeros_and_one_that_is_no_number_none(self) -> None:
+        stored, scales = quantise_fp8(torch.ones(BLOCK, BLOCK), torch.float32)
+        rows = torch.zeros(2, BLOCK, dtype=torch.bfloat16)
+        rows[1, 3] = torch.nan
+        zeros, spoilt = (product_fp8(row[None], stored.view(torch.int8), scales) for row in rows)
+        assert not zeros.any()
+        assert spoilt.isnan().all()
+
+    def test_it_is_served_in_any_dtype(self) -> None:
+        RecordFormat.of("fp8", torch.bfloat16).check_machine("cpu", torch.float32)
+
+
 class TestRefusals:
     def test_a_kind_that_is_none(self) -> None:
-        with pytest.raises(ConfigError, match="cannot be packed as 'int3'; use int8 or int4"):
+        with pytest.raises(ConfigError, match="cannot be packed as 'int3'; use int8, int4, fp8"):
             RecordFormat.of("int3", torch.bfloat16)
 
     def test_another_dtype_than_that_of_the_scales(self) -> None:

@@ -34,8 +34,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def qwen3_moe() -> PreTrainedModel:
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=128))
+def qwen3_moe(moe_intermediate_size: int = 128) -> PreTrainedModel:
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=moe_intermediate_size))
 
 
 def deepseek_v3() -> PreTrainedModel:

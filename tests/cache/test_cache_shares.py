@@ -334,3 +334,17 @@ def test_exact_forwards_page_in_the_slots_of_their_account(make_pager: MakePager
             waves = list(pager.demand(layer, range(6), UsageMeter("t0"), lease=lease))
             assert sorted(itertools.chain.from_iterable(waves)) == list(range(6))
     assert set(keys(0, 0, 1)) <= {ExpertKey(0, expert) for expert in pager.resident_experts()[0]}
+
+
+def test_a_guarantee_grows_to_what_was_asked_when_another_one_shrinks(make_pager: MakePager) -> None:
+    pager = make_pager(10)
+    pager.guarantee("gold", 0.8)
+    pager.guarantee("silver", 0.5)  # of which one is left
+    with some(pager.reserve(1, UsageMeter("t0"))), some(pager.reserve(1, UsageMeter("silver"))):
+        assert pager.reserve(1, UsageMeter("silver")) is None
+    pager.guarantee("gold", 0.1)
+    with some(pager.reserve(4, UsageMeter("t0"))):
+        assert pager.reserve(1, UsageMeter("t1")) is None, "the rest is guaranteed to others"
+        some(pager.reserve(5, UsageMeter("silver"))).release()
+    pager.guarantee("silver", 0.0)
+    some(pager.reserve(9, UsageMeter("t0"))).release()

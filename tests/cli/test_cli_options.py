@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -73,3 +75,18 @@ def test_a_prompt_is_given_once() -> None:
     assert PromptOptions(token_ids="1, 2").read() == (1, 2)
     with pytest.raises(typer.BadParameter, match="give the prompt exactly once"):
         PromptOptions(prompt="hi", token_ids="1").read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["generate", "--help"]])
+def test_help_is_shown_without_loading_what_runs_models(arguments: list[str]) -> None:
+    program = (
+        "import sys; from pager.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'ray', 'grpc', 'redis'}\n"
+        "print('loaded', sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "loaded []", done.stderr
+    assert len(done.stdout.splitlines()) > 1

@@ -87,6 +87,7 @@ PLACES = {
     "choice of a pool": Place("choose_layer", 3, "routing"),
     "binding of a pool": Place("bind", 2, "lease"),
     "end of the prefill": Place("shrink", 1, "lease"),
+    "beginning of the answers": Place("fork"),
     "pool in a shared step": Place("in_pool", 9, "routing"),
     "row of a batch": Place("row_start", 2),
     "first number of the sampler": Place("next_uniform", 1, of="draw"),

@@ -13,7 +13,7 @@ from pager.engine.runner import ModelRunner, PromptPart
 from pager.engine.turns import TenantCounters
 from pager.errors import Cancelled, ExpertUnavailable, PoolTooLarge
 from pager.store.expert_source import CheckpointExperts, Destination
-from pager.types import Count, ExpertPool, Full, PoolPolicy
+from pager.types import Count, DriftAction, DriftPolicy, ExpertPool, Full, PoolPolicy
 from tests.engine.conftest import EXPERT_BYTES, Driver
 
 EXACT, CHOSEN = PoolPolicy(Full()), PoolPolicy(Count(3))
@@ -299,4 +299,59 @@ def test_exact_requests_of_a_guaranteed_tenant_page_in_its_own_slots(
     names = [driver.submit(prompt, EXACT, max_tokens=6, **each) for prompt, each in zip(prompts, options, strict=True)]
     driver.finish()
     assert [driver.tokens(name) for name in names] == expected
+    driver.assert_nothing_held()
+
+
+def test_a_pool_that_two_accounts_ask_for_is_given_to_the_one_that_has_room(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools
+) -> None:
+    held, wanted = PoolPolicy(fixed=random_pool(0)), PoolPolicy(fixed=random_pool(1))
+    driver = make_driver(24)
+    running = driver.submit(random_prompt(1, 10), held, tenant="t0", max_tokens=200)
+    stranger = driver.submit(random_prompt(2, 10), wanted, tenant="t1", max_tokens=2)
+    gold = driver.submit(random_prompt(3, 10), wanted, tenant="gold", guaranteed_share=0.5, max_tokens=2)
+    while len(driver.tokens(gold)) < 2 and len(driver.tokens(running)) < 199:
+        driver.engine.step()
+    assert len(driver.tokens(gold)) == 2
+    assert driver.tokens(stranger) == []
+    driver.finish()
+    assert len(driver.tokens(stranger)) == 2
+    driver.assert_nothing_held()
+
+
+def test_a_guaranteed_tenant_does_not_wait_for_a_stranger_that_does_not_fit(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools
+) -> None:
+    """However often it passes it: they do not wait for each other's slots."""
+    driver = make_driver(24, max_overtakes=2)
+    running = driver.submit(random_prompt(1, 10), PoolPolicy(fixed=random_pool(0)), tenant="t0", max_tokens=200)
+    stranger = driver.submit(random_prompt(2, 10), PoolPolicy(fixed=random_pool(1)), tenant="t1", max_tokens=2)
+    own: dict[str, Any] = {"tenant": "gold", "guaranteed_share": 0.5, "max_tokens": 2}
+    for number in range(6):
+        gold = driver.submit(random_prompt(3 + number, 10), PoolPolicy(fixed=random_pool(2)), **own)
+        while len(driver.tokens(gold)) < 2 and len(driver.tokens(running)) < 199:
+            driver.engine.step()
+        assert len(driver.tokens(gold)) == 2, f"after {number} others"
+        assert driver.tokens(stranger) == []
+    driver.finish()
+    assert len(driver.tokens(stranger)) == 2
+    driver.assert_nothing_held()
+
+
+@pytest.mark.parametrize("num_steps", [2, 6, 12])
+def test_an_answer_that_drifts_ends_whenever_a_guarantee_comes_and_so_does_who_waits(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, num_steps: int
+) -> None:
+    """Its change may need slots that it can never have again: then it fails, and says so."""
+    drifts = PoolPolicy(Count(4), drift=DriftPolicy(0.3, DriftAction.WIDEN, window=4))
+    driver = make_driver(32)
+    drifting = driver.submit(random_prompt(1, 24), drifts, tenant="t0", max_tokens=40)
+    for _ in range(num_steps):
+        driver.engine.step()
+    own: dict[str, Any] = {"tenant": "gold", "guaranteed_share": 0.6, "max_tokens": 30}
+    gold = driver.submit(random_prompt(2, 10), PoolPolicy(fixed=random_pool(0)), **own)
+    waiting = driver.submit(random_prompt(3, 10), CHOSEN, tenant="t1", max_tokens=10)
+    driver.finish()
+    assert (len(driver.tokens(gold)), len(driver.tokens(waiting))) == (30, 10)
+    assert len(driver.tokens(drifting)) == 40 or isinstance(driver.failures[drifting], PoolTooLarge)
     driver.assert_nothing_held()

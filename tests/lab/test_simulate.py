@@ -140,6 +140,12 @@ def test_drawn_traffic_is_what_was_asked_for_and_the_same_again() -> None:
             wrong.arrivals(["c00"])
 
 
+def test_a_pool_that_no_worker_can_hold_is_refused_and_the_others_are_answered() -> None:
+    large = {**POOLS, "large": drawn_pool("large", (21, 21), FACTS)}
+    outcome = Simulation(large, COSTS, 2).run([one(), one(0.1, "large"), one(0.2, "c01"), one(0.3, "large")])
+    assert (outcome.num_refused, len(outcome.first_token_s), outcome.num_failed) == (2, 2, 0)
+
+
 def test_another_tenant_sends_what_one_sends() -> None:
     more = with_another([one(0.0, tenant="a"), one(1.0, tenant="b")], "a")
     assert [arrival.tenant for arrival in more] == ["a", "another-a", "b"]

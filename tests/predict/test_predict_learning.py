@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from pager.predict.learning import (
     MAX_WEIGHT,
     MIN_ALIKE,
     Learned,
+    LearnedCodeword,
     Observation,
     decode_learned,
     encode_learned,
@@ -179,4 +181,13 @@ def test_what_is_no_such_value_is_refused() -> None:
     for bad in (None, b"", b"{}", data[:-1], data[:200], bytes(len(data)), data.replace(b"t00-", b"t0/-")):
         assert decode_learned(bad, sum(ROUTED)) is None
     assert decode_learned(data, sum(ROUTED) + 1) is None
+    row_O = Topic(2).prompt().seen_O
+    codeword = LearnedCodeword("t00-00ff", row_O, 1, 0)
+    for good in (Learned(1, codewords=(codeword,)), Learned(1, recent=(Observation(row_O, 0.5),))):
+        assert decode_learned(encode_learned(good), sum(ROUTED)) is not None
+    for threshold in (math.nan, math.inf, -0.1, 1.1):
+        assert decode_learned(encode_learned(Learned(1, recent=(Observation(row_O, threshold),))), sum(ROUTED)) is None
+    for changes in ({"weight": 0}, {"weight": -1}, {"used": -1}):
+        bad_codeword = Learned(1, codewords=(replace(codeword, **changes),))
+        assert decode_learned(encode_learned(bad_codeword), sum(ROUTED)) is None
     assert decode_learned(encode_learned(Learned(7)), sum(ROUTED)) is not None

@@ -355,6 +355,27 @@ async def test_a_step_without_progress_is_noticed_and_the_worker_replaced(tmp_pa
         await eventually(lambda: not psutil.pid_exists(pid))  # its raylet looks after the dead, when it has time
 
 
+async def test_a_worker_that_is_gone_or_does_not_answer_can_be_drained_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has died has nothing to end; of one that does not answer, the caller hears so."""
+    async with cluster(config(tmp_path)) as one:
+        pid = pid_of(await answer(one, "worker-0", request("who")))
+        os.kill(pid, signal.SIGKILL)
+        assert ready(one) == ["worker-0"], "nobody has noticed yet"
+        await asyncio.wait_for(one.retire("worker-0"), 120)
+        await eventually(lambda: one.workers()[0].num_restarts == 1 and ready(one) == ["worker-0"])
+
+        monkeypatch.setattr("pager.cluster.cluster.HEALTH_TIMEOUT_S", 0.3)
+        pid = pid_of(await answer(one, "worker-0", request("who")))
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(NotReady, match="worker-0 does not answer; try again"):
+                await asyncio.wait_for(one.retire("worker-0"), 120)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
 def node_control(namespace: str) -> Any:
     return ray.get_actor(f"node-{ray.get_runtime_context().get_node_id()}", namespace)
 

@@ -11,8 +11,11 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+log = logging.getLogger(__name__)
+
 TIMEOUT_S = 10.0
 """How long a thread may take to come to an end when the process does: a read that hangs must not keep it."""
+STOP_TIMEOUT_S = 5.0
 
 _T = TypeVar("_T")
 _live: weakref.WeakKeyDictionary[Any, Callable[[Any], None]] = weakref.WeakKeyDictionary()
@@ -32,12 +35,6 @@ def _end_all() -> None:
         end(owner)
 
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-STOP_TIMEOUT_S = 5.0
-
-
 class LoopThread:
     """An event loop and the thread that runs it. Its methods may be called from any other thread."""
 
@@ -46,7 +43,7 @@ class LoopThread:
         self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+    def run(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float | None = None) -> _T:
         """Runs the coroutine on the loop and waits for its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 

@@ -86,8 +86,7 @@ class ChatTemplate:
                 **self.names,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            # A template refuses an unknown role or order of messages by an exception with a text of its
-            # author.
+            # A template refuses roles that it does not know, or an order of messages, in its author's words.
             reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {reason[:200]}", field="messages"

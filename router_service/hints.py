@@ -18,6 +18,7 @@ from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, 
 
 SHORTEST_PREFIX = 32
 MAX_ENCODED_BYTES = 256 * 1024
+MAX_POOLS = 4096  # that a process remembers
 
 
 class HintStore(Protocol):
@@ -151,9 +152,6 @@ def _json_object(data: bytes | None) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-MAX_POOLS = 4096
 
 
 class InProcessHints:

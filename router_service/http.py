@@ -1,8 +1,7 @@
 """The HTTP front: one ASGI application beside the gRPC server, on the router's own event loop.
 
 It calls the pipeline as the gRPC methods do. What is specific to OpenAI or Anthropic is in the modules of these names.
-This module has the server, the course of one exchange (bounds, errors, events, clients that leave or do not read), and
-the routes.
+This module has the server and the course of one exchange: bounds, errors, events, clients that leave or do not read.
 """
 
 from __future__ import annotations
@@ -66,9 +65,8 @@ KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 4096
 REQUEST_ID = "x-request-id"
 CHALLENGE = 'Bearer realm="expert-pager"'
-PAGE_CHALLENGE = (
-    'Basic realm="expert-pager: any name, and a key as the password"'  # browsers ask for the key themselves
-)
+# Browsers ask for the key themselves.
+PAGE_CHALLENGE = 'Basic realm="expert-pager: any name, and a key as the password"'
 CLIENT_CLOSED = 499  # the status that proxies log; the client has left and does not read it
 
 _Code = grpc.StatusCode
@@ -229,8 +227,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 async def _text_of(body: Any) -> str:
     if callable(body):
-        # Piece by piece: decoding a whole text in one call would hold the interpreter, and with it the event
-        # loop.
+        # Piece by piece: one call for the whole text would hold the interpreter, and with it the event loop.
         return await asyncio.to_thread(lambda: "".join(_ENCODER.iterencode(body())))
     return _ENCODER.encode(body)
 

@@ -42,6 +42,12 @@ _LIMIT = Field(default=None, ge=1, le=2**53)
 Headers = Iterable[tuple[str, str | bytes]] | None
 Value = TypeVar("Value")
 
+ENTRIES, _VERSION = "expert-pager:1:keys", "expert-pager:1:keys-version"
+REFRESH_S = 0.25  # a revoked key is refused within a second
+MAX_CREDENTIAL_BYTES = 8192
+MIN_SECRET_BYTES, MIN_RSA_BITS = 32, 2048  # of what signs JSON web tokens
+_LEEWAY_S = 30  # by which clocks may differ
+
 # --- entries --------------------------------------------------------------------------------------------------------
 
 
@@ -95,9 +101,8 @@ class _Document(_Strict):
 class KeySet:
     """All known callers, by the credential that identifies them."""
 
-    by_sha256: Mapping[str, tuple[str, Caller]] = field(
-        default_factory=dict
-    )  # by a prefix; the whole is compared afterwards
+    # By a prefix; the whole is compared afterwards.
+    by_sha256: Mapping[str, tuple[str, Caller]] = field(default_factory=dict)
     by_certificate: Mapping[str, Caller] = field(default_factory=dict)
     by_jwt_tenant: Mapping[str, Caller] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)  # that tenants are guaranteed of each worker's slots
@@ -216,7 +221,6 @@ def _locked(folder: Path) -> Any:
         os.close(handle)
 
 
-ENTRIES, _VERSION = "expert-pager:1:keys", "expert-pager:1:keys-version"
 _CHANGE = """
 if (redis.call('get', KEYS[2]) or '') ~= ARGV[1] then return 0 end
 redis.call('set', KEYS[1], ARGV[2])
@@ -271,9 +275,6 @@ def read_file(path: Path, what: str) -> bytes:
 
 
 # --- keys as last read ------------------------------------------------------------------------------------------------
-
-REFRESH_S = 0.25  # a revoked key is refused within a second
-MAX_CREDENTIAL_BYTES = 8192
 
 
 class WatchedFile(Generic[Value]):
@@ -341,10 +342,6 @@ def parse_key_set(data: bytes, where: str) -> KeySet:
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
-
-MIN_SECRET_BYTES = 32
-MIN_RSA_BITS = 2048
-_LEEWAY_S = 30
 
 
 def parse_secret(data: bytes, where: str) -> bytes:
@@ -418,8 +415,7 @@ class Tokens:
 # --- the checker of callers -------------------------------------------------------------------------------------------
 #
 # One checker in front of every front, of API keys, client certificates and JSON web tokens. It holds the keys, secrets
-# and public keys as last read, and reads them again several times a second. A refused caller is not told what was
-# wrong.
+# and public keys as last read, and reads them again several times a second. It tells no caller what was wrong.
 
 _ALL = frozenset(Role)
 _TENANTS_WORK = frozenset({Role.INFERENCE, Role.OPERATOR})

@@ -1,5 +1,5 @@
-"""The playground of `/ui`: a prompt's scores, its answer as it is generated with what was paged for it, and pools'
-experts.
+"""The playground of `/ui`: the scores of a prompt, its answer as it is generated with what was paged for it, and the
+experts of pools.
 
 It calls the pipeline as every front does, under the same key, bounds and quotas. What it shows beyond the API's answers
 is reported by the worker of a watched request. The page is `ui_page/playground.js`.

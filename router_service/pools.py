@@ -20,8 +20,12 @@ from pager.reading import read_bounded
 from pager.store.appearing import create_owned, remove_abandoned
 from pager.types import NamedPool, PoolListing
 
+log = logging.getLogger("expert_pager.router")
+
 MAX_POOLS_OF_TENANT = 256
 MAX_POOLS = 16_384  # of all tenants together
+_SUFFIX = ".json"
+_PART = ".part-"
 
 
 class PoolStore(Protocol):
@@ -108,12 +112,6 @@ def check_room(num_of_tenant: int, num_of_all: int) -> None:
             f"the store of named pools is nearly full, and a tenant may have no more of them than it leaves free for "
             f"others; this one has {num_of_tenant}: delete one that is not needed"
         )
-
-
-log = logging.getLogger("expert_pager.router")
-
-_SUFFIX = ".json"
-_PART = ".part-"
 
 
 class FolderPools:

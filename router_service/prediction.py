@@ -38,6 +38,16 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+MIN_RECALL = 0.5  # of a prediction, below which another source is taken
+REVISE_AFTER = 32  # observations
+MAX_WAITING = 512  # observations, the latest
+MIN_HELD = 0.75  # of the gate mass that a codeword's pool is expected to hold
+MIN_JUDGED_TOKENS = 16  # of an answer, before its gate mass says anything
+MIN_PREFILL_COVERAGE = 0.8  # of a pool that a prefill chose, by a codeword
+PREFILL = "prefill"  # follows the last pass: the worker's own choice, which is the reference
+CODEBOOK = "codebook"  # the source of a pool that several prompts share
+OWN = "own"  # of the pool of a prompt that no codeword covers, picked before its prefill
+
 
 class Scorer(Protocol):
     """A routing-only pass. Called from another thread, one call at a time."""
@@ -140,17 +150,6 @@ class FairThreads:
             line.remove(turn)
         if not line:
             self._lines.pop(tenant, None)
-
-
-REVISE_AFTER = 32  # observations
-MAX_WAITING = 512  # observations, the latest
-MIN_HELD = 0.75  # of the gate mass that a codeword's pool is expected to hold
-MIN_JUDGED_TOKENS = 16  # of an answer, before its gate mass says anything
-MIN_PREFILL_COVERAGE = 0.8  # of a pool that a prefill chose, by a codeword
-
-PREFILL = "prefill"  # follows the last pass: the worker's own choice, which is the reference
-CODEBOOK = "codebook"  # the source of a pool that several prompts share
-OWN = "own"  # of the pool of a prompt that no codeword covers, picked before its prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -603,9 +602,6 @@ class Predictor:
 
     def _keys(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> tuple[str, ...]:
         return prefix_keys(self._fingerprint, policy.size, tenant, token_ids)
-
-
-MIN_RECALL = 0.5
 
 
 def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:

@@ -41,9 +41,22 @@ from router_service.hints import (
 )
 from router_service.pools import FolderPools, MemoryPools, PoolStore, check_room, listing_of, name_in_use
 
+log = logging.getLogger(__name__)
+
 TIMEOUT_S = 0.25
 MAX_URL_BYTES = 1 << 16
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # of a store that has failed
+POOL_TTL_S = 3600
+LEARNED_TTL_S = 30 * 24 * 3600
+CLAIM_TTL_MS = 30_000  # renewed once a second; the ids of a router that died are free after this time
+HOLDS_TTL_MS = 5_000
+MAX_WORKERS = 1024
+MAX_CACHED = 256  # named pools that a router remembers
+_ABORTED = b"/aborted"
 
+Answer = TypeVar("Answer")
+PoolAnswer = TypeVar("PoolAnswer")
+Way = Callable[[Callable[[], Awaitable[PoolAnswer]]], Awaitable[PoolAnswer]]
 
 # Why a Redis that answers refuses commands or writes, by the code that begins its error.
 _REASON_OF_CODE = {
@@ -158,13 +171,6 @@ def _reason(error: Exception) -> str:
     return "unreachable" if isinstance(error, RedisConnectionError | OSError) else "other"
 
 
-log = logging.getLogger(__name__)
-
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
-
-Answer = TypeVar("Answer")
-
-
 class Breaker:
     """A circuit breaker: after a failure the store is left alone for a while, after more failures for longer."""
 
@@ -270,12 +276,6 @@ class StoreBreaker:
 # --- the shared stores ------------------------------------------------------------------------------------------------
 
 
-POOL_TTL_S = 3600
-CLAIM_TTL_MS = 30_000  # renewed once a second; the ids of a router that died are free after this time
-HOLDS_TTL_MS = 5_000
-MAX_WORKERS = 1024
-_ABORTED = b"/aborted"
-
 # Compares and changes in one step: the claim may expire, or pass to another router, in between.
 _MARK_ABORTED = """
 local claim = redis.call('get', KEYS[1])
@@ -357,8 +357,7 @@ class RedisClaims:
             pipeline.set(key, self._router, nx=True, px=CLAIM_TTL_MS)
             pipeline.get(key)
             _, holder = await pipeline.execute()
-        # Decided by the claim's holder, not by the answer of SET: a renewal in between may have set it for this
-        # router.
+        # Decided by the claim's holder, not by the answer of SET: a renewal may have set it for this router.
         is_mine = holder is not None and holder.startswith(self._router.encode())
         if not is_mine:
             self._held.discard(key)
@@ -562,7 +561,6 @@ class SharedClaims(_Shared):
             await self._shared.close()
 
 
-LEARNED_TTL_S = 30 * 24 * 3600
 _SAVE_LEARNED = """
 local found = redis.call('hget', KEYS[1], 'version')
 if found and found ~= ARGV[1] then return 0 end
@@ -610,11 +608,6 @@ class SharedLearned(_Shared):
 
     async def save(self, learned: Learned, replaces: int) -> bool:
         return await self._write(lambda: self._shared.save(learned, replaces), True)
-
-
-MAX_CACHED = 256
-PoolAnswer = TypeVar("PoolAnswer")
-Way = Callable[[Callable[[], Awaitable[PoolAnswer]]], Awaitable[PoolAnswer]]
 
 
 class SharedPools:

@@ -265,8 +265,7 @@ class Pipeline:
             async with aclosing(self.cluster.generate(placement.worker_id, request, meter)) as chunks:
                 async for chunk in chunks:
                     if not meter.has_started:
-                        # Checked again: an Abort may have looked for the request at the workers
-                        # before it got there.
+                        # Checked again: an Abort may have come to the workers before the request did.
                         await self._check_aborted(request)
                     chunk = meter.seen(chunk, guess)
                     await send(chunk)

@@ -91,8 +91,7 @@ class HostSegment:
             self.close()
             raise BudgetError(
                 f"{self.nbytes} bytes of shared memory for host_memory cannot be allocated ({error.strerror}); lower "
-                "it, "
-                f"or make {SHM} larger"
+                f"it, or make {SHM} larger"
             ) from error
 
     @classmethod

@@ -142,9 +142,12 @@ _NO_SLOT = (
 
 
 class _Wave(NamedTuple):
+    """Experts that are computed together. Waves are made when they are bound: if they were made later, the speed of
+    reads would decide what is in one, and so how sums round.
+    """
+
     keys: list[ExpertKey]
     was_there: bool
-    """Sorted when bound. Later, the speed of reads would decide what is yielded together, and so how sums round."""
 
 
 def demand_waves(

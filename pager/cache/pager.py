@@ -30,10 +30,10 @@ __all__ = ["CacheOptions", "CacheStats", "ExpertPager", "Lease", "PagerObserver"
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """The options of how a cache evicts and reads.
+    """The options of a cache: how it evicts, and how it reads.
 
-    Reads bypass the page cache where the source can, and `bypass_page_cache` or (None) `why_bypass` decides so. An
-    expert that could not be read is tried again `retry_after_s` later at the earliest.
+    Reads bypass the page cache where the source supports that and `bypass_page_cache` is true or, where it is None,
+    `why_bypass` finds a reason. An expert that could not be read is tried again after `retry_after_s` at the earliest.
     """
 
     policy: str = DEFAULT_POLICY
@@ -222,7 +222,7 @@ class ExpertPager:
         return tuple(tuple(sorted(layer)) for layer in layers)
 
     def check_integrity(self) -> None:
-        """Asserts that ledger and list agree, and that the map on the device matches the index."""
+        """Asserts that the ledger is consistent, and that the map on the device matches its index."""
         with self._ledger.lock:
             self._ledger.check_integrity()
             index = self._ledger.index

@@ -29,6 +29,8 @@ from pager.store.expert_source import Destination, ExpertSource
 from pager.store.reads import MOST_BYTES, FileRange
 from pager.types import ExpertKey, ExpertShape
 
+log = logging.getLogger(__name__)
+
 # --- the host tier ----------------------------------------------------------------------------------------------------
 #
 # The host tier: a shared-memory segment of expert records that every worker of a node maps.
@@ -305,8 +307,6 @@ class Readers:
                 last = place
             return run
 
-
-log = logging.getLogger(__name__)
 
 _LOOKUPS = {
     HostState.HIT: Lookup.HIT,

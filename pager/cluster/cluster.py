@@ -40,6 +40,10 @@ EXIT_POLL_S = 0.1
 FIRST_PAUSE_S, MOST_DOUBLINGS = 0.5, 16
 HEALTHY_S = 60.0  # a loss after this long without one counts as the first
 LOSSES_BEFORE_GIVING_UP = 3  # applies only while the worker has never been ready
+ROUTER_JOB = "expert-pager-router"
+WORKER_JOB = "expert-pager-worker"
+ATTACH_TIMEOUT_S = 60.0
+DRAIN_POLL_S = 0.02
 
 
 class Lost(Exception):
@@ -288,10 +292,6 @@ def _first_line(error: Exception) -> str:
 # --- the cluster ------------------------------------------------------------------------------------------------------
 
 
-ROUTER_JOB = "expert-pager-router"
-WORKER_JOB = "expert-pager-worker"
-
-
 def write_targets(path: Path, router: str | None, workers: Mapping[str, str]) -> None:
     """Replaces the file in one step; `workers` maps a worker's id to the address of its metrics."""
     groups = [
@@ -302,10 +302,6 @@ def write_targets(path: Path, router: str | None, workers: Mapping[str, str]) ->
         groups.insert(0, {"targets": [router], "labels": {"job": ROUTER_JOB}})
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(groups, indent=2).encode(), 0o644)  # Prometheus runs as another user
-
-
-ATTACH_TIMEOUT_S = 60.0
-DRAIN_POLL_S = 0.02
 
 
 class RayLost(NotReady):

@@ -269,9 +269,8 @@ class RaySession:
     bind_host: str | None
     owns_ray: bool
     folder: _Folder | None
-    daemons: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of an embedded cluster: the daemons it cannot do without, and their process ids
+    # Of an embedded cluster: the daemons it cannot do without, and their process ids.
+    daemons: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(cls, address: str | None, namespace: str, num_workers: int = 1) -> RaySession:

@@ -116,7 +116,7 @@ class QuantisedSlabs:
 
 
 def quantised_in(module: Any) -> QuantisedSlabs | None:
-    """Returns the format of a module's experts, where that is 8 or 4 bits."""
+    """Returns the quantised slabs of a module; None where its experts are plain floats."""
     return getattr(module, "quantised", None)
 
 
@@ -301,8 +301,7 @@ class LayerExperts:
         if step is None:
             raise ConfigError(
                 "a layer of a paged model cannot run by itself, as it is not known whose tokens it gets; call the "
-                "model "
-                "or its inner model (model.model), or open expert_paging.step(...) around the call"
+                "model or its inner model (model.model), or open expert_paging.step(...) around the call"
             )
         return step
 

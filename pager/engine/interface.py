@@ -16,8 +16,7 @@ log = logging.getLogger(__name__)
 class EngineLimits:
     """The bounds of one engine, except for KV memory, which is in the plan.
 
-    The plan's `max_running`, and the needs' PREFILL_CHUNK_TOKENS, apply where they are lower: working memory is planned
-    for them.
+    The plan's `max_running` and PREFILL_CHUNK_TOKENS apply where they are lower: working memory is planned for them.
     """
 
     max_running: int = 32  # requests that hold KV and slots at a time

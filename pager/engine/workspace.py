@@ -38,7 +38,7 @@ KERNEL_BYTES = 3 * MIB // 4  # of a kernel that torch compiled for half precisio
 
 KEPT_BYTES = 4 * MIB
 """The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`. Below it are the experts
-that a step of 16 rows copies together (`pager.engine.kernels`): to have them mapped anew cost a third of the step."""
+that a step of 16 rows copies together (`pager.engine.experts`): to have them mapped anew cost a third of the step."""
 _ARENA_BYTES = MIB // 8  # what a thread takes from the system at a time at almost no cost
 _SMALL_BUFFERS = 16  # buffers of 1 MiB at most, as many as a forward has at a time: malloc keeps their places
 _LARGER_BUFFERS = 3  # buffers between 1 MiB and KEPT_BYTES

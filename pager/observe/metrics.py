@@ -25,6 +25,8 @@ from pager.memory import format_address
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+log = logging.getLogger(__name__)
+
 FIRST_TOKEN_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
 )  # fmt: skip
@@ -45,6 +47,11 @@ RATIO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.
 
 PREFIX = "expert_pager"
 _UNITS = {"seconds": "s", "bytes": "bytes", "ratio": "0 to 1", "info": ""}
+INTERVAL_S = 0.02  # between two looks at how late an event loop is
+MAX_CONNECTIONS = 16  # and as many threads
+REQUEST_TIMEOUT_S = 10.0  # from a connection's start until its request has been read
+CONNECTION_TIMEOUT_S = 60.0  # until its answer has been sent
+FULL_WAIT_S = 1.0  # how long a connection waits for the place of one that was ended for it
 
 
 class Kind(StrEnum):
@@ -144,9 +151,6 @@ def _make(family: Metric, registry: CollectorRegistry) -> Counter | Gauge | Hist
             return Gauge(family.exposed, text, labels, registry=registry)
 
 
-INTERVAL_S = 0.02
-
-
 class LoopLag:
     """A task that wakes up every `INTERVAL_S` and reports by how much each wake-up was late.
 
@@ -185,14 +189,6 @@ def leave_out_of_collections() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-log = logging.getLogger(__name__)
-
-MAX_CONNECTIONS = 16  # and as many threads
-REQUEST_TIMEOUT_S = 10.0  # from a connection's start until its request has been read
-CONNECTION_TIMEOUT_S = 60.0  # until its answer has been sent
-FULL_WAIT_S = 1.0  # how long a connection waits for the place of one that was ended for it
 
 
 Guard = Callable[[Mapping[str, Any]], "tuple[str, list[tuple[str, str]], bytes] | None"]

@@ -381,11 +381,10 @@ class Codebook:
         lexical_O = np.concatenate(scores.mean_LR)
         seen_O = lexical_O if trunk is None else np.concatenate(trunk.mean_LR)
         inside_CO, num = self._of_size(size).inside_CO, self.num_fitted
-        best = int((inside_CO[:num] @ (lexical_O + seen_O)).argmax())
-        coverage = self._coverage(best, seen_O)
+        nearest = [int((inside_CO[:num] @ (lexical_O + seen_O)).argmax())]
         if trunk is not None and len(self.names) > num:
-            learned = num + int((inside_CO[num:] @ seen_O).argmax())
-            best, coverage = max((best, coverage), (learned, self._coverage(learned, seen_O)), key=itemgetter(1))
+            nearest.append(num + int((inside_CO[num:] @ seen_O).argmax()))
+        best, coverage = max(zip(nearest, self._coverages(nearest, seen_O), strict=True), key=itemgetter(1))
         threshold = self._threshold(scores.num_tokens, trunk is not None)
         pool: ExpertPool | None = self._of_size(size).pools[best]
         if coverage < threshold:
@@ -396,7 +395,7 @@ class Codebook:
 
     def best_coverage(self, seen_O: np.ndarray) -> float:
         """The coverage of the codeword that covers most of what was seen of a prompt."""
-        return self._coverage(int((self._covering_CO @ seen_O).argmax()), seen_O)
+        return self._coverages([int((self._covering_CO @ seen_O).argmax())], seen_O)[0]
 
     def pool(self, name: str, size: PoolSize) -> ExpertPool:
         """The pool of a codeword. Smaller pools of a codeword lie inside its larger ones. Raises InvalidRequest."""
@@ -404,9 +403,10 @@ class Codebook:
             raise InvalidRequest(f"{name[:60]!r} is not a codeword of this model; GetModel lists them")
         return self._of_size(size).pools[self.names.index(name)]
 
-    def _coverage(self, codeword: int, seen_O: np.ndarray) -> float:
+    def _coverages(self, codewords: Sequence[int], seen_O: np.ndarray) -> list[float]:
         own_O = inside_share(seen_O[None], COVERAGE_SHARE, self._facts.routed_per_layer)[0]
-        return min(1.0, float(self._covering_CO[codeword] @ seen_O / max(own_O @ seen_O, 1e-300)))
+        most = max(own_O @ seen_O, 1e-300)
+        return [min(1.0, float(self._covering_CO[codeword] @ seen_O / most)) for codeword in codewords]
 
     def _threshold(self, num_tokens: int, by_trunk: bool) -> float:
         return float(np.interp(np.log(max(num_tokens, 1)), self._log_lengths_P, self._thresholds_2P[int(by_trunk)]))

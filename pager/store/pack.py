@@ -1,6 +1,5 @@
 """Packed checkpoints: their writer, and the check of every byte of a checkpoint.
 
-
 A packed checkpoint has its trunk in one safetensors file and each expert in one extent of a second file.
 """
 

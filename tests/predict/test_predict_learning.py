@@ -187,7 +187,7 @@ def test_what_is_no_such_value_is_refused() -> None:
         assert decode_learned(encode_learned(good), sum(ROUTED)) is not None
     for threshold in (math.nan, math.inf, -0.1, 1.1):
         assert decode_learned(encode_learned(Learned(1, recent=(Observation(row_O, threshold),))), sum(ROUTED)) is None
-    for changes in ({"weight": 0}, {"weight": -1}, {"used": -1}):
-        bad_codeword = Learned(1, codewords=(replace(codeword, **changes),))
+    for weight, used in ((0, 0), (-1, 0), (1, -1)):
+        bad_codeword = Learned(1, codewords=(replace(codeword, weight=weight, used=used),))
         assert decode_learned(encode_learned(bad_codeword), sum(ROUTED)) is None
     assert decode_learned(encode_learned(Learned(7)), sum(ROUTED)) is not None

@@ -109,7 +109,9 @@ def _quantised_name(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | 
 
 
 def _quantiser(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -> Any:
-    """Raises UnsupportedModel for a kind of the method that is not decoded, and what each method raises for fields."""
+    """Returns what decodes the weights of a checkpoint. Raises UnsupportedModel for a kind of the method that is not
+    decoded, and what each method raises for its fields.
+    """
     method = config.get("quant_method")
     if method in _VARIANTS and not (method == "compressed-tensors" and NVFP4 not in _formats_within(config)):
         parts = _VARIANTS[method](config)
@@ -196,7 +198,7 @@ class Parts:
 
 
 class InParts:
-    """What adds the decoding of weights in parts to a model's conversions, in the place of transformers' quantiser."""
+    """Adds the decoding of weights in parts to a model's conversions, in place of transformers' quantiser."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -380,7 +382,7 @@ def _formats_within(config: Mapping[str, Any]) -> set[Any]:
 
 
 def _nvfp4_scheme(group: Any) -> Any:
-    """Raises pydantic's ValidationError for what is none."""
+    """Returns the scheme of a group of weights. Raises pydantic's ValidationError for fields that are no scheme."""
     from compressed_tensors.quantization import QuantizationScheme
 
     return QuantizationScheme.model_validate(group)

@@ -118,6 +118,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.page_in
 	$(BIN)/python -m benchmarks.host_tier
 	$(BIN)/python -m benchmarks.residency $(MODEL)
+	$(BIN)/python -m benchmarks.exact_bound
 	$(BIN)/python -m benchmarks.engine_steps $(MODEL)
 	$(BIN)/python -m benchmarks.prefill $(MODEL)
 	$(if $(CORPUS),$(BIN)/python -m benchmarks.policies $(MODEL) --corpus "$(CORPUS)")

@@ -20,13 +20,8 @@ WORK = ROOT / "build" / "benchmarks"
 
 def checkpoints(work: Path, shape: str, num_layers: int) -> tuple[Path, Path]:
     """The synthetic checkpoint, as downloaded and packed; made once and kept. Raises PagerError."""
-    chosen = SHAPES[shape].shortened(num_layers)
-    plain, packed = work / f"{shape}-{num_layers}-layers", work / f"{shape}-{num_layers}-layers-packed"
-    if not plain.exists():
-        shutil.rmtree(packed, ignore_errors=True)
-        with bytes_progress(f"writing {plain.name}") as progress:
-            write_checkpoint(plain, chosen, progress=progress)
-    check_checkpoint(plain, chosen)
+    packed = work / f"{shape}-{num_layers}-layers-packed"
+    plain = synthetic(work, shape, num_layers)
     if not packed.exists():
         opened = OpenModel.open(plain)
         opened.checkpoint.close()
@@ -40,6 +35,18 @@ def checkpoints(work: Path, shape: str, num_layers: int) -> tuple[Path, Path]:
                 progress=progress,
             )
     return plain, packed
+
+
+def synthetic(work: Path, shape: str, num_layers: int) -> Path:
+    """The checkpoint as downloaded. One that is written anew takes the packed one of an earlier shape with it."""
+    chosen = SHAPES[shape].shortened(num_layers)
+    plain = work / f"{shape}-{num_layers}-layers"
+    if not plain.exists():
+        shutil.rmtree(work / f"{plain.name}-packed", ignore_errors=True)
+        with bytes_progress(f"writing {plain.name}") as progress:
+            write_checkpoint(plain, chosen, progress=progress)
+    check_checkpoint(plain, chosen)
+    return plain
 
 
 def quantised(plain: Path, out: Path, kind: str, dtype: torch.dtype) -> Path:

@@ -24,6 +24,7 @@ from pager.types import (
     Count,
     ExpertPool,
     GenerateRequest,
+    PagingCounts,
     PoolPolicy,
     PoolSource,
     RoutingFacts,
@@ -101,7 +102,8 @@ class EngineRun:
                 self.submit(prompt, num_steps + len(prompts), policy)
             stats = self.paged.pager.stats
             started: set[str] = set()
-            num_ended, num_timed, seconds, nbytes, forward_s, processor_s = 0, 0, 0.0, 0, 0.0, 0.0
+            num_ended, num_timed, seconds, forward_s, processor_s = 0, 0, 0.0, 0.0, 0.0
+            paged = PagingCounts()
             while num_ended < len(prompts):
                 all_started, paged_before, forward_before_s = len(started) == len(prompts), stats(), self.forward_s
                 step_started_s, processor_before_s = time.perf_counter(), time.process_time()
@@ -110,11 +112,11 @@ class EngineRun:
                     seconds += time.perf_counter() - step_started_s
                     processor_s += time.process_time() - processor_before_s
                     forward_s += self.forward_s - forward_before_s
-                    nbytes += (stats().paging - paged_before.paging).bytes_from_disk
+                    paged += stats().paging - paged_before.paging
                     num_timed += len(chunks)
                 started |= {chunk.request_id for chunk in chunks}
                 num_ended += sum(chunk.usage is not None for chunk in chunks)
-            return Decoded(num_timed, seconds, nbytes, forward_s, processor_s)
+            return Decoded(num_timed, seconds, paged.bytes_from_disk, forward_s, processor_s, paged.experts_missed)
 
         return decode
 

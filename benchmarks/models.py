@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 
 import pager
 import pager.models  # plain transformers loads EMO through it
+from pager.types import PagingCounts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,8 @@ PREFILL_IMPLEMENTATION = "grouped_mm"
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Decode steps of a whole batch, the prefill left out. `nbytes` were paged in meanwhile.
+    """Decode steps of a whole batch, the prefill left out. `nbytes` were paged in meanwhile, and `num_missed` experts
+    were in no slot when they were wanted.
 
     `forward_s` of the time were the model's forwards, `processor_s` is what all threads of the process took; 0 where
     nobody looked.
@@ -35,6 +37,7 @@ class Decoded:
     nbytes: int = 0
     forward_s: float = 0.0
     processor_s: float = 0.0
+    num_missed: int = 0
 
     @property
     def rate(self) -> float:
@@ -114,9 +117,10 @@ def plain_decode(model: PreTrainedModel, implementation: str) -> Decode:
 
 def library_decode(model: PreTrainedModel) -> Decode:
     def decode(prompts: Sequence[Sequence[int]], num_steps: int) -> Decoded:
-        marks: list[int] = []
+        marks: list[PagingCounts] = []
         stats = model.expert_paging.pager.stats
-        run = decode_by_generate(model, prompts, num_steps, lambda: marks.append(stats().paging.bytes_from_disk))
-        return Decoded(run.num_tokens, run.seconds, stats().paging.bytes_from_disk - marks[0])
+        run = decode_by_generate(model, prompts, num_steps, lambda: marks.append(stats().paging))
+        paged = stats().paging - marks[0]
+        return Decoded(run.num_tokens, run.seconds, paged.bytes_from_disk, num_missed=paged.experts_missed)
 
     return decode

@@ -151,16 +151,16 @@ class _Wave(NamedTuple):
 
 
 def demand_waves(
-    ledger: Ledger, holding: Holding, keys: Sequence[ExpertKey], always_resident: Sequence[ExpertKey]
+    ledger: Ledger, holding: Holding, keys: Sequence[ExpertKey], without_slot: Sequence[ExpertKey]
 ) -> Generator[tuple[int, ...], None, None]:
     """Yields every expert once, in waves that stay pinned until the next one is taken; the holding ends empty.
 
-    Loaded experts come first, always-resident ones with them, then those in flight, then the missing ones. While a wave
-    is computed the next one is being read: when not everything fits, a wave takes half of the slots. Raises
+    Loaded experts come first, with them those that need no slot, then those in flight, then the missing ones. While a
+    wave is computed the next one is being read: when not everything fits, a wave takes half of the slots. Raises
     ExpertUnavailable, and SlotsExhausted when no slot can be had.
     """
     todo = list(keys)
-    unpaged = tuple(key.expert for key in always_resident)
+    unpaged = tuple(key.expert for key in without_slot)
     bound: deque[_Wave] = deque()
     while todo or bound:
         while todo and len(bound) < 2 and (wave := _bind_some(ledger, holding, todo)):

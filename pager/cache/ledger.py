@@ -259,6 +259,22 @@ class Ledger:
         self._transfer.await_installed(slots)
         return True
 
+    def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Returns those of `keys` that could only be read into slots of others, which would be evicted."""
+        with self.lock:
+            if self.index.num_free:
+                return []
+            return [key for key in keys if not (self.index.is_loaded(key) or self.index.is_loading(key))]
+
+    def used_in_place(self, keys: Sequence[ExpertKey], meter: UsageMeter) -> None:
+        """Counts a miss of each key, which is found in the host's memory and gets no slot."""
+        with self.lock:
+            self._count_lookups(meter, hits=0, misses=len(keys))
+            self._observer.lookups(Tier.HOST, Lookup.HIT, len(keys))
+            if self._trace is not None:
+                self._trace.held(Cause.DEMAND, keys)
+                self._trace.let_go(keys)
+
     def let_go_of_experts(self, holding: Holding, keys: Sequence[ExpertKey]) -> None:
         """Unpins `keys` and keeps their slots reserved, where other holdings do not hold them too.
 

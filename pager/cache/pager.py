@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pager.cache.device import DeviceSlots
 from pager.cache.index import DEFAULT_POLICY, CacheIndex, make_policy
 from pager.cache.lease import Lease, demand_waves
@@ -24,6 +26,10 @@ from pager.store.expert_source import ExpertSource
 from pager.types import ExpertKey
 
 log = logging.getLogger(__name__)
+
+IN_PLACE_BYTES = 1 << 20
+"""From this size on an expert in the page cache is computed there instead of evicting another one for it: the copy into
+a slot costs as much as the computation. For smaller ones, looking whether it is there costs more."""
 
 __all__ = ["CacheOptions", "CacheStats", "ExpertPager", "Lease", "PagerObserver", "UsageMeter"]
 
@@ -72,6 +78,13 @@ class ExpertPager:
         ]
         self._room_for_all = slots.num_slots >= sum(source.keys_per_layer()) - len(resident)
         self._read_past_page_cache(source, host, options.bypass_page_cache)
+        self._source = source
+        self._may_use_in_place = (
+            slots.device.type == "cpu"
+            and host is None
+            and source.stored_dtype == slots.dtype
+            and slots.record_bytes >= IN_PLACE_BYTES
+        )
         self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=options.retry_after_s)
         for number, key in enumerate(resident):
             for _, result in self._tiers.fetch_from_disk({key: slots.num_slots + number}):
@@ -161,10 +174,34 @@ class ExpertPager:
         """Tells whether any of these are still to be read, for any request."""
         return self._ledger.prefetch_pending(keys)
 
+    def in_place(
+        self, layer: int, experts: Collection[int], usage: UsageMeter | None = None
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """Returns the parameters of those of `experts` that would evict others and that the page cache holds: they can
+        be computed with where they are, until the layer is done.
+
+        Counts a miss of each.
+        """
+        if not self._may_use_in_place:
+            return {}
+        keys = self._paged_keys[layer]
+        absent = self._ledger.absent([keys[expert] for expert in experts if expert in keys])
+        found = {key: tensors for key in absent if (tensors := self._source.in_place(key)) is not None}
+        if found:
+            self._ledger.used_in_place(list(found), usage or UsageMeter())
+        return {key.expert: tensors for key, tensors in found.items()}
+
     def demand(
-        self, layer: int, experts: Sequence[int], usage: UsageMeter | None = None, *, lease: Lease | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        usage: UsageMeter | None = None,
+        *,
+        lease: Lease | None = None,
+        in_place: Collection[int] = (),
     ) -> Generator[tuple[int, ...], None, None]:
-        """Yields waves: disjoint subsets of `experts`, together all of them, each in its slots until the next step.
+        """Yields waves: disjoint subsets of `experts`, together all of them, each in its slots until the next step, or
+        among those that `in_place` found.
 
         Every missing expert is read once; the next wave is read while the current one is computed. Uses the unbound
         reservation of `lease` where one is given (so that progress is certain), and unreserved slots. Raises
@@ -175,11 +212,12 @@ class ExpertPager:
         try:
             if lease is not None:
                 lease.lend_reservation(holding)
+            unpaged = {key for key in keys if key in self._resident or key.expert in in_place}
             yield from demand_waves(
                 self._ledger,
                 holding,
-                [key for key in keys if key not in self._resident],
-                [key for key in keys if key in self._resident],
+                [key for key in keys if key not in unpaged],
+                [key for key in keys if key in unpaged],
             )
         finally:
             self._ledger.let_go_of_experts(holding, list(holding.keys))

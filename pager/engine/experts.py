@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from pager.cache.device import DeviceSlots
 from pager.cache.pager import ExpertPager
 from pager.engine.gates import NO_COPIES, put_under_pools, unmasked
 from pager.errors import ConfigError
@@ -39,6 +41,9 @@ COPIED_ROWS = 1024
 
 HALF_PRECISION_ROWS = 16
 """The rows of a oneDNN tile. oneDNN compiles a kernel of 0.7 MB, in a millisecond, for every new number of rows."""
+
+SUMMED_BYTES = 1 << 20
+"""The outputs of pairs that are weighted and added up at a time."""
 
 Kernel = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """`kernel(module, hidden_TD, slot_TK, weights_TK)` → [T, D]: the weighted sum of each token's experts."""
@@ -100,19 +105,28 @@ class QuantisedSlabs:
     """The slabs of experts in 8 or 4 bits, and the products of rows with one of them."""
 
     def __init__(self, record: RecordFormat, slabs: Mapping[str, Tensor]) -> None:
-        typed = record.views(slabs)
+        self._record = record
         self._product = record.product
-        self._gate_up, self._down = (
-            (typed[name].unbind(), typed[scales_of(name)].unbind()) for name in ("gate_up_proj", "down_proj")
-        )
+        typed = record.views(slabs)
+        self._parts = {name: part.unbind() for name, part in typed.items()}
+
+    def also(self, experts: Mapping[str, Sequence[Tensor]]) -> QuantisedSlabs:
+        """Returns the same with further experts, numbered behind the slots. `experts` has a part of each by name."""
+        further = [
+            self._record.views(dict(zip(experts, parts, strict=True))) for parts in zip(*experts.values(), strict=True)
+        ]
+        found = copy(self)
+        found._parts = {name: (*parts, *(each[name] for each in further)) for name, parts in self._parts.items()}
+        return found
 
     def gate_up(self, slot: int, hidden_ND: Tensor) -> Tensor:
-        weights, scales = self._gate_up
-        return self._product(hidden_ND, weights[slot], scales[slot])
+        return self._times("gate_up_proj", slot, hidden_ND)
 
     def down(self, slot: int, inner_NF: Tensor) -> Tensor:
-        weights, scales = self._down
-        return self._product(inner_NF, weights[slot], scales[slot])
+        return self._times("down_proj", slot, inner_NF)
+
+    def _times(self, name: str, slot: int, rows_ND: Tensor) -> Tensor:
+        return self._product(rows_ND, self._parts[name][slot], self._parts[scales_of(name)][slot])
 
 
 def quantised_in(module: Any) -> QuantisedSlabs | None:
@@ -126,6 +140,45 @@ def quantised_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK:
     inner_PF = module._apply_gate(torch.cat([quantised.gate_up(slot, hidden_TD) for slot in slots]))
     out_PD = torch.cat([quantised.down(slot, inner_PF[place, None]) for place, slot in enumerate(slots)])
     return _weighted(out_PD[None], weights_TK)
+
+
+class AlsoInPlace:
+    """A module's experts in their slots and, numbered behind these, the ones that are computed where the page cache has
+    them.
+    """
+
+    def __init__(self, module: Any, slots: DeviceSlots, in_place: Mapping[int, Sequence[Tensor]]) -> None:
+        self._module = module
+        self._numbers = {expert: slots.total_slots + number for number, expert in enumerate(in_place)}
+        further = zip(slots.slabs, zip(*in_place.values(), strict=True), strict=True)
+        quantised = quantised_in(module)
+        if quantised is not None:
+            self.quantised = quantised.also(dict(further))
+        else:
+            for name, tensors in further:
+                setattr(self, name, _Further(getattr(module, name), tensors))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def numbered(self, slot_of_E: Tensor) -> Tensor:
+        """Returns the slot of each expert, or its number behind the slots."""
+        numbers_E = slot_of_E.clone()
+        numbers_E[list(self._numbers)] = torch.tensor(list(self._numbers.values()), dtype=slot_of_E.dtype)
+        return numbers_E
+
+
+class _Further:
+    """A slab, and tensors that are found behind it."""
+
+    def __init__(self, slab: Tensor, tensors: Sequence[Tensor]) -> None:
+        self._slab = slab
+        self._tensors = tensors
+        self.shape = slab.shape
+
+    def __getitem__(self, number: int) -> Tensor:
+        behind = number - len(self._slab)
+        return self._slab[number] if behind < 0 else self._tensors[behind]
 
 
 def _projected(module: Any, name: str, slot: int, hidden: Tensor) -> Tensor:
@@ -211,12 +264,12 @@ class PairOutputs:
         """Sorts the pairs. `index_TK` names experts by any integers: expert ids or slots."""
         self._module = module
         self._is_plain = is_plain(module)
-        self._shape_TK = index_TK.shape
         ids_P, self._order_P = index_TK.flatten().sort(stable=True)
         self._is_half = hidden_TD.dtype != torch.float32
         surplus = HALF_PRECISION_ROWS - 1 if self._is_half else 0
-        self._hidden_PD = hidden_TD[pad(self._order_P // index_TK.shape[1], (0, surplus))]
-        self._weights_P = weights_TK.flatten()[self._order_P]
+        self._hidden_TD = hidden_TD
+        self._token_P = pad(self._order_P // index_TK.shape[1], (0, surplus))
+        self._weights_TK = weights_TK
         self._out_PD = hidden_TD.new_empty(len(self._order_P), hidden_TD.shape[1])
         ids, counts = ids_P.unique_consecutive(return_counts=True)
         ranges = pairwise([0, *counts.cumsum(0).tolist()])
@@ -227,19 +280,23 @@ class PairOutputs:
         module = self._module
         for expert, slot in zip(ids, slots, strict=True):
             start, end = self._range_of[expert]
-            if not self._is_plain:
-                self._out_PD[start:end] = any_expert(module, slot, self._hidden_PD[start:end])
+            if self._is_plain and end == start + 1:
+                self._add_one(start, module.gate_up_proj[slot], module.down_proj[slot])
                 continue
-            gate_up, down = module.gate_up_proj[slot], module.down_proj[slot]
-            if end == start + 1:
-                inner = module._apply_gate(torch.mv(gate_up, self._hidden_PD[start])[None])[0]
-                torch.mv(down, inner, out=self._out_PD[start])
-                continue
-            num_rows = _padded(end - start) if self._is_half else end - start  # the surplus rows are discarded
-            out_ND = torch.mm(
-                module._apply_gate(torch.mm(self._hidden_PD[start : start + num_rows], gate_up.t())), down.t()
-            )
+            # the surplus rows are discarded
+            num_rows = _padded(end - start) if self._is_half and self._is_plain else end - start
+            hidden_ND = self._hidden_TD[self._token_P[start : start + num_rows]]
+            if self._is_plain:
+                gate_up, down = module.gate_up_proj[slot], module.down_proj[slot]
+                out_ND = torch.mm(module._apply_gate(torch.mm(hidden_ND, gate_up.t())), down.t())
+            else:
+                out_ND = any_expert(module, slot, hidden_ND)
             self._out_PD[start:end] = out_ND[: end - start]
+
+    def _add_one(self, place: int, gate_up: Tensor, down: Tensor) -> None:
+        """Computes an expert with one token: products of matrix and vector."""
+        inner = self._module._apply_gate(torch.mv(gate_up, self._hidden_TD[self._token_P[place]])[None])[0]
+        torch.mv(down, inner, out=self._out_PD[place])
 
     def add_all(self) -> None:
         """Computes every pair, where ids are slots."""
@@ -247,11 +304,17 @@ class PairOutputs:
 
     def total(self) -> Tensor:
         """Returns [T, D], after every pair was computed."""
-        weighted_PD = torch.empty_like(
-            self._out_PD, dtype=torch.promote_types(self._out_PD.dtype, self._weights_P.dtype)
-        )
-        weighted_PD[self._order_P] = self._out_PD * self._weights_P[:, None]
-        return weighted_PD.view(*self._shape_TK, -1).sum(1).to(self._out_PD.dtype)
+        place_P = torch.empty_like(self._order_P)
+        place_P[self._order_P] = torch.arange(len(place_P), device=place_P.device)
+        num_tokens, num_picks = self._weights_TK.shape
+        total_TD = torch.empty_like(self._hidden_TD)
+        step = max(1, SUMMED_BYTES // (num_picks * self._out_PD.shape[1] * 4))
+        for start in range(0, num_tokens, step):
+            weights_NK = self._weights_TK[start : start + step]
+            places = place_P[start * num_picks : (start + step) * num_picks]
+            weighted_NKD = self._out_PD[places].view(*weights_NK.shape, -1) * weights_NK[..., None]
+            total_TD[start : start + step] = weighted_NKD.sum(1)
+        return total_TD
 
 
 def _padded(num_rows: int) -> int:
@@ -327,13 +390,16 @@ class LayerExperts:
         if self.pager.hit_for_good(self.layer, wanted, step.meter):
             return run_slots(module, hidden_TD, slot_of_E.take(index_TK), weights_TK)
         outputs: PairOutputs | None = None
-        waves = self.pager.demand(self.layer, wanted, usage=step.meter, lease=step.requests[0].lease)
+        in_place = self.pager.in_place(self.layer, wanted, step.meter)
+        experts = AlsoInPlace(module, self.pager.slots, in_place) if in_place else module
+        waves = self.pager.demand(self.layer, wanted, usage=step.meter, lease=step.requests[0].lease, in_place=in_place)
         with closing(waves):
             for wave in waves:
+                slots_E = experts.numbered(slot_of_E) if in_place else slot_of_E
                 if outputs is None and len(wave) == len(wanted):
-                    return run_slots(module, hidden_TD, slot_of_E.take(index_TK), weights_TK)
-                outputs = outputs or PairOutputs(module, hidden_TD, index_TK, weights_TK)
-                outputs.add(wave, slot_of_E[list(wave)].tolist())
+                    return run_slots(experts, hidden_TD, slots_E.take(index_TK), weights_TK)
+                outputs = outputs or PairOutputs(experts, hidden_TD, index_TK, weights_TK)
+                outputs.add(wave, slots_E[list(wave)].tolist())
         assert outputs is not None, "every token has an expert"
         return outputs.total()
 

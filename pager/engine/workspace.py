@@ -19,7 +19,7 @@ import torch
 
 from pager.engine import KERNEL_CACHES
 from pager.engine.attention import SINK_WIDTH
-from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES
+from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES, SUMMED_BYTES
 from pager.engine.kv import LayerAttention
 from pager.memory import NUM_CHECKERS, Workspace
 from pager.models.open_model import OpenModel
@@ -159,7 +159,7 @@ class _Shapes:
             rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item
             copied = COPIED_PAIRS * self.expert_bytes * 2 // 3 + rows
         surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
-        return threads + kept + copied + surplus
+        return threads + kept + copied + surplus + 3 * SUMMED_BYTES
 
     def _attention(self) -> int:
         queries, keys = self.queries, self.keys + self.values
@@ -177,13 +177,14 @@ class _Shapes:
         return self.top_k * (3 * FP32 + 6 * INT64)
 
     def _experts(self) -> int:
-        """Returns the bytes of pairs of token and expert: inputs and outputs side by side; then the outputs weighted,
-        twice.
+        """Returns the bytes of pairs of token and expert: inputs and outputs side by side; then, on a GPU, the outputs
+        weighted, twice.
         """
         pairs, hidden, inner = self.top_k, self.hidden, self.expert.intermediate
+        if self.on_cpu:  # outputs side by side and their sums; one expert at a time, which may be every token's
+            return self._picks() + (pairs + 1) * hidden * self.item + (4 * inner + 2 * hidden) * self.item
         side_by_side = 2 * pairs * hidden * self.item
-        # On a CPU one expert at a time, which may be every token's; on a GPU all at once.
-        within = (4 * inner + hidden) * self.item * (1 if self.on_cpu else pairs)
+        within = (4 * inner + hidden) * self.item * pairs
         weighted = 2 * pairs * hidden * FP32 + hidden * (FP32 + self.item)
         return self.num_experts * self.item + self._picks() + side_by_side + max(within, weighted)
 

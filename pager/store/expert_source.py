@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError, ExpertUnavailable
 from pager.reading import one_line
 from pager.store.checkpoint import Checkpoint
 from pager.store.pack_format import PACK_NAME, all_keys, read_pack_header
-from pager.store.reads import PAGE_BYTES, DataFile, FailedRead, FileRange, Stretch, fill
+from pager.store.reads import PAGE_BYTES, DataFile, FailedRead, FileRange, Stretch, fill, raw_bytes
 from pager.store.safetensors import PLAIN_FLOATS, TensorSpec
 from pager.types import ExpertKey, ExpertShape
 
@@ -92,6 +93,14 @@ class ExpertSource(Protocol):
         """
         ...
 
+    def in_place(self, key: ExpertKey) -> tuple[Tensor, ...] | None:
+        """Returns an expert's parameters where the page cache has them, for reading only; None where it has not.
+
+        Also None where they are not stored as `stored_dtype` and `shape` say, or do not match their checksum, which is
+        checked when they are first found there. See `DataFile.in_page_cache` for how long they are valid.
+        """
+        ...
+
     def place_of(self, key: ExpertKey) -> FileRange: ...
 
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
@@ -137,6 +146,9 @@ class _StoredExperts:
     is_staged: bool = False  # what is read passes through memory of its own, an expert at a time
     _experts_per_layer: tuple[int, ...]
 
+    def __init__(self) -> None:
+        self._found_in_place: dict[ExpertKey, tuple[Tensor, ...]] = {}  # with the checksums that they should have
+
     def read(self, key: ExpertKey, *tensors: Tensor) -> int:
         (result,) = self.read_all([Destination(key, tensors)])
         if isinstance(result, ExpertUnavailable):
@@ -171,11 +183,64 @@ class _StoredExperts:
             results.append(errors.get(each.key, sum(stretch.nbytes for _, stretch in plan.stretches)))
         return results
 
+    def in_place(self, key: ExpertKey) -> tuple[Tensor, ...] | None:
+        try:
+            spans = self._spans(key)
+            found = [span.file.in_page_cache(span.offset, span.nbytes) for span in spans]
+        except OSError:  # a read will say so
+            spans, found = (), []
+        there = [part for part in found if part is not None]
+        if not spans or len(there) < len(spans):
+            self._found_in_place.pop(key, None)  # what comes back from the disk is checked again
+            return None
+        if key not in self._found_in_place:
+            if not all(span.is_intact(part) for span, part in zip(spans, there, strict=True)):
+                return None
+            self._found_in_place[key] = self._parameters(there)
+        return self._found_in_place[key]
+
+    def close(self) -> None:
+        self._found_in_place.clear()
+
+    def _parameters(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Returns an expert's parameters in its bytes: a part for each parameter, or one for all."""
+        with torch.inference_mode(False):
+            if len(parts) == 1:
+                parts = parts[0].split([math.prod(each) * self.stored_dtype.itemsize for each in self.shape.shapes])
+            shapes = self.shape.shapes
+            return tuple(part.view(self.stored_dtype).view(each) for part, each in zip(parts, shapes, strict=True))
+
     def keys_per_layer(self) -> tuple[int, ...]:
         return self._experts_per_layer
 
     @abstractmethod
     def _plan(self, destination: Destination) -> ReadPlan: ...
+
+    @abstractmethod
+    def _spans(self, key: ExpertKey) -> Sequence[Span]:
+        """Returns where each parameter's bytes are, or those of all; nothing where they are not side by side as they
+        are in a record.
+        """
+
+
+class Span(NamedTuple):
+    """Bytes of a file that are a parameter's, or all of an expert's: pieces side by side, with their checksums."""
+
+    file: DataFile
+    offset: int
+    pieces: tuple[tuple[int, str | None], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes for nbytes, _ in self.pieces)
+
+    def is_intact(self, data: Tensor) -> bool:
+        """Tells whether `data`, the bytes of the span, match the checksums of its pieces, where these are known."""
+        parts = data.split([nbytes for nbytes, _ in self.pieces])
+        return all(
+            checksum is None or xxhash.xxh3_128_hexdigest(raw_bytes(part)) == checksum
+            for part, (_, checksum) in zip(parts, self.pieces, strict=True)
+        )
 
 
 class ReadPlan(NamedTuple):
@@ -226,6 +291,7 @@ class CheckpointExperts(_StoredExperts):
         self, checkpoint: Checkpoint, pieces: ExpertPieces, experts_per_layer: Sequence[int], shape: ExpertShape
     ) -> None:
         """Opens descriptors of its own, so `checkpoint` may be closed. Raises CheckpointError."""
+        super().__init__()
         self.shape = shape
         self._experts_per_layer = tuple(experts_per_layer)
         self._stored = find_experts(checkpoint, pieces, self._experts_per_layer, shape)
@@ -259,6 +325,7 @@ class CheckpointExperts(_StoredExperts):
         return "tensors of a safetensors file begin anywhere in a page; pack the model"
 
     def close(self) -> None:
+        super().close()
         for file in self._files.values():
             file.close()
 
@@ -279,6 +346,21 @@ class CheckpointExperts(_StoredExperts):
                 stretches.append((piece.spec.dtype, stretch))
         return ReadPlan(stretches, finish)
 
+    def _spans(self, key: ExpertKey) -> Sequence[Span]:
+        spans = []
+        for parameter in self._stored[key]:
+            first, together = parameter.pieces[0], parameter.pieces[0].offset
+            for piece in parameter.pieces:
+                is_next = piece.spec.file == first.spec.file and piece.offset == together
+                if parameter.make is not None or piece.spec.dtype != self.stored_dtype or not is_next:
+                    return ()
+                together += piece.nbytes
+            if first.offset % self.stored_dtype.itemsize:
+                return ()
+            pieces = tuple((piece.nbytes, piece.checksum) for piece in parameter.pieces)
+            spans.append(Span(self._files[first.spec.file], first.offset, pieces))
+        return spans
+
 
 def _convert(make: Callable[[Sequence[Tensor]], Tensor], pieces: Sequence[Tensor], out: Tensor) -> None:
     out.copy_(make(pieces))
@@ -289,6 +371,7 @@ class PackedExperts(_StoredExperts):
 
     def __init__(self, pack_path: str | Path) -> None:
         """Opens the pack. Raises CheckpointError."""
+        super().__init__()
         path = Path(pack_path)
         try:
             self._file = DataFile(path)
@@ -330,12 +413,18 @@ class PackedExperts(_StoredExperts):
         return self._data_start + self._extents[key].offset
 
     def close(self) -> None:
+        super().close()
         self._file.close()
 
     def _plan(self, destination: Destination) -> ReadPlan:
         key, extent = destination.key, self._extents[destination.key]
         stretch = Stretch(key, self._file, self.offset_of(key), extent.nbytes, extent.checksum, destination.tensors)
         return ReadPlan([(self.stored_dtype, stretch)])
+
+    def _spans(self, key: ExpertKey) -> Sequence[Span]:
+        extent, offset = self._extents[key], self.offset_of(key)
+        is_aligned = offset % self.stored_dtype.itemsize == 0
+        return [Span(self._file, offset, ((extent.nbytes, extent.checksum),))] if is_aligned else ()
 
 
 def find_experts(

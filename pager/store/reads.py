@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
+import mmap
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +45,8 @@ _CAST_ELEMENTS = 32_767
 
 _staging = threading.local()
 
+_mincore = getattr(ctypes.CDLL(None), "mincore", None)
+
 
 class DataFile:
     """A file open for reading, and its size then. Reads are thread-safe; `close` only when none is running.
@@ -53,6 +58,8 @@ class DataFile:
 
     _fd: int | None = None
     _direct_fd: int | None = None  # the same file, past the page cache
+    _mapped: Tensor | None = None  # all its bytes, once they were looked for in the page cache
+    _sees_page_cache: bool | None = None
 
     def __init__(self, path: Path) -> None:
         """Opens the file. Raises OSError, also if it is not a regular file."""
@@ -103,6 +110,35 @@ class DataFile:
         self.read_into([memoryview(buffer)], offset)
         return bytes(buffer)
 
+    def in_page_cache(self, offset: int, nbytes: int) -> Tensor | None:
+        """Returns bytes where the page cache has them, for reading only; None where it lacks some or cannot be asked.
+
+        They are valid as long as the tensor, and while nobody shortens the file: a processor that touches what is gone
+        ends the process. Raises OSError where the file is shorter than it was.
+        """
+        if self._fd is None or self.is_direct or not self._can_see_page_cache():
+            return None
+        if os.fstat(self._fd).st_size < self.size:
+            raise OSError(errno.EIO, f"the file had {self.size} bytes and is shorter now", str(self.path))
+        if self._mapped is None:
+            self._mapped = _map(self._fd, self.size)
+        first = offset - offset % mmap.PAGESIZE
+        pages = (ctypes.c_ubyte * -(-(offset + nbytes - first) // mmap.PAGESIZE))()
+        address = ctypes.c_void_p(self._mapped.data_ptr() + first)
+        assert _mincore is not None, "it was looked for"
+        if _mincore(address, ctypes.c_size_t(offset + nbytes - first), pages):
+            return None
+        return self._mapped[offset : offset + nbytes] if all(bytes(pages)) else None
+
+    def _can_see_page_cache(self) -> bool:
+        """Tells whether the system says what is in the page cache. To others than a file's owners it says that all
+        is.
+        """
+        if self._sees_page_cache is None:
+            owner, user = os.fstat(self._fd).st_uid if self._fd is not None else -1, os.geteuid()
+            self._sees_page_cache = _mincore is not None and (user in (0, owner) or os.access(self.path, os.W_OK))
+        return self._sees_page_cache
+
     def duplicate(self) -> DataFile:
         """Opens the same file again; closing it and its hints are independent of this one."""
         if self._fd is None:
@@ -117,6 +153,7 @@ class DataFile:
 
     def close(self) -> None:
         self.is_direct = False
+        self._mapped = None
         for descriptor in (self._fd, self._direct_fd):
             if descriptor is not None:
                 os.close(descriptor)
@@ -149,6 +186,14 @@ class DataFile:
                 self.is_direct = False
                 log.warning("%s is read through the page cache: its file system refused a direct read", self.path)
         return os.preadv(self._fd, buffers, offset)
+
+
+def _map(descriptor: int, size: int) -> Tensor:
+    """Maps a file. Raises OSError."""
+    mapping = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def _first_bytes(buffers: Sequence[memoryview]) -> list[memoryview]:

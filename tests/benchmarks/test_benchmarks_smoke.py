@@ -106,6 +106,14 @@ def test_http_is_measured_beside_grpc(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the page cache is looked at through Linux calls")
+def test_exact_bound_has_a_row_for_each_residency_and_way(tmp_path: Path) -> None:
+    done = run("exact_bound", "--quick", "--work", tmp_path / "work")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if "exact, " in line]
+    assert len(rows) == 8
+    assert "wrote" not in done.stdout
+
+
 def test_residency_measures_every_table(tmp_path: Path) -> None:
     done = run("residency", tmp_path / "none", "--quick", "--work", tmp_path / "work")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -84,6 +84,9 @@ class GatedSource:
 
     bytes_read = 0
 
+    def in_place(self, key: ExpertKey) -> None:
+        """No page cache has them."""
+
     def place_of(self, key: ExpertKey) -> FileRange:
         """Nobody's neighbour, unless `side_by_side` says so."""
         distance = 100 if self.side_by_side else 1 << 20

@@ -128,6 +128,23 @@ def test_pods_start_anew_when_their_settings_change(render_chart: RenderChart) -
 
     assert annotations() == annotations()
     assert annotations() != annotations(settings="[model]\n") != annotations(settings="[model]\n", model={"dtype": ""})
+    assert annotations() != annotations(traces={"enabled": True}) != annotations(traces={"enabled": True, "share": 0.5})
+
+
+def test_redis_starts_anew_when_its_file_changes(render_chart: RenderChart, tmp_path: Path) -> None:
+    def annotation(chart: Path) -> str:
+        (redis,) = [each for each in render_chart({"ha": {"enabled": True}}, chart) if _is_redis(each)]
+        return str(redis["spec"]["template"]["metadata"]["annotations"])
+
+    changed = shutil.copytree(CHART, tmp_path / "chart")
+    assert annotation(changed) == annotation(CHART)
+    file = changed / "files" / "redis.conf"
+    file.write_text(file.read_text() + "maxmemory-samples 10\n")
+    assert annotation(changed) != annotation(CHART)
+
+
+def _is_redis(each: Object) -> bool:
+    return (each["kind"], each["metadata"]["name"]) == ("StatefulSet", "expert-pager-redis")
 
 
 def test_a_packed_chart_has_all_its_files(tmp_path: Path, helm: Any, render_chart: RenderChart) -> None:

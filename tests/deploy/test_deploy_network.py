@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.conftest import Render, Rendered
+from tests.deploy.conftest import Object, Render, Rendered
 from tests.support.values import some
 
 MEMBERS = {"expert-pager-router", "expert-pager-head", "expert-pager-worker"}
@@ -95,9 +95,32 @@ def test_controllers_select_their_own_pods_and_no_others(manifests: Rendered) ->
             assert selected(manifests, each["spec"]["selector"]) == {each["metadata"]["name"]}
 
 
+def controllers(manifests: Rendered) -> list[Object]:
+    return [*manifests.of_kind("Deployment"), *manifests.of_kind("StatefulSet")]
+
+
+def scaler_of(manifests: Rendered, controller: Object) -> Object | None:
+    target = {"kind": controller["kind"], "name": controller["metadata"]["name"]}
+    scalers = [each for kind in SCALERS for each in manifests.of_kind(kind)]
+    return next((each for each in scalers if target.items() <= each["spec"]["scaleTargetRef"].items()), None)
+
+
+def fewest(manifests: Rendered, controller: Object) -> int:
+    """The fewest pods that there are of a controller."""
+    scaler = scaler_of(manifests, controller)
+    if scaler is None:
+        return int(controller["spec"]["replicas"])
+    return int(scaler["spec"]["minReplicaCount" if scaler["kind"] == "ScaledObject" else "minReplicas"])
+
+
+def test_the_number_of_pods_is_either_the_manifests_or_the_scalers(manifests: Rendered) -> None:
+    """Given in both, each `apply` would undo what the autoscaler has done."""
+    for each in controllers(manifests):
+        assert ("replicas" in each["spec"]) == (scaler_of(manifests, each) is None), each["metadata"]["name"]
+
+
 def test_budgets_leave_something_and_let_nodes_be_drained(manifests: Rendered) -> None:
-    controllers = [*manifests.of_kind("Deployment"), *manifests.of_kind("StatefulSet")]
-    replicas = {each["metadata"]["name"]: each["spec"]["replicas"] for each in controllers}
+    replicas = {each["metadata"]["name"]: fewest(manifests, each) for each in controllers(manifests)}
     for cluster in manifests.of_kind("RayCluster"):
         replicas["expert-pager-worker"] = cluster["spec"]["workerGroupSpecs"][0]["replicas"]
     for budget in manifests.of_kind("PodDisruptionBudget"):
@@ -132,7 +155,7 @@ def test_there_is_one_router_that_owns_the_workers(manifests: Rendered) -> None:
 
 def test_two_routers_share_a_redis(render: Render) -> None:
     manifests = render("ha")
-    assert manifests.one("Deployment", "expert-pager-router")["spec"]["replicas"] == 2
+    assert fewest(manifests, manifests.one("Deployment", "expert-pager-router")) == 2
     to_redis = policy(manifests, "expert-pager-to-redis")
     routers = {"expert-pager-router", "expert-pager-keeper"}
     assert selected(manifests, to_redis["podSelector"]) == routers

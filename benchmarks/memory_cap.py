@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
+_NUMBERS = count()
 
 
 class NoCap(Exception):
@@ -27,9 +29,12 @@ class MemoryCap:
     version: int
 
     def run(self, command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-        """The process is in the group before it starts, so that nothing it takes is missed."""
-        joined = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.folder / "cgroup.procs"), *command]
-        return subprocess.run(joined, stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=False)
+        """Runs a command in the group to its end."""
+        return subprocess.run(self.inside(command), stdout=subprocess.PIPE, text=True, timeout=timeout_s, check=False)
+
+    def inside(self, command: Sequence[str]) -> list[str]:
+        """The command whose process is in the group before it starts, so that nothing it takes is missed."""
+        return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.folder / "cgroup.procs"), *command]
 
     @property
     def peak_bytes(self) -> int | None:
@@ -42,7 +47,7 @@ class MemoryCap:
 def memory_cap(limit_bytes: int) -> Iterator[MemoryCap]:
     """A group beside or below this process's own, gone afterwards. Raises NoCap."""
     version, parent = _parent()
-    folder = parent / f"expert-pager-{os.getpid()}"
+    folder = parent / f"expert-pager-{os.getpid()}-{next(_NUMBERS)}"
     limit = "memory.max" if version == 2 else "memory.limit_in_bytes"
     try:
         folder.mkdir()

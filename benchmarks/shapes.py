@@ -1,4 +1,7 @@
-"""Model shapes by name. A shortened one keeps its experts: fewer layers and a smaller vocabulary, nothing else."""
+"""Model shapes by name. A shortened one keeps its experts: fewer layers and a smaller vocabulary, nothing else.
+
+Legend: D hidden, F expert intermediate, E experts of a layer, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -78,9 +81,78 @@ class Shape:
         return found | {"model.norm.weight": (D,), "lm_head.weight": (self.vocabulary, D)}
 
 
+@dataclass(frozen=True, slots=True)
+class OlmoeShape(Shape):
+    """As the OLMoE checkpoints are stored: no shared expert, queries and keys normalised over all heads."""
+
+    def config(self, dtype: str) -> dict[str, Any]:
+        shared = Shape.config(self, dtype)
+        return {name: value for name, value in shared.items() if name != "num_shared_experts"} | {
+            "architectures": ["OlmoeForCausalLM"],
+            "model_type": "olmoe",
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-05,
+            "clip_qkv": None,
+            "output_router_logits": False,
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        D, kv = self.hidden, self.hidden // self.num_heads * self.num_kv_heads
+        return {"model.embed_tokens.weight": (self.vocabulary, D)} | self._after_embedding((D, kv), D, kv)
+
+    def _after_embedding(self, normed: tuple[int, int], query: int, key: int) -> dict[str, tuple[int, ...]]:
+        """Layers with norms of `normed` sizes on queries and keys, and the head."""
+        D, F, E, V = self.hidden, self.intermediate, self.num_experts, self.vocabulary
+        expert = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
+        attention = {"q": (query, D), "k": (key, D), "v": (key, D), "o": (D, query)}
+        found: dict[str, tuple[int, ...]] = {}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            found |= {f"{prefix}{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+            found |= {f"{prefix}self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
+            found |= {f"{prefix}self_attn.{name}_norm.weight": (size,) for name, size in zip("qk", normed, strict=True)}
+            found[f"{prefix}mlp.gate.weight"] = (E, D)
+            for number in range(E):
+                found |= {f"{prefix}mlp.experts.{number}.{name}.weight": shape for name, shape in expert.items()}
+        return found | {"model.norm.weight": (D,), "lm_head.weight": (V, D)}
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen3MoeShape(OlmoeShape):
+    """As the Qwen3-MoE checkpoints are stored: heads of a size of their own, normalised one by one."""
+
+    head_dim: int = 128
+
+    def config(self, dtype: str) -> dict[str, Any]:
+        shared = OlmoeShape.config(self, dtype)
+        return {name: value for name, value in shared.items() if name != "clip_qkv"} | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": self.intermediate,
+            "intermediate_size": 8 * self.intermediate,
+            "head_dim": self.head_dim,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-06,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        embedding = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        return embedding | self._after_embedding((self.head_dim, self.head_dim), query, key)
+
+
 SHAPES = {
     # hidden, intermediate, layers, heads, kv heads, experts, top-k, vocabulary, context
     "emo-1b14b": Shape(2048, 1024, 16, 16, 16, 128, 8, 100352, 4096),
     "emo-mini": Shape(512, 256, 8, 8, 8, 64, 8, 16384, 2048),
     "emo-micro": Shape(64, 32, 4, 4, 2, 64, 8, 256, 512),
+    "olmoe-1b7b": OlmoeShape(2048, 1024, 16, 16, 16, 64, 8, 50304, 4096),
+    "olmoe-micro": OlmoeShape(256, 256, 4, 4, 4, 16, 4, 1024, 1024),
+    "qwen3-30b-a3b": Qwen3MoeShape(2048, 768, 48, 32, 4, 128, 8, 151936, 40960),
+    "qwen3-micro": Qwen3MoeShape(256, 256, 4, 4, 2, 16, 4, 1024, 1024, 64),
 }

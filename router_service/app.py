@@ -20,12 +20,9 @@ from pager import __version__
 from pager.cluster.cluster import Cluster, RayLost
 from pager.cluster.placement import ClusterPort, LoadedModel
 from pager.cluster.ray_session import LOOPBACK
-from pager.cluster.worker import budgets_of
 from pager.config import RouterConfig, ServiceConfig
-from pager.engine.paged_model import needs_of
-from pager.errors import ConfigError, InvalidRequest, PoolTooLarge, PortInUse
-from pager.memory import Machine, format_address, parse_bytes, plan, resolve_device
-from pager.models.open_model import OpenModel
+from pager.errors import CheckpointError, ConfigError, InvalidRequest, PoolTooLarge, PortInUse
+from pager.memory import format_address, parse_bytes
 from pager.observe import tracing
 from pager.observe.metrics import MetricsServer, leave_out_of_collections
 from pager.pools.drift import check_can_drift, parse_drift
@@ -55,12 +52,12 @@ from router_service.prediction import (
     Encoder,
     PassChain,
     Passes,
+    PassPlan,
+    PredictedModel,
     Predictor,
     Scoring,
     TextEncoder,
     TrafficCodebook,
-    build_passes,
-    load_first,
 )
 from router_service.redis import (
     RedisClaims,
@@ -79,6 +76,7 @@ from router_service.requests import MessageBounds
 from router_service.server import RouterServer
 from router_service.service import Pipeline, Stores
 from router_service.tls import TlsFiles
+from router_service.trunk import TrunkOf, TrunkProcess
 from router_service.ui import Page, PoolLog, Watch
 
 if TYPE_CHECKING:
@@ -177,21 +175,19 @@ async def _start(
     gate, audit = await _open_gate(stack, config.router, choices.redis_url)
     tracing.start("expert-pager-router", __version__, env)
     stack.callback(tracing.stop)
-    is_here = config.cluster.joined is None and config.workers.count > 0
-    device = resolve_device(config.workers.device) if is_here else config.workers.device
-    opened = OpenModel.open(config.model.path, config.model.dtype, device=device)
-    stack.callback(opened.checkpoint.close)
-    opened.check()
-    passes = build_passes(opened, config.router)
-    choices = _with_source(choices, config.pools.default_source, passes)
-    check_choices(passes, choices)
+    planned = _plan_passes(config)
+    expected = _with_source(choices, config.pools.default_source, planned.has_codebook)
+    check_choices(planned, expected)
     tokenizer = _tokenizer(config)
     refused = () if config.model.special_tokens or tokenizer is None else special_texts(tokenizer)
     template = ChatTemplate.read(Path(config.model.path), _path(config.model.chat_template))
     template = template and replace(template, refused=refused)
-    check_plan(opened, config, choices.default_pool.size)
-    cluster = await _connect(stack, config, passes)
-    service = build_service(cluster.model(), cluster, passes, TextEncoder(tokenizer, refused), choices)
+    cluster, passes = await _connect(stack, config, planned, expected.default_pool.source)
+    model = cluster.model()
+    choices = _with_source(choices, config.pools.default_source, passes.codebook is not None)
+    if config.cluster.joined is None and config.workers.count:  # all workers are like the first
+        check_fits(choices.default_pool.size, model)
+    service = build_service(model, cluster, passes, TextEncoder(tokenizer, refused), choices)
     stack.push_async_callback(service.close)
     metrics = service.pipeline.metrics
     cluster.ray_lost.add_done_callback(lambda lost: metrics.ray_lost.labels(lost.result()).inc())
@@ -261,12 +257,12 @@ def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
     )
 
 
-def _with_source(choices: Choices, name: str, passes: Passes) -> Choices:
+def _with_source(choices: Choices, name: str, has_codebook: bool) -> Choices:
     """Returns the choices with the pool source for requests that name none: `auto` is the codebook where there is
     one.
     """
     if name == "auto":
-        name = "prefill" if passes.codebook is None else "codebook"
+        name = "codebook" if has_codebook else "prefill"
     return replace(choices, default_pool=replace(choices.default_pool, source=PoolSource(name)))
 
 
@@ -367,14 +363,21 @@ def _check_port_free(host: str, port: int, key: str) -> None:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
+def _plan_passes(config: ServiceConfig) -> PassPlan:
+    model = Path(config.model.path)
+    if not model.exists():
+        raise CheckpointError(f"{model} is not a directory; give the folder of a downloaded or packed checkpoint")
+    return PassPlan.read(model, config.router)
+
+
 def _tokenizer(config: ServiceConfig) -> Tokenizer | None:
     # the router encodes several texts at a time itself, each in a thread
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return read_tokenizer(Path(config.model.path))
 
 
-def check_choices(passes: Passes, choices: Choices) -> None:
-    """Raises ConfigError for choices that would have no effect, before anything slow is started."""
+def check_choices(passes: Passes | PassPlan, choices: Choices) -> None:
+    """Raises ConfigError for choices that would have no effect."""
     default = choices.default_pool
     if default.source is PoolSource.PREDICTION and isinstance(default.size, Full):
         raise ConfigError("pools.default_source 'prediction' needs a pools.default_size other than 'full'")
@@ -386,26 +389,32 @@ def check_choices(passes: Passes, choices: Choices) -> None:
     open_pools(choices.redis_url, choices.pools_path)
 
 
-def check_plan(opened: OpenModel, config: ServiceConfig, default_size: PoolSize) -> None:
-    """Computes the plan that workers of this machine will compute. Raises BudgetError, PoolTooSmall or PoolTooLarge."""
-    if config.cluster.joined is not None or not config.workers.count:
-        return  # these workers run on other machines
-    device = resolve_device(config.workers.device)
-    planned = plan(needs_of(opened, device), budgets_of(config.workers), Machine.detect(device))
+def check_fits(default_size: PoolSize, model: ModelInfo) -> None:
+    """Raises PoolTooSmall or PoolTooLarge for a default pool that no worker has the slots for."""
     if not isinstance(default_size, Full):
-        needed = sum(largest_counts(default_size, opened.facts))
-        if needed > planned.num_slots:
-            raise PoolTooLarge(needed, planned.num_slots, field="pools.default_size")
+        needed = sum(largest_counts(default_size, model.facts))
+        if needed > model.num_slots:
+            raise PoolTooLarge(needed, model.num_slots, field="pools.default_size")
 
 
-async def _connect(stack: AsyncExitStack, config: ServiceConfig, passes: Passes) -> Cluster:
-    """Starts or finds the workers, and loads the first pass meanwhile."""
-    loading = asyncio.create_task(asyncio.to_thread(load_first, passes))
-    stack.push_async_callback(_end, loading)
+async def _connect(
+    stack: AsyncExitStack, config: ServiceConfig, planned: PassPlan, default_source: PoolSource
+) -> tuple[Cluster, Passes]:
+    """Starts or finds the workers. The trunk is loaded meanwhile, where most prompts would have to wait for it."""
+    has_file, is_wanted = planned.file is not None, planned.begins_with_trunk and default_source != PoolSource.CODEBOOK
+    of = TrunkOf(config.model.path, config.router.device, config.model.dtype, has_file)
+    trunk = TrunkProcess(of, stays=is_wanted)
+    stack.push_async_callback(trunk.close)
+    loading = asyncio.create_task(trunk.ready()) if is_wanted else None
+    if loading is not None:
+        stack.push_async_callback(_end, loading)
     cluster = await Cluster.connect(config)
     stack.push_async_callback(cluster.close)
-    await loading
-    return cluster
+    model = cluster.model()
+    passes = planned.passes(PredictedModel(model.fingerprint, model.facts, model.unread_gates), lambda: trunk, trunk)
+    if loading is not None and passes.chain:
+        await loading
+    return cluster, passes
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
@@ -445,7 +454,7 @@ def build_service(
         metrics.adapters.show(model.name, sum(counts))
     stores = open_stores(model, metrics, choices)
     traffic = _traffic(passes, model, stores, metrics, learns=choices.learns)
-    chain = PassChain(passes, Scoring(passes.available, encoder), model.facts, metrics.escalated, traffic)
+    chain = PassChain(passes, Scoring(passes.available, encoder, passes.trunk), model.facts, metrics.escalated, traffic)
     predictor = Predictor(chain, stores.hints, model.facts, model.fingerprint)
     admission = Admission(choices.limits)
     metrics.watch_admission(admission)

@@ -1,7 +1,7 @@
 """Texts of the HTTP front: chat templates, tool calls, and the texts of single tokens.
 
-Templates are rendered by transformers (in a sandboxed Jinja), with the special tokens that the tokenizer's settings
-name.
+Templates are rendered as transformers renders them, in a sandboxed Jinja, with the special tokens that the tokenizer's
+settings name. This is done here because transformers imports torch.
 """
 
 from __future__ import annotations
@@ -11,10 +11,17 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template, nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from tokenizers import Tokenizer, decoders
 
 from pager.errors import CheckpointError, ConfigError, InvalidRequest
@@ -74,14 +81,11 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
         """Renders the messages as a prompt, up to where the assistant's answer begins. Raises InvalidRequest."""
         refuse_special(_texts([*messages, *(tools or ())]), self.refused, "messages")
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            rendered, _ = render_jinja_template(
-                [[dict(message) for message in messages]],
+            text = _compiled(self.source).render(
+                messages=[_with_reasoning(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
-                chat_template=self.source,
+                documents=None,
                 add_generation_prompt=True,
                 **self.names,
             )
@@ -91,10 +95,92 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {reason[:200]}", field="messages"
             ) from None
-        text = str(rendered[0])
         if len(text) > MAX_RENDERED_CHARACTERS:
             raise InvalidRequest(f"the rendered messages have {len(text)} characters; send less", field="messages")
         return text
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names under which messages carry reasoning; templates read one of the first two."""
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the message with its reasoning, if any, under both names that templates read."""
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if reasoning is None:
+        return dict(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> Template:
+    """Compiles a template with the names that transformers gives templates. Raises TemplateError."""
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+    )
+    sandbox.filters["tojson"] = _to_json
+    sandbox.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda format: datetime.now().strftime(format),
+        "dict": _Dict(),
+        "namespace": _CheckedNamespace,
+    }
+    return sandbox.from_string(source)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson`. Jinja's own escapes what HTML would read as markup."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+class _GenerationBlocks(Extension):
+    """The tags `{% generation %}` and `{% endgeneration %}`, between which templates for training mark answers."""
+
+    tags = frozenset(("generation",))  # type: ignore[assignment]
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Dict:
+    """`dict` in a template, of which nothing but its calls can be reached."""
+
+    def __call__(self, *items: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*items, **named)
+
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*arguments)
+
+
+class _CheckedNamespace(Namespace):
+    """`namespace` in a template; no name in it may begin with an underscore, as those of Python's internals do."""
+
+    def __init__(*args: Any, **named: Any) -> None:
+        self, *items = args  # as in Jinja's, so that a template may use any name
+        values = dict(*items, **named)
+        for name in values:
+            _refuse_private(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a template may not keep {name[:60]!r}, which begins with an underscore, in a namespace")
 
 
 def _texts(value: Any) -> Iterator[str]:

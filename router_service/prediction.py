@@ -1,7 +1,7 @@
 """The prediction of a request's pool: remembered from a prompt that starts alike, or scored by a chain of passes.
 
-A pass is a predictor that runs in the router: `build_passes` chooses them from the settings and the files beside the
-checkpoint.
+A pass is a predictor: `PassPlan` chooses them from the settings and the files beside the checkpoint. Those that run the
+model's trunk need torch, which is not imported here: their caller says how the trunk is loaded, and where it runs.
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from pager.config import RouterConfig
-from pager.errors import ConfigError, InvalidRequest
-from pager.memory import resolve_device
-from pager.models.open_model import OpenModel
+from pager.errors import ConfigError, InvalidRequest, NotReady
 from pager.observe.tracing import note, span
 from pager.pools.pick import pick_pool, resolve_size
-from pager.predict.fitted import PREDICTOR_NAME, Codebook, Codeword, LexicalPredictor, PredictorFile, wanted_by
+from pager.predict.fitted import (
+    PREDICTOR_NAME,
+    Codebook,
+    Codeword,
+    FittedPredictor,
+    LexicalPredictor,
+    PredictorFile,
+    TrunkScorer,
+    wanted_by,
+)
 from pager.predict.learning import Learned, Observation, observed, revise
-from pager.predict.trunk import FittedPredictor, TrunkPredictor
 from pager.tokenizing import encode_all, longest_token_bytes, refuse_special
 from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores, Usage
 from router_service.hints import HintStore, pool_key, prefix_keys
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
 Result = TypeVar("Result")
@@ -44,6 +49,7 @@ MAX_WAITING = 512  # observations, the latest
 MIN_HELD = 0.75  # of the gate mass that a codeword's pool is expected to hold
 MIN_JUDGED_TOKENS = 16  # of an answer, before its gate mass says anything
 MIN_PREFILL_COVERAGE = 0.8  # of a pool that a prefill chose, by a codeword
+LEXICAL = "lexical"  # the only pass that does not run the trunk
 PREFILL = "prefill"  # follows the last pass: the worker's own choice, which is the reference
 CODEBOOK = "codebook"  # the source of a pool that several prompts share
 OWN = "own"  # of the pool of a prompt that no codeword covers, picked before its prefill
@@ -53,6 +59,19 @@ class Scorer(Protocol):
     """A routing-only pass. Called from another thread, one call at a time."""
 
     def scores(self, token_ids: Sequence[int], /) -> RoutingScores: ...
+
+
+class TrunkHost(Protocol):
+    """What runs the trunk, and may have to start for it: `router_service.trunk.TrunkProcess`. For the event loop."""
+
+    @property
+    def is_ready(self) -> bool: ...
+    def wake(self) -> None: ...
+    async def ready(self) -> None:
+        """Returns when the trunk can be used. Raises PagerError."""
+
+    def rest(self) -> None:
+        """Called now and then; it may end what nothing has needed for a while."""
 
 
 class RecallEstimate(Protocol):
@@ -160,6 +179,7 @@ class Passes:
     `chain` lists the passes that score a prompt; each is used when the one before it is expected to recall less than
     `min_recall` of the prefill's pool. Without `estimate`, the first one is always good enough. Without any pass,
     requests are placed without a prediction. `codebook` holds the pools that prompts share, where the model has one.
+    `trunk` runs the trunk for all passes but the lexical one; without it, they run it themselves.
     """
 
     available: Mapping[str, Callable[[], Scorer]] = field(default_factory=dict)
@@ -167,6 +187,7 @@ class Passes:
     estimate: RecallEstimate | None = None
     min_recall: float = 0.0
     codebook: Codebook | None = None
+    trunk: TrunkHost | None = None
 
     def __post_init__(self) -> None:
         assert set(self.chain) <= set(self.available)
@@ -174,22 +195,25 @@ class Passes:
     @property
     def judges_by_trunk(self) -> bool:
         """Tells whether the first pass runs the trunk, which then judges what a codeword covers."""
-        return self.chain[:1] not in ((), ("lexical",))
+        return self.chain[:1] not in ((), (LEXICAL,))
 
     def check(self, policy: PoolPolicy) -> None:
         """Raises InvalidRequest for a policy that needs a pass where there is none."""
-        if policy.source is PoolSource.CODEBOOK and self.codebook is None:
-            raise InvalidRequest(
-                "this service has no codebook; make one with `expert-pager fit-router`, and serve with another "
-                "router.router than 'trunk' and 'prefill'",
-                field="pool.source",
-            )
-        if self.chain:
-            return
-        if policy.source is PoolSource.PREDICTION:
-            raise _unscored("a predicted pool", "pool.source")
-        if isinstance(policy.size, Bytes):
-            raise _unscored("sharing bytes out over the layers", "pool.size.bytes")
+        check_source(policy, has_pass=bool(self.chain), has_codebook=self.codebook is not None)
+
+
+def check_source(policy: PoolPolicy, *, has_pass: bool, has_codebook: bool) -> None:
+    """Raises InvalidRequest for a policy that needs a pass or a codebook where there is none."""
+    if policy.source is PoolSource.CODEBOOK and not has_codebook:
+        raise InvalidRequest(
+            "this service has no codebook; make one with `expert-pager fit-router`, and serve with another "
+            "router.router than 'trunk' and 'prefill'",
+            field="pool.source",
+        )
+    if not has_pass and policy.source is PoolSource.PREDICTION:
+        raise _unscored("a predicted pool", "pool.source")
+    if not has_pass and isinstance(policy.size, Bytes):
+        raise _unscored("sharing bytes out over the layers", "pool.size.bytes")
 
 
 class TextEncoder:
@@ -217,8 +241,11 @@ class Scoring:
     Admission bounds the work that waits for a thread; a cancelled caller leaves the line.
     """
 
-    def __init__(self, available: Mapping[str, Callable[[], Scorer]], encoder: Encoder) -> None:
+    def __init__(
+        self, available: Mapping[str, Callable[[], Scorer]], encoder: Encoder, trunk: TrunkHost | None = None
+    ) -> None:
         self._available = available
+        self._trunk = trunk
         self._loaded: dict[str, Scorer] = {}  # used only in the thread of the passes
         self._encoder = encoder
         self._passes = FairThreads(1, "scoring")
@@ -234,7 +261,22 @@ class Scoring:
         """Returns the ids of at most `most` tokens; `options` are the encoder's. Raises InvalidRequest."""
         return await self._tokenizer.run(tenant, lambda: self._encoder.encode(text, most, **options))
 
+    def has_now(self, name: str) -> bool:
+        """Tells whether a pass can run without a wait for the trunk, which is woken if not."""
+        if self._trunk is None or name == LEXICAL or self._trunk.is_ready:
+            return True
+        self._trunk.wake()
+        return False
+
+    def rest(self) -> None:
+        if self._trunk is not None:
+            self._trunk.rest()
+
     async def scores(self, tenant: str, name: str, token_ids: Sequence[int]) -> RoutingScores:
+        """Returns the scores of one pass. Raises InvalidRequest, NotReady."""
+        if not self.has_now(name):
+            assert self._trunk is not None, "it is what is waited for"
+            await self._trunk.ready()  # not in the passes' thread, which others need meanwhile
         return await self._passes.run(tenant, lambda: self._pass(name).scores(token_ids))
 
     async def assigned(
@@ -246,8 +288,10 @@ class Scoring:
         """
 
         def assign() -> tuple[RoutingScores, Codeword]:
-            scores = self._pass("lexical").scores(token_ids)
-            trunk = self._pass("trunk").scores(token_ids) if by_trunk else None
+            scores = self._pass(LEXICAL).scores(token_ids)
+            trunk = None
+            with suppress(NotReady):  # the trunk's process ended; it is started again for the next prompt
+                trunk = self._pass("trunk").scores(token_ids) if by_trunk else None
             return scores, codebook.assign(scores, size, trunk)
 
         return await self._passes.run(tenant, assign)
@@ -403,7 +447,17 @@ class PassChain:
             if scored.is_enough:
                 break
             self._on_escalation(name, following)
+            if following != PREFILL and not (self.must_score(policy) or self.scoring.has_now(following)):
+                break  # the prefill chooses meanwhile
         return scored
+
+    def has_now(self, policy: PoolPolicy) -> bool:
+        """Tells whether to score a prompt now. One whose prefill may choose does not wait for the trunk to start."""
+        return self.must_score(policy) or self.scoring.has_now(self._passes.chain[0])
+
+    def must_score(self, policy: PoolPolicy) -> bool:
+        """Tells whether a policy needs scores, so that its prompts wait until the trunk has been started."""
+        return policy.source is not PoolSource.PREFILL or isinstance(policy.size, Bytes)
 
     async def share(self, tenant: str, token_ids: Sequence[int], size: PoolSize) -> Scored:
         """Returns the pool of the best codeword. Where none covers the prompt, the trunk picks one for it; without a
@@ -413,7 +467,9 @@ class PassChain:
         """
         assert self.traffic is not None, "checked before"
         with span("codebook"):
-            codebook, by_trunk = self.traffic.codebook, self._passes.judges_by_trunk
+            codebook = self.traffic.codebook
+            # While the trunk is being started, the lexical scores judge alone.
+            by_trunk = self._passes.judges_by_trunk and self.scoring.has_now("trunk")
             scores, codeword = await self.scoring.assigned(tenant, codebook, token_ids, size, by_trunk=by_trunk)
             note(codeword=codeword.name, coverage=round(codeword.coverage, 4))
         return Scored(scores, codeword.pool, None, codeword.pool is not None, codeword)
@@ -550,7 +606,7 @@ class Predictor:
             observed = await self.observed(tenant, token_ids, policy)
         if observed is not None and not isinstance(policy.size, Bytes):
             return Prediction(observed, "hint", policy)
-        if self._chain.is_empty:
+        if self._chain.is_empty or not self._chain.has_now(policy):
             return Prediction(None, PREFILL, policy)
         scored = await self._chain.score(tenant, token_ids, policy)
         resolved = replace(policy, size=resolve_size(policy.size, scored.scores, self._facts))
@@ -571,6 +627,7 @@ class Predictor:
 
     async def beat(self) -> None:
         """Brings the codebook up to what was learned; called about once a second."""
+        self._chain.scoring.rest()
         if self._chain.traffic is not None:
             await self._chain.traffic.beat()
 
@@ -604,60 +661,97 @@ class Predictor:
         return prefix_keys(self._fingerprint, policy.size, tenant, token_ids)
 
 
-def build_passes(opened: OpenModel, config: RouterConfig) -> Passes:
-    """Loads the small file, and the trunk only when it is first used; `opened` must stay open until then.
+@dataclass(frozen=True, slots=True)
+class PredictedModel:
+    """What passes have to know of the model whose pools they predict.
 
-    Raises ConfigError for a choice that would have no effect, CheckpointError for a file of another model.
+    `unread_gates` is the type of a model whose gates pick in ways of their own, which no pass reads; empty for others.
     """
-    path = Path(opened.checkpoint.path) / PREDICTOR_NAME
-    name = config.router
-    if not opened.family.gates_are_known:
-        if name not in ("auto", "prefill"):
+
+    fingerprint: str
+    facts: RoutingFacts
+    unread_gates: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """The passes that the settings and the files beside a checkpoint ask for. Made before anything slow is started."""
+
+    name: str  # lexical, trunk, fitted or prefill
+    is_chosen: bool  # by the settings
+    min_recall: float | None  # None where the settings say nothing
+    path: Path  # of the small file
+    file: PredictorFile | None  # None where there is none, or where nothing needs it
+
+    @classmethod
+    def read(cls, model: Path, config: RouterConfig) -> Self:
+        """Reads the small file of the model's folder.
+
+        Raises ConfigError for a choice that would have no effect, CheckpointError for a damaged file.
+        """
+        path, name = model / PREDICTOR_NAME, config.router
+        if name == "auto":
+            name = "fitted" if path.exists() else "trunk"
+        if name in ("lexical", "fitted") and not path.exists():
             raise ConfigError(
-                f"router.router is {name!r}, and no predictor reads the gates of {opened.family.model_type}, which "
+                f"router.router is {name!r}, and its file {path} is missing; make it with `expert-pager fit-router "
+                f"{model} --documents FILE`, or serve with --predictor trunk"
+            )
+        if config.min_recall is not None and (name == "prefill" or not path.exists()):
+            what = (
+                "router.router is 'prefill', which predicts nothing"
+                if name == "prefill"
+                else f"its estimate needs {path}, which is missing"
+            )
+            raise ConfigError(f"router.min_recall would have no effect: {what}; leave it out")
+        file = PredictorFile.load(path) if name != "prefill" and path.exists() else None
+        return cls(name, config.router != "auto", config.min_recall, path, file)
+
+    @property
+    def begins_with_trunk(self) -> bool:
+        return self.name in ("trunk", "fitted")
+
+    @property
+    def has_codebook(self) -> bool:
+        return self.name in ("lexical", "fitted") and self.file is not None and self.file.has_codebook
+
+    def check(self, policy: PoolPolicy) -> None:
+        """Raises InvalidRequest for a policy that needs a pass where there will be none, as far as is known now."""
+        check_source(policy, has_pass=self.name != "prefill", has_codebook=self.has_codebook)
+
+    @property
+    def stand_ins(self) -> dict[int, np.ndarray]:
+        """What the trunk has in place of its layers' experts; nothing where nothing was fitted."""
+        return {} if self.file is None else self.file.stand_ins
+
+    def passes(self, model: PredictedModel, trunk: Callable[[], TrunkScorer], host: TrunkHost | None = None) -> Passes:
+        """Makes the passes for a model. `trunk` loads its trunk, with the stand-ins, and is called when it is first
+        used; called again, it returns the same. `host` runs it, where it does not run in this process.
+
+        Raises ConfigError for a model that no pass can read, CheckpointError for a file of another model.
+        """
+        if model.unread_gates and self.is_chosen and self.name != "prefill":
+            raise ConfigError(
+                f"router.router is {self.name!r}, and no predictor reads the gates of {model.unread_gates}, which "
                 "pick in ways of their own; leave it out, so that each prompt's prefill chooses its pool"
             )
-        name = "prefill"
-    elif name == "auto":
-        name = "fitted" if path.exists() else "trunk"
-    if name in ("lexical", "fitted") and not path.exists():
-        raise ConfigError(
-            f"router.router is {name!r}, and its file {path} is missing; make it with `expert-pager fit-router "
-            f"{opened.checkpoint.path} --documents FILE`, or serve with --predictor trunk"
-        )
-    if config.min_recall is not None and (name == "prefill" or not path.exists()):
-        what = (
-            "router.router is 'prefill', which predicts nothing"
-            if name == "prefill"
-            else f"its estimate needs {path}, which is missing"
-        )
-        raise ConfigError(f"router.min_recall would have no effect: {what}; leave it out")
-    if name == "prefill":
-        return Passes()
-
-    file = PredictorFile.load(path, opened.checkpoint.fingerprint) if path.exists() else None
-
-    @cache
-    def trunk() -> TrunkPredictor:
-        # The workers need the cores; a routing-only pass is short and runs one at a time.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-        return TrunkPredictor(opened, resolve_device(config.device), file.stand_ins if file else None)
-
-    if file is None:
-        return Passes({"trunk": trunk}, ("trunk",))
-    lexical = cache(lambda: LexicalPredictor(file))
-    available: dict[str, Callable[[], Scorer]] = {"lexical": lexical}
-    chain = {"lexical": ("lexical", "fitted"), "trunk": ("trunk",), "fitted": ("fitted",)}[name]
-    min_recall = MIN_RECALL if config.min_recall is None else config.min_recall
-    if name == "lexical" and min_recall == 0:
-        chain = ("lexical",)  # every pool is good enough then, so the trunk is never used
-    else:
-        available |= {"trunk": trunk, "fitted": cache(lambda: FittedPredictor(file, trunk()))}
-    codebook = None if name == "trunk" else Codebook.of(file, opened.facts)
-    return Passes(available, chain, file.expected_recall, min_recall, codebook)
-
-
-def load_first(passes: Passes) -> None:
-    """Loads the first pass, so that the first prompt need not wait for it. Raises CheckpointError."""
-    for name in passes.chain[:1]:
-        passes.available[name]()
+        if model.unread_gates and self.min_recall is not None:
+            raise ConfigError(
+                f"router.min_recall would have no effect: no predictor reads the gates of {model.unread_gates}; "
+                "leave it out"
+            )
+        if model.unread_gates or self.name == "prefill":
+            return Passes()
+        file = self.file
+        if file is None:
+            return Passes({"trunk": trunk}, ("trunk",), trunk=host)
+        file.check_model(model.fingerprint, self.path)
+        available: dict[str, Callable[[], Scorer]] = {"lexical": cache(lambda: LexicalPredictor(file))}
+        chain = {"lexical": ("lexical", "fitted"), "trunk": ("trunk",), "fitted": ("fitted",)}[self.name]
+        min_recall = MIN_RECALL if self.min_recall is None else self.min_recall
+        if self.name == "lexical" and min_recall == 0:
+            chain = ("lexical",)  # every pool is good enough then, so the trunk is never used
+        else:
+            available |= {"trunk": trunk, "fitted": cache(lambda: FittedPredictor(file, trunk()))}
+        codebook = Codebook.of(file, model.facts) if self.has_codebook else None
+        return Passes(available, chain, file.expected_recall, min_recall, codebook, host)

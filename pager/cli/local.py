@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -23,10 +24,11 @@ from pager.engine.paged_model import load_paged_model
 from pager.errors import InvalidRequest
 from pager.lab.methods import current_name, method_of, select
 from pager.lab.recording import Probe
-from pager.memory import Budgets
+from pager.memory import Budgets, resolve_device
 from pager.models.open_model import OpenModel
 from pager.pools.drift import check_can_drift
 from pager.pools.pick import check_example, check_num_examples, mean_scores, pick_pool, pool_for, resolve_size
+from pager.predict.trunk import TrunkPredictor
 from pager.sampling import filled
 from pager.tokenizing import read_tokenizer
 from pager.types import (
@@ -43,7 +45,7 @@ from pager.types import (
     SamplingParams,
     TokenChunk,
 )
-from router_service.prediction import build_passes
+from router_service.prediction import Passes, PassPlan, PredictedModel
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -100,7 +102,7 @@ class Local:
             raise InvalidRequest(f"--predictor is one of lexical, trunk and fitted, not {router!r}")
         with self._open() as opened:
             _check_ids(ids, opened)
-            passes = build_passes(opened, RouterConfig(router=router, device=self.device))
+            passes = self._passes(opened, router)
             scores = passes.available[passes.chain[0]]().scores(ids)
             if named is not None:
                 return Routed(scores, pool_for(named, opened.checkpoint.fingerprint, opened.facts), None)
@@ -135,7 +137,7 @@ class Local:
             token_ids = [encode(tokenizer, text) for text in examples]
             for index, ids in enumerate(token_ids):
                 check_example(index, len(ids), int(opened.config.max_position_embeddings))
-            passes = build_passes(opened, RouterConfig(device=self.device))
+            passes = self._passes(opened)
             method = method or ("fitted" if "fitted" in passes.available else "mean")
             if method in passes.available:
                 scores = mean_scores([passes.available[method]().scores(ids) for ids in token_ids])
@@ -177,12 +179,20 @@ class Local:
     def _shared(self, ids: tuple[int, ...], policy: PoolPolicy) -> PoolPolicy:
         """The pool of the codeword that covers the prompt, else one of its own. Raises InvalidRequest."""
         with self._open() as opened:
-            passes = build_passes(opened, RouterConfig(device=self.device))
+            passes = self._passes(opened)
             passes.check(policy)
             assert passes.codebook is not None
             scores, trunk = (passes.available[name]().scores(ids) for name in ("lexical", "trunk"))
             codeword = passes.codebook.assign(scores, policy.size, trunk)
             return PoolPolicy(source=PoolSource.FIXED, fixed=codeword.pool, drift=policy.drift)
+
+    def _passes(self, opened: OpenModel, router: str = "auto") -> Passes:
+        planned = PassPlan.read(self.model, RouterConfig(router=router, device=self.device))
+        unread = "" if opened.family.gates_are_known else opened.family.model_type
+        model = PredictedModel(opened.checkpoint.fingerprint, opened.facts, unread)
+        return planned.passes(
+            model, cache(lambda: TrunkPredictor(opened, resolve_device(self.device), planned.stand_ins))
+        )
 
     @contextmanager
     def _open(self) -> Iterator[OpenModel]:

@@ -47,11 +47,12 @@ DRAIN_POLL_S = 0.02
 
 
 class Lost(Exception):
-    """Raised when this process of the worker is lost."""
+    """Raised when this process of the worker is lost. With `ends_start`, the service does not start because of it."""
 
-    def __init__(self, state: WorkerState, why: str) -> None:
+    def __init__(self, state: WorkerState, why: str, *, ends_start: bool = False) -> None:
         super().__init__(why)
         self.state = state
+        self.ends_start = ends_start
 
 
 class Drained(Lost):
@@ -153,7 +154,7 @@ class WorkerSupervisor:
             if isinstance(lost, Drained):
                 log.info("%s has drained and is started again", self.id)
                 self._num_losses = 0
-            else:
+            elif not lost.ends_start:  # otherwise the start ends with this error, and whoever started it reports it
                 log.warning("%s is %s: %s", self.id, lost.state, lost)
             self._enter(lost.state)
             try:
@@ -166,6 +167,8 @@ class WorkerSupervisor:
                 self.first_ready.set_exception(WorkerLost(f"{self.id} was lost {times}; the last time: {lost}"))
             pause_s = FIRST_PAUSE_S * 2 ** min(self._num_losses - 1, MOST_DOUBLINGS)
             await asyncio.sleep(min(self._launcher.longest_pause_s, pause_s))
+            if lost.ends_start:  # another worker was ready before, and the start went on
+                log.warning("%s was %s: %s", self.id, lost.state, lost)
             self._num_restarts += 1
             self._enter(WorkerState.STARTING)
 
@@ -182,9 +185,10 @@ class WorkerSupervisor:
         except PagerError as error:
             # While starting, an error that the operator can mend ends the start; later the supervisor keeps
             # trying.
-            if not error.retryable and not self.first_ready.done():
+            ends_start = not error.retryable and not self.first_ready.done()
+            if ends_start:
                 self.first_ready.set_exception(error)
-            return Lost(WorkerState.DEAD, error.message)
+            return Lost(WorkerState.DEAD, error.message, ends_start=ends_start)
         except ray.exceptions.RayError as error:
             return Lost(WorkerState.DEAD, _first_line(error))
         except Exception as error:

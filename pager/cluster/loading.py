@@ -146,6 +146,7 @@ def _info(config: ServiceConfig, paged: PagedModel) -> LoadedModel:
         sampling=paged.default_sampling,
         num_slots=plan.num_slots,
         expert_bytes=plan.expert_bytes,
+        unread_gates="" if paged.family.gates_are_known else paged.family.model_type,
         plan_facts=plan.to_dict() | {"num_threads": torch.get_num_threads()},
         plan="\n".join((*describe(plan), *([EMBEDDED_RAY] if config.cluster.joined is None else []))),
         tokenizer_class=_tokenizer_class(Path(config.model.path)),

@@ -199,6 +199,7 @@ class LoadedModel(ModelInfo):
     device: str = ""
     expert_bytes: int = 0
     plan_facts: dict[str, Any] = field(default_factory=dict)
+    unread_gates: str = ""  # its type, where its gates pick in ways of their own, which no predictor reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from pager.errors import InvalidRequest, PagerError
 from pager.lab.recording import Forwards, GateMeans, PooledOutcome, Probe, experts_in_bulk
 from pager.memory import Budgets
 from pager.models.open_model import OpenModel
-from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
-from pager.predict.trunk import FittedPredictor, TrunkPredictor
+from pager.predict.fitted import PREDICTOR_NAME, FittedPredictor, LexicalPredictor, PredictorFile
+from pager.predict.trunk import TrunkPredictor
 from pager.reading import document_of, read_documents, read_lines, reason_of
 from pager.tokenizing import encode_all, read_tokenizer
 from pager.types import RoutingScores

@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -91,6 +92,7 @@ def _overlap(pool: ExpertPool, other: ExpertPool) -> np.ndarray:
 
 PREDICTOR_NAME = "router.safetensors"
 FORMAT = "expert-pager-router-2"
+AGAIN = "make it with `expert-pager fit-router`"
 FLOOR = 1e-6  # of a probability: every expert keeps a place in the order
 PASSES = ("lexical", "fitted")
 STAND_IN = "stand_in."
@@ -138,32 +140,38 @@ class PredictorFile:
     facts: Mapping[str, str]  # how it was fitted, for people
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str) -> PredictorFile:
-        """Reads the file; `path` may be the model's folder.
+    def load(cls, path: Path, fingerprint: str | None = None) -> PredictorFile:
+        """Reads the file; `path` may be the model's folder. Without a fingerprint, the model is left to be checked.
 
         Raises CheckpointError if missing, damaged or another model's.
         """
         file = path / PREDICTOR_NAME if path.is_dir() else path
-        again = "make it with `expert-pager fit-router`"
         if not file.is_file():
-            raise CheckpointError(f"there is no {file}; {again}")
+            raise CheckpointError(f"there is no {file}; {AGAIN}")
         try:
             with safe_open(file, framework="numpy") as stored:
                 header = (stored.metadata() or {}).get(FORMAT)
                 weights = {name: stored.get_tensor(name).astype(np.float32) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:  # a dtype that numpy lacks
-            raise CheckpointError(f"{file} cannot be read ({one_line(error)}); {again}") from error
+            raise CheckpointError(f"{file} cannot be read ({one_line(error)}); {AGAIN}") from error
         if header is None:
-            raise CheckpointError(f"{file} is not a file of fitted predictors in the format {FORMAT}; {again}")
+            raise CheckpointError(f"{file} is not a file of fitted predictors in the format {FORMAT}; {AGAIN}")
         try:
             facts = parse_json(header)
             found, routed = str(facts["fingerprint"]), tuple(int(count) for count in facts["routed_per_layer"])
             made = cls(found, routed, _checked(weights, routed), facts["facts"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{file} is damaged ({error}); {again}") from error
-        if found != fingerprint:
-            raise CheckpointError(f"{file} was fitted to the model {found} and this one is {fingerprint}; {again}")
+            raise CheckpointError(f"{file} is damaged ({error}); {AGAIN}") from error
+        if fingerprint is not None:
+            made.check_model(fingerprint, file)
         return made
+
+    def check_model(self, fingerprint: str, file: Path) -> None:
+        """Raises CheckpointError unless the maps, which `file` holds, were fitted to the model of this fingerprint."""
+        if self.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{file} was fitted to the model {self.fingerprint} and this one is {fingerprint}; {AGAIN}"
+            )
 
     def save(self, path: Path) -> int:
         """Writes the file whole or not at all and returns its size in bytes.
@@ -184,6 +192,10 @@ class PredictorFile:
 
     def stage(self, name: str) -> Stage:
         return Stage(*(self.weights[f"{name}.{part}"] for part in ("keys", "offsets", "head", "mean")))
+
+    @property
+    def has_codebook(self) -> bool:
+        return MEANS in self.weights
 
     @property
     def stand_ins(self) -> dict[int, np.ndarray]:
@@ -253,6 +265,40 @@ class CombinedMap:
         trunk_O = np.concatenate(trunk.mean_LR).astype(np.float32) - self._trunk_mean_O
         inputs_I = np.concatenate([features_Z, trunk_O])
         return self.file.as_scores(self._stage.outputs(inputs_I @ self._down_IZ), "fitted", trunk.num_tokens, trunk)
+
+
+class TrunkScorer(Protocol):
+    """The pass that runs the model's trunk: a `TrunkPredictor`, wherever it runs."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def has_stand_ins(self) -> bool: ...
+    def scores(self, token_ids: Sequence[int], /) -> RoutingScores: ...
+
+
+class FittedPredictor:
+    """Scores prompts with a model's trunk and its `router.safetensors`. As the trunk, not thread-safe."""
+
+    def __init__(self, file: PredictorFile, trunk: TrunkScorer) -> None:
+        """Combines file and trunk. Raises CheckpointError unless both are of the same model."""
+        if file.fingerprint != trunk.fingerprint:
+            raise CheckpointError(
+                f"the predictor was fitted to the model {file.fingerprint} and the trunk is of {trunk.fingerprint}; "
+                "fit it again with `expert-pager fit-router`"
+            )
+        if bool(file.stand_ins) != trunk.has_stand_ins:
+            raise CheckpointError(
+                "the trunk must be loaded with the stand-ins of its predictor file, and only with those"
+            )
+        self.file = file
+        self.trunk = trunk
+        self._lexical = LexicalPredictor(file)
+        self._map = CombinedMap(file)
+
+    def scores(self, token_ids: Sequence[int]) -> RoutingScores:
+        """Scores a prompt. Raises InvalidRequest for an empty one and for token ids outside the vocabulary."""
+        return self._map.scores(self._lexical.features(token_ids), self.trunk.scores(token_ids))
 
 
 def _checked(weights: Mapping[str, np.ndarray], routed_per_layer: Sequence[int]) -> Mapping[str, np.ndarray]:
@@ -354,7 +400,7 @@ class Codebook:
     @classmethod
     def of(cls, file: PredictorFile, facts: RoutingFacts) -> Codebook | None:
         """The codebook of a file; None where the file was fitted without one."""
-        return cls(file.weights, facts) if MEANS in file.weights else None
+        return cls(file.weights, facts) if file.has_codebook else None
 
     def with_learned(self, names: Sequence[str], means: Sequence[np.ndarray]) -> Codebook:
         """The fitted codewords with learned ones of these means [O], and pools of all sizes that this codebook has.

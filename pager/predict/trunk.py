@@ -1,4 +1,4 @@
-"""The predictors that run the model's trunk: alone, and together with the fitted maps."""
+"""The predictor that runs the model's trunk."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from pager.errors import CheckpointError, InvalidRequest
+from pager.errors import InvalidRequest
 from pager.models.families import routed_probabilities
 from pager.models.open_model import OpenModel, moe_blocks
-from pager.predict.fitted import CombinedMap, LexicalPredictor, PredictorFile
 from pager.store.expert_source import ExpertSource
 from pager.types import ExpertKey, RoutingFacts, RoutingScores
 
@@ -159,27 +158,3 @@ def routing_only_experts(module: Any, hidden_TD: Tensor, _: Tensor, weights_TK: 
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, routing_only_experts)
-
-
-class FittedPredictor:
-    """Scores prompts with a model's trunk and its `router.safetensors`. Not thread-safe: one pass at a time."""
-
-    def __init__(self, file: PredictorFile, trunk: TrunkPredictor) -> None:
-        """Combines file and trunk. Raises CheckpointError unless both are of the same model."""
-        if file.fingerprint != trunk.fingerprint:
-            raise CheckpointError(
-                f"the predictor was fitted to the model {file.fingerprint} and the trunk is of {trunk.fingerprint}; "
-                "fit it again with `expert-pager fit-router`"
-            )
-        if bool(file.stand_ins) != trunk.has_stand_ins:
-            raise CheckpointError(
-                "the trunk must be loaded with the stand-ins of its predictor file, and only with those"
-            )
-        self.file = file
-        self.trunk = trunk
-        self._lexical = LexicalPredictor(file)
-        self._map = CombinedMap(file)
-
-    def scores(self, token_ids: Sequence[int]) -> RoutingScores:
-        """Scores a prompt. Raises InvalidRequest for an empty one and for token ids outside the vocabulary."""
-        return self._map.scores(self._lexical.features(token_ids), self.trunk.scores(token_ids))

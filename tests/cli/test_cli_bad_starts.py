@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pager.cluster.loading import load_engine
+from pager.cluster.placement import LoadedModel
+from pager.cluster.worker import WorkerObserver
+from pager.config import load_config
+from pager.errors import PagerError, PoolTooLarge, PoolTooSmall
+from pager.types import Count, Counts, Full, RoutingFacts
+from router_service.app import check_fits
 from tests.cli.conftest import Run
 from tests.support.files import CHECKPOINT
 
 SECOND_SHARD = "model-00002-of-00003.safetensors"
 SECRET = "never-to-be-shown"
+PORTS = ("--port", 0, "--http-port", 0, "--metrics-port", 0)
 
 
 def lose_shard(folder: Path) -> None:
@@ -69,33 +78,59 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "trunk of another shape": (change_config(vocab_size=300), ("embed_tokens", "(256, 64)", "(300, 64)")),
     "an expert of another dtype": (change_dtype("down_proj.weight"), ("down_proj", "int32")),
 }
-# Options and environment, and what the error has to name.
-SETTINGS: dict[str, tuple[dict[str, str], dict[str, str], tuple[str, ...]]] = {
-    "expert memory below one token": ({"--expert-memory": "30KiB"}, {}, ("30KiB", "one token needs 3", "36864")),
-    "more than the machine has": ({"--expert-memory": "900TiB"}, {}, ("900TiB", "main memory")),
-    "a default pool beyond the slots": ({"--expert-memory": "10%", "--pool": "14"}, {}, ("56", "expert_memory")),
-    "a Redis URL that is none": ({}, {"REDIS_URL": f"redis://:{SECRET}@127.0.0.1:port/0"}, ("Redis URL",)),
+# Budgets, and what the error has to name.
+BUDGETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "expert memory below one token": ("30KiB", ("30KiB", "one token needs 3", "36864")),
+    "more than the machine has": ("900TiB", ("900TiB", "main memory")),
 }
 
 
-@pytest.mark.parametrize("name", [*DAMAGES, *SETTINGS])
-def test_a_start_that_can_not_be_is_one_line(
-    run: Run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, options = CHECKPOINT, list[str]()
+@pytest.mark.parametrize("name", [*DAMAGES, *BUDGETS])
+def test_what_a_worker_can_not_load_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, memory = CHECKPOINT, "100%"
     if name in DAMAGES:
         damage, named = DAMAGES[name]
         path = Path(shutil.copytree(CHECKPOINT, tmp_path / "damaged"))
         damage(path)
     else:
-        pairs, env, named = SETTINGS[name]
-        options = [word for pair in pairs.items() for word in pair]
-        for key, value in env.items():
-            monkeypatch.setenv(key, value)
-    done = run("serve", path, "--port", 0, "--http-port", 0, "--metrics-port", 0, "--device", "cpu", *options)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1, done.stderr
+        memory, named = BUDGETS[name]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {"model.path": str(path), "workers.device": "cpu", "workers.expert_memory": memory}
+    with pytest.raises(PagerError) as caught:
+        load_engine(load_config(env={}, overrides=settings), lambda events: None, WorkerObserver(), None)
+    assert not caught.value.retryable, "the start would go on"
+    assert "\n" not in caught.value.message
     for words in named:
-        assert words in done.stderr
+        assert words in caught.value.message
+
+
+@pytest.mark.usefixtures("ray_runtime")
+def test_what_a_worker_can_not_load_ends_the_service(process: Run, tmp_path: Path) -> None:
+    truncate(Path(shutil.copytree(CHECKPOINT, tmp_path / "damaged")))
+    done = process("serve", tmp_path / "damaged", *PORTS, "--device", "cpu")
+    assert (done.returncode, done.stdout) == (1, "")
+    error = done.stderr.splitlines()[-1]  # after what Ray says of itself and of the machine
+    assert error.startswith("error: ")
+    assert SECOND_SHARD in error
+    assert done.stderr.count(SECOND_SHARD) == 1, "nothing else reports it"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_redis_url_that_is_none_is_not_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", f"redis://:{SECRET}@127.0.0.1:port/0")
+    done = run("serve", CHECKPOINT, *PORTS)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert "Redis URL" in done.stderr
     assert SECRET not in done.stderr
+
+
+def test_a_default_pool_has_to_fit() -> None:
+    facts = RoutingFacts((16,) * 4, (1,) * 4, (3,) * 4)
+    model = LoadedModel("m", "f", 8, 8, 8, facts, "", "", "", num_slots=6)
+    with pytest.raises(PoolTooLarge, match="needs 56 expert slots and this worker has 6") as caught:
+        check_fits(Count(14), model)
+    assert caught.value.field == "pools.default_size"
+    with pytest.raises(PoolTooSmall, match="smaller than the 3"):
+        check_fits(Count(1), model)
+    for fits in (Full(), Counts((1, 1, 2, 2))):
+        check_fits(fits, replace(model, facts=replace(facts, top_k_per_layer=(1, 1, 1, 1))))

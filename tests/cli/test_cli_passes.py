@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import GptOssConfig, GptOssForCausalLM
 
-import router_service.prediction
 from pager.config import RouterConfig
 from pager.errors import CheckpointError, ConfigError
 from pager.models.open_model import OpenModel
 from pager.pools.pick import pick_pool
 from pager.predict.fitted import PREDICTOR_NAME, PredictorFile, num_features
+from pager.predict.trunk import TrunkPredictor
 from pager.types import Count, RoutingFacts
-from router_service.prediction import Passes, build_passes
+from router_service.prediction import Passes, PassPlan, PredictedModel
+from tests.support.files import EMO_TINY, ROOT
 
 OUTPUTS = 3 * 8
 FACTS = RoutingFacts((9, 9, 9), (1, 1, 1), (2, 2, 2))
@@ -64,9 +68,12 @@ def fit(checkpoint: Path, tmp_path: Path) -> Fit:
 
 @contextmanager
 def passes_of(folder: Path, **choices: object) -> Iterator[Passes]:
+    planned = PassPlan.read(folder, RouterConfig(**choices))  # type: ignore[arg-type]
     opened = OpenModel.open(folder)
     with opened.checkpoint:
-        yield build_passes(opened, RouterConfig(**choices))  # type: ignore[arg-type]
+        unread = "" if opened.family.gates_are_known else opened.family.model_type
+        model = PredictedModel(opened.checkpoint.fingerprint, opened.facts, unread)
+        yield planned.passes(model, cache(lambda: TrunkPredictor(opened, "cpu", planned.stand_ins)))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +110,7 @@ def test_lexical_loads_no_trunk_until_it_is_wanted(fit: Fit, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise Wanted
 
-    monkeypatch.setattr(router_service.prediction, "TrunkPredictor", refuse)
+    monkeypatch.setattr(TrunkPredictor, "__init__", refuse)
     folder = fit()
     with passes_of(folder, router="lexical") as passes:
         assert passes.available["lexical"]().scores([1]).source == "lexical"
@@ -131,9 +138,14 @@ def test_gates_that_pick_in_ways_of_their_own_leave_the_choice_to_the_prefill(tm
     for router in ("auto", "prefill"):
         with passes_of(tmp_path, router=router) as passes:
             assert passes == Passes()
+    model = PredictedModel("any", FACTS, "gpt_oss")
     for router in ("lexical", "trunk", "fitted"):
+        planned = PassPlan(router, True, None, tmp_path / PREDICTOR_NAME, None)
         with pytest.raises(ConfigError, match=f"'{router}', and no predictor reads the gates of gpt_oss"):
-            passes_of(tmp_path, router=router).__enter__()
+            planned.passes(model, pytest.fail)
+    for min_recall in (0.0, 0.7):
+        with pytest.raises(ConfigError, match=r"router\.min_recall would have no effect: no predictor reads the gates"):
+            PassPlan("trunk", False, min_recall, tmp_path / PREDICTOR_NAME, None).passes(model, pytest.fail)
 
 
 def test_a_router_fitted_to_another_model_is_refused(fit: Fit) -> None:
@@ -143,3 +155,28 @@ def test_a_router_fitted_to_another_model_is_refused(fit: Fit) -> None:
             pass
     with passes_of(folder, router="prefill") as passes:
         assert not passes.available
+
+
+def test_a_router_with_a_codebook_needs_neither_torch_nor_transformers() -> None:
+    program = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None  # which fails any import of them
+from pathlib import Path
+import router_service.app
+from pager.cli import serve
+from pager.config import RouterConfig
+from pager.tokenizing import read_tokenizer
+from pager.types import RoutingFacts, Share
+from router_service.chat import ChatTemplate
+from router_service.prediction import PassPlan, PredictedModel
+model = Path({str(EMO_TINY)!r})
+planned = PassPlan.read(model, RouterConfig(router="lexical"))
+routed = planned.file.routed_per_layer
+facts = RoutingFacts(tuple(n + 1 for n in routed), (1,) * len(routed), (8,) * len(routed))
+passes = planned.passes(PredictedModel(planned.file.fingerprint, facts), lambda: sys.exit("the trunk was loaded"))
+text = ChatTemplate.read(model).render([dict(role="user", content="SELECT 1")], None)
+scores = passes.available["lexical"]().scores(read_tokenizer(model).encode(text).ids)
+print(passes.codebook.assign(scores, Share(0.125)).name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.startswith("c"), done.stderr

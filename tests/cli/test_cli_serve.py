@@ -194,10 +194,6 @@ def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint:
     assert "did you mean 'router.port'?" in done.stderr
     for arguments, message in {
         (tmp_path / "absent",): "is not a directory",
-        (checkpoint, "--expert-memory", "1%"): "one token needs 2 of a layer",
-        (checkpoint, "--expert-memory", "900TiB"): "found in main memory",
-        (checkpoint, "--expert-memory", "25%", "--pool", "4"): "needs 12 expert slots and this worker has 6",
-        (checkpoint, "--pool", "1"): "smaller than the 2",
         (checkpoint, "--predictor", "fitted"): "make it with `expert-pager fit-router",
         (checkpoint, "--router", "best"): "one of auto, lexical, trunk, fitted, prefill, not 'best'",
         (checkpoint, "--predictor", "prefill", "--pool", "32KiB"): "would have no effect",
@@ -209,9 +205,19 @@ def test_a_start_that_can_not_be_is_one_line(process: Run, run: Run, checkpoint:
 
 
 @pytest.mark.usefixtures("ray_runtime")
+def test_a_default_pool_that_no_worker_has_room_for_is_one_line(process: Run, checkpoint: Path) -> None:
+    ports = ("--port", 0, "--http-port", 0, "--metrics-port", 0)
+    done = process("serve", checkpoint, "--expert-memory", "25%", "--pool", "4", "--device", "cpu", *ports)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "needs 12 expert slots and this worker has 6" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("ray_runtime")
 def test_interrupting_serve_is_clean(checkpoint: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with serving(checkpoint, log, "--expert-memory", "50%") as (process, _):
+    with serving(checkpoint, log, "--expert-memory", "50%", "--predictor", "prefill") as (process, _):
+        assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "this router runs no trunk"
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
     assert "Traceback" not in log.read_text()

@@ -19,9 +19,6 @@ from pager.cluster.worker import Worker, WorkerObserver
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig, load_config
 from pager.errors import BudgetError, ConfigError, PortInUse
 from pager.memory import Machine
-from pager.models.open_model import OpenModel
-from pager.types import Full
-from router_service.app import check_plan
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "golden" / "ckpt_emo_tiny"
 NAMESPACE = f"per-node-tests-{os.getpid()}"
@@ -109,7 +106,7 @@ def test_a_node_is_divided_among_those_on_it(count: int, per_node: int | None, s
 
 
 @pytest.mark.parametrize(("count", "per_node", "fits"), [(1, None, True), (2, None, True), (2, 2, True), (2, 4, False)])
-def test_the_router_plans_for_its_workers_as_they_do(
+def test_a_worker_plans_with_its_part_of_the_node(
     monkeypatch: pytest.MonkeyPatch, count: int, per_node: int | None, fits: bool
 ) -> None:
     found = Machine(128 * 2**20)  # for two of these workers, not for four
@@ -117,17 +114,8 @@ def test_the_router_plans_for_its_workers_as_they_do(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     asked = config(count=count, per_node=per_node, max_running=4)
 
-    def plan_of_the_router() -> None:
-        opened = OpenModel.open(asked.model.path, asked.model.dtype)
-        with opened.checkpoint:
-            check_plan(opened, asked, Full())
-
-    def plan_of_a_worker() -> None:
+    with nullcontext() if fits else pytest.raises(BudgetError, match=r"of the 32\.0 MiB found"):
         load_engine(asked, lambda events: None, WorkerObserver(), None).close()
-
-    for planned in (plan_of_the_router, plan_of_a_worker):
-        with nullcontext() if fits else pytest.raises(BudgetError, match=r"of the 32\.0 MiB found"):
-            planned()
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from pager import Count
 from pager.models.open_model import OpenModel
 from pager.pools.pick import parse_pool_size, pick_pool
-from pager.predict.fitted import PredictorFile
-from pager.predict.trunk import FittedPredictor, TrunkPredictor
+from pager.predict.fitted import FittedPredictor, PredictorFile
+from pager.predict.trunk import TrunkPredictor
 
 CODE = "def mean(values):\n    total = 0\n    for value in values:\n"
 LAW = "The court finds that the defendant, having been duly notified, "

@@ -17,8 +17,8 @@ from pager.errors import CheckpointError, InvalidRequest
 from pager.lab.fit import PENALTY, DocumentReader, DocumentReading, Fit, StandInFit, StandIns, fit_router
 from pager.memory import Budgets
 from pager.pools.pick import pick_pool
-from pager.predict.fitted import LexicalPredictor
-from pager.predict.trunk import FittedPredictor, TrunkPredictor
+from pager.predict.fitted import FittedPredictor, LexicalPredictor
+from pager.predict.trunk import TrunkPredictor
 from pager.types import Count, PoolPolicy, Share
 
 pytestmark = pytest.mark.slow

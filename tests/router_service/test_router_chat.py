@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import AsyncOpenAI
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from pager.errors import ConfigError, InvalidRequest
 from pager.tokenizing import special_texts
@@ -20,9 +21,11 @@ from router_service.api import Api
 from router_service.chat import ChatTemplate, forced_call, forced_call_schema, tool_parser
 from router_service.prediction import TextEncoder
 from tests.support.checkpoints import byte_tokenizer
+from tests.support.files import EMO_TINY
 from tests.support.values import some
 
-TOOL = {"type": "function", "function": {"name": "rooms", "parameters": {"type": "object", "properties": {}}}}
+FUNCTION = {"name": "rooms", "parameters": {"type": "object", "properties": {}}}
+TOOL: dict[str, Any] = {"type": "function", "function": FUNCTION}
 HERMES = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}<tool_call>{% endif %}"
 
 
@@ -73,12 +76,52 @@ def test_a_template_is_the_file_else_the_models_own(tmp_path: Path) -> None:
         ChatTemplate.read(tmp_path, tmp_path / "none.jinja")
 
 
+# Templates that use all that transformers gives them: its names and filters, its tag, and its spelling of white space.
+SOURCES = {
+    "emo-tiny": (EMO_TINY / "chat_template.jinja").read_text(),
+    "hermes": HERMES,
+    "tools": "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ messages | tojson }} {{ documents }}",
+    "blocks": "{% for m in messages %}\n  {% if loop.last %}\n  {% break %}\n  {% endif %}\n x\n{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "dictionary": "{{ dict(a=1, b='<&>') | tojson }}{{ dict.fromkeys('ab') }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.role }}{{ bos_token }}{% endgeneration %}{% endfor %}",
+    "reasoning": "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}|{{ m.reasoning }};{% endfor %}",
+    "date": "{{ strftime_now('%Y') }}{{ add_generation_prompt }}",
+    "absent": "{{ messages[0].absent }}{{ nothing }}{% if nothing is defined %}x{% endif %}",
+}
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "¿<b>?"}],
+    [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "t"}]},
+        {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [TOOL]},
+        {"role": "tool", "content": "{}", "thinking": "t"},
+        {"role": "assistant", "content": "c", "reasoning_content": "rc", "reasoning": "r"},
+    ],
+]
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_a_template_reads_as_it_does_in_transformers(source: str) -> None:
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    for messages in CONVERSATIONS:
+        for tools in (None, [TOOL]):
+            (expected,), _ = render_jinja_template(
+                [messages], tools=tools, chat_template=source, add_generation_prompt=True, **names
+            )
+            assert ChatTemplate(source, names).render(messages, tools) == expected
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
         ("{{ raise_exception('roles alternate') }}", "roles alternate"),
         ("{{ messages[0].content.nothing.at_all }}", "UndefinedError|has no attribute|undefined"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
+        ("{{ messages.append(1) }}", "is unsafe"),
+        ("{{ namespace(__init__=1) }}", "begins with an underscore"),
+        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "begins with an underscore"),
+        ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ 'x' * 100000000 }}", "characters; send less"),
     ],
 )
@@ -101,7 +144,7 @@ def test_calls_between_tags_are_taken_out_of_the_text(hermes: ChatTemplate) -> N
 
 def test_a_forced_call_has_the_schema_of_its_tool() -> None:
     schema = json.loads(forced_call_schema([TOOL], "rooms"))
-    assert schema["properties"]["arguments"] == TOOL["function"]["parameters"]  # type: ignore[index]
+    assert schema["properties"]["arguments"] == FUNCTION["parameters"]
     assert set(json.loads(forced_call_schema([TOOL, TOOL], None))) == {"anyOf"}
     with pytest.raises(InvalidRequest, match="not among `tools`"):
         forced_call_schema([TOOL], "baths")
@@ -124,7 +167,7 @@ async def test_a_streamed_response_has_calls_of_tools_as_calls(
 ) -> None:
     """The workers answer with the prompt."""
     text = f'{beside}<tool_call>{{"name": "rooms", "arguments": {{"floor": 2}}}}</tool_call>'
-    tool: Any = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
+    tool: Any = {"type": "function", **TOOL["function"]}
     ask: Any = {"model": "tiny", "input": text, "tools": [tool], "max_output_tokens": len(text)}
     async with (
         serve(model=replace(model, context_length=512, kv_token_limit=512)) as service,

@@ -109,11 +109,8 @@ class Api:
     async def completions(self, exchange: Exchange, tenant: str) -> None:
         """Answers POST /v1/completions."""
         asked = openai.CompletionRequest.read(await exchange.json())
+        asked.check()
         call, answers = new_call(exchange, tenant), max(asked.n or 1, asked.best_of or 1)
-        if asked.stream and asked.best_of is not None and asked.best_of > (asked.n or 1):
-            raise InvalidRequest("`best_of` cannot be streamed: the best is known only at the end", field="best_of")
-        if asked.max_tokens == 0 and not asked.echo:
-            raise InvalidRequest("`max_tokens` 0 asks for nothing without `echo`", field="max_tokens")
         _tell_user(asked.user_digest)
         prompts: list[str | Sequence[int]] = list(asked.prompts())
         if len(prompts) * answers > openai.MAX_CHOICES:
@@ -192,6 +189,7 @@ class Api:
     async def chat(self, exchange: Exchange, tenant: str) -> None:
         """Answers POST /v1/chat/completions."""
         asked = openai.ChatRequest.read(await exchange.json())
+        asked.check()
         call = new_call(exchange, tenant)
         _tell_user(asked.user_digest)
         prompt = await self._rendered(call, lambda: asked.prompt(self._template))
@@ -268,7 +266,7 @@ class Api:
         asked = openai.ResponsesRequest.read(await exchange.json())
         call = new_call(exchange, tenant)
         _tell_user(asked.user_digest)
-        prompt = await self._rendered(call, lambda: asked.prompt(self._template))
+        prompt = await self._rendered(call, lambda: asked.prompt(self._template), "input")
         ask = self._ask(asked, asked.sampling_of(self._pipeline.model.token_limit), prompt, call)
         choice, id_ = Choice(0, 0), openai.new_id("resp")
         if not asked.stream:
@@ -462,10 +460,16 @@ class Api:
     async def _ids(self, call: Call, prompt: str | Sequence[int]) -> Sequence[int]:
         return await self._pipeline.tokenize(call, prompt) if isinstance(prompt, str) else prompt
 
-    async def _rendered(self, call: Call, render: Callable[[], str]) -> Sequence[int]:
-        """Returns the tokens of a rendered template, which already contains the special tokens that it needs."""
+    async def _rendered(self, call: Call, render: Callable[[], str], field: str = "messages") -> Sequence[int]:
+        """Returns the tokens of a rendered template, which already contains the special tokens that it needs. Errors
+        name the `field` that was rendered.
+        """
         text = await asyncio.to_thread(render)
-        return await self._pipeline.tokenize(call, text, add_special_tokens=False)
+        try:
+            return await self._pipeline.tokenize(call, text, add_special_tokens=False)
+        except PagerError as error:
+            error.field = field if error.field == "text" else error.field
+            raise
 
     def _known_texts(self) -> TokenTexts:
         if self._texts is None:

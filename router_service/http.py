@@ -563,9 +563,14 @@ def not_found(paths: Iterable[str]) -> Callable[[Request, Exception], Awaitable[
     known = ", ".join(sorted(paths))
 
     async def handler(request: Request, error: Exception) -> JSONResponse:
-        status = error.status_code if isinstance(error, HTTPException) else 404
-        what = "this method" if status == 405 else "this path"
-        message = f"there is nothing at {what} here; there is {known}"
-        return JSONResponse({"error": {"message": message, "type": "invalid_request_error", "code": status}}, status)
+        headers = error.headers if isinstance(error, HTTPException) else None
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            methods = dict(headers or {}).get("Allow", "")
+            message = f"{request.method[:20]} is no method of {request.url.path[:100]!r}; send {methods}"
+            told = {"message": message, "type": "invalid_request_error", "param": None, "code": "method_not_allowed"}
+            return JSONResponse({"error": told}, 405, headers)
+        message = f"there is nothing at {request.url.path[:100]!r}; there is {known}"
+        told = {"message": message, "type": "not_found_error", "param": None, "code": "unknown_path"}
+        return JSONResponse({"error": told}, 404, headers)
 
     return handler

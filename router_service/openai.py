@@ -40,6 +40,7 @@ from router_service.chat import ChatTemplate, TokenTexts, forced_call_schema
 from router_service.requests import PoolByName, check_model, chosen_pool
 
 MAX_CHOICES = MAX_ANSWERS
+_OUTER_NAMES = {"pool.size": "pool", "pool.drift": "drift", "text": "prompt", "token_ids": "prompt"}
 _NOT_HERE = {
     "moderation": "nothing is moderated",
     "prompt_cache_key": "prefixes are recognised by themselves",
@@ -250,6 +251,11 @@ class Sampled(Strict):
             grammar=self.grammar(),
         )
 
+    def check(self) -> None:
+        """Raises InvalidRequest for fields that have no effect beside each other."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("`stream_options` needs `stream`", field="stream_options")
+
     def grammar(self) -> Grammar | None:
         """Returns the one grammar of the answer. Raises InvalidRequest for more than one."""
         found = []
@@ -301,10 +307,25 @@ class CompletionRequest(Sampled):
     echo: bool | None = Field(default=None, description="the answer includes the prompt, and so do `logprobs`")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(
-        default=None, ge=1, le=MAX_CHOICES, description="the `n` of the highest mean log-probability; not streamed"
+        default=None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="the `n` of the highest mean log-probability; at least `n`, and not streamed",
     )
 
     REFUSED: ClassVar = {"suffix": "the model cannot fill in a gap"}
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise InvalidRequest(
+                f"`best_of` is {self.best_of} and `n` is {self.n}: the best are chosen of at least as many",
+                field="best_of",
+            )
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise InvalidRequest("`best_of` cannot be streamed: the best is known only at the end", field="best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("`max_tokens` 0 asks for nothing without `echo`", field="max_tokens")
 
     @property
     def has_max_tokens(self) -> bool:
@@ -684,6 +705,9 @@ def in_json(error: PagerError) -> tuple[str, str | None]:
     message, name = error.message, error.field or ""
     for inner, outer in (("sampling.regex", "guided_regex"), ("sampling.ebnf", "guided_grammar"), ("sampling.", "")):
         message, name = message.replace(inner, outer), name.replace(inner, outer)
+    for inner, outer in _OUTER_NAMES.items():
+        if name == inner or name.startswith(f"{inner}."):
+            return message, outer
     return message, name or None
 
 

@@ -618,7 +618,7 @@ def sampling(wire: pb.SamplingParams, model: ModelInfo) -> SamplingParams:
 
 def no_such_pool(name: str) -> UnknownPool:
     """Returns the error for a name under which the tenant has no pool."""
-    return UnknownPool(f"this tenant has no pool {name!r}; make it with Calibrate, or see ListPools", field="pool.name")
+    return UnknownPool(f"this tenant has no pool {name!r}; `expert-pager calibrate` makes it", field="pool.name")
 
 
 class Intake:
@@ -643,6 +643,7 @@ class Intake:
 
     async def prompt(self, tenant: str, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
+            check_prompt_length(len(prompt), self._model, "token_ids")
             return prompt_ids(prompt, self._model, "token_ids")
         return await self.encoded(tenant, prompt)
 

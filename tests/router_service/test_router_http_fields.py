@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from pager.errors import InvalidRequest
 from pager.types import FinishReason, PagingCounts, Usage
 from router_service import anthropic, openai
+from router_service.api import Api
+from router_service.chat import ChatTemplate
 from router_service.openai import Strict
 
 MODEL = {"model": "m"}
@@ -164,3 +169,51 @@ def test_log_probabilities_are_asked_for_by_each_api_in_its_way() -> None:
     assert (asked.logprobs, asked.prompt_logprobs) == (3, 3)
     assert openai.CompletionRequest.read(completion | {"best_of": 2}).sampling_of(100).logprobs == 0
     assert openai.ChatRequest.read(chat | {"logprobs": True, "top_logprobs": 2}).sampling_of(100).logprobs == 2
+
+
+TOO_LONG = "x" * 100
+REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "fewer answers than are wanted": ("completions", {"n": 3, "best_of": 2}, "best_of", "of at least as many"),
+    "options of no stream": ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "`stream`"),
+    "of a chat": ("chat/completions", {"stream_options": {}}, "stream_options", "needs `stream`"),
+    "a long prompt": ("completions", {"prompt": TOO_LONG}, "prompt", "the prompt has 100 tokens"),
+    "long ids": ("completions", {"prompt": [1] * 100}, "prompt", "the prompt has 100 tokens"),
+    "long messages": ("chat/completions", {"messages": [TURN | {"content": TOO_LONG}]}, "messages", "100 tokens"),
+    "a long input": ("responses", {"input": TOO_LONG}, "input", "the prompt has 100 tokens"),
+    "a size": ("completions", {"pool": "200%"}, "pool", "share"),
+    "a threshold": ("completions", {"drift": "7"}, "drift", "threshold"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_an_error_names_the_field_as_the_request_does(service: Any, case: str) -> None:
+    path, fields, param, message = REFUSED[case]
+    prompts: dict[str, dict[str, Any]] = {"completions": {"prompt": "x"}, "chat/completions": {"messages": [TURN]}}
+    async with over_http(service) as client:
+        answer = await client.post(f"/v1/{path}", json={"model": "tiny"} | prompts.get(path, {}) | fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert message in error["message"]
+
+
+async def test_paths_and_methods_that_there_are_none_of_are_told_apart(service: Any) -> None:
+    async with over_http(service) as client:
+        wrong_method, wrong_path = await client.put("/v1/completions"), await client.get("/v2")
+    assert (wrong_method.status_code, wrong_method.headers["allow"]) == (405, "POST")
+    assert wrong_method.json()["error"] == {
+        "message": "PUT is no method of '/v1/completions'; send POST",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "method_not_allowed",
+    }
+    assert (wrong_path.status_code, wrong_path.json()["error"]["code"]) == (404, "unknown_path")
+    assert "there is nothing at '/v2'; there is /detokenize, " in wrong_path.json()["error"]["message"]
+
+
+@asynccontextmanager
+async def over_http(service: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the front, without a socket."""
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    app = Api(service.pipeline, None, template, 30.0).app()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
+        yield client

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ class EngineRun:
         self._forwards = ForwardClock()
         self._events: deque[tuple[float, StreamEvent]] = deque()
         self._engine = Engine(paged, tokenizer, limits, sink=self._take, observer=self._forwards)
-        self._num_requests = 0
+        self._numbers = count(1)
 
     @property
     def forward_s(self) -> float:
@@ -137,12 +138,15 @@ class EngineRun:
         predicted: ExpertPool | None = None,
         tenant: str = "benchmark",
         logprobs: int | None = None,
+        guaranteed_share: float = 0.0,
     ) -> str:
-        """The request's name, which its chunks have too."""
-        self._num_requests += 1
-        name = str(self._num_requests)
+        """The request's name, which its chunks have too. May be called from any thread."""
+        name = str(next(self._numbers))
         sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, logprobs=logprobs)
-        self._engine.submit(GenerateRequest(name, tenant, tuple(prompt), sampling, policy, predicted=predicted))
+        request = GenerateRequest(
+            name, tenant, tuple(prompt), sampling, policy, predicted=predicted, guaranteed_share=guaranteed_share
+        )
+        self._engine.submit(request)
         return name
 
     def step(self) -> list[TokenChunk]:

@@ -37,14 +37,15 @@ GOAL = 0.20
 def main(
     model: Annotated[Path, typer.Argument(help="A checkpoint with a codebook.")] = MODEL,
     memory: Annotated[str, typer.Option(help="Of a worker, for experts.")] = "25%",
-    requests: Annotated[int, typer.Option(min=8, max=128, help="Of each of the two traces.")] = 128,
+    requests: Annotated[int, typer.Option(min=8, max=128, help="Of each trace.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Traces of each kind.")] = 3,
     results: Annotated[Path, typer.Option(help="Directory for the table.")] = RESULTS,
     quick: Annotated[bool, typer.Option("--quick", help="Short, and no file is written.")] = False,
 ) -> None:
     """Measure what the simulator is off by."""
     quieten()
     os.environ["EXPERT_PAGER_WORKERS_COUNT"] = str(NUM_WORKERS)
-    requests = 8 if quick else requests
+    requests, rounds = (8, 1) if quick else (requests, rounds)
     pools, found = Pools.of(model, Share(0.125)), conditions()
     by_digest = {pool.digest: pool for pool in list(pools.codewords.values())[:NUM_POOLS]}  # as the router names them
     with (
@@ -61,23 +62,26 @@ def main(
             costs = replace(measure(ready["address"], pools), max_running=MAX_RUNNING)
             workers = asyncio.run(_workers(ready["address"]))
         console.print(asdict(costs))
+        drawn = [Drawn(requests, 8, 1.0, burst_share=0.0, seed=number) for number in range(1, 2 * rounds + 1)]
+        at_once = [[replace(each, at_s=0.0) for each in one.arrivals(list(by_digest))] for one in drawn[:rounds]]
+        most = _together([Simulation(by_digest, costs, workers).run(trace) for trace in at_once])
+        per_s = LOAD * most.tokens_per_s / drawn[0].output_tokens
+        poisson = [replace(one, per_s=per_s).arrivals(list(by_digest)) for one in drawn[rounds:]]
         rows = []
-        drawn = Drawn(requests, 8, 1.0, burst_share=0.0, seed=1)
-        at_once = [replace(arrival, at_s=0.0) for arrival in drawn.arrivals(list(by_digest))]
-        forecast = Simulation(by_digest, costs, workers).run(at_once)
-        rows += _rows("all at once", forecast, _truth(ready["address"], at_once, by_digest))
-        per_s = LOAD * forecast.tokens_per_s / drawn.output_tokens
-        poisson = replace(drawn, per_s=per_s, seed=2).arrivals(list(by_digest))
-        forecast = Simulation(by_digest, costs, workers).run(poisson)
-        rows += _rows(f"{per_s:.1f} requests/s", forecast, _truth(ready["address"], poisson, by_digest))
-        report.add(_table(rows, requests, costs))
+        for name, traces in (("all at once", at_once), (f"{per_s:.1f} requests/s", poisson)):
+            with console.status(name):
+                truth = _together([_truth(ready["address"], trace, by_digest) for trace in traces])
+            forecast = _together([Simulation(by_digest, costs, workers).run(trace) for trace in traces])
+            rows += _rows(name, forecast, truth)
+        report.add(_table(rows, rounds, requests, costs))
     if not quick:
         report.write(results)
 
 
-def _table(rows: Sequence[tuple[str, ...]], requests: int, costs: Costs) -> Table:
+def _table(rows: Sequence[tuple[str, ...]], rounds: int, requests: int, costs: Costs) -> Table:
     notes = (
-        f"{requests} requests for {NUM_POOLS} codewords by Zipf's law, prompts of 32 to 96 tokens, answers likewise.",
+        f"{rounds} traces of each kind, of {requests} requests for {NUM_POOLS} codewords by Zipf's law, prompts of 32 "
+        "to 96 tokens, answers likewise; tokens/s and percentiles are those of all together.",
         "Costs, measured against the same service before: "
         + ", ".join(f"{name} {value:.3g}" for name, value in asdict(costs).items()),
     )
@@ -97,6 +101,18 @@ def _rows(name: str, forecast: Outcome, truth: Outcome) -> list[tuple[str, ...]]
          "yes" if abs(said / max(was, 1e-9) - 1) <= GOAL else "no")
         for figure, said, was, digits in figures
     ]  # fmt: skip
+
+
+def _together(outcomes: Sequence[Outcome]) -> Outcome:
+    """One outcome of traces that ran one after the other."""
+    sums = Outcome(SERVICE, NUM_WORKERS, began_s=0.0)
+    for each in outcomes:
+        sums.first_token_s += each.first_token_s
+        sums.num_tokens += each.num_tokens
+        sums.bytes_paged += each.bytes_paged
+        sums.num_failed += each.num_failed
+        sums.ended_s += each.ended_s - each.began_s
+    return sums
 
 
 def _truth(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:

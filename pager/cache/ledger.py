@@ -163,6 +163,11 @@ class Ledger:
             self.num_guarantees += 1
             self._changed.notify_all()
 
+    @property
+    def is_any_guaranteed(self) -> bool:
+        with self.lock:
+            return self._shares.is_any_guaranteed
+
     def account(self, tenant: str) -> str:
         """Returns the account whose slots the tenant uses: its own name where it is guaranteed some, and one name for
         all others.

@@ -114,6 +114,11 @@ class ExpertPager:
         return self._ledger.num_guarantees
 
     @property
+    def is_any_guaranteed(self) -> bool:
+        """Tells whether any tenant is guaranteed slots."""
+        return self._ledger.is_any_guaranteed
+
+    @property
     def progress(self) -> int:
         """A number that grows while bytes arrive in slots, and stays the same while none do."""
         return self._tiers.bytes_read + self._ledger.counts.bytes_from_host

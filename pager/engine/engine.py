@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from tokenizers import Tokenizer
 
 from pager import threads
+from pager.cache.shares import COMMON
 from pager.engine.decoding import Decoder, Outcome
 from pager.engine.grammar import Grammars
 from pager.engine.interface import EngineLimits, EngineObserver, EngineStatus, Failure, StreamEvent, failure_of
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 ADMISSION_RETRY_S = 0.01  # reads that end free slots without a signal
 ADMISSION_TRIES = 32  # tries per step, so that a long line costs a step little
 IDLE_POLL_S = 0.002
+BESIDE_GUARANTEED_TOKENS = 128  # of others' prompts in one forward: whoever is guaranteed slots waits for its end
 CHECK_S = 0.05  # how often a forward that waits for reads checks for cancelled and overdue requests
 
 
@@ -234,6 +236,7 @@ class Engine:
             self._take_in(started_s)
             self._end_overdue(started_s)
             self._decode()
+            self._take_in(time.monotonic())  # who has come meanwhile would wait for one more forward
             self._admit(started_s)
             self._prefill()  # last, so that a first token waits for no other forward
             if self._num_tokens == tokens_before:
@@ -532,11 +535,15 @@ class Engine:
         return held_up
 
     def _prefill(self) -> None:
-        """Runs prompts whose experts are loaded, as many as one forward takes; the very first, if nothing decodes."""
+        """Runs prompts whose experts are loaded, as many as one forward takes; the very first, if nothing decodes.
+        Tenants that are guaranteed slots come first, and no long forward of others comes before them.
+        """
         decoding = bool(self._able()) if self._prefilling else False
         parts: list[tuple[Request, int]] = []
         room = self._prefill_chunk_tokens
-        for request in tuple(self._prefilling):
+        for request in sorted(self._prefilling, key=self._is_guaranteed_nothing):
+            if not parts and self._is_guaranteed_nothing(request) and self._paged.pager.is_any_guaranteed:
+                room = min(room, BESIDE_GUARANTEED_TOKENS)
             with self._on_behalf_of(request, "its prefill failed"):
                 waits_alike = bool(parts) and request.shares_pool(parts[0][0])
                 if not (decoding or parts) or waits_alike or request.is_paged_in(self._paged):
@@ -549,6 +556,9 @@ class Engine:
         if parts:
             self._run_prompts(parts)
 
+    def _is_guaranteed_nothing(self, request: Request) -> bool:
+        return self._account_of(request) == COMMON
+
     def _tokens_to_run(self, request: Request, room: int) -> int:
         """Returns how many tokens of its prompt run next: all that are left, or as many as there is `room` for in a
         part.
@@ -557,14 +567,14 @@ class Engine:
         return min(num_left, room) if request.may_be_chunked(self._paged) else num_left
 
     def _may_join(self, request: Request, first: Request, num_tokens: int, room: int) -> bool:
-        """Tells whether the prompt may run in the forward of another: both hold their experts, or both page as they go,
-        into slots of the same account.
+        """Tells whether the prompt may run in the forward of another: both hold their experts, or both page as they go.
+        Those of another account would hold up what a tenant is guaranteed, or page into slots that are not theirs.
         """
         return (
             0 < num_tokens <= room
             and self._decoder.shares_prefills
             and request.is_exact == first.is_exact
-            and (not first.is_exact or self._account_of(request) == self._account_of(first))
+            and self._account_of(request) == self._account_of(first)
             and request.asked.sampling.prompt_logprobs is None
             and first.asked.sampling.prompt_logprobs is None
         )

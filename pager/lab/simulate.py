@@ -24,7 +24,7 @@ from pager.types import ExpertKey, ExpertPool
 
 CHUNK_TOKENS = 512  # of prompts in one forward
 MAX_OVERTAKES = 8
-ADMISSION_TRIES = 8
+ADMISSION_TRIES = 32
 READ_AHEAD = 16  # pools read ahead that do not evict each other, as `pager.cache.ledger.PrefetchList` has it
 CHARGE_EVERY_S = 0.05
 REPORT_EVERY_S = 1.0
@@ -40,12 +40,15 @@ class Costs:
     prefill_s: float  # a forward over prompts
     prompt_token_s: float  # and each token of them
     page_bytes_per_s: float
-    request_s: float  # the way to the worker and back, up to the first token
+    request_s: float  # the way to the worker and back, up to the first token, where the router has nothing else to do
     expert_bytes: int
     num_slots: int
     max_running: int = 32
     max_waiting: int = 256
     restart_s: float = 30.0  # from the loss of a worker until another is ready, with nothing loaded
+    router_s: float = 0.0  # of `request_s`, what the router does for one request after the other
+    workers_per_machine: int = 1  # which share its cores
+    alone: float = 1.0  # a forward's time where no other worker of the machine computes, over that where all do
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class _Worker:
         self.page_in_bytes_per_s = costs.page_bytes_per_s
         self.waiting = self.running = 0  # as last reported
         self.bytes_paged = 0
+        self.neighbours: Sequence[_Worker] = ()  # on the same machine
         self.begin()
 
     def begin(self) -> None:
@@ -187,6 +191,7 @@ class _Worker:
         self.num_ended = 0
         self.read_ahead_for: tuple[_Request | None, int] = (None, 0)  # and how many had ended then
         self.stretch: tuple[float, float, int, Sequence[_Request]] | None = None  # start, a step's time, steps, prompts
+        self.has_decoded = False  # in this step, of which prompts are the end
         self.due_s = math.inf
         self.version = 0
 
@@ -323,12 +328,30 @@ class _Worker:
 
     # Steps.
 
+    @property
+    def is_computing(self) -> bool:
+        return self.stretch is not None
+
+    @property
+    def pace(self) -> float:
+        """The time that a forward takes now, over that where all workers of the machine compute."""
+        if not self.neighbours:
+            return 1.0
+        busy = sum(other.is_computing for other in self.neighbours) / len(self.neighbours)
+        return self.costs.alone + (1 - self.costs.alone) * busy
+
     def arrive(self, request: _Request, now_s: float) -> None:
         self.line.add(request)
         self.tenants.arrived(request.arrival.tenant)
         if self.stretch is None:
             self.due_s = min(self.due_s, now_s)
             self.version += 1
+        else:
+            self.look_up(now_s)
+
+    def look_up(self, now_s: float) -> None:
+        """Ends the stretch with the step that it is in: what it was begun for has changed."""
+        if self.stretch is None:
             return
         start_s, step_s, num_steps, prompts = self.stretch
         num_begun = max(1, math.ceil((now_s - start_s) / step_s)) if step_s else num_steps
@@ -343,7 +366,8 @@ class _Worker:
         prompts: Sequence[_Request] = ()
         if self.stretch is not None:
             _, _, num_steps, prompts = self.stretch
-            self.num_decoded += num_steps if self.decoding else 0
+            self.num_decoded += num_steps
+            self.has_decoded = not prompts
             while self.decoding and self.decoding[0][0] <= self.num_decoded:
                 yield self.end(heapq.heappop(self.decoding)[2], now_s)
             for request in prompts:
@@ -366,11 +390,11 @@ class _Worker:
         return request
 
     def begin_stretch(self, now_s: float) -> None:
-        costs, rows = self.costs, len(self.decoding)
+        costs, rows, pace = self.costs, len(self.decoding), self.pace
         decode_s = 0.0
         if rows:
             pools = {request.pool.name for _, _, request in self.decoding} if len(self.holders) > 1 else (None,)
-            decode_s = costs.step_s + (rows - 1) * costs.row_s + (len(pools) - 1) * costs.pool_s
+            decode_s = pace * (costs.step_s + (rows - 1) * costs.row_s + (len(pools) - 1) * costs.pool_s)
         prompts: list[_Request] = []
         ready_s, room = math.inf, CHUNK_TOKENS
         for request in self.prefilling:
@@ -386,9 +410,10 @@ class _Worker:
             prompts.append(request)
         self.version += 1
         if prompts:
-            forward_s = costs.prefill_s + (CHUNK_TOKENS - room) * costs.prompt_token_s
-            ends_s = max(now_s + decode_s + forward_s, self.ready_s(prompts[0].pool))
-            self.stretch = (now_s, ends_s - now_s, 1, prompts)
+            forward_s = pace * (costs.prefill_s + (CHUNK_TOKENS - room) * costs.prompt_token_s)
+            decodes = bool(rows) and not self.has_decoded
+            ends_s = max(now_s + decode_s * decodes + forward_s, self.ready_s(prompts[0].pool))
+            self.stretch = (now_s, ends_s - now_s, int(decodes), prompts)
             self.due_s = ends_s
         elif rows:
             num_steps = self.decoding[0][0] - self.num_decoded
@@ -435,6 +460,10 @@ class Simulation:
         self.costs = costs
         names = [f"w{number}" for number in range(workers)] if isinstance(workers, int) else workers
         self.workers = [_Worker(name, costs, rules, width) for name in names]
+        for number, worker in enumerate(self.workers):
+            first = number - number % costs.workers_per_machine
+            machine = self.workers[first : first + costs.workers_per_machine]
+            worker.neighbours = [other for other in machine if other is not worker]
         self.by_id = {worker.id: worker for worker in self.workers}
         self.rules = rules
         self.in_flight: Counter[str] = Counter()
@@ -443,6 +472,7 @@ class Simulation:
         self._events: list[tuple[float, int, _Worker, int]] = []
         self._numbers = count()
         self._next_report_s = 0.0
+        self._half_way_s = max(0.0, costs.request_s - costs.router_s) / 2
 
     def run(self, arrivals: Iterable[Arrival]) -> Outcome:
         """Arrivals come in the order of their times."""
@@ -452,20 +482,25 @@ class Simulation:
             self.outcome.began_s = following.at_s
             if self._lose_at_s is not None:
                 heapq.heappush(self._events, (following.at_s + self._lose_at_s, -1, self.workers[0], -1))
-        half_way_s = self.costs.request_s / 2
+        router_s, router_free_s = self.costs.router_s, -math.inf
         while following is not None or self._events:
-            if following is not None and (not self._events or following.at_s + half_way_s <= self._events[0][0]):
-                request = _Request(next(self._numbers), following, self.pools[following.pool])
-                self.send(request, following.at_s + half_way_s)
-                following = next(trace, None)
-                continue
+            if following is not None:
+                sent_s = max(following.at_s, router_free_s) + router_s
+                if not self._events or sent_s + self._half_way_s <= self._events[0][0]:
+                    request = _Request(next(self._numbers), following, self.pools[following.pool])
+                    self.send(request, sent_s + self._half_way_s)
+                    following, router_free_s = next(trace, None), sent_s
+                    continue
             now_s, _, worker, version = heapq.heappop(self._events)
             if version == -1:
                 self.lose(worker, now_s)
             elif version == worker.version:
+                was_computing = worker.is_computing
                 for request in worker.step(now_s):
                     self.ended(worker, request, now_s)
                 self.expect(worker)
+                if worker.is_computing != was_computing:
+                    self.look_up(worker.neighbours, now_s)
         self.outcome.bytes_paged += sum(worker.bytes_paged for worker in self.workers)
         return self.outcome
 
@@ -506,10 +541,18 @@ class Simulation:
         if worker.due_s < math.inf:
             heapq.heappush(self._events, (worker.due_s, next(self._numbers), worker, worker.version))
 
+    def look_up(self, workers: Iterable[_Worker], now_s: float) -> None:
+        """Has workers go on at another pace from their next steps on."""
+        for worker in workers:
+            version = worker.version
+            worker.look_up(now_s)
+            if worker.version != version:
+                self.expect(worker)
+
     def ended(self, worker: _Worker, request: _Request, now_s: float) -> None:
         self.in_flight[worker.id] -= 1
         outcome, arrival = self.outcome, request.arrival
-        took_s = request.first_s - arrival.at_s + self.costs.request_s / 2
+        took_s = request.first_s - arrival.at_s + self._half_way_s
         outcome.first_token_s.append(took_s)
         outcome.by_tenant.setdefault(arrival.tenant, []).append(took_s)
         outcome.num_tokens += arrival.output_tokens

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -210,8 +210,10 @@ def with_another(arrivals: Sequence[Arrival], like: str) -> list[Arrival]:
 # --- costs ----------------------------------------------------------------------------------------------------------
 
 
-WHOLE = frozenset({"expert_bytes", "num_slots", "max_running", "max_waiting"})
-ABOVE_0 = frozenset({"step_s", "page_bytes_per_s", "expert_bytes", "num_slots", "max_running"})
+WHOLE = frozenset({"expert_bytes", "num_slots", "max_running", "max_waiting", "workers_per_machine"})
+ABOVE_0 = frozenset(
+    {"step_s", "page_bytes_per_s", "expert_bytes", "num_slots", "max_running", "workers_per_machine", "alone"}
+)
 
 
 def read_costs(path: Path) -> Costs:
@@ -254,6 +256,11 @@ class _Answer:
         return self.token_s[0] - self.began_s
 
     @property
+    def way_s(self) -> float:
+        """To the worker and back."""
+        return self.first_s - self.at_worker_s
+
+    @property
     def gap_s(self) -> float:
         """Between two tokens, over the later half, when all prompts of its wave have run."""
         later = self.token_s[len(self.token_s) // 2 :]
@@ -263,9 +270,12 @@ class _Answer:
 class Measuring:
     """A short run against a service that has nothing else to do; all of its workers are loaded alike."""
 
-    ROWS = (1, 4, 12)
+    SHAPES = ((1, 1), (4, 1), (12, 1), (12, 2), (24, 1), (24, 2))
+    """The rows that decode at each worker, and how many pools they are in."""
+    ROUNDS = 3  # in which all shapes take turns, so that what else the machine does falls on each of them alike
     TOKENS = 48
     SHORT, LONG = 16, 256
+    MOST = 64  # requests in flight: what services let one tenant have
 
     def __init__(self, client: AsyncClient, pools: Pools, seed: int = 0) -> None:
         self._client = client
@@ -283,26 +293,36 @@ class Measuring:
         if not workers:
             raise ConfigError("no worker is ready, so that none is home to a pool; wait until the service is")
         await self._find_homes()
-        own = {id_: pools[0] for id_, pools in self._homes.items()}
-        await self._wave(own.values(), 2, self.SHORT)
-        short = await self._several(lambda: self._wave(own.values(), 4, self.SHORT))
-        long = await self._several(lambda: self._wave(own.values(), 4, self.LONG))
-        token_s = max(0.0, (_first(long) - _first(short)) / (self.LONG - self.SHORT))
-        way_s = statistics.median(each.first_s - each.at_worker_s for each in short)
-        gaps = {rows: await self._gap(list(own.values()) * rows) for rows in self.ROWS}
-        first = self.ROWS[0]
-        row_s = max(0.0, float(np.mean([(gaps[rows] - gaps[first]) / (rows - first) for rows in self.ROWS[1:]])))
-        half, most = self.ROWS[-1] // 2, self.ROWS[-1]
-        both = [pool for pools in self._homes.values() for pool in pools[:2]]
-        pool_s = max(0.0, await self._gap(both * half) - gaps[most])
+        own = [pools[0] for pools in self._homes.values()]
+        most = max(1, self.MOST // len(own))
+        shapes = [shape for shape in self.SHAPES if shape[0] <= most] or [self.SHAPES[0]]
+        busiest = max(rows for rows, num_pools in shapes if num_pools == 1)
+        await self._wave(own, 2, self.SHORT)
+        short: list[_Answer] = []
+        long: list[_Answer] = []
+        gaps: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+        router_s, alone = [], []
+        for _ in range(self.ROUNDS):
+            for answers, num_tokens in ((short, self.SHORT), (long, self.LONG)):
+                answers += [*await self._wave(own, 4, num_tokens), *await self._wave(own, 4, num_tokens)]
+            router_s.append(_apart(await self._wave(own * min(12, most), 1, self.SHORT)))
+            for (rows, num_pools), found in gaps.items():
+                pools = [pool for pools in self._homes.values() for pool in pools[:num_pools]]
+                found.append(_gap(await self._wave(pools * (rows // num_pools), self.TOKENS, self.SHORT)))
+            alone.append(_gap(await self._wave(own[:1] * busiest, self.TOKENS, self.SHORT)) / gaps[busiest, 1][-1])
+        token_s = max(0.0, (_at_worker(long) - _at_worker(short)) / (self.LONG - self.SHORT))
+        step_s, row_s, pool_s = _plane({shape: statistics.median(found) for shape, found in gaps.items()})
         return Costs(
-            step_s=gaps[first],
+            step_s=step_s,
             row_s=row_s,
             pool_s=pool_s,
-            prefill_s=max(1e-6, statistics.median(each.at_worker_s for each in short) - self.SHORT * token_s),
+            prefill_s=max(1e-6, _at_worker(short) - self.SHORT * token_s),
             prompt_token_s=token_s,
-            page_bytes_per_s=await self._page_in_rate(_first(short)),
-            request_s=max(1e-6, way_s),
+            page_bytes_per_s=await self._page_in_rate(statistics.median(each.first_s for each in short)),
+            request_s=max(1e-6, statistics.median(each.way_s for each in short)),
+            router_s=max(0.0, statistics.median(router_s)),
+            workers_per_machine=len(workers),
+            alone=min(1.0, statistics.median(alone)),
             expert_bytes=max(worker.expert_bytes for worker in workers),
             num_slots=min(worker.num_slots for worker in workers),
         )
@@ -326,13 +346,6 @@ class Measuring:
             (answer,) = await self._wave([self._new_pool()], 2, self.SHORT)
             num_bytes, seconds = num_bytes + answer.bytes_paged, seconds + answer.first_s - warm_s
         return num_bytes / max(seconds, 1e-3) or 1e9
-
-    async def _gap(self, pools: Sequence[ExpertPool]) -> float:
-        """The time between two tokens where so many requests run, the median of three waves."""
-        return statistics.median([_gap(await self._wave(pools, self.TOKENS, self.SHORT)) for _ in range(3)])
-
-    async def _several(self, wave: Callable[[], Awaitable[list[_Answer]]], times: int = 6) -> list[_Answer]:
-        return [answer for _ in range(times) for answer in await wave()]
 
     async def _wave(self, pools: Iterable[ExpertPool], tokens: int, prompt_tokens: int) -> list[_Answer]:
         return list(await asyncio.gather(*(self._answer(pool, tokens, prompt_tokens) for pool in pools)))
@@ -368,9 +381,25 @@ def measure(address: str, pools: Pools, api_key: str | None = None) -> Costs:
     return asyncio.run(run())
 
 
-def _first(answers: Iterable[_Answer]) -> float:
-    return statistics.median(answer.first_s for answer in answers)
+def _at_worker(answers: Iterable[_Answer]) -> float:
+    return statistics.median(answer.at_worker_s for answer in answers)
 
 
 def _gap(answers: Iterable[_Answer]) -> float:
     return statistics.median(answer.gap_s for answer in answers)
+
+
+def _apart(answers: Iterable[_Answer]) -> float:
+    """How far apart requests that are sent at once reach their workers."""
+    ways_s = [answer.way_s for answer in answers]
+    return float(np.subtract(*np.percentile(ways_s, (90, 10)))) / (0.8 * len(ways_s))
+
+
+def _plane(gaps: Mapping[tuple[int, int], float]) -> tuple[float, float, float]:
+    """The time of a step of one row, of each further row, and of each further pool, from gaps by rows and pools."""
+    shape_N3 = np.array([(1, rows - 1, num_pools - 1) for rows, num_pools in gaps], float)
+    gap_N = np.array(list(gaps.values()))
+    # What took long may be off by as much more.
+    found_3 = np.linalg.lstsq(shape_N3 / gap_N[:, None], np.ones_like(gap_N), rcond=None)[0]
+    step_s, row_s, pool_s = map(float, found_3)
+    return max(step_s, 1e-6), max(row_s, 0.0), max(pool_s, 0.0)

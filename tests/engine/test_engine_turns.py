@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pager.engine.decoding import Decoder
 from pager.engine.interface import EngineObserver
 from pager.engine.runner import ModelRunner, PromptPart
 from pager.engine.turns import TenantCounters
@@ -88,6 +89,26 @@ def test_a_forward_takes_no_more_tokens_than_its_budget(
     driver.finish()
     assert [driver.tokens(name) for name in names] == expected
     assert forwards == [[16], [16], [8, 5, 3], [16], [1]]
+
+
+def test_who_comes_while_others_decode_waits_for_that_forward_alone(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, driver, came = PoolPolicy(fixed=random_pool(1)), make_driver(60), []
+    first = driver.submit(random_prompt(1, 10), policy, max_tokens=20)
+    while len(driver.tokens(first)) < 2:
+        driver.engine.step()
+    decode = Decoder.decode
+
+    def decoding(decoder: Decoder, *args: Any) -> object:
+        if not came:
+            came.append(driver.submit(random_prompt(2, 10), policy, max_tokens=2))
+        return decode(decoder, *args)
+
+    monkeypatch.setattr(Decoder, "decode", decoding)
+    driver.engine.step()
+    assert len(driver.tokens(came[0])) == 1
+    driver.finish()
 
 
 def test_exact_prompts_do_not_run_with_those_that_hold_their_experts(
@@ -285,6 +306,33 @@ def test_strangers_leave_a_guaranteed_tenant_its_experts_and_are_answered_as_bef
     assert (paging.experts_hit, paging.experts_missed) == (own.num_experts, 0)
     with pytest.raises(PoolTooLarge, match="that other tenants are guaranteed"):
         driver.submit(random_prompt(22, 10), PoolPolicy(Count(5)), tenant="t9")
+    driver.assert_nothing_held()
+
+
+def test_a_guaranteed_tenants_prompt_waits_for_no_long_forward_of_strangers(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, forwards: list[list[int]]
+) -> None:
+    """Its prompt runs first and by itself; those of strangers take short forwards as long as the guarantee lasts."""
+    own, strangers = random_pool(0), PoolPolicy(fixed=random_pool(1))
+    requests = [(random_prompt(n, 90), strangers) for n in range(3)]
+    expected = alone(make_driver(60), requests)
+    driver = make_driver(2 * own.num_experts)
+    gold: dict[str, Any] = {"tenant": "gold", "guaranteed_share": 0.5, "max_tokens": 4}
+    driver.submit(random_prompt(20, 10), PoolPolicy(fixed=own), **gold)
+    driver.finish()
+    forwards.clear()
+    names = [driver.submit(*each, max_tokens=6, tenant="t1") for each in requests]
+    driver.submit(random_prompt(21, 10), PoolPolicy(fixed=own), **gold)
+    driver.finish()
+    assert forwards == [[10], [90, 38], [52, 76], [14]]
+    assert [driver.tokens(name) for name in names] == expected
+    driver.submit(random_prompt(20, 10), PoolPolicy(fixed=own), **gold | {"guaranteed_share": 0.0})
+    driver.finish()
+    forwards.clear()
+    for n in range(3, 6):
+        driver.submit(random_prompt(n, 90), strangers, max_tokens=2, tenant="t1")
+    driver.finish()
+    assert forwards == [[90, 90, 76], [14]]
     driver.assert_nothing_held()
 
 

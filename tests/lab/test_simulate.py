@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from pager.cli import app
 from pager.errors import ConfigError, InvalidRequest
-from pager.lab.simulate import OTHERS, SERVICE, Arrival, Costs, Simulation
+from pager.lab.simulate import OTHERS, SERVICE, Arrival, Costs, Rules, Simulation
 from pager.lab.traffic import Drawn, drawn_pool, read_costs, read_log, with_another, write_costs
 from pager.types import ExpertPool, RoutingFacts
 
@@ -63,8 +63,30 @@ def test_requests_of_one_pool_share_steps_and_others_cost_their_pool() -> None:
 
 def test_an_arrival_ends_a_stretch_of_steps_at_the_next_one() -> None:
     outcome = Simulation(POOLS, replace(COSTS, request_s=0.0), 1).run([one(output=1000), one(1.0)])
-    waited_s = outcome.first_token_s[0] - (COSTS.step_s + COSTS.prefill_s + 10 * COSTS.prompt_token_s)
-    assert -1e-9 <= waited_s <= COSTS.step_s, "it waits for the step that runs, and its forward comes after one more"
+    waited_s = outcome.first_token_s[0] - (COSTS.prefill_s + 10 * COSTS.prompt_token_s)
+    assert -1e-9 <= waited_s <= COSTS.step_s, "it waits for the step that runs, and its own forward is next"
+
+
+def test_the_router_takes_one_request_after_the_other() -> None:
+    costs = replace(COSTS, request_s=0.5, router_s=0.3, page_bytes_per_s=math.inf)
+    outcome = Simulation(POOLS, costs, 1).run([one(tenant=f"t{number}") for number in range(3)])
+    own_s = 0.5 + COSTS.prefill_s + 10 * COSTS.prompt_token_s
+    assert outcome.first_token_s == [pytest.approx(own_s + 0.3 * number) for number in range(3)]
+
+
+def test_workers_of_one_machine_slow_each_other_down() -> None:
+    """One works alone for as long as the other, whose answer is shorter, has nothing to do."""
+
+    def ended_s(per_machine: int, *arrivals: Arrival) -> float:
+        costs = replace(COSTS, alone=0.5, workers_per_machine=per_machine, page_bytes_per_s=math.inf, router_s=0.002)
+        return Simulation(POOLS, costs, 2, Rules("", placement="round robin")).run(arrivals).ended_s
+
+    long, short = one(output=1001), one(output=101, pool="c01")
+    apart, beside = ended_s(1, long, short), ended_s(2, long, short)
+    prefill_s = COSTS.prefill_s + 10 * COSTS.prompt_token_s
+    assert apart == pytest.approx(COSTS.request_s + prefill_s + 1000 * COSTS.step_s, abs=0.01)
+    assert ended_s(2, long) == pytest.approx(COSTS.request_s + (prefill_s + 1000 * COSTS.step_s) / 2, abs=0.01)
+    assert beside == pytest.approx(ended_s(2, long) + (prefill_s + 100 * COSTS.step_s) / 2, abs=0.02)
 
 
 requests = st.lists(

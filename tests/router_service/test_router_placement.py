@@ -127,7 +127,8 @@ def test_a_worker_that_is_worse_in_every_way_is_never_preferred(
 
 
 class ShortMeasuring(Measuring):
-    ROWS = (1, 2, 3)
+    SHAPES = ((1, 1), (2, 1), (2, 2))
+    ROUNDS = 1
     TOKENS = 6
     SHORT, LONG = 4, 20
 

@@ -270,7 +270,7 @@ class _Answer:
 class Measuring:
     """A short run against a service that has nothing else to do; all of its workers are loaded alike."""
 
-    SHAPES = ((1, 1), (4, 1), (12, 1), (12, 2), (24, 1), (24, 2))
+    SHAPES: Sequence[tuple[int, int]] = ((1, 1), (4, 1), (12, 1), (12, 2), (24, 1), (24, 2))
     """The rows that decode at each worker, and how many pools they are in."""
     ROUNDS = 3  # in which all shapes take turns, so that what else the machine does falls on each of them alike
     TOKENS = 48
@@ -390,7 +390,7 @@ def _gap(answers: Iterable[_Answer]) -> float:
 
 
 def _apart(answers: Iterable[_Answer]) -> float:
-    """How far apart requests that are sent at once reach their workers."""
+    """Returns the mean time between the arrivals, at their workers, of requests that are sent at once."""
     ways_s = [answer.way_s for answer in answers]
     return float(np.subtract(*np.percentile(ways_s, (90, 10)))) / (0.8 * len(ways_s))
 

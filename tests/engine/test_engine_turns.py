@@ -94,7 +94,8 @@ def test_a_forward_takes_no_more_tokens_than_its_budget(
 def test_who_comes_while_others_decode_waits_for_that_forward_alone(
     make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, driver, came = PoolPolicy(fixed=random_pool(1)), make_driver(60), []
+    policy, driver = PoolPolicy(fixed=random_pool(1)), make_driver(60)
+    came: list[str] = []
     first = driver.submit(random_prompt(1, 10), policy, max_tokens=20)
     while len(driver.tokens(first)) < 2:
         driver.engine.step()

@@ -59,8 +59,8 @@ def main(
         )
         report.start()
         with console.status("measuring what work costs"):
-            costs = replace(measure(ready["address"], pools), max_running=MAX_RUNNING)
             workers = asyncio.run(_workers(ready["address"]))
+            costs = replace(measure(ready["address"], pools), max_running=MAX_RUNNING)
         console.print(asdict(costs))
         drawn = [Drawn(requests, 8, 1.0, burst_share=0.0, seed=number) for number in range(1, 2 * rounds + 1)]
         at_once = [[replace(each, at_s=0.0) for each in one.arrivals(list(by_digest))] for one in drawn[:rounds]]
@@ -121,9 +121,13 @@ def _truth(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, Expert
 
 
 async def _workers(address: str) -> list[str]:
-    """Their ids, by which pools have the same homes in the simulation."""
+    """Their ids, by which pools have the same homes in the simulation, once all are ready."""
     async with AsyncClient(address) as client:
-        return [worker.id for worker in await client.residency()]
+        while True:
+            workers = await client.residency()
+            if [worker.state for worker in workers] == ["ready"] * NUM_WORKERS:
+                return [worker.id for worker in workers]
+            await asyncio.sleep(0.5)
 
 
 async def _replayed(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:

@@ -288,10 +288,16 @@ class Measuring:
         """Raises what the client raises."""
         model = await self._client.model()
         self._vocabulary = model.vocab_size
-        workers = [worker for worker in await self._client.residency() if worker.state == "ready"]
+        known = await self._client.residency()
+        workers = [worker for worker in known if worker.state == "ready"]
         self._homes: dict[str, list[ExpertPool]] = {worker.id: [] for worker in workers}
         if not workers:
             raise ConfigError("no worker is ready, so that none is home to a pool; wait until the service is")
+        if len(workers) < len(known):
+            raise ConfigError(
+                f"{len(workers)} of {len(known)} workers are ready, and those that share a machine are slower than one "
+                "alone; wait until all are"
+            )
         await self._find_homes()
         own = [pools[0] for pools in self._homes.values()]
         most = max(1, self.MOST // len(own))

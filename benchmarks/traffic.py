@@ -2,7 +2,7 @@
 beside the same requests with room for all experts.
 
 python -m benchmarks.traffic [MODEL]  about 8 minutes on 2 cores; with --corpus DIR, prompts from its documents
-python -m benchmarks.traffic --tables waves  requests sent at once only; or arrivals, or fairness
+python -m benchmarks.traffic --tables waves --mixes 8x8  a part; others are arrivals, fairness and size
 python -m benchmarks.traffic --quick  a smoke run that writes no file
 """
 
@@ -26,26 +26,31 @@ import torch
 import typer
 from expert_pager.v1 import expert_pager_pb2 as pb
 
+from benchmarks.checkpoints import WORK, checkpoints
 from benchmarks.engine_run import EngineRun, fixed, load_engine
 from benchmarks.measure import alternate
-from benchmarks.prompts import Domains, domains_of
+from benchmarks.prompts import Domains, domains_of, prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten, ratio
 from benchmarks.service import KV_MEMORY, Client, Wave, first_tokens_ms, service
 from pager.engine.interface import EngineLimits
 from pager.engine.paged_model import PagedModel
+from pager.lab.traffic import Pools
 from pager.memory import Budgets
 from pager.pools.pick import pick_pool
 from pager.predict.fitted import PREDICTOR_NAME, LexicalPredictor, PredictorFile
-from pager.types import PoolPolicy, Share, Usage
+from pager.types import ExpertPool, PoolPolicy, Share, Usage
 
 MODEL = ROOT / "models" / "emo-tiny"
-MIXES = ((16, 4), (8, 8), (16, 16))  # domains, and requests of each in flight
-GOALS = (0.75, 0.90, 0.90)  # of the tokens/s with all experts in memory
+MIXES = {(16, 4): 0.75, (8, 8): 0.90, (16, 16): 0.90}
+"""Domains and requests of each in flight, and the goal: of the tokens/s with all experts in memory."""
 MEMORIES = ("25%", "100%")
+ALL_MIXES = ",".join(f"{domains}x{each}" for domains, each in MIXES)
+NUM_DOMAINS = 16
 POOL = 0.125
 PROMPT_TOKENS = ANSWER_TOKENS = 64
 LOAD = 0.8  # of the requests/s that all experts in memory sustain
-TABLES = ("waves", "arrivals", "fairness")
+TABLES = ("waves", "arrivals", "fairness", "size")
+SIZE_SHAPE, SIZE_LAYERS, SIZE_GOAL = "emo-1b14b", 2, 0.80  # experts of 12 MiB, as released
 FLOOD_REQUESTS, FLOOD_ROWS, NUM_ASKED = 200, 64, 24  # in flight, running, and those of the tenant that asks little
 FAIR_P99, FAIR_PAGED = 1.5, 1.2
 
@@ -54,7 +59,7 @@ def main(
     model: Annotated[Path, typer.Argument(help="A checkpoint with a tokenizer and a fitted router.")] = MODEL,
     source: Annotated[str, typer.Option(help="What chooses the pools: codebook, prediction or prefill.")] = "codebook",
     rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 3,
-    mixes: Annotated[int, typer.Option(min=1, max=len(MIXES), help="How many of the mixes.")] = len(MIXES),
+    mixes: Annotated[str, typer.Option(help="Domains x requests of each in flight, with commas between.")] = ALL_MIXES,
     corpus: Annotated[Path | None, typer.Option(help="A directory with documents of many domains.")] = None,
     tables: Annotated[str, typer.Option(help=f"Some of {', '.join(TABLES)}, with commas between.")] = ",".join(TABLES),
     results: Annotated[Path, typer.Option(help="Directory for the table.")] = RESULTS,
@@ -62,7 +67,8 @@ def main(
 ) -> None:
     """Measure mixed traffic in a quarter of the memory."""
     quieten()
-    chosen, rounds, tokens = (((2, 2),), 1, 4) if quick else (MIXES[:mixes], rounds, ANSWER_TOKENS)
+    asked = [tuple(map(int, mix.split("x"))) for mix in mixes.split(",")]
+    chosen, rounds, tokens = ([(2, 2)], 1, 4) if quick else ([(mix[0], mix[1]) for mix in asked], rounds, ANSWER_TOKENS)
     pool = {"share": POOL, "source": pb.PoolSource.Value(f"POOL_SOURCE_{source.upper()}")}
     wanted = set(tables.split(","))
     if not wanted <= set(TABLES):
@@ -84,6 +90,8 @@ def main(
                     report.add(arrivals(model, clients, pool, chosen[0], tokens, corpus))
         if "fairness" in wanted:
             report.add(fairness(model, tokens, 2 if quick else NUM_ASKED, 4 if quick else FLOOD_REQUESTS, corpus))
+        if "size" in wanted and not quick:
+            report.add(expert_size(model, tokens))
     if not quick:
         report.write(results)
 
@@ -107,7 +115,8 @@ def table(
     corpus: Path | None,
 ) -> Table:
     rows = []
-    for (num_domains, num_each), goal in zip(mixes, GOALS, strict=False):
+    for num_domains, num_each in mixes:
+        goal = MIXES.get((num_domains, num_each), math.nan)
         by_domain = domains_of(model, num_domains, num_each * (num_rounds + 1), PROMPT_TOKENS, corpus)
         # No prompt twice: its keys and values would still be there.
         waves = [
@@ -189,7 +198,7 @@ WAYS = (
 
 def fairness(model: Path, num_tokens: int, most_asked: int, most_flood: int, corpus: Path | None) -> Table:
     """One tenant asks one domain at a time, while another keeps many requests of 16 domains in flight."""
-    domains = domains_of(model, MIXES[0][0], 32, PROMPT_TOKENS, corpus)
+    domains = domains_of(model, NUM_DOMAINS, 32, PROMPT_TOKENS, corpus)
     rows, alone = [], (math.nan, 0.0)
     for way in WAYS:
         way = replace(way, num_asked=min(way.num_asked, most_asked), num_flood=min(way.num_flood, most_flood))
@@ -227,6 +236,45 @@ def fairness(model: Path, num_tokens: int, most_asked: int, most_flood: int, cor
             f"{FAIR_P99:g} x its first token alone, and {FAIR_PAGED:g} x the bytes, are aimed at.",
         ),
     )  # fmt: skip
+
+
+def expert_size(model: Path, num_tokens: int) -> Table:
+    """Experts of the released size, of two layers, in pools that overlap as those of two layers of `model` do."""
+    plain, _ = checkpoints(WORK, SIZE_SHAPE, SIZE_LAYERS)
+    codewords = list(Pools.of(model, Share(POOL)).codewords.values())[:NUM_DOMAINS]
+    pools = [fixed(ExpertPool(pool.experts[2 : 2 + SIZE_LAYERS])) for pool in codewords]
+    num_each = 4
+    prompts = prompts_of(plain, NUM_DOMAINS * num_each, PROMPT_TOKENS)
+    requests = [(prompt, pools[number % NUM_DOMAINS]) for number, prompt in enumerate(prompts)]
+    rows, rates = [], {}
+    for memory in MEMORIES:
+        budgets = Budgets(expert_memory=memory, host_memory=0, kv_memory=KV_MEMORY, max_running=len(requests))
+        limits = EngineLimits(max_running=len(requests), prefix_cache=False)
+        with load_engine(plain, torch.bfloat16, budgets, 4, limits=limits) as engine:
+            engine.answer_all(requests[:NUM_DOMAINS], 2)
+            stats, started_s, forward_s = engine.paged.pager.stats(), time.perf_counter(), engine.forward_s
+            usages = engine.answer_all(requests, num_tokens)
+            seconds, forward_s = time.perf_counter() - started_s, engine.forward_s - forward_s
+            nbytes = engine.paged.pager.stats().paging.bytes_paged - stats.paging.bytes_paged
+        rates[memory] = len(requests) * num_tokens / seconds
+        waited_s = sum(usage.paging.stall_s for usage in usages)
+        rows.append(
+            (
+                *(memory, f"{rates[memory]:.1f}", f"{seconds:.1f}", f"{forward_s:.1f}"),
+                *(f"{waited_s:.1f}", f"{nbytes / 2**20:.0f}"),
+            )
+        )
+    share = rates[MEMORIES[0]] / rates[MEMORIES[1]]
+    return Table(
+        "Mixed traffic at the released expert size",
+        ("of the experts in memory", "tokens/s", "seconds", "in forwards", "waiting for experts in them", "MiB paged"),
+        rows,
+        (
+            f"{SIZE_SHAPE} with {SIZE_LAYERS} layers, the engine in this process; {NUM_DOMAINS} pools with "
+            f"{num_each} requests each, all sent at once; pages are read through the page cache.",
+            f"The ratio is {share:.2f}; at least {SIZE_GOAL} is aimed at.",
+        ),
+    )
 
 
 def _pools_of(paged: PagedModel, domains: Domains) -> list[PoolPolicy]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from pager.errors import ConfigError
+from pager.gguf import SUFFIX
 from pager.memory import parse_bytes, parse_bytes_or_share
 from pager.reading import read_bounded, reason_of
 
@@ -260,13 +261,13 @@ class ModelConfig:
 
     path: str = _key(
         "",
-        "Checkpoint folder, as downloaded or packed, or ORGANISATION/NAME[@REVISION] on the Hugging Face hub, which "
-        "`expert-pager serve` downloads into the hub's cache. The one key that has to be set.",
+        "Checkpoint folder, as downloaded or packed, GGUF file, or ORGANISATION/NAME[@REVISION] on the Hugging Face "
+        "hub, which `expert-pager serve` downloads into the hub's cache. The one key that has to be set.",
         example="models/emo-tiny",
     )
     name: str | None = _key(
         None,
-        "What clients call the model. Not set: the name of the checkpoint's folder, or its name on the hub.",
+        "What clients call the model. Not set: the name of the checkpoint's folder or file, or its name on the hub.",
         example="emo-tiny",
     )
     special_tokens: bool = _key(
@@ -289,7 +290,7 @@ class ModelConfig:
 
     @property
     def public_name(self) -> str:
-        return self.name or Path(self.path).resolve().name
+        return self.name or Path(self.path).resolve().name.removesuffix(SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders
 
 from pager.errors import CheckpointError, InvalidRequest
+from pager.gguf import is_gguf, read_gguf
 from pager.reading import check_text, one_line, read_bounded, read_json_file, reason_of
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -53,10 +54,12 @@ def is_panic(error: BaseException) -> bool:
 
 def read_tokenizer(model: Path) -> Tokenizer | None:
     """Reads the tokenizer of a checkpoint's folder: `tokenizer.json`, and tokens that other files add to it. Without
-    that file, what transformers makes of those that are there; None where there are none.
+    that file, what transformers makes of those that are there, or of a GGUF file; None where there are none.
 
     Raises CheckpointError if it cannot be read.
     """
+    if is_gguf(model):
+        return _of_gguf(model)
     path = model / TOKENIZER_NAME
     if not path.exists():
         found = [name for name in _OTHER_TOKENIZER_FILES if (model / name).exists()]
@@ -96,6 +99,23 @@ def _converted(model: Path, found: Sequence[str]) -> Tokenizer:
             f"save one with AutoTokenizer.from_pretrained(...).save_pretrained(...), or remove these files to serve "
             "token ids alone"
         ) from None
+
+
+def _of_gguf(path: Path) -> Tokenizer | None:
+    """The tokenizer that transformers makes of a GGUF file's metadata."""
+    file = read_gguf(path)  # which checks what transformers' reader trusts
+    if "tokenizer.ggml.model" not in file.metadata:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with panics_as_errors():
+            made = AutoTokenizer.from_pretrained(
+                file.path.parent, gguf_file=file.path.name, local_files_only=True, trust_remote_code=False
+            )
+        return _whole(made.backend_tokenizer)
+    except Exception as error:  # every kind of tokenizer fails in its own way
+        raise CheckpointError(f"transformers makes no tokenizer of {path}: {one_line(error)}") from None
 
 
 def _add_tokens(tokenizer: Tokenizer, model: Path) -> None:

@@ -25,8 +25,9 @@ from jinja2.utils import Namespace
 from tokenizers import Tokenizer, decoders
 
 from pager.errors import CheckpointError, ConfigError, InvalidRequest
+from pager.gguf import is_gguf, read_gguf
 from pager.reading import parse_json, read_bounded, reason_of
-from pager.tokenizing import refuse_special
+from pager.tokenizing import read_tokenizer, refuse_special
 
 TEMPLATE_NAME = "chat_template.jinja"
 SETTINGS_NAME = "tokenizer_config.json"
@@ -58,7 +59,7 @@ class ChatTemplate:
 
         Raises ConfigError for a `file` that cannot be read, CheckpointError for damaged settings of the model.
         """
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = _settings_of_gguf(model) if is_gguf(model) else {}
         path = model / SETTINGS_NAME
         try:
             if path.exists():
@@ -194,6 +195,20 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Sequence):
         for each in value:
             yield from _texts(each)
+
+
+_GGUF_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def _settings_of_gguf(model: Path) -> dict[str, Any]:
+    """What a GGUF file's metadata has of the settings that templates need. Raises CheckpointError."""
+    metadata = read_gguf(model).metadata
+    template, tokenizer = metadata.get("tokenizer.chat_template"), read_tokenizer(model)
+    if not isinstance(template, str) or tokenizer is None:
+        return {}
+    ids = {name: metadata.get(f"tokenizer.ggml.{part}_token_id") for name, part in _GGUF_TOKENS.items()}
+    tokens = {name: tokenizer.id_to_token(token_id) for name, token_id in ids.items() if type(token_id) is int}
+    return {**tokens, "chat_template": template}
 
 
 def _content(token: Any) -> str | None:

@@ -28,7 +28,8 @@ from pager.cli.options import (
     steps_progress,
 )
 from pager.cli.pools import api_key
-from pager.errors import InvalidRequest, PagerError
+from pager.errors import ConfigError, InvalidRequest, PagerError
+from pager.gguf import is_gguf
 from pager.memory import Budgets, format_bytes, resolve_device
 
 if TYPE_CHECKING:
@@ -259,6 +260,8 @@ def fit_router(
     from pager.predict.fitted import PREDICTOR_NAME
     from pager.tokenizing import encode
 
+    if output is None and is_gguf(model):
+        raise ConfigError(f"{model} is a file, with no folder for what is fitted; say with --output where it goes")
     texts = sample_texts(documents, max_documents, seed)
     tokenizer = tokenizer_of(model)
     with busy("loading"):

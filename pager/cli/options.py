@@ -213,7 +213,7 @@ ModelPath = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="Checkpoint folder, as downloaded or packed, or ORGANISATION/NAME[@REVISION] on the hub.",
+        help="Checkpoint folder, as downloaded or packed, GGUF file, or ORGANISATION/NAME[@REVISION] on the hub.",
         parser=model_folder,
     ),
 ]

@@ -35,6 +35,7 @@ from pager.cli.options import (
 from pager.cli.pools import ServerOptions
 from pager.config import SCHEMA, Reading, ServiceConfig, config_of, load_config, read_config, shown
 from pager.errors import NotReady, PagerError, ServiceUnreachable
+from pager.gguf import is_gguf
 from pager.memory import format_bytes
 from pager.observe import logs
 from pager.pools.drift import parse_drift
@@ -88,7 +89,9 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="Checkpoint folder, or ORGANISATION/NAME[@REVISION] on the hub.", show_default=False
+            metavar="MODEL",
+            help="Checkpoint folder, GGUF file, or ORGANISATION/NAME[@REVISION] on the hub.",
+            show_default=False,
         ),
     ] = None,
     config: Annotated[
@@ -278,8 +281,9 @@ def _beyond_the_schema(reading: Reading, env: Mapping[str, str]) -> Iterator[str
     """Yields the problems that would make a start fail and can be found without one."""
     settings = config_of(reading)
     is_on_hub = HubModel.parse(settings.model.path) is not None
-    if settings.model.path and not is_on_hub and not (Path(settings.model.path) / "config.json").is_file():
-        yield _said(reading, "model.path", "is not a checkpoint folder: it has no config.json")
+    path = Path(settings.model.path)
+    if settings.model.path and not is_on_hub and not is_gguf(path) and not (path / "config.json").is_file():
+        yield _said(reading, "model.path", "is not a checkpoint folder, which has a config.json, and no GGUF file")
     for key in _FILES:
         value = reading.value(key)
         if value is not None and not os.access(value, os.R_OK):

@@ -20,6 +20,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from pager.errors import CheckpointError, UnsupportedModel
+from pager.gguf import PLAIN
 from pager.reading import one_line, shown
 from pager.store.checkpoint import Checkpoint
 
@@ -53,6 +54,8 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
 
     Raises UnsupportedModel, which names the method and its bits, and CheckpointError for a config that is none.
     """
+    if checkpoint.gguf is not None:
+        return _blocks_of(checkpoint)
     config = quantisation_of(checkpoint)
     found = _quantised_name(checkpoint, config)
     if found is None:
@@ -71,7 +74,7 @@ def format_of(checkpoint: Checkpoint) -> Format | None:
         raise
     except Exception as error:  # each method checks its own fields in its own way
         raise CheckpointError(
-            f"{checkpoint.path / 'config.json'} is not valid: its quantization_config: {one_line(error)}"
+            f"{checkpoint.config_path} is not valid: its quantization_config: {one_line(error)}"
         ) from error
     return Format(str(method), _words(config), quantiser)
 
@@ -87,7 +90,7 @@ def conversions_of(model: PreTrainedModel, found: Format | None) -> list[Any]:
 
 def decodes(operation: Any) -> bool:
     """The operation makes plain tensors of quantised ones."""
-    return hasattr(operation, "hf_quantizer")
+    return hasattr(operation, "hf_quantizer") or isinstance(operation, FromBlocks)
 
 
 def quantisation_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -412,3 +415,51 @@ _VARIANTS: Mapping[Any, Callable[[Mapping[str, Any]], Parts | None]] = {
     "modelopt": _modelopt,
 }
 """By method: how its weights are decoded; None for kinds that are not."""
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _blocks_of(checkpoint: Checkpoint) -> Format | None:
+    """The format of a GGUF file some of whose tensors are in blocks; `words` are about its experts."""
+    kinds = sorted({spec.blocks for spec in checkpoint.specs.values() if spec.blocks and "_exps." in spec.name})
+    if not any(spec.blocks for spec in checkpoint.specs.values()):
+        return None
+    return Format("gguf", f"gguf, experts in {' and '.join(kinds) or 'plain floats'}", None)
+
+
+class FromBlocks:
+    """The operation that makes float32 of a GGUF file's blocks, by the package that defines them."""
+
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        """Takes the kinds of blocks by pattern."""
+        self.kinds = kinds
+
+    def convert(self, input_dict: Mapping[str, Any], **_: Any) -> dict[str, Tensor]:
+        alone = {pattern: each[0] if isinstance(each, list) else each for pattern, each in input_dict.items()}
+        return {pattern: _from_blocks(stored, self.kinds[pattern]) for pattern, stored in alone.items()}
+
+
+def _from_blocks(stored: Tensor, kind: str) -> Tensor:
+    import gguf
+
+    if kind in PLAIN:
+        return stored.float()
+    number = gguf.GGMLQuantizationType[kind]
+    num_elements, num_bytes = gguf.GGML_QUANT_SIZES[number]
+    if stored.is_meta:
+        *outer, row_bytes = stored.shape
+        return stored.new_empty((*outer, row_bytes // num_bytes * num_elements), dtype=torch.float32)
+    return torch.from_numpy(gguf.dequantize(stored.numpy(), number))
+
+
+class Processed:
+    """The operation that does to one tensor what transformers' processor of an architecture does when it loads it."""
+
+    def __init__(self, processor: Any, name: str) -> None:
+        self._processor, self._name = processor, name
+
+    def convert(self, input_dict: Mapping[str, Tensor], full_layer_name: str = "", **_: Any) -> dict[str, Tensor]:
+        (tensor,) = input_dict.values()
+        made = self._processor.process(weights=tensor.numpy(), name=self._name)
+        return {full_layer_name: torch.from_numpy(made.weights)}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,8 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from pager.models.formats import Format, conversions_of, decodes
+from pager.gguf import PLAIN, GgufFile
+from pager.models.formats import Format, FromBlocks, Processed, conversions_of, decodes
 from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import AsBytes, Made, Row
 from pager.store.pack_format import BLOCK, num_blocks
@@ -57,6 +59,8 @@ class Stored:
     @property
     def is_decoded(self) -> bool:
         """Quantised tensors make this parameter: beside weights, of which a format leaves some as they are, scales."""
+        if any(isinstance(each, FromBlocks) for each in self.operations):
+            return True
         has_others = any(pattern.rstrip("$").rpartition(".")[2] != "weight" for pattern in self.names)
         return has_others and any(map(decodes, self.operations))
 
@@ -89,7 +93,10 @@ class Layout:
 
 def locate(model: PreTrainedModel, names: Iterable[str], quantised: Format | None = None) -> Layout:
     """Sorts a checkpoint's tensors by what transformers' loader would make of them in `model`."""
-    conversions = conversions_of(model, quantised)
+    return _sorted(model, names, conversions_of(model, quantised))
+
+
+def _sorted(model: PreTrainedModel, names: Iterable[str], conversions: Sequence[Any]) -> Layout:
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -110,6 +117,62 @@ def locate(model: PreTrainedModel, names: Iterable[str], quantised: Format | Non
             stored.setdefault(each, Stored(converter=converter)).names[pattern or name].append(name)
         if not known:
             unused.append(name)
+    return Layout(stored, tuple(unused))
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversion:
+    """What transformers' converters are, for the tensors of one parameter."""
+
+    source_patterns: Sequence[str]
+    target_patterns: Sequence[str]
+    operations: Sequence[Any]
+
+
+def locate_in_blocks(model: PreTrainedModel, file: GgufFile) -> Layout:
+    """Sorts a GGUF file's tensors by what transformers makes of them in `model`, and has them decoded first.
+
+    Experts in plain floats are left as they are stored.
+    """
+    from transformers.integrations.gguf import GGUF_ARCHS, get_gguf_conversion_mapping
+
+    if file.architecture in GGUF_ARCHS:
+        found = _sorted(model, file.tensors, get_gguf_conversion_mapping(file.architecture, model.config))
+    else:
+        found = _sorted_by_tables(model, file)
+    stored = {}
+    for target, each in found.stored.items():
+        kinds = {pattern: file.tensors[names[0]].kind for pattern, names in each.names.items()}
+        if all("_exps." in name for names in each.names.values() for name in names) and {*kinds.values()} <= {*PLAIN}:
+            stored[target] = each
+            continue
+        patterns = each.converter.source_patterns if each.converter else list(each.names)
+        targets = each.converter.target_patterns if each.converter else [target]
+        stored[target] = Stored(each.names, _Conversion(patterns, targets, [FromBlocks(kinds), *each.operations]))
+    return Layout(stored, found.unused)
+
+
+def _sorted_by_tables(model: PreTrainedModel, file: GgufFile) -> Layout:
+    """The same for architectures that transformers maps by a table of names and a processor of values."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
+    # Only the names of the whole: it would go on through all modules, and know these names already.
+    whole = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
+    target_of = get_gguf_hf_weights_map(whole, processor)
+    stored: dict[str, Stored] = {}
+    unused = []
+    for name in sorted(file.tensors, key=dot_natural_key):  # gates before ups
+        target = target_of.get(name) or target_of.get(name.removesuffix(".weight"))
+        if target is None:
+            unused.append(name)
+        elif "_exps." not in name:
+            stored[target] = Stored({name: [name]}, _Conversion([name], [target], [Processed(processor, name)]))
+        elif target in stored:
+            names = {**stored[target].names, name: [name]}
+            stored[target] = Stored(names, _Conversion(list(names), [target], [Concatenate(dim=1)]))
+        else:
+            stored[target] = Stored({name: [name]})
     return Layout(stored, tuple(unused))
 
 

@@ -35,7 +35,7 @@ from pager.models.families import (
     without_choices,
 )
 from pager.models.formats import Format, format_of
-from pager.models.layout import ExpertParameter, Layout, Stored, is_held_in_blocks, locate
+from pager.models.layout import ExpertParameter, Layout, Stored, is_held_in_blocks, locate, locate_in_blocks
 from pager.reading import one_line, shown
 from pager.store.checkpoint import Checkpoint, read_json_object
 from pager.store.expert_source import AsBytes, ExpertSource, Made, Row, open_experts
@@ -130,6 +130,8 @@ class OpenModel:
     @cached_property
     def layout(self) -> Layout:
         """Which stored tensors make which parameter."""
+        if self.checkpoint.gguf is not None:
+            return locate_in_blocks(self.whole, self.checkpoint.gguf)
         return locate(self.whole, self.checkpoint.specs, self.quantised)
 
     @cached_property
@@ -274,7 +276,7 @@ class OpenModel:
                     continue
                 self.checkpoint.require(name, expected.shape)  # by the name that the model has for it
             if stored[name].is_decoded:
-                tensors[name] = DecodedTensor(self.checkpoint, name, failed, stored[name], self.whole)
+                tensors[name] = DecodedTensor(self.checkpoint, name, failed, stored[name], self.whole, expected.shape)
                 continue
             for stored_name in (each for group in stored[name].names.values() for each in group):
                 spec = self.checkpoint.specs[stored_name]
@@ -307,7 +309,7 @@ class OpenModel:
 @contextmanager
 def _config_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """Turns whatever transformers raises for a config that it cannot build into a CheckpointError."""
-    path = checkpoint.path / "config.json"
+    path = checkpoint.config_path
     try:
         yield
     except CheckpointError as error:
@@ -393,6 +395,7 @@ class DecodedTensor(StoredTensor):
 
     stored: Stored
     model: PreTrainedModel  # on the meta device
+    shape: torch.Size
 
     def __getitem__(self, index: Any) -> Tensor:
         try:
@@ -400,7 +403,10 @@ class DecodedTensor(StoredTensor):
                 pattern: [self.checkpoint.read_tensor(each) for each in names]
                 for pattern, names in self.stored.names.items()
             }
-            return self.stored.make(pieces, self.name, self.model)[index]
+            made = self.stored.make(pieces, self.name, self.model)
+            if made.shape != self.shape:
+                raise ValueError(f"its shape is {tuple(made.shape)}, and its config calls for {tuple(self.shape)}")
+            return made[index]
         except CheckpointError as error:
             self.failed.append(error)
             raise

@@ -153,6 +153,7 @@ def cut(
     """
     out, checkpoint = Path(out_dir), model.checkpoint
     check_absent(out)
+    checkpoint.require_folder("cut a slice of it")
     experts = kept_experts(pool, model.facts)
     config = _cut_config(checkpoint.config, tuple(map(len, experts)))
     if checkpoint.is_packed:

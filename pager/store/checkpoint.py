@@ -18,10 +18,11 @@ import xxhash
 from torch import Tensor
 
 from pager.errors import CheckpointError
+from pager.gguf import PLAIN, SUFFIX, GgufFile, config_of, is_gguf, read_gguf
 from pager.reading import read_json_file, reason_of
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader, read_pack_header
 from pager.store.reads import DataFile, read_pieces, read_tensor_at
-from pager.store.safetensors import TensorSpec, read_header
+from pager.store.safetensors import DTYPES, TensorSpec, read_header
 
 MANIFEST_NAME = "checksums.json"
 ALGORITHM = "xxh3_128"
@@ -85,11 +86,12 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The open safetensors files by name, the tensors in them, and the header of the pack beside them, if packed."""
+    """The open files by name, the tensors in them, the header of the pack beside them, if packed, and of GGUF files."""
 
     files: Mapping[str, DataFile]
     specs: Mapping[str, TensorSpec]
     pack: PackHeader | None
+    gguf: GgufFile | None = None
 
     def close(self) -> None:
         for file in self.files.values():
@@ -203,8 +205,8 @@ class Checkpoint:
     """An open checkpoint. Knows names, shapes and bytes; knows neither model families nor what an expert is.
 
     `specs` holds every tensor of a plain checkpoint, and of a packed one the trunk's; `pack` is a packed one's
-    header, else None. A tensor whose checksum is known is checked whenever it is read. Thread-safe but for
-    `close`.
+    header, else None. `path` is a folder, or a GGUF file, whose header `gguf` is. A tensor whose checksum is known is
+    checked whenever it is read. Thread-safe but for `close`.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], weights: WeightFiles) -> None:
@@ -213,18 +215,20 @@ class Checkpoint:
         self.config = config
         self.specs: Mapping[str, TensorSpec] = MappingProxyType(dict(weights.specs))
         self.pack = weights.pack
+        self.gguf = weights.gguf
         self._weights = weights
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Opens the directory and checks all that can be checked without reading weights.
+        """Opens the directory or GGUF file and checks all that can be checked without reading weights.
 
         Raises CheckpointError for a directory, config, index, shard or header that is missing, malformed or
-        truncated, a tensor stored in an unsupported dtype, and files that a recorded manifest contradicts.
+        truncated, a tensor stored in an unsupported dtype, and files that a recorded manifest contradicts;
+        UnsupportedModel for what is not read from GGUF files.
         """
         directory, config, weights = _open(path)
         try:
-            manifest = load_manifest(directory) if weights.pack is None else None
+            manifest = load_manifest(directory) if weights.pack is None and weights.gguf is None else None
             if manifest is not None:
                 weights = weights.with_manifest(directory, manifest)
         except BaseException:
@@ -240,6 +244,19 @@ class Checkpoint:
     @property
     def is_packed(self) -> bool:
         return self.pack is not None
+
+    @property
+    def config_path(self) -> Path:
+        """The file that says what the model is."""
+        return self.path / "config.json" if self.gguf is None else self.path
+
+    def require_folder(self, to: str) -> None:
+        """Raises CheckpointError for a GGUF file, of which nothing can be made `to` something."""
+        if self.gguf is not None:
+            raise CheckpointError(
+                f"{self.path} is a GGUF file, which is served as it is; to {to}, fetch the checkpoint that it was made "
+                "from"
+            )
 
     @property
     def file_nbytes(self) -> dict[str, int]:
@@ -343,7 +360,7 @@ class Checkpoint:
         return spec
 
 
-_CONTAINERS = {".gguf": "GGUF tensors", ".bin": "pickled weights", ".pth": "pickled weights", ".pt": "pickled weights"}
+_CONTAINERS = {".bin": "pickled weights", ".pth": "pickled weights", ".pt": "pickled weights"}
 
 
 def _refuse_other_containers(path: Path) -> None:
@@ -356,13 +373,41 @@ def _refuse_other_containers(path: Path) -> None:
                 f"{file} holds {what}, which are not read here; fetch the model's safetensors, or load it with "
                 "transformers and save that (save_pretrained)"
             )
+        if path.is_dir() and file.suffix == SUFFIX:
+            raise CheckpointError(f"{path} holds no safetensors; of a GGUF file give its own path: {file}")
+
+
+def _open_gguf(path: Path) -> tuple[Path, dict[str, Any], WeightFiles]:
+    gguf = read_gguf(path)
+    config = config_of(gguf)
+    specs = {
+        name: TensorSpec(name, each.file.name, each.offset, each.nbytes, each.shape, DTYPES[each.kind])
+        if each.kind in PLAIN
+        else TensorSpec(
+            name, each.file.name, each.offset, each.nbytes, each.stored_shape, torch.uint8, blocks=each.kind
+        )
+        for name, each in gguf.tensors.items()
+    }
+    files: dict[str, DataFile] = {}
+    try:
+        for each in gguf.files:
+            files[each.name] = _open_file(each)
+    except BaseException:
+        for file in files.values():
+            file.close()
+        raise
+    return gguf.path, config, WeightFiles(files, specs, None, gguf)
 
 
 def _open(path: str | Path) -> tuple[Path, dict[str, Any], WeightFiles]:
     directory = Path(path)
+    if is_gguf(directory):
+        return _open_gguf(directory)
     if not directory.is_dir():
         _refuse_other_containers(directory)
-        raise CheckpointError(f"{directory} is not a directory; give the folder of a downloaded or packed checkpoint")
+        raise CheckpointError(
+            f"{directory} is not a directory; give the folder of a downloaded or packed checkpoint, or a GGUF file"
+        )
     if (directory / "adapter_config.json").exists():
         put = "put the adapter on what pager.load_model returns (model.load_adapter)"
         if not (directory / "config.json").exists():

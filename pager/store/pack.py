@@ -115,6 +115,7 @@ def _plan(
     dtype = wanted.scales if isinstance(wanted, RecordFormat) else wanted
     if record:
         record.record(shape)  # refuses what has none before anything is opened
+    checkpoint.require_folder("pack it")
     if checkpoint.is_packed:
         raise CheckpointError(f"{checkpoint.path} is packed already; pack the checkpoint that it was made from")
     experts = find_experts(checkpoint, pieces, experts_per_layer, shape)
@@ -286,6 +287,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     Raises CheckpointError where the structure itself is broken (see `Checkpoint.open`), or nothing was recorded.
     """
     with Checkpoint.open(path) as checkpoint:
+        checkpoint.require_folder("check what is recorded of it")
         if any(spec.checksum is None for spec in checkpoint.specs.values()):
             raise CheckpointError(
                 f"{checkpoint.path} has no recorded checksums; on files that you trust, run "
@@ -312,6 +314,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
 def record(path: str | Path, progress: Progress | None = None) -> Recorded:
     """Writes `checksums.json` into a plain checkpoint, atomically. Raises CheckpointError."""
     with Checkpoint.open_unverified(path) as checkpoint:
+        checkpoint.require_folder("record checksums of it")
         if checkpoint.is_packed:
             raise CheckpointError(f"{checkpoint.path} is packed and carries its checksums; run `expert-pager verify`")
         specs = _in_file_order(checkpoint)

@@ -57,7 +57,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One stored tensor. `offset` counts from the start of the file; `checksum` is xxh3_128 of its bytes, where
-    recorded.
+    recorded. With `blocks`, the name of a kind of GGUF's, its bytes are blocks of that kind, and `shape` counts bytes.
     """
 
     name: str
@@ -67,6 +67,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     checksum: str | None = None
+    blocks: str = ""
 
 
 def read_header(file: DataFile) -> dict[str, TensorSpec]:

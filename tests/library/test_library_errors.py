@@ -177,18 +177,18 @@ class TestCheckpoints:
             load(made.path)
 
     @pytest.mark.parametrize(
-        ("name", "message"), [("model-Q8_0.gguf", "GGUF tensors"), ("pytorch_model.bin", "pickled weights")]
+        ("name", "message"),
+        [
+            ("model-Q8_0.gguf", "holds no safetensors; of a GGUF file give its own path"),
+            ("pytorch_model.bin", "pickled weights.*safetensors"),
+        ],
     )
     def test_weights_in_another_container(self, small: MakeSmall, load: Load, name: str, message: str) -> None:
         made = small("olmoe")
         (made.path / "model.safetensors").rename(made.path / name)
-        with pytest.raises(CheckpointError, match=f"{name}.*{message}.*safetensors"):
+        with pytest.raises(CheckpointError, match=message) as failed:
             load(made.path)
-
-    def test_a_gguf_file_instead_of_a_folder(self, load: Load, tmp_path: Path) -> None:
-        (tmp_path / "model.gguf").write_bytes(b"GGUF")
-        with pytest.raises(CheckpointError, match=r"model\.gguf holds GGUF tensors.*safetensors"):
-            load(tmp_path / "model.gguf")
+        assert name in str(failed.value)
 
     def test_an_adapter_beside_a_model(self, small: MakeSmall, load: Load) -> None:
         made = small("olmoe")

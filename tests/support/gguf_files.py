@@ -1,0 +1,170 @@
+"""Small random models in GGUF files, written by the gguf package as llama.cpp's converter does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from torch import Tensor
+from transformers import (
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from tests.support.checkpoints import byte_tokenizer, lively
+
+SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>")
+SIZES: dict[str, Any] = {
+    "vocab_size": 259, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "pad_token_id": 258, "bos_token_id": 256, "eos_token_id": 257, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+TEMPLATE = "{% for message in messages %}{{ bos_token }}{{ message['content'] }}{% endfor %}"
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}  # fmt: skip
+"""The tensors' names as llama.cpp has them, of the last parts of a model's."""
+
+
+def qwen3_moe(**fields: Any) -> PreTrainedModel:
+    config = {**SIZES, "num_experts": 8, "moe_intermediate_size": 256, "norm_topk_prob": True, **fields}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
+
+
+def qwen2_moe() -> PreTrainedModel:
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    own = {"num_experts": 8, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **own))
+
+
+def minimax_m2() -> PreTrainedModel:
+    return MiniMaxM2ForCausalLM(MiniMaxM2Config(**SIZES, num_local_experts=8, rotary_dim=32))
+
+
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "minimax_m2": "minimax-m2"}
+
+
+def blocks(values: Tensor, kind: str) -> np.ndarray[Any, Any]:
+    """Values in blocks of a kind; random ones where the package reads a kind and does not write it."""
+    number = GGMLQuantizationType[kind]
+    try:
+        made: np.ndarray[Any, Any] = gguf.quantize(values.float().numpy(), number)
+        return made
+    except NotImplementedError:
+        elements, nbytes = gguf.GGML_QUANT_SIZES[number]
+        draws = np.random.default_rng(values.numel())
+        made = draws.integers(0, 256, (*values.shape[:-1], values.shape[-1] // elements, nbytes), np.uint8)
+        scales = {"Q4_K": (0, 2), "Q6_K": (nbytes - 2,), "Q5_K": (0, 2)}[kind]
+        for place in scales:  # in float16, small enough for the weights of a model
+            made[..., place : place + 2] = np.array([2e-4], np.float16).view(np.uint8)
+        return made.reshape(*values.shape[:-1], -1)
+
+
+def gguf_file(
+    model: PreTrainedModel, path: Path, *, experts: str = "Q8_0", down: str | None = None, trunk: str = "F32",
+    metadata: Mapping[str, int | float | str] | None = None, tensors_a_file: int = 0,
+) -> Path:  # fmt: skip
+    """Writes the model, its experts in blocks of the kind `experts`, and `down` for the second matrix of each.
+
+    Returns the first of its files, which are several where each has so many tensors.
+    """
+    config = model.config
+    writer = GGUFWriter(path, ARCHITECTURES[config.model_type], split_max_tensors=tensors_a_file)
+    _add_fields(writer, config, {} if metadata is None else metadata)
+    torch.manual_seed(0)
+    for name, parameter in lively(model, std=0.08).state_dict().items():
+        layer = f"blk.{name.split('.')[2]}." if name.startswith("model.layers.") else ""
+        stem, _, end = name.rpartition(".")
+        if end in ("gate_up_proj", "down_proj"):
+            parts = {"gate": parameter.chunk(2, 1)[0], "up": parameter.chunk(2, 1)[1]}
+            for part, values in (parts if end == "gate_up_proj" else {"down": parameter}).items():
+                kind = experts if part != "down" or down is None else down
+                _add(writer, f"{layer}ffn_{part}_exps.weight", values, kind)
+        elif end == "e_score_correction_bias":
+            _add(writer, f"{layer}exp_probs_b.bias", parameter, "F32")
+        else:
+            known = next(to for part, to in NAMES.items() if stem.endswith(part))
+            kind = trunk if parameter.dim() == 2 and "ffn_gate_inp" not in known else "F32"
+            _add(writer, f"{layer}{known}.{end}", parameter.squeeze(0), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return min(path.parent.glob(f"{path.stem}-00001-of-*"), default=path)
+
+
+def _add(writer: GGUFWriter, name: str, values: Tensor, kind: str) -> None:
+    if kind in ("F32", "F16"):
+        dtype = np.float32 if kind == "F32" else np.float16
+        writer.add_tensor(name, values.contiguous().numpy().astype(dtype))
+    else:
+        writer.add_tensor(name, blocks(values.contiguous(), kind), raw_dtype=GGMLQuantizationType[kind])
+
+
+def _add_fields(writer: GGUFWriter, config: Any, metadata: Mapping[str, int | float | str]) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if hasattr(config, "head_dim"):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type == "minimax_m2":
+        writer.add_rope_dimension_count(config.rotary_dim)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    tokens = [token for token, _ in sorted(byte_tokenizer(SPECIAL).get_vocab().items(), key=lambda each: each[1])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_scores([0.0] * len(tokens))  # without merges
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_pad_token_id(258)
+    writer.add_chat_template(TEMPLATE)
+    for name, value in metadata.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(name, value)
+
+
+def decoded_state(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of a model of the family, as the gguf package reads and decodes them."""
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        found[tensor.name] = torch.from_numpy(np.array(values, np.float32)).reshape(*reversed(tensor.shape.tolist()))
+    state = {}
+    for name, parameter in model.state_dict().items():
+        layer = f"blk.{name.split('.')[2]}." if name.startswith("model.layers.") else ""
+        stem, _, end = name.rpartition(".")
+        if end == "gate_up_proj":
+            state[name] = torch.cat([found[f"{layer}ffn_{part}_exps.weight"] for part in ("gate", "up")], 1)
+        elif end == "down_proj":
+            state[name] = found[f"{layer}ffn_down_exps.weight"]
+        elif end == "e_score_correction_bias":
+            state[name] = found[f"{layer}exp_probs_b.bias"]
+        else:
+            known = next(to for part, to in NAMES.items() if stem.endswith(part))
+            state[name] = found[f"{layer}{known}.{end}"].reshape(parameter.shape)
+    return state

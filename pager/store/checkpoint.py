@@ -251,7 +251,7 @@ class Checkpoint:
         return self.path / "config.json" if self.gguf is None else self.path
 
     def require_folder(self, to: str) -> None:
-        """Raises CheckpointError for a GGUF file, of which nothing can be made `to` something."""
+        """Refuses a GGUF file `to` something that is done with folders only, by a CheckpointError."""
         if self.gguf is not None:
             raise CheckpointError(
                 f"{self.path} is a GGUF file, which is served as it is; to {to}, fetch the checkpoint that it was made "

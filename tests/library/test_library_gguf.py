@@ -18,8 +18,7 @@ from pager.store.pack import pack, record, verify
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey, ExpertPool
 from router_service.chat import ChatTemplate
-from tests.support.checkpoints import byte_tokenizer
-from tests.support.gguf_files import SPECIAL, decoded_state, gguf_file, minimax_m2, qwen2_moe, qwen3_moe
+from tests.support.gguf_files import decoded_state, gguf_file, minimax_m2, qwen2_moe, qwen3_moe, tokenizer
 
 Load = Callable[..., PreTrainedModel]
 Make = Callable[[], PreTrainedModel]
@@ -128,15 +127,15 @@ def test_the_configuration_is_what_transformers_reads_and_what_it_leaves_out(tmp
     assert named == {name: wanted[name] for name in named}
     assert found["rms_norm_eps"] == pytest.approx(1e-6)
     assert opened.config.rope_parameters["rope_theta"] == made.config.rope_parameters["rope_theta"]
-    assert (opened.config.pad_token_id, opened.config.eos_token_id) == (258, 257)
+    assert (opened.config.pad_token_id, opened.config.eos_token_id) == (260, 259)
 
 
 def test_the_tokenizer_and_the_template_are_in_the_file(tmp_path: Path) -> None:
     path = gguf_file(qwen3_moe(), tmp_path / "model.gguf")
-    tokenizer = read_tokenizer(path)
-    assert tokenizer is not None
-    text = "SELECT name, 12.5% von Käse FROM users<|end|>"
-    assert tokenizer.encode(text).ids == byte_tokenizer(SPECIAL).encode(text).ids
+    found = read_tokenizer(path)
+    assert found is not None
+    text = "the SELECT name, 12.5% von Käse FROM users<|end|>"
+    assert found.encode(text).ids == tokenizer().encode(text).ids
     template = ChatTemplate.read(path)
     assert template is not None
     assert template.render([{"role": "user", "content": "hello"}], None) == "<|begin|>hello"

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     MiniMaxM2Config,
@@ -21,13 +22,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.support.checkpoints import byte_tokenizer, lively
+from tests.support.checkpoints import lively
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>")
 SIZES: dict[str, Any] = {
-    "vocab_size": 259, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 261, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 2, "max_position_embeddings": 128,
-    "pad_token_id": 258, "bos_token_id": 256, "eos_token_id": 257, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+    "pad_token_id": 260, "bos_token_id": 258, "eos_token_id": 259, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 TEMPLATE = "{% for message in messages %}{{ bos_token }}{{ message['content'] }}{% endfor %}"
 NAMES = {
@@ -39,6 +40,15 @@ NAMES = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }  # fmt: skip
 """The tensors' names as llama.cpp has them, of the last parts of a model's."""
+
+
+def tokenizer() -> Tokenizer:
+    """Bytes, two words of them, and the special tokens."""
+    alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=alphabet | {"he": 256, "the": 257}, merges=[("h", "e"), ("t", "he")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(list(SPECIAL))
+    return made
 
 
 def qwen3_moe(**fields: Any) -> PreTrainedModel:
@@ -133,15 +143,15 @@ def _add_fields(writer: GGUFWriter, config: Any, metadata: Mapping[str, int | fl
     if config.model_type == "minimax_m2":
         writer.add_rope_dimension_count(config.rotary_dim)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    tokens = [token for token, _ in sorted(byte_tokenizer(SPECIAL).get_vocab().items(), key=lambda each: each[1])]
+    tokens = [token for token, _ in sorted(tokenizer().get_vocab().items(), key=lambda each: each[1])]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
-    writer.add_token_scores([0.0] * len(tokens))  # without merges
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_pad_token_id(258)
+    writer.add_token_merges(["h e", "t he"])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(259)
+    writer.add_pad_token_id(260)
     writer.add_chat_template(TEMPLATE)
     for name, value in metadata.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]

@@ -42,6 +42,9 @@ that a step of 16 rows copies together (`pager.engine.experts`): to have them ma
 _ARENA_BYTES = MIB // 8  # what a thread takes from the system at a time at almost no cost
 _SMALL_BUFFERS = 16  # buffers of 1 MiB at most, as many as a forward has at a time: malloc keeps their places
 _LARGER_BUFFERS = 3  # buffers between 1 MiB and KEPT_BYTES
+_KEPT_FREE_BYTES = _SMALL_BUFFERS * MIB + _LARGER_BUFFERS * KEPT_BYTES
+"""How much malloc keeps of what is free at the end of an arena, where each step takes its buffers anew. With no more
+than KEPT_BYTES a step of 64 rows gave 14 MiB back and had them mapped again, which was a tenth of its time."""
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
 
 _ATTENTION_QUERIES, _ATTENTION_KEYS = 256, 512  # the tile of torch's attention on a CPU, one a thread
@@ -150,7 +153,7 @@ class _Shapes:
         tile = _ATTENTION_QUERIES * (_ATTENTION_KEYS + 2 + self.head_dim) * FP32
         threads = torch.get_num_threads() * (tile + _GEMM_BYTES)
         num_threads = num_readers + NUM_CHECKERS + 1  # readers, checkers, and the stepping thread
-        kept = _SMALL_BUFFERS * MIB + _LARGER_BUFFERS * KEPT_BYTES + num_threads * _ARENA_BYTES
+        kept = _KEPT_FREE_BYTES + num_threads * _ARENA_BYTES
         copied = 0
         if self.record:  # many rows are multiplied with a copy of the matrix
             copied = 2 * self.expert.intermediate * self.expert.hidden * self.item
@@ -202,11 +205,12 @@ def _dense_intermediate(opened: OpenModel) -> int:
 
 
 def return_freed_memory() -> None:
-    """Makes malloc return freed buffers to the system, for a process that is held to a plan; and returns those free
-    now.
+    """Makes malloc return large freed buffers to the system, for a process that is held to a plan; and returns what is
+    free now.
 
     By itself glibc raises its threshold to the largest buffer that was freed, up to 32 MiB, and keeps twice as much in
-    the arena of every thread that freed one. Costs a page fault per 4 KiB of each buffer of KEPT_BYTES or more.
+    the arena of every thread that freed one. Costs a page fault per 4 KiB of each buffer of KEPT_BYTES or more. Smaller
+    ones stay with the process, up to what the plan has for them.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -214,8 +218,8 @@ def return_freed_memory() -> None:
     except (OSError, AttributeError):  # another C library, which may behave differently
         log.info("the C library has no mallopt; how much freed memory it keeps is not known")
         return
-    for option in (_MALLOC_MMAP_THRESHOLD, _MALLOC_TRIM_THRESHOLD):
-        mallopt(option, KEPT_BYTES)
+    mallopt(_MALLOC_MMAP_THRESHOLD, KEPT_BYTES)
+    mallopt(_MALLOC_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
     malloc_trim(0)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -209,3 +212,41 @@ def test_an_engine_runs_no_more_at_a_time_than_the_plan_has_memory_for(path: Pat
         seen.add(engine.status().running)
     assert max(seen) == 2
     paged.close()
+
+
+STEPS_OF_BUFFERS = """
+import ctypes, resource
+from pager.engine.workspace import return_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+MIB = 2**20
+
+def run(num_buffers):
+    buffers = [libc.malloc(MIB) for _ in range(num_buffers)]
+    for buffer in buffers:
+        ctypes.memset(buffer, 1, MIB)
+    for buffer in buffers:
+        libc.free(buffer)
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // MIB
+
+return_freed_memory()
+before_mib = resident_mib()
+run(14)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    run(14)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+run(100)
+print(resident_mib() - before_mib)
+"""
+
+
+def test_what_steps_take_anew_stays_with_the_process_up_to_what_the_plan_has_for_it() -> None:
+    command = [sys.executable, "-c", STEPS_OF_BUFFERS]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    num_faults, kept_mib = map(int, ran.stdout.split())
+    assert num_faults < 14 * MIB // resource.getpagesize()  # in ten steps, as many as one takes pages
+    assert kept_mib < 32

@@ -36,15 +36,15 @@ INT64 = 8
 
 KERNEL_BYTES = 3 * MIB // 4  # of a kernel that torch compiled for half precision
 
-KEPT_BYTES = 4 * MIB
+KEPT_BYTES = 9 * MIB // 2
 """The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`. Below it are the experts
-that a step of 16 rows copies together (`pager.engine.experts`): to have them mapped anew cost a third of the step."""
+that a step copies together (`pager.engine.experts`), 4 MiB of them: to have them mapped anew cost a third of it."""
 _ARENA_BYTES = MIB // 8  # what a thread takes from the system at a time at almost no cost
 _SMALL_BUFFERS = 16  # buffers of 1 MiB at most, as many as a forward has at a time: malloc keeps their places
 _LARGER_BUFFERS = 3  # buffers between 1 MiB and KEPT_BYTES
 _KEPT_FREE_BYTES = _SMALL_BUFFERS * MIB + _LARGER_BUFFERS * KEPT_BYTES
 """How much malloc keeps of what is free at the end of an arena, where each step takes its buffers anew. With no more
-than KEPT_BYTES a step of 64 rows gave 14 MiB back and had them mapped again, which was a tenth of its time."""
+than 4 MiB a step of 64 rows had 14 to 20 MiB mapped again each time, which was up to a quarter of its time."""
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3
 
 _ATTENTION_QUERIES, _ATTENTION_KEYS = 256, 512  # the tile of torch's attention on a CPU, one a thread

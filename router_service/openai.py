@@ -231,7 +231,7 @@ class Sampled(Strict):
         given: dict[str, Any] = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
-            "top_k": max(0, self.top_k) if self.top_k is not None else None,  # vLLM writes -1 for off
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # vLLM writes -1 for off
             "seed": self.seed,
             "min_p": self.min_p,
             "presence_penalty": self.presence_penalty,
@@ -437,6 +437,15 @@ class ChatRequest(Sampled):
         **_NOT_HERE,
         "safety_identifier": "use `user`",
     }
+
+    def check(self) -> None:
+        super().check()
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InvalidRequest(
+                f"`max_tokens` is {self.max_tokens} and `max_completion_tokens` is {self.max_completion_tokens}; they "
+                "mean the same, so leave one out",
+                field="max_tokens",
+            )
 
     @property
     def has_max_tokens(self) -> bool:

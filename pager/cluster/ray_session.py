@@ -84,12 +84,14 @@ POLL_S = 0.05
 # Ray's own settings, unless the environment sets them. Its memory monitor kills a worker when the machine's memory is
 # full, whichever process filled it; a worker's memory is bounded by its plan instead. Task events would be a record of
 # every call of an actor, kept by the GCS. A lost GCS ends the service in an orderly way, instead of each process by
-# itself. Ray reads a message before it checks its token, so messages are bounded: those of actors are small.
+# itself. Ray reads a message before it checks its token, so messages are bounded: those of actors are small. Nothing is
+# spilled to disk, so that Ray need not warn of a disk that is nearly full, every ten seconds.
 SYSTEM_CONFIG = {
     "memory_monitor_refresh_ms": 0,
     "task_events_report_interval_ms": 0,
     "gcs_rpc_server_reconnect_timeout_s": 86_400,
     "max_grpc_message_size": 16 * 2**20,
+    "local_fs_capacity_threshold": 1.0,
 }
 # the log monitor keeps files of dead workers open up to this number
 LOG_MONITOR_FILES = "RAY_LOG_MONITOR_MAX_OPEN_FILES"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -189,6 +190,8 @@ def test_calls_leave_nothing_in_the_gcs_a_full_machine_kills_no_worker_and_a_dea
     """With a record of each call the GCS grows by 1 KiB a call."""
     ray = start(RAY_memory_usage_threshold="0.01")  # to Ray the machine is full
     gcs = psutil.Process(ray.daemons["gcs_server"])
+    (config,) = (word for word in gcs.cmdline() if word.startswith("--config_list="))
+    assert json.loads(base64.b64decode(config.partition("=")[2]))["local_fs_capacity_threshold"] == 1, "nor of disks"
     ray.do("calls 5000")
     before = gcs.memory_info().rss
     ray.do("calls 25000")

@@ -176,6 +176,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "fewer answers than are wanted": ("completions", {"n": 3, "best_of": 2}, "best_of", "of at least as many"),
     "options of no stream": ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "`stream`"),
     "of a chat": ("chat/completions", {"stream_options": {}}, "stream_options", "needs `stream`"),
+    "two bounds": ("chat/completions", {"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "leave one out"),
+    "less than no bound": ("completions", {"top_k": -2}, "top_k", "must lie between 0"),
     "a long prompt": ("completions", {"prompt": TOO_LONG}, "prompt", "the prompt has 100 tokens"),
     "long ids": ("completions", {"prompt": [1] * 100}, "prompt", "the prompt has 100 tokens"),
     "long messages": ("chat/completions", {"messages": [TURN | {"content": TOO_LONG}]}, "messages", "100 tokens"),

@@ -92,7 +92,7 @@ def run_transformers(model: PreTrainedModel, prompt: list[int], num_steps: int) 
 
 def run_engine(checkpoint: Path, prompt: list[int], num_steps: int, *, pooled: bool) -> tuple[float, Decoded, str]:
     """With as many slots as the planner finds room for under the cap."""
-    budgets = Budgets(expert_memory=None, host_memory=0, kv_memory="64MiB", max_running=1)
+    budgets = Budgets(expert_memory=None, host_memory=0, max_running=1)
     with ExitStack() as opened:
         engine = opened.enter_context(load_engine(checkpoint, DTYPE, budgets, NUM_READERS))
         policy = fixed(random_pools(engine.paged.facts, POOL, 1)[0]) if pooled else PoolPolicy()

@@ -50,10 +50,11 @@ def peak_of(work: Callable[..., Any], *arguments: Any) -> Peak:
 
 
 def proportional_bytes(pid: int) -> int:
-    """Each page counts as one part of as many as there are processes that map it. Raises OSError when there is none."""
+    """Each page counts as one part of as many as there are processes that map it; those of files, which the system
+    takes back, do not. Raises OSError when there is no such process.
+    """
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    return sum(int(kib) for kib in re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", text, re.MULTILINE)) * 1024
 
 
 def _run(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -236,14 +236,13 @@ PREFILL_CHUNK_TOKENS = 512
 """The most tokens of a prompt in one forward where earlier ones are read from the KV cache."""
 GATHER_TOKENS = 16_384
 """How many tokens of context a decode step gathers at a time, or those of one row where that is more."""
+SMALL_SHARE = 32
+"""On a small machine, kernels that are kept and contexts that are gathered get at most one part in so many each: what
+they lack costs time, and what experts lack costs more."""
+LEAST_KERNEL_BYTES = 48 * 2**20
 
 _INDEX_BYTES = 32  # a token of context in a row's table: its slot, read where it is seen, and the mask
 _MASK_BYTES = 5  # a pair of query and key: a bool, and the float that torch makes of it
-
-
-def gathered_tokens(num_rows: int, num_tokens: int) -> int:
-    """Returns how much context is gathered at a time for so many rows, the longest of which has `num_tokens`."""
-    return max(num_tokens, min(num_rows * num_tokens, GATHER_TOKENS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +253,7 @@ class Workspace:
     `gather_bytes` is a token of context in the buffers that keys and values are gathered in, which are kept;
     `context_bytes` what a part of a prompt makes of it. `fixed_bytes` comes once; `kernel_bytes` is what the backend
     compiles for the shapes it meets, and keeps. With `keeps_step` a decode step has memory of its own, as a CUDA graph
-    does.
+    does. At most `most_gathered` tokens of context are gathered at a time, where no row is longer.
     """
 
     token_bytes: int = 0
@@ -264,6 +263,23 @@ class Workspace:
     fixed_bytes: int = 0
     kernel_bytes: int = 0
     keeps_step: bool = False
+    most_gathered: int = GATHER_TOKENS
+
+    def within(self, memory_bytes: int) -> Workspace:
+        """Returns what it takes on a CPU with so much memory: less for kernels and for gathered contexts on a small
+        one.
+        """
+        share = memory_bytes // SMALL_SHARE
+        gathered = share // self.gather_bytes if self.gather_bytes else self.most_gathered
+        return replace(
+            self,
+            kernel_bytes=min(self.kernel_bytes, max(share, LEAST_KERNEL_BYTES)),
+            most_gathered=min(self.most_gathered, gathered),
+        )
+
+    def gathered_tokens(self, num_rows: int, num_tokens: int) -> int:
+        """Returns how much context is gathered at a time for so many rows, the longest of which has `num_tokens`."""
+        return max(num_tokens, min(num_rows * num_tokens, self.most_gathered))
 
     def forward_bytes(self, num_rows: int, num_tokens: int) -> int:
         """Returns the most that forwards take at a time: a prompt of `num_tokens`, a step of so many rows as long."""
@@ -271,7 +287,7 @@ class Workspace:
         whole_prompt = num_tokens * self.token_bytes
         later_chunk = chunk * self.token_bytes + num_tokens * (self.context_bytes + chunk * _MASK_BYTES)
         decode = num_rows * (max(self.token_bytes, self.draw_bytes) + num_tokens * _INDEX_BYTES)
-        gathered = gathered_tokens(num_rows, num_tokens) * self.gather_bytes
+        gathered = self.gathered_tokens(num_rows, num_tokens) * self.gather_bytes
         prompt = max(whole_prompt, later_chunk)
         return self.fixed_bytes + gathered + (prompt + decode if self.keeps_step else max(prompt, decode))
 
@@ -322,7 +338,7 @@ class Needs:
 
     def gather_tokens(self, num_kv_blocks: int, max_running: int) -> int:
         """Returns the context that such an engine gathers at a time. Each request has a block of its own."""
-        return gathered_tokens(min(max_running, num_kv_blocks), self.longest_tokens(num_kv_blocks))
+        return self.workspace.gathered_tokens(min(max_running, num_kv_blocks), self.longest_tokens(num_kv_blocks))
 
     def workspace_bytes(self, num_kv_blocks: int, max_running: int) -> int:
         """Returns the most that its forwards take, the buffers to gather in included."""
@@ -433,6 +449,8 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
     Raises BudgetError for a budget too small to run one token or larger than the machine, ConfigError for no size.
     """
     machine = machine.shared_by(budgets.num_sharing)
+    if machine.is_cpu:
+        needs = replace(needs, workspace=needs.workspace.within(machine.memory_bytes))
     usable = machine.memory_bytes - min(machine.memory_bytes // 8, LARGEST_HEADROOM)
     fixed = needs.trunk_bytes + needs.resident_bytes + needs.workspace.kernel_bytes
     num_slots = _asked_slots(needs, budgets, machine)

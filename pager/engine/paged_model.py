@@ -23,7 +23,7 @@ from pager.engine.attention import layers_in_library, layers_of
 from pager.engine.experts import OpenStep, attach
 from pager.engine.gates import NO_COPIES
 from pager.engine.kv import LayerAttention, kv_bytes_per_token
-from pager.engine.workspace import staging_bytes, workspace_of
+from pager.engine.workspace import limit_kernels, staging_bytes, workspace_of
 from pager.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedModel
 from pager.memory import NUM_READERS, STAGING_BUFFERS, Budgets, Machine, Needs, Plan, plan
 from pager.models.open_model import OpenModel
@@ -216,6 +216,7 @@ def load_paged_model(
         if opened.record is not None:
             opened.record.check_machine(device, opened.dtype)
         planned = plan(needs_of(opened, device, cache.num_readers), budgets, machine)
+        limit_kernels(planned)
         source = opened.open_experts()
         closing.callback(source.close)
         model = opened.load_trunk(device)

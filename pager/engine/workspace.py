@@ -204,6 +204,16 @@ def _dense_intermediate(opened: OpenModel) -> int:
     return max((int(each.weight.shape[0]) for name, each in modules if name.endswith(".gate_proj")), default=0)
 
 
+def limit_kernels(plan: Plan) -> None:
+    """Makes torch keep no more kernels than the plan has room for. It reads the number at its first product in half
+    precision, so that a process which has computed before keeps to an earlier one.
+    """
+    most = plan.kernel_bytes // (len(KERNEL_CACHES) * KERNEL_BYTES)
+    for cache in KERNEL_CACHES:
+        if 0 < most < int(os.environ[cache]):
+            os.environ[cache] = str(most)
+
+
 def return_freed_memory() -> None:
     """Makes malloc return large freed buffers to the system, for a process that is held to a plan; and returns what is
     free now.

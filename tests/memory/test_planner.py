@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,7 +132,8 @@ def test_working_memory_is_for_the_longest_prompt_and_the_fullest_step() -> None
 def test_working_memory_is_in_the_plan_and_comes_out_of_the_slots() -> None:
     small = plan(needs(), Budgets(kv_memory="4MiB"), machine(128 * MIB))
     parts = (small.trunk_bytes, small.resident_bytes, small.slot_bytes, small.kv_bytes, small.staging_bytes)
-    assert small.workspace_bytes == needs().workspace_bytes(small.num_kv_blocks, 32) > 8 * MIB
+    within = replace(needs(), workspace=needs().workspace.within(128 * MIB))
+    assert small.workspace_bytes == within.workspace_bytes(small.num_kv_blocks, 32) > 8 * MIB
     assert small.device_bytes == small.total_bytes == sum(parts) + small.workspace_bytes + 2 * MIB
     assert 128 * MIB * 7 // 8 - small.total_bytes < MIB, "what is left holds no expert"
     fewer = plan(needs(), Budgets(kv_memory="4MiB", max_running=1), machine(128 * MIB))
@@ -140,7 +142,7 @@ def test_working_memory_is_in_the_plan_and_comes_out_of_the_slots() -> None:
 
 def test_working_memory_that_does_not_fit_is_named() -> None:
     budgets = Budgets(expert_memory="28MiB", kv_memory="1MiB", max_running=2000)
-    with pytest.raises(BudgetError, match=r"256 tokens of KV, 9\.3 MiB to work with for 2000 requests.*or max_running"):
+    with pytest.raises(BudgetError, match=r"256 tokens of KV, 6\.9 MiB to work with for 2000 requests.*or max_running"):
         plan(needs(), budgets, machine(50 * MIB))
 
 
@@ -199,3 +201,21 @@ def test_a_plan_fits_the_machine_and_can_run_a_token(
         assert made.kv_bytes <= kv_memory
     if isinstance(expert_memory, int):
         assert made.slot_bytes <= expert_memory
+
+
+def test_a_small_machine_spends_its_memory_on_experts() -> None:
+    """On OLMoE's shape with 4 layers, in trunk + a quarter of the experts + 0.5 GiB, less an interpreter's 292 MiB."""
+    facts = RoutingFacts((64,) * 4, (0,) * 4, (8,) * 4)
+    workspace = Workspace(
+        token_bytes=94 * 1024, gather_bytes=8192, context_bytes=16384, draw_bytes=4569 * 1024, fixed_bytes=42 * MIB,
+        kernel_bytes=192 * MIB,
+    )  # fmt: skip
+    olmoe = Needs(522 * MIB, 12 * MIB, facts, 32768, 4096, 0, workspace)
+    small = plan(olmoe, Budgets(), machine(1510 * MIB))
+    assert small.num_slots >= 40, "a pool of 12.5 % takes 32"
+    assert small.gather_tokens < 16384
+    assert 48 * MIB <= small.kernel_bytes < 64 * MIB
+    large = plan(olmoe, Budgets(), machine(16 * 1024 * MIB))
+    assert (large.kernel_bytes, large.gather_tokens) == (192 * MIB, 16384)
+    on_gpu = plan(olmoe, Budgets(), machine(1510 * MIB, "cuda"))
+    assert on_gpu.kernel_bytes == 192 * MIB

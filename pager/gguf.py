@@ -31,8 +31,8 @@ MAX_FIELDS = 1 << 12
 MAX_FILES = 1 << 10
 MAX_TEXTS = 1 << 22
 """In one list: sixteen times the largest vocabularies."""
-MAX_KEPT = 1 << 12
-"""Elements of the arrays that are kept; of longer ones, and of texts, the length alone."""
+MAX_KEPT = 1 << 20
+"""Elements of the lists of numbers that are kept; of longer ones, and of lists of texts, the length alone."""
 PLAIN = ("F32", "F16", "BF16", "F64")
 """The kinds of tensors whose values stand for themselves."""
 

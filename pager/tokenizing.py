@@ -24,6 +24,7 @@ _OTHER_TOKENIZER_FILES = (
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tiktoken.model", "tekken.json",
 )  # fmt: skip
+_CONTROL = 3  # a type of tokens in GGUF files
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MAX_TOKENIZER_BYTES = 1 << 28
 """Several times the largest vocabularies there are."""
@@ -113,9 +114,23 @@ def _of_gguf(path: Path) -> Tokenizer | None:
             made = AutoTokenizer.from_pretrained(
                 file.path.parent, gguf_file=file.path.name, local_files_only=True, trust_remote_code=False
             )
-        return _whole(made.backend_tokenizer)
+            tokenizer = made.backend_tokenizer
+            types = file.metadata.get("tokenizer.ggml.token_type")
+            tokenizer.add_special_tokens(_control_tokens(tokenizer, types if isinstance(types, list) else []))
+        return _whole(tokenizer)
     except Exception as error:  # every kind of tokenizer fails in its own way
         raise CheckpointError(f"transformers makes no tokenizer of {path}: {one_line(error)}") from None
+
+
+def _control_tokens(tokenizer: Tokenizer, types: Sequence[int]) -> list[AddedToken]:
+    """The tokens that a file calls control tokens and that the tokenizer, as transformers 5.17 makes it, would cut."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    control = (tokenizer.id_to_token(token_id) for token_id, kind in enumerate(types) if kind == _CONTROL)
+    return [
+        AddedToken(token, special=True, normalized=False)
+        for token in control
+        if token and token not in known and token.isascii()
+    ]
 
 
 def _add_tokens(tokenizer: Tokenizer, model: Path) -> None:

@@ -113,7 +113,8 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "family": found.family.model_type,
         "layout": found.layout_name,
-        "format": _format_of(found),
+        "format": _format_of(found, making_us := round(1e6 * found.seconds_to_make())),
+        "decoding_us_per_expert": making_us,
         "runs": (runs := _ways_to_run(found)),
         "tested": _tests_of(found, runs["service"]),
         "packed": checkpoint.is_packed,
@@ -138,8 +139,8 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
     }
 
 
-def _format_of(found: OpenModel) -> str:
-    """Describes what is read for an expert, what that costs, and what a slot holds."""
+def _format_of(found: OpenModel, making_us: int) -> str:
+    """Describes what is read for an expert, what decoding that costs, and what a slot holds."""
     from pager.models.formats import quantisation_of
 
     source = found.open_experts()
@@ -148,11 +149,9 @@ def _format_of(found: OpenModel) -> str:
     if found.record is not None:
         return f"{found.record}; held as stored"
     if found.quantised is not None and not found.checkpoint.is_packed:
-        read, making_ms = format_bytes(source.stored_bytes), 1e3 * found.seconds_to_make()
-        return (
-            f"{found.quantised.words}; an expert is read as {read}, decoded when it enters a slot ({making_ms:.1f} ms "
-            f"here) and held as {held}"
-        )
+        read = format_bytes(source.stored_bytes)
+        decoded = f"decoded when it enters a slot ({making_us} µs here)" if making_us else "converted on its way"
+        return f"{found.quantised.words}; an expert is read as {read}, {decoded} and held as {held}"
     stored = str(source.stored_dtype).removeprefix("torch.")
     method = quantisation_of(found.checkpoint).get("quant_method")
     said = f"; its config calls it quantised by {shown(method)}, which its weights are not" if method else ""

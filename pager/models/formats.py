@@ -254,27 +254,38 @@ def _required(parts: Mapping[str, Tensor], *names: str) -> list[Tensor]:
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """The unsigned numbers of `bits` bits in int32 `words`, the lowest bits first: [..., W] to [..., W * 32 / bits]."""
+    """The numbers of `bits` bits in int32 `words`, the lowest bits first: [R, W] to uint8 [R, W * 32 / bits]."""
     if words.dtype != torch.int32 or words.dim() != 2:
         raise ValueError(f"packed weights are matrices in int32, not {words.dtype} of shape {tuple(words.shape)}")
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    numbers: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
-    return numbers.to(torch.uint8).flatten(-2)
+    data = words.contiguous().view(torch.uint8)  # the lowest byte first, as processors have it
+    if bits == 8:
+        return data
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+    numbers: Tensor = (data[..., None] >> shifts) & (2**bits - 1)
+    return numbers.flatten(-2)
 
 
-def _scaled(steps_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group_I: Tensor) -> Tensor:
-    """`(steps - zero) * scale` in float32, the zero and scale being those of an input's group: [O, I]."""
-    weight_IO = steps_IO.float()
-    weight_IO -= zeros_GO.float()[group_I]
-    weight_IO *= scales_GO.float()[group_I]
-    return weight_IO.t()
+def _scaled(steps_OI: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group_I: Tensor | None) -> Tensor:
+    """`(steps - zero) * scale` in float32, the zero and scale being those of an input's group: [O, I].
 
-
-def _groups(num_inputs: int, num_groups: int, device: torch.device) -> Tensor:
-    """The group of each input where groups are neighbours of equal number."""
-    if not num_groups or num_inputs % num_groups:
-        raise ValueError(f"{num_inputs} inputs are not in {num_groups} groups of equal size")
-    return torch.arange(num_inputs, device=device) // (num_inputs // num_groups)
+    Without `group_I`, groups are inputs that follow each other. Raises ValueError for what does not belong together.
+    """
+    (outputs, inputs), groups = steps_OI.shape, len(scales_GO)
+    if zeros_GO.shape != scales_GO.shape or scales_GO.shape[1:] != (outputs,):
+        found = ", ".join(str(tuple(each.shape)) for each in (steps_OI, zeros_GO, scales_GO))
+        raise ValueError(f"weights, zeros and scales of shapes {found} do not belong together")
+    zeros_OG, scales_OG = zeros_GO.t().float(), scales_GO.t().float()
+    weight_OI = steps_OI.float()
+    if group_I is not None:
+        weight_OI -= zeros_OG[:, group_I]
+        weight_OI *= scales_OG[:, group_I]
+        return weight_OI
+    if not groups or inputs % groups:
+        raise ValueError(f"{inputs} inputs are not in {groups} groups of equal size")
+    weight_OGI = weight_OI.unflatten(1, (groups, -1))
+    weight_OGI -= zeros_OG[..., None]
+    weight_OGI *= scales_OG[..., None]
+    return weight_OI
 
 
 def _gptq(config: Mapping[str, Any]) -> Parts | None:
@@ -292,21 +303,29 @@ def _gptq(config: Mapping[str, Any]) -> Parts | None:
 
     def decode(parts: Mapping[str, Tensor]) -> Tensor:
         qweight, qzeros, scales_GO = _required(parts, "qweight", "qzeros", "scales")
-        steps_IO = _unpacked(qweight.t(), bits).t()
+        words = _unpacked(qweight, bits).unflatten(1, (qweight.shape[1], -1))
+        steps_OI = words.transpose(0, 1).flatten(1)
         zeros_GO = _unpacked(qzeros, bits)[:, : scales_GO.shape[1]]
         if less_one:
             zeros_GO = (zeros_GO + 1) & (2**bits - 1)
-        _check_groups(steps_IO, zeros_GO, scales_GO)
-        group_I = parts.get("g_idx")
-        if group_I is None:
-            group_I = _groups(len(steps_IO), len(scales_GO), qweight.device)
-        elif group_I.shape != steps_IO.shape[:1]:
-            raise ValueError(f"its {len(group_I)} inputs (g_idx) and {len(steps_IO)} of qweight are not the same")
-        elif not group_I.is_meta and not 0 <= int(group_I.min()) <= int(group_I.max()) < len(scales_GO):
-            raise ValueError(f"g_idx names groups that are not among its {len(scales_GO)}")
-        return _scaled(steps_IO, zeros_GO, scales_GO, group_I.long())
+        return _scaled(steps_OI, zeros_GO, scales_GO, _groups(parts.get("g_idx"), steps_OI.shape[1], len(scales_GO)))
 
     return Parts(("qweight", "qzeros", "scales", "g_idx"), decode)
+
+
+def _groups(group_I: Tensor | None, num_inputs: int, num_groups: int) -> Tensor | None:
+    """Checks the groups of inputs; None where they are inputs that follow each other. Raises ValueError."""
+    if group_I is None:
+        return None
+    if group_I.shape != (num_inputs,):
+        raise ValueError(f"its {len(group_I)} inputs (g_idx) and {num_inputs} of qweight are not the same")
+    group_I = group_I.long()
+    if group_I.is_meta:
+        return group_I
+    if not 0 <= int(group_I.min()) <= int(group_I.max()) < num_groups:
+        raise ValueError(f"g_idx names groups that are not among its {num_groups}")
+    in_order = num_inputs % num_groups == 0 and group_I.equal(torch.arange(num_inputs) // (num_inputs // num_groups))
+    return None if in_order else group_I
 
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -330,9 +349,7 @@ def _awq(config: Mapping[str, Any]) -> Parts | None:
 
     def decode(parts: Mapping[str, Tensor]) -> Tensor:
         qweight, qzeros, scales_GO = _required(parts, "qweight", "qzeros", "scales")
-        steps_IO, zeros_GO = in_order(qweight), in_order(qzeros)
-        _check_groups(steps_IO, zeros_GO, scales_GO)
-        return _scaled(steps_IO, zeros_GO, scales_GO, _groups(len(steps_IO), len(scales_GO), qweight.device))
+        return _scaled(in_order(qweight).t().contiguous(), in_order(qzeros), scales_GO, None)
 
     return Parts(("qweight", "qzeros", "scales"), decode)
 
@@ -400,12 +417,6 @@ def _decompressed(packed: Tensor, scale: Tensor, global_scale: Tensor, scheme: A
     parts = {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": global_scale}
     decoded: Tensor = BaseCompressor.get_value_from_registry(NVFP4).decompress(parts, scheme)["weight"]
     return decoded
-
-
-def _check_groups(steps_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor) -> None:
-    if zeros_GO.shape != scales_GO.shape or scales_GO.shape[1:] != steps_IO.shape[1:]:
-        found = ", ".join(str(tuple(each.shape)) for each in (steps_IO, zeros_GO, scales_GO))
-        raise ValueError(f"weights, zeros and scales of shapes {found} do not belong together")
 
 
 _VARIANTS: Mapping[Any, Callable[[Mapping[str, Any]], Parts | None]] = {

@@ -14,6 +14,8 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from pager.cli.checkpoint import ONLY_EXACT, TESTED
 from tests.support.checkpoints import add_to_config, lively, saved
 from tests.support.families import FAMILIES, NOT_POOLED
+from tests.support.gguf_files import gguf_file
+from tests.support.gguf_files import qwen3_moe as gguf_model
 from tests.support.quantised import emo, fp8_checkpoint, mxfp4_checkpoint, qwen3_moe
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -96,7 +98,8 @@ def test_inspect_says_what_is_read_and_what_is_held(run: Run, tmp_path: Path) ->
     decoded = run("inspect", mxfp4_checkpoint(tmp_path / "mxfp4"))
     words = " ".join(decoded.stdout.split())
     assert "mxfp4 in blocks of 32; an expert is read as 53.0 KiB, decoded when it enters a slot" in words
-    assert "held as bfloat16" in words
+    assert "µs here) and held as bfloat16" in words
+    assert json.loads(run("inspect", tmp_path / "mxfp4", "--json").stdout)["decoding_us_per_expert"] > 0
     refused = run("pack", path, tmp_path / "packed")
     assert refused.returncode == 1
     assert "give the dtype to decode them to" in refused.stderr
@@ -194,3 +197,21 @@ def test_verify_needs_a_record_and_then_finds_damage(run: Run, checkpoint: Path,
     data[-1] ^= 1
     file.write_bytes(data)
     assert run("verify", plain).returncode == 1
+
+
+def test_a_gguf_file_in_the_place_of_a_folder(run: Run, tmp_path: Path) -> None:
+    path = gguf_file(gguf_model(), tmp_path / "small.gguf", experts="Q4_K", down="Q6_K")
+    done = run("inspect", path)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert "gguf, experts in Q4_K and Q6_K; an expert is read as 124.5 KiB, decoded when it enters a slot" in words
+    assert "(qwen3_moe, as downloaded)" in words
+    answer = run("generate", "SELECT", "--model", path, "--max-tokens", "3", "--expert-memory", "50%", "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 3
+    refused = run("pack", path, tmp_path / "packed")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "is a GGUF file, which is served as it is; to pack it, fetch the checkpoint" in refused.stderr
+    path.write_bytes(path.read_bytes()[:5000])
+    cut = run("inspect", path)
+    assert (cut.returncode, cut.stderr.count("\n")) == (1, 1)

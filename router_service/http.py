@@ -306,8 +306,8 @@ class Endpoint:
     async def _fail(self, exchange: Exchange, error: PagerError) -> None:
         status = status_of(error)
         body = self._error_body(error, status)
-        if exchange.has_begun:  # for a stream, its last event
-            await exchange.event(body)
+        if exchange.has_begun:  # for a stream, its last event, which Anthropic's clients know by its name
+            await exchange.event(body, "error" if body.get("type") == "error" else None)
             await exchange.end()
             return
         headers = {}

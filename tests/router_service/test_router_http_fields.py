@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from pager.errors import InvalidRequest
+from pager.errors import InvalidRequest, PagerError
 from pager.types import FinishReason, PagingCounts, Usage
 from router_service import anthropic, openai
 from router_service.api import Api
@@ -219,3 +220,23 @@ async def over_http(service: Any) -> AsyncIterator[httpx.AsyncClient]:
     app = Api(service.pipeline, None, template, 30.0).app()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
         yield client
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "begins"),
+    [
+        ("completions", {"prompt": "abcd"}, "data: "),
+        ("chat/completions", {"messages": [TURN | {"content": "abcd"}]}, "data: "),
+        ("messages", {"messages": [TURN | {"content": "abcd"}]}, "event: error\ndata: "),
+    ],
+)
+async def test_a_stream_that_fails_ends_with_an_error_that_its_clients_notice(
+    service: Any, lost: Callable[[], PagerError], path: str, fields: dict[str, Any], begins: str
+) -> None:
+    service.cluster.fail = {worker: [(2, lost())] for worker in service.cluster.views}
+    async with over_http(service) as client:
+        body = {"model": "tiny", "max_tokens": 4, "stream": True} | fields
+        answer = await client.post(f"/v1/{path}", json=body)
+    *_, last = answer.text.strip().split("\n\n")
+    assert last.startswith(begins)
+    assert json.loads(last.removeprefix(begins))["error"]["message"] == "the worker died"

@@ -163,9 +163,7 @@ class Outcome:
 
 
 class CallRecorder:
-    """Records calls from their arrival to their end. Whatever a block raises, except cancellation, becomes the call's
-    outcome.
-    """
+    """Records calls from arrival to end. What a block raises, except cancellation, becomes the call's outcome."""
 
     def __init__(
         self, metrics: RouterMetrics, audit: AuditLog | None = None, clock: Callable[[], float] = time.monotonic
@@ -235,9 +233,7 @@ class Repeats:
         self._seen: dict[tuple[str, ...], _Seen] = {}
 
     def left_out(self, kind: tuple[str, ...]) -> int | None:
-        """Returns how many events of a kind were omitted since the last logged one; None when this one is to be
-        omitted.
-        """
+        """Returns how many events of a kind were omitted since the last logged one; None to omit this one, too."""
         now_s = self._clock()
         if kind not in self._seen and len(self._seen) >= MAX_KINDS:
             self._seen = {each: seen for each, seen in self._seen.items() if now_s - seen.started_s < WINDOW_S}

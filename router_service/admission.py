@@ -408,9 +408,7 @@ class Quotas:
                 raise await self._exceeded(item, caller, "requests")
 
     async def prompt(self, caller: Caller, num_tokens: int) -> None:
-        """Counts the tokens of a prompt. Raises QuotaExceeded, or PromptTooLong for one that exceeds a whole window's
-        quota.
-        """
+        """Counts a prompt's tokens. Raises QuotaExceeded, or PromptTooLong for more than a whole window's quota."""
         items = list(_items(caller, "tokens"))
         for item in items:
             if num_tokens > item.amount:

@@ -96,9 +96,7 @@ class CountRequest(Strict):
         ]
 
     def prompt(self, template: ChatTemplate | None) -> str:
-        """Renders the prompt. Raises InvalidRequest where the model has no template, or the template refuses the
-        messages.
-        """
+        """Renders the prompt. Raises InvalidRequest without a template, or where it refuses the messages."""
         if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or serve it with --chat-template FILE",

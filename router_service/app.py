@@ -258,9 +258,7 @@ def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
 
 
 def _with_source(choices: Choices, name: str, has_codebook: bool) -> Choices:
-    """Returns the choices with the pool source for requests that name none: `auto` is the codebook where there is
-    one.
-    """
+    """Returns the choices with the pool source of requests that name none: `auto` is the codebook if there is one."""
     if name == "auto":
         name = "codebook" if has_codebook else "prefill"
     return replace(choices, default_pool=replace(choices.default_pool, source=PoolSource(name)))
@@ -282,9 +280,7 @@ def _limits(router: RouterConfig) -> AdmissionLimits:
 
 
 def _tls_files(router: RouterConfig) -> TlsFiles | None:
-    """Returns the TLS files; None without TLS. Raises ConfigError for a missing file, before the slow part of the
-    start.
-    """
+    """Returns the TLS files; None without TLS. Raises ConfigError for a missing file before the slow part begins."""
     if router.tls_cert is None or router.tls_key is None:
         return None
     files = TlsFiles(
@@ -489,9 +485,7 @@ def _traffic(
 
 
 def open_stores(model: ModelInfo, metrics: RouterMetrics, choices: Choices) -> Stores:
-    """Opens the stores: in Redis, or in this process with named pools in a folder. Raises ConfigError if pools have two
-    places.
-    """
+    """Opens the stores in Redis, or in this process and a folder. Raises ConfigError if pools have two places."""
     breaker = StoreBreaker(metrics.redis_degraded.set, lambda reason: metrics.redis_failures.labels(reason).inc())
     pools = open_pools(choices.redis_url, choices.pools_path, breaker)
     hints, claims = InProcessHints(), LocalClaims()

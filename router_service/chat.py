@@ -257,9 +257,7 @@ def tool_parser(template: ChatTemplate) -> Callable[[str], tuple[str, list[ToolC
 
 
 def forced_call_schema(tools: Sequence[Mapping[str, Any]], name: str | None) -> str:
-    """Returns the JSON schema of an answer that must call the tool of that name, or any of them. Raises
-    InvalidRequest.
-    """
+    """Returns the schema of an answer that must call the tool of that name, or any. Raises InvalidRequest."""
     functions = [tool["function"] for tool in tools]
     chosen = [each for each in functions if name is None or each["name"] == name]
     if not chosen:
@@ -301,9 +299,7 @@ class TokenTexts:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _of(self, token_id: int) -> tuple[str, bytes]:
-        """Returns the text of one token and its bytes. A part of a character is written as its bytes, as in OpenAI's
-        answers.
-        """
+        """Returns the text and the bytes of a token. A part of a character is written as in OpenAI's answers."""
         token = self._tokenizer.id_to_token(token_id)
         if token is None:
             return "", b""

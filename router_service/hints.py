@@ -98,9 +98,7 @@ def encode_pool(pool: ExpertPool) -> bytes:
 
 
 def decode_pool(data: bytes | None, facts: RoutingFacts) -> ExpertPool | None:
-    """Decodes a pool; None for anything that is not a pool of this model: other programs can write to a shared
-    store.
-    """
+    """Decodes a pool; None for anything else, since other programs can write to a shared store."""
     value = _json_object(data)
     layers = value.get("experts") if value is not None and value.get("v") == 1 else None
     if not isinstance(layers, list) or len(layers) != facts.num_layers:

@@ -183,9 +183,7 @@ class Exchange:
                         return
 
     async def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-        """Sends the whole answer at once. A callable is called in a thread, for a body too large to build on the event
-        loop.
-        """
+        """Sends the whole answer at once. A callable, for a body too large for the loop, is called in a thread."""
         data = (await _text_of(body)).encode("utf-8", "replace")
         await self._begin(status, "application/json", {"content-length": str(len(data)), **(headers or {})})
         await self._write(data, more=False)

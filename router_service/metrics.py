@@ -45,9 +45,7 @@ _COUNTER, _GAUGE, _HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 
 
 def router_families(tenants: Sequence[str], codewords: Sequence[str] = ()) -> tuple[Metric, ...]:
-    """Returns the router's metrics; `tenants` and `codewords` are the values that the labels of those names can
-    have.
-    """
+    """Returns the router's metrics; `tenants` and `codewords` are the values of the labels of those names."""
     answers = _answers(every(tenant=tenants), tenants)
     return (*_calls(), *answers, *_pools(), *_codebook(codewords), *_surroundings())
 
@@ -387,9 +385,7 @@ class RouterMetrics:
             self.served.ended(code)
 
     def refused(self, reason: str) -> None:
-        """Counts a call that was refused before any work; a call with an illegal request counts as a failure
-        instead.
-        """
+        """Counts a call that was refused before any work; one with an illegal request counts as a failure."""
         if reason in REJECTIONS:
             self._rejections.labels(reason).inc()
 

@@ -481,9 +481,7 @@ class ChatRequest(Sampled):
         return Grammar(GrammarKind.JSON_SCHEMA, forced_call_schema(self.shown_tools(), name))
 
     def prompt(self, template: ChatTemplate | None) -> str:
-        """Renders the prompt. Raises InvalidRequest where the model has no template, or the template refuses the
-        messages.
-        """
+        """Renders the prompt. Raises InvalidRequest without a template, or where it refuses the messages."""
         if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or serve it with --chat-template FILE",
@@ -644,9 +642,7 @@ class ResponsesRequest(Strict):
         return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(wanted.schema_))
 
     def prompt(self, template: ChatTemplate | None) -> str:
-        """Renders the prompt. Raises InvalidRequest where the model has no template, or the template refuses the
-        messages.
-        """
+        """Renders the prompt. Raises InvalidRequest without a template, or where it refuses the messages."""
         if template is None:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions, or serve it with --chat-template FILE",

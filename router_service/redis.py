@@ -291,9 +291,7 @@ return 0
 
 
 class RedisHints:
-    """A HintStore in Redis. When Redis is unreachable, each method raises RedisUnavailableError within a quarter
-    second.
-    """
+    """A HintStore in Redis. Without Redis, each method raises RedisUnavailableError within a quarter second."""
 
     def __init__(self, client: RedisClient, facts: RoutingFacts, fingerprint: str) -> None:
         self._client = client

@@ -648,9 +648,7 @@ class Intake:
         return await self.encoded(tenant, prompt)
 
     async def encoded(self, tenant: str, text: str, **options: bool) -> tuple[int, ...]:
-        """Returns the tokens of a prompt of legal length; `options` are the encoder's. Raises InvalidRequest,
-        PromptTooLong.
-        """
+        """Returns a prompt's tokens; `options` are the encoder's. Raises InvalidRequest or PromptTooLong."""
         encoded = await self._predictor.encode(tenant, text, self._model.token_limit, **options)
         check_prompt_length(encoded.num_tokens, self._model, "text")
         return prompt_ids(encoded.ids, self._model, "text")

@@ -360,9 +360,7 @@ _OPEN = (
 
 
 def _tls_names(context: Context) -> list[str]:
-    """Returns the names in the client's certificate, which TLS has checked: its alternative names, else its common
-    name.
-    """
+    """Returns the names in the client's certificate, which TLS has checked: alternative names, else the common one."""
     shown = context.auth_context()
     names = shown.get("x509_subject_alternative_name") or shown.get("x509_common_name") or ()
     return [bytes(name).decode("utf-8", "replace") for name in names]
@@ -550,9 +548,7 @@ class RouterServer:
         return True
 
     async def stop(self, grace_s: float = 0.5) -> None:
-        """Cancels what is still in flight after `grace_s`, and returns when the cancelled calls have released what they
-        held.
-        """
+        """Cancels what is in flight after `grace_s`, and returns when those calls have released what they held."""
         if self._pulse is not None:
             self._pulse.cancel()
             await asyncio.gather(self._pulse, return_exceptions=True)

@@ -230,9 +230,7 @@ class Pipeline:
         return prediction
 
     async def _stream(self, request: GenerateRequest, prediction: Prediction, send: Send, meter: StreamMeter) -> Usage:
-        """Streams the answer. Until the first chunk is out, a request whose worker is lost or drains is placed once
-        more.
-        """
+        """Streams the answer. Before its first chunk, a request whose worker is lost or drains is placed once more."""
         lost: set[str] = set()
         while True:
             with nullcontext() if lost else refusing():

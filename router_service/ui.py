@@ -86,9 +86,7 @@ class PoolRow:
 
 @dataclass(slots=True)
 class PoolLog:
-    """Owns the rows, the latest used last. Rows without live requests are dropped first, the longest unused one before
-    others.
-    """
+    """Owns the rows, the latest used last. Of rows without live requests the longest unused are dropped first."""
 
     rows: dict[PoolLabel, PoolUse] = field(default_factory=dict)
 
@@ -180,9 +178,7 @@ class Served:
 
 @dataclass(slots=True)
 class Sample:
-    """The counts of what all workers of this router paged in `seconds` until `end_unix_s`, and of what the router
-    sent.
-    """
+    """The counts of what this router sent and its workers paged in `seconds` until `end_unix_s`."""
 
     end_unix_s: float
     seconds: float = 0.0
@@ -246,9 +242,7 @@ class Watch:
         return None if pool is None else {"digest": digest, "num_experts": pool.num_experts, "experts": pool.experts}
 
     async def state(self) -> dict[str, Any]:
-        """Returns JSON of at most about 200 kB, for anyone who reaches the port: it names no tenant and no named
-        pool.
-        """
+        """Returns JSON of at most about 200 kB, which names no tenant and no named pool: anyone may see it."""
         workers = await all_workers(self._cluster.workers(), self._hints)
         shown = [_worker(each, self._model) for each in workers[:MAX_WORKERS]]
         rows = sorted(self._pools.of_all_tenants(), key=lambda row: row.use.live, reverse=True)

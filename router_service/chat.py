@@ -201,7 +201,7 @@ _GGUF_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", 
 
 
 def _settings_of_gguf(model: Path) -> dict[str, Any]:
-    """What a GGUF file's metadata has of the settings that templates need. Raises CheckpointError."""
+    """Returns the settings for templates that a GGUF file's metadata has. Raises CheckpointError."""
     metadata = read_gguf(model).metadata
     template, tokenizer = metadata.get("tokenizer.chat_template"), read_tokenizer(model)
     if not isinstance(template, str) or tokenizer is None:

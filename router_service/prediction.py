@@ -62,7 +62,7 @@ class Scorer(Protocol):
 
 
 class TrunkHost(Protocol):
-    """What runs the trunk, and may have to start for it: `router_service.trunk.TrunkProcess`. For the event loop."""
+    """The runner of the trunk, which may have to start for it; called on the event loop (`router_service.trunk`)."""
 
     @property
     def is_ready(self) -> bool: ...
@@ -663,7 +663,7 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True)
 class PredictedModel:
-    """What passes have to know of the model whose pools they predict.
+    """The facts that passes need of the model whose pools they predict.
 
     `unread_gates` is the type of a model whose gates pick in ways of their own, which no pass reads; empty for others.
     """
@@ -721,7 +721,7 @@ class PassPlan:
 
     @property
     def stand_ins(self) -> dict[int, np.ndarray]:
-        """What the trunk has in place of its layers' experts; nothing where nothing was fitted."""
+        """The vectors that stand in for the experts of the trunk's layers; none where nothing was fitted."""
         return {} if self.file is None else self.file.stand_ins
 
     def passes(self, model: PredictedModel, trunk: Callable[[], TrunkScorer], host: TrunkHost | None = None) -> Passes:

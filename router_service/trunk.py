@@ -43,7 +43,7 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "TMPDIR", "CUDA_VISIB
 
 @dataclass(frozen=True, slots=True)
 class TrunkOf:
-    """What to load: the trunk of a checkpoint, with the stand-ins of its fitted file if it has one."""
+    """The trunk to load: that of a checkpoint, with the stand-ins of its fitted file if it has one."""
 
     model: str
     device: str

@@ -122,7 +122,7 @@ def _sorted(model: PreTrainedModel, names: Iterable[str], conversions: Sequence[
 
 @dataclass(frozen=True, slots=True)
 class _Conversion:
-    """What transformers' converters are, for the tensors of one parameter."""
+    """A converter as transformers has them, for the tensors of one parameter."""
 
     source_patterns: Sequence[str]
     target_patterns: Sequence[str]

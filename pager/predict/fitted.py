@@ -167,7 +167,7 @@ class PredictorFile:
         return made
 
     def check_model(self, fingerprint: str, file: Path) -> None:
-        """Raises CheckpointError unless the maps, which `file` holds, were fitted to the model of this fingerprint."""
+        """Checks that the maps in `file` were fitted to the model of this fingerprint. Raises CheckpointError."""
         if self.fingerprint != fingerprint:
             raise CheckpointError(
                 f"{file} was fitted to the model {self.fingerprint} and this one is {fingerprint}; {AGAIN}"

@@ -261,23 +261,26 @@ class Kinds:
 
     NAMED = "base"
 
-    def __init__(self, layers: Sequence[pb.LayerFacts]) -> None:
+    def __init__(self, layers: Sequence[pb.LayerFacts], *, has_codebook: bool) -> None:
         draw = random.Random(1)
         fixed = [
             pb.LayerExperts(experts=sorted(draw.sample(range(layer.routed), min(8, layer.routed)))) for layer in layers
         ]
+        chosen, exact = pb.POOL_SOURCE_PREFILL, pb.DRIFT_ACTION_EXACT
         self._policies = {
             "exact": pb.PoolPolicy(full=pb.Full()),
-            "prefill": pb.PoolPolicy(share=0.125),
+            "prefill": pb.PoolPolicy(share=0.125, source=chosen),
             "prediction": pb.PoolPolicy(share=0.125, source=pb.POOL_SOURCE_PREDICTION),
-            "mass": pb.PoolPolicy(mass=pb.Mass(mass=0.6, cap=12)),
+            "mass": pb.PoolPolicy(mass=pb.Mass(mass=0.6, cap=12), source=chosen),
             "fixed": pb.PoolPolicy(experts=pb.FixedPool(layers=fixed)),
             "named": pb.PoolPolicy(name=self.NAMED),
-            "widen": pb.PoolPolicy(share=0.125, drift=pb.DriftPolicy(threshold=0.2, window=8)),
+            "widen": pb.PoolPolicy(share=0.125, source=chosen, drift=pb.DriftPolicy(threshold=0.2, window=8)),
             "drift to exact": pb.PoolPolicy(
-                share=0.125, drift=pb.DriftPolicy(threshold=0.2, window=8, action=pb.DRIFT_ACTION_EXACT)
+                share=0.125, source=chosen, drift=pb.DriftPolicy(threshold=0.2, window=8, action=exact)
             ),
         }
+        if has_codebook:
+            self._policies["codebook"] = pb.PoolPolicy(share=0.125, source=pb.POOL_SOURCE_CODEBOOK)
 
     def policy(self, kind: str) -> pb.PoolPolicy:
         return self._policies[kind]
@@ -390,7 +393,7 @@ async def _run(service: Service, seconds: float, seed: int, tally: Tally) -> Non
         stub = pb_grpc.ExpertPagerStub(channel)
         described = await stub.GetModel(pb.GetModelRequest(), timeout=START_TIMEOUT_S)
         tally.sent["GetModel"] += 1
-        kinds = Kinds(described.pool_sizes.layers)
+        kinds = Kinds(described.pool_sizes.layers, has_codebook=bool(described.codewords))
         clients = [Client(channel, f"tenant-{number}", seed + number, kinds, tally) for number in range(NUM_TENANTS)]
         for client in clients:
             await client.calibrate(Kinds.NAMED, replace=True)
@@ -481,7 +484,11 @@ def _service(model: Path, folder: Path) -> Iterator[Service]:
         str(folder / "targets.json"),
     ]
     command = [sys.executable, "-m", "pager.cli", "serve", str(model), *options]
-    env = os.environ | {"REDIS_URL": f"redis://127.0.0.1:{redis.port}/0", "EXPERT_PAGER_CLUSTER_NAMESPACE": NAMESPACE}
+    env = os.environ | {
+        "REDIS_URL": f"redis://127.0.0.1:{redis.port}/0",
+        "EXPERT_PAGER_CLUSTER_NAMESPACE": NAMESPACE,
+        "EXPERT_PAGER_POOLS_LEARN_CODEWORDS": "false",  # what traffic teaches changes pools, and tokens with them
+    }
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
     try:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from pager.cache.device import DeviceSlots
 from pager.cache.lease import Lease
@@ -65,6 +67,8 @@ class PagedModel:
         self.path = opened.checkpoint.path
         self.fingerprint: str = opened.checkpoint.fingerprint
         self._open_step = OpenStep()
+        if self.device.type == "cpu" and is_faster_without_onednn(self.dtype):
+            run_single_tokens_without_onednn(model)
         unpoolable = attach(model, opened.family, pager, self._open_step, opened.record)
         self.family = replace(opened.family, unpoolable=unpoolable)
         self._turn = threading.RLock()  # held by the thread that has a step open
@@ -243,6 +247,71 @@ def load_paged_model(
         )
         closing.callback(pager.close)
         return PagedModel(opened, model, pager, planned, closing=closing.pop_all())
+
+
+# --- forwards of one token --------------------------------------------------------------------------------------------
+#
+# torch hands products in half precision to oneDNN. With one row, its own loops read the matrix up to twice as fast.
+
+
+WORTH = 1.25
+"""The own loops have to be this many times as fast, so that processes on alike machines choose alike."""
+
+
+class _WithoutOneDnn:
+    """A switch: oneDNN is off in the process while some thread is in a block. Mutable, thread-safe.
+
+    Whatever other threads compute meanwhile takes longer, and differs by rounding.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._num_inside += 1
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+
+
+_without_onednn = _WithoutOneDnn()
+
+
+@cache
+def is_faster_without_onednn(dtype: torch.dtype) -> bool:
+    """Tells whether this machine multiplies one row with a matrix faster by torch's own loops, tried once."""
+    if dtype == torch.float32 or not torch.backends.mkldnn.enabled:
+        return False
+    # More than a processor's caches hold, as a model is: from there oneDNN is as fast.
+    matrices, row = torch.ones(16, 1024, 2048, dtype=dtype), torch.ones(1, 2048, dtype=dtype)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number, matrix in enumerate([*matrices] * 2):
+        with _without_onednn if number % 2 else nullcontext():
+            started_s = time.perf_counter()
+            linear(row, matrix)
+            seconds[bool(number % 2)].append(time.perf_counter() - started_s)
+    return min(seconds[False]) >= WORTH * min(seconds[True])
+
+
+def run_single_tokens_without_onednn(model: PreTrainedModel) -> None:
+    """Makes forwards of one token, of one text, run without oneDNN."""
+    forward = model.forward
+
+    @wraps(forward)
+    def forward_once(*args: Any, **kwargs: Any) -> Any:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(tokens, torch.Tensor) or tokens.numel() != 1:
+            return forward(*args, **kwargs)
+        with _without_onednn:
+            return forward(*args, **kwargs)
+
+    object.__setattr__(model, "forward", forward_once)
 
 
 def shared_experts(facts: RoutingFacts) -> list[ExpertKey]:

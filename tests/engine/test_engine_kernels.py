@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, QuantisedSlabs, run_slots
+from pager.engine.paged_model import PagedModel, _without_onednn, is_faster_without_onednn, load_paged_model
 from pager.models.emo import EmoConfig, EmoExperts
 from pager.store.pack_format import KINDS, RecordFormat
-from pager.types import ExpertShape
+from pager.types import ExpertShape, PoolPolicy
+from tests.engine.conftest import CHECKPOINT
 
 NUM_SLOTS, NUM_PICKS = 40, 4
 
@@ -107,3 +111,43 @@ def test_quantised_experts_are_the_weighted_sum_of_what_they_stand_for(kind: str
     out_TD = run_slots(module, *args)
     assert out_TD.dtype == dtype
     torch.testing.assert_close(out_TD.double(), written_out(plain, *args), rtol=0, atol=TOLERANCES[dtype])
+
+
+class TestForwardsOfOneToken:
+    @pytest.fixture
+    def paged(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[PagedModel]:
+        monkeypatch.setattr("pager.engine.paged_model.is_faster_without_onednn", lambda dtype: True)
+        with closing(load_paged_model(CHECKPOINT, dtype=torch.bfloat16)) as paged:
+            yield paged
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("num_tokens", [1, 2])
+    def test_they_alone_run_without_onednn(self, paged: PagedModel, num_tokens: int) -> None:
+        seen = []
+        paged.model.lm_head.register_forward_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
+        with paged.step([paged.routing(PoolPolicy())]):
+            paged.model(torch.ones(1, num_tokens, dtype=torch.long))
+        assert seen == [num_tokens > 1]
+        assert torch.backends.mkldnn.enabled
+
+    @torch.no_grad()
+    def test_one_that_fails_leaves_it_on(self, paged: PagedModel) -> None:
+        def fail(*_: Any) -> None:
+            raise ZeroDivisionError
+
+        paged.model.lm_head.register_forward_hook(fail)
+        with pytest.raises(ZeroDivisionError), paged.step([paged.routing(PoolPolicy())]):
+            paged.model(torch.ones(1, 1, dtype=torch.long))
+        assert torch.backends.mkldnn.enabled
+
+    def test_it_is_off_until_the_last_thread_is_done(self) -> None:
+        with _without_onednn:
+            with _without_onednn:
+                assert not torch.backends.mkldnn.enabled
+            assert not torch.backends.mkldnn.enabled
+        assert torch.backends.mkldnn.enabled
+
+    def test_it_is_not_tried_in_float32(self) -> None:
+        assert not is_faster_without_onednn(torch.float32)
+        assert is_faster_without_onednn(torch.bfloat16) in (True, False)
+        assert torch.backends.mkldnn.enabled

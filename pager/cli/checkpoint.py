@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,11 @@ from pager.memory import plan as make_plan
 from pager.reading import read_json_file, reason_of, shown
 
 if TYPE_CHECKING:
+    import torch
+
     from pager.models.open_model import OpenModel
+    from pager.pools.slices import Slice
+    from pager.store.pack_format import RecordFormat
     from pager.store.safetensors import OddItem
     from pager.types import ExpertPool, NamedPool
 
@@ -281,26 +286,16 @@ def pack(
     """
     from pager.models.open_model import DTYPES, OpenModel
     from pager.predict.fitted import PREDICTOR_NAME, PredictorFile
-    from pager.store.pack import pack as write_pack
     from pager.store.pack_format import RecordFormat
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     chosen = DTYPES[dtype] if dtype else None
     source = OpenModel.open(model, dtype or "auto")
-    with source.checkpoint as checkpoint, bytes_progress("packing") as progress:
+    with source.checkpoint as checkpoint:
         # Read first, so that a file of another model is refused before the work begins.
         router = PredictorFile.load(model, checkpoint.fingerprint) if (model / PREDICTOR_NAME).is_file() else None
-        odd = write_pack(
-            model,
-            output,
-            pieces=source.pieces,
-            experts_per_layer=source.facts.experts_per_layer,
-            shape=source.family.shape,
-            dtype=RecordFormat.of(experts, source.dtype) if experts else chosen,
-            quantised=source.quantised_names,
-            progress=progress,
-        )
+        odd = _write_pack(source, output, RecordFormat.of(experts, source.dtype) if experts else chosen)
     if router is not None:  # the same weights under another fingerprint
         with OpenModel.open(output).checkpoint as packed:
             replace(router, fingerprint=packed.fingerprint).save(output / PREDICTOR_NAME)
@@ -311,6 +306,23 @@ def pack(
         print_json({"path": str(output), "num_experts": num_experts, "bytes": nbytes, "odd": _odd_dicts(odd)})
     else:
         out.print(f"packed {num_experts} experts into {output} ({format_bytes(nbytes)})", markup=False)
+
+
+def _write_pack(source: OpenModel, output: Path, form: torch.dtype | RecordFormat | None) -> tuple[OddItem, ...]:
+    """Packs an open checkpoint, and returns what is odd about its values."""
+    from pager.store.pack import pack as write_pack
+
+    with bytes_progress("packing") as progress:
+        return write_pack(
+            source.checkpoint.path,
+            output,
+            pieces=source.pieces,
+            experts_per_layer=source.facts.experts_per_layer,
+            shape=source.family.shape,
+            dtype=form,
+            quantised=source.quantised_names,
+            progress=progress,
+        )
 
 
 def verify(
@@ -448,7 +460,10 @@ def slice_model(
     pools: PoolsFolder = None,
     experts: Annotated[
         str | None,
-        typer.Option(help="Store the experts as bf16. Default: as they are in MODEL.", metavar="NAME"),
+        typer.Option(
+            help="Store the experts as bf16, or packed as int8, fp8 or int4. Default: as they are in MODEL.",
+            metavar="NAME",
+        ),
     ] = None,
     merge: Annotated[
         Path | None, typer.Option("--merge", help="Put this slice, trained since, back.", metavar="SLICE")
@@ -463,7 +478,8 @@ def slice_model(
 
     Gates lose the rows of the experts left out; shared experts and everything else stay. Plain transformers loads the
     slice (EMO after `import pager`) and gives the logits that MODEL gives within the pool; it can be trained. README.md
-    in OUT says what was kept, of which model, and what chose it. OUT appears whole or not at all.
+    in OUT says what was kept, of which model, and what chose it. OUT appears whole or not at all. With experts in 8 or
+    4 bits it is packed (`pack --experts`): expert-pager runs it, and it is neither trained nor merged.
 
     A merge copies MODEL and puts what was trained in its place: all other experts stay the same to the bit.
 
@@ -499,21 +515,22 @@ def _cut(
     experts: str | None,
     as_json: bool,
 ) -> None:
-    import torch
-
     from pager.models.open_model import OpenModel
-    from pager.pools.slices import cut
     from pager.store.appearing import check_absent
+    from pager.store.pack_format import KINDS
 
     check_absent(output)
-    if experts not in (None, "bf16"):
-        raise ConfigError(f"--experts is bf16, or left out to store them as they are, not {experts!r}")
+    if experts not in (None, "bf16", *KINDS):
+        kinds = ", ".join(("bf16", *KINDS))
+        raise ConfigError(f"--experts is one of {kinds}, or left out to store them as they are, not {experts!r}")
     opened = OpenModel.open(model)
     with opened.checkpoint:
+        if experts == "bf16" and opened.quantised is not None:
+            raise ConfigError(
+                f"the experts of {model} are quantised ({opened.quantised.words}); leave --experts out to keep them so"
+            )
         pool, chosen_by = _chosen(opened, choice, where)
-        dtype = torch.bfloat16 if experts else None
-        with bytes_progress("slicing") as progress:
-            made = cut(opened, pool, output, chosen_by=chosen_by, expert_dtype=dtype, progress=progress)
+        made = (_cut_packed if experts in KINDS else _cut_plain)(opened, pool, output, chosen_by, experts)
     if as_json:
         facts = {"fingerprint": made.record.fingerprint, "chosen_by": chosen_by, "experts": made.record.experts}
         print_json({"path": str(output), "num_experts": made.num_experts, "bytes": made.nbytes, **facts})
@@ -521,6 +538,33 @@ def _cut(
     total = made.num_experts + made.num_left_out
     out.print(f"{output}: {made.num_experts} of {total} experts, {format_bytes(made.nbytes)}", markup=False)
     out.print(f"chosen by {chosen_by}", markup=False)
+
+
+def _cut_plain(opened: OpenModel, pool: ExpertPool, output: Path, chosen_by: str, experts: str | None) -> Slice:
+    import torch
+
+    from pager.pools.slices import cut
+
+    dtype = torch.bfloat16 if experts == "bf16" else None
+    packed_as = None if experts == "bf16" else experts
+    with bytes_progress("slicing") as progress:
+        return cut(
+            opened, pool, output, chosen_by=chosen_by, expert_dtype=dtype, packed_as=packed_as, progress=progress
+        )
+
+
+def _cut_packed(opened: OpenModel, pool: ExpertPool, output: Path, chosen_by: str, experts: str | None) -> Slice:
+    """Cuts a slice beside `output` and packs it into that."""
+    from pager.models.open_model import OpenModel
+    from pager.store.pack_format import RecordFormat
+
+    assert experts is not None, "it is one of KINDS"
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}-") as beside:
+        made = _cut_plain(opened, pool, Path(beside) / output.name, chosen_by, experts)
+        part = OpenModel.open(Path(beside) / output.name, "auto")
+        with part.checkpoint:
+            _warn_of(_write_pack(part, output, RecordFormat.of(experts, part.dtype)))
+    return replace(made, nbytes=sum(path.stat().st_size for path in output.iterdir()))
 
 
 def _chosen(

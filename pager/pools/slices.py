@@ -142,14 +142,16 @@ def cut(
     *,
     chosen_by: str,
     expert_dtype: torch.dtype | None = None,
+    packed_as: str | None = None,
     progress: Progress | None = None,
 ) -> Slice:
     """Writes the experts of `pool`, the shared ones and the trunk as a checkpoint. It appears whole or not at all.
 
     Its experts are stored as `expert_dtype` (None: as in `model`). Holds a bounded buffer, never a tensor. `chosen_by`
-    goes into the model card. Raises UnsupportedModel for a family whose gate cannot be cut, InvalidRequest and
-    PoolTooSmall for a pool that this model's config cannot hold, CheckpointError for a bad or packed source,
-    ConfigError if `out_dir` exists, InsufficientDisk.
+    goes into the model card, and so does `packed_as`, what the slice's experts will be packed as. Raises
+    UnsupportedModel for a family whose gate cannot be cut, InvalidRequest and PoolTooSmall for a pool that this
+    model's config cannot hold, CheckpointError for a bad or packed source, ConfigError if `out_dir` exists,
+    InsufficientDisk.
     """
     out, checkpoint = Path(out_dir), model.checkpoint
     check_absent(out)
@@ -181,7 +183,7 @@ def cut(
         if (card := checkpoint.path / CARD_NAME).is_file():
             shutil.copyfile(card, partial / WHOLE_CARD_NAME)
         (partial / "config.json").write_text(json.dumps({**config, SLICE_FIELD: record.as_config}, indent=2) + "\n")
-        (partial / CARD_NAME).write_text(_card(model, pool, made))
+        (partial / CARD_NAME).write_text(_card(model, pool, made, packed_as))
         with (partial / SINGLE_NAME).open("wb") as stream:
             stream.write(header)
             _write(checkpoint, sources, specs, stream, progress)
@@ -250,7 +252,7 @@ def _within(pieces: Iterable[Tensor], stretches: Sequence[tuple[int, int]]) -> I
         start = end
 
 
-def _card(model: OpenModel, pool: ExpertPool, made: Slice) -> str:
+def _card(model: OpenModel, pool: ExpertPool, made: Slice, packed_as: str | None) -> str:
     """The model card: what was kept, of which model, chosen by what."""
     facts, record, whole = model.facts, made.record, model.checkpoint.path
     name = whole.resolve().name
@@ -262,6 +264,11 @@ def _card(model: OpenModel, pool: ExpertPool, made: Slice) -> str:
         if num_experts
     ]
     native = " after `import pager`" if model.family.model_type == "emo" else ""
+    use = f"""- loads in plain transformers{native}, and in expert-pager as any checkpoint
+
+After training, `expert-pager slice --merge SLICE --into MODEL OUT` puts it back into a copy of {name}."""
+    if packed_as is not None:
+        use = f"- experts in {packed_as}, packed for expert-pager; plain transformers does not load them\n"
     return f"""---
 library_name: transformers
 tags: [mixture-of-experts, expert-slice]
@@ -276,10 +283,9 @@ nothing of what the other experts knew.
 
 - cut from: {name}, fingerprint `{record.fingerprint}`
 - chosen by: {record.chosen_by}{mass}
-- loads in plain transformers{native}, and in expert-pager as any checkpoint
+{use}
 
-After training, `expert-pager slice --merge SLICE --into MODEL OUT` puts it back into a copy of {name}. `config.json` \
-has the kept experts under `{SLICE_FIELD}`.
+`config.json` has the kept experts under `{SLICE_FIELD}`.
 
 | layer | kept, routed + shared | routed experts of {name} |
 |---|---|---|

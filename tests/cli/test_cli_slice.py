@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pager.models.open_model import OpenModel
 from pager.predict.fitted import Codebook, PredictorFile
 from pager.types import Share
+from tests.support.quantised import fp8_checkpoint, qwen3_moe
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +78,44 @@ def test_a_slice_answers_within_the_commands(run: Run, checkpoint: Path, example
         run("generate", "hello", "--model", tmp_path / "slice", "--max-tokens", 3, "--ignore-eos", "--json")
     )
     assert answered["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantised_slice_is_the_slice_packed(run: Run, checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2], [2, 3, 4], [5, 6, 7]]))
+    kept = ("--experts-file", tmp_path / "list.json")
+    made = answer(run("slice", checkpoint, tmp_path / "at-once", *kept, "--experts", kind, "--json"))
+    assert made["num_experts"] == 12
+    assert made["bytes"] == sum(path.stat().st_size for path in (tmp_path / "at-once").iterdir())
+    assert run("slice", checkpoint, tmp_path / "slice", *kept).returncode == 0
+    assert run("pack", tmp_path / "slice", tmp_path / "packed", "--experts", kind).returncode == 0
+    for name in ("experts.pack", "trunk.safetensors", "config.json"):
+        assert (tmp_path / "at-once" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes()
+    assert f"experts in {kind}, packed for expert-pager" in (tmp_path / "at-once" / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at-once", "list.json", "packed", "slice"]
+    assert answer(run("inspect", tmp_path / "at-once", "--dtype", "auto", "--json"))["format"].startswith(
+        f"{kind}, a scale in"
+    )
+
+
+def test_a_slice_that_cannot_be_packed_leaves_nothing(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2], [2, 3, 4], [5, 6, 7]]))
+    kept = ("--experts-file", tmp_path / "list.json")
+    refused = run("slice", checkpoint, tmp_path / "slice", *kept, "--experts", "int4")
+    assert refused.returncode == 1
+    assert "down_proj of 32 x 16 cannot be packed as int4" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["list.json"]
+
+
+def test_a_slice_of_a_quantised_model_keeps_its_format(run: Run, tmp_path: Path) -> None:
+    path, _ = fp8_checkpoint(qwen3_moe(), tmp_path / "fp8")
+    (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2], [2, 3, 4]]))
+    kept = ("--experts-file", tmp_path / "list.json")
+    refused = run("slice", path, tmp_path / "slice", *kept, "--experts", "bf16")
+    assert refused.returncode == 1
+    assert "are quantised (fp8 in blocks of 128 x 128); leave --experts out" in refused.stderr
+    assert run("slice", path, tmp_path / "slice", *kept).returncode == 0
+    assert answer(run("inspect", tmp_path / "slice", "--json"))["format"].startswith("fp8, a scale in float32")
 
 
 def test_the_experts_of_a_codeword(run: Run, tmp_path: Path) -> None:
@@ -176,7 +215,7 @@ def test_other_refusals_are_one_line(run: Run, checkpoint: Path, examples: Path,
     for arguments, said in (
         ((checkpoint, tmp_path / "there", *chosen), "already exists"),
         ((checkpoint, out, "--pool", "law", "--pools", tmp_path / "pools"), "has no pool 'law'"),
-        ((checkpoint, out, *chosen, "--experts", "int8"), "--experts is bf16"),
+        ((checkpoint, out, *chosen, "--experts", "int3"), "--experts is one of bf16, int8, int4, fp8"),
         ((checkpoint, out, "--examples", examples, "--size", "full"), "the model itself"),
         (
             (checkpoint, out, "--codeword", "c00", "--size", 4),

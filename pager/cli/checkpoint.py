@@ -152,7 +152,11 @@ def _format_of(found: OpenModel, making_us: int) -> str:
     source.close()
     held = str(found.dtype).removeprefix("torch.")
     if found.record is not None:
-        return f"{found.record}; held as stored"
+        held_s, plain_s = found.seconds_of_a_row()
+        return (
+            f"{found.record}; held as stored (a token takes {1e3 * held_s:.2f} ms in an expert here, in {held} "
+            f"{1e3 * plain_s:.2f})"
+        )
     if found.quantised is not None and not found.checkpoint.is_packed:
         read = format_bytes(source.stored_bytes)
         decoded = f"decoded when it enters a slot ({making_us} µs here)" if making_us else "converted on its way"

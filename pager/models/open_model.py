@@ -39,7 +39,7 @@ from pager.models.layout import ExpertParameter, Layout, Stored, is_held_in_bloc
 from pager.reading import one_line, shown
 from pager.store.checkpoint import Checkpoint, read_json_object
 from pager.store.expert_source import AsBytes, ExpertSource, Made, Row, open_experts
-from pager.store.pack_format import MATRICES, RecordFormat
+from pager.store.pack_format import MATRICES, RecordFormat, scales_of
 from pager.store.safetensors import PLAIN_FLOATS
 from pager.types import ExpertKey, ExpertShape, RoutingFacts
 
@@ -199,6 +199,28 @@ class OpenModel:
                 made.make(each)
             tried_s.append(time.perf_counter() - started_s)
         return min(tried_s, default=0.0)
+
+    def seconds_of_a_row(self) -> tuple[float, float]:
+        """Returns how long this machine's CPU multiplies one row with the matrices of an expert that slots hold as
+        bytes, and with those of one in the serving dtype; tried with zeros.
+        """
+        assert self.record is not None, "slots hold bytes"
+        typed = self.record.views({name: torch.zeros(part, dtype=torch.uint8) for name, part in self.slot_shape.named})
+        shapes = self.family.shape.shapes
+        rows = [torch.zeros(1, shape[1], dtype=self.dtype) for shape in shapes]
+        plain = [torch.zeros(shape, dtype=self.dtype) for shape in shapes]
+        held: list[float] = []
+        in_dtype: list[float] = []
+        for _ in range(5):
+            started_s = time.perf_counter()
+            for name, row in zip(MATRICES, rows, strict=True):
+                self.record.product(row, typed[name], typed[scales_of(name)])
+            held.append(time.perf_counter() - started_s)
+            started_s = time.perf_counter()
+            for matrix, row in zip(plain, rows, strict=True):
+                torch.nn.functional.linear(row, matrix)
+            in_dtype.append(time.perf_counter() - started_s)
+        return min(held), min(in_dtype)
 
     def _pieces_to_make(self, device: str = "meta") -> list[tuple[Made, list[Tensor]]]:
         """Returns what one expert's parameters are made of, with tensors like it, of unknown values."""

@@ -155,12 +155,13 @@ class RecordFormat:
         """[T, N]: `hidden_TK`, in the dtype of the scales, times one matrix.
 
         Above MOST_ROWS, and in float32, torch's kernel for int8 takes longer than a copy of the matrix and a product
-        with that does. For fp8 it has none, and a row in half precision is multiplied with halves.
+        with that does. For fp8 it has none, and up to MOST_HALF_ROWS in half precision are multiplied with halves.
         """
         if self.kind == "int4":
             return torch._weight_int4pack_mm_for_cpu(hidden_TK, weight, GROUP, scales)
         if self.kind == "fp8":
-            if len(hidden_TK) == 1 and hidden_TK.dtype != torch.float32 and weight.shape[1] <= MOST_HALF_INPUTS:
+            is_half = hidden_TK.dtype != torch.float32 and weight.shape[1] <= MOST_HALF_INPUTS
+            if is_half and len(hidden_TK) <= MOST_HALF_ROWS:
                 return product_fp8(hidden_TK, weight, scales)
             return torch.mm(hidden_TK, decoded_fp8(weight, scales, hidden_TK.dtype).t())
         if len(hidden_TK) <= MOST_ROWS and hidden_TK.dtype != torch.float32:
@@ -171,7 +172,7 @@ class RecordFormat:
         """The most that a product takes beside a copy of its matrix, which has at most `size` rows and columns."""
         if self.kind != "fp8":
             return 0
-        return size * (max(_FP8_ROWS * HALF, BLOCK * (HALF + FP32)) + 4 * num_blocks(size) * FP32)
+        return size * (max(_FP8_ROWS * HALF, BLOCK * (HALF + FP32)) + 4 * MOST_HALF_ROWS * num_blocks(size) * FP32)
 
     def matrices(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
         """The matrices that an expert's parts, as bytes, stand for, in the dtype of the scales."""
@@ -238,6 +239,9 @@ FP32, HALF = 4, 2
 MOST_HALF_INPUTS = 2**15
 """The most inputs whose products with halves, each 1.75 at most, add up within the range of a float16."""
 
+MOST_HALF_ROWS = 4
+"""A product of rows with halves is one of each row; from five on, decoding to the rows' dtype takes no longer."""
+
 _FP8_ROWS = 4 * BLOCK  # decoded at a time: they stay in the processor's cache until they are multiplied
 _FP8_LARGEST, _HALF_FP8 = 448.0, 2.0**8
 _HALF_BITS = -0x4080  # of an int16: a float16's sign, lower 4 bits of exponent and upper 3 of fraction
@@ -270,25 +274,27 @@ def decoded_fp8(weight_NK: Tensor, scales_BB: Tensor, dtype: torch.dtype) -> Ten
     return decoded_NK
 
 
-def product_fp8(hidden_1K: Tensor, weight_NK: Tensor, scales_BB: Tensor) -> Tensor:
-    """[1, N]: one row in half precision times a matrix of these bytes.
+def product_fp8(hidden_TK: Tensor, weight_NK: Tensor, scales_BB: Tensor) -> Tensor:
+    """[T, N]: a few rows in half precision times a matrix of these bytes.
 
-    The scales go into the row, once for each block of outputs, and what that makes of it is brought to at most 1: a
+    The scales go into the rows, once for each block of outputs, and what that makes of a row is brought to at most 1: a
     float16 then holds it with more digits than bfloat16 does, and the products' sums as well.
     """
-    row_BK = hidden_1K.float() * _over_columns(scales_BB * _HALF_FP8, weight_NK.shape[1])
-    sizes_B1 = row_BK.abs().amax(1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    rows = (row_BK / sizes_B1).half().unbind()
-    out_N = torch.empty(len(weight_NK), dtype=torch.float16)
-    outs = out_N.split(BLOCK)
-    bits = torch.empty(min(_FP8_ROWS, len(weight_NK)), weight_NK.shape[1], dtype=torch.int16)
+    num_outputs, num_inputs = weight_NK.shape
+    rows_TBK = hidden_TK.float()[:, None] * _over_columns(scales_BB * _HALF_FP8, num_inputs)
+    sizes_TB1 = rows_TBK.abs().amax(2, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    rows = [blocks.unbind() for blocks in (rows_TBK / sizes_TB1).half()]
+    out_TN = torch.empty(len(hidden_TK), num_outputs, dtype=torch.float16)
+    outs = [out_N.split(BLOCK) for out_N in out_TN]
+    bits = torch.empty(min(_FP8_ROWS, num_outputs), num_inputs, dtype=torch.int16)
     block = 0
     for some in weight_NK.split(_FP8_ROWS):
         for halves in _halves(some, bits).split(BLOCK):
-            torch.mv(halves, rows[block], out=outs[block])
+            for row, out in zip(rows, outs, strict=True):
+                torch.mv(halves, row[block], out=out[block])
             block += 1
-    sizes_N = sizes_B1.expand(-1, BLOCK).flatten()[: len(out_N)]
-    return out_N.float().mul_(sizes_N).to(hidden_1K.dtype)[None]
+    sizes_TN = sizes_TB1.expand(-1, -1, BLOCK).flatten(1)[:, :num_outputs]
+    return out_TN.float().mul_(sizes_TN).to(hidden_TK.dtype)
 
 
 def _halves(bytes_NK: Tensor, bits: Tensor) -> Tensor:

@@ -119,12 +119,13 @@ class TestFp8:
         weight = torch.randn(5 * BLOCK + 72, 3 * BLOCK + 8, generator=draws) * 0.02
         weight[BLOCK:] *= 1e-3
         stored, scales = quantise_fp8(weight, torch.float32)
-        row = torch.randn(1, weight.shape[1], generator=draws)
+        row = torch.randn(2, weight.shape[1], generator=draws)
+        row[1] *= 0.1
         row = (row * size).to(dtype)
         wanted = row.double() @ decoded_fp8(stored.view(torch.int8), scales, torch.float32).double().t()
         found = product_fp8(row, stored.view(torch.int8), scales).double()
         for some, exact in zip(found.split(BLOCK, 1), wanted.split(BLOCK, 1), strict=True):
-            assert (some - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
+            assert ((some - exact).norm(dim=1) <= torch.finfo(dtype).eps * exact.norm(dim=1)).all()
 
     def test_a_row_of_zeros_gives_zeros_and_one_that_is_no_number_none(self) -> None:
         stored, scales = quantise_fp8(torch.ones(BLOCK, BLOCK), torch.float32)

@@ -89,10 +89,10 @@ def inspect(
     found = OpenModel.open(model, dtype, device=resolved)
     with found.checkpoint:
         found.check()
-        needs = needs_of(found, resolved)
-        facts = _facts_of(found, needs)
         if found.record is not None:
             found.record.check_machine(resolved, found.dtype)
+        needs = needs_of(found, resolved)
+        facts = _facts_of(found, needs)
     made = None
     if plan or any(budget is not None for budget in (expert_memory, host_memory, kv_memory)):
         budgets = Budgets(expert_memory, host_memory, kv_memory, max_running)

@@ -123,7 +123,7 @@ class TestForwardsOfOneToken:
     @torch.no_grad()
     @pytest.mark.parametrize("num_tokens", [1, 2])
     def test_they_alone_run_without_onednn(self, paged: PagedModel, num_tokens: int) -> None:
-        seen = []
+        seen: list[object] = []
         paged.model.lm_head.register_forward_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
         with paged.step([paged.routing(PoolPolicy())]):
             paged.model(torch.ones(1, num_tokens, dtype=torch.long))

@@ -24,7 +24,7 @@ from pager.memory import Budgets
 from pager.store.pack_format import KINDS
 
 DTYPE = torch.bfloat16
-MOST_NATS = {"int8": 0.002, "int4": 0.02, "fp8": 0.02}
+MOST_NATS = {"int8": 0.002, "int4": 0.02, "fp8": 0.002}
 
 
 @dataclass(frozen=True, slots=True)

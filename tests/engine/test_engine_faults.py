@@ -215,6 +215,28 @@ def test_a_fault_fails_the_request_that_it_belongs_to_and_no_other(
     assert "broken" not in str(error)
 
 
+@pytest.mark.parametrize("raiser", [fail, panic, end])
+def test_a_fault_as_several_answers_begin_fails_their_request_and_not_the_one_beside_it(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], raiser: Callable[..., Any]
+) -> None:
+    """Both prompts run in one forward."""
+
+    def finished(breaks: bool) -> Driver:
+        driver = make_driver()
+        driver.submit(random_prompt(1, 12), PoolPolicy(Count(3)), id=VICTIM, n=2, max_tokens=4)
+        driver.submit(random_prompt(2, 12), PoolPolicy(Count(3)), id="other", max_tokens=4)
+        if breaks:
+            Place("_answer").put(request_of(driver, VICTIM), raiser)
+        driver.finish()
+        driver.assert_nothing_held()
+        return driver
+
+    whole, broken = finished(False), finished(True)
+    assert (list(whole.failures), len(whole.tokens(VICTIM))) == ([], 8)
+    assert (list(broken.failures), broken.tokens(VICTIM)) == ([VICTIM], [])
+    assert broken.tokens("other") == whole.tokens("other")
+
+
 @pytest.mark.parametrize("place", SHARED)
 def test_a_shared_step_that_fails_once_is_run_again_and_changes_no_answer(
     make_driver: Callable[..., Driver],

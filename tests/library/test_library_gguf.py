@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.gguf import GGUF_ARCHS
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from pager.errors import CheckpointError, ConfigError, UnsupportedModel
@@ -18,7 +19,7 @@ from pager.store.pack import pack, record, verify
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey, ExpertPool
 from router_service.chat import ChatTemplate
-from tests.support.gguf_files import decoded_state, gguf_file, minimax_m2, qwen2_moe, qwen3_moe, tokenizer
+from tests.support.gguf_files import decoded_state, gguf_file, minimax_m2, qwen2_moe, qwen3_5_moe, qwen3_moe, tokenizer
 
 Load = Callable[..., PreTrainedModel]
 Make = Callable[[], PreTrainedModel]
@@ -60,6 +61,17 @@ def test_a_file_says_what_transformers_makes_of_it(
     made = make()
     path = gguf_file(made, tmp_path / "model.gguf", **kinds)
     plain = by_transformers(path, made)
+    for share in (1.0, "30%"):
+        check(load(path, expert_memory=share, dtype="float32"), plain)
+
+
+@pytest.mark.skipif("qwen35moe" not in GGUF_ARCHS, reason="transformers 5.17 reads no such files")
+@pytest.mark.filterwarnings("ignore")  # transformers looks for kernels, which there are none of
+@pytest.mark.parametrize("kinds", [{"experts": "Q8_0", "trunk": "Q8_0"}, {"experts": "BF16", "trunk": "F16"}])
+def test_a_file_that_transformers_reads_by_conversions(tmp_path: Path, load: Load, kinds: dict[str, str]) -> None:
+    """Qwen3.5-MoE, whose norms and heads llama.cpp changes."""
+    path = gguf_file(qwen3_5_moe(), tmp_path / "model.gguf", experts=kinds["experts"], trunk=kinds["trunk"])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
     for share in (1.0, "30%"):
         check(load(path, expert_memory=share, dtype="float32"), plain)
 

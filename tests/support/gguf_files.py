@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -38,6 +40,9 @@ NAMES = {
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate", "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_b": "ssm_beta", "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
 }  # fmt: skip
 """The tensors' names as llama.cpp has them, of the last parts of a model's."""
 
@@ -66,7 +71,23 @@ def minimax_m2() -> PreTrainedModel:
     return MiniMaxM2ForCausalLM(MiniMaxM2Config(**SIZES, num_local_experts=8, rotary_dim=32))
 
 
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "minimax_m2": "minimax-m2"}
+def qwen3_5_moe() -> PreTrainedModel:
+    """A layer of linear attention and one of the usual kind."""
+    linear = {
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4, "full_attention_interval": 2,
+    }  # fmt: skip
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    experts = {"num_experts": 8, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**SIZES, **linear, **experts, "rope_parameters": rope}))
+
+
+ARCHITECTURES = {
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_moe": "qwen3moe",
+    "qwen2_moe": "qwen2moe",
+    "minimax_m2": "minimax-m2",
+}
 
 
 def blocks(values: Tensor, kind: str) -> np.ndarray[Any, Any]:
@@ -105,17 +126,50 @@ def gguf_file(
             for part, values in (parts if end == "gate_up_proj" else {"down": parameter}).items():
                 kind = experts if part != "down" or down is None else down
                 _add(writer, f"{layer}ffn_{part}_exps.weight", values, kind)
+        elif end in ("A_log", "dt_bias"):
+            values = parameter[_tiled(config, 1)]
+            name = "ssm_a" if end == "A_log" else "ssm_dt.bias"
+            _add(writer, f"{layer}{name}", -values.exp() if end == "A_log" else values, "F32")
         elif end == "e_score_correction_bias":
             _add(writer, f"{layer}exp_probs_b.bias", parameter, "F32")
         else:
-            known = next(to for part, to in NAMES.items() if stem.endswith(part))
-            kind = trunk if parameter.dim() == 2 and "ffn_gate_inp" not in known else "F32"
-            _add(writer, f"{layer}{known}.{end}", parameter.squeeze(0), kind)
+            known, values = next(to for part, to in NAMES.items() if stem.endswith(part)), parameter
+            if config.model_type == "qwen3_5_moe_text":
+                known, values = _of_qwen3_5(known, parameter, config)
+            kind = trunk if values.dim() == 2 and "ffn_gate_inp" not in known and "ssm" not in known else "F32"
+            _add(writer, f"{layer}{known}.{end}", values.squeeze(0), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return min(path.parent.glob(f"{path.stem}-00001-of-*"), default=path)
+
+
+def _tiled(config: Any, head_dim: int) -> Tensor:
+    """Values' heads in the order of llama.cpp: the first of each group of a key's, then the second."""
+    keys = config.linear_num_key_heads
+    heads = torch.arange(config.linear_num_value_heads * head_dim).reshape(keys, -1, head_dim)
+    return heads.transpose(0, 1).flatten()
+
+
+def _of_qwen3_5(known: str, values: Tensor, config: Any) -> tuple[str, Tensor]:
+    """A tensor's name and its values as llama.cpp changes them: norms by one, and the order of values' heads."""
+    wide, few = _tiled(config, config.linear_value_head_dim), _tiled(config, 1)
+    queries_and_keys = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    match known:
+        case "attn_norm" | "output_norm" | "attn_q_norm" | "attn_k_norm":
+            return known, values + 1
+        case "ffn_norm":
+            return "post_attention_norm", values + 1
+        case "attn_qkv" | "ssm_conv1d":
+            return known, torch.cat([values[:queries_and_keys], values[queries_and_keys:][wide]]).squeeze(1)
+        case "attn_gate":
+            return known, values[wide]
+        case "ssm_alpha" | "ssm_beta":
+            return known, values[few]
+        case "ssm_out":
+            return known, values[:, wide]
+    return known, values
 
 
 def _add(writer: GGUFWriter, name: str, values: Tensor, kind: str) -> None:
@@ -140,6 +194,17 @@ def _add_fields(writer: GGUFWriter, config: Any, metadata: Mapping[str, int | fl
         writer.add_value_length(config.head_dim)
     writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type == "qwen3_5_moe_text":
+        value_heads, value_dim = config.linear_num_value_heads, config.linear_value_head_dim
+        for name, number in {
+            "full_attention_interval": 2, "ssm.conv_kernel": 4, "ssm.state_size": config.linear_key_head_dim,
+            "ssm.group_count": config.linear_num_key_heads, "ssm.time_step_rank": value_heads,
+            "ssm.inner_size": value_heads * value_dim, "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+        }.items():  # fmt: skip
+            writer.add_uint32(f"qwen35moe.{name}", number)
+        writer.add_rope_dimension_count(16)
+        writer.add_rope_dimension_sections([3, 3, 2, 0])
     if config.model_type == "minimax_m2":
         writer.add_rope_dimension_count(config.rotary_dim)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)

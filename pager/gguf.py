@@ -270,12 +270,21 @@ def _damaged(path: Path, why: str) -> CheckpointError:
 # --- the configuration ------------------------------------------------------------------------------------------------
 
 
-_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "minimax-m2": "minimax_m2"}
+GPT_OSS = "gpt-oss"
+_MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "minimax-m2": "minimax_m2", GPT_OSS: "gpt_oss"}
 """The architectures with experts whose fields and tensors transformers maps by tables."""
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 _SCORING = {1: "softmax", 2: "sigmoid"}
-_WIDTHS = {"moe_intermediate_size": "ffn_gate_exps", "shared_expert_intermediate_size": "ffn_gate_shexp"}
-"""Sizes that transformers' tables leave out, and the tensors whose rows they are."""
+_WIDTHS = {
+    "qwen2_moe": {"moe_intermediate_size": "ffn_gate_exps", "shared_expert_intermediate_size": "ffn_gate_shexp"},
+    "qwen3_moe": {"moe_intermediate_size": "ffn_gate_exps"},
+    "minimax_m2": {"intermediate_size": "ffn_gate_exps"},
+    "gpt_oss": {"intermediate_size": "ffn_gate_exps"},
+}
+"""Sizes that transformers' tables leave out, or take from elsewhere, and the tensors whose rows they are."""
+_YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+"""How gpt-oss scales positions, beside what its files say."""
+_YARN_FIELDS = ("factor", "original_context_length")
 
 
 def config_of(file: GgufFile) -> dict[str, Any]:
@@ -314,7 +323,7 @@ def _by_tables(file: GgufFile) -> dict[str, Any]:
     metadata, architecture = file.metadata, file.architecture
     model_type = _MODEL_TYPES[architecture]
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none":
+    if scaling not in ("none", "yarn" if architecture == GPT_OSS else "none"):
         raise UnsupportedModel(
             f"{file.path} wants its positions scaled ({shown(scaling)}), which is not read from GGUF files of "
             f"{architecture}; fetch the checkpoint that it was made from"
@@ -327,8 +336,15 @@ def _by_tables(file: GgufFile) -> dict[str, Any]:
     config.setdefault("vocab_size", metadata.get("tokenizer.ggml.tokens"))
     if "scoring_func" in config:
         config["scoring_func"] = _SCORING[config["scoring_func"]]
-    for name, part in _WIDTHS.items():
-        rows = {tensor.shape[-2] for tensor in file.tensors.values() if f".{part}." in tensor.name}
-        if len(rows) == 1 and model_type != "minimax_m2":
+    for name, part in _WIDTHS[model_type].items():
+        rows = {tensor.shape[-2] for tensor in file.tensors.values() if tensor.name.endswith(f".{part}.weight")}
+        if len(rows) == 1:
             config[name] = rows.pop()
+    if architecture == GPT_OSS:
+        config["head_dim"] = metadata[f"{architecture}.attention.key_length"]
+        config["sliding_window"] = metadata[f"{architecture}.attention.sliding_window"]
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+        if scaling == "yarn":
+            factor, context = (metadata[f"{architecture}.rope.scaling.{name}"] for name in _YARN_FIELDS)
+            config["rope_parameters"] |= {**_YARN, "factor": factor, "original_max_position_embeddings": context}
     return config

@@ -147,7 +147,8 @@ CHANGES: st.SearchStrategy[bytes] = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=CHANGES)
 def test_any_change_is_read_or_refused_at_little_cost(tmp_path: Path, data: bytes) -> None:
     """Neither another exception than the project's own, nor memory or time that the file's size does not explain."""

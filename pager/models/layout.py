@@ -7,6 +7,7 @@ applies them to whole layers. Here the same operations are applied to one expert
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from pager.gguf import PLAIN, GgufFile
+from pager.gguf import GPT_OSS, PLAIN, GgufFile
 from pager.models.formats import Format, FromBlocks, Processed, conversions_of, decodes
 from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import AsBytes, Made, Row
@@ -160,20 +161,43 @@ def _sorted_by_tables(model: PreTrainedModel, file: GgufFile) -> Layout:
     # Only the names of the whole: it would go on through all modules, and know these names already.
     whole = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
     target_of = get_gguf_hf_weights_map(whole, processor)
-    stored: dict[str, Stored] = {}
-    unused = []
+    if file.architecture == GPT_OSS:
+        target_of |= {name: target for name in file.tensors if (target := _of_gpt_oss(name))}
+    names_of: dict[str, list[str]] = defaultdict(list)
+    unused: list[str] = []
     for name in sorted(file.tensors, key=dot_natural_key):  # gates before ups
         target = target_of.get(name) or target_of.get(name.removesuffix(".weight"))
-        if target is None:
-            unused.append(name)
-        elif "_exps." not in name:
-            stored[target] = Stored({name: [name]}, _Conversion([name], [target], [Processed(processor, name)]))
-        elif target in stored:
-            names = {**stored[target].names, name: [name]}
-            stored[target] = Stored(names, _Conversion(list(names), [target], [Concatenate(dim=1)]))
+        (unused if target is None else names_of[target]).append(name)
+    stored = {}
+    for target, names in names_of.items():
+        if "_exps." not in names[0]:
+            operations: list[Any] = [Processed(processor, names[0])]
+        elif file.architecture == GPT_OSS:
+            operations = [_LikeGptOss()]
         else:
-            stored[target] = Stored({name: [name]})
+            operations = [Concatenate(dim=1)] if len(names) > 1 else []
+        made = _Conversion(names, [target], operations) if operations else None
+        stored[target] = Stored({name: [name] for name in names}, made)
     return Layout(stored, tuple(unused))
+
+
+def _of_gpt_oss(name: str) -> str | None:
+    """The parameter that a tensor of gpt-oss's experts belongs to, which transformers takes to be named otherwise."""
+    found = re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)", name)
+    if found is None:
+        return None
+    layer, part, end = found.groups()
+    joined = "down" if part == "down" else "gate_up"
+    return f"model.layers.{layer}.mlp.experts.{joined}_proj{'_bias' if end == 'bias' else ''}"
+
+
+class _LikeGptOss:
+    """The operation that lays experts as gpt-oss has them: outputs last, and those of gate and up in turn."""
+
+    def convert(self, input_dict: Mapping[str, Any], full_layer_name: str = "", **_: Any) -> dict[str, Tensor]:
+        parts = [each[0] if isinstance(each, list) else each for each in input_dict.values()]
+        in_turn = torch.stack(parts, 2).flatten(1, 2)
+        return {full_layer_name: in_turn.transpose(1, 2) if in_turn.dim() == 3 else in_turn}
 
 
 class ExpertParameter:

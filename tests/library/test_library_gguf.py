@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,7 +20,18 @@ from pager.store.pack import pack, record, verify
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey, ExpertPool
 from router_service.chat import ChatTemplate
-from tests.support.gguf_files import decoded_state, gguf_file, minimax_m2, qwen2_moe, qwen3_5_moe, qwen3_moe, tokenizer
+from tests.support.gguf_files import (
+    decoded_state,
+    gguf_file,
+    gpt_oss,
+    minimax_m2,
+    qwen2_moe,
+    qwen3_5_moe,
+    qwen3_moe,
+    tokenizer,
+)
+
+pytestmark = pytest.mark.slow
 
 Load = Callable[..., PreTrainedModel]
 Make = Callable[[], PreTrainedModel]
@@ -82,6 +94,25 @@ def test_a_file_says_what_the_gguf_package_decodes(tmp_path: Path, load: Load) -
     path = gguf_file(made, tmp_path / "model.gguf", experts="Q4_K", down="MXFP4", trunk="Q8_0")
     made.load_state_dict(decoded_state(path, made))
     check(load(path, expert_memory="30%", dtype="float32"), made.eval())
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "Q8_0", "F16"])
+@torch.no_grad()
+def test_gpt_oss(tmp_path: Path, load: Load, kind: str) -> None:
+    """Against plain transformers with the experts that the blocks stand for, gates and ups in their places."""
+    made = gpt_oss()
+    path = gguf_file(made, tmp_path / "model.gguf", experts=kind)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for layer, block in enumerate(made.model.layers):
+        gate, up, down = (
+            torch.from_numpy(gguf.dequantize(each.data, each.tensor_type).copy()).transpose(1, 2)
+            for each in (found[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+        )
+        experts = block.mlp.experts
+        experts.gate_up_proj[..., ::2], experts.gate_up_proj[..., 1::2] = gate, up
+        experts.down_proj.copy_(down)
+    for share in (1.0, "30%"):
+        check(load(path, expert_memory=share, dtype="float32"), made.eval())
 
 
 def test_a_model_in_several_files(tmp_path: Path, load: Load) -> None:
@@ -172,7 +203,10 @@ def test_what_is_not_done_to_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "llama"}, "architecture 'llama'; of those with experts, only minimax-m2, .*qwen3moe"),
+        (
+            {"general.architecture": "llama"},
+            "architecture 'llama'; of those with experts, only gpt-oss, minimax-m2, .*qwen3moe",
+        ),
         ({"qwen3moe.rope.scaling.type": "yarn"}, r"wants its positions scaled \('yarn'\), which is not read"),
     ],
 )

@@ -13,6 +13,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     MiniMaxM2Config,
     MiniMaxM2ForCausalLM,
     PreTrainedModel,
@@ -42,7 +44,7 @@ NAMES = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate", "linear_attn.in_proj_a": "ssm_alpha",
     "linear_attn.in_proj_b": "ssm_beta", "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm",
-    "linear_attn.out_proj": "ssm_out",
+    "linear_attn.out_proj": "ssm_out", "mlp.router": "ffn_gate_inp",
 }  # fmt: skip
 """The tensors' names as llama.cpp has them, of the last parts of a model's."""
 
@@ -82,7 +84,16 @@ def qwen3_5_moe() -> PreTrainedModel:
     return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**SIZES, **linear, **experts, "rope_parameters": rope}))
 
 
+def gpt_oss() -> PreTrainedModel:
+    kinds = ["sliding_attention", "full_attention"]
+    rope = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    own = {"num_local_experts": 8, "layer_types": kinds, "sliding_window": 4, "rope_parameters": {**rope, **yarn}}
+    return GptOssForCausalLM(GptOssConfig(**{**SIZES, **own}))
+
+
 ARCHITECTURES = {
+    "gpt_oss": "gpt-oss",
     "qwen3_5_moe_text": "qwen35moe",
     "qwen3_moe": "qwen3moe",
     "qwen2_moe": "qwen2moe",
@@ -121,6 +132,8 @@ def gguf_file(
     for name, parameter in lively(model, std=0.08).state_dict().items():
         layer = f"blk.{name.split('.')[2]}." if name.startswith("model.layers.") else ""
         stem, _, end = name.rpartition(".")
+        if config.model_type == "gpt_oss" and _add_gpt_oss(writer, layer, end, parameter, experts):
+            continue
         if end in ("gate_up_proj", "down_proj"):
             parts = {"gate": parameter.chunk(2, 1)[0], "up": parameter.chunk(2, 1)[1]}
             for part, values in (parts if end == "gate_up_proj" else {"down": parameter}).items():
@@ -136,6 +149,8 @@ def gguf_file(
             known, values = next(to for part, to in NAMES.items() if stem.endswith(part)), parameter
             if config.model_type == "qwen3_5_moe_text":
                 known, values = _of_qwen3_5(known, parameter, config)
+            if config.model_type == "gpt_oss" and known == "ffn_norm":
+                known = "post_attention_norm"
             kind = trunk if values.dim() == 2 and "ffn_gate_inp" not in known and "ssm" not in known else "F32"
             _add(writer, f"{layer}{known}.{end}", values.squeeze(0), kind)
     writer.write_header_to_file()
@@ -143,6 +158,21 @@ def gguf_file(
     writer.write_tensors_to_file()
     writer.close()
     return min(path.parent.glob(f"{path.stem}-00001-of-*"), default=path)
+
+
+def _add_gpt_oss(writer: GGUFWriter, layer: str, end: str, values: Tensor, kind: str) -> bool:
+    """Adds what gpt-oss has in a way of its own: gates and ups in turn, outputs last, biases, sinks."""
+    if end == "sinks":
+        _add(writer, f"{layer}attn_sinks.weight", values, "F32")
+        return True
+    if not end.startswith(("gate_up_proj", "down_proj")):
+        return False
+    parts = {"down": values} if end.startswith("down") else {"gate": values[..., ::2], "up": values[..., 1::2]}
+    for part, each in parts.items():
+        is_bias = end.endswith("bias")
+        stored = each if is_bias else each.transpose(1, 2)
+        _add(writer, f"{layer}ffn_{part}_exps.{'bias' if is_bias else 'weight'}", stored, "F32" if is_bias else kind)
+    return True
 
 
 def _tiled(config: Any, head_dim: int) -> Tensor:
@@ -205,6 +235,11 @@ def _add_fields(writer: GGUFWriter, config: Any, metadata: Mapping[str, int | fl
             writer.add_uint32(f"qwen35moe.{name}", number)
         writer.add_rope_dimension_count(16)
         writer.add_rope_dimension_sections([3, 3, 2, 0])
+    if config.model_type == "gpt_oss":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
     if config.model_type == "minimax_m2":
         writer.add_rope_dimension_count(config.rotary_dim)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)

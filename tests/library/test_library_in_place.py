@@ -30,7 +30,7 @@ def from_small_experts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pager_module, "IN_PLACE_BYTES", 1 << 12)
 
 
-@pytest.fixture(params=["plain", "packed", "int8", "int4"])
+@pytest.fixture(params=["plain", "packed", "int8", "int4", "fp8"])
 def checkpoint(request: pytest.FixtureRequest, small: Callable[..., Small], tmp_path: Path) -> tuple[Path, Small]:
     made = small("emo", **LARGE)
     return (made.path if request.param == "plain" else packed(made.path, tmp_path / "out", request.param)), made

@@ -166,7 +166,7 @@ spec:
             preStop:
               exec: {command: [sleep, "5"]}   # until no client is sent here any more
           resources:
-            {{- .Values.resources.router | default (dict "requests" (dict "cpu" "2" "memory" "8Gi") "limits" (dict "cpu" "4" "memory" "8Gi")) | toYaml | nindent 12 }}
+            {{- .Values.resources.router | default (dict "requests" (dict "cpu" "2" "memory" "2Gi") "limits" (dict "cpu" "4" "memory" "8Gi")) | toYaml | nindent 12 }}
           {{- include "container-security" . | nindent 10 }}
           volumeMounts:
             - {name: config, mountPath: /etc/expert-pager, readOnly: true}

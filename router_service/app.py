@@ -396,8 +396,13 @@ def check_fits(default_size: PoolSize, model: ModelInfo) -> None:
 async def _connect(
     stack: AsyncExitStack, config: ServiceConfig, planned: PassPlan, default_source: PoolSource
 ) -> tuple[Cluster, Passes]:
-    """Starts or finds the workers. The trunk is loaded meanwhile, where most prompts would have to wait for it."""
-    has_file, is_wanted = planned.file is not None, planned.begins_with_trunk and default_source != PoolSource.CODEBOOK
+    """Starts or finds the workers. The trunk is loaded meanwhile, unless the first prompt may wait for it.
+
+    It may beside a codebook, for which one machine has a lighter service while nobody uses it; a router with a pod of
+    its own takes prompts from others as soon as it is ready.
+    """
+    has_file, is_alone = planned.file is not None, config.cluster.joined is None
+    is_wanted = planned.begins_with_trunk and not (is_alone and default_source is PoolSource.CODEBOOK)
     of = TrunkOf(config.model.path, config.router.device, config.model.dtype, has_file)
     trunk = TrunkProcess(of, stays=is_wanted)
     stack.push_async_callback(trunk.close)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from pager.config import RouterConfig
-from pager.errors import ConfigError, InvalidRequest, NotReady
+from pager.errors import ConfigError, InvalidRequest, NotReady, PagerError
 from pager.observe.tracing import note, span
 from pager.pools.pick import pick_pool, resolve_size
 from pager.predict.fitted import (
@@ -268,6 +268,16 @@ class Scoring:
         self._trunk.wake()
         return False
 
+    async def has_soon(self, name: str) -> bool:
+        """Tells whether a pass can run, after a wait for the trunk if need be."""
+        if not self.has_now(name):
+            assert self._trunk is not None, "it is what is waited for"
+            try:
+                await self._trunk.ready()
+            except PagerError:  # which is in the log
+                return False
+        return True
+
     def rest(self) -> None:
         if self._trunk is not None:
             self._trunk.rest()
@@ -468,8 +478,8 @@ class PassChain:
         assert self.traffic is not None, "checked before"
         with span("codebook"):
             codebook = self.traffic.codebook
-            # While the trunk is being started, the lexical scores judge alone.
-            by_trunk = self._passes.judges_by_trunk and self.scoring.has_now("trunk")
+            # Where the trunk cannot be loaded, the lexical scores judge alone.
+            by_trunk = self._passes.judges_by_trunk and await self.scoring.has_soon("trunk")
             scores, codeword = await self.scoring.assigned(tenant, codebook, token_ids, size, by_trunk=by_trunk)
             note(codeword=codeword.name, coverage=round(codeword.coverage, 4))
         return Scored(scores, codeword.pool, None, codeword.pool is not None, codeword)

@@ -1,8 +1,8 @@
 """The process that runs the model's trunk for a router, so that the router itself needs neither torch nor transformers.
 
 It is started when a pass first needs the trunk, or with the service, and ends with its router. One that was started for
-a prompt ends when none has needed it for a while; starting takes seconds, which the passes do not wait for where they
-can do without. It gets paths and token ids and returns scores, over pipes, as bytes and JSON.
+a prompt ends when none has needed it for a while. Starting takes seconds. It gets paths and token ids and returns
+scores, over pipes, as bytes and JSON.
 
 Run as a program, this module is that process.
 """
@@ -32,7 +32,7 @@ from pager.types import RoutingScores
 
 log = logging.getLogger("expert_pager.router")
 
-IDLE_S = 600.0
+IDLE_S = 3600.0
 START_TIMEOUT_S = 300.0  # on a machine that is otherwise busy
 ANSWER_TIMEOUT_S = 120.0
 RETRY_S = 30.0  # after a start that failed

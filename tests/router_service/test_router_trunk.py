@@ -9,18 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
 import pytest
 from expert_pager.v1 import expert_pager_pb2 as pb
 
 import router_service.trunk
-from pager.errors import CheckpointError, InvalidRequest, NotReady
+from pager.errors import CheckpointError, InvalidRequest, NotReady, PagerError
 from pager.predict.fitted import PredictorFile
 from pager.predict.trunk import TrunkPredictor
 from pager.types import PoolSource
 from router_service.trunk import TrunkOf, TrunkProcess
 from tests.router_service.test_router_codebook import CODEBOOK, SHARED, generate, with_trunk
+from tests.support.calls import failure
 from tests.support.files import CHECKPOINT, EMO_TINY
 from tests.support.waiting import eventually
 
@@ -106,9 +108,10 @@ async def test_a_trunk_that_cannot_be_loaded_says_why_and_is_not_tried_for_every
 
 
 class Starting:
-    """A trunk that starts when the test says so."""
+    """A trunk that starts when the test says so, or fails to."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: PagerError | None = None) -> None:
+        self.error = error
         self.is_up = asyncio.Event()
         self.num_woken = 0
 
@@ -120,28 +123,39 @@ class Starting:
         self.num_woken += 1
 
     async def ready(self) -> None:
+        if self.error is not None:
+            raise self.error
         await self.is_up.wait()
 
     def rest(self) -> None:
         pass
 
 
-async def test_until_the_trunk_is_there_prompts_do_without_it(serve: Callable[..., Any]) -> None:
+async def test_only_prompts_that_are_decided_by_the_trunk_wait_until_it_is_there(serve: Callable[..., Any]) -> None:
     trunk = Starting()
     async with serve(passes=replace(with_trunk(elsewhere="c"), trunk=trunk)) as service:
-        usage, _ = await generate(service, b"a", SHARED)
-        assert usage.codeword == CODEBOOK.names[0], "the lexical scores judge alone"
-        _, request = await generate(service, b"c", SHARED)
-        assert (request.pool.source, request.predicted) == (PoolSource.PREFILL, None)
         _, request = await generate(service, b"i", pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_PREFILL))
         assert (request.pool.source, request.predicted) == (PoolSource.PREFILL, None)
-        assert trunk.num_woken == 4  # also for the prediction of what no codeword covered
-        asked = asyncio.create_task(generate(service, b"ab", PREDICTED))
-        await eventually(lambda: trunk.num_woken == 5)
-        assert not asked.done(), "a pool that is to be predicted waits"
+        assert trunk.num_woken == 1
+        shared = asyncio.create_task(generate(service, b"a", SHARED))
+        predicted = asyncio.create_task(generate(service, b"ab", PREDICTED))
+        await eventually(lambda: trunk.num_woken == 3)
+        assert not shared.done()
+        assert not predicted.done()
         trunk.is_up.set()
-        usage, _ = await asked
+        usage, _ = await shared
+        assert usage.codeword == "", "by what the trunk saw"
+        usage, _ = await predicted
         assert usage.pool.num_experts == 6  # 3 in each of the two sparse layers
-        usage, request = await generate(service, b"a", SHARED)
-        assert (usage.codeword, request.pool.source) == ("", PoolSource.FIXED), "by what the trunk saw"
-        assert trunk.num_woken == 5
+        assert trunk.num_woken == 3
+
+
+async def test_without_a_trunk_that_can_be_loaded_the_lexical_scores_judge_alone(serve: Callable[..., Any]) -> None:
+    trunk = Starting(NotReady("the trunk cannot be loaded"))
+    async with serve(passes=replace(with_trunk(elsewhere="c"), trunk=trunk)) as service:
+        usage, _ = await generate(service, b"a", SHARED)
+        assert usage.codeword == CODEBOOK.names[0]
+        _, request = await generate(service, b"c", SHARED)
+        assert (request.pool.source, request.predicted) == (PoolSource.PREFILL, None)
+        refused = await failure(generate(service, b"a", PREDICTED))
+        assert refused.code() is grpc.StatusCode.UNAVAILABLE

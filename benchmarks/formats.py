@@ -25,6 +25,7 @@ from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, Report, Table, conditions, figure, quieten, ratio
 from benchmarks.shapes import SHAPES
 from pager.cli.options import print_error
+from pager.engine.paged_model import PagedModel
 from pager.errors import PagerError
 from pager.memory import NUM_READERS, Budgets, format_bytes
 from pager.models.open_model import OpenModel
@@ -109,6 +110,7 @@ def speed_table(title: str, paths: Mapping[str, Path], share: float, effort: Eff
             decode()  # the first run chooses kernels, and reads what then stays
         found = alternate(decodes, effort.num_rounds)
         expert_bytes = {name: engine.paged.facts.expert_bytes for name, engine in engines.items()}
+        token_bytes = {name: bytes_of_a_token(engine.paged) for name, engine in engines.items()}
     plain = rates(found[PLAIN])
     rows = [
         (
@@ -118,6 +120,7 @@ def speed_table(title: str, paths: Mapping[str, Path], share: float, effort: Eff
             ratio(rates(runs), plain),
             f"{1e3 * processor_s(runs):.1f} ms",
             f"{processor_s(found[PLAIN]) / processor_s(runs):.2f}",
+            f"{token_bytes[PLAIN] / token_bytes[name]:.2f}",
             str(AIMS.get((share, name), "")),
             format_bytes(round(statistics.median(run.nbytes / run.num_tokens for run in runs))),
         )
@@ -125,15 +128,36 @@ def speed_table(title: str, paths: Mapping[str, Path], share: float, effort: Eff
     ]
     return Table(
         title,
-        ("experts in", "an expert", "tokens/s", "ratio", "processor, a token", "ratio", "aim", "paged in a token"),
+        (
+            "experts in",
+            "an expert",
+            "tokens/s",
+            "ratio",
+            "processor, a token",
+            "ratio",
+            "by bytes",
+            "aim",
+            "paged in a token",
+        ),
         rows,
         (
             f"Ratio: of medians, beside {PLAIN}, which takes turns with the others. The prefill is not in the time. "
             f"{effort.num_rounds} repeats of {effort.num_steps} steps; brackets: smallest and largest.",
             "Processor: the time of all threads of the process, and how many times as much bfloat16 takes.",
+            "By bytes: how many times as much a token reads from memory in bfloat16, attention and head included; "
+            "what is missing is not.",
             "What is missing is read while decoding, from the operating system's page cache.",
         ),
     )
+
+
+def bytes_of_a_token(paged: PagedModel) -> int:
+    """The weights that one token is multiplied with: its experts, and the trunk but for the embedding."""
+    picks = zip(paged.facts.top_k_per_layer, paged.facts.shared_per_layer, strict=True)
+    embedding = paged.model.get_input_embeddings().weight
+    is_tied = embedding is paged.model.get_output_embeddings().weight
+    trunk = sum(parameter.nbytes for parameter in paged.model.parameters()) - (0 if is_tied else embedding.nbytes)
+    return int(trunk) + sum(map(sum, picks)) * paged.facts.expert_bytes
 
 
 def memory_table(paths: Mapping[str, Path], effort: Effort) -> Table:

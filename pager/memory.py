@@ -113,6 +113,12 @@ class Machine:
     memory_bytes: int
     device: str = "cpu"
     host_bytes: int = 0
+    is_capped: bool = False  # by a control group, in which no stranger takes memory
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What a plan leaves for what it does not count: page tables, the interpreter's objects, other processes."""
+        return min(self.memory_bytes // (16 if self.is_capped else 8), LARGEST_HEADROOM)
 
     @property
     def is_cpu(self) -> bool:
@@ -132,11 +138,12 @@ class Machine:
     @classmethod
     def detect(cls, device: str = "cpu") -> Machine:
         """Measures what is free now. Raises ConfigError when `device` is a GPU that is not there."""
-        free = _free_main_memory()
+        available, limit = int(psutil.virtual_memory().available), cgroup_free_bytes()
+        free = available if limit is None else min(available, limit)
         shared = min(free, _free_shared_memory())
         kind, _, index = device.partition(":")
         if kind == "cpu":
-            return cls(free, device, shared)
+            return cls(free, device, shared, is_capped=limit is not None and limit < available)
         if kind != "cuda" or not (index.isdecimal() or device == kind):
             raise ConfigError(
                 f"device must be 'cpu' or 'cuda', not {device!r}; 'cuda:1' is the second GPU, 'auto' one if it is there"
@@ -200,12 +207,6 @@ def _free_in(folder: Path) -> int | None:
     return None
 
 
-def _free_main_memory() -> int:
-    available = int(psutil.virtual_memory().available)
-    limit = cgroup_free_bytes()
-    return available if limit is None else min(available, limit)
-
-
 def _free_shared_memory() -> int:
     try:
         stats = os.statvfs(_SHARED_MEMORY)
@@ -236,10 +237,10 @@ PREFILL_CHUNK_TOKENS = 512
 """The most tokens of a prompt in one forward where earlier ones are read from the KV cache."""
 GATHER_TOKENS = 16_384
 """How many tokens of context a decode step gathers at a time, or those of one row where that is more."""
-SMALL_SHARE = 32
-"""On a small machine, kernels that are kept and contexts that are gathered get at most one part in so many each: what
-they lack costs time, and what experts lack costs more."""
-LEAST_KERNEL_BYTES = 48 * 2**20
+KERNEL_SHARE, GATHER_SHARE = 48, 64
+"""On a small machine, kernels that are kept and contexts that are gathered get at most one part in so many: what they
+lack costs time, and what experts lack costs more."""
+LEAST_KERNEL_BYTES = 32 * 2**20
 
 _INDEX_BYTES = 32  # a token of context in a row's table: its slot, read where it is seen, and the mask
 _MASK_BYTES = 5  # a pair of query and key: a bool, and the float that torch makes of it
@@ -269,11 +270,11 @@ class Workspace:
         """Returns what it takes on a CPU with so much memory: less for kernels and for gathered contexts on a small
         one.
         """
-        share = memory_bytes // SMALL_SHARE
+        share = memory_bytes // GATHER_SHARE
         gathered = share // self.gather_bytes if self.gather_bytes else self.most_gathered
         return replace(
             self,
-            kernel_bytes=min(self.kernel_bytes, max(share, LEAST_KERNEL_BYTES)),
+            kernel_bytes=min(self.kernel_bytes, max(memory_bytes // KERNEL_SHARE, LEAST_KERNEL_BYTES)),
             most_gathered=min(self.most_gathered, gathered),
         )
 
@@ -356,7 +357,7 @@ DEFAULT_KV_SEQUENCES = 8
 NUM_READERS = 4  # reads of experts that are under way at a time
 NUM_CHECKERS = 2  # threads more than that: what was read is checked while the next is read
 STAGING_BUFFERS = NUM_READERS + NUM_CHECKERS
-LARGEST_HEADROOM = 2 * 2**30  # for what no plan counts: page tables, the interpreter's objects, other processes
+LARGEST_HEADROOM = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,7 +452,7 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
     machine = machine.shared_by(budgets.num_sharing)
     if machine.is_cpu:
         needs = replace(needs, workspace=needs.workspace.within(machine.memory_bytes))
-    usable = machine.memory_bytes - min(machine.memory_bytes // 8, LARGEST_HEADROOM)
+    usable = machine.memory_bytes - machine.headroom_bytes
     fixed = needs.trunk_bytes + needs.resident_bytes + needs.workspace.kernel_bytes
     num_slots = _asked_slots(needs, budgets, machine)
     num_kv_blocks = _asked_kv_blocks(needs, budgets, machine)

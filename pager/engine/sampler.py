@@ -1,9 +1,9 @@
 """Draws the next token of every row of a batch.
 
 A sampled row costs one number from its request's own generator, turned into a token by the inverse of the row's
-cumulative distribution. So a seed gives the same tokens whatever else is in the batch, on any device, and all rows are
-drawn together. The distribution is what transformers' Temperature-, TopK-, TopP- and MinPLogitsWarper leave of the
-logits, after the edits of single rows below.
+cumulative distribution. So a seed gives the same tokens whatever else is in the batch, on any device, and rows are
+drawn together: all of them on a GPU, a few at a time on a CPU. The distribution is what transformers' Temperature-,
+TopK-, TopP- and MinPLogitsWarper leave of the logits, after the edits of single rows below.
 
 Legend: B rows, M rows of one kind, V vocabulary.
 """
@@ -11,9 +11,9 @@ Legend: B rows, M rows of one kind, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -173,6 +173,9 @@ def logprobs_of(logits_TV: Tensor, token_ids: Sequence[int], num_top: Sequence[i
 # --- drawing tokens ---------------------------------------------------------------------------------------------------
 
 
+DRAWN_ROWS = 4
+"""The rows that are drawn at a time on a CPU: sorting one takes twenty times the memory of its logits."""
+
 NOT_FINITE = -1
 """The id of a row whose logits hold NaN or infinity: that request cannot continue, the others can."""
 NOTHING_ALLOWED = -2
@@ -222,6 +225,17 @@ class _Rows:
     drawn_M1: torch.Tensor  # on the host, page-locked for a GPU
     uniform_M1: torch.Tensor
 
+    def parts(self, most: int) -> Iterator[_Rows]:
+        """Yields at most so many rows at a time; what they draw does not depend on it."""
+        if len(self.draws) <= most:
+            yield self
+            return
+        for start in range(0, len(self.draws), most):
+            part = slice(start, start + most)
+            values = {each.name: getattr(self, each.name) for each in fields(self)}
+            some: dict[str, Any] = {name: None if value is None else value[part] for name, value in values.items()}
+            yield _Rows(**some)
+
 
 class Sampler:
     """Samples for a fixed list of requests; make a new one when the batch changes.
@@ -270,7 +284,8 @@ class Sampler:
             logits_BV = self._edits.apply(logits_BV)
             peak_B, id_B = logits_BV.max(dim=-1)
         for rows in self._groups:
-            id_B[rows.index_M] = _draw(logits_BV[rows.index_M], rows)
+            for part in rows.parts(DRAWN_ROWS if logits_BV.device.type == "cpu" else len(rows.draws)):
+                id_B[part.index_M] = _draw(logits_BV[part.index_M], part)
         if self._edits is not None:
             id_B = torch.where(peak_B.isfinite(), id_B, NOTHING_ALLOWED)
         return torch.where(is_finite_B, id_B, NOT_FINITE)

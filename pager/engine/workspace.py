@@ -21,6 +21,7 @@ from pager.engine import KERNEL_CACHES
 from pager.engine.attention import SINK_WIDTH
 from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES, SUMMED_BYTES
 from pager.engine.kv import LayerAttention
+from pager.engine.sampler import DRAWN_ROWS
 from pager.memory import NUM_CHECKERS, Workspace
 from pager.models.open_model import OpenModel
 from pager.store.reads import STAGING_BYTES
@@ -92,6 +93,11 @@ def staging_bytes(opened: OpenModel, device: str, *, num_readers: int, num_buffe
     return pieces if torch.device(device).type == "cpu" else pieces + num_buffers * opened.expert_bytes
 
 
+def sorting_bytes(vocabulary: int) -> int:
+    """Returns what drawing one row takes beside its logits: sorted ones and their ids, and float64 for the rest."""
+    return vocabulary * (2 * (FP32 + INT64) + 6 * 8 + 2)
+
+
 class _Shapes:
     """The widths of a model that decide how much a token takes."""
 
@@ -141,10 +147,10 @@ class _Shapes:
 
     def draw_bytes(self) -> int:
         """Returns the bytes of a row whose token is drawn under top-p: logits, original and edited, with a grammar's
-        mask; sorted ones and their ids, and float64 for the rest.
+        mask; on a GPU also what sorting it takes.
         """
-        per_token = 2 * self.item + 3 * FP32 + 3 + 2 * (FP32 + INT64) + 6 * 8 + 2
-        return self.vocabulary * per_token
+        row = self.vocabulary * (2 * self.item + 3 * FP32 + 3)
+        return row if self.on_cpu else row + sorting_bytes(self.vocabulary)
 
     def cpu_bytes(self, num_readers: int) -> int:
         """Returns what any batch takes: what each thread keeps, the weights of small experts side by side, discarded
@@ -162,7 +168,8 @@ class _Shapes:
             rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item
             copied = COPIED_PAIRS * self.expert_bytes * 2 // 3 + rows
         surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
-        return threads + kept + copied + surplus + 3 * SUMMED_BYTES
+        drawn = DRAWN_ROWS * sorting_bytes(self.vocabulary)
+        return threads + kept + copied + surplus + 3 * SUMMED_BYTES + drawn
 
     def _attention(self) -> int:
         queries, keys = self.queries, self.keys + self.values

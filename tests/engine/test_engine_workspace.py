@@ -37,6 +37,8 @@ from pager.engine.experts import SUMMED_BYTES
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
 from pager.engine.kv import KvCache, kv_bytes_per_token, layers_by_config
 from pager.engine.paged_model import PagedModel, load_paged_model, needs_of
+from pager.engine.sampler import DRAWN_ROWS
+from pager.engine.workspace import sorting_bytes
 from pager.memory import Budgets
 from pager.models.emo import EmoConfig, EmoForCausalLM
 from pager.models.open_model import OpenModel
@@ -160,7 +162,7 @@ def test_no_work_takes_more_than_the_plan_has_for_it(paged: PagedModel, path: Pa
         needs = needs_of(opened, "cpu")
     # Made before, or once: the buffers to gather in, and the allocator's. Copies of small experts are made each time.
     copied = 256 * needs.expert_bytes * 2 // 3 if needs.expert_bytes <= 128 * 1024 else MIB
-    copied += 2 * SUMMED_BYTES
+    copied += 2 * SUMMED_BYTES + DRAWN_ROWS * sorting_bytes(SIZES["vocab_size"])
     counted = replace(needs.workspace, fixed_bytes=copied, gather_bytes=0).forward_bytes(ROWS, CONTEXT)
     assert counted <= paged.plan.workspace_bytes
     peaks = {}

@@ -52,7 +52,7 @@ def test_formats_puts_quantised_experts_beside_bfloat16(tmp_path: Path) -> None:
     shown = run("formats", "--quick", "--work", tmp_path)
     for title in ("Decode in a pool of 12.5 %", "Decode, exact, a quarter", "Hits in equal memory"):
         assert title in shown
-    assert {path.name.rpartition("-")[2] for path in tmp_path.iterdir()} == {"layers", "packed", "int8", "int4"}
+    assert {path.name.rpartition("-")[2] for path in tmp_path.iterdir()} == {"layers", "packed", "int8", "int4", "fp8"}
 
 
 @pytest.mark.parametrize(

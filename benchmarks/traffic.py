@@ -232,7 +232,8 @@ def fairness(model: Path, num_tokens: int, most_asked: int, most_flood: int, cor
             f"The engine in this process, {MEMORIES[0]} of the experts; {FLOOD_REQUESTS} requests of 16 domains are in "
             f"flight beside it, of which {FLOOD_ROWS} may run; each domain has a pool of {100 * POOL:g} %.",
             "Its requests come one after another, from another thread, each up to a tenth of a second after the end of "
-            "the one before; the first finds none of its experts loaded. At most "
+            "the one before. The first, which pages its experts in, comes before the flood and counts by its bytes "
+            "alone. At most "
             f"{FAIR_P99:g} x its first token alone, and {FAIR_PAGED:g} x the bytes, are aimed at.",
         ),
     )  # fmt: skip
@@ -303,10 +304,15 @@ class Asked:
         self._numbers = count()
 
     def run(self) -> None:
-        """Steps the engine until all have been answered."""
+        """Steps the engine until all have been answered, and one before the flood, whose bytes alone count."""
+        self._step_until_answered(1)
+        self.first_s.clear()
         for _ in range(self._way.num_flood):
             self._flood()
-        asking = threading.Thread(target=self._ask, name="asking")
+        self._step_until_answered(self._way.num_asked)
+
+    def _step_until_answered(self, num_asked: int) -> None:
+        asking = threading.Thread(target=self._ask, args=(num_asked,), name="asking")
         asking.start()
         began_s, num_tokens = time.perf_counter(), 0
         while asking.is_alive():
@@ -332,11 +338,11 @@ class Asked:
         policy = self._policies[number % len(domains)]
         self._flooding.add(self._engine.submit(prompt, self._num_tokens, policy, tenant=tenant))
 
-    def _ask(self) -> None:
+    def _ask(self, num_asked: int) -> None:
         random = np.random.default_rng(0)
-        for number in range(self._way.num_asked):
+        for number in range(num_asked):
             time.sleep(random.uniform(0, 0.1))
-            prompt, sent_s = self._domains[0][number % len(self._domains[0])], time.perf_counter()
+            prompt, sent_s = self._domains[0][-1 - number % len(self._domains[0])], time.perf_counter()
             name = self._engine.submit(
                 *(prompt, self._num_tokens, self._policies[0]),
                 tenant="small",

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 ADMISSION_RETRY_S = 0.01  # reads that end free slots without a signal
 ADMISSION_TRIES = 32  # tries per step, so that a long line costs a step little
 IDLE_POLL_S = 0.002
-BESIDE_GUARANTEED_TOKENS = 128  # of others' prompts in one forward: whoever is guaranteed slots waits for its end
+BESIDE_GUARANTEED_TOKENS = 64  # of others' prompts in one forward: whoever is guaranteed slots waits for its end
 CHECK_S = 0.05  # how often a forward that waits for reads checks for cancelled and overdue requests
 
 
@@ -105,6 +105,8 @@ class Engine:
         ] = ()  # in a forward that may take long: nothing that they hold is given back
         self._may_interrupt = False  # the current forward is that one, and not a short one that runs while it waits
         self._is_stepping = False
+        self._guaranteed_came = False  # a request of a tenant that is guaranteed slots, since the last step
+        self._goes_ahead = False  # and was admitted before others decoded
         self._num_steps_begun = 0
         self._next_decode_s = 0.0
         self._num_tokens = 0
@@ -227,6 +229,8 @@ class Engine:
     def step(self) -> bool:
         """Decodes a token of each request, admits, runs prompts by one forward. Returns False when there is nothing to
         run.
+
+        A request of a tenant that is guaranteed slots goes before the others' tokens, but not twice in a row.
         """
         started_s = time.monotonic()
         self._num_steps_begun += 1
@@ -235,11 +239,13 @@ class Engine:
         try:
             self._take_in(started_s)
             self._end_overdue(started_s)
-            self._decode()
-            self._take_in(time.monotonic())  # who has come meanwhile would wait for one more forward
+            self._goes_ahead, self._guaranteed_came = self._guaranteed_came and not self._goes_ahead, False
+            if not self._goes_ahead:
+                self._decode()
+                self._take_in(time.monotonic())  # who has come meanwhile would wait for one more forward
             self._admit(started_s)
             self._prefill()  # last, so that a first token waits for no other forward
-            if self._num_tokens == tokens_before:
+            if self._num_tokens == tokens_before and not self._goes_ahead:
                 self._decode_waiting()
         finally:
             self._deliver()
@@ -250,7 +256,7 @@ class Engine:
             with _errors_logged("the observer of a step failed"):
                 forward_s = self._decoder.forward_s - forward_before_s
                 self._observer.stepped(time.monotonic() - started_s, forward_s, num_tokens)
-        return num_tokens > 0
+        return num_tokens > 0 or self._goes_ahead
 
     def _take_in(self, now_s: float) -> None:
         arrived, cancelled = self._inbox.take()
@@ -280,6 +286,7 @@ class Engine:
                 self._watched.append(request)
             self._tenants.arrived(request.asked.tenant, request.asked.weight)
             request.place = len(self._line)
+            self._guaranteed_came |= not self._is_guaranteed_nothing(request)
             self._admit_soon()
 
     def _end_overdue(self, now_s: float) -> None:
@@ -438,6 +445,9 @@ class Engine:
                 is_full = self._num_rows + request.num_rows > self._max_running
                 if not is_full and self._may_fit(request) and request.acquire(self._paged, self._blocks):
                     self._let_in(request, now_s)
+                    if not self._is_guaranteed_nothing(request) and request.is_paged_in(self._paged):
+                        self._admit_soon()  # the others, when its prompt has run
+                        break
                 else:
                     refused.append(request)
                 if is_full or len(refused) == ADMISSION_TRIES:

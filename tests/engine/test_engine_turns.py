@@ -337,6 +337,29 @@ def test_a_guaranteed_tenants_prompt_waits_for_no_long_forward_of_strangers(
     driver.assert_nothing_held()
 
 
+def test_a_guaranteed_tenants_request_goes_ahead_of_strangers_tokens_but_not_twice_in_a_row(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools
+) -> None:
+    own = random_pool(0)
+    driver = make_driver(2 * own.num_experts)
+    gold: dict[str, Any] = {"tenant": "gold", "guaranteed_share": 0.5, "max_tokens": 40}
+    driver.submit(random_prompt(20, 10), PoolPolicy(fixed=own), **gold | {"max_tokens": 1})
+    driver.finish()
+    stranger = driver.submit(random_prompt(1, 10), PoolPolicy(fixed=random_pool(1)), max_tokens=60, tenant="t1")
+    while len(driver.tokens(stranger)) < 2:
+        driver.engine.step()
+    decoded = []
+    for number in range(6):
+        before = len(driver.tokens(stranger))
+        name = driver.submit(random_prompt(21 + number, 10), PoolPolicy(fixed=own), **gold)
+        driver.engine.step()
+        assert len(driver.tokens(name)) == 1
+        decoded.append(len(driver.tokens(stranger)) - before)
+    assert decoded == [0, 1, 0, 1, 0, 1]
+    driver.finish()
+    driver.assert_nothing_held()
+
+
 def test_exact_requests_of_a_guaranteed_tenant_page_in_its_own_slots(
     make_driver: Drivers, random_prompt: Prompts, random_pool: Pools
 ) -> None:

@@ -434,10 +434,10 @@ class Engine:
         order in which they were tried.
         """
         refused: list[Request] = []
+        refused_pools: set[tuple[str, Experts]] = set()  # and whose slots they would have been in
         for number, request in enumerate(self._candidates()):
-            account = self._account_of(request)
-            alike = (other for other in refused if self._account_of(other) == account)
-            if account in held_up or any(request.shares_pool(other) for other in alike):
+            account, pool = self._account_of(request), request.group
+            if account in held_up or (pool is not None and (account, pool) in refused_pools):
                 continue
             with self._on_behalf_of(request, "its admission failed"):
                 if number == 0:
@@ -450,6 +450,8 @@ class Engine:
                         break
                 else:
                     refused.append(request)
+                    if pool is not None:
+                        refused_pools.add((account, pool))
                 if is_full or len(refused) == ADMISSION_TRIES:
                     break
         return refused

@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 ADMISSION_RETRY_S = 0.01  # reads that end free slots without a signal
 ADMISSION_TRIES = 32  # tries per step, so that a long line costs a step little
 IDLE_POLL_S = 0.002
-BESIDE_GUARANTEED_TOKENS = 64  # of others' prompts in one forward: whoever is guaranteed slots waits for its end
+# Where a tenant is guaranteed slots: of prompts that run between two layers of a forward, whose memory is not free, and
+# of others' prompts in one forward, for whose next layer the tenant waits.
+WITHIN_FORWARD_TOKENS, BESIDE_GUARANTEED_TOKENS = 128, 256
 CHECK_S = 0.05  # how often a forward that waits for reads checks for cancelled and overdue requests
 
 
@@ -105,8 +107,9 @@ class Engine:
         ] = ()  # in a forward that may take long: nothing that they hold is given back
         self._may_interrupt = False  # the current forward is that one, and not a short one that runs while it waits
         self._is_stepping = False
-        self._guaranteed_came = False  # a request of a tenant that is guaranteed slots, since the last step
-        self._goes_ahead = False  # and was admitted before others decoded
+        self._guaranteed_came = False  # a request of a tenant that is guaranteed slots, which has not been looked at
+        self._serves_within = paged.device.type == "cpu"  # elsewhere a graph may be being recorded
+        self._may_serve_within = False  # such requests, between layers of the present forward; once in each
         self._num_steps_begun = 0
         self._next_decode_s = 0.0
         self._num_tokens = 0
@@ -229,8 +232,6 @@ class Engine:
     def step(self) -> bool:
         """Decodes a token of each request, admits, runs prompts by one forward. Returns False when there is nothing to
         run.
-
-        A request of a tenant that is guaranteed slots goes before the others' tokens, but not twice in a row.
         """
         started_s = time.monotonic()
         self._num_steps_begun += 1
@@ -239,13 +240,13 @@ class Engine:
         try:
             self._take_in(started_s)
             self._end_overdue(started_s)
-            self._goes_ahead, self._guaranteed_came = self._guaranteed_came and not self._goes_ahead, False
-            if not self._goes_ahead:
-                self._decode()
-                self._take_in(time.monotonic())  # who has come meanwhile would wait for one more forward
+            self._may_serve_within = self._serves_within
+            self._decode()
+            self._take_in(time.monotonic())  # who has come meanwhile would wait for one more forward
             self._admit(started_s)
-            self._prefill()  # last, so that a first token waits for no other forward
-            if self._num_tokens == tokens_before and not self._goes_ahead:
+            self._guaranteed_came, self._may_serve_within = False, self._serves_within
+            self._prefill(self._prefilling)  # last, so that a first token waits for no other forward
+            if self._num_tokens == tokens_before:
                 self._decode_waiting()
         finally:
             self._deliver()
@@ -256,7 +257,7 @@ class Engine:
             with _errors_logged("the observer of a step failed"):
                 forward_s = self._decoder.forward_s - forward_before_s
                 self._observer.stepped(time.monotonic() - started_s, forward_s, num_tokens)
-        return num_tokens > 0 or self._goes_ahead
+        return num_tokens > 0
 
     def _take_in(self, now_s: float) -> None:
         arrived, cancelled = self._inbox.take()
@@ -309,17 +310,21 @@ class Engine:
     @contextmanager
     def _long_forward(self, requests: Sequence[Request]) -> Iterator[None]:
         """Surrounds a forward that may take long: between its layers, and while it waits, other requests are served."""
-        self._in_forward, self._may_interrupt = requests, True
+        around = self._in_forward, self._may_interrupt
+        self._in_forward, self._may_interrupt = (*self._in_forward, *requests), True
         try:
             yield
         finally:
-            self._in_forward, self._may_interrupt = (), False
+            self._in_forward, self._may_interrupt = around
 
     def _on_layer(self) -> None:
-        """Called before every layer of every forward: ends cancelled and overdue requests, if the forward is long.
+        """Called before every layer of every forward: serves tenants that are guaranteed slots, and ends cancelled and
+        overdue requests, if the forward is long.
 
         Requests that are not in the forward end at once. Raises, and so leaves the forward, when none in it continues.
         """
+        if self._may_serve_within and self._paged.pager.is_any_guaranteed:
+            self._serve_within()
         if not self._may_interrupt:
             return
         now_s = time.monotonic()
@@ -330,6 +335,19 @@ class Engine:
             raise _shutting_down()
         if all(request.fate is not None for request in self._in_forward):
             raise Cancelled("no request waits for this forward any more")
+
+    def _serve_within(self) -> None:
+        """Runs prompts of tenants that are guaranteed slots within a forward of others, between two of its layers."""
+        now_s = time.monotonic()
+        self._take_in(now_s)
+        if not self._guaranteed_came:
+            return
+        self._guaranteed_came = self._may_serve_within = False
+        self._admit(now_s)
+        own = [request for request in self._prefilling if not self._is_guaranteed_nothing(request)]
+        known = [request for request in own if request.group is not None and request not in self._in_forward]
+        self._prefill([request for request in known if request.is_paged_in(self._paged)], WITHIN_FORWARD_TOKENS)
+        self._deliver()
 
     def _able(self) -> list[Request]:
         """Returns the running requests whose next forward waits for nothing, or pages as it goes."""
@@ -370,11 +388,12 @@ class Engine:
         if not requests:
             return
         started_s = time.monotonic()
-        around, self._may_interrupt = self._may_interrupt, False
+        around = self._in_forward, self._may_interrupt
+        self._in_forward, self._may_interrupt = (*self._in_forward, *requests), False
         try:
             outcomes = self._decoder.decode("pooled", requests)
         finally:
-            self._may_interrupt = around
+            self._in_forward, self._may_interrupt = around
         self._take_all(requests, outcomes)
         now_s = time.monotonic()
         self._next_decode_s = now_s + (now_s - started_s)
@@ -422,16 +441,20 @@ class Engine:
         if self._room_at_refusal == self._room() or all(self._account_of(each) in held_up for each in self._line):
             return
         self._charge(now_s)
-        refused = self._admit_some(now_s, held_up)
+        refused, is_complete = self._admit_some(now_s, held_up)
         self._room_at_refusal = self._room() if refused else None
+        if not is_complete:
+            self._admit_soon()
         if refused and self._read_ahead_for != (refused[0], self._num_ended):
             self._read_ahead_for = (refused[0], self._num_ended)
             with self._on_behalf_of(refused[0], "reading its experts ahead failed"):
                 refused[0].read_ahead(self._paged)
 
-    def _admit_some(self, now_s: float, held_up: Collection[str]) -> list[Request]:
+    def _admit_some(self, now_s: float, held_up: Collection[str]) -> tuple[list[Request], bool]:
         """Admits waiting requests that fit, but none of the accounts `held_up`. Returns those that were refused, in the
-        order in which they were tried.
+        order in which they were tried, and whether it came to the end.
+
+        It does not where a tenant is guaranteed slots and its prompt can run, or may just have come.
         """
         refused: list[Request] = []
         refused_pools: set[tuple[str, Experts]] = set()  # and whose slots they would have been in
@@ -446,15 +469,16 @@ class Engine:
                 if not is_full and self._may_fit(request) and request.acquire(self._paged, self._blocks):
                     self._let_in(request, now_s)
                     if not self._is_guaranteed_nothing(request) and request.is_paged_in(self._paged):
-                        self._admit_soon()  # the others, when its prompt has run
-                        break
+                        return refused, False
                 else:
                     refused.append(request)
                     if pool is not None:
                         refused_pools.add((account, pool))
                 if is_full or len(refused) == ADMISSION_TRIES:
                     break
-        return refused
+            if self._paged.pager.is_any_guaranteed and self._inbox.has_news:
+                return refused, False
+        return refused, True
 
     def _may_fit(self, request: Request) -> bool:
         """Returns False where there are certainly too few slots, which is cheaper to tell than to try."""
@@ -546,14 +570,15 @@ class Engine:
                     held_up.add(account)
         return held_up
 
-    def _prefill(self) -> None:
+    def _prefill(self, requests: Sequence[Request], most_tokens: int | None = None) -> None:
         """Runs prompts whose experts are loaded, as many as one forward takes; the very first, if nothing decodes.
-        Tenants that are guaranteed slots come first, and no long forward of others comes before them.
+
+        Those of tenants that are guaranteed slots come first.
         """
-        decoding = bool(self._able()) if self._prefilling else False
+        decoding = bool(self._able()) if requests else False
         parts: list[tuple[Request, int]] = []
-        room = self._prefill_chunk_tokens
-        for request in sorted(self._prefilling, key=self._is_guaranteed_nothing):
+        room = min(self._prefill_chunk_tokens, most_tokens or self._prefill_chunk_tokens)
+        for request in sorted(requests, key=self._is_guaranteed_nothing):
             if not parts and self._is_guaranteed_nothing(request) and self._paged.pager.is_any_guaranteed:
                 room = min(room, BESIDE_GUARANTEED_TOKENS)
             with self._on_behalf_of(request, "its prefill failed"):

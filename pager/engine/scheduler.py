@@ -151,6 +151,11 @@ class Inbox:
             self._changed.notify_all()
             return True
 
+    @property
+    def has_news(self) -> bool:
+        """Tells whether anything has come since the last `take`."""
+        return bool(self._arrived or self._cancelled)
+
     def take(self) -> tuple[list[Request], list[Request]]:
         """Takes what has arrived and what was cancelled since the last call."""
         with self._changed:

@@ -325,7 +325,7 @@ def test_a_guaranteed_tenants_prompt_waits_for_no_long_forward_of_strangers(
     names = [driver.submit(*each, max_tokens=6, tenant="t1") for each in requests]
     driver.submit(random_prompt(21, 10), PoolPolicy(fixed=own), **gold)
     driver.finish()
-    assert forwards == [[10], [64], [26, 38], [52, 12], [64], [14]]
+    assert forwards == [[10], [90, 90, 76], [14]]
     assert [driver.tokens(name) for name in names] == expected
     driver.submit(random_prompt(20, 10), PoolPolicy(fixed=own), **gold | {"guaranteed_share": 0.0})
     driver.finish()
@@ -337,26 +337,66 @@ def test_a_guaranteed_tenants_prompt_waits_for_no_long_forward_of_strangers(
     driver.assert_nothing_held()
 
 
-def test_a_guaranteed_tenants_request_goes_ahead_of_strangers_tokens_but_not_twice_in_a_row(
-    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools
+def test_a_guaranteed_tenants_prompt_runs_within_a_forward_of_strangers(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It comes while a layer of a decode step or of a prompt is computed, and has its first token before that ends."""
+    own = random_pool(0)
+    asked = [(random_prompt(seed, 12), PoolPolicy(fixed=random_pool(1))) for seed in (1, 2)]
+    prompts = [random_prompt(20 + number, 10) for number in range(3)]
+    expected = alone(make_driver(60), [*asked, *((prompt, PoolPolicy(fixed=own)) for prompt in prompts)])
+    driver = make_driver(2 * own.num_experts)
+    gold: dict[str, Any] = {"tenant": "gold", "guaranteed_share": 0.5, "max_tokens": 6}
+    names = [driver.submit(prompts[0], PoolPolicy(fixed=own), **gold)]
+    driver.finish()
+    begin_layer, num_layers = ModelRunner._begin_layer, 0
+
+    def coming(runner: ModelRunner) -> None:
+        nonlocal num_layers
+        num_layers += 1
+        if num_layers in (2, 8):  # the second layer of the strangers' prompts, and of a later forward
+            names.append(driver.submit(prompts[len(names)], PoolPolicy(fixed=own), **gold))
+            begin_layer(runner)
+            assert len(driver.tokens(names[-1])) == 1, "before the layer that it came in"
+        else:
+            begin_layer(runner)
+
+    monkeypatch.setattr(ModelRunner, "_begin_layer", coming)
+    strangers = [driver.submit(*each, max_tokens=6, tenant="t1") for each in asked]
+    driver.finish()
+    assert len(names) == 3
+    assert [driver.tokens(name) for name in (*strangers, *names)] == expected
+    driver.assert_nothing_held()
+
+
+def test_who_is_cancelled_within_a_forward_keeps_what_the_forward_reads(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guaranteed tenant's prompt is served in the midst of a decode step, one of whose requests was cancelled."""
     own = random_pool(0)
     driver = make_driver(2 * own.num_experts)
-    gold: dict[str, Any] = {"tenant": "gold", "guaranteed_share": 0.5, "max_tokens": 40}
-    driver.submit(random_prompt(20, 10), PoolPolicy(fixed=own), **gold | {"max_tokens": 1})
+    gold: dict[str, Any] = {"tenant": "gold", "guaranteed_share": 0.5, "max_tokens": 2}
+    driver.submit(random_prompt(20, 10), PoolPolicy(fixed=own), **gold)
     driver.finish()
     stranger = driver.submit(random_prompt(1, 10), PoolPolicy(fixed=random_pool(1)), max_tokens=60, tenant="t1")
     while len(driver.tokens(stranger)) < 2:
         driver.engine.step()
-    decoded = []
-    for number in range(6):
-        before = len(driver.tokens(stranger))
-        name = driver.submit(random_prompt(21 + number, 10), PoolPolicy(fixed=own), **gold)
-        driver.engine.step()
-        assert len(driver.tokens(name)) == 1
-        decoded.append(len(driver.tokens(stranger)) - before)
-    assert decoded == [0, 1, 0, 1, 0, 1]
+    begin_layer, names = ModelRunner._begin_layer, []
+
+    def coming(runner: ModelRunner) -> None:
+        if not names:
+            driver.engine.cancel(stranger, "t1")
+            names.append(driver.submit(random_prompt(21, 10), PoolPolicy(fixed=own), **gold))
+            begin_layer(runner)
+            assert driver.engine.status().running == 2
+            assert stranger not in driver.failures
+        else:
+            begin_layer(runner)
+
+    monkeypatch.setattr(ModelRunner, "_begin_layer", coming)
     driver.finish()
+    assert isinstance(driver.failures[stranger], Cancelled)
+    assert len(driver.tokens(names[0])) == 2
     driver.assert_nothing_held()
 
 

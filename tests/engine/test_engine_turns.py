@@ -381,7 +381,8 @@ def test_who_is_cancelled_within_a_forward_keeps_what_the_forward_reads(
     stranger = driver.submit(random_prompt(1, 10), PoolPolicy(fixed=random_pool(1)), max_tokens=60, tenant="t1")
     while len(driver.tokens(stranger)) < 2:
         driver.engine.step()
-    begin_layer, names = ModelRunner._begin_layer, []
+    begin_layer = ModelRunner._begin_layer
+    names: list[str] = []
 
     def coming(runner: ModelRunner) -> None:
         if not names:

@@ -47,6 +47,7 @@ class Costs:
     max_waiting: int = 256
     restart_s: float = 30.0  # from the loss of a worker until another is ready, with nothing loaded
     router_s: float = 0.0  # of `request_s`, what the router does for one request after the other
+    change_s: float = 0.0  # of the first decode forward after rows have come or gone
     workers_per_machine: int = 1  # which share its cores
     alone: float = 1.0  # a forward's time where no other worker of the machine computes, over that where all do
 
@@ -187,6 +188,7 @@ class _Worker:
         self.prefilling: list[_Request] = []
         self.decoding: list[tuple[int, int, _Request]] = []  # a heap by the step at which they end
         self.num_decoded = 0  # steps
+        self.has_changed = False  # since the last of them: who decodes
         self.charged_s = 0.0
         self.num_ended = 0
         self.read_ahead_for: tuple[_Request | None, int] = (None, 0)  # and how many had ended then
@@ -368,7 +370,9 @@ class _Worker:
             _, _, num_steps, prompts = self.stretch
             self.num_decoded += num_steps
             self.has_decoded = not prompts
+            self.has_changed &= not num_steps
             while self.decoding and self.decoding[0][0] <= self.num_decoded:
+                self.has_changed = True
                 yield self.end(heapq.heappop(self.decoding)[2], now_s)
             for request in prompts:
                 self.prefilling.remove(request)
@@ -377,6 +381,7 @@ class _Worker:
                 if request.arrival.output_tokens == 1:
                     yield self.end(request, now_s)
                     continue
+                self.has_changed = True
                 last = self.num_decoded + request.arrival.output_tokens - 1
                 heapq.heappush(self.decoding, (last, request.number, request))
         self.admit(now_s)
@@ -395,6 +400,7 @@ class _Worker:
         if rows:
             pools = {request.pool.name for _, _, request in self.decoding} if len(self.holders) > 1 else (None,)
             decode_s = pace * (costs.step_s + (rows - 1) * costs.row_s + (len(pools) - 1) * costs.pool_s)
+        change_s = pace * costs.change_s * self.has_changed
         prompts: list[_Request] = []
         ready_s, room = math.inf, CHUNK_TOKENS
         for request in self.prefilling:
@@ -412,15 +418,15 @@ class _Worker:
         if prompts:
             forward_s = pace * (costs.prefill_s + (CHUNK_TOKENS - room) * costs.prompt_token_s)
             decodes = bool(rows) and not self.has_decoded
-            ends_s = max(now_s + decode_s * decodes + forward_s, self.ready_s(prompts[0].pool))
+            ends_s = max(now_s + (decode_s + change_s) * decodes + forward_s, self.ready_s(prompts[0].pool))
             self.stretch = (now_s, ends_s - now_s, int(decodes), prompts)
             self.due_s = ends_s
         elif rows:
             num_steps = self.decoding[0][0] - self.num_decoded
             if ready_s < math.inf:
                 num_steps = min(num_steps, max(1, math.ceil((ready_s - now_s) / decode_s)))
-            self.stretch = (now_s, decode_s, num_steps, ())
-            self.due_s = now_s + num_steps * decode_s
+            self.stretch = (now_s + change_s, decode_s, num_steps, ())
+            self.due_s = now_s + change_s + num_steps * decode_s
         else:
             self.stretch, self.due_s = None, math.inf
 

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -307,7 +307,7 @@ class Measuring:
         short: list[_Answer] = []
         long: list[_Answer] = []
         gaps: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
-        router_s, alone = [], []
+        router_s, alone, waning = [], [], []
         for _ in range(self.ROUNDS):
             for answers, num_tokens in ((short, self.SHORT), (long, self.LONG)):
                 answers += [*await self._wave(own, 4, num_tokens), *await self._wave(own, 4, num_tokens)]
@@ -316,8 +316,12 @@ class Measuring:
                 pools = [pool for pools in self._homes.values() for pool in pools[:num_pools]]
                 found.append(_gap(await self._wave(pools * (rows // num_pools), self.TOKENS, self.SHORT)))
             alone.append(_gap(await self._wave(own[:1] * busiest, self.TOKENS, self.SHORT)) / gaps[busiest, 1][-1])
+            rows = min(12, busiest)
+            lengths = [self.TOKENS // 2 + 2 * number for number in range(rows) for _ in own]
+            waning.append(_waning(await self._wave(own * rows, lengths, self.SHORT), len(own)))
         token_s = max(0.0, (_at_worker(long) - _at_worker(short)) / (self.LONG - self.SHORT))
         step_s, row_s, pool_s = _plane({shape: statistics.median(found) for shape, found in gaps.items()})
+        unchanged_s = sum(2 * (step_s + (left - 1) * row_s) for left in range(1, rows))
         return Costs(
             step_s=step_s,
             row_s=row_s,
@@ -327,6 +331,7 @@ class Measuring:
             page_bytes_per_s=await self._page_in_rate(statistics.median(each.first_s for each in short)),
             request_s=max(1e-6, statistics.median(each.way_s for each in short)),
             router_s=max(0.0, statistics.median(router_s)),
+            change_s=max(0.0, (statistics.median(waning) - unchanged_s) / max(1, rows - 1)),
             workers_per_machine=len(workers),
             alone=min(1.0, statistics.median(alone)),
             expert_bytes=max(worker.expert_bytes for worker in workers),
@@ -353,8 +358,12 @@ class Measuring:
             num_bytes, seconds = num_bytes + answer.bytes_paged, seconds + answer.first_s - warm_s
         return num_bytes / max(seconds, 1e-3) or 1e9
 
-    async def _wave(self, pools: Iterable[ExpertPool], tokens: int, prompt_tokens: int) -> list[_Answer]:
-        return list(await asyncio.gather(*(self._answer(pool, tokens, prompt_tokens) for pool in pools)))
+    async def _wave(
+        self, pools: Collection[ExpertPool], tokens: int | Sequence[int], prompt_tokens: int
+    ) -> list[_Answer]:
+        lengths = [tokens] * len(pools) if isinstance(tokens, int) else tokens
+        answers = (self._answer(*each, prompt_tokens) for each in zip(pools, lengths, strict=True))
+        return list(await asyncio.gather(*answers))
 
     async def _answer(self, pool: ExpertPool, tokens: int, prompt_tokens: int) -> _Answer:
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
@@ -399,6 +408,12 @@ def _apart(answers: Iterable[_Answer]) -> float:
     """Returns the mean time between the arrivals, at their workers, of requests that are sent at once."""
     ways_s = [answer.way_s for answer in answers]
     return float(np.subtract(*np.percentile(ways_s, (90, 10)))) / (0.8 * len(ways_s))
+
+
+def _waning(answers: Sequence[_Answer], num_workers: int) -> float:
+    """Returns the time from the first end to the last one at a worker whose answers end one after the other."""
+    ends_s = [answer.token_s[-1] for answer in answers]
+    return statistics.median(max(own) - min(own) for own in (ends_s[n::num_workers] for n in range(num_workers)))
 
 
 def _plane(gaps: Mapping[tuple[int, int], float]) -> tuple[float, float, float]:

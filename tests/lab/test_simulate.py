@@ -74,6 +74,15 @@ def test_the_router_takes_one_request_after_the_other() -> None:
     assert outcome.first_token_s == [pytest.approx(own_s + 0.3 * number) for number in range(3)]
 
 
+def test_the_first_step_after_rows_have_come_or_gone_takes_longer() -> None:
+    def ended_s(change_s: float, *arrivals: Arrival) -> float:
+        costs = replace(COSTS, change_s=change_s, page_bytes_per_s=math.inf)
+        return Simulation(POOLS, costs, 1).run(arrivals).ended_s
+
+    for arrivals, changes in (([one(output=50)], 1), ([one(output=50), one(output=20)], 2), ([one(output=1)], 0)):
+        assert ended_s(0.1, *arrivals) == pytest.approx(ended_s(0.0, *arrivals) + 0.1 * changes)
+
+
 def test_workers_of_one_machine_slow_each_other_down() -> None:
     """One works alone for as long as the other, whose answer is shorter, has nothing to do."""
 

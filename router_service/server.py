@@ -463,7 +463,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class HealthPort:
-    """What health checks are told, and the port that has them alone: `""` is liveness, the service's name readiness.
+    """The answers to health checks, and the port for them alone: `""` is liveness, the service's name readiness.
 
     That port may listen before there is a service, which is then not ready. It never has TLS: the probes of a pod do
     not support it.

@@ -321,7 +321,9 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Returns what is left when no more tokens come: replacement characters for one that stayed open."""
+        """Returns what is left when no more tokens come: a character that stayed open becomes replacement
+        characters.
+        """
         text = self._advance(self._text())
         self._open = b""
         return text
@@ -361,7 +363,9 @@ class Detokenizer:
         return text
 
     def _instead_of_bytes(self) -> list[str]:
-        """Returns what stands for byte tokens that are shown. After a wrong one, all bytes that follow are wrong."""
+        """Returns what stands for byte tokens that are shown. Where one was wrong, whatever bytes follow are wrong,
+        too.
+        """
         return [ANCHOR, WRONG_BYTE] if self._is_broken else [ANCHOR]
 
     def _text(self) -> str:
@@ -376,7 +380,9 @@ class Detokenizer:
 
 
 def _num_finished(data: bytes | bytearray) -> int | None:
-    """Returns how many of these bytes make whole characters; None where the others cannot become one."""
+    """Returns how many of these bytes make whole characters, the others being open; None where they cannot become
+    any.
+    """
     try:
         data.decode()
     except UnicodeDecodeError as error:

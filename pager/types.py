@@ -214,7 +214,9 @@ class DriftReport:
 
 @dataclass(frozen=True, slots=True)
 class PoolPolicy:
-    """The pool that a request asks for. `fixed` is given exactly when `source` is FIXED; `drift` None is no drift."""
+    """The pool that a request asks for. `fixed` is given exactly when `source` is FIXED. `drift` None: never
+    widened.
+    """
 
     size: PoolSize = field(default_factory=Full)
     source: PoolSource = PoolSource.PREFILL
@@ -594,7 +596,9 @@ class WorkerResidency:
 
 @dataclass(frozen=True, slots=True)
 class TenantLoad:
-    """A tenant's requests in flight at a router. Tokens are those of prompts and those that may be generated."""
+    """The requests that one tenant has in flight at a router. Tokens are those of prompts and those that may be
+    generated.
+    """
 
     tenant: str
     num_requests: int

@@ -1,4 +1,6 @@
-"""Runs workers as Ray actors, supervises them and carries their tokens: `Cluster`. No other package imports ray."""
+"""Runs workers as Ray actors, supervises them and carries their tokens. The only package that imports ray; see
+`Cluster`.
+"""
 
 import os
 

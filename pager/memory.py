@@ -117,7 +117,7 @@ class Machine:
 
     @property
     def headroom_bytes(self) -> int:
-        """What a plan leaves for what it does not count: page tables, the interpreter's objects, other processes."""
+        """The memory left for what no plan counts: page tables, the interpreter's objects, other processes."""
         return min(self.memory_bytes // (16 if self.is_capped else 8), LARGEST_HEADROOM)
 
     @property

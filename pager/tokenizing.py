@@ -321,9 +321,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Returns what is left when no more tokens come: a character that stayed open becomes replacement
-        characters.
-        """
+        """Returns what is left when no more tokens come: replacement characters for one that stayed open."""
         text = self._advance(self._text())
         self._open = b""
         return text
@@ -363,9 +361,7 @@ class Detokenizer:
         return text
 
     def _instead_of_bytes(self) -> list[str]:
-        """Returns what stands for byte tokens that are shown. Where one was wrong, whatever bytes follow are wrong,
-        too.
-        """
+        """Returns what stands for byte tokens that are shown. After a wrong one, all bytes that follow are wrong."""
         return [ANCHOR, WRONG_BYTE] if self._is_broken else [ANCHOR]
 
     def _text(self) -> str:
@@ -380,9 +376,7 @@ class Detokenizer:
 
 
 def _num_finished(data: bytes | bytearray) -> int | None:
-    """Returns how many of these bytes make whole characters, the others being open; None where they cannot become
-    any.
-    """
+    """Returns how many of these bytes make whole characters; None where the others cannot become one."""
     try:
         data.decode()
     except UnicodeDecodeError as error:

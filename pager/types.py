@@ -214,9 +214,7 @@ class DriftReport:
 
 @dataclass(frozen=True, slots=True)
 class PoolPolicy:
-    """The pool that a request asks for. `fixed` is given exactly when `source` is FIXED. `drift` None: never
-    widened.
-    """
+    """The pool that a request asks for. `fixed` is given exactly when `source` is FIXED; `drift` None is no drift."""
 
     size: PoolSize = field(default_factory=Full)
     source: PoolSource = PoolSource.PREFILL
@@ -596,9 +594,7 @@ class WorkerResidency:
 
 @dataclass(frozen=True, slots=True)
 class TenantLoad:
-    """The requests that one tenant has in flight at a router. Tokens are those of prompts and those that may be
-    generated.
-    """
+    """A tenant's requests in flight at a router. Tokens are those of prompts and those that may be generated."""
 
     tenant: str
     num_requests: int

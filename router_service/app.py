@@ -73,7 +73,7 @@ from router_service.redis import (
     redis_url,
 )
 from router_service.requests import MessageBounds
-from router_service.server import RouterServer
+from router_service.server import HealthPort, RouterServer
 from router_service.service import Pipeline, Stores
 from router_service.tls import TlsFiles
 from router_service.trunk import TrunkOf, TrunkProcess
@@ -182,6 +182,10 @@ async def _start(
     refused = () if config.model.special_tokens or tokenizer is None else special_texts(tokenizer)
     template = ChatTemplate.read(Path(config.model.path), _path(config.model.chat_template))
     template = template and replace(template, refused=refused)
+    health = HealthPort()
+    stack.push_async_callback(health.stop)
+    if config.router.health_port is not None:  # probes are answered from now on: alive, and not ready
+        await health.start(config.router.host, config.router.health_port)
     cluster, passes = await _connect(stack, config, planned, expected.default_pool.source)
     model = cluster.model()
     choices = _with_source(choices, config.pools.default_source, passes.codebook is not None)
@@ -214,7 +218,7 @@ async def _start(
     http_server = HttpServer(api.app(*page.routes(), metrics_route(metrics.registry)))
     stack.push_async_callback(http_server.stop)
     leave_out_of_collections()
-    await server.start(config.router.host, config.router.port, choices.tls, config.router.health_port)
+    await server.start(config.router.host, config.router.port, choices.tls, health)
     await http_server.start(config.router.host, config.router.http_port, choices.tls)
     _log_who_may_call(config.router)
     ready = Ready(

@@ -462,8 +462,36 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+class HealthPort:
+    """The answers to health checks, and the port for them alone: `""` is liveness, the service's name readiness.
+
+    That port may listen before there is a service, which is then not ready. It never has TLS: the probes of a pod do
+    not support it.
+    """
+
+    def __init__(self) -> None:
+        self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self.port = 0
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, host: str, port: int) -> None:
+        """Listens; port 0 takes a free one, which `self.port` then has. Raises PortInUse, ConfigError."""
+        await self.set_ready(False)
+        self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.max_receive_message_length", MAX_OTHER_BYTES)))
+        health_pb2_grpc.add_HealthServicer_to_server(self.servicer, self._server)
+        self.port = await _bind(self._server, host, port, "router.health_port")
+        await self._server.start()
+
+    async def set_ready(self, is_ready: bool) -> None:
+        await self.servicer.set(SERVICE_NAME, _SERVING if is_ready else _NOT_SERVING)
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+
 class RouterServer:
-    """Owns the listening port and the pulse. `""` is liveness; the service's name is readiness."""
+    """Owns the listening port and the pulse."""
 
     def __init__(
         self,
@@ -497,40 +525,30 @@ class RouterServer:
         (server_id,) = watched_servers() - others
         self._unseen = UnseenCalls(server_id)
         self._lag = LoopLag(pipeline.metrics.loop_lag)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = HealthPort()
         pb_grpc.add_ExpertPagerServicer_to_server(ExpertPagerService(pipeline, write_timeout_s, stop), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         inference = open_inference.InferenceService(pipeline, write_timeout_s, _call, self._boundary.one_of_stream)
         inference_pb_grpc.add_GRPCInferenceServiceServicer_to_server(inference, self._server)
         _add_reflection(self._server)
-        self._health_server: grpc.aio.Server | None = None
         self._pulse: asyncio.Task[None] | None = None
         self.port = 0
-        self.health_port = 0
 
-    async def start(self, host: str, port: int, tls: TlsFiles | None = None, health_port: int | None = None) -> None:
-        """Listens; port 0 takes a free one, which `self.port` and `self.health_port` then have.
-
-        `health_port` has health alone, and never TLS: the probes of a pod do not support it. Raises PortInUse,
-        ConfigError.
+    async def start(self, host: str, port: int, tls: TlsFiles | None = None, health: HealthPort | None = None) -> None:
+        """Listens; port 0 takes a free one, which `self.port` then has. Health checks are answered here as at `health`,
+        which its owner stops. Raises PortInUse, ConfigError.
         """
-        self.port = await self._bind(self._server, host, port, "router.port", tls)
-        if health_port is not None:
-            self._health_server = grpc.aio.server(
-                options=(*_OPTIONS, ("grpc.max_receive_message_length", MAX_OTHER_BYTES))
-            )
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
-            self.health_port = await self._bind(self._health_server, host, health_port, "router.health_port")
+        self._health = health or self._health
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
+        self.port = await _bind(self._server, host, port, "router.port", tls)
         await self._set_readiness()
-        for server in self._servers:
-            await server.start()
+        await self._server.start()
         self._pulse = asyncio.create_task(self._beat())
         await self._lag.start()
 
     async def drain(self, timeout_s: float) -> bool:
         """Reports NOT_SERVING, refuses new requests and awaits those in flight. Returns True when all ended in time."""
         self._pipeline.admission.close()
-        await self._health.enter_graceful_shutdown()
+        await self._health.servicer.enter_graceful_shutdown()
         return await self._ended_within(timeout_s)
 
     async def cut_off(self) -> None:
@@ -553,24 +571,11 @@ class RouterServer:
             self._pulse.cancel()
             await asyncio.gather(self._pulse, return_exceptions=True)
         await self._lag.stop()
-        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        await self._server.stop(grace_s)
         await self._ended_within(CUT_OFF_S)  # gRPC does not wait for the cleanup of a cancelled call
 
     async def wait(self) -> None:
         await self._server.wait_for_termination()
-
-    @property
-    def _servers(self) -> list[grpc.aio.Server]:
-        return [self._server] if self._health_server is None else [self._server, self._health_server]
-
-    async def _bind(self, server: grpc.aio.Server, host: str, port: int, key: str, tls: TlsFiles | None = None) -> int:
-        try:
-            if tls is None:
-                return server.add_insecure_port(format_address(host, port))
-            return server.add_secure_port(format_address(host, port), tls.credentials())
-        except RuntimeError:
-            await self.stop(0)
-            raise _bind_error(host, port, key) from None
 
     async def _beat(self) -> None:
         beat = 0
@@ -585,7 +590,7 @@ class RouterServer:
     async def _set_readiness(self) -> None:
         workers = self._pipeline.cluster.workers()
         is_ready = any(worker.state == WorkerState.READY for worker in workers)
-        await self._health.set(SERVICE_NAME, _SERVING if is_ready else _NOT_SERVING)
+        await self._health.set_ready(is_ready)
         self._pipeline.metrics.saw(self._pipeline.model.name, workers)
 
     async def _heartbeat(self) -> None:
@@ -613,6 +618,17 @@ async def _logged(step: Callable[[], Awaitable[None]]) -> None:
         await step()
     except Exception:
         log.exception("one beat of the router's pulse failed; the pulse continues")
+
+
+async def _bind(server: grpc.aio.Server, host: str, port: int, key: str, tls: TlsFiles | None = None) -> int:
+    """Returns the port that the server will listen on, or stops the server and raises PortInUse or ConfigError."""
+    try:
+        if tls is None:
+            return server.add_insecure_port(format_address(host, port))
+        return server.add_secure_port(format_address(host, port), tls.credentials())
+    except RuntimeError:
+        await server.stop(None)
+        raise _bind_error(host, port, key) from None
 
 
 def _bind_error(host: str, port: int, key: str) -> ConfigError | PortInUse:

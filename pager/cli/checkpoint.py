@@ -635,9 +635,7 @@ def _calibrated(model: Path, examples: Path, choice: ChoiceOptions) -> NamedPool
 
 
 def _of_file(path: Path) -> ExpertPool:
-    """Returns the pool that a file lists. Raises InvalidRequest; whether the model has these experts is checked
-    later.
-    """
+    """Returns the pool that a file lists, whose experts the model may lack. Raises InvalidRequest."""
     from pager.types import ExpertPool
 
     try:

@@ -147,9 +147,7 @@ def _limits(entry: Entry) -> str:
 
 
 def _with_store(path: Path | None, work: Callable[[KeyStore], Awaitable[Answer]]) -> Answer:
-    """Returns the result of `work` on the keys in the file or, without one, in Redis. Raises ConfigError without
-    either.
-    """
+    """Returns the result of `work` on the keys in the file, else in Redis. Raises ConfigError without either."""
     with serve_extra("keys"):
         from router_service.keys import KeyFile, KeysInRedis
         from router_service.redis import RedisClient, RedisUnavailableError, redis_url

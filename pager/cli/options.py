@@ -84,9 +84,7 @@ class PromptOptions:
     token_ids: Annotated[str | None, typer.Option(help="A prompt of token ids: '1,2,3'.", metavar="IDS")] = None
 
     def read(self) -> Prompt:
-        """Returns the prompt. Raises typer.BadParameter unless it is given exactly once, InvalidRequest for bad text or
-        ids.
-        """
+        """Returns the prompt. Raises typer.BadParameter unless it is given once, InvalidRequest for bad text or ids."""
         if sum(given is not None for given in (self.prompt, self.prompt_file, self.token_ids)) != 1:
             raise typer.BadParameter(
                 "give the prompt exactly once: as an argument, with --prompt-file or with --token-ids"

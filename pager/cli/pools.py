@@ -176,9 +176,7 @@ def _pem(path: Path, option: str) -> bytes:
 
 
 def with_pools(folder: Path | None, work: Callable[[PoolStore], Awaitable[Answer]]) -> Answer:
-    """Returns the result of `work` on the store in `folder` or, without one, in Redis. Raises ConfigError without
-    either.
-    """
+    """Returns the result of `work` on the store in `folder`, else in Redis. Raises ConfigError without either."""
 
     async def run() -> Answer:
         store = _open_pools(folder)

@@ -1,6 +1,4 @@
-"""Runs workers as Ray actors, supervises them and carries their tokens. The only package that imports ray; see
-`Cluster`.
-"""
+"""Runs workers as Ray actors, supervises them and carries their tokens: `Cluster`. No other package imports ray."""
 
 import os
 

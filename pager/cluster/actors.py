@@ -148,9 +148,7 @@ END_POLL_S = 0.02
 
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
-    """Loads the real engine from a checkpoint. Imports torch when it is called, which is after the thread counts are
-    set.
-    """
+    """Loads the engine from a checkpoint. Imports torch when it is called, after the thread counts are set."""
     from pager.cluster.loading import load_engine as load
 
     return load(config, sink, observer, host)

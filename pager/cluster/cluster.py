@@ -241,9 +241,7 @@ class WorkerSupervisor:
             )
 
     async def _tear_down(self, *, gracefully: bool) -> None:
-        """Ends the process and its link. It can be cancelled and called again: what has not ended yet is still
-        recorded.
-        """
+        """Ends the process and its link. It can be cancelled and called again, for what has not ended yet."""
         self._progress = None
         self._load, self._resident = pb.Load(), ()
         self._on_change()
@@ -383,9 +381,7 @@ class Cluster:
                 yield chunk
 
     async def abort(self, request_id: str, tenant: str) -> bool:
-        """Cancels the tenant's request, whichever router and worker it is on. Returns False when there is no such
-        request.
-        """
+        """Cancels the tenant's request, at whichever router and worker. Returns False when there is no such request."""
         links = [supervisor.link for supervisor in self._supervisors.values() if supervisor.link is not None]
         return any(await asyncio.gather(*(link.abort(request_id, tenant) for link in links)))
 

@@ -103,9 +103,7 @@ def device_of(workers: WorkerConfig) -> str:
 
 
 def _trace_file(workers: WorkerConfig) -> Path | None:
-    """Returns the path of a new trace file for each start of a worker. Raises ConfigError for a folder that cannot be
-    made.
-    """
+    """Returns the path of a trace file for each start of a worker. Raises ConfigError without its folder."""
     if workers.trace is None:
         return None
     try:

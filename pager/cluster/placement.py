@@ -172,9 +172,7 @@ def check_deadline(least_s: float, remaining_s: float | None) -> None:
 
 
 def _least_paging_s(worker: Candidate, missing_bytes: int) -> float:
-    """Returns the least paging time at the fastest measured throughput, as if the worker had paged since its last
-    report.
-    """
+    """Returns the least paging time at the fastest measured throughput, if it has paged since its last report."""
     if not worker.peak_page_in_bytes_per_s:
         return 0.0
     return max(0.0, missing_bytes / worker.peak_page_in_bytes_per_s - _REPORT_AGE_S)

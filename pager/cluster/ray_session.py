@@ -125,9 +125,7 @@ class _EmbeddedNode(node.Node):  # type: ignore[misc]
             super().start_raylet(*arguments, **options)
 
     def start_ray_processes(self) -> None:
-        """Returns when the raylet has registered, so that Ray's own limit of 30 s begins when nothing is left to wait
-        for.
-        """
+        """Returns when the raylet has registered: Ray's own limit of 30 s begins with nothing left to wait for."""
         try:
             super().start_ray_processes()
             self._await_raylet()
@@ -276,9 +274,7 @@ class RaySession:
 
     @classmethod
     def open(cls, address: str | None, namespace: str, num_workers: int = 1) -> RaySession:
-        """Connects, which takes some seconds. A process that is already connected stays so. Raises ConfigError,
-        NotReady.
-        """
+        """Connects, which takes seconds; a connected process stays so. Raises ConfigError or NotReady."""
         # The signals are the service's own, so Ray is started from another thread, about which it warns.
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
         if ray.is_initialized():

@@ -223,9 +223,7 @@ class TokenServer(worker_pb2_grpc.WorkerServicer):
             stream.push(pb.Push(step=step))
 
     def _add_chunk(self, step: pb.Step, chunk: TokenChunk, key: RequestKey) -> None:
-        """Adds a chunk. One that cannot be encoded fails only its own request: the engine ends it, and later events are
-        dropped.
-        """
+        """Adds a chunk. One that cannot be encoded fails its own request: the engine ends it, and drops its events."""
         owner = self._count_answer(key, chunk)
         try:
             step.chunks.append(encode_chunk(chunk, owner.ticket))

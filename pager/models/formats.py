@@ -8,7 +8,7 @@ that transformers leaves to packages for GPUs (GPTQ, AWQ, NVFP4) get an operatio
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,11 @@ DECODED = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq")
 """The methods whose tensors are decoded, as a config's `quant_method` names them."""
 
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|absmax|quant_map|(weight|input)_scale(_inv)?|scales|weight_packed)$")
-_PACKED = frozenset({torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2})
+_PACKED = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2})
 _PACKED_ENDS = ("weight", "_blocks", "_scales")
 _KINDS = ("checkpoint_format", "version", "quant_algo", "format")
 """The fields in which methods name their kinds."""
+_BITS = ("bits", "w_bit", "weight_bits", "num_bits", "nbits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,10 @@ def _quantised_name(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | 
     """A tensor that stands for another one; None where there is none."""
     specs = checkpoint.specs.values()
     found = (spec.name for spec in specs if _QUANTISED.search(spec.name))
-    packed = (spec.name for spec in specs if config and spec.dtype in _PACKED and spec.name.endswith(_PACKED_ENDS))
+    # Methods that are not decoded have names of their own for numbers that are not floats.
+    is_other = config.get("quant_method") not in (None, *DECODED)
+    ends = ("",) if is_other else _PACKED_ENDS
+    packed = (spec.name for spec in specs if config and spec.dtype in _PACKED and spec.name.endswith(ends))
     return next(found, None) or next(packed, None)
 
 
@@ -128,8 +132,17 @@ def _quantiser(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -
 
 
 def _bits(config: Mapping[str, Any]) -> Any:
-    bits = next((config[name] for name in ("bits", "w_bit", "weight_bits", "num_bits") if name in config), None)
-    return bits or (4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else None)
+    """The bits that a config gives a weight, however deep it says so."""
+    named = (value for name, value in _fields(config) if name in _BITS and isinstance(value, int | float))
+    return next(named, None) or (4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else None)
+
+
+def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value)
+        else:
+            yield name, value
 
 
 def _words(config: Mapping[str, Any]) -> str:
@@ -260,9 +273,8 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
     data = words.contiguous().view(torch.uint8)  # the lowest byte first, as processors have it
     if bits == 8:
         return data
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-    numbers: Tensor = (data[..., None] >> shifts) & (2**bits - 1)
-    return numbers.flatten(-2)
+    numbers: list[Tensor] = [(data >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(numbers, -1).flatten(-2)
 
 
 def _scaled(steps_OI: Tensor, zeros_GO: Tensor, scales_GO: Tensor, group_I: Tensor | None) -> Tensor:
@@ -328,10 +340,6 @@ def _groups(group_I: Tensor | None, num_inputs: int, num_groups: int) -> Tensor 
     return None if in_order else group_I
 
 
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word the steps of outputs that follow each other are."""
-
-
 def _awq(config: Mapping[str, Any]) -> Parts | None:
     """AWQ in its version `gemm`, as AutoAWQ writes it.
 
@@ -344,8 +352,8 @@ def _awq(config: Mapping[str, Any]) -> Parts | None:
         return None
 
     def in_order(words: Tensor) -> Tensor:
-        eights: Tensor = _unpacked(words, 4).unflatten(-1, (-1, 8))
-        return eights[..., _AWQ_ORDER].flatten(-2)
+        evens_and_odds: Tensor = _unpacked(words, 4).unflatten(-1, (-1, 2, 4))
+        return evens_and_odds.transpose(-1, -2).flatten(-3)
 
     def decode(parts: Mapping[str, Tensor]) -> Tensor:
         qweight, qzeros, scales_GO = _required(parts, "qweight", "qzeros", "scales")

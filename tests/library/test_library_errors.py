@@ -121,6 +121,12 @@ class TestCheckpoints:
             ("qweight", {"quant_method": "gptq", "bits": 3}, "quantised by 'gptq' to 3 bits"),
             ("qweight", {"quant_method": "awq", "bits": 4, "version": "gemv"}, "by 'awq' \\('gemv'\\) to 4 bits"),
             ("absmax", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised by 'bitsandbytes' to 4 bits"),
+            (
+                "W_q",
+                {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}},
+                "quantised by 'hqq' to 4 bits",
+            ),
+            ("trellis", {"quant_method": "exl3", "bits": 3.5}, r"quantised by 'exl3' to 3.5 bits"),
             ("weight_scale", {"quant_method": "fbgemm_fp8"}, "quantised by 'fbgemm_fp8' "),
             ("weight_packed", {}, "quantised by 'a method that its config does not name' "),
         ],
@@ -132,7 +138,10 @@ class TestCheckpoints:
         weights = load_file(made.path / "model.safetensors")
         name = "model.layers.0.mlp.experts.3.up_proj.weight"
         weights.pop(name)
-        save_file(weights | {name.replace("weight", ending): torch.ones(4)}, made.path / "model.safetensors")
+        dtype = {"W_q": torch.uint8, "trellis": torch.int16}.get(ending, torch.float32)
+        save_file(
+            weights | {name.replace("weight", ending): torch.ones(4, dtype=dtype)}, made.path / "model.safetensors"
+        )
         add_to_config(made.path, quantization_config=config)
         with pytest.raises(UnsupportedModel, match=f"{message}.*dequantize"):
             load(made.path)

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pager.cli.pools import ServerOptions
 from pager.errors import ConfigError, PagerError, PortInUse
 from pager.types import SamplingParams
-from router_service.server import SERVICE_NAME, RouterServer
+from router_service.server import SERVICE_NAME, HealthPort, RouterServer
 from router_service.tls import TlsFiles
 from tests.router_service.conftest import Running
 
@@ -84,10 +84,10 @@ def files(tmp_path: Path) -> Files:
 
 @asynccontextmanager
 async def listening(
-    service: Running, tls: TlsFiles | None, health_port: int | None = None
+    service: Running, tls: TlsFiles | None, health: HealthPort | None = None
 ) -> AsyncIterator[RouterServer]:
     server = service.another_server()
-    await server.start("127.0.0.1", 0, tls, health_port)
+    await server.start("127.0.0.1", 0, tls, health)
     try:
         yield server
     finally:
@@ -215,25 +215,32 @@ async def test_a_renewal_under_load_fails_no_call_however_it_comes_about(
 
 
 async def test_the_health_port_answers_in_plain_text_and_has_nothing_but_health(service: Running, files: Files) -> None:
-    async with (
-        listening(service, files.server, health_port=0) as server,
-        grpc.aio.insecure_channel(f"127.0.0.1:{server.health_port}") as channel,
-    ):
+    port = HealthPort()
+    await port.start("127.0.0.1", 0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port.port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", SERVICE_NAME):
+
+        async def is_serving(name: str) -> bool:
             reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
-            assert reply.status == health_pb2.HealthCheckResponse.SERVING
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary(f"/{SERVICE_NAME}/Status", None, None)(b"")
-        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        await server.drain(0)
-        reply = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
-        assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+        assert await is_serving("")
+        assert not await is_serving(SERVICE_NAME), "there is no service yet"
+        async with listening(service, files.server, port) as server:
+            assert await is_serving("")
+            assert await is_serving(SERVICE_NAME)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary(f"/{SERVICE_NAME}/Status", None, None)(b"")
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            await server.drain(0)
+            assert not await is_serving(SERVICE_NAME)
+        assert not await is_serving(""), "it answers until its owner stops it"
+    await port.stop()
 
 
 async def test_a_health_port_in_use_is_named(service: Running) -> None:
     with pytest.raises(PortInUse, match=r"router\.health_port"):
-        await service.another_server().start("127.0.0.1", 0, None, service.server.port)
+        await HealthPort().start("127.0.0.1", service.server.port)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ spec:
             - {name: http, containerPort: 8080}
             - {name: health, containerPort: 50052}
             - {name: metrics, containerPort: 9464}
-          startupProbe:            # does it listen? Not before the first worker has loaded the model
+          startupProbe:            # does it listen? Before there is a worker, and then it is not ready
             tcpSocket: {port: health}
             periodSeconds: 10
             failureThreshold: 360

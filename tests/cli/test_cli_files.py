@@ -209,6 +209,7 @@ def test_a_gguf_file_in_the_place_of_a_folder(run: Run, tmp_path: Path) -> None:
     answer = run("generate", "SELECT", "--model", path, "--max-tokens", "3", "--expert-memory", "50%", "--json")
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 3
+    assert run("config", path, "--check").returncode == 0
     refused = run("pack", path, tmp_path / "packed")
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "is a GGUF file, which is served as it is; to pack it, fetch the checkpoint" in refused.stderr

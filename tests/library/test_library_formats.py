@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pager.errors import ConfigError
+from pager.errors import CheckpointError, ConfigError, ExpertReadError
 from pager.models.open_model import OpenModel
+from pager.store.expert_source import Destination
 from pager.store.pack import pack
 from pager.types import ExpertKey
 from tests.support.checkpoints import lively, saved
@@ -180,6 +181,31 @@ class TestBytes:
             quantised + 4 * biases,
             2 * (weights + biases),
         )
+
+
+def test_one_expert_that_cannot_be_decoded_fails_alone(tmp_path: Path) -> None:
+    path, _ = gptq_checkpoint(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.3.down_proj.g_idx"] += 1000
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    opened = OpenModel.open(path, "bfloat16")
+    with opened.checkpoint, closing(opened.open_experts()) as source:
+        made = [tuple(torch.empty(shape, dtype=torch.bfloat16) for shape in source.shape.shapes) for _ in range(2)]
+        wanted = [Destination(ExpertKey(1, expert), made[expert - 2]) for expert in (2, 3)]
+        whole, failed = source.read_all(wanted)
+    assert whole == source.stored_bytes
+    assert isinstance(failed, ExpertReadError)
+    assert "expert 3 of layer 1 cannot be made of what is stored: g_idx names groups that are not among" in str(failed)
+
+
+def test_a_trunk_that_cannot_be_decoded(tmp_path: Path, load: Load) -> None:
+    path, _ = awq_checkpoint(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj"
+    del tensors[f"{name}.qzeros"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name}.*makes no '{name}.weight': there is no qzeros beside"):
+        load(path)
 
 
 def test_a_pack_holds_decoded_experts_and_the_trunk_as_stored(tmp_path: Path, load: Load) -> None:

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.gguf import GGUF_ARCHS
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from pager.cluster.loading import load_engine
+from pager.cluster.worker import WorkerObserver
+from pager.config import load_config
 from pager.errors import CheckpointError, ConfigError, UnsupportedModel
 from pager.models.open_model import OpenModel
 from pager.pools.slices import cut
@@ -182,6 +185,17 @@ def test_the_tokenizer_and_the_template_are_in_the_file(tmp_path: Path) -> None:
     template = ChatTemplate.read(path)
     assert template is not None
     assert template.render([{"role": "user", "content": "hello"}], None) == "<|begin|>hello"
+
+
+def test_a_worker_serves_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = gguf_file(qwen3_moe(), tmp_path / "small.gguf")
+    settings = {"model.path": str(path), "workers.device": "cpu", "workers.expert_memory": "50%"}
+    loaded = load_engine(load_config(env={}, overrides=settings), lambda events: None, WorkerObserver(), None)
+    try:
+        assert (loaded.model.name, loaded.model.dtype) == ("small", "bfloat16")
+    finally:
+        loaded.close()
 
 
 def test_what_is_not_done_to_a_file(tmp_path: Path) -> None:

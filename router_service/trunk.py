@@ -200,24 +200,26 @@ def _read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
 def _serve() -> None:
     """Loads the trunk that the first message names, then scores the ids of each further one, until the router ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the router, which may drain first
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
     first = _read(sys.stdin.buffer)
     if first is None:
         return
     try:
         trunk = _load(TrunkOf(**first[0]))
     except Exception as error:
-        _write(sys.stdout.buffer, _as_head(error), b"")
+        _write(answers, _as_head(error), b"")
         return
     facts = {"fingerprint": trunk.fingerprint, "has_stand_ins": trunk.has_stand_ins}
-    _write(sys.stdout.buffer, facts, b"")
+    _write(answers, facts, b"")
     while (message := _read(sys.stdin.buffer)) is not None:
         try:
             means = trunk.scores(np.frombuffer(message[1], np.int64).tolist()).mean_LR
         except Exception as error:
-            _write(sys.stdout.buffer, _as_head(error), b"")
+            _write(answers, _as_head(error), b"")
         else:
             means_O = np.concatenate(means).astype(np.float64)
-            _write(sys.stdout.buffer, {"routed": [len(mean_R) for mean_R in means]}, means_O.tobytes())
+            _write(answers, {"routed": [len(mean_R) for mean_R in means]}, means_O.tobytes())
 
 
 def _load(of: TrunkOf) -> Any:

@@ -7,8 +7,7 @@ values lie elsewhere is refused.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -150,24 +149,18 @@ class LlamaModel:
         self._llama.llama_model_free(self._model)
         self._libraries.cpu.ggml_threadpool_free(self._threads)
 
-    def decode(self, prompts: Sequence[Sequence[int]], num_steps: int) -> float:
-        """Returns the seconds that `num_steps` greedy steps of all rows take, after their prompts."""
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Callable[[], None]:
+        """Runs the prompts, and returns what makes a greedy step of all of them."""
         context = self._cleared(len(prompts))
-        rows = [self._run(context, [(row, prompt, 0)])[0] for row, prompt in enumerate(prompts)]
-        started_s = time.perf_counter()
-        for step in range(num_steps):
-            tokens = [int(logits.argmax()) for logits in rows]
-            rows = self._run(context, [(row, [token], len(prompts[row]) + step) for row, token in enumerate(tokens)])
-        for logits in rows:
-            logits.argmax()
-        return time.perf_counter() - started_s
+        tokens = [int(self._run(context, [(row, prompt, 0)])[0].argmax()) for row, prompt in enumerate(prompts)]
+        positions = [len(prompt) for prompt in prompts]
 
-    def prefill(self, prompt: Sequence[int]) -> float:
-        """Returns the seconds until the first token is known."""
-        context = self._cleared(1)
-        started_s = time.perf_counter()
-        self._run(context, [(0, prompt, 0)])[0].argmax()
-        return time.perf_counter() - started_s
+        def step() -> None:
+            parts = [(row, [token], positions[row]) for row, token in enumerate(tokens)]
+            tokens[:] = [int(logits.argmax()) for logits in self._run(context, parts)]
+            positions[:] = [position + 1 for position in positions]
+
+        return step
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
         """Returns [V] after the prompt."""

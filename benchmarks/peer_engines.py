@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Prompts = Sequence[Sequence[int]]
+Taken = tuple[float, float]
+"""Seconds by the clock, and processor time of all threads of the process."""
 NUM_TOP = 20
 KV_MEMORY = "64MiB"
 MAX_ROWS, CONTEXT_TOKENS = 8, 1024
@@ -28,13 +30,24 @@ class Engine(Protocol):
         """Returns the NUM_TOP likeliest tokens after the prompt, likeliest first."""
         ...
 
-    def decode(self, prompts: Prompts, num_steps: int) -> float:
-        """Returns the seconds that `num_steps` steps of all rows together take, their prompts left out."""
+    def decode(self, prompts: Prompts, num_steps: int) -> Taken:
+        """Returns what `num_steps` steps of all rows together take, their prompts left out."""
         ...
 
-    def prefill(self, prompt: Sequence[int]) -> float:
-        """Returns the seconds until the first token."""
+    def prefill(self, prompt: Sequence[int]) -> Taken:
+        """Returns what it takes until the first token."""
         ...
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+
+    @property
+    def taken(self) -> Taken:
+        return time.perf_counter() - self._started[0], time.process_time() - self._started[1]
 
 
 class Ours:
@@ -59,16 +72,19 @@ class Ours:
                 if chunk.logprobs:
                     return list(chunk.logprobs[0].top_ids)
 
-    def decode(self, prompts: Prompts, num_steps: int) -> float:
+    def decode(self, prompts: Prompts, num_steps: int) -> Taken:
         from pager.types import PoolPolicy
 
         decoded = self._run.decoder(PoolPolicy())(prompts, num_steps)
-        return decoded.seconds * num_steps * len(prompts) / decoded.num_tokens
+        part = num_steps * len(prompts) / decoded.num_tokens
+        return part * decoded.seconds, part * decoded.processor_s
 
-    def prefill(self, prompt: Sequence[int]) -> float:
+    def prefill(self, prompt: Sequence[int]) -> Taken:
         from pager.types import PoolPolicy
 
-        return self._run.first_token(prompt, PoolPolicy())[0]
+        clock = Clock()
+        self._run.first_token(prompt, PoolPolicy())
+        return clock.taken
 
 
 class Transformers:
@@ -101,27 +117,34 @@ class Transformers:
             tokens: list[int] = self._model(torch.tensor([prompt])).logits[0, -1].topk(NUM_TOP).indices.tolist()
         return tokens
 
-    def decode(self, prompts: Prompts, num_steps: int) -> float:
+    def decode(self, prompts: Prompts, num_steps: int) -> Taken:
         if self._implementations and len(prompts) not in self._fastest:
             few = max(2, num_steps // 4)
-            times = {name: self._decode(prompts, few, name) for name in self._implementations for _ in range(2)}
+            times = {name: self._decode(prompts, few, name)[0] for name in self._implementations for _ in range(2)}
             self._fastest[len(prompts)] = min(times, key=lambda name: times[name])
         return self._decode(prompts, num_steps, self._fastest.get(len(prompts), ""))
 
-    def prefill(self, prompt: Sequence[int]) -> float:
+    def prefill(self, prompt: Sequence[int]) -> Taken:
         import torch
 
         self._use(self._prefill)
         prompt_1N = torch.tensor([prompt])
-        started_s = time.perf_counter()
+        clock = Clock()
         self._model.generate(prompt_1N, attention_mask=torch.ones_like(prompt_1N), max_new_tokens=1, do_sample=False)
-        return time.perf_counter() - started_s
+        return clock.taken
 
-    def _decode(self, prompts: Prompts, num_steps: int, implementation: str) -> float:
+    def _decode(self, prompts: Prompts, num_steps: int, implementation: str) -> Taken:
         from benchmarks.models import decode_by_generate
 
+        clocks: list[Clock] = []
+
+        def begin() -> None:
+            self._use(implementation)
+            clocks.append(Clock())
+
         self._use(self._prefill)
-        return decode_by_generate(self._model, prompts, num_steps, lambda: self._use(implementation)).seconds
+        decoded = decode_by_generate(self._model, prompts, num_steps, begin)
+        return decoded.seconds, clocks[0].taken[1]
 
     def _use(self, implementation: str) -> None:
         if self._implementations:
@@ -135,7 +158,18 @@ class LlamaCpp:
         from benchmarks.llama_cpp import Libraries, LlamaModel
 
         self._model = opened.enter_context(LlamaModel(Libraries(Path(folder)), path, num_threads, CONTEXT_TOKENS))
-        self.decode, self.prefill = self._model.decode, self._model.prefill
+
+    def decode(self, prompts: Prompts, num_steps: int) -> Taken:
+        step = self._model.begin(prompts)
+        clock = Clock()
+        for _ in range(num_steps):
+            step()
+        return clock.taken
+
+    def prefill(self, prompt: Sequence[int]) -> Taken:
+        clock = Clock()
+        self._model.begin([prompt])
+        return clock.taken
 
     def top(self, prompt: Sequence[int]) -> list[int]:
         tokens: list[int] = (-self._model.logits(prompt)).argsort()[:NUM_TOP].tolist()
@@ -176,22 +210,22 @@ class Vllm:
         chances = answers[0].outputs[0].logprobs[0]
         return sorted(chances, key=lambda token: -chances[token].logprob)[:NUM_TOP]
 
-    def decode(self, prompts: Prompts, num_steps: int) -> float:
+    def decode(self, prompts: Prompts, num_steps: int) -> Taken:
         for prompt in prompts:
             self._submit(prompt, num_steps + 1)
         while len(self._engine.step()) < len(prompts):
             pass
-        started_s = time.perf_counter()
+        clock = Clock()
         while self._engine.has_unfinished_requests():
             self._engine.step()
-        return time.perf_counter() - started_s
+        return clock.taken
 
-    def prefill(self, prompt: Sequence[int]) -> float:
-        started_s = time.perf_counter()
+    def prefill(self, prompt: Sequence[int]) -> Taken:
+        clock = Clock()
         self._submit(prompt, 1)
         while self._engine.has_unfinished_requests():
             self._engine.step()
-        return time.perf_counter() - started_s
+        return clock.taken
 
     def _submit(self, prompt: Sequence[int], num_tokens: int, **more: Any) -> None:
         self._num_requests += 1
@@ -225,29 +259,30 @@ class Fastllm:
         )
         return sorted(range(self._vocabulary), key=lambda token: -logits[token])[:NUM_TOP]
 
-    def decode(self, prompts: Prompts, num_steps: int) -> float:
+    def decode(self, prompts: Prompts, num_steps: int) -> Taken:
         """Rows start one after the other, so that the steps are counted in which all have a token."""
         handles = [self._launched(prompt, num_steps + 1 + len(prompts)) for prompt in prompts]
-        times_s: list[list[float]] = [[] for _ in handles]
+        clock = Clock()
+        times: list[list[Taken]] = [[] for _ in handles]
         while handles:
             going_on = []
             for row, handle in enumerate(handles):
                 if self._fetch(handle) >= 0:
-                    times_s[row].append(time.perf_counter())
+                    times[row].append(clock.taken)
                     going_on.append(handle)
             handles = going_on if len(going_on) == len(handles) else [each for each in going_on if self._drained(each)]
-        started_s = max(row[0] for row in times_s)
-        ended_s = min(row[-1] for row in times_s)
-        num_timed = min(sum(started_s < at <= ended_s for at in row) for row in times_s)
-        return (ended_s - started_s) * num_steps / num_timed
+        started, ended = max(row[0] for row in times), min(row[-1] for row in times)
+        num_timed = min(sum(started < at <= ended for at in row) for row in times)
+        part = num_steps / num_timed
+        return part * (ended[0] - started[0]), part * (ended[1] - started[1])
 
-    def prefill(self, prompt: Sequence[int]) -> float:
-        started_s = time.perf_counter()
+    def prefill(self, prompt: Sequence[int]) -> Taken:
+        clock = Clock()
         handle = self._launched(prompt, 1)
         self._fetch(handle)
-        seconds = time.perf_counter() - started_s
+        taken = clock.taken
         self._drained(handle)
-        return seconds
+        return taken
 
     def _launched(self, prompt: Sequence[int], num_tokens: int, *, reports: bool = False) -> int:
         tokens, one = (ctypes.c_int * len(prompt))(*prompt), ctypes.c_float(1)

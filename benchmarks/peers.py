@@ -15,9 +15,9 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +30,7 @@ from benchmarks.llama_cpp import LIBRARIES, Libraries, Unusable
 from benchmarks.measure import alternate
 from benchmarks.memory_cap import NoCap, memory_cap
 from benchmarks.page_cache import drop
+from benchmarks.peer_engines import Taken
 from benchmarks.peer_files import with_tokenizer, write_compressed
 from benchmarks.prompts import prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten
@@ -39,12 +40,12 @@ from pager.errors import PagerError
 from pager.models.open_model import OpenModel
 
 PEERS = Path(sys.prefix) / "peers"
-PROMPT_TOKENS, PREFILL_TOKENS = 16, 512
+PROMPT_TOKENS, PREFILL_TOKENS, CHECKED_TOKENS = 16, 512, 64
 NUM_TOP, LEAST_COMMON = 20, 10
 ANSWER_TIMEOUT_S = 400
 SPARE_BYTES = 512 * 2**20
 RESIDENT = 0.25
-BASE = "engine"
+BASE, THIS = "engine", "this"
 BITS = {"bf16": "bf16", "int8": "8 bits", "int4": "4 bits"}
 GROUPS = tuple(f"{kind}{capped}" for kind in (*BITS, "qwen3") for capped in ("", "-capped"))
 NOT_INSTALLED = "not installed: make peers"
@@ -138,6 +139,11 @@ class Group:
     ways: Sequence[Way]
     capped: bool = False
 
+    def only(self, part: str) -> Group:
+        """Our engine, and those of the others that have `part` in their names."""
+        base, *others = self.ways
+        return replace(self, ways=[base, *(way for way in others if part in way.name)])
+
 
 @dataclass(frozen=True, slots=True)
 class Effort:
@@ -151,11 +157,14 @@ class Effort:
 
 
 Measured = dict[str, Any]
-"""Of a way: `reason`, or `common` (tokens of NUM_TOP) and `cells` (tokens a second of each repeat, by cell)."""
+"""Of a way: `reason`, or `common` (tokens of NUM_TOP) and by cell `cells`: tokens a second of each repeat of our engine
+and of this one, by the clock and of processor time. `failed` says why cells are missing.
+"""
 
 
 def main(
     groups: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(GROUPS)}.")] = None,
+    ways: Annotated[str, typer.Option(help="Only the engines that have this in their names, beside ours.")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 5,
     threads: Annotated[int, typer.Option(help="Of every engine.")] = torch.get_num_threads(),
     work: Annotated[Path, typer.Option(help="Where checkpoints and figures are kept.")] = WORK,
@@ -173,7 +182,7 @@ def main(
     figures = work / ("peers-quick.json" if quick else "peers.json")
     work.mkdir(parents=True, exist_ok=True)
     try:
-        found = [group_of(name, work, shapes) for name in groups or GROUPS]
+        found = [group_of(name, work, shapes).only(ways) for name in groups or GROUPS]
         if prepare:
             return
         report = Report(
@@ -183,13 +192,20 @@ def main(
             conditions(threads=f"{threads} of each engine"),
         )
         report.start()
-        known = {} if quick or not figures.exists() else json.loads(figures.read_text())
+        known: dict[str, dict[str, Measured]] = {}
+        if figures.exists() and not quick:
+            known = json.loads(figures.read_text())
         for group in found:
-            known[group.name] = measured(group, effort, work)
-            figures.write_text(json.dumps(known, indent=1))
-            report.add(table(group, known[group.name]))
+            of_group = known.setdefault(group.name, {})
+            for name, figures_of_way in measured(group, effort.halved() if group.capped else effort, work):
+                of_group[name] = figures_of_way
+                figures.write_text(json.dumps(known, indent=1))
+            report.add(table(group, of_group))
     except PagerError as error:
         print_error(error.message)
+        raise typer.Exit(1) from None
+    except Gone as reason:
+        print_error(f"the engine itself did not run: {reason}")
         raise typer.Exit(1) from None
     if not quick:
         report.tables[:] = [table(group_of(name, work, shapes), known[name]) for name in GROUPS if name in known]
@@ -298,35 +314,55 @@ def cap_bytes(packed: Path) -> int:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measured(group: Group, effort: Effort, work: Path) -> dict[str, Measured]:
-    """Opens all ways, checks that they have the same model, and lets them take turns."""
-    prompts = prompts_of(group.ways[0].path, 8, PROMPT_TOKENS)
-    (long_prompt,) = prompts_of(group.ways[0].path, 1, PREFILL_TOKENS, seed=1)
-    effort = effort.halved() if group.capped else effort
-    found: dict[str, Measured] = {}
+def measured(group: Group, effort: Effort, work: Path) -> Iterator[tuple[str, Measured]]:
+    """Each way but our engine, which takes turns with one of them after the other: two models are in memory at a time.
+
+    Raises Gone where our engine itself does not run.
+    """
+    base, *others = group.ways
+    prompts = prompts_of(base.path, 8, PROMPT_TOKENS)
+    (long_prompt,) = prompts_of(base.path, 1, PREFILL_TOKENS, seed=1)
     with ExitStack() as opened:
-        running: dict[str, Process] = {}
-        expected: list[int] = []
-        for way in group.ways:
-            try:
-                process = start(way, group, opened, work)
-                top = process.ask("top", long_prompt[:64])
-            except Gone as reason:
-                found[way.name] = {"reason": str(reason)}
-                continue
-            expected = expected or top
-            common = len({*expected} & {*top})
-            found[way.name] = {"common": common, "cells": {}}
-            if common < LEAST_COMMON:
-                found[way.name] = {"reason": f"another model: {common} of the {NUM_TOP} likeliest tokens are the same"}
-                continue
-            running[way.name] = process
-        for cell, rows in CELLS.items():
-            questions = ("decode", prompts[:rows], effort.num_steps[rows]) if rows else ("prefill", long_prompt)
-            num_tokens = rows * effort.num_steps[rows] if rows else len(long_prompt)
-            for name, seconds in turns(running, questions, effort.num_rounds, found).items():
-                found[name]["cells"][cell] = [num_tokens / each for each in seconds]
-    return found
+        ours = start(base, group, opened, work)
+        expected = ours.ask("top", long_prompt[:CHECKED_TOKENS])
+        for way in others:
+            with ExitStack() as beside:
+                try:
+                    process = start(way, group, beside, work)
+                    common = len({*expected} & {*process.ask("top", long_prompt[:CHECKED_TOKENS])})
+                except Gone as reason:
+                    yield way.name, {"reason": str(reason)}
+                    continue
+                if common < LEAST_COMMON:
+                    yield (
+                        way.name,
+                        {"reason": f"another model: {common} of the {NUM_TOP} likeliest tokens are the same"},
+                    )
+                    continue
+                found: Measured = {"common": common, "cells": {}}
+                for cell, rows in CELLS.items():
+                    steps = effort.num_steps.get(rows, 1)
+                    question = ("decode", prompts[:rows], steps) if rows else ("prefill", long_prompt)
+                    num_tokens = rows * steps if rows else len(long_prompt)
+                    try:
+                        runs = turns(ours, process, question, effort.num_rounds)
+                    except Gone as reason:
+                        found["failed"] = str(reason)
+                        break
+                    found["cells"][cell] = {name: rates(taken, num_tokens) for name, taken in runs.items()}
+                yield way.name, found
+
+
+def rates(runs: Sequence[Taken], num_tokens: int) -> list[list[float]]:
+    """Tokens a second by the clock and of processor time, of each repeat."""
+    return [[num_tokens / max(1e-9, each) for each in taken] for taken in runs]
+
+
+def turns(ours: Process, process: Process, question: Sequence[Any], num_rounds: int) -> dict[str, list[Taken]]:
+    """What each repeat took. Raises Gone."""
+    for each in (ours, process):
+        each.ask(*question)  # the first run chooses kernels, and reads what then stays
+    return alternate({BASE: partial(ours.ask, *question), THIS: partial(process.ask, *question)}, num_rounds)
 
 
 def start(way: Way, group: Group, opened: ExitStack, work: Path) -> Process:
@@ -348,56 +384,55 @@ def start(way: Way, group: Group, opened: ExitStack, work: Path) -> Process:
     return process
 
 
-def turns(
-    running: dict[str, Process], question: Sequence[Any], num_rounds: int, found: dict[str, Measured]
-) -> dict[str, list[float]]:
-    """Seconds of each repeat. An engine that fails is left out from then on, and `found` says why."""
-
-    def ask(name: str) -> float:
-        if name not in running:
-            return float("nan")
-        try:
-            seconds: float = running[name].ask(*question)
-        except Gone as reason:
-            del running[name]
-            found[name].setdefault("failed", str(reason))
-            return float("nan")
-        return seconds
-
-    names = list(running)
-    with console.status(f"{question[0]}: {', '.join(names)}"):
-        for name in names:
-            ask(name)  # the first run chooses kernels, and reads what then stays
-        times = alternate({name: partial(ask, name) for name in names}, num_rounds)
-    return {name: seconds for name, seconds in times.items() if name in running}
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
 def table(group: Group, found: Mapping[str, Measured]) -> Table:
-    """A row for each way: tokens a second, and how many times as many our engine has."""
-    rows = []
-    for way in group.ways:
+    """A row for each way: tokens a second, and how many times as many our engine has beside it."""
+    rows = [(BASE, f"{NUM_TOP} of {NUM_TOP}", *cells_of(own_rates(found)))] if own_rates(found) else []
+    for way in group.ways[1:]:
         measured = found.get(way.name, {"reason": "not measured"})
         if "reason" in measured:
-            rows.append((way.name, measured["reason"], *[""] * (2 * len(CELLS))))
+            rows.append((way.name, measured["reason"], *[""] * (3 * len(CELLS))))
             continue
-        cells: list[str] = []
-        for cell in CELLS:
-            rates = measured["cells"].get(cell)
-            base = found[BASE]["cells"].get(cell) if "cells" in found[BASE] else None
-            cells.append(figure(rates) if rates else measured.get("failed", ""))
-            cells.append(f"{statistics.median(base) / statistics.median(rates):.2f}" if rates and base else "")
-        rows.append((way.name, f"{measured['common']} of {NUM_TOP}", *cells))
-    columns = [name for cell in CELLS for name in (f"{cell}, tokens/s", "engine / this")]
+        rows.append(
+            (way.name, f"{measured['common']} of {NUM_TOP}", *cells_of(measured["cells"], measured.get("failed")))
+        )
+    columns = [name for cell in CELLS for name in (f"{cell}, tokens/s", "engine / this", "of processor time")]
     return Table(group.title, ("", "same tokens", *columns), rows, NOTES)
 
 
+def own_rates(found: Mapping[str, Measured]) -> dict[str, dict[str, list[list[float]]]]:
+    """Our engine's, beside all others together."""
+    own: dict[str, list[list[float]]] = {}
+    for measured in found.values():
+        for cell, runs in measured.get("cells", {}).items():
+            own.setdefault(cell, []).extend(runs[BASE])
+    return {cell: {BASE: runs, THIS: runs} for cell, runs in own.items()}
+
+
+def cells_of(measured: Mapping[str, Mapping[str, list[list[float]]]], failed: str | None = None) -> list[str]:
+    shown = []
+    for cell in CELLS:
+        if cell not in measured:
+            shown += [failed or "", "", ""]
+            continue
+        own, this = measured[cell][BASE], measured[cell][THIS]
+        shown.append(figure([by_clock for by_clock, _ in this]))
+        shown += [f"{median_of(own, which) / median_of(this, which):.2f}" for which in (0, 1)]
+    return shown
+
+
+def median_of(runs: Sequence[Sequence[float]], which: int) -> float:
+    return statistics.median(run[which] for run in runs)
+
+
 NOTES = (
-    "Tokens a second of all rows together. Engines take turns, each in a process of its own that stands still while "
-    "others run. Medians; brackets: smallest and largest.",
-    f"Same tokens: how many of the {NUM_TOP} likeliest after a prompt of 64 tokens are those of our engine. "
+    "Tokens a second of all rows together. Each engine takes turns with ours, in a process of its own that stands "
+    "still while the other runs. Medians; brackets: smallest and largest.",
+    "Engine / this: tokens a second of our engine beside this one's, by the clock; and of the processor time of all "
+    "threads, which says something on a machine that others use as well, most with --threads 1.",
+    f"Same tokens: how many of the {NUM_TOP} likeliest after a prompt of {CHECKED_TOKENS} tokens are our engine's. "
     f"Prompts of {PROMPT_TOKENS} tokens before a decode are not in its time.",
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from copy import copy
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,6 +44,8 @@ HALF_PRECISION_ROWS = 16
 
 SUMMED_BYTES = 1 << 20
 """The outputs of pairs that are weighted and added up at a time."""
+
+_AS_IT_IS = nullcontext()
 
 Kernel = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """`kernel(module, hidden_TD, slot_TK, weights_TK)` → [T, D]: the weighted sum of each token's experts."""
@@ -295,8 +297,9 @@ class PairOutputs:
 
     def _add_one(self, place: int, gate_up: Tensor, down: Tensor) -> None:
         """Computes an expert with one token: products of matrix and vector."""
-        inner = self._module._apply_gate(torch.mv(gate_up, self._hidden_TD[self._token_P[place]])[None])[0]
-        torch.mv(down, inner, out=self._out_PD[place])
+        with getattr(self._module, "one_row", _AS_IT_IS):
+            inner = self._module._apply_gate(torch.mv(gate_up, self._hidden_TD[self._token_P[place]])[None])[0]
+            torch.mv(down, inner, out=self._out_PD[place])
 
     def add_all(self) -> None:
         """Computes every pair, where ids are slots."""

@@ -29,6 +29,7 @@ from pager.engine.kv import LayerAttention, kv_bytes_per_token
 from pager.engine.workspace import limit_kernels, staging_bytes, workspace_of
 from pager.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedModel
 from pager.memory import NUM_READERS, STAGING_BUFFERS, Budgets, Machine, Needs, Plan, plan
+from pager.models.families import Family
 from pager.models.open_model import OpenModel
 from pager.pools.drift import check_can_drift, check_drift
 from pager.pools.pick import largest_counts
@@ -69,7 +70,7 @@ class PagedModel:
         self.fingerprint: str = opened.checkpoint.fingerprint
         self._open_step = OpenStep()
         if self.device.type == "cpu" and is_faster_without_onednn(model.get_output_embeddings().weight):
-            run_single_tokens_without_onednn(model)
+            run_single_rows_without_onednn(model, opened.family)
         unpoolable = attach(model, opened.family, pager, self._open_step, opened.record)
         self.family = replace(opened.family, unpoolable=unpoolable)
         self._turn = threading.RLock()  # held by the thread that has a step open
@@ -250,7 +251,7 @@ def load_paged_model(
         return PagedModel(opened, model, pager, planned, closing=closing.pop_all())
 
 
-# --- forwards of one token --------------------------------------------------------------------------------------------
+# --- products of one row ----------------------------------------------------------------------------------------------
 #
 # torch hands products in half precision to oneDNN. With one row, its own loops read the matrix up to twice as fast.
 
@@ -306,8 +307,10 @@ def is_faster_without_onednn(matrix: Tensor) -> bool:
     return statistics.median(seconds[False]) >= WORTH * statistics.median(seconds[True])
 
 
-def run_single_tokens_without_onednn(model: PreTrainedModel) -> None:
-    """Makes forwards of one token, of one text, run without oneDNN."""
+def run_single_rows_without_onednn(model: PreTrainedModel, family: Family) -> None:
+    """Makes forwards of one token, of one text, run without oneDNN, and so an expert that one token has for itself."""
+    for layer in family.layers:
+        model.get_submodule(layer.experts).one_row = _without_onednn
     forward = model.forward
 
     @wraps(forward)

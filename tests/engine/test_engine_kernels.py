@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, QuantisedSlabs, run_slots
+from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, QuantisedSlabs, run_slots, sorted_pairs
 from pager.engine.paged_model import PagedModel, _without_onednn, is_faster_without_onednn, load_paged_model
 from pager.models.emo import EmoConfig, EmoExperts
 from pager.store.pack_format import KINDS, RecordFormat
@@ -128,6 +129,31 @@ class TestForwardsOfOneToken:
         with paged.step([paged.routing(PoolPolicy())]):
             paged.model(torch.ones(1, num_tokens, dtype=torch.long))
         assert seen == [num_tokens > 1]
+        assert torch.backends.mkldnn.enabled
+
+    @torch.no_grad()
+    def test_in_company_an_expert_with_one_token_does_too(self, paged: PagedModel) -> None:
+        """Two tokens that share some of their experts."""
+        seen: list[tuple[str, object]] = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.append((func.__name__.split(".")[0], torch.backends.mkldnn.enabled))
+                return func(*args, **(kwargs or {}))
+
+        experts: Any = paged.model.get_submodule(paged.family.layers[0].experts)
+        hidden_TD = torch.randn(2, paged.model.config.hidden_size, dtype=torch.bfloat16)
+        module = SimpleNamespace(
+            gate_up_proj=experts.gate_up_proj.zero_(),
+            down_proj=experts.down_proj.zero_(),
+            one_row=experts.one_row,
+            _apply_gate=apply_gate,
+        )
+        watch: Any = Watch()  # type: ignore[no-untyped-call]
+        with watch:
+            sorted_pairs(module, hidden_TD, torch.tensor([[0, 1], [0, 2]], dtype=torch.int32), torch.rand(2, 2))
+        assert {enabled for name, enabled in seen if name.startswith("addmv") or name == "mv"} == {False}
+        assert {enabled for name, enabled in seen if name == "mm"} == {True}
         assert torch.backends.mkldnn.enabled
 
     @torch.no_grad()

@@ -393,12 +393,12 @@ def table(group: Group, found: Mapping[str, Measured]) -> Table:
     for way in group.ways[1:]:
         measured = found.get(way.name, {"reason": "not measured"})
         if "reason" in measured:
-            rows.append((way.name, measured["reason"], *[""] * (3 * len(CELLS))))
+            rows.append((way.name, measured["reason"], *[""] * (2 * len(CELLS))))
             continue
         rows.append(
             (way.name, f"{measured['common']} of {NUM_TOP}", *cells_of(measured["cells"], measured.get("failed")))
         )
-    columns = [name for cell in CELLS for name in (f"{cell}, tokens/s", "engine / this", "of processor time")]
+    columns = [name for cell in CELLS for name in (f"{cell}, tokens/s", "engine / this")]
     return Table(group.title, ("", "same tokens", *columns), rows, NOTES)
 
 
@@ -415,11 +415,12 @@ def cells_of(measured: Mapping[str, Mapping[str, list[list[float]]]], failed: st
     shown = []
     for cell in CELLS:
         if cell not in measured:
-            shown += [failed or "", "", ""]
+            shown += [failed or "", ""]
             continue
         own, this = measured[cell][BASE], measured[cell][THIS]
         shown.append(figure([by_clock for by_clock, _ in this]))
-        shown += [f"{median_of(own, which) / median_of(this, which):.2f}" for which in (0, 1)]
+        by_clock, by_processor = (median_of(own, which) / median_of(this, which) for which in (0, 1))
+        shown.append(f"{by_clock:.2f} ({by_processor:.2f})")
     return shown
 
 
@@ -430,8 +431,8 @@ def median_of(runs: Sequence[Sequence[float]], which: int) -> float:
 NOTES = (
     "Tokens a second of all rows together. Each engine takes turns with ours, in a process of its own that stands "
     "still while the other runs. Medians; brackets: smallest and largest.",
-    "Engine / this: tokens a second of our engine beside this one's, by the clock; and of the processor time of all "
-    "threads, which says something on a machine that others use as well, most with --threads 1.",
+    "Engine / this: tokens a second of our engine beside this one's, by the clock; in brackets of the processor time "
+    "of all threads, which says something on a machine that others use as well, most with --threads 1.",
     f"Same tokens: how many of the {NUM_TOP} likeliest after a prompt of {CHECKED_TOKENS} tokens are our engine's. "
     f"Prompts of {PROMPT_TOKENS} tokens before a decode are not in its time.",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.peer_files import Tensors, write_compressed
+from benchmarks.peers import NOT_INSTALLED, Gone, Group, Way, start, table
 from benchmarks.prompts import domains_of
 from benchmarks.shapes import SHAPES
 from benchmarks.synthetic import write_checkpoint
@@ -128,17 +130,30 @@ def test_residency_measures_every_table(tmp_path: Path) -> None:
     assert "no reference model" in done.stdout
 
 
-def test_peers_compares_what_there_is_and_says_why_the_rest_is_missing(tmp_path: Path) -> None:
-    """Plain transformers runs wherever ours does, and has the same model; no table is written by a quick run."""
-    done = run("peers", "--quick", "--groups", "bf16", "--work", tmp_path / "work", "--results", tmp_path / "results")
+def test_peers_compares_plain_transformers_with_the_engine(tmp_path: Path) -> None:
+    """Which runs wherever ours does, and has the same model; a quick run writes no table."""
+    more = ("--work", tmp_path / "work", "--results", tmp_path / "results")
+    done = run("peers", "--quick", "--groups", "bf16", "--ways", "transformers", *more)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {line[:24].strip(): line[24:].strip() for line in done.stdout.splitlines()}
-    for name in ("engine", "load_model", "plain transformers bf16"):
-        assert re.match(r"(19|20) of 20 +[0-9.]+ \(", rows[name]), rows[name]
-    for name, program in (("llama.cpp bf16", "llama.cpp"), ("vLLM-CPU bf16", "vllm")):
-        installed = (Path(sys.prefix) / "peers" / program).exists()
-        assert rows[name].startswith("2" if installed else "not installed: make peers"), rows[name]
+    for name in ("engine", "plain transformers bf16"):
+        assert re.search(rf"^{name} +(19|20) of 20 +[0-9.]+ \(", done.stdout, re.MULTILINE), done.stdout
     assert not (tmp_path / "results").exists()
+
+
+def test_a_peer_that_is_missing_is_a_row_that_says_so(tmp_path: Path) -> None:
+    ours, other = Way("engine", "engine", tmp_path), Way("vLLM-CPU", "vllm", tmp_path, missing=NOT_INSTALLED)
+    group = Group("bf16", "", [ours, other])
+    with ExitStack() as opened, pytest.raises(Gone, match="make peers"):
+        start(other, group, opened, tmp_path)
+    (row,) = table(group, {"vLLM-CPU": {"reason": NOT_INSTALLED}}).rows
+    assert tuple(row[:2]) == ("vLLM-CPU", NOT_INSTALLED)
+
+
+def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
+    """Its last error, from what it wrote."""
+    missing = Way("engine", "engine", tmp_path / "missing")
+    with ExitStack() as opened, pytest.raises(Gone, match="missing"):
+        start(missing, Group("bf16", "", [missing]), opened, tmp_path)
 
 
 def test_a_gguf_file_holds_the_checkpoint(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,21 @@ def synthetic(work: Path, shape: str, num_layers: int) -> Path:
     plain = work / f"{shape}-{num_layers}-layers"
     if not plain.exists():
         shutil.rmtree(work / f"{plain.name}-packed", ignore_errors=True)
+        with bytes_progress(f"writing {plain.name}") as progress:
+            write_checkpoint(plain, chosen, progress=progress)
+    check_checkpoint(plain, chosen)
+    return plain
+
+
+def plain_checkpoint(work: Path, shape: str, num_layers: int, context_tokens: int | None = None) -> Path:
+    """The synthetic checkpoint as downloaded, with a context of its own length if that is given; made once and kept.
+    Raises PagerError.
+    """
+    chosen, name = SHAPES[shape].shortened(num_layers), f"{shape}-{num_layers}-layers"
+    if context_tokens is not None:
+        chosen, name = replace(chosen, context=context_tokens), f"{name}-context-{context_tokens}"
+    plain = work / name
+    if not plain.exists():
         with bytes_progress(f"writing {plain.name}") as progress:
             write_checkpoint(plain, chosen, progress=progress)
     check_checkpoint(plain, chosen)

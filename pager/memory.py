@@ -235,6 +235,10 @@ KV_BLOCK_TOKENS = 16
 SMALLEST_KV_TOKENS = 256
 PREFILL_CHUNK_TOKENS = 512
 """The most tokens of a prompt in one forward where earlier ones are read from the KV cache."""
+LONE_CHUNK_TOKENS = 2048
+"""The same of a prompt beside which nothing else runs or waits, where a whole prompt takes as much memory."""
+PADDED_TOKENS = 64
+"""What the lengths that attention in half precision meets on a CPU are padded to a multiple of."""
 GATHER_TOKENS = 16_384
 """How many tokens of context a decode step gathers at a time, or those of one row where that is more."""
 KERNEL_SHARE, GATHER_SHARE = 48, 64
@@ -280,17 +284,30 @@ class Workspace:
 
     def gathered_tokens(self, num_rows: int, num_tokens: int) -> int:
         """Returns how much context is gathered at a time for so many rows, the longest of which has `num_tokens`."""
-        return max(num_tokens, min(num_rows * num_tokens, self.most_gathered))
+        longest = -(-num_tokens // PADDED_TOKENS) * PADDED_TOKENS
+        return max(longest, min(num_rows * num_tokens, self.most_gathered))
 
     def forward_bytes(self, num_rows: int, num_tokens: int) -> int:
         """Returns the most that forwards take at a time: a prompt of `num_tokens`, a step of so many rows as long."""
-        chunk = min(num_tokens, PREFILL_CHUNK_TOKENS)
-        whole_prompt = num_tokens * self.token_bytes
-        later_chunk = chunk * self.token_bytes + num_tokens * (self.context_bytes + chunk * _MASK_BYTES)
         decode = num_rows * (max(self.token_bytes, self.draw_bytes) + num_tokens * _INDEX_BYTES)
         gathered = self.gathered_tokens(num_rows, num_tokens) * self.gather_bytes
-        prompt = max(whole_prompt, later_chunk)
+        prompt = self._prompt_bytes(num_tokens)
         return self.fixed_bytes + gathered + (prompt + decode if self.keeps_step else max(prompt, decode))
+
+    def chunk_tokens(self, num_tokens: int) -> int:
+        """Returns the most tokens that can run after others of a prompt of `num_tokens`, in the memory for prompts."""
+        left = self._prompt_bytes(num_tokens) - self._past_bytes(num_tokens)
+        most = min(LONE_CHUNK_TOKENS, left // max(1, self.token_bytes))
+        return max(PREFILL_CHUNK_TOKENS, most - most % PREFILL_CHUNK_TOKENS)
+
+    def _prompt_bytes(self, num_tokens: int) -> int:
+        """Returns what a prompt takes: all of it in one forward, or its last chunk after the others."""
+        chunk = min(num_tokens, PREFILL_CHUNK_TOKENS)
+        return max(num_tokens * self.token_bytes, chunk * self.token_bytes + self._past_bytes(num_tokens))
+
+    def _past_bytes(self, num_tokens: int) -> int:
+        """Returns what the context takes whose tokens ran before, seen by PREFILL_CHUNK_TOKENS at a time."""
+        return num_tokens * (self.context_bytes + min(num_tokens, PREFILL_CHUNK_TOKENS) * _MASK_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +361,10 @@ class Needs:
     def workspace_bytes(self, num_kv_blocks: int, max_running: int) -> int:
         """Returns the most that its forwards take, the buffers to gather in included."""
         return self.workspace.forward_bytes(min(max_running, num_kv_blocks), self.longest_tokens(num_kv_blocks))
+
+    def chunk_tokens(self, num_kv_blocks: int) -> int:
+        """Returns the most tokens of a prompt in a forward after others of it."""
+        return self.workspace.chunk_tokens(self.longest_tokens(num_kv_blocks))
 
     def kv_cost_bytes(self, num_kv_blocks: int, max_running: int) -> int:
         """Returns the cost of so much KV, with the working memory for requests as long as it allows."""
@@ -400,6 +421,7 @@ class Plan:
     num_routed: int
     machine: Machine
     kv_block_tokens: int = KV_BLOCK_TOKENS
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS  # of a prompt, in a forward after others of it
 
     @property
     def slot_bytes(self) -> int:
@@ -485,6 +507,7 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
         workspace_bytes=needs.workspace_bytes(num_kv_blocks, budgets.max_running),
         kernel_bytes=needs.workspace.kernel_bytes,
         gather_tokens=needs.gather_tokens(num_kv_blocks, budgets.max_running),
+        chunk_tokens=needs.chunk_tokens(num_kv_blocks),
         max_running=budgets.max_running,
         num_routed=needs.num_routed,
         machine=machine,

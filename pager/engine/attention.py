@@ -6,6 +6,7 @@ G key/value heads, D head dimension.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -20,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pager.engine.kv import KvCache, LayerAttention, layers_by_config
 from pager.errors import PagerError, UnsupportedModel
-from pager.memory import PREFILL_CHUNK_TOKENS
+from pager.memory import PADDED_TOKENS, PREFILL_CHUNK_TOKENS
 from pager.models.layout import AttentionCall, Sees, try_forward
 from pager.models.open_model import OpenModel, model_class_of
 from pager.reading import one_line
@@ -184,22 +185,34 @@ def _attend_prompt(
     num_past, num_new, window = part.num_past, query.shape[2], cache.layers[layer].window
     if part.read_1C is None and sinks_H is None and (window is None or window >= num_new):
         return _attend_tokens(query, key, value, None, scaling, None)
+    multiple = PADDED_TOKENS if query.device.type == "cpu" and attends_in(query.dtype) else 1
     outputs = []
     for start in range(num_past, num_past + num_new, PREFILL_CHUNK_TOKENS):
         end = min(start + PREFILL_CHUNK_TOKENS, num_past + num_new)
         first = 0 if window is None else max(0, start - window + 1)
+        place_C = torch.arange(first, end, device=query.device)
         if part.read_1C is not None:
-            seen = cache.gather(layer, part.read_1C[:, first:end])
+            place_C = pad(place_C, (0, -len(place_C) % multiple), value=end)  # which no query sees
+            seen = cache.gather(layer, part.read_1C[:, place_C.where(place_C < end, first)])
         else:
             seen = key[:, :, first:end], value[:, :, first:end]
         place_S1 = torch.arange(start, end, device=query.device)[:, None]
-        place_C = torch.arange(first, end, device=query.device)
         mask_SC = place_C <= place_S1
         if window is not None:
             mask_SC &= place_C > place_S1 - window
         queries = query[:, :, start - num_past : end - num_past]
         outputs.append(_attend_tokens(queries, *seen, mask_SC, scaling, sinks_H))
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+
+@functools.cache
+def attends_in(dtype: torch.dtype) -> bool:
+    """Tells whether this processor multiplies in this dtype, without which attention in it takes longer than in
+    fp32.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    units = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16",)}
+    return any(capabilities.get(unit, False) for unit in units.get(dtype, ()))
 
 
 def _attend_tokens(
@@ -212,11 +225,14 @@ def _attend_tokens(
 ) -> torch.Tensor:
     """Attends from the tokens of a prompt; causally without a mask. A GPU has each key and value once a query head.
 
-    On a CPU in fp32 whatever the dtype: in half precision torch compiles and keeps 0.7 MB for every length of prompt.
-    Its kernels there want values as wide as keys.
+    In half precision on a CPU torch compiles and keeps a kernel for every length that it meets, so lengths are padded
+    to a few; without such kernels it computes in fp32. Its kernels on a CPU want values as wide as keys.
     """
-    dtype, width, on_cpu = query.dtype, value.shape[3], query.device.type == "cpu"
-    if on_cpu:
+    dtype, width, num_new, on_cpu = query.dtype, value.shape[3], query.shape[2], query.device.type == "cpu"
+    in_half = on_cpu and sinks_H is None and key.shape[3] == width and attends_in(dtype)
+    if in_half:
+        query, key, value, mask = _padded(query, key, value, mask)
+    elif on_cpu:
         query, key, value = query.float(), key.float(), value.float()
         if key.shape[3] > width:
             value = pad(value, (0, key.shape[3] - width))
@@ -233,7 +249,21 @@ def _attend_tokens(
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, is_causal=causal, enable_gqa=is_grouped
     )
-    return out[..., :width].transpose(1, 2).to(dtype)
+    return out[:, :, :num_new, :width].transpose(1, 2).to(dtype)
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same with tokens at the end that no query of before sees, up to multiples of PADDED_TOKENS."""
+    queries, keys = (-tensor.shape[2] % PADDED_TOKENS for tensor in (query, key))
+    if queries:
+        query = pad(query, (0, 0, 0, queries))
+    if keys:
+        key, value = pad(key, (0, 0, 0, keys)), pad(value, (0, 0, 0, keys))
+    if mask is not None and (queries or keys):
+        mask = pad(mask, (0, keys, 0, queries))
+    return query, key, value, mask
 
 
 def _attend_one_token(

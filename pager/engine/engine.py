@@ -73,6 +73,8 @@ class Engine:
         self._prefill_chunk_tokens = min(
             limits.prefill_chunk_tokens, PREFILL_CHUNK_TOKENS, config.max_position_embeddings
         )
+        lone_chunk_tokens = min(limits.lone_chunk_tokens, paged.plan.chunk_tokens)
+        self._lone_chunk_tokens = max(self._prefill_chunk_tokens, lone_chunk_tokens)
         self._sink = sink
         self._observer = observer or EngineObserver()
         self._blocks = BlockPool(paged.plan.num_kv_blocks)
@@ -577,7 +579,8 @@ class Engine:
         """
         decoding = bool(self._able()) if requests else False
         parts: list[tuple[Request, int]] = []
-        room = min(self._prefill_chunk_tokens, most_tokens or self._prefill_chunk_tokens)
+        room = self._lone_chunk_tokens if self._is_alone else self._prefill_chunk_tokens
+        room = min(room, most_tokens or room)
         for request in sorted(requests, key=self._is_guaranteed_nothing):
             if not parts and self._is_guaranteed_nothing(request) and self._paged.pager.is_any_guaranteed:
                 room = min(room, BESIDE_GUARANTEED_TOKENS)
@@ -595,6 +598,11 @@ class Engine:
 
     def _is_guaranteed_nothing(self, request: Request) -> bool:
         return self._account_of(request) == COMMON
+
+    @property
+    def _is_alone(self) -> bool:
+        """Tells whether a single prompt is all that there is to run."""
+        return len(self._prefilling) == 1 and not (self._running or self._joining or len(self._line))
 
     def _tokens_to_run(self, request: Request, room: int) -> int:
         """Returns how many tokens of its prompt run next: all that are left, or as many as there is `room` for in a

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from pager.errors import PagerError
-from pager.memory import PREFILL_CHUNK_TOKENS
+from pager.memory import LONE_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS
 from pager.types import Account, TokenChunk, Usage
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 class EngineLimits:
     """The bounds of one engine, except for KV memory, which is in the plan.
 
-    The plan's `max_running` and PREFILL_CHUNK_TOKENS apply where they are lower: working memory is planned for them.
+    The plan's `max_running` and `chunk_tokens`, and PREFILL_CHUNK_TOKENS, apply where they are lower: working memory is
+    planned for them.
     """
 
     max_running: int = 32  # requests that hold KV and slots at a time
@@ -25,6 +26,7 @@ class EngineLimits:
     # Tokens of a forward of prompts. A prompt whose pool is fixed runs in parts, so that decoding continues in
     # between.
     prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    lone_chunk_tokens: int = LONE_CHUNK_TOKENS  # the same while one prompt is all that there is to run
     prefix_cache: bool = True  # keys and values of a common prefix are computed once
     share_prefixes: bool = False  # also between tenants
 

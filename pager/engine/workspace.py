@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pager.engine import KERNEL_CACHES
-from pager.engine.attention import SINK_WIDTH
+from pager.engine.attention import SINK_WIDTH, attends_in
 from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES, SUMMED_BYTES
 from pager.engine.kv import LayerAttention
 from pager.engine.sampler import DRAWN_ROWS
@@ -113,6 +113,7 @@ class _Shapes:
         self.is_grouped = any(each.num_query_heads != each.num_kv_heads for each in layers)
         self.is_latent = any(each.key_dim != each.value_dim for each in layers)
         self.has_sinks = any(each.has_sinks for each in layers)
+        self.in_half = attends_in(opened.dtype) and not (self.has_sinks or self.is_latent)
         self.expert = opened.family.shape
         self.record = opened.record
         self.expert_bytes = opened.expert_bytes
@@ -133,13 +134,13 @@ class _Shapes:
         return (self.keys + self.values) * self.item
 
     def context_bytes(self) -> int:
-        """The same as a prompt's attention wants it: in fp32 on a CPU, where values are as wide as keys, repeated for
-        its queries on a GPU; and what sinks make of it.
+        """The same as a prompt's attention wants it: on a CPU packed, or in fp32, where values are as wide as keys;
+        repeated for its queries on a GPU; and what sinks make of it.
         """
         item = FP32 if self.on_cpu else self.item
         copies = 2 * self.keys * item * self.has_sinks * (1 + SINK_WIDTH / self.head_dim)
         if self.on_cpu:
-            copies += (self.keys + self.values) * FP32 if self.item < FP32 else 0
+            copies += (self.keys + self.values) * (self.item if self.in_half else FP32) if self.item < FP32 else 0
             copies += self.keys * FP32 if self.is_latent else 0
         elif self.is_grouped:
             copies += 2 * self.queries * item

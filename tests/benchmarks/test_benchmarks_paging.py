@@ -30,10 +30,11 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_prefill_reads_each_expert_once_however_few_slots_there_are(micro: Path) -> None:
-    """Status 0 says so: the program ends with 1 where anything was read twice."""
-    shown = run("prefill", micro, "--quick")
+def test_a_prefill_reads_each_expert_once_however_few_slots_there_are(micro: Path, tmp_path: Path) -> None:
+    """Status 0 says so: the program ends with 1 where anything was read twice. Prompts are timed after that."""
+    shown = run("prefill", micro, "--quick", "--work", tmp_path)
     assert shown.count("1.000-1.000") == 6
+    assert "Prefill, emo-micro-2-layers-context-560" in shown
 
 
 def test_policies_are_ranked(micro: Path) -> None:

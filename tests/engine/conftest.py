@@ -117,6 +117,8 @@ def drivers() -> Iterator[Callable[..., Driver]]:
     ) -> Driver:
         budgets = Budgets(expert_memory=num_slots * EXPERT_BYTES, kv_memory=kv_memory)
         opened.append(load_paged_model(path, dtype=torch.float32, budgets=budgets))
+        if "prefill_chunk_tokens" in limits:  # of prompts that are alone, too
+            limits.setdefault("lone_chunk_tokens", limits["prefill_chunk_tokens"])
         return Driver(opened[-1], EngineLimits(**limits), observer, tokenizer)
 
     yield make

@@ -84,7 +84,7 @@ def run(driver: Driver, asked: Sequence[Sequence[int]], pool: PoolPolicy) -> lis
 def test_each_request_alone_and_in_company_is_plain_transformers(name: str, tmp_path: Path) -> None:
     model = saved_family(name, tmp_path)
     expected = [plain_logprobs(model, prompt) for prompt in prompts()]
-    with driver_of(tmp_path, "50%", prefill_chunk_tokens=16) as driver:
+    with driver_of(tmp_path, "50%", prefill_chunk_tokens=16, lone_chunk_tokens=16) as driver:
         together = run(driver, prompts(), EXACT)
         alone = [run(driver, [prompt], EXACT)[0] for prompt in prompts()]
         for request_id, (tokens, numbers) in zip([*together, *alone], [*expected, *expected], strict=True):

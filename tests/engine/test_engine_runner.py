@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -226,3 +228,46 @@ def test_one_token_in_half_precision_attends_as_in_double(monkeypatch: pytest.Mo
     scores = query.double().view(3, 2, 2, 8) @ key.double().transpose(2, 3) * 0.5 + mask.double()
     expected = (scores.softmax(-1) @ value.double()).reshape(3, 1, 4, 8)
     assert torch.equal(found, expected.bfloat16())
+
+
+@pytest.mark.parametrize("num_past", [0, 48, 200])
+@pytest.mark.parametrize("num_new", [1, 37, 64, 130])
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_prompt_in_half_precision_attends_in_a_few_lengths_as_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, num_past: int, num_new: int, window: int | None
+) -> None:
+    lengths: set[int] = set()
+
+    def noted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        if query.dtype == torch.bfloat16:
+            lengths.update((query.shape[2], key.shape[2], value.shape[2]))
+        return scaled_dot_product_attention(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
+    found = []
+    for in_half in (False, True):
+        monkeypatch.setattr(attention, "attends_in", lambda dtype, now=in_half: now and dtype == torch.bfloat16)
+        found.append(attended_prompt(num_past, num_new, window))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
+    assert lengths
+    assert all(length % 64 == 0 for length in lengths)
+
+
+def attended_prompt(num_past: int, num_new: int, window: int | None) -> torch.Tensor:
+    """What the last tokens of a prompt attend to in bf16, by a layer whose other slots hold nothing that is finite."""
+    generator = torch.Generator().manual_seed(0)
+    config = MixtralConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2)
+    layers = tuple(replace(each, window=window) for each in layers_by_config(config))
+    cache = KvCache(layers, 32, torch.bfloat16, torch.device("cpu"), gather_tokens=256 if num_new < 60 else 384)
+    slots_C = torch.randperm(512, generator=generator)[: num_past + num_new]
+    for held in (*cache.k, *cache.v):
+        held.fill_(torch.nan)
+        held[slots_C] = torch.randn(len(slots_C), *held.shape[1:], generator=generator).bfloat16()
+    query = torch.randn(1, 6, num_new, 32, generator=generator).bfloat16()
+    key, value = torch.randn(2, 1, 2, num_new, 32, generator=generator).bfloat16()
+    prompt = attention.PromptStep(0, num_new, num_past, slots_C[None] if num_past else None)
+    layer = torch.nn.Module()
+    object.__setattr__(layer, "layer_idx", 0)
+    step = attention.KvStep(cache, slots_C[num_past:], prompts=[prompt])
+    output, _ = attention.attend(layer, query, key, value, None, kv_step=step)
+    return output

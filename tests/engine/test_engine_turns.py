@@ -112,6 +112,22 @@ def test_who_comes_while_others_decode_waits_for_that_forward_alone(
     driver.finish()
 
 
+def test_a_prompt_that_is_alone_runs_in_larger_parts(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, forwards: list[list[int]]
+) -> None:
+    policy = PoolPolicy(fixed=random_pool(1))
+    requests = [(random_prompt(1, 70), policy), (random_prompt(2, 5), policy)]
+    expected = alone(make_driver(prefill_chunk_tokens=16), requests)
+    driver = make_driver(prefill_chunk_tokens=16, lone_chunk_tokens=32)
+    forwards.clear()
+    first = driver.submit(requests[0][0], policy, max_tokens=6)
+    driver.engine.step()
+    second = driver.submit(requests[1][0], policy, max_tokens=6)
+    driver.finish()
+    assert forwards == [[32], [16], [16], [6, 5]]
+    assert [driver.tokens(first), driver.tokens(second)] == expected
+
+
 def test_exact_prompts_do_not_run_with_those_that_hold_their_experts(
     make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, forwards: list[list[int]]
 ) -> None:

@@ -123,10 +123,20 @@ def test_working_memory_is_for_the_longest_prompt_and_the_fullest_step() -> None
     assert Workspace(draw_bytes=30000).forward_bytes(64, 100) == 64 * (30000 + 100 * 32)  # every row draws
     beside = Workspace(token_bytes=10**6, keeps_step=True)
     assert beside.forward_bytes(4, 500) == 500 * 10**6 + 500 * 500 * 5 + 4 * (10**6 + 500 * 32)  # with a graph's step
-    gathered = Workspace(gather_bytes=10**6)  # contexts of 16384 tokens at a time, or a longer one
-    for rows, tokens, at_a_time in ((2, 100, 200), (64, 1024, 16384), (8, 20000, 20000)):
+    gathered = Workspace(gather_bytes=10**6)  # contexts of 16384 tokens at a time, or a longer one padded
+    for rows, tokens, at_a_time in ((2, 100, 200), (64, 1024, 16384), (8, 20000, 20032)):
         bare = Workspace().forward_bytes(rows, tokens)
         assert gathered.forward_bytes(rows, tokens) == bare + at_a_time * 10**6
+
+
+def test_a_lone_prompt_runs_in_chunks_as_large_as_the_memory_for_prompts_allows() -> None:
+    workspace = Workspace(token_bytes=10**6, context_bytes=10)
+    assert workspace.chunk_tokens(16384) == 2048
+    tight = Workspace(token_bytes=10**4, context_bytes=2000)  # what 2,000 tokens take leaves room for 1,088 of 10 kB
+    assert tight.chunk_tokens(2000) == 1024
+    assert Workspace(token_bytes=10, context_bytes=10**4).chunk_tokens(2000) == 512  # as much as there always is for
+    planned = plan(needs(), Budgets(kv_memory="4MiB"), machine(128 * MIB))
+    assert planned.chunk_tokens == needs().chunk_tokens(planned.num_kv_blocks)
 
 
 def test_working_memory_is_in_the_plan_and_comes_out_of_the_slots() -> None:

@@ -116,7 +116,7 @@ def table(
 ) -> Table:
     rows = []
     for num_domains, num_each in mixes:
-        goal = MIXES.get((num_domains, num_each), math.nan)
+        goal = str(MIXES.get((num_domains, num_each), "-"))
         by_domain = domains_of(model, num_domains, num_each * (num_rounds + 1), PROMPT_TOKENS, corpus)
         # No prompt twice: its keys and values would still be there.
         waves = [
@@ -358,12 +358,12 @@ def _next_wave(client: Client, waves: Iterator[list[list[int]]], num_tokens: int
     return client.wave(next(waves), num_tokens, pool)
 
 
-def _row(mix: str, found: dict[str, list[Wave]], goal: float) -> tuple[str, ...]:
+def _row(mix: str, found: dict[str, list[Wave]], goal: str) -> tuple[str, ...]:
     small, whole = (found[memory] for memory in MEMORIES)
     rates = [[wave.tokens_per_s for wave in waves] for waves in (small, whole)]
     paged_mib = statistics.median(wave.bytes_paged for wave in small) / 2**20
     firsts = [" / ".join(f"{value:.0f}" for value in first_tokens_ms(waves)) for waves in (small, whole)]
-    figures = (figure(rates[0], 0), figure(rates[1], 0), ratio(rates[0], rates[1]), f"{goal}", f"{paged_mib:.1f}")
+    figures = (figure(rates[0], 0), figure(rates[1], 0), ratio(rates[0], rates[1]), goal, f"{paged_mib:.1f}")
     return (mix, *figures, *firsts)
 
 

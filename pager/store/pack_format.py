@@ -66,7 +66,7 @@ class RecordFormat:
     def of(cls, kind: str, scales: torch.dtype) -> RecordFormat:
         """The format of this machine. Raises ConfigError for a kind that is none."""
         if kind not in KINDS:
-            raise ConfigError(f"experts cannot be packed as {kind!r}; use {', '.join(KINDS)}")
+            raise ConfigError(f"experts cannot be packed as {kind!r}; use {' or '.join(KINDS)}")
         if scales not in PLAIN_FLOATS or scales == torch.float64:
             raise ConfigError(f"experts cannot be multiplied in {scales}; use float32, bfloat16 or float16")
         own = (layout_here(), torch.backends.cpu.get_cpu_capability()) if kind == "int4" else ("", "")

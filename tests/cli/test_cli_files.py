@@ -131,7 +131,7 @@ def test_inspect_says_that_weights_are_not_what_the_config_calls_them(run: Run, 
 def test_a_kind_of_experts_that_there_is_not(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     done = run("pack", checkpoint, tmp_path / "packed", "--experts", "int3")
     assert done.returncode == 1
-    assert "experts cannot be packed as 'int3'; use int8 or int4" in done.stderr
+    assert "experts cannot be packed as 'int3'; use int8 or int4 or fp8" in done.stderr
 
 
 def test_the_families_that_inspect_calls_tested_are() -> None:

@@ -103,20 +103,31 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 MEASURE = """
     import sys
+    import threading
     import torch
     from pager.engine.library import load_model
     from pager.predict.trunk import TrunkPredictor
 
-    def memory(field):
+    def memory():  # without mapped files, which are the system's
         lines = open("/proc/self/status").read().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+
+    def sample():
+        while not done.wait(0.002):
+            taken.append(memory())
 
     path, ids = sys.argv[1], torch.arange(2, 66)[None]
     for dtype in (torch.float32, torch.bfloat16):  # what the kernels set up for themselves is not ours
         torch.mm(torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
-    before = memory("VmRSS")
-    {run}
-    print(memory("VmHWM") - before)
+    taken, done = [memory()], threading.Event()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        {run}
+    finally:
+        done.set()
+        sampler.join()
+    print(max(*taken, memory()) - taken[0])
 """
 
 

@@ -147,7 +147,6 @@ def print_summary(answers: Sequence[AnswerCost]) -> None:
             str(answer.pool.num_experts),
             f"{answer.pool.covered_mass or 0.0:.0%}",
             f"{answer.hit_rate:.0%}",
-            f"{answer.usage.predicted_recall or 0.0:.0%}",
             format_bytes(answer.usage.paging.bytes_paged),
             f"{answer.usage.time_to_first_token_s * 1000:.0f} ms",
             str(answer.usage.completion_tokens),
@@ -155,11 +154,10 @@ def print_summary(answers: Sequence[AnswerCost]) -> None:
         for answer in answers
     ]
     out.print()
-    columns = ("domain", "pool", "experts", "mass", "hits", "recall", "paged", "1st token", "tokens")
+    columns = ("domain", "pool", "experts", "mass", "hits", "paged", "1st token", "tokens")
     print_table("six prompts, one service, room for a part of the experts", columns, rows)
     out.print(
-        "mass: gate probability inside the pool; hits: experts in memory when the prefill asked for them;\n"
-        "recall: the part of the pool that the routing-only pass had predicted, so that it was paged early",
+        "mass: gate probability inside the pool; hits: experts of the pool that were in memory when the request came",
         style="dim", markup=False,
     )  # fmt: skip
 

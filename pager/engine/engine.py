@@ -104,9 +104,7 @@ class Engine:
         self._soonest_deadline_s = math.inf
         self._next_admission_s = 0.0
         self._room_at_refusal: tuple[int, int, int, int] | None = None  # None where something else has changed since
-        self._in_forward: Sequence[
-            Request
-        ] = ()  # in a forward that may take long: nothing that they hold is given back
+        self._in_forward: Sequence[Request] = ()  # in a long forward: nothing that they hold is given back
         self._may_interrupt = False  # the current forward is that one, and not a short one that runs while it waits
         self._is_stepping = False
         self._guaranteed_came = False  # a request of a tenant that is guaranteed slots, which has not been looked at
@@ -289,7 +287,7 @@ class Engine:
                 self._watched.append(request)
             self._tenants.arrived(request.asked.tenant, request.asked.weight)
             request.place = len(self._line)
-            self._guaranteed_came |= not self._is_guaranteed_nothing(request)
+            self._guaranteed_came |= self._has_guarantee(request)
             self._admit_soon()
 
     def _end_overdue(self, now_s: float) -> None:
@@ -346,7 +344,7 @@ class Engine:
             return
         self._guaranteed_came = self._may_serve_within = False
         self._admit(now_s)
-        own = [request for request in self._prefilling if not self._is_guaranteed_nothing(request)]
+        own = [request for request in self._prefilling if self._has_guarantee(request)]
         known = [request for request in own if request.group is not None and request not in self._in_forward]
         self._prefill([request for request in known if request.is_paged_in(self._paged)], WITHIN_FORWARD_TOKENS)
         self._deliver()
@@ -470,7 +468,7 @@ class Engine:
                 is_full = self._num_rows + request.num_rows > self._max_running
                 if not is_full and self._may_fit(request) and request.acquire(self._paged, self._blocks):
                     self._let_in(request, now_s)
-                    if not self._is_guaranteed_nothing(request) and request.is_paged_in(self._paged):
+                    if self._has_guarantee(request) and request.is_paged_in(self._paged):
                         return refused, False
                 else:
                     refused.append(request)
@@ -581,8 +579,8 @@ class Engine:
         parts: list[tuple[Request, int]] = []
         room = self._lone_chunk_tokens if self._is_alone else self._prefill_chunk_tokens
         room = min(room, most_tokens or room)
-        for request in sorted(requests, key=self._is_guaranteed_nothing):
-            if not parts and self._is_guaranteed_nothing(request) and self._paged.pager.is_any_guaranteed:
+        for request in sorted(requests, key=self._has_guarantee, reverse=True):
+            if not (parts or self._has_guarantee(request)) and self._paged.pager.is_any_guaranteed:
                 room = min(room, BESIDE_GUARANTEED_TOKENS)
             with self._on_behalf_of(request, "its prefill failed"):
                 waits_alike = bool(parts) and request.shares_pool(parts[0][0])
@@ -596,8 +594,9 @@ class Engine:
         if parts:
             self._run_prompts(parts)
 
-    def _is_guaranteed_nothing(self, request: Request) -> bool:
-        return self._account_of(request) == COMMON
+    def _has_guarantee(self, request: Request) -> bool:
+        """Tells whether the request's tenant is guaranteed slots."""
+        return self._account_of(request) != COMMON
 
     @property
     def _is_alone(self) -> bool:

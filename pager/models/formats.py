@@ -119,14 +119,16 @@ def _quantiser(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -
     """Returns what decodes the weights of a checkpoint. Raises UnsupportedModel for a kind of the method that is not
     decoded, and what each method raises for its fields.
     """
-    method = config.get("quant_method")
-    if method in _VARIANTS and not (method == "compressed-tensors" and NVFP4 not in _formats_within(config)):
+    method, is_compressed = config.get("quant_method"), config.get("quant_method") == "compressed-tensors"
+    if is_compressed and not _formats_within(config) <= {"pack-quantized", NVFP4, None}:
+        raise _refused(checkpoint, config, tensor)
+    if method in _VARIANTS and not (is_compressed and NVFP4 not in _formats_within(config)):
         parts = _VARIANTS[method](config)
         if parts is None:
             raise _refused(checkpoint, config, tensor)
         return InParts(parts)
     read = AutoHfQuantizer.from_config({**config, "dequantize": True}, pre_quantized=True)
-    if method == "compressed-tensors":
+    if is_compressed:
         read.validate_environment()  # which chooses how it reads; those of others ask for more than reading takes
     return read
 

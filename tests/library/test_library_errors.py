@@ -128,6 +128,11 @@ class TestCheckpoints:
             ),
             ("trellis", {"quant_method": "exl3", "bits": 3.5}, r"quantised by 'exl3' to 3.5 bits"),
             ("weight_scale", {"quant_method": "fbgemm_fp8"}, "quantised by 'fbgemm_fp8' "),
+            (
+                "weight_scale",
+                {"quant_method": "compressed-tensors", "format": "int-quantized"},
+                "quantised by 'compressed-tensors' \\('int-quantized'\\) ",
+            ),
             ("weight_packed", {}, "quantised by 'a method that its config does not name' "),
         ],
     )

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -133,8 +134,12 @@ async def _workers(address: str) -> list[str]:
 async def _replayed(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:
     random = np.random.default_rng(3)
     outcome = Outcome(SERVICE, NUM_WORKERS)
-    async with AsyncClient(address, timeout_s=300) as client:
-        vocabulary = (await client.model()).vocab_size
+    async with AsyncExitStack() as stack:
+        clients = {  # the order of admission depends on whose requests they are
+            tenant: await stack.enter_async_context(AsyncClient(address, tenant=tenant, timeout_s=300))
+            for tenant in sorted({each.tenant for each in arrivals})
+        }
+        vocabulary = (await clients[arrivals[0].tenant].model()).vocab_size
         prompts = [tuple(map(int, random.integers(0, vocabulary - 4, each.prompt_tokens))) for each in arrivals]
         began_s = outcome.began_s = time.perf_counter() + 0.1
 
@@ -143,7 +148,8 @@ async def _replayed(address: str, arrivals: Sequence[Arrival], pools: Mapping[st
             sent_s, first_s = time.perf_counter(), 0.0
             sampling = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
             try:
-                async for chunk in client.generate(prompt, sampling, PoolAsk(fixed=pools[arrival.pool])):
+                answer = clients[arrival.tenant].generate(prompt, sampling, PoolAsk(fixed=pools[arrival.pool]))
+                async for chunk in answer:
                     first_s = first_s or time.perf_counter()
                     outcome.num_tokens += len(chunk.token_ids)
                     if chunk.usage is not None:

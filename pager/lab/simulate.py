@@ -19,6 +19,7 @@ import numpy as np
 
 from pager.cache.index import DEFAULT_POLICY, CacheIndex, make_policy
 from pager.cluster.placement import place
+from pager.engine.scheduler import LineClock
 from pager.engine.turns import Experts, Spent, TenantCounters, WaitingLine, Want, as_bits, by_overlap
 from pager.types import ExpertKey, ExpertPool
 
@@ -106,7 +107,9 @@ class _Request:
         "decoded_before",
         "first_s",
         "number",
+        "place",
         "pool",
+        "sent_s",
         "spent",
         "spent_s",
         "want",
@@ -118,7 +121,8 @@ class _Request:
         self.arrival = arrival
         self.pool = pool
         self.want = Want(len(pool.listed), arrival.prompt_tokens + arrival.output_tokens, pool.bits)
-        self.admitted_s = self.first_s = self.spent_s = math.nan
+        self.admitted_s = self.first_s = self.sent_s = self.spent_s = math.nan
+        self.place = 0  # in its worker's line when it joined, the first being 1
         self.decoded_before = 0  # steps of its worker before its first decode step
         self.spent = Spent()
         self.was_lost = False
@@ -158,7 +162,6 @@ class Outcome:
 class _Worker:
     """One worker: its line, its slots, and the stretch of steps that it is in. A `Candidate` of placement."""
 
-    place_s = None
     peak_page_in_bytes_per_s = None
 
     def __init__(self, id_: str, costs: Costs, rules: Rules, width: int) -> None:
@@ -170,7 +173,9 @@ class _Worker:
         self.state = "ready"
         self.num_slots = costs.num_slots
         self.page_in_bytes_per_s = costs.page_bytes_per_s
-        self.waiting = self.running = 0  # as last reported
+        self.waiting = self.running = 0  # these four as last reported
+        self.place_s: float | None = None
+        self.reported: Experts = 0
         self.bytes_paged = 0
         self.neighbours: Sequence[_Worker] = ()  # on the same machine
         self.begin()
@@ -178,6 +183,7 @@ class _Worker:
     def begin(self) -> None:
         """Begins with nothing loaded and nobody in line."""
         self.line: WaitingLine[_Request] = WaitingLine(MAX_OVERTAKES)
+        self.clock = LineClock()
         self.tenants = TenantCounters()
         self.index = CacheIndex(self.costs.num_slots, make_policy(DEFAULT_POLICY))
         self.resident: Experts = 0
@@ -203,7 +209,13 @@ class _Worker:
 
     def missing_bytes(self, pool: ExpertPool) -> int:
         assert isinstance(pool, NamedExperts)
-        return (pool.bits & ~self.resident).bit_count() * self.costs.expert_bytes
+        return (pool.bits & ~self.reported).bit_count() * self.costs.expert_bytes
+
+    def report(self) -> None:
+        """Reports to the router, which knows no more of the worker until the next report."""
+        self.waiting, self.running = len(self.line), len(self.prefilling) + len(self.decoding)
+        self.place_s = self.clock.place_s if len(self.line) else None
+        self.reported = self.resident
 
     # Slots.
 
@@ -293,6 +305,7 @@ class _Worker:
                 self.line.admit(request, request.pool.bits)
                 self.tenants.admitted(request.arrival.tenant)
                 self.prefilling.append(request)
+                self.clock.admitted(request.place, now_s - request.sent_s)
                 request.admitted_s = request.spent_s = now_s
             if is_full or len(refused) == (ADMISSION_TRIES if self.is_fair else 1):
                 break
@@ -343,7 +356,10 @@ class _Worker:
         return self.costs.alone + (1 - self.costs.alone) * busy
 
     def arrive(self, request: _Request, now_s: float) -> None:
+        if not len(self.line):
+            self.clock.forget()
         self.line.add(request)
+        request.place, request.sent_s = len(self.line), now_s
         self.tenants.arrived(request.arrival.tenant)
         if self.stretch is None:
             self.due_s = min(self.due_s, now_s)
@@ -540,8 +556,7 @@ class Simulation:
 
     def report(self) -> None:
         for worker in self.workers:
-            worker.waiting = len(worker.line)
-            worker.running = len(worker.prefilling) + len(worker.decoding)
+            worker.report()
 
     def expect(self, worker: _Worker) -> None:
         if worker.due_s < math.inf:

@@ -307,7 +307,7 @@ class Measuring:
         short: list[_Answer] = []
         long: list[_Answer] = []
         gaps: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
-        router_s, alone, waning = [], [], []
+        router_s, alone, changes_s = [], [], []
         for _ in range(self.ROUNDS):
             for answers, num_tokens in ((short, self.SHORT), (long, self.LONG)):
                 answers += [*await self._wave(own, 4, num_tokens), *await self._wave(own, 4, num_tokens)]
@@ -318,10 +318,12 @@ class Measuring:
             alone.append(_gap(await self._wave(own[:1] * busiest, self.TOKENS, self.SHORT)) / gaps[busiest, 1][-1])
             rows = min(12, busiest)
             lengths = [self.TOKENS // 2 + 2 * number for number in range(rows) for _ in own]
-            waning.append(_waning(await self._wave(own * rows, lengths, self.SHORT), len(own)))
+            waning_s = _waning(await self._wave(own * rows, lengths, self.SHORT), len(own))
+            of_one_pool = {shape[0]: found[-1] for shape, found in gaps.items() if shape[1] == 1}
+            unchanged_s = _unchanged(of_one_pool, rows)
+            changes_s.append((waning_s - unchanged_s) / max(1, rows - 1))
         token_s = max(0.0, (_at_worker(long) - _at_worker(short)) / (self.LONG - self.SHORT))
         step_s, row_s, pool_s = _plane({shape: statistics.median(found) for shape, found in gaps.items()})
-        unchanged_s = sum(2 * (step_s + (left - 1) * row_s) for left in range(1, rows))
         return Costs(
             step_s=step_s,
             row_s=row_s,
@@ -331,7 +333,7 @@ class Measuring:
             page_bytes_per_s=await self._page_in_rate(statistics.median(each.first_s for each in short)),
             request_s=max(1e-6, statistics.median(each.way_s for each in short)),
             router_s=max(0.0, statistics.median(router_s)),
-            change_s=max(0.0, (statistics.median(waning) - unchanged_s) / max(1, rows - 1)),
+            change_s=max(0.0, statistics.median(changes_s)),
             workers_per_machine=len(workers),
             alone=min(1.0, statistics.median(alone)),
             expert_bytes=max(worker.expert_bytes for worker in workers),
@@ -414,6 +416,13 @@ def _waning(answers: Sequence[_Answer], num_workers: int) -> float:
     """Returns the time from the first end to the last one at a worker whose answers end one after the other."""
     ends_s = [answer.token_s[-1] for answer in answers]
     return statistics.median(max(own) - min(own) for own in (ends_s[n::num_workers] for n in range(num_workers)))
+
+
+def _unchanged(gap_s: Mapping[int, float], rows: int) -> float:
+    """Returns the time of two steps each of `rows` - 1 rows down to one, from the times of steps of some numbers of
+    rows.
+    """
+    return 2 * float(np.interp(range(1, rows), sorted(gap_s), [gap_s[each] for each in sorted(gap_s)]).sum())
 
 
 def _plane(gaps: Mapping[tuple[int, int], float]) -> tuple[float, float, float]:

@@ -83,6 +83,19 @@ def test_the_first_step_after_rows_have_come_or_gone_takes_longer() -> None:
         assert ended_s(0.1, *arrivals) == pytest.approx(ended_s(0.0, *arrivals) + 0.1 * changes)
 
 
+def test_a_router_knows_of_a_worker_what_it_last_reported() -> None:
+    simulation = Simulation(POOLS, replace(COSTS, max_running=1), 1)
+    (worker,), pool = simulation.workers, simulation.pools["c00"]
+    simulation.run([one()])
+    assert worker.resident == pool.bits
+    assert worker.missing_bytes(pool) == 16 * COSTS.expert_bytes, "it reported before it loaded any"
+    simulation.report()
+    assert (worker.missing_bytes(pool), worker.place_s) == (0, None), "nobody is in line"
+    simulation.run([one(10.0 + at_s, output=1000) for at_s in (0, 0, 0, 6)])
+    assert (worker.waiting, worker.running) == (1, 1), "of three that take four seconds each, after six"
+    assert worker.place_s == pytest.approx(1.0, abs=0.05), "the second in line waited four, the first not at all"
+
+
 def test_workers_of_one_machine_slow_each_other_down() -> None:
     """One works alone for as long as the other, whose answer is shorter, has nothing to do."""
 

@@ -118,7 +118,7 @@ def _together(outcomes: Sequence[Outcome]) -> Outcome:
 
 def _truth(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:
     """What the service made of the same requests."""
-    return asyncio.run(_replayed(address, arrivals, pools))
+    return asyncio.run(replayed(address, arrivals, pools))
 
 
 async def _workers(address: str) -> list[str]:
@@ -131,7 +131,7 @@ async def _workers(address: str) -> list[str]:
             await asyncio.sleep(0.5)
 
 
-async def _replayed(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:
+async def replayed(address: str, arrivals: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> Outcome:
     random = np.random.default_rng(3)
     outcome = Outcome(SERVICE, NUM_WORKERS)
     async with AsyncExitStack() as stack:

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.simulator import replayed
 from pager.client import AsyncClient
 from pager.cluster.placement import WorkerView, check_deadline, place
 from pager.errors import ConfigError, DeadlineExceeded, NotReady
+from pager.lab.simulate import Arrival
 from pager.lab.traffic import Measuring, Pools
 from pager.types import ExpertPool
 from tests.router_service.conftest import FACTS
@@ -162,3 +164,14 @@ async def test_what_work_costs_is_measured_at_a_running_service(
     async with serve(cluster) as service, AsyncClient(f"127.0.0.1:{service.server.port}") as client:
         with pytest.raises(ConfigError, match="no worker is ready"):
             await ShortMeasuring(client, Pools(FACTS, (0, 3, 3), {})).run()
+
+
+async def test_what_a_forecast_is_compared_with_is_of_the_same_tenants(
+    serve: Callable[..., Any], make_cluster: Callable[..., Any]
+) -> None:
+    arrivals = [Arrival(0.0, tenant, "pool", prompt_tokens=4, output_tokens=2) for tenant in ("a", "b", "a")]
+    cluster = make_cluster()
+    async with serve(cluster) as service:
+        outcome = await replayed(f"127.0.0.1:{service.server.port}", arrivals, {"pool": POOL})
+    assert outcome.num_failed == 0
+    assert Counter(request.tenant for _, request in cluster.received) == {"a": 2, "b": 1}

@@ -63,8 +63,8 @@ def _table(load: Load) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "direct (no socket)": asyncio.run(direct(load)),
-            "gRPC over TCP": asyncio.run(through(load, "127.0.0.1:0")),
-            "gRPC over a unix socket": asyncio.run(through(load, f"unix:{folder}/worker.sock")),
+            "TCP": asyncio.run(through(load, "127.0.0.1:0")),
+            "a unix socket": asyncio.run(through(load, f"unix:{folder}/worker.sock")),
         }
     base = statistics.median(ways["direct (no socket)"])
     rows = [

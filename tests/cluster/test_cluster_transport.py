@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import gc
 import logging
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-import grpc.aio
 import pytest
 from expert_pager.v1 import worker_pb2 as pb
 
-from pager.cluster.tokens import MAX_COMMAND_BYTES, TOKEN_HEADER, TokenServer, WorkerLink
+from pager.cluster.tokens import MAX_COMMAND_BYTES, TokenServer, WorkerLink, frame, read_frame
 from pager.engine.scheduler import RequestBounds
 from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
@@ -174,33 +175,73 @@ async def test_a_wrong_token_is_refused(transport: Transport) -> None:
         await transport.link(token="guess")
 
 
-async def call(transport: Transport, message: bytes, *, token: str, compression: grpc.Compression | None = None) -> str:
-    """Abort with any bytes as its message: the status it ends with."""
-    options = [("grpc.max_send_message_length", -1)]
-    async with grpc.aio.insecure_channel(transport.address, options, compression=compression) as channel:
-        abort = channel.unary_unary(f"/{pb.DESCRIPTOR.services_by_name['Worker'].full_name}/Abort", None, None)
-        try:
-            await abort(message, metadata=((TOKEN_HEADER, token),), timeout=60)
-        except grpc.aio.AioRpcError as error:
-            return error.code().name
-        return "OK"
+@contextlib.asynccontextmanager
+async def connection(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that has said nothing yet."""
+    if address.startswith("unix:"):
+        reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    else:
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
 
 
-async def test_nothing_of_a_call_without_the_token_is_read(transport: Transport) -> None:
-    """Bytes that are no message would fail as such, and more than is allowed as too many."""
-    for message in (b"\xff" * 100, b"\xff" * (MAX_COMMAND_BYTES + 1), b""):
-        assert await call(transport, message, token="guess") == "UNAUTHENTICATED"
-    assert await call(transport, b"\xff" * 100, token=TOKEN) == "UNKNOWN"
+async def push_of(reader: asyncio.StreamReader) -> pb.Push | None:
+    received = await read_frame(reader)
+    return None if received is None else pb.Push.FromString(received)
 
 
-@pytest.mark.parametrize("token", [TOKEN, "guess"])
-async def test_what_is_compressed_is_refused_however_small(transport: Transport, token: str) -> None:
-    for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate):
-        assert await call(transport, b"\n\x40" + b"a" * 64, token=token, compression=compression) == "UNIMPLEMENTED"
+async def test_nothing_of_a_connection_without_the_token_is_read(transport: Transport) -> None:
+    command = frame(pb.Command(submit=pb.Submit(request_id="a", tenant="t")))
+    for first in (frame(b"guess"), frame(b""), frame(b"\xff" * 200)):
+        async with connection(transport.address) as (reader, writer):
+            writer.write(first + command)
+            push = await push_of(reader)
+            assert push is None or "own routers" in push.refusal  # the system may drop it when the connection ends
+            assert await push_of(reader) is None
+    async with connection(transport.address) as (reader, writer):
+        writer.write((1 << 31).to_bytes(4, "big") + TOKEN.encode())  # a frame that would take 2 GiB
+        push = await push_of(reader)
+        assert push is None or "own routers" in push.refusal
+    assert not transport.engine.open
+    assert transport.loads == []
+
+
+async def test_a_connection_that_does_not_introduce_itself_is_ended(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pager.cluster.tokens.INTRODUCTION_TIMEOUT_S", 0.05)
+    async with connection(transport.address) as (reader, writer):
+        writer.write(frame(TOKEN.encode())[:-1])
+        push = await push_of(reader)
+        assert push is not None
+        assert "own routers" in push.refusal
+        assert await push_of(reader) is None
+
+
+@pytest.mark.parametrize("bad", [b"\xff" * 100, b"\xff" * (MAX_COMMAND_BYTES + 1)])
+async def test_what_is_no_command_ends_its_own_stream_only(transport: Transport, bad: bytes) -> None:
+    link = await transport.link()
+    other = asyncio.create_task(collect(link.generate(request("a"))))
+    await eventually(lambda: transport.engine.runs("a"))
+    async with connection(transport.address) as (reader, writer):
+        writer.write(frame(TOKEN.encode()) + frame(pb.Command(submit=pb.Submit(request_id="b", tenant="t", ticket=1))))
+        await eventually(lambda: transport.engine.runs("b"))
+        writer.write(frame(bad))
+        push = await push_of(reader)
+        assert push is not None
+        assert push.HasField("load")
+        while await push_of(reader) is not None:
+            pass
+    await eventually(lambda: transport.engine.cancelled == ["b"])
+    transport.engine.finish("a")
+    assert await other == ["end"]
 
 
 async def test_a_command_has_a_bound_and_a_request_beyond_it_fails_alone(transport: Transport) -> None:
-    assert await call(transport, b"\xff" * (MAX_COMMAND_BYTES + 1), token=TOKEN) == "RESOURCE_EXHAUSTED"
     link = await transport.link()
     other = asyncio.create_task(collect(link.generate(request("a"))))
     await eventually(lambda: transport.engine.runs("a"))
@@ -210,6 +251,104 @@ async def test_a_command_has_a_bound_and_a_request_beyond_it_fails_alone(transpo
     assert link.num_open == 1
     transport.engine.finish("a")
     assert await other == ["end"]
+
+
+async def test_a_router_that_reads_late_gets_everything_in_order(transport: Transport) -> None:
+    """More than the system holds for a connection: the engine's thread goes on, and the event loop sends the rest."""
+    async with connection(transport.address) as (reader, writer):
+        writer.write(frame(TOKEN.encode()))
+        writer.write(frame(pb.Command(submit=pb.Submit(request_id="a", tenant="t", ticket=1))))
+        await eventually(lambda: transport.engine.runs("a"))
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        texts = [f"{number} " * 50_000 for number in range(60)]
+        for text in texts:
+            transport.engine.step(chunk("a", text))
+        transport.engine.finish("a")
+        await transport.server.announce_drain()
+        reader._transport.resume_reading()  # type: ignore[attr-defined]
+        found: list[pb.Chunk] = []
+        while not found or not found[-1].HasField("usage"):
+            push = await push_of(reader)
+            assert push is not None
+            found += push.step.chunks
+        assert [each.text for each in found] == [*texts, "end"]
+        push = await push_of(reader)
+        assert push is not None
+        assert push.HasField("load")
+
+
+async def test_a_router_that_reads_nothing_is_given_up(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pager.cluster.tokens.MAX_UNREAD_STEPS", 8)
+    link = await transport.link()
+    other = asyncio.create_task(collect(link.generate(request("b"))))
+    async with connection(transport.address) as (reader, writer):
+        writer.write(frame(TOKEN.encode()))
+        writer.write(frame(pb.Command(submit=pb.Submit(request_id="a", tenant="t", ticket=1))))
+        await eventually(lambda: len(transport.engine.open) == 2)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        for _ in range(60):
+            transport.engine.step(chunk("a", "x" * 2**20))
+        await eventually(lambda: transport.engine.cancelled == ["a"])
+    transport.engine.finish("b")
+    assert await other == ["end"]
+
+
+async def test_a_step_is_sent_by_the_engines_own_thread(tmp_path: Path) -> None:
+    """It reaches the router while the worker's event loop is held."""
+    thread = LoopThread("tokens")
+    server, go_on = TokenServer(TOKEN), threading.Event()
+    engine = ScriptedEngine(server)
+    address = thread.run(server.start(f"unix:{tmp_path}/worker.sock", engine, pb.Load))
+    link = WorkerLink(address, TOKEN, buffer_chunks=64, on_load=lambda _: None)
+    try:
+        await link.attach()
+        answer = link.generate(request("a"))
+        first = asyncio.ensure_future(anext(answer))
+        await eventually(lambda: engine.runs("a"))
+        thread.loop.call_soon_threadsafe(go_on.wait, 120)
+        engine.step(chunk("a", "1"))
+        assert (await asyncio.wait_for(first, 60)).text == "1"
+        assert not go_on.is_set()
+        await answer.aclose()
+    finally:
+        go_on.set()
+        await link.close()
+        thread.run(server.stop())
+        thread.stop()
+
+
+async def test_both_ends_of_a_connection_between_machines_notice_that_the_other_is_gone() -> None:
+    engine, server = ScriptedEngine(), TokenServer(TOKEN)
+    address = await server.start("127.0.0.1:0", engine, pb.Load)
+    link = WorkerLink(address, TOKEN, buffer_chunks=64, on_load=lambda _: None)
+    try:
+        await link.attach()
+        (stream,) = server._streams
+        assert link._writer is not None
+        for end in (stream._socket, link._writer.get_extra_info("socket")):
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle_s, interval_s, num_probes = (
+                end.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert idle_s + interval_s * num_probes <= 40
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 40_000
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    finally:
+        await link.close()
+        await server.stop()
+
+
+async def test_what_was_delivered_is_sent_before_a_stream_ends(transport: Transport) -> None:
+    link = await transport.link(buffer_chunks=1024)
+    reader = asyncio.create_task(collect(link.generate(request("a"))))
+    await eventually(lambda: transport.engine.runs("a"))
+    for number in range(200):
+        transport.engine.step(chunk("a", f"{number} " * 5_000))
+    transport.engine.finish("a")
+    await transport.server.finish(60)
+    assert len(await reader) == 201
+    await asyncio.wait_for(link.broken.wait(), 60)
 
 
 async def test_a_refused_request_raises_the_engines_error(transport: Transport) -> None:

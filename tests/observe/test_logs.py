@@ -11,14 +11,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import grpc
+import grpc.aio
 import pytest
-from expert_pager.v1 import worker_pb2, worker_pb2_grpc
 
 from pager.cluster import ray_session
-from pager.cluster.tokens import TokenServer
 from pager.observe import logs
-from pager.types import GenerateRequest
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
@@ -153,40 +150,41 @@ def test_other_libraries_are_heard_from_warnings_on(root: None, capsys: pytest.C
     assert [line.rpartition(": ")[2] for line in said] == ["own", "own", "own", "heard"]
 
 
-async def test_a_call_that_has_ended_is_no_error_of_the_worker(root: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """gRPC itself refuses a compressed call, and then has nowhere to send the refusal of one without the token."""
+async def test_a_call_that_has_ended_is_no_error_of_the_service(root: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """gRPC itself refuses a call whose compression a server does not take, and then has nowhere to send the status
+    that the server has for it.
+    """
     logged: list[str] = []
-
-    class Engine:
-        def submit(self, request: GenerateRequest) -> None: ...
-        def cancel(self, request_id: str, tenant: str) -> bool:
-            return False
 
     def first(record: logging.LogRecord) -> bool:
         logged.append(record.getMessage())
         return True
 
+    async def refuse(messages: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "not here")
+
     grpc_log = logging.getLogger(logs.GRPC)
     before = grpc_log.filters[:]
     grpc_log.filters[:] = [first]
-    server = TokenServer("token")
-    address = await server.start("127.0.0.1:0", Engine(), worker_pb2.Load)
+    server = grpc.aio.server(options=(("grpc.compression_enabled_algorithms_bitset", 1),))
+    handlers = {"Refuse": grpc.stream_stream_rpc_method_handler(refuse)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
 
     def call() -> None:
-        with grpc.insecure_channel(address) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
-            with pytest.raises(grpc.RpcError):
-                stub.Abort(worker_pb2.AbortRequest(request_id="x" * 10_000), compression=grpc.Compression.Gzip)
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
+            channel.unary_unary("/test.Service/Refuse", bytes, bytes)(b"x" * 10_000, compression=grpc.Compression.Gzip)
 
     try:
-        logs.configure("text", "worker-0")
+        logs.configure("text", "router")
         end_s = time.monotonic() + 120
         while not logged and time.monotonic() < end_s:
             await asyncio.to_thread(call)
         assert "ExecuteBatchError" in logged[0]
         grpc_log.error("Unexpected [ValueError] raised by servicer method")
     finally:
-        await server.stop()
+        await server.stop(None)
         grpc_log.filters[:] = before
     said = [line for line in capsys.readouterr().err.splitlines() if logs.GRPC in line]
     assert [line.rpartition(": ")[2] for line in said] == ["Unexpected [ValueError] raised by servicer method"]

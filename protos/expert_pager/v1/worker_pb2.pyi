@@ -8,12 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Command(_message.Message):
-    __slots__ = ("submit", "cancel")
+    __slots__ = ("submit", "cancel", "abort")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     cancel: Cancel
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    abort: Abort
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("ticket", "request_id", "tenant", "prompt", "sampling", "pool", "fixed", "remaining_s", "predicted", "traceparent", "tracestate", "priority", "weight", "watched", "guaranteed_share")
@@ -55,13 +57,35 @@ class Cancel(_message.Message):
     ticket: int
     def __init__(self, ticket: _Optional[int] = ...) -> None: ...
 
+class Abort(_message.Message):
+    __slots__ = ("number", "request_id", "tenant")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    request_id: str
+    tenant: str
+    def __init__(self, number: _Optional[int] = ..., request_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+
 class Push(_message.Message):
-    __slots__ = ("step", "load")
+    __slots__ = ("step", "load", "refusal", "aborted")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
     step: Step
     load: Load
-    def __init__(self, step: _Optional[_Union[Step, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    refusal: str
+    aborted: Aborted
+    def __init__(self, step: _Optional[_Union[Step, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., refusal: _Optional[str] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ...) -> None: ...
+
+class Aborted(_message.Message):
+    __slots__ = ("number", "found")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    found: bool
+    def __init__(self, number: _Optional[int] = ..., found: bool = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("chunks", "failures")
@@ -191,17 +215,3 @@ class Load(_message.Message):
     stall_seconds: float
     kv_share: float
     def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., resident: _Optional[_Iterable[bytes]] = ..., page_in_bytes_per_s: _Optional[float] = ..., draining: bool = ..., experts_hit: _Optional[int] = ..., experts_missed: _Optional[int] = ..., bytes_from_disk: _Optional[int] = ..., bytes_from_host: _Optional[int] = ..., peak_page_in_bytes_per_s: _Optional[float] = ..., place_s: _Optional[float] = ..., stall_seconds: _Optional[float] = ..., kv_share: _Optional[float] = ...) -> None: ...
-
-class AbortRequest(_message.Message):
-    __slots__ = ("request_id", "tenant")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    TENANT_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
-
-class AbortReply(_message.Message):
-    __slots__ = ("found",)
-    FOUND_FIELD_NUMBER: _ClassVar[int]
-    found: bool
-    def __init__(self, found: bool = ...) -> None: ...

@@ -19,7 +19,16 @@ class Lease:
     for good: `failed` is set and every `wait` raises it.
     """
 
-    def __init__(self, ledger: Ledger, holding: Holding, always_resident: Container[ExpertKey], pager: object) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        holding: Holding,
+        always_resident: Container[ExpertKey],
+        pager: object,
+        *,
+        is_in_place: bool = False,
+    ) -> None:
+        self.is_in_place = is_in_place  # it holds nothing: experts are computed where the page cache has them
         self._ledger = ledger
         self._pager = pager  # its reader threads end when nothing refers to it
         self._holding = holding
@@ -58,6 +67,7 @@ class Lease:
         paged = [key for key in dict.fromkeys(keys) if key not in self._always_resident]
         if not self._ledger.become(self._holding, paged, num_slots):
             return False
+        self.is_in_place = self.is_in_place and not (paged or num_slots)
         self._limit = len(paged) + num_slots
         self._by_layer.clear()
         self._awaited.clear()
@@ -135,7 +145,7 @@ class Lease:
             self._awaited.discard(key.layer)
 
 
-_NO_SLOT = (
+NO_SLOT = (
     "every expert slot is held, promised, or in a share that another tenant is guaranteed; raise expert_memory or try "
     "again later"
 )
@@ -169,7 +179,7 @@ def demand_waves(
         if not bound:
             if ledger.wait_for_room(holding):
                 continue
-            raise SlotsExhausted(_NO_SLOT)
+            raise SlotsExhausted(NO_SLOT)
         if unpaged and not bound[0].was_there:
             yield unpaged  # something to compute while the first wave is being read
             unpaged = ()

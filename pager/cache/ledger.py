@@ -267,9 +267,18 @@ class Ledger:
     def absent(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Returns those of `keys` that could only be read into slots of others, which would be evicted."""
         with self.lock:
-            if self.index.num_free:
-                return []
+            return [] if self.index.num_free else self.not_loaded(keys)
+
+    def not_loaded(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Returns those of `keys` that are in no slot, nor on their way into one."""
+        with self.lock:
             return [key for key in keys if not (self.index.is_loaded(key) or self.index.is_loading(key))]
+
+    def pinned(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, int]:
+        """Returns the slots of those of `keys` that are loaded and that some holding keeps there."""
+        with self.lock:
+            index = self.index
+            return {key: index.slot_of(key) for key in keys if index.is_loaded(key) and index.pins(key)}
 
     def used_in_place(self, keys: Sequence[ExpertKey], meter: UsageMeter) -> None:
         """Counts a miss of each key, which is found in the host's memory and gets no slot."""

@@ -15,21 +15,17 @@ from torch import Tensor
 
 from pager.cache.device import DeviceSlots
 from pager.cache.index import DEFAULT_POLICY, CacheIndex, make_policy
-from pager.cache.lease import Lease, demand_waves
+from pager.cache.lease import NO_SLOT, Lease, demand_waves
 from pager.cache.ledger import Holding, Ledger, Meanwhile
 from pager.cache.stats import CacheStats, Cause, NoObserver, PagerObserver, UsageMeter
 from pager.cache.tiers import Fetched, HostTier, Readers, Tiers, Turn, why_bypass
 from pager.cache.trace import TraceRecorder
-from pager.errors import ExpertUnavailable, PoolTooLarge
+from pager.errors import ExpertUnavailable, PoolTooLarge, SlotsExhausted
 from pager.memory import NUM_READERS, Machine
 from pager.store.expert_source import ExpertSource
 from pager.types import ExpertKey
 
 log = logging.getLogger(__name__)
-
-IN_PLACE_BYTES = 1 << 20
-"""From this size on an expert in the page cache is computed there instead of evicting another one for it: the copy into
-a slot costs as much as the computation. For smaller ones, looking whether it is there costs more."""
 
 __all__ = ["CacheOptions", "CacheStats", "ExpertPager", "Lease", "PagerObserver", "UsageMeter"]
 
@@ -40,11 +36,15 @@ class CacheOptions:
 
     Reads bypass the page cache where the source supports that and `bypass_page_cache` is true or, where it is None,
     `why_bypass` finds a reason. An expert that could not be read is tried again after `retry_after_s` at the earliest.
+
+    With `in_place`, experts for which there is no slot are computed where the page cache has them, on a CPU without a
+    host tier.
     """
 
     policy: str = DEFAULT_POLICY
     num_readers: int = NUM_READERS
     bypass_page_cache: bool | None = None
+    in_place: bool = True
     retry_after_s: float = 30.0
 
 
@@ -80,10 +80,7 @@ class ExpertPager:
         self._read_past_page_cache(source, host, options.bypass_page_cache)
         self._source = source
         self._may_use_in_place = (
-            slots.device.type == "cpu"
-            and host is None
-            and source.stored_dtype == slots.dtype
-            and slots.record_bytes >= IN_PLACE_BYTES
+            options.in_place and slots.device.type == "cpu" and host is None and source.stored_dtype == slots.dtype
         )
         self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=options.retry_after_s)
         for number, key in enumerate(resident):
@@ -191,10 +188,54 @@ class ExpertPager:
             return {}
         keys = self._paged_keys[layer]
         absent = self._ledger.absent([keys[expert] for expert in experts if expert in keys])
-        found = {key: tensors for key in absent if (tensors := self._source.in_place(key)) is not None}
+        found = self._source.in_place(absent)
         if found:
             self._ledger.used_in_place(list(found), usage or UsageMeter())
         return {key.expert: tensors for key, tensors in found.items()}
+
+    def lease_in_place(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> Lease | None:
+        """Returns a lease without slots, for a request whose pool is `keys`, or an exact one, which has none.
+
+        None where the page cache lacks some that no lease holds. Counts a miss of each of `keys` that is not loaded.
+        """
+        usage = usage or UsageMeter()
+        if not self._may_use_in_place or not self.has_in_place(keys):
+            return None
+        paged = [key for key in keys if key not in self._resident]
+        self._ledger.used_in_place(self._ledger.not_loaded(paged), usage)
+        holding = self._ledger.open(Cause.LEASE, usage)
+        return Lease(self._ledger, holding, self._resident, self, is_in_place=True)
+
+    def has_in_place(self, keys: Sequence[ExpertKey]) -> bool:
+        """Tells whether each of `keys` is in a slot that a lease holds, or in the page cache."""
+        layers: dict[int, list[int]] = {}
+        for key in keys:
+            layers.setdefault(key.layer, []).append(key.expert)
+        try:
+            for layer, experts in layers.items():
+                self.beside_leases(layer, experts)
+        except SlotsExhausted:
+            return False
+        return True
+
+    def beside_leases(
+        self, layer: int, experts: Collection[int]
+    ) -> tuple[dict[int, int], dict[int, tuple[Tensor, ...]]]:
+        """Returns where `experts` are until the layer is done: the slots of those that are in one for good or that
+        leases hold, and the parameters of the others, in the page cache.
+
+        Raises SlotsExhausted where the page cache has not all of these.
+        """
+        paged = self._paged_keys[layer]
+        pinned = self._ledger.pinned([paged[expert] for expert in experts if expert in paged])
+        slots = {key.expert: slot for key, slot in pinned.items()}
+        if len(paged) < len(self.slots.slot_of_LE[layer]):
+            slots |= {each: int(self.slots.slot_of_LE[layer, each]) for each in experts if each not in paged}
+        missing = [paged[expert] for expert in experts if expert not in slots]
+        found = self._source.in_place(missing)
+        if len(found) < len(missing):
+            raise SlotsExhausted(NO_SLOT)
+        return slots, {key.expert: tensors for key, tensors in found.items()}
 
     def demand(
         self,

@@ -16,7 +16,7 @@ from pager.engine.paged_model import PagedModel
 from pager.engine.request import Request
 from pager.engine.runner import DecodeBatch, GroupGraph, ModelRunner, Recorder, Step, capture_on
 from pager.engine.sampler import NOT_FINITE, NOTHING_ALLOWED, Sampler
-from pager.errors import ENDS_THE_PROCESS, Cancelled, InvalidRequest, NotReady, PagerError
+from pager.errors import ENDS_THE_PROCESS, Cancelled, InvalidRequest, NotReady, PagerError, SlotsExhausted
 from pager.pools.step import RequestRouting, StepRouting
 from pager.types import TokenLogprobs
 
@@ -153,11 +153,19 @@ class Decoder:
             self._groups.pop(name, None)
             if len(requests) == 1:
                 return [_told(error, requests[0])]
+            if isinstance(error, SlotsExhausted) and any(request.is_in_place for request in requests):
+                return self._decode_leased(name, requests, error)
             if not isinstance(error, Cancelled | NotReady):  # this is how a step ends whose requests were all cancelled
                 log.warning(
                     "a step for %d requests failed (%s); each runs by itself", len(requests), type(error).__name__
                 )
         return [self._decode_alone(request) for request in requests]
+
+    def _decode_leased(self, name: str, requests: Sequence[Request], error: SlotsExhausted) -> list[Outcome]:
+        """Decodes for those of `requests` that have slots; `error` is the outcome of the others."""
+        leased = [request for request in requests if not request.is_in_place]
+        outcomes = iter(self.decode(name, leased) if leased else ())
+        return [error if request.is_in_place else next(outcomes) for request in requests]
 
     def _decode_alone(self, request: Request) -> Outcome:
         try:

@@ -28,7 +28,7 @@ from pager.engine.request import Request, effective_policy, record_spans
 from pager.engine.runner import ModelRunner
 from pager.engine.scheduler import Inbox, LineClock, RequestBounds, check_answers
 from pager.engine.turns import Experts, TenantCounters, WaitingLine, as_bits, by_overlap
-from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError
+from pager.errors import ENDS_THE_PROCESS, Cancelled, DeadlineExceeded, NotReady, PagerError, SlotsExhausted
 from pager.memory import PREFILL_CHUNK_TOKENS
 from pager.pools.pick import check_pool
 from pager.tokenizing import TokenTexts, panics_as_errors
@@ -433,7 +433,7 @@ class Engine:
         return max(0.0, self._next_decode_s - time.monotonic())
 
     def _admit(self, now_s: float) -> None:
-        suspended = [request for request in self._running if request.awaits_slots]
+        suspended = [request for request in (*self._prefilling, *self._running) if request.awaits_slots]
         if not (suspended or len(self._line)) or now_s < self._next_admission_s:
             return
         self._next_admission_s = now_s + ADMISSION_RETRY_S
@@ -466,7 +466,8 @@ class Engine:
                 if number == 0:
                     request.prefetch(self._paged)  # before it is reserved: a prefetch takes no promised slot
                 is_full = self._num_rows + request.num_rows > self._max_running
-                if not is_full and self._may_fit(request) and request.acquire(self._paged, self._blocks):
+                may_fit = not is_full and self._may_fit(request)
+                if not is_full and request.acquire(self._paged, self._blocks, may_fit=may_fit):
                     self._let_in(request, now_s)
                     if self._has_guarantee(request) and request.is_paged_in(self._paged):
                         return refused, False
@@ -482,7 +483,7 @@ class Engine:
 
     def _may_fit(self, request: Request) -> bool:
         """Returns False where there are certainly too few slots, which is cheaper to tell than to try."""
-        holding = (*self._prefilling, *self._running)
+        holding = [other for other in (*self._prefilling, *self._running) if not other.is_in_place]
         experts = request.group
         if experts is None or any(other.group is None or other.has_drifted for other in holding):
             return True  # some are held of which nothing is known here
@@ -526,7 +527,7 @@ class Engine:
         of_tenant = self._tenants.claims()
         held = 0
         for request in (*self._prefilling, *self._running):
-            held |= request.want.experts or 0
+            held |= 0 if request.is_in_place else request.want.experts or 0
         loaded: Experts | None = None
 
         def ordered(requests: Sequence[Request]) -> Iterator[Request]:
@@ -545,7 +546,7 @@ class Engine:
     def _charge(self, now_s: float, ended: Sequence[Request] = ()) -> None:
         """Charges tenants for what their requests have used since the last call; or only for those that end."""
         holding = tuple(dict.fromkeys(request.first for request in (*self._prefilling, *self._running)))
-        num_alike = Counter(request.group for request in holding)
+        num_alike = Counter(request.group for request in holding if not request.is_in_place)
         costs: dict[str, float] = {}
         for request in ended or holding:
             held = request.lease.num_bound + request.lease.num_reserved if request.lease is not None else 0
@@ -566,7 +567,7 @@ class Engine:
             if (account := self._account_of(request)) in held_up:
                 continue
             with self._on_behalf_of(request, "resuming it failed"):
-                if not request.acquire_change():
+                if not request.acquire_change(self._paged):
                     held_up.add(account)
         return held_up
 
@@ -579,7 +580,8 @@ class Engine:
         parts: list[tuple[Request, int]] = []
         room = self._lone_chunk_tokens if self._is_alone else self._prefill_chunk_tokens
         room = min(room, most_tokens or room)
-        for request in sorted(requests, key=self._has_guarantee, reverse=True):
+        able = [request for request in requests if not request.awaits_slots]
+        for request in sorted(able, key=self._has_guarantee, reverse=True):
             if not (parts or self._has_guarantee(request)) and self._paged.pager.is_any_guaranteed:
                 room = min(room, BESIDE_GUARANTEED_TOKENS)
             with self._on_behalf_of(request, "its prefill failed"):
@@ -644,6 +646,9 @@ class Engine:
             tenant = request.asked.tenant
             self._events.append(TokenChunk(request.asked.id, (), "", None, tenant, prompt_logprobs=part))
         error = request.fate or next((each for each in outcomes if isinstance(each, PagerError)), None)
+        if request.is_in_place and isinstance(error, SlotsExhausted):
+            request.lose_place()
+            return
         if error is not None:
             self._fail(request, error)
         if error is not None or not outcomes:
@@ -660,6 +665,9 @@ class Engine:
 
     def _take(self, request: Request, outcome: Outcome, now_s: float) -> None:
         outcome = request.fate or outcome
+        if request.is_in_place and isinstance(outcome, SlotsExhausted):
+            request.lose_place()
+            return
         if isinstance(outcome, PagerError):
             self._fail(request.first, outcome)
             return

@@ -36,6 +36,10 @@ MOST_COPIED_BYTES = 36 * 1024**2
 call for each expert takes 31 µs an expert. With 16 to 127 experts copies are faster up to 1,536 pairs.
 """
 
+GATHERED_BYTES = 6 * 1024**2
+"""The most that is copied to have a layer's small experts side by side, from slots and page cache; above that they are
+multiplied where they are."""
+
 COPIED_ROWS = 1024
 """The most rows that are computed when every token goes through every copied expert."""
 
@@ -56,6 +60,8 @@ def run_slots(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Tenso
     if hidden_TD.device.type != "cpu":
         return grouped(module, hidden_TD, slot_TK, weights_TK)
     num_tokens, num_picks = slot_TK.shape
+    if isinstance(module, AlsoInPlace) and is_plain(module):
+        return (pairs_in_place if num_tokens == 1 else sorted_pairs)(module, hidden_TD, slot_TK, weights_TK)
     if not is_plain(module):
         if num_tokens == 1 and quantised_in(module):
             return quantised_pairs(module, hidden_TD, slot_TK, weights_TK)
@@ -167,6 +173,31 @@ class AlsoInPlace:
         """Returns the slot of each expert, or its number behind the slots."""
         numbers_E = slot_of_E.clone()
         numbers_E[list(self._numbers)] = torch.tensor(list(self._numbers.values()), dtype=slot_of_E.dtype)
+        return numbers_E
+
+
+class Gathered:
+    """Small experts of a layer, copied side by side for one call, from slots and from where the page cache has them."""
+
+    def __init__(
+        self, module: Any, slots: DeviceSlots, slot_of: Mapping[int, int], in_place: Mapping[int, Sequence[Tensor]]
+    ) -> None:
+        self._module = module
+        self._experts = [*slot_of, *in_place]
+        slot_N = torch.tensor(list(slot_of.values()), dtype=torch.long)
+        for (name, slab), further in zip(slots.slabs.items(), zip(*in_place.values(), strict=True), strict=True):
+            side_by_side = slab.new_empty(len(self._experts), *slab.shape[1:])
+            torch.index_select(slab, 0, slot_N, out=side_by_side[: len(slot_N)])
+            torch.stack(further, out=side_by_side[len(slot_N) :])
+            setattr(self, name, side_by_side)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def numbered(self, slot_of_E: Tensor) -> Tensor:
+        """Returns the number of each expert that is here."""
+        numbers_E = torch.zeros_like(slot_of_E)
+        numbers_E[self._experts] = torch.arange(len(self._experts), dtype=slot_of_E.dtype)
         return numbers_E
 
 
@@ -379,32 +410,63 @@ class LayerExperts:
         for request in step.awaiting:
             assert request.lease is not None, "without a lease, experts are paged on demand"
             request.lease.wait(self.layer)
+        if step.is_in_place:
+            slot_of, in_place = self.pager.beside_leases(self.layer, _distinct(index_TK))
+            return self._run_here_and_there(module, slot_of, in_place, hidden_TD, index_TK, weights_TK)
         # A row whose logits are not finite also picks from outside of its pool: it reads no slot, and its
         # result is discarded.
         slot_TK = self._slot_of_E.take(index_TK).clamp_min_(0)
         return run_slots(module, hidden_TD, slot_TK, weights_TK)
 
+    def _run_here_and_there(
+        self,
+        module: Any,
+        slot_of: Mapping[int, int],
+        in_place: Mapping[int, Sequence[Tensor]],
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+    ) -> Tensor:
+        """Computes experts that are in these slots, and others where the page cache has them, in one call."""
+        slots, slot_of_E = self.pager.slots, self._slot_of_E
+        experts, slots_E = module, slot_of_E
+        if in_place:
+            nbytes = (len(slot_of) + len(in_place)) * slots.record_bytes
+            is_small = is_plain(module) and slots.record_bytes <= SMALL_EXPERT_BYTES and nbytes <= GATHERED_BYTES
+            experts = Gathered(module, slots, slot_of, in_place) if is_small else AlsoInPlace(module, slots, in_place)
+            slots_E = experts.numbered(slot_of_E)
+        return run_slots(experts, hidden_TD, slots_E.take(index_TK), weights_TK)
+
     def _run_in_waves(
         self, module: Any, step: StepRouting, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         """Computes as many experts at a time as there are slots; each is read once, and each pair computed once."""
-        wanted = sorted(set(index_TK.flatten().tolist()))
+        wanted = _distinct(index_TK)
         slot_of_E = self._slot_of_E
         if self.pager.hit_for_good(self.layer, wanted, step.meter):
             return run_slots(module, hidden_TD, slot_of_E.take(index_TK), weights_TK)
         outputs: PairOutputs | None = None
+        experts = module
         in_place = self.pager.in_place(self.layer, wanted, step.meter)
-        experts = AlsoInPlace(module, self.pager.slots, in_place) if in_place else module
-        waves = self.pager.demand(self.layer, wanted, usage=step.meter, lease=step.requests[0].lease, in_place=in_place)
+        waves = self.pager.demand(self.layer, wanted, usage=step.meter, lease=step.reservation, in_place=in_place)
         with closing(waves):
             for wave in waves:
-                slots_E = experts.numbered(slot_of_E) if in_place else slot_of_E
                 if outputs is None and len(wave) == len(wanted):
-                    return run_slots(experts, hidden_TD, slots_E.take(index_TK), weights_TK)
+                    in_slots = [expert for expert in wave if expert not in in_place]
+                    slot_of = dict(zip(in_slots, slot_of_E[in_slots].tolist(), strict=True))
+                    return self._run_here_and_there(module, slot_of, in_place, hidden_TD, index_TK, weights_TK)
+                if outputs is None and in_place:
+                    experts = AlsoInPlace(module, self.pager.slots, in_place)
                 outputs = outputs or PairOutputs(experts, hidden_TD, index_TK, weights_TK)
+                slots_E = experts.numbered(slot_of_E) if in_place else slot_of_E
                 outputs.add(wave, slots_E[list(wave)].tolist())
         assert outputs is not None, "every token has an expert"
         return outputs.total()
+
+
+def _distinct(index_TK: Tensor) -> list[int]:
+    """Returns the experts that tokens have picked, in order."""
+    return sorted(set(index_TK.flatten().tolist()))
 
 
 def experts_in_slots(module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:

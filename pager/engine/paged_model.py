@@ -171,6 +171,24 @@ class PagedModel:
             return self.pager.reserve_pool(policy.fixed.keys(), usage)
         return self.pager.reserve(needed, usage)
 
+    def reserve_in_place(self, policy: PoolPolicy, usage: UsageMeter) -> Lease | None:
+        """A lease without slots, where the page cache has the experts that the request may use: those of a known pool,
+        or for an exact one whichever it will want. None for a pool that its prefill chooses, or that drift may change.
+        """
+        if policy.drift is not None or not (policy.fixed is not None or isinstance(policy.size, Full)):
+            return None
+        return self.pager.lease_in_place(list(policy.fixed.keys()) if policy.fixed is not None else [], usage)
+
+    def take_slots(self, policy: PoolPolicy, lease: Lease, tenant: str) -> bool:
+        """Gives a lease without slots all that its request needs, or finds a pool in the page cache again. Returns
+        whether. Raises PoolTooLarge where the slots can never be had, as when another tenant was guaranteed them.
+        """
+        needed = self.slots_needed(policy, tenant)
+        if policy.fixed is None:
+            return lease.become((), needed)
+        keys = list(policy.fixed.keys())
+        return lease.become(keys) or self.pager.has_in_place(keys)
+
     def check_policy(self, policy: PoolPolicy) -> None:
         """Checks a policy. Raises PoolTooSmall, InvalidRequest, UnsupportedModel."""
         check_can_drift(policy)

@@ -122,6 +122,7 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] = []  # those that were not taken yet
         self.is_answered = False  # its answer is complete
         self._has_ended = False
+        self._is_lost = False  # the page cache has lost experts that it had no slots for
         self._fate: PagerError | None = None
         self._spare_blocks: Sequence[int] = ()  # for the further answers
         self._told = PagingCounts()  # what the usages of answers have said
@@ -209,8 +210,11 @@ class Request:
         )
         return self.spent.cost(before)
 
-    def acquire(self, paged: PagedModel, blocks: BlockPool) -> bool:
-        """Takes KV and slots for its whole life, or nothing. Raises PagerError where that can never succeed."""
+    def acquire(self, paged: PagedModel, blocks: BlockPool, *, may_fit: bool = True) -> bool:
+        """Takes KV and slots for its whole life, or nothing. Raises PagerError where that can never succeed.
+
+        Where there are no slots (certainly none without `may_fit`), its experts may be where the page cache has them.
+        """
         shared = () if self.prefix is None else self.prefix.find(blocks)
         taken = blocks.allocate(self.kv_tokens, shared)
         if taken is None:
@@ -222,7 +226,8 @@ class Request:
             if spare is None:
                 return False
             self._spare_blocks = spare
-            self.lease = paged.reserve(self.policy, self._meter)
+            self.lease = paged.reserve(self.policy, self._meter) if may_fit else None
+            self.lease = self.lease or paged.reserve_in_place(self.policy, self._meter)
             if self.lease is not None:
                 self.routing = paged.routing(self.policy, lease=self.lease, meter=self._meter)
                 self.num_cached = self.num_prefilled = len(shared) * BLOCK_TOKENS
@@ -354,8 +359,33 @@ class Request:
 
     @property
     def awaits_slots(self) -> bool:
-        """Tells whether drift needs more slots than there are now: it holds none until it can have all."""
-        return self.change is not None
+        """Tells whether it needs more slots than there are now, as drift or the page cache wants it: it holds none
+        until it can have all.
+        """
+        return self.change is not None or self.first._is_lost
+
+    @property
+    def is_in_place(self) -> bool:
+        """Tells whether it holds no slots, as its experts are computed where the page cache has them."""
+        return self.lease is not None and self.lease.is_in_place
+
+    def lose_place(self) -> None:
+        """Has it wait for slots: the page cache has not all of its experts any more."""
+        if not self.first._is_lost:
+            self.first._is_lost = True
+            self.first._awaits_slots_since_s = time.monotonic()
+
+    def _take_place(self, paged: PagedModel) -> bool:
+        """Takes slots in the place of what the page cache has lost, or finds all of it there again. Returns whether."""
+        assert self.lease is not None
+        if not paged.take_slots(self.policy, self.lease, self._meter.tenant):
+            return False
+        self.first._is_lost = False
+        for answer in self.rows:
+            assert answer.routing is not None
+            answer.routing.awaits_experts = True
+        self._meter.counts += PagingCounts(stall_s=time.monotonic() - self.first._awaits_slots_since_s)
+        return True
 
     def join(self, step: StepRouting) -> None:
         """Runs its next decode forwards in `step`; the measurements of an earlier step are settled before."""
@@ -373,10 +403,11 @@ class Request:
             self.change = answer_drift(routing)
             self._awaits_slots_since_s = time.monotonic()
 
-    def acquire_change(self) -> bool:
+    def acquire_change(self, paged: PagedModel) -> bool:
         """Takes the slots that it waits for, all or nothing. Returns whether it has them."""
         assert self.routing is not None
-        assert self.change is not None
+        if self.change is None:
+            return not self.first._is_lost or self._take_place(paged)
         if not make_change(self.routing, self.change):
             return False
         self.change = None

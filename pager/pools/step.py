@@ -81,6 +81,11 @@ class RequestRouting:
             for layer, experts in enumerate(check_pool(policy.fixed, facts).experts):
                 self._set_layer(layer, experts)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Tells whether it holds no slots."""
+        return self.lease is not None and self.lease.is_in_place
+
     def fork(self) -> RequestRouting:
         """The routing of another answer of the request: the same pool and lease, and what lies outside of it counted
         from here on. For a pool that is frozen and that nothing changes.
@@ -235,6 +240,7 @@ class _State:
     is_exact: bool
     is_measured: bool
     is_frozen: bool
+    is_in_place: bool
 
 
 class StepRouting:
@@ -267,6 +273,7 @@ class StepRouting:
         self._versions: tuple[int, ...] = ()
         self._may_drift = any(request.monitor is not None for request in requests)
         self._state: _State | None = None
+        self._awaiting: tuple[RequestRouting, ...] = ()
         self._outside: OutsideMass | None = None
         if not prefill:
             self._outside = OutsideMass(
@@ -277,6 +284,17 @@ class StepRouting:
     @property
     def pages_on_demand(self) -> bool:
         return self._now().pages_on_demand
+
+    @property
+    def is_in_place(self) -> bool:
+        """Tells whether some request holds no slots: its experts are computed where the page cache has them."""
+        return self._now().is_in_place
+
+    @property
+    def reservation(self) -> Lease | None:
+        """The lease with the most promised slots, within which an exact forward pages."""
+        leases = [request.lease for request in self.requests if request.lease is not None]
+        return max(leases, key=lambda lease: lease.num_reserved, default=None)
 
     @property
     def restricts(self) -> bool:
@@ -303,10 +321,12 @@ class StepRouting:
             self._versions = versions
             self._allowed_LNE = [None] * self._facts.num_layers
             self._pools_LNE = [None] * self._facts.num_layers
+        self._awaiting = tuple([request for request in self.requests if request.awaits_experts])
         with self._outside.forward() if self._outside is not None else nullcontext():
             yield
-        for request in self.awaiting:
+        for request in self._awaiting:
             request.awaits_experts = False
+        self._awaiting = ()
 
     def replayed(self) -> None:
         """Counts one more run of the forward that was recorded, which calls nothing here."""
@@ -337,8 +357,9 @@ class StepRouting:
             is_exact=all(request.is_exact for request in requests),
             is_measured=any(request.is_measured for request in requests),
             is_frozen=all(request.is_frozen for request in requests),
+            is_in_place=any(request.is_in_place for request in requests),
         )
-        if state.is_frozen and not self._may_drift:
+        if state.is_frozen and not (self._may_drift or state.is_in_place):
             self._state = state
         return state
 
@@ -347,7 +368,7 @@ class StepRouting:
         """The requests whose leases may still be reading."""
         if self.prefill:
             return self.requests
-        return tuple(request for request in self.requests if request.awaits_experts) if self._may_drift else ()
+        return self._awaiting
 
     def num_unsettled(self, request: RequestRouting) -> int:
         """Returns how many of the request's tokens were measured and not handed over yet. Does not synchronise."""

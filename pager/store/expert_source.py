@@ -7,6 +7,7 @@ are read straight into their places where they are the record's own bytes, and a
 from __future__ import annotations
 
 import math
+import mmap
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,11 +94,11 @@ class ExpertSource(Protocol):
         """
         ...
 
-    def in_place(self, key: ExpertKey) -> tuple[Tensor, ...] | None:
-        """Returns an expert's parameters where the page cache has them, for reading only; None where it has not.
+    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, tuple[Tensor, ...]]:
+        """Returns the parameters of those of `keys`, experts of one layer, that the page cache has, for reading only.
 
-        Also None where they are not stored as `stored_dtype` and `shape` say, or do not match their checksum, which is
-        checked when they are first found there. See `DataFile.in_page_cache` for how long they are valid.
+        Without those that are not stored as `stored_dtype` and `shape` say, and without those that do not match their
+        checksums, which are checked when they are first found there. See `DataFile.mapped` for how long they are valid.
         """
         ...
 
@@ -148,6 +149,7 @@ class _StoredExperts:
 
     def __init__(self) -> None:
         self._found_in_place: dict[ExpertKey, tuple[Tensor, ...]] = {}  # with the checksums that they should have
+        self._layers: dict[int, _StoredLayer] = {}
 
     def read(self, key: ExpertKey, *tensors: Tensor) -> int:
         (result,) = self.read_all([Destination(key, tensors)])
@@ -183,21 +185,38 @@ class _StoredExperts:
             results.append(errors.get(each.key, sum(stretch.nbytes for _, stretch in plan.stretches)))
         return results
 
-    def in_place(self, key: ExpertKey) -> tuple[Tensor, ...] | None:
+    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, tuple[Tensor, ...]]:
+        if not keys:
+            return {}
         try:
-            spans = self._spans(key)
-            found = [span.file.in_page_cache(span.offset, span.nbytes) for span in spans]
+            layer = self._layer(keys[0].layer)
+            if layer.nbytes <= ASKED_AT_ONCE_BYTES:
+                there = layer.there(keys, layer.stretches)
+            else:
+                there = [key for key in keys if layer.there([key], _stretches(layer.spans[key]))]
         except OSError:  # a read will say so
-            spans, found = (), []
-        there = [part for part in found if part is not None]
-        if not spans or len(there) < len(spans):
-            self._found_in_place.pop(key, None)  # what comes back from the disk is checked again
-            return None
-        if key not in self._found_in_place:
-            if not all(span.is_intact(part) for span, part in zip(spans, there, strict=True)):
-                return None
-            self._found_in_place[key] = self._parameters(there)
-        return self._found_in_place[key]
+            there = []
+        if len(there) < len(keys):
+            for key in {*keys}.difference(there):  # what comes back from the disk is checked again
+                self._found_in_place.pop(key, None)
+        known = self._found_in_place
+        for key in there:
+            if key not in known and (tensors := self._intact(key, layer.spans[key])):
+                known[key] = tensors
+        return {key: known[key] for key in there if key in known}
+
+    def _intact(self, key: ExpertKey, spans: Sequence[Span]) -> tuple[Tensor, ...]:
+        """Returns an expert's parameters in the page cache; nothing where they do not match their checksums."""
+        parts = [span.file.mapped(span.offset, span.nbytes) for span in spans]
+        is_intact = all(span.is_intact(part) for span, part in zip(spans, parts, strict=True))
+        return self._parameters(parts) if is_intact else ()
+
+    def _layer(self, number: int) -> _StoredLayer:
+        if number not in self._layers:
+            keys = (ExpertKey(number, expert) for expert in range(self._experts_per_layer[number]))
+            spans = {key: self._spans(key) for key in keys}
+            self._layers[number] = _StoredLayer(spans, _stretches([span for each in spans.values() for span in each]))
+        return self._layers[number]
 
     def close(self) -> None:
         self._found_in_place.clear()
@@ -241,6 +260,51 @@ class Span(NamedTuple):
             checksum is None or xxhash.xxh3_128_hexdigest(raw_bytes(part)) == checksum
             for part, (_, checksum) in zip(parts, self.pieces, strict=True)
         )
+
+
+ASKED_AT_ONCE_BYTES = 1 << 26
+"""Up to this much the system is asked once which pages of a layer's experts it has, and not for each expert."""
+
+_Stretches = Mapping[DataFile, tuple[int, int]]
+"""The first byte of each file, and the one behind the last."""
+
+
+class _StoredLayer(NamedTuple):
+    """Where the experts of a layer are: the spans of each, and the stretches of files that have all of them."""
+
+    spans: Mapping[ExpertKey, Sequence[Span]]
+    stretches: _Stretches
+
+    @property
+    def nbytes(self) -> int:
+        return sum(end - start for start, end in self.stretches.values())
+
+    def there(self, keys: Sequence[ExpertKey], stretches: _Stretches) -> list[ExpertKey]:
+        """Returns those of `keys` that the page cache has, by one look at each of `stretches`. Raises OSError."""
+        pages = {file: file.cached_pages(start, end) for file, (start, end) in stretches.items()}
+        starts = {file: start - start % mmap.PAGESIZE for file, (start, _) in stretches.items()}
+        if any(each is None for each in pages.values()):
+            return []
+
+        def is_there(span: Span) -> bool:
+            found, start = pages[span.file], starts[span.file]
+            first, end = span.offset - start, span.offset + span.nbytes - start
+            return found is not None and 0 not in found[first // mmap.PAGESIZE : -(-end // mmap.PAGESIZE)]
+
+        are_all_there = not any(found is not None and 0 in found for found in pages.values())
+        return [
+            key
+            for key in keys
+            if self.spans[key] and (are_all_there or all(is_there(span) for span in self.spans[key]))
+        ]
+
+
+def _stretches(spans: Iterable[Span]) -> _Stretches:
+    found: dict[DataFile, tuple[int, int]] = {}
+    for span in spans:
+        start, end = found.get(span.file, (span.offset, span.offset))
+        found[span.file] = min(start, span.offset), max(end, span.offset + span.nbytes)
+    return found
 
 
 class ReadPlan(NamedTuple):

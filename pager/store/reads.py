@@ -110,25 +110,35 @@ class DataFile:
         self.read_into([memoryview(buffer)], offset)
         return bytes(buffer)
 
-    def in_page_cache(self, offset: int, nbytes: int) -> Tensor | None:
-        """Returns bytes where the page cache has them, for reading only; None where it lacks some or cannot be asked.
+    def cached_pages(self, start: int, end: int) -> bytes | None:
+        """Returns a byte for each page from that of `start` to that of `end`, 0 where the page cache lacks it; None
+        where it cannot be asked.
 
-        They are valid as long as the tensor, and while nobody shortens the file: a processor that touches what is gone
-        ends the process. Raises OSError where the file is shorter than it was.
+        Raises OSError where the file is shorter than it was.
         """
         if self._fd is None or self.is_direct or not self._can_see_page_cache():
             return None
         if os.fstat(self._fd).st_size < self.size:
             raise OSError(errno.EIO, f"the file had {self.size} bytes and is shorter now", str(self.path))
-        if self._mapped is None:
-            self._mapped = _map(self._fd, self.size)
-        first = offset - offset % mmap.PAGESIZE
-        pages = (ctypes.c_ubyte * -(-(offset + nbytes - first) // mmap.PAGESIZE))()
-        address = ctypes.c_void_p(self._mapped.data_ptr() + first)
+        first = start - start % mmap.PAGESIZE
+        pages = (ctypes.c_ubyte * -(-(end - first) // mmap.PAGESIZE))()
+        address = ctypes.c_void_p(self._mapping().data_ptr() + first)
         assert _mincore is not None, "it was looked for"
-        if _mincore(address, ctypes.c_size_t(offset + nbytes - first), pages):
-            return None
-        return self._mapped[offset : offset + nbytes] if all(bytes(pages)) else None
+        return None if _mincore(address, ctypes.c_size_t(end - first), pages) else bytes(pages)
+
+    def mapped(self, offset: int, nbytes: int) -> Tensor:
+        """Returns bytes of the file as they are in memory, or come there when they are touched; for reading only.
+
+        They are valid as long as the tensor, and while nobody shortens the file: a processor that touches what is gone
+        ends the process. Raises OSError.
+        """
+        return self._mapping()[offset : offset + nbytes]
+
+    def _mapping(self) -> Tensor:
+        if self._mapped is None:
+            assert self._fd is not None, "the file is closed"
+            self._mapped = _map(self._fd, self.size)
+        return self._mapped
 
     def _can_see_page_cache(self) -> bool:
         """Tells whether the system says what is in the page cache. To others than a file's owners it says that all

@@ -84,8 +84,9 @@ class GatedSource:
 
     bytes_read = 0
 
-    def in_place(self, key: ExpertKey) -> None:
+    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, Any]:
         """No page cache has them."""
+        return {}
 
     def place_of(self, key: ExpertKey) -> FileRange:
         """Nobody's neighbour, unless `side_by_side` says so."""

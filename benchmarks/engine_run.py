@@ -45,12 +45,13 @@ def load_engine(
     *,
     limits: EngineLimits | None = None,
     bypass_page_cache: bool | None = None,
+    in_place: bool | None = True,
     trace: Path | None = None,
 ) -> Iterator[EngineRun]:
     """What a worker of the service runs, without its processes; and by default without the prefix cache, as prompts
     are run again and again.
     """
-    cache = CacheOptions(num_readers=num_readers, bypass_page_cache=bypass_page_cache)
+    cache = CacheOptions(num_readers=num_readers, bypass_page_cache=bypass_page_cache, in_place=in_place)
     paged = load_paged_model(path, dtype=dtype, budgets=budgets, cache=cache, trace=trace)
     try:
         yield EngineRun(paged, _tokenizer(path), limits or EngineLimits(prefix_cache=False))

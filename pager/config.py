@@ -321,6 +321,11 @@ class WorkerConfig:
         HOST_SIZE,
         "50%",
     )
+    in_place: bool = _key(
+        True,
+        "On a CPU without a host tier: compute experts for which there is no slot where the page cache has them, in "
+        "memory that the system can take back.",
+    )
     kv_memory: str | int | None = _key(None, "Memory of a worker for keys and values of attention.", SIZE, "2GiB")
     max_running: int = _key(
         32, "Most requests of a worker that hold KV and slots at a time: the largest batch.", _between(1, 4096)

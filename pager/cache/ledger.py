@@ -280,10 +280,10 @@ class Ledger:
             index = self.index
             return {key: index.slot_of(key) for key in keys if index.is_loaded(key) and index.pins(key)}
 
-    def used_in_place(self, keys: Sequence[ExpertKey], meter: UsageMeter) -> None:
-        """Counts a miss of each key, which is found in the host's memory and gets no slot."""
+    def used_in_place(self, keys: Sequence[ExpertKey], meter: UsageMeter, *, num_hits: int = 0) -> None:
+        """Counts a miss of each key, which is found in the host's memory and gets no slot, and hits of others."""
         with self.lock:
-            self._count_lookups(meter, hits=0, misses=len(keys))
+            self._count_lookups(meter, hits=num_hits, misses=len(keys))
             self._observer.lookups(Tier.HOST, Lookup.HIT, len(keys))
             if self._trace is not None:
                 self._trace.held(Cause.DEMAND, keys)

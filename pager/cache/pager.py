@@ -11,8 +11,6 @@ import weakref
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from pager.cache.device import DeviceSlots
 from pager.cache.index import DEFAULT_POLICY, CacheIndex, make_policy
 from pager.cache.lease import NO_SLOT, Lease, demand_waves
@@ -22,10 +20,13 @@ from pager.cache.tiers import Fetched, HostTier, Readers, Tiers, Turn, why_bypas
 from pager.cache.trace import TraceRecorder
 from pager.errors import ExpertUnavailable, PoolTooLarge, SlotsExhausted
 from pager.memory import NUM_READERS, Machine
-from pager.store.expert_source import ExpertSource
+from pager.store.expert_source import ExpertSource, InPlace
 from pager.types import ExpertKey
 
 log = logging.getLogger(__name__)
+
+IN_PLACE_BYTES = 1 << 20
+"""From this size on the copy of an expert into a slot costs as much as its computation."""
 
 __all__ = ["CacheOptions", "CacheStats", "ExpertPager", "Lease", "PagerObserver", "UsageMeter"]
 
@@ -38,13 +39,13 @@ class CacheOptions:
     `why_bypass` finds a reason. An expert that could not be read is tried again after `retry_after_s` at the earliest.
 
     With `in_place`, experts for which there is no slot are computed where the page cache has them, on a CPU without a
-    host tier.
+    host tier; where it is None, those of IN_PLACE_BYTES and more.
     """
 
     policy: str = DEFAULT_POLICY
     num_readers: int = NUM_READERS
     bypass_page_cache: bool | None = None
-    in_place: bool = True
+    in_place: bool | None = None
     retry_after_s: float = 30.0
 
 
@@ -79,8 +80,9 @@ class ExpertPager:
         self._room_for_all = slots.num_slots >= sum(source.keys_per_layer()) - len(resident)
         self._read_past_page_cache(source, host, options.bypass_page_cache)
         self._source = source
+        is_asked = options.in_place if options.in_place is not None else slots.record_bytes >= IN_PLACE_BYTES
         self._may_use_in_place = (
-            options.in_place and slots.device.type == "cpu" and host is None and source.stored_dtype == slots.dtype
+            is_asked and slots.device.type == "cpu" and host is None and source.stored_dtype == slots.dtype
         )
         self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=options.retry_after_s)
         for number, key in enumerate(resident):
@@ -176,9 +178,7 @@ class ExpertPager:
         """Tells whether any of these are still to be read, for any request."""
         return self._ledger.prefetch_pending(keys)
 
-    def in_place(
-        self, layer: int, experts: Collection[int], usage: UsageMeter | None = None
-    ) -> dict[int, tuple[Tensor, ...]]:
+    def in_place(self, layer: int, experts: Collection[int], usage: UsageMeter | None = None) -> dict[int, InPlace]:
         """Returns the parameters of those of `experts` that would evict others and that the page cache holds: they can
         be computed with where they are, until the layer is done.
 
@@ -196,13 +196,15 @@ class ExpertPager:
     def lease_in_place(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> Lease | None:
         """Returns a lease without slots, for a request whose pool is `keys`, or an exact one, which has none.
 
-        None where the page cache lacks some that no lease holds. Counts a miss of each of `keys` that is not loaded.
+        None where the page cache lacks some that no lease holds. Counts a miss of each of `keys` that is not loaded,
+        and a hit of each other.
         """
         usage = usage or UsageMeter()
         if not self._may_use_in_place or not self.has_in_place(keys):
             return None
         paged = [key for key in keys if key not in self._resident]
-        self._ledger.used_in_place(self._ledger.not_loaded(paged), usage)
+        missing = self._ledger.not_loaded(paged)
+        self._ledger.used_in_place(missing, usage, num_hits=len(paged) - len(missing))
         holding = self._ledger.open(Cause.LEASE, usage)
         return Lease(self._ledger, holding, self._resident, self, is_in_place=True)
 
@@ -218,9 +220,7 @@ class ExpertPager:
             return False
         return True
 
-    def beside_leases(
-        self, layer: int, experts: Collection[int]
-    ) -> tuple[dict[int, int], dict[int, tuple[Tensor, ...]]]:
+    def beside_leases(self, layer: int, experts: Collection[int]) -> tuple[dict[int, int], dict[int, InPlace]]:
         """Returns where `experts` are until the layer is done: the slots of those that are in one for good or that
         leases hold, and the parameters of the others, in the page cache.
 

@@ -48,7 +48,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         dtype=config.model.dtype,
         budgets=budgets_of(workers, has_host_tier=host is not None),
         host_tier=host.attach if host else None,
-        cache=CacheOptions(policy=workers.policy),
+        cache=CacheOptions(policy=workers.policy, in_place=workers.in_place),
         observer=observer,
         trace=_trace_file(workers),
     )

@@ -20,6 +20,7 @@ from pager.engine.gates import NO_COPIES, put_under_pools, unmasked
 from pager.errors import ConfigError
 from pager.models.families import ExpertLayer, Family
 from pager.pools.step import StepRouting
+from pager.store.expert_source import InPlace
 from pager.store.pack_format import RecordFormat, scales_of
 
 if TYPE_CHECKING:
@@ -155,16 +156,16 @@ class AlsoInPlace:
     them.
     """
 
-    def __init__(self, module: Any, slots: DeviceSlots, in_place: Mapping[int, Sequence[Tensor]]) -> None:
+    def __init__(self, module: Any, slots: DeviceSlots, in_place: Mapping[int, InPlace]) -> None:
         self._module = module
         self._numbers = {expert: slots.total_slots + number for number, expert in enumerate(in_place)}
         further = zip(slots.slabs, zip(*in_place.values(), strict=True), strict=True)
         quantised = quantised_in(module)
         if quantised is not None:
-            self.quantised = quantised.also(dict(further))
+            self.quantised = quantised.also({name: [whole for (whole,) in pieces] for name, pieces in further})
         else:
-            for name, tensors in further:
-                setattr(self, name, _Further(getattr(module, name), tensors))
+            for name, pieces in further:
+                setattr(self, name, _Further(getattr(module, name), pieces))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -180,7 +181,7 @@ class Gathered:
     """Small experts of a layer, copied side by side for one call, from slots and from where the page cache has them."""
 
     def __init__(
-        self, module: Any, slots: DeviceSlots, slot_of: Mapping[int, int], in_place: Mapping[int, Sequence[Tensor]]
+        self, module: Any, slots: DeviceSlots, slot_of: Mapping[int, int], in_place: Mapping[int, InPlace]
     ) -> None:
         self._module = module
         self._experts = [*slot_of, *in_place]
@@ -188,7 +189,8 @@ class Gathered:
         for (name, slab), further in zip(slots.slabs.items(), zip(*in_place.values(), strict=True), strict=True):
             side_by_side = slab.new_empty(len(self._experts), *slab.shape[1:])
             torch.index_select(slab, 0, slot_N, out=side_by_side[: len(slot_N)])
-            torch.stack(further, out=side_by_side[len(slot_N) :])
+            pieces = [piece for each in further for piece in each]
+            torch.cat(pieces, out=side_by_side[len(slot_N) :].flatten(0, 1))
             setattr(self, name, side_by_side)
 
     def __getattr__(self, name: str) -> Any:
@@ -202,16 +204,19 @@ class Gathered:
 
 
 class _Further:
-    """A slab, and tensors that are found behind it."""
+    """A slab, and pieces of tensors that are found behind it."""
 
-    def __init__(self, slab: Tensor, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, slab: Tensor, pieces: Sequence[Sequence[Tensor]]) -> None:
         self._slab = slab
-        self._tensors = tensors
+        self._pieces = pieces
         self.shape = slab.shape
 
     def __getitem__(self, number: int) -> Tensor:
         behind = number - len(self._slab)
-        return self._slab[number] if behind < 0 else self._tensors[behind]
+        if behind < 0:
+            return self._slab[number]
+        pieces = self._pieces[behind]
+        return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _projected(module: Any, name: str, slot: int, hidden: Tensor) -> Tensor:
@@ -422,7 +427,7 @@ class LayerExperts:
         self,
         module: Any,
         slot_of: Mapping[int, int],
-        in_place: Mapping[int, Sequence[Tensor]],
+        in_place: Mapping[int, InPlace],
         hidden_TD: Tensor,
         index_TK: Tensor,
         weights_TK: Tensor,

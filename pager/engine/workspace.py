@@ -19,7 +19,14 @@ import torch
 
 from pager.engine import KERNEL_CACHES
 from pager.engine.attention import SINK_WIDTH, attends_in
-from pager.engine.experts import COPIED_PAIRS, COPIED_ROWS, HALF_PRECISION_ROWS, SMALL_EXPERT_BYTES, SUMMED_BYTES
+from pager.engine.experts import (
+    COPIED_PAIRS,
+    COPIED_ROWS,
+    GATHERED_BYTES,
+    HALF_PRECISION_ROWS,
+    SMALL_EXPERT_BYTES,
+    SUMMED_BYTES,
+)
 from pager.engine.kv import LayerAttention
 from pager.engine.sampler import DRAWN_ROWS
 from pager.memory import NUM_CHECKERS, Workspace
@@ -167,7 +174,8 @@ class _Shapes:
             copied += self.record.scratch_bytes(max(self.expert.hidden, 2 * self.expert.intermediate))
         elif self.expert_bytes <= SMALL_EXPERT_BYTES:
             rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item
-            copied = COPIED_PAIRS * self.expert_bytes * 2 // 3 + rows
+            gathered = min(self.num_experts * self.expert_bytes, GATHERED_BYTES)
+            copied = gathered + COPIED_PAIRS * self.expert_bytes * 2 // 3 + rows
         surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
         drawn = DRAWN_ROWS * sorting_bytes(self.vocabulary)
         return threads + kept + copied + surplus + 3 * SUMMED_BYTES + drawn

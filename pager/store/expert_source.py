@@ -66,6 +66,10 @@ class Destination(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
+InPlace = tuple[tuple[Tensor, ...], ...]
+"""An expert in a file that is mapped: the pieces of each parameter in order, one as a rule."""
+
+
 class ExpertSource(Protocol):
     """The experts of one checkpoint, to be read by key. Knows no slots or budgets. Thread-safe."""
 
@@ -94,7 +98,7 @@ class ExpertSource(Protocol):
         """
         ...
 
-    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, tuple[Tensor, ...]]:
+    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, InPlace]:
         """Returns the parameters of those of `keys`, experts of one layer, that the page cache has, for reading only.
 
         Without those that are not stored as `stored_dtype` and `shape` say, and without those that do not match their
@@ -148,7 +152,7 @@ class _StoredExperts:
     _experts_per_layer: tuple[int, ...]
 
     def __init__(self) -> None:
-        self._found_in_place: dict[ExpertKey, tuple[Tensor, ...]] = {}  # with the checksums that they should have
+        self._found_in_place: dict[ExpertKey, InPlace] = {}  # with the checksums that they should have
         self._layers: dict[int, _StoredLayer] = {}
 
     def read(self, key: ExpertKey, *tensors: Tensor) -> int:
@@ -185,7 +189,7 @@ class _StoredExperts:
             results.append(errors.get(each.key, sum(stretch.nbytes for _, stretch in plan.stretches)))
         return results
 
-    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, tuple[Tensor, ...]]:
+    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, InPlace]:
         if not keys:
             return {}
         try:
@@ -201,15 +205,15 @@ class _StoredExperts:
                 self._found_in_place.pop(key, None)
         known = self._found_in_place
         for key in there:
-            if key not in known and (tensors := self._intact(key, layer.spans[key])):
+            if key not in known and (tensors := self._intact(layer.spans[key])):
                 known[key] = tensors
         return {key: known[key] for key in there if key in known}
 
-    def _intact(self, key: ExpertKey, spans: Sequence[Span]) -> tuple[Tensor, ...]:
+    def _intact(self, spans: Sequence[Span]) -> InPlace:
         """Returns an expert's parameters in the page cache; nothing where they do not match their checksums."""
         parts = [span.file.mapped(span.offset, span.nbytes) for span in spans]
         is_intact = all(span.is_intact(part) for span, part in zip(spans, parts, strict=True))
-        return self._parameters(parts) if is_intact else ()
+        return self._parameters(spans, parts) if is_intact else ()
 
     def _layer(self, number: int) -> _StoredLayer:
         if number not in self._layers:
@@ -221,13 +225,21 @@ class _StoredExperts:
     def close(self) -> None:
         self._found_in_place.clear()
 
-    def _parameters(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Returns an expert's parameters in its bytes: a part for each parameter, or one for all."""
+    def _parameters(self, spans: Sequence[Span], parts: Sequence[Tensor]) -> InPlace:
+        """Returns an expert's parameters in its bytes: the parts of each, or one part for all."""
+        shapes, dtype = self.shape.shapes, self.stored_dtype
         with torch.inference_mode(False):
-            if len(parts) == 1:
-                parts = parts[0].split([math.prod(each) * self.stored_dtype.itemsize for each in self.shape.shapes])
-            shapes = self.shape.shapes
-            return tuple(part.view(self.stored_dtype).view(each) for part, each in zip(parts, shapes, strict=True))
+            if len(parts) < len(shapes):
+                split = parts[0].split([math.prod(shape) * dtype.itemsize for shape in shapes])
+                return tuple((part.view(dtype).view(shape),) for part, shape in zip(split, shapes, strict=True))
+            return tuple(
+                tuple(
+                    part.view(dtype).view(-1, *shape[1:])
+                    for span, part in zip(spans, parts, strict=True)
+                    if span.parameter == number
+                )
+                for number, shape in enumerate(shapes)
+            )
 
     def keys_per_layer(self) -> tuple[int, ...]:
         return self._experts_per_layer
@@ -237,21 +249,28 @@ class _StoredExperts:
 
     @abstractmethod
     def _spans(self, key: ExpertKey) -> Sequence[Span]:
-        """Returns where each parameter's bytes are, or those of all; nothing where they are not side by side as they
-        are in a record.
+        """Returns where each parameter's bytes are, in order, or those of all; nothing where they are not those of a
+        record.
         """
 
 
 class Span(NamedTuple):
-    """Bytes of a file that are a parameter's, or all of an expert's: pieces side by side, with their checksums."""
+    """Bytes of a file that are a parameter's, or some of them, or all of an expert's: pieces side by side, with their
+    checksums.
+    """
 
     file: DataFile
     offset: int
     pieces: tuple[tuple[int, str | None], ...]
+    parameter: int = 0
 
     @property
     def nbytes(self) -> int:
         return sum(nbytes for nbytes, _ in self.pieces)
+
+    def is_followed_by(self, other: Span) -> bool:
+        """Tells whether `other` begins where this ends."""
+        return self.file is other.file and self.offset + self.nbytes == other.offset
 
     def is_intact(self, data: Tensor) -> bool:
         """Tells whether `data`, the bytes of the span, match the checksums of its pieces, where these are known."""
@@ -411,18 +430,19 @@ class CheckpointExperts(_StoredExperts):
         return ReadPlan(stretches, finish)
 
     def _spans(self, key: ExpertKey) -> Sequence[Span]:
-        spans = []
-        for parameter in self._stored[key]:
-            first, together = parameter.pieces[0], parameter.pieces[0].offset
+        spans: list[Span] = []
+        for number, parameter in enumerate(self._stored[key]):
+            num_before = len(spans)
             for piece in parameter.pieces:
-                is_next = piece.spec.file == first.spec.file and piece.offset == together
-                if parameter.make is not None or piece.spec.dtype != self.stored_dtype or not is_next:
+                itself = Span(self._files[piece.spec.file], piece.offset, ((piece.nbytes, piece.checksum),), number)
+                is_as_stored = parameter.make is None and piece.spec.dtype == self.stored_dtype
+                if not is_as_stored or piece.offset % self.stored_dtype.itemsize:
                     return ()
-                together += piece.nbytes
-            if first.offset % self.stored_dtype.itemsize:
+                if len(spans) > num_before and spans[-1].is_followed_by(itself):
+                    itself = itself._replace(offset=spans[-1].offset, pieces=(*spans.pop().pieces, *itself.pieces))
+                spans.append(itself)
+            if parameter.is_bytes and len(spans) > num_before + 1:
                 return ()
-            pieces = tuple((piece.nbytes, piece.checksum) for piece in parameter.pieces)
-            spans.append(Span(self._files[first.spec.file], first.offset, pieces))
         return spans
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from pager.cache.pager import CacheOptions
 from pager.engine.engine import Engine
 from pager.engine.interface import EngineLimits, EngineObserver, Failure, StreamEvent
 from pager.engine.paged_model import PagedModel, load_paged_model
@@ -113,10 +114,12 @@ def drivers() -> Iterator[Callable[..., Driver]]:
         kv_memory: str = "4MiB",
         observer: EngineObserver | None = None,
         tokenizer: Tokenizer | None = None,
+        in_place: bool | None = None,
         **limits: Any,
     ) -> Driver:
         budgets = Budgets(expert_memory=num_slots * EXPERT_BYTES, kv_memory=kv_memory)
-        opened.append(load_paged_model(path, dtype=torch.float32, budgets=budgets))
+        cache = CacheOptions(in_place=in_place)
+        opened.append(load_paged_model(path, dtype=torch.float32, budgets=budgets, cache=cache))
         if "prefill_chunk_tokens" in limits:  # of prompts that are alone, too
             limits.setdefault("lone_chunk_tokens", limits["prefill_chunk_tokens"])
         return Driver(opened[-1], EngineLimits(**limits), observer, tokenizer)

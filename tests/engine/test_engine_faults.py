@@ -66,8 +66,8 @@ class Place:
             return
         acquire = request.acquire
 
-        def acquire_and_break(paged: PagedModel, blocks: BlockPool) -> bool:
-            taken = acquire(paged, blocks)
+        def acquire_and_break(paged: PagedModel, blocks: BlockPool, *, may_fit: bool = True) -> bool:
+            taken = acquire(paged, blocks, may_fit=may_fit)
             if taken:
                 self._break(request, raiser, once)
             return taken

@@ -289,7 +289,7 @@ _Stretches = Mapping[DataFile, tuple[int, int]]
 
 
 class _StoredLayer(NamedTuple):
-    """Where the experts of a layer are: the spans of each, and the stretches of files that have all of them."""
+    """The places of a layer's experts: the spans of each, and the stretches of files that have all of them."""
 
     spans: Mapping[ExpertKey, Sequence[Span]]
     stretches: _Stretches

@@ -43,6 +43,9 @@ _WITHOUT_EFFECT = frozenset(
 """Arguments that change nothing here: no training, positions are in the keys already, and `layers_of` saw the window
 that transformers' own masks have."""
 
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""What `scaled_dot_product_attention` calls on a CPU, and throws away the second result of."""
+
 SINK_WIDTH = 8
 """By how much queries and keys are widened for sinks: by one, and what kernels want to be aligned to."""
 
@@ -105,8 +108,8 @@ class RowContexts:
 class KvStep:
     """The places where one forward writes its keys and values, and the context that its queries see.
 
-    `write_T` [B*S]: token slots of the new tokens. A forward runs either `prompts`, one after the other in a single
-    row, or one token for each of B rows, which see their `rows`.
+    `write_T` [B*S]: token slots of the new tokens. A forward runs `prompts`, one after the other in a single row, or
+    one token for each of B rows, which see their `rows`; or both, all in a single row, the prompts first.
     """
 
     cache: KvCache
@@ -147,19 +150,28 @@ def attend(
     cache.v[layer].index_copy_(0, kv_step.write_T, value.transpose(1, 2).flatten(0, 1))
 
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    if kv_step.prompts:
-        own = (query, key, value)
-        parts = [_attend_prompt(part, cache, layer, own, scaling, s_aux) for part in kv_step.prompts]
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0], None
-    assert kv_step.rows is not None, "rows of one token read their context from blocks"
-    read_BC, mask = kv_step.rows.seen(cache.layers[layer].window)
-    rows = max(1, cache.gather_tokens // read_BC.shape[1])
-    if len(query) <= rows:
-        return _attend_one_token(query, *cache.gather(layer, read_BC), mask, scaling, s_aux), None
+    own, prompts, rows = (query, key, value), kv_step.prompts, kv_step.rows
+    parts = [_attend_prompt(part, cache, layer, own, scaling, s_aux) for part in prompts]
+    if rows is not None and prompts:
+        query_B1 = query[:, :, prompts[-1].end :].transpose(0, 2)
+        parts.append(_attend_rows(rows, cache, layer, query_B1, scaling, s_aux).transpose(0, 1))
+    elif rows is not None:
+        return _attend_rows(rows, cache, layer, query, scaling, s_aux), None
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0], None
+
+
+def _attend_rows(
+    rows: RowContexts, cache: KvCache, layer: int, query: Tensor, scaling: float, sinks_H: Tensor | None
+) -> Tensor:
+    """[B, 1, H, D] for a token of each row: as many rows at a time as the buffers to gather in have room for."""
+    read_BC, mask = rows.seen(cache.layers[layer].window)
+    num_rows = max(1, cache.gather_tokens // read_BC.shape[1])
+    if len(query) <= num_rows:
+        return _attend_one_token(query, *cache.gather(layer, read_BC), mask, scaling, sinks_H)
     assert mask is not None, "rows have contexts of different lengths"
-    some = zip(query.split(rows), read_BC.split(rows), mask.split(rows), strict=True)
-    parts = [_attend_one_token(q, *cache.gather(layer, read), mask, scaling, s_aux) for q, read, mask in some]
-    return torch.cat(parts), None
+    some = zip(query.split(num_rows), read_BC.split(num_rows), mask.split(num_rows), strict=True)
+    parts = [_attend_one_token(q, *cache.gather(layer, read), mask, scaling, sinks_H) for q, read, mask in some]
+    return torch.cat(parts)
 
 
 def _refuse_arguments(layer: int, mask: torch.Tensor | None, arguments: Mapping[str, object]) -> None:
@@ -183,8 +195,11 @@ def _attend_prompt(
     """
     query, key, value = (tensor[:, :, part.start : part.end] for tensor in own)
     num_past, num_new, window = part.num_past, query.shape[2], cache.layers[layer].window
-    if part.read_1C is None and sinks_H is None and (window is None or window >= num_new):
-        return _attend_tokens(query, key, value, None, scaling, None)
+    if sinks_H is None and (window is None or window >= num_past + num_new):
+        if part.read_1C is None:
+            return _attend_tokens(query, key, value, None, scaling, None)
+        if query.device.type == "cpu":
+            return _attend_after(query, (key, value), cache, layer, part.read_1C[:, :num_past], scaling)
     multiple = PADDED_TOKENS if query.device.type == "cpu" and attends_in(query.dtype) else 1
     outputs = []
     for start in range(num_past, num_past + num_new, PREFILL_CHUNK_TOKENS):
@@ -205,6 +220,30 @@ def _attend_prompt(
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
 
+def _attend_after(
+    query: Tensor, own: tuple[Tensor, Tensor], cache: KvCache, layer: int, past_1C: Tensor, scaling: float
+) -> Tensor:
+    """[1, S, H, D] on a CPU, for tokens that see each other causally, and all of those before: no pair is masked.
+
+    torch's kernel returns the logarithm of what it divided by, which says how much each of the two results counts.
+    """
+
+    def attended(key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> tuple[Tensor, Tensor]:
+        queries, keys, values, _ = _for_cpu(query, key, value, None)
+        added = None if mask is None else mask.to(queries.dtype)
+        out, divisor = flash_attention(queries, keys, values, 0.0, causal, attn_mask=added, scale=scaling)
+        return out[:, :, :num_new, : value.shape[3]].float(), divisor[:, :, :num_new]
+
+    num_new, num_past, mask = query.shape[2], past_1C.shape[1], None
+    if attends_in(query.dtype) and (padding := -num_past % PADDED_TOKENS):
+        past_1C = torch.cat([past_1C, past_1C[:, :1].expand(1, padding)], 1)
+        is_padding_1C = torch.arange(num_past + padding)[None] >= num_past
+        mask = torch.zeros(is_padding_1C.shape, dtype=query.dtype).masked_fill_(is_padding_1C, -torch.inf)
+    before, divisor_before = attended(*cache.gather(layer, past_1C), mask, causal=False)
+    among, divisor_among = attended(*own, None, causal=True)
+    return among.lerp_(before, (divisor_before - divisor_among).sigmoid_()[..., None]).transpose(1, 2).to(query.dtype)
+
+
 @functools.cache
 def attends_in(dtype: torch.dtype) -> bool:
     """Tells whether this processor multiplies in this dtype, without which attention in it takes longer than in
@@ -223,19 +262,10 @@ def _attend_tokens(
     scaling: float,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attends from the tokens of a prompt; causally without a mask. A GPU has each key and value once a query head.
-
-    In half precision on a CPU torch compiles and keeps a kernel for every length that it meets, so lengths are padded
-    to a few; without such kernels it computes in fp32. Its kernels on a CPU want values as wide as keys.
-    """
+    """Attends from the tokens of a prompt; causally without a mask. A GPU has each key and value once a query head."""
     dtype, width, num_new, on_cpu = query.dtype, value.shape[3], query.shape[2], query.device.type == "cpu"
-    in_half = on_cpu and sinks_H is None and key.shape[3] == width and attends_in(dtype)
-    if in_half:
-        query, key, value, mask = _padded(query, key, value, mask)
-    elif on_cpu:
-        query, key, value = query.float(), key.float(), value.float()
-        if key.shape[3] > width:
-            value = pad(value, (0, key.shape[3] - width))
+    if on_cpu:
+        query, key, value, mask = _for_cpu(query, key, value, mask, has_sinks=sinks_H is not None)
     if sinks_H is not None:
         query, key, value, mask = _with_sinks(query, key, value, mask, sinks_H.view(-1, 1) / scaling)
         if on_cpu:
@@ -250,6 +280,20 @@ def _attend_tokens(
         query, key, value, attn_mask=mask, scale=scaling, is_causal=causal, enable_gqa=is_grouped
     )
     return out[:, :, :num_new, :width].transpose(1, 2).to(dtype)
+
+
+def _for_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, has_sinks: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same as torch's kernels on a CPU want it. They want values as wide as keys.
+
+    In half precision torch compiles and keeps a kernel for every length that it meets, so lengths are padded to a few;
+    without such kernels it computes in fp32.
+    """
+    if not has_sinks and key.shape[3] == value.shape[3] and attends_in(query.dtype):
+        return _padded(query, key, value, mask)
+    query, key, value = query.float(), key.float(), value.float()
+    return query, key, pad(value, (0, key.shape[3] - value.shape[3])), mask
 
 
 def _padded(

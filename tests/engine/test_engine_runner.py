@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -238,12 +237,16 @@ def test_a_prompt_in_half_precision_attends_in_a_few_lengths_as_in_fp32(
 ) -> None:
     lengths: set[int] = set()
 
-    def noted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        if query.dtype == torch.bfloat16:
-            lengths.update((query.shape[2], key.shape[2], value.shape[2]))
-        return scaled_dot_product_attention(query, key, value, **options)
+    def noting(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*tensors: Any, **options: Any) -> Any:
+            if tensors[0].dtype == torch.bfloat16:
+                lengths.update(tensor.shape[2] for tensor in tensors[:3])
+            return kernel(*tensors, **options)
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
+        return noted
+
+    for name in ("scaled_dot_product_attention", "flash_attention"):
+        monkeypatch.setattr(attention, name, noting(getattr(attention, name)))
     found = []
     for in_half in (False, True):
         monkeypatch.setattr(attention, "attends_in", lambda dtype, now=in_half: now and dtype == torch.bfloat16)

@@ -139,7 +139,7 @@ async def replayed(address: str, arrivals: Sequence[Arrival], pools: Mapping[str
             tenant: await stack.enter_async_context(AsyncClient(address, tenant=tenant, timeout_s=300))
             for tenant in sorted({each.tenant for each in arrivals})
         }
-        vocabulary = (await clients[arrivals[0].tenant].model()).vocab_size
+        vocabulary = min([(await client.model()).vocab_size for client in clients.values()])  # all are connected now
         prompts = [tuple(map(int, random.integers(0, vocabulary - 4, each.prompt_tokens))) for each in arrivals]
         began_s = outcome.began_s = time.perf_counter() + 0.1
 

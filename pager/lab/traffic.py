@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from pager.client import AsyncClient
 from pager.errors import ConfigError, InvalidRequest
-from pager.lab.simulate import Arrival, Costs
+from pager.lab.simulate import Arrival, Costs, Simulation
 from pager.models.open_model import OpenModel
 from pager.predict.fitted import PREDICTOR_NAME, Codebook, PredictorFile
 from pager.reading import parse_json, read_bounded, read_lines, reason_of
@@ -286,6 +286,11 @@ class Measuring:
 
     async def run(self) -> Costs:
         """Raises what the client raises."""
+        await self._look_around()
+        return await self._agreeing(await self._by_parts())
+
+    async def _look_around(self) -> None:
+        """Finds pools that are at home at each worker. Raises ConfigError unless all workers are ready."""
         model = await self._client.model()
         self._vocabulary = model.vocab_size
         known = await self._client.residency()
@@ -299,6 +304,11 @@ class Measuring:
                 "alone; wait until all are"
             )
         await self._find_homes()
+        self._expert_bytes = max(worker.expert_bytes for worker in workers)
+        self._num_slots = min(worker.num_slots for worker in workers)
+
+    async def _by_parts(self) -> Costs:
+        """Measures each cost by itself."""
         own = [pools[0] for pools in self._homes.values()]
         most = max(1, self.MOST // len(own))
         shapes = [shape for shape in self.SHAPES if shape[0] <= most] or [self.SHAPES[0]]
@@ -334,11 +344,31 @@ class Measuring:
             request_s=max(1e-6, statistics.median(each.way_s for each in short)),
             router_s=max(0.0, statistics.median(router_s)),
             change_s=max(0.0, statistics.median(changes_s)),
-            workers_per_machine=len(workers),
+            workers_per_machine=len(self._homes),
             alone=min(1.0, statistics.median(alone)),
-            expert_bytes=max(worker.expert_bytes for worker in workers),
-            num_slots=min(worker.num_slots for worker in workers),
+            expert_bytes=self._expert_bytes,
+            num_slots=self._num_slots,
         )
+
+    async def _agreeing(self, costs: Costs) -> Costs:
+        """Returns the costs with forwards that take as much longer as mixed runs took longer than was forecast.
+
+        What router, client and workers do for requests that come and go takes cores from the forwards beside it. Waves
+        of answers that begin and end together do not show that.
+        """
+        # The first of them are asked for most: they are of one worker after the other.
+        pools = {pool.digest: pool for alike in zip(*self._homes.values(), strict=True) for pool in alike}
+        drawn = [
+            Drawn(min(self.MOST, 24 * len(self._homes)), 1, 1.0, self.TOKENS, self.TOKENS, burst_share=0.0, seed=seed)
+            for seed in range(self.ROUNDS)
+        ]
+        traces = [[replace(each, at_s=0.0) for each in one.arrivals(list(pools))] for one in drawn]
+        took_s = 0.0
+        for trace in traces:
+            asked = (self._answer(pools[each.pool], each.output_tokens, each.prompt_tokens) for each in trace)
+            answers = await asyncio.gather(*asked)
+            took_s += max(each.token_s[-1] for each in answers) - min(each.began_s for each in answers)
+        return agreeing(costs, pools, list(self._homes), traces, took_s)
 
     async def _find_homes(self) -> None:
         """Draws pools until every worker is the home of three."""
@@ -416,6 +446,24 @@ def _waning(answers: Sequence[_Answer], num_workers: int) -> float:
     """Returns the time from the first end to the last one at a worker whose answers end one after the other."""
     ends_s = [answer.token_s[-1] for answer in answers]
     return statistics.median(max(own) - min(own) for own in (ends_s[n::num_workers] for n in range(num_workers)))
+
+
+def agreeing(
+    costs: Costs,
+    pools: Mapping[str, ExpertPool],
+    workers: Sequence[str],
+    traces: Sequence[Sequence[Arrival]],
+    took_s: float,
+) -> Costs:
+    """Returns the costs with forwards that take so much longer, or less long, that these traces are forecast to take
+    `took_s` one after the other.
+    """
+    names = ("step_s", "row_s", "pool_s", "change_s", "prefill_s", "prompt_token_s")
+    for _ in range(4):  # as not all of the time is that of forwards
+        runs = [Simulation(pools, costs, workers).run(trace) for trace in traces]
+        times = took_s / sum(run.ended_s - run.began_s for run in runs)
+        costs = replace(costs, **{name: getattr(costs, name) * times for name in names})
+    return costs
 
 
 def _unchanged(gap_s: Mapping[int, float], rows: int) -> float:

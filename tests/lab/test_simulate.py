@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pager.cli import app
 from pager.errors import ConfigError, InvalidRequest
 from pager.lab.simulate import OTHERS, SERVICE, Arrival, Costs, Rules, Simulation
-from pager.lab.traffic import Drawn, drawn_pool, read_costs, read_log, with_another, write_costs
+from pager.lab.traffic import Drawn, agreeing, drawn_pool, read_costs, read_log, with_another, write_costs
 from pager.types import ExpertPool, RoutingFacts
 
 FACTS = RoutingFacts(experts_per_layer=(64, 64), shared_per_layer=(0, 0), top_k_per_layer=(2, 2))
@@ -263,3 +263,16 @@ def test_a_pool_is_drawn_by_its_name() -> None:
     assert pool == drawn_pool("named:law", (3, 5), FACTS) != drawn_pool("named:tax", (3, 5), FACTS)
     assert isinstance(pool, ExpertPool)
     assert [len(layer) for layer in pool.experts] == [3, 5]
+
+
+def test_costs_are_made_to_agree_with_what_mixed_runs_took() -> None:
+    traces = [[replace(each, at_s=0.0) for each in mixed(count=48)] for _ in range(2)]
+    slower = replace(
+        COSTS,
+        **{name: 1.4 * getattr(COSTS, name) for name in ("step_s", "row_s", "pool_s", "prefill_s", "prompt_token_s")},
+    )
+    took_s = sum(Simulation(POOLS, slower, 2).run(trace).ended_s for trace in traces)
+    found = agreeing(COSTS, POOLS, ["w0", "w1"], traces, took_s)
+    assert found.step_s == pytest.approx(slower.step_s, rel=0.03)
+    assert found.prefill_s / found.step_s == pytest.approx(COSTS.prefill_s / COSTS.step_s)
+    assert (found.request_s, found.page_bytes_per_s) == (COSTS.request_s, COSTS.page_bytes_per_s)

@@ -146,13 +146,16 @@ async def test_what_work_costs_is_measured_at_a_running_service(
         assert costs.step_s > 0
         assert costs.page_bytes_per_s > 0
         used: dict[str, Counter[str]] = {}
-        for worker, request in cluster.received:
+        num_mixed = 24 * len(views)
+        for worker, request in cluster.received[:-num_mixed]:
             assert request.pool.fixed is not None
             used.setdefault(worker, Counter())[request.pool.fixed.digest] += 1
         assert set(used) == {"w0", "w1"}, "every worker has the same to do"
         busiest = [counts.most_common(1)[0] for counts in used.values()]
         assert abs(busiest[0][1] - busiest[1][1]) == 2, "but for a wave of two rows that one has to itself"
         assert busiest[0][0] != busiest[1][0], "each in a pool that is at home there"
+        mixed = Counter(request.pool.fixed for _, request in cluster.received[-num_mixed:])
+        assert len(mixed) == 6, "all at once, of all pools that are at home somewhere"
         prompts = [request.prompt_token_ids for _, request in cluster.received]
         assert len(set(prompts)) > len(prompts) // 2, "what is cached of a prompt would cost nothing"
     cluster.change("w0", state="starting")

@@ -31,7 +31,7 @@ MODEL = ROOT / "models" / "emo-tiny"
 NUM_WORKERS = 2
 MAX_RUNNING = 32  # as the service has it where nothing else is asked for
 NUM_POOLS = 12
-LOAD = 0.7  # of the forecast's tokens/s with everything sent at once
+LOAD = 0.7  # of the tokens/s that the service has with everything sent at once
 GOAL = 0.20
 
 
@@ -65,15 +65,20 @@ def main(
         console.print(asdict(costs))
         drawn = [Drawn(requests, 8, 1.0, burst_share=0.0, seed=number) for number in range(1, 2 * rounds + 1)]
         at_once = [[replace(each, at_s=0.0) for each in one.arrivals(list(by_digest))] for one in drawn[:rounds]]
-        most = _together([Simulation(by_digest, costs, workers).run(trace) for trace in at_once])
-        per_s = LOAD * most.tokens_per_s / drawn[0].output_tokens
-        poisson = [replace(one, per_s=per_s).arrivals(list(by_digest)) for one in drawn[rounds:]]
-        rows = []
-        for name, traces in (("all at once", at_once), (f"{per_s:.1f} requests/s", poisson)):
-            with console.status(name):
-                truth = _together([_truth(ready["address"], trace, by_digest) for trace in traces])
-            forecast = _together([Simulation(by_digest, costs, workers).run(trace) for trace in traces])
-            rows += _rows(name, forecast, truth)
+
+        def compared(traces: Sequence[Sequence[Arrival]]) -> tuple[Outcome, Outcome]:
+            truth = _together([_truth(ready["address"], trace, by_digest) for trace in traces])
+            return _together([Simulation(by_digest, costs, workers).run(trace) for trace in traces]), truth
+
+        with console.status("all at once"):
+            forecast, truth = compared(at_once)
+        rows = _rows("all at once", forecast, truth)
+        per_s = LOAD * truth.tokens_per_s / drawn[0].output_tokens
+        with console.status("one by one"):
+            rows += _rows(
+                f"{per_s:.1f} requests/s",
+                *compared([replace(one, per_s=per_s).arrivals(list(by_digest)) for one in drawn[rounds:]]),
+            )
         report.add(_table(rows, rounds, requests, costs))
     if not quick:
         report.write(results)

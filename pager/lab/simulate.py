@@ -50,6 +50,7 @@ class Costs:
     router_s: float = 0.0  # of `request_s`, what the router does for one request after the other
     change_s: float = 0.0  # of the first decode forward after rows have come or gone
     workers_per_machine: int = 1  # which share its cores
+    in_place: bool = False  # pools for which there are no slots are computed where the page cache has them
     alone: float = 1.0  # a forward's time where no other worker of the machine computes, over that where all do
 
 
@@ -106,6 +107,7 @@ class _Request:
         "arrival",
         "decoded_before",
         "first_s",
+        "is_in_place",
         "number",
         "place",
         "pool",
@@ -125,6 +127,7 @@ class _Request:
         self.place = 0  # in its worker's line when it joined, the first being 1
         self.decoded_before = 0  # steps of its worker before its first decode step
         self.spent = Spent()
+        self.is_in_place = False  # it holds no slots
         self.was_lost = False
 
 
@@ -241,7 +244,13 @@ class _Worker:
         return True
 
     def acquire(self, request: _Request, now_s: float) -> bool:
-        pool = request.pool
+        """Takes slots for the request or, where it needs none, admits it without; False where it has to wait."""
+        has_slots = self.hold(request.pool, now_s)
+        request.is_in_place = self.costs.in_place and not has_slots
+        return has_slots or request.is_in_place
+
+    def hold(self, pool: NamedExperts, now_s: float) -> bool:
+        """Takes slots for one request more of the pool; False where they are not to be had now."""
         if pool not in self.holders:
             # What comes may be nobody's, and cost nothing.
             new = (pool.bits & ~self.held).bit_count() - len(self.coming)
@@ -328,7 +337,8 @@ class _Worker:
     def charge(self, now_s: float, requests: Iterable[_Request]) -> None:
         costs: dict[str, float] = {}
         for request in requests:
-            share = len(request.pool.listed) / self.num_slots / max(1, self.holders[request.pool])
+            held = 0 if request.is_in_place else len(request.pool.listed)
+            share = held / self.num_slots / max(1, self.holders[request.pool])
             output = 0 if math.isnan(request.first_s) else self.num_decoded - request.decoded_before + 1
             spent = Spent(
                 0 if math.isnan(request.first_s) else request.arrival.prompt_tokens,
@@ -407,20 +417,22 @@ class _Worker:
         self.num_ended += 1
         self.charge(now_s, [request])
         self.tenants.ended(request.arrival.tenant, was_admitted=True)
-        self.release(request.pool)
+        if not request.is_in_place:
+            self.release(request.pool)
         return request
 
     def begin_stretch(self, now_s: float) -> None:
         costs, rows, pace = self.costs, len(self.decoding), self.pace
         decode_s = 0.0
         if rows:
-            pools = {request.pool.name for _, _, request in self.decoding} if len(self.holders) > 1 else (None,)
+            is_one = len(self.holders) < 2 and not self.costs.in_place
+            pools = {None} if is_one else {request.pool.name for _, _, request in self.decoding}
             decode_s = pace * (costs.step_s + (rows - 1) * costs.row_s + (len(pools) - 1) * costs.pool_s)
         change_s = pace * costs.change_s * self.has_changed
         prompts: list[_Request] = []
         ready_s, room = math.inf, CHUNK_TOKENS
         for request in self.prefilling:
-            there_s = self.ready_s(request.pool)
+            there_s = 0.0 if request.is_in_place else self.ready_s(request.pool)
             waits_alike = bool(prompts) and request.pool is prompts[0].pool
             if there_s > now_s and (rows or prompts) and not waits_alike:
                 ready_s = min(ready_s, there_s)
@@ -434,7 +446,9 @@ class _Worker:
         if prompts:
             forward_s = pace * (costs.prefill_s + (CHUNK_TOKENS - room) * costs.prompt_token_s)
             decodes = bool(rows) and not self.has_decoded
-            ends_s = max(now_s + (decode_s + change_s) * decodes + forward_s, self.ready_s(prompts[0].pool))
+            ends_s = now_s + (decode_s + change_s) * decodes + forward_s
+            if not prompts[0].is_in_place:
+                ends_s = max(ends_s, self.ready_s(prompts[0].pool))
             self.stretch = (now_s, ends_s - now_s, int(decodes), prompts)
             self.due_s = ends_s
         elif rows:

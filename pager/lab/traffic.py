@@ -225,6 +225,10 @@ def read_costs(path: Path) -> Costs:
             raise ValueError(f"its fields are {', '.join(known)}")
         for name, each in value.items():
             kind = int if name in WHOLE else int | float
+            if name == "in_place":
+                if not isinstance(each, bool):
+                    raise ValueError(f"its in_place is {each!r}; it must be true or false")
+                continue
             if isinstance(each, bool) or not isinstance(each, kind) or not 0 <= each < math.inf:
                 raise ValueError(f"its {name} is {each!r}; it must be a {'whole ' * (name in WHOLE)}number, 0 or more")
             if not each and name in ABOVE_0:
@@ -249,6 +253,7 @@ class _Answer:
     began_s: float
     token_s: list[float] = field(default_factory=list)
     bytes_paged: int = 0
+    num_missed: int = 0
     at_worker_s: float = 0.0  # from its arrival there until its first token
 
     @property
@@ -353,8 +358,9 @@ class Measuring:
     async def _agreeing(self, costs: Costs) -> Costs:
         """Returns the costs with forwards that take as much longer as mixed runs took longer than was forecast.
 
-        What router, client and workers do for requests that come and go takes cores from the forwards beside it. Waves
-        of answers that begin and end together do not show that.
+        What router, client and workers do for requests that come and go takes cores from the forwards beside it, which
+        waves of answers that begin and end together do not show. Nor do they show whether pools for which there are no
+        slots are computed in the page cache: then experts are missed and none are paged.
         """
         # The first of them are asked for most: they are of one worker after the other.
         pools = {pool.digest: pool for alike in zip(*self._homes.values(), strict=True) for pool in alike}
@@ -363,11 +369,13 @@ class Measuring:
             for seed in range(self.ROUNDS)
         ]
         traces = [[replace(each, at_s=0.0) for each in one.arrivals(list(pools))] for one in drawn]
-        took_s = 0.0
+        took_s, is_in_place = 0.0, False
         for trace in traces:
             asked = (self._answer(pools[each.pool], each.output_tokens, each.prompt_tokens) for each in trace)
             answers = await asyncio.gather(*asked)
             took_s += max(each.token_s[-1] for each in answers) - min(each.began_s for each in answers)
+            is_in_place |= any(each.num_missed and not each.bytes_paged for each in answers)
+        costs = replace(costs, in_place=is_in_place)
         return agreeing(costs, pools, list(self._homes), traces, took_s)
 
     async def _find_homes(self) -> None:
@@ -404,6 +412,7 @@ class Measuring:
             found.token_s += [time.perf_counter()] * len(chunk.token_ids)
             if chunk.usage is not None:
                 found.bytes_paged = chunk.usage.paging.bytes_paged
+                found.num_missed = chunk.usage.paging.experts_missed
                 found.at_worker_s = chunk.usage.time_to_first_token_s
         return found
 

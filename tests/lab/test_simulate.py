@@ -83,6 +83,18 @@ def test_the_first_step_after_rows_have_come_or_gone_takes_longer() -> None:
         assert ended_s(0.1, *arrivals) == pytest.approx(ended_s(0.0, *arrivals) + 0.1 * changes)
 
 
+def test_pools_without_slots_are_computed_in_place() -> None:
+    costs = replace(COSTS, num_slots=20, page_bytes_per_s=math.inf)
+    arrivals = [one(output=1001), one(pool="c01", output=11), one(pool="c01", output=11)]
+    waiting, beside = (Simulation(POOLS, replace(costs, in_place=each), 1) for each in (False, True))
+    waited, ran = waiting.run(arrivals), beside.run(arrivals)
+    assert min(waited.first_token_s[1:]) > 1000 * costs.step_s
+    assert max(ran.first_token_s) < 10 * costs.step_s
+    assert waited.bytes_paged > ran.bytes_paged == 16 * costs.expert_bytes, "the second pool is not paged"
+    assert ran.ended_s > 1000 * costs.step_s + 10 * costs.pool_s, "their rows are in the forwards of the other"
+    assert beside.workers[0].index.num_held == 0
+
+
 def test_a_router_knows_of_a_worker_what_it_last_reported() -> None:
     simulation = Simulation(POOLS, replace(COSTS, max_running=1), 1)
     (worker,), pool = simulation.workers, simulation.pools["c00"]
@@ -126,12 +138,18 @@ requests = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(arrivals=requests, num_workers=st.integers(1, 3), rules=st.sampled_from([SERVICE, *OTHERS]), loses=st.booleans())
+@given(
+    arrivals=requests,
+    num_workers=st.integers(1, 3),
+    rules=st.sampled_from([SERVICE, *OTHERS]),
+    loses=st.booleans(),
+    in_place=st.booleans(),
+)
 def test_every_request_ends_once_under_any_rules(
-    arrivals: list[Arrival], num_workers: int, rules: object, loses: bool
+    arrivals: list[Arrival], num_workers: int, rules: object, loses: bool, in_place: bool
 ) -> None:
     arrivals = sorted(arrivals, key=lambda arrival: arrival.at_s)
-    costs = replace(COSTS, max_running=4, max_waiting=6)
+    costs = replace(COSTS, max_running=4, max_waiting=6, in_place=in_place)
     simulation = Simulation(POOLS, costs, num_workers, rules, 1.0 if loses else None)  # type: ignore[arg-type]
     outcome = simulation.run(arrivals)
     assert len(outcome.first_token_s) + outcome.num_refused + outcome.num_failed == len(arrivals)
@@ -232,9 +250,11 @@ def test_a_routers_log_is_a_trace(tmp_path: Path) -> None:
 
 def test_costs_are_read_as_they_were_written_and_nothing_else_is(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
-    write_costs(COSTS, path)
-    assert read_costs(path) == COSTS
-    for wrong in ("{}", "[]", '{"step_s": "x"}', path.read_text().replace("step_s", "stop_s"), "{"):
+    for costs in (COSTS, replace(COSTS, in_place=True)):
+        write_costs(costs, path)
+        assert read_costs(path) == costs
+    as_number = path.read_text().replace("true", "1")
+    for wrong in ("{}", "[]", as_number, '{"step_s": "x"}', path.read_text().replace("step_s", "stop_s"), "{"):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="the costs in"):
             read_costs(path)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pager import __version__
 from pager.cluster.cluster import Cluster, RayLost
 from pager.cluster.placement import ClusterPort, LoadedModel
-from pager.cluster.ray_session import LOOPBACK
+from pager.cluster.ray_process import RayProcess
 from pager.config import RouterConfig, ServiceConfig
 from pager.errors import CheckpointError, ConfigError, InvalidRequest, PoolTooLarge, PortInUse
 from pager.memory import format_address, parse_bytes
@@ -85,6 +85,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("expert_pager.router")
 
 LISTEN_EVERY_S = 0.1
+LOOPBACK = "127.0.0.1"
 EXIT_RAY_LOST = os.EX_TEMPFAIL  # a new process recovers what was lost
 
 
@@ -99,15 +100,21 @@ class Ready:
     num_workers: int
 
 
-async def serve(config: ServiceConfig, env: Mapping[str, str], announce: Callable[[Ready], None]) -> signal.Signals:
+async def serve(
+    config: ServiceConfig, env: Mapping[str, str], announce: Callable[[Ready], None], ray: RayProcess | None = None
+) -> signal.Signals:
     """Serves until SIGTERM or SIGINT, which it returns; requests in flight then have `drain_s` to end.
+
+    `ray` is a process that was started early, and is ended here.
 
     A second signal ends the wait. When the embedded Ray loses a daemon, the service drains in the same way and the
     process ends with EXIT_RAY_LOST. Raises PagerError for anything that keeps it from starting.
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     async with AsyncExitStack() as stack:
-        starting = asyncio.create_task(_start(stack, config, env, lambda: signals.put_nowait(signal.SIGTERM)))
+        ray = ray or RayProcess()
+        stack.callback(ray.end)
+        starting = asyncio.create_task(_start(stack, config, env, ray, lambda: signals.put_nowait(signal.SIGTERM)))
         stopping = asyncio.create_task(signals.get())
         while not (starting.done() or stopping.done()):
             _listen(signals)
@@ -167,7 +174,7 @@ def _listen(signals: asyncio.Queue[signal.Signals]) -> None:
 
 
 async def _start(
-    stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str], stop: Callable[[], None]
+    stack: AsyncExitStack, config: ServiceConfig, env: Mapping[str, str], ray: RayProcess, stop: Callable[[], None]
 ) -> tuple[RouterServer, Cluster, Ready]:
     """Starts everything, and registers on `stack` how to stop it, last started first."""
     choices = _choices(config, env)
@@ -186,7 +193,7 @@ async def _start(
     stack.push_async_callback(health.stop)
     if config.router.health_port is not None:  # probes are answered from now on: alive, and not ready
         await health.start(config.router.host, config.router.health_port)
-    cluster, passes = await _connect(stack, config, planned, expected.default_pool.source)
+    cluster, passes = await _connect(stack, config, planned, expected.default_pool.source, ray)
     model = cluster.model()
     choices = _with_source(choices, config.pools.default_source, passes.codebook is not None)
     if config.cluster.joined is None and config.workers.count:  # all workers are like the first
@@ -398,7 +405,7 @@ def check_fits(default_size: PoolSize, model: ModelInfo) -> None:
 
 
 async def _connect(
-    stack: AsyncExitStack, config: ServiceConfig, planned: PassPlan, default_source: PoolSource
+    stack: AsyncExitStack, config: ServiceConfig, planned: PassPlan, default_source: PoolSource, ray: RayProcess
 ) -> tuple[Cluster, Passes]:
     """Starts or finds the workers. The trunk is loaded meanwhile, unless the first prompt may wait for it.
 
@@ -413,7 +420,7 @@ async def _connect(
     loading = asyncio.create_task(trunk.ready()) if is_wanted else None
     if loading is not None:
         stack.push_async_callback(_end, loading)
-    cluster = await Cluster.connect(config)
+    cluster = await Cluster.connect(config, ray.open)
     stack.push_async_callback(cluster.close)
     model = cluster.model()
     passes = planned.passes(PredictedModel(model.fingerprint, model.facts, model.unread_gates), lambda: trunk, trunk)

@@ -22,7 +22,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import jwt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pager.cache.shares import MOST_GUARANTEED
@@ -354,6 +353,8 @@ def parse_secret(data: bytes, where: str) -> bytes:
 
 def parse_jwks(data: bytes, where: str) -> Mapping[str, Any]:
     """Returns the public keys of RS256 by their ids. Raises ConfigError."""
+    import jwt  # with cryptography 9 MiB, which only a router that takes tokens needs
+
     try:
         keys = [key for key in jwt.PyJWKSet.from_dict(parse_json(data)).keys if key.key_type == "RSA"]
     except (ValueError, AttributeError, jwt.PyJWTError):
@@ -394,6 +395,8 @@ class Tokens:
         return Caller(tenant, f"jwt:{tenant}", asked) if entry is None else replace(entry, roles=entry.roles & asked)
 
     def _claims(self, token: str) -> dict[str, Any] | None:
+        import jwt
+
         try:
             header = jwt.get_unverified_header(token)
             algorithm, key = header.get("alg"), None

@@ -36,7 +36,7 @@ WORKER_STATES = ("starting", "ready", "draining", "hung", "dead")
 REDIS_REASONS = ("unreachable", "timeout", "readonly", "full", "busy", "loading", "moved", "other")
 """Why Redis failed, as `router_service.redis` tells failures apart."""
 
-RAY_DAEMONS = ("gcs_server", "raylet")
+RAY_DAEMONS = ("gcs_server", "raylet", "driver")  # the last is the router's own process, which is connected to Ray
 LEARNED = "learned"  # in the place of the names of codewords that traffic makes, which nobody knows beforehand
 CODEBOOK_CHANGES = tuple(each.name for each in fields(Changes))
 INFO_LABELS = ("version", "model", "fingerprint")

@@ -1,4 +1,7 @@
-"""Redis: the client, its breaker, and the stores that routers share. The only module that imports redis."""
+"""Redis: the client, its breaker, and the stores that routers share. The only module that imports redis.
+
+It does so where Redis is used: a router without it saves the 9 MiB.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,6 @@ from limits import RateLimitItem
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter
 from limits.errors import StorageError
-from redis.asyncio import Redis
-from redis.asyncio.connection import parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, RedisError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from pager.errors import ConfigError, PoolStoreUnavailable
 from pager.pools.pick import decode_named, encode_named
@@ -112,6 +108,8 @@ def redis_url(env: Mapping[str, str]) -> str | None:
         return None
     if not url.startswith(("redis://", "rediss://", "unix://")):
         raise ConfigError("the Redis URL must start with redis://, rediss:// or unix://")
+    from redis.asyncio.connection import parse_url
+
     try:
         parse_url(url)
     except ValueError:
@@ -132,6 +130,12 @@ class RedisClient:
     """
 
     def __init__(self, url: str) -> None:
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+        from redis.exceptions import RedisError
+
+        self._errors = (RedisError, OSError, TimeoutError)
         # Any: the client's types leave open whether values are bytes or text; here they are bytes.
         self._redis: Any = Redis.from_url(
             url,
@@ -145,8 +149,8 @@ class RedisClient:
         """Yields the client for the duration of the block."""
         try:
             yield self._redis
-        except (RedisError, OSError, TimeoutError) as error:
-            with suppress(RedisError, OSError, TimeoutError):
+        except self._errors as error:
+            with suppress(*self._errors):
                 # Connections in use belong to commands that will fail by themselves.
                 await self._redis.connection_pool.disconnect(inuse_connections=False)
             # The error's own message can quote the URL.
@@ -163,12 +167,14 @@ class RedisClient:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ResponseError | BusyLoadingError):
+    from redis import exceptions
+
+    if isinstance(error, exceptions.ResponseError | exceptions.BusyLoadingError):
         code = getattr(error, "status_code", None) or str(error).partition(" ")[0]
         return _REASON_OF_CODE.get(code, "other")
-    if isinstance(error, RedisTimeoutError | TimeoutError):
+    if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return "timeout"
-    return "unreachable" if isinstance(error, RedisConnectionError | OSError) else "other"
+    return "unreachable" if isinstance(error, exceptions.ConnectionError | OSError) else "other"
 
 
 class Breaker:
@@ -698,6 +704,8 @@ class SharedQuotas(Quotas):
 
     async def close(self) -> None:
         bridge: Any = self._storage.bridge
+        from redis.exceptions import RedisError
+
         with suppress(RedisError, OSError, TimeoutError):
             await bridge.get_connection().aclose()
 

@@ -26,16 +26,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from pager.errors import BudgetError, ConfigError
-from pager.store.appearing import create_owned
+from pager.store.appearing import SHM, create_owned
 from pager.types import ExpertKey
 
-SHM = Path("/dev/shm")
 INDEX_SUFFIX = ".index"
 MAX_OWNERS = 96  # processes that map one segment at a time: a node's workers and its control actor
 LOCK_TIMEOUT_S = 1.0

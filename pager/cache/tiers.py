@@ -21,10 +21,11 @@ from torch import Tensor
 
 from pager import threads
 from pager.cache.device import Transfer
-from pager.cache.host_index import SHM, HostGrant, HostIndex, HostSegment, HostState
+from pager.cache.host_index import HostGrant, HostIndex, HostSegment, HostState
 from pager.cache.stats import Lookup, PagerObserver, Tier
 from pager.errors import BudgetError, ConfigError, ExpertUnavailable
 from pager.memory import NUM_CHECKERS, format_bytes
+from pager.store.appearing import SHM
 from pager.store.expert_source import Destination, ExpertSource
 from pager.store.reads import MOST_BYTES, FileRange
 from pager.types import ExpertKey, ExpertShape

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -253,6 +254,13 @@ def serve_extra(purpose: str) -> Iterator[None]:
     """Surrounds imports: ConfigError, with what to install, where a package of the `serve` extra is missing."""
     with _extra(purpose, "serve", _SERVE):
         yield
+
+
+def require(*packages: str) -> None:
+    """Raises ModuleNotFoundError where a package is missing that will be imported later, or by another process."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 @contextmanager

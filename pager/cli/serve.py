@@ -30,6 +30,7 @@ from pager.cli.options import (
     out,
     print_error,
     print_json,
+    require,
     serve_extra,
 )
 from pager.cli.pools import ServerOptions
@@ -185,10 +186,14 @@ def serve(
     settings = with_model_here(load_config(config, os.environ, overrides, flags))
     logs.configure(settings.log.format, "router")
     with busy("loading"), serve_extra("serve"):
+        require("ray", "redis", "jwt")
+        from pager.cluster.ray_process import RayProcess
+
+        ray = RayProcess()  # which imports Ray while this process imports the rest
         from router_service import app
     try:
         received = asyncio.run(
-            app.serve(settings, os.environ, lambda ready: _announce(ready, as_json, settings.log.format))
+            app.serve(settings, os.environ, lambda ready: _announce(ready, as_json, settings.log.format), ray)
         )
     except PagerError as error:
         if settings.log.format == "text":

@@ -1,4 +1,6 @@
-"""The Ray actors, the launchers that start, find and kill them, and the state that the workers of one node share."""
+"""A process's own connection to Ray: the actors, the launchers that start, find and kill them, and the state that the
+workers of one node share.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +12,34 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pager.cache.host_index import SHM, HostIndex, HostSegment
 from pager.cluster.placement import Health, WorkerReady
-from pager.cluster.ray_session import WORKER_RESOURCE, RaySession, num_gpus
+from pager.cluster.ray_session import WORKER_RESOURCE, RaySession, num_gpus, pass_on
 from pager.cluster.worker import EngineLoader, HostAccess, LoadedEngine, Sink, Worker, WorkerObserver
 from pager.config import ServiceConfig
-from pager.errors import ConfigError, NotReady, PagerError
+from pager.errors import ConfigError, NotReady, PagerError, WorkerLost
 from pager.observe import logs
-from pager.store.appearing import remove_abandoned
+from pager.store.appearing import SHM, remove_abandoned
 
 if TYPE_CHECKING:
+    from pager.cache.host_index import HostIndex, HostSegment
     from pager.cache.tiers import HostTier
     from pager.memory import Plan
     from pager.models.open_model import OpenModel
 
 # --- control of one node's workers ------------------------------------------------------------------------------------
 #
-# One control actor per node holds what its workers share: their processes' lives, and the files of the host tier.
-# Workers map the segment and its index themselves and call the actor for no record (`pager.cache.host_index`).
+# One control per node holds what its workers share: their processes' lives, and the files of the host tier. It is an
+# actor where workers call it or its node is another; workers map the segment and its index themselves and call the
+# actor for no record (`pager.cache.host_index`).
 
 
 log = logging.getLogger(__name__)
@@ -101,6 +104,8 @@ class NodeControl:
 
         Errors are returned, not raised.
         """
+        from pager.cache.host_index import HostIndex, HostSegment  # which need numpy
+
         asked = (budget_bytes, record_bytes, model)
         with self._lock:
             if self._segment is None:
@@ -260,24 +265,43 @@ class WorkerProcess:
     at: Whereabouts | None = None  # None for a worker that another router started
 
 
-class Launcher(Protocol):
-    """A source of worker processes. Every method runs on the event loop and never blocks it.
+class ControlActor:
+    """A node's control in an actor of its own, which its workers can call."""
 
-    `longest_pause_s` bounds the growing pause before a lost worker is launched again.
-    """
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
 
-    longest_pause_s: float
+    async def watch(self, owner: str, pid: int) -> None:
+        await self.actor.watch.remote(owner, pid)
 
-    async def launch(self, name: str) -> WorkerProcess: ...
-    async def load(self, process: WorkerProcess) -> WorkerReady | PagerError: ...
-    async def drain(self, process: WorkerProcess, timeout_s: float) -> None: ...
-    async def end(self, process: WorkerProcess, *, gracefully: bool) -> None: ...
+    async def end(self, owner: str) -> bool:
+        return bool(await self.actor.end.remote(owner))
+
+    async def close(self) -> None:
+        await _within(GRACE_S, self.actor.close.remote)
+        await asyncio.to_thread(ray.kill, self.actor, no_restart=True)
+
+
+class ControlHere:
+    """The control of this process's node, without a host tier: no worker calls it, so that it needs no actor."""
+
+    actor = None
+
+    def __init__(self, namespace: str) -> None:
+        self._control = NodeControl(namespace)
+
+    async def watch(self, owner: str, pid: int) -> None:
+        self._control.watch(owner, pid)
+
+    async def end(self, owner: str) -> bool:
+        return self._control.end(owner)
+
+    async def close(self) -> None:
+        self._control.close()
 
 
 class OwnWorkers:
-    """Starts and kills this router's own workers. Owns the node control actors too."""
-
-    longest_pause_s = 30.0
+    """Starts and kills this router's own workers, as a `Launcher`. Owns the controls of their nodes too."""
 
     def __init__(self, config: ServiceConfig, session: RaySession, load_engine: EngineLoader) -> None:
         """Raises ConfigError when the cluster has fewer GPUs than the workers need, unless nodes may still join."""
@@ -285,41 +309,48 @@ class OwnWorkers:
         self._session = session
         self._load_engine = load_engine
         self._namespace = config.cluster.namespace
-        self._nodes: dict[str, Any] = {}  # control actors
+        self._nodes: dict[str, ControlActor | ControlHere] = {}
         self._nodes_lock = asyncio.Lock()
         self._uses_gpu = _uses_gpu(config, num_gpus())
 
-    def names(self) -> list[str]:
+    async def names(self) -> list[str]:
         return [f"{WORKER_PREFIX}{index}" for index in range(self._config.workers.count)]
 
     async def launch(self, name: str) -> WorkerProcess:
         creation = asyncio.ensure_future(asyncio.to_thread(self._create, name))
         try:
-            actor = await asyncio.shield(creation)
-            at: Whereabouts = await actor.whereabouts.remote()
+            async with _translated():
+                actor = await asyncio.shield(creation)
+                at: Whereabouts = await actor.whereabouts.remote()
         except BaseException:  # nothing else knows of the process yet
             with suppress(PagerError):  # nothing was created
                 await asyncio.to_thread(ray.kill, await creation, no_restart=True)
             raise
         return WorkerProcess(actor, at)
 
-    async def load(self, process: WorkerProcess) -> WorkerReady | PagerError:
+    async def load(self, process: WorkerProcess) -> WorkerReady:
         assert process.at is not None, "an own worker has a node and a process"
         at, node = process.at, await self._node(process.at.node_id)
-        loading = process.actor.load.remote(node, self._has_host_tier)  # runs while the control actor starts
-        try:
-            await node.watch.remote(at.owner, at.pid)
-        except ray.exceptions.RayActorError:
-            self._forget_node(at.node_id, node)  # the next process of this worker gets another control actor
-            raise
-        answer: WorkerReady | PagerError = await loading
-        return answer
+        async with _translated():
+            loading = process.actor.load.remote(node.actor, self._has_host_tier)  # runs while a control actor starts
+            try:
+                await node.watch(at.owner, at.pid)
+            except ray.exceptions.RayActorError:
+                self._forget_node(at.node_id, node)  # the next process of this worker gets another control actor
+                raise
+            return _ready_of(await loading)
+
+    async def health(self, process: WorkerProcess) -> Health:
+        return await _health_of(process)
+
+    async def retire(self, process: WorkerProcess) -> None:
+        await _retire(process)
 
     async def drain(self, process: WorkerProcess, timeout_s: float) -> None:
         """Makes the worker refuse new requests from any router, and returns when those it runs have ended or failed."""
         await _within(timeout_s + 2 * GRACE_S, lambda: process.actor.drain.remote(timeout_s))
 
-    async def end(self, process: WorkerProcess, *, gracefully: bool) -> None:
+    async def end_worker(self, process: WorkerProcess, *, gracefully: bool) -> None:
         """Returns when the process is gone, so that the next one does not take its memory beside it."""
         if gracefully:
             await _within(GRACE_S, process.actor.close.remote)
@@ -333,10 +364,9 @@ class OwnWorkers:
                 self._forget_node(process.at.node_id, node)
 
     async def close(self) -> None:
-        """Ends the control actors. To be called after all workers have ended."""
+        """Ends the nodes' controls. To be called after all workers have ended."""
         for node in self._nodes.values():
-            await _within(GRACE_S, node.close.remote)
-            await asyncio.to_thread(ray.kill, node, no_restart=True)
+            await node.close()
         self._nodes.clear()
 
     @property
@@ -354,9 +384,13 @@ class OwnWorkers:
         if self._nodes.get(node_id) is lost:
             del self._nodes[node_id]
 
-    def _create_node(self, node_id: str) -> Any:
+    def _create_node(self, node_id: str) -> ControlActor | ControlHere:
+        if self._session.daemons and not self._has_host_tier and node_id == ray.get_runtime_context().get_node_id():
+            return ControlHere(self._namespace)
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        return self._create_named(NodeActor, f"node-{node_id}", (self._namespace,), scheduling_strategy=there)
+        return ControlActor(
+            self._create_named(NodeActor, f"node-{node_id}", (self._namespace,), scheduling_strategy=there)
+        )
 
     def _create_named(self, actor_class: Any, name: str, arguments: tuple[Any, ...], **options: Any) -> Any:
         try:
@@ -367,8 +401,8 @@ class OwnWorkers:
                 retry_after_s=1.0,
             ) from None
 
-    async def _node(self, node_id: str) -> Any:
-        """Returns the node's control actor, and starts it with the first worker there."""
+    async def _node(self, node_id: str) -> ControlActor | ControlHere:
+        """Returns the node's control, and starts it with the first worker there."""
         async with self._nodes_lock:
             if node_id not in self._nodes:
                 self._nodes[node_id] = await asyncio.to_thread(self._create_node, node_id)
@@ -376,37 +410,124 @@ class OwnWorkers:
 
 
 class OthersWorkers:
-    """Finds the workers that another router started. It never ends one."""
-
-    longest_pause_s = 1.0  # looking for a worker costs little
+    """Finds the workers that another router started, as a `Launcher`. It never ends one."""
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
 
     async def names(self) -> list[str]:
         """Returns the names of the workers that exist now."""
-        actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        async with _translated():
+            actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         found = [actor["name"] for actor in actors if actor["namespace"] == self._namespace]
         return sorted(name for name in found if name.startswith(WORKER_PREFIX))
 
     async def launch(self, name: str) -> WorkerProcess:
         try:
-            return WorkerProcess(await asyncio.to_thread(ray.get_actor, name, self._namespace))
+            async with _translated():
+                return WorkerProcess(await asyncio.to_thread(ray.get_actor, name, self._namespace))
         except ValueError:
             raise NotReady(f"{name} does not exist now", retry_after_s=1.0) from None
 
-    async def load(self, process: WorkerProcess) -> WorkerReady | PagerError:
-        while True:
-            ready: WorkerReady | None = await process.actor.ready.remote()
-            if ready is not None:
-                return ready
-            await asyncio.sleep(POLL_S)
+    async def load(self, process: WorkerProcess) -> WorkerReady:
+        async with _translated():
+            while True:
+                ready: WorkerReady | None = await process.actor.ready.remote()
+                if ready is not None:
+                    return ready
+                await asyncio.sleep(POLL_S)
+
+    async def health(self, process: WorkerProcess) -> Health:
+        return await _health_of(process)
+
+    async def retire(self, process: WorkerProcess) -> None:
+        await _retire(process)
 
     async def drain(self, process: WorkerProcess, timeout_s: float) -> None:
         pass
 
-    async def end(self, process: WorkerProcess, *, gracefully: bool) -> None:
+    async def end_worker(self, process: WorkerProcess, *, gracefully: bool) -> None:
         pass
+
+    async def close(self) -> None:
+        pass
+
+
+class RayHere:
+    """This process's own connection to Ray, as a `RayPort`: its own workers, or those of another router."""
+
+    def __init__(
+        self, session: RaySession, workers: OwnWorkers | OthersWorkers, on_lost: Callable[[str], None]
+    ) -> None:
+        self.workers = workers
+        self._session = session
+        self._on_lost = on_lost
+        self._watched: list[int] = []  # descriptors of the daemons' processes
+        for name, pid in session.daemons.items():
+            process = os.pidfd_open(pid)
+            self._watched.append(process)
+            asyncio.get_running_loop().add_reader(process, self._on_daemon_end, name, process)
+
+    @classmethod
+    async def open(
+        cls, config: ServiceConfig, on_lost: Callable[[str], None], load: EngineLoader = load_engine
+    ) -> Self:
+        """Starts Ray, or joins the configured cluster. Raises ConfigError or NotReady."""
+        pass_on(config.log.format)
+        cluster, num_workers = config.cluster, config.workers.count
+        session = await asyncio.to_thread(RaySession.open, cluster.joined, cluster.namespace, num_workers)
+        pass_on(config.log.format)
+        try:
+            workers = OwnWorkers(config, session, load) if num_workers else OthersWorkers(cluster.namespace)
+            return cls(session, workers, on_lost)
+        except BaseException:
+            await asyncio.to_thread(session.close)
+            raise
+
+    async def close(self, *, is_lost: bool = False) -> None:
+        """Ends Ray as far as this process started it. With `is_lost`, one of its daemons has ended."""
+        for process in self._watched:
+            asyncio.get_running_loop().remove_reader(process)
+            os.close(process)
+        self._watched.clear()
+        is_lost = is_lost and bool(self._session.daemons)
+        if not is_lost:
+            await self.workers.close()
+        await asyncio.to_thread(self._session.close, is_lost=is_lost)
+        if is_lost:
+            remove_leftovers()  # cleans up for a control actor, which had no time for it
+
+    def _on_daemon_end(self, name: str, process: int) -> None:
+        asyncio.get_running_loop().remove_reader(process)
+        self._on_lost(name)
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    """Inside this context, an error of Ray is raised as WorkerLost."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines()
+        raise WorkerLost(lines[0] if lines else type(error).__name__, retry_after_s=1.0) from error
+
+
+async def _health_of(process: WorkerProcess) -> Health:
+    async with _translated():
+        health: Health = await process.actor.health.remote()
+        return health
+
+
+async def _retire(process: WorkerProcess) -> None:
+    async with _translated():
+        with suppress(ray.exceptions.RayActorError):  # it had nothing to end, and has ended before it could answer
+            await process.actor.retire.remote()
+
+
+def _ready_of(answer: WorkerReady | PagerError) -> WorkerReady:
+    if isinstance(answer, PagerError):
+        raise answer
+    return answer
 
 
 def _uses_gpu(config: ServiceConfig, found: int) -> bool:
@@ -427,11 +548,11 @@ def _uses_gpu(config: ServiceConfig, found: int) -> bool:
     return True
 
 
-async def _await_end(node: Any, owner: str) -> None:
+async def _await_end(node: ControlActor | ControlHere, owner: str) -> None:
     """Has the worker's process killed and waits until it is gone, with its memory and its pins."""
     try:
         async with asyncio.timeout(GRACE_S):
-            while not await node.end.remote(owner):  # noqa: ASYNC110 - a process's end is no event here
+            while not await node.end(owner):  # noqa: ASYNC110 - a process's end is no event here
                 await asyncio.sleep(END_POLL_S)
     except TimeoutError:
         log.warning("the process of %s does not end; the next one will need memory beside it", owner)

@@ -1,25 +1,24 @@
-"""The cluster as a router sees it: one supervisor per worker, their answers, and Prometheus's list of targets."""
+"""The cluster as a router sees it: one supervisor per worker, their answers, and Prometheus's list of targets.
+
+Knows no Ray: a `RayPort` starts and ends the workers' processes, in a process of its own (`ray_process`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-import ray
 from expert_pager.v1 import worker_pb2 as pb
 
-from pager.cluster.actors import Launcher, OthersWorkers, OwnWorkers, WorkerProcess, load_engine, remove_leftovers
 from pager.cluster.placement import Health, LoadedModel, WorkerReady, WorkerState, WorkerView
-from pager.cluster.ray_session import RaySession, pass_on
+from pager.cluster.ray_process import RayProcess
 from pager.cluster.tokens import WorkerLink
-from pager.cluster.worker import EngineLoader
 from pager.config import ServiceConfig
 from pager.errors import NotReady, PagerError, UnknownWorker, WorkerLost
 from pager.reading import replace_file
@@ -44,6 +43,41 @@ ROUTER_JOB = "expert-pager-router"
 WORKER_JOB = "expert-pager-worker"
 ATTACH_TIMEOUT_S = 60.0
 DRAIN_POLL_S = 0.02
+# How long a lost worker's next launch waits at most. One that another router starts is only looked for.
+OWN_PAUSE_S, OTHERS_PAUSE_S = 30.0, 1.0
+
+
+class Launcher(Protocol):
+    """A source of worker processes. Every method runs on the event loop and never blocks it.
+
+    A process is whatever `launch` returned. The methods raise WorkerLost for one that does not answer or has ended, and
+    whatever PagerError it reports.
+    """
+
+    async def names(self) -> list[str]:
+        """Returns the names of the workers that exist, or are to exist where this router starts them."""
+
+    async def launch(self, name: str) -> Any: ...
+    async def load(self, process: Any) -> WorkerReady: ...
+    async def health(self, process: Any) -> Health: ...
+    async def retire(self, process: Any) -> None:
+        """Has the worker drain and end; returns at once. One that is gone already has ended."""
+
+    async def drain(self, process: Any, timeout_s: float) -> None: ...
+    async def end_worker(self, process: Any, *, gracefully: bool) -> None: ...
+
+
+class RayPort(Protocol):
+    """This router's connection to Ray: its own workers, or those of another router."""
+
+    @property
+    def workers(self) -> Launcher: ...
+    async def close(self, *, is_lost: bool = False) -> None:
+        """Ends Ray as far as this service started it. With `is_lost`, one of its daemons has ended."""
+
+
+Opening = Callable[[ServiceConfig, Callable[[str], None]], Awaitable[RayPort]]
+"""Connects to Ray. The callable is called, with the name of what has ended, once Ray is lost."""
 
 
 class Lost(Exception):
@@ -70,6 +104,7 @@ class WorkerSupervisor:
         worker_id: str,
         launcher: Launcher,
         *,
+        longest_pause_s: float,
         step_timeout_s: float,
         buffer_chunks: int,
         on_change: Callable[[], None],
@@ -80,10 +115,11 @@ class WorkerSupervisor:
         self.model: LoadedModel | None = None
         self.first_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._launcher = launcher
+        self._longest_pause_s = longest_pause_s
         self._step_timeout_s = step_timeout_s
         self._buffer_chunks = buffer_chunks
         self._on_change = on_change
-        self._process: WorkerProcess | None = None
+        self._process: Any = None  # as its launcher knows it
         self._metrics_address: str | None = None
         self._load = pb.Load()
         self._resident: tuple[int, ...] = ()
@@ -124,10 +160,8 @@ class WorkerSupervisor:
             raise NotReady(f"{self.id} is {self.state}; drain it once it is ready", retry_after_s=POLL_S)
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                await self._process.actor.retire.remote()
-        except ray.exceptions.RayActorError:
-            return  # it had nothing to end, and has ended before it could answer
-        except (TimeoutError, ray.exceptions.RayError):
+                await self._launcher.retire(self._process)
+        except (TimeoutError, WorkerLost):
             raise NotReady(f"{self.id} does not answer; try again", retry_after_s=POLL_S) from None
 
     async def close(self) -> None:
@@ -166,7 +200,7 @@ class WorkerSupervisor:
                 times = f"{self._num_losses} times before it was ready"
                 self.first_ready.set_exception(WorkerLost(f"{self.id} was lost {times}; the last time: {lost}"))
             pause_s = FIRST_PAUSE_S * 2 ** min(self._num_losses - 1, MOST_DOUBLINGS)
-            await asyncio.sleep(min(self._launcher.longest_pause_s, pause_s))
+            await asyncio.sleep(min(self._longest_pause_s, pause_s))
             if lost.ends_start:  # another worker was ready before, and the start went on
                 log.warning("%s was %s: %s", self.id, lost.state, lost)
             self._num_restarts += 1
@@ -176,10 +210,7 @@ class WorkerSupervisor:
         """Runs one process of the worker from its launch to its loss, and returns how it ended."""
         try:
             self._process = await self._launcher.launch(self.id)
-            answer = await self._launcher.load(self._process)
-            if isinstance(answer, PagerError):
-                raise answer
-            await self._serve(self._process, answer)
+            await self._serve(self._process, await self._launcher.load(self._process))
         except Lost as lost:
             return lost
         except PagerError as error:
@@ -189,14 +220,12 @@ class WorkerSupervisor:
             if ends_start:
                 self.first_ready.set_exception(error)
             return Lost(WorkerState.DEAD, error.message, ends_start=ends_start)
-        except ray.exceptions.RayError as error:
-            return Lost(WorkerState.DEAD, _first_line(error))
         except Exception as error:
             log.exception("supervising %s failed in an unexpected way", self.id)
             return Lost(WorkerState.DEAD, repr(error))
         raise AssertionError("a worker serves until it is lost")
 
-    async def _serve(self, process: WorkerProcess, ready: WorkerReady) -> None:
+    async def _serve(self, process: Any, ready: WorkerReady) -> None:
         self.model, self._metrics_address = ready.model, ready.metrics_address
         started_s = time.monotonic()
         while True:  # a stream that breaks while the process is well is opened again
@@ -217,17 +246,17 @@ class WorkerSupervisor:
                 if time.monotonic() - started_s > HEALTHY_S:
                     self._num_losses = 0
             if self._load.draining:
-                await _until_gone(process)
+                await self._until_gone(process)
                 raise Drained
             await self._check(process, HEALTH_TIMEOUT_S)
             log.warning("the stream to %s broke, but its process is healthy; opening another stream", self.id)
             await link.close()
 
-    async def _check(self, process: WorkerProcess, answer_within_s: float) -> None:
-        """Raises Lost for a worker that hangs or does not answer, RayError for one whose process is gone."""
+    async def _check(self, process: Any, answer_within_s: float) -> None:
+        """Raises Lost for a worker that hangs or does not answer, WorkerLost for one whose process is gone."""
         try:
             async with asyncio.timeout(answer_within_s):
-                health: Health = await process.actor.health.remote()
+                health = await self._launcher.health(process)
         except TimeoutError:
             raise Lost(WorkerState.HUNG, f"did not answer a health check within {answer_within_s:g} s") from None
         now_s = time.monotonic()
@@ -240,6 +269,14 @@ class WorkerSupervisor:
                 f"workers.step_timeout_s allows {self._step_timeout_s:g} s",
             )
 
+    async def _until_gone(self, process: Any) -> None:
+        """Waits until the process is gone, or for as long as a process may take to exit by itself."""
+        with suppress(TimeoutError, PagerError):
+            async with asyncio.timeout(EXIT_TIMEOUT_S):
+                while True:
+                    await self._launcher.health(process)
+                    await asyncio.sleep(EXIT_POLL_S)
+
     async def _tear_down(self, *, gracefully: bool) -> None:
         """Ends the process and its link. It can be cancelled and called again, for what has not ended yet."""
         self._progress = None
@@ -249,7 +286,7 @@ class WorkerSupervisor:
             await self.link.close()
             self.link = None
         if self._process is not None:
-            await self._launcher.end(self._process, gracefully=gracefully)
+            await self._launcher.end_worker(self._process, gracefully=gracefully)
             self._process = None
 
     def _on_break(self) -> None:
@@ -268,15 +305,6 @@ class WorkerSupervisor:
         self._on_change()
 
 
-async def _until_gone(process: WorkerProcess) -> None:
-    """Waits until the process is gone, or for as long as a process may take to exit by itself."""
-    with suppress(TimeoutError, ray.exceptions.RayError):
-        async with asyncio.timeout(EXIT_TIMEOUT_S):
-            while True:
-                await process.actor.health.remote()
-                await asyncio.sleep(EXIT_POLL_S)
-
-
 async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:
     try:
         async with asyncio.timeout(seconds):
@@ -284,11 +312,6 @@ async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
 
 
 # --- the cluster ------------------------------------------------------------------------------------------------------
@@ -307,7 +330,7 @@ def write_targets(path: Path, router: str | None, workers: Mapping[str, str]) ->
 
 
 class RayLost(NotReady):
-    """The embedded Ray lost a daemon while the workers were starting, so this process cannot use Ray any more."""
+    """Ray, or the process that is connected to it, was lost while the workers were starting."""
 
     reason = "RAY_LOST"
 
@@ -315,39 +338,31 @@ class RayLost(NotReady):
 class Cluster:
     """Owns the supervisors and this router's connection to Ray. Lives on one event loop; `connect` makes it."""
 
-    def __init__(self, config: ServiceConfig, session: RaySession, own: OwnWorkers | None) -> None:
+    def __init__(self, config: ServiceConfig) -> None:
         self._config = config
-        self._session = session
-        self._own = own
+        self._ray: RayPort | None = None  # None before it is open, and once it is closed
         self._supervisors: dict[str, WorkerSupervisor] = {}
         self._discovery: asyncio.Task[None] | None = None
         self._is_draining = False
         self._targets: tuple[str | None, dict[str, str]] | None = None
         self._router_metrics: str | None = None
         self.ray_lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Done when the embedded Ray has lost the daemon of this name: nothing can be started or watched any more."""
-        self._watched: list[int] = []  # process ids of the daemons
+        """Done when the process of Ray with this name has ended: nothing can be started or watched any more."""
 
     @classmethod
-    async def connect(cls, config: ServiceConfig, load: EngineLoader = load_engine) -> Self:
+    async def connect(cls, config: ServiceConfig, opening: Opening | None = None) -> Self:
         """Starts `config.workers.count` workers and returns when one is ready; with 0, finds another router's workers.
 
-        They are supervised from here on. Raises ConfigError, and whatever keeps the first workers from loading
-        (CheckpointError, BudgetError, PortInUse, ...); NotReady when there are no workers to attach to, RayLost.
+        They are supervised from here on. Without an `opening`, a process is started that connects to Ray. Raises
+        ConfigError, and whatever keeps the first workers from loading (CheckpointError, BudgetError, PortInUse, ...);
+        NotReady when there are no workers to attach to, RayLost.
         """
-        pass_on(config.log.format)
-        session = await asyncio.to_thread(
-            RaySession.open, config.cluster.joined, config.cluster.namespace, config.workers.count
-        )
-        pass_on(config.log.format)
-        cluster = None
+        cluster = cls(config)
         try:
-            own = OwnWorkers(config, session, load) if config.workers.count else None
-            cluster = cls(config, session, own)
-            cluster._watch_daemons()
-            await cluster._start()
+            cluster._ray = await (opening or RayProcess().open)(config, cluster._on_lost)
+            await cluster._start(cluster._ray.workers)
         except BaseException:
-            await (cluster.close() if cluster else asyncio.to_thread(session.close))
+            await cluster.close()
             raise
         return cluster
 
@@ -418,10 +433,6 @@ class Cluster:
     async def close(self) -> None:
         """Ends the router's own workers, their segments and Ray, as far as this process started them. Idempotent."""
         self._is_draining = True
-        for process in self._watched:
-            asyncio.get_running_loop().remove_reader(process)
-            os.close(process)
-        self._watched.clear()
         if self._discovery is not None:
             self._discovery.cancel()
             await asyncio.gather(self._discovery, return_exceptions=True)
@@ -430,37 +441,25 @@ class Cluster:
             await asyncio.gather(*(supervisor.abandon() for supervisor in self._supervisors.values()))
         else:
             await asyncio.gather(*(supervisor.close() for supervisor in self._supervisors.values()))
-            if self._own is not None:
-                await self._own.close()
         self._supervisors.clear()
-        self._own = None
-        await asyncio.to_thread(self._session.close, is_lost=is_lost)
-        if is_lost:
-            remove_leftovers()  # cleans up for the node's control actor, which had no time for it
-        self._session = RaySession(None, owns_ray=False, folder=None)
+        if self._ray is not None:
+            await self._ray.close(is_lost=is_lost)
+            self._ray = None
 
-    def _watch_daemons(self) -> None:
-        for name, pid in self._session.daemons.items():
-            process = os.pidfd_open(pid)
-            self._watched.append(process)
-            asyncio.get_running_loop().add_reader(process, self._on_daemon_end, name, process)
-
-    def _on_daemon_end(self, name: str, process: int) -> None:
-        asyncio.get_running_loop().remove_reader(process)
+    def _on_lost(self, name: str) -> None:
         if not self.ray_lost.done():
             log.error("Ray's %s has ended: the service drains and exits, and has to be started again", name)
             self.ray_lost.set_result(name)
 
     # --- start-up ---------------------------------------------------------------------------------------------------
 
-    async def _start(self) -> None:
-        if self._own is not None:
-            for name in self._own.names():
-                self._supervise(name)
+    async def _start(self, workers: Launcher) -> None:
+        if self._config.workers.count:
+            for name in await workers.names():
+                self._supervise(name, workers)
             await self._first_ready()
             return
-        others = OthersWorkers(self._config.cluster.namespace)
-        self._discovery = asyncio.create_task(self._discover(others))
+        self._discovery = asyncio.create_task(self._discover(workers))
         try:
             async with asyncio.timeout(ATTACH_TIMEOUT_S):
                 while not any(view.state is WorkerState.READY for view in self.workers()):  # noqa: ASYNC110
@@ -480,22 +479,21 @@ class Cluster:
         if errors:
             raise errors[0]
 
-    async def _discover(self, others: OthersWorkers) -> None:
+    async def _discover(self, others: Launcher) -> None:
         while True:
             try:
                 for name in await others.names():
                     if name not in self._supervisors:
                         self._supervise(name, others)
-            except ray.exceptions.RayError as error:
-                log.warning("the workers of other routers could not be listed: %s; trying again", _first_line(error))
+            except WorkerLost as error:
+                log.warning("the workers of other routers could not be listed: %s; trying again", error)
             await asyncio.sleep(POLL_S)
 
-    def _supervise(self, name: str, others: OthersWorkers | None = None) -> None:
-        launcher = others or self._own
-        assert launcher is not None, "a worker was started by this router or by another"
+    def _supervise(self, name: str, launcher: Launcher) -> None:
         self._supervisors[name] = WorkerSupervisor(
             name,
             launcher,
+            longest_pause_s=OWN_PAUSE_S if self._config.workers.count else OTHERS_PAUSE_S,
             step_timeout_s=self._config.workers.step_timeout_s,
             buffer_chunks=self._config.router.stream_buffer_chunks,
             on_change=self._write_targets,

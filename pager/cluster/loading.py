@@ -32,7 +32,7 @@ from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey
 
 PAGE_IN_POLL_S = 0.02
-EMBEDDED_RAY = "not counted  about 250 MiB of Ray's own processes, once on this machine (measured on 2026-11-30)"
+EMBEDDED_RAY = "not counted  about 180 MiB of Ray's own processes, once on this machine (measured on 2026-11-30)"
 
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:

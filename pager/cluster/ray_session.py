@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,9 +24,11 @@ import grpc
 import psutil
 import ray
 from ray._private import node, services
+from ray._private.log_monitor import LogMonitor, is_proc_alive
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+from pager.cluster.ray_process import secrets_in
 from pager.errors import ConfigError, NotReady
 from pager.observe import logs
 from pager.store.appearing import create_owned, remove_abandoned
@@ -80,26 +83,25 @@ def is_object(line: str) -> bool:
 WORKER_RESOURCE = "expert_pager_worker"
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
-POLL_S = 0.05
+POLL_S = 0.02
+LOG_POLL_S = 0.1
 # Ray's own settings, unless the environment sets them. Its memory monitor kills a worker when the machine's memory is
 # full, whichever process filled it; a worker's memory is bounded by its plan instead. Task events would be a record of
 # every call of an actor, kept by the GCS. A lost GCS ends the service in an orderly way, instead of each process by
 # itself. Ray reads a message before it checks its token, so messages are bounded: those of actors are small. Nothing is
-# spilled to disk, so that Ray need not warn of a disk that is nearly full, every ten seconds.
+# spilled to disk, so that Ray need not warn of a disk that is nearly full, every ten seconds. A raylet tries its object
+# store and a worker its raylet before they listen, and then again: for ten seconds, but not once a second.
 SYSTEM_CONFIG = {
     "memory_monitor_refresh_ms": 0,
     "task_events_report_interval_ms": 0,
     "gcs_rpc_server_reconnect_timeout_s": 86_400,
     "max_grpc_message_size": 16 * 2**20,
     "local_fs_capacity_threshold": 1.0,
+    "raylet_client_connect_timeout_milliseconds": 20,
+    "raylet_client_num_connect_attempts": 500,
 }
 # the log monitor keeps files of dead workers open up to this number
 LOG_MONITOR_FILES = "RAY_LOG_MONITOR_MAX_OPEN_FILES"
-# Names of variables that hold a secret. Ray's own and OpenTelemetry's are kept: Ray's processes and the workers need
-# them.
-SECRET_NAME = re.compile(r"(?!RAY_|OTEL_)(.*_)?(PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIALS?|KEY)(_.*)?", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"\w+://[^/\s]*:[^/\s]*@")  # a URL with a password
-REDIS = ("REDIS_URL", "REDIS_URL_FILE")
 DAEMONS = ("gcs_server", "raylet")
 AGENTS = ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN", "RUNTIME_ENV_AGENT")
 AGENT_FLAGS = ("--dashboard_agent_command=", "--runtime_env_agent_command=")
@@ -108,6 +110,46 @@ STAND_IN = "cat"
 
 
 class _EmbeddedNode(node.Node):  # type: ignore[misc]
+    def __init__(self, *arguments: Any, max_log_files: int = 200, **options: Any) -> None:
+        self._max_log_files = max_log_files
+        self._ends = threading.Event()
+        super().__init__(*arguments, **options)
+
+    def start_log_monitor(self) -> None:
+        """Starts a thread instead of Ray's process, which has some 60 MiB of its own."""
+        logging.getLogger("ray._private.log_monitor").setLevel(logging.CRITICAL)  # Ray's process has a file for these
+        threading.Thread(target=self._follow_logs, name="ray logs", daemon=True).start()
+
+    def _follow_logs(self) -> None:
+        """Publishes what the workers and Ray's daemons write, as Ray's own process does.
+
+        That process keeps files open and looks at those of dead workers for ever; here none stays open, and a dead
+        worker's are left when they have been read to their end.
+        """
+        monitor = LogMonitor(
+            self.node_ip_address, self._logs_dir, self.get_gcs_client(), lambda _: True, self._max_log_files
+        )
+        looked_s = 0.0
+        try:
+            while not self._ends.wait(LOG_POLL_S):
+                writers = {info.worker_pid for info in monitor.closed_file_infos}
+                ended = {pid for pid in writers if isinstance(pid, int) and not is_proc_alive(pid)}
+                if monitor.should_update_filenames(looked_s):
+                    monitor.update_log_filenames()
+                    looked_s = time.time()
+                monitor.open_closed_files()
+                while monitor.check_log_files_and_publish_updates():
+                    pass
+                monitor._close_all_files()
+                monitor.closed_file_infos = [info for info in monitor.closed_file_infos if info.worker_pid not in ended]
+        except Exception as error:
+            if not self._ends.is_set():
+                log.warning("the workers' log lines are not shown any more: %r", error)
+
+    def kill_all_processes(self, *arguments: Any, **options: Any) -> None:
+        self._ends.set()
+        super().kill_all_processes(*arguments, **options)
+
     def start_monitor(self) -> None:
         """Starts no autoscaler: there is one node."""
 
@@ -135,14 +177,18 @@ class _EmbeddedNode(node.Node):  # type: ignore[misc]
 
     def _await_raylet(self) -> None:
         end_s = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                services.get_node(self.gcs_address, self._node_id)
-                return
-            except RuntimeError as error:
-                if time.monotonic() > end_s or not self.remaining_processes_alive():
-                    raise TimeoutError(f"Ray's processes did not start: {error}") from error
-                time.sleep(POLL_S)
+        while not self._is_registered():
+            if time.monotonic() > end_s or not self.remaining_processes_alive():
+                raise TimeoutError("Ray's processes did not start")
+            time.sleep(POLL_S)
+
+    def _is_registered(self) -> bool:
+        """Asks the GCS for all nodes: where one is not there yet, asking for it alone takes a second."""
+        try:
+            nodes = self.get_gcs_client().get_all_node_info(timeout=ANSWER_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return False
+        return any(node_id.hex() == self._node_id for node_id in nodes)
 
 
 def start_embedded(*, max_log_files: int = 200, **settings: Any) -> None:
@@ -153,7 +199,7 @@ def start_embedded(*, max_log_files: int = 200, **settings: Any) -> None:
     """
     config = {name: value for name, value in SYSTEM_CONFIG.items() if f"RAY_{name}" not in os.environ}
     changes = dict.fromkeys(secrets_in(os.environ), "") | {LOG_MONITOR_FILES: str(max_log_files)}
-    original, node.Node = node.Node, _EmbeddedNode
+    original, node.Node = node.Node, functools.partial(_EmbeddedNode, max_log_files=max_log_files)
     try:
         with _starting_processes(changes):
             ray.init("local", **settings, _system_config=config)
@@ -167,15 +213,6 @@ def start_embedded(*, max_log_files: int = 200, **settings: Any) -> None:
             ray.init("local", **settings)
     except Exception as error:
         raise NotReady(f"Ray did not start: {error}; is the machine overloaded?", retry_after_s=1.0) from error
-
-
-def secrets_in(environment: Mapping[str, str]) -> list[str]:
-    """Returns the names of the variables that hold a secret which none of Ray's processes needs."""
-    return [
-        name
-        for name, value in environment.items()
-        if name in REDIS or SECRET_NAME.fullmatch(name) or SECRET_VALUE.match(value)
-    ]
 
 
 @contextmanager
@@ -221,6 +258,8 @@ def kill_ray() -> None:
     Workers end with their raylet, whether it was lost or is killed here. `ray.shutdown` would wait for the lost daemon.
     """
     own = ray._private.worker._global_node
+    if isinstance(own, _EmbeddedNode):
+        own._ends.set()
     started = [each.process for kind in own.all_processes.values() for each in kind]
     workers = [process for process in psutil.process_iter() if _is_worker_of(daemons()["raylet"], process)]
     for process in started:
@@ -297,9 +336,7 @@ class RaySession:
             start_embedded(
                 max_log_files=LOG_FILES_OF_A_WORKER * (num_workers + 1) + OTHER_LOG_FILES,
                 namespace=namespace,
-                # also how many processes Ray starts in advance: the workers, and the node's control
-                # actor
-                num_cpus=num_workers + 1,
+                num_cpus=max(1, num_workers),  # also how many processes Ray starts in advance
                 resources={WORKER_RESOURCE: max(1, num_workers)},
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,

@@ -20,6 +20,7 @@ from pager.memory import format_bytes
 log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial-"
+SHM = Path("/dev/shm")  # the files that are memory
 
 
 @contextmanager

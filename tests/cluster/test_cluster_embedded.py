@@ -21,7 +21,8 @@ import pytest
 from ray._private import services
 
 from pager.cluster import ray_session
-from pager.cluster.ray_session import FOLDER_PREFIX, LOCK, find_cluster, secrets_in
+from pager.cluster.ray_process import secrets_in
+from pager.cluster.ray_session import FOLDER_PREFIX, LOCK, find_cluster
 from pager.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -199,14 +200,15 @@ def test_calls_leave_nothing_in_the_gcs_a_full_machine_kills_no_worker_and_a_dea
     assert gcs.memory_info().rss - before < 8 * MIB
     assert gcs.memory_info().rss < 150 * MIB
 
-    [log_monitor] = [each for each in ray.processes() if "log_monitor" in " ".join(each.cmdline())]
+    assert not [each for each in ray.processes() if "log_monitor" in " ".join(each.cmdline())]
+    log_monitor = psutil.Process(ray.process.pid)  # in a thread
     ray.do("replace 16")
     most, end_s = 0, time.monotonic() + 3
-    while time.monotonic() < end_s:  # it looks for files every half second
+    while time.monotonic() < end_s:  # it looks for files ten times a second
         open_logs = [each for each in log_monitor.open_files() if "/worker-" in each.path]
         most = max(most, len(open_logs))
         time.sleep(0.1)
-    assert 0 < most <= 24, "of 17 workers, two files each"
+    assert most <= 4, "of 17 workers, two files each"
     ray.end()
 
 

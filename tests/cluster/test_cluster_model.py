@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from pager.cluster.actors import RayHere
 from pager.cluster.cluster import Cluster
 from pager.cluster.placement import WorkerState
 from pager.cluster.ray_session import RaySession
@@ -62,7 +63,7 @@ def session(ray_runtime: None) -> Iterator[RaySession]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(session: RaySession) -> AsyncIterator[Cluster]:
-    cluster = await Cluster.connect(CONFIG)
+    cluster = await Cluster.connect(CONFIG, RayHere.open)
     await eventually(lambda: all(view.state is WorkerState.READY for view in cluster.workers()))
     assert len(segments()) == 2, "records and their index"
     yield cluster

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pager.cluster.actors import OwnWorkers, load_engine
+from pager.cluster.actors import OwnWorkers, RayHere, load_engine
 from pager.cluster.cluster import Cluster
 from pager.cluster.placement import WorkerReady, WorkerState
 from pager.cluster.ray_session import OBJECT_STORE_BYTES, WORKER_RESOURCE, RaySession, start_embedded, stop_ray
@@ -62,7 +62,7 @@ def node_for_one(ray_runtime: None) -> Iterator[None]:
 @pytest.mark.usefixtures("node_for_one")
 async def test_a_worker_starts_where_a_node_takes_it_and_the_next_one_waits() -> None:
     port = free_ports(1)
-    cluster = await Cluster.connect(config(count=2, per_node=1, metrics_port=port))
+    cluster = await Cluster.connect(config(count=2, per_node=1, metrics_port=port), RayHere.open)
     try:
         states = {view.state for view in cluster.workers()}
         assert states == {WorkerState.READY, WorkerState.STARTING}
@@ -76,12 +76,10 @@ async def test_a_worker_starts_where_a_node_takes_it_and_the_next_one_waits() ->
 
 
 @pytest.mark.usefixtures("node_for_one")
-def test_gpus_may_come_later_where_nodes_do() -> None:
+async def test_gpus_may_come_later_where_nodes_do() -> None:
     session = RaySession("127.0.0.1", owns_ray=False, folder=None)
-    assert OwnWorkers(config(count=2, per_node=1, device="cuda"), session, load_engine).names() == [
-        "worker-0",
-        "worker-1",
-    ]
+    workers = OwnWorkers(config(count=2, per_node=1, device="cuda"), session, load_engine)
+    assert await workers.names() == ["worker-0", "worker-1"]
 
 
 def test_workers_of_a_node_take_the_metrics_ports_that_are_free() -> None:
@@ -120,7 +118,7 @@ def test_a_worker_plans_with_its_part_of_the_node(
 
 @pytest.mark.slow
 async def test_an_embedded_cluster_takes_workers_that_are_counted_a_node() -> None:
-    cluster = await Cluster.connect(config(count=1, per_node=1))
+    cluster = await Cluster.connect(config(count=1, per_node=1), RayHere.open)
     try:
         assert [view.state for view in cluster.workers()] == [WorkerState.READY]
     finally:

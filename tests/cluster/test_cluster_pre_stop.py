@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray._private.parameter import RayParams
 
+from pager.cluster.actors import RayHere
 from pager.cluster.cluster import Cluster
 from pager.cluster.placement import WorkerState
 from pager.cluster.ray_session import OBJECT_STORE_BYTES, WORKER_RESOURCE, _EmbeddedNode, start_embedded, stop_ray
@@ -102,7 +103,7 @@ class Load:
 
 @pytest.mark.usefixtures("pods")
 async def test_a_pods_end_loses_no_token_and_its_worker_starts_elsewhere() -> None:
-    cluster = await Cluster.connect(CONFIG)
+    cluster = await Cluster.connect(CONFIG, RayHere.open)
     try:
         (pid,) = worker_pids()
         leaving = address_of(pid)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import pytest
 import ray
 import torch
 
-from pager.cluster.actors import OwnWorkers
+from pager.cluster.actors import OwnWorkers, RayHere
 from pager.cluster.cluster import Cluster, _metrics_targets
 from pager.cluster.placement import LoadedModel, WorkerState, WorkerView
 from pager.cluster.ray_session import RaySession
@@ -219,9 +220,13 @@ def config(tmp_path: Path, count: int = 1, model: str = "stand-in", **workers: A
     )
 
 
+async def connect(config: ServiceConfig) -> Cluster:
+    return await Cluster.connect(config, functools.partial(RayHere.open, load=load_stand_in))
+
+
 @contextlib.asynccontextmanager
 async def cluster(config: ServiceConfig) -> AsyncIterator[Cluster]:
-    cluster = await Cluster.connect(config, load_stand_in)
+    cluster = await connect(config)
     try:
         yield cluster
     finally:
@@ -409,7 +414,7 @@ async def test_a_second_router_shares_the_workers_and_outlives_neither_of_them(t
     settings = config(tmp_path)
     async with cluster(settings) as first:
         attached = replace(settings, workers=replace(settings.workers, count=0))
-        second = await Cluster.connect(attached)
+        second = await connect(attached)
         try:
             assert ready(second) == ["worker-0"]
             here, there = await asyncio.gather(
@@ -438,7 +443,7 @@ async def test_a_second_router_shares_the_workers_and_outlives_neither_of_them(t
 async def test_requests_of_a_router_that_goes_are_cancelled(tmp_path: Path) -> None:
     settings = config(tmp_path)
     async with cluster(settings) as first:
-        second = await Cluster.connect(replace(settings, workers=replace(settings.workers, count=0)))
+        second = await connect(replace(settings, workers=replace(settings.workers, count=0)))
         orphan = asyncio.create_task(answer(second, "worker-0", request("orphan", 10**6)))
         await eventually(lambda: first.workers()[0].running == 1)
         await second.close()
@@ -449,7 +454,6 @@ async def test_requests_of_a_router_that_goes_are_cancelled(tmp_path: Path) -> N
 
 SECOND_ROUTER = """
 import asyncio, sys
-from pager.cluster.actors import OwnWorkers
 from pager.cluster.cluster import Cluster
 from pager.config import ClusterConfig, ServiceConfig, WorkerConfig
 from pager.types import GenerateRequest, PoolPolicy, SamplingParams
@@ -550,7 +554,7 @@ async def _read_all(chunks: AsyncIterator[TokenChunk]) -> list[TokenChunk]:
 
 async def test_what_the_operator_must_mend_ends_the_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="shard 2 of 3"):
-        await Cluster.connect(config(tmp_path, model="broken"), load_stand_in)
+        await connect(config(tmp_path, model="broken"))
     await eventually(lambda: not worker_pids())
 
 
@@ -589,4 +593,4 @@ async def test_a_worker_that_does_not_say_where_it_is_makes_room_for_the_next(
 
 async def test_a_worker_that_dies_while_it_loads_is_given_up_after_some_tries(tmp_path: Path) -> None:
     with pytest.raises(WorkerLost, match="3 times before it was ready"):
-        await Cluster.connect(config(tmp_path, model="deadly"), load_stand_in)
+        await connect(config(tmp_path, model="deadly"))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,7 +219,13 @@ def test_others_end_while_a_prefill_waits_for_reads(
 
 
 class NeverLaunched:
-    longest_pause_s = 60.0
+    """A worker whose process is never there; its health is that of an engine here."""
+
+    def __init__(self, health: Callable[[], Health]) -> None:
+        self._health = health
+
+    async def names(self) -> list[str]:
+        return ["w"]
 
     async def launch(self, name: str) -> Any:
         await asyncio.Event().wait()
@@ -228,10 +233,16 @@ class NeverLaunched:
     async def load(self, process: Any) -> Any:
         raise AssertionError("nothing was launched")
 
+    async def health(self, process: Any) -> Health:
+        return self._health()
+
+    async def retire(self, process: Any) -> None:
+        """There is none."""
+
     async def drain(self, process: Any, timeout_s: float) -> None:
         """There is none."""
 
-    async def end(self, process: Any, *, gracefully: bool) -> None:
+    async def end_worker(self, process: Any, *, gracefully: bool) -> None:
         """There is none."""
 
 
@@ -263,19 +274,19 @@ def test_a_prefill_from_a_slow_disk_is_no_hanging_step(
     monkeypatch.setattr(DataFile, "_read_some", throttled)
     answer = slow.submit(random_prompt(1, 200), policy, max_tokens=4)
 
-    async def health() -> Health:
+    def health() -> Health:
         status = slow.engine.status()
         return Health(status.progress if status.is_stepping else None)
 
     async def watch() -> float:
         supervisor = WorkerSupervisor(
-            "w", NeverLaunched(), step_timeout_s=step_timeout_s, buffer_chunks=8, on_change=lambda: None
-        )
-        process: Any = SimpleNamespace(actor=SimpleNamespace(health=SimpleNamespace(remote=health)))
+            "w", NeverLaunched(health), longest_pause_s=60.0, step_timeout_s=step_timeout_s, buffer_chunks=8,
+            on_change=lambda: None,
+        )  # fmt: skip
         started_s = time.monotonic()
         slow.engine.start()
         while not slow.tokens(answer):
-            await supervisor._check(process, 60.0)
+            await supervisor._check(None, 60.0)
             assert time.monotonic() < started_s + 120
             await asyncio.sleep(0.05)
         took_s = time.monotonic() - started_s

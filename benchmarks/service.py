@@ -201,12 +201,19 @@ class Client:
 
 @contextmanager
 def service(
-    model: Path, folder: Path, max_running: int, threads: int | None, expert_memory: str = "100%"
+    model: Path,
+    folder: Path,
+    max_running: int,
+    threads: int | None,
+    expert_memory: str = "100%",
+    *,
+    in_place: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Starts the real one, and gives what it says when it is ready."""
     options = {
         "WORKERS_EXPERT_MEMORY": expert_memory,
         "WORKERS_HOST_MEMORY": "0",
+        "WORKERS_IN_PLACE": str(in_place).lower(),
         "WORKERS_KV_MEMORY": KV_MEMORY,
         "WORKERS_MAX_RUNNING": str(max_running),
         "WORKERS_PREFIX_CACHE": "false",  # the waves are the same prompts again

@@ -1,7 +1,7 @@
 """What mixed traffic costs in a quarter of the memory: tokens/s, bytes paged and first tokens through the service,
-beside the same requests with room for all experts.
+beside the same requests with room for all experts, and beside what a quarter of them in slots alone gives.
 
-python -m benchmarks.traffic [MODEL]  about 8 minutes on 2 cores; with --corpus DIR, prompts from its documents
+python -m benchmarks.traffic [MODEL]  about 10 minutes on 2 cores; with --corpus DIR, prompts from its documents
 python -m benchmarks.traffic --tables waves --mixes 8x8  a part; others are arrivals, fairness and size
 python -m benchmarks.traffic --quick  a smoke run that writes no file
 """
@@ -44,6 +44,10 @@ MODEL = ROOT / "models" / "emo-tiny"
 MIXES = {(16, 4): 0.75, (8, 8): 0.90, (16, 16): 0.90}
 """Domains and requests of each in flight, and the goal: of the tokens/s with all experts in memory."""
 MEMORIES = ("25%", "100%")
+SLOTS_ALONE = "25%, slots alone"
+"""The smaller memory without what the page cache has beside it: a GPU has no such way, nor a machine without memory."""
+WAYS_TO_SERVE = {MEMORIES[0]: (MEMORIES[0], True), MEMORIES[1]: (MEMORIES[1], True), SLOTS_ALONE: (MEMORIES[0], False)}
+"""How much memory for experts, and whether those without a slot are computed in the page cache."""
 ALL_MIXES = ",".join(f"{domains}x{each}" for domains, each in MIXES)
 NUM_DOMAINS = 16
 POOL = 0.125
@@ -98,10 +102,10 @@ def main(
 
 def _services(model: Path, most: int, stack: ExitStack) -> dict[str, Client]:
     clients = {}
-    for memory in MEMORIES:
+    for way, (memory, in_place) in WAYS_TO_SERVE.items():
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ready = stack.enter_context(service(model, folder, most, None, memory))
-        clients[memory] = stack.enter_context(closing(Client(ready["address"])))
+        ready = stack.enter_context(service(model, folder, most, None, memory, in_place=in_place))
+        clients[way] = stack.enter_context(closing(Client(ready["address"])))
     return clients
 
 
@@ -130,12 +134,14 @@ def table(
     columns = (
         *("domains x requests in flight", *(f"{memory} of the experts, tokens/s" for memory in MEMORIES)),
         *("ratio", "at least", "MiB paged", *(f"first token ms at {memory}, p50 / p99" for memory in MEMORIES)),
+        *(f"{SLOTS_ALONE}: tokens/s", "MiB paged", "first token ms, p50 / p99"),
     )
     notes = (
         "All requests of a wave are sent at once, one of each domain after the other; tokens/s are those of answers, "
         "from there to the last one's end.",
-        f"{num_rounds} rounds in which both services take turns, after one of each that is not counted; bytes paged "
+        f"{num_rounds} rounds in which the services take turns, after one of each that is not counted; bytes paged "
         "are of one wave in the smaller memory.",
+        "Experts without a slot are computed where the page cache has them, except with slots alone.",
     )
     return Table("Mixed traffic", columns, rows, notes)
 
@@ -248,20 +254,20 @@ def expert_size(model: Path, num_tokens: int) -> Table:
     prompts = prompts_of(plain, NUM_DOMAINS * num_each, PROMPT_TOKENS)
     requests = [(prompt, pools[number % NUM_DOMAINS]) for number, prompt in enumerate(prompts)]
     rows, rates = [], {}
-    for memory in MEMORIES:
+    for way, (memory, in_place) in WAYS_TO_SERVE.items():
         budgets = Budgets(expert_memory=memory, host_memory=0, kv_memory=KV_MEMORY, max_running=len(requests))
         limits = EngineLimits(max_running=len(requests), prefix_cache=False)
-        with load_engine(plain, torch.bfloat16, budgets, 4, limits=limits) as engine:
+        with load_engine(plain, torch.bfloat16, budgets, 4, limits=limits, in_place=in_place) as engine:
             engine.answer_all(requests[:NUM_DOMAINS], 2)
             stats, started_s, forward_s = engine.paged.pager.stats(), time.perf_counter(), engine.forward_s
             usages = engine.answer_all(requests, num_tokens)
             seconds, forward_s = time.perf_counter() - started_s, engine.forward_s - forward_s
             nbytes = engine.paged.pager.stats().paging.bytes_paged - stats.paging.bytes_paged
-        rates[memory] = len(requests) * num_tokens / seconds
+        rates[way] = len(requests) * num_tokens / seconds
         waited_s = sum(usage.paging.stall_s for usage in usages)
         rows.append(
             (
-                *(memory, f"{rates[memory]:.1f}", f"{seconds:.1f}", f"{forward_s:.1f}"),
+                *(way, f"{rates[way]:.1f}", f"{seconds:.1f}", f"{forward_s:.1f}"),
                 *(f"{waited_s:.1f}", f"{nbytes / 2**20:.0f}"),
             )
         )
@@ -359,12 +365,12 @@ def _next_wave(client: Client, waves: Iterator[list[list[int]]], num_tokens: int
 
 
 def _row(mix: str, found: dict[str, list[Wave]], goal: str) -> tuple[str, ...]:
-    small, whole = (found[memory] for memory in MEMORIES)
-    rates = [[wave.tokens_per_s for wave in waves] for waves in (small, whole)]
-    paged_mib = statistics.median(wave.bytes_paged for wave in small) / 2**20
-    firsts = [" / ".join(f"{value:.0f}" for value in first_tokens_ms(waves)) for waves in (small, whole)]
-    figures = (figure(rates[0], 0), figure(rates[1], 0), ratio(rates[0], rates[1]), goal, f"{paged_mib:.1f}")
-    return (mix, *figures, *firsts)
+    small, whole, slots_alone = (found[way] for way in WAYS_TO_SERVE)
+    rates = [[wave.tokens_per_s for wave in waves] for waves in (small, whole, slots_alone)]
+    mib = [f"{statistics.median(wave.bytes_paged for wave in waves) / 2**20:.1f}" for waves in (small, slots_alone)]
+    firsts = [" / ".join(f"{value:.0f}" for value in first_tokens_ms(waves)) for waves in (small, whole, slots_alone)]
+    figures = (figure(rates[0], 0), figure(rates[1], 0), ratio(rates[0], rates[1]), goal, mib[0])
+    return (mix, *figures, *firsts[:2], figure(rates[2], 0), mib[1], firsts[2])
 
 
 if __name__ == "__main__":

@@ -210,15 +210,16 @@ class ExpertPager:
 
     def has_in_place(self, keys: Sequence[ExpertKey]) -> bool:
         """Tells whether each of `keys` is in a slot that a lease holds, or in the page cache."""
-        layers: dict[int, list[int]] = {}
+        layers: dict[int, list[ExpertKey]] = {}
         for key in keys:
-            layers.setdefault(key.layer, []).append(key.expert)
-        try:
-            for layer, experts in layers.items():
-                self.beside_leases(layer, experts)
-        except SlotsExhausted:
-            return False
-        return True
+            if key not in self._resident:
+                layers.setdefault(key.layer, []).append(key)
+        return all(self._has_beside_leases(paged) for paged in layers.values())
+
+    def _has_beside_leases(self, keys: Sequence[ExpertKey]) -> bool:
+        pinned = self._ledger.pinned(keys)
+        missing = [key for key in keys if key not in pinned]
+        return len(self._source.in_page_cache(missing)) == len(missing)
 
     def beside_leases(self, layer: int, experts: Collection[int]) -> tuple[dict[int, int], dict[int, InPlace]]:
         """Returns where `experts` are until the layer is done: the slots of those that are in one for good or that

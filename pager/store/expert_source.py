@@ -106,6 +106,10 @@ class ExpertSource(Protocol):
         """
         ...
 
+    def in_page_cache(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Returns those of `keys`, experts of one layer, that `in_place` would find, if their checksums are right."""
+        ...
+
     def place_of(self, key: ExpertKey) -> FileRange: ...
 
     def bypass_page_cache(self, dtype: torch.dtype) -> str:
@@ -152,7 +156,7 @@ class _StoredExperts:
     _experts_per_layer: tuple[int, ...]
 
     def __init__(self) -> None:
-        self._found_in_place: dict[ExpertKey, InPlace] = {}  # with the checksums that they should have
+        self._found_in_place: dict[ExpertKey, InPlace] = {}  # empty where checksums were wrong
         self._layers: dict[int, _StoredLayer] = {}
 
     def read(self, key: ExpertKey, *tensors: Tensor) -> int:
@@ -190,8 +194,15 @@ class _StoredExperts:
         return results
 
     def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, InPlace]:
+        known, there = self._found_in_place, self.in_page_cache(keys)
+        for key in there:
+            if key not in known:
+                known[key] = self._intact(self._layer(key.layer).spans[key])
+        return {key: known[key] for key in there if known[key]}
+
+    def in_page_cache(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         if not keys:
-            return {}
+            return []
         try:
             layer = self._layer(keys[0].layer)
             if layer.nbytes <= ASKED_AT_ONCE_BYTES:
@@ -200,14 +211,11 @@ class _StoredExperts:
                 there = [key for key in keys if layer.there([key], _stretches(layer.spans[key]))]
         except OSError:  # a read will say so
             there = []
+        known = self._found_in_place
         if len(there) < len(keys):
             for key in {*keys}.difference(there):  # what comes back from the disk is checked again
-                self._found_in_place.pop(key, None)
-        known = self._found_in_place
-        for key in there:
-            if key not in known and (tensors := self._intact(layer.spans[key])):
-                known[key] = tensors
-        return {key: known[key] for key in there if key in known}
+                known.pop(key, None)
+        return [key for key in there if known.get(key, True)]
 
     def _intact(self, spans: Sequence[Span]) -> InPlace:
         """Returns an expert's parameters in the page cache; nothing where they do not match their checksums."""

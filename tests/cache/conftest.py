@@ -88,6 +88,9 @@ class GatedSource:
         """No page cache has them."""
         return {}
 
+    def in_page_cache(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        return []
+
     def place_of(self, key: ExpertKey) -> FileRange:
         """Nobody's neighbour, unless `side_by_side` says so."""
         distance = 100 if self.side_by_side else 1 << 20

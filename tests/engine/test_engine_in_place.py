@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.page_cache import drop
 from pager.errors import ExpertUnavailable
+from pager.models.open_model import OpenModel
+from pager.store.pack import pack
+from pager.store.pack_format import PACK_NAME
 from pager.types import Count, DriftPolicy, ExpertPool, PoolPolicy, PoolSource
 from tests.engine.conftest import CHECKPOINT, EXPERT_BYTES, Driver
 
@@ -173,6 +177,37 @@ def test_a_file_that_was_shortened_fails_those_without_slots_alone(
     for error in driver.failures.values():
         assert isinstance(error, ExpertUnavailable)
         assert "verify" in error.message or "cannot read expert" in error.message
+    driver.assert_nothing_held()
+
+
+def test_a_damaged_expert_fails_its_request_alone(
+    make_driver: MakeDriver, random_prompt: Prompt, random_pool: Pool, tmp_path: Path
+) -> None:
+    opened = OpenModel.open(CHECKPOINT, "float32")
+    opened.checkpoint.close()
+    counts, shape = opened.facts.experts_per_layer, opened.family.shape
+    pack(
+        CHECKPOINT,
+        tmp_path / "packed",
+        pieces=opened.pieces,
+        experts_per_layer=counts,
+        shape=shape,
+        dtype=torch.float32,
+    )
+    requests = requests_of(random_prompt, random_pool, 3)
+    pools = [{*policy.fixed.keys()} for _, policy in requests if policy.fixed is not None]
+    driver = make_driver(NUM_SLOTS, in_place=True, path=tmp_path / "packed")
+    names = [driver.submit(prompt, policy, max_tokens=8) for prompt, policy in requests]
+    with (tmp_path / "packed" / PACK_NAME).open("r+b") as file:
+        for key in pools[0] - pools[1] - pools[2]:
+            place = driver.paged.pager._source.place_of(key)
+            file.seek((place.start + place.end) // 2)
+            file.write(b"damaged")
+    driver.finish()
+    assert {*driver.failures} == {names[0]}
+    assert isinstance(driver.failures[names[0]], ExpertUnavailable)
+    expected = alone(make_driver, requests, 8)
+    assert [driver.tokens(name) for name in names[1:]] == expected[1:]
     driver.assert_nothing_held()
 
 

@@ -14,7 +14,7 @@ from pager.cache.device import DeviceSlots
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.tiers import HostTier
 from pager.errors import ChecksumMismatch, ExpertUnavailable
-from pager.store.expert_source import Destination
+from pager.store.expert_source import Destination, InPlace
 from pager.store.reads import FileRange
 from pager.types import ExpertKey, ExpertShape
 
@@ -37,6 +37,7 @@ class GatedSource:
         self.side_by_side = False  # then a reader takes several experts of a layer at once
         self.bad: set[ExpertKey] = set()
         self.crash: set[ExpertKey] = set()
+        self.cached: dict[ExpertKey, InPlace] = {}  # by the system
         self.started: list[ExpertKey] = []  # in the order in which reads began
         self._held: set[ExpertKey] = set()
         self._changed = threading.Condition()
@@ -84,12 +85,11 @@ class GatedSource:
 
     bytes_read = 0
 
-    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, Any]:
-        """No page cache has them."""
-        return {}
+    def in_place(self, keys: Sequence[ExpertKey]) -> dict[ExpertKey, InPlace]:
+        return {key: self.cached[key] for key in keys if key in self.cached}
 
     def in_page_cache(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        return []
+        return [key for key in keys if key in self.cached]
 
     def place_of(self, key: ExpertKey) -> FileRange:
         """Nobody's neighbour, unless `side_by_side` says so."""

@@ -7,13 +7,14 @@ import threading
 import weakref
 
 import pytest
+import torch
 
 from pager.cache.device import DeviceSlots
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cache.stats import UsageMeter
-from pager.errors import Cancelled, ChecksumMismatch, ConfigError, ExpertUnavailable, PoolTooLarge
+from pager.errors import Cancelled, ChecksumMismatch, ConfigError, ExpertUnavailable, PoolTooLarge, SlotsExhausted
 from pager.types import ExpertKey
-from tests.cache.conftest import CheckWeights, GatedSource, MakePager
+from tests.cache.conftest import CheckWeights, GatedSource, MakePager, weights_of
 from tests.support.values import some
 
 
@@ -388,3 +389,31 @@ def test_resident_experts_must_match_the_pinned_slots(make_pager: MakePager, sou
         ExpertPager(source, slots)
     with pytest.raises(ConfigError, match="'mru'"):
         make_pager(2, policy="mru")
+
+
+def test_a_lease_without_slots_takes_its_experts_from_others_slots_and_the_page_cache(
+    make_pager: MakePager, source: GatedSource, check_weights: CheckWeights
+) -> None:
+    pager = make_pager(3, in_place=True)
+    shared, *own = pool = [ExpertKey(0, expert) for expert in (2, 4, 5)]
+    source.cached = {key: ((torch.full((4, 4), weights_of(key)),), (torch.zeros(4, 2),)) for key in own}
+    assert pager.lease_in_place(pool) is None, "one is neither in a slot nor in the page cache"
+    other = some(pager.reserve_pool([shared, ExpertKey(0, 0), ExpertKey(0, 1)]))
+    other.wait(0)
+    lease = some(pager.lease_in_place(pool))
+    assert (lease.is_in_place, lease.num_bound, lease.num_reserved) == (True, 0, 0)
+    assert (lease.usage.experts_hit, lease.usage.experts_missed, lease.usage.bytes_paged) == (1, 2, 0)
+    slots, found = pager.beside_leases(0, [2, 4])
+    assert slots == {2: pager.slots.slot_of_LE[0, 2]}
+    assert found == {4: source.cached[ExpertKey(0, 4)]}
+    del source.cached[own[0]]
+    with pytest.raises(SlotsExhausted):
+        pager.beside_leases(0, [2, 4])
+    assert not lease.become(pool), "the other has the slots"
+    assert lease.is_in_place
+    other.release()
+    assert lease.become(pool)
+    assert (lease.is_in_place, lease.num_bound) == (False, 3)
+    lease.wait(0)
+    check_weights(pager, pool)
+    lease.release()

@@ -37,7 +37,7 @@ MOST_COPIED_BYTES = 36 * 1024**2
 call for each expert takes 31 µs an expert. With 16 to 127 experts copies are faster up to 1,536 pairs.
 """
 
-GATHERED_BYTES = 6 * 1024**2
+GATHERED_BYTES = 8 * 1024**2
 """The most that is copied to have a layer's small experts side by side, from slots and page cache; above that they are
 multiplied where they are."""
 

@@ -420,23 +420,33 @@ def decode_response(message: pb.GenerateResponse) -> TokenChunk:
     )
 
 
-def encode_chunk(chunk: TokenChunk, ticket: int) -> worker_pb2.Chunk:
-    """A chunk on its way from a worker to a router, where the ticket stands for the request's id."""
-    usage = None if chunk.usage is None else encode_usage(chunk.usage)
-    message = worker_pb2.Chunk(
-        ticket=ticket,
-        token_ids=chunk.token_ids,
-        text=chunk.text,
-        usage=usage,
-        index=chunk.index,
-        num_going_on=chunk.num_going_on,
-        outside_mass=chunk.outside_mass,
-    )
-    _set_logprobs(message, chunk)
-    for each in chunk.page_ins:
-        from_host = each.source == "host"
-        message.page_ins.add(layer=each.key.layer, expert=each.key.expert, from_host=from_host, at_s=each.at_s)
-    return message
+def add_chunk(step: worker_pb2.Step, chunk: TokenChunk, ticket: int) -> None:
+    """Adds a chunk on its way from a worker to a router, where the ticket stands for the request's id. A chunk that
+    cannot be encoded raises, and is not added.
+
+    Most chunks are a token and its text, and the engine waits while they are encoded: a message that is appended would
+    be copied, and fields that are not set cost nothing.
+    """
+    message = step.chunks.add()
+    try:
+        message.ticket, message.text = ticket, chunk.text
+        message.token_ids.extend(chunk.token_ids)
+        if chunk.index:
+            message.index = chunk.index
+        if chunk.num_going_on:
+            message.num_going_on = chunk.num_going_on
+        if chunk.usage is not None:
+            message.usage.CopyFrom(encode_usage(chunk.usage))
+        if chunk.outside_mass is not None:
+            message.outside_mass = chunk.outside_mass
+        if chunk.logprobs or chunk.prompt_logprobs:
+            _set_logprobs(message, chunk)
+        for each in chunk.page_ins:
+            from_host = each.source == "host"
+            message.page_ins.add(layer=each.key.layer, expert=each.key.expert, from_host=from_host, at_s=each.at_s)
+    except Exception:
+        del step.chunks[-1]
+        raise
 
 
 def decode_chunk(message: worker_pb2.Chunk, request: GenerateRequest) -> TokenChunk:

@@ -168,8 +168,21 @@ def test_a_chunk_survives(
     chunk: TokenChunk, request: GenerateRequest, page_ins: tuple[PageIn, ...], outside_mass: float | None
 ) -> None:
     chunk = replace(chunk, request_id=request.id, tenant=request.tenant, page_ins=page_ins, outside_mass=outside_mass)
-    data = wire.encode_chunk(chunk, 7).SerializeToString()
-    assert wire.decode_chunk(pb.Chunk.FromString(data), request) == chunk
+    step = pb.Step()
+    wire.add_chunk(step, chunk, 7)
+    (received,) = pb.Step.FromString(step.SerializeToString()).chunks
+    assert received.ticket == 7
+    assert wire.decode_chunk(received, request) == chunk
+
+
+@pytest.mark.parametrize("text", ["half \ud800", "whole"])
+def test_a_chunk_that_cannot_be_encoded_is_not_added(text: str) -> None:
+    """Half of a pair is no text that protobuf takes, and a negative number no id."""
+    step = pb.Step()
+    wire.add_chunk(step, TokenChunk("a", (1,), "first"), 1)
+    with pytest.raises(ValueError, match=r"surrogates|range"):
+        wire.add_chunk(step, TokenChunk("b", (-1,), text), 2)
+    assert [chunk.ticket for chunk in step.chunks] == [1]
 
 
 @pytest.mark.parametrize(

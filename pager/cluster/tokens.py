@@ -28,13 +28,13 @@ from pager.memory import format_address
 from pager.observe.logs import facts, trace_id_of
 from pager.types import Account, GenerateRequest, RequestObserver, TokenChunk
 from pager.wire import (
+    add_chunk,
     decode_account,
     decode_chunk,
     decode_error,
     decode_request,
     decode_usage,
     encode_account,
-    encode_chunk,
     encode_error,
     encode_request,
 )
@@ -329,7 +329,7 @@ class TokenServer:
         """Adds a chunk. One that cannot be encoded fails its own request: the engine ends it, and drops its events."""
         owner = self._count_answer(key, chunk)
         try:
-            step.chunks.append(encode_chunk(chunk, owner.ticket))
+            add_chunk(step, chunk, owner.ticket)
         except Exception as error:
             step.failures.append(_failure(owner.ticket, error, owner.used if chunk.is_last else None))
             self._owners[key] = owner._replace(has_failed=True)

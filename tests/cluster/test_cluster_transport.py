@@ -447,7 +447,7 @@ async def test_a_request_that_the_transport_failed_is_accounted_for_when_the_eng
     link, heard = await transport.link(), Heard()
     reader = asyncio.create_task(collect(link.generate(request("a"), heard)))
     await eventually(lambda: transport.engine.runs("a"))
-    monkeypatch.setattr("pager.cluster.tokens.encode_chunk", fails)
+    monkeypatch.setattr("pager.cluster.tokens.add_chunk", fails)
     transport.engine.step(chunk("a", "1"))
     with pytest.raises(PagerError, match="internal error"):
         await reader

@@ -221,6 +221,12 @@ def test_interrupting_serve_is_clean(checkpoint: Path, tmp_path: Path) -> None:
         mapped = Path(f"/proc/{process.pid}/maps").read_text()
         assert not [name for name in ("libtorch", "_raylet.so") if name in mapped], "this router runs no trunk"
         assert psutil.Process(process.pid).memory_info().rss < 120 * 2**20
+        processes = psutil.Process(process.pid).children(recursive=True)
+        [worker] = [each for each in processes if "ray::WorkerActor" in " ".join(each.cmdline())]
+        mapped = Path(f"/proc/{worker.pid}/maps").read_text()
+        assert ("libtorch" in mapped, "/scipy/" in mapped) == (True, False)
+        commands = [" ".join(each.cmdline()) for each in processes]
+        assert not [each for each in commands if "NodeControl" in each or "log_monitor" in each], "both are in one"
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
     assert "Traceback" not in log.read_text()

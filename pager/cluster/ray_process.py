@@ -146,10 +146,12 @@ class RayProcess:
         await self._call("retire", process)
 
     async def drain(self, process: int, timeout_s: float) -> None:
-        await self._call("drain", process, timeout_s)
+        with suppress(NotReady):  # the workers have ended with the process
+            await self._call("drain", process, timeout_s)
 
     async def end_worker(self, process: int, *, gracefully: bool) -> None:
-        await self._call("end_worker", process, gracefully)
+        with suppress(NotReady):
+            await self._call("end_worker", process, gracefully)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -158,15 +160,16 @@ class RayProcess:
 
         A call that is cancelled here is cancelled there too.
         """
-        if self._writer is None or self._reader is None or self._reader.done():
+        writer = self._writer
+        if writer is None or self._reader is None or self._reader.done():
             raise _ended()
         number = next(self._ids)
         answer = self._calls[number] = asyncio.get_running_loop().create_future()
-        _write(self._writer, {"id": number, "call": name, "arguments": arguments})
+        _write(writer, {"id": number, "call": name, "arguments": arguments})
         try:
             return await answer
         except asyncio.CancelledError:
-            _write(self._writer, {"id": number})
+            _write(writer, {"id": number})
             raise
         finally:
             self._calls.pop(number, None)

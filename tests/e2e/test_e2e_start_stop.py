@@ -168,6 +168,28 @@ def test_a_service_that_loses_a_daemon_of_its_ray_drains_and_exits_to_be_started
         assert "Traceback" not in service.log
 
 
+def test_a_service_whose_process_that_is_connected_to_ray_ends_exits_to_be_started_again(
+    model: Path, serve: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Ray's daemons and the workers end with it."""
+    options = (model, "--expert-memory", "25%", "--pool", "12.5%")
+    with serve(tmp_path / "driver", *options, EXPERT_PAGER_ROUTER_DRAIN_S="20") as service:
+        processes = service.processes()
+        [driver] = [each for each in processes if "ray_process" in " ".join(each.cmdline())]
+        call = service.open(PROMPT, pool=8, max_tokens=900, timeout=270)
+        next(call)
+        driver.kill()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert service.refusal_of(caught.value).reason in ("WORKER_LOST", "NOT_READY")
+        service.channel.close()
+        assert service.process.wait(120) == EXIT_RAY_LOST
+        _, alive = psutil.wait_procs(processes, timeout=60)
+        assert alive == []
+        assert "Ray's driver has ended" in service.log
+        assert "Traceback" not in service.log
+
+
 def test_a_daemon_of_ray_that_is_lost_while_workers_start_ends_the_start(
     model: Path, launch: Callable[..., psutil.Popen], until: Callable[..., None]
 ) -> None:

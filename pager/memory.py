@@ -247,7 +247,7 @@ lack costs time, and what experts lack costs more."""
 LEAST_KERNEL_BYTES = 32 * 2**20
 
 _INDEX_BYTES = 32  # a token of context in a row's table: its slot, read where it is seen, and the mask
-_MASK_BYTES = 5  # a pair of query and key: a bool, and the float that torch makes of it
+MASK_BYTES = 5  # a pair of query and key: a bool, and the float that torch makes of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,14 +256,16 @@ class Workspace:
 
     `token_bytes` is for a token on its way through the layers, `draw_bytes` for a row whose next token is drawn.
     `gather_bytes` is a token of context in the buffers that keys and values are gathered in, which are kept;
-    `context_bytes` what a part of a prompt makes of it. `fixed_bytes` comes once; `kernel_bytes` is what the backend
-    compiles for the shapes it meets, and keeps. With `keeps_step` a decode step has memory of its own, as a CUDA graph
-    does. At most `most_gathered` tokens of context are gathered at a time, where no row is longer.
+    `context_bytes` what a part of a prompt makes of it, and `mask_bytes` is for a pair of them where that takes a mask.
+    `fixed_bytes` comes once; `kernel_bytes` is what the backend compiles for the shapes it meets, and keeps. With
+    `keeps_step` a decode step has memory of its own, as a CUDA graph does. At most `most_gathered` tokens of context
+    are gathered at a time, where no row is longer.
     """
 
     token_bytes: int = 0
     gather_bytes: int = 0
     context_bytes: int = 0
+    mask_bytes: int = MASK_BYTES
     draw_bytes: int = 0
     fixed_bytes: int = 0
     kernel_bytes: int = 0
@@ -300,6 +302,13 @@ class Workspace:
         most = min(LONE_CHUNK_TOKENS, left // max(1, self.token_bytes))
         return max(PREFILL_CHUNK_TOKENS, most - most % PREFILL_CHUNK_TOKENS)
 
+    def beside_tokens(self, num_rows: int, num_tokens: int) -> int:
+        """Returns the most tokens of prompts that can run in the forward of so many rows, in the memory for either."""
+        row = max(self.token_bytes, self.draw_bytes) + num_tokens * _INDEX_BYTES
+        have = max(self._prompt_bytes(num_tokens), num_rows * row)
+        left = have - self._past_bytes(num_tokens) - num_rows * (self.token_bytes + num_tokens * _INDEX_BYTES)
+        return min(PREFILL_CHUNK_TOKENS, max(0, left // max(1, self.token_bytes)))
+
     def _prompt_bytes(self, num_tokens: int) -> int:
         """Returns what a prompt takes: all of it in one forward, or its last chunk after the others."""
         chunk = min(num_tokens, PREFILL_CHUNK_TOKENS)
@@ -307,7 +316,7 @@ class Workspace:
 
     def _past_bytes(self, num_tokens: int) -> int:
         """Returns what the context takes whose tokens ran before, seen by PREFILL_CHUNK_TOKENS at a time."""
-        return num_tokens * (self.context_bytes + min(num_tokens, PREFILL_CHUNK_TOKENS) * _MASK_BYTES)
+        return num_tokens * (self.context_bytes + min(num_tokens, PREFILL_CHUNK_TOKENS) * self.mask_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +375,10 @@ class Needs:
         """Returns the most tokens of a prompt in a forward after others of it."""
         return self.workspace.chunk_tokens(self.longest_tokens(num_kv_blocks))
 
+    def beside_tokens(self, num_kv_blocks: int, max_running: int) -> int:
+        """Returns the most tokens of prompts in a forward that decodes as well."""
+        return self.workspace.beside_tokens(min(max_running, num_kv_blocks), self.longest_tokens(num_kv_blocks))
+
     def kv_cost_bytes(self, num_kv_blocks: int, max_running: int) -> int:
         """Returns the cost of so much KV, with the working memory for requests as long as it allows."""
         return num_kv_blocks * self.kv_block_bytes + self.workspace_bytes(num_kv_blocks, max_running)
@@ -422,6 +435,7 @@ class Plan:
     machine: Machine
     kv_block_tokens: int = KV_BLOCK_TOKENS
     chunk_tokens: int = PREFILL_CHUNK_TOKENS  # of a prompt, in a forward after others of it
+    beside_tokens: int = 0  # of prompts, in a forward that decodes as well
 
     @property
     def slot_bytes(self) -> int:
@@ -508,6 +522,7 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
         kernel_bytes=needs.workspace.kernel_bytes,
         gather_tokens=needs.gather_tokens(num_kv_blocks, budgets.max_running),
         chunk_tokens=needs.chunk_tokens(num_kv_blocks),
+        beside_tokens=needs.beside_tokens(num_kv_blocks, budgets.max_running),
         max_running=budgets.max_running,
         num_routed=needs.num_routed,
         machine=machine,

@@ -283,6 +283,11 @@ class ExpertPager:
         keys = self._paged_keys[layer]
         return self._ledger.hit([keys[expert] for expert in experts if expert in keys], usage or UsageMeter())
 
+    @property
+    def is_nearly_full(self) -> bool:
+        """Tells whether there is a slot for every expert, and at least seven of eight have come; none is read twice."""
+        return self._room_for_all and 8 * self._ledger.index.num_resident >= 7 * sum(map(len, self._paged_keys))
+
     def stats(self) -> CacheStats:
         ledger, record = self._ledger, self.slots.record_bytes
         with ledger.lock:

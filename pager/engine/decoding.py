@@ -67,6 +67,11 @@ class Decoder:
         """Tells whether prompts may run in one forward."""
         return self._runner.shares_prefills
 
+    @property
+    def shares_steps(self) -> bool:
+        """Tells whether prompts may run in the forward of rows: not where their steps are recorded."""
+        return self._runner.shares_prefills and not self._recorder.is_on
+
     def prefill(self, parts: Sequence[tuple[Request, int]]) -> Sequence[Sequence[Outcome]]:
         """Runs the next tokens of each prompt, as many as its part says, by one forward. Returns the first
         token of each of its answers after the last part of a prompt, else nothing.
@@ -75,7 +80,7 @@ class Decoder:
         itself, and an exception there is its outcome.
         """
         try:
-            return self._run_prompts(parts)
+            return self._run_prompts(parts)[0]
         except ENDS_THE_PROCESS:
             raise
         except BaseException as error:
@@ -85,7 +90,29 @@ class Decoder:
                 log.warning("a prefill of %d requests failed (%s); each runs alone", len(parts), type(error).__name__)
         return [outcomes for part in parts for outcomes in self.prefill([part])]
 
-    def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> Sequence[Sequence[Outcome]]:
+    def prefill_and_decode(
+        self, parts: Sequence[tuple[Request, int]], name: str, requests: Iterable[Request]
+    ) -> tuple[Sequence[Sequence[Outcome]], Sequence[Outcome]]:
+        """Does what `prefill` and `decode` do, by one forward. Where that fails, by one for each."""
+        requests = tuple(requests)
+        try:
+            return self._run_prompts(parts, self._group(name, requests))
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
+            self._groups.pop(name, None)
+            if not isinstance(error, Cancelled | NotReady):
+                log.warning(
+                    "a step for %d requests and the prompts of %d others failed (%s); they run apart",
+                    len(requests), len(parts), type(error).__name__,
+                )  # fmt: skip
+        decoded = self.decode(name, requests)
+        return self.prefill(parts), decoded
+
+    def _run_prompts(
+        self, parts: Sequence[tuple[Request, int]], beside: _Group | None = None
+    ) -> tuple[Sequence[Sequence[Outcome]], Sequence[Outcome]]:
+        """Returns what `prefill` returns, and the next tokens of the group `beside`, whose rows are in the forward."""
         requests = [request for request, _ in parts]
         part_of_T = torch.arange(len(parts)).repeat_interleave(torch.tensor([count for _, count in parts]))
         keeps_hidden = any(request.asked.sampling.prompt_logprobs is not None for request in requests)
@@ -95,14 +122,21 @@ class Decoder:
                 [_routing(request) for request in requests],
                 rows=part_of_T.to(self._runner.device) if len(parts) > 1 else None,
                 prefill=True,
+                beside=None if beside is None else beside.step,
             ),
             self._runner.keeping_hidden() if keeps_hidden else nullcontext() as kept,
         ):
-            logits_NV = self._runner.prefill([request.prompt_part(count) for request, count in parts])
+            prompts = [request.prompt_part(count) for request, count in parts]
+            logits_NV = self._runner.prefill(prompts, None if beside is None else beside.batch)
             if kept is not None:
                 self._take_prompt_logprobs(parts, kept, logits_NV)
+        decoded = [] if beside is None else self._advance(beside, logits_NV[len(parts) :])
         for request, count in parts:
             request.num_prefilled += count
+        return self._first_tokens(requests, logits_NV), decoded
+
+    def _first_tokens(self, requests: Sequence[Request], logits_NV: torch.Tensor) -> list[list[Outcome]]:
+        """Returns the first token of each answer of those whose prompts have run; nothing for the others."""
         forked = [_forked(request) if request.is_prefilled else () for request in requests]
         rows = [(n, row) for n, found in enumerate(forked) if not isinstance(found, PagerError) for row in found]
         tokens = self._sample([row for _, row in rows], logits_NV[[n for n, _ in rows]])
@@ -177,7 +211,6 @@ class Decoder:
 
     def _run(self, group: _Group) -> list[Outcome]:
         batch, sampler, step = group.batch, group.sampler, group.step
-        logits_BV: torch.Tensor | None = None
         with self._paged.running(step):
             with self._timed():
                 padded = replay = None
@@ -191,11 +224,17 @@ class Decoder:
                     token_B = replay()
                     step.replayed()
                     batch.count_step()
-            if logits_BV is not None:
-                token_B = sampler.sample(logits_BV)
-                batch.advance(token_B)
+            if replay is None:
+                return self._advance(group, logits_BV)
         self.num_decode_forwards += 1
-        return _outcomes(sampler, token_B.tolist(), logits_BV)
+        return _outcomes(sampler, token_B.tolist(), None)
+
+    def _advance(self, group: _Group, logits_BV: torch.Tensor) -> list[Outcome]:
+        """Samples the group's next tokens, which are its next step's input."""
+        token_B = group.sampler.sample(logits_BV)
+        group.batch.advance(token_B)
+        self.num_decode_forwards += 1
+        return _outcomes(group.sampler, token_B.tolist(), logits_BV)
 
     def _replay(self, group: _Group, padded_context: int) -> Step | None:
         """Returns the step as a graph, where the group has one by now."""

@@ -2,7 +2,8 @@
 
 A request waits, is admitted when KV and slots for its whole life can be had at once, has its prompt run in one forward
 (in parts where its pool is known before), and then decodes with the others, one forward for all. `step` follows this
-order. A forward that has to wait for reads does not delay requests whose experts are loaded: they decode meanwhile.
+order; prompts whose experts are loaded run in the forward of those that decode. A forward that has to wait for reads
+does not delay requests whose experts are loaded: they decode meanwhile.
 """
 
 from __future__ import annotations
@@ -230,8 +231,8 @@ class Engine:
                     self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
 
     def step(self) -> bool:
-        """Decodes a token of each request, admits, runs prompts by one forward. Returns False when there is nothing to
-        run.
+        """Decodes a token of each request, admits, runs prompts by one forward; or all by one. Returns False when there
+        is nothing to run.
         """
         started_s = time.monotonic()
         self._num_steps_begun += 1
@@ -241,11 +242,13 @@ class Engine:
             self._take_in(started_s)
             self._end_overdue(started_s)
             self._may_serve_within = self._serves_within
-            self._decode()
-            self._take_in(time.monotonic())  # who has come meanwhile would wait for one more forward
             self._admit(started_s)
-            self._guaranteed_came, self._may_serve_within = False, self._serves_within
-            self._prefill(self._prefilling)  # last, so that a first token waits for no other forward
+            if not self._prefill_and_decode():
+                self._decode()
+                self._take_in(time.monotonic())  # who has come meanwhile would wait for one more forward
+                self._admit(started_s)
+                self._guaranteed_came, self._may_serve_within = False, self._serves_within
+                self._prefill(self._prefilling)  # last, so that a first token waits for no other forward
             if self._num_tokens == tokens_before:
                 self._decode_waiting()
         finally:
@@ -369,8 +372,8 @@ class Engine:
                 exact.setdefault(self._account_of(request), []).append(request)
         self._decode_pooled([request for request in able if not request.is_exact])
         for account, requests in exact.items():
-            self._decode_long(f"exact {account}", requests)
-        self._decoder.keep_groups({"pooled", *(f"exact {account}" for account in exact)})
+            self._decode_long(_exact_group(account), requests)
+        self._decoder.keep_groups({"pooled", *map(_exact_group, exact)})
 
     def _decode_waiting(self) -> None:
         """Runs one forward for requests whose experts are still being read, where there is nothing else to do."""
@@ -571,15 +574,41 @@ class Engine:
                     held_up.add(account)
         return held_up
 
-    def _prefill(self, requests: Sequence[Request], most_tokens: int | None = None) -> None:
-        """Runs prompts whose experts are loaded, as many as one forward takes; the very first, if nothing decodes.
+    def _prefill_and_decode(self) -> bool:
+        """Runs prompts, and a token of each request that decodes, by one forward. Returns False, with nothing done,
+        where they cannot share one.
+        """
+        most_tokens = min(self._prefill_chunk_tokens, self._paged.plan.beside_tokens)
+        if not (self._prefilling and self._running and most_tokens and self._decoder.shares_steps):
+            return False
+        rows = self._able()
+        if self._paged.pager.is_any_guaranteed or not rows or not self._run_beside_each_other(rows):
+            return False
+        parts = self._parts(self._prefilling, most_tokens)
+        if not parts or not self._run_beside_each_other([rows[0], *(request for request, _ in parts)]):
+            return False
+        name = _exact_group(self._account_of(rows[0])) if rows[0].is_exact else "pooled"
+        with self._long_forward(rows):
+            self._run_prompts(parts, name, rows)
+        self._decoder.keep_groups({name})
+        return True
 
-        Those of tenants that are guaranteed slots come first.
+    def _run_beside_each_other(self, requests: Sequence[Request]) -> bool:
+        is_exact = requests[0].is_exact
+        return all(each.is_exact is is_exact and each.runs_beside_others(self._paged) for each in requests)
+
+    def _prefill(self, requests: Sequence[Request], most_tokens: int | None = None) -> None:
+        """Runs prompts whose experts are loaded, as many as one forward takes; the very first, if nothing decodes."""
+        room = self._lone_chunk_tokens if self._is_alone else self._prefill_chunk_tokens
+        if parts := self._parts(requests, min(room, most_tokens or room)):
+            self._run_prompts(parts)
+
+    def _parts(self, requests: Sequence[Request], room: int) -> list[tuple[Request, int]]:
+        """Returns which prompts run next, with how many tokens each. Those of tenants that are guaranteed slots come
+        first.
         """
         decoding = bool(self._able()) if requests else False
         parts: list[tuple[Request, int]] = []
-        room = self._lone_chunk_tokens if self._is_alone else self._prefill_chunk_tokens
-        room = min(room, most_tokens or room)
         able = [request for request in requests if not request.awaits_slots]
         for request in sorted(able, key=self._has_guarantee, reverse=True):
             if not (parts or self._has_guarantee(request)) and self._paged.pager.is_any_guaranteed:
@@ -593,8 +622,7 @@ class Engine:
                         room -= num_tokens
             if parts and room <= 0:
                 break
-        if parts:
-            self._run_prompts(parts)
+        return parts
 
     def _has_guarantee(self, request: Request) -> bool:
         """Tells whether the request's tenant is guaranteed slots."""
@@ -625,20 +653,25 @@ class Engine:
             and first.asked.sampling.prompt_logprobs is None
         )
 
-    def _run_prompts(self, parts: Sequence[tuple[Request, int]]) -> None:
+    def _run_prompts(self, parts: Sequence[tuple[Request, int]], name: str = "", rows: Sequence[Request] = ()) -> None:
+        """Runs parts of prompts, and with them a token of each of `rows`, which are the group `name`."""
         requests = [request for request, _ in parts]
         started_s, num_before = time.monotonic(), sum(request.num_prefilled for request in requests)
         for request in requests:
             if math.isnan(request.prefill_started_s):
                 request.prefill_started_s = started_s
         with self._long_forward(requests):
-            outcomes = self._decoder.prefill(parts)
+            if rows:
+                outcomes, decoded = self._decoder.prefill_and_decode(parts, name, rows)
+            else:
+                outcomes, decoded = self._decoder.prefill(parts), ()
         # None where the forward was left, or failed.
         self._num_tokens += sum(request.num_prefilled for request in requests) - num_before
         now_s = time.monotonic()
         for request, first_tokens in zip(requests, outcomes, strict=True):
             with self._on_behalf_of(request, "taking its first token failed"):
                 self._take_first(request, first_tokens, now_s)
+        self._take_all(rows, decoded)
 
     def _take_first(self, request: Request, outcomes: Sequence[Outcome], now_s: float) -> None:
         """Continues a request after a part of its prompt has run: it waits on, or its answers decode from now on."""
@@ -773,6 +806,11 @@ class Engine:
         for request in self._inbox.live():
             self._fail(request, error)
         self._deliver()
+
+
+def _exact_group(account: str) -> str:
+    """Returns the name of the group in which the exact requests of an account decode."""
+    return f"exact {account}"
 
 
 def _shutting_down() -> NotReady:

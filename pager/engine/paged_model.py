@@ -109,11 +109,12 @@ class PagedModel:
         rows: Tensor | None = None,
         valid: Tensor | None = None,
         prefill: bool = False,
+        beside: StepRouting | None = None,
     ) -> Iterator[StepRouting]:
         """Runs the block in a new step of these requests, and hands its measurements to them. T tokens in flattened
         [B·S] order; see `StepRouting` for the arguments and `running` for the rest.
         """
-        step = StepRouting(requests, rows=rows, valid=valid, prefill=prefill)
+        step = StepRouting(requests, rows=rows, valid=valid, prefill=prefill, beside=beside)
         with self.running(step):
             yield step
         step.settle()

@@ -329,6 +329,21 @@ class Request:
         """
         return self.routing is not None and self.routing.is_frozen and (paged.fully_resident or not self.is_exact)
 
+    def runs_beside_others(self, paged: PagedModel) -> bool:
+        """Tells whether prompts and rows may run in one forward with its next one: nothing is chosen or looked at in it
+        for this request, and next to nothing read.
+        """
+        routing, lease = self.routing, self.lease
+        if routing is None or lease is None or lease.is_in_place or routing.monitor is not None:
+            return False
+        if not routing.is_frozen:
+            return False
+        if routing.is_exact:
+            has_experts = paged.pager.is_nearly_full
+        else:
+            has_experts = self.is_prefilled or (lease.failed is None and lease.ready())
+        return has_experts and (self.is_prefilled or self.asked.sampling.prompt_logprobs is None)
+
     @property
     def awaits_grammar(self) -> bool:
         return self.compiling is not None and not self.compiling.done()

@@ -217,11 +217,13 @@ class ModelRunner:
         """Tells whether prompts may run together: not where a row's length decides on its rotary tables."""
         return self._rotary is None
 
-    def prefill(self, parts: Sequence[PromptPart]) -> torch.Tensor:
-        """Returns [N, V] logits after the last token of each part, by one forward. Takes several only where it
-        `shares_prefills`.
+    @torch.inference_mode()
+    def prefill(self, parts: Sequence[PromptPart], rows: DecodeBatch | None = None) -> torch.Tensor:
+        """Returns [N, V] logits after the last token of each part, and then of each of `rows`, by one forward. Takes
+        more than one part only where it `shares_prefills`.
         """
-        assert len(parts) == 1 or self.shares_prefills, "the lengths of these prompts would change each other's answers"
+        is_lone = len(parts) == 1 and rows is None
+        assert is_lone or self.shares_prefills, "the lengths of these prompts would change each other's answers"
         writes, prompts, num_before = [], [], 0
         for part in parts:
             start, end = part.num_past, part.num_past + len(part.token_ids)
@@ -233,7 +235,15 @@ class ModelRunner:
         token_1T = torch.tensor([[token for part in parts for token in part.token_ids]], device=self.device)
         position_1T = torch.tensor([[position for part in parts for position in part.positions]], device=self.device)
         ends_N = torch.tensor([prompt.end - 1 for prompt in prompts], device=self.device)
-        step = KvStep(self._cache, torch.cat(writes), prompts=prompts)
+        contexts = None
+        if rows is not None:
+            step = rows.kv_step(self._cache)
+            contexts = step.rows
+            writes.append(step.write_T)
+            token_1T = torch.cat([token_1T, rows.token_B1.T], 1)
+            position_1T = torch.cat([position_1T, rows.position_B1.T], 1)
+            ends_N = torch.cat([ends_N, torch.arange(num_before, token_1T.shape[1], device=self.device)])
+        step = KvStep(self._cache, torch.cat(writes), contexts, prompts)
         return self._forward(token_1T, position_1T, step, prompt_tokens=parts[0].prompt_tokens, kept=ends_N)[0]
 
     @contextmanager

@@ -29,7 +29,7 @@ from pager.engine.experts import (
 )
 from pager.engine.kv import LayerAttention
 from pager.engine.sampler import DRAWN_ROWS
-from pager.memory import NUM_CHECKERS, Workspace
+from pager.memory import MASK_BYTES, NUM_CHECKERS, Workspace
 from pager.models.open_model import OpenModel
 from pager.store.reads import STAGING_BYTES
 
@@ -80,6 +80,7 @@ def workspace_of(opened: OpenModel, device: str, layers: Sequence[LayerAttention
         token_bytes=token_bytes,
         gather_bytes=shapes.gather_bytes(),
         context_bytes=context_bytes,
+        mask_bytes=MASK_BYTES if shapes.has_masks else 0,
         draw_bytes=draw_bytes,
         fixed_bytes=fixed_bytes,
         kernel_bytes=_kernel_bytes() if on_cpu and is_half else 0,
@@ -120,6 +121,7 @@ class _Shapes:
         self.is_grouped = any(each.num_query_heads != each.num_kv_heads for each in layers)
         self.is_latent = any(each.key_dim != each.value_dim for each in layers)
         self.has_sinks = any(each.has_sinks for each in layers)
+        self.has_masks = not on_cpu or self.has_sinks or any(each.window is not None for each in layers)
         self.in_half = attends_in(opened.dtype) and not (self.has_sinks or self.is_latent)
         self.expert = opened.family.shape
         self.record = opened.record

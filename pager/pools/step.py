@@ -257,12 +257,15 @@ class StepRouting:
         rows: Tensor | None = None,
         valid: Tensor | None = None,
         prefill: bool = False,
+        beside: StepRouting | None = None,
     ) -> None:
         """`rows` [T] indexes `requests`; None: one token each, or all of the only one's. `valid` [T] False is padding.
 
-        With `prefill`, pools that are still open are chosen in its forward, and nothing is measured.
+        With `prefill`, pools that are still open are chosen in its forward, and nothing is measured. `beside` is a
+        step of one token for each of its requests, which are the last ones of the forward, and as exact as these.
         """
         self.requests = tuple(requests)
+        self._beside = beside
         self.rows = rows
         self.valid = valid
         self.prefill = prefill
@@ -279,7 +282,8 @@ class StepRouting:
             self._outside = OutsideMass(
                 facts, len(requests), rows, valid, per_expert=self._may_drift, device=requests[0].device
             )
-        self.meter = requests[0].meter if len(requests) == 1 else UsageMeter(requests[0].meter.tenant)
+        self._payers = self.requests if beside is None else (*self.requests, *beside.requests)
+        self.meter = requests[0].meter if len(self._payers) == 1 else UsageMeter(requests[0].meter.tenant)
 
     @property
     def pages_on_demand(self) -> bool:
@@ -322,7 +326,8 @@ class StepRouting:
             self._allowed_LNE = [None] * self._facts.num_layers
             self._pools_LNE = [None] * self._facts.num_layers
         self._awaiting = tuple([request for request in self.requests if request.awaits_experts])
-        with self._outside.forward() if self._outside is not None else nullcontext():
+        measuring = self._outside.forward() if self._outside is not None else nullcontext()
+        with measuring, self._beside.forward() if self._beside is not None else nullcontext():
             yield
         for request in self._awaiting:
             request.awaits_experts = False
@@ -335,6 +340,17 @@ class StepRouting:
 
     def allowed(self, layer: int, logits_TE: Tensor) -> Tensor | None:
         """[T or 1, E] bool: which experts each token may pick; None when all. Chooses the pools that are still open."""
+        if self._beside is None:
+            return self._allowed(layer, logits_TE)
+        num_own = len(logits_TE) - len(self._beside.requests)
+        own_TE = self._allowed(layer, logits_TE[:num_own])
+        beside_TE = self._beside.allowed(layer, logits_TE[num_own:])
+        if own_TE is None or beside_TE is None:
+            assert own_TE is beside_TE, "requests with a pool run beside each other, and exact ones do"
+            return None
+        return torch.cat([own_TE.expand(num_own, -1), beside_TE])
+
+    def _allowed(self, layer: int, logits_TE: Tensor) -> Tensor | None:
         now = self._now()
         if not now.is_frozen:
             open_requests = [n for n, request in enumerate(self.requests) if not request.has_layer(layer)]
@@ -391,10 +407,10 @@ class StepRouting:
 
         The joint account is closed first: a read that nobody waited for may still be under way.
         """
-        if len(self.requests) > 1 and self.meter.counts.num_lookups:
+        if len(self._payers) > 1 and self.meter.counts.num_lookups:
             close_account(self.meter)
-            parts = self.meter.counts.split(len(self.requests))
-            for request, part in zip(self.requests, parts, strict=True):
+            parts = self.meter.counts.split(len(self._payers))
+            for request, part in zip(self._payers, parts, strict=True):
                 request.meter.counts += part
             self.meter = UsageMeter(self.requests[0].meter.tenant)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pager.engine.decoding import Decoder
 from pager.engine.interface import EngineObserver
-from pager.engine.runner import ModelRunner, PromptPart
+from pager.engine.runner import DecodeBatch, ModelRunner, PromptPart
 from pager.engine.turns import TenantCounters
 from pager.errors import Cancelled, ExpertUnavailable, PoolTooLarge
 from pager.store.expert_source import CheckpointExperts, Destination
@@ -29,22 +30,26 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     found: list[list[int]] = []
     prefill = ModelRunner.prefill
 
-    def noted(runner: ModelRunner, parts: Sequence[PromptPart]) -> object:
+    def noted(runner: ModelRunner, parts: Sequence[PromptPart], rows: DecodeBatch | None = None) -> object:
         found.append([len(part.token_ids) for part in parts])
-        return prefill(runner, parts)
+        return prefill(runner, parts, rows)
 
     monkeypatch.setattr(ModelRunner, "prefill", noted)
     return found
 
 
+def one_by_one(driver: Driver, requests: Sequence[tuple[list[int], PoolPolicy]], max_tokens: int) -> list[str]:
+    """The names of requests that were answered while nobody else was there."""
+    names = []
+    for prompt, policy in requests:
+        names.append(driver.submit(prompt, policy, max_tokens=max_tokens))
+        driver.finish()
+    return names
+
+
 def alone(driver: Driver, requests: Sequence[tuple[list[int], PoolPolicy]]) -> list[list[int]]:
     """The tokens of each answer when nobody else is there."""
-    answers = []
-    for prompt, policy in requests:
-        name = driver.submit(prompt, policy, max_tokens=6)
-        driver.finish()
-        answers.append(driver.tokens(name))
-    return answers
+    return [driver.tokens(name) for name in one_by_one(driver, requests, max_tokens=6)]
 
 
 @pytest.mark.parametrize("kind", ["one pool", "pools of their own", "chosen by the prefill", "exact"])
@@ -149,6 +154,145 @@ def test_the_log_probabilities_of_a_prompt_are_made_alone(
     assert sorted(forwards) == [[10, 12], [11]]
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each forward that runs prompts, how many tokens of them, and how many rows decode in it."""
+    found: list[tuple[int, int]] = []
+    prefill = ModelRunner.prefill
+
+    def noted(runner: ModelRunner, parts: Sequence[PromptPart], rows: DecodeBatch | None = None) -> object:
+        found.append((sum(len(part.token_ids) for part in parts), 0 if rows is None else len(rows.token_B1)))
+        return prefill(runner, parts, rows)
+
+    monkeypatch.setattr(ModelRunner, "prefill", noted)
+    return found
+
+
+def submit_while_decoding(
+    driver: Driver, requests: Sequence[tuple[list[int], PoolPolicy]], **options: Any
+) -> list[str]:
+    """Submits each request when the one before has two tokens of its answer."""
+    names: list[str] = []
+    for prompt, policy in requests:
+        names.append(driver.submit(prompt, policy, max_tokens=16, **options))
+        while len(driver.tokens(names[-1])) < 2:
+            driver.engine.step()
+    return names
+
+
+@pytest.mark.parametrize("kind", ["one pool", "pools of their own", "exact"])
+def test_prompts_whose_experts_are_loaded_run_in_the_forward_of_the_rows(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, beside: list[tuple[int, int]], kind: str
+) -> None:
+    policies = {
+        "one pool": [PoolPolicy(fixed=random_pool(1))] * 3,
+        "pools of their own": [PoolPolicy(fixed=random_pool(seed)) for seed in (1, 2, 3)],
+        "exact": [EXACT] * 3,
+    }[kind]
+    requests = [(random_prompt(n, length), policies[n]) for n, length in enumerate((20, 40, 9))]
+    driver = make_driver(60, prefill_chunk_tokens=32, prefix_cache=False)
+    load_every_expert(driver)
+    expected = one_by_one(driver, requests, max_tokens=16)
+    beside.clear()
+    num_decoded = driver.engine.status().num_decode_forwards
+    names = submit_while_decoding(driver, requests)
+    driver.finish()
+    assert beside == [(20, 0), (32, 1), (8, 1), (9, 2)]
+    # Each answer decodes 15 tokens, and none of them waits for a prompt's forward.
+    assert driver.engine.status().num_decode_forwards - num_decoded == 15 + 3 + 2
+    for name, alone_name in zip(names, expected, strict=True):
+        assert driver.tokens(name) == driver.tokens(alone_name)
+        found, before = driver.usage(name), driver.usage(alone_name)
+        assert (found.pool, found.mode, found.paging.bytes_paged) == (before.pool, before.mode, 0)
+        assert found.out_of_pool_mass == pytest.approx(before.out_of_pool_mass, rel=1e-4)
+    driver.assert_nothing_held()
+
+
+def load_every_expert(driver: Driver) -> None:
+    """Pages all experts in, a pool after the other."""
+    for start in range(0, 15, 3):
+        pool = ExpertPool(((start, start + 1, start + 2),) * 4)
+        driver.submit([1, 2], PoolPolicy(fixed=pool), max_tokens=1)
+        driver.finish()
+    assert driver.paged.pager.is_nearly_full
+
+
+@pytest.mark.parametrize(
+    "kind", ["chosen by the prefill", "measured for drift", "another kind", "with log-probabilities"]
+)
+def test_prompts_and_rows_run_apart_where_one_of_them_asks_for_more(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, beside: list[tuple[int, int]], kind: str
+) -> None:
+    pool, options = PoolPolicy(fixed=random_pool(1)), {}
+    first, second = {
+        "chosen by the prefill": (pool, CHOSEN),
+        "measured for drift": (replace(pool, drift=DriftPolicy(0.9)), pool),
+        "another kind": (EXACT, pool),
+        "with log-probabilities": (pool, pool),
+    }[kind]
+    if kind == "with log-probabilities":
+        options = {"prompt_logprobs": 0}
+    driver = make_driver(60)
+    load_every_expert(driver)
+    beside.clear()
+    submit_while_decoding(driver, [(random_prompt(1, 20), first), (random_prompt(2, 21), second)], **options)
+    driver.finish()
+    assert beside == [(20, 0), (21, 0)]
+    assert not driver.failures
+
+
+def test_where_the_forward_of_prompts_and_rows_fails_each_is_run_apart(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = PoolPolicy(fixed=random_pool(1))
+    requests = [(random_prompt(seed, 20), pool) for seed in (1, 2, 3)]
+    driver = make_driver(60, prefix_cache=False)
+    expected = one_by_one(driver, requests, max_tokens=16)
+    prefill = ModelRunner.prefill
+    num_failed = 0
+
+    def failing(runner: ModelRunner, parts: Sequence[PromptPart], rows: DecodeBatch | None = None) -> object:
+        nonlocal num_failed
+        if rows is None:
+            return prefill(runner, parts)
+        num_failed += 1
+        prefill(runner, parts, rows)  # what it wrote is there
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(ModelRunner, "prefill", failing)
+    names = submit_while_decoding(driver, requests)
+    driver.finish()
+    assert num_failed == 2
+    assert [driver.tokens(name) for name in names] == [driver.tokens(name) for name in expected]
+    driver.assert_nothing_held()
+
+
+def test_who_is_cancelled_while_prompts_and_rows_share_a_forward_leaves_it_to_the_others(
+    make_driver: Drivers, random_prompt: Prompts, random_pool: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = PoolPolicy(fixed=random_pool(1))
+    requests = [(random_prompt(seed, 20), pool) for seed in (1, 2, 3)]
+    driver = make_driver(60, prefix_cache=False)
+    expected = one_by_one(driver, requests, max_tokens=16)
+    prefill = ModelRunner.prefill
+    names: list[str] = []
+
+    def cancelling(runner: ModelRunner, parts: Sequence[PromptPart], rows: DecodeBatch | None = None) -> object:
+        if rows is not None and len(rows.token_B1) == 1:
+            driver.engine.cancel(names[0], "t")
+        return prefill(runner, parts, rows)
+
+    monkeypatch.setattr(ModelRunner, "prefill", cancelling)
+    names.append(driver.submit(*requests[0], max_tokens=16))
+    driver.engine.step()
+    driver.engine.step()
+    names += [driver.submit(*request, max_tokens=16) for request in requests[1:]]
+    driver.finish()
+    assert isinstance(driver.failures[names[0]], Cancelled)
+    assert [driver.tokens(name) for name in names[1:]] == [driver.tokens(name) for name in expected[1:]]
+    driver.assert_nothing_held()
+
+
 def test_an_expert_that_cannot_be_read_fails_only_its_request(
     make_driver: Drivers, random_prompt: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,9 +328,9 @@ def test_one_that_is_cancelled_leaves_the_forward_to_the_others(
     driver = make_driver(60)
     prefill = ModelRunner.prefill
 
-    def cancelling(runner: ModelRunner, parts: Sequence[PromptPart]) -> object:
+    def cancelling(runner: ModelRunner, parts: Sequence[PromptPart], rows: DecodeBatch | None) -> object:
         driver.engine.cancel(gone, "t")
-        return prefill(runner, parts)
+        return prefill(runner, parts, rows)
 
     monkeypatch.setattr(ModelRunner, "prefill", cancelling)
     gone, left = (driver.submit(prompt, policy, max_tokens=6) for prompt, policy in requests)

@@ -129,12 +129,30 @@ def test_working_memory_is_for_the_longest_prompt_and_the_fullest_step() -> None
         assert gathered.forward_bytes(rows, tokens) == bare + at_a_time * 10**6
 
 
+def test_prompts_run_beside_rows_as_far_as_the_memory_for_either_goes() -> None:
+    wide = Workspace(
+        token_bytes=10**6, mask_bytes=0
+    )  # the longest prompt runs whole, in more than rows and a chunk take
+    assert wide.beside_tokens(64, 4096) == 512
+    narrow = Workspace(token_bytes=10**6, context_bytes=10**5, mask_bytes=0)
+    have, rows = 1000 * 10**6, 100 * (10**6 + 1000 * 32)
+    assert narrow.beside_tokens(1000, 1000) == 0, "the rows and the contexts take all of it"
+    assert wide.beside_tokens(600, 1000) == (have - 600 * (10**6 + 1000 * 32)) // 10**6
+    assert narrow.beside_tokens(100, 1000) == min(512, (have - 1000 * 10**5 - rows) // 10**6)
+    drawing = Workspace(token_bytes=10**4, draw_bytes=10**6, mask_bytes=0)  # a draw comes when the layers have run
+    assert drawing.beside_tokens(64, 100) == 512
+    planned = plan(needs(), Budgets(kv_memory="4MiB"), machine(128 * MIB))
+    assert planned.beside_tokens == needs().beside_tokens(planned.num_kv_blocks, planned.max_running)
+
+
 def test_a_lone_prompt_runs_in_chunks_as_large_as_the_memory_for_prompts_allows() -> None:
     workspace = Workspace(token_bytes=10**6, context_bytes=10)
     assert workspace.chunk_tokens(16384) == 2048
     tight = Workspace(token_bytes=10**4, context_bytes=2000)  # what 2,000 tokens take leaves room for 1,088 of 10 kB
     assert tight.chunk_tokens(2000) == 1024
     assert Workspace(token_bytes=10, context_bytes=10**4).chunk_tokens(2000) == 512  # as much as there always is for
+    maskless = Workspace(token_bytes=100, context_bytes=10, mask_bytes=0)
+    assert maskless.forward_bytes(1, 2000) == 2000 * 100, "a chunk needs less than a whole prompt"
     planned = plan(needs(), Budgets(kv_memory="4MiB"), machine(128 * MIB))
     assert planned.chunk_tokens == needs().chunk_tokens(planned.num_kv_blocks)
 

@@ -51,39 +51,45 @@ class Clock:
 
 
 class Ours:
-    """The engine of the service, in process. Exact."""
+    """The engine of the service, in process. Exact, or with a share of the experts that each prompt chooses."""
 
-    def __init__(self, path: Path, num_threads: int, opened: ExitStack, memory: str | None) -> None:
+    def __init__(
+        self, path: Path, num_threads: int, opened: ExitStack, memory: str | None, pool: float | None = None
+    ) -> None:
         import torch
 
         from benchmarks.engine_run import load_engine
         from pager.memory import NUM_READERS, Budgets
+        from pager.types import PoolPolicy, Share
 
         torch.set_num_threads(num_threads)
         budgets = Budgets(memory, 0, KV_MEMORY, max_running=MAX_ROWS)
+        self._policy = PoolPolicy() if pool is None else PoolPolicy(Share(pool))
         self._run = opened.enter_context(load_engine(path, torch.bfloat16, budgets, NUM_READERS))
 
     def top(self, prompt: Sequence[int]) -> list[int]:
-        from pager.types import PoolPolicy
-
-        self._run.submit(prompt, 1, PoolPolicy(), logprobs=NUM_TOP)
+        self._run.submit(prompt, 1, self._policy, logprobs=NUM_TOP)
         while True:
             for chunk in self._run.step():
                 if chunk.logprobs:
                     return list(chunk.logprobs[0].top_ids)
 
     def decode(self, prompts: Prompts, num_steps: int) -> Taken:
-        from pager.types import PoolPolicy
-
-        decoded = self._run.decoder(PoolPolicy())(prompts, num_steps)
+        decoded = self._run.decoder(self._policy)(prompts, num_steps)
+        if not decoded.num_tokens:  # a small memory does not run all rows at once
+            whole, first_tokens = self._answers(prompts, 1 + num_steps), self._answers(prompts, 1)
+            return whole[0] - first_tokens[0], whole[1] - first_tokens[1]
         part = num_steps * len(prompts) / decoded.num_tokens
         return part * decoded.seconds, part * decoded.processor_s
 
-    def prefill(self, prompt: Sequence[int]) -> Taken:
-        from pager.types import PoolPolicy
-
+    def _answers(self, prompts: Prompts, num_tokens: int) -> Taken:
         clock = Clock()
-        self._run.first_token(prompt, PoolPolicy())
+        self._run.answer_all([(prompt, self._policy) for prompt in prompts], num_tokens)
+        return clock.taken
+
+    def prefill(self, prompt: Sequence[int]) -> Taken:
+        clock = Clock()
+        self._run.first_token(prompt, self._policy)
         return clock.taken
 
 

@@ -76,16 +76,25 @@ class Ours:
 
     def decode(self, prompts: Prompts, num_steps: int) -> Taken:
         decoded = self._run.decoder(self._policy)(prompts, num_steps)
-        if not decoded.num_tokens:  # a small memory does not run all rows at once
-            whole, first_tokens = self._answers(prompts, 1 + num_steps), self._answers(prompts, 1)
-            return whole[0] - first_tokens[0], whole[1] - first_tokens[1]
+        if not decoded.num_tokens:
+            return self._decode_by_turns(prompts, num_steps)
         part = num_steps * len(prompts) / decoded.num_tokens
         return part * decoded.seconds, part * decoded.processor_s
 
-    def _answers(self, prompts: Prompts, num_tokens: int) -> Taken:
-        clock = Clock()
-        self._run.answer_all([(prompt, self._policy) for prompt in prompts], num_tokens)
-        return clock.taken
+    def _decode_by_turns(self, prompts: Prompts, num_steps: int) -> Taken:
+        """Counts the steps in which any row decodes: a small memory does not run all of them at once."""
+        for prompt in prompts:
+            self._run.submit(prompt, 1 + num_steps, self._policy)
+        started: set[str] = set()
+        num_ended, seconds, processor_s = 0, 0.0, 0.0
+        while num_ended < len(prompts):
+            clock = Clock()
+            chunks = self._run.step()
+            if any(chunk.request_id in started for chunk in chunks):
+                seconds, processor_s = seconds + clock.taken[0], processor_s + clock.taken[1]
+            started |= {chunk.request_id for chunk in chunks}
+            num_ended += sum(chunk.usage is not None for chunk in chunks)
+        return seconds, processor_s
 
     def prefill(self, prompt: Sequence[int]) -> Taken:
         clock = Clock()

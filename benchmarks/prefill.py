@@ -180,7 +180,7 @@ def _prefills(model: Path, way: Way, prompts: Sequence[Sequence[int]]) -> Iterat
     budgets = Budgets(expert_memory=way.slots(opened) * opened.expert_bytes, host_memory=0, kv_memory="64MiB")
     policy = PoolPolicy() if way.pool is None else PoolPolicy(Share(way.pool))
     for prompt in prompts:
-        with load_engine(model, torch.bfloat16, budgets, 4) as engine:
+        with load_engine(model, torch.bfloat16, budgets, 4, in_place=False) as engine:
             picked = _watch_gates(engine.paged)
             _, usage = engine.first_token(prompt, policy)
             needed = set(usage.pool.keys()) if isinstance(usage.pool, ExpertPool) else picked

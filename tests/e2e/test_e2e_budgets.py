@@ -44,9 +44,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large_service(large: Path, serve: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """With a Redis that was never there, KV for less than the context, and a short line."""
+    """With a Redis that was never there, KV for less than the context, and a short line; every expert in use is in a
+    slot.
+    """
     options = (large, "--dtype", "float32", "--expert-memory", "25%", "--kv-memory", "8MiB", "--max-running", 4)
     env = {"REDIS_URL": f"redis://127.0.0.1:{free_port()}/0", "EXPERT_PAGER_WORKERS_MAX_WAITING": "6"}
+    env["EXPERT_PAGER_WORKERS_IN_PLACE"] = "false"
     with serve(tmp_path_factory.mktemp("serve-large") / "large", *options, **env) as running:
         yield running
 

@@ -58,14 +58,18 @@ def process_name(process: psutil.Process) -> str:
 
 
 def worker_pids(owner: int | None = None) -> list[int]:
-    """The worker actors of the Ray nodes that a process has started itself; this process, unless another is named.
+    """The worker actors of the Ray nodes that a process has started, itself or by the process that is connected to Ray
+    on its behalf; this process, unless another is named.
 
     Those of a service that this process has started as a process of its own are not among them.
     """
     found: list[psutil.Process] = []
-    for child in psutil.Process(owner).children():
+    own = psutil.Process(owner).children()
+    for child in own:
         with contextlib.suppress(psutil.Error):  # it has ended since
-            if child.name() == "raylet":
+            if "ray_process" in process_name(child):
+                own += child.children()
+            elif child.name() == "raylet":
                 found += child.children(recursive=True)
     return [each.pid for each in found if process_name(each).startswith("ray::WorkerActor")]
 

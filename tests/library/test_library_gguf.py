@@ -234,7 +234,8 @@ def test_what_is_not_read_from_a_file(tmp_path: Path, load: Load, metadata: dict
     ("metadata", "message"),
     [
         ({"qwen3moe.expert_count": 1 << 30}, r"model\.gguf is not valid: its num_experts is 1073741824"),
-        ({"qwen3moe.expert_count": 9}, r"'blk.0.ffn_gate_inp.weight' makes no .*: its shape is \(8, 256\)"),
+        # Every layer's gate is wrong, and transformers may read the layers side by side: any of them may be named.
+        ({"qwen3moe.expert_count": 9}, r"'blk\.[01]\.ffn_gate_inp\.weight' makes no .*: its shape is \(8, 256\)"),
         ({"qwen3moe.embedding_length": 512}, "its config calls for"),
         ({"qwen3moe.block_count": 3}, "lacks the expert tensors of layer 2"),
     ],

@@ -113,6 +113,10 @@ class Process:
         self._process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -351,6 +355,8 @@ def measured(group: Group, effort: Effort, work: Path) -> Iterator[tuple[str, Me
                     try:
                         runs = turns(ours, process, question, effort.num_rounds)
                     except Gone as reason:
+                        if not ours.is_running:
+                            raise
                         found["failed"] = str(reason)
                         break
                     found["cells"][cell] = {name: rates(taken, num_tokens) for name, taken in runs.items()}

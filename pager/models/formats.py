@@ -2,7 +2,8 @@
 
 transformers reads some formats by operations that its loader applies to whole layers: a quantised tensor and its scales
 become the tensor that they stand for. Here the same operations decode one expert, or one tensor of the trunk. Formats
-that transformers leaves to packages for GPUs (GPTQ, AWQ, NVFP4) get an operation of the same kind here.
+that transformers leaves to packages for GPUs (GPTQ, AWQ, NVFP4) or decodes for linear layers alone (compressed-tensors
+in 8 bits a weight) get an operation of the same kind here.
 """
 
 from __future__ import annotations
@@ -120,9 +121,7 @@ def _quantiser(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -
     decoded, and what each method raises for its fields.
     """
     method, is_compressed = config.get("quant_method"), config.get("quant_method") == "compressed-tensors"
-    if is_compressed and not _formats_within(config) <= {"pack-quantized", NVFP4, None}:
-        raise _refused(checkpoint, config, tensor)
-    if method in _VARIANTS and not (is_compressed and NVFP4 not in _formats_within(config)):
+    if method in _VARIANTS and not (is_compressed and _formats_within(config) <= {"pack-quantized", None}):
         parts = _VARIANTS[method](config)
         if parts is None:
             raise _refused(checkpoint, config, tensor)
@@ -159,7 +158,8 @@ def _words(config: Mapping[str, Any]) -> str:
             bits = config.get("bits", config.get("w_bit"))
             return f"{method}, {bits} bits in groups of {group if group != -1 else 'all inputs'}"
         case "modelopt":
-            return "modelopt, nvfp4 in groups of 16"
+            is_fp8 = str(config.get("quant_algo")).upper() == "FP8"
+            return "modelopt, fp8" if is_fp8 else "modelopt, nvfp4 in groups of 16"
         case method:
             return f"{method}, {shown(config.get('format', 'of no named format'))}"
 
@@ -367,38 +367,37 @@ def _awq(config: Mapping[str, Any]) -> Parts | None:
 NVFP4 = "nvfp4-pack-quantized"
 """compressed-tensors' name of the format, which both of its users' weights are decoded by."""
 
+_NUMBERS = frozenset({"int-quantized", "float-quantized", "naive-quantized"})
+"""compressed-tensors' names of the formats that store a number for each weight, in 8 bits."""
 
-def _nvfp4(config: Mapping[str, Any]) -> Parts | None:
-    """NVFP4 as compressed-tensors writes it, which decodes it.
 
-    `weight_packed` uint8 [O, I / 2]: two numbers of four bits in a byte. `weight_scale` float8_e4m3fn [O, I / 16]: a
-    scale for 16 inputs. `weight_global_scale` float32 [1]: what these are to be divided by.
-    """
-    groups = config.get("config_groups")
-    if _formats_within(config) != {NVFP4} or not isinstance(groups, Mapping):
+def _compressed(config: Mapping[str, Any]) -> Parts | None:
+    """compressed-tensors' NVFP4 and 8 bits a weight; its `pack-quantized` is decoded by transformers."""
+    groups, formats = config.get("config_groups"), _formats_within(config)
+    if not isinstance(groups, Mapping) or not (formats == {NVFP4} or formats <= _NUMBERS):
         return None
-    scheme = _nvfp4_scheme(next(iter(groups.values())))
-
-    def decode(parts: Mapping[str, Tensor]) -> Tensor:
-        packed, scale, global_scale = _required(parts, "weight_packed", "weight_scale", "weight_global_scale")
-        return _decompressed(packed, scale, global_scale, scheme)
-
-    return Parts(("weight_packed", "weight_scale", "weight_global_scale"), decode)
+    schemes = [_scheme(group) for group in groups.values()]
+    return _numbers(schemes) if formats <= _NUMBERS else _nvfp4(schemes[0])
 
 
 def _modelopt(config: Mapping[str, Any]) -> Parts | None:
-    """NVFP4 as NVIDIA's modelopt writes it: `weight`, `weight_scale` and `weight_scale_2`, the inverse of what
-    compressed-tensors divides by. Only weights in bytes are quantised.
+    """Weights as NVIDIA's modelopt writes them.
+
+    NVFP4: `weight`, `weight_scale` and `weight_scale_2`, the inverse of what compressed-tensors divides by; only
+    weights in bytes are quantised. FP8: `weight` and one `weight_scale` for all of it.
     """
     from compressed_tensors.quantization import quant_scheme
 
-    if str(config.get("quant_algo")).upper() != "NVFP4":
+    algorithm = str(config.get("quant_algo")).upper()
+    if algorithm == "FP8":
+        return _numbers([_scheme({"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}})])
+    if algorithm != "NVFP4":
         return None
-    scheme = _nvfp4_scheme({**quant_scheme.NVFP4, "targets": ["Linear"]})
+    scheme = _scheme({**quant_scheme.NVFP4, "targets": ["Linear"]})
 
     def decode(parts: Mapping[str, Tensor]) -> Tensor:
         packed, scale, inverse = _required(parts, "weight", "weight_scale", "weight_scale_2")
-        return _decompressed(packed, scale, 1 / inverse, scheme)
+        return _from_nvfp4(packed, scale, 1 / inverse, scheme)
 
     return Parts(("weight", "weight_scale", "weight_scale_2"), decode)
 
@@ -411,14 +410,84 @@ def _formats_within(config: Mapping[str, Any]) -> set[Any]:
     return own or {config.get("format")}
 
 
-def _nvfp4_scheme(group: Any) -> Any:
+def _scheme(group: Any) -> Any:
     """Returns the scheme of a group of weights. Raises pydantic's ValidationError for fields that are no scheme."""
     from compressed_tensors.quantization import QuantizationScheme
 
     return QuantizationScheme.model_validate(group)
 
 
-def _decompressed(packed: Tensor, scale: Tensor, global_scale: Tensor, scheme: Any) -> Tensor:
+def _numbers(schemes: Sequence[Any]) -> Parts | None:
+    """Weights in 8 bits each, decoded by compressed-tensors.
+
+    `weight` int8 or float8_e4m3fn [O, I], `weight_scale` for all of it, or of each output, group or block, and
+    `weight_zero_point` of that shape where zero is not in the middle. Which of several schemes a weight has is seen by
+    its dtype and by the shape of its scales, because those of experts are not told apart by names. None for schemes of
+    other bits.
+    """
+    of_weights = [scheme.weights for scheme in schemes if scheme.weights is not None]
+    if not of_weights or any(each.num_bits != 8 for each in of_weights):
+        return None
+
+    def decode(parts: Mapping[str, Tensor]) -> Tensor:
+        weight, scale = _required(parts, "weight", "weight_scale")
+        for each in of_weights if weight.dim() == 2 else ():
+            shape = _shape_of_scales(each, weight.shape)
+            if weight.dtype == each.pytorch_dtype() and shape in (tuple(scale.shape), (*scale.shape, 1)):
+                return _from_numbers(weight, scale.reshape(shape), parts.get("weight_zero_point"), each)
+        raise ValueError(
+            f"weights {weight.dtype} {tuple(weight.shape)} and scales of shape {tuple(scale.shape)} are not those of "
+            f"a scheme of its config ({', '.join(each.model_dump(mode='json')['strategy'] for each in of_weights)})"
+        )
+
+    return Parts(("weight", "weight_scale", "weight_zero_point"), decode)
+
+
+def _shape_of_scales(scheme: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape of the scales of weights [O, I]; None for a strategy that weights do not have."""
+    outputs, inputs = shape
+    match scheme.strategy:
+        case "tensor":
+            return (1,)
+        case "channel":
+            return outputs, 1
+        case "group" if scheme.group_size and inputs % scheme.group_size == 0:
+            return outputs, inputs // scheme.group_size
+        case "block":
+            rows, columns = scheme.block_structure
+            return -(-outputs // rows), -(-inputs // columns)
+    return None
+
+
+def _from_numbers(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Any) -> Tensor:
+    """The weights that numbers stand for, multiplied in float32, which rounds no product of 8 and 16 bits."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    if weight.is_meta:
+        return weight.new_empty(weight.shape, dtype=torch.float32)
+    parts = {"weight": weight, "weight_scale": scale.float()}
+    if zero is not None:
+        parts["weight_zero_point"] = zero.reshape(scale.shape)
+    decompress = BaseCompressor.get_value_from_registry("naive-quantized").decompress
+    decoded: Tensor = decompress(parts, _scheme({"targets": ["Linear"], "weights": scheme}))["weight"]
+    return decoded
+
+
+def _nvfp4(scheme: Any) -> Parts:
+    """NVFP4 as compressed-tensors writes it, which decodes it.
+
+    `weight_packed` uint8 [O, I / 2]: two numbers of four bits in a byte. `weight_scale` float8_e4m3fn [O, I / 16]: a
+    scale for 16 inputs. `weight_global_scale` float32 [1]: what these are to be divided by.
+    """
+
+    def decode(parts: Mapping[str, Tensor]) -> Tensor:
+        packed, scale, global_scale = _required(parts, "weight_packed", "weight_scale", "weight_global_scale")
+        return _from_nvfp4(packed, scale, global_scale, scheme)
+
+    return Parts(("weight_packed", "weight_scale", "weight_global_scale"), decode)
+
+
+def _from_nvfp4(packed: Tensor, scale: Tensor, global_scale: Tensor, scheme: Any) -> Tensor:
     from compressed_tensors.compressors import BaseCompressor
 
     found, expected = (tuple(each.shape) for each in (packed, scale))
@@ -432,7 +501,7 @@ def _decompressed(packed: Tensor, scale: Tensor, global_scale: Tensor, scheme: A
 _VARIANTS: Mapping[Any, Callable[[Mapping[str, Any]], Parts | None]] = {
     "gptq": _gptq,
     "awq": _awq,
-    "compressed-tensors": _nvfp4,
+    "compressed-tensors": _compressed,
     "modelopt": _modelopt,
 }
 """By method: how its weights are decoded; None for kinds that are not."""

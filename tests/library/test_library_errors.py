@@ -130,8 +130,8 @@ class TestCheckpoints:
             ("weight_scale", {"quant_method": "fbgemm_fp8"}, "quantised by 'fbgemm_fp8' "),
             (
                 "weight_scale",
-                {"quant_method": "compressed-tensors", "format": "int-quantized"},
-                "quantised by 'compressed-tensors' \\('int-quantized'\\) ",
+                {"quant_method": "compressed-tensors", "format": "mxfp8-quantized"},
+                "quantised by 'compressed-tensors' \\('mxfp8-quantized'\\) ",
             ),
             ("weight_packed", {}, "quantised by 'a method that its config does not name' "),
         ],

@@ -33,7 +33,9 @@ from tests.support.quantised import (
     fp8_checkpoint,
     gptq_checkpoint,
     modelopt_checkpoint,
+    modelopt_fp8_checkpoint,
     mxfp4_checkpoint,
+    number_checkpoint,
     nvfp4_checkpoint,
     quantised_pack,
     qwen3_moe,
@@ -131,8 +133,30 @@ class TestDecodedExperts:
         path, plain = make(tmp_path)
         check(load(path, expert_memory=share), AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
 
+    @pytest.mark.parametrize(
+        ("kind", "strategy"), [("int", "channel"), ("int", "group"), ("float", "channel"), ("float", "block")]
+    )
+    def test_compressed_tensors_in_numbers(
+        self, tmp_path: Path, load: Load, share: float | str, kind: str, strategy: str
+    ) -> None:
+        pytest.importorskip("compressed_tensors")
+        path, plain = number_checkpoint(tmp_path, kind, strategy)
+        check(load(path, expert_memory=share), AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
+
+    def test_modelopt_in_fp8(self, tmp_path: Path, load: Load, share: float | str) -> None:
+        pytest.importorskip("compressed_tensors")
+        path, plain = modelopt_fp8_checkpoint(tmp_path)
+        check(load(path, expert_memory=share), AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32))
+
 
 class TestBytes:
+    @pytest.mark.parametrize(("kind", "bytes_of_zeros"), [("float", 0), ("int", 1)])
+    def test_an_expert_in_numbers_is_read_as_it_is_stored(self, tmp_path: Path, kind: str, bytes_of_zeros: int) -> None:
+        pytest.importorskip("compressed_tensors")
+        weights, outputs = 3 * 128 * 256, 2 * 128 + 256
+        path, _ = number_checkpoint(tmp_path, kind, "channel")
+        assert bytes_of_an_expert(path) == (weights + (2 + bytes_of_zeros) * outputs, 2 * weights)
+
     @pytest.mark.parametrize("make", [nvfp4_checkpoint, modelopt_checkpoint])
     def test_an_expert_in_nvfp4_is_read_as_it_is_stored(
         self, tmp_path: Path, make: Callable[[Path], tuple[Path, Path]]

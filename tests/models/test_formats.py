@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from pager.models.formats import _VARIANTS, Parts
-from tests.support.quantised import awq_parts, gptq_parts, modelopt_parts, nvfp4_decoded, nvfp4_parts
+from tests.support.quantised import (
+    awq_parts,
+    gptq_parts,
+    modelopt_parts,
+    number_config,
+    number_parts,
+    nvfp4_decoded,
+    nvfp4_parts,
+)
 
 WEIGHT_OI = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4}
@@ -80,6 +88,40 @@ def test_nvfp4_is_what_its_own_package_makes_of_it(config: dict[str, Any]) -> No
         assert nvfp4_decoded(tensors).equal(expected)
 
 
+@pytest.mark.parametrize("kind", ["int", "float"])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
+def test_numbers_are_what_was_stored(kind: str, strategy: str) -> None:
+    """Whatever other scheme the config names before, whose scales have another shape."""
+    pytest.importorskip("compressed_tensors")
+    other = number_config(kind, "group" if strategy == "channel" else "channel")["config_groups"]["group_0"]
+    config = number_config(kind, strategy)
+    config["config_groups"] = {"other": other, **config["config_groups"]}
+    tensors, expected = number_parts(WEIGHT_OI, kind, strategy)
+    decode = parts_of(config).decode
+    assert decode(tensors).equal(expected)
+    assert decode({name: tensor.to("meta") for name, tensor in tensors.items()}).shape == WEIGHT_OI.shape
+    if strategy == "channel":
+        flat = {name: part if name == "weight" else part.flatten() for name, part in tensors.items()}
+        assert decode(flat).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": None}, "there is no weight_scale beside weight"),
+        ({"weight_scale": torch.ones(47, 1)}, r"int8 \(48, 64\) and scales of shape \(47, 1\) are not .* \(channel\)"),
+        ({"weight": torch.ones(48, 64)}, r"weights torch.float32 \(48, 64\) and scales"),
+        ({"weight": torch.ones(48, dtype=torch.int8)}, r"weights torch.int8 \(48,\) and scales"),
+    ],
+)
+def test_numbers_that_do_not_fit_together(change: dict[str, Tensor | None], message: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    tensors, _ = number_parts(WEIGHT_OI, "int", "channel")
+    changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        parts_of(number_config("int", "channel")).decode(changed)
+
+
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
@@ -131,7 +173,9 @@ def test_parts_that_do_not_fit_together(config: dict[str, Any], change: dict[str
         {**AWQ, "version": "gemv"},
         {**AWQ, "zero_point": False},
         {**NVFP4, "config_groups": {"a": {"format": "nvfp4-pack-quantized"}, "b": {"format": "pack-quantized"}}},
-        {**MODELOPT, "quant_algo": "FP8"},
+        {**MODELOPT, "quant_algo": "W4A8_AWQ"},
+        {**NVFP4, "format": "int-quantized"},
+        {**NVFP4, "format": "mxfp8-quantized"},
     ],
 )
 def test_kinds_that_are_not_decoded(config: dict[str, Any]) -> None:

@@ -226,6 +226,59 @@ def nvfp4_checkpoint(path: Path) -> tuple[Path, Path]:
     return checkpoint_in_parts(path, nvfp4_parts, **config)
 
 
+def number_parts(weight_OI: Tensor, kind: str, strategy: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight as compressed-tensors stores it in 8 bits, and what that stands for; `int` has its least weight as -128
+    and its largest as 127, and so zeros.
+    """
+    rows, columns = weight_OI.shape
+    size = {"tensor": (rows, columns), "channel": (1, columns), "group": (1, GROUP), "block": (40, 48)}[strategy]
+    padded = torch.nn.functional.pad(weight_OI, (0, -columns % size[1], 0, -rows % size[0]))
+    blocks = padded.unflatten(1, (-1, size[1])).unflatten(0, (-1, size[0])).transpose(1, 2)
+    if kind == "float":
+        scales = (blocks.abs().amax((2, 3)) / 448).bfloat16()
+        zeros = torch.zeros(scales.shape, dtype=torch.int8)
+        numbers = (blocks / scales.float()[..., None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    else:
+        least, most = blocks.amin((2, 3)).clamp(max=0), blocks.amax((2, 3)).clamp(min=0)
+        scales = ((most - least) / 255).bfloat16()
+        zeros = (-128 - least / scales.float()).round().clamp(-128, 127).to(torch.int8)
+        steps = (blocks / scales.float()[..., None, None]).round() + zeros.float()[..., None, None]
+        numbers = steps.clamp(-128, 127).to(torch.int8)
+    decoded = (numbers.float() - zeros.float()[..., None, None]) * scales.float()[..., None, None]
+    stored, expected = (
+        each.transpose(1, 2).flatten(0, 1).flatten(1)[:rows, :columns].contiguous() for each in (numbers, decoded)
+    )
+    shape = (1,) if strategy == "tensor" else scales.shape
+    parts = {"weight": stored, "weight_scale": scales.reshape(shape)}
+    return parts | ({"weight_zero_point": zeros.reshape(shape)} if kind == "int" else {}), expected
+
+
+def number_config(kind: str, strategy: str) -> dict[str, Any]:
+    all_sizes: dict[str, dict[str, Any]] = {"group": {"group_size": GROUP}, "block": {"block_structure": [40, 48]}}
+    sizes = all_sizes.get(strategy, {})
+    weights = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": kind == "float", **sizes}
+    activations = {"num_bits": 8, "type": kind, "strategy": "token", "dynamic": True}
+    group = {"weights": weights, "input_activations": activations, "targets": ["Linear"]}
+    named = {"format": f"{kind}-quantized", "quantization_status": "compressed", "ignore": ["lm_head"]}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **named}
+
+
+def number_checkpoint(path: Path, kind: str, strategy: str) -> tuple[Path, Path]:
+    return checkpoint_in_parts(
+        path, lambda weight: number_parts(weight, kind, strategy), **number_config(kind, strategy)
+    )
+
+
+def modelopt_fp8_checkpoint(path: Path) -> tuple[Path, Path]:
+    """One scale a weight, without dimensions."""
+
+    def parts_of(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts, decoded = number_parts(weight, "float", "tensor")
+        return parts | {"weight_scale": parts["weight_scale"].float().reshape(())}, decoded
+
+    return checkpoint_in_parts(path, parts_of, quant_method="modelopt", quant_algo="FP8", ignore=["lm_head"])
+
+
 def modelopt_parts(weight_OI: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """The same as modelopt stores it, whose overall scale is the inverse."""
     parts, _ = nvfp4_parts(weight_OI)

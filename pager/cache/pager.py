@@ -20,7 +20,7 @@ from pager.cache.tiers import Fetched, HostTier, Readers, Tiers, Turn, why_bypas
 from pager.cache.trace import TraceRecorder
 from pager.errors import ExpertUnavailable, PoolTooLarge, SlotsExhausted
 from pager.memory import NUM_READERS, Machine
-from pager.store.expert_source import ExpertSource, InPlace
+from pager.store.expert_source import ExpertSource, InPlace, SideBySide
 from pager.types import ExpertKey
 
 log = logging.getLogger(__name__)
@@ -237,6 +237,12 @@ class ExpertPager:
         if len(found) < len(missing):
             raise SlotsExhausted(NO_SLOT)
         return slots, {key.expert: tensors for key, tensors in found.items()}
+
+    def layer_in_place(self, layer: int) -> SideBySide | None:
+        """Returns all experts of the layer where the page cache has them side by side, for requests without slots;
+        valid until the layer is done.
+        """
+        return self._source.layer_in_place(layer)
 
     def demand(
         self,

@@ -101,7 +101,8 @@ class Decoder:
             raise
         except BaseException as error:
             self._groups.pop(name, None)
-            if not isinstance(error, Cancelled | NotReady):
+            # Cancelled requests end a forward, and so do those whose experts the page cache has lost.
+            if not isinstance(error, Cancelled | NotReady | SlotsExhausted):
                 log.warning(
                     "a step for %d requests and the prompts of %d others failed (%s); they run apart",
                     len(requests), len(parts), type(error).__name__,

@@ -20,7 +20,7 @@ from pager.engine.gates import NO_COPIES, put_under_pools, unmasked
 from pager.errors import ConfigError
 from pager.models.families import ExpertLayer, Family
 from pager.pools.step import StepRouting
-from pager.store.expert_source import InPlace
+from pager.store.expert_source import InPlace, SideBySide
 from pager.store.pack_format import RecordFormat, scales_of
 
 if TYPE_CHECKING:
@@ -175,6 +175,18 @@ class AlsoInPlace:
         numbers_E = slot_of_E.clone()
         numbers_E[list(self._numbers)] = torch.tensor(list(self._numbers.values()), dtype=slot_of_E.dtype)
         return numbers_E
+
+
+class InFile:
+    """A module's small experts, all of them where they lie side by side in a file that the page cache has."""
+
+    def __init__(self, module: Any, names: Iterable[str], found: SideBySide) -> None:
+        self._module = module
+        for name, parameter in zip(names, found.parameters, strict=True):
+            setattr(self, name, parameter)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class Gathered:
@@ -416,6 +428,10 @@ class LayerExperts:
             assert request.lease is not None, "without a lease, experts are paged on demand"
             request.lease.wait(self.layer)
         if step.is_in_place:
+            found = self.pager.layer_in_place(self.layer) if self._are_small(module) else None
+            if found is not None:
+                in_file = InFile(module, self.pager.slots.slabs, found)
+                return run_slots(in_file, hidden_TD, found.number_of_E.take(index_TK), weights_TK)
             slot_of, in_place = self.pager.beside_leases(self.layer, _distinct(index_TK))
             return self._run_here_and_there(module, slot_of, in_place, hidden_TD, index_TK, weights_TK)
         # A row whose logits are not finite also picks from outside of its pool: it reads no slot, and its
@@ -437,10 +453,14 @@ class LayerExperts:
         experts, slots_E = module, slot_of_E
         if in_place:
             nbytes = (len(slot_of) + len(in_place)) * slots.record_bytes
-            is_small = is_plain(module) and slots.record_bytes <= SMALL_EXPERT_BYTES and nbytes <= GATHERED_BYTES
+            is_small = self._are_small(module) and nbytes <= GATHERED_BYTES
             experts = Gathered(module, slots, slot_of, in_place) if is_small else AlsoInPlace(module, slots, in_place)
             slots_E = experts.numbered(slot_of_E)
         return run_slots(experts, hidden_TD, slots_E.take(index_TK), weights_TK)
+
+    def _are_small(self, module: Any) -> bool:
+        """Tells whether the kernels want the experts side by side."""
+        return is_plain(module) and self.pager.slots.record_bytes <= SMALL_EXPERT_BYTES
 
     def _run_in_waves(
         self, module: Any, step: StepRouting, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor

@@ -334,7 +334,7 @@ class Request:
         for this request, and next to nothing read.
         """
         routing, lease = self.routing, self.lease
-        if routing is None or lease is None or lease.is_in_place or routing.monitor is not None:
+        if routing is None or lease is None or routing.monitor is not None:
             return False
         if not routing.is_frozen:
             return False

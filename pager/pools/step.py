@@ -292,7 +292,7 @@ class StepRouting:
     @property
     def is_in_place(self) -> bool:
         """Tells whether some request holds no slots: its experts are computed where the page cache has them."""
-        return self._now().is_in_place
+        return self._now().is_in_place or (self._beside is not None and self._beside.is_in_place)
 
     @property
     def reservation(self) -> Lease | None:
@@ -320,6 +320,8 @@ class StepRouting:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Surrounds a forward; what one that fails has measured counts for nothing."""
+        if self._state is not None and self._state.is_in_place:
+            self._state = None  # between two forwards a request without slots may have been given some
         versions = tuple([request.version for request in self.requests])
         if versions != self._versions:
             self._versions = versions
@@ -364,7 +366,9 @@ class StepRouting:
         return self._of_tokens(self._stacked(layer, RequestRouting.allowed, self._allowed_LNE))
 
     def _now(self) -> _State:
-        """The present state; kept for what comes where nothing can change it: all pools frozen, none that drifts."""
+        """The present state; kept where all pools are frozen and none drifts: for what comes or, where a request holds
+        no slots, for the present forward.
+        """
         if self._state is not None:
             return self._state
         requests = self.requests
@@ -375,7 +379,7 @@ class StepRouting:
             is_frozen=all(request.is_frozen for request in requests),
             is_in_place=any(request.is_in_place for request in requests),
         )
-        if state.is_frozen and not (self._may_drift or state.is_in_place):
+        if state.is_frozen and not self._may_drift:
             self._state = state
         return state
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import mmap
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -70,6 +72,15 @@ InPlace = tuple[tuple[Tensor, ...], ...]
 """An expert in a file that is mapped: the pieces of each parameter in order, one as a rule."""
 
 
+class SideBySide(NamedTuple):
+    """A layer's experts in a file that is mapped, where they lie at equal distances: a tensor of all experts for each
+    parameter, and the number of each expert in these.
+    """
+
+    parameters: tuple[Tensor, ...]
+    number_of_E: Tensor
+
+
 class ExpertSource(Protocol):
     """The experts of one checkpoint, to be read by key. Knows no slots or budgets. Thread-safe."""
 
@@ -108,6 +119,10 @@ class ExpertSource(Protocol):
 
     def in_page_cache(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Returns those of `keys`, experts of one layer, that `in_place` would find, if their checksums are right."""
+        ...
+
+    def layer_in_place(self, layer: int) -> SideBySide | None:
+        """Returns all experts of the layer where `in_place` would find each of them and they lie at equal distances."""
         ...
 
     def place_of(self, key: ExpertKey) -> FileRange: ...
@@ -204,11 +219,7 @@ class _StoredExperts:
         if not keys:
             return []
         try:
-            layer = self._layer(keys[0].layer)
-            if layer.nbytes <= ASKED_AT_ONCE_BYTES:
-                there = layer.there(keys, layer.stretches)
-            else:
-                there = [key for key in keys if layer.there([key], _stretches(layer.spans[key]))]
+            there = self._layer(keys[0].layer).there(keys)
         except OSError:  # a read will say so
             there = []
         known = self._found_in_place
@@ -216,6 +227,22 @@ class _StoredExperts:
             for key in {*keys}.difference(there):  # what comes back from the disk is checked again
                 known.pop(key, None)
         return [key for key in there if known.get(key, True)]
+
+    def layer_in_place(self, layer: int) -> SideBySide | None:
+        stored, now_s = self._layer(layer), time.monotonic()
+        if stored.even is None:
+            return None
+        try:
+            stored.check_files()
+            if now_s >= stored.side_by_side_until_s:
+                stored.side_by_side, keys = None, list(stored.spans)
+                if len(self.in_place(keys)) == len(keys):
+                    with torch.inference_mode(False):
+                        stored.side_by_side = stored.even.side_by_side(self.shape.shapes, self.stored_dtype)
+                stored.side_by_side_until_s = now_s + SEEN_S
+        except OSError:  # a read will say so
+            return None
+        return stored.side_by_side
 
     def _intact(self, spans: Sequence[Span]) -> InPlace:
         """Returns an expert's parameters in the page cache; nothing where they do not match their checksums."""
@@ -227,11 +254,14 @@ class _StoredExperts:
         if number not in self._layers:
             keys = (ExpertKey(number, expert) for expert in range(self._experts_per_layer[number]))
             spans = {key: self._spans(key) for key in keys}
-            self._layers[number] = _StoredLayer(spans, _stretches([span for each in spans.values() for span in each]))
+            sizes = [math.prod(shape) * self.stored_dtype.itemsize for shape in self.shape.shapes]
+            stretches = _stretches([span for each in spans.values() for span in each])
+            self._layers[number] = _StoredLayer(spans, stretches, _Even.of(spans, sizes))
         return self._layers[number]
 
     def close(self) -> None:
         self._found_in_place.clear()
+        self._layers.clear()
 
     def _parameters(self, spans: Sequence[Span], parts: Sequence[Tensor]) -> InPlace:
         """Returns an expert's parameters in its bytes: the parts of each, or one part for all."""
@@ -296,18 +326,92 @@ _Stretches = Mapping[DataFile, tuple[int, int]]
 """The first byte of each file, and the one behind the last."""
 
 
-class _StoredLayer(NamedTuple):
-    """The places of a layer's experts: the spans of each, and the stretches of files that have all of them."""
+SEEN_S = 0.1
+"""For so long the page cache is taken to have what it was seen to have. What it drops meanwhile is read by the fault of
+whoever touches it: slow, not wrong."""
+
+
+class _Even(NamedTuple):
+    """Experts at equal distances in one file: where each parameter of the first one begins, and the distance to that of
+    the next. `experts` are in the order in which they lie there.
+    """
+
+    file: DataFile
+    places: Sequence[tuple[int, int]]
+    experts: Sequence[int]
+
+    @staticmethod
+    def of(spans: Mapping[ExpertKey, Sequence[Span]], sizes: Sequence[int]) -> _Even | None:
+        """Returns how experts with parameters of these sizes lie, or None where that is not at equal distances."""
+        files = {span.file for each in spans.values() for span in each}
+        starts = {key.expert: starts for key, each in spans.items() if (starts := _starts(each, sizes))}
+        if len(files) != 1 or len(starts) < len(spans):
+            return None
+        experts = sorted(starts, key=lambda expert: starts[expert][0])
+        places = []
+        for number, size in enumerate(sizes):
+            ordered = [starts[expert][number] for expert in experts]
+            distances = {later - earlier for earlier, later in pairwise(ordered)} or {size}
+            if len(distances) > 1 or min(distances) < size:
+                return None
+            places.append((ordered[0], distances.pop()))
+        return _Even(files.pop(), places, experts)
+
+    def side_by_side(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> SideBySide:
+        number_of_E = torch.empty(len(self.experts), dtype=torch.int32)
+        number_of_E[list(self.experts)] = torch.arange(len(self.experts), dtype=torch.int32)
+        parameters = []
+        for (start, distance), shape in zip(self.places, shapes, strict=True):
+            nbytes = distance * (len(self.experts) - 1) + math.prod(shape) * dtype.itemsize
+            flat = self.file.mapped(start, nbytes).view(dtype)
+            strides = torch.empty(shape, device="meta").stride()
+            parameters.append(flat.as_strided((len(self.experts), *shape), (distance // dtype.itemsize, *strides)))
+        return SideBySide(tuple(parameters), number_of_E)
+
+
+def _starts(spans: Sequence[Span], sizes: Sequence[int]) -> Sequence[int]:
+    """Returns where each parameter of an expert begins; nothing where one of them is in several pieces."""
+    if len(spans) == 1 < len(sizes) and spans[0].nbytes == sum(sizes):
+        return list(accumulate(sizes[:-1], initial=spans[0].offset))
+    return [span.offset for span in spans] if [span.nbytes for span in spans] == [*sizes] else ()
+
+
+@dataclass(slots=True)
+class _StoredLayer:
+    """The places of a layer's experts: the spans of each, the stretches of files that have all of them, and how they
+    lie where they do so evenly. Mutable: keeps until when the page cache is taken to have which.
+    """
 
     spans: Mapping[ExpertKey, Sequence[Span]]
     stretches: _Stretches
+    even: _Even | None
+    side_by_side: SideBySide | None = None
+    side_by_side_until_s: float = 0.0
+    _seen_until_s: dict[ExpertKey, float] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         return sum(end - start for start, end in self.stretches.values())
 
-    def there(self, keys: Sequence[ExpertKey], stretches: _Stretches) -> list[ExpertKey]:
-        """Returns those of `keys` that the page cache has, by one look at each of `stretches`. Raises OSError."""
+    def check_files(self) -> None:
+        """Raises OSError where a file is shorter than it was."""
+        for file in self.stretches:
+            file.check_length()
+
+    def there(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Returns those of `keys` that the page cache has, or had SEEN_S ago. Raises OSError."""
+        self.check_files()
+        seen_until_s, now_s = self._seen_until_s, time.monotonic()
+        unseen = [key for key in keys if seen_until_s.get(key, 0.0) <= now_s]
+        if unseen and self.nbytes <= ASKED_AT_ONCE_BYTES:
+            seen_until_s.update(dict.fromkeys(self._look(list(self.spans), self.stretches), now_s + SEEN_S))
+        elif unseen:
+            found = [key for key in unseen if self._look([key], _stretches(self.spans[key]))]
+            seen_until_s.update(dict.fromkeys(found, now_s + SEEN_S))
+        return [key for key in keys if seen_until_s.get(key, 0.0) > now_s]
+
+    def _look(self, keys: Sequence[ExpertKey], stretches: _Stretches) -> list[ExpertKey]:
+        """Returns those of `keys` that the page cache has, by one look at each of `stretches`."""
         pages = {file: file.cached_pages(start, end) for file, (start, end) in stretches.items()}
         starts = {file: start - start % mmap.PAGESIZE for file, (start, _) in stretches.items()}
         if any(each is None for each in pages.values()):

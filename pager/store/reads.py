@@ -118,13 +118,17 @@ class DataFile:
         """
         if self._fd is None or self.is_direct or not self._can_see_page_cache():
             return None
-        if os.fstat(self._fd).st_size < self.size:
-            raise OSError(errno.EIO, f"the file had {self.size} bytes and is shorter now", str(self.path))
+        self.check_length()
         first = start - start % mmap.PAGESIZE
         pages = (ctypes.c_ubyte * -(-(end - first) // mmap.PAGESIZE))()
         address = ctypes.c_void_p(self._mapping().data_ptr() + first)
         assert _mincore is not None, "it was looked for"
         return None if _mincore(address, ctypes.c_size_t(end - first), pages) else bytes(pages)
+
+    def check_length(self) -> None:
+        """Raises OSError where the file is shorter than it was."""
+        if self._fd is not None and os.fstat(self._fd).st_size < self.size:
+            raise OSError(errno.EIO, f"the file had {self.size} bytes and is shorter now", str(self.path))
 
     def mapped(self, offset: int, nbytes: int) -> Tensor:
         """Returns bytes of the file as they are in memory, or come there when they are touched; for reading only.

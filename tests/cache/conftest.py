@@ -91,6 +91,9 @@ class GatedSource:
     def in_page_cache(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         return [key for key in keys if key in self.cached]
 
+    def layer_in_place(self, layer: int) -> None:
+        """They lie anywhere."""
+
     def place_of(self, key: ExpertKey) -> FileRange:
         """Nobody's neighbour, unless `side_by_side` says so."""
         distance = 100 if self.side_by_side else 1 << 20

@@ -47,6 +47,7 @@ def lose_pages(driver: Driver, path: Path) -> None:
     """Takes the checkpoint out of the page cache, between two steps."""
     source: Any = driver.paged.pager._source
     source._found_in_place.clear()
+    source._layers.clear()
     for file in source._files.values():
         file._mapped = None  # mapped pages stay in the page cache
     drop(path.glob("*.safetensors"))
@@ -75,6 +76,31 @@ def test_pools_without_slots_run_beside_those_with_slots_as_they_do_alone(
     assert {usage.mode for usage in usages} == {"pool"}
     assert [usage.paging.bytes_paged for usage in usages].count(0) == len(requests) - 1
     assert all(usage.paging.num_lookups == 12 for usage in usages), "experts are counted once a request"
+    driver.assert_nothing_held()
+
+
+def test_a_prompt_without_slots_runs_in_the_forward_of_those_that_decode(
+    make_driver: MakeDriver, random_prompt: Prompt, random_pool: Pool
+) -> None:
+    requests = requests_of(random_prompt, random_pool)
+    expected = alone(make_driver, requests, 12)
+    driver, num_forwards = make_driver(NUM_SLOTS, in_place=True), 0
+
+    def count(*_: object) -> None:
+        nonlocal num_forwards
+        num_forwards += 1
+
+    driver.paged.model.register_forward_hook(count)
+    names = []
+    for prompt, policy in requests:  # one more request in each step
+        names.append(driver.submit(prompt, policy, max_tokens=12))
+        driver.engine.step()
+        while driver.engine._prefilling:  # the one that has slots may wait for its reads
+            driver.engine.step()
+    assert sum(request.is_in_place for request in driver.engine._running) == len(requests) - 1
+    assert num_forwards <= driver.engine.status().num_decode_forwards + 1, "the first prompt's alone has no rows"
+    driver.finish()
+    assert [driver.tokens(name) for name in names] == expected
     driver.assert_nothing_held()
 
 

@@ -107,6 +107,7 @@ def test_what_the_page_cache_lost_is_read(small: Callable[..., Small], load: Loa
     forward(paged, made)
     source = paged.expert_paging.pager._source
     source._found_in_place.clear()
+    source._layers.clear()
     for file in source._files.values():
         file._mapped = None  # mapped pages stay in the page cache
     drop(made.path.glob("*.safetensors"))

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from pager.errors import CheckpointError, ChecksumMismatch, ExpertReadError
+from pager.store import expert_source
 from pager.store.checkpoint import Checkpoint
 from pager.store.expert_source import PackedExperts
 from pager.store.pack import record
+from pager.store.reads import DataFile
 from pager.types import ExpertKey, ExpertShape
 from tests.store.conftest import Model, Save
 from tests.support.files import flip, open_files
@@ -70,6 +72,65 @@ def test_nothing_is_mapped_and_close_frees_the_descriptors(stored: Path, model: 
     assert open_files(stored) == []
     with pytest.raises(ExpertReadError, match="closed"):
         source.read(model.keys[0], *model.blank(torch.float32))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_layer_that_lies_evenly_in_its_file_is_a_tensor_for_each_parameter(
+    model: Model, save: Save, tmp_path: Path, is_packed: bool
+) -> None:
+    path = save(model, 1)
+    source = model.open_experts(model.pack(path, tmp_path / "packed") if is_packed else path)
+    for key in model.keys:
+        found = source.layer_in_place(key.layer)
+        assert found is not None
+        number = int(found.number_of_E[key.expert])
+        assert all(
+            torch.equal(of_all[number], expected)
+            for of_all, expected in zip(found.parameters, model.expert(key), strict=True)
+        )
+    source.close()
+
+
+def test_a_layer_that_is_spread_over_files_is_not_found_whole(sharded: Path, model: Model) -> None:
+    source = model.open_experts(sharded)
+    assert source.layer_in_place(0) is None
+    assert len(source.in_place(model.keys[:4])) == 4
+    source.close()
+
+
+def test_a_layer_is_not_found_whole_where_an_expert_is_damaged(packed: Path, model: Model) -> None:
+    source = PackedExperts(packed / "experts.pack")
+    flip(packed / "experts.pack", source.offset_of(ExpertKey(2, 1)) + 5000)
+    assert source.layer_in_place(2) is None
+    assert source.layer_in_place(0) is not None
+    with (packed / "experts.pack").open("r+b") as file:
+        file.truncate(4096)
+    assert source.layer_in_place(0) is None, "whoever touched it would end the process"
+    source.close()
+
+
+def test_the_page_cache_is_looked_at_again_after_a_while(
+    packed: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = PackedExperts(packed / "experts.pack")
+    monkeypatch.setattr(expert_source, "SEEN_S", 3600.0)
+    layer, real, looks = model.keys[:4], DataFile.cached_pages, list[int]()
+
+    def looked(file: DataFile, start: int, end: int) -> bytes | None:
+        looks.append(start)
+        return real(file, start, end)
+
+    monkeypatch.setattr(DataFile, "cached_pages", looked)
+    for _ in range(3):
+        assert source.in_page_cache(layer) == layer
+        assert source.layer_in_place(0) is not None
+    assert len(looks) == 1
+    monkeypatch.setattr(expert_source, "SEEN_S", 0.0)
+    source._layers.clear()
+    for _ in range(3):
+        source.in_page_cache(layer)
+    assert len(looks) == 4
+    source.close()
 
 
 def test_destinations_of_another_shape_and_unknown_keys_are_misuse(stored: Path, model: Model) -> None:

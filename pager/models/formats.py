@@ -121,6 +121,11 @@ def _quantiser(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -
     decoded, and what each method raises for its fields.
     """
     method, is_compressed = config.get("quant_method"), config.get("quant_method") == "compressed-tensors"
+    if is_compressed and _turns_activations(config):
+        raise UnsupportedModel(
+            f"{checkpoint.path} turns activations while it runs (transform_config in its quantization_config), which "
+            "is not supported; fetch a checkpoint that was quantised without it"
+        )
     if method in _VARIANTS and not (is_compressed and _formats_within(config) <= {"pack-quantized", None}):
         parts = _VARIANTS[method](config)
         if parts is None:
@@ -410,6 +415,18 @@ def _formats_within(config: Mapping[str, Any]) -> set[Any]:
     return own or {config.get("format")}
 
 
+def _turns_activations(config: Mapping[str, Any]) -> bool:
+    """Whether activations are multiplied with matrices of their own, as in QuIP, because stored weights were. Raises
+    pydantic's ValidationError.
+    """
+    if not config.get("transform_config"):
+        return False
+    from compressed_tensors.transform import TransformConfig
+
+    schemes = TransformConfig.model_validate(config["transform_config"]).config_groups.values()
+    return any(each.is_online() for scheme in schemes for each in scheme.apply)
+
+
 def _scheme(group: Any) -> Any:
     """Returns the scheme of a group of weights. Raises pydantic's ValidationError for fields that are no scheme."""
     from compressed_tensors.quantization import QuantizationScheme
@@ -463,6 +480,11 @@ def _from_numbers(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: An
     """The weights that numbers stand for, multiplied in float32, which rounds no product of 8 and 16 bits."""
     from compressed_tensors.compressors import BaseCompressor
 
+    # A tensor's only zero is left out by some versions where it is 0.
+    if zero is None and not (scheme.symmetric or scheme.type == "float" or scheme.strategy == "tensor"):
+        raise ValueError("there is no weight_zero_point beside weight, which its config says is not symmetric")
+    if zero is not None and zero.numel() != scale.numel():
+        raise ValueError(f"{zero.numel()} zeros and {scale.numel()} scales do not belong together")
     if weight.is_meta:
         return weight.new_empty(weight.shape, dtype=torch.float32)
     parts = {"weight": weight, "weight_scale": scale.float()}

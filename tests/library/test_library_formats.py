@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pager.errors import CheckpointError, ConfigError, ExpertReadError
+from pager.errors import CheckpointError, ConfigError, ExpertReadError, UnsupportedModel
 from pager.models.open_model import OpenModel
 from pager.store.expert_source import Destination
 from pager.store.pack import pack
 from pager.types import ExpertKey
-from tests.support.checkpoints import lively, saved
+from tests.support.checkpoints import add_to_config, lively, saved
 from tests.support.quantised import (
     GROUP,
     awq_checkpoint,
@@ -220,6 +221,18 @@ def test_one_expert_that_cannot_be_decoded_fails_alone(tmp_path: Path) -> None:
     assert whole == source.stored_bytes
     assert isinstance(failed, ExpertReadError)
     assert "expert 3 of layer 1 cannot be made of what is stored: g_idx names groups that are not among" in str(failed)
+
+
+def test_weights_that_want_their_inputs_turned_are_refused(tmp_path: Path, load: Load) -> None:
+    """What is folded into the weights alone changes nothing about how they are used."""
+    pytest.importorskip("compressed_tensors")
+    path, _ = number_checkpoint(tmp_path, "int", "channel")
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    for location, is_refused in (("weight_input", False), ("input", True)):
+        scheme = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}
+        add_to_config(path, quantization_config={**config, "transform_config": {"config_groups": {"v": scheme}}})
+        with pytest.raises(UnsupportedModel, match="turns activations") if is_refused else nullcontext():
+            load(path, expert_memory=1.0)
 
 
 def test_a_trunk_that_cannot_be_decoded(tmp_path: Path, load: Load) -> None:

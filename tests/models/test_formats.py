@@ -112,6 +112,8 @@ def test_numbers_are_what_was_stored(kind: str, strategy: str) -> None:
         ({"weight_scale": torch.ones(47, 1)}, r"int8 \(48, 64\) and scales of shape \(47, 1\) are not .* \(channel\)"),
         ({"weight": torch.ones(48, 64)}, r"weights torch.float32 \(48, 64\) and scales"),
         ({"weight": torch.ones(48, dtype=torch.int8)}, r"weights torch.int8 \(48,\) and scales"),
+        ({"weight_zero_point": None}, "there is no weight_zero_point beside weight"),
+        ({"weight_zero_point": torch.ones(47, dtype=torch.int8)}, "47 zeros and 48 scales do not belong together"),
     ],
 )
 def test_numbers_that_do_not_fit_together(change: dict[str, Tensor | None], message: str) -> None:

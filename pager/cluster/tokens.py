@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol, Self
 
 from expert_pager.v1 import worker_pb2 as pb
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from pager.errors import DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.memory import format_address
@@ -146,6 +146,7 @@ class TokenServer:
         self._observer = observer or SubmissionObserver()
         self._streams: set[_RouterStream] = set()
         self._connections: set[asyncio.Task[None]] = set()
+        self._strangers: set[asyncio.Task[None]] = set()  # connections whose token has not been read yet
         self._lock = threading.Lock()  # of the owners, and of each stream's `requests`
         # Kept until the engine's last event of the request, even if its router is gone.
         self._owners: dict[RequestKey, _Owner] = {}
@@ -181,6 +182,8 @@ class TokenServer:
         """
         if self._server is not None:
             self._server.close()
+        for stranger in self._strangers:
+            stranger.cancel()
         for stream in self._streams:
             stream.end()
         if self._connections:
@@ -215,10 +218,15 @@ class TokenServer:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = asyncio.current_task()
         assert connection is not None
-        self._connections.add(connection)
-        connection.add_done_callback(self._connections.discard)
+        for holder in (self._connections, self._strangers):
+            holder.add(connection)
+            connection.add_done_callback(holder.discard)
         try:
-            await self._serve(reader, writer)
+            if await self._is_own(reader):
+                self._strangers.discard(connection)
+                await self._serve(reader, writer)
+            else:
+                await self._refuse(writer)
         except asyncio.CancelledError:
             log.debug("a router's stream was ended")
         except Exception:
@@ -226,13 +234,13 @@ class TokenServer:
         finally:
             writer.transport.abort()
 
+    async def _refuse(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(frame(pb.Push(refusal="this worker serves its own routers only")))
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not await self._is_own(reader):
-            writer.write(frame(pb.Push(refusal="this worker serves its own routers only")))
-            writer.close()
-            with suppress(OSError):
-                await writer.wait_closed()
-            return
         _notice_loss(writer)
         stream = _RouterStream(writer, self._loop)
         stream.push(pb.Push(load=self._load()))
@@ -574,7 +582,7 @@ class WorkerLink:
         try:
             async with asyncio.timeout(timeout_s):
                 reader, first = await self._connect()
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ValueError, DecodeError) as error:  # whatever listens there now
             await self.close()
             reason = "it did not answer in time" if isinstance(error, TimeoutError) else str(error)
             raise WorkerLost(f"the worker did not accept a stream: {reason}", retry_after_s=RETRY_AFTER_S) from error
@@ -591,7 +599,7 @@ class WorkerLink:
             reader, self._writer = await asyncio.open_connection(host.strip("[]"), int(port), limit=READ_BYTES)
         _notice_loss(self._writer)
         self._writer.write(frame(self._token))
-        received = await read_frame(reader)
+        received = await read_frame(reader, MAX_COMMAND_BYTES)
         first = pb.Push() if received is None else pb.Push.FromString(received)
         if not first.HasField("load"):
             raise ConnectionRefusedError(first.refusal or "it ended the connection")

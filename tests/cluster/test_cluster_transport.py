@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from expert_pager.v1 import worker_pb2 as pb
 
-from pager.cluster.tokens import MAX_COMMAND_BYTES, TokenServer, WorkerLink, frame, read_frame
+from pager.cluster.tokens import INTRODUCTION_TIMEOUT_S, MAX_COMMAND_BYTES, TokenServer, WorkerLink, frame, read_frame
 from pager.engine.scheduler import RequestBounds
 from pager.errors import Cancelled, DuplicateRequest, InvalidRequest, PagerError, SlowReader, WorkerLost
 from pager.observe.metrics import INTERVAL_S, LoopLag, leave_out_of_collections
@@ -173,6 +173,28 @@ async def test_an_error_that_cannot_be_encoded_fails_its_request_all_the_same(tr
 async def test_a_wrong_token_is_refused(transport: Transport) -> None:
     with pytest.raises(WorkerLost, match="own routers"):
         await transport.link(token="guess")
+
+
+@pytest.mark.parametrize("answer", [frame(b"\xff" * 9), b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", frame(b"")])
+async def test_what_is_no_worker_is_a_lost_worker(answer: bytes) -> None:
+    """Where a worker has gone, its port may be another program's."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        if answer:
+            await reader.read()
+            ends.set()
+        writer.close()
+
+    ends = asyncio.Event()
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        link = WorkerLink(f"127.0.0.1:{port}", TOKEN, buffer_chunks=64, on_load=lambda _: None)
+        with pytest.raises(WorkerLost, match="did not accept a stream"):
+            await link.attach()
+        if answer:
+            async with asyncio.timeout(60):  # it closes its end
+                await ends.wait()
 
 
 @contextlib.asynccontextmanager
@@ -349,6 +371,15 @@ async def test_what_was_delivered_is_sent_before_a_stream_ends(transport: Transp
     await transport.server.finish(60)
     assert len(await reader) == 201
     await asyncio.wait_for(link.broken.wait(), 60)
+
+
+async def test_a_connection_that_says_nothing_does_not_hold_up_the_end(transport: Transport) -> None:
+    async with connection(transport.address) as (reader, _):
+        await eventually(lambda: transport.server._connections)
+        before_s = time.monotonic()
+        await transport.server.finish(600)
+        assert time.monotonic() - before_s < INTRODUCTION_TIMEOUT_S
+        assert await push_of(reader) is None
 
 
 async def test_a_refused_request_raises_the_engines_error(transport: Transport) -> None:

@@ -361,8 +361,10 @@ class Cluster:
         try:
             cluster._ray = await (opening or RayProcess().open)(config, cluster._on_lost)
             await cluster._start(cluster._ray.workers)
-        except BaseException:
+        except BaseException as error:
             await cluster.close()
+            if isinstance(error, NotReady) and cluster.ray_lost.done():
+                raise cluster._loss() from error
             raise
         return cluster
 
@@ -451,6 +453,9 @@ class Cluster:
             log.error("Ray's %s has ended: the service drains and exits, and has to be started again", name)
             self.ray_lost.set_result(name)
 
+    def _loss(self) -> RayLost:
+        return RayLost(f"Ray's {self.ray_lost.result()} ended while the workers were starting", retry_after_s=POLL_S)
+
     # --- start-up ---------------------------------------------------------------------------------------------------
 
     async def _start(self, workers: Launcher) -> None:
@@ -474,7 +479,7 @@ class Cluster:
         pending: set[asyncio.Future[Any]] = {supervisor.first_ready for supervisor in self._supervisors.values()}
         done, _ = await asyncio.wait(pending | {self.ray_lost}, return_when=asyncio.FIRST_COMPLETED)
         if self.ray_lost.done():
-            raise RayLost(f"Ray's {self.ray_lost.result()} ended while the workers were starting", retry_after_s=POLL_S)
+            raise self._loss()
         errors = [error for future in done if isinstance(error := future.exception(), PagerError)]
         if errors:
             raise errors[0]

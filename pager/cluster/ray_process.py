@@ -38,6 +38,8 @@ PROGRAM = "from pager.cluster.ray_process import main; main()"
 MOST_LINE_BYTES = 2**24
 CLOSE_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 10.0
+PING_EVERY_S = 2.0
+PING_TIMEOUT_S = 20.0  # less than a worker has for a health check, which would take the blame
 # Ray imports these where they are installed, to send their objects between processes; none is sent.
 UNUSED = ("pyarrow", "pydantic", "starlette", "aiohttp")
 NAME = "driver"  # what it is called when it has ended before its router, as Ray's daemons have names
@@ -76,6 +78,7 @@ class RayProcess:
         self._socket: socket.socket | None = here
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._pings: asyncio.Task[None] | None = None
         self._ids = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._on_lost: Callable[[str], None] | None = None
@@ -101,11 +104,14 @@ class RayProcess:
         except BaseException:
             await self.close()
             raise
+        self._pings = asyncio.create_task(self._ping(), name="pings of the ray process")
         return self
 
     async def close(self, *, is_lost: bool = False) -> None:
         """Ends the process and what it has started. Idempotent."""
         self._on_lost = None  # its end is expected from now on
+        if self._pings is not None:
+            self._pings.cancel()
         if self._writer is not None:
             with suppress(PagerError, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -173,6 +179,20 @@ class RayProcess:
             raise
         finally:
             self._calls.pop(number, None)
+
+    async def _ping(self) -> None:
+        """Kills a process that does not answer any more, so that what waits for it ends and its loss is noticed."""
+        with suppress(NotReady):  # it has ended
+            while True:
+                await asyncio.sleep(PING_EVERY_S)
+                try:
+                    async with asyncio.timeout(PING_TIMEOUT_S):
+                        await self._call("ping")
+                except TimeoutError:
+                    log.error(
+                        "the process that is connected to Ray has not answered for %g s and is killed", PING_TIMEOUT_S
+                    )
+                    self._process.kill()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -249,7 +269,7 @@ def main() -> None:
 class _Calls:
     """The process's end: each public method but `serve` is one that the router calls by its name."""
 
-    METHODS = ("open", "names", "launch", "load", "health", "retire", "drain", "end_worker", "close")
+    METHODS = ("open", "ping", "names", "launch", "load", "health", "retire", "drain", "end_worker", "close")
 
     def __init__(self) -> None:
         self._opening: asyncio.Task[RayHere] | None = None
@@ -297,6 +317,9 @@ class _Calls:
         self._opening = asyncio.create_task(RayHere.open(config, self._lose))
         self._here = await asyncio.shield(self._opening)
         signal.signal(signal.SIGTERM, lambda *_: None)  # Ray's core has replaced it with one that aborts
+
+    async def ping(self) -> None:
+        """Does nothing; its answer says that the process runs."""
 
     async def names(self) -> list[str]:
         return await self._ray.workers.names()

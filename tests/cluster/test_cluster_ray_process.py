@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from pager.cluster import ray_process
+from pager.cluster.cluster import Cluster, RayLost
 from pager.cluster.placement import LoadedModel, WorkerReady
 from pager.cluster.ray_process import RayProcess
 from pager.config import ClusterConfig, ModelConfig, ServiceConfig, WorkerConfig, load_config
@@ -67,6 +68,11 @@ def router(namespace: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Proce
         process.communicate()
 
 
+def config_of(namespace: str) -> ServiceConfig:
+    workers = WorkerConfig(count=1, device="cpu")
+    return ServiceConfig(ModelConfig("none"), workers, cluster=ClusterConfig("local", namespace))
+
+
 def folder_of(driver: psutil.Process) -> Path:
     """Of the embedded Ray's logs."""
     lines = " ".join(" ".join(each.cmdline()) for each in driver.children(recursive=True))
@@ -112,6 +118,39 @@ async def test_a_process_that_is_killed_is_a_loss_of_ray_and_calls_are_answered(
         process.communicate("end\n", timeout=WAIT_S)
         assert process.returncode == 0
         await wait_gone(left, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_runtime")
+async def test_a_process_that_stops_answering_is_killed_and_is_a_loss_of_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_process, "PING_EVERY_S", 0.1)
+    monkeypatch.setattr(ray_process, "PING_TIMEOUT_S", 3.0)
+    process, lost = RayProcess(), list[str]()
+    driver = psutil.Process(process.pid)
+    try:
+        await process.open(config_of(tmp_path.name), lost.append)
+        left = [driver, *driver.children(recursive=True)]
+        driver.suspend()
+        with pytest.raises(NotReady, match="has ended"):
+            async with asyncio.timeout(WAIT_S):
+                await process.launch("worker-0")
+        await eventually(lambda: lost == ["driver"])
+    finally:
+        driver.kill()
+        await process.close()
+    _, alive = await asyncio.to_thread(psutil.wait_procs, left, timeout=WAIT_S)
+    assert alive == []
+
+
+async def test_a_process_that_ends_before_ray_is_open_is_a_loss_of_ray(tmp_path: Path) -> None:
+    process = RayProcess()
+    starting = asyncio.create_task(Cluster.connect(config_of(tmp_path.name), process.open))
+    psutil.Process(process.pid).kill()
+    with pytest.raises(RayLost, match="Ray's driver ended while the workers were starting"):
+        await starting
+    process.end()
 
 
 async def test_a_process_that_is_never_opened_ends_with_its_router() -> None:

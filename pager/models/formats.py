@@ -416,8 +416,9 @@ def _formats_within(config: Mapping[str, Any]) -> set[Any]:
 
 
 def _turns_activations(config: Mapping[str, Any]) -> bool:
-    """Whether activations are multiplied with matrices of their own, as in QuIP, because stored weights were. Raises
-    pydantic's ValidationError.
+    """Tells whether activations are multiplied with matrices of their own, as in QuIP, because stored weights were.
+
+    Raises pydantic's ValidationError.
     """
     if not config.get("transform_config"):
         return False

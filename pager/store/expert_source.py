@@ -394,7 +394,7 @@ class _StoredLayer:
         return sum(end - start for start, end in self.stretches.values())
 
     def check_files(self) -> None:
-        """Raises OSError where a file is shorter than it was."""
+        """Checks that the files are as long as they were. Raises OSError where one is shorter."""
         for file in self.stretches:
             file.check_length()
 

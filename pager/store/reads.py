@@ -126,7 +126,7 @@ class DataFile:
         return None if _mincore(address, ctypes.c_size_t(end - first), pages) else bytes(pages)
 
     def check_length(self) -> None:
-        """Raises OSError where the file is shorter than it was."""
+        """Checks that the file is as long as it was. Raises OSError where it is shorter."""
         if self._fd is not None and os.fstat(self._fd).st_size < self.size:
             raise OSError(errno.EIO, f"the file had {self.size} bytes and is shorter now", str(self.path))
 

@@ -57,10 +57,14 @@ def read_tokenizer(model: Path) -> Tokenizer | None:
     """Reads the tokenizer of a checkpoint's folder: `tokenizer.json`, and tokens that other files add to it. Without
     that file, what transformers makes of those that are there, or of a GGUF file; None where there are none.
 
-    Raises CheckpointError if it cannot be read.
+    Raises CheckpointError if it cannot be read, or where there is no such folder.
     """
     if is_gguf(model):
         return _of_gguf(model)
+    if not model.is_dir():
+        raise CheckpointError(
+            f"{model} is not a directory; give the folder of a downloaded or packed checkpoint, or a GGUF file"
+        )
     path = model / TOKENIZER_NAME
     if not path.exists():
         found = [name for name in _OTHER_TOKENIZER_FILES if (model / name).exists()]

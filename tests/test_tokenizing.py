@@ -91,6 +91,14 @@ def test_added_tokens_that_are_none_are_refused(tmp_path: Path, added: Any) -> N
         read_tokenizer(copied(tmp_path, added_tokens=added))
 
 
+@pytest.mark.parametrize("name", ["absent", "model.safetensors"])
+def test_a_model_that_is_no_folder(tmp_path: Path, name: str) -> None:
+    """It is not one without a tokenizer."""
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=f"{name} is not a directory; give the folder"):
+        read_tokenizer(tmp_path / name)
+
+
 def test_without_its_file_a_tokenizer_is_what_transformers_makes_of_others(tmp_path: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from pager.errors import BudgetError
 from pager.memory import STAGING_BUFFERS
+from pager.store.reads import in_large_pages
 from pager.types import ExpertKey, ExpertShape
 
 
@@ -250,11 +248,4 @@ class DeviceSlots:
         """Takes memory of the device. On a CPU it begins at a page, as reads past the page cache require."""
         if self.device.type != "cpu":
             return torch.empty(shape, dtype=self.dtype, device=self.device)
-        nbytes = math.prod(shape) * self.dtype.itemsize
-        if nbytes == 0:
-            return torch.empty(shape, dtype=self.dtype)
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # a disk writes to few large pieces in fewer requests
-            with suppress(OSError):  # a kernel without huge pages
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=self.dtype).view(shape)
+        return in_large_pages(shape, self.dtype)

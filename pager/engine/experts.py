@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from copy import copy
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import embedding_bag, linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from pager.cache.device import DeviceSlots
@@ -46,6 +46,9 @@ COPIED_ROWS = 1024
 
 HALF_PRECISION_ROWS = 16
 """The rows of a oneDNN tile. oneDNN compiles a kernel of 0.7 MB, in a millisecond, for every new number of rows."""
+
+ROWS_TOGETHER = 128
+"""Experts are computed together up to so many rows: what is done once for all of them would take longer for each."""
 
 SUMMED_BYTES = 1 << 20
 """The outputs of pairs that are weighted and added up at a time."""
@@ -307,70 +310,87 @@ def sorted_pairs(module: Any, hidden_TD: Tensor, slot_TK: Tensor, weights_TK: Te
 class PairOutputs:
     """The outputs of (token, expert) pairs, sorted by expert and computed a few experts at a time.
 
-    They are added up in the same order however many calls of `add` they took.
+    They are added up in the same order however many calls of `add` they took. Legend: R rows, the pairs of an expert
+    one after the other; in half precision further rows follow them, whose outputs nobody reads.
     """
 
     def __init__(self, module: Any, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
         """Sorts the pairs. `index_TK` names experts by any integers: expert ids or slots."""
         self._module = module
         self._is_plain = is_plain(module)
-        ids_P, self._order_P = index_TK.flatten().sort(stable=True)
-        self._is_half = hidden_TD.dtype != torch.float32
-        surplus = HALF_PRECISION_ROWS - 1 if self._is_half else 0
         self._hidden_TD = hidden_TD
-        self._token_P = pad(self._order_P // index_TK.shape[1], (0, surplus))
         self._weights_TK = weights_TK
-        self._out_PD = hidden_TD.new_empty(len(self._order_P), hidden_TD.shape[1])
-        ids, counts = ids_P.unique_consecutive(return_counts=True)
-        ranges = pairwise([0, *counts.cumsum(0).tolist()])
-        self._range_of: dict[int, tuple[int, int]] = dict(zip(ids.tolist(), ranges, strict=True))
+        ids_P, order_P = index_TK.flatten().sort(stable=True)
+        ids, count_E = ids_P.unique_consecutive(return_counts=True)
+        counts = count_E.tolist()
+        rows = [*map(_padded, counts)] if self._is_plain and hidden_TD.dtype != torch.float32 else counts
+        starts = list(accumulate(rows, initial=0))
+        self._rows_of: dict[int, tuple[int, int]] = dict(zip(ids.tolist(), pairwise(starts), strict=True))
+        row_P = torch.arange(len(order_P), device=order_P.device)
+        if rows is not counts:
+            before = [start - pairs for start, pairs in zip(starts, accumulate(counts, initial=0), strict=True)][:-1]
+            row_P += torch.tensor(before, device=order_P.device).repeat_interleave(count_E)
+        self._token_R = order_P.new_zeros(starts[-1]).index_copy_(0, row_P, order_P // index_TK.shape[1])
+        self._row_TK = torch.empty_like(order_P).index_copy_(0, order_P, row_P).view(index_TK.shape)
+        self._out_RD = hidden_TD.new_empty(starts[-1], hidden_TD.shape[1])
 
     def add(self, ids: Iterable[int], slots: Iterable[int]) -> None:
         """Computes the pairs of the experts `ids`, which are in these slots."""
-        module = self._module
+        together: list[tuple[int, int, int]] = []
         for expert, slot in zip(ids, slots, strict=True):
-            start, end = self._range_of[expert]
-            if self._is_plain and end == start + 1:
-                self._add_one(start, module.gate_up_proj[slot], module.down_proj[slot])
-                continue
-            # the surplus rows are discarded
-            num_rows = _padded(end - start) if self._is_half and self._is_plain else end - start
-            hidden_ND = self._hidden_TD[self._token_P[start : start + num_rows]]
-            if self._is_plain:
-                gate_up, down = module.gate_up_proj[slot], module.down_proj[slot]
-                out_ND = torch.mm(module._apply_gate(torch.mm(hidden_ND, gate_up.t())), down.t())
-            else:
-                out_ND = any_expert(module, slot, hidden_ND)
-            self._out_PD[start:end] = out_ND[: end - start]
+            start, end = self._rows_of[expert]
+            if together and (together[-1][2] != start or end - together[0][1] > ROWS_TOGETHER):
+                self._add_together(together)
+                together = []
+            together.append((slot, start, end))
+        if together:
+            self._add_together(together)
 
-    def _add_one(self, place: int, gate_up: Tensor, down: Tensor) -> None:
-        """Computes an expert with one token: products of matrix and vector."""
+    def _add_together(self, experts: Sequence[tuple[int, int, int]]) -> None:
+        """Computes experts, by slot and rows, whose rows follow one another."""
+        module, sizes = self._module, [end - start for _, start, end in experts]
+        first, last = experts[0][1], experts[-1][2]
+        hidden_RD, out_RD = self._hidden_TD.index_select(0, self._token_R[first:last]), self._out_RD[first:last]
+        if self._is_plain:
+            inner_RF = hidden_RD.new_empty(len(hidden_RD), module.gate_up_proj.shape[1])
+            self._multiply([module.gate_up_proj[slot] for slot, *_ in experts], hidden_RD, inner_RF, sizes)
+            inner_RF = module._apply_gate(inner_RF)
+            self._multiply([module.down_proj[slot] for slot, *_ in experts], inner_RF, out_RD, sizes)
+            return
+        some = zip(experts, hidden_RD.split(sizes), strict=True)
+        torch.cat([any_expert(module, slot, hidden_ND) for (slot, *_), hidden_ND in some], out=out_RD)
+
+    def _multiply(self, matrices: Sequence[Tensor], rows: Tensor, out: Tensor, sizes: Sequence[int]) -> None:
+        """Multiplies so many of the rows with each of the matrices; a row that is alone by a product with a vector."""
+        products = list(zip(matrices, rows.split(sizes), out.split(sizes), strict=True))
         with getattr(self._module, "one_row", _AS_IT_IS):
-            inner = self._module._apply_gate(torch.mv(gate_up, self._hidden_TD[self._token_P[place]])[None])[0]
-            torch.mv(down, inner, out=self._out_PD[place])
+            for matrix, some, into in products:
+                if len(some) == 1:
+                    torch.mv(matrix, some[0], out=into[0])
+        for matrix, some, into in products:
+            if len(some) > 1:
+                torch.mm(some, matrix.t(), out=into)
 
     def add_all(self) -> None:
         """Computes every pair, where ids are slots."""
-        self.add(self._range_of, self._range_of)
+        self.add(self._rows_of, self._rows_of)
 
     def total(self) -> Tensor:
         """Returns [T, D], after every pair was computed."""
-        place_P = torch.empty_like(self._order_P)
-        place_P[self._order_P] = torch.arange(len(place_P), device=place_P.device)
-        num_tokens, num_picks = self._weights_TK.shape
+        row_TK, weights_TK = self._row_TK, self._weights_TK
+        if weights_TK.dtype == self._out_RD.dtype:  # one pass over the outputs, which are added up in fp32
+            return embedding_bag(row_TK, self._out_RD, mode="sum", per_sample_weights=weights_TK)
         total_TD = torch.empty_like(self._hidden_TD)
-        step = max(1, SUMMED_BYTES // (num_picks * self._out_PD.shape[1] * 4))
-        for start in range(0, num_tokens, step):
-            weights_NK = self._weights_TK[start : start + step]
-            places = place_P[start * num_picks : (start + step) * num_picks]
-            weighted_NKD = self._out_PD[places].view(*weights_NK.shape, -1) * weights_NK[..., None]
-            total_TD[start : start + step] = weighted_NKD.sum(1)
+        num_tokens = max(1, SUMMED_BYTES // (row_TK.shape[1] * total_TD.shape[1] * 4))
+        parts = zip(total_TD.split(num_tokens), row_TK.split(num_tokens), weights_TK.split(num_tokens), strict=True)
+        for total_ND, row_NK, weights_NK in parts:
+            total_ND.copy_((self._out_RD[row_NK] * weights_NK[..., None]).sum(1))
         return total_TD
 
 
 def _padded(num_rows: int) -> int:
     """Returns the number of rows to compute in half precision: one of a few values, not much above `num_rows`."""
-    for few in (4, 8):
+    for few in (1, 4, 8):
         if num_rows <= few:
             return few
     return -(-num_rows // HALF_PRECISION_ROWS) * HALF_PRECISION_ROWS

@@ -24,6 +24,7 @@ from pager.engine.experts import (
     COPIED_ROWS,
     GATHERED_BYTES,
     HALF_PRECISION_ROWS,
+    ROWS_TOGETHER,
     SMALL_EXPERT_BYTES,
     SUMMED_BYTES,
 )
@@ -178,7 +179,9 @@ class _Shapes:
             rows = COPIED_ROWS * (4 * self.expert.intermediate + self.hidden) * self.item
             gathered = min(self.num_experts * self.expert_bytes, GATHERED_BYTES)
             copied = gathered + COPIED_PAIRS * self.expert_bytes * 2 // 3 + rows
-        surplus = HALF_PRECISION_ROWS * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
+        rows = ROWS_TOGETHER + HALF_PRECISION_ROWS
+        surplus = rows * (4 * self.expert.intermediate + 3 * self.hidden) * self.item
+        surplus += self.num_experts * (HALF_PRECISION_ROWS - 1) * self.hidden * self.item
         drawn = DRAWN_ROWS * sorting_bytes(self.vocabulary)
         return threads + kept + copied + surplus + 3 * SUMMED_BYTES + drawn
 

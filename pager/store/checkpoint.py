@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pager.errors import CheckpointError
 from pager.gguf import PLAIN, SUFFIX, GgufFile, config_of, is_gguf, read_gguf
 from pager.reading import read_json_file, reason_of
 from pager.store.pack_format import PACK_NAME, TRUNK_NAME, PackHeader, read_pack_header
-from pager.store.reads import DataFile, read_pieces, read_tensor_at
+from pager.store.reads import LARGE_PAGE_BYTES, DataFile, in_large_pages, read_pieces, read_tensor_at
 from pager.store.safetensors import DTYPES, TensorSpec, read_header
 
 MANIFEST_NAME = "checksums.json"
@@ -306,7 +307,9 @@ class Checkpoint:
     def read_tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Reads a tensor into new CPU memory, cast to `dtype` if given. Raises CheckpointError."""
         spec = self._spec(name)
-        out = torch.empty(spec.shape, dtype=dtype or spec.dtype)
+        dtype = dtype or spec.dtype
+        is_large = math.prod(spec.shape) * dtype.itemsize >= LARGE_PAGE_BYTES
+        out = in_large_pages(spec.shape, dtype) if is_large else torch.empty(spec.shape, dtype=dtype)
         self.read_into(name, out)
         return out
 

@@ -74,6 +74,38 @@ def test_whatever_is_chosen_is_the_weighted_sum(
     torch.testing.assert_close(out_TD.double(), written_out(module, *args), rtol=0, atol=TOLERANCES[dtype])
 
 
+def sorted_inputs(num_tokens: int, hidden: int) -> tuple[Tensor, ...]:
+    hidden_TD, slot_TK, weights_TK = inputs(num_tokens, hidden, torch.bfloat16)
+    return hidden_TD, slot_TK, weights_TK.bfloat16()
+
+
+def test_experts_with_few_tokens_are_gated_together() -> None:
+    module, args = slab(256, 192, torch.bfloat16), sorted_inputs(8, 256)
+    gated: list[int] = []
+
+    def count_rows(inner: Tensor) -> Tensor:
+        gated.append(len(inner))
+        return apply_gate(inner)
+
+    module._apply_gate = count_rows
+    run_slots(module, *args)
+    num_experts = len(args[1].unique())
+    assert num_experts > 16
+    assert len(gated) == 1
+    assert num_experts <= gated[0] <= 2 * args[1].numel()  # padded to a few numbers of rows
+
+
+@pytest.mark.parametrize("num_tokens", [8, 300])
+def test_outputs_in_half_precision_are_rounded_once_when_they_are_added_up(num_tokens: int) -> None:
+    """All picks of a token are the same expert, so that its output times the sum of its weights is the result."""
+    module, (hidden_TD, slot_TK, weights_TK) = slab(256, 192, torch.bfloat16), sorted_inputs(num_tokens, 256)
+    slot_TK = slot_TK[:, :1].expand(-1, NUM_PICKS)
+    output_TD = sorted_pairs(module, hidden_TD, slot_TK, torch.tensor([1, 0, 0, 0]).expand_as(slot_TK).bfloat16())
+    expected_TD = output_TD.double() * weights_TK.double().sum(1, keepdim=True)
+    total_TD = sorted_pairs(module, hidden_TD, slot_TK, weights_TK)
+    assert (total_TD == expected_TD.bfloat16()).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_an_expert_that_gives_no_number_spoils_its_own_tokens_only(name: str) -> None:
     module, (hidden_TD, slot_TK, weights_TK) = slab(48, 24, torch.float32), inputs(9, 48, torch.float32, 12)

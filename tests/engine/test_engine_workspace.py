@@ -33,7 +33,6 @@ from transformers import (
 from pager.engine import attention
 from pager.engine.attention import KvStep, RowContexts
 from pager.engine.engine import Engine
-from pager.engine.experts import SUMMED_BYTES
 from pager.engine.interface import EngineLimits, Failure, StreamEvent
 from pager.engine.kv import KvCache, kv_bytes_per_token, layers_by_config
 from pager.engine.paged_model import PagedModel, load_paged_model, needs_of
@@ -162,7 +161,7 @@ def test_no_work_takes_more_than_the_plan_has_for_it(paged: PagedModel, path: Pa
         needs = needs_of(opened, "cpu")
     # Made before, or once: the buffers to gather in, and the allocator's. Copies of small experts are made each time.
     copied = 256 * needs.expert_bytes * 2 // 3 if needs.expert_bytes <= 128 * 1024 else MIB
-    copied += 2 * SUMMED_BYTES + DRAWN_ROWS * sorting_bytes(SIZES["vocab_size"])
+    copied += DRAWN_ROWS * sorting_bytes(SIZES["vocab_size"])
     counted = replace(needs.workspace, fixed_bytes=copied, gather_bytes=0).forward_bytes(ROWS, CONTEXT)
     assert counted <= paged.plan.workspace_bytes
     peaks = {}

@@ -86,6 +86,16 @@ def test_no_weight_file_is_mapped(plain: Path, model: Model) -> None:
     assert kept
 
 
+def test_a_large_tensor_begins_at_a_page(tmp_path: Path, save: Save, model: Model) -> None:
+    """Where it can lie in large pages; what malloc returns begins behind its own header."""
+    name = "model.embed_tokens.weight"
+    model.tensors[name] = torch.randn(reads.LARGE_PAGE_BYTES // 256, 64)
+    with Checkpoint.open(save(model, 1)) as checkpoint:
+        tensor = checkpoint.read_tensor(name)
+        assert torch.equal(tensor, model.tensors[name])
+        assert tensor.data_ptr() % reads.PAGE_BYTES == 0
+
+
 def test_a_short_kernel_read_is_continued(sharded: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:1000]], offset))

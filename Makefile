@@ -111,6 +111,7 @@ bench: $(INSTALLED) peers
 	$(BIN)/python -m benchmarks.exactness tests/data/golden/ckpt_emo_tiny
 	$(BIN)/python -m benchmarks.exactness $(MODEL)
 	$(BIN)/python -m benchmarks.token_transport
+	$(BIN)/python -m benchmarks.start $(MODEL)
 	$(BIN)/python -m benchmarks.service $(MODEL)
 	$(BIN)/python -m benchmarks.http_front $(MODEL)
 	$(BIN)/python -m benchmarks.traffic $(MODEL) $(if $(CORPUS),--corpus "$(CORPUS)")

@@ -20,6 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import grpc.aio
@@ -221,29 +222,28 @@ def service(
     }
     if threads is not None:
         options["WORKERS_NUM_THREADS"] = str(threads)
-    env = os.environ | {f"EXPERT_PAGER_{name}": value for name, value in options.items()}
-    command = [
-        sys.executable,
-        "-m",
-        "pager.cli",
-        "serve",
-        str(model),
-        "--port",
-        "0",
-        "--http-port",
-        "0",
-        "--metrics-port",
-        "0",
-        "--json",
-    ]
+    with serving([str(model)], folder, {f"EXPERT_PAGER_{name}": value for name, value in options.items()}) as (
+        _,
+        ready,
+    ):
+        yield ready
+
+
+@contextmanager
+def serving(
+    words: Sequence[str], folder: Path, options: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """Starts `serve` on free ports, its log in `folder`, and gives its process and what it says when it is ready."""
+    ports = ("--port", "0", "--http-port", "0", "--metrics-port", "0")
+    command = [sys.executable, "-m", "pager.cli", "serve", *words, *ports, "--json"]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | options)
     try:
         assert process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("{")), None)
         if line is None:
             raise SystemExit(f"the service did not start:\n{(folder / 'log').read_text()}")
-        yield json.loads(line)
+        yield process, json.loads(line)
     finally:
         process.terminate()
         process.communicate(timeout=START_TIMEOUT_S)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import os
 import re
 import tomllib
 import types
@@ -383,6 +384,13 @@ class WorkerConfig:
     def sharing_a_node(self) -> int:
         """Among how many a node's cores and memory are divided."""
         return self.per_node or max(1, self.count)
+
+    @property
+    def most_threads(self) -> int:
+        """The threads of a worker: as configured, or else its part of this machine's cores, as the upper bound of the
+        search for the fastest number.
+        """
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.sharing_a_node)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ async def serve(
     """
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     async with AsyncExitStack() as stack:
-        ray = ray or RayProcess()
+        ray = ray or RayProcess(config)
         stack.callback(ray.end)
         starting = asyncio.create_task(_start(stack, config, env, ray, lambda: signals.put_nowait(signal.SIGTERM)))
         stopping = asyncio.create_task(signals.get())

@@ -225,11 +225,14 @@ def _serve() -> None:
 def _load(of: TrunkOf) -> Any:
     from pathlib import Path
 
-    import torch
-
+    from pager.cluster.spare import lean_imports
     from pager.memory import resolve_device
-    from pager.predict.fitted import PredictorFile
-    from pager.predict.trunk import TrunkPredictor
+
+    with lean_imports():
+        import torch
+
+        from pager.predict.fitted import PredictorFile
+        from pager.predict.trunk import TrunkPredictor
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     stand_ins = PredictorFile.load(Path(of.model)).stand_ins if of.has_file else {}

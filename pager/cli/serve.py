@@ -189,8 +189,11 @@ def serve(
         require("ray", "redis", "jwt")
         from pager.cluster.ray_process import RayProcess
 
-        ray = RayProcess()  # which imports Ray while this process imports the rest
-        from router_service import app
+        ray = RayProcess(settings)  # which imports Ray, and its workers' libraries, beside this process's own
+        from pager.observe.metrics import importing
+
+        with importing():
+            from router_service import app
     try:
         received = asyncio.run(
             app.serve(settings, os.environ, lambda ready: _announce(ready, as_json, settings.log.format), ray)

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pager.cluster.placement import Health, WorkerReady
 from pager.cluster.ray_session import WORKER_RESOURCE, RaySession, num_gpus, pass_on
+from pager.cluster.spare import Spares, import_for_worker
 from pager.cluster.worker import EngineLoader, HostAccess, LoadedEngine, Sink, Worker, WorkerObserver
 from pager.config import ServiceConfig
 from pager.errors import ConfigError, NotReady, PagerError, WorkerLost
@@ -153,7 +154,10 @@ END_POLL_S = 0.02
 
 
 def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, host: HostAccess | None) -> LoadedEngine:
-    """Loads the engine from a checkpoint. Imports torch when it is called, after the thread counts are set."""
+    """Loads the engine from a checkpoint. Imports torch when it is called, after the thread counts are set, in a
+    process that was none of the spares.
+    """
+    import_for_worker()
     from pager.cluster.loading import load_engine as load
 
     return load(config, sink, observer, host)
@@ -199,8 +203,6 @@ class Whereabouts:
 class WorkerActor:
     def __init__(self, name: str, index: int, config: ServiceConfig, bind_host: str | None, load: EngineLoader) -> None:
         logs.configure(config.log.format, name)
-        # transformers imports it where it is installed, for losses of training: 35 MiB and 0.4 s of a worker's start
-        sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
         self._owner = f"{name}-{secrets.token_hex(4)}"
         self._worker = Worker(index, config, bind_host or ray.util.get_node_ip_address(), load)
         self._drain_s = config.workers.drain_s
@@ -472,12 +474,19 @@ class RayHere:
 
     @classmethod
     async def open(
-        cls, config: ServiceConfig, on_lost: Callable[[str], None], load: EngineLoader = load_engine
+        cls,
+        config: ServiceConfig,
+        on_lost: Callable[[str], None],
+        load: EngineLoader = load_engine,
+        spares: Spares | None = None,
     ) -> Self:
-        """Starts Ray, or joins the configured cluster. Raises ConfigError or NotReady."""
+        """Starts Ray, or joins the configured cluster. The first workers of a Ray that is started are the `spares`.
+
+        Raises ConfigError or NotReady.
+        """
         pass_on(config.log.format)
         cluster, num_workers = config.cluster, config.workers.count
-        session = await asyncio.to_thread(RaySession.open, cluster.joined, cluster.namespace, num_workers)
+        session = await asyncio.to_thread(RaySession.open, cluster.joined, cluster.namespace, num_workers, spares)
         pass_on(config.log.format)
         try:
             workers = OwnWorkers(config, session, load) if num_workers else OthersWorkers(cluster.namespace)

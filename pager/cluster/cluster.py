@@ -359,7 +359,7 @@ class Cluster:
         """
         cluster = cls(config)
         try:
-            cluster._ray = await (opening or RayProcess().open)(config, cluster._on_lost)
+            cluster._ray = await (opening or RayProcess(config).open)(config, cluster._on_lost)
             await cluster._start(cluster._ray.workers)
         except BaseException as error:
             await cluster.close()

@@ -31,10 +31,18 @@ from pager.observe import logs
 
 if TYPE_CHECKING:
     from pager.cluster.actors import RayHere, WorkerProcess
+    from pager.cluster.spare import Spares
 
 log = logging.getLogger(__name__)
 
-PROGRAM = "from pager.cluster.ray_process import main; main()"
+# The spares first: what they import takes longest.
+PROGRAM = """
+import sys
+from pager.cluster.spare import Spares
+spares = Spares.of(sys.argv[1:])
+from pager.cluster.ray_process import main
+main(spares)
+"""
 MOST_LINE_BYTES = 2**24
 CLOSE_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 10.0
@@ -62,14 +70,20 @@ def secrets_in(environment: Mapping[str, str]) -> list[str]:
 class RayProcess:
     """A router's end: `RayPort` and `Launcher` in one, by calls to the process. A worker's process is a number here."""
 
-    def __init__(self) -> None:
-        """Starts the process, which imports Ray and waits for `open`."""
+    def __init__(self, config: ServiceConfig | None = None) -> None:
+        """Starts the process, which imports Ray and waits for `open`.
+
+        With the settings that it will be opened with, it starts the first workers' processes too.
+        """
+        words = []
+        if config is not None and config.cluster.joined is None:
+            words = [str(config.workers.count), str(config.workers.most_threads)]
         here, there = socket.socketpair()
         secrets = set(secrets_in(os.environ))
         environment = {name: value for name, value in os.environ.items() if name not in secrets}
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", PROGRAM],
+                [sys.executable, "-P", "-c", PROGRAM, *words],
                 stdin=there.fileno(),
                 stdout=2,  # standard output is for the router's ready line
                 env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -249,7 +263,7 @@ def _error_of(facts: dict[str, Any]) -> PagerError:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(spares: Spares) -> None:
     """Runs the process: answers the calls that come over its standard input, until the router closes it or ends."""
     # It ends with its router, which may drain first. A handler is not inherited by the processes that Ray starts.
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -260,7 +274,7 @@ def main() -> None:
     sys.modules.update(dict.fromkeys(UNUSED))  # type: ignore[arg-type] # imports of None fail as if it was not there
     import pager.cluster.actors  # noqa: F401 - takes a while, in which the router imports its own
 
-    asyncio.run(_Calls().serve(calls))
+    asyncio.run(_Calls(spares).serve(calls))
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)  # threads that wait for a lost Ray never return
@@ -271,7 +285,8 @@ class _Calls:
 
     METHODS = ("open", "ping", "names", "launch", "load", "health", "retire", "drain", "end_worker", "close")
 
-    def __init__(self) -> None:
+    def __init__(self, spares: Spares) -> None:
+        self._spares = spares
         self._opening: asyncio.Task[RayHere] | None = None
         self._here: RayHere | None = None
         self._is_lost = False
@@ -314,7 +329,7 @@ class _Calls:
 
         config = _config_of(settings)
         logs.configure(config.log.format, "router")
-        self._opening = asyncio.create_task(RayHere.open(config, self._lose))
+        self._opening = asyncio.create_task(RayHere.open(config, self._lose, spares=self._spares))
         self._here = await asyncio.shield(self._opening)
         signal.signal(signal.SIGTERM, lambda *_: None)  # Ray's core has replaced it with one that aborts
 

@@ -29,6 +29,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from pager.cluster.ray_process import secrets_in
+from pager.cluster.spare import Spares
 from pager.errors import ConfigError, NotReady
 from pager.observe import logs
 from pager.store.appearing import create_owned, remove_abandoned
@@ -110,10 +111,13 @@ STAND_IN = "cat"
 
 
 class _EmbeddedNode(node.Node):  # type: ignore[misc]
-    def __init__(self, *arguments: Any, max_log_files: int = 200, **options: Any) -> None:
+    def __init__(
+        self, ray_params: Any, *arguments: Any, max_log_files: int = 200, worker_path: str | None = None, **options: Any
+    ) -> None:
         self._max_log_files = max_log_files
         self._ends = threading.Event()
-        super().__init__(*arguments, **options)
+        ray_params.worker_path = worker_path
+        super().__init__(ray_params, *arguments, **options)
 
     def start_log_monitor(self) -> None:
         """Starts a thread instead of Ray's process, which has some 60 MiB of its own."""
@@ -191,15 +195,18 @@ class _EmbeddedNode(node.Node):  # type: ignore[misc]
         return any(node_id.hex() == self._node_id for node_id in nodes)
 
 
-def start_embedded(*, max_log_files: int = 200, **settings: Any) -> None:
+def start_embedded(*, max_log_files: int = 200, spares: Spares | None = None, **settings: Any) -> None:
     """Calls `ray.init` for a new cluster, whatever RAY_ADDRESS names.
 
     Where this version of Ray cannot be started without its dashboard and agents, it is started with them.
-    `max_log_files` is the number of its workers' output files that it may hold open at a time. Raises NotReady.
+    `max_log_files` is the number of its workers' output files that it may hold open at a time; its first workers are
+    the `spares`. Raises NotReady.
     """
     config = {name: value for name, value in SYSTEM_CONFIG.items() if f"RAY_{name}" not in os.environ}
     changes = dict.fromkeys(secrets_in(os.environ), "") | {LOG_MONITOR_FILES: str(max_log_files)}
-    original, node.Node = node.Node, functools.partial(_EmbeddedNode, max_log_files=max_log_files)
+    worker_path = None if spares is None else spares.offer(Path(settings["_temp_dir"]))
+    make_node = functools.partial(_EmbeddedNode, max_log_files=max_log_files, worker_path=worker_path)
+    original, node.Node = node.Node, make_node
     try:
         with _starting_processes(changes):
             ray.init("local", **settings, _system_config=config)
@@ -208,6 +215,8 @@ def start_embedded(*, max_log_files: int = 200, **settings: Any) -> None:
         log.warning("Ray did not start without its dashboard and agents; starting it with them: %s", error)
     finally:
         node.Node = original
+    if spares is not None:
+        spares.end()  # they wait for the Ray that did not start
     try:
         with _starting_processes(changes):
             ray.init("local", **settings)
@@ -310,10 +319,15 @@ class RaySession:
     folder: _Folder | None
     # Of an embedded cluster: the daemons it cannot do without, and their process ids.
     daemons: Mapping[str, int] = field(default_factory=dict)
+    spares: Spares = field(default_factory=Spares)
 
     @classmethod
-    def open(cls, address: str | None, namespace: str, num_workers: int = 1) -> RaySession:
-        """Connects, which takes seconds; a connected process stays so. Raises ConfigError or NotReady."""
+    def open(
+        cls, address: str | None, namespace: str, num_workers: int = 1, spares: Spares | None = None
+    ) -> RaySession:
+        """Connects, which takes seconds; a connected process stays so. The first workers of an embedded cluster are
+        the `spares`. Raises ConfigError or NotReady.
+        """
         # The signals are the service's own, so Ray is started from another thread, about which it warns.
         logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
         if ray.is_initialized():
@@ -331,9 +345,10 @@ class RaySession:
         # The warning only says that an embedded cluster requires a token, which is intended.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         remove_abandoned(_base().glob(f"{FOLDER_PREFIX}*/{LOCK}"), lambda lock: shutil.rmtree(lock.parent))
-        folder = _Folder.make()
+        folder, spares = _Folder.make(), spares or Spares()
         try:
             start_embedded(
+                spares=spares,
                 max_log_files=LOG_FILES_OF_A_WORKER * (num_workers + 1) + OTHER_LOG_FILES,
                 namespace=namespace,
                 num_cpus=max(1, num_workers),  # also how many processes Ray starts in advance
@@ -350,7 +365,7 @@ class RaySession:
         # Ray sends no token to an address given explicitly unless it is told to.
         join = "RAY_AUTH_MODE=token and --ray-address"
         log.info("embedded Ray at %s; others join it with %s", ray.get_runtime_context().gcs_address, join)
-        return cls(LOOPBACK, owns_ray=True, folder=folder, daemons=daemons())
+        return cls(LOOPBACK, owns_ray=True, folder=folder, daemons=daemons(), spares=spares)
 
     def close(self, *, is_lost: bool = False) -> None:
         """Ends what `open` started and removes the logs of an embedded cluster.
@@ -362,6 +377,7 @@ class RaySession:
             kill_ray()
         elif self.owns_ray:
             stop_ray()
+        self.spares.end()
         if self.folder is not None:
             self.folder.remove()
 

@@ -25,6 +25,7 @@ from expert_pager.v1 import worker_pb2 as pb
 
 from pager import __version__
 from pager.cluster.placement import Health, LoadedModel, WorkerReady
+from pager.cluster.spare import NUM_THREADS
 from pager.cluster.tokens import StreamEvent, SubmissionObserver, TokenEngine, TokenServer
 from pager.config import ServiceConfig, WorkerConfig
 from pager.engine.interface import EngineObserver
@@ -201,7 +202,7 @@ class Worker:
 
     def load(self, host: HostAccess | None = None) -> WorkerReady | PagerError:
         """Loads the model and starts to serve. Errors are returned, because Ray would wrap a raised one."""
-        set_num_threads(self._config)
+        os.environ[NUM_THREADS] = str(self._config.workers.most_threads)  # read when torch is imported
         started = time.monotonic()
         try:
             tracing.start("expert-pager-worker", __version__, os.environ)
@@ -358,14 +359,3 @@ def budgets_of(workers: WorkerConfig, *, has_host_tier: bool = True) -> Budgets:
         max_running=workers.max_running,
         num_sharing=workers.sharing_a_node,
     )
-
-
-def set_num_threads(config: ServiceConfig) -> None:
-    """Divides the machine's cores among its workers. Called before torch is imported, because OpenMP reads the setting
-    then.
-
-    Where the configuration gives no number, this is the upper bound of the search for the fastest one.
-    """
-    workers = config.workers
-    num_threads = workers.num_threads or max(1, len(os.sched_getaffinity(0)) // workers.sharing_a_node)
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)

@@ -226,6 +226,7 @@ def test_interrupting_serve_is_clean(checkpoint: Path, tmp_path: Path) -> None:
         mapped = Path(f"/proc/{worker.pid}/maps").read_text()
         assert ("libtorch" in mapped, "/scipy/" in mapped) == (True, False)
         commands = [" ".join(each.cmdline()) for each in processes]
+        assert "ray_process" in " ".join(psutil.Process(worker.ppid()).cmdline()), "it had waited for Ray to start it"
         assert not [each for each in commands if "NodeControl" in each or "log_monitor" in each], "both are in one"
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130

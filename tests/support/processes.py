@@ -69,6 +69,8 @@ def worker_pids(owner: int | None = None) -> list[int]:
         with contextlib.suppress(psutil.Error):  # it has ended since
             if "ray_process" in process_name(child):
                 own += child.children()
+            elif process_name(child).startswith("ray::WorkerActor"):  # it had waited for Ray to start it
+                found.append(child)
             elif child.name() == "raylet":
                 found += child.children(recursive=True)
     return [each.pid for each in found if process_name(each).startswith("ray::WorkerActor")]

@@ -233,9 +233,7 @@ KvMemory = Annotated[str | None, typer.Option(help="Memory for keys and values."
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.", metavar="NAME")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        help="Serve in bfloat16 (default), float16, float32, or auto: as the checkpoint says.", metavar="NAME"
-    ),
+    typer.Option(help="bfloat16 (default), float16, float32, or auto: as the checkpoint says.", metavar="NAME"),
 ]
 
 

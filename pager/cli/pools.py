@@ -60,7 +60,13 @@ class ServerOptions:
     """The options for the address of a service, and for the connection."""
 
     server: Annotated[
-        str | None, typer.Option("--server", "-s", help="Use a running service instead.", metavar="HOST:PORT")
+        str | None,
+        typer.Option(
+            "--server",
+            "-s",
+            help="Use the service at this address. Default of `status` and `drain`: localhost:50051.",
+            metavar="HOST:PORT",
+        ),
     ] = None
     tenant: Annotated[str, typer.Option(help="Tenant of the call, and of the named pools.")] = "default"
     timeout: Annotated[float | None, typer.Option(help="Deadline of the call, in seconds.", metavar="SECONDS")] = None

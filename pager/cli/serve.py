@@ -169,7 +169,7 @@ def serve(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
 ) -> None:
-    """Serve a model over gRPC until SIGTERM or Ctrl-C.
+    """Serve a model over gRPC and HTTP until SIGTERM or Ctrl-C.
 
     Prints one line on stdout when it is ready. On a signal it refuses new requests and lets those in flight end; a
     second signal ends them. When the Ray that it started breaks, it ends in the same way and exits with 75, to be
@@ -389,7 +389,9 @@ def status(
 @bundled
 def drain(
     at: ServerOptions,
-    worker: Annotated[str | None, typer.Argument(help="A worker, as `expert-pager status` names it.")] = None,
+    worker: Annotated[
+        str | None, typer.Argument(help="A worker, as `expert-pager status` names it.", metavar="WORKER")
+    ] = None,
     router: Annotated[bool, typer.Option("--router", help="The router that answers, instead of a worker.")] = False,
     as_json: AsJson = False,
 ) -> None:

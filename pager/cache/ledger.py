@@ -269,6 +269,11 @@ class Ledger:
         with self.lock:
             return [] if self.index.num_free else self.not_loaded(keys)
 
+    def has_free_slots(self, keys: Sequence[ExpertKey]) -> bool:
+        """Tells whether there is a free slot for each of `keys` that is in none."""
+        with self.lock:
+            return len(self.not_loaded(keys)) <= self.index.num_free
+
     def not_loaded(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """Returns those of `keys` that are in no slot, nor on their way into one."""
         with self.lock:

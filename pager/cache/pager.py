@@ -81,7 +81,7 @@ class ExpertPager:
         self._read_past_page_cache(source, host, options.bypass_page_cache)
         self._source = source
         is_asked = options.in_place if options.in_place is not None else slots.record_bytes >= IN_PLACE_BYTES
-        self._may_use_in_place = (
+        self.may_use_in_place = (
             is_asked and slots.device.type == "cpu" and host is None and source.stored_dtype == slots.dtype
         )
         self._tiers = Tiers(source, slots.transfer, observer, host=host, retry_after_s=options.retry_after_s)
@@ -146,9 +146,11 @@ class ExpertPager:
         holding = self._ledger.open(Cause.LEASE, usage)
         return self._lease_if(self._ledger.reserve(holding, num_slots), holding)
 
-    def reserve_pool(self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None) -> Lease | None:
+    def reserve_pool(
+        self, keys: Sequence[ExpertKey], usage: UsageMeter | None = None, *, evicts: bool = True
+    ) -> Lease | None:
         """Returns a lease with all of `keys` bound and their reads started; None, with nothing done, when they do not
-        fit now.
+        fit now or, unless it `evicts`, when others would have to go.
 
         Experts that other leases hold take no slot of their own, so overlapping pools fit together.
         Raises PoolTooLarge when the pool alone has more experts than there are slots for its tenant.
@@ -156,6 +158,8 @@ class ExpertPager:
         paged = [key for key in dict.fromkeys(keys) if key not in self._resident]
         usage = usage or UsageMeter()
         self.check_size(len(paged), usage.tenant)
+        if not (evicts or self._ledger.has_free_slots(paged)):
+            return None
         holding = self._ledger.open(Cause.LEASE, usage)
         return self._lease_if(self._ledger.bind(holding, paged), holding)
 
@@ -184,7 +188,7 @@ class ExpertPager:
 
         Counts a miss of each.
         """
-        if not self._may_use_in_place:
+        if not self.may_use_in_place:
             return {}
         keys = self._paged_keys[layer]
         absent = self._ledger.absent([keys[expert] for expert in experts if expert in keys])
@@ -200,7 +204,7 @@ class ExpertPager:
         and a hit of each other.
         """
         usage = usage or UsageMeter()
-        if not self._may_use_in_place or not self.has_in_place(keys):
+        if not self.may_use_in_place or not self.has_in_place(keys):
             return None
         paged = [key for key in keys if key not in self._resident]
         missing = self._ledger.not_loaded(paged)

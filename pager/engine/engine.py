@@ -245,8 +245,9 @@ class Engine:
             self._admit(started_s)
             if not self._prefill_and_decode():
                 self._decode()
-                self._take_in(time.monotonic())  # who has come meanwhile would wait for one more forward
-                self._admit(started_s)
+                now_s = time.monotonic()
+                self._take_in(now_s)  # who has come meanwhile would wait for one more forward
+                self._admit(now_s)
                 self._guaranteed_came, self._may_serve_within = False, self._serves_within
                 self._prefill(self._prefilling)  # last, so that a first token waits for no other forward
             if self._num_tokens == tokens_before:
@@ -518,9 +519,10 @@ class Engine:
         self._line.admit(request, request.group)
         self._tenants.admitted(request.asked.tenant)
         self._prefilling.append(request)
-        request.admitted_s = now_s
-        self._clock.admitted(request.place, now_s - request.submitted_s)
-        self._observer.queued(now_s - request.submitted_s)
+        request.admitted_s = max(now_s, request.submitted_s)  # it may have come just after `now_s`
+        waited_s = request.admitted_s - request.submitted_s
+        self._clock.admitted(request.place, waited_s)
+        self._observer.queued(waited_s)
         request.prefetch(self._paged)
 
     def _candidates(self) -> Iterator[Request]:

@@ -165,11 +165,13 @@ class PagedModel:
         self.pager.check_size(needed, tenant)
         return needed
 
-    def reserve(self, policy: PoolPolicy, usage: UsageMeter | None = None) -> Lease | None:
-        """All the slots a request will need, or None when not to be had now. A known pool starts to load at once."""
+    def reserve(self, policy: PoolPolicy, usage: UsageMeter | None = None, *, evicts: bool = True) -> Lease | None:
+        """All the slots a request will need, or None when not to be had now. A known pool starts to load at once;
+        unless it `evicts`, only into slots that are free.
+        """
         needed = self.slots_needed(policy, "" if usage is None else usage.tenant)
         if policy.fixed is not None:
-            return self.pager.reserve_pool(policy.fixed.keys(), usage)
+            return self.pager.reserve_pool(policy.fixed.keys(), usage, evicts=evicts)
         return self.pager.reserve(needed, usage)
 
     def reserve_in_place(self, policy: PoolPolicy, usage: UsageMeter) -> Lease | None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pager.cache.lease import Lease
+from pager.cache.shares import COMMON
 from pager.cache.stats import Tier, TierReads, UsageMeter
 from pager.engine.grammar import GrammarMask
 from pager.engine.kv import BLOCK_TOKENS, BlockPool, KvCache, Prefix
@@ -226,8 +227,7 @@ class Request:
             if spare is None:
                 return False
             self._spare_blocks = spare
-            self.lease = paged.reserve(self.policy, self._meter) if may_fit else None
-            self.lease = self.lease or paged.reserve_in_place(self.policy, self._meter)
+            self.lease = self._reserve(paged, may_fit=may_fit)
             if self.lease is not None:
                 self.routing = paged.routing(self.policy, lease=self.lease, meter=self._meter)
                 self.num_cached = self.num_prefilled = len(shared) * BLOCK_TOKENS
@@ -236,6 +236,16 @@ class Request:
             if self.routing is None:
                 self._give_back(blocks)
         return False
+
+    def _reserve(self, paged: PagedModel, *, may_fit: bool) -> Lease | None:
+        """Takes slots that are free, or that its tenant is guaranteed; else none, where the page cache has its experts:
+        what it evicted others would read again. Where that has them not, it takes any slots.
+        """
+        pager = paged.pager
+        evicts = not pager.may_use_in_place or pager.account(self._meter.tenant) != COMMON
+        lease = paged.reserve(self.policy, self._meter, evicts=evicts) if may_fit else None
+        lease = lease or paged.reserve_in_place(self.policy, self._meter)
+        return lease or (paged.reserve(self.policy, self._meter) if may_fit and not evicts else None)
 
     @property
     def _num_common_blocks(self) -> int:

@@ -245,7 +245,8 @@ class _Worker:
 
     def acquire(self, request: _Request, now_s: float) -> bool:
         """Takes slots for the request or, where it needs none, admits it without; False where it has to wait."""
-        has_slots = self.hold(request.pool, now_s)
+        has_free = (request.pool.bits & ~self.resident).bit_count() <= self.index.num_free
+        has_slots = (has_free or not self.costs.in_place) and self.hold(request.pool, now_s)
         request.is_in_place = self.costs.in_place and not has_slots
         return has_slots or request.is_in_place
 

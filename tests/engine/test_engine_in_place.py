@@ -104,6 +104,25 @@ def test_a_prompt_without_slots_runs_in_the_forward_of_those_that_decode(
     driver.assert_nothing_held()
 
 
+def test_slots_are_taken_from_others_only_for_what_the_page_cache_has_not(
+    make_driver: MakeDriver, random_prompt: Prompt, random_pool: Pool, checkpoint: Path
+) -> None:
+    first, second = requests_of(random_prompt, random_pool, 2)
+    driver = make_driver(NUM_SLOTS, in_place=True, path=checkpoint)
+
+    def paged_for(request: tuple[list[int], PoolPolicy]) -> int:
+        name = driver.submit(*request, max_tokens=4)
+        driver.finish()
+        return driver.usage(name).paging.bytes_paged
+
+    assert paged_for(first) == 12 * EXPERT_BYTES, "the slots were free"
+    assert paged_for(second) == 0
+    assert paged_for(first) == 0, "its experts are still there"
+    lose_pages(driver, checkpoint)
+    assert paged_for(second) > 0
+    driver.assert_nothing_held()
+
+
 def test_slots_alone_run_one_pool_at_a_time(make_driver: MakeDriver, random_prompt: Prompt, random_pool: Pool) -> None:
     driver = make_driver(NUM_SLOTS, in_place=False)
     for prompt, policy in requests_of(random_prompt, random_pool):

@@ -502,3 +502,20 @@ def test_the_observer_is_told_of_every_request_once(
         account.prompt_tokens + account.completion_tokens - bool(account.completion_tokens) for account in accounts
     )
     assert all(seconds >= forward >= 0 for seconds, forward, _ in recorder.of("stepped"))
+
+
+def test_a_request_that_comes_during_a_forward_has_waited_since_then(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]]
+) -> None:
+    driver, late = make_driver(), list[str]()
+    driver.submit(random_prompt(1, 10), PoolPolicy(Count(3)), max_tokens=5)
+    driver.engine.step()
+
+    def submit_once(*_: object) -> None:
+        if not late:
+            late.append(driver.submit(random_prompt(2, 10), PoolPolicy(Count(3)), max_tokens=2))
+
+    driver.paged.model.register_forward_hook(submit_once)
+    driver.finish()
+    usage = driver.usage(late[0])
+    assert 0 <= usage.queue_s < usage.time_to_first_token_s

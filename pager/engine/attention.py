@@ -46,6 +46,13 @@ that transformers' own masks have."""
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """What `scaled_dot_product_attention` calls on a CPU, and throws away the second result of."""
 
+FEW_TOKENS = 768
+"""From so many queries on torch's kernel takes tiles of 256. Below it takes tiles of 64, and longer than
+`_attend_causally`, unless there is only one."""
+
+SCORED_TOKENS, SCORES = 64, 2**18
+"""The queries that `_attend_causally` runs at a time, and their scores at most: buffers of 1 MiB (`workspace`)."""
+
 SINK_WIDTH = 8
 """By how much queries and keys are widened for sinks: by one, and what kernels want to be aligned to."""
 
@@ -196,6 +203,8 @@ def _attend_prompt(
     query, key, value = (tensor[:, :, part.start : part.end] for tensor in own)
     num_past, num_new, window = part.num_past, query.shape[2], cache.layers[layer].window
     if sinks_H is None and (window is None or window >= num_past + num_new):
+        if part.read_1C is None and query.device.type == "cpu" and SCORED_TOKENS < num_new < FEW_TOKENS:
+            return _attend_causally(query, key, value, scaling)
         if part.read_1C is None:
             return _attend_tokens(query, key, value, None, scaling, None)
         if query.device.type == "cpu":
@@ -242,6 +251,32 @@ def _attend_after(
     before, divisor_before = attended(*cache.gather(layer, past_1C), mask, causal=False)
     among, divisor_among = attended(*own, None, causal=True)
     return among.lerp_(before, (divisor_before - divisor_among).sigmoid_()[..., None]).transpose(1, 2).to(query.dtype)
+
+
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """[1, S, H, D] for all tokens of a prompt: scores and weights in fp32, of some heads and queries at a time.
+
+    What no query of a part sees is left out, which torch's kernel does for whole blocks of 512 keys only.
+    """
+    num_heads, num_tokens = key.shape[1:3]
+    keys_GSD, values_GSD = key[0].float(), value[0].float()
+    query_GQSD = query[0].unflatten(0, (num_heads, -1))
+    num_queries = query_GQSD.shape[1]
+    out = query.new_empty(num_tokens, num_heads, num_queries, value.shape[3])
+    is_later = torch.ones(SCORED_TOKENS, SCORED_TOKENS, dtype=torch.bool).triu_(1)
+    for start in range(0, num_tokens, SCORED_TOKENS):
+        end = min(start + SCORED_TOKENS, num_tokens)
+        size = end - start
+        heads = max(1, SCORES // (num_queries * size * end))
+        for first in range(0, num_heads, heads):
+            some = slice(first, first + heads)
+            queries = query_GQSD[some, :, start:end].float().mul_(scaling).flatten(1, 2)
+            scores = torch.bmm(queries, keys_GSD[some, :end].transpose(1, 2))
+            new = scores.unflatten(1, (num_queries, size))[..., start:]
+            new.masked_fill_(is_later[:size, :size], -torch.inf)
+            weighted = torch.bmm(scores.softmax(-1), values_GSD[some, :end])
+            out[start:end, some] = weighted.unflatten(1, (num_queries, size)).permute(2, 0, 1, 3)
+    return out.view(1, num_tokens, -1, value.shape[3])
 
 
 @functools.cache

@@ -11,9 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pager.engine.experts import COPIED_PAIRS, KERNELS, SMALL_EXPERT_BYTES, QuantisedSlabs, run_slots, sorted_pairs
+from pager.engine.experts import (
+    COPIED_PAIRS,
+    KERNELS,
+    SMALL_EXPERT_BYTES,
+    TURNED_ROWS,
+    QuantisedSlabs,
+    run_slots,
+    sorted_pairs,
+)
 from pager.engine.paged_model import PagedModel, _without_onednn, is_faster_without_onednn, load_paged_model
 from pager.models.emo import EmoConfig, EmoExperts
 from pager.store.pack_format import KINDS, RecordFormat
@@ -93,6 +102,18 @@ def test_experts_with_few_tokens_are_gated_together() -> None:
     assert num_experts > 16
     assert len(gated) == 1
     assert num_experts <= gated[0] <= 2 * args[1].numel()  # padded to a few numbers of rows
+
+
+def test_rows_behind_a_large_matrix_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, (hidden_TD, _, weights_TK) = slab(256, 192, torch.bfloat16), sorted_inputs(TURNED_ROWS, 256)
+    slot_TK = torch.arange(NUM_PICKS, dtype=torch.int32).expand(TURNED_ROWS, -1)
+    monkeypatch.setattr("pager.engine.experts.LEAST_TURNED_BYTES", module.down_proj[0].nbytes)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        turned_TD = sorted_pairs(module, hidden_TD, slot_TK, weights_TK)
+    shapes = [event.input_shapes for event in profiled.events() if event.name == "aten::mm"]
+    assert shapes == NUM_PICKS * [[[384, 256], [256, TURNED_ROWS]]] + NUM_PICKS * [[[256, 192], [192, TURNED_ROWS]]]
+    expected_TD = written_out(module, hidden_TD, slot_TK, weights_TK)
+    torch.testing.assert_close(turned_TD.double(), expected_TD, rtol=0, atol=TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("num_tokens", [8, 300])

@@ -229,6 +229,28 @@ def test_one_token_in_half_precision_attends_as_in_double(monkeypatch: pytest.Mo
     assert torch.equal(found, expected.bfloat16())
 
 
+@pytest.mark.parametrize("num_tokens", [1, 37, 130, 300])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "value_dim"), [(4, 4, 64), (6, 2, 32)])
+def test_a_short_prompt_attends_in_fp32_to_what_came_before(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, num_heads: int, num_kv_heads: int, value_dim: int
+) -> None:
+    """Of a few heads and queries at a time; rounded once, at the end."""
+    monkeypatch.setattr(attention, "SCORES", 2**15)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (num_heads, 64), (num_kv_heads, 64), (num_kv_heads, value_dim)
+    query, key, value = (
+        torch.randn(1, heads, num_tokens, dim, generator=generator).bfloat16() for heads, dim in shapes
+    )
+    found = attention._attend_causally(query, key, value, 0.125)
+    repeats = num_heads // num_kv_heads
+    keys, values = (each.double().repeat_interleave(repeats, 1) for each in (key, value))
+    scores = query.double() @ keys.transpose(2, 3) * 0.125
+    is_later = torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1)
+    expected = (scores.masked_fill(is_later, -math.inf).softmax(-1) @ values).transpose(1, 2)
+    assert found.shape == expected.shape
+    assert (found == expected.bfloat16()).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("num_past", [0, 48, 200])
 @pytest.mark.parametrize("num_new", [1, 37, 64, 130])
 @pytest.mark.parametrize("window", [None, 40])
@@ -252,7 +274,8 @@ def test_a_prompt_in_half_precision_attends_in_a_few_lengths_as_in_fp32(
         monkeypatch.setattr(attention, "attends_in", lambda dtype, now=in_half: now and dtype == torch.bfloat16)
         found.append(attended_prompt(num_past, num_new, window))
     torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
-    assert lengths
+    attends_by_itself = num_new > 64 and not num_past and (window is None or window >= num_new)
+    assert bool(lengths) is not attends_by_itself
     assert all(length % 64 == 0 for length in lengths)
 
 

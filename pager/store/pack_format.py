@@ -155,9 +155,13 @@ class RecordFormat:
         """[T, N]: `hidden_TK`, in the dtype of the scales, times one matrix.
 
         Above MOST_ROWS, and in float32, torch's kernel for int8 takes longer than a copy of the matrix and a product
-        with that does. For fp8 it has none, and up to MOST_HALF_ROWS in half precision are multiplied with halves.
+        with that does; the one for int4 above MOST_INT4_ROWS. For fp8 it has none, and up to MOST_HALF_ROWS in half
+        precision are multiplied with halves.
         """
         if self.kind == "int4":
+            is_many = hidden_TK.dtype == torch.float32 or len(hidden_TK) > MOST_INT4_ROWS
+            if is_many and len(weight) % _INT4_BLOCK == 0 and lies_in_blocks():
+                return torch.cat([torch.mm(hidden_TK, block) for block in decoded_int4(weight, scales)], 1)
             return torch._weight_int4pack_mm_for_cpu(hidden_TK, weight, GROUP, scales)
         if self.kind == "fp8":
             is_half = hidden_TK.dtype != torch.float32 and weight.shape[1] <= MOST_HALF_INPUTS
@@ -170,6 +174,8 @@ class RecordFormat:
 
     def scratch_bytes(self, size: int) -> int:
         """The most that a product takes beside a copy of its matrix, which has at most `size` rows and columns."""
+        if self.kind == "int4":
+            return 2 * size * size  # its steps, one a byte, before and after they lie side by side
         if self.kind != "fp8":
             return 0
         return size * (max(_FP8_ROWS * HALF, BLOCK * (HALF + FP32)) + 4 * MOST_HALF_ROWS * num_blocks(size) * FP32)
@@ -189,6 +195,8 @@ class RecordFormat:
 
 
 MOST_ROWS = 16
+MOST_INT4_ROWS = 112
+_INT4_BLOCK = 64
 
 
 def scales_of(matrix: str) -> str:
@@ -228,6 +236,31 @@ def layout_here() -> str:
     numbers = torch.arange(128 * 64, dtype=torch.int32).view(128, 64)
     known = (7 * numbers + numbers // 64) % 16  # no two rows that a layout may swap are alike
     return xxhash.xxh3_64(pack_int4(known).numpy().tobytes()).hexdigest()
+
+
+def steps_int4(packed_NK: Tensor) -> Tensor:
+    """[N / 64, K, 64] int8: the steps less 8 of a matrix that `lies_in_blocks`.
+
+    A byte of an input has two steps: of an output of the block's first half, and of the one 32 outputs further on.
+    """
+    bytes_BKO = packed_NK.view(torch.int8).view(-1, 2 * packed_NK.shape[1], _INT4_BLOCK // 2) ^ -0x78  # both less 8
+    return torch.cat([(bytes_BKO << 4) >> 4, bytes_BKO >> 4], 2)
+
+
+def decoded_int4(packed_NK: Tensor, scales_GN2: Tensor) -> Tensor:
+    """[N / 64, K, 64]: the weights that torch's kernel computes with, 64 outputs at a time; rounded once."""
+    groups_BGKO = steps_int4(packed_NK).unflatten(1, (-1, GROUP)).to(scales_GN2.dtype)
+    ends_BG1O2 = scales_GN2.unflatten(1, (-1, 1, _INT4_BLOCK)).transpose(0, 1)
+    scales, middles = (ends.contiguous() for ends in ends_BG1O2.unbind(-1))
+    return torch.addcmul(middles, groups_BGKO, scales, out=groups_BGKO).flatten(1, 2)
+
+
+@cache
+def lies_in_blocks() -> bool:
+    """Tells whether `steps_int4` knows this processor's layout of 4-bit matrices: that of AVX-512."""
+    steps_NK = torch.randint(0, 16, (2 * _INT4_BLOCK, 64), generator=torch.Generator().manual_seed(0))
+    found_BKO = steps_int4(pack_int4(steps_NK.int()))
+    return found_BKO.transpose(1, 2).flatten(0, 1).equal((steps_NK - 8).to(torch.int8))
 
 
 # FP8, e4m3: a sign, 4 bits of exponent and 3 of fraction. torch converts such numbers one by one, 28 times as slowly as

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor
 
 from pager.errors import ConfigError, UnsupportedModel
-from pager.store.pack_format import BLOCK, GROUP, KINDS, MOST_ROWS, RecordFormat, decoded_fp8, product_fp8, quantise_fp8
+from pager.store.pack_format import (
+    BLOCK,
+    GROUP,
+    KINDS,
+    MOST_INT4_ROWS,
+    MOST_ROWS,
+    RecordFormat,
+    decoded_fp8,
+    decoded_int4,
+    lies_in_blocks,
+    product_fp8,
+    quantise_fp8,
+    quantise_int4,
+)
 from pager.types import ExpertShape
 
 SHAPE = ExpertShape(hidden=128, intermediate=32)
@@ -47,7 +60,7 @@ class TestRecords:
             spread = matrix.abs().amax(1, keepdim=True) * 2 if kind == "int4" else matrix.abs().amax(1, keepdim=True)
             assert ((decoded.float() - matrix).abs() <= spread * HALF_A_STEP[kind] + 2 * rounding).all()
 
-    @pytest.mark.parametrize("num_rows", [1, 3, MOST_ROWS + 1])
+    @pytest.mark.parametrize("num_rows", [1, 3, MOST_ROWS + 1, MOST_INT4_ROWS + 1])
     def test_a_product_is_that_with_the_decoded_matrix(self, kind: str, dtype: torch.dtype, num_rows: int) -> None:
         record, made = RecordFormat.of(kind, dtype), matrices()
         parts = parts_of(record, made)
@@ -73,6 +86,37 @@ def test_four_bits_are_the_bytes_of_torchs_packer() -> None:
     steps = steps.int()
     packed = record.quantised([steps.float() - 8, torch.zeros(SHAPE.shapes[1])])[0]
     assert packed.equal(torch._convert_weight_to_int4pack_for_cpu(steps, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_bits_are_decoded_to_what_torchs_kernel_computes_with(dtype: torch.dtype) -> None:
+    if not lies_in_blocks():
+        pytest.skip("this processor lays 4-bit matrices out in another way")
+    weight_NK = torch.randn(192, 96, generator=torch.Generator().manual_seed(4))
+    packed, scales = quantise_int4(weight_NK, dtype)
+    by_kernel_KN = torch._weight_int4pack_mm_for_cpu(torch.eye(96, dtype=dtype), packed, GROUP, scales)
+    decoded_BKO = decoded_int4(packed, scales)
+    assert decoded_BKO.dtype == dtype
+    decoded_KN = decoded_BKO.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(decoded_KN, by_kernel_KN, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("num_rows", "dtype"), [(MOST_INT4_ROWS + 1, torch.bfloat16), (1, torch.float32)])
+def test_many_rows_in_four_bits_are_multiplied_with_the_decoded_matrix(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, dtype: torch.dtype
+) -> None:
+    """torch's kernel takes as long for each further row. In float32 it takes longer for one than decoding does."""
+    if not lies_in_blocks():
+        pytest.skip("this processor lays 4-bit matrices out in another way")
+    record = RecordFormat.of("int4", dtype)
+    typed = record.views(parts_of(record, matrices()))
+    hidden = torch.randn(num_rows, SHAPE.hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
+    by_kernel = torch._weight_int4pack_mm_for_cpu(hidden, typed["gate_up_proj"], GROUP, typed["gate_up_scales"])
+    monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", None)
+    found = record.product(hidden, typed["gate_up_proj"], typed["gate_up_scales"])
+    torch.testing.assert_close(
+        found.double(), by_kernel.double(), rtol=0, atol=2e-4 if dtype == torch.float32 else 0.25
+    )
 
 
 def test_eight_bits_are_the_rounded_weights() -> None:

@@ -31,7 +31,7 @@ RUN apt-get update \
     && echo 'PATH=/opt/expert-pager/bin:$PATH' > /etc/profile.d/expert-pager.sh
 COPY --from=build /opt/expert-pager /opt/expert-pager
 # A root that cannot be written to: all that is written goes to /tmp, /dev/shm and the model's volume.
-ENV PATH=/opt/expert-pager/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_memory_monitor_refresh_ms=0
+ENV PATH=/opt/expert-pager/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_memory_monitor_refresh_ms=0 MALLOC_ARENA_MAX=1
 USER 10001:10001
 ENTRYPOINT ["tini", "--"]
 CMD ["expert-pager-worker"]

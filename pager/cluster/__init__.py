@@ -12,3 +12,6 @@ os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "180")
 os.environ.setdefault("RAY_worker_register_timeout_seconds", "180")
 # The workers are the service: at Ray's default niceness of 15, anything else on a busy machine would come first.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# One arena of malloc for all threads of a worker, the one that grows in place. In those of other threads, which grow by
+# heaps of 64 MiB, the buffers that a step takes anew may begin a heap, which is given back and mapped again each time.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")

@@ -177,6 +177,8 @@ def test_its_processes_get_no_secrets_and_its_folder_is_private_and_goes_with_it
     for process in ray.processes():
         with suppress(psutil.NoSuchProcess):
             assert "s3cret" not in " ".join(process.environ().values()), process.cmdline()
+    environment = psutil.Process(ray.daemons["raylet"]).environ()  # that of the workers which it starts
+    assert (environment["MALLOC_ARENA_MAX"], environment["RAY_worker_niceness"]) == ("1", "0")
     assert ray.folder.stat().st_mode & 0o777 == 0o700, "whatever is below it"
     assert ray.folder.stat().st_uid == os.geteuid()
     daemons = [" ".join(psutil.Process(pid).cmdline()) for pid in ray.daemons.values()]

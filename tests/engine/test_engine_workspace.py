@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -251,3 +252,36 @@ def test_what_steps_take_anew_stays_with_the_process_up_to_what_the_plan_has_for
     num_faults, kept_mib = map(int, ran.stdout.split())
     assert num_faults < 14 * MIB // resource.getpagesize()  # in ten steps, as many as one takes pages
     assert kept_mib < 32
+
+
+STEPS_BESIDE_WHAT_LASTS = (
+    STEPS_OF_BUFFERS.split("return_freed_memory()\n")[0]
+    + """
+import threading
+
+def steps():
+    return_freed_memory()
+    lasting = []
+    for _ in range(64):  # at some of these sizes, a step's buffers go beyond a heap of a thread's own arena
+        lasting.append(libc.malloc(MIB))
+        run(14)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run(14)
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+
+found = []
+thread = threading.Thread(target=steps)
+thread.start()
+thread.join()
+print(max(found))
+"""
+)
+
+
+def test_what_steps_take_anew_stays_however_much_lasts_beside_it() -> None:
+    """In a thread beside others, and in a process that is started as workers are: with what `pager.cluster` sets."""
+    start = "import os, sys, pager.cluster; os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", start, STEPS_BESIDE_WHAT_LASTS]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environment)
+    assert int(ran.stdout) < MIB // resource.getpagesize()

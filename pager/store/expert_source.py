@@ -10,7 +10,7 @@ import math
 import mmap
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import accumulate, pairwise
@@ -219,12 +219,12 @@ class _StoredExperts:
         if not keys:
             return []
         try:
-            there = self._layer(keys[0].layer).there(keys)
+            there, patched = self._layer(keys[0].layer).there(keys)
         except OSError:  # a read will say so
-            there = []
+            there, patched = [], []
         known = self._found_in_place
-        if len(there) < len(keys):
-            for key in {*keys}.difference(there):  # what comes back from the disk is checked again
+        if patched or len(there) < len(keys):
+            for key in {*keys}.difference(there).union(patched):  # what comes back from the disk is checked again
                 known.pop(key, None)
         return [key for key in there if known.get(key, True)]
 
@@ -326,6 +326,10 @@ _Stretches = Mapping[DataFile, tuple[int, int]]
 """The first byte of each file, and the one behind the last."""
 
 
+MOST_HOLES = 1 / 64
+"""The share of pages that may be missing where the page cache is taken to have something. A system that wants memory
+takes pages here and there, and reading these few is little beside reading all of it into slots."""
+
 SEEN_S = 0.1
 """For so long the page cache is taken to have what it was seen to have. What it drops meanwhile is read by the fault of
 whoever touches it: slow, not wrong."""
@@ -398,36 +402,74 @@ class _StoredLayer:
         for file in self.stretches:
             file.check_length()
 
-    def there(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """Returns those of `keys` that the page cache has, or had SEEN_S ago. Raises OSError."""
+    def there(self, keys: Sequence[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey]]:
+        """Returns those of `keys` that the page cache has, or had SEEN_S ago, and those of the layer that it had just
+        now but for a few pages, which have been read. Raises OSError.
+        """
         self.check_files()
         seen_until_s, now_s = self._seen_until_s, time.monotonic()
-        unseen = [key for key in keys if seen_until_s.get(key, 0.0) <= now_s]
+        unseen, patched = [key for key in keys if seen_until_s.get(key, 0.0) <= now_s], list[ExpertKey]()
         if unseen and self.nbytes <= ASKED_AT_ONCE_BYTES:
-            seen_until_s.update(dict.fromkeys(self._look(list(self.spans), self.stretches), now_s + SEEN_S))
-        elif unseen:
-            found = [key for key in unseen if self._look([key], _stretches(self.spans[key]))]
-            seen_until_s.update(dict.fromkeys(found, now_s + SEEN_S))
-        return [key for key in keys if seen_until_s.get(key, 0.0) > now_s]
+            looks = [(list(self.spans), self.stretches)]
+        else:
+            looks = [([key], _stretches(self.spans[key])) for key in unseen]
+        for some, stretches in looks:
+            whole, holed = self._look(some, stretches)
+            seen_until_s.update(dict.fromkeys((*whole, *holed), now_s + SEEN_S))
+            patched += holed
+        return [key for key in keys if seen_until_s.get(key, 0.0) >= now_s], patched
 
-    def _look(self, keys: Sequence[ExpertKey], stretches: _Stretches) -> list[ExpertKey]:
-        """Returns those of `keys` that the page cache has, by one look at each of `stretches`."""
+    def _look(self, keys: Sequence[ExpertKey], stretches: _Stretches) -> tuple[list[ExpertKey], list[ExpertKey]]:
+        """Returns those of `keys` that the page cache has, and those that lack some pages where these are few, by one
+        look at each of `stretches`; and has the latter read.
+        """
         pages = {file: file.cached_pages(start, end) for file, (start, end) in stretches.items()}
         starts = {file: start - start % mmap.PAGESIZE for file, (start, _) in stretches.items()}
         if any(each is None for each in pages.values()):
-            return []
+            return [], []
 
         def is_there(span: Span) -> bool:
             found, start = pages[span.file], starts[span.file]
             first, end = span.offset - start, span.offset + span.nbytes - start
             return found is not None and 0 not in found[first // mmap.PAGESIZE : -(-end // mmap.PAGESIZE)]
 
-        are_all_there = not any(found is not None and 0 in found for found in pages.values())
-        return [
-            key
-            for key in keys
-            if self.spans[key] and (are_all_there or all(is_there(span) for span in self.spans[key]))
+        stored = [key for key in keys if self.spans[key]]
+        if not any(found is not None and 0 in found for found in pages.values()):
+            return stored, []
+        whole = [key for key in stored if all(is_there(span) for span in self.spans[key])]
+        if any(found is not None and found.count(0) > MOST_HOLES * len(found) for found in pages.values()):
+            return whole, []
+        holes = [
+            FileRange(number, starts[file] + first * mmap.PAGESIZE, starts[file] + end * mmap.PAGESIZE)
+            for number, (file, found) in enumerate(pages.items())
+            for first, end in _holes(found or b"")
         ]
+        are_read = _read_into_page_cache(list(pages), holes)
+        return whole, [key for key in stored if key not in {*whole}] if are_read else []
+
+
+def _holes(pages: bytes) -> Iterator[tuple[int, int]]:
+    """Yields where each run of pages that are not there begins and ends."""
+    end = 0
+    while (first := pages.find(0, end)) >= 0:
+        end = first + 1
+        while pages[end : end + 1] == b"\0":
+            end += 1
+        yield first, end
+
+
+def _read_into_page_cache(files: Sequence[DataFile], ranges: Sequence[FileRange]) -> bool:
+    """Returns whether that worked: where the disk has an error, a fault would end the process, and a read fails one
+    request.
+    """
+    try:
+        for number, start, end in ranges:
+            files[number].will_need(start, end - start)  # all at once
+        for number, start, end in ranges:
+            files[number].read(min(end, files[number].size) - start, start)
+    except OSError:
+        return False
+    return True
 
 
 def _stretches(spans: Iterable[Span]) -> _Stretches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,47 @@ def test_the_page_cache_is_looked_at_again_after_a_while(
     for _ in range(3):
         source.in_page_cache(layer)
     assert len(looks) == 4
+    source.close()
+
+
+@pytest.mark.parametrize("asked_at_once", [0, 1 << 26])
+def test_an_expert_that_lacks_a_few_pages_is_there_and_checked_again(
+    model: Model, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_at_once: int
+) -> None:
+    large = replace(model, shape=ExpertShape(hidden=256, intermediate=256), experts_per_layer=(2,), tensors={})
+    for key in large.keys:
+        shapes = ((256, 256), (256, 256), (256, 256))
+        large.tensors |= {name: torch.randn(shape) for name, shape in zip(large.names(key), shapes, strict=True)}
+    source = PackedExperts(large.pack(save(large, 1), tmp_path / "large") / "experts.pack")
+    monkeypatch.setattr(expert_source, "ASKED_AT_ONCE_BYTES", asked_at_once)
+    monkeypatch.setattr(expert_source, "SEEN_S", 0.0)
+    real, holes, read = DataFile.cached_pages, set[int](), list[int]()
+
+    def with_holes(file: DataFile, start: int, end: int) -> bytes | None:
+        pages = bytearray(real(file, start, end) or b"")
+        for number in range(len(pages)):
+            pages[number] &= start // 4096 + number not in holes
+        return bytes(pages)
+
+    def recorded(fd: int, buffers: Any, offset: int, preadv: Any = os.preadv) -> int:
+        read.append(offset)
+        return int(preadv(fd, buffers, offset))
+
+    monkeypatch.setattr(DataFile, "cached_pages", with_holes)
+    monkeypatch.setattr(os, "preadv", recorded)
+    first, second = large.keys
+    assert len(source.in_place(large.keys)) == 2
+    assert read == []
+    page = source.offset_of(first) // 4096 + 5
+    holes |= {page}
+    assert source.in_page_cache(large.keys) == large.keys
+    assert read == [page * 4096], "it is brought back, where an error is one of a read"
+    assert list(source._found_in_place) == [second]
+    flip(tmp_path / "large" / "experts.pack", source.offset_of(first) + 20000)
+    assert list(source.in_place(large.keys)) == [second], "it came back damaged"
+    holes.clear()
+    holes |= {source.offset_of(second) // 4096 + number for number in range(40)}
+    assert source.in_page_cache(large.keys) == [], "too many are missing"
     source.close()
 
 

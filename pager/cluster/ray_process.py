@@ -45,6 +45,7 @@ main(spares)
 """
 MOST_LINE_BYTES = 2**24
 CLOSE_TIMEOUT_S = 60.0
+OPENING_TIMEOUT_S = 10.0  # for what is being opened when the router ends; then the process is killed, and Ray with it
 EXIT_TIMEOUT_S = 10.0
 PING_EVERY_S = 2.0
 PING_TIMEOUT_S = 20.0  # less than a worker has for a health check, which would take the blame
@@ -124,11 +125,12 @@ class RayProcess:
     async def close(self, *, is_lost: bool = False) -> None:
         """Ends the process and what it has started. Idempotent."""
         self._on_lost = None  # its end is expected from now on
+        timeout_s = OPENING_TIMEOUT_S if self._pings is None else CLOSE_TIMEOUT_S
         if self._pings is not None:
             self._pings.cancel()
         if self._writer is not None:
             with suppress(PagerError, TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                async with asyncio.timeout(timeout_s):
                     await self._call("close", is_lost)
             self._writer.close()
             self._writer = None

@@ -31,6 +31,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from pager.cluster.ray_process import secrets_in
 from pager.cluster.spare import Spares
 from pager.errors import ConfigError, NotReady
+from pager.memory import format_bytes
 from pager.observe import logs
 from pager.store.appearing import create_owned, remove_abandoned
 
@@ -86,6 +87,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.02
 LOG_POLL_S = 0.1
+ROOM_BYTES = 8 * 2**20  # of disk, for sockets and logs; they take 0.2 MiB at first
 # Ray's own settings, unless the environment sets them. Its memory monitor kills a worker when the machine's memory is
 # full, whichever process filled it; a worker's memory is bounded by its plan instead. Task events would be a record of
 # every call of an actor, kept by the GCS. A lost GCS ends the service in an orderly way, instead of each process by
@@ -344,7 +346,9 @@ class RaySession:
             return cls(None, owns_ray=True, folder=None)
         # The warning only says that an embedded cluster requires a token, which is intended.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        remove_abandoned(_base().glob(f"{FOLDER_PREFIX}*/{LOCK}"), lambda lock: shutil.rmtree(lock.parent))
+        base = _base()
+        remove_abandoned(base.glob(f"{FOLDER_PREFIX}*/{LOCK}"), lambda lock: shutil.rmtree(lock.parent))
+        _check_room(base)
         folder, spares = _Folder.make(), spares or Spares()
         try:
             start_embedded(
@@ -458,6 +462,20 @@ class _Folder:
 
 
 def _base() -> Path:
+    """Returns the folder that an embedded Ray's own is made in. Raises ConfigError where there is none."""
+    try:
+        base = tempfile.gettempdir()
+    except OSError as error:  # which names those that were tried
+        raise ConfigError(f"Ray needs a folder for its sockets and logs: {error.strerror}; set TMPDIR to one") from None
     # Ray makes sockets deep below this folder, and a socket's path has at most 107 characters.
-    base = tempfile.gettempdir()
     return Path(base if len(base) <= 24 else "/tmp")
+
+
+def _check_room(base: Path) -> None:
+    """Raises ConfigError where Ray would have no room; it would wait for its processes in vain."""
+    free = shutil.disk_usage(base).free
+    if free < ROOM_BYTES:
+        raise ConfigError(
+            f"{base} has {format_bytes(free)} free, and Ray needs {format_bytes(ROOM_BYTES)} there for its sockets and "
+            "logs; free some space, or set TMPDIR to another folder"
+        )

@@ -303,3 +303,11 @@ def test_a_service_of_another_kind_is_no_cluster_and_neither_is_one_that_says_no
         monkeypatch.setattr(ray_session, "ANSWER_TIMEOUT_S", 0.5)
         with pytest.raises(ConfigError, match="no Ray cluster answers at"):
             find_cluster(f"127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_start_without_room_for_ray_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would wait for its processes for minutes."""
+    ray_session._check_room(tmp_path)
+    monkeypatch.setattr(ray_session, "ROOM_BYTES", 2**60)
+    with pytest.raises(ConfigError, match=rf"{tmp_path} has .* free, and Ray needs .* there for .* set TMPDIR to"):
+        ray_session._check_room(tmp_path)

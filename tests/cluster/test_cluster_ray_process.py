@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -151,6 +152,24 @@ async def test_a_process_that_ends_before_ray_is_open_is_a_loss_of_ray(tmp_path:
     with pytest.raises(RayLost, match="Ray's driver ended while the workers were starting"):
         await starting
     process.end()
+
+
+async def test_a_router_that_ends_while_ray_opens_does_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_process, "OPENING_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(ray_process, "EXIT_TIMEOUT_S", 0.1)
+    process = RayProcess()
+    there = psutil.Process(process.pid)
+    there.suspend()
+    opening = asyncio.create_task(process.open(config_of(tmp_path.name), print))
+    await eventually(lambda: process._calls)
+    before_s = time.monotonic()
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert time.monotonic() - before_s < ray_process.CLOSE_TIMEOUT_S
+    assert not there.is_running()
 
 
 async def test_a_process_that_is_never_opened_ends_with_its_router() -> None:

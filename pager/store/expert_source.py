@@ -326,9 +326,11 @@ _Stretches = Mapping[DataFile, tuple[int, int]]
 """The first byte of each file, and the one behind the last."""
 
 
-MOST_HOLES = 1 / 64
-"""The share of pages that may be missing where the page cache is taken to have something. A system that wants memory
-takes pages here and there, and reading these few is little beside reading all of it into slots."""
+FEW_PAGES = 64
+"""So many pages, or one in so many, may be missing where the page cache is taken to have something, but no more than an
+eighth. A system that wants memory takes pages here and there, of experts in slots above all, and reading these few is
+little beside reading experts into slots.
+"""
 
 SEEN_S = 0.1
 """For so long the page cache is taken to have what it was seen to have. What it drops meanwhile is read by the fault of
@@ -437,7 +439,7 @@ class _StoredLayer:
         if not any(found is not None and 0 in found for found in pages.values()):
             return stored, []
         whole = [key for key in stored if all(is_there(span) for span in self.spans[key])]
-        if any(found is not None and found.count(0) > MOST_HOLES * len(found) for found in pages.values()):
+        if any(found is not None and found.count(0) > _few_of(len(found)) for found in pages.values()):
             return whole, []
         holes = [
             FileRange(number, starts[file] + first * mmap.PAGESIZE, starts[file] + end * mmap.PAGESIZE)
@@ -446,6 +448,10 @@ class _StoredLayer:
         ]
         are_read = _read_into_page_cache(list(pages), holes)
         return whole, [key for key in stored if key not in {*whole}] if are_read else []
+
+
+def _few_of(num_pages: int) -> int:
+    return max(num_pages // FEW_PAGES, min(num_pages // 8, FEW_PAGES))
 
 
 def _holes(pages: bytes) -> Iterator[tuple[int, int]]:

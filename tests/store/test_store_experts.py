@@ -170,7 +170,7 @@ def test_an_expert_that_lacks_a_few_pages_is_there_and_checked_again(
     flip(tmp_path / "large" / "experts.pack", source.offset_of(first) + 20000)
     assert list(source.in_place(large.keys)) == [second], "it came back damaged"
     holes.clear()
-    holes |= {source.offset_of(second) // 4096 + number for number in range(40)}
+    holes |= {source.offset_of(second) // 4096 + number for number in range(100)}
     assert source.in_page_cache(large.keys) == [], "too many are missing"
     source.close()
 

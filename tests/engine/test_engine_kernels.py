@@ -104,14 +104,15 @@ def test_experts_with_few_tokens_are_gated_together() -> None:
     assert num_experts <= gated[0] <= 2 * args[1].numel()  # padded to a few numbers of rows
 
 
-def test_rows_behind_a_large_matrix_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, (hidden_TD, _, weights_TK) = slab(256, 192, torch.bfloat16), sorted_inputs(TURNED_ROWS, 256)
-    slot_TK = torch.arange(NUM_PICKS, dtype=torch.int32).expand(TURNED_ROWS, -1)
-    monkeypatch.setattr("pager.engine.experts.LEAST_TURNED_BYTES", module.down_proj[0].nbytes)
+@pytest.mark.parametrize("num_tokens", sorted(TURNED_ROWS))
+def test_rows_behind_large_matrices_give_the_same(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    module, (hidden_TD, _, weights_TK) = slab(256, 192, torch.bfloat16), sorted_inputs(num_tokens, 256)
+    slot_TK = torch.arange(NUM_PICKS, dtype=torch.int32).expand(num_tokens, -1)
+    monkeypatch.setattr("pager.engine.experts.LEAST_TURNED_BYTES", 2 * module.down_proj[0].nbytes)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         turned_TD = sorted_pairs(module, hidden_TD, slot_TK, weights_TK)
     shapes = [event.input_shapes for event in profiled.events() if event.name == "aten::mm"]
-    assert shapes == NUM_PICKS * [[[384, 256], [256, TURNED_ROWS]]] + NUM_PICKS * [[[256, 192], [192, TURNED_ROWS]]]
+    assert shapes == NUM_PICKS * [[[384, 256], [256, num_tokens]], [[256, 192], [192, num_tokens]]]
     expected_TD = written_out(module, hidden_TD, slot_TK, weights_TK)
     torch.testing.assert_close(turned_TD.double(), expected_TD, rtol=0, atol=TOLERANCES[torch.bfloat16])
 

@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 ADMISSION_RETRY_S = 0.01  # reads that end free slots without a signal
 ADMISSION_TRIES = 32  # tries per step, so that a long line costs a step little
 IDLE_POLL_S = 0.002
+# An engine that was idle begins when nobody else has come in such a pause, of which there are so many at most: requests
+# that are sent at once arrive one by one, and the others would wait for a forward of the first one alone.
+COMPANY_PAUSE_S, COMPANY_MOST_PAUSES = 0.001, 5
 # Where a tenant is guaranteed slots: of prompts that run between two layers of a forward, whose memory is not free, and
 # of others' prompts in one forward, for whose next layer the tenant waits.
 WITHIN_FORWARD_TOKENS, BESIDE_GUARANTEED_TOKENS = 128, 256
@@ -228,7 +231,14 @@ class Engine:
                     self._fail_all(PagerError("the engine failed; the worker's log has the details"))
                     continue
                 if not worked:
-                    self._inbox.wait_for_news(IDLE_POLL_S if len(self._inbox) else None)
+                    self._await_requests()
+
+    def _await_requests(self) -> None:
+        """Waits until there may be something to run; from idleness on, for those that come together."""
+        was_idle = not len(self._inbox)
+        self._inbox.wait_for_news(None if was_idle else IDLE_POLL_S)
+        if was_idle and self._decoder.shares_prefills:
+            self._inbox.wait_for_company(COMPANY_PAUSE_S, COMPANY_MOST_PAUSES, self._prefill_chunk_tokens)
 
     def step(self) -> bool:
         """Decodes a token of each request, admits, runs prompts by one forward; or all by one. Returns False when there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -185,6 +186,18 @@ class Inbox:
         with self._changed:
             if not (self._arrived or self._cancelled or self.is_halted):
                 self._changed.wait(timeout_s)
+
+    def wait_for_company(self, pause_s: float, most_pauses: int, most_tokens: int) -> None:
+        """Waits for requests that come together with those that have: pause by pause, until none has come in one, or
+        until their prompts have this many tokens.
+        """
+        tokens_before = 0
+        while most_pauses and not self.is_halted:
+            num_tokens = sum(len(request.asked.prompt_token_ids) for request in self._arrived)
+            if not tokens_before < num_tokens < most_tokens:
+                return
+            tokens_before, most_pauses = num_tokens, most_pauses - 1
+            time.sleep(pause_s)
 
     def wait_until_empty(self, timeout_s: float) -> bool:
         with self._changed:

@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pager.engine import scheduler
 from pager.engine.interface import EngineObserver, Failure, StreamEvent
+from pager.engine.scheduler import Inbox
 from pager.errors import (
     Cancelled,
     ChecksumMismatch,
@@ -417,6 +420,37 @@ def test_a_thread_serves_many_submitters_and_drains_before_it_stops(
     with pytest.raises(NotReady):
         driver.submit([1], max_tokens=1)
     driver.engine.stop()
+    driver.assert_nothing_held()
+
+
+def test_an_idle_engine_runs_the_prompts_that_come_one_after_the_other_in_one_forward(
+    make_driver: Callable[..., Driver], random_prompt: Callable[[int, int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each next one comes while the engine makes a pause, and nobody comes in the last."""
+    tokens_of_steps: list[int] = []
+
+    class Steps(EngineObserver):
+        def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
+            tokens_of_steps.append(num_tokens)
+
+    driver, to_come, wait = make_driver(observer=Steps()), [2, 3, 4], Inbox.wait_for_news
+    pool = PoolPolicy(Count(15), PoolSource.FIXED, ALL_EXPERTS)
+    driver.submit(random_prompt(1, 20), pool, max_tokens=1)
+    driver.finish()
+    tokens_of_steps.clear()
+
+    def come(_: object, *waits: float) -> None:
+        if to_come:
+            driver.submit(random_prompt(to_come.pop(), 20), pool, max_tokens=2)
+        if waits:
+            wait(driver.engine._inbox, None)
+
+    monkeypatch.setattr(Inbox, "wait_for_news", come)
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(sleep=come))
+    driver.engine.start()
+    until(lambda: sum(chunk.is_last for chunks in driver.chunks.values() for chunk in chunks) == 4, what="they end")
+    driver.engine.stop()
+    assert tokens_of_steps == [60, 3]
     driver.assert_nothing_held()
 
 

@@ -152,7 +152,9 @@ def _next(listener: socket.socket) -> Start | None:
 
 
 def import_for_worker() -> None:
-    """Imports what a worker needs, torch and transformers among it."""
+    """Imports what a worker needs, torch and transformers among it. They must look for no GPU: a worker's environment
+    says which one it has, and Ray sets it later.
+    """
     with lean_imports():
         import pager.cluster.loading  # noqa: F401
 

@@ -27,9 +27,13 @@ print(json.dumps(facts | {"environment": dict(os.environ), "input": sys.stdin.re
 
 # Says what a worker has imported before it serves, and whether that is enough for a model.
 IMPORTS = """
-import json, os, sys
+import os, sys
+import torch
+def look(*_): raise AssertionError("which GPU is not known yet")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = torch.cuda._lazy_init = look
 from pager.cluster.spare import import_for_worker
 import_for_worker()
+torch.cuda.is_available = lambda: False
 from pager.cluster.loading import load_engine
 from pager.cluster.worker import WorkerObserver
 from pager.config import load_config
@@ -37,7 +41,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 overrides = {"model.path": sys.argv[1], "workers.kv_memory": "1MiB", "workers.num_threads": 1}
 loaded = load_engine(load_config(env={}, overrides=overrides), lambda events: None, WorkerObserver(), None)
 loaded.close()
-import torch
 from transformers.masking_utils import TransformGetItemToIndex
 assert torch.compiler.disable(len) is len, "a decorator of the compiler has no effect"
 assert not isinstance(torch.ones(1), torch.distributed.tensor.DTensor)

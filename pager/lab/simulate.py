@@ -12,8 +12,9 @@ import heapq
 import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
+from random import Random
 
 import numpy as np
 
@@ -38,8 +39,8 @@ class Costs:
     step_s: float  # a decode forward with one row
     row_s: float  # and each further row of it
     pool_s: float  # and each further pool whose rows are in it
-    prefill_s: float  # a forward over prompts
-    prompt_token_s: float  # and each token of them
+    prefill_s: float  # a forward over prompts alone
+    prompt_token_s: float  # each token of them, in a forward of their own or in that of rows
     page_bytes_per_s: float
     request_s: float  # the way to the worker and back, up to the first token, where the router has nothing else to do
     expert_bytes: int
@@ -51,6 +52,8 @@ class Costs:
     change_s: float = 0.0  # of the first decode forward after rows have come or gone
     workers_per_machine: int = 1  # which share its cores
     in_place: bool = False  # pools for which there are no slots are computed where the page cache has them
+    place_s: float = 0.0  # what a forward takes more in which any pool is computed so
+    busy_s: float = 0.0  # how much later first tokens are, in the mean, as cores are busy; drawn for each request
     alone: float = 1.0  # a forward's time where no other worker of the machine computes, over that where all do
 
 
@@ -108,6 +111,7 @@ class _Request:
         "decoded_before",
         "first_s",
         "is_in_place",
+        "num_left",
         "number",
         "place",
         "pool",
@@ -128,6 +132,7 @@ class _Request:
         self.decoded_before = 0  # steps of its worker before its first decode step
         self.spent = Spent()
         self.is_in_place = False  # it holds no slots
+        self.num_left = arrival.prompt_tokens  # of its prompt, not run yet
         self.was_lost = False
 
 
@@ -160,6 +165,20 @@ class Outcome:
         """The largest of the tenants' own such times; of those with ten requests at least, where there are any."""
         often = [times for times in self.by_tenant.values() if len(times) >= 10] or list(self.by_tenant.values())
         return max((float(np.percentile(times, percent)) for times in often), default=math.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Alike steps, one after the other; with parts of prompts one forward, with rows in it or without."""
+
+    start_s: float
+    step_s: float
+    num_steps: int  # in which rows decode
+    parts: Sequence[tuple[_Request, int]] = ()  # and how many tokens of each
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + max(1, self.num_steps) * self.step_s
 
 
 class _Worker:
@@ -201,7 +220,7 @@ class _Worker:
         self.charged_s = 0.0
         self.num_ended = 0
         self.read_ahead_for: tuple[_Request | None, int] = (None, 0)  # and how many had ended then
-        self.stretch: tuple[float, float, int, Sequence[_Request]] | None = None  # start, a step's time, steps, prompts
+        self.stretch: _Stretch | None = None
         self.has_decoded = False  # in this step, of which prompts are the end
         self.due_s = math.inf
         self.version = 0
@@ -382,26 +401,28 @@ class _Worker:
         """Ends the stretch with the step that it is in: what it was begun for has changed."""
         if self.stretch is None:
             return
-        start_s, step_s, num_steps, prompts = self.stretch
+        start_s, step_s, num_steps = self.stretch.start_s, self.stretch.step_s, self.stretch.num_steps
         num_begun = max(1, math.ceil((now_s - start_s) / step_s)) if step_s else num_steps
-        if num_begun < num_steps and not prompts:
-            self.stretch = (start_s, step_s, num_begun, prompts)
-            self.due_s = start_s + num_begun * step_s
+        if num_begun < num_steps:
+            self.stretch = replace(self.stretch, num_steps=num_begun)
+            self.due_s = self.stretch.end_s
             self.version += 1
 
     def step(self, now_s: float) -> Iterator[_Request]:
         """Ends the stretch that is due, and begins the next. Yields who has had its last token."""
         self.install(now_s)
-        prompts: Sequence[_Request] = ()
         if self.stretch is not None:
-            _, _, num_steps, prompts = self.stretch
+            num_steps, parts = self.stretch.num_steps, self.stretch.parts
             self.num_decoded += num_steps
-            self.has_decoded = not prompts
+            self.has_decoded = not parts
             self.has_changed &= not num_steps
             while self.decoding and self.decoding[0][0] <= self.num_decoded:
                 self.has_changed = True
                 yield self.end(heapq.heappop(self.decoding)[2], now_s)
-            for request in prompts:
+            for request, num_tokens in parts:
+                request.num_left -= num_tokens
+                if request.num_left:
+                    continue
                 self.prefilling.remove(request)
                 request.first_s = now_s
                 request.decoded_before = self.num_decoded
@@ -423,43 +444,52 @@ class _Worker:
         return request
 
     def begin_stretch(self, now_s: float) -> None:
-        costs, rows, pace = self.costs, len(self.decoding), self.pace
-        decode_s = 0.0
-        if rows:
-            is_one = len(self.holders) < 2 and not self.costs.in_place
-            pools = {None} if is_one else {request.pool.name for _, _, request in self.decoding}
-            decode_s = pace * (costs.step_s + (rows - 1) * costs.row_s + (len(pools) - 1) * costs.pool_s)
-        change_s = pace * costs.change_s * self.has_changed
-        prompts: list[_Request] = []
-        ready_s, room = math.inf, CHUNK_TOKENS
-        for request in self.prefilling:
-            there_s = 0.0 if request.is_in_place else self.ready_s(request.pool)
-            waits_alike = bool(prompts) and request.pool is prompts[0].pool
-            if there_s > now_s and (rows or prompts) and not waits_alike:
-                ready_s = min(ready_s, there_s)
-                continue
-            tokens = request.arrival.prompt_tokens
-            if prompts and tokens > room:
-                continue
-            room -= tokens
-            prompts.append(request)
+        """Begins what the engine would do next: a forward of prompts, with the rows unless these have just decoded; or
+        steps of the rows until somebody ends, or prompts can run.
+        """
+        rows = [request for _, _, request in self.decoding]
+        parts, ready_s = self.parts(now_s)
+        decoding = [] if parts and self.has_decoded else rows
+        step_s = self.forward_s(decoding, parts)
+        start_s = now_s + self.pace * self.costs.change_s * (self.has_changed and bool(decoding))
         self.version += 1
-        if prompts:
-            forward_s = pace * (costs.prefill_s + (CHUNK_TOKENS - room) * costs.prompt_token_s)
-            decodes = bool(rows) and not self.has_decoded
-            ends_s = now_s + (decode_s + change_s) * decodes + forward_s
-            if not prompts[0].is_in_place:
-                ends_s = max(ends_s, self.ready_s(prompts[0].pool))
-            self.stretch = (now_s, ends_s - now_s, int(decodes), prompts)
-            self.due_s = ends_s
+        if parts:
+            if not parts[0][0].is_in_place:  # it may wait for reads
+                step_s = max(step_s, self.ready_s(parts[0][0].pool) - start_s)
+            self.stretch = _Stretch(start_s, step_s, int(bool(decoding)), parts)
         elif rows:
             num_steps = self.decoding[0][0] - self.num_decoded
             if ready_s < math.inf:
-                num_steps = min(num_steps, max(1, math.ceil((ready_s - now_s) / decode_s)))
-            self.stretch = (now_s + change_s, decode_s, num_steps, ())
-            self.due_s = now_s + change_s + num_steps * decode_s
+                num_steps = min(num_steps, max(1, math.ceil((ready_s - now_s) / step_s)))
+            self.stretch = _Stretch(start_s, step_s, num_steps)
         else:
-            self.stretch, self.due_s = None, math.inf
+            self.stretch = None
+        self.due_s = math.inf if self.stretch is None else self.stretch.end_s
+
+    def parts(self, now_s: float) -> tuple[list[tuple[_Request, int]], float]:
+        """Returns which prompts run next, with how many tokens each, and when the next of the others can."""
+        parts: list[tuple[_Request, int]] = []
+        ready_s, room = math.inf, CHUNK_TOKENS
+        for request in self.prefilling:
+            there_s = 0.0 if request.is_in_place else self.ready_s(request.pool)
+            waits_alike = bool(parts) and request.pool is parts[0][0].pool
+            if there_s > now_s and (self.decoding or parts) and not waits_alike:
+                ready_s = min(ready_s, there_s)
+            elif room:
+                parts.append((request, min(room, request.num_left)))
+                room -= parts[-1][1]
+        return parts, ready_s
+
+    def forward_s(self, rows: Sequence[_Request], parts: Sequence[tuple[_Request, int]]) -> float:
+        """Returns how long a forward of these takes now."""
+        costs, requests = self.costs, [*rows, *(request for request, _ in parts)]
+        # Where all have slots and one pool holds them, there is no need to look.
+        is_one = len(self.holders) < 2 and not costs.in_place
+        num_pools = 1 if is_one else len({request.pool.name for request in requests})
+        seconds = costs.step_s + (len(rows) - 1) * costs.row_s if rows else costs.prefill_s
+        seconds += max(0, num_pools - 1) * costs.pool_s
+        seconds += sum(num_tokens for _, num_tokens in parts) * costs.prompt_token_s
+        return self.pace * (seconds + costs.place_s * any(request.is_in_place for request in requests))
 
     def lose(self) -> list[_Request]:
         """Ends its process. Returns who was there."""
@@ -478,7 +508,9 @@ def _bits(keys: Iterable[ExpertKey], width: int) -> Experts:
 
 
 class Simulation:
-    """A router and its workers. `run` takes a trace from its first request to its last token."""
+    """A router and its workers. `run` takes a trace from its first request to its last token; one that is later in time
+    may follow, for which workers hold what they held.
+    """
 
     def __init__(
         self,
@@ -510,9 +542,12 @@ class Simulation:
         self._numbers = count()
         self._next_report_s = 0.0
         self._half_way_s = max(0.0, costs.request_s - costs.router_s) / 2
+        self._random = Random(0)
 
     def run(self, arrivals: Iterable[Arrival]) -> Outcome:
         """Arrivals come in the order of their times."""
+        self.outcome = Outcome(self.rules, len(self.workers))
+        paged_before = sum(worker.bytes_paged for worker in self.workers)
         trace = iter(arrivals)
         following = next(trace, None)
         if following is not None:
@@ -538,7 +573,7 @@ class Simulation:
                 self.expect(worker)
                 if worker.is_computing != was_computing:
                     self.look_up(worker.neighbours, now_s)
-        self.outcome.bytes_paged += sum(worker.bytes_paged for worker in self.workers)
+        self.outcome.bytes_paged = sum(worker.bytes_paged for worker in self.workers) - paged_before
         return self.outcome
 
     def send(self, request: _Request, now_s: float) -> None:
@@ -588,7 +623,8 @@ class Simulation:
     def ended(self, worker: _Worker, request: _Request, now_s: float) -> None:
         self.in_flight[worker.id] -= 1
         outcome, arrival = self.outcome, request.arrival
-        took_s = request.first_s - arrival.at_s + self._half_way_s
+        busy_s = self.costs.busy_s and self._random.expovariate(1 / self.costs.busy_s)
+        took_s = request.first_s - arrival.at_s + self._half_way_s + busy_s
         outcome.first_token_s.append(took_s)
         outcome.by_tenant.setdefault(arrival.tenant, []).append(took_s)
         outcome.num_tokens += arrival.output_tokens

@@ -275,8 +275,10 @@ class _Answer:
 class Measuring:
     """A short run against a service that has nothing else to do; all of its workers are loaded alike."""
 
-    SHAPES: Sequence[tuple[int, int]] = ((1, 1), (4, 1), (12, 1), (12, 2), (24, 1), (24, 2))
+    SHAPES: Sequence[tuple[int, int]] = ((1, 1), (4, 1), (12, 1), (12, 2), (12, 4), (24, 1), (24, 2), (24, 4))
     """The rows that decode at each worker, and how many pools they are in."""
+    POOLS = 4  # at each worker
+    ARRIVALS, LOAD = 64, 0.7  # requests that come one by one, and of the tokens/s with everything at once
     ROUNDS = 3  # in which all shapes take turns, so that what else the machine does falls on each of them alike
     TOKENS = 48
     SHORT, LONG = 16, 256
@@ -322,6 +324,7 @@ class Measuring:
         short: list[_Answer] = []
         long: list[_Answer] = []
         gaps: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+        in_place: set[tuple[int, int]] = set()  # shapes with more pools than slots, which are computed all the same
         router_s, alone, changes_s = [], [], []
         for _ in range(self.ROUNDS):
             for answers, num_tokens in ((short, self.SHORT), (long, self.LONG)):
@@ -329,7 +332,10 @@ class Measuring:
             router_s.append(_apart(await self._wave(own * min(12, most), 1, self.SHORT)))
             for (rows, num_pools), found in gaps.items():
                 pools = [pool for pools in self._homes.values() for pool in pools[:num_pools]]
-                found.append(_gap(await self._wave(pools * (rows // num_pools), self.TOKENS, self.SHORT)))
+                answers = await self._wave(pools * (rows // num_pools), self.TOKENS, self.SHORT)
+                found.append(_gap(answers))
+                if _any_in_place(answers):
+                    in_place.add((rows, num_pools))
             alone.append(_gap(await self._wave(own[:1] * busiest, self.TOKENS, self.SHORT)) / gaps[busiest, 1][-1])
             rows = min(12, busiest)
             lengths = [self.TOKENS // 2 + 2 * number for number in range(rows) for _ in own]
@@ -338,11 +344,13 @@ class Measuring:
             unchanged_s = _unchanged(of_one_pool, rows)
             changes_s.append((waning_s - unchanged_s) / max(1, rows - 1))
         token_s = max(0.0, (_at_worker(long) - _at_worker(short)) / (self.LONG - self.SHORT))
-        step_s, row_s, pool_s = _plane({shape: statistics.median(found) for shape, found in gaps.items()})
+        gap_s = {(*shape, shape in in_place): statistics.median(found) for shape, found in gaps.items()}
+        step_s, row_s, pool_s, place_s = _plane(gap_s)
         return Costs(
             step_s=step_s,
             row_s=row_s,
             pool_s=pool_s,
+            place_s=place_s,
             prefill_s=max(1e-6, _at_worker(short) - self.SHORT * token_s),
             prompt_token_s=token_s,
             page_bytes_per_s=await self._page_in_rate(statistics.median(each.first_s for each in short)),
@@ -360,7 +368,8 @@ class Measuring:
 
         What router, client and workers do for requests that come and go takes cores from the forwards beside it, which
         waves of answers that begin and end together do not show. Nor do they show whether pools for which there are no
-        slots are computed in the page cache: then experts are missed and none are paged.
+        slots are computed in the page cache, nor what makes some first tokens later than most: kernels for a number of
+        tokens that did not come lately, and all that runs on the cores meanwhile.
         """
         # The first of them are asked for most: they are of one worker after the other.
         pools = {pool.digest: pool for alike in zip(*self._homes.values(), strict=True) for pool in alike}
@@ -369,24 +378,38 @@ class Measuring:
             for seed in range(self.ROUNDS)
         ]
         traces = [[replace(each, at_s=0.0) for each in one.arrivals(list(pools))] for one in drawn]
-        took_s, is_in_place = 0.0, False
+        took_s: list[float] = []
+        is_in_place = False
         for trace in traces:
-            asked = (self._answer(pools[each.pool], each.output_tokens, each.prompt_tokens) for each in trace)
-            answers = await asyncio.gather(*asked)
-            took_s += max(each.token_s[-1] for each in answers) - min(each.began_s for each in answers)
-            is_in_place |= any(each.num_missed and not each.bytes_paged for each in answers)
-        costs = replace(costs, in_place=is_in_place)
-        return agreeing(costs, pools, list(self._homes), traces, took_s)
+            answers = await self._replay(trace, pools)
+            took_s.append(max(each.token_s[-1] for each in answers) - min(each.began_s for each in answers))
+            is_in_place |= _any_in_place(answers)
+        per_s = self.LOAD * len(traces[0]) / min(took_s)
+        apart = Drawn(self.ARRIVALS, 1, per_s, self.TOKENS, self.TOKENS, burst_share=0.0, seed=self.ROUNDS)
+        one_by_one = apart.arrivals(list(pools))
+        answers = [each for _ in range(2) for each in await self._replay(one_by_one, pools)]
+        seen = MixedRuns(traces, took_s, one_by_one, late([each.first_s for each in answers]))
+        return agreeing(replace(costs, in_place=is_in_place), pools, list(self._homes), seen)
+
+    async def _replay(self, trace: Sequence[Arrival], pools: Mapping[str, ExpertPool]) -> list[_Answer]:
+        async def one(arrival: Arrival) -> _Answer:
+            await asyncio.sleep(arrival.at_s)
+            return await self._answer(pools[arrival.pool], arrival.output_tokens, arrival.prompt_tokens)
+
+        return list(await asyncio.gather(*map(one, trace)))
 
     async def _find_homes(self) -> None:
-        """Draws pools until every worker is the home of three."""
-        for _ in range(64 * len(self._homes)):
-            pool = self._new_pool()
+        """Finds pools until every worker is the home of some: codewords, which overlap as those of requests do, or else
+        drawn ones.
+        """
+        codewords = list(self._pools.codewords.values())
+        for number in range(64 * len(self._homes)):
+            pool = codewords[number] if number < len(codewords) else self._new_pool()
             answer = await self._client.route(self._prompt(1), PoolAsk(fixed=pool))
             found = self._homes.get(answer.worker or "")
-            if found is not None and len(found) < 3:
+            if found is not None and len(found) < self.POOLS:
                 found.append(pool)
-            if all(len(pools) == 3 for pools in self._homes.values()):
+            if all(len(pools) == self.POOLS for pools in self._homes.values()):
                 return
         raise ConfigError("some workers are home to no pool; is the service idle, and are all workers ready?")
 
@@ -437,6 +460,11 @@ def measure(address: str, pools: Pools, api_key: str | None = None) -> Costs:
     return asyncio.run(run())
 
 
+def _any_in_place(answers: Iterable[_Answer]) -> bool:
+    """Tells whether experts were computed where the page cache has them: then they are missed, and none are paged."""
+    return any(each.num_missed and not each.bytes_paged for each in answers)
+
+
 def _at_worker(answers: Iterable[_Answer]) -> float:
     return statistics.median(answer.at_worker_s for answer in answers)
 
@@ -457,22 +485,45 @@ def _waning(answers: Sequence[_Answer], num_workers: int) -> float:
     return statistics.median(max(own) - min(own) for own in (ends_s[n::num_workers] for n in range(num_workers)))
 
 
-def agreeing(
-    costs: Costs,
-    pools: Mapping[str, ExpertPool],
-    workers: Sequence[str],
-    traces: Sequence[Sequence[Arrival]],
-    took_s: float,
-) -> Costs:
-    """Returns the costs with forwards that take so much longer, or less long, that these traces are forecast to take
-    `took_s` one after the other.
+@dataclass(frozen=True, slots=True)
+class MixedRuns:
+    """Mixed runs at a service: some with everything at once, which took `took_s` each, and one in which requests came
+    one by one, whose `late` first tokens came after `late_s`.
     """
-    names = ("step_s", "row_s", "pool_s", "change_s", "prefill_s", "prompt_token_s")
+
+    at_once: Sequence[Sequence[Arrival]]
+    took_s: Sequence[float]
+    one_by_one: Sequence[Arrival]
+    late_s: float
+
+
+def late(first_token_s: Sequence[float]) -> float:
+    """Returns the time within which nine of ten came; the last percent of few requests says nothing."""
+    return float(np.percentile(first_token_s, 90))
+
+
+FORWARDS = ("step_s", "row_s", "pool_s", "place_s", "change_s", "prefill_s", "prompt_token_s")
+
+
+def agreeing(costs: Costs, pools: Mapping[str, ExpertPool], workers: Sequence[str], seen: MixedRuns) -> Costs:
+    """Returns the costs with forwards that take so much longer, or less long, and first tokens that are so much later,
+    that what was `seen` is forecast. Of several runs those count that took less, for their forecasts: what other
+    programs do meanwhile makes each only longer.
+    """
     for _ in range(4):  # as not all of the time is that of forwards
-        runs = [Simulation(pools, costs, workers).run(trace) for trace in traces]
-        times = took_s / sum(run.ended_s - run.began_s for run in runs)
-        costs = replace(costs, **{name: getattr(costs, name) * times for name in names})
-    return costs
+        runs = [Simulation(pools, costs, workers).run(trace) for trace in seen.at_once]
+        forecast_s = [run.ended_s - run.began_s for run in runs]
+        times = float(np.percentile(np.divide(seen.took_s, forecast_s), 25))
+        costs = replace(costs, **{name: getattr(costs, name) * times for name in FORWARDS})
+    least_s, most_s = 0.0, seen.late_s
+    for _ in range(12):  # what is drawn is the same each time, so a longer mean makes all later
+        busy_s = (least_s + most_s) / 2
+        forecast = Simulation(pools, replace(costs, busy_s=busy_s), workers).run(seen.one_by_one)
+        if late(forecast.first_token_s) < seen.late_s:
+            least_s = busy_s
+        else:
+            most_s = busy_s
+    return replace(costs, busy_s=least_s)
 
 
 def _unchanged(gap_s: Mapping[int, float], rows: int) -> float:
@@ -482,11 +533,14 @@ def _unchanged(gap_s: Mapping[int, float], rows: int) -> float:
     return 2 * float(np.interp(range(1, rows), sorted(gap_s), [gap_s[each] for each in sorted(gap_s)]).sum())
 
 
-def _plane(gaps: Mapping[tuple[int, int], float]) -> tuple[float, float, float]:
-    """The time of a step of one row, of each further row, and of each further pool, from gaps by rows and pools."""
-    shape_N3 = np.array([(1, rows - 1, num_pools - 1) for rows, num_pools in gaps], float)
+def _plane(gaps: Mapping[tuple[int, int, bool], float]) -> tuple[float, float, float, float]:
+    """Returns the time of a step of one row, of each further row, of each further pool, and of computing any in place,
+    from gaps by rows, pools, and whether some had no slots.
+    """
+    shape_N4 = np.array([(1, rows - 1, num_pools - 1, in_place) for rows, num_pools, in_place in gaps], float)
     gap_N = np.array(list(gaps.values()))
     # What took long may be off by as much more.
-    found_3 = np.linalg.lstsq(shape_N3 / gap_N[:, None], np.ones_like(gap_N), rcond=None)[0]
-    step_s, row_s, pool_s = map(float, found_3)
-    return max(step_s, 1e-6), max(row_s, 0.0), max(pool_s, 0.0)
+    found_4 = np.linalg.lstsq(shape_N4 / gap_N[:, None], np.ones_like(gap_N), rcond=None)[0]
+    step_s, *more_s = map(float, found_4)
+    row_s, pool_s, place_s = (max(each, 0.0) for each in more_s)
+    return max(step_s, 1e-6), row_s, pool_s, place_s

@@ -15,8 +15,20 @@ from typer.testing import CliRunner
 
 from pager.cli import app
 from pager.errors import ConfigError, InvalidRequest
+from pager.lab import simulate
 from pager.lab.simulate import OTHERS, SERVICE, Arrival, Costs, Rules, Simulation
-from pager.lab.traffic import Drawn, agreeing, drawn_pool, read_costs, read_log, with_another, write_costs
+from pager.lab.traffic import (
+    FORWARDS,
+    Drawn,
+    MixedRuns,
+    agreeing,
+    drawn_pool,
+    late,
+    read_costs,
+    read_log,
+    with_another,
+    write_costs,
+)
 from pager.types import ExpertPool, RoutingFacts
 
 FACTS = RoutingFacts(experts_per_layer=(64, 64), shared_per_layer=(0, 0), top_k_per_layer=(2, 2))
@@ -58,13 +70,25 @@ def test_requests_of_one_pool_share_steps_and_others_cost_their_pool() -> None:
 
     alone, together, apart = seconds(["c00"]), seconds(["c00"] * 2), seconds(["c00", "c01"])
     assert together - alone == pytest.approx(100 * COSTS.row_s + 10 * COSTS.prompt_token_s)
-    assert apart - together == pytest.approx(100 * COSTS.pool_s)
+    assert apart - together == pytest.approx(101 * COSTS.pool_s), "in the forward of the prompts, too"
 
 
 def test_an_arrival_ends_a_stretch_of_steps_at_the_next_one() -> None:
     outcome = Simulation(POOLS, replace(COSTS, request_s=0.0), 1).run([one(output=1000), one(1.0)])
     waited_s = outcome.first_token_s[0] - (COSTS.prefill_s + 10 * COSTS.prompt_token_s)
     assert -1e-9 <= waited_s <= COSTS.step_s, "it waits for the step that runs, and its own forward is next"
+
+
+def test_prompts_share_the_forward_of_rows_unless_these_have_just_decoded() -> None:
+    """Two come during a step of the first one. One has room in the forward right after it, the other in the next."""
+    costs = replace(COSTS, request_s=0.0, page_bytes_per_s=math.inf)
+    arrivals = [one(output=100), one(0.1, prompt=simulate.CHUNK_TOKENS), one(0.1, prompt=100)]
+    outcome = Simulation(POOLS, costs, 1).run(arrivals)
+    first_s = COSTS.prefill_s + 10 * COSTS.prompt_token_s
+    step_ends_s = first_s + math.ceil((0.1 - first_s) / COSTS.step_s) * COSTS.step_s
+    alone_s = step_ends_s + COSTS.prefill_s + simulate.CHUNK_TOKENS * COSTS.prompt_token_s
+    beside_s = alone_s + COSTS.step_s + COSTS.row_s + 100 * COSTS.prompt_token_s
+    assert sorted(outcome.first_token_s) == pytest.approx([first_s, alone_s - 0.1, beside_s - 0.1])
 
 
 def test_the_router_takes_one_request_after_the_other() -> None:
@@ -93,6 +117,23 @@ def test_pools_without_slots_are_computed_in_place() -> None:
     assert waited.bytes_paged > ran.bytes_paged == 16 * costs.expert_bytes, "the second pool is not paged"
     assert ran.ended_s > 1000 * costs.step_s + 10 * costs.pool_s, "their rows are in the forwards of the other"
     assert beside.workers[0].index.num_held == 0
+
+
+def test_a_long_prompt_runs_in_parts_and_the_rows_decode_in_each() -> None:
+    costs = replace(COSTS, request_s=0.0, page_bytes_per_s=math.inf)
+    outcome = Simulation(POOLS, costs, 1).run([one(output=20), one(0.03, prompt=2 * simulate.CHUNK_TOKENS + 1)])
+    alone_s = COSTS.prefill_s + 10 * COSTS.prompt_token_s
+    assert outcome.ended_s == pytest.approx(
+        alone_s + 19 * COSTS.step_s  # of the first one, of which two share a forward with parts of the other
+        + COSTS.prefill_s + (2 * simulate.CHUNK_TOKENS + 1) * COSTS.prompt_token_s + 4 * COSTS.row_s
+    )  # fmt: skip
+
+
+def test_forwards_in_place_take_longer() -> None:
+    costs = replace(COSTS, num_slots=20, in_place=True, page_bytes_per_s=math.inf)
+    arrivals = [one(output=101), one(pool="c01", output=11)]
+    with_, without = (Simulation(POOLS, replace(costs, place_s=each), 1).run(arrivals).ended_s for each in (0.1, 0.0))
+    assert with_ - without == pytest.approx(0.1 * 11), "those of the second one, which has no slots"
 
 
 def test_a_router_knows_of_a_worker_what_it_last_reported() -> None:
@@ -182,7 +223,7 @@ def test_a_worker_more_helps_and_a_worker_lost_costs() -> None:
     trace = mixed(80.0)
     few, more = (Simulation(POOLS, COSTS, count).run(trace) for count in (2, 3))
     assert more.first_token_at(99) < few.first_token_at(99)
-    lost = Simulation(POOLS, COSTS, 3, SERVICE, 5.0).run(trace)
+    lost = Simulation(POOLS, COSTS, 3, SERVICE, 5.1).run(trace)
     assert lost.first_token_at(99) > more.first_token_at(99)
     assert lost.num_failed > 0
     assert len(lost.first_token_s) + lost.num_failed == len(trace)
@@ -286,13 +327,14 @@ def test_a_pool_is_drawn_by_its_name() -> None:
 
 
 def test_costs_are_made_to_agree_with_what_mixed_runs_took() -> None:
-    traces = [[replace(each, at_s=0.0) for each in mixed(count=48)] for _ in range(2)]
-    slower = replace(
-        COSTS,
-        **{name: 1.4 * getattr(COSTS, name) for name in ("step_s", "row_s", "pool_s", "prefill_s", "prompt_token_s")},
-    )
-    took_s = sum(Simulation(POOLS, slower, 2).run(trace).ended_s for trace in traces)
-    found = agreeing(COSTS, POOLS, ["w0", "w1"], traces, took_s)
+    traces = [[replace(each, at_s=0.0) for each in mixed(count=48)] for _ in range(3)]
+    slower = replace(COSTS, **{name: 1.4 * getattr(COSTS, name) for name in FORWARDS}, busy_s=0.02)
+    took_s = [Simulation(POOLS, slower, 2).run(trace).ended_s for trace in traces]
+    took_s[1] *= 1.5  # as another program ran
+    one_by_one = mixed(20.0, count=64)
+    seen = MixedRuns(traces, took_s, one_by_one, late(Simulation(POOLS, slower, 2).run(one_by_one).first_token_s))
+    found = agreeing(COSTS, POOLS, ["w0", "w1"], seen)
     assert found.step_s == pytest.approx(slower.step_s, rel=0.03)
+    assert found.busy_s == pytest.approx(slower.busy_s, rel=0.1)
     assert found.prefill_s / found.step_s == pytest.approx(COSTS.prefill_s / COSTS.step_s)
     assert (found.request_s, found.page_bytes_per_s) == (COSTS.request_s, COSTS.page_bytes_per_s)

@@ -133,6 +133,7 @@ class ShortMeasuring(Measuring):
     ROUNDS = 1
     TOKENS = 6
     SHORT, LONG = 4, 20
+    ARRIVALS = 8
 
 
 async def test_what_work_costs_is_measured_at_a_running_service(
@@ -147,6 +148,9 @@ async def test_what_work_costs_is_measured_at_a_running_service(
         assert costs.page_bytes_per_s > 0
         used: dict[str, Counter[str]] = {}
         num_mixed = 24 * len(views)
+        one_by_one = [request for _, request in cluster.received[-2 * ShortMeasuring.ARRIVALS :]]
+        del cluster.received[-2 * ShortMeasuring.ARRIVALS :]
+        assert all(request.pool.fixed is not None for request in one_by_one)
         for worker, request in cluster.received[:-num_mixed]:
             assert request.pool.fixed is not None
             used.setdefault(worker, Counter())[request.pool.fixed.digest] += 1
@@ -155,7 +159,7 @@ async def test_what_work_costs_is_measured_at_a_running_service(
         assert abs(busiest[0][1] - busiest[1][1]) == 2, "but for a wave of two rows that one has to itself"
         assert busiest[0][0] != busiest[1][0], "each in a pool that is at home there"
         mixed = Counter(request.pool.fixed for _, request in cluster.received[-num_mixed:])
-        assert len(mixed) == 6, "all at once, of all pools that are at home somewhere"
+        assert len(mixed) == 2 * Measuring.POOLS, "all at once, of all pools that are at home somewhere"
         prompts = [request.prompt_token_ids for _, request in cluster.received]
         assert len(set(prompts)) > len(prompts) // 2, "what is cached of a prompt would cost nothing"
     cluster.change("w0", state="starting")

@@ -56,8 +56,8 @@ TURNED_ROWS, LEAST_TURNED_BYTES, MOST_TURNED_INPUTS = frozenset({32, 64}), 2**21
 ROWS_TOGETHER = 128
 """Experts are computed together up to so many rows: what is done once for all of them would take longer for each."""
 
-SUMMED_BYTES = 1 << 20
-"""The outputs of pairs that are weighted and added up at a time."""
+SUMMED_BYTES, LEAST_SUMMED_COLUMNS = 1 << 20, 16
+"""The outputs of pairs that are weighted and added up at a time, in fp32."""
 
 _AS_IT_IS = nullcontext()
 
@@ -396,9 +396,15 @@ class PairOutputs:
     def total(self) -> Tensor:
         """Returns [T, D], after every pair was computed."""
         row_TK, weights_TK = self._row_TK, self._weights_TK
-        if weights_TK.dtype == self._out_RD.dtype:  # one pass over the outputs, which are added up in fp32
-            return embedding_bag(row_TK, self._out_RD, mode="sum", per_sample_weights=weights_TK)
         total_TD = torch.empty_like(self._hidden_TD)
+        if weights_TK.dtype == self._out_RD.dtype:
+            # Rounded as transformers round: each weighted output, and the sum, which is taken in fp32.
+            weight_R = weights_TK.new_zeros(len(self._out_RD)).index_copy_(0, row_TK.flatten(), weights_TK.flatten())
+            width = max(LEAST_SUMMED_COLUMNS, SUMMED_BYTES // (4 * len(self._out_RD)))
+            for total_TC, out_RC in zip(total_TD.split(width, 1), self._out_RD.split(width, 1), strict=True):
+                weighted_RC = (out_RC * weight_R[:, None]).float()
+                total_TC.copy_(embedding_bag(row_TK, weighted_RC, mode="sum"))
+            return total_TD
         num_tokens = max(1, SUMMED_BYTES // (row_TK.shape[1] * total_TD.shape[1] * 4))
         parts = zip(total_TD.split(num_tokens), row_TK.split(num_tokens), weights_TK.split(num_tokens), strict=True)
         for total_ND, row_NK, weights_NK in parts:

@@ -49,7 +49,11 @@ def admission_table(model: Path, dtype: torch.dtype, num_rounds: int, num_tokens
         num_slots = 2 * sum(largest_counts(Share(POOL), opened.facts))
         budgets = Budgets(expert_memory=num_slots * opened.expert_bytes, host_memory=0, kv_memory="64MiB")
         prompt = prompts_of(copied, 1, num_tokens)[0]
-        with load_engine(copied, dtype, budgets, 4) as engine, console.status("admission of a long prompt"):
+        # What the engine computes in the file stays in the page cache.
+        with (
+            load_engine(copied, dtype, budgets, 4, in_place=False) as engine,
+            console.status("admission of a long prompt"),
+        ):
             by_prefill = PoolPolicy(Share(POOL))
             _, usage = engine.first_token(prompt, by_prefill)
             assert usage.pool is not None

@@ -44,7 +44,10 @@ def first_token_table(path: Path, dtype: torch.dtype, num_rounds: int, num_reade
     """
     prompt = prompts_of(path, 1, PROMPT_TOKENS)[0]
     with (
-        load_engine(path, dtype, _pools(path, dtype, 2), num_readers, bypass_page_cache=direct) as engine,
+        # What the engine computes in the file stays in the page cache.
+        load_engine(
+            path, dtype, _pools(path, dtype, 2), num_readers, bypass_page_cache=direct, in_place=False
+        ) as engine,
         console.status("time to first token"),
     ):
         by_prefill = PoolPolicy(Share(POOL_SHARE))

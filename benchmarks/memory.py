@@ -95,7 +95,7 @@ def _import_only() -> None:
 def _serve(model: Path, expert_memory: str, host_memory: str, num_switches: int) -> Served:
     quieten()
     budgets = Budgets(expert_memory=expert_memory, host_memory=host_memory, kv_memory="128MiB")
-    with load_engine(model, torch.bfloat16, budgets, 4) as engine:
+    with load_engine(model, torch.bfloat16, budgets, 4, in_place=False) as engine:
         prompts = [prompts_of(model, num_switches, length, seed=length) for length in PROMPT_TOKENS]
         for number in range(num_switches):
             pool = random_pools(engine.paged.facts, POOL, 1, seed=number)[0]

@@ -47,8 +47,8 @@ flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """What `scaled_dot_product_attention` calls on a CPU, and throws away the second result of."""
 
 FEW_TOKENS = 768
-"""From so many queries on torch's kernel takes tiles of 256. Below it takes tiles of 64, and longer than
-`_attend_causally`, unless there is only one."""
+"""From this many queries on, torch's kernel uses tiles of 256. With fewer it uses tiles of 64 and is slower than
+`_attend_causally`, unless one tile holds them all."""
 
 SCORED_TOKENS, SCORES = 64, 2**18
 """The queries that `_attend_causally` runs at a time, and their scores at most: buffers of 1 MiB (`workspace`)."""

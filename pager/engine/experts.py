@@ -48,13 +48,13 @@ HALF_PRECISION_ROWS = 16
 """The rows of a oneDNN tile. oneDNN compiles a kernel of 0.7 MB, in a millisecond, for every new number of rows."""
 
 TURNED_ROWS, LEAST_TURNED_BYTES, MOST_TURNED_INPUTS = frozenset({32, 64}), 2**21, 3072
-"""So many rows are multiplied as columns behind a large matrix: oneDNN then reads the matrix as it lies, in 0.77 and
-0.88 of the time, with the same results to the bit. Other numbers of rows gain nothing, and 4,096 inputs take longer
-(AVX512-BF16, no AMX).
+"""The numbers of rows that are multiplied as columns, behind a large matrix: oneDNN then reads the matrix as it lies,
+in 0.77 (32 rows) and 0.88 (64) of the time, with the same results to the bit. Other numbers of rows gain nothing, and
+matrices with 4,096 inputs take longer (AVX512-BF16, no AMX).
 """
 
 ROWS_TOGETHER = 128
-"""Experts are computed together up to so many rows: what is done once for all of them would take longer for each."""
+"""The rows up to which experts are computed together, so that gathering and gating are done once for all of them."""
 
 SUMMED_BYTES, LEAST_SUMMED_COLUMNS = 1 << 20, 16
 """The outputs of pairs that are weighted and added up at a time, in fp32."""

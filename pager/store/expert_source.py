@@ -327,9 +327,9 @@ _Stretches = Mapping[DataFile, tuple[int, int]]
 
 
 FEW_PAGES = 64
-"""So many pages, or one in so many, may be missing where the page cache is taken to have something, but no more than an
-eighth. A system that wants memory takes pages here and there, of experts in slots above all, and reading these few is
-little beside reading experts into slots.
+"""The pages that an expert or layer may lack and still be computed in the page cache: this many, or one in this many if
+that is more, but never over an eighth. A system short of memory drops single pages, mostly of experts that are also in
+slots, and reading those back costs little beside reading experts into slots.
 """
 
 SEEN_S = 0.1
@@ -410,7 +410,8 @@ class _StoredLayer:
         """
         self.check_files()
         seen_until_s, now_s = self._seen_until_s, time.monotonic()
-        unseen, patched = [key for key in keys if seen_until_s.get(key, 0.0) <= now_s], list[ExpertKey]()
+        unseen = [key for key in keys if seen_until_s.get(key, 0.0) <= now_s]
+        patched: list[ExpertKey] = []
         if unseen and self.nbytes <= ASKED_AT_ONCE_BYTES:
             looks = [(list(self.spans), self.stretches)]
         else:

@@ -2,9 +2,10 @@
 
 import os
 
-# In half precision on a CPU, torch compiles and keeps a kernel of 0.7 MB for every number of rows that it ever
-# multiplied. Its two caches for them (ideep's and oneDNN's) hold 1024 each, which is more than a plan can spare. Both
-# read their capacity at the first multiplication. The plan has room for this many (pager/engine/workspace.py).
-KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-for _cache in KERNEL_CACHES:
-    os.environ.setdefault(_cache, "128")
+# In half precision on a CPU, torch compiles a kernel for every number of rows that it multiplies and for every shape of a
+# matrix: half a MiB and up to a third of a millisecond each, where a product takes some 40 microseconds. oneDNN keeps
+# this many of them unless a plan has less room (pager/engine/workspace.py), and reads the number at the first
+# multiplication. ideep would keep other copies of them, which save nothing once oneDNN has a kernel.
+KERNEL_CACHE, MOST_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024
+os.environ.setdefault(KERNEL_CACHE, str(MOST_KERNELS))
+os.environ.setdefault("LRU_CACHE_CAPACITY", "1")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pager.engine import KERNEL_CACHES
+from pager.engine import KERNEL_CACHE
 from pager.engine.attention import SINK_WIDTH, attends_in
 from pager.engine.experts import (
     COPIED_PAIRS,
@@ -43,7 +43,7 @@ MIB = 2**20
 FP32 = 4
 INT64 = 8
 
-KERNEL_BYTES = 3 * MIB // 4  # of a kernel that torch compiled for half precision
+KERNEL_BYTES = MIB // 2  # of a kernel that torch compiled for half precision
 
 KEPT_BYTES = 9 * MIB // 2
 """The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`. Below it are the experts
@@ -214,7 +214,7 @@ class _Shapes:
 
 
 def _kernel_bytes() -> int:
-    return sum(int(os.environ[cache]) for cache in KERNEL_CACHES) * KERNEL_BYTES
+    return int(os.environ[KERNEL_CACHE]) * KERNEL_BYTES
 
 
 def _dense_intermediate(opened: OpenModel) -> int:
@@ -229,10 +229,9 @@ def limit_kernels(plan: Plan) -> None:
     """Makes torch keep no more kernels than the plan has room for. It reads the number at its first product in half
     precision, so that a process which has computed before keeps to an earlier one.
     """
-    most = plan.kernel_bytes // (len(KERNEL_CACHES) * KERNEL_BYTES)
-    for cache in KERNEL_CACHES:
-        if 0 < most < int(os.environ[cache]):
-            os.environ[cache] = str(most)
+    most = plan.kernel_bytes // KERNEL_BYTES
+    if 0 < most < int(os.environ[KERNEL_CACHE]):
+        os.environ[KERNEL_CACHE] = str(most)
 
 
 def return_freed_memory() -> None:

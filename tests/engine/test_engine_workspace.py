@@ -285,3 +285,50 @@ def test_what_steps_take_anew_stays_however_much_lasts_beside_it() -> None:
     command = [sys.executable, "-c", start, STEPS_BESIDE_WHAT_LASTS]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environment)
     assert int(ran.stdout) < MIB // resource.getpagesize()
+
+
+PRODUCTS = """
+import sys
+import psutil
+import pager.engine
+import torch
+from pager.engine.workspace import limit_kernels
+from pager.memory import Budgets, Machine, Needs, Workspace, plan
+from pager.types import RoutingFacts
+
+MIB, num_mib, num_rows = 2**20, int(sys.argv[1]), int(sys.argv[2])
+needs = Needs(MIB, MIB, RoutingFacts((4,), (0,), (1,)), 1024, 64, 0, Workspace(kernel_bytes=num_mib * MIB))
+limit_kernels(plan(needs, Budgets(), Machine.detect("cpu")))
+torch.set_num_threads(1)
+weights_ND, rows_TD = (torch.randn(size, 128, dtype=torch.bfloat16) for size in (512, 1024))
+torch.nn.functional.linear(rows_TD[:2], weights_ND)  # with it comes what oneDNN takes by itself
+for _ in range(2):
+    before = psutil.Process().memory_info().rss
+    print("pass", file=sys.stderr, flush=True)
+    for rows in range(3, 3 + num_rows):
+        torch.nn.functional.linear(rows_TD[:rows], weights_ND)
+    print((psutil.Process().memory_info().rss - before) // MIB, file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("num_mib", "num_rows", "are_kept"), [(512, 600, True), (32, 200, False)])
+def test_kernels_of_half_precision_are_kept_within_their_part_of_the_plan(
+    num_mib: int, num_rows: int, are_kept: bool
+) -> None:
+    """oneDNN itself says, for each product of each pass, whether it had the kernel."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    ran = subprocess.run(
+        [sys.executable, "-c", f"exec({PRODUCTS!r})", str(num_mib), str(num_rows)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=True,
+        env=environment | {"ONEDNN_VERBOSE": "profile_create"},
+    )
+    grown_mib = [int(line) for line in ran.stderr.split("\n") if line.isdigit()]
+    made = ran.stdout.count("create:cache_miss")
+    if not made:
+        pytest.skip("this processor multiplies in bfloat16 without oneDNN's kernels")
+    assert made <= 1 + num_rows if are_kept else made > 3 * num_rows // 2
+    assert sum(grown_mib) <= num_mib * 5 // 4

@@ -1,7 +1,7 @@
 """How much of the engine's speed reaches a client: tokens/s and first tokens through the whole service, over gRPC,
 beside the engine in this process, by the number of streams in flight.
 
-python -m benchmarks.service [MODEL]  about 4 minutes on 2 cores
+python -m benchmarks.service [MODEL]  about 6 minutes on 2 cores
 python -m benchmarks.service --quick  a smoke run that writes no file
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +45,8 @@ STREAMS = (1, 4, 16, 64, 256)
 PROMPT_TOKENS = 64
 KV_MEMORY = "256MiB"
 START_TIMEOUT_S = 300
-WAVES_A_ROUND = {1: 8, 4: 4, 16: 4}  # by the number of streams: few take a quarter of a second, and vary by a third
+WAVES = {1: 12, 4: 8, 16: 8}  # by the number of streams: few take a quarter of a second, and vary by a third
+UNCOUNTED_WAVES = 2
 SMALLEST_SHARE, HELD_TO = 0.9, (1, 16, 64)  # of the engine's tokens/s, and with so many streams
 
 
@@ -63,7 +66,8 @@ class Wave:
 
 def main(
     model: Annotated[Path, typer.Argument(help="A checkpoint.")] = MODEL,
-    rounds: Annotated[int, typer.Option(min=1, help="Repeats of which the median is taken.")] = 3,
+    pairs: Annotated[int, typer.Option(min=1, help="Services and engines, all in new processes.")] = 4,
+    waves: Annotated[int, typer.Option(min=1, help="Of each number of streams beside each service; more of few.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
     threads: Annotated[int | None, typer.Option(help="Of torch, here and in the worker. Default: its choice.")] = None,
     results: Annotated[Path, typer.Option(help="Directory for the table.")] = RESULTS,
@@ -71,57 +75,101 @@ def main(
 ) -> None:
     """Measure the service beside its engine."""
     quieten()
-    streams, rounds, tokens = (STREAMS[:2], 1, 4) if quick else (STREAMS, rounds, tokens)
-    most, found = max(streams), conditions()  # what else runs, before the service does
-    with tempfile.TemporaryDirectory() as folder, service(model, Path(folder), most, threads) as ready:
-        torch.set_num_threads(ready["plan"]["num_threads"])
-        budgets = Budgets(expert_memory="100%", host_memory=0, kv_memory=KV_MEMORY, max_running=most)
-        limits = EngineLimits(max_running=most, prefix_cache=False)
-        report = Report(
-            "service",
-            f"{model.name}, bfloat16, exact, all experts in slots; {PROMPT_TOKENS} prompt tokens, answers of {tokens}",
-            found | {"threads": f"{torch.get_num_threads()} of torch in the worker, and in the engine beside it"},
-        )
-        report.start()
-        with (
-            load_engine(model, torch.bfloat16, budgets, 4, limits=limits) as engine,
-            closing(Client(ready["address"])) as client,
-            console.status("waves"),
-        ):
-            report.add(table(model, engine, client, streams, rounds, tokens))
+    if quick:
+        pairs, waves, tokens = 1, 1, 4
+    found = conditions()  # what else runs, before the service does
+    run = Run(model, STREAMS[:2] if quick else STREAMS, waves, tokens, threads)
+    with console.status("waves"):
+        measured = [in_new_process(run) for _ in range(pairs)]
+    report = Report(
+        "service",
+        f"{model.name}, bfloat16, exact, all experts in slots; {PROMPT_TOKENS} prompt tokens, answers of {tokens}",
+        found | {"threads": f"{measured[0].threads} of torch in the worker, and in the engine beside it"},
+    )
+    report.start()
+    report.add(table(measured))
     if not quick:
         report.write(results)
 
 
-def table(
-    model: Path, engine: EngineRun, client: Client, streams: Sequence[int], num_rounds: int, num_tokens: int
-) -> Table:
-    rows = []
-    for num_streams in streams:
-        prompts = prompts_of(model, num_streams, PROMPT_TOKENS)
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The waves of one engine and of one service that took turns, by the number of streams."""
+
+    threads: int
+    engine: Mapping[int, Sequence[Wave]]
+    service: Mapping[int, Sequence[Wave]]
+
+    def share(self, num_streams: int) -> float:
+        """The service's tokens/s over the engine's, as the median of waves that ran one after the other."""
+        turns = zip(self.service[num_streams], self.engine[num_streams], strict=True)
+        return statistics.median(through.tokens_per_s / beside.tokens_per_s for through, beside in turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Measures one pair when it is called, with the engine in the process that calls it."""
+
+    model: Path
+    streams: Sequence[int]
+    num_waves: int
+    num_tokens: int
+    threads: int | None
+
+    def __call__(self) -> Pair:
+        quieten()
+        most = max(self.streams)
+        with tempfile.TemporaryDirectory() as folder, service(self.model, Path(folder), most, self.threads) as ready:
+            torch.set_num_threads(ready["plan"]["num_threads"])
+            budgets = Budgets(expert_memory="100%", host_memory=0, kv_memory=KV_MEMORY, max_running=most)
+            limits = EngineLimits(max_running=most, prefix_cache=False)
+            with (
+                load_engine(self.model, torch.bfloat16, budgets, 4, limits=limits) as engine,
+                closing(Client(ready["address"])) as client,
+            ):
+                found = {num_streams: self._take_turns(engine, client, num_streams) for num_streams in self.streams}
+        return Pair(
+            torch.get_num_threads(),
+            {num_streams: waves["engine"] for num_streams, waves in found.items()},
+            {num_streams: waves["service"] for num_streams, waves in found.items()},
+        )
+
+    def _take_turns(self, engine: EngineRun, client: Client, num_streams: int) -> dict[str, list[Wave]]:
+        prompts = prompts_of(self.model, num_streams, PROMPT_TOKENS)
         ways: dict[str, Callable[[], Wave]] = {
-            "engine": partial(in_process, engine, prompts, num_tokens),
-            "service": partial(client.wave, prompts, num_tokens),
+            "engine": partial(in_process, engine, prompts, self.num_tokens),
+            "service": partial(client.wave, prompts, self.num_tokens),
         }
-        for run in ways.values():
-            run()
-        found = alternate(ways, num_rounds * (WAVES_A_ROUND.get(num_streams, 1) if num_rounds > 1 else 1))
-        rates = {name: [wave.tokens_per_s for wave in waves] for name, waves in found.items()}
-        shares = [through / beside for through, beside in zip(rates["service"], rates["engine"], strict=True)]
-        share = statistics.median(shares)
-        verdict = "-" if num_streams not in HELD_TO else "ok" if share >= SMALLEST_SHARE else "less"
-        firsts_ms = [value for name in ways for value in first_tokens_ms(found[name])]
-        figures = (*(figure(rates[name], 0) for name in ways), figure(shares, 2), verdict)
-        rows.append((str(num_streams), *figures, *(f"{value:.0f}" for value in firsts_ms)))
+        alternate(ways, UNCOUNTED_WAVES)
+        return alternate(ways, max(self.num_waves, WAVES.get(num_streams, 0)) if self.num_waves > 1 else 1)
+
+
+def in_new_process(run: Run) -> Pair:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run).result()
+
+
+def table(pairs: Sequence[Pair]) -> Table:
+    rows = []
+    for num_streams in pairs[0].engine:
+        shares = [pair.share(num_streams) for pair in pairs]
+        verdict = "-" if num_streams not in HELD_TO else "ok" if statistics.median(shares) >= SMALLEST_SHARE else "less"
+        engine = [wave for pair in pairs for wave in pair.engine[num_streams]]
+        through = [wave for pair in pairs for wave in pair.service[num_streams]]
+        rates = (figure([wave.tokens_per_s for wave in waves], 0) for waves in (engine, through))
+        firsts = (f"{value:.0f}" for waves in (engine, through) for value in first_tokens_ms(waves))
+        rows.append((str(num_streams), *rates, figure(shares, 2), verdict, *firsts))
     columns = (
         *("streams", "engine tokens/s", "service tokens/s", "service / engine", f"at least {SMALLEST_SHARE}"),
         *("engine first token ms, p50", "p99", "service first token ms, p50", "p99"),
     )
     notes = (
         "All requests of a wave are sent at once; tokens/s count from there to the last one's end, prompts included.",
-        "The client has one connection and runs in this process, on the same cores as router and worker.",
-        f"{num_rounds} rounds that take turns, after one that is not counted; of several waves with few streams.",
-        "The share is the median of those of all pairs of waves; p50 and p99 are over their requests.",
+        "The client has one connection and runs in the engine's process, on the same cores as router and worker.",
+        f"{len(pairs)} pairs of a service and an engine, all in new processes: one process computes the same up to a "
+        "tenth faster than another one, for as long as it lives.",
+        f"A pair's waves take turns, after {UNCOUNTED_WAVES} that are not counted. The share is the median of the "
+        "pairs' own medians; p50 and p99 are over all requests.",
     )
     return Table("Streams in flight", columns, rows, notes)
 

@@ -43,7 +43,7 @@ MIB = 2**20
 FP32 = 4
 INT64 = 8
 
-KERNEL_BYTES = MIB // 2  # of a kernel that torch compiled for half precision
+KERNEL_BYTES = 5 * MIB // 8  # of a kernel that torch compiled for half precision
 
 KEPT_BYTES = 9 * MIB // 2
 """The smallest buffer that malloc returns as soon as it is freed: see `return_freed_memory`. Below it are the experts

@@ -22,7 +22,7 @@ from benchmarks.checkpoints import WORK, synthetic
 from benchmarks.decode import PROMPT_TOKENS, Effort, Way
 from benchmarks.measure import alternate
 from benchmarks.models import Decode, Decoded
-from benchmarks.page_cache import cached_bytes
+from benchmarks.page_cache import read_through
 from benchmarks.prompts import prompts_of
 from benchmarks.raw_copy import RawCopy
 from benchmarks.report import RESULTS, Report, Table, conditions, console, figure, quieten
@@ -77,8 +77,7 @@ def bound_table(path: Path, effort: Effort) -> Table:
     opened.checkpoint.close()
     record = opened.expert_bytes
     prompt = prompts_of(path, 1, PROMPT_TOKENS)
-    for file in path.glob("*.safetensors"):
-        _read_through(file)
+    read_through(path.glob("*.safetensors"))
     rows = []
     for by_engine in (False, True):
         name = "engine" if by_engine else "load_model"
@@ -146,15 +145,6 @@ def _copy(copy: Callable[[], None], seconds: list[float]) -> None:
     started_s = time.perf_counter()
     copy()
     seconds.append(time.perf_counter() - started_s)
-
-
-def _read_through(file: Path) -> None:
-    """Fills the page cache. What does not stay in it makes the table one of the disk, and is said."""
-    with file.open("rb") as stream:
-        while stream.read(1 << 24):
-            pass
-    if (cached := cached_bytes(file)) < (size := file.stat().st_size):
-        console.print(f"only {cached} of {size} bytes of {file.name} stay in the page cache")
 
 
 if __name__ == "__main__":

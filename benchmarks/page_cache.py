@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.report import console
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
@@ -32,6 +34,16 @@ def drop(paths: Iterable[Path]) -> None:
         left, size = cached_bytes(path), path.stat().st_size
         if left > max(LEFT_OVER * size, 1 << 20):
             raise OSError(f"{left} of {size} bytes of {path} stay in the page cache; who else reads or maps the file?")
+
+
+def read_through(paths: Iterable[Path]) -> None:
+    """Fills the page cache with the files. What does not stay makes a table one of the disk, and is said."""
+    for path in paths:
+        with path.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
+        if (cached := cached_bytes(path)) < (size := path.stat().st_size):
+            console.print(f"only {cached} of {size} bytes of {path.name} stay in the page cache")
 
 
 def cached_bytes(path: Path) -> int:

@@ -26,9 +26,10 @@ import torch
 import typer
 from expert_pager.v1 import expert_pager_pb2 as pb
 
-from benchmarks.checkpoints import WORK, checkpoints
+from benchmarks.checkpoints import WORK, synthetic
 from benchmarks.engine_run import EngineRun, fixed, load_engine
 from benchmarks.measure import alternate
+from benchmarks.page_cache import read_through
 from benchmarks.prompts import Domains, domains_of, prompts_of
 from benchmarks.report import RESULTS, ROOT, Report, Table, conditions, console, figure, quieten, ratio
 from benchmarks.service import KV_MEMORY, Client, Wave, first_tokens_ms, service
@@ -95,7 +96,7 @@ def main(
         if "fairness" in wanted:
             report.add(fairness(model, tokens, 2 if quick else NUM_ASKED, 4 if quick else FLOOD_REQUESTS, corpus))
         if "size" in wanted and not quick:
-            report.add(expert_size(model, tokens))
+            report.add(expert_size(model, rounds, tokens))
     if not quick:
         report.write(results)
 
@@ -245,9 +246,9 @@ def fairness(model: Path, num_tokens: int, most_asked: int, most_flood: int, cor
     )  # fmt: skip
 
 
-def expert_size(model: Path, num_tokens: int) -> Table:
+def expert_size(model: Path, num_rounds: int, num_tokens: int) -> Table:
     """Experts of the released size, of two layers, in pools that overlap as those of two layers of `model` do."""
-    plain, _ = checkpoints(WORK, SIZE_SHAPE, SIZE_LAYERS)
+    plain = synthetic(WORK, SIZE_SHAPE, SIZE_LAYERS)
     codewords = list(Pools.of(model, Share(POOL)).codewords.values())[:NUM_DOMAINS]
     pools = [fixed(ExpertPool(pool.experts[2 : 2 + SIZE_LAYERS])) for pool in codewords]
     num_each = 4
@@ -257,18 +258,16 @@ def expert_size(model: Path, num_tokens: int) -> Table:
     for way, (memory, in_place) in WAYS_TO_SERVE.items():
         budgets = Budgets(expert_memory=memory, host_memory=0, kv_memory=KV_MEMORY, max_running=len(requests))
         limits = EngineLimits(max_running=len(requests), prefix_cache=False)
+        read_through(plain.glob("*.safetensors"))  # what the engine before it took may have displaced pages
         with load_engine(plain, torch.bfloat16, budgets, 4, limits=limits, in_place=in_place) as engine:
             engine.answer_all(requests[:NUM_DOMAINS], 2)
-            stats, started_s, forward_s = engine.paged.pager.stats(), time.perf_counter(), engine.forward_s
-            usages = engine.answer_all(requests, num_tokens)
-            seconds, forward_s = time.perf_counter() - started_s, engine.forward_s - forward_s
-            nbytes = engine.paged.pager.stats().paging.bytes_paged - stats.paging.bytes_paged
-        rates[way] = len(requests) * num_tokens / seconds
-        waited_s = sum(usage.paging.stall_s for usage in usages)
+            rounds = [_burst(engine, requests, num_tokens) for _ in range(num_rounds)]
+        burst = sorted(rounds, key=lambda each: each.seconds)[num_rounds // 2]
+        rates[way] = len(requests) * num_tokens / burst.seconds
         rows.append(
             (
-                *(way, f"{rates[way]:.1f}", f"{seconds:.1f}", f"{forward_s:.1f}"),
-                *(f"{waited_s:.1f}", f"{nbytes / 2**20:.0f}"),
+                *(way, f"{rates[way]:.1f}", f"{burst.seconds:.1f}", f"{burst.forward_s:.1f}"),
+                *(f"{burst.waited_s:.1f}", f"{burst.nbytes / 2**20:.0f}"),
             )
         )
     share = rates[MEMORIES[0]] / rates[MEMORIES[1]]
@@ -278,9 +277,32 @@ def expert_size(model: Path, num_tokens: int) -> Table:
         rows,
         (
             f"{SIZE_SHAPE} with {SIZE_LAYERS} layers, the engine in this process; {NUM_DOMAINS} pools with "
-            f"{num_each} requests each, all sent at once; pages are read through the page cache.",
+            f"{num_each} requests each, all sent at once; the files are read into the page cache before each of the "
+            f"engines. {num_rounds} rounds each after one that is not counted; the row is the round of median length.",
             f"The ratio is {share:.2f}; at least {SIZE_GOAL} is aimed at.",
         ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Burst:
+    """What requests that were all sent at once took: seconds, those in forwards, and for experts in them."""
+
+    seconds: float
+    forward_s: float
+    waited_s: float
+    nbytes: int
+
+
+def _burst(engine: EngineRun, requests: Sequence[tuple[list[int], PoolPolicy]], num_tokens: int) -> _Burst:
+    paged, started_s = engine.paged.pager.stats().paging.bytes_paged, time.perf_counter()
+    forward_s = engine.forward_s
+    usages = engine.answer_all(requests, num_tokens)
+    return _Burst(
+        time.perf_counter() - started_s,
+        engine.forward_s - forward_s,
+        sum(usage.paging.stall_s for usage in usages),
+        engine.paged.pager.stats().paging.bytes_paged - paged,
     )
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -133,8 +135,17 @@ def _quantiser(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -
         return InParts(parts)
     read = AutoHfQuantizer.from_config({**config, "dequantize": True}, pre_quantized=True)
     if is_compressed:
+        _silence_notes_on_shapes()
         read.validate_environment()  # which chooses how it reads; those of others ask for more than reading takes
     return read
+
+
+def _silence_notes_on_shapes() -> None:
+    """Silences what compressed-tensors writes to stderr for each weight of which it is given the shape alone."""
+    with suppress(ImportError):  # earlier versions write nothing
+        from loguru import logger
+
+        logger.disable("compressed_tensors.compressors.pack_quantized.base")
 
 
 def _bits(config: Mapping[str, Any]) -> Any:
@@ -574,5 +585,7 @@ class Processed:
 
     def convert(self, input_dict: Mapping[str, Tensor], full_layer_name: str = "", **_: Any) -> dict[str, Tensor]:
         (tensor,) = input_dict.values()
-        made = self._processor.process(weights=tensor.numpy(), name=self._name)
-        return {full_layer_name: torch.from_numpy(made.weights)}
+        # Without values, one zero in the place of all has the shape and takes no memory.
+        values = np.broadcast_to(np.float32(0), tensor.shape) if tensor.is_meta else tensor.numpy()
+        made = self._processor.process(weights=values, name=self._name).weights
+        return {full_layer_name: tensor.new_empty(made.shape) if tensor.is_meta else torch.from_numpy(made)}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pager.errors import CheckpointError, InvalidRequest, UnsupportedModel
 from pager.memory import format_bytes
+from pager.models.formats import quantisation_of
 from pager.models.open_model import OpenModel
 from pager.pools.pick import check_pool
 from pager.reading import shown
@@ -43,9 +44,11 @@ _COUNT_FIELDS = {
 }  # fmt: skip
 """By model type, the field of a config that counts the experts of a layer. Only these families' gates can be cut."""
 
+_IN_FLOATS = "what was trained goes back into plain floats only: cut, train and merge a checkpoint of those"
 _EXPERT = re.compile(r"(.*\blayers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.)(\d+)(\..+)")
 _STACKED = re.compile(r".*\blayers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.\w+")
 _GATE = re.compile(r".*\blayers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight")
+_QUANTISED_GATE = re.compile(r".*\blayers\.\d+\.(?:mlp|block_sparse_moe)\.gate\.(?!weight$)\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +152,9 @@ def cut(
 
     Its experts are stored as `expert_dtype` (None: as in `model`). Holds a bounded buffer, never a tensor. `chosen_by`
     goes into the model card, and so does `packed_as`, what the slice's experts will be packed as. Raises
-    UnsupportedModel for a family whose gate cannot be cut, InvalidRequest and PoolTooSmall for a pool that this
-    model's config cannot hold, CheckpointError for a bad or packed source, ConfigError if `out_dir` exists,
-    InsufficientDisk.
+    UnsupportedModel for a family whose gate cannot be cut, and for quantised gates, InvalidRequest and PoolTooSmall for
+    a pool that this model's config cannot hold, CheckpointError for a bad or packed source, ConfigError if `out_dir`
+    exists, InsufficientDisk.
     """
     out, checkpoint = Path(out_dir), model.checkpoint
     check_absent(out)
@@ -161,6 +164,11 @@ def cut(
     if checkpoint.is_packed:
         raise CheckpointError(f"{checkpoint.path} is packed; slice the checkpoint that it was made from")
     model.check()
+    if quantised := next(filter(_QUANTISED_GATE.fullmatch, checkpoint.specs), None):
+        raise UnsupportedModel(
+            f"the gates of {checkpoint.path} are quantised (tensor {quantised!r}), and only gates in plain floats can "
+            "be cut; slice a checkpoint of this model that has such gates"
+        )
     record = SliceRecord(checkpoint.fingerprint, experts, chosen_by)
     sources: dict[str, tuple[TensorSpec, Place]] = {}
     for spec in checkpoint.specs.values():
@@ -269,6 +277,11 @@ def _card(model: OpenModel, pool: ExpertPool, made: Slice, packed_as: str | None
 After training, `expert-pager slice --merge SLICE --into MODEL OUT` puts it back into a copy of {name}."""
     if packed_as is not None:
         use = f"- experts in {packed_as}, packed for expert-pager; plain transformers does not load them\n"
+    elif model.quantised is not None:
+        use = f"""- quantised as {name} is ({model.quantised.words}): loads in expert-pager as any checkpoint, and \
+in plain transformers where {name} does
+
+To train a slice and merge it back, cut it from a checkpoint of this model in plain floats."""
     return f"""---
 library_name: transformers
 tags: [mixture-of-experts, expert-slice]
@@ -359,7 +372,10 @@ def _pairs(part: Checkpoint, whole: Checkpoint) -> list[tuple[TensorSpec, Place]
             part.require(place.name, place.shape_of(spec))
             pairs.append((spec, place))
         elif place.kind != "other":  # of the others, a tied head is often not saved
-            raise CheckpointError(f"{part.path} lacks {place.name!r}, which its {SLICE_FIELD!r} calls for")
+            raise CheckpointError(
+                f"{part.path} lacks {place.name!r}, which its {SLICE_FIELD!r} calls for"
+                + (f"; {whole.path} is quantised, and {_IN_FLOATS}" if quantisation_of(whole) else "")
+            )
     if strange := part.specs.keys() - {place.name for _, place in pairs}:
         raise CheckpointError(
             f"{part.path} holds {len(strange)} tensors that are not of {whole.path}, first {min(strange)!r}; save it "

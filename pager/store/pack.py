@@ -133,7 +133,7 @@ def _plan(
         stored_bytes = sum(piece.nbytes for piece in pieces_of(next(iter(experts.values()))))
         raise ConfigError(
             f"the experts of {checkpoint.path} are quantised ({stored_bytes} bytes each) and a pack would hold "
-            "them decoded; give the dtype to decode them to, or run the checkpoint as it is"
+            "them decoded; give the dtype to decode them to (--dtype bfloat16), or run the checkpoint as it is"
         )
     source = CheckpointExperts(checkpoint, pieces, experts_per_layer, shape)
     expert_dtype = dtype or source.stored_dtype

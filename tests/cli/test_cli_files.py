@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from pager.cli.checkpoint import ONLY_EXACT, TESTED
@@ -16,7 +20,15 @@ from tests.support.checkpoints import add_to_config, lively, saved
 from tests.support.families import FAMILIES, NOT_POOLED
 from tests.support.gguf_files import gguf_file
 from tests.support.gguf_files import qwen3_moe as gguf_model
-from tests.support.quantised import emo, fp8_checkpoint, mxfp4_checkpoint, qwen3_moe
+from tests.support.quantised import (
+    compressed_checkpoint,
+    emo,
+    fp8_checkpoint,
+    gptq_checkpoint,
+    mxfp4_checkpoint,
+    number_checkpoint,
+    qwen3_moe,
+)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -102,7 +114,49 @@ def test_inspect_says_what_is_read_and_what_is_held(run: Run, tmp_path: Path) ->
     assert json.loads(run("inspect", tmp_path / "mxfp4", "--json").stdout)["decoding_us_per_expert"] > 0
     refused = run("pack", path, tmp_path / "packed")
     assert refused.returncode == 1
-    assert "give the dtype to decode them to" in refused.stderr
+    assert "give the dtype to decode them to (--dtype bfloat16)" in refused.stderr
+
+
+def _cut(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name][:128].clone()
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        (lambda path: fp8_checkpoint(qwen3_moe(), path)[0], _cut, "q_proj.weight'.*its shape is \\(128, 256\\)"),
+        (lambda path: gptq_checkpoint(path)[0], dict.pop, "k_proj.*there is no qzeros beside"),
+        (
+            lambda path: number_checkpoint(path, "int", "channel")[0],
+            _cut,
+            "q_proj.weight'.*not those of a scheme of its config",
+        ),
+    ],
+)
+def test_inspect_tries_the_trunks_quantised_tensors(
+    run: Run, tmp_path: Path, make: Callable[[Path], Path], change: Callable[[Any, str], Any], message: str
+) -> None:
+    path = make(tmp_path)
+    assert run("inspect", path).returncode == 0
+    tensors = load_file(path / "model.safetensors")
+    change(tensors, "model.layers.1.self_attn." + ("k_proj.qzeros" if change is dict.pop else "q_proj.weight"))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    done = run("inspect", path)
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr
+
+
+def test_inspect_tries_the_trunk_of_a_gguf_file(run: Run, tmp_path: Path) -> None:
+    path = gguf_file(gguf_model(), tmp_path / "model.gguf", metadata={"qwen3moe.attention.head_count": 2})
+    done = run("inspect", path)
+    assert done.returncode == 1
+    assert "'blk.0.attn_q.weight' makes no 'model.layers.0.self_attn.q_proj.weight': its shape is" in done.stderr
+
+
+def test_packages_that_decode_are_silent(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    done = run("inspect", compressed_checkpoint(tmp_path / "packed", 8))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

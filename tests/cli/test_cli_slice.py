@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pager.models.open_model import OpenModel
 from pager.predict.fitted import Codebook, PredictorFile
 from pager.types import Share
-from tests.support.quantised import fp8_checkpoint, qwen3_moe
+from tests.support.quantised import fp8_checkpoint, gptq_checkpoint, gptq_parts, qwen3_moe
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +116,30 @@ def test_a_slice_of_a_quantised_model_keeps_its_format(run: Run, tmp_path: Path)
     assert "are quantised (fp8 in blocks of 128 x 128); leave --experts out" in refused.stderr
     assert run("slice", path, tmp_path / "slice", *kept).returncode == 0
     assert answer(run("inspect", tmp_path / "slice", "--json"))["format"].startswith("fp8, a scale in float32")
+    card = (tmp_path / "slice" / "README.md").read_text()
+    assert "quantised as fp8 is (fp8 in blocks of 128 x 128): loads in expert-pager" in card
+    assert "--merge" not in card
+    tensors = load_file(tmp_path / "slice" / "model.safetensors")
+    trained = {name: each.float() for name, each in tensors.items() if not name.endswith("_scale_inv")}
+    save_file(trained, tmp_path / "slice" / "model.safetensors")
+    merged = run("slice", "--merge", tmp_path / "slice", "--into", path, tmp_path / "merged")
+    assert f"{path} is quantised, and what was trained goes back into plain floats only" in merged.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+def test_quantised_gates_are_not_cut(run: Run, tmp_path: Path) -> None:
+    path, _ = gptq_checkpoint(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    for name in [each for each in tensors if each.endswith("mlp.gate.weight")]:
+        parts, _ = gptq_parts(tensors.pop(name), 4, "gptq", in_order=True)
+        tensors |= {name.replace("weight", end): part for end, part in parts.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    assert run("inspect", path).returncode == 0
+    (tmp_path / "list.json").write_text(json.dumps([[0, 1, 2], [2, 3, 4]]))
+    refused = run("slice", path, tmp_path / "slice", "--experts-file", tmp_path / "list.json")
+    assert refused.returncode == 1
+    assert f"the gates of {path} are quantised (tensor 'model.layers.0.mlp.gate." in refused.stderr
+    assert not (tmp_path / "slice").exists()
 
 
 def test_the_experts_of_a_codeword(run: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders
 
 from pager.errors import CheckpointError, InvalidRequest
-from pager.gguf import is_gguf, read_gguf
+from pager.gguf import GPT_OSS, is_gguf, read_gguf
 from pager.reading import check_text, one_line, read_bounded, read_json_file, reason_of
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -111,11 +111,13 @@ def _of_gguf(path: Path) -> Tokenizer | None:
     file = read_gguf(path)  # which checks what transformers' reader trusts
     if "tokenizer.ggml.model" not in file.metadata:
         return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # AutoTokenizer reads the configuration first, and fails at the scaled positions of gpt-oss.
+    kind: Any = PreTrainedTokenizerFast if file.architecture == GPT_OSS else AutoTokenizer
     try:
         with panics_as_errors():
-            made = AutoTokenizer.from_pretrained(
+            made = kind.from_pretrained(
                 file.path.parent, gguf_file=file.path.name, local_files_only=True, trust_remote_code=False
             )
             tokenizer = made.backend_tokenizer
@@ -123,7 +125,10 @@ def _of_gguf(path: Path) -> Tokenizer | None:
             tokenizer.add_special_tokens(_control_tokens(tokenizer, types if isinstance(types, list) else []))
         return _whole(tokenizer)
     except Exception as error:  # every kind of tokenizer fails in its own way
-        raise CheckpointError(f"transformers makes no tokenizer of {path}: {one_line(error)}") from None
+        raise CheckpointError(
+            f"transformers makes no tokenizer of {path}: {one_line(error)}; install a later transformers, or fetch the "
+            "checkpoint that it was made from"
+        ) from None
 
 
 def _control_tokens(tokenizer: Tokenizer, types: Sequence[int]) -> list[AddedToken]:

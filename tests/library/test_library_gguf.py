@@ -176,8 +176,13 @@ def test_the_configuration_is_what_transformers_reads_and_what_it_leaves_out(tmp
     assert (opened.config.pad_token_id, opened.config.eos_token_id) == (260, 259)
 
 
-def test_the_tokenizer_and_the_template_are_in_the_file(tmp_path: Path) -> None:
-    path = gguf_file(qwen3_moe(), tmp_path / "model.gguf")
+@pytest.mark.parametrize("make", [qwen3_moe, minimax_m2, gpt_oss])
+def test_the_tokenizer_and_the_template_are_in_the_file(tmp_path: Path, make: Make) -> None:
+    path = gguf_file(make(), tmp_path / "model.gguf")
+    if make is gpt_oss and "qwen35moe" not in GGUF_ARCHS:
+        with pytest.raises(CheckpointError, match="install a later transformers"):
+            read_tokenizer(path)
+        return
     found = read_tokenizer(path)
     assert found is not None
     text = "the SELECT name, 12.5% von Käse FROM users<|end|>"

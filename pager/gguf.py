@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pager.errors import CheckpointError, UnsupportedModel
-from pager.reading import open_regular, reason_of, shown
+from pager.reading import A_POINTER, LFS_POINTER, open_regular, reason_of, shown
 
 SUFFIX = ".gguf"
 MAX_HEADER_BYTES = 1 << 27
@@ -200,6 +200,8 @@ def _read_fields(header: _Header) -> tuple[dict[str, Any], int]:
     """The fields, and the number of tensors that follow."""
     magic = header.take(min(4, header.size))
     if magic != b"GGUF":
+        if magic + header.take(max(0, min(len(LFS_POINTER), header.size) - len(magic))) == LFS_POINTER:
+            raise CheckpointError(f"{header.path} is {A_POINTER}")
         raise CheckpointError(f"{header.path} is not a GGUF file: it begins with {magic!r}; fetch it again")
     version, num_tensors, num_fields = header.number("I"), header.number("Q"), header.number("Q")
     if version not in (2, 3):

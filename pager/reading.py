@@ -31,6 +31,11 @@ MAX_PEM_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 26
 """Of a file of lines: far beyond any context, and far below what a few kilobytes of gzip can become."""
 
+LFS_POINTER = b"version https://git-lfs"
+"""The beginning of what git-lfs has in the place of a file that it did not fetch."""
+
+A_POINTER = "a pointer of git-lfs and not the file itself, which `git lfs pull` fetches"
+
 _HANDED_OVER = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # `<(command)` of a shell: another process writes into it
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -94,7 +99,16 @@ def parse_json(data: bytes | str) -> Any:
 
 def read_json_file(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Returns the one value of a JSON file of at most `max_bytes`. Raises OSError, ValueError."""
-    return parse_json(read_bounded(path, max_bytes))
+    return parse_json(not_a_pointer(read_bounded(path, max_bytes)))
+
+
+def not_a_pointer(data: bytes) -> bytes:
+    """Returns what a file holds. Raises ValueError for what git-lfs has in the place of a file that it did not
+    fetch.
+    """
+    if data.startswith(LFS_POINTER):
+        raise ValueError(f"it is {A_POINTER}")
+    return data
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders
 
 from pager.errors import CheckpointError, InvalidRequest
 from pager.gguf import GPT_OSS, is_gguf, read_gguf
-from pager.reading import check_text, one_line, read_bounded, read_json_file, reason_of
+from pager.reading import check_text, not_a_pointer, one_line, read_bounded, read_json_file, reason_of
 
 TOKENIZER_NAME = "tokenizer.json"
 SETTINGS_NAME = "tokenizer_config.json"
@@ -70,7 +70,7 @@ def read_tokenizer(model: Path) -> Tokenizer | None:
         found = [name for name in _OTHER_TOKENIZER_FILES if (model / name).exists()]
         return _converted(model, found) if found else None
     try:
-        data = read_bounded(path, MAX_TOKENIZER_BYTES)
+        data = not_a_pointer(read_bounded(path, MAX_TOKENIZER_BYTES))
         with panics_as_errors():
             tokenizer = Tokenizer.from_buffer(data)
     except OSError as error:
@@ -94,7 +94,7 @@ def _converted(model: Path, found: Sequence[str]) -> Tokenizer:
 
     try:
         for name in found:
-            read_bounded(model / name, MAX_TOKENIZER_BYTES)
+            not_a_pointer(read_bounded(model / name, MAX_TOKENIZER_BYTES))
         with panics_as_errors():
             made = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         return _whole(made.backend_tokenizer)

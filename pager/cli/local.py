@@ -30,6 +30,7 @@ from pager.pools.drift import check_can_drift
 from pager.pools.pick import check_example, check_num_examples, mean_scores, pick_pool, pool_for, resolve_size
 from pager.predict.trunk import TrunkPredictor
 from pager.sampling import filled
+from pager.store.checkpoint import Checkpoint
 from pager.tokenizing import read_tokenizer
 from pager.types import (
     Bytes,
@@ -79,7 +80,7 @@ class Local:
         """Yields chunks, the last one with the usage. `unset` fields of `sampling` are as the model's own settings say.
         `named` is the pool of `ask.name`. Raises PagerError.
         """
-        tokenizer = read_tokenizer(self.model)
+        tokenizer = self._tokenizer()
         ids = encode(tokenizer, prompt)
         policy = self._policy(ids, ask, named)
         paged = load_paged_model(self.model, device=self.device, dtype=self.dtype, budgets=budgets)
@@ -97,7 +98,7 @@ class Local:
 
     def route(self, prompt: Prompt, ask: PoolAsk, named: NamedPool | None = None, router: str = "auto") -> Routed:
         """Returns the scores that a routing-only pass gives the prompt, and the pool that `ask` makes of them."""
-        ids = encode(read_tokenizer(self.model), prompt)
+        ids = encode(self._tokenizer(), prompt)
         if router not in ("auto", "lexical", "trunk", "fitted"):
             raise InvalidRequest(f"--predictor is one of lexical, trunk and fitted, not {router!r}")
         with self._open() as opened:
@@ -132,7 +133,7 @@ class Local:
         if method is not None:
             method = current_name(method)
             method_of(method)
-        tokenizer = read_tokenizer(self.model)
+        tokenizer = self._tokenizer()
         with self._open() as opened:
             token_ids = [encode(tokenizer, text) for text in examples]
             for index, ids in enumerate(token_ids):
@@ -193,6 +194,13 @@ class Local:
         return planned.passes(
             model, cache(lambda: TrunkPredictor(opened, resolve_device(self.device), planned.stand_ins))
         )
+
+    def _tokenizer(self) -> Tokenizer | None:
+        """Returns the model's tokenizer, None for a model without one. Raises CheckpointError for what is no model."""
+        tokenizer = read_tokenizer(self.model)
+        if tokenizer is None:
+            Checkpoint.open(self.model).close()
+        return tokenizer
 
     @contextmanager
     def _open(self) -> Iterator[OpenModel]:

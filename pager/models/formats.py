@@ -181,10 +181,12 @@ def _words(config: Mapping[str, Any]) -> str:
 
 
 def _refused(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -> UnsupportedModel:
-    method, bits = config.get("quant_method", "a method that its config does not name"), _bits(config)
+    bits, method = _bits(config), "a method that its config does not name"
+    if "quant_method" in config:
+        method = shown(config["quant_method"])
     kind = next((config[name] for name in _KINDS if config.get(name)), None)
     return UnsupportedModel(
-        f"{checkpoint.path} is quantised by {shown(method)}{f' ({shown(kind)})' if kind else ''}"
+        f"{checkpoint.path} is quantised by {method}{f' ({shown(kind)})' if kind else ''}"
         f"{f' to {shown(bits)} bits' if bits else ''} (tensor {tensor!r}), which is not supported: experts are read as "
         f"float32, bfloat16 or float16, or decoded from {', '.join(DECODED)}. Fetch the checkpoint that it was made "
         "from, or load it with transformers, dequantize() it and save that, which `expert-pager pack --experts int8` "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pager.errors import CheckpointError
-from pager.reading import parse_json, shown
+from pager.reading import A_POINTER, LFS_POINTER, parse_json, shown
 from pager.store.reads import DataFile
 
 # --- the header -------------------------------------------------------------------------------------------------------
@@ -28,7 +28,6 @@ from pager.store.reads import DataFile
 # which the tensors cover without gap or overlap.
 
 
-_LFS_POINTER = b"version https://git-lfs"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own implementation
 MAX_TENSORS = 1 << 18
 """Of one file: several times what the largest models have in all their files, and a second to read."""
@@ -77,10 +76,8 @@ def read_header(file: DataFile) -> dict[str, TensorSpec]:
     """
     try:
         length = int.from_bytes(file.read(min(8, file.size), 0), "little")
-        if file.read(min(len(_LFS_POINTER), file.size), 0) == _LFS_POINTER:
-            raise CheckpointError(
-                f"{file.path} is a pointer of git-lfs and not the file itself; fetch that with `git lfs pull`"
-            )
+        if file.read(min(len(LFS_POINTER), file.size), 0) == LFS_POINTER:
+            raise CheckpointError(f"{file.path} is {A_POINTER}")
         if file.size < 8 or length > MAX_HEADER_BYTES or 8 + length > file.size:
             raise _damaged(file, f"its {file.size} bytes cannot hold the header that it announces ({length} bytes)")
         encoded = file.read(length, 8)

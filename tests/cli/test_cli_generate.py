@@ -173,3 +173,25 @@ def test_an_answer_is_held_to_a_schema_in_a_file(run: Run, tmp_path: Path) -> No
     assert (both.returncode, "exclude each other" in both.stderr) == (2, True)
     absent = run("generate", "A record: ", "--model", model, "--json-schema", tmp_path / "absent.json")
     assert (absent.returncode, "absent.json cannot be read" in absent.stderr) == (2, True), absent.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "model.gguf"])
+def test_a_pointer_of_git_lfs_is_called_one(run: Run, checkpoint: Path, tmp_path: Path, name: str) -> None:
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    if name == "vocab.json":
+        (path / "tokenizer.json").unlink()
+    (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 3000000\n")
+    done = run("generate", "SELECT", "--model", path / name if name == "model.gguf" else path)
+    assert done.returncode == 1
+    assert "a pointer of git-lfs and not the file itself, which `git lfs pull` fetches" in done.stderr
+
+
+def test_what_is_no_model_is_not_said_to_lack_a_tokenizer(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    done = run("generate", "SELECT", "--model", tmp_path)
+    assert f"{tmp_path} holds an adapter and no model" in done.stderr
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    (path / "tokenizer.json").unlink()
+    assert (
+        "has no tokenizer.json; give the prompt with --token-ids" in run("generate", "SELECT", "--model", path).stderr
+    )

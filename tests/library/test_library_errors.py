@@ -133,7 +133,7 @@ class TestCheckpoints:
                 {"quant_method": "compressed-tensors", "format": "mxfp8-quantized"},
                 "quantised by 'compressed-tensors' \\('mxfp8-quantized'\\) ",
             ),
-            ("weight_packed", {}, "quantised by 'a method that its config does not name' "),
+            ("weight_packed", {}, "quantised by a method that its config does not name "),
         ],
     )
     def test_quantised_weights_are_refused_by_method_and_bits(

@@ -30,6 +30,22 @@ MAX_PROMPT_LOGPROBS = 2**19
 """Numbers that a request may have reported of its prompt: tokens times one more than the alternatives to each."""
 
 
+_NOT_APPLIED = {
+    "bad_words_ids": None, "begin_suppress_tokens": None, "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "guidance_scale": 1.0, "min_length": 0, "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0, "num_beams": 1, "sequence_bias": None, "stop_strings": None, "top_h": None,
+    "typical_p": 1.0,
+}  # fmt: skip
+"""Settings of a model that change answers of transformers' `generate` alone, each with the value that changes none."""
+
+
+def not_applied(generation_config: Any) -> list[str]:
+    """Returns the settings of a model's generation_config.json that would change answers, and do not here."""
+    found = ((name, getattr(generation_config, name, None)) for name in _NOT_APPLIED)
+    return [name for name, value in found if value not in (None, _NOT_APPLIED[name])]
+
+
 def default_sampling(generation_config: Any) -> SamplingParams:
     """Returns what holds where a request says nothing, by a model's generation_config.json: as in transformers, where
     `do_sample` decides whether anything is drawn. Raises InvalidRequest for values that no request may have.

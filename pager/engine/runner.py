@@ -26,6 +26,7 @@ from pager.engine.paged_model import PagedModel
 from pager.engine.sampler import logprobs_of
 from pager.errors import UnsupportedModel
 from pager.pools.step import RequestRouting
+from pager.sampling import not_applied
 from pager.types import Count, ExpertPool, PoolPolicy, PoolSource, TokenLogprobs
 
 log = logging.getLogger(__name__)
@@ -203,7 +204,14 @@ class ModelRunner:
         self._model: Callable[..., object] = model
         self._base = model.base_model
         self._head = model.get_output_embeddings()
-        suppressed: list[int] = getattr(model.generation_config, "suppress_tokens", None) or []
+        if settings := not_applied(model.generation_config):
+            log.warning(
+                "the model's generation_config.json has %s, which pager.load_model applies and this engine does not; "
+                "its answers are those without",
+                ", ".join(settings),
+            )
+        vocabulary = range(self._head.weight.shape[0])  # transformers lets others pass, too
+        suppressed = [each for each in model.generation_config.suppress_tokens or [] if each in vocabulary]
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=device) if suppressed else None
         self._cache = cache
         self.device = device

@@ -330,7 +330,9 @@ class OpenModel:
             except Exception as error:  # it validates its fields in its own ways
                 raise CheckpointError(f"{path} is malformed: {one_line(error)}; repair it or remove it") from error
         try:
-            check_token_ids({name: getattr(config, name) for name in TOKEN_IDS})
+            if not isinstance(suppressed := config.suppress_tokens, list | None):
+                raise CheckpointError(f"its suppress_tokens are {shown(suppressed)}, and must be a list or null")
+            check_token_ids({name: getattr(config, name) for name in (*TOKEN_IDS, "suppress_tokens")})
         except CheckpointError as error:
             raise CheckpointError(f"{path} is malformed: {error.message}; repair it or remove it") from None
         return config

@@ -420,7 +420,7 @@ class StepRouting:
 
     def _choose(self, layer: int, logits_TE: Tensor, open_requests: list[int]) -> None:
         num_shared = self._facts.shared_per_layer[layer]
-        probs_TR = routed_probabilities(logits_TE, num_shared).double()
+        probs_TR = routed_probabilities(logits_TE.detach(), num_shared).double()
         if self.valid is not None:
             probs_TR = probs_TR * self.valid[:, None]
         if self.rows is None and len(self.requests) == 1:

@@ -83,6 +83,7 @@ def test_a_models_own_settings_hold_as_in_the_library(run: Run, checkpoint: Path
 
     greedy = answer()
     assert set(answer(suppress_tokens=greedy)).isdisjoint(greedy)
+    assert answer(suppress_tokens=[-1, 10**9]) == greedy
     assert answer(repetition_penalty=5.0) != greedy
     assert answer(do_sample=True, temperature=3.0, top_k=1) == greedy
     warm = ("generate", "--token-ids", "5,6,7,5,6", *options, "--seed", "1")
@@ -91,6 +92,29 @@ def test_a_models_own_settings_hold_as_in_the_library(run: Run, checkpoint: Path
     assert json.loads(run(*warm, "--temperature", "0").stdout)["token_ids"] == greedy
     (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 1e6}))
     assert "generation_config.json is not valid: sampling.temperature = 1000000.0" in run(*warm).stderr
+
+
+@pytest.mark.parametrize("value", ["5", ["5"], [1.5]])
+def test_suppressed_tokens_that_are_none_are_refused(run: Run, checkpoint: Path, tmp_path: Path, value: Any) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"suppress_tokens": value}))
+    done = run("inspect", model)
+    assert done.returncode == 1
+    assert "generation_config.json is malformed: its suppress_tokens" in done.stderr
+
+
+def test_settings_that_the_engine_does_not_apply_are_said(
+    run: Run, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    asked = ("generate", "--token-ids", "5,6", "--model", model, "--max-tokens", 1)
+    neutral = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0}
+    (model / "generation_config.json").write_text(json.dumps(neutral))
+    assert run(*asked).returncode == 0
+    assert "generation_config.json" not in caplog.text
+    (model / "generation_config.json").write_text(json.dumps({**neutral, "bad_words_ids": [[5]], "min_length": 3}))
+    assert run(*asked).returncode == 0
+    assert "generation_config.json has bad_words_ids, min_length, which" in caplog.text
 
 
 def test_bad_requests_are_one_line(run: Run, checkpoint: Path) -> None:

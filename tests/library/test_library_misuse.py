@@ -70,3 +70,12 @@ def test_what_needs_gradients_runs_and_its_backward_is_refused(model: PreTrained
     torch.testing.assert_close(logits, model(inputs).logits, rtol=0, atol=1e-4)
     with pytest.raises(ConfigError, match=r"computes no gradients: .* train the whole model with transformers"):
         logits.sum().backward()
+
+
+def test_the_same_with_pools(golden: Any, load: Callable[..., PreTrainedModel]) -> None:
+    model = load(golden.checkpoint, expert_memory="50%", dtype="float32", pool_size="50%")
+    embedded = model.get_input_embeddings()(INPUTS).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded).logits
+    torch.testing.assert_close(logits, model(INPUTS).logits, rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match="computes no gradients"):
+        logits.sum().backward()

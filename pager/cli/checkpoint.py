@@ -520,6 +520,7 @@ def _cut(
     as_json: bool,
 ) -> None:
     from pager.models.open_model import OpenModel
+    from pager.pools.slices import check_can_be_cut
     from pager.store.appearing import check_absent
     from pager.store.pack_format import KINDS
 
@@ -529,6 +530,7 @@ def _cut(
         raise ConfigError(f"--experts is one of {kinds}, or left out to store them as they are, not {experts!r}")
     opened = OpenModel.open(model)
     with opened.checkpoint:
+        check_can_be_cut(opened)  # before anything is chosen, which may take long
         if experts == "bf16" and opened.quantised is not None:
             raise ConfigError(
                 f"the experts of {model} are quantised ({opened.quantised.words}); leave --experts out to keep them so"

@@ -104,6 +104,12 @@ class Local:
         with self._open() as opened:
             _check_ids(ids, opened)
             passes = self._passes(opened, router)
+            if not passes.chain:
+                raise InvalidRequest(
+                    f"no predictor reads the gates of {opened.family.model_type}, which pick in ways of their own; let "
+                    "the prompt's prefill choose: `generate --pool SIZE`, with a number or a share of the experts",
+                    field="pool.source",
+                )
             scores = passes.available[passes.chain[0]]().scores(ids)
             if named is not None:
                 return Routed(scores, pool_for(named, opened.checkpoint.fingerprint, opened.facts), None)

@@ -158,17 +158,10 @@ def cut(
     """
     out, checkpoint = Path(out_dir), model.checkpoint
     check_absent(out)
-    checkpoint.require_folder("cut a slice of it")
+    check_can_be_cut(model)
     experts = kept_experts(pool, model.facts)
     config = _cut_config(checkpoint.config, tuple(map(len, experts)))
-    if checkpoint.is_packed:
-        raise CheckpointError(f"{checkpoint.path} is packed; slice the checkpoint that it was made from")
     model.check()
-    if quantised := next(filter(_QUANTISED_GATE.fullmatch, checkpoint.specs), None):
-        raise UnsupportedModel(
-            f"the gates of {checkpoint.path} are quantised (tensor {quantised!r}), and only gates in plain floats can "
-            "be cut; slice a checkpoint of this model that has such gates"
-        )
     record = SliceRecord(checkpoint.fingerprint, experts, chosen_by)
     sources: dict[str, tuple[TensorSpec, Place]] = {}
     for spec in checkpoint.specs.values():
@@ -199,6 +192,27 @@ def cut(
     return made
 
 
+def check_can_be_cut(model: OpenModel) -> None:
+    """Raises UnsupportedModel for gates that cannot be cut, CheckpointError for a packed model or a GGUF file."""
+    checkpoint = model.checkpoint
+    checkpoint.require_folder("cut a slice of it")
+    config = checkpoint.config
+    if config.get("model_type") not in _COUNT_FIELDS:
+        families = ", ".join(sorted(_COUNT_FIELDS))
+        raise UnsupportedModel(
+            f"the gate of model type {shown(config.get('model_type'))} cannot be cut; those of {families} can"
+        )
+    if config.get("always_active_experts") or any(config.get("always_active_experts_per_layer") or ()):
+        raise UnsupportedModel("a gate with always-active experts cannot be cut, as no pools are defined for it")
+    if checkpoint.is_packed:
+        raise CheckpointError(f"{checkpoint.path} is packed; slice the checkpoint that it was made from")
+    if quantised := next(filter(_QUANTISED_GATE.fullmatch, checkpoint.specs), None):
+        raise UnsupportedModel(
+            f"the gates of {checkpoint.path} are quantised (tensor {quantised!r}), and only gates in plain floats can "
+            "be cut; slice a checkpoint of this model that has such gates"
+        )
+
+
 def kept_experts(pool: ExpertPool, facts: RoutingFacts) -> tuple[tuple[int, ...], ...]:
     """Returns by layer the pool's experts and behind them the shared ones. Raises InvalidRequest, PoolTooSmall."""
     check_pool(pool, facts)
@@ -207,14 +221,9 @@ def kept_experts(pool: ExpertPool, facts: RoutingFacts) -> tuple[tuple[int, ...]
 
 
 def _cut_config(config: Mapping[str, Any], counts_L: Sequence[int]) -> dict[str, Any]:
-    """Returns the config of a model with so many experts a layer. Raises UnsupportedModel, InvalidRequest."""
-    model_type = config.get("model_type")
-    field = _COUNT_FIELDS.get(model_type) if isinstance(model_type, str) else None
-    if field is None:
-        families = ", ".join(sorted(_COUNT_FIELDS))
-        raise UnsupportedModel(f"the gate of model type {shown(model_type)} cannot be cut; those of {families} can")
-    if config.get("always_active_experts") or any(config.get("always_active_experts_per_layer") or ()):
-        raise UnsupportedModel("a gate with always-active experts cannot be cut, as no pools are defined for it")
+    """Returns the config of a model with so many experts a layer. Raises InvalidRequest."""
+    model_type: str = config["model_type"]
+    field = _COUNT_FIELDS[model_type]
     different = sorted({count for count in counts_L if count})
     numbers = ("num_experts", "num_local_experts", "num_experts_per_layer")  # some configs use another family's name
     rest = {name: value for name, value in config.items() if name not in numbers}

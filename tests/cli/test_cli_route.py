@@ -7,6 +7,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from tests.support.checkpoints import saved
+from tests.support.quantised import deepseek_v3
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -41,3 +46,21 @@ def test_bad_prompts_and_pools_are_one_line(run: Run, checkpoint: Path) -> None:
         done = run("route", *arguments, "--model", checkpoint)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("route", "abc", "--pool", "50%"),
+        ("generate", "abc", "--pool", "50%", "--pool-source", "prediction"),
+        ("generate", "abc", "--pool", "1MiB"),
+    ],
+)
+def test_gates_that_nothing_reads_are_not_predicted(
+    run: Run, checkpoint: Path, tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    path = saved(deepseek_v3(), tmp_path / "model")
+    (path / "tokenizer.json").write_text((checkpoint / "tokenizer.json").read_text())
+    done = run(*asked, "--model", path)
+    assert done.returncode == 1
+    assert "no predictor reads the gates of deepseek_v3, which pick in ways of their own; let the" in done.stderr

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from pager.models.open_model import OpenModel
 from pager.predict.fitted import Codebook, PredictorFile
 from pager.types import Share
-from tests.support.quantised import fp8_checkpoint, gptq_checkpoint, gptq_parts, qwen3_moe
+from tests.support.checkpoints import saved
+from tests.support.quantised import deepseek_v3, fp8_checkpoint, gptq_checkpoint, gptq_parts, qwen3_moe
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +141,17 @@ def test_quantised_gates_are_not_cut(run: Run, tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert f"the gates of {path} are quantised (tensor 'model.layers.0.mlp.gate." in refused.stderr
     assert not (tmp_path / "slice").exists()
+
+
+def test_what_cannot_be_cut_is_said_before_experts_are_chosen(
+    run: Run, checkpoint: Path, examples: Path, tmp_path: Path
+) -> None:
+    options = ("--examples", examples, "--size", "50%")
+    path = saved(deepseek_v3(), tmp_path / "model")
+    (path / "tokenizer.json").write_text((checkpoint / "tokenizer.json").read_text())
+    assert "the gate of model type 'deepseek_v3' cannot be cut" in run("slice", path, tmp_path / "s", *options).stderr
+    assert run("pack", checkpoint, tmp_path / "packed").returncode == 0
+    assert "is packed; slice the checkpoint that" in run("slice", tmp_path / "packed", tmp_path / "s", *options).stderr
 
 
 def test_the_experts_of_a_codeword(run: Run, tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ def test_a_worker_that_is_worse_in_every_way_is_never_preferred(
 
 class ShortMeasuring(Measuring):
     SHAPES = ((1, 1), (2, 1), (2, 2))
-    ROUNDS = 1
+    ROUNDS = MIXED = 1
+    REPEATS = 2
     TOKENS = 6
     SHORT, LONG = 4, 20
     ARRIVALS = 8

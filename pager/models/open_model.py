@@ -421,7 +421,9 @@ class StoredTensor:
         return self.checkpoint.specs[self.name].dtype
 
     def check(self) -> None:
-        """Raises CheckpointError for what cannot be read, as far as headers tell; the header of this one was read."""
+        """Checks what the headers show before anything is read. A plain tensor's header was read already; others raise
+        CheckpointError.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,9 +188,20 @@ def _refused(checkpoint: Checkpoint, config: Mapping[str, Any], tensor: str) -> 
     return UnsupportedModel(
         f"{checkpoint.path} is quantised by {method}{f' ({shown(kind)})' if kind else ''}"
         f"{f' to {shown(bits)} bits' if bits else ''} (tensor {tensor!r}), which is not supported: experts are read as "
-        f"float32, bfloat16 or float16, or decoded from {', '.join(DECODED)}. Fetch the checkpoint that it was made "
-        "from, or load it with transformers, dequantize() it and save that, which `expert-pager pack --experts int8` "
-        "makes small again"
+        f"float32, bfloat16 or float16, or decoded from {', '.join(DECODED)} of the kinds in docs/formats.md. "
+        f"{_hint(checkpoint, config)}Fetch the checkpoint that it was made from, or load it with transformers, "
+        "dequantize() it and save that, which `expert-pager pack --experts int8` makes small again"
+    )
+
+
+def _hint(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
+    """Returns what to do about a checkpoint of modelopt whose config does not say so, as earlier ones do not."""
+    name = "hf_quant_config.json"
+    if "quant_method" in config or not (checkpoint.path / name).is_file():
+        return ""
+    return (
+        f'It has a {name}: put {{"quant_method": "modelopt", "quant_algo": ...}} with the quant_algo of that file into '
+        "config.json as quantization_config. "
     )
 
 

@@ -25,6 +25,7 @@ from tests.support.quantised import (
     emo,
     fp8_checkpoint,
     gptq_checkpoint,
+    modelopt_checkpoint,
     mxfp4_checkpoint,
     number_checkpoint,
     qwen3_moe,
@@ -151,6 +152,19 @@ def test_inspect_tries_the_trunk_of_a_gguf_file(run: Run, tmp_path: Path) -> Non
     done = run("inspect", path)
     assert done.returncode == 1
     assert "'blk.0.attn_q.weight' makes no 'model.layers.0.self_attn.q_proj.weight': its shape is" in done.stderr
+
+
+def test_a_checkpoint_of_modelopt_whose_config_does_not_say_so(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    path, _ = modelopt_checkpoint(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    asked = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    assert 'put {"quant_method": "modelopt", "quant_algo": ...} with the quant_algo' in run("inspect", path).stderr
+    add_to_config(path, quantization_config=asked)
+    assert "modelopt, nvfp4 in groups of 16" in run("inspect", path).stdout
 
 
 def test_packages_that_decode_are_silent(run: Run, tmp_path: Path) -> None:

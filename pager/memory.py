@@ -254,7 +254,8 @@ MASK_BYTES = 5  # a pair of query and key: a bool, and the float that torch make
 class Workspace:
     """The memory that a forward takes beside weights and KV: upper bounds from the model's shapes.
 
-    `token_bytes` is for a token on its way through the layers, `draw_bytes` for a row whose next token is drawn.
+    `token_bytes` is for a token on its way through the layers, `row_bytes` for one whose layers read and make states of
+    its text, `draw_bytes` for a row whose next token is drawn.
     `gather_bytes` is a token of context in the buffers that keys and values are gathered in, which are kept;
     `context_bytes` what a part of a prompt makes of it, and `mask_bytes` is for a pair of them where that takes a mask.
     `fixed_bytes` comes once; `kernel_bytes` is what the backend compiles for the shapes it meets, and keeps. With
@@ -263,6 +264,7 @@ class Workspace:
     """
 
     token_bytes: int = 0
+    row_bytes: int = 0
     gather_bytes: int = 0
     context_bytes: int = 0
     mask_bytes: int = MASK_BYTES
@@ -291,7 +293,7 @@ class Workspace:
 
     def forward_bytes(self, num_rows: int, num_tokens: int) -> int:
         """Returns the most that forwards take at a time: a prompt of `num_tokens`, a step of so many rows as long."""
-        decode = num_rows * (max(self.token_bytes, self.draw_bytes) + num_tokens * _INDEX_BYTES)
+        decode = num_rows * self._row_bytes(num_tokens)
         gathered = self.gathered_tokens(num_rows, num_tokens) * self.gather_bytes
         prompt = self._prompt_bytes(num_tokens)
         return self.fixed_bytes + gathered + (prompt + decode if self.keeps_step else max(prompt, decode))
@@ -304,10 +306,13 @@ class Workspace:
 
     def beside_tokens(self, num_rows: int, num_tokens: int) -> int:
         """Returns the most tokens of prompts that can run in the forward of so many rows, in the memory for either."""
-        row = max(self.token_bytes, self.draw_bytes) + num_tokens * _INDEX_BYTES
-        have = max(self._prompt_bytes(num_tokens), num_rows * row)
+        have = max(self._prompt_bytes(num_tokens), num_rows * self._row_bytes(num_tokens))
         left = have - self._past_bytes(num_tokens) - num_rows * (self.token_bytes + num_tokens * _INDEX_BYTES)
         return min(PREFILL_CHUNK_TOKENS, max(0, left // max(1, self.token_bytes)))
+
+    def _row_bytes(self, num_tokens: int) -> int:
+        """Returns what a row of a decode step takes, whose text has `num_tokens`."""
+        return max(self.token_bytes, self.row_bytes, self.draw_bytes) + num_tokens * _INDEX_BYTES
 
     def _prompt_bytes(self, num_tokens: int) -> int:
         """Returns what a prompt takes: all of it in one forward, or its last chunk after the others."""
@@ -333,6 +338,7 @@ class Needs:
     context_tokens: int
     staging_bytes: int
     workspace: Workspace
+    state_bytes: int = 0  # of an answer in flight, whatever its length
 
     @property
     def num_routed(self) -> int:
@@ -436,6 +442,7 @@ class Plan:
     kv_block_tokens: int = KV_BLOCK_TOKENS
     chunk_tokens: int = PREFILL_CHUNK_TOKENS  # of a prompt, in a forward after others of it
     beside_tokens: int = 0  # of prompts, in a forward that decodes as well
+    state_bytes: int = 0  # of all answers in flight
 
     @property
     def slot_bytes(self) -> int:
@@ -457,7 +464,7 @@ class Plan:
     def device_bytes(self) -> int:
         """The bytes on the device. Beside a GPU, staging buffers and host tier are in main memory."""
         weights = self.trunk_bytes + self.resident_bytes + self.slot_bytes
-        own = weights + self.kv_bytes + self.workspace_bytes + self.kernel_bytes
+        own = weights + self.kv_bytes + self.state_bytes + self.workspace_bytes + self.kernel_bytes
         return own + self.staging_bytes if self.machine.is_cpu else own
 
     @property
@@ -473,8 +480,8 @@ class Plan:
         names = (
             "num_slots", "expert_bytes", "slot_bytes", "resident_bytes", "trunk_bytes", "num_kv_blocks",
             "kv_block_tokens", "kv_tokens", "kv_bytes", "host_records", "host_bytes", "staging_bytes",
-            "workspace_bytes", "kernel_bytes", "max_running", "num_routed", "fully_resident", "device_bytes",
-            "total_bytes",
+            "state_bytes", "workspace_bytes", "kernel_bytes", "max_running", "num_routed", "fully_resident",
+            "device_bytes", "total_bytes",
         )  # fmt: skip
         facts = {name: getattr(self, name) for name in names}
         return {**facts, "device": self.machine.device, "memory_bytes": self.machine.memory_bytes}
@@ -489,7 +496,8 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
     if machine.is_cpu:
         needs = replace(needs, workspace=needs.workspace.within(machine.memory_bytes))
     usable = machine.memory_bytes - machine.headroom_bytes
-    fixed = needs.trunk_bytes + needs.resident_bytes + needs.workspace.kernel_bytes
+    state_bytes = budgets.max_running * needs.state_bytes
+    fixed = needs.trunk_bytes + needs.resident_bytes + needs.workspace.kernel_bytes + state_bytes
     num_slots = _asked_slots(needs, budgets, machine)
     num_kv_blocks = _asked_kv_blocks(needs, budgets, machine)
     host_records = _asked_host_records(needs, budgets, machine)
@@ -524,6 +532,7 @@ def plan(needs: Needs, budgets: Budgets, machine: Machine) -> Plan:
         chunk_tokens=needs.chunk_tokens(num_kv_blocks),
         beside_tokens=needs.beside_tokens(num_kv_blocks, budgets.max_running),
         max_running=budgets.max_running,
+        state_bytes=state_bytes,
         num_routed=needs.num_routed,
         machine=machine,
     )
@@ -533,6 +542,7 @@ def describe(plan: Plan) -> list[str]:
     """Describes what the planner decided, one line per decision."""
     share = plan.num_slots / plan.num_routed if plan.num_routed else 1.0
     host = f"{plan.host_records} experts, {format_bytes(plan.host_bytes)}" if plan.host_records else "none"
+    states = f"states       {format_bytes(plan.state_bytes)} that layers hand on from token to token"
     kernels = f"kernels      {format_bytes(plan.kernel_bytes)} that torch may compile and keep in half precision"
     return [
         f"trunk        {format_bytes(plan.trunk_bytes)}, always in memory",
@@ -540,6 +550,7 @@ def describe(plan: Plan) -> list[str]:
         f"expert slots {plan.num_slots} of {plan.num_routed} routed experts ({share:.1%}), "
         f"{format_bytes(plan.slot_bytes)} in slots of {format_bytes(plan.expert_bytes)}",
         f"KV cache     {plan.kv_tokens} tokens in {plan.num_kv_blocks} blocks, {format_bytes(plan.kv_bytes)}",
+        *([states] if plan.state_bytes else []),
         f"staging      {format_bytes(plan.staging_bytes)}{'' if plan.machine.is_cpu else ' of main memory'}",
         f"workspace    {format_bytes(plan.workspace_bytes)} for the longest prompt, or a step of {plan.max_running} "
         "requests",
@@ -565,6 +576,7 @@ def _check_fits(
     if smallest <= usable:
         return
     working = needs.workspace_bytes(blocks, budgets.max_running) + needs.workspace.kernel_bytes
+    working += budgets.max_running * needs.state_bytes
     raise BudgetError(
         f"the model needs {format_bytes(smallest)} with these budgets (trunk {format_bytes(needs.trunk_bytes)}, "
         f"shared experts {format_bytes(needs.resident_bytes)}, {slots} expert slots, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pager.engine.kv import KvCache, LayerAttention, layers_by_config
+from pager.engine.states import PLAIN_KINDS, StateShape, StateStep, states_of
 from pager.errors import PagerError, UnsupportedModel
 from pager.memory import PADDED_TOKENS, PREFILL_CHUNK_TOKENS
 from pager.models.layout import AttentionCall, Sees, try_forward
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 NAME = "expert_pager_blocks"
 
-_PLAIN_KINDS = frozenset({"full_attention", "sliding_attention"})
-"""Entries of a config's `layer_types` whose attention is fully described by its arguments."""
+_TOKENWISE_KINDS = frozenset({"mlp", "moe"})
+"""Entries of a config's `layer_types` whose layers look at each token by itself."""
 
 _WITHOUT_EFFECT = frozenset(
     {
@@ -116,13 +117,15 @@ class KvStep:
     """The places where one forward writes its keys and values, and the context that its queries see.
 
     `write_T` [B*S]: token slots of the new tokens. A forward runs `prompts`, one after the other in a single row, or
-    one token for each of B rows, which see their `rows`; or both, all in a single row, the prompts first.
+    one token for each of B rows, which see their `rows`; or both, all in a single row, the prompts first. Where layers
+    have `states`, it runs one prompt or rows.
     """
 
     cache: KvCache
     write_T: torch.Tensor
     rows: RowContexts | None = None
     prompts: Sequence[PromptStep] = ()
+    states: StateStep | None = None
 
 
 def attend(
@@ -415,20 +418,21 @@ def install(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
-def layers_of(config: PretrainedConfig) -> tuple[LayerAttention, ...]:
-    """Returns what each layer of a model keeps and sees.
+def layers_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> tuple[LayerAttention, ...]:
+    """Returns what each layer of a model that runs in `dtype` keeps and sees.
 
-    Raises UnsupportedModel, which names the layer, unless every layer attends as `attend` does: to what came before, or
-    the last of it, by keys and values alone, and with no argument that would be left out of account.
+    Raises UnsupportedModel, which names the layer, unless every layer either attends as `attend` does, to what came
+    before, or the last of it, by keys and values alone, and with no argument that would be left out of account; or
+    hands on a state that it asks the cache for.
     """
     with torch.device("meta"):
         model = model_class_of(config)(deepcopy(config)).eval()
-    return _layers_of(model)
+    return _layers_of(model, dtype)
 
 
 def check_served(opened: OpenModel) -> tuple[LayerAttention, ...]:
     """The same for a checkpoint, before anything of it is loaded. Raises UnsupportedModel."""
-    return _layers_of(opened.whole)
+    return _layers_of(opened.whole, opened.dtype)
 
 
 def layers_in_library(opened: OpenModel) -> tuple[LayerAttention, ...]:
@@ -439,15 +443,13 @@ def layers_in_library(opened: OpenModel) -> tuple[LayerAttention, ...]:
         return layers_by_config(opened.config)
 
 
-def _layers_of(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
+def _layers_of(model: PreTrainedModel, dtype: torch.dtype) -> tuple[LayerAttention, ...]:
     config = model.config
     try:
-        _refuse_other_mixers(model)
-        if (rotary := getattr(model.base_model, "rotary_emb", None)) is None:
-            why = "it has no rotary embedding for all its layers, which is where positions are looked at"
-            raise _refused(config, why)
-        _refuse_other_tables(rotary, config)
-        return _checked(try_forward(model).attention, try_forward(model, with_masks=True).attention, config)
+        states = _states(model, dtype)
+        if (name := _rotary_name(model)) is not None:
+            _refuse_other_tables(getattr(model.base_model, name), config)
+        return _checked(try_forward(model).attention, try_forward(model, with_masks=True).attention, states, config)
     except PagerError:
         raise
     except Exception as error:  # what a family needs beyond this interface, such as a mask, fails in its own way
@@ -455,12 +457,18 @@ def _layers_of(model: PreTrainedModel) -> tuple[LayerAttention, ...]:
 
 
 def _checked(
-    calls: Sequence[AttentionCall], masked: Sequence[AttentionCall], config: PretrainedConfig
+    calls: Sequence[AttentionCall],
+    masked: Sequence[AttentionCall],
+    states: Mapping[int, StateShape],
+    config: PretrainedConfig,
 ) -> tuple[LayerAttention, ...]:
     """`masked` are the same calls with the masks that transformers makes for its own attention."""
     by_layer = {call.layer: (call, with_mask) for call, with_mask in zip(calls, masked, strict=True)}
     layers = []
     for layer in range(config.num_hidden_layers):
+        if layer not in by_layer and (layer in states or _is_tokenwise(config, layer)):
+            layers.append(LayerAttention(0, 0, 0, 0, state=states.get(layer)))
+            continue
         if layer not in by_layer:
             raise _refused(config, f"layer {layer} does not attend through transformers' attention interface")
         call, with_mask = by_layer[layer]
@@ -475,21 +483,41 @@ def _checked(
         except ValueError as error:
             raise _refused(config, f"layer {layer} attends {error}") from None
         has_sinks = "s_aux" in call.arguments
-        layers.append(LayerAttention(call.query[0], call.key[0], call.key[1], call.value[1], window, has_sinks))
-    if len(calls) != config.num_hidden_layers:
-        raise _refused(config, f"{len(calls)} attentions in {config.num_hidden_layers} layers")
+        state = states.get(layer)
+        layers.append(LayerAttention(call.query[0], call.key[0], call.key[1], call.value[1], window, has_sinks, state))
+    num_attending = sum(each.num_query_heads > 0 for each in layers)
+    if len(calls) != num_attending:
+        raise _refused(config, f"{len(calls)} attentions in {num_attending} layers")
     return tuple(layers)
 
 
-def _refuse_other_mixers(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModel for layers that pass state from token to token in other ways than keys and values."""
+def _states(model: PreTrainedModel, dtype: torch.dtype) -> dict[int, StateShape]:
+    """Returns the layers that hand on a state. Raises UnsupportedModel for those that do so in other ways than by the
+    cache, or beside keys and values.
+    """
     config = model.config
+    why = None
+    try:
+        states = states_of(model, dtype)
+    except Exception as error:  # what a family wants of a cache of its own fails in its own way
+        states, why = {}, error
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in _PLAIN_KINDS:
-            raise _refused(config, f"layer {layer} is of the kind {kind!r}")
+        if kind not in PLAIN_KINDS and layer not in states and not _is_tokenwise(config, layer):
+            raise _refused(config, f"layer {layer} is of the kind {kind!r}") from why
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.modules.conv._ConvNd):
+        if isinstance(module, torch.nn.modules.conv._ConvNd) and not _is_within(name, states):
             raise _refused(config, f"{name} is a convolution, which keeps a state of its own for each request")
+    return states
+
+
+def _is_tokenwise(config: PretrainedConfig, layer: int) -> bool:
+    """Tells whether a layer has nothing that looks at other tokens."""
+    return layer < len(kinds := getattr(config, "layer_types", None) or ()) and kinds[layer] in _TOKENWISE_KINDS
+
+
+def _is_within(module: str, layers: Collection[int]) -> bool:
+    """Tells whether a module is part of one of these layers."""
+    return any(f".{layer}." in module for layer in layers)
 
 
 def _foreign(call: AttentionCall) -> str | None:
@@ -585,14 +613,31 @@ def install_rotary(model: PreTrainedModel) -> RowRotary | None:
 
     Raises UnsupportedModel for a rope type that is not known to depend on a row alone.
     """
-    rotary: Any = model.base_model.rotary_emb
+    if (name := _rotary_name(model)) is None:
+        return None
+    rotary: Any = getattr(model.base_model, name)
     if isinstance(rotary, RowRotary):
         return rotary
     _refuse_other_tables(rotary, model.config)
     if _rope_types(rotary) <= SAME_FOR_EVERY_LENGTH:
         return None
-    model.base_model.rotary_emb = RowRotary(rotary)
-    return model.base_model.rotary_emb  # type: ignore[no-any-return]
+    installed = RowRotary(rotary)
+    setattr(model.base_model, name, installed)
+    return installed
+
+
+def _rotary_name(model: PreTrainedModel) -> str | None:
+    """Returns the name of the rotary embedding of all layers; None for a model that has none, and so no positions.
+
+    Raises UnsupportedModel where layers have their own.
+    """
+    for name, module in model.base_model.named_children():
+        if isinstance(module, RowRotary) or hasattr(module, "rope_type"):
+            return str(name)
+    if any(hasattr(module, "rope_type") or hasattr(module, "inv_freq") for module in model.modules()):
+        why = "it has no rotary embedding for all its layers, which is where positions are looked at"
+        raise _refused(model.config, why)
+    return None
 
 
 def _rope_types(rotary: Any) -> set[str]:

@@ -53,7 +53,7 @@ class Decoder:
         self._paged = paged
         self._runner = runner
         self._groups: dict[str, _Group] = {}
-        self._recorder = Recorder(capture_on(runner.device))
+        self._recorder = Recorder(capture_on(runner.device) if not runner.keeps_states else None)
         self.num_decode_forwards = 0
         self.forward_s = 0.0
 

@@ -81,9 +81,12 @@ class Engine:
         self._lone_chunk_tokens = max(self._prefill_chunk_tokens, lone_chunk_tokens)
         self._sink = sink
         self._observer = observer or EngineObserver()
-        self._blocks = BlockPool(paged.plan.num_kv_blocks)
         plan = paged.plan
-        cache = KvCache(paged.layers, plan.num_kv_blocks, paged.dtype, paged.device, gather_tokens=plan.gather_tokens)
+        self._blocks = BlockPool(plan.num_kv_blocks, self._max_running)
+        cache = KvCache(
+            paged.layers, plan.num_kv_blocks, paged.dtype, paged.device,
+            gather_tokens=plan.gather_tokens, num_places=self._max_running,
+        )  # fmt: skip
         self._cache = cache
         self._runner = ModelRunner(paged.model, cache, paged.device, on_layer=self._on_layer)
         self._decoder = Decoder(paged, self._runner)
@@ -157,7 +160,7 @@ class Engine:
             raise
 
     def _prefix_of(self, request: Request) -> Prefix | None:
-        if not self._limits.prefix_cache:
+        if not self._limits.prefix_cache or self._paged.keeps_states:
             return None
         asked = request.asked
         # A prompt whose parts would each page anew runs whole.

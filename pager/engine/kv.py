@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pager.engine.states import StateShape, StateStore
 from pager.memory import GATHER_TOKENS, KV_BLOCK_TOKENS
 from pager.models.families import largest
 from pager.types import ExpertPool, Full, GenerateRequest, PoolPolicy
@@ -36,10 +37,14 @@ class BlockPool:
     can be published under a key that stands for everything that its content depends on (`PrefixKeys`): requests that
     begin alike then hold the same block. A published block is never written to. When no request holds it, it counts as
     free, and it is evicted, least recently used first, once no blocks without content are left.
+
+    Beside blocks every answer in flight holds a place, where layers keep its state (`StateStore`).
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, num_places: int = 1) -> None:
         self.num_blocks = num_blocks
+        self.num_places = num_places
+        self._places = list(reversed(range(num_places)))
         self._blank = list(reversed(range(num_blocks)))  # not held, without content
         self._idle: dict[int, None] = {}  # published and not held, least recently used first
         self._num_holders = [0] * num_blocks
@@ -53,6 +58,10 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
+
+    @property
+    def num_places_used(self) -> int:
+        return self.num_places - len(self._places)
 
     @property
     def num_published(self) -> int:
@@ -77,6 +86,15 @@ class BlockPool:
         for block in taken:
             self._num_holders[block] += 1
         return taken
+
+    def take_place(self) -> int:
+        """Returns a place. There is one for each of the rows that may be in flight."""
+        return self._places.pop()
+
+    def free_place(self, place: int) -> None:
+        """Gives back what `take_place` returned."""
+        assert place not in self._places, f"place {place} is freed twice"
+        self._places.append(place)
 
     def hold(self, blocks: Sequence[int]) -> None:
         """Counts one more holder of `blocks`, which are held; each holder gives them back with `free`."""
@@ -143,6 +161,7 @@ class LayerAttention:
     `window` tokens.
 
     With `has_sinks` each query head has a logit of its own beside those of the tokens, which takes a share for nothing.
+    A layer that does not attend has no heads; it may have a `state` instead.
     """
 
     num_query_heads: int
@@ -151,6 +170,7 @@ class LayerAttention:
     value_dim: int
     window: int | None = None
     has_sinks: bool = False
+    state: StateShape | None = None
 
     @property
     def key_width(self) -> int:
@@ -164,7 +184,7 @@ class LayerAttention:
 class KvCache:
     """The tensors `k` [N, G, D] and `v` [N, G, D] of every layer. A token slot is `block * BLOCK_TOKENS + offset`.
 
-    `gather_tokens` is how many of them `gather` takes at a time.
+    `gather_tokens` is how many of them `gather` takes at a time. `states` has places for `num_places` answers.
     """
 
     def __init__(
@@ -175,8 +195,11 @@ class KvCache:
         device: torch.device,
         *,
         gather_tokens: int = GATHER_TOKENS,
+        num_places: int = 1,
     ) -> None:
         self.layers = tuple(layers)
+        shapes = {layer: each.state for layer, each in enumerate(layers) if each.state is not None}
+        self.states = StateStore(shapes, num_places, device)
         num_slots = num_blocks * BLOCK_TOKENS
         zeros, empty = (partial(make, dtype=dtype, device=device) for make in (torch.zeros, torch.empty))
         self.k = [zeros(num_slots, each.num_kv_heads, each.key_dim) for each in layers]
@@ -206,7 +229,12 @@ class KvCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.k, *self.v))
+        return sum(tensor.nbytes for tensor in (*self.k, *self.v)) + self.states.nbytes
+
+
+def state_bytes(layers: Sequence[LayerAttention]) -> int:
+    """Bytes of the states that an answer in flight has in all layers, twice (`StateStore`)."""
+    return 2 * sum(each.state.nbytes for each in layers if each.state is not None)
 
 
 def kv_bytes_per_token(layers: Sequence[LayerAttention], dtype: torch.dtype) -> int:

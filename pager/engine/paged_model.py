@@ -25,7 +25,7 @@ from pager.cache.trace import TraceHeader, TraceRecorder
 from pager.engine.attention import layers_in_library, layers_of
 from pager.engine.experts import OpenStep, attach
 from pager.engine.gates import NO_COPIES
-from pager.engine.kv import LayerAttention, kv_bytes_per_token
+from pager.engine.kv import LayerAttention, kv_bytes_per_token, state_bytes
 from pager.engine.workspace import limit_kernels, staging_bytes, workspace_of
 from pager.errors import CheckpointError, ConfigError, InvalidRequest, UnsupportedModel
 from pager.memory import NUM_READERS, STAGING_BUFFERS, Budgets, Machine, Needs, Plan, plan
@@ -141,7 +141,12 @@ class PagedModel:
     @cached_property
     def layers(self) -> tuple[LayerAttention, ...]:
         """The attention of each layer in the engine: what it keeps and what it sees. Raises UnsupportedModel."""
-        return layers_of(self.config)
+        return layers_of(self.config, self.dtype)
+
+    @cached_property
+    def keeps_states(self) -> bool:
+        """Tells whether layers hand on more than keys and values: then prompts run whole, and share no prefixes."""
+        return any(each.state is not None for each in self.layers)
 
     def routing(
         self, policy: PoolPolicy, *, lease: Lease | None = None, meter: UsageMeter | None = None
@@ -370,6 +375,7 @@ def needs_of(opened: OpenModel, device: str, num_readers: int = NUM_READERS) -> 
         expert_bytes=opened.expert_bytes,
         facts=opened.facts,
         kv_bytes_per_token=kv_bytes_per_token(layers, opened.dtype),
+        state_bytes=state_bytes(layers),
         context_tokens=opened.config.max_position_embeddings,
         staging_bytes=staging_bytes(opened, device, num_readers=num_readers, num_buffers=STAGING_BUFFERS),
         workspace=workspace_of(opened, device, layers, num_readers=num_readers),

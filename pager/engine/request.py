@@ -114,6 +114,7 @@ class Request:
         self._compiled: CompiledGrammar | None = None
         self.prefix: Prefix | None = None  # None where prefixes are not shared
         self.blocks: Sequence[int] = ()
+        self.kept_at: int | None = None  # the place of its state
         self.lease: Lease | None = None
         self.routing: RequestRouting | None = None
         self.step: StepRouting | None = None  # the step that its decode forwards run in
@@ -220,7 +221,7 @@ class Request:
         taken = blocks.allocate(self.kv_tokens, shared)
         if taken is None:
             return False
-        self.blocks = taken
+        self.blocks, self.kept_at = taken, blocks.take_place()
         try:
             num_spare = (self.num_rows - 1) * (len(taken) - self._num_common_blocks)
             spare = blocks.allocate(num_spare * BLOCK_TOKENS)
@@ -266,7 +267,9 @@ class Request:
         for answer in self.others:
             taken, self._spare_blocks = self._spare_blocks[: len(own)], self._spare_blocks[len(own) :]
             blocks.hold(common)
-            answer.blocks = (*common, *taken)
+            answer.blocks, answer.kept_at = (*common, *taken), blocks.take_place()
+            assert self.kept_at is not None
+            cache.states.copy(self.kept_at, answer.kept_at)
             if len(self.asked.prompt_token_ids) % BLOCK_TOKENS and own:
                 cache.copy_block(own[0], taken[0])
 
@@ -274,7 +277,7 @@ class Request:
         """Returns the request in the state in which its answer of that number begins."""
         answer = copy.copy(self)
         answer.index, answer._first = index, self
-        answer.blocks = ()
+        answer.blocks, answer.kept_at = (), None
         answer.output_ids = []
         answer.draw = answer._new_draw()
         answer.draw.context.mask = self._new_mask()
@@ -287,8 +290,15 @@ class Request:
     def leave(self, blocks: BlockPool) -> None:
         """Gives back what only this answer holds: it is complete, and others continue."""
         self.is_answered = True
+        self._give_own(blocks)
+
+    def _give_own(self, blocks: BlockPool) -> None:
+        """Gives back what this answer holds."""
         held, self.blocks = self.blocks, ()
+        place, self.kept_at = self.kept_at, None
         blocks.free(held)
+        if place is not None:
+            blocks.free_place(place)
 
     @property
     def num_going_on(self) -> int:
@@ -308,8 +318,7 @@ class Request:
         try:
             blocks.free(spare)
             for answer in self.rows:
-                held, answer.blocks = answer.blocks, ()
-                blocks.free(held)
+                answer._give_own(blocks)
         finally:
             if lease is not None:
                 lease.release()
@@ -335,9 +344,11 @@ class Request:
 
     def may_be_chunked(self, paged: PagedModel) -> bool:
         """Tells whether its prompt may run in parts: not before its pool is chosen, nor where each part would page
-        anew.
+        anew, nor where a part that runs again would begin at another state.
         """
-        return self.routing is not None and self.routing.is_frozen and (paged.fully_resident or not self.is_exact)
+        if self.routing is None or paged.keeps_states:
+            return False
+        return self.routing.is_frozen and (paged.fully_resident or not self.is_exact)
 
     def runs_beside_others(self, paged: PagedModel) -> bool:
         """Tells whether prompts and rows may run in one forward with its next one: nothing is chosen or looked at in it
@@ -453,12 +464,14 @@ class Request:
     def prompt_part(self, num_tokens: int) -> PromptPart:
         """Returns the next tokens of its prompt, as a forward runs them."""
         prompt, start = self.asked.prompt_token_ids, self.num_prefilled
-        return PromptPart(prompt[start : start + num_tokens], self.blocks, start, len(prompt))
+        assert self.kept_at is not None
+        return PromptPart(prompt[start : start + num_tokens], self.blocks, start, len(prompt), self.kept_at)
 
     def row_start(self) -> RowStart:
         """Returns where its next decode step starts: the last sampled token has not run yet."""
         position = len(self.asked.prompt_token_ids) + len(self.output_ids) - 1
-        return RowStart(self.blocks, self.output_ids[-1], position)
+        assert self.kept_at is not None
+        return RowStart(self.blocks, self.output_ids[-1], position, self.kept_at)
 
     def accept(self, token_id: int, now_s: float) -> tuple[str, FinishReason | None]:
         """Takes the next token. Returns the text that may be shown now, and why the answer ends here, if it does."""

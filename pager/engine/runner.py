@@ -24,6 +24,7 @@ from pager.engine.attention import KvStep, PromptStep, RowContexts
 from pager.engine.kv import KvCache, blocks_for, token_slots
 from pager.engine.paged_model import PagedModel
 from pager.engine.sampler import logprobs_of
+from pager.engine.states import StateStep
 from pager.errors import UnsupportedModel
 from pager.pools.step import RequestRouting
 from pager.sampling import not_applied
@@ -114,24 +115,28 @@ class GroupGraph:
 
 @dataclass(frozen=True, slots=True)
 class RowStart:
-    """The start of a batch's row: its block table, the token to run next, and that token's position."""
+    """The start of a batch's row: its block table, the token to run next, that token's position, and the place of its
+    state.
+    """
 
     blocks: Sequence[int]
     token_id: int
     position: int
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PromptPart:
     """Tokens of one prompt that run in a forward, after `num_past` tokens of the same prompt that ran before.
 
-    `prompt_tokens` is the length of the whole prompt.
+    `prompt_tokens` is the length of the whole prompt, `place` where its state is kept.
     """
 
     token_ids: Sequence[int]
     blocks: Sequence[int]
     num_past: int = 0
     prompt_tokens: int = 0
+    place: int = 0
 
     @property
     def positions(self) -> range:
@@ -149,6 +154,7 @@ class DecodeBatch:
         self._slots_BC = token_slots([row.blocks for row in rows], device)
         self.token_B1 = torch.tensor([[row.token_id] for row in rows], device=device)
         self.position_B1 = torch.tensor([[row.position] for row in rows], device=device)
+        self._place_B = torch.tensor([row.place for row in rows], device=device)
         self.context = 1 + max(row.position for row in rows)
 
     def padded_context(self, cache: KvCache) -> int:
@@ -156,14 +162,21 @@ class DecodeBatch:
         unit = 1 << max(6, (self.context - 1).bit_length() - 3)
         return min(-(-self.context // unit) * unit, self._slots_BC.shape[1], cache.gather_tokens)
 
-    def kv_step(self, cache: KvCache, padded_context: int | None = None) -> KvStep:
+    def kv_step(
+        self, cache: KvCache, padded_context: int | None = None, on_layer: Callable[[], None] = lambda: None
+    ) -> KvStep:
         """Returns what the next step reads and writes. With `padded_context`, nothing in it changes shape until that
-        does.
+        does. `on_layer` is called before every layer that has a state.
         """
         slots_BC = self._slots_BC[:, : padded_context or self.context]
         write_B = self._slots_BC.gather(1, self.position_B1)[:, 0]
         is_full = len(slots_BC) == 1 and padded_context is None
-        return KvStep(cache, write_B, RowContexts(slots_BC, self.position_B1, cache.dtype, is_full=is_full))
+        position_B = self.position_B1[:, 0]
+        states = None
+        if cache.states:
+            states = StateStep(cache.states, self._place_B, position_B, position_B + 1, on_layer)
+        contexts = RowContexts(slots_BC, self.position_B1, cache.dtype, is_full=is_full)
+        return KvStep(cache, write_B, contexts, states=states)
 
     def advance(self, token_B: torch.Tensor) -> None:
         """Makes the sampled tokens the next step's input."""
@@ -221,9 +234,16 @@ class ModelRunner:
         return self._rotary is not None and self._rotary.is_long(num_tokens)
 
     @property
+    def keeps_states(self) -> bool:
+        """Tells whether layers hand on more than keys and values."""
+        return bool(self._cache.states)
+
+    @property
     def shares_prefills(self) -> bool:
-        """Tells whether prompts may run together: not where a row's length decides on its rotary tables."""
-        return self._rotary is None
+        """Tells whether prompts may run together: not where a row's length decides on its rotary tables, nor where a
+        layer hands a state from each token of a row to the next.
+        """
+        return self._rotary is None and not self.keeps_states
 
     @torch.inference_mode()
     def prefill(self, parts: Sequence[PromptPart], rows: DecodeBatch | None = None) -> torch.Tensor:
@@ -251,8 +271,18 @@ class ModelRunner:
             token_1T = torch.cat([token_1T, rows.token_B1.T], 1)
             position_1T = torch.cat([position_1T, rows.position_B1.T], 1)
             ends_N = torch.cat([ends_N, torch.arange(num_before, token_1T.shape[1], device=self.device)])
-        step = KvStep(self._cache, torch.cat(writes), contexts, prompts)
+        step = KvStep(self._cache, torch.cat(writes), contexts, prompts, self._states_of(parts[0]))
         return self._forward(token_1T, position_1T, step, prompt_tokens=parts[0].prompt_tokens, kept=ends_N)[0]
+
+    def _states_of(self, part: PromptPart) -> StateStep | None:
+        """Returns the states of a forward that runs a part of one prompt; None for a model without."""
+        if not self.keeps_states:
+            return None
+        place, before, after = (
+            torch.tensor([each], device=self.device)
+            for each in (part.place, part.num_past, part.num_past + len(part.token_ids))
+        )
+        return StateStep(self._cache.states, place, before if part.num_past else None, after, self._begin_layer)
 
     @contextmanager
     def keeping_hidden(self) -> Iterator[list[Tensor]]:
@@ -298,7 +328,7 @@ class ModelRunner:
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, padded_context: int | None = None) -> torch.Tensor:
         """Returns [B, V] logits of every row's next token, by one forward. It does not wait for the device."""
-        step = batch.kv_step(self._cache, padded_context)
+        step = batch.kv_step(self._cache, padded_context, self._begin_layer)
         return self._forward(batch.token_B1, batch.position_B1, step)[:, -1]
 
     @torch.inference_mode()
@@ -314,6 +344,7 @@ class ModelRunner:
         """Returns [B, kept, V] logits of every row's last tokens, or of those at the places that `kept` has."""
         if self._rotary is not None:
             self._rotary.prompt_tokens = prompt_tokens
+        cache = {} if step.states is None else {"past_key_values": step.states}
         output = self._model(
             input_ids=token_BS,
             position_ids=position_BS,
@@ -322,7 +353,10 @@ class ModelRunner:
             logits_to_keep=kept,
             kv_step=step,
             on_layer=self._begin_layer,
+            **cache,
         )
+        if step.states is not None:
+            step.states.finish()
         return self._without_suppressed(output.logits)  # type: ignore[attr-defined]
 
     def _without_suppressed(self, logits: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from pager.engine.experts import (
 )
 from pager.engine.kv import LayerAttention
 from pager.engine.sampler import DRAWN_ROWS
+from pager.engine.states import StateWork, work_of
 from pager.memory import MASK_BYTES, NUM_CHECKERS, Workspace
 from pager.models.open_model import OpenModel
 from pager.store.reads import STAGING_BYTES
@@ -70,15 +71,18 @@ def workspace_of(opened: OpenModel, device: str, layers: Sequence[LayerAttention
     # Twice on a GPU: a graph has memory of its own for all of that.
     fixed_bytes = shapes.cpu_bytes(num_readers) if on_cpu else 2 * (_CUBLAS_BYTES + 2 * _CUDA_SEGMENT_BYTES)
     token_bytes, context_bytes, draw_bytes = shapes.token_bytes(), shapes.context_bytes(), shapes.draw_bytes()
+    fixed_bytes += shapes.states.prompt_bytes
+    row_bytes = shapes.states.row_bytes and shapes.states.row_bytes + token_bytes
     if not on_cpu:
         # The caching allocator cuts what is below 10 MiB out of segments of 20, and keeps freed memory: a third
         # for the trunk's weights, many of which have such a size, and a quarter for temporary tensors.
         fixed_bytes += opened.trunk_bytes // 3
-        token_bytes, context_bytes, draw_bytes = (
-            nbytes + nbytes // 4 for nbytes in (token_bytes, context_bytes, draw_bytes)
+        token_bytes, row_bytes, context_bytes, draw_bytes = (
+            nbytes + nbytes // 4 for nbytes in (token_bytes, row_bytes, context_bytes, draw_bytes)
         )
     return Workspace(
         token_bytes=token_bytes,
+        row_bytes=row_bytes,
         gather_bytes=shapes.gather_bytes(),
         context_bytes=context_bytes,
         mask_bytes=MASK_BYTES if shapes.has_masks else 0,
@@ -131,13 +135,17 @@ class _Shapes:
         picks = zip(facts.top_k_per_layer, facts.shared_per_layer, strict=True)
         self.top_k = max(routed + shared for routed, shared in picks)
         self.dense = _dense_intermediate(opened)
+        self.states = StateWork()
+        if any(each.state is not None for each in layers):
+            self.states = work_of(opened.whole, opened.dtype)
 
     def token_bytes(self) -> int:
         """Returns the bytes of a token in the layers: a layer's input, and the widest of its intermediate values."""
         position = 8 * INT64 + 4 * self.head_dim * FP32  # ids, slots, row, mask; cosines and sines
         streams = 3 * self.hidden * self.item + 2 * self.hidden * FP32  # input, residual, normed; the norm's fp32
         dense = 4 * self.dense * self.item
-        return position + streams + max(self._attention(), self._routing(), self._experts(), dense)
+        widest = max(self._attention(), self._routing(), self._experts(), dense, self.states.token_bytes)
+        return position + streams + widest
 
     def gather_bytes(self) -> int:
         """A token of context in one layer."""

@@ -370,21 +370,33 @@ _running = _Running()
 
 @torch.no_grad()
 def try_forward(
-    model: PreTrainedModel, *, own_attention: bool = True, with_mask: bool = False, with_masks: bool = False
+    model: PreTrainedModel,
+    *,
+    own_attention: bool = True,
+    with_mask: bool = False,
+    with_masks: bool = False,
+    cache: object = None,
+    num_rows: int = 1,
+    num_tokens: int = NUM_TOKENS,
 ) -> Trial:
     """Runs `model`, which is on the meta device and keeps these functions. Raises whatever the model does.
 
     With `own_attention` transformers builds no mask, as it does for engines that have attention of their own, unless
     `with_masks`; without, attention is not looked at. `with_mask` gives a mask of padding in the place of positions.
+    With a `cache`, its layers ask that for what they know of earlier tokens.
     """
     name = NAME_WITH_MASKS if with_masks else NAME
     model.set_attn_implementation(name if own_attention else "eager")
     model.set_experts_implementation(NAME)
-    inputs = {"input_ids": torch.zeros(1, NUM_TOKENS, dtype=torch.long, device="meta")}
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(num_rows, num_tokens, dtype=torch.long, device="meta")}
     if own_attention:
-        inputs["position_ids"] = torch.arange(NUM_TOKENS, device="meta")[None]
+        inputs["position_ids"] = torch.arange(num_tokens, device="meta").expand(num_rows, -1)
     if with_mask or with_masks:
-        inputs["attention_mask"] = torch.ones(1, NUM_TOKENS, dtype=torch.bool, device="meta")
+        # Not on the meta device with masks, as layers that have states ask whether there is anything to leave out.
+        device = "cpu" if with_masks else "meta"
+        inputs["attention_mask"] = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=device)
+    if cache is not None:
+        inputs |= {"past_key_values": cache, "logits_to_keep": 1}
     _running.trial = trial = Trial()
     _running.masks = []
     _running.names = {module: name for name, module in model.named_modules()}
@@ -429,7 +441,7 @@ def _attend(
 
 
 def _mask(*_: Any, mask_function: Sees, **__: Any) -> Tensor:
-    mask = torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool, device="meta")
+    mask = torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool, device="meta")  # a forward of that many tokens
     _running.masks.append((mask, mask_function))
     return mask
 

@@ -1,4 +1,6 @@
-"""Published formats through the whole service: a GGUF file, and compressed-tensors' FP8 with an output's scales."""
+"""Published models through the whole service: a GGUF file, compressed-tensors' FP8 with an output's scales, and linear
+attention.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import pager
 from tests.support import gguf_files
+from tests.support.families import saved_family
 from tests.support.quantised import number_checkpoint
 
 NUM_TOKENS = 12
@@ -23,13 +26,24 @@ def gguf_model(folder: Path) -> tuple[Path, Tokenizer]:
 
 def fp8_model(folder: Path) -> tuple[Path, Tokenizer]:
     path, _ = number_checkpoint(folder, "float", "channel")
+    return path, numbers(path)
+
+
+def linear_attention_model(folder: Path) -> tuple[Path, Tokenizer]:
+    path = folder / "model"
+    saved_family("qwen3_next", path)
+    return path, numbers(path)
+
+
+def numbers(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint whose tokens are numbers, which is saved beside it."""
     tokenizer = Tokenizer(models.WordLevel({f"{number}": number for number in range(90)}, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path / "tokenizer.json"))
-    return path, tokenizer
+    return tokenizer
 
 
-@pytest.mark.parametrize("make", [gguf_model, fp8_model])
+@pytest.mark.parametrize("make", [gguf_model, fp8_model, linear_attention_model])
 def test_a_service_answers_as_the_library_does(
     tmp_path: Path, serve: Callable[..., Any], make: Callable[[Path], tuple[Path, Tokenizer]]
 ) -> None:

@@ -100,6 +100,7 @@ class Driver:
         status, stats = self.engine.status(), self.paged.pager.stats()
         assert (status.running, status.waiting, status.kv_blocks_used) == (0, 0, 0)
         assert (stats.held_bytes, stats.reserved_bytes) == (0, 0)
+        assert self.engine._blocks.num_places_used == 0
         self.paged.pager.check_integrity()
 
 

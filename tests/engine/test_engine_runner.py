@@ -162,8 +162,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": 8, "n_group": 1},
         r"layer 0 attends with values in heads of 24, wider than its keys of 16",
     ),
-    "linear attention": ("qwen3_next", {"num_experts": 4}, r"layer 0 is of the kind 'linear_attention'"),
-    "a convolution": ("lfm2_moe", {"layer_types": ["full_attention", "conv"]}, r"layer 1 is of the kind 'conv'"),
+    "a cache of its own": ("minimax", {"num_experts": 4}, r"layer 1 is of the kind 'linear_attention'"),
 }
 
 
@@ -174,6 +173,15 @@ def test_what_the_service_cannot_attend_to_is_refused_by_layer_and_argument(what
     with pytest.raises(UnsupportedModel, match=message) as caught:
         attention.layers_of(config)
     assert caught.value.message.startswith(f"{model_type} is not supported by the service: ")
+
+
+def test_a_convolution_beside_the_cache_is_refused() -> None:
+    model = small_model("olmoe")
+    model.model.layers[1].mixer = torch.nn.Conv1d(4, 4, 3)
+    with pytest.raises(
+        UnsupportedModel, match=r"model\.layers\.1\.mixer is a convolution, which keeps a state of its own"
+    ):
+        attention._layers_of(model, torch.float32)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "emo"])
@@ -200,8 +208,8 @@ def test_an_argument_that_attention_would_leave_out_is_refused_when_it_comes() -
 
 
 def test_attention_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
-    kinds = {"layer_types": ["full_attention", "linear_attention"], "num_experts": 4, "moe_intermediate_size": 16}
-    config = AutoConfig.for_model("qwen3_next", **SMALL, **kinds, head_dim=8)
+    kinds = {"layer_types": ["full_attention", "linear_attention"], "num_local_experts": 4}
+    config = AutoConfig.for_model("minimax", **SMALL, **kinds, head_dim=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, tmp_path / SINGLE_NAME)

@@ -22,6 +22,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -29,6 +31,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from pager.engine import attention
@@ -84,6 +88,19 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
             q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
         )
     ),
+    "qwen3-next": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **SIZES, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=8, num_experts_per_tok=2,
+            head_dim=32, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=64,
+            linear_value_head_dim=64, layer_types=["linear_attention", "full_attention"],
+        )
+    ),
+    "granite-hybrid": lambda: GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(
+            **SIZES, intermediate_size=64, shared_intermediate_size=64, num_local_experts=8, num_experts_per_tok=2,
+            mamba_n_heads=12, mamba_d_state=64, layer_types=["linear_attention", "full_attention"],
+        )
+    ),
     "qwen3-dense-layer": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             **SIZES, intermediate_size=1500, moe_intermediate_size=128, num_experts=16, num_experts_per_tok=4,
@@ -92,7 +109,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }  # fmt: skip
 """Different things are the widest in each: pairs, gathered weights, pairs, an expert's inside, keys with sinks, latent
-keys, a dense layer."""
+keys, states, a dense layer."""
 
 # Tokens of the prompt, and after it. An exact prompt and one with a given pool run in chunks where all experts fit.
 WORK = {"exact": (CONTEXT - 1, 1), "whole-pool": (CONTEXT - 1, 1), "chunks": (CONTEXT - 1, 1), "decode": (400, 3)}

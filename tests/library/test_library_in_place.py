@@ -51,6 +51,18 @@ def forward(model: PreTrainedModel, made: Small, seed: int = 1, num_tokens: int 
     return logits
 
 
+@torch.no_grad()
+def with_picks(model: PreTrainedModel, made: Small, seed: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits, and [B, T, layers and experts] of the experts that each token picks."""
+    output = model(made.prompt(2, num_tokens, seed), output_router_logits=True)
+    top_k = model.expert_paging.facts.top_k_per_layer
+    picked = [
+        torch.zeros_like(logits_NE, dtype=torch.bool).scatter(1, logits_NE.topk(count).indices, True)
+        for logits_NE, count in zip(output.router_logits, top_k, strict=True)
+    ]
+    return output.logits, torch.cat(picked, -1).view(2, num_tokens, -1)
+
+
 def counts(model: PreTrainedModel) -> PagingCounts:
     found: PagingCounts = model.expert_paging.pager.stats().paging
     return found
@@ -83,13 +95,17 @@ def test_small_experts_are_gathered_from_slots_and_page_cache(
     made.plain.to(getattr(torch, dtype)).save_pretrained(made.path, **options.get("save", {}))
     path = packed(made.path, tmp_path / "out", as_floats=getattr(torch, dtype)) if family == "packed" else made.path
     whole, paged = load(path, dtype=dtype), load(path, dtype=dtype, expert_memory="25%")
+    num_alike = 0
     for seed, num_tokens in ((1, 24), (2, 24), (3, 1), (4, 1), (5, 3)):
-        expected, found = forward(whole, made, seed, num_tokens), forward(paged, made, seed, num_tokens)
+        (expected, picks), (found, found_picks) = (with_picks(each, made, seed, num_tokens) for each in (whole, paged))
+        # In half precision rounding decides here and there which expert a token picks, and what follows attends to it.
+        picks_alike_B = (picks == found_picks).flatten(1).all(-1)
         is_close_BT = (found - expected).abs().amax(-1) < (1e-4 if dtype == "float32" else 0.1)
-        # in half precision rounding decides here and there which expert a token picks
-        assert is_close_BT.float().mean() >= (1 if dtype == "float32" else 0.9)
+        assert is_close_BT[picks_alike_B].all()
+        num_alike += int(picks_alike_B.sum())
         if seed == 1:
             before = counts(paged)  # the slots are full
+    assert num_alike >= (10 if dtype == "float32" else 6)
     paging = counts(paged) - before
     assert paging.bytes_paged == 0
     assert min(paging.experts_hit, paging.experts_missed) > 0

@@ -76,24 +76,15 @@ NOT_POOLED = {
 
 NOT_SERVED = {
     "axk2": "layer 0 is of the kind 'indexed_attention'",
-    "bailing_hybrid": "layer 0 is of the kind 'linear_attention'",
     "deepseek_v32": "layer 0 is of the kind 'indexed_attention'",
     "deepseek_v4": "layer 0 is of the kind 'heavily_compressed_attention'",
     "dots3_note_text": "layer 0 is of the kind 'indexed_attention'",
     "glm_moe_dsa": "layer 0 is of the kind 'indexed_attention'",
-    "granitemoehybrid": "layer 0 is of the kind 'linear_attention'",
     "hy_v4": "layer 0 is of the kind 'indexed_attention'",
     "inkling2_text": "layer 0 is of the kind 'hybrid_sliding'",
     "inkling_text": "layer 0 is of the kind 'hybrid_sliding'",
-    "jamba": "layer 0 is of the kind 'linear_attention'",
-    "kimi_linear": "layer 0 is of the kind 'linear_attention'",
-    "lfm2_moe": "layer 0 is of the kind 'conv'",
     "minimax": "layer 1 is of the kind 'linear_attention'",
-    "nemotron_h": "layer 0 is of the kind 'linear_attention'",
-    "qwen3_5_moe_text": "layer 0 is of the kind 'linear_attention'",
-    "qwen3_next": "layer 0 is of the kind 'linear_attention'",
     "qwen4_exp_text": "layer 0 is of the kind 'linear_attention'",
-    "zaya": "layer 0 is of the kind 'hybrid'",
 }
 """Families that only the library runs, and what they are told."""
 

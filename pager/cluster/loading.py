@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from torch.nn.functional import linear
 
 from pager.cache.pager import CacheOptions, ExpertPager
 from pager.cluster.placement import LoadedModel
@@ -31,7 +33,11 @@ from pager.observe.worker_metrics import TierBytes
 from pager.tokenizing import read_tokenizer
 from pager.types import ExpertKey
 
+log = logging.getLogger(__name__)
+
 PAGE_IN_POLL_S = 0.02
+SLOW_PRODUCTS = 2.0  # times as long as in float32, which has twice the bytes to read
+PRODUCT_ROWS, PRODUCT_WIDTH, PRODUCT_TRIES = 64, 512, 5
 EMBEDDED_RAY = "not counted  about 180 MiB of Ray's own processes, once on this machine (measured on 2026-11-30)"
 
 
@@ -54,6 +60,7 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
     )
     try:
         limit_device_memory(paged.plan, paged.device)
+        warn_of_slow_products(paged.dtype, paged.device)
         if workers.num_threads is None:
             use_fastest_num_threads(paged, num_threads)
         tokenizer = _tokenizer(Path(config.model.path))
@@ -78,6 +85,26 @@ def load_engine(config: ServiceConfig, sink: Sink, observer: WorkerObserver, hos
         page_in=lambda experts, timeout_s: page_in(paged.pager, experts, timeout_s),
         close=paged.close,
     )
+
+
+def warn_of_slow_products(dtype: torch.dtype, device: torch.device) -> None:
+    """Logs a warning where the processor multiplies so much more slowly in `dtype` that float32 would be faster."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], dtype: []}
+    for _ in range(PRODUCT_TRIES):
+        for each, taken in seconds.items():
+            row_RD, matrix_DD = (torch.ones(rows, PRODUCT_WIDTH, dtype=each) for rows in (PRODUCT_ROWS, PRODUCT_WIDTH))
+            started_s = time.perf_counter()
+            linear(row_RD, matrix_DD)
+            taken.append(time.perf_counter() - started_s)
+    ratio = min(seconds[dtype]) / min(seconds[torch.float32])
+    if ratio > SLOW_PRODUCTS:
+        name = str(dtype).removeprefix("torch.")
+        log.warning(
+            "this processor takes %.0f times as long to multiply in %s as in float32; where there is memory for twice "
+            "the bytes, serve with --dtype float32 (model.dtype)", ratio, name,
+        )  # fmt: skip
 
 
 def check_model(model: ModelConfig) -> None:

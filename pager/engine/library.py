@@ -22,7 +22,7 @@ from pager.cache.pager import CacheOptions
 from pager.engine.gates import NO_COPIES
 from pager.engine.paged_model import PagedModel, load_paged_model
 from pager.errors import ConfigError, InvalidRequest
-from pager.memory import NUM_READERS, Budgets, format_bytes, resolve_device
+from pager.memory import DEFAULT_KV_SEQUENCES, NUM_READERS, Budgets, format_bytes, resolve_device
 from pager.pools.drift import answer_drift, parse_drift
 from pager.pools.pick import largest_counts, parse_pool_size
 from pager.pools.step import RequestRouting, StepRouting
@@ -82,7 +82,11 @@ def load_model(  # noqa: PLR0913 - its keywords are the library's interface
         local_folder(path),
         device=resolve_device(device),
         dtype="auto" if dtype is None else dtype,
-        budgets=Budgets(expert_memory=expert_memory, host_memory=0 if host_memory is None else host_memory),
+        budgets=Budgets(
+            expert_memory=expert_memory,
+            host_memory=0 if host_memory is None else host_memory,
+            max_running=DEFAULT_KV_SEQUENCES,
+        ),
         cache=CacheOptions(policy=policy, num_readers=num_readers),
     )
     try:

@@ -11,23 +11,27 @@ import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence, Set
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 from pager.cluster.placement import WorkerState
 from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, RoutingFacts, Share, WorkerResidency
 
 SHORTEST_PREFIX = 32
+TURN_STEPS = ((16, 512), (64, 2048), (256, 8192))
+"""A turn of a conversation is kept, and looked for in the next turn's prompt, at multiples of so many tokens; each that
+far from the prompt's end at most, for as many tokens may the answer and the user's next words have."""
 MAX_ENCODED_BYTES = 256 * 1024
-MAX_POOLS = 4096  # that a process remembers
+MAX_POOLS = 16_384  # that a process remembers, by all keys; an answer has up to four
 
 
 class HintStore(Protocol):
     """Pools by prompt prefix, and the experts that the workers of other routers hold."""
 
-    async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
-        """Returns the pool under the first of `keys` that has one."""
+    async def find_pool(self, keys: Sequence[str], token_ids: Sequence[int] = ()) -> ExpertPool | None:
+        """Returns the pool under the first of `keys` that has one; a turn's only where `token_ids` continue it."""
 
-    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None: ...
+    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool, turn: Turn | None = None) -> None: ...
 
     async def report(self, workers: Sequence[WorkerResidency]) -> None:
         """Reports this router's ready workers to the other routers, and renews what it holds in the store.
@@ -65,6 +69,49 @@ def prefix_keys(fingerprint: str, size: PoolSize, tenant: str, token_ids: Sequen
     return tuple(_digest(seed + b"\n%d\n" % length + packed[: 4 * length]) for length in lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn of a conversation: its whole prompt, as a length and a digest, and the first token of its answer.
+
+    Prompts of one tenant begin alike, with a system prompt. What begins with a turn's prompt and goes on as its answer
+    did continues it; there may be a blank between them, which some templates add.
+    """
+
+    num_tokens: int
+    digest: str
+    answer_id: int
+
+    @classmethod
+    def of(cls, prompt_ids: Sequence[int], answer_id: int) -> Self:
+        return cls(len(prompt_ids), _digest(array("I", prompt_ids).tobytes()), answer_id)
+
+    def is_continued_by(self, token_ids: Sequence[int]) -> bool:
+        """Tells whether a prompt begins with this turn."""
+        if self.answer_id not in token_ids[self.num_tokens : self.num_tokens + 2]:
+            return False
+        return Turn.of(token_ids[: self.num_tokens], self.answer_id) == self
+
+
+def turn_keys(
+    fingerprint: str, size: PoolSize, tenant: str, token_ids: Sequence[int], *, is_asked: bool
+) -> tuple[str, ...]:
+    """Returns the keys under which a turn is kept or, if it `is_asked` for by the next one's prompt, looked for; the
+    longest prefix first.
+    """
+    count = len(token_ids)
+    ends: set[int] = set()
+    for step, back in TURN_STEPS:
+        last = count - count % step
+        ends.update(range(last, max(1, count - back) - 1, -step) if is_asked else (last,))
+    running = hashlib.blake2b("\n".join(("turn", fingerprint, size_name(size), tenant)).encode(), digest_size=16)
+    packed, before, keys = array("I", token_ids).tobytes(), 0, []
+    for end in sorted(ends - {0}):
+        running.update(packed[4 * before : 4 * end])
+        before = end
+        keys.append(running.hexdigest())
+    return tuple(keys[::-1])
+
+
 def pool_key(fingerprint: str, tenant: str, digest: str) -> str:
     """Returns the key of a pool by its digest, for this tenant alone."""
     return _digest("\n".join(("pool", fingerprint, tenant, digest)).encode())
@@ -93,8 +140,17 @@ def _digest(data: bytes) -> str:
 # --- stored values --------------------------------------------------------------------------------------------------
 
 
-def encode_pool(pool: ExpertPool) -> bytes:
-    return json.dumps({"v": 1, "experts": pool.experts}, separators=(",", ":")).encode()
+def encode_pool(pool: ExpertPool, turn: Turn | None = None) -> bytes:
+    of = {} if turn is None else {"turn": [turn.num_tokens, turn.digest, turn.answer_id]}
+    return json.dumps({"v": 1, "experts": pool.experts, **of}, separators=(",", ":")).encode()
+
+
+def decode_turn(data: bytes | None) -> Turn | None:
+    """Decodes the turn that a stored pool is of; None for a pool that is of none, and for anything else."""
+    match (_json_object(data) or {}).get("turn"):
+        case [int(num_tokens), str(digest), int(answer_id)] if num_tokens > 0:
+            return Turn(num_tokens, digest, answer_id)
+    return None
 
 
 def decode_pool(data: bytes | None, facts: RoutingFacts) -> ExpertPool | None:
@@ -157,23 +213,24 @@ class InProcessHints:
 
     def __init__(self, max_pools: int = MAX_POOLS) -> None:
         self._max_pools = max_pools
-        self._pools: OrderedDict[str, ExpertPool] = OrderedDict()
+        self._pools: OrderedDict[str, tuple[ExpertPool, Turn | None]] = OrderedDict()
         self._residency: dict[str, WorkerResidency] = {}
 
     @property
     def num_pools(self) -> int:
         return len(self._pools)
 
-    async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
+    async def find_pool(self, keys: Sequence[str], token_ids: Sequence[int] = ()) -> ExpertPool | None:
         for key in keys:
-            if key in self._pools:
+            pool, turn = self._pools.get(key, (None, None))
+            if pool is not None and (turn is None or turn.is_continued_by(token_ids)):
                 self._pools.move_to_end(key)
-                return self._pools[key]
+                return pool
         return None
 
-    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None:
+    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool, turn: Turn | None = None) -> None:
         for key in keys:
-            self._pools[key] = pool
+            self._pools[key] = pool, turn
             self._pools.move_to_end(key)
         while len(self._pools) > self._max_pools:
             self._pools.popitem(last=False)

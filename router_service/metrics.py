@@ -27,7 +27,7 @@ ANSWERING = ("Generate", "Complete", *INFER, "Completions", "ChatCompletions", "
 """The methods of all fronts that generate."""
 
 STATUSES = ("OK", *sorted({code.name for code in CODES.values()}))
-SOURCES = ("hint", "codebook", "own", "lexical", "trunk", "fitted", "prefill")  # sources of a predicted pool
+SOURCES = ("hint", "turn", "codebook", "own", "lexical", "trunk", "fitted", "prefill")  # sources of a predicted pool
 PLACED = ("codeword", "fixed", "predicted")  # the origin of the pool by which a request was placed
 PASSES = ("lexical", "trunk", "fitted", "prefill")
 REJECTIONS = ("OVERLOADED", "TENANT_OVERLOADED", "QUOTA_EXCEEDED", "SLOTS_EXHAUSTED", "NOT_READY", "DEADLINE_EXCEEDED")

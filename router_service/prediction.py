@@ -35,7 +35,7 @@ from pager.predict.fitted import (
 from pager.predict.learning import Learned, Observation, observed, revise
 from pager.tokenizing import encode_all, longest_token_bytes, refuse_special
 from pager.types import Bytes, ExpertPool, Full, PoolPolicy, PoolSize, PoolSource, RoutingFacts, RoutingScores, Usage
-from router_service.hints import HintStore, pool_key, prefix_keys
+from router_service.hints import HintStore, Turn, pool_key, prefix_keys, turn_keys
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +53,7 @@ LEXICAL = "lexical"  # the only pass that does not run the trunk
 PREFILL = "prefill"  # follows the last pass: the worker's own choice, which is the reference
 CODEBOOK = "codebook"  # the source of a pool that several prompts share
 OWN = "own"  # of the pool of a prompt that no codeword covers, picked before its prefill
+TURN = "turn"  # of the pool that the conversation had in its last turn
 
 
 class Scorer(Protocol):
@@ -484,6 +485,10 @@ class PassChain:
             note(codeword=codeword.name, coverage=round(codeword.coverage, 4))
         return Scored(scores, codeword.pool, None, codeword.pool is not None, codeword)
 
+    def codeword_of(self, pool: ExpertPool, size: PoolSize) -> str:
+        """Returns the name of the codeword whose pool of that size this is now; empty where it is no codeword's."""
+        return "" if self.traffic is None else self.traffic.codebook.name_of(pool, size)
+
     def _judged(self, scores: RoutingScores, size: PoolSize) -> Scored:
         if isinstance(size, Full):
             return Scored(scores, None, None, is_enough=True)
@@ -514,19 +519,22 @@ class Prediction:
     """
 
     pool: ExpertPool | None
-    source: str  # "hint", "codebook", "own", "trunk" (whatever the scores say), "prefill", "fixed" or "full"
+    source: str  # "hint", "turn", "codebook", "own", "trunk" (whatever the scores say), "prefill", "fixed" or "full"
     policy: PoolPolicy
     codeword: Codeword | None = None
     took_s: float = 0.0
+    kept: str = ""  # the name of the codeword whose pool a conversation keeps
 
     @property
     def covering(self) -> str:
         """Returns the name of the codeword whose pool this is; empty for any other pool."""
-        return self.codeword.name if self.codeword is not None and self.codeword.is_covered else ""
+        return self.codeword.name if self.codeword is not None and self.codeword.is_covered else self.kept
 
     @property
     def home_key(self) -> str:
         """The name under which its pool recurs, for placement; empty for a pool of the prompt's own."""
+        if self.source == TURN:
+            return self.kept
         return "" if self.policy.fixed is None else home_key(self.policy.fixed, self.codeword)
 
     @property
@@ -594,6 +602,8 @@ class Predictor:
             return Prediction(None, "full", policy)
         self._chain.check(policy)
         started = time.perf_counter()
+        if (turn := await self.last_turn(tenant, token_ids, policy)) is not None:
+            return replace(turn, took_s=time.perf_counter() - started)
         codeword = None
         if policy.source is PoolSource.CODEBOOK:
             codeword = (await self._chain.share(tenant, token_ids, policy.size)).codeword
@@ -626,6 +636,19 @@ class Predictor:
             return Prediction(scored.pool, scored.scores.source, resolved)
         return Prediction(None, PREFILL, replace(resolved, source=PoolSource.PREFILL))
 
+    async def last_turn(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Prediction | None:
+        """Returns the pool of the turn that this prompt continues, where pools come from the codebook: the conversation
+        keeps it, as the keys and values of that turn hold under no other.
+        """
+        if policy.source is not PoolSource.CODEBOOK or isinstance(policy.size, Full):
+            return None
+        keys = turn_keys(self._fingerprint, policy.size, tenant, token_ids, is_asked=True)
+        pool = await self._hints.find_pool(keys, token_ids) if keys else None
+        if pool is None:
+            return None
+        fixed = PoolPolicy(source=PoolSource.FIXED, fixed=pool, drift=policy.drift)
+        return Prediction(pool, TURN, fixed, kept=self._chain.codeword_of(pool, policy.size))
+
     async def observed(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> ExpertPool | None:
         """Returns the pool that a prefill chose for this prompt or a long prefix of it."""
         return await self._hints.find_pool(self._keys(tenant, token_ids, policy))
@@ -642,11 +665,19 @@ class Predictor:
             await self._chain.traffic.beat()
 
     async def learn(
-        self, tenant: str, token_ids: Sequence[int], asked: PoolPolicy, prediction: Prediction, usage: Usage
+        self,
+        tenant: str,
+        token_ids: Sequence[int],
+        asked: PoolPolicy,
+        prediction: Prediction,
+        usage: Usage,
+        answer_ids: Sequence[int] = (),
     ) -> None:
-        """Remembers the pool that an answer had, and what it says of the codebook. `asked` is the request's policy."""
+        """Remembers the pool that an answer had, and what it says of the codebook. `asked` is the request's policy,
+        `answer_ids` are the tokens of its first answer.
+        """
         ran = prediction.policy
-        if self._chain.traffic is not None:
+        if self._chain.traffic is not None and prediction.source != TURN:
             self._chain.traffic.answered(prediction.codeword, ran, usage)
         if usage.pool is None:
             return
@@ -656,6 +687,10 @@ class Predictor:
         if ran.source is PoolSource.PREFILL and not isinstance(ran.size, Full) and not was_widened:
             keys += self._keys(tenant, token_ids, asked)
         await self._hints.remember_pool(keys, usage.pool)
+        if asked.source is PoolSource.CODEBOOK and not isinstance(asked.size, Full) and not was_widened:
+            turns = turn_keys(self._fingerprint, asked.size, tenant, token_ids, is_asked=False)
+            if answer_ids and turns:
+                await self._hints.remember_pool(turns, usage.pool, Turn.of(token_ids, answer_ids[0]))
 
     async def remember(self, tenant: str, pool: ExpertPool) -> None:
         """Lets the tenant name the pool by its digest for a while."""

@@ -30,7 +30,9 @@ from router_service.admission import Caller, Quotas
 from router_service.hints import (
     InProcessHints,
     LocalClaims,
+    Turn,
     decode_pool,
+    decode_turn,
     decode_worker,
     encode_pool,
     encode_worker,
@@ -304,14 +306,17 @@ class RedisHints:
         self._facts = facts
         self._prefix = f"expert-pager:1:{fingerprint}"
 
-    async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
+    async def find_pool(self, keys: Sequence[str], token_ids: Sequence[int] = ()) -> ExpertPool | None:
         async with self._client.commands() as redis:
             values = await redis.mget([f"{self._prefix}:pool:{key}" for key in keys])
-        pools = (decode_pool(value, self._facts) for value in values)
-        return next((pool for pool in pools if pool is not None), None)
+        for value in filter(None, values):
+            turn, pool = decode_turn(value), decode_pool(value, self._facts)
+            if pool is not None and (turn is None or turn.is_continued_by(token_ids)):
+                return pool
+        return None
 
-    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None:
-        value = encode_pool(pool)
+    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool, turn: Turn | None = None) -> None:
+        value = encode_pool(pool, turn)
         async with self._client.commands() as redis, redis.pipeline(transaction=False) as pipeline:
             for key in keys:
                 pipeline.set(f"{self._prefix}:pool:{key}", value, ex=POOL_TTL_S)
@@ -500,13 +505,13 @@ class SharedHints(_Shared):
         self._shared = shared
         self._claims = claims
 
-    async def find_pool(self, keys: Sequence[str]) -> ExpertPool | None:
-        found = await self._read(lambda: self._shared.find_pool(keys), None)
-        return found or await self._local.find_pool(keys)
+    async def find_pool(self, keys: Sequence[str], token_ids: Sequence[int] = ()) -> ExpertPool | None:
+        found = await self._read(lambda: self._shared.find_pool(keys, token_ids), None)
+        return found or await self._local.find_pool(keys, token_ids)
 
-    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool) -> None:
-        await self._local.remember_pool(keys, pool)
-        await self._write(lambda: self._shared.remember_pool(keys, pool), None)
+    async def remember_pool(self, keys: Sequence[str], pool: ExpertPool, turn: Turn | None = None) -> None:
+        await self._local.remember_pool(keys, pool, turn)
+        await self._write(lambda: self._shared.remember_pool(keys, pool, turn), None)
 
     async def report(self, workers: Sequence[WorkerResidency]) -> None:
         await self._local.report(workers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -97,6 +97,7 @@ class StreamMeter:
         self._arrived_s = call.arrived_s
         self._first_s = self._last_s = 0.0
         self._tokens_of: Counter[int] = Counter()  # by the number of the answer
+        self.first_answer: list[int] = []  # its tokens
         self.num_tokens = 0
         self.paging = PagingCounts()  # each answer's usage has what was paged since the one before it ended
         self.has_started = False
@@ -112,6 +113,8 @@ class StreamMeter:
         if chunk.token_ids:
             self._last_s = now_s
             self._tokens_of[chunk.index] += len(chunk.token_ids)
+            if chunk.index == 0:
+                self.first_answer += chunk.token_ids
             self.num_tokens += len(chunk.token_ids)
             self._metrics.served.tokens += len(chunk.token_ids)
         tell(completion_tokens=self.num_tokens)
@@ -201,7 +204,7 @@ class Pipeline:
                 finally:
                     if call.caller is not None:
                         await self.stores.quotas.answer(call.caller, meter.num_tokens)
-                await self._learn(request, prediction, usage)
+                await self._learn(request, prediction, usage, meter.first_answer)
 
     async def _charge(self, call: Call, num_tokens: int) -> None:
         """Counts tokens of a prompt among those of its caller. Raises QuotaExceeded or PromptTooLong."""
@@ -224,6 +227,8 @@ class Pipeline:
             self.metrics.route_seconds.labels(prediction.source).observe(prediction.took_s)
             if request.pool.source is PoolSource.PREFILL:
                 self.metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
+        if prediction.kept:
+            tell(codeword=prediction.kept)
         if prediction.codeword is not None:
             self.metrics.shared(prediction.codeword)
             tell(codeword=prediction.covering or "none", coverage=round(prediction.codeword.coverage, 3))
@@ -277,11 +282,13 @@ class Pipeline:
         if await self.stores.claims.is_aborted(request.id, request.tenant):
             raise Cancelled("the request was aborted")
 
-    async def _learn(self, request: GenerateRequest, prediction: Prediction, usage: Usage) -> None:
+    async def _learn(
+        self, request: GenerateRequest, prediction: Prediction, usage: Usage, answer_ids: Sequence[int]
+    ) -> None:
         if usage.predicted_recall is not None:
             self.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
         ids = request.prompt_token_ids
-        await self._predictor.learn(request.tenant, ids, request.pool, prediction, usage)
+        await self._predictor.learn(request.tenant, ids, request.pool, prediction, usage, answer_ids)
 
     async def beat(self) -> None:
         """Tells the other routers of this one's workers, and learns from them and from traffic; about once a second."""
@@ -311,18 +318,18 @@ class Pipeline:
             await self._charge(call, len(prompt))
             policy = await self._intake.policy(ask.pool, tenant)
             scored = await self._predictor.scored(tenant, prompt, policy)
-            observed = None
+            observed, home = None, home_key(policy.fixed, None if scored is None else scored.codeword)
             if policy.source is PoolSource.PREFILL:
                 observed = await self._predictor.observed(tenant, prompt, policy)
+            elif (turn := await self._predictor.last_turn(tenant, prompt, policy)) is not None:
+                observed, home = turn.pool, turn.home_key
             pool = policy.fixed or (scored.pool if scored is not None else None)
             if pool is not None:
                 await self._predictor.remember(tenant, pool)
             is_left_to_prefill = policy.fixed is None and (scored is None or not scored.is_enough)
             try:
                 known = observed or (None if is_left_to_prefill else pool)
-                placement = self._place(
-                    known, set(), home_key(policy.fixed, None if scored is None else scored.codeword)
-                )
+                placement = self._place(known, set(), home)
             except NotReady:
                 placement = None
         answer = RouteAnswer("prefill", len(prompt), pool=pool, observed=observed)

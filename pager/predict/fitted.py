@@ -449,6 +449,12 @@ class Codebook:
             raise InvalidRequest(f"{name[:60]!r} is not a codeword of this model; GetModel lists them")
         return self._of_size(size).pools[self.names.index(name)]
 
+    def name_of(self, pool: ExpertPool, size: PoolSize) -> str:
+        """Returns the name of the codeword whose pool of a size asked for before this is; empty for any other pool."""
+        found = self._sizes.get(size)
+        pools = () if found is None else found.pools
+        return next((name for name, each in zip(self.names, pools, strict=False) if each == pool), "")
+
     def _coverages(self, codewords: Sequence[int], seen_O: np.ndarray) -> list[float]:
         own_O = inside_share(seen_O[None], COVERAGE_SHARE, self._facts.routed_per_layer)[0]
         most = max(own_O @ seen_O, 1e-300)

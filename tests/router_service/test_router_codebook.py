@@ -30,7 +30,7 @@ from pager.types import (
 from pager.wire import decode_pool
 from router_service.prediction import REVISE_AFTER, Passes, Scorer, TrafficCodebook
 from router_service.redis import RedisClient, RedisLearned
-from tests.router_service.conftest import FACTS, FirstTokenScorer, Running, scores_for
+from tests.router_service.conftest import FACTS, MODEL, FirstTokenScorer, Running, scores_for
 from tests.support.calls import failure
 from tests.support.processes import RedisProcess
 from tests.support.waiting import POLL_S
@@ -39,6 +39,7 @@ from tests.support.waiting import POLL_S
 MEANS_CO = np.stack([np.concatenate(scores_for(ord(letter), "lexical").mean_LR) for letter in "ae"])
 CODEBOOK = Codebook({MEANS: MEANS_CO, LENGTHS: np.array([16, 64]), THRESHOLDS: np.full((2, 2), 0.9)}, FACTS)
 SHARED = pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_CODEBOOK)
+LONG = replace(MODEL, context_length=16_384, kv_token_limit=16_384)
 
 
 def passes() -> Passes:
@@ -339,3 +340,53 @@ async def test_a_version_replaces_only_the_one_that_it_was_made_of(redis: RedisP
     finally:
         await client.close()
         await stranger.aclose()
+
+
+async def test_a_conversation_keeps_the_pool_of_its_last_turn(serve: Callable[..., Any]) -> None:
+    """Whether a codeword's or, as no codeword covers the prompt, the one that its prefill chose."""
+    async with serve(passes=passes(), model=LONG) as service:
+        for number, first in enumerate((b"c" * 20, b"a" * 20)):
+            said, answer, usage, request = await turn(service, first)
+            assert request.pool.source is (PoolSource.PREFILL, PoolSource.FIXED)[number]
+            following = [*said, *answer, *b" and then?"]
+            _, _, kept, request = await turn(service, following)
+            assert request.pool == PoolPolicy(source=PoolSource.FIXED, fixed=request.pool.fixed)
+            assert (kept.pool.digest, kept.codeword) == (usage.pool.digest, usage.codeword)
+            assert kept.codeword == ("", CODEBOOK.names[0])[number]
+            assert service.metric("route_seconds_count", source="turn") == number + 1
+            ask = pb.RouteRequest(token_ids=pb.TokenIds(ids=following), pool=SHARED)
+            routed = await service.stub.Route(ask, metadata=(("x-tenant-id", "somebody"),))
+            assert decode_pool(routed.observed).experts == request.pool.fixed.experts
+
+
+async def test_what_only_begins_like_a_conversation_does_not_get_its_pool(serve: Callable[..., Any]) -> None:
+    """Another prompt or answer, another tenant, another size, or a turn too far back."""
+    async with serve(passes=passes(), model=LONG) as service:
+        said, answer, _, _ = await turn(service, bytes(range(99, 139)))
+        following = [*said, *answer]
+        strangers: list[tuple[list[int], dict[str, Any]]] = [
+            ([*said, *(token ^ 1 for token in answer)], {}),
+            ([*said, *reversed(said)], {}),
+            ([said[0], said[0] ^ 1, *following[2:]], {}),
+            (following, {"tenant": "somebody-else"}),
+            (following, {"pool": pb.PoolPolicy(count=2, source=pb.POOL_SOURCE_CODEBOOK)}),
+            ([*following, *[99] * 9000], {}),
+        ]
+        for ids, options in strangers:
+            _, _, _, request = await turn(service, ids, **options)
+            assert request.pool.source is PoolSource.PREFILL
+        for num_more in (0, 1, 500, 2000, 8000):
+            _, _, _, request = await turn(service, [*following, *[99] * num_more])
+            assert request.pool.source is PoolSource.FIXED, num_more
+
+
+async def turn(
+    service: Any, prompt: Sequence[int], *, tenant: str = "somebody", pool: pb.PoolPolicy = SHARED
+) -> tuple[list[int], list[int], pb.Usage, Any]:
+    """The tokens of the prompt and of the answer, the usage, and the request that the worker got."""
+    sampling = pb.SamplingParams(max_tokens=18)
+    wire = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling, pool=pool)
+    call = service.stub.Generate(wire, metadata=(("x-tenant-id", tenant),))
+    messages = [message async for message in call]
+    answer = [token for message in messages for token in message.token_ids]
+    return [*prompt], answer, messages[-1].usage, service.cluster.received[-1][1]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from router_service.hints import (
     MAX_ENCODED_BYTES,
     InProcessHints,
     LocalClaims,
+    Turn,
     decode_pool,
+    decode_turn,
     decode_worker,
     encode_pool,
     encode_worker,
     pool_key,
     prefix_keys,
+    turn_keys,
 )
 
 POOL = ExpertPool(((), (0, 3, 7), (1, 2)))
@@ -124,3 +128,37 @@ async def test_claims_are_exclusive_and_aborts_stay_within_a_tenant() -> None:
     assert not await claims.claim("r", "u"), "what another tenant gives back is not this one's"
     assert await claims.claim("r", "t")
     assert not await claims.is_aborted("r", "t")
+
+
+def test_a_turn_is_found_by_the_prompt_that_continues_it() -> None:
+    """Under some of its keys, however long its answer and what was asked next are, up to a bound."""
+    dice = random.Random(1)
+    for _ in range(300):
+        length, more = dice.randint(1, 3000), int(dice.triangular(0, 9000, 0))
+        prompt = [dice.randrange(1000) for _ in range(length + more)]
+        kept = turn_keys("f", Count(4), "t", prompt[:length], is_asked=False)
+        asked = turn_keys("f", Count(4), "t", prompt, is_asked=True)
+        assert len(kept) <= 3
+        assert len(asked) <= 90
+        if length < 16:
+            assert kept == ()
+        elif more <= 448 or (more <= 1900 and length >= 64) or (more <= 7900 and length >= 256):
+            assert set(kept) & set(asked), (length, more)
+        assert not set(kept) & set(turn_keys("f", Count(4), "u", prompt, is_asked=True))
+        turn = Turn.of(prompt[:length], 7)
+        assert turn.is_continued_by([*prompt[:length], 7])
+        assert turn.is_continued_by([*prompt[:length], 5, 7, *prompt])
+        assert not turn.is_continued_by([*prompt[:length], 5, 6, 7])
+        assert not turn.is_continued_by(prompt[:length])
+        assert not turn.is_continued_by([*prompt[: length - 1], 1000, 7])
+
+
+async def test_a_turns_pool_is_for_what_continues_it(facts: RoutingFacts) -> None:
+    hints, turn = InProcessHints(), Turn.of([1, 2], 3)
+    await hints.remember_pool(["turn"], POOL, turn)
+    assert await hints.find_pool(["turn"], [1, 2, 3, 4]) == POOL
+    assert await hints.find_pool(["turn"], [1, 2, 4, 4]) is None
+    assert await hints.find_pool(["turn"]) is None
+    encoded = encode_pool(POOL, turn)
+    assert (decode_pool(encoded, facts), decode_turn(encoded)) == (POOL, turn)
+    assert decode_turn(encode_pool(POOL)) is decode_turn(b'{"turn": [1, "d"]}') is decode_turn(b"[]") is None

@@ -18,7 +18,7 @@ from redis.exceptions import ResponseError
 from pager.cluster.placement import WorkerState, WorkerView
 from pager.errors import ConfigError
 from pager.types import ExpertPool, RoutingFacts, WorkerResidency
-from router_service.hints import Claims, HintStore, InProcessHints, LocalClaims, encode_pool
+from router_service.hints import Claims, HintStore, InProcessHints, LocalClaims, Turn, encode_pool
 from router_service.redis import (
     Breaker,
     RedisClaims,
@@ -87,6 +87,13 @@ async def test_routers_share_pools(pair: list[Shared], client: Redis) -> None:
     assert await b.hints.find_pool(["other", "half"]) == POOL
     assert await b.hints.find_pool(["other"]) is None
     assert all([await client.ttl(key) > 0 for key in await client.keys("*")])
+
+
+async def test_routers_share_the_pools_of_turns(pair: list[Shared]) -> None:
+    a, b = pair
+    await a.hints.remember_pool(["turn"], POOL, Turn.of([1, 2], 3))
+    assert await b.hints.find_pool(["turn"], [1, 2, 3, 4]) == POOL
+    assert await b.hints.find_pool(["turn"], [1, 2, 4]) is None
 
 
 @pytest.mark.parametrize("value", [b"\x00\xff", b"{}", b"x" * 500_000, encode_pool(ExpertPool(((0,), (1,))))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -185,27 +186,40 @@ async def settled(service: Any, worker: Worker) -> Counted:
             await asyncio.sleep(0.3)
 
 
+def every_fate_was_met(counted: Counted) -> bool:
+    ended = {name: counted.total("requests_total", outcome=name) for name in ("cancelled", "deadline_exceeded")}
+    num_refused = counted.total("requests_refused_total", reason="overloaded")
+    num_rejected = counted.total("router_admission_rejections_total", reason="TENANT_OVERLOADED")
+    return ended["cancelled"] > 5 and min(ended["deadline_exceeded"], num_refused, num_rejected) > 0
+
+
 @pytest.mark.slow
 async def test_what_enters_is_what_leaves_after_a_storm(serve: Any, cluster: OneWorker) -> None:
     limits = AdmissionLimits(max_requests=11, max_requests_per_tenant=5)
     choices = {"model": cluster.model, "limits": limits, "tenants": TenantLabels(TENANTS[:2])}
     async with serve(cluster, passes=Passes(), **choices) as service:
         clients = [Client(service, seed) for seed in range(18)]
-        await asyncio.gather(*(client.storm(20) for client in clients))
-        counted = await settled(service, cluster.worker)
-        check(counted)
+        # A fast or a busy machine may let no deadline pass, or refuse nothing, the first time.
+        for num_storms in itertools.count(1):
+            await asyncio.gather(*(client.storm(20) for client in clients))
+            counted = await settled(service, cluster.worker)
+            check(counted)
+            if every_fate_was_met(counted) or num_storms == 5:
+                break
         codes = sum((client.codes for client in clients), Counter())
         refused = sum((client.refused for client in clients), Counter())
         total = counted.total
         # What is compared is no row of zeros, and no less than the clients have seen: some had left before they heard.
-        assert codes.total() == 18 * 20 >= total("router_calls_total", method="Generate")
+        assert codes.total() == num_storms * 18 * 20 >= total("router_calls_total", method="Generate")
         assert total("router_answers_total", code="OK") >= codes["OK"] > 10
         # Those without a message had ended before it arrived: their clients have seen gRPC's own status.
         num_bad = total("router_answers_total", code="INVALID_ARGUMENT")
-        assert num_bad - total("router_dropped_calls_total", reason="no_message") == codes["INVALID_ARGUMENT"] == 36
-        assert total("requests_total", outcome="cancelled") > 5
-        assert total("requests_total", outcome="deadline_exceeded") > 0
-        assert total("requests_refused_total", reason="overloaded") > 0
+        assert (
+            num_bad - total("router_dropped_calls_total", reason="no_message")
+            == codes["INVALID_ARGUMENT"]
+            == num_storms * 36
+        )
+        assert every_fate_was_met(counted)
         assert total("uncharged_bytes_total") + total("charged_bytes_total") > 0
         bounds = ("OVERLOADED", "TENANT_OVERLOADED")
         assert all(total("router_admission_rejections_total", reason=reason) >= refused[reason] for reason in bounds)

@@ -140,6 +140,7 @@ def _facts_of(found: OpenModel, needs: Needs) -> dict[str, Any]:
         "routed_experts": needs.num_routed,
         "routed_bytes": needs.routed_bytes,
         "kv_bytes_per_token": needs.kv_bytes_per_token,
+        "state_bytes_per_answer": needs.state_bytes,
         "smallest_expert_memory": needs.smallest_num_slots * needs.expert_bytes,
     }
 
@@ -203,6 +204,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         checked += ", checksums recorded"
     dense = f", {facts['dense_layers']} of them dense" if facts["dense_layers"] else ""
     experts = f"{_range(facts['experts_per_layer'])} a layer, {_range(facts['shared_per_layer'])} of them shared"
+    state_bytes = facts["state_bytes_per_answer"]
+    states = f"; {format_bytes(state_bytes)} of states for each answer in flight" if state_bytes else ""
     return [
         ("model", f"{facts['path']} ({facts['family']}, {checked})"),
         (
@@ -217,7 +220,10 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("fingerprint", facts["fingerprint"]),
         ("layers", f"{facts['layers']}{dense}"),
         ("experts", f"{experts}; a token picks {_range(facts['top_k_per_layer'])} routed ones"),
-        ("context", f"{facts['context_tokens']} tokens, {format_bytes(facts['kv_bytes_per_token'])} of KV each"),
+        (
+            "context",
+            f"{facts['context_tokens']} tokens, {format_bytes(facts['kv_bytes_per_token'])} of KV each{states}",
+        ),
         ("trunk", f"{format_bytes(facts['trunk_bytes'])}, always in memory"),
         ("shared", f"{format_bytes(facts['resident_bytes'])}, always in memory"),
         (

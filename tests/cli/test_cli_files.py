@@ -17,7 +17,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from pager.cli.checkpoint import ONLY_EXACT, TESTED
 from tests.support.checkpoints import add_to_config, lively, saved
-from tests.support.families import FAMILIES, NOT_POOLED
+from tests.support.families import FAMILIES, NOT_POOLED, saved_family
 from tests.support.gguf_files import gguf_file
 from tests.support.gguf_files import qwen3_moe as gguf_model
 from tests.support.quantised import (
@@ -59,6 +59,18 @@ def test_inspect_says_what_a_checkpoint_holds(run: Run, checkpoint: Path) -> Non
     assert found["routed_experts"] == 24
     assert found["smallest_expert_memory"] == 2 * EXPERT_BYTES
     assert found["plan"] is None
+
+
+def test_inspect_says_what_states_an_answer_has(run: Run, tmp_path: Path) -> None:
+    """Two of four layers of this model attend linearly: 4 heads of 8 x 8 and 64 channels of 4 each, kept twice."""
+    saved_family("qwen3_next", tmp_path)
+    done = run("inspect", tmp_path, "--dtype", "float32", "--expert-memory", "50%", "--device", "cpu", "--json")
+    found = json.loads(done.stdout)
+    assert found["runs"]["service"].startswith("yes")
+    assert found["state_bytes_per_answer"] == 2 * 2 * (4 * 8 * 8 + 64 * 4) * 4
+    assert found["plan"]["state_bytes"] == 32 * found["state_bytes_per_answer"]
+    words = run("inspect", tmp_path, "--dtype", "float32", "--device", "cpu").stdout
+    assert "8.0 KiB of states for each answer in flight" in " ".join(words.split())
 
 
 def test_inspect_says_what_a_budget_buys(run: Run, checkpoint: Path) -> None:

@@ -671,10 +671,10 @@ class Predictor:
         asked: PoolPolicy,
         prediction: Prediction,
         usage: Usage,
-        answer_ids: Sequence[int] = (),
+        answer_id: int | None = None,
     ) -> None:
         """Remembers the pool that an answer had, and what it says of the codebook. `asked` is the request's policy,
-        `answer_ids` are the tokens of its first answer.
+        `answer_id` is the first token of its first answer.
         """
         ran = prediction.policy
         if self._chain.traffic is not None and prediction.source != TURN:
@@ -689,8 +689,8 @@ class Predictor:
         await self._hints.remember_pool(keys, usage.pool)
         if asked.source is PoolSource.CODEBOOK and not isinstance(asked.size, Full) and not was_widened:
             turns = turn_keys(self._fingerprint, asked.size, tenant, token_ids, is_asked=False)
-            if answer_ids and turns:
-                await self._hints.remember_pool(turns, usage.pool, Turn.of(token_ids, answer_ids[0]))
+            if turns and answer_id is not None:
+                await self._hints.remember_pool(turns, usage.pool, Turn.of(token_ids, answer_id))
 
     async def remember(self, tenant: str, pool: ExpertPool) -> None:
         """Lets the tenant name the pool by its digest for a while."""

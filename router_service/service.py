@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -97,7 +97,7 @@ class StreamMeter:
         self._arrived_s = call.arrived_s
         self._first_s = self._last_s = 0.0
         self._tokens_of: Counter[int] = Counter()  # by the number of the answer
-        self.first_answer: list[int] = []  # its tokens
+        self.first_id: int | None = None  # the first token of the first answer
         self.num_tokens = 0
         self.paging = PagingCounts()  # each answer's usage has what was paged since the one before it ended
         self.has_started = False
@@ -113,8 +113,8 @@ class StreamMeter:
         if chunk.token_ids:
             self._last_s = now_s
             self._tokens_of[chunk.index] += len(chunk.token_ids)
-            if chunk.index == 0:
-                self.first_answer += chunk.token_ids
+            if chunk.index == 0 and self.first_id is None:
+                self.first_id = chunk.token_ids[0]
             self.num_tokens += len(chunk.token_ids)
             self._metrics.served.tokens += len(chunk.token_ids)
         tell(completion_tokens=self.num_tokens)
@@ -204,7 +204,7 @@ class Pipeline:
                 finally:
                     if call.caller is not None:
                         await self.stores.quotas.answer(call.caller, meter.num_tokens)
-                await self._learn(request, prediction, usage, meter.first_answer)
+                await self._learn(request, prediction, usage, meter.first_id)
 
     async def _charge(self, call: Call, num_tokens: int) -> None:
         """Counts tokens of a prompt among those of its caller. Raises QuotaExceeded or PromptTooLong."""
@@ -283,12 +283,12 @@ class Pipeline:
             raise Cancelled("the request was aborted")
 
     async def _learn(
-        self, request: GenerateRequest, prediction: Prediction, usage: Usage, answer_ids: Sequence[int]
+        self, request: GenerateRequest, prediction: Prediction, usage: Usage, answer_id: int | None
     ) -> None:
         if usage.predicted_recall is not None:
             self.metrics.recall.labels(prediction.source).observe(usage.predicted_recall)
         ids = request.prompt_token_ids
-        await self._predictor.learn(request.tenant, ids, request.pool, prediction, usage, answer_ids)
+        await self._predictor.learn(request.tenant, ids, request.pool, prediction, usage, answer_id)
 
     async def beat(self) -> None:
         """Tells the other routers of this one's workers, and learns from them and from traffic; about once a second."""

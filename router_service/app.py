@@ -250,6 +250,7 @@ class Choices:
     tenants: TenantLabels = field(default_factory=TenantLabels)
     tls: TlsFiles | None = None
     shows_pools: bool = False  # as adapters, in metrics
+    keeps_prefills: bool = False  # the pool that a prefill chose, for the next turn of its conversation
 
 
 def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
@@ -270,9 +271,9 @@ def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:
 
 def _with_source(choices: Choices, name: str, has_codebook: bool) -> Choices:
     """Returns the choices with the pool source of requests that name none: `auto` is the codebook if there is one."""
-    if name == "auto":
-        name = "codebook" if has_codebook else "prefill"
-    return replace(choices, default_pool=replace(choices.default_pool, source=PoolSource(name)))
+    source = PoolSource(name if name != "auto" else "codebook" if has_codebook else "prefill")
+    is_left_to_us = name == "auto" and source is PoolSource.PREFILL
+    return replace(choices, default_pool=replace(choices.default_pool, source=source), keeps_prefills=is_left_to_us)
 
 
 def _path(value: str | None) -> Path | None:
@@ -467,7 +468,8 @@ def build_service(
     stores = open_stores(model, metrics, choices)
     traffic = _traffic(passes, model, stores, metrics, learns=choices.learns)
     chain = PassChain(passes, Scoring(passes.available, encoder, passes.trunk), model.facts, metrics.escalated, traffic)
-    predictor = Predictor(chain, stores.hints, model.facts, model.fingerprint)
+    keeping = {PoolSource.CODEBOOK, PoolSource.PREFILL} if choices.keeps_prefills else {PoolSource.CODEBOOK}
+    predictor = Predictor(chain, stores.hints, model.facts, model.fingerprint, keeping)
     admission = Admission(choices.limits)
     metrics.watch_admission(admission)
     live_pools = PoolLog()

@@ -105,6 +105,7 @@ class KeySet:
     by_certificate: Mapping[str, Caller] = field(default_factory=dict)
     by_jwt_tenant: Mapping[str, Caller] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)  # that tenants are guaranteed of each worker's slots
+    of_tenants: Mapping[str, Caller] = field(default_factory=dict)  # by the highest priority, then by the latest key
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> KeySet:
@@ -130,6 +131,7 @@ class KeySet:
             {each.certificate: each.caller for each in entries if each.certificate is not None},
             {each.tenant: each.caller for each in entries if each.jwt},
             shares,
+            {each.tenant: each.caller for each in sorted(entries, key=lambda each: each.caller.priority)},
         )
 
 
@@ -532,9 +534,19 @@ class Gate:
         named = tenant_of(pairs)
         if named != known.tenant and not self.trusts_tenant_header and Role.OPERATOR not in known.roles:
             raise PermissionDenied("the key does not permit this")
-        caller = self._with_share(replace(known, tenant=named, acts_for_another=named != known.tenant))
+        caller = self._with_share(self._acting_for(known, named))
         present.set(caller)
         return caller
+
+    def _acting_for(self, known: Caller, tenant: str) -> Caller:
+        """Returns the caller as one that acts for `tenant`: with priority and weight of a key of the tenant's own, where
+        it has one.
+        """
+        if tenant == known.tenant:
+            return replace(known, acts_for_another=False)
+        of_tenants = {} if self._keys is None else self._keys.value.of_tenants
+        own = of_tenants.get(tenant, known)
+        return replace(known, tenant=tenant, acts_for_another=True, priority=own.priority, weight=own.weight)
 
     def _with_share(self, caller: Caller) -> Caller:
         """Returns the caller with its tenant's guarantee, whichever key is shown and whoever acts for the tenant."""

@@ -290,7 +290,7 @@ class RouterMetrics:
         self.served = Served()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self._tenants = tenants or TenantLabels()
+        self._tenants, self._codewords = tenants or TenantLabels(), frozenset(codewords)
         made = Instruments(router_families(self._tenants.values, codewords), registry)
         self.requests, self._answers = made.counter("router_requests"), made.counter("router_answers")
         self._calls, self.sent = made.counter("router_calls"), made.counter("router_sent")
@@ -358,9 +358,13 @@ class RouterMetrics:
         """Records what the codebook found for a request."""
         self._coverage.observe(codeword.coverage)
         if codeword.is_covered:
-            self._codeword_requests.labels(LEARNED if codeword.is_learned else codeword.name).inc()
+            self.got_pool_of(codeword.name)
         else:
             self._fallbacks.inc()
+
+    def got_pool_of(self, codeword: str) -> None:
+        """Counts a request that got the pool of a codeword, by its name; those that traffic has made together."""
+        self._codeword_requests.labels(codeword if codeword in self._codewords else LEARNED).inc()
 
     def placed(self, source: str, missing_bytes: int) -> None:
         """Counts a request that was placed; `source` is one of PLACED."""

@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -557,7 +557,16 @@ class Predictor:
     codewords that are learned from all traffic.
     """
 
-    def __init__(self, chain: PassChain, hints: HintStore, facts: RoutingFacts, fingerprint: str) -> None:
+    def __init__(
+        self,
+        chain: PassChain,
+        hints: HintStore,
+        facts: RoutingFacts,
+        fingerprint: str,
+        keeping: Set[PoolSource] = frozenset({PoolSource.CODEBOOK}),
+    ) -> None:
+        """Makes the predictor. A conversation keeps a pool that is of one of the sources `keeping`."""
+        self._keeping = keeping
         self._chain = chain
         self._hints = hints
         self._facts = facts
@@ -637,10 +646,10 @@ class Predictor:
         return Prediction(None, PREFILL, replace(resolved, source=PoolSource.PREFILL))
 
     async def last_turn(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Prediction | None:
-        """Returns the pool of the turn that this prompt continues, where pools come from the codebook: the conversation
-        keeps it, as the keys and values of that turn hold under no other.
+        """Returns the pool of the turn that this prompt continues, where pools come from the codebook, or from nobody's
+        choice from prefills: the conversation keeps it, as the keys and values of that turn hold under no other.
         """
-        if policy.source is not PoolSource.CODEBOOK or isinstance(policy.size, Full):
+        if policy.source not in self._keeping or isinstance(policy.size, Full):
             return None
         keys = turn_keys(self._fingerprint, policy.size, tenant, token_ids, is_asked=True)
         pool = await self._hints.find_pool(keys, token_ids) if keys else None
@@ -687,7 +696,7 @@ class Predictor:
         if ran.source is PoolSource.PREFILL and not isinstance(ran.size, Full) and not was_widened:
             keys += self._keys(tenant, token_ids, asked)
         await self._hints.remember_pool(keys, usage.pool)
-        if asked.source is PoolSource.CODEBOOK and not isinstance(asked.size, Full) and not was_widened:
+        if asked.source in self._keeping and not isinstance(asked.size, Full) and not was_widened:
             turns = turn_keys(self._fingerprint, asked.size, tenant, token_ids, is_asked=False)
             if turns and answer_id is not None:
                 await self._hints.remember_pool(turns, usage.pool, Turn.of(token_ids, answer_id))

@@ -228,6 +228,7 @@ class Pipeline:
             if request.pool.source is PoolSource.PREFILL:
                 self.metrics.hint_lookups.labels("hit" if prediction.source == "hint" else "miss").inc()
         if prediction.kept:
+            self.metrics.got_pool_of(prediction.kept)
             tell(codeword=prediction.kept)
         if prediction.codeword is not None:
             self.metrics.shared(prediction.codeword)

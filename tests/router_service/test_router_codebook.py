@@ -354,9 +354,24 @@ async def test_a_conversation_keeps_the_pool_of_its_last_turn(serve: Callable[..
             assert (kept.pool.digest, kept.codeword) == (usage.pool.digest, usage.codeword)
             assert kept.codeword == ("", CODEBOOK.names[0])[number]
             assert service.metric("route_seconds_count", source="turn") == number + 1
+            assert service.metric("codeword_requests_total", codeword=CODEBOOK.names[0]) == (0, 2)[number]
             ask = pb.RouteRequest(token_ids=pb.TokenIds(ids=following), pool=SHARED)
             routed = await service.stub.Route(ask, metadata=(("x-tenant-id", "somebody"),))
             assert decode_pool(routed.observed).experts == request.pool.fixed.experts
+
+
+@pytest.mark.parametrize("keeps_prefills", [True, False])
+async def test_a_conversation_keeps_what_its_prefill_chose_where_nobody_chose_a_source(
+    serve: Callable[..., Any], keeps_prefills: bool
+) -> None:
+    """The service of a model without a codebook, in which `pools.default_source` is `auto`; or is `prefill`."""
+    prefill = pb.PoolPolicy(count=3, source=pb.POOL_SOURCE_PREFILL)
+    async with serve(model=LONG, keeps_prefills=keeps_prefills) as service:
+        said, answer, first, request = await turn(service, b"c" * 20, pool=prefill)
+        assert request.pool.source is PoolSource.PREFILL
+        _, _, second, request = await turn(service, [*said, *answer, *b" and then?"], pool=prefill)
+        assert request.pool.source is (PoolSource.FIXED if keeps_prefills else PoolSource.PREFILL)
+        assert not keeps_prefills or second.pool.digest == first.pool.digest
 
 
 async def test_what_only_begins_like_a_conversation_does_not_get_its_pool(serve: Callable[..., Any]) -> None:

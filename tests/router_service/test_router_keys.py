@@ -884,6 +884,22 @@ async def test_a_key_s_priority_and_weight_reach_the_worker(ring: KeyRing) -> No
             new_entry("acme", (), EntryLimits(), sha256=sha256, **wrong)
 
 
+async def test_who_acts_for_a_tenant_has_its_weight_and_priority(ring: KeyRing) -> None:
+    """Those of the key with the highest priority; its own, for a tenant without keys."""
+    (_, one), (_, two), (operator, three) = new_key(), new_key(), new_key()
+    entries = (
+        new_entry("acme", (), EntryLimits(), sha256=one, priority=2, weight=3.0),
+        new_entry("acme", (), EntryLimits(), sha256=two, priority=1, weight=9.0),
+        new_entry("ops", (Role.OPERATOR, Role.INFERENCE), EntryLimits(), sha256=three, priority=7, weight=0.5),
+    )
+    await ring.file.change(lambda _: entries)
+    async with guarded(ring.gate()) as service:
+        for tenant in ("acme", "ops", "nobody"):
+            await call(service, "Generate", (*bearer(operator), ("x-tenant-id", tenant)))
+        found = [(sent.tenant, sent.priority, sent.weight) for _, sent in service.cluster.received]
+        assert found == [("acme", 2, 3.0), ("ops", 7, 0.5), ("nobody", 7, 0.5)]
+
+
 async def test_what_a_tenant_is_guaranteed_reaches_the_worker_whichever_key_it_shows(ring: KeyRing) -> None:
     (first, one), (second, other), (operator, third) = new_key(), new_key(), new_key()
     entries = (

@@ -539,9 +539,7 @@ class Gate:
         return caller
 
     def _acting_for(self, known: Caller, tenant: str) -> Caller:
-        """Returns the caller as one that acts for `tenant`: with priority and weight of a key of the tenant's own, where
-        it has one.
-        """
+        """Returns the caller as one that acts for `tenant`, with the priority and weight of a key of that tenant's."""
         if tenant == known.tenant:
             return replace(known, acts_for_another=False)
         of_tenants = {} if self._keys is None else self._keys.value.of_tenants

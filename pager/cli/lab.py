@@ -27,7 +27,7 @@ from pager.cli.options import (
     print_table,
     steps_progress,
 )
-from pager.cli.pools import api_key
+from pager.cli.pools import ServerOptions, api_key
 from pager.errors import ConfigError, InvalidRequest, PagerError
 from pager.gguf import is_gguf
 from pager.memory import Budgets, format_bytes, resolve_device
@@ -281,6 +281,12 @@ def fit_router(
     nbytes = file.save(path)
     found: dict[str, object] = {"path": str(path), "bytes": nbytes, "documents": int(file.facts["codebook_documents"])}
     found |= {"codewords": codebook.num_codewords, "mass_lost_to_sharing": codebook.lost_mass}
+    if codewords is not None and codebook.num_codewords < codewords:
+        err.print(
+            f"{codewords} codewords were asked for and {codebook.num_codewords} made, as each takes at least four "
+            "documents; give more of them, or ask for fewer codewords",
+            markup=False,
+        )
     if not codebook_only:
         found |= {"unseen_recall": fitted.recall, "recall_error": fitted.recall_error, "unseen_mass": fitted.mass}
     if as_json:
@@ -419,6 +425,19 @@ def simulate(
         str | None,
         typer.Option(help="Measure the costs at this idle service first, in about a minute.", metavar="HOST:PORT"),
     ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --server: use TLS, and trust servers whose certificate this one has signed.", metavar="PEM"
+        ),
+    ] = None,
+    tls_identity: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --tls-ca, for a service that requires it: the client's certificate and key in a file.",
+            metavar="PEM",
+        ),
+    ] = None,
     pool: Annotated[str, typer.Option(help="The size of the codewords' pools.", metavar="SIZE")] = "12.5%",
     workers: Annotated[
         int, typer.Option(help="Workers of the service; one more is simulated as well.", min=1, max=1024)
@@ -441,10 +460,12 @@ def simulate(
 
     if trace is not None and drawn != DrawnOptions():
         raise typer.BadParameter("--requests, --tenants, --per-second and --seed have no effect with a TRACE")
+    at = ServerOptions(server=server, tls_ca=tls_ca, tls_identity=tls_identity)
+    at.check()
     pools = Pools.of(model, parse_pool_size(pool))
     if server is not None:
         with busy(f"measuring at {server}"):
-            write_costs(measure(server, pools, api_key(os.environ)), costs)
+            write_costs(measure(server, pools, api_key(os.environ), at.credentials()), costs)
     taking = read_costs(costs)
     if trace is None:
         asked = Drawn(drawn.requests, drawn.tenants, drawn.per_second, seed=drawn.seed)

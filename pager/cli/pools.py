@@ -37,6 +37,8 @@ from pager.reading import MAX_PEM_BYTES, read_bounded, reason_of
 from pager.types import Full, NamedPool
 
 if TYPE_CHECKING:
+    from grpc import ChannelCredentials
+
     from pager.cli.local import Local
     from pager.client import Client
     from router_service.pools import PoolStore
@@ -91,23 +93,26 @@ class ServerOptions:
         if self.tls_ca is None and self.tls_identity is not None:
             raise typer.BadParameter("--tls-identity would have no effect here; it goes with --tls-ca")
 
-    def service(self) -> Client:
-        """Returns a client of the service, to be closed or used as a context. Raises ConfigError."""
+    def credentials(self) -> ChannelCredentials | None:
+        """Returns what TLS needs; None without TLS. Raises ConfigError."""
         import grpc
 
+        if self.tls_ca is None:
+            return None
+        ca = _pem(self.tls_ca, "--tls-ca")
+        identity = _pem(self.tls_identity, "--tls-identity") if self.tls_identity is not None else None
+        return grpc.ssl_channel_credentials(ca, identity, identity)
+
+    def service(self) -> Client:
+        """Returns a client of the service, to be closed or used as a context. Raises ConfigError."""
         from pager.client import Client
 
         assert self.server is not None
-        credentials = None
-        if self.tls_ca is not None:
-            ca = _pem(self.tls_ca, "--tls-ca")
-            identity = _pem(self.tls_identity, "--tls-identity") if self.tls_identity is not None else None
-            credentials = grpc.ssl_channel_credentials(ca, identity, identity)
         return Client(
             self.server,
             tenant=self.tenant,
             timeout_s=self.timeout,
-            credentials=credentials,
+            credentials=self.credentials(),
             api_key=api_key(os.environ),
         )
 

@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 
 from pager.client import AsyncClient
@@ -450,13 +451,15 @@ class Measuring:
         return tuple(map(int, self._random.integers(0, self._vocabulary - 4, num_tokens)))
 
 
-def measure(address: str, pools: Pools, api_key: str | None = None) -> Costs:
+def measure(
+    address: str, pools: Pools, api_key: str | None = None, credentials: grpc.ChannelCredentials | None = None
+) -> Costs:
     """Returns what work costs at an idle service. Raises what the client raises, and ConfigError where it is not
     idle.
     """
 
     async def run() -> Costs:
-        async with AsyncClient(address, timeout_s=120, api_key=api_key) as client:
+        async with AsyncClient(address, timeout_s=120, api_key=api_key, credentials=credentials) as client:
             return await Measuring(client, pools).run()
 
     return asyncio.run(run())

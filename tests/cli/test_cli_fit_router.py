@@ -49,6 +49,13 @@ def test_a_router_is_fitted_and_kept_beside_the_checkpoint(run: Run, model: Path
     assert OpenModel.open(model).checkpoint.fingerprint == file.fingerprint, "the file changes nothing for the model"
 
 
+def test_fewer_codewords_than_were_asked_for_are_said_to_be(run: Run, model: Path) -> None:
+    result = run("fit-router", model, "--documents", PATTERN, *OPTIONS, "--codewords", 8, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["codewords"] == 3
+    assert "8 codewords were asked for and 3 made, as each takes at least four documents" in result.stderr
+
+
 def test_what_was_fitted_goes_along_into_a_packed_model(run: Run, model: Path, tmp_path: Path) -> None:
     assert run("fit-router", model, "--documents", PATTERN, *OPTIONS).returncode == 0
     result = run("pack", model, tmp_path / "packed", "--dtype", "bfloat16")

@@ -317,6 +317,9 @@ def test_the_command_forecasts_a_log_and_what_if(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, drawn)
     assert result.exit_code == 0, result.output
     assert "50 requests, 1 worker" in result.stdout
+    result = CliRunner().invoke(app, [*drawn, "--tls-ca", "ca.pem"])
+    assert result.exit_code == 2
+    assert "--tls-ca would have no effect here" in result.output
 
 
 def test_a_pool_is_drawn_by_its_name() -> None:

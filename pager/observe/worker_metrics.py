@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -202,7 +204,48 @@ def tenant_families(tenants: Sequence[str]) -> tuple[Metric, ...]:
             "What the weights of these tenants entitled them to of what all active ones were given.",
             "Who is starved?", every(tenant=tenants),
         ),
+        Metric(
+            "tenant_least_served_ratio", _GAUGE,
+            "The least of what a tenant in line was given lately, over what its weight entitles it to, of all tenants.",
+            "Is anybody starved, named here or not?",
+        ),
     )  # fmt: skip
+
+
+class LeastServed:
+    """The share that the worst served tenant was given of what it was entitled to, over the last minutes.
+
+    Amounts count for half after HALF_LIFE_S, and tenants as long as they are in line. Bounded: of many tenants, those
+    in line last are known.
+    """
+
+    HALF_LIFE_S, IN_LINE_S = 300.0, 60.0
+    LEAST_TOKENS = 500.0  # to be entitled to, before a tenant counts
+    MOST_TENANTS = 1024
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` returns seconds."""
+        self._clock = clock
+        self._tenants: OrderedDict[str, tuple[float, float, float]] = OrderedDict()  # given, entitled to, by when
+
+    def add(self, tenant: str, given: float, entitled: float) -> None:
+        """Adds prompt tokens that a tenant in line was given, and that it was entitled to."""
+        before_given, before_entitled = self._now(self._tenants.get(tenant, (0.0, 0.0, 0.0)))
+        self._tenants[tenant] = before_given + given, before_entitled + entitled, self._clock()
+        self._tenants.move_to_end(tenant)
+        if len(self._tenants) > self.MOST_TENANTS:
+            self._tenants.popitem(last=False)
+
+    def ratio(self) -> float:
+        """Returns the least share that a tenant got of what it was entitled to; 1 where none was in line for long."""
+        since_s = self._clock() - self.IN_LINE_S
+        now = [self._now(each) for each in tuple(self._tenants.values()) if each[2] >= since_s]
+        return min((given / entitled for given, entitled in now if entitled >= self.LEAST_TOKENS), default=1.0)
+
+    def _now(self, tenant: tuple[float, float, float]) -> tuple[float, float]:
+        given, entitled, at_s = tenant
+        left = 0.5 ** ((self._clock() - at_s) / self.HALF_LIFE_S)
+        return given * left, entitled * left
 
 
 WORKER_FAMILIES = (*PAGING, *ENGINE, *TIERS, *tenant_families([OTHER_TENANTS]), MODEL)
@@ -250,6 +293,8 @@ class WorkerMetrics:
         by_tenant = tenant_families([*dict.fromkeys(tenants), OTHER_TENANTS])
         made = Instruments((*PAGING, *ENGINE, *by_tenant, MODEL), registry)
         self._given, self._entitled = made.counter("tenant_given_tokens"), made.counter("tenant_entitled_tokens")
+        self._least_served = LeastServed()
+        made.gauge("tenant_least_served_ratio").set_function(self._least_served.ratio)
         self._lookups = made.counter("lookups")
         self._transfer_bytes = made.counter("transfer_bytes")
         self._page_in = made.histogram("page_in_seconds")
@@ -388,6 +433,7 @@ class WorkerMetrics:
         label = tenant if tenant in self._named_tenants else OTHER_TENANTS
         self._given.labels(label).inc(given)
         self._entitled.labels(label).inc(entitled)
+        self._least_served.add(tenant, given, entitled)
 
     def stepped(self, seconds: float, forward_seconds: float, num_tokens: int) -> None:
         self._step.observe(seconds)

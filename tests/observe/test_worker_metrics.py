@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pager.errors import PortInUse
 from pager.observe.metrics import MAX_CONNECTIONS, MetricsServer
-from pager.observe.worker_metrics import OUTCOMES, TierBytes, WorkerMetrics
+from pager.observe.worker_metrics import OUTCOMES, LeastServed, TierBytes, WorkerMetrics
 from pager.types import Account, DriftReport, ExpertPool, FinishReason, PagingCounts, Usage
 
 pytestmark = pytest.mark.slow
@@ -241,3 +241,34 @@ def test_what_a_client_does_is_no_traceback_on_standard_error(
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     assert status_of(server, "/metrics") == 200
     assert capfd.readouterr().err == ""
+
+
+def test_the_tenant_that_is_served_least_is_seen_whoever_it_is() -> None:
+    now_s = 0.0
+    least = LeastServed(lambda: now_s)
+    assert least.ratio() == 1.0
+    least.add("small", 0, 400)
+    assert least.ratio() == 1.0, "too little to tell"
+    for _ in range(30):
+        now_s += 1
+        least.add("starved", 10, 100)
+        least.add("flooding", 190, 100)
+    assert least.ratio() == pytest.approx(0.1)
+    now_s += 300
+    for _ in range(100):
+        now_s += 1
+        least.add("starved", 100, 100)
+    assert 0.7 < least.ratio() < 0.95, "what was is forgotten"
+    now_s += 61
+    assert least.ratio() == 1.0, "nobody is in line"
+    for number in range(3 * LeastServed.MOST_TENANTS):
+        least.add(f"t{number}", 1, 1000)
+    assert least.ratio() == pytest.approx(0.001)
+    assert len(least._tenants) == LeastServed.MOST_TENANTS
+
+
+def test_a_tenant_that_metrics_do_not_name_is_in_the_least_ratio() -> None:
+    metrics = WorkerMetrics(("acme",))
+    metrics.shared_out("nobody", 100.0, 1000.0)
+    metrics.shared_out("acme", 1000.0, 1000.0)
+    assert metrics.registry.get_sample_value("expert_pager_tenant_least_served_ratio") == pytest.approx(0.1)

@@ -15,7 +15,6 @@ from typing import Any
 import grpc
 from expert_pager.inference import open_inference_pb2 as pb
 from expert_pager.inference import open_inference_pb2_grpc as pb_grpc
-from google.protobuf.message import Message
 
 from pager import __version__
 from pager.cluster.placement import WorkerState
@@ -39,7 +38,7 @@ _OF_JSON = ("logit_bias", "response_format", "stop_token_ids")
 _REFUSED = ("model", "prompt", "n", "best_of", "echo", "logprobs", "stream", "stream_options", "suffix", "user")
 
 Context = grpc.aio.ServicerContext[Any, Any]
-CallOf = Callable[[Message, Context], Call]
+CallOf = Callable[[Context], Call]
 OneOfStream = Callable[
     [bytes, Context, Callable[[pb.ModelInferRequest], Awaitable[None]]], Awaitable[PagerError | None]
 ]
@@ -94,7 +93,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         async def add(chunk: TokenChunk) -> None:
             choice.add(chunk)
 
-        await self._pipeline.generate(self._call_of(wire, context), ask, add)
+        await self._pipeline.generate(self._call_of(context), ask, add)
         return _response(wire, ask.id, self._pipeline.model, choice.text, choice.usage)
 
     # Its messages arrive as bytes: each is checked and parsed as a call of its own, whose error is an answer.
@@ -142,7 +141,7 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             response.parameters[FINAL].bool_param = chunk.usage is not None
             await write(pb.ModelStreamInferResponse(infer_response=response))
 
-        await self._pipeline.generate(self._call_of(wire, context), ask, send)
+        await self._pipeline.generate(self._call_of(context), ask, send)
 
     @property
     def _is_ready(self) -> bool:

@@ -250,7 +250,7 @@ class Choices:
     tenants: TenantLabels = field(default_factory=TenantLabels)
     tls: TlsFiles | None = None
     shows_pools: bool = False  # as adapters, in metrics
-    keeps_prefills: bool = False  # the pool that a prefill chose, for the next turn of its conversation
+    keeps_prefills: bool = False  # conversations keep the pool that the prefill of their first turn chose
 
 
 def _choices(config: ServiceConfig, env: Mapping[str, str]) -> Choices:

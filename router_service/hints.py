@@ -19,8 +19,9 @@ from pager.types import Bytes, Count, Counts, ExpertPool, Full, Mass, PoolSize, 
 
 SHORTEST_PREFIX = 32
 TURN_STEPS = ((16, 512), (64, 2048), (256, 8192))
-"""A turn of a conversation is kept, and looked for in the next turn's prompt, at multiples of so many tokens; each that
-far from the prompt's end at most, for as many tokens may the answer and the user's next words have."""
+"""The prefixes under which turns are kept, as a step and a distance in tokens: a turn is kept under its longest prefix
+of a multiple of each step, and the next turn's prompt looks that far back for it, past the answer and what was added.
+"""
 MAX_ENCODED_BYTES = 256 * 1024
 MAX_POOLS = 16_384  # that a process remembers, by all keys; an answer has up to four
 

@@ -646,8 +646,8 @@ class Predictor:
         return Prediction(None, PREFILL, replace(resolved, source=PoolSource.PREFILL))
 
     async def last_turn(self, tenant: str, token_ids: Sequence[int], policy: PoolPolicy) -> Prediction | None:
-        """Returns the pool of the turn that this prompt continues, where pools come from the codebook, or from nobody's
-        choice from prefills: the conversation keeps it, as the keys and values of that turn hold under no other.
+        """Returns the pool of the turn that this prompt continues; None where there is none, and for pools of a source
+        that conversations do not keep. The keys and values of that turn hold under no other pool.
         """
         if policy.source not in self._keeping or isinstance(policy.size, Full):
             return None

@@ -226,7 +226,7 @@ class LeastServed:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` returns seconds."""
         self._clock = clock
-        self._tenants: OrderedDict[str, tuple[float, float, float]] = OrderedDict()  # given, entitled to, by when
+        self._tenants: OrderedDict[str, tuple[float, float, float]] = OrderedDict()  # given, entitled to, at what time
 
     def add(self, tenant: str, given: float, entitled: float) -> None:
         """Adds prompt tokens that a tenant in line was given, and that it was entitled to."""
